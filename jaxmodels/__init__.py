@@ -1,0 +1,1 @@
+"""PyTorch models in JAX, with proof that the numbers agree."""

@@ -1,0 +1,90 @@
+"""The key-value cache of incremental decoding: a pytree that goes into a call and comes out of it.
+
+A row's keys and values lie at their own positions: slot p of row b holds token p of the text of row b. Left padding
+is never stored, so rows of different lengths need no mask of their own, and tables indexed by position (rotary,
+relative, synthesized logits) serve ragged batches as they are.
+
+Axes: S new tokens, N = max_len slots, B batch, H heads, d_k features of a head.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """State of a batch of texts between calls.
+
+    layers: one dict per layer, arrays [B, H, N, d_k]; length: int32 scalar, tokens fed so far, padding included;
+    start: int32 [B], how many of them are left padding, or None where no row is padded.
+    """
+
+    layers: tuple[dict[str, jax.Array], ...]
+    length: jax.Array
+    start: jax.Array | None = None
+
+    @property
+    def max_len(self) -> int:
+        return jax.tree.leaves(self.layers)[0].shape[2]
+
+    def positions(self, n: int) -> jax.Array:
+        """Positions of the next n tokens: int32 [S], or [S, B] with padding; negative where a token is padding."""
+        positions = self.length + jnp.arange(n, dtype=jnp.int32)
+        return positions if self.start is None else positions[:, None] - self.start
+
+    def advance(self, layers: tuple[dict[str, jax.Array], ...], n: int) -> "Cache":
+        return Cache(layers, self.length + n, self.start)
+
+    def check_room(self, n: int, batch: int, *, empty: bool = False) -> None:
+        """Raises ValueError where n more tokens do not fit, as far as that can be known outside a trace."""
+        rows = jax.tree.leaves(self.layers)[0].shape[0]
+        if batch != rows:
+            raise ValueError(f"ids have a batch of {batch}, the cache was made for batch={rows}")
+        if n > self.max_len:
+            raise ValueError(f"{n} tokens do not fit a cache with max_len={self.max_len}")
+        if isinstance(self.length, jax.core.Tracer) or isinstance(self.start, jax.core.Tracer):
+            return
+        length = int(self.length)
+        if empty and length:
+            raise ValueError(f"prefill starts an empty cache, this one holds {length} tokens: decode() continues it")
+        text = length + n - (0 if self.start is None else int(self.start.min()))
+        if text > self.max_len:
+            raise ValueError(f"{text} tokens do not fit a cache with max_len={self.max_len}")
+        if self.start is not None and empty and not 0 <= int(self.start.min()) <= int(self.start.max()) < n:
+            raise ValueError(f"start={self.start.tolist()} must leave at least one of the {n} tokens of each row")
+
+
+def make_cache(layers: list[dict[str, jax.Array]], batch: int, start: jax.Array | None) -> Cache:
+    """An empty cache over the given buffers; raises ValueError where `start` is not one integer per row."""
+    if start is not None:
+        start = jnp.asarray(start)
+        if start.shape != (batch,) or not jnp.issubdtype(start.dtype, jnp.integer):
+            raise ValueError(f"start must be integers [batch={batch}], got {start.dtype}{list(start.shape)}")
+        start = start.astype(jnp.int32)
+    return Cache(tuple(layers), jnp.zeros((), jnp.int32), start)
+
+
+def write(buffer: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax.Array:
+    """buffer [B, H, N, d_k] with new [B, H, S, d_k] at `positions`; None: at 0 … S-1, negative ones are dropped."""
+    new = new.astype(buffer.dtype)
+    if positions is None:
+        return buffer.at[:, :, : new.shape[2]].set(new)
+    if positions.ndim == 1:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, positions[0], axis=2)
+    slots = jnp.where(positions < 0, buffer.shape[2], positions).T  # [B, S]; N is out of range: dropped
+    return jax.vmap(lambda b, n, s: b.at[:, s].set(n, mode="drop"))(buffer, new, slots)
+
+
+def visible(positions: jax.Array, n_slots: int) -> jax.Array:
+    """Mask [1 or B, 1, S, N]: a token sees its own slot and those before; padding sees slot 0, so that it stays finite."""
+    rows = positions[None] if positions.ndim == 1 else positions.T
+    return (jnp.arange(n_slots) <= jnp.maximum(rows, 0)[..., None])[:, None]
+
+
+def align_left(ids: jax.Array, start: jax.Array) -> jax.Array:
+    """Left-padded ids [S, B] moved to begin at 0; what follows a row's text is unspecified."""
+    rows = jnp.arange(ids.shape[0])[:, None] + start
+    return jnp.take_along_axis(ids, jnp.minimum(rows, ids.shape[0] - 1), axis=0)

@@ -1,0 +1,85 @@
+"""What several systems share: layers with PyTorch's defaults, the projection to heads, the feed-forward network.
+
+Axes: D = d_model = H·d_k features, H heads. Leading axes are free.
+
+Flax's own defaults differ from PyTorch's in every one of these: the distributions of initial weights, LayerNorm's
+epsilon (1e-6 against 1e-5) and its variance (E[x²] - E[x]², which cancels badly when the mean is large).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def uniform(fan_in: int) -> jax.nn.initializers.Initializer:
+    """PyTorch's default for a Linear's weight and for its bias: U(-1/√fan_in, 1/√fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Linear(nnx.Linear):
+    """y = xW + b, initialised as `torch.nn.Linear`; `kernel` is torch's `weight` transposed."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = True, *, rngs: nnx.Rngs):
+        init = uniform(d_in)
+        super().__init__(d_in, d_out, use_bias=bias, kernel_init=init, bias_init=init, rngs=rngs)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Normalises the last axis as `torch.nn.LayerNorm` does: epsilon 1e-5, the variance in two passes."""
+
+    def __init__(self, d_model: int, epsilon: float = 1e-5, *, rngs: nnx.Rngs):
+        super().__init__(d_model, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+class Embed(nnx.Embed):
+    """A table of n_vocab rows, N(0, 1) as in `torch.nn.Embedding`; an id outside it gives NaN, not a wrong row."""
+
+    def __init__(self, n_vocab: int, d_model: int, *, rngs: nnx.Rngs):
+        super().__init__(n_vocab, d_model, embedding_init=jax.nn.initializers.normal(1.0), rngs=rngs)
+
+
+class Dropout(nnx.Dropout):
+    """Zeroes a share of x and scales up the rest; with `rng=None` it is the identity. Holds no random state."""
+
+    def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
+        return super().__call__(x, deterministic=rng is None, rngs=rng)
+
+
+def split_rng(rng: jax.Array | None, n: int) -> tuple[jax.Array | None, ...]:
+    """n keys out of one, or n times None."""
+    return (None,) * n if rng is None else tuple(jax.random.split(rng, n))
+
+
+class Fixed(nnx.Variable):
+    """An array that belongs to the model and to its checkpoints, but that no optimizer touches (a torch buffer)."""
+
+
+class HeadProjection(nnx.Module):
+    """Linear map to heads: [..., D] -> [..., H, d_k]."""
+
+    def __init__(self, d_model: int, heads: int, d_k: int, bias: bool, *, rngs: nnx.Rngs):
+        self.linear = Linear(d_model, heads * d_k, bias, rngs=rngs)
+        self.heads = heads
+        self.d_k = d_k
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x).reshape(*x.shape[:-1], self.heads, self.d_k)
+
+
+class FeedForward(nnx.Module):
+    """W₂ drop(relu(W₁ x + b₁)) + b₂."""
+
+    def __init__(self, d_model: int, d_ff: int, dropout_prob: float = 0.1, *, rngs: nnx.Rngs):
+        self.layer1 = Linear(d_model, d_ff, rngs=rngs)
+        self.layer2 = Linear(d_ff, d_model, rngs=rngs)
+        self.dropout = Dropout(dropout_prob)
+
+    def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        return self.layer2(self.dropout(jax.nn.relu(self.layer1(x)), rng))

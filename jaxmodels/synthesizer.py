@@ -1,0 +1,183 @@
+"""The Synthesizer family (arXiv 2005.00743): attention whose logits need no query-key products.
+
+Axes: S queries, N keys, n tokens, B batch, H heads, D = d_model = H·d_k, l = max_len, k rank of a factorisation.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.attention import Attention, dot_product_scores, heads_first
+from jaxmodels.layers import Fixed, HeadProjection, Linear, uniform
+
+RANK = 8  # k of factorized random, as in the paper
+
+
+class DenseSynthesizer(nnx.Module):
+    """Y = softmax(B) V with B = W₂ relu(W₁ x + b₁) + b₂ for each token; W₁ d -> d, W₂ d -> l; single head.
+
+    For n < l tokens the logits are cut to n × n before the softmax.
+    """
+
+    def __init__(self, max_len: int, d_model: int, *, rngs: nnx.Rngs):
+        self.max_len = max_len
+        self.linear1 = Linear(d_model, d_model, rngs=rngs)
+        self.linear2 = Linear(d_model, max_len, rngs=rngs)
+
+    def __call__(self, x: jax.Array, v: jax.Array) -> jax.Array:
+        """x and v [..., n, d] -> [..., n, d]; raises ValueError where n > max_len."""
+        n = x.shape[-2]
+        check_length(n, self.max_len)
+        logits = self.linear2(jax.nn.relu(self.linear1(x)))
+        return jax.nn.softmax(logits[..., :n], axis=-1) @ v
+
+
+def check_length(n: int, max_len: int) -> None:
+    if n > max_len:
+        raise ValueError(f"a sequence of {n} tokens is longer than max_len={max_len}")
+
+
+class DenseLogits(nnx.Module):
+    """F(x) = W₂ relu(W₁ x + b₁) + b₂ by head; W₁ D -> H·d_k, W₂ [H, d_k, l]."""
+
+    def __init__(self, heads: int, d_model: int, size: int, *, rngs: nnx.Rngs):
+        d_k = d_model // heads
+        self.hidden = HeadProjection(d_model, heads, d_k, bias=True, rngs=rngs)
+        init = uniform(d_k)
+        self.projection = nnx.Param(init(rngs.params(), (heads, d_k, size)))
+        self.projection_bias = nnx.Param(init(rngs.params(), (heads, size)))
+
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """x [S, B, D] -> [S, B, H, size]."""
+        hidden = jax.nn.relu(self.hidden(x))
+        return jnp.einsum("sbhd,hdl->sbhl", hidden, self.projection[...]) + self.projection_bias[...]
+
+
+def table_rows(table: jax.Array, n: int, positions: jax.Array | None) -> jax.Array:
+    """Rows of a table [H, l, …] at positions [S] or [S, B], or its first n: -> [S, 1 or B, H, …]."""
+    if positions is None:
+        rows = table[:, :n]
+    else:
+        rows = jnp.take(table, positions, axis=1, mode="clip")  # padding stands at negative positions
+    rows = jnp.moveaxis(rows, 0, 1 if positions is None else positions.ndim)
+    return rows[:, None] if positions is None or positions.ndim == 1 else rows
+
+
+class RandomLogits(nnx.Module):
+    """A table R [H, l, l] that no token enters; trainable, or fixed: then no optimizer touches it."""
+
+    def __init__(self, heads: int, max_len: int, trainable: bool, *, rngs: nnx.Rngs):
+        table = jax.random.normal(rngs.params(), (heads, max_len, max_len))
+        self.table = nnx.Param(table) if trainable else Fixed(table)
+
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """x [S, B, D], read for its length alone -> [S, 1 or B, H, l]."""
+        return table_rows(self.table[...], len(x), positions)
+
+
+def default_factors(max_len: int) -> tuple[int, int]:
+    """a = ⌈√l⌉, b = ⌈l/a⌉."""
+    a = math.isqrt(max_len - 1) + 1
+    return a, -(-max_len // a)
+
+
+class FactorizedDenseLogits(nnx.Module):
+    """Two short vectors by token, A ∈ R^a and C ∈ R^b; logits B[p·b + q] = A[p]·C[q], cut to l."""
+
+    def __init__(self, heads: int, d_model: int, max_len: int, factors: tuple[int, int] | None, *, rngs: nnx.Rngs):
+        a, b = factors or default_factors(max_len)
+        if a < 1 or b < 1 or a * b < max_len:
+            raise ValueError(f"factors={(a, b)} give {a * b} logits, fewer than max_len={max_len}")
+        self.max_len = max_len
+        self.factor_a = DenseLogits(heads, d_model, a, rngs=rngs)
+        self.factor_c = DenseLogits(heads, d_model, b, rngs=rngs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """x [S, B, D] -> [S, B, H, l]."""
+        outer = self.factor_a(x)[..., :, None] * self.factor_c(x)[..., None, :]
+        return outer.reshape(*outer.shape[:-2], -1)[..., : self.max_len]
+
+
+class FactorizedRandomLogits(nnx.Module):
+    """R₁R₂ᵀ by head, both [H, l, k] and trainable; the product has unit variance at the start."""
+
+    def __init__(self, heads: int, max_len: int, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(RANK**-0.25)
+        self.left = nnx.Param(init(rngs.params(), (heads, max_len, RANK)))
+        self.right = nnx.Param(init(rngs.params(), (heads, max_len, RANK)))
+
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """x [S, B, D], read for its length alone -> [S, 1 or B, H, l]."""
+        left = table_rows(self.left[...], len(x), positions)
+        return jnp.einsum("sbhk,hlk->sbhl", left, self.right[...])
+
+
+class SynthesizerAttention(Attention):
+    """Multi-head attention with synthesized logits: softmax(B + mask) V.
+
+    `kind` is one of dense, random, fixed_random, factorized_dense, factorized_random, vanilla (QKᵀ/√d_k), or a sum of
+    several ('random+dense'), whose logits are added with weights softmax([α, 0]): σ(α) and 1 - σ(α) for two parts,
+    α zero-initialised. `factors` are (a, b) of factorized_dense.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        heads: int,
+        d_model: int,
+        max_len: int,
+        dropout_prob: float = 0.0,
+        *,
+        factors: tuple[int, int] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(heads, d_model, dropout_prob, rngs=rngs)
+        makers: dict[str, Callable[[], nnx.Module]] = {
+            "dense": lambda: DenseLogits(heads, d_model, max_len, rngs=rngs),
+            "random": lambda: RandomLogits(heads, max_len, trainable=True, rngs=rngs),
+            "fixed_random": lambda: RandomLogits(heads, max_len, trainable=False, rngs=rngs),
+            "factorized_dense": lambda: FactorizedDenseLogits(heads, d_model, max_len, factors, rngs=rngs),
+            "factorized_random": lambda: FactorizedRandomLogits(heads, max_len, rngs=rngs),
+        }
+        self.kind = kind
+        self.max_len = max_len
+        self.parts = tuple(kind.split("+"))
+        if len(set(self.parts)) < len(self.parts) or not {*self.parts} <= {*makers, "vanilla"}:
+            allowed = ", ".join([*makers, "vanilla"])
+            raise ValueError(f"kind={kind!r} is neither one of {allowed} nor a sum of different ones such as random+dense")
+        for part in self.parts:
+            if part != "vanilla":
+                setattr(self, part, makers[part]())
+        self.vanilla = "vanilla" in self.parts
+        if self.vanilla:
+            self.query = HeadProjection(d_model, heads, self.d_k, bias=True, rngs=rngs)
+            self.key = HeadProjection(d_model, heads, self.d_k, bias=True, rngs=rngs)
+        if len(self.parts) > 1:
+            self.alpha = nnx.Param(jnp.zeros(len(self.parts) - 1))
+
+    def check_length(self, n: int) -> None:
+        check_length(n, self.max_len)
+
+    def project(self, query, key, value, positions):
+        synthesized = [part for part in self.parts if part != "vanilla"]
+        projected = {part: heads_first(getattr(self, part)(query, positions)) for part in synthesized}
+        if self.vanilla:
+            projected["vanilla"] = heads_first(self.query(query))
+        return projected, heads_first(self.key(key)) if self.vanilla else None, heads_first(self.value(value))
+
+    def get_scores(self, query, key, n, first):
+        logits = [
+            dot_product_scores(query[part], key, self.scale) if part == "vanilla" else query[part][..., :n]
+            for part in self.parts
+        ]
+        if len(logits) == 1:
+            return logits[0]
+        weights = jax.nn.softmax(jnp.append(self.alpha[...], 0))
+        return sum(w * b for w, b in zip(weights, logits, strict=True))
+
+    def init_cache(self, batch, max_len, dtype):
+        cache = super().init_cache(batch, max_len, dtype)
+        return cache if self.vanilla else {"value": cache["value"]}

@@ -1,0 +1,5 @@
+"""The systems in plain PyTorch: what the Flax twins in `jaxmodels` are measured against.
+
+Clarity before speed: no fused kernels, no custom autograd, one score matrix per attention. Attribute names are the
+originals', so a checkpoint trained with them loads as it is.
+"""

@@ -1,0 +1,80 @@
+"""Rotary position embeddings (arXiv 2104.09864) and the attentions that use them: on queries and keys, and on values.
+
+Axes: S sequence, B batch, H heads, d_k features of a head, d ≤ d_k features that turn.
+"""
+
+import torch
+from torch import nn
+
+from torch_ref.attention import MultiHeadAttention
+
+
+class RotaryPositionalEmbeddings(nn.Module):
+    """Turns feature i together with feature i + d/2 by the angle m·θ_i, θ_i = base^(-2i/d), at position m.
+
+    Only the first d features turn, the rest pass. The tables are float32, or wider when x is wider.
+    """
+
+    def __init__(self, d: int, base: int = 10_000):
+        super().__init__()
+        if d < 2 or d % 2:
+            raise ValueError(f"d={d}: the number of features that turn must be even and at least 2")
+        self.d = d
+        self.base = base
+
+    def forward(self, x: torch.Tensor, offset: int = 0, inverse: bool = False) -> torch.Tensor:
+        """x [S, B, H, d_k] -> the same shape; the first token stands at position `offset`; `inverse` turns back."""
+        if self.d > x.shape[-1]:
+            raise ValueError(f"x has {x.shape[-1]} features, fewer than the d={self.d} that turn")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        theta = self.base ** (-torch.arange(0, self.d, 2, dtype=dtype, device=x.device) / self.d)
+        position = torch.arange(offset, offset + len(x), dtype=dtype, device=x.device)
+        angle = torch.outer(position, theta)[:, None, None, :]  # [S, 1, 1, d/2]
+        cos, sin = angle.cos(), -angle.sin() if inverse else angle.sin()
+        x1, x2, rest = x.to(dtype).tensor_split((self.d // 2, self.d), dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
+
+
+def rotary_width(name: str, share: float, d_k: int) -> int:
+    """How many of d_k features turn: int(d_k · share), refused when that is odd, zero or more than there are."""
+    d = int(d_k * share)
+    if d < 2 or d % 2 or d > d_k:
+        raise ValueError(f"{name}={share} turns {d} of d_k={d_k} features; it must be an even number from 2 to d_k")
+    return d
+
+
+class RotaryPEMultiHeadAttention(MultiHeadAttention):
+    """Multi-head attention whose queries and keys are turned by their positions, so scores depend on distance alone."""
+
+    def __init__(self, heads: int, d_model: int, rope_percentage: float = 0.5, dropout_prob: float = 0.0):
+        super().__init__(heads, d_model, dropout_prob)
+        d_rope = rotary_width("rope_percentage", rope_percentage, self.d_k)
+        self.query_rotary_pe = RotaryPositionalEmbeddings(d_rope)
+        self.key_rotary_pe = RotaryPositionalEmbeddings(d_rope)
+
+    def project(self, query, key, value, offset):
+        query, key, value = super().project(query, key, value, offset)
+        return self.query_rotary_pe(query, offset), self.key_rotary_pe(key, offset), value
+
+
+class RotaryValuePEMultiHeadAttention(RotaryPEMultiHeadAttention):
+    """RoPER: o_n = Σ_i a_ni R((i - n)θ) v_i. Values are turned forwards before the sum, the result backwards after."""
+
+    def __init__(
+        self,
+        heads: int,
+        d_model: int,
+        rope_percentage: float = 0.5,
+        rope_value_percentage: float = 0.5,
+        dropout_prob: float = 0.0,
+    ):
+        super().__init__(heads, d_model, rope_percentage, dropout_prob)
+        d_rope_value = rotary_width("rope_value_percentage", rope_value_percentage, self.d_k)
+        self.value_rotary_pe = RotaryPositionalEmbeddings(d_rope_value)
+
+    def project(self, query, key, value, offset):
+        query, key, value = super().project(query, key, value, offset)
+        return query, key, self.value_rotary_pe(value, offset)
+
+    def restore(self, x, offset):
+        return self.value_rotary_pe(x, offset, inverse=True)
