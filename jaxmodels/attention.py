@@ -118,8 +118,8 @@ class Attention(nnx.Module):
         the tokens meet only each other, as in a causal forward pass.
         """
         q, k, v = self.project(x, x, x, positions)
-        new = {"key": k, "value": v}
-        cache = {name: write(buffer, new[name], positions) for name, buffer in cache.items()}
+        new = {"value": v} if k is None else {"key": k, "value": v}
+        cache = {name: write(cache[name], array, positions) for name, array in new.items()}
         if positions is None:
             return self.finish(self.attend_in_blocks(q, k, v, None), None), cache
         n = cache["value"].shape[2]

@@ -79,7 +79,7 @@ def write(buffer: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax
 
 
 def visible(positions: jax.Array, n_slots: int) -> jax.Array:
-    """Mask [1 or B, 1, S, N]: a token sees its own slot and those before; padding sees slot 0, so that it stays finite."""
+    """Mask [1 or B, 1, S, N]: a token sees its own slot and those before; padding sees slot 0, to stay finite."""
     rows = positions[None] if positions.ndim == 1 else positions.T
     return (jnp.arange(n_slots) <= jnp.maximum(rows, 0)[..., None])[:, None]
 

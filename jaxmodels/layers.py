@@ -7,13 +7,14 @@ epsilon (1e-6 against 1e-5) and its variance (E[x²] - E[x]², which cancels bad
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
-def uniform(fan_in: int) -> jax.nn.initializers.Initializer:
+def uniform(fan_in: int) -> Callable[..., jax.Array]:
     """PyTorch's default for a Linear's weight and for its bias: U(-1/√fan_in, 1/√fan_in)."""
     bound = 1 / math.sqrt(fan_in)
 

@@ -59,11 +59,10 @@ class DenseLogits(nnx.Module):
 def table_rows(table: jax.Array, n: int, positions: jax.Array | None) -> jax.Array:
     """Rows of a table [H, l, …] at positions [S] or [S, B], or its first n: -> [S, 1 or B, H, …]."""
     if positions is None:
-        rows = table[:, :n]
-    else:
-        rows = jnp.take(table, positions, axis=1, mode="clip")  # padding stands at negative positions
-    rows = jnp.moveaxis(rows, 0, 1 if positions is None else positions.ndim)
-    return rows[:, None] if positions is None or positions.ndim == 1 else rows
+        return jnp.moveaxis(table[:, :n], 0, 1)[:, None]
+    rows = jnp.take(table, positions, axis=1, mode="clip")  # padding stands at negative positions
+    rows = jnp.moveaxis(rows, 0, positions.ndim)
+    return rows[:, None] if positions.ndim == 1 else rows
 
 
 class RandomLogits(nnx.Module):
@@ -147,7 +146,7 @@ class SynthesizerAttention(Attention):
         self.parts = tuple(kind.split("+"))
         if len(set(self.parts)) < len(self.parts) or not {*self.parts} <= {*makers, "vanilla"}:
             allowed = ", ".join([*makers, "vanilla"])
-            raise ValueError(f"kind={kind!r} is neither one of {allowed} nor a sum of different ones such as random+dense")
+            raise ValueError(f"kind={kind!r} must be one of {allowed}, or a sum of different ones such as random+dense")
         for part in self.parts:
             if part != "vanilla":
                 setattr(self, part, makers[part]())

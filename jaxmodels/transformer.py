@@ -150,7 +150,7 @@ class AutoregressiveTransformer(nnx.Module):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as `config.json` keeps them."""
-        names = "n_vocab d_model heads d_ff n_layers attention dropout_prob max_len".split()
+        names = ["n_vocab", "d_model", "heads", "d_ff", "n_layers", "attention", "dropout_prob", "max_len"]
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:

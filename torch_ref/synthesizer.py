@@ -139,7 +139,7 @@ class SynthesizerAttention(Attention):
         self.parts = kind.split("+")
         if len(set(self.parts)) < len(self.parts) or not {*self.parts} <= {*makers, "vanilla"}:
             allowed = ", ".join([*makers, "vanilla"])
-            raise ValueError(f"kind={kind!r} is neither one of {allowed} nor a sum of different ones such as random+dense")
+            raise ValueError(f"kind={kind!r} must be one of {allowed}, or a sum of different ones such as random+dense")
         for part in self.parts:
             if part != "vanilla":
                 setattr(self, part, makers[part]())
@@ -158,11 +158,12 @@ class SynthesizerAttention(Attention):
 
     def get_scores(self, query, key, value):
         query, rows = query
-        n = len(value)
-        logits = [
-            torch.einsum("ibhd,jbhd->ijbh", query, key) * self.scale if row is None else row[..., :n].permute(0, 3, 1, 2)
-            for row in rows
-        ]
+        logits = []
+        for row in rows:
+            if row is None:
+                logits.append(torch.einsum("ibhd,jbhd->ijbh", query, key) * self.scale)
+            else:
+                logits.append(row[..., : len(value)].permute(0, 3, 1, 2))
         if len(logits) == 1:
             return logits[0]
         weights = torch.cat([self.alpha, self.alpha.new_zeros(1)]).softmax(dim=0)

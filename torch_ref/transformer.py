@@ -66,7 +66,10 @@ def make_attention(attention: str, heads: int, d_model: int, dropout_prob: float
         case "plain":
             return MultiHeadAttention(heads, d_model, dropout_prob)
     if max_len is None:
-        raise ValueError(f"attention={attention!r} needs max_len, the longest sequence its logits reach")
+        raise ValueError(
+            f"attention={attention!r} is none of rotary, rotary_value, relative, plain; "
+            "a kind of SynthesizerAttention needs max_len, the longest sequence its logits reach"
+        )
     return SynthesizerAttention(attention, heads, d_model, max_len, dropout_prob)
 
 

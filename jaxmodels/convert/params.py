@@ -85,7 +85,8 @@ def stacked_at(path: Path) -> int | None:
 def flat_arrays(model: nnx.Module | nnx.State) -> dict[Path, Any]:
     """Every array of a model (or of its gradients, or of a State) by path, sorted; abstract arrays stay abstract."""
     state = model if isinstance(model, nnx.State) else nnx.state(model)
-    return {path: getattr(leaf, "value", leaf) for path, leaf in nnx.to_flat_state(state)}
+    flat = nnx.to_flat_state(state)
+    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}  # type: ignore[misc]
 
 
 def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -> Model:
@@ -118,7 +119,7 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
         if is_floating(tensor.dtype) != is_floating(target.dtype):
             problems["of another kind"].append(f"{entry.key}: got {tensor.dtype}, the model has {target.dtype}")
         wide = np.dtype(dtype) if dtype is not None and is_floating(tensor.dtype) else tensor.dtype
-        if wide == np.float64 and not jax.config.jax_enable_x64:
+        if wide == np.float64 and not jax.config.read("jax_enable_x64"):
             problems["float64 while jax_enable_x64 is off"].append(entry.key)
     if any(problems.values()):
         raise ConversionError(problems)
@@ -137,7 +138,7 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
 def with_arrays(model: Model, arrays: Mapping[Path, Any]) -> Model:
     """The model again, with other arrays at the same paths; what the model itself holds is left as it is."""
     graphdef, state = nnx.split(model)
-    flat = {path: leaf.replace(arrays[path]) for path, leaf in nnx.to_flat_state(state)}
+    flat = {path: leaf.replace(arrays[path]) for path, leaf in nnx.to_flat_state(state)}  # type: ignore[index]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

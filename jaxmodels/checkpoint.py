@@ -1,0 +1,132 @@
+"""A model on disk: an Orbax checkpoint of its arrays beside the `config.json` that rebuilds the model.
+
+FOLDER/config.json   {"format": 1, "model": "AutoregressiveTransformer", "config": {constructor arguments}}
+FOLDER/params/       Orbax; one entry per array, named by its path (encoder.layers.0.norm_ff.scale)
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxmodels.convert.params import flat_arrays, with_arrays
+
+FORMAT = 1
+
+# Classes that a config.json may name, and where they are. Nothing else is ever imported on a file's word.
+MODELS = {"AutoregressiveTransformer": "jaxmodels.transformer"}
+
+
+def model_class(name: str) -> Any:
+    """The class that `name` stands for; raises ValueError for one that this version does not know."""
+    if name not in MODELS:
+        raise ValueError(f"model={name!r} is not known here; known are {', '.join(sorted(MODELS))}")
+    return getattr(importlib.import_module(MODELS[name]), name)
+
+
+def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
+    """A freshly initialised model of a class by name; raises ValueError where the arguments are not the class's."""
+    try:
+        return model_class(name)(**config, rngs=nnx.Rngs(seed))
+    except TypeError as error:
+        raise ValueError(f"the configuration does not fit {name}: {error}") from None
+
+
+def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Writes a language model (anything with a `config()`) to a folder, all of it or nothing.
+
+    Raises ValueError where the folder is not empty and `overwrite` is not set, or the model's class is not in MODELS.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    name = type(model).__name__
+    if type(model) is not model_class(name):
+        raise ValueError(f"model is a {type(model).__module__}.{name}, not the {name} of this project")
+    config = {"format": FORMAT, "model": name, "config": model.config()}
+    with written_beside(folder, overwrite=overwrite) as beside:
+        ocp.save(beside / "params", {dotted(path): array for path, array in flat_arrays(model).items()})
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: str | os.PathLike) -> Any:
+    """The model that `save` wrote, each array in the dtype it was saved in.
+
+    Raises ValueError where the folder holds no such checkpoint, or its arrays are not those of its configuration.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder = Path(folder).absolute()
+    name, config = read_config(folder)
+    model = nnx.eval_shape(lambda: build(name, config))
+    targets = {dotted(path): (path, array) for path, array in flat_arrays(model).items()}
+    try:
+        stored = ocp.metadata(folder / "params").metadata
+    except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
+        raise ValueError(f"{folder / 'params'} is not a complete Orbax checkpoint: {error}") from error
+    wrong = [f"missing {key}" for key in targets if key not in stored]
+    wrong += [f"unexpected {key}" for key in stored if key not in targets]
+    wrong += [
+        f"{key} has shape {list(stored[key].shape)}, the configuration says {list(array.shape)}"
+        for key, (_, array) in targets.items()
+        if key in stored and stored[key].shape != array.shape
+    ]
+    if wrong:
+        raise ValueError(f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(wrong))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {key: jax.ShapeDtypeStruct(stored[key].shape, stored[key].dtype, sharding=device) for key in targets}
+    arrays = ocp.load(folder / "params", abstract)
+    return with_arrays(model, {path: arrays[key] for key, (path, _) in targets.items()})
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Class name and constructor arguments from a folder's config.json; raises ValueError where it is not one."""
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"{file} has format {content['format']}, this version reads {FORMAT}")
+        return content["model"], content["config"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no config.json: it is no checkpoint that jaxmodels.save wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not the config.json of a checkpoint: {error!r}") from None
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+@contextlib.contextmanager
+def written_beside(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to fill, which takes the target's place once it is complete and vanishes if filling it fails.
+
+    Raises ValueError before anything is written where the target is not an empty folder and `overwrite` is not set.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, not a folder to write to")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"{target} is not empty; name another folder, or allow overwriting")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    beside.mkdir()
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if target.exists():
+        old = beside.with_name(beside.name + ".old")
+        target.rename(old)
+        beside.rename(target)
+        shutil.rmtree(old)
+    else:
+        beside.rename(target)

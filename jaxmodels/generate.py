@@ -1,0 +1,107 @@
+"""Text out of a language model: sampling, once, for every model with `init_cache`, `prefill` and `decode`.
+
+Axes: S prompt tokens, n new tokens, B batch, V vocabulary. Ids lie as the model has them: [S, B] or [B, S], as its
+`sequence_axis` says.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def generate(
+    model: Any,
+    ids: jax.Array,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    start: jax.Array | None = None,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """Continues prompts: ids [S, B] -> the new tokens [n, B] (batch-first models: [B, S] -> [B, n]).
+
+    temperature 0 is greedy; above it, tokens are drawn with `rng` from the top_k most likely, or from the fewest whose
+    probabilities reach top_p, or from all. A row that has drawn one of `stop_tokens` repeats it to the end. start [B]
+    says how many ids of each row are left padding. One pass over the prompt, then one loop on the device.
+    Raises ValueError for settings out of range, and where prompt and new tokens are beyond the model's tables.
+    """
+    ids = jnp.asarray(ids)
+    check(ids, max_new_tokens, temperature, top_k, top_p, rng)
+    axis = model.sequence_axis
+    cache = model.init_cache(ids.shape[1 - axis], ids.shape[axis] + max_new_tokens, start=start)
+    logits, cache = _prefill(model, ids, cache)
+    sampler = (temperature, top_p) if temperature else None
+    key = jax.random.key(0) if rng is None else rng
+    return _continue(model, logits, cache, sampler, key, max_new_tokens, top_k, tuple(stop_tokens))
+
+
+def check(ids, max_new_tokens, temperature, top_k, top_p, rng) -> None:
+    if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids must be a batch of non-empty prompts of integers, got {ids.dtype}{list(ids.shape)}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
+    if temperature and rng is None:
+        raise ValueError(f"temperature={temperature} draws tokens: pass a key as rng")
+    if not temperature and (top_k is not None or top_p is not None):
+        raise ValueError("top_k and top_p choose among draws: they need a temperature above 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+
+
+@jax.jit
+def _prefill(model, ids, cache):
+    return model.prefill(ids, cache)
+
+
+@functools.partial(jax.jit, static_argnames=("n", "top_k", "stop_tokens"))
+def _continue(model, logits, cache, sampler, key, n: int, top_k: int | None, stop_tokens: tuple[int, ...]):
+    axis = model.sequence_axis
+    stops = jnp.asarray(stop_tokens, jnp.int32)
+
+    def step(i, logits, out, done):
+        token = sample(logits, sampler, top_k, jax.random.fold_in(key, i))
+        if stop_tokens:
+            token = jnp.where(done, out[i - 1], token)
+            done = done | jnp.isin(token, stops)
+        return out.at[i].set(token), done
+
+    def body(carry):
+        i, out, done, cache = carry
+        token = jnp.expand_dims(out[i - 1], axis)
+        logits, cache = model.decode(token, cache)
+        return i + 1, *step(i, jnp.take(logits, 0, axis=axis), out, done), cache
+
+    batch = logits.shape[0]
+    out, done = step(0, logits, jnp.zeros((n, batch), jnp.int32), jnp.zeros(batch, bool))
+    carry = jax.lax.while_loop(lambda c: (c[0] < n) & ~c[2].all(), body, (1, out, done, cache))
+    i, out = carry[:2]
+    out = jnp.where(jnp.arange(n)[:, None] < i, out, out[i - 1])  # every row had stopped: repeat the last tokens
+    return out if axis == 0 else out.T
+
+
+def sample(logits: jax.Array, sampler: tuple[Any, Any] | None, top_k: int | None, key: jax.Array) -> jax.Array:
+    """One token per row of logits [B, V] -> int32 [B]; sampler: None for greedy, else (temperature, top_p or None)."""
+    if sampler is None:
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    temperature, top_p = sampler
+    logits = logits.astype(jnp.float32) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None:
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # a token is kept if those before it don't reach p
+        kept = jnp.take_along_axis(before < top_p, jnp.argsort(order, axis=-1), axis=-1)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return jax.random.categorical(key, logits).astype(jnp.int32)

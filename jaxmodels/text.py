@@ -1,0 +1,114 @@
+"""Text to train on, and the character vocabulary of the original experiments."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def load_corpus(name: str) -> str:
+    """The text called `name`: 'python_docs', 'tiny_shakespeare', or a path to a UTF-8 file.
+
+    python_docs is the language reference inside every Python, so it needs no network, and differs a little from
+    version to version. Raises ValueError where the name is neither a corpus nor a readable UTF-8 file with text in it.
+    """
+    if name == "python_docs":
+        return python_docs()
+    if name == "tiny_shakespeare":
+        return tiny_shakespeare()
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"text={name!r} is not python_docs, tiny_shakespeare or a readable UTF-8 file: {error}"
+        ) from None
+    if not text:
+        raise ValueError(f"text={name!r} is an empty file")
+    return text
+
+
+def python_docs() -> str:
+    """The topics of `help()`, sorted by name and joined."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def tiny_shakespeare() -> str:
+    """1,115,394 characters of Shakespeare; downloaded once to the user's cache, its sha256 checked at every use.
+
+    Raises ValueError where the download fails or gives another text.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
+    advice = f"download {TINY_SHAKESPEARE_URL} yourself and pass the file as the text"
+    if not cache.exists():
+        try:
+            with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as response:
+                content = response.read()
+        except OSError as error:
+            raise ValueError(f"tiny_shakespeare could not be downloaded ({error}); {advice}") from None
+        check_sha256(content, advice)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        beside = cache.with_name(f"{cache.name}.{os.getpid()}")
+        beside.write_bytes(content)
+        beside.replace(cache)
+    content = cache.read_bytes()
+    check_sha256(content, f"delete {cache}, or {advice}")
+    return content.decode("utf-8")
+
+
+def check_sha256(content: bytes, advice: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != TINY_SHAKESPEARE_SHA256:
+        raise ValueError(f"tiny_shakespeare has sha256 {found}, expected {TINY_SHAKESPEARE_SHA256}; {advice}")
+
+
+def split(text: str) -> tuple[str, str]:
+    """Training and validation text: the first int(0.9·n) characters and the rest."""
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+@dataclasses.dataclass(frozen=True)
+class CharVocabulary:
+    """One token per character: id = the character's place in `characters`."""
+
+    characters: str
+
+    @classmethod
+    def of(cls, text: str) -> "CharVocabulary":
+        """The sorted characters of a text."""
+        return cls("".join(sorted(set(text))))
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 ids [len(text)]; raises ValueError that lists the characters which the vocabulary lacks."""
+        ids = {character: i for i, character in enumerate(self.characters)}
+        unknown = sorted(set(text) - ids.keys())
+        if unknown:
+            raise ValueError(f"characters {''.join(unknown)!r} are not among the {len(self)} of the vocabulary")
+        return np.fromiter((ids[character] for character in text), np.int32, len(text))
+
+    def decode(self, ids: np.ndarray) -> str:
+        return "".join(self.characters[i] for i in np.asarray(ids).tolist())
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps({"characters": self.characters}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: Path) -> "CharVocabulary":
+        """What `save` wrote; raises ValueError where the file is missing or holds something else."""
+        try:
+            return cls(json.loads(file.read_text(encoding="utf-8"))["characters"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a character vocabulary: {error!r}") from None
