@@ -40,10 +40,12 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Embed(nnx.Embed):
-    """A table of n_vocab rows, N(0, 1) as in `torch.nn.Embedding`; an id outside it gives NaN, not a wrong row."""
+    """A table of n_vocab rows, N(0, 1) as in `torch.nn.Embedding`; an id past its end gives NaN, not a wrong row."""
 
     def __init__(self, n_vocab: int, d_model: int, *, rngs: nnx.Rngs):
         super().__init__(n_vocab, d_model, embedding_init=jax.nn.initializers.normal(1.0), rngs=rngs)
+        # Flax fixes the dtype of lookups at that of the first table: float64 weights would come out as float32.
+        self.dtype = None
 
 
 class Dropout(nnx.Dropout):

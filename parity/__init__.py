@@ -1,0 +1,26 @@
+"""Proof that a Flax model computes what a PyTorch model computes: `parity.check(torch_module, flax_module, inputs)`.
+
+The truth is the PyTorch module in float64. Importing this package imports neither torch nor jax.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parity.check import check
+    from parity.report import Report
+
+__all__ = ["Report", "check"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "check":
+        from parity.check import check
+
+        # The package's attribute of this name is the function, whatever the import system has put there.
+        globals()["check"] = check
+        return check
+    if name == "Report":
+        from parity.report import Report
+
+        return Report
+    raise AttributeError(f"module 'parity' has no attribute {name!r}")

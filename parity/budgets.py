@@ -1,0 +1,48 @@
+"""How far two results are apart, and how far they may be.
+
+float64: for every tensor, max|Δ| ≤ 1e-10 · (the largest magnitude among all tensors of its kind).
+float32: the error against the float64 truth, on that same scale, is at most 4 × PyTorch's own plus 1e-6.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+FLOAT64_LIMIT = 1e-10
+RATIO_LIMIT = 4.0
+RATIO_FLOOR = 1e-6 / RATIO_LIMIT  # beside torch's error, so that one number says it: flax / (torch + floor) ≤ 4
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def scale_of(truth: Tensors) -> float:
+    """The largest magnitude among tensors of one kind; 1 where they are all zero."""
+    return max((float(np.abs(t).max()) for t in truth.values() if t.size), default=0.0) or 1.0
+
+
+def errors(result: Tensors, truth: Tensors) -> dict[str, float]:
+    """max|result - truth| by name, in units of the kind's scale.
+
+    Infinite for a tensor that one side lacks, that has another shape, or that holds a NaN or an infinity.
+    """
+    scale = scale_of(truth)
+    return {name: error_of(result.get(name), truth.get(name), scale) for name in {**truth, **result}}
+
+
+def error_of(result: np.ndarray | None, truth: np.ndarray | None, scale: float) -> float:
+    if result is None or truth is None or result.shape != truth.shape:
+        return np.inf
+    if not (np.isfinite(result).all() and np.isfinite(truth).all()):
+        return np.inf
+    return float(np.abs(result.astype(np.float64) - truth).max(initial=0.0)) / scale
+
+
+def ratios(flax: Tensors, torch: Tensors, truth: Tensors) -> dict[str, float]:
+    """By name, Flax's error against the truth in units of PyTorch's own (plus RATIO_FLOOR); at most RATIO_LIMIT is good."""
+    own = errors(torch, truth)
+    return {name: error / (own.get(name, 0.0) + RATIO_FLOOR) for name, error in errors(flax, truth).items()}
+
+
+def worst(values: Mapping[str, float]) -> tuple[str, float]:
+    """Name and value of the largest; NaN counts as the largest of all."""
+    return max(values.items(), key=lambda item: np.inf if np.isnan(item[1]) else item[1])

@@ -1,0 +1,65 @@
+"""The project's own parity cases: one function each, returning a pair of modules and what to feed them.
+
+Sizes are prime and unequal, so that a transposed or mixed-up axis cannot pass. A case is named `system.what`.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+SYSTEMS = ("rope", "transformer", "synthesizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two modules and the arguments of `parity.check` for them."""
+
+    torch: Any
+    flax: Any
+    inputs: Any
+    labels: np.ndarray | None = None
+    zero_gradients: tuple[str, ...] = ()
+
+
+Make = Callable[[np.random.Generator], Pair]
+CASES: dict[str, tuple[Make, str]] = {}
+
+
+def case(name: str, about: str) -> Callable[[Make], Make]:
+    """Registers a function as the case `name`; `about` is the line that `--list` shows."""
+
+    def register(make: Make) -> Make:
+        CASES[name] = (make, about)
+        return make
+
+    return register
+
+
+def load_cases() -> dict[str, tuple[Make, str]]:
+    """All cases by name, in the order in which the files state them. Imports torch."""
+    for system in SYSTEMS:
+        importlib.import_module(f"parity.cases.{system}")
+    return CASES
+
+
+def select(names: list[str]) -> list[str]:
+    """Cases whose name, or whose system, is among `names`; all for none. Raises ValueError for a name of nothing."""
+    cases = load_cases()
+    unknown = [name for name in names if not any(c == name or c.startswith(f"{name}.") for c in cases)]
+    if unknown:
+        raise ValueError(f"no case is called {', '.join(unknown)}; there are {', '.join(cases)}")
+    return [c for c in cases if not names or any(c == name or c.startswith(f"{name}.") for name in names)]
+
+
+def language_model(
+    torch_class: type, flax_class: type, rng: np.random.Generator, sequence: int, batch: int, *args: Any, **kwargs: Any
+) -> Pair:
+    """A sequence-first language model of vocabulary args[0] on random ids [S, B], its labels the next ids."""
+    from flax import nnx
+
+    ids = rng.integers(0, args[0], (sequence + 1, batch))
+    flax = nnx.eval_shape(lambda: flax_class(*args, **kwargs, rngs=nnx.Rngs(0)))
+    return Pair(torch_class(*args, **kwargs), flax, {"ids": ids[:-1]}, labels=ids[1:])

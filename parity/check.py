@@ -1,0 +1,163 @@
+"""`check`: one PyTorch module against one Flax module, every reading that says whether they compute the same."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from jaxmodels.convert import from_torch, to_torch
+from jaxmodels.convert.params import as_numpy
+from parity import budgets, flax_side, torch_side
+from parity.flax_side import FlaxSide
+from parity.objective import Inputs, random_targets, roll
+from parity.report import Check, Report, environment
+from parity.torch_side import TorchSide
+from parity.trace import Divergence, first_divergence
+
+LEARNING_RATE = 1e-3
+
+
+def check(
+    torch_module: torch.nn.Module,
+    flax_module: nnx.Module,
+    inputs: Any,
+    *,
+    labels: Any = None,
+    zero_gradients: Sequence[str] = (),
+    steps: int = 10,
+    device: str | None = None,
+    float64: bool | None = None,
+    randomize: bool = True,
+    seed: int = 0,
+    name: str = "",
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """Judges a Flax module against a PyTorch module that names its parts alike.
+
+    Neither module is changed: copies of the PyTorch one give the weights to both sides. `inputs` are numpy arrays: one,
+    a sequence of positional ones, or a mapping of named ones. With `labels` (int, the logits' leading shape) the loss
+    is the cross-entropy, else the squared distance to random targets. `zero_gradients` are patterns of parameter names
+    whose gradients are zero in exact arithmetic: they are checked to be ~0 and held still in the training steps.
+    device: 'cpu', 'gpu' or 'tpu', None for JAX's default; float64 None: whether the device has it. `randomize` perturbs
+    constant parameters (zeros, ones) first. Raises ValueError for inputs that are no arrays, and ConversionError where
+    the weights do not fit.
+    """
+    began = time.perf_counter()
+    inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
+    module = torch_side.randomized(torch_module, seed) if randomize else torch_module
+    torch_side.strict_precision()
+    float64 = device != "tpu" if float64 is None else float64
+    with flax_side.strict_precision(float64, device) as chosen:
+        readings = Readings(module, flax_module, inputs, labels, zero_gradients, steps, chosen, float64, seed, progress)
+        checks = list(readings.all())
+        divergence = None if all(c.passed for c in checks) else readings.divergence()
+    seconds = time.perf_counter() - began
+    return Report(name or type(flax_module).__name__, checks, divergence, seconds, environment(chosen, float64, seed))
+
+
+class Readings:
+    """The measurements of one check, each a `Check` with its limit."""
+
+    def __init__(self, module, flax_module, inputs, labels, zero, steps, device, float64, seed, progress):
+        self.module, self.flax_module, self.inputs, self.labels = module, flax_module, inputs, labels
+        self.zero, self.device, self.float64, self.progress = tuple(zero), device, float64, progress
+        progress("truth")
+        self.truth_side = TorchSide(module, torch.float64, "cpu")
+        outputs = self.truth_side.outputs(inputs)
+        self.targets = random_targets(outputs, seed)
+        self.truth = self.truth_side.evaluate(inputs, labels, self.targets)
+        self.batches = [(inputs.batch(step), None if labels is None else roll(labels, step)) for step in range(steps)]
+
+    def all(self) -> Iterator[Check]:
+        yield self.round_trip()
+        if self.float64:
+            side = FlaxSide(self.flax_module, self.truth_side.module.state_dict(), self.inputs, jnp.float64)
+            yield from self.agreement(side)
+        yield from self.budget()
+
+    def agreement(self, side: FlaxSide) -> Iterator[Check]:
+        """Float64 against float64."""
+        self.progress("float64")
+        result = side.evaluate(self.inputs, self.labels, self.targets)
+        for kind, truth in self.truth.items():
+            yield self.limited(kind, budgets.errors(result.get(kind, {}), truth))
+        yield from self.zeros(result)
+        self.progress("decoding")
+        yield from self.decoding(side)
+        self.progress("training")
+        truth = self.truth_side.train(self.batches, self.targets, self.zero, LEARNING_RATE)
+        result = side.train(self.batches, self.targets, self.zero, LEARNING_RATE)
+        for kind in truth:
+            yield self.limited(kind, budgets.errors(result[kind], truth[kind]))
+
+    def budget(self) -> Iterator[Check]:
+        """Float32 on both sides, each against the truth."""
+        self.progress("float32")
+        torch_device = "cuda" if self.device.platform == "gpu" and torch.cuda.is_available() else "cpu"
+        theirs = TorchSide(self.module, torch.float32, torch_device)
+        ours = FlaxSide(self.flax_module, theirs.module.state_dict(), self.inputs, jnp.float32)
+        arguments = (self.inputs, self.labels, self.targets)
+        result, own = ours.evaluate(*arguments), theirs.evaluate(*arguments)
+        for kind, truth in self.truth.items():
+            yield self.limited(kind, budgets.ratios(result.get(kind, {}), own[kind], truth), precision="float32")
+        if self.float64:
+            return
+        yield from self.decoding(ours)
+        training = (self.batches, self.targets, self.zero, LEARNING_RATE)
+        truth, own, result = self.truth_side.train(*training), theirs.train(*training), ours.train(*training)
+        for kind in truth:
+            yield self.limited(kind, budgets.ratios(result[kind], own[kind], truth[kind]), precision="float32")
+
+    def zeros(self, result: dict) -> Iterator[Check]:
+        """Gradients declared to be zero, on both sides, in units of the largest gradient."""
+        if not self.zero:
+            return
+        truth = self.truth["parameter gradients"]
+        scale = budgets.scale_of(truth)
+        both = {**{f"torch {n}": g for n, g in truth.items()}, **result["parameter gradients"]}
+        declared = {n: g for n, g in both.items() if flax_side.matches(n.removeprefix("torch "), self.zero)}
+        if not declared:
+            raise ValueError(f"zero_gradients={list(self.zero)} match no parameter of {sorted(truth)}")
+        yield self.limited("zero gradients", {n: float(np.abs(g).max()) / scale for n, g in declared.items()})
+
+    def decoding(self, side: FlaxSide) -> Iterator[Check]:
+        """Logits through the cache against PyTorch's full forward pass, for models that have a cache."""
+        if not hasattr(self.flax_module, "prefill"):
+            return
+        (ids,) = self.inputs.named().values()
+        first, logits = side.decode(ids)
+        axis = side.module.sequence_axis
+        positions = np.arange(first, ids.shape[axis])
+        truth = {name: output.take(positions, axis) for name, output in self.truth["output"].items()}
+        if self.float64:
+            yield self.limited("cached decoding", budgets.errors({"output": logits}, truth))
+            return
+        own = TorchSide(self.module, torch.float32, "cpu").outputs(self.inputs)
+        own = {name: output.take(positions, axis) for name, output in own.items()}
+        yield self.limited("cached decoding", budgets.ratios({"output": logits}, own, truth), precision="float32")
+
+    def round_trip(self) -> Check:
+        """PyTorch -> Flax -> PyTorch in the module's own dtypes: how many tensors come back with another bit."""
+        original = {name: as_numpy(tensor) for name, tensor in self.module.state_dict().items()}
+        back = to_torch(from_torch(self.flax_module, original))
+        changed = {name: float(not same_bits(array, back.get(name))) for name, array in original.items()}
+        return Check("round trip", "bits", *budgets.worst(changed or {"": 0.0}), 0.0)
+
+    def limited(self, kind: str, values: dict[str, float], precision: str = "float64") -> Check:
+        limit = budgets.FLOAT64_LIMIT if precision == "float64" else budgets.RATIO_LIMIT
+        return Check(kind, precision, *budgets.worst(values), limit)
+
+    def divergence(self) -> Divergence | None:
+        """The first sub-module whose outputs differ, traced in float64 on the CPU whatever the device."""
+        self.progress("tracing")
+        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+            return first_divergence(self.truth_side.module, self.flax_module, self.inputs)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray | None) -> bool:
+    return b is not None and a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

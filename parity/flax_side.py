@@ -1,0 +1,113 @@
+"""The Flax half: run, differentiate and train a module, at a chosen precision and on a chosen device."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxmodels.convert.params import Path, entries, flat_arrays, from_torch, to_torch
+from parity.objective import Inputs, named_leaves
+
+
+@contextlib.contextmanager
+def strict_precision(float64: bool, device: str | None) -> Iterator[jax.Device]:
+    """Float32 matmuls in float32 (not TF32 or bfloat16), float64 allowed or not, one device: for the time of a check."""
+    with jax.enable_x64(float64), jax.default_matmul_precision("highest"):
+        chosen = jax.devices(device)[0] if device else jax.devices()[0]
+        with jax.default_device(chosen):
+            yield chosen
+
+
+class FlaxSide:
+    """A Flax module with a PyTorch module's weights, in one dtype. Its tensors bear the PyTorch names."""
+
+    def __init__(self, module: nnx.Module, state_dict: Mapping[str, Any], inputs: Inputs, dtype: Any):
+        self.module = from_torch(module, state_dict)
+        self.inputs, self.dtype = inputs, dtype
+        self.graphdef, self.params, self.rest = nnx.split(self.module, nnx.Param, ...)
+        self.value_and_grad = jax.jit(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
+
+    def _objective(self, params, floats, others, labels, targets):
+        outputs = self.inputs.call(nnx.merge(self.graphdef, params, self.rest), floats | others)
+        outputs = named_leaves(outputs, jax.Array)
+        return loss(outputs, labels, targets), outputs
+
+    def arguments(self, inputs: Inputs, labels, targets) -> tuple[dict, dict, Any, Any]:
+        arrays = {name: jnp.asarray(value) for name, value in inputs.named().items()}
+        floats = {n: a.astype(self.dtype) for n, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+        others = {name: array for name, array in arrays.items() if name not in floats}
+        return floats, others, labels, {name: jnp.asarray(target, self.dtype) for name, target in targets.items()}
+
+    def evaluate(self, inputs: Inputs, labels, targets) -> dict[str, dict[str, np.ndarray]]:
+        """Outputs and the loss's gradients by kind, each tensor under its PyTorch name."""
+        arguments = self.arguments(inputs, labels, targets)
+        (_, outputs), (gradients, input_gradients) = self.value_and_grad(self.params, *arguments)
+        kinds = {
+            "output": {name: np.asarray(output) for name, output in outputs.items()},
+            "parameter gradients": to_torch(gradients),
+            "input gradients": {name: np.asarray(gradient) for name, gradient in input_gradients.items()},
+        }
+        return {kind: tensors for kind, tensors in kinds.items() if tensors}
+
+    def train(self, batches: Sequence[tuple[Inputs, np.ndarray | None]], targets, frozen: Sequence[str], lr: float):
+        """Adam over the batches: the loss of every step and the parameters at the end, by kind."""
+        optimizer = optax.adam(lr)
+        held = self.held(frozen)
+
+        @jax.jit
+        def update(params, state, gradients):
+            flat = nnx.to_flat_state(gradients)
+            still = {path: leaf.replace(jnp.zeros_like(leaf.get_value())) for path, leaf in flat if path in held}
+            updates, state = optimizer.update(nnx.from_flat_state(dict(flat) | still), state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, state, losses = self.params, optimizer.init(self.params), {}
+        for step, (inputs, labels) in enumerate(batches):
+            (value, _), (gradients, _) = self.value_and_grad(params, *self.arguments(inputs, labels, targets))
+            params, state = update(params, state, gradients)
+            losses[f"step {step}"] = np.asarray(value)
+        trained = {name: array for name, array in to_torch(params).items() if not matches(name, frozen)}
+        return {"training loss": losses, "trained parameters": trained} if trained else {}
+
+    def held(self, frozen: Sequence[str]) -> set[Path]:
+        """The paths of arrays whose PyTorch names are all frozen."""
+        arrays = flat_arrays(self.params)
+        moving = {entry.path for entry in entries(arrays) if not matches(entry.key, frozen)}
+        return set(arrays) - moving
+
+    def decode(self, ids: np.ndarray) -> tuple[int, np.ndarray]:
+        """Logits through the cache, laid out like ids, from position `first` on: (first, logits).
+
+        A prefill, a short chunk, some single tokens, and the rest at once.
+        """
+        model, axis = self.module, self.module.sequence_axis
+        n = ids.shape[axis]
+        prompt = max(1, n // 3)
+        cuts = [c for c in (0, prompt, *range(prompt + 5, prompt + 13)) if c < n] + [n]
+        pieces = [jnp.asarray(ids.take(range(a, b), axis)) for a, b in itertools.pairwise(cuts)]
+        prefill, decode = jax.jit(type(model).prefill), jax.jit(type(model).decode)
+        last, cache = prefill(model, pieces[0], model.init_cache(ids.shape[1 - axis], n, self.dtype))
+        logits = [jnp.expand_dims(last, axis)]
+        for piece in pieces[1:]:
+            more, cache = decode(model, piece, cache)
+            logits.append(more)
+        return prompt - 1, np.asarray(jnp.concatenate(logits, axis=axis))
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def loss(outputs: dict[str, jax.Array], labels, targets) -> jax.Array:
+    """See `parity.objective`."""
+    if labels is not None:
+        (logits,) = outputs.values()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean()
+    return sum((jnp.square(output - targets[name]).mean() for name, output in outputs.items()), jnp.zeros(()))

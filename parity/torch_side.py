@@ -1,0 +1,106 @@
+"""The PyTorch half: run, differentiate and train a module, at a chosen precision and on a chosen device."""
+
+import copy
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import numpy as np
+import torch
+from torch import nn
+
+from parity.objective import Inputs, named_leaves
+
+
+def randomized(module: nn.Module, seed: int) -> nn.Module:
+    """A copy in which every constant parameter (zeros, ones) is perturbed: what is zero hides how it is used."""
+    module = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if (parameter == parameter.flatten()[0]).all():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(0.3 * noise.to(parameter))
+    return module
+
+
+def strict_precision() -> None:
+    """No TF32, no reduced-precision matmuls: float32 means float32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+class TorchSide:
+    """A copy of a module in one dtype on one device, in evaluation mode."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: str):
+        self.module = copy.deepcopy(module).to(device=device, dtype=dtype).eval()
+        self.dtype, self.device = dtype, device
+
+    def tensors(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """The inputs as tensors; floating ones in this side's dtype, asking for gradients."""
+        tensors = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.named().items()}
+        return {
+            name: tensor.to(self.dtype).requires_grad_() if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            return self.numpy(named_leaves(inputs.call(self.module, self.tensors(inputs)), torch.Tensor))
+
+    def loss(self, outputs: dict[str, torch.Tensor], labels, targets) -> torch.Tensor:
+        if labels is not None:
+            labels = torch.as_tensor(labels, device=self.device, dtype=torch.long)
+            (logits,) = outputs.values()
+            return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        distances = [
+            (output - torch.as_tensor(targets[name], device=self.device, dtype=self.dtype)).square().mean()
+            for name, output in outputs.items()
+        ]
+        return torch.stack(distances).sum()
+
+    def evaluate(self, inputs: Inputs, labels, targets) -> dict[str, dict[str, np.ndarray]]:
+        """Outputs and the loss's gradients by kind, each tensor under its name."""
+        tensors = self.tensors(inputs)
+        self.module.zero_grad(set_to_none=True)
+        outputs = named_leaves(inputs.call(self.module, tensors), torch.Tensor)
+        self.loss(outputs, labels, targets).backward()
+        parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        kinds = {
+            "output": self.numpy(outputs),
+            "parameter gradients": {name: self.gradient(p) for name, p in parameters.items()},
+            "input gradients": {n: self.gradient(t) for n, t in tensors.items() if t.requires_grad},
+        }
+        return {kind: tensors for kind, tensors in kinds.items() if tensors}
+
+    def train(self, batches: Sequence[tuple[Inputs, np.ndarray | None]], targets, frozen: Sequence[str], lr: float):
+        """Adam over the batches: the loss of every step and the parameters at the end, by kind."""
+        module = copy.deepcopy(self.module)
+        side = TorchSide(module, self.dtype, self.device)
+        trained = {
+            name: parameter
+            for name, parameter in side.module.named_parameters()
+            if parameter.requires_grad and not any(fnmatch(name, pattern) for pattern in frozen)
+        }
+        if not trained:
+            return {}
+        optimizer = torch.optim.Adam(trained.values(), lr=lr)
+        losses = {}
+        for step, (inputs, labels) in enumerate(batches):
+            optimizer.zero_grad(set_to_none=True)
+            outputs = named_leaves(inputs.call(side.module, side.tensors(inputs)), torch.Tensor)
+            loss = side.loss(outputs, labels, targets)
+            loss.backward()
+            optimizer.step()
+            losses[f"step {step}"] = loss.detach()
+        return {"training loss": self.numpy(losses), "trained parameters": self.numpy(trained)}
+
+    @staticmethod
+    def gradient(tensor: torch.Tensor) -> np.ndarray:
+        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        return gradient.detach().cpu().numpy()
+
+    @staticmethod
+    def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
