@@ -59,7 +59,9 @@ def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False) -> N
 def load(folder: str | os.PathLike) -> Any:
     """The model that `save` wrote, each array in the dtype it was saved in.
 
-    Raises ValueError where the folder holds no such checkpoint, or its arrays are not those of its configuration.
+    Raises ValueError where the folder holds no such checkpoint, where its arrays are not those of its configuration,
+    and where they are float64 while jax_enable_x64 is off (Orbax reads in threads of its own, which
+    `with jax.enable_x64(True)` does not reach).
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -80,9 +82,14 @@ def load(folder: str | os.PathLike) -> Any:
     ]
     if wrong:
         raise ValueError(f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(wrong))
+    if not jax.config.read("jax_enable_x64") and any(stored[key].dtype == "float64" for key in targets):
+        raise ValueError(f"{folder} holds float64 arrays: set jax_enable_x64 (jax.config.update) before loading it")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {key: jax.ShapeDtypeStruct(stored[key].shape, stored[key].dtype, sharding=device) for key in targets}
     arrays = ocp.load(folder / "params", abstract)
+    narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
+    if narrowed:
+        raise ValueError(f"{folder}: Orbax changed the dtype of {', '.join(narrowed)} while loading")
     return with_arrays(model, {path: arrays[key] for key, (path, _) in targets.items()})
 
 

@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+LEGEND = (
+    "float64: max|Δ| / max|truth|, at most 1e-10. float32: Flax's error against the float64 truth ÷ (PyTorch's own + "
+    "2.5e-7), at most 4. bits: tensors changed by torch → Flax → torch."
+)
 COLUMNS = [  # heading, kind, precision
     ("output", "output", "float64"),
     ("∂params", "parameter gradients", "float64"),
@@ -125,11 +129,7 @@ def summary(reports: list, console: Console) -> None:
     width = None if console.is_terminal else 200
     Console(width=width, force_terminal=console.is_terminal).print(table)
     passed = sum(report.passed for report in reports)
-    console.print(
-        f"{passed} of {len(reports)} cases agree. float64: max|Δ| / max|truth|, at most 1e-10. float32: Flax's error "
-        "against the float64 truth ÷ (PyTorch's own + 2.5e-7), at most 4. bits: tensors changed by torch → Flax → torch.",
-        highlight=False,
-    )
+    console.print(f"{passed} of {len(reports)} cases agree. {LEGEND}", highlight=False)
     stamp = ", ".join(f"{key} {value}" for key, value in reports[0].environment.items())
     console.print(stamp, style="dim", highlight=False)
 

@@ -18,7 +18,7 @@ from parity.objective import Inputs, named_leaves
 
 @contextlib.contextmanager
 def strict_precision(float64: bool, device: str | None) -> Iterator[jax.Device]:
-    """Float32 matmuls in float32 (not TF32 or bfloat16), float64 allowed or not, one device: for the time of a check."""
+    """Float32 matmuls in float32 (not TF32 or bfloat16), float64 allowed or not, on one device, while it is open."""
     with jax.enable_x64(float64), jax.default_matmul_precision("highest"):
         chosen = jax.devices(device)[0] if device else jax.devices()[0]
         with jax.default_device(chosen):
@@ -85,14 +85,16 @@ class FlaxSide:
     def decode(self, ids: np.ndarray) -> tuple[int, np.ndarray]:
         """Logits through the cache, laid out like ids, from position `first` on: (first, logits).
 
-        A prefill, a short chunk, some single tokens, and the rest at once.
+        A prefill, a chunk of five, single tokens, and a chunk again.
         """
         model, axis = self.module, self.module.sequence_axis
         n = ids.shape[axis]
-        prompt = max(1, n // 3)
+        prompt = max(1, n - 17)
         cuts = [c for c in (0, prompt, *range(prompt + 5, prompt + 13)) if c < n] + [n]
         pieces = [jnp.asarray(ids.take(range(a, b), axis)) for a, b in itertools.pairwise(cuts)]
-        prefill, decode = jax.jit(type(model).prefill), jax.jit(type(model).decode)
+        # Functions of this call's own: jit remembers by function, and a check must run the code as it is now.
+        prefill = jax.jit(lambda model, ids, cache: model.prefill(ids, cache))
+        decode = jax.jit(lambda model, ids, cache: model.decode(ids, cache))
         last, cache = prefill(model, pieces[0], model.init_cache(ids.shape[1 - axis], n, self.dtype))
         logits = [jnp.expand_dims(last, axis)]
         for piece in pieces[1:]:

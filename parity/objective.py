@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arguments of a call, by position or by name; floating arrays are differentiated, the others passed as they are."""
+    """Arguments of a call, by position or by name; floating arrays are differentiated, the others only passed."""
 
     args: tuple[np.ndarray, ...]
     kwargs: dict[str, np.ndarray]
@@ -28,7 +28,9 @@ class Inputs:
             parts = cls((np.asarray(inputs),), {})
         bad = [name for name, value in parts.named().items() if value.dtype.kind not in "fiub" or not value.size]
         if bad or not parts.named():
-            raise ValueError(f"inputs must be non-empty arrays of floats, integers or booleans; not so: {bad or 'none given'}")
+            raise ValueError(
+                f"inputs must be non-empty arrays of floats, integers or booleans; not so: {bad or 'none given'}"
+            )
         return parts
 
     def named(self) -> dict[str, np.ndarray]:

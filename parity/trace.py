@@ -145,18 +145,21 @@ def recorded_calls(classes: set[type], record: Any) -> Iterator[None]:
 
         return call
 
-    originals = {cls: cls.__dict__.get("__call__") for cls in classes if callable(getattr(cls, "__call__", None))}
-    wrappers = {cls: wrapped(cls.__call__) for cls in originals}  # all taken before any is set: they may inherit
+    own = {cls: vars(cls).get(CALL) for cls in classes if hasattr(cls, CALL)}
+    wrappers = {cls: wrapped(getattr(cls, CALL)) for cls in own}  # all taken before any is set: they may inherit
     try:
         for cls, wrapper in wrappers.items():
-            setattr(cls, "__call__", wrapper)
+            setattr(cls, CALL, wrapper)
         yield
     finally:
-        for cls, original in originals.items():
+        for cls, original in own.items():
             if original is None:
-                delattr(cls, "__call__")
+                delattr(cls, CALL)
             else:
-                setattr(cls, "__call__", original)
+                setattr(cls, CALL, original)
+
+
+CALL = "__call__"
 
 
 def floating(args: tuple, kwargs: dict) -> list[np.ndarray]:

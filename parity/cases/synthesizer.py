@@ -42,7 +42,9 @@ def attention(kind: str, rng: np.random.Generator) -> Pair:
         inputs["key"] = inputs["value"]  # not read; it must still be an argument of the right length
     flax_module = nnx.eval_shape(lambda: synthesizer.SynthesizerAttention(*args, rngs=nnx.Rngs(0)))
     zero = (KEY_BIAS,) if "vanilla" in kind else ()
-    return Pair(torch_synthesizer.SynthesizerAttention(*args), flax_module, inputs | {"mask": mask}, zero_gradients=zero)
+    return Pair(
+        torch_synthesizer.SynthesizerAttention(*args), flax_module, inputs | {"mask": mask}, zero_gradients=zero
+    )
 
 
 for _kind in KINDS:

@@ -1,0 +1,144 @@
+"""`python -m jaxmodels.convert`: checkpoints between PyTorch and Flax."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Names of models on the command line: class, and arguments that the name already says.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rope": ("AutoregressiveTransformer", {"attention": "rotary"}),
+    "rope_value": ("AutoregressiveTransformer", {"attention": "rotary_value"}),
+    "relative": ("AutoregressiveTransformer", {"attention": "relative"}),
+    "synthesizer": ("AutoregressiveTransformer", {"attention": "dense"}),
+}
+
+TORCH_EXAMPLES = """\
+examples:
+  python -m jaxmodels.convert torch --model rope --config model.json model.pt OUT/
+  python -m jaxmodels.convert torch --model synthesizer OUT.pt OUT/ \\
+      --config '{"n_vocab": 65, "d_model": 128, "heads": 16, "d_ff": 512, "n_layers": 6, "max_len": 512}'
+  python -m jaxmodels.convert torch OUT/ back.pt
+
+OUT/ is an Orbax checkpoint with a config.json, for `jaxmodels.load("OUT/")`.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="python -m jaxmodels.convert", description="Converts checkpoints between PyTorch and Flax, bit for bit."
+    )
+    formats = arguments.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    pt = formats.add_parser(
+        "torch",
+        help="a state_dict in a .pt file, to a Flax checkpoint and back",
+        description="Converts FILE.pt to a Flax checkpoint folder; given such a folder as the source, writes FILE.pt.",
+        epilog=TORCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pt.add_argument("source", type=Path, metavar="SRC", help="FILE.pt, or the folder of a Flax checkpoint")
+    pt.add_argument("target", type=Path, metavar="DST", help="the folder to write, or FILE.pt")
+    pt.add_argument("--model", choices=sorted(MODELS), help="what FILE.pt holds")
+    pt.add_argument("--config", metavar="JSON", help="the model's arguments: a JSON file, or the JSON itself")
+    pt.add_argument("--key", help="the entry of FILE.pt that holds the state_dict, where it holds more")
+    pt.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it (default: keep every bit)")
+    pt.add_argument("--overwrite", action="store_true", help="replace DST")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        message = to_torch_file(options) if options.source.is_dir() else from_torch_file(options)
+    except (ValueError, OSError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    print(message)
+    return 0
+
+
+def from_torch_file(options: argparse.Namespace) -> str:
+    """FILE.pt -> folder. Everything is checked before anything is written."""
+    from flax import nnx
+
+    import jaxmodels
+    from jaxmodels.checkpoint import build
+    from jaxmodels.convert.files import read_state_dict
+    from jaxmodels.convert.params import from_torch
+
+    if options.model is None or options.config is None:
+        raise ValueError(f"{options.source} is a .pt file: say with --model and --config what it holds")
+    name, arguments = MODELS[options.model]
+    config = arguments | read_json(options.config)
+    with float64_allowed():
+        abstract = nnx.eval_shape(lambda: build(name, config))
+        model = from_torch(abstract, read_state_dict(options.source, options.key), options.dtype)
+        jaxmodels.save(model, options.target, overwrite=options.overwrite)
+        return f"{options.target}: {summary(name, model)}"
+
+
+def to_torch_file(options: argparse.Namespace) -> str:
+    """Folder -> FILE.pt."""
+    import jax
+
+    import jaxmodels
+    from jaxmodels.convert.files import write_state_dict
+    from jaxmodels.convert.params import is_floating, to_torch
+
+    if options.target.exists() and not options.overwrite:
+        raise ValueError(f"{options.target} exists; name another file, or pass --overwrite")
+    for flag in ("model", "config", "key"):
+        if getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} says what a .pt file holds; {options.source} is a folder with a config.json")
+    with float64_allowed():
+        model = jaxmodels.load(options.source)
+        arrays = to_torch(model)
+    if options.dtype:
+        arrays = {k: a.astype(jax.numpy.dtype(options.dtype)) if is_floating(a.dtype) else a for k, a in arrays.items()}
+    write_state_dict(options.target, arrays)
+    return f"{options.target}: {summary(type(model).__name__, model)}"
+
+
+@contextlib.contextmanager
+def float64_allowed() -> Iterator[None]:
+    """A float64 checkpoint stays float64; for all threads, as Orbax reads in its own."""
+    import jax
+
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def read_json(config: str) -> dict[str, Any]:
+    """A JSON object, from the text itself or from the file of that name; raises ValueError where it is none."""
+    text = config
+    if not config.lstrip().startswith("{"):
+        try:
+            text = Path(config).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {config} is neither a JSON object nor a readable file: {error}") from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config {config} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--config {config} must be a JSON object of the model's arguments")
+    return value
+
+
+def summary(name: str, model: Any) -> str:
+    from jaxmodels.convert.params import flat_arrays
+
+    arrays = list(flat_arrays(model).values())
+    dtypes = ", ".join(sorted({str(array.dtype) for array in arrays}))
+    return f"{name}, {sum(array.size for array in arrays):,} parameters in {len(arrays)} arrays, {dtypes}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
