@@ -6,7 +6,7 @@ The truth is the PyTorch module in float64. Importing this package imports neith
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parity.check import check
+    from parity.checking import check
     from parity.report import Report
 
 __all__ = ["Report", "check"]
@@ -14,10 +14,8 @@ __all__ = ["Report", "check"]
 
 def __getattr__(name: str) -> Any:
     if name == "check":
-        from parity.check import check
+        from parity.checking import check
 
-        # The package's attribute of this name is the function, whatever the import system has put there.
-        globals()["check"] = check
         return check
     if name == "Report":
         from parity.report import Report

@@ -74,7 +74,7 @@ class FlaxSide:
             params, state = update(params, state, gradients)
             losses[f"step {step}"] = np.asarray(value)
         trained = {name: array for name, array in to_torch(params).items() if not matches(name, frozen)}
-        return {"training loss": losses, "trained parameters": trained} if trained else {}
+        return {"training loss": losses, "trained parameters": trained} if trained and batches else {}
 
     def held(self, frozen: Sequence[str]) -> set[Path]:
         """The paths of arrays whose PyTorch names are all frozen."""

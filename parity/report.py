@@ -65,17 +65,21 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it; infinities as strings."""
-        checks = [dataclasses.asdict(check) | {"passed": check.passed} for check in self.checks]
-        for check in checks:
-            check["value"] = check["value"] if math.isfinite(check["value"]) else str(check["value"])
+        checks = [dataclasses.asdict(c) | {"value": number(c.value), "passed": c.passed} for c in self.checks]
+        where = self.divergence
         return {
             "name": self.name,
             "passed": self.passed,
             "seconds": round(self.seconds, 3),
             "checks": checks,
-            "divergence": dataclasses.asdict(self.divergence) if self.divergence else None,
+            "divergence": dataclasses.asdict(where) | {"error": number(where.error)} if where else None,
             "environment": self.environment,
         }
+
+
+def number(value: float) -> float | str:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else str(value)
 
 
 def environment(device: jax.Device, float64: bool, seed: int) -> dict[str, str]:

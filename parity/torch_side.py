@@ -83,7 +83,7 @@ class TorchSide:
             for name, parameter in side.module.named_parameters()
             if parameter.requires_grad and not any(fnmatch(name, pattern) for pattern in frozen)
         }
-        if not trained:
+        if not trained or not batches:
             return {}
         optimizer = torch.optim.Adam(trained.values(), lr=lr)
         losses = {}

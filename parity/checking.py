@@ -42,7 +42,7 @@ def check(
     Neither module is changed: copies of the PyTorch one give the weights to both sides. `inputs` are numpy arrays: one,
     a sequence of positional ones, or a mapping of named ones. With `labels` (int, the logits' leading shape) the loss
     is the cross-entropy, else the squared distance to random targets. `zero_gradients` are patterns of parameter names
-    whose gradients are zero in exact arithmetic: they are checked to be ~0 and held still in the training steps.
+    whose gradients are zero in exact arithmetic: they are checked to be ~0 and held still in the training `steps`.
     device: 'cpu', 'gpu' or 'tpu', None for JAX's default; float64 None: whether the device has it. `randomize` perturbs
     constant parameters (zeros, ones) first. Raises ValueError for inputs that are no arrays, and ConversionError where
     the weights do not fit.

@@ -1,0 +1,209 @@
+"""`python -m bench.rope`: a training step of the RoPE language model, at the originals' sizes, against PyTorch.
+
+In one run, in turn: the Flax model; its PyTorch twin, eager and under `torch.compile`; and what a PyTorch user would
+write today, `scaled_dot_product_attention`, eager and compiled. A step is forward, cross-entropy, backward and Adam.
+Then the Flax step's parts, each timed alone, and their share of the step.
+"""
+
+import argparse
+import math
+import os
+import statistics
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m bench.rope", description=__doc__)
+    arguments.add_argument("--rounds", type=int, default=9, help="timed steps of each (default 9)")
+    arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
+    arguments.add_argument("--sequence", type=int, default=512)
+    arguments.add_argument("--batch", type=int, default=4)
+    arguments.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out (it needs a C++ compiler)"
+    )
+    return arguments.parse_args()
+
+
+N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS = 65, 128, 16, 512, 6  # the originals' experiment
+
+
+def main() -> None:
+    options = parse()
+    # XLA sizes its thread pool by the processors it may use, once, when it starts.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+
+    import numpy as np
+    import torch
+
+    from bench.timing import alternate, report, stamp
+
+    torch.set_num_threads(options.threads)
+    ids = np.random.default_rng(0).integers(0, N_VOCAB, (options.sequence + 1, options.batch))
+    steps = {"Flax": flax_step(ids)} | torch_steps(ids, compiled=not options.no_compile)
+    print(stamp(options.threads))
+    shape = f"S {options.sequence}, batch {options.batch}, d {D_MODEL}, H {HEADS}, L {N_LAYERS}, float32"
+    report(f"Training step: {shape}", alternate(steps, options.rounds), against="Flax")
+
+    parts = flax_parts(ids)
+    seconds = alternate({"whole step": steps["Flax"]} | parts, options.rounds)
+    whole = statistics.median(seconds["whole step"])
+    print("\nThe Flax step's parts, forward and backward, each alone, as a share of the step:")
+    for name in parts:
+        median = statistics.median(seconds[name])
+        print(f"  {name:32} {1e3 * median:6.0f} ms {median / whole:6.0%}")
+
+
+def flax_step(ids):
+    """One training step of the Flax model; state is donated and kept between calls."""
+    import jax
+    import optax
+    from flax import nnx
+
+    from jaxmodels.transformer import AutoregressiveTransformer
+
+    model = AutoregressiveTransformer(N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS, rngs=nnx.Rngs(0))
+    tx = optax.adam(1e-4)
+
+    def loss(model, inputs, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(model(inputs), labels).mean()
+
+    def step(model, state, inputs, labels):
+        value, gradients = jax.value_and_grad(loss)(model, inputs, labels)
+        updates, state = tx.update(gradients, state, model)
+        return optax.apply_updates(model, updates), state, value
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    carried = [model, tx.init(model)]
+    inputs, labels = jax.device_put((ids[:-1], ids[1:]))
+
+    def run() -> None:
+        *carried[:], value = step(*carried, inputs, labels)
+        value.block_until_ready()
+
+    return run
+
+
+def flax_parts(ids):
+    """The step's parts by name, each jitted alone with its gradients, as often as the model has it."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    from jaxmodels.transformer import AutoregressiveTransformer
+
+    model = AutoregressiveTransformer(N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS, rngs=nnx.Rngs(0))
+    inputs, labels = jax.device_put((ids[:-1], ids[1:]))
+    x = jax.random.normal(jax.random.key(0), (*inputs.shape, D_MODEL))
+    tx = optax.adam(1e-4)
+    state = tx.init(model)
+
+    def attention(layers, x):
+        for layer in layers:
+            x = x + layer.self_attn(query=x, key=x, value=x, mask="causal")
+        return x.sum()
+
+    def feed_forward(layers, x):
+        for layer in layers:
+            x = x + layer.feed_forward(x)
+        return x.sum()
+
+    def ends(model, x):
+        logits = model.generator(model.src_embed(inputs) + x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def norms(layers, x):
+        for layer in layers:
+            x = x + layer.norm_self_attn(x)
+            x = x + layer.norm_ff(x)
+        return x.sum()
+
+    def differentiated(function, *arguments):
+        both = jax.jit(jax.grad(function, argnums=(0, 1)))
+        return lambda: jax.block_until_ready(both(*arguments))
+
+    update = jax.jit(lambda gradients, state, model: tx.update(gradients, state, model))
+    gradients = jax.tree.map(jnp.ones_like, model)
+    return {
+        f"{N_LAYERS} × attention": differentiated(attention, model.encoder.layers, x),
+        f"{N_LAYERS} × feed-forward": differentiated(feed_forward, model.encoder.layers, x),
+        f"{2 * N_LAYERS} × norm and residual": differentiated(norms, model.encoder.layers, x),
+        "embedding, readout, cross-entropy": differentiated(ends, model, x),
+        "Adam": lambda: jax.block_until_ready(update(gradients, state, model)),
+    }
+
+
+def torch_steps(ids, *, compiled: bool):
+    """PyTorch's steps by name."""
+    import torch
+
+    from torch_ref.transformer import AutoregressiveTransformer
+
+    inputs, labels = torch.as_tensor(ids[:-1]), torch.as_tensor(ids[1:])
+
+    def step(module):
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-4)
+
+        def run() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            logits = module(inputs)
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+            optimizer.step()
+
+        return run
+
+    def twin():
+        return AutoregressiveTransformer(N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS)
+
+    steps = {"PyTorch twin, eager": step(twin()), "PyTorch fused attention, eager": step(fused_model())}
+    if compiled:
+        steps["PyTorch twin, compiled"] = step(torch.compile(twin()))
+        steps["PyTorch fused attention, compiled"] = step(torch.compile(fused_model()))
+    return steps
+
+
+def fused_model():
+    """The same model as a PyTorch user would write it today: one matmul for q, k, v, and the fused attention."""
+    import torch
+    from torch import nn
+
+    d_k = D_MODEL // HEADS
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(D_MODEL), nn.LayerNorm(D_MODEL)
+            self.qkv, self.output = nn.Linear(D_MODEL, 3 * D_MODEL), nn.Linear(D_MODEL, D_MODEL)
+            self.ff = nn.Sequential(nn.Linear(D_MODEL, D_FF), nn.ReLU(), nn.Linear(D_FF, D_MODEL))
+
+        def forward(self, x, cos, sin):
+            def turn(x):
+                x1, x2 = x.chunk(2, dim=-1)
+                return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+            q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, d_k)).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+            x = x + self.output(y.transpose(1, 2).flatten(2))
+            return x + self.ff(self.norm2(x))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(N_VOCAB, D_MODEL), nn.LayerNorm(D_MODEL)
+            self.layers = nn.ModuleList(Layer() for _ in range(N_LAYERS))
+            self.readout = nn.Linear(D_MODEL, N_VOCAB)
+
+        def forward(self, ids):
+            position = torch.arange(len(ids), dtype=torch.float32)
+            angle = torch.outer(position, torch.exp(-math.log(10_000) * torch.arange(0, d_k, 2) / d_k))
+            cos, sin = angle.cos(), angle.sin()
+            x = self.embed(ids.T)
+            for layer in self.layers:
+                x = layer(x, cos, sin)
+            return self.readout(self.norm(x)).transpose(0, 1)
+
+    return Model()
+
+
+if __name__ == "__main__":
+    main()

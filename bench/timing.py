@@ -1,0 +1,58 @@
+"""Timing several things fairly in one process: in turn, medians, a stamp of machine and versions."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+
+def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call, by name: all functions once to warm up, then one call of each per round.
+
+    The machine's speed drifts; what is timed in turn drifts together, so ratios hold where single times do not. Each
+    function must return only when its work is done (block_until_ready).
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in track(range(rounds), description="timing", transient=True):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def report(title: str, seconds: Mapping[str, list[float]], against: str) -> None:
+    """A table of medians and ranges, each with how many times slower than `against` it is, round by round."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "median ms", "min – max", f"÷ {against}"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(times, seconds[against], strict=True))
+        spread = f"{1e3 * min(times):.0f} – {1e3 * max(times):.0f}"
+        table.add_row(name, f"{1e3 * statistics.median(times):.0f}", spread, f"{ratio:.2f}")
+    Console(width=100).print(table)
+
+
+def stamp(threads: int) -> str:
+    """Processor, threads and versions, for the foot of a table."""
+    packages = ("jax", "flax", "torch", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{processor()}, {threads} threads; Python {platform.python_version()}, {versions}"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({os.cpu_count()} CPUs seen)"

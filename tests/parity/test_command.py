@@ -1,0 +1,75 @@
+"""`python -m parity` and the page it writes."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from parity.__main__ import main
+from parity.cases import load_cases, select
+
+
+def test_a_case_runs_and_is_reported_everywhere(tmp_path, capsys):
+    files = ["--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "out.html")]
+    assert main(["rope.embeddings", "transformer.feed_forward", *files]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 cases agree" in shown
+    assert "jax 0." in shown
+    reports = json.loads((tmp_path / "out.json").read_text())
+    assert [report["name"] for report in reports] == ["rope.embeddings", "transformer.feed_forward"]
+    assert all(report["passed"] and report["environment"]["seed"] == "0" for report in reports)
+    html = (tmp_path / "out.html").read_text()
+    assert "rope.embeddings" in html
+    assert "2 of 2 cases agree" in html
+    assert not re.search(r"(src|href)\s*=|url\(|@import|<script", html), "the page must stand alone"
+
+
+def test_a_failure_is_a_non_zero_exit_and_named(tmp_path, monkeypatch, capsys):
+    from jaxmodels import layers
+
+    monkeypatch.setattr(layers.FeedForward, "__call__", lambda self, x, rng=None: self.layer2(self.layer1(x)))
+    assert main(["transformer.feed_forward", "--report", str(tmp_path / "out.html")]) == 1
+    shown = capsys.readouterr().out
+    assert "0 of 1 cases agree" in shown
+    assert "first divergence" in shown
+    assert "<details open>" in (tmp_path / "out.html").read_text()
+
+
+def test_the_command_itself_lists_and_helps():
+    command = [sys.executable, "-m", "parity"]
+    listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout
+    assert all(name in listed for name in load_cases())
+    assert "--device" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+
+
+def test_unknown_names_are_one_clear_line(capsys):
+    assert main(["rope.nonsense"]) == 2
+    error = capsys.readouterr().err
+    assert "rope.nonsense" in error
+    assert "rope.attention" in error
+    with pytest.raises(ValueError, match="ropes"):
+        select(["ropes"])
+
+
+def test_names_select_cases_and_systems():
+    assert select(["rope.attention"]) == ["rope.attention"]
+    assert set(select(["rope"])) == {name for name in load_cases() if name.startswith("rope.")}
+    assert select([]) == list(load_cases())
+
+
+def test_a_device_that_is_not_there_is_one_clear_line():
+    command = [sys.executable, "-m", "parity", "transformer.feed_forward", "--device", "tpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "tpu" in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+
+
+def test_importing_parity_imports_neither_torch_nor_jax():
+    code = "import sys, parity; print('torch' in sys.modules, 'jax' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False False\n"
+    )
