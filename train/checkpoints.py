@@ -46,12 +46,11 @@ def read_about(run: Path) -> dict[str, Any]:
         about = json.loads(file.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise ValueError(f"{file} has format {about['format']}, this version reads {FORMAT}")
-        about["config"], about["text_sha256"], about["step"]  # noqa: B018 - a KeyError where one is missing
+        return {name: about[name] for name in ("step", "config", "text_sha256")}
     except FileNotFoundError:
         raise ValueError(f"{run} holds no checkpoint of a training run") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} does not describe a training run: {error!r}") from None
-    return about
 
 
 def load_model(run: Path) -> tuple[Any, CharVocabulary]:
@@ -68,10 +67,9 @@ def load(run: Path, transformation: optax.GradientTransformation) -> State:
     model, _ = load_model(run)
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    paths = {dotted(path): path for path in flat_arrays(optimizer)}
+    targets = flat_arrays(optimizer)
     abstract = {
-        dotted(path): jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device)
-        for path, array in flat_arrays(optimizer).items()
+        dotted(path): jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device) for path, array in targets.items()
     }
     folder = run / "checkpoint"
     try:
@@ -79,4 +77,4 @@ def load(run: Path, transformation: optax.GradientTransformation) -> State:
         losses = np.load(folder / "losses.npy").tolist()
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder} does not hold the optimizer of its run: {error}") from error
-    return State(model, with_arrays(optimizer, {path: arrays[key] for key, path in paths.items()}), losses)
+    return State(model, with_arrays(optimizer, {path: arrays[dotted(path)] for path in targets}), losses)

@@ -52,7 +52,7 @@ class Batches:
         n_windows(self.ids, self.seq_len, "training")
 
     def __call__(self, step: int) -> np.ndarray:
-        """Tokens of a step, counted from 0: int32 [S + 1, B]; inputs are all but the last row, targets all but the first."""
+        """Tokens of a step, counted from 0: int32 [S + 1, B]; inputs lack the last row, targets the first."""
         n = n_windows(self.ids, self.seq_len, "training")
         epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), n)
         last = len(self.ids) - self.seq_len - 1

@@ -5,6 +5,7 @@ Axes: S sequence, B batch, V vocabulary. Losses are in nats per token.
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -37,19 +38,16 @@ def token_losses(model: Any, tokens: jax.Array, rng: jax.Array | None = None) ->
     return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:-1], rng), tokens[1:])
 
 
-def make_step() -> Callable:
-    """A jitted (model, optimizer, tokens [S + 1, B], key) -> (model, optimizer, loss); the first two are donated.
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def train_step(model, optimizer, tokens, key):
+    """One update: tokens [S + 1, B] -> (model, optimizer, loss); the given model and optimizer are used up.
 
     key: of the run's dropout, the same at every step; None for none.
     """
-
-    def step(model, optimizer, tokens, key):
-        rng = None if key is None else jax.random.fold_in(key, optimizer.step[...])
-        loss, gradients = jax.value_and_grad(lambda model: token_losses(model, tokens, rng).mean())(model)
-        optimizer.update(model, gradients)
-        return model, optimizer, loss
-
-    return jax.jit(step, donate_argnums=(0, 1))
+    rng = None if key is None else jax.random.fold_in(key, optimizer.step[...])
+    loss, gradients = jax.value_and_grad(lambda model: token_losses(model, tokens, rng).mean())(model)
+    optimizer.update(model, gradients)
+    return model, optimizer, loss
 
 
 @jax.jit
@@ -82,19 +80,20 @@ def train(
     """
     if state.step >= steps:
         return True
-    step = make_step()
+    compiled = None
     with make_progress(console) as progress, interruptible() as interrupted:
         task = progress.add_task("training", total=steps, completed=state.step, loss=float("nan"), tokens=0)
         tokens = batches(state.step)
         while state.step < steps and not interrupted.is_set():
-            state.model, state.optimizer, loss = step(state.model, state.optimizer, tokens, key)
+            state.model, state.optimizer, loss = train_step(state.model, state.optimizer, tokens, key)
             next_tokens = batches(state.step + 1)  # drawn while the device works: the loss is waited for below
             state.losses.append(float(loss))
             if not np.isfinite(state.losses[-1]):
                 raise ValueError(
                     f"the loss is {state.losses[-1]} at step {state.step}; a smaller learning rate may help"
                 )
-            assert step._cache_size() == 1, "the training step was compiled a second time"
+            compiled = compiled or train_step._cache_size()
+            assert train_step._cache_size() == compiled, "the training step was compiled a second time"
             recent = float(np.mean(state.losses[-20:]))
             progress.update(task, advance=1, loss=recent, tokens=tokens[1:].size)
             tokens = next_tokens

@@ -13,7 +13,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Counts of all k-grams. A k-gram's code is (rank of its first k-1 characters)·V + its last; a rank is a place in `codes`."""
+    """Counts of all k-grams: hc, of a context h of k-1 characters and a last one c.
+
+    Its code is (rank of h)·V + c; a k-gram's rank is the place of its code, so the codes are as small as they can be.
+    """
 
     codes: np.ndarray  # int64 [n], sorted: one per k-gram seen
     counts: np.ndarray  # N(hc) [n]
@@ -41,7 +44,7 @@ class NGram:
             contexts, ranks = len(codes), inverse[:-1]
 
     def nats(self, ids: np.ndarray) -> np.ndarray:
-        """-log P of each character given those before it, in nats: float64 [N]. The first ones have shorter contexts."""
+        """-log P of each character given those before it, in nats: float64 [N]; the first ones have less before."""
         p = np.full(len(ids), 1 / self.n_vocab)
         ranks = np.zeros(len(ids), np.int64)  # -1: never seen
         for k, order in enumerate(self.orders[: len(ids)]):

@@ -24,7 +24,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     """g · min(1, max_norm / (‖g‖ + 1e-6)), ‖g‖ over all gradients, as `torch.nn.utils.clip_grad_norm_`."""
 
     def clip(updates, _):
-        factor = jnp.minimum(1, max_norm / (optax.global_norm(updates) + 1e-6))
+        factor = jnp.minimum(1, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)
 
     return optax.stateless(clip)

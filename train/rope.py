@@ -58,7 +58,7 @@ class Config:
     warmup: int = 500
     """steps until the schedule's peak"""
     adam: AdamForm = "original"
-    """where Adam adds its epsilon: before the bias correction, as the original experiments do, or after, as torch does"""
+    """where Adam adds epsilon: before the bias correction, as the original experiments do, or after, as torch does"""
     every: int = 500
     """steps from one validation, greedy sample and checkpoint to the next"""
     seed: int = 0
