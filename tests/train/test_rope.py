@@ -1,5 +1,7 @@
 """The command lines, from text to text: `python -m train.rope` and `python -m train.sample`."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -19,7 +21,8 @@ from train.command import one_line_errors
 from train.optimizers import adam, noam
 
 ROOT = Path(__file__).parents[2]
-SIZES = "--d-model 30 --heads 3 --d-ff 13 --n-layers 1 --seq-len 11 --batch-size 3 --warmup 5 --dropout 0.1".split()
+SIZES = {"d-model": 30, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "batch-size": 3, "warmup": 5, "every": 5}
+TINY = [f"--{name}={value}" for name, value in SIZES.items()]
 TEXT = "".join(f"{i} men and {i * i % 89} women went to sea [in a boat].\n" for i in range(97))
 
 
@@ -31,18 +34,24 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(text, tmp_path_factory) -> Path:
-    """A finished run of 7 steps."""
+def run_and_output(text, tmp_path_factory) -> tuple[Path, str]:
+    """A finished run of 7 steps, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert rope.main([*SIZES, "--text", str(text), "--out", str(folder), "--steps", "7", "--every", "5"]) == 0
-    return folder
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert rope.main([*TINY, "--text", str(text), "--out", str(folder), "--steps", "7"]) == 0
+    return folder, out.getvalue()
 
 
-def start(*arguments: object) -> subprocess.Popen:
+@pytest.fixture(scope="module")
+def run(run_and_output) -> Path:
+    return run_and_output[0]
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen:
     """python -m …, in a process of its own."""
     command = [sys.executable, "-m", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, **pipes)
 
 
 def state(run: Path) -> dict[str, np.ndarray]:
@@ -54,8 +63,10 @@ def state(run: Path) -> dict[str, np.ndarray]:
 
 
 def test_an_interrupted_run_goes_on_exactly(text, tmp_path):
-    new = [*SIZES, "--text", text, "--every", 5]
-    interrupted = start("train.rope", *new, "--out", tmp_path / "a", "--steps", 1_000_000)
+    new = [*TINY, "--dropout", 0.1, "--text", text]
+    # the processes share what they compile, which is most of their time
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    interrupted = start("train.rope", *new, "--out", tmp_path / "a", "--steps", 1_000_000, **cache)
     for line in interrupted.stdout:
         if line.startswith("step 5:"):
             interrupted.send_signal(signal.SIGINT)
@@ -67,8 +78,8 @@ def test_an_interrupted_run_goes_on_exactly(text, tmp_path):
     assert message[2] == f"python -m train.rope --resume {tmp_path / 'a'}"
     steps = int(message[1]) + 13
 
-    resumed = start("train.rope", "--resume", tmp_path / "a", "--steps", steps)
-    straight = start("train.rope", *new, "--out", tmp_path / "b", "--steps", steps)
+    resumed = start("train.rope", "--resume", tmp_path / "a", "--steps", steps, "--every", 1000, **cache)
+    straight = start("train.rope", *new, "--out", tmp_path / "b", "--steps", steps, "--every", 1000, **cache)
     for process in (resumed, straight):
         out, err = process.communicate(timeout=120)
         assert (process.returncode, err) == (0, "")
@@ -79,25 +90,21 @@ def test_an_interrupted_run_goes_on_exactly(text, tmp_path):
         np.testing.assert_array_equal(resumed[name], array, err_msg=name)  # bit for bit
 
 
-def test_what_a_run_prints_and_leaves(text, tmp_path, capsys, run):
-    again = tmp_path / "again"
-    assert rope.main([*SIZES, "--text", str(text), "--out", str(again), "--steps", "7", "--every", "5"]) == 0
-    out = capsys.readouterr().out
+def test_what_a_run_prints_and_leaves(run_and_output):
+    run, out = run_and_output
     assert re.search(r"^step 5: loss \d\.\d+, validation loss \d\.\d+, greedy sample:\n    .*\|.{25}", out, re.M)
     assert "step 7/7" in out  # the progress bar
     validation = re.search(r"(\d\.\d+)  character 4-gram .*\n +(\d\.\d+)  transformer after 7 steps", out)
     assert 0 < float(validation[1]) < float(validation[2])  # seven steps are not enough
-    assert f"python -m train.sample {again}" in out
+    assert f"python -m train.sample {run}" in out
 
-    assert sorted(path.name for path in again.iterdir()) == ["checkpoint"]
-    about = json.loads((again / "checkpoint" / "run.json").read_text())
+    assert [path.name for path in run.iterdir()] == ["checkpoint"]
+    about = json.loads((run / "checkpoint" / "run.json").read_text())
     assert about["step"] == 7
     assert about["config"]["d_ff"] == 13
-    model = jaxmodels.load(again / "checkpoint" / "model")
+    model = jaxmodels.load(run / "checkpoint" / "model")
     assert (model.d_model, model.n_vocab) == (30, len(set(TEXT)))
-    assert CharVocabulary.load(again / "checkpoint" / "vocabulary.json") == CharVocabulary.of(TEXT)
-    for name, array in state(run).items():
-        np.testing.assert_array_equal(state(again)[name], array)  # the same seed, the same run
+    assert CharVocabulary.load(run / "checkpoint" / "vocabulary.json") == CharVocabulary.of(TEXT)
 
 
 def test_flags_come_from_the_run_or_the_preset(run):
@@ -178,7 +185,7 @@ def test_sample_continues_the_prompt(run, capsys):
     assert len(drawn) == 7 + 29 + 1
     assert drawn == write("--seed", 3)
     assert drawn != write("--seed", 4)
-    assert write("--temperature", 0) == write("--top-k", 1) == write("--top-p", 1e-6)
+    assert write("--temperature", 0) == write("--top-k", 1)
 
 
 @pytest.mark.parametrize(
