@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
 from rich.console import Console
 
-from jaxmodels.generate import generate
 from jaxmodels.text import CharVocabulary, load_corpus, split
 from jaxmodels.transformer import AutoregressiveTransformer
 from train import checkpoints, loop
@@ -25,6 +23,7 @@ from train.command import one_line_errors, peek
 from train.data import Batches, windows
 from train.ngram import NGram
 from train.optimizers import AdamForm, adam, noam
+from train.sample import continue_text
 
 PROGRAM = "python -m train.rope"
 
@@ -182,7 +181,10 @@ def main(arguments: Sequence[str]) -> int:
         loss = loop.evaluate(state.model, validation, config.batch_size)
         recent = np.mean(state.losses[-100:])
         console.print(f"step {state.step}: loss {recent:.3f}, validation loss {loss:.3f}, greedy sample:")
-        console.print("    " + sample(state.model, vocabulary, validation_ids).replace("\n", "\n    "))
+        prompt = validation_ids[:30]
+        continuation = continue_text(state.model, prompt, 100, config.seq_len)
+        sample = f"{vocabulary.decode(prompt)}|{vocabulary.decode(continuation)}"
+        console.print("    " + sample.replace("\n", "\n    "))
         return loss
 
     def save_and_report() -> None:
@@ -210,13 +212,6 @@ def main(arguments: Sequence[str]) -> int:
     )
     console.print(f"saved; write text with: python -m train.sample {run}")
     return 0
-
-
-def sample(model: AutoregressiveTransformer, vocabulary: CharVocabulary, ids: np.ndarray, length: int = 100) -> str:
-    """The first line or so of the validation text, a bar, and its greedy continuation."""
-    prompt = ids[:30]
-    continuation = generate(model, jnp.asarray(prompt)[:, None], length)[:, 0]
-    return f"{vocabulary.decode(prompt)}|{vocabulary.decode(continuation)}"
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from jaxmodels.generate import generate
@@ -26,7 +27,7 @@ class Command:
 
     run: Annotated[Path, tyro.conf.Positional]
     """folder of the run"""
-    prompt: str = "\n"
+    prompt: str = "The "
     """text to continue; its characters must be among those of the training text"""
     length: int = 500
     """characters to write"""
@@ -44,17 +45,37 @@ def main(arguments: Sequence[str]) -> None:
     """Prints prompt and continuation; raises ValueError for bad input."""
     command = tyro.cli(Command, args=arguments, prog=PROGRAM)
     model, vocabulary = checkpoints.load_model(command.run)
-    ids = jnp.asarray(vocabulary.encode(command.prompt))[:, None]
-    continuation = generate(
+    continuation = continue_text(
         model,
-        ids,
+        vocabulary.encode(command.prompt),
         command.length,
+        checkpoints.read_about(command.run)["config"]["seq_len"],
         temperature=command.temperature,
         top_k=command.top_k,
         top_p=command.top_p,
-        rng=jax.random.key(command.seed),
+        seed=command.seed,
     )
-    print(command.prompt + vocabulary.decode(continuation[:, 0]))
+    print(command.prompt + vocabulary.decode(continuation))
+
+
+def continue_text(
+    model: Any, ids: np.ndarray, length: int, seq_len: int, *, temperature: float = 0.0, seed: int = 0, **choice: Any
+) -> np.ndarray:
+    """The next `length` tokens of a text: ids int [n] -> int32 [length], greedy at temperature 0.
+
+    Beyond the seq_len positions that a model was trained on its text falls apart. So it is written in pieces that end
+    there, each from the last seq_len // 2 tokens of what is there by then. Raises ValueError as `generate` does.
+    """
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1")
+    written = ids
+    while len(written) < len(ids) + length:
+        context = written[-max(1, seq_len // 2) :]
+        n = min(max(1, seq_len - len(context)), length)
+        rng = jax.random.fold_in(jax.random.key(seed), len(written))
+        piece = generate(model, jnp.asarray(context)[:, None], n, temperature=temperature, rng=rng, **choice)
+        written = np.concatenate([written, piece[:, 0]])
+    return written[len(ids) : len(ids) + length]
 
 
 if __name__ == "__main__":
