@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """A ValueError, which is how this project reports bad input, ends the program with one line and exit code 1."""
+    """Bad input, which this project reports as ValueError, and an OSError end the program with one line and code 1."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{program}: {error}")
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -1,6 +1,14 @@
 """A small character model with rotary attention, against a character 4-gram model of the same text.
 
-python -m train.rope --text tiny_shakespeare        # or a FILE; without --text: Python's own language reference
+    python -m train.rope --text tiny_shakespeare       # or a FILE; without --text: Python's own language reference
+
+Hardware   2 CPU cores, which other programs were using too; float32
+Time       21 min 10 s by the clock, 14 min 39 s of CPU time over both cores
+Training   2000 steps of 16 sequences of 128 characters, 4.1 epochs; 810,049 parameters
+Result     validation loss in nats per character, over the same 111,488 characters of tiny_shakespeare:
+           character 4-gram 1.774, this model 1.592 (seed 0)
+
+The same again goes on from its checkpoint: python -m train.rope --resume runs/rope --steps 3000
 """
 
 import dataclasses
@@ -122,7 +130,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """
     resume, preset = peek(arguments, "--resume"), peek(arguments, "--preset")
     saved = None if resume is None else saved_config(Path(resume))
-    default = saved if saved and preset is None else PRESETS.get(preset, Config.small)()
+    default = saved if saved and preset is None else PRESETS.get(preset or "small", Config.small)()
     command = tyro.cli(Command, default=Command(default), args=arguments, prog=PROGRAM)
     if saved:
         changed = {
@@ -165,6 +173,7 @@ def main(arguments: Sequence[str]) -> int:
         model = config.model(len(vocabulary))
         state = loop.State(model, nnx.Optimizer(model, transformation, wrt=nnx.Param))
 
+    run.mkdir(parents=True, exist_ok=True)  # fails now where it can't be written, not at the first checkpoint
     parameters = sum(array.size for array in jax.tree.leaves(nnx.state(state.model, nnx.Param)))
     console.print(
         f"{config.text}: {len(train_ids):,} characters to train on, {len(validation_ids):,} to validate, "

@@ -175,6 +175,8 @@ def test_errors_are_one_line(capsys):
         raise KeyboardInterrupt
     assert error.value.code == 130
     assert capsys.readouterr().err == "train: interrupted\n"
+    with pytest.raises(SystemExit, match=r"^train: .*No such file"), one_line_errors("train"):
+        (ROOT / "nowhere" / "file").read_text()
 
 
 def test_sample_continues_the_prompt(run, capsys):
