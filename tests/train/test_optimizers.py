@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train.optimizers import adam, clip_by_norm, noam, scale_by_adam
+
+D, WARMUP, STEPS = 13, 7, 29
+EPS = 0.1  # large, so that its place matters
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def gradients(seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"a": rng.normal(size=(3, 5)), "b": rng.normal(size=2) * 0.01} for _ in range(STEPS)]
+
+
+def apply(transformation: optax.GradientTransformation, gradients: list) -> dict[str, jax.Array]:
+    """Parameters after one update per gradient, from zero."""
+    parameters = jax.tree.map(jnp.zeros_like, gradients[0])
+    state = transformation.init(parameters)
+    for gradient in gradients:
+        updates, state = transformation.update(gradient, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+    return parameters
+
+
+def test_noam_rises_to_its_peak_and_falls_with_the_root():
+    schedule = noam(2.0, D, WARMUP)
+    t = np.arange(1, 31)
+    expected = 2.0 * D**-0.5 * np.minimum(t**-0.5, t * WARMUP**-1.5)
+    np.testing.assert_allclose([schedule(jnp.int32(count)) for count in t - 1], expected, rtol=1e-6)
+    assert expected.argmax() == WARMUP - 1
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", ["original", "torch"])
+def test_adam_closed_form(form):
+    b1, b2 = 0.8, 0.95
+    expected = {name: np.zeros_like(g) for name, g in gradients()[0].items()}
+    for name, parameter in expected.items():
+        m = v = 0.0
+        for t, gradient in enumerate(gradients(), start=1):
+            g = gradient[name]
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            if form == "original":
+                parameter -= np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + EPS)
+            else:
+                parameter -= m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + EPS)
+    got = apply(optax.chain(scale_by_adam(form, b1, b2, EPS), optax.scale(-1)), gradients())
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("size", [0.03, 5.0])  # below the clip's norm in most steps, and above it in all
+def test_the_whole_chain_against_torch(size):
+    torch = pytest.importorskip("torch")
+    steps = [jax.tree.map(lambda g: g * size, gradient) for gradient in gradients(seed=1)]
+    parameters = {name: torch.zeros(g.shape, dtype=torch.float64, requires_grad=True) for name, g in steps[0].items()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda count: 0.5 * D**-0.5 * min((count + 1) ** -0.5, (count + 1) * WARMUP**-1.5)
+    )
+    for gradient in steps:
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradient[name])
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+    got = apply(adam(noam(0.5, D, WARMUP), "torch"), steps)
+    for name, parameter in parameters.items():
+        np.testing.assert_allclose(got[name], parameter.detach().numpy(), rtol=1e-11)
+
+
+def test_the_originals_epsilon_weighs_more_at_first():
+    original, torch_form = (apply(scale_by_adam(form, eps=EPS), gradients()[:1]) for form in ("original", "torch"))
+    assert (np.abs(original["a"]) < 0.5 * np.abs(torch_form["a"])).all()
+
+
+def test_the_first_float32_update_is_the_sign_of_the_gradient():
+    # 1 - βᵗ as a float32 difference would be off by 2.5e-5 here
+    updates = apply(scale_by_adam("torch"), [{"a": jnp.array([3.0, -0.5])}])["a"]
+    np.testing.assert_allclose(updates, [1, -1], atol=3e-7)
+
+
+def test_clipping_is_over_all_gradients_and_leaves_small_ones():
+    large = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped = apply(clip_by_norm(1.0), [large])
+    np.testing.assert_allclose([clipped["a"], clipped["b"]], [[0.6], [0.8]], rtol=1e-6)
+    small = {"a": jnp.array([0.3]), "b": jnp.array([0.4])}
+    np.testing.assert_array_equal(apply(clip_by_norm(1.0), [small])["a"], small["a"])

@@ -1,0 +1,1 @@
+"""Training: one script per experiment, over one loop."""

@@ -1,0 +1,59 @@
+"""An interpolated character n-gram model (Witten and Bell 1991; Chen and Goodman 1998, section 2.4): the bar to clear.
+
+    P(c | h) = (N(hc) + T(h) · P(c | h')) / (N(h) + T(h)),    P(c) below the unigrams = 1/V
+
+N counts in the training text, N(h) = Σ_c N(hc); T(h) is how many different characters follow h; h' is h without its
+first character. A context never seen leaves P(c | h').
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Counts of all k-grams: hc, of a context h of k-1 characters and a last one c.
+
+    Its code is (rank of h)·V + c; a k-gram's rank is the place of its code, so the codes are as small as they can be.
+    """
+
+    codes: np.ndarray  # int64 [n], sorted: one per k-gram seen
+    counts: np.ndarray  # N(hc) [n]
+    total: np.ndarray  # N(h) [contexts]
+    types: np.ndarray  # T(h) [contexts]
+
+
+class NGram:
+    """The model of a text: `order` 4 predicts from the three characters before.
+
+    ids: integers in [0, n_vocab), [N]. Raises ValueError where the text is empty.
+    """
+
+    def __init__(self, ids: np.ndarray, n_vocab: int, order: int = 4):
+        if not len(ids):
+            raise ValueError("an n-gram model needs a text that is not empty")
+        self.n_vocab = n_vocab
+        self.orders: list[Order] = []
+        contexts, ranks = 1, np.zeros(len(ids), np.int64)  # the rank of the k-1 characters before each one
+        for k in range(min(order, len(ids))):
+            codes, inverse, counts = np.unique(ranks * n_vocab + ids[k:], return_inverse=True, return_counts=True)
+            context = codes // n_vocab
+            total = np.bincount(context, weights=counts, minlength=contexts)
+            self.orders.append(Order(codes, counts, total, np.bincount(context, minlength=contexts)))
+            contexts, ranks = len(codes), inverse[:-1]
+
+    def nats(self, ids: np.ndarray) -> np.ndarray:
+        """-log P of each character given those before it, in nats: float64 [N]; the first ones have less before."""
+        p = np.full(len(ids), 1 / self.n_vocab)
+        ranks = np.zeros(len(ids), np.int64)  # -1: never seen
+        for k, order in enumerate(self.orders[: len(ids)]):
+            codes = np.where(ranks < 0, -1, ranks * self.n_vocab + ids[k:])
+            places = np.minimum(np.searchsorted(order.codes, codes), len(order.codes) - 1)
+            seen = order.codes[places] == codes
+            count = np.where(seen, order.counts[places], 0)
+            total, types = (np.where(ranks < 0, 0, table[ranks]) for table in (order.total, order.types))
+            known = total > 0
+            p[k:] = np.where(known, (count + types * p[k:]) / np.where(known, total + types, 1), p[k:])
+            ranks = np.where(seen, places, -1)[:-1]
+        return -np.log(p)
