@@ -80,8 +80,6 @@ def load(folder: str | os.PathLike) -> Any:
         for key, (_, array) in targets.items()
         if key in stored and stored[key].shape != array.shape
     ]
-    if not jax.config.read("jax_enable_x64"):
-        wrong += [f"{key} is float64 while jax_enable_x64 is off" for key in stored if stored[key].dtype == "float64"]
     if wrong:
         raise ValueError(f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(wrong))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -90,6 +88,9 @@ def load(folder: str | os.PathLike) -> Any:
         arrays = ocp.load(folder / "params", abstract)
     except Exception as error:  # of many kinds here too
         raise ValueError(f"{folder / 'params'} is damaged: {error}") from error
+    narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
+    if narrowed:  # Orbax loads in threads of its own, where `with jax.enable_x64(True)` does not reach
+        raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
     return with_arrays(model, {path: arrays[key] for key, (path, _) in targets.items()})
 
 

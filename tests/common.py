@@ -48,8 +48,10 @@ def filled(make, seed: int = 7, scale: float = 0.5):
     Nothing is compiled, and the dtype is JAX's default: float64 under the x64 fixture.
     """
     abstract = nnx.eval_shape(make)
-    arrays = flat_arrays(abstract).items()
-    return with_arrays(abstract, {path: scale * normal(seed + i, *a.shape) for i, (path, a) in enumerate(arrays)})
+    arrays = {}
+    for i, (path, array) in enumerate(flat_arrays(abstract).items()):
+        arrays[path] = scale * normal(seed + i, *array.shape) + (path[-1] == "scale")  # LayerNorm's: around 1
+    return with_arrays(abstract, arrays)
 
 
 @torch.no_grad()

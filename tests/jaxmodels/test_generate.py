@@ -12,9 +12,17 @@ N, PROMPT = 6, 7
 KEY = jax.random.key(0)
 
 
+def talkative(attention):
+    """Without biases at its end: otherwise it would repeat the token that they favour."""
+    model = language_model(attention)
+    for bias in (model.encoder.norm.bias, model.generator.projection.bias):
+        bias[...] = jnp.zeros_like(bias)
+    return model
+
+
 @pytest.fixture(scope="module")
 def model():
-    return language_model("rotary")
+    return talkative("rotary")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +58,11 @@ def test_a_choice_of_one_is_greedy(model, ids, greedy, settings):
 
 @pytest.mark.parametrize("attention", ["relative", "random+vanilla"])
 def test_ragged_prompts_continue_as_they_would_alone(attention):
-    model, ids = language_model(attention), np.asarray(token_ids(0, PROMPT, B))
+    model, ids = talkative(attention), np.asarray(token_ids(0, PROMPT, B))
     start = np.array([0, 3, 1, 6, 2])
     ragged = generate(model, ids, N, start=start)
-    for row in (0, 1, 3):
+    assert len(np.unique(ragged)) > 2
+    for row in (1, 3):
         alone = generate(model, ids[start[row] :, row : row + 1], N)
         np.testing.assert_array_equal(ragged[:, row : row + 1], alone)
 
@@ -182,7 +191,7 @@ def test_refuses_bad_settings(model, ids, settings, match):
 
 
 def test_refuses_to_go_beyond_the_tables(ids):
-    model = language_model("dense")
+    model = talkative("dense")
     with pytest.raises(ValueError, match=f"{MAX_LEN + 1} .*max_len={MAX_LEN}"):
         generate(model, ids, MAX_LEN + 1 - PROMPT)
     chex.assert_shape(generate(model, ids, MAX_LEN - PROMPT), (MAX_LEN - PROMPT, B))

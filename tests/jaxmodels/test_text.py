@@ -43,7 +43,7 @@ def test_vocabulary_refuses_unknown_characters():
 def test_vocabulary_refuses_another_file(tmp_path, content):
     file = tmp_path / "vocabulary.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match="vocabulary.json is not a character vocabulary"):
+    with pytest.raises(ValueError, match="json is not a character vocabulary"):
         CharVocabulary.load(file)
 
 
