@@ -1,10 +1,12 @@
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -14,6 +16,7 @@ from jaxmodels.layers import Fixed, Linear
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import language_model
 
+ROOT = Path(__file__).parents[2]
 ATTENTION = "fixed_random+vanilla+factorized_dense"
 
 
@@ -185,23 +188,41 @@ def test_refuses_what_is_no_checkpoint(copy, tmp_path):
         jaxmodels.load(copy)
 
 
-@pytest.mark.parametrize("pattern", ["_METADATA", "manifest.ocdbt", "d/*", "ocdbt.process_0"])
-@pytest.mark.parametrize("remove", [False, True], ids=["truncated", "removed"])
-def test_refuses_damaged_arrays(copy, pattern, remove):
-    damaged = list((copy / "params").rglob(pattern))
-    assert damaged
-    for path in damaged:
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif remove:
-            path.unlink()
-        else:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="params"):
-        jaxmodels.load(copy)
+LOAD_EACH = """
+import sys
+import jaxmodels
+for folder in sys.argv[1:]:
+    try:
+        jaxmodels.load(folder)
+    except ValueError as error:
+        print("refused", "params" in str(error))
+    else:
+        print("loaded")
+"""
 
 
-def test_orbax_is_free_to_add_files_beside(copy, model):
+def test_refuses_damaged_arrays(saved, tmp_path):
+    """In a process of its own: Orbax leaves coroutines behind that fail in whatever test comes next."""
+    folders = []
+    for pattern in ("_METADATA", "manifest.ocdbt", "d/*", "ocdbt.process_0"):
+        for remove in (False, True):
+            folder = shutil.copytree(saved, tmp_path / str(len(folders)))
+            folders.append(str(folder))
+            damaged = list((folder / "params").rglob(pattern))
+            assert damaged
+            for path in damaged:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif remove:
+                    path.unlink()
+                else:
+                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_EACH, *folders, str(saved)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.split("\n") == ["refused True"] * len(folders) + ["loaded", ""]
+
+
+def test_other_files_may_lie_beside(copy, model):
     (copy / "vocabulary.json").write_text("{}")  # what a training script keeps with a model
     assert_same_model(jaxmodels.load(copy), model)
-    assert np.all(jaxmodels.load(copy).encoder.norm.scale[...] == model.encoder.norm.scale[...])

@@ -6,6 +6,7 @@ from tests.common import ATTENTIONS, MAX_LEN, SYNTHESIZERS, B, S, V, arguments, 
 from torch_ref.attention import MultiHeadAttention, RelativeMultiHeadAttention
 from torch_ref.rope import RotaryPositionalEmbeddings, RotaryValuePEMultiHeadAttention
 from torch_ref.synthesizer import DenseSynthesizer, SynthesizerAttention
+from torch_ref.transformer import AutoregressiveTransformer
 
 LINEAR = ("weight", "bias")
 
@@ -115,10 +116,7 @@ def test_rotary_tables_are_float32_in_bfloat16():
         (lambda: SynthesizerAttention("sparse", 3, 12, 7), "kind='sparse'"),
         (lambda: SynthesizerAttention("factorized_dense", 3, 12, 7, factors=(2, 3)), "factors="),
         (lambda: DenseSynthesizer(7, 5)(torch.zeros(8, 5), torch.zeros(8, 5)), "max_len=7"),
-        (
-            lambda: torch_ref.transformer.AutoregressiveTransformer(**arguments("rotary") | {"attention": "x"}),
-            "max_len",
-        ),
+        (lambda: AutoregressiveTransformer(**arguments("rotary") | {"attention": "sparse"}), "max_len"),
     ],
 )
 def test_refuses_bad_arguments(make, match):

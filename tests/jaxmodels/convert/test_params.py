@@ -154,8 +154,8 @@ def test_torch_layouts():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("attention", ["rotary_value", "random+dense"])
-def test_gradients_and_states(attention):
+def test_gradients_and_states():
+    attention = "random+vanilla"
     module, ids = torch_language_model(attention).double(), token_ids(0, S, B)
     weights = normal(1, S, B, V)
     (module(torch.tensor(np.asarray(ids))) * torch.tensor(np.asarray(weights))).sum().backward()
