@@ -195,9 +195,9 @@ class RelativeMultiHeadAttention(MultiHeadAttention):
 
     def __init__(self, heads: int, d_model: int, dropout_prob: float = 0.1, *, rngs: nnx.Rngs):
         super().__init__(heads, d_model, dropout_prob, bias=False, rngs=rngs)
-        self.key_pos_embeddings = nnx.Param(jnp.zeros((2 * self.P, heads, self.d_k)))
-        self.key_pos_bias = nnx.Param(jnp.zeros((2 * self.P, heads)))
-        self.query_pos_bias = nnx.Param(jnp.zeros((heads, self.d_k)))
+        self.key_pos_embeddings = nnx.Param(jnp.zeros((2 * self.P, heads, self.d_k), jnp.float32))
+        self.key_pos_bias = nnx.Param(jnp.zeros((2 * self.P, heads), jnp.float32))
+        self.query_pos_bias = nnx.Param(jnp.zeros((heads, self.d_k), jnp.float32))
 
     def check_length(self, n: int) -> None:
         if n > self.P:

@@ -53,16 +53,18 @@ class Cache:
         text = length + n - (0 if self.start is None else int(self.start.min()))
         if text > self.max_len:
             raise ValueError(f"{text} tokens do not fit a cache with max_len={self.max_len}")
-        if self.start is not None and empty and not 0 <= int(self.start.min()) <= int(self.start.max()) < n:
+        if self.start is not None and empty and int(self.start.max()) >= n:
             raise ValueError(f"start={self.start.tolist()} must leave at least one of the {n} tokens of each row")
 
 
 def make_cache(layers: list[dict[str, jax.Array]], batch: int, start: jax.Array | None) -> Cache:
-    """An empty cache over the given buffers; raises ValueError where `start` is not one integer per row."""
+    """An empty cache over the given buffers; raises ValueError where `start` is not one integer ≥ 0 per row."""
     if start is not None:
         start = jnp.asarray(start)
         if start.shape != (batch,) or not jnp.issubdtype(start.dtype, jnp.integer):
             raise ValueError(f"start must be integers [batch={batch}], got {start.dtype}{list(start.shape)}")
+        if not isinstance(start, jax.core.Tracer) and (start < 0).any():
+            raise ValueError(f"start={start.tolist()} counts left padding, it cannot be negative")
         start = start.astype(jnp.int32)
     return Cache(tuple(layers), jnp.zeros((), jnp.int32), start)
 

@@ -36,7 +36,7 @@ def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
     """A freshly initialised model of a class by name; raises ValueError where the arguments are not the class's."""
     try:
         return model_class(name)(**config, rngs=nnx.Rngs(seed))
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:  # the second: a list where a name belongs
         raise ValueError(f"the configuration does not fit {name}: {error}") from None
 
 
@@ -71,6 +71,8 @@ def load(folder: str | os.PathLike) -> Any:
     targets = {dotted(path): (path, array) for path, array in flat_arrays(model).items()}
     try:
         stored = ocp.metadata(folder / "params").metadata
+        if stored is None:  # Orbax only logs what is wrong
+            raise ValueError("its metadata cannot be read")
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder / 'params'} is not a complete Orbax checkpoint: {error}") from error
     wrong = [f"missing {key}" for key in targets if key not in stored]
@@ -82,14 +84,15 @@ def load(folder: str | os.PathLike) -> Any:
     ]
     if wrong:
         raise ValueError(f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(wrong))
-    if not jax.config.read("jax_enable_x64") and any(stored[key].dtype == "float64" for key in targets):
-        raise ValueError(f"{folder} holds float64 arrays: set jax_enable_x64 (jax.config.update) before loading it")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {key: jax.ShapeDtypeStruct(stored[key].shape, stored[key].dtype, sharding=device) for key in targets}
-    arrays = ocp.load(folder / "params", abstract)
+    try:
+        arrays = ocp.load(folder / "params", abstract)
+    except Exception as error:  # of many kinds here too
+        raise ValueError(f"{folder / 'params'} is damaged: {error}") from error
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
     if narrowed:
-        raise ValueError(f"{folder}: Orbax changed the dtype of {', '.join(narrowed)} while loading")
+        raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
     return with_arrays(model, {path: arrays[key] for key, (path, _) in targets.items()})
 
 
@@ -101,9 +104,9 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         if content["format"] != FORMAT:
             raise ValueError(f"{file} has format {content['format']}, this version reads {FORMAT}")
         return content["model"], content["config"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} holds no config.json: it is no checkpoint that jaxmodels.save wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not the config.json of a checkpoint: {error!r}") from None
 
 

@@ -35,6 +35,7 @@ def generate(
     check(ids, max_new_tokens, temperature, top_k, top_p, rng)
     axis = model.sequence_axis
     cache = model.init_cache(ids.shape[1 - axis], ids.shape[axis] + max_new_tokens, start=start)
+    cache.check_room(ids.shape[axis], ids.shape[1 - axis], empty=True)  # inside jit, start is unknown
     logits, cache = _prefill(model, ids, cache)
     sampler = (temperature, top_p) if temperature else None
     key = jax.random.key(0) if rng is None else rng

@@ -40,16 +40,24 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Embed(nnx.Embed):
-    """A table of n_vocab rows, N(0, 1) as in `torch.nn.Embedding`; an id past its end gives NaN, not a wrong row."""
+    """A table of n_vocab rows, N(0, 1) as in `torch.nn.Embedding`; an id outside it gives NaN, not a wrong row."""
 
     def __init__(self, n_vocab: int, d_model: int, *, rngs: nnx.Rngs):
         super().__init__(n_vocab, d_model, embedding_init=jax.nn.initializers.normal(1.0), rngs=rngs)
-        # Flax fixes the dtype of lookups at that of the first table: float64 weights would come out as float32.
-        self.dtype = None
+
+    def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
+        # Not Flax's own lookup, which casts to the dtype of the first table: a model made in float32 and given float64
+        # weights would compute, and differentiate, in float32 from here on.
+        return self.embedding[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class Dropout(nnx.Dropout):
     """Zeroes a share of x and scales up the rest; with `rng=None` it is the identity. Holds no random state."""
+
+    def __init__(self, rate: float):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"dropout_prob={rate} must be from 0 to 1")
+        super().__init__(rate)
 
     def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
         return super().__call__(x, deterministic=rng is None, rngs=rng)

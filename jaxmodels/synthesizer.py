@@ -69,12 +69,15 @@ class RandomLogits(nnx.Module):
     """A table R [H, l, l] that no token enters; trainable, or fixed: then no optimizer touches it."""
 
     def __init__(self, heads: int, max_len: int, trainable: bool, *, rngs: nnx.Rngs):
-        table = jax.random.normal(rngs.params(), (heads, max_len, max_len))
+        table = jax.random.normal(rngs.params(), (heads, max_len, max_len), jnp.float32)
         self.table = nnx.Param(table) if trainable else Fixed(table)
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """x [S, B, D], read for its length alone -> [S, 1 or B, H, l]."""
-        return table_rows(self.table[...], len(x), positions)
+        table = self.table[...]
+        if isinstance(self.table, Fixed):
+            table = jax.lax.stop_gradient(table)
+        return table_rows(table, len(x), positions)
 
 
 def default_factors(max_len: int) -> tuple[int, int]:
@@ -105,8 +108,8 @@ class FactorizedRandomLogits(nnx.Module):
 
     def __init__(self, heads: int, max_len: int, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(RANK**-0.25)
-        self.left = nnx.Param(init(rngs.params(), (heads, max_len, RANK)))
-        self.right = nnx.Param(init(rngs.params(), (heads, max_len, RANK)))
+        self.left = nnx.Param(init(rngs.params(), (heads, max_len, RANK), jnp.float32))
+        self.right = nnx.Param(init(rngs.params(), (heads, max_len, RANK), jnp.float32))
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """x [S, B, D], read for its length alone -> [S, 1 or B, H, l]."""
@@ -134,6 +137,8 @@ class SynthesizerAttention(Attention):
         rngs: nnx.Rngs,
     ):
         super().__init__(heads, d_model, dropout_prob, rngs=rngs)
+        if max_len < 1:
+            raise ValueError(f"max_len={max_len} must be at least 1")
         makers: dict[str, Callable[[], nnx.Module]] = {
             "dense": lambda: DenseLogits(heads, d_model, max_len, rngs=rngs),
             "random": lambda: RandomLogits(heads, max_len, trainable=True, rngs=rngs),
@@ -155,7 +160,7 @@ class SynthesizerAttention(Attention):
             self.query = HeadProjection(d_model, heads, self.d_k, bias=True, rngs=rngs)
             self.key = HeadProjection(d_model, heads, self.d_k, bias=True, rngs=rngs)
         if len(self.parts) > 1:
-            self.alpha = nnx.Param(jnp.zeros(len(self.parts) - 1))
+            self.alpha = nnx.Param(jnp.zeros(len(self.parts) - 1, jnp.float32))
 
     def check_length(self, n: int) -> None:
         check_length(n, self.max_len)

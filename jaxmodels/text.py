@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import http.client
 import json
 import os
 import urllib.request
@@ -53,7 +54,7 @@ def tiny_shakespeare() -> str:
         try:
             with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as response:
                 content = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"tiny_shakespeare could not be downloaded ({error}); {advice}") from None
         check_sha256(content, advice)
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +110,9 @@ class CharVocabulary:
     def load(cls, file: Path) -> "CharVocabulary":
         """What `save` wrote; raises ValueError where the file is missing or holds something else."""
         try:
-            return cls(json.loads(file.read_text(encoding="utf-8"))["characters"])
+            characters = json.loads(file.read_text(encoding="utf-8"))["characters"]
+            if not isinstance(characters, str) or len(set(characters)) < len(characters):
+                raise ValueError("characters must be a string in which none comes twice")
+            return cls(characters)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a character vocabulary: {error!r}") from None

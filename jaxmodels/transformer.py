@@ -132,6 +132,9 @@ class AutoregressiveTransformer(nnx.Module):
         max_len: int | None = None,
         rngs: nnx.Rngs,
     ):
+        for name, size in {"n_vocab": n_vocab, "d_model": d_model, "d_ff": d_ff, "n_layers": n_layers}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
         self.n_vocab, self.d_model, self.heads, self.d_ff, self.n_layers = n_vocab, d_model, heads, d_ff, n_layers
         self.attention, self.dropout_prob, self.max_len = attention, dropout_prob, max_len
         self.src_embed = Embed(n_vocab, d_model, rngs=rngs)
@@ -200,5 +203,5 @@ class AutoregressiveTransformer(nnx.Module):
 
 
 def check_ids(ids: jax.Array) -> None:
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids must be integers [S, B], got {ids.dtype}{list(ids.shape)}")
+    if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids must be a non-empty batch of integers [S, B], got {ids.dtype}{list(ids.shape)}")

@@ -1,0 +1,202 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmodels.generate import _continue, _prefill, generate, sample
+from tests.common import MAX_LEN, B, V, language_model, token_ids
+
+N, PROMPT = 6, 7
+KEY = jax.random.key(0)
+
+
+def talkative(attention):
+    """Without biases at its end: otherwise it would repeat the token that they favour."""
+    model = language_model(attention)
+    for bias in (model.encoder.norm.bias, model.generator.projection.bias):
+        bias[...] = jnp.zeros_like(bias)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return talkative("rotary")
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return token_ids(0, PROMPT, B)
+
+
+@pytest.fixture(scope="module")
+def greedy(model, ids):
+    """The new tokens [N, B], and by the model's full forward: each token the argmax over all that came before."""
+    forward = jax.jit(lambda model, ids: model(ids))
+    texts = np.zeros((PROMPT + N, B), np.int32)  # causal: what follows is not read
+    texts[:PROMPT] = ids
+    for i in range(PROMPT, PROMPT + N):
+        texts[i] = np.asarray(forward(model, texts))[i - 1].argmax(axis=-1)
+    assert len(np.unique(texts[PROMPT:])) > 5  # a model that repeats itself would prove little
+    return texts[PROMPT:]
+
+
+def test_greedy_is_the_argmax_of_full_forwards(model, ids, greedy):
+    new = generate(model, ids, N)
+    chex.assert_shape(new, (N, B))
+    assert new.dtype == jnp.int32
+    np.testing.assert_array_equal(new, greedy)
+    np.testing.assert_array_equal(generate(model, np.asarray(ids, np.int64), N), greedy)
+    np.testing.assert_array_equal(generate(model, ids, 1), greedy[:1])
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"top_k": 3, "top_p": 1e-6}], ids=str)
+def test_a_choice_of_one_is_greedy(model, ids, greedy, settings):
+    np.testing.assert_array_equal(generate(model, ids, N, temperature=1.7, rng=KEY, **settings), greedy)
+
+
+@pytest.mark.parametrize("attention", ["relative", "random+vanilla"])
+def test_ragged_prompts_continue_as_they_would_alone(attention):
+    model, ids = talkative(attention), np.asarray(token_ids(0, PROMPT, B))
+    start = np.array([0, 3, 1, 6, 2])
+    ragged = generate(model, ids, N, start=start)
+    assert len(np.unique(ragged)) > 2
+    alone = generate(model, ids[3:, 1:2], N)
+    np.testing.assert_array_equal(ragged[:, 1:2], alone)
+
+
+class BatchFirst(nnx.Module):
+    """The same model with ids as [B, S]."""
+
+    sequence_axis = 1
+
+    def __init__(self, model):
+        self.model = model
+
+    def init_cache(self, *args, **kwargs):
+        return self.model.init_cache(*args, **kwargs)
+
+    def prefill(self, ids, cache):
+        return self.model.prefill(ids.T, cache)
+
+    def decode(self, ids, cache):
+        logits, cache = self.model.decode(ids.T, cache)
+        return logits.swapaxes(0, 1), cache
+
+
+def test_batch_first_models(model, ids, greedy):
+    np.testing.assert_array_equal(generate(BatchFirst(model), ids.T, N), greedy.T)
+
+
+def test_stop_tokens(model, ids, greedy):
+    stops = [int(greedy[1, 0]), int(greedy[3, 1])]
+    expected = greedy.copy()
+    for row in expected.T:
+        for i in np.flatnonzero(np.isin(row, stops))[:1]:
+            row[i:] = row[i]
+    assert (expected != greedy).any()
+    np.testing.assert_array_equal(generate(model, ids, N, stop_tokens=stops), expected)
+
+
+def test_all_rows_stopped(model, ids, greedy):
+    stops = tuple(set(greedy[1].tolist()))
+    new = np.asarray(generate(model, ids, N, stop_tokens=stops))
+    np.testing.assert_array_equal(new[0], greedy[0])
+    for i in range(2, N):
+        np.testing.assert_array_equal(new[i], new[1])
+
+
+def test_draws_by_their_key(model, ids, greedy):
+    draw = generate(model, ids, N, temperature=1.0, rng=KEY)
+    np.testing.assert_array_equal(draw, generate(model, ids, N, temperature=1.0, rng=KEY))
+    assert (draw != generate(model, ids, N, temperature=1.0, rng=jax.random.key(1))).any()
+    assert (draw != greedy).any()
+
+
+def test_one_compilation_for_repeated_calls(model, ids):
+    generate(model, ids, N, temperature=0.9, rng=KEY)
+    before = _prefill._cache_size(), _continue._cache_size()
+    for i in range(3):
+        prompts = token_ids(i, PROMPT, B)
+        generate(language_model("rotary"), prompts, N, temperature=0.5 + i, rng=jax.random.key(i))
+    assert (_prefill._cache_size(), _continue._cache_size()) == before
+
+
+LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 1.4, -3.0, 0.0])
+
+
+def probabilities(temperature, kept):
+    weights = np.exp(LOGITS / temperature) * np.isin(np.arange(7), kept)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "kept"),
+    [
+        (1.0, None, None, range(7)),
+        (2.5, None, None, range(7)),
+        (1.0, 3, None, [2, 4, 0]),
+        (0.7, 90, None, range(7)),
+        (1.0, None, 0.5, [2, 4]),  # .43 alone is not enough
+        (1.0, None, 0.4, [2]),
+        (1.0, None, 1.0, range(7)),
+        (3.0, None, 0.5, [2, 4, 0]),  # the temperature comes first
+        (1.0, 3, 0.9, [2, 4, 0]),  # top_p of what top_k has left
+        (1.0, 3, 0.7, [2, 4]),
+    ],
+)
+def test_draws_are_distributed_as_they_should(temperature, top_k, top_p, kept):
+    n = 20_011
+    draws = np.asarray(sample(jnp.tile(LOGITS, (n, 1)), (temperature, top_p), top_k, KEY))
+    counts, p = np.bincount(draws, minlength=7), probabilities(temperature, list(kept))
+    assert (counts[p == 0] == 0).all()
+    p, counts = p[p > 0], counts[p > 0]
+    chi_square = ((counts - n * p) ** 2 / (n * p)).sum()
+    assert chi_square < len(p) - 1 + 5 * np.sqrt(2 * len(p))
+
+
+def test_each_row_has_its_own_probabilities():
+    logits = np.stack([LOGITS, LOGITS[::-1]])
+    for settings in (((1.0, 0.4), None), ((1.0, None), 1)):
+        np.testing.assert_array_equal(sample(jnp.asarray(logits), *settings, KEY), [2, 4])
+    np.testing.assert_array_equal(sample(jnp.asarray(logits), None, None, KEY), [2, 4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0, "rng": KEY}, "temperature=-1.0"),
+        ({"temperature": 1.0}, "rng"),
+        ({"top_k": 3}, "temperature"),
+        ({"top_p": 0.5}, "temperature"),
+        ({"temperature": 1.0, "rng": KEY, "top_k": 0}, "top_k=0"),
+        ({"temperature": 1.0, "rng": KEY, "top_p": 0.0}, r"top_p=0\.0"),
+        ({"temperature": 1.0, "rng": KEY, "top_p": 1.1}, r"top_p=1\.1"),
+        ({"ids": np.zeros((0, 2), int)}, "ids"),
+        ({"ids": np.zeros((3, 0), int)}, "ids"),
+        ({"ids": np.zeros(3, int)}, "ids"),
+        ({"ids": np.zeros((3, 2), np.float32)}, "ids"),
+        ({"start": np.zeros(B + 1, int)}, "start"),
+        ({"start": np.full(B, PROMPT)}, "start"),
+        ({"start": np.full(B, -1)}, "start"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_refuses_bad_settings(model, ids, settings, match):
+    with pytest.raises(ValueError, match=match):
+        generate(model, **{"ids": ids, "max_new_tokens": N} | settings)
+
+
+def test_refuses_to_go_beyond_the_tables(ids):
+    model = talkative("dense")
+    with pytest.raises(ValueError, match=f"{MAX_LEN + 1} .*max_len={MAX_LEN}"):
+        generate(model, ids, MAX_LEN + 1 - PROMPT)
+    chex.assert_shape(generate(model, ids, MAX_LEN - PROMPT), (MAX_LEN - PROMPT, B))
+
+
+def test_tokens_are_of_the_vocabulary(model, ids):
+    new = np.asarray(generate(model, ids, N, temperature=50.0, rng=KEY))
+    assert new.min() >= 0
+    assert new.max() < V
