@@ -4,9 +4,11 @@
 
 Hardware   2 CPU cores, which other programs were using too; float32
 Time       21 min 10 s by the clock, 14 min 39 s of CPU time over both cores
-Training   2000 steps of 16 sequences of 128 characters, 4.1 epochs; 810,049 parameters
-Result     validation loss in nats per character, over the same 111,488 characters of tiny_shakespeare:
-           character 4-gram 1.774, this model 1.592 (seed 0)
+Training   2000 steps of 16 sequences of 128 characters (4.1 epochs of tiny_shakespeare); 810,049 parameters
+Result     validation loss in nats per character, over the same characters for both models, seed 0:
+                                    character 4-gram    this model
+           tiny_shakespeare                    1.774         1.592
+           python_docs (Python 3.11)           1.404         1.240
 
 The same again goes on from its checkpoint: python -m train.rope --resume runs/rope --steps 3000
 """
