@@ -196,7 +196,8 @@ def test_refuses_to_go_beyond_the_tables(ids):
     chex.assert_shape(generate(model, ids, MAX_LEN - PROMPT), (MAX_LEN - PROMPT, B))
 
 
-def test_tokens_are_of_the_vocabulary(model, ids):
-    new = np.asarray(generate(model, ids, N, temperature=50.0, rng=KEY))
+def test_each_step_draws_anew(model, ids):
+    new = np.asarray(generate(model, ids, N, temperature=1e4, rng=KEY))  # all tokens are as likely
     assert new.min() >= 0
     assert new.max() < V
+    assert (new[1:] != new[:-1]).mean() > 0.7
