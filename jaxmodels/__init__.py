@@ -10,7 +10,7 @@ __all__ = ["__version__", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    # `import jaxmodels` alone stays instant: Orbax and Flax come with the first use.
+    # `import jaxmodels` alone stays instant: JAX, Flax and Orbax come with the first use.
     if name in ("load", "save"):
         from jaxmodels import checkpoint
 

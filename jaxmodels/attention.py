@@ -69,8 +69,11 @@ class Attention(nnx.Module):
         """query [S, B, D], key and value [N, B, D] -> [S, B, D].
 
         mask: bool [S or 1, N, 1 or B], True = may attend; or 'causal'; or None. rng: dropout's key, None for none.
-        Raises ValueError where the mask does not fit or N is beyond the tables.
+        Raises ValueError where shapes or mask do not fit, or N is beyond the tables.
         """
+        if key.shape[:2] != value.shape[:2] or key.shape[1] != query.shape[1]:
+            given = ", ".join(str(list(x.shape)) for x in (query, key, value))
+            raise ValueError(f"query, key and value must be [S, B, D], [N, B, D] and [N, B, D], got {given}")
         s, n = len(query), len(key)
         self.check_length(max(s, n))
         q, k, v = self.project(query, key, value, None)

@@ -45,14 +45,12 @@ def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False) -> N
 
     Raises ValueError where the folder is not empty and `overwrite` is not set, or the model's class is not in MODELS.
     """
-    from orbax.checkpoint import v1 as ocp
-
     name = type(model).__name__
     if type(model) is not model_class(name):
         raise ValueError(f"model is a {type(model).__module__}.{name}, not the {name} of this project")
     config = {"format": FORMAT, "model": name, "config": model.config()}
     with written_beside(folder, overwrite=overwrite) as beside:
-        ocp.save(beside / "params", {dotted(path): array for path, array in flat_arrays(model).items()})
+        save_arrays(beside / "params", model)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -63,37 +61,52 @@ def load(folder: str | os.PathLike) -> Any:
     and where they are float64 while jax_enable_x64 is off (Orbax reads in threads of its own, which
     `with jax.enable_x64(True)` does not reach).
     """
-    from orbax.checkpoint import v1 as ocp
-
     folder = Path(folder).absolute()
     name, config = read_config(folder)
     model = nnx.eval_shape(lambda: build(name, config))
-    targets = {dotted(path): (path, array) for path, array in flat_arrays(model).items()}
+    return load_arrays(folder / "params", model)
+
+
+def save_arrays(folder: Path, module: Any) -> None:
+    """Writes every array of a module (a model, an optimizer) with Orbax, each named by its path."""
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save(folder, {dotted(path): array for path, array in flat_arrays(module).items()})
+
+
+def load_arrays(folder: Path, module: Any) -> Any:
+    """The module, which may be abstract, with the arrays that `save_arrays` wrote, in the dtypes they were saved in.
+
+    Raises ValueError where the folder is damaged or holds other arrays, and for float64 as `load` does.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    targets = {dotted(path): (path, array) for path, array in flat_arrays(module).items()}
     try:
-        stored = ocp.metadata(folder / "params").metadata
+        stored = ocp.metadata(folder).metadata
         if stored is None:  # Orbax only logs what is wrong
             raise ValueError("its metadata cannot be read")
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
-        raise ValueError(f"{folder / 'params'} is not a complete Orbax checkpoint: {error}") from error
+        raise ValueError(f"{folder} is not a complete Orbax checkpoint: {error}") from error
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
     wrong += [
-        f"{key} has shape {list(stored[key].shape)}, the configuration says {list(array.shape)}"
+        f"{key} has shape {list(stored[key].shape)}, expected {list(array.shape)}"
         for key, (_, array) in targets.items()
         if key in stored and stored[key].shape != array.shape
     ]
     if wrong:
-        raise ValueError(f"{folder} does not hold the model of its config.json:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"{folder} does not hold the arrays of its configuration:\n  " + "\n  ".join(wrong))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {key: jax.ShapeDtypeStruct(stored[key].shape, stored[key].dtype, sharding=device) for key in targets}
     try:
-        arrays = ocp.load(folder / "params", abstract)
+        arrays = ocp.load(folder, abstract)
     except Exception as error:  # of many kinds here too
-        raise ValueError(f"{folder / 'params'} is damaged: {error}") from error
+        raise ValueError(f"{folder} is damaged: {error}") from error
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
     if narrowed:
         raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
-    return with_arrays(model, {path: arrays[key] for key, (path, _) in targets.items()})
+    return with_arrays(module, {path: arrays[key] for key, (path, _) in targets.items()})
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -136,7 +149,11 @@ def written_beside(target: str | os.PathLike, *, overwrite: bool = False) -> Ite
     if target.exists():
         old = beside.with_name(beside.name + ".old")
         target.rename(old)
-        beside.rename(target)
+        try:
+            beside.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
         shutil.rmtree(old)
     else:
         beside.rename(target)

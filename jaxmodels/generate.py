@@ -73,7 +73,7 @@ def _continue(model, logits, cache, sampler, key, n: int, top_k: int | None, sto
         token = sample(logits, sampler, top_k, jax.random.fold_in(key, i))
         if stop_tokens:
             token = jnp.where(done, out[i - 1], token)
-            done = done | jnp.isin(token, stops)
+            done = jnp.isin(token, stops)  # and stays so: a row that has stopped repeats its stop token
         return out.at[i].set(token), done
 
     def body(carry):

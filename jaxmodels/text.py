@@ -26,7 +26,7 @@ def load_corpus(name: str) -> str:
         return tiny_shakespeare()
     path = Path(name)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"text={name!r} is not python_docs, tiny_shakespeare or a readable UTF-8 file: {error}"
@@ -101,7 +101,11 @@ class CharVocabulary:
         return np.fromiter((ids[character] for character in text), np.int32, len(text))
 
     def decode(self, ids: np.ndarray) -> str:
-        return "".join(self.characters[i] for i in np.asarray(ids).tolist())
+        """The text of ids [n]; raises ValueError for one outside the vocabulary."""
+        ids = np.asarray(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
+            raise ValueError(f"ids from {ids.min()} to {ids.max()} given, the vocabulary has 0 to {len(self) - 1}")
+        return "".join(self.characters[i] for i in ids.tolist())
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps({"characters": self.characters}) + "\n", encoding="utf-8")

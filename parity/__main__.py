@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     console = Console()
+    if not console.is_terminal:  # a file has no width to fit: a whole table is worth more than one folded to 80
+        console = Console(width=160)
     if options.device:  # before JAX starts, so that a missing device is said at once
         import jax
 
@@ -115,7 +118,7 @@ def run(names: list[str], device: str | None, seed: int, console: Console) -> li
 def summary(reports: list, console: Console) -> None:
     """The table, what its numbers mean, and the stamp."""
     shown = [c for c in COLUMNS if any(report.value(*c[1:]) is not None for report in reports)]
-    table = Table(title="Flax against PyTorch", caption_justify="left", header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
     for heading, _, precision in shown:
         table.add_column(f"{precision}\n{heading}", justify="right")
@@ -125,9 +128,7 @@ def summary(reports: list, console: Console) -> None:
         cells = [cell(report, kind, precision) for _, kind, precision in shown]
         verdict = "[green]agrees[/]" if report.passed else "[red]DIFFERS[/]"
         table.add_row(report.name, *cells, verdict, f"{report.seconds:.1f}")
-    # Redirected output has no terminal to fit: a full table is worth more than one folded to 80 columns.
-    width = None if console.is_terminal else 200
-    Console(width=width, force_terminal=console.is_terminal).print(table)
+    console.print(table)
     passed = sum(report.passed for report in reports)
     console.print(f"{passed} of {len(reports)} cases agree. {LEGEND}", highlight=False)
     stamp = ", ".join(f"{key} {value}" for key, value in reports[0].environment.items())

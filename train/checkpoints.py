@@ -12,14 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from flax import nnx
 
 import jaxmodels
-from jaxmodels.checkpoint import dotted, written_beside
-from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.checkpoint import load_arrays, save_arrays, written_beside
 from jaxmodels.text import CharVocabulary
 from train.loop import State
 
@@ -28,12 +26,10 @@ FORMAT = 1
 
 def save(run: Path, state: State, vocabulary: CharVocabulary, config: dict[str, Any], text_sha256: str) -> None:
     """Writes a run's checkpoint, all of it or nothing; one that is there is replaced."""
-    from orbax.checkpoint import v1 as ocp
-
     about = {"format": FORMAT, "step": state.step, "config": config, "text_sha256": text_sha256}
     with written_beside(run / "checkpoint", overwrite=True) as folder:
         jaxmodels.save(state.model, folder / "model")
-        ocp.save(folder / "optimizer", {dotted(path): array for path, array in flat_arrays(state.optimizer).items()})
+        save_arrays(folder / "optimizer", state.optimizer)
         vocabulary.save(folder / "vocabulary.json")
         np.save(folder / "losses.npy", np.asarray(state.losses, np.float64))
         (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -62,19 +58,11 @@ def load_model(run: Path) -> tuple[Any, CharVocabulary]:
 
 def load(run: Path, transformation: optax.GradientTransformation) -> State:
     """The state that `save` wrote; raises ValueError where it is not complete, or is another optimizer's."""
-    from orbax.checkpoint import v1 as ocp
-
     model, _ = load_model(run)
-    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    targets = flat_arrays(optimizer)
-    abstract = {
-        dotted(path): jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device) for path, array in targets.items()
-    }
     folder = run / "checkpoint"
+    optimizer = load_arrays(folder / "optimizer", nnx.Optimizer(model, transformation, wrt=nnx.Param))
     try:
-        arrays = ocp.load(folder / "optimizer", abstract)
         losses = np.load(folder / "losses.npy").tolist()
-    except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
-        raise ValueError(f"{folder} does not hold the optimizer of its run: {error}") from error
-    return State(model, with_arrays(optimizer, {path: arrays[dotted(path)] for path in targets}), losses)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder / 'losses.npy'} does not hold the losses of its run: {error}") from error
+    return State(model, optimizer, losses)

@@ -82,7 +82,7 @@ def stacked_at(path: Path) -> int | None:
     return None
 
 
-def flat_arrays(model: nnx.Module | nnx.State) -> dict[Path, Any]:
+def flat_arrays(model: nnx.Pytree | nnx.State) -> dict[Path, Any]:
     """Every array of a model (or of its gradients, or of a State) by path, sorted; abstract arrays stay abstract."""
     state = model if isinstance(model, nnx.State) else nnx.state(model)
     flat = nnx.to_flat_state(state)
@@ -135,7 +135,7 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
     return with_arrays(model, leaves)
 
 
-def with_arrays(model: Model, arrays: Mapping[Path, Any]) -> Model:
+def with_arrays(model: Any, arrays: Mapping[Path, Any]) -> Any:
     """The model again, with other arrays at the same paths; what the model itself holds is left as it is."""
     graphdef, state = nnx.split(model)
     flat = {path: leaf.replace(arrays[path]) for path, leaf in nnx.to_flat_state(state)}  # type: ignore[index]
