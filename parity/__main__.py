@@ -130,9 +130,9 @@ def summary(reports: list, console: Console) -> None:
         table.add_row(report.name, *cells, verdict, f"{report.seconds:.1f}")
     console.print(table)
     passed = sum(report.passed for report in reports)
-    console.print(f"{passed} of {len(reports)} cases agree. {LEGEND}", highlight=False)
+    console.print(f"{passed} of {len(reports)} cases agree. {LEGEND}", highlight=False, soft_wrap=True)
     stamp = ", ".join(f"{key} {value}" for key, value in reports[0].environment.items())
-    console.print(stamp, style="dim", highlight=False)
+    console.print(stamp, style="dim", highlight=False, soft_wrap=True)
 
 
 def cell(report, kind: str, precision: str) -> str:

@@ -158,7 +158,7 @@ def test_refuses_a_broken_config(copy, content):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"n_vocab": 29}, r"generator.projection.bias has shape \[23\], the configuration says \[29\]"),
+        ({"n_vocab": 29}, r"generator.projection.bias has shape \[23\], expected \[29\]"),
         ({"n_layers": 3}, r"missing encoder.layers.2.feed_forward.layer1.bias"),
         ({"n_layers": 1}, r"unexpected encoder.layers.1.feed_forward.layer1.bias"),
         ({"attention": "rotary"}, r"unexpected encoder.layers.0.self_attn.alpha"),

@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_an_error(run, tmp_path):
         (folder / name).write_text(content)
         with pytest.raises(ValueError, match=name):
             checkpoints.load_model(tmp_path / name)
-    with pytest.raises(ValueError, match="does not hold the optimizer of its run"):
+    with pytest.raises(ValueError, match=r"optimizer does not hold the arrays"):
         checkpoints.load(run, adam(0.1))  # no schedule: another state
 
 
