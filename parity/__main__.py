@@ -14,21 +14,16 @@ LEGEND = (
     "float64: max|Δ| / max|truth|, at most 1e-10. float32: Flax's error against the float64 truth ÷ (PyTorch's own + "
     "2.5e-7), at most 4. bits: tensors changed by torch → Flax → torch."
 )
-COLUMNS = [  # heading, kind, precision
-    ("output", "output", "float64"),
-    ("∂params", "parameter gradients", "float64"),
-    ("∂inputs", "input gradients", "float64"),
-    ("decode", "cached decoding", "float64"),
-    ("losses", "training loss", "float64"),
-    ("trained", "trained parameters", "float64"),
-    ("output", "output", "float32"),
-    ("∂params", "parameter gradients", "float32"),
-    ("∂inputs", "input gradients", "float32"),
-    ("decode", "cached decoding", "float32"),
-    ("losses", "training loss", "float32"),
-    ("trained", "trained parameters", "float32"),
-    ("bits", "round trip", "bits"),
-]
+READINGS = {
+    "output": "output",
+    "∂params": "parameter gradients",
+    "∂inputs": "input gradients",
+    "decode": "cached decoding",
+    "losses": "training loss",
+    "trained": "trained parameters",
+}
+COLUMNS = [(heading, kind, precision) for precision in ("float64", "float32") for heading, kind in READINGS.items()]
+COLUMNS += [("bits", "round trip", "bits")]
 
 
 def parser() -> argparse.ArgumentParser:
