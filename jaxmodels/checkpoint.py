@@ -61,7 +61,7 @@ def load(folder: str | os.PathLike) -> Any:
     and where they are float64 while jax_enable_x64 is off (Orbax reads in threads of its own, which
     `with jax.enable_x64(True)` does not reach).
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder)
     name, config = read_config(folder)
     model = nnx.eval_shape(lambda: build(name, config))
     return load_arrays(folder / "params", model)
@@ -71,7 +71,7 @@ def save_arrays(folder: Path, module: Any) -> None:
     """Writes every array of a module (a model, an optimizer) with Orbax, each named by its path."""
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save(folder, {dotted(path): array for path, array in flat_arrays(module).items()})
+    ocp.save(folder.absolute(), {dotted(path): array for path, array in flat_arrays(module).items()})
 
 
 def load_arrays(folder: Path, module: Any) -> Any:
@@ -81,6 +81,7 @@ def load_arrays(folder: Path, module: Any) -> Any:
     """
     from orbax.checkpoint import v1 as ocp
 
+    folder = folder.absolute()  # Orbax takes no other
     targets = {dotted(path): (path, array) for path, array in flat_arrays(module).items()}
     try:
         stored = ocp.metadata(folder).metadata

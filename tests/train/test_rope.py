@@ -154,6 +154,13 @@ def test_a_flag_out_of_range_is_a_usage_error(flags, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_run_is_found_by_a_relative_path(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    relative = Path(run.name)
+    transformation = adam(noam(1.0, 30, 5), "original")
+    assert checkpoints.load(relative, transformation).step == checkpoints.load(run, transformation).step == 7
+
+
 def test_a_damaged_checkpoint_is_an_error(run, tmp_path):
     for name, content in {"run.json": "{", "vocabulary.json": "[]"}.items():
         folder = tmp_path / name / "checkpoint"
