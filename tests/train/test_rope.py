@@ -19,9 +19,11 @@ from jaxmodels.convert.params import flat_arrays
 from jaxmodels.text import CharVocabulary
 from train import checkpoints, rope, sample
 from train.command import one_line_errors
+from train.experiment import main, parse, saved_config
 from train.optimizers import adam, noam
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = "python -m train.rope"
 SIZES = {"d-model": 30, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "batch-size": 3, "warmup": 5, "every": 5}
 TINY = [f"--{name}={value}" for name, value in SIZES.items()]
 TEXT = "".join(f"{i} men and {i * i % 89} women went to sea [in a boat]. The end.\n" for i in range(97))
@@ -39,7 +41,7 @@ def run_and_output(text, tmp_path_factory) -> tuple[Path, str]:
     """A finished run of 7 steps, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert rope.main([*TINY, "--text", str(text), "--out", str(folder), "--steps", "7"]) == 0
+        assert main(rope.Config, PROGRAM, [*TINY, "--text", str(text), "--out", str(folder), "--steps", "7"]) == 0
     return folder, out.getvalue()
 
 
@@ -57,7 +59,7 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen:
 
 def state(run: Path) -> dict[str, np.ndarray]:
     """Every number that a run's checkpoint holds."""
-    config = rope.saved_config(run)
+    config = saved_config(rope.Config, run)
     state = checkpoints.load(run, adam(noam(config.learning_rate, config.d_model, config.warmup), config.adam))
     arrays = flat_arrays(state.model) | flat_arrays(state.optimizer) | {"losses": state.losses}
     return {str(path): np.asarray(array) for path, array in arrays.items()}
@@ -95,7 +97,7 @@ def test_what_a_run_prints_and_leaves(run_and_output):
     run, out = run_and_output
     assert re.search(r"^step 5: loss \d\.\d+, validation loss \d\.\d+, greedy sample:\n    .*\|.{25}", out, re.M)
     assert "step 7/7" in out  # the progress bar
-    validation = re.search(r"(\d\.\d+)  character 4-gram .*\n +(\d\.\d+)  transformer after 7 steps", out)
+    validation = re.search(r"(\d\.\d+)  character 4-gram .*\n +(\d\.\d+)  this model after 7 steps", out)
     assert 0 < float(validation[1]) < float(validation[2])  # seven steps are not enough
     assert f"python -m train.sample {run}" in out
 
@@ -109,10 +111,12 @@ def test_what_a_run_prints_and_leaves(run_and_output):
 
 
 def test_flags_come_from_the_run_or_the_preset(run):
-    small, original = rope.parse([]).config, rope.parse(["--preset=original", "--heads", "8"]).config
+    small, original = (
+        parse(rope.Config, PROGRAM, arguments).config for arguments in ([], ["--preset=original", "--heads", "8"])
+    )
     assert small == rope.Config.small()
     assert (original.seq_len, original.n_layers, original.batch_size, original.heads) == (512, 6, 4, 8)
-    resumed = rope.parse(["--resume", str(run), "--steps", "11"]).config
+    resumed = parse(rope.Config, PROGRAM, ["--resume", str(run), "--steps", "11"]).config
     assert (resumed.seq_len, resumed.steps) == (11, 11)
 
 
@@ -124,6 +128,7 @@ def test_flags_come_from_the_run_or_the_preset(run):
         ("--resume {run} --preset small", "was trained with d_model=30, "),
         ("--resume {run} --steps 11 --text {other}", "was trained on another text than .*other.txt"),
         ("--resume {run} --steps 11 --out elsewhere", "leave --out away"),
+        ("--preset huge", "--preset huge is none of small, original"),
         ("--resume {empty}", "empty holds no checkpoint of a training run"),
         ("--text {text} --out {run}", "is there already: go on with it by --resume"),
         ("--text {text} --out {text}", "is there already"),
@@ -142,14 +147,14 @@ def test_bad_input_is_a_value_error_before_any_work(arguments, message, text, ru
     files["tiny.txt"].write_text("ten chars.")
     names = {"run": run, "text": text, **{name.removesuffix(".txt"): path for name, path in files.items()}}
     with pytest.raises(ValueError, match=message):
-        rope.main(arguments.format(**names).split())
+        main(rope.Config, PROGRAM, arguments.format(**names).split())
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("flags", ["--steps 0", "--seed -1", "--dropout 1.0", "--learning-rate 0", "--preset huge"])
+@pytest.mark.parametrize("flags", ["--steps 0", "--seed -1", "--dropout 1.0", "--learning-rate 0"])
 def test_a_flag_out_of_range_is_a_usage_error(flags, capsys):
     with pytest.raises(SystemExit) as error:
-        rope.main(flags.split())
+        main(rope.Config, PROGRAM, flags.split())
     assert error.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
