@@ -43,7 +43,7 @@ def report(title: str, seconds: Mapping[str, list[float]], against: str) -> None
 
 
 def stamp(threads: int) -> str:
-    """Processor, threads and versions, for the foot of a table."""
+    """Processor, threads and versions, for the head of a table."""
     packages = ("jax", "flax", "torch", "numpy")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{processor()}, {threads} threads; Python {platform.python_version()}, {versions}"

@@ -108,6 +108,8 @@ class Attention(nnx.Module):
 
     def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
         """Zeroed buffers [B, H, max_len, d_k]; raises ValueError where max_len is beyond the tables."""
+        if max_len < 1:
+            raise ValueError(f"max_len={max_len} must be at least 1")
         self.check_length(max_len)
         shape = (batch, self.heads, max_len, self.d_k)
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}

@@ -57,6 +57,15 @@ class Cache:
             raise ValueError(f"start={self.start.tolist()} must leave at least one of the {n} tokens of each row")
 
 
+def unless_overrun(logits: jax.Array, cache: Cache, n: int, *, empty: bool = False) -> jax.Array:
+    """logits [..., B, V] of n more tokens, NaN where they did not fit: inside a trace `check_room` cannot know."""
+    text = cache.length + n if cache.start is None else cache.length + n - cache.start
+    fits = text <= cache.max_len
+    if empty:
+        fits = fits & (cache.length == 0) & (text > 0)
+    return jnp.where(fits[..., None], logits, jnp.nan)
+
+
 def make_cache(layers: list[dict[str, jax.Array]], batch: int, start: jax.Array | None) -> Cache:
     """An empty cache over the given buffers; raises ValueError where `start` is not one integer ≥ 0 per row."""
     if start is not None:

@@ -128,6 +128,14 @@ def dotted(path: tuple[str | int, ...]) -> str:
     return ".".join(map(str, path))
 
 
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raises ValueError where a folder cannot be written: a file, or not empty and `overwrite` not set."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, not a folder to write to")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"{target} is not empty; name another folder, or allow overwriting")
+
+
 @contextlib.contextmanager
 def written_beside(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill, which takes the target's place once it is complete and vanishes if filling it fails.
@@ -135,10 +143,7 @@ def written_beside(target: str | os.PathLike, *, overwrite: bool = False) -> Ite
     Raises ValueError before anything is written where the target is not an empty folder and `overwrite` is not set.
     """
     target = Path(target).absolute()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, not a folder to write to")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{target} is not empty; name another folder, or allow overwriting")
+    check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     beside.mkdir()

@@ -5,11 +5,13 @@ Axes: S prompt tokens, n new tokens, B batch, V vocabulary. Ids lie as the model
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def generate(
@@ -37,6 +39,7 @@ def generate(
     cache = model.init_cache(ids.shape[1 - axis], ids.shape[axis] + max_new_tokens, start=start)
     cache.check_room(ids.shape[axis], ids.shape[1 - axis], empty=True)  # inside jit, start is unknown
     logits, cache = _prefill(model, ids, cache)
+    check_vocabulary(logits.shape[-1], ids, start, axis, stop_tokens)
     sampler = (temperature, top_p) if temperature else None
     key = jax.random.key(0) if rng is None else rng
     return _continue(model, logits, cache, sampler, key, max_new_tokens, top_k, tuple(stop_tokens))
@@ -47,7 +50,7 @@ def check(ids, max_new_tokens, temperature, top_k, top_p, rng) -> None:
         raise ValueError(f"ids must be a batch of non-empty prompts of integers, got {ids.dtype}{list(ids.shape)}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
     if temperature and rng is None:
         raise ValueError(f"temperature={temperature} draws tokens: pass a key as rng")
@@ -57,6 +60,16 @@ def check(ids, max_new_tokens, temperature, top_k, top_p, rng) -> None:
         raise ValueError(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+
+
+def check_vocabulary(n_vocab: int, ids, start, axis: int, stop_tokens: Sequence[int]) -> None:
+    """An id outside the vocabulary makes NaN logits, and the argmax of those is token 0: it must not come so far."""
+    text = np.asarray(ids if axis == 0 else ids.T)
+    if start is not None:  # what stands in the padding is never read
+        text = text[np.arange(len(text))[:, None] >= np.asarray(start)]
+    outside = sorted({int(i) for i in (*text[(text < 0) | (text >= n_vocab)], *stop_tokens) if not 0 <= i < n_vocab})
+    if outside:
+        raise ValueError(f"ids or stop_tokens {outside[:10]} are outside the vocabulary, 0 to {n_vocab - 1}")
 
 
 @jax.jit

@@ -23,12 +23,16 @@ class DenseSynthesizer(nnx.Module):
     """
 
     def __init__(self, max_len: int, d_model: int, *, rngs: nnx.Rngs):
+        if max_len < 1:
+            raise ValueError(f"max_len={max_len} must be at least 1")
         self.max_len = max_len
         self.linear1 = Linear(d_model, d_model, rngs=rngs)
         self.linear2 = Linear(d_model, max_len, rngs=rngs)
 
     def __call__(self, x: jax.Array, v: jax.Array) -> jax.Array:
-        """x and v [..., n, d] -> [..., n, d]; raises ValueError where n > max_len."""
+        """x and v [..., n, d] -> [..., n, d]; raises ValueError where n > max_len or the shapes differ before d."""
+        if x.ndim < 2 or x.shape[:-1] != v.shape[:-1]:
+            raise ValueError(f"x and v must be [..., n, d] with the same n, got {list(x.shape)} and {list(v.shape)}")
         n = x.shape[-2]
         check_length(n, self.max_len)
         logits = self.linear2(jax.nn.relu(self.linear1(x)))
@@ -90,6 +94,8 @@ class FactorizedDenseLogits(nnx.Module):
     """Two short vectors by token, A ∈ R^a and C ∈ R^b; logits B[p·b + q] = A[p]·C[q], cut to l."""
 
     def __init__(self, heads: int, d_model: int, max_len: int, factors: tuple[int, int] | None, *, rngs: nnx.Rngs):
+        if factors is not None and len(factors) != 2:
+            raise ValueError(f"factors={factors} must be two numbers, (a, b)")
         a, b = factors or default_factors(max_len)
         if a < 1 or b < 1 or a * b < max_len:
             raise ValueError(f"factors={(a, b)} give {a * b} logits, fewer than max_len={max_len}")
@@ -152,6 +158,8 @@ class SynthesizerAttention(Attention):
         if len(set(self.parts)) < len(self.parts) or not {*self.parts} <= {*makers, "vanilla"}:
             allowed = ", ".join([*makers, "vanilla"])
             raise ValueError(f"kind={kind!r} must be one of {allowed}, or a sum of different ones such as random+dense")
+        if factors is not None and "factorized_dense" not in self.parts:
+            raise ValueError(f"factors={factors} belong to factorized_dense, which kind={kind!r} has no part of")
         for part in self.parts:
             if part != "vanilla":
                 setattr(self, part, makers[part]())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.attention import Attention, Mask, MultiHeadAttention, RelativeMultiHeadAttention
-from jaxmodels.cache import Cache, align_left, make_cache
+from jaxmodels.cache import Cache, align_left, make_cache, unless_overrun
 from jaxmodels.layers import Dropout, Embed, FeedForward, LayerNorm, Linear, split_rng
 from jaxmodels.rope import RotaryPEMultiHeadAttention, RotaryValuePEMultiHeadAttention
 from jaxmodels.synthesizer import SynthesizerAttention
@@ -162,7 +162,10 @@ class AutoregressiveTransformer(nnx.Module):
         return self.generator(self.encoder(self.src_embed(ids), "causal", rng))
 
     def plain(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """The same with the whole score matrix in each attention, as the PyTorch twin computes it."""
+        """The same with the whole score matrix in each attention, as the PyTorch twin computes it.
+
+        Dropout draws differ from the call's, which draws by block.
+        """
         check_ids(ids)
         causal = jnp.tril(jnp.ones((len(ids), len(ids)), bool))[:, :, None]
         return self.generator(self.encoder(self.src_embed(ids), causal, rng))
@@ -180,7 +183,7 @@ class AutoregressiveTransformer(nnx.Module):
     def prefill(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The first S tokens [S, B] in one pass -> the last one's logits [B, V] and the filled cache.
 
-        Raises ValueError where the cache is not empty or too short.
+        Raises ValueError where the cache is not empty or too short; inside a trace the logits are NaN then.
         """
         check_ids(ids)
         n, batch = ids.shape
@@ -189,17 +192,17 @@ class AutoregressiveTransformer(nnx.Module):
             ids = align_left(ids, cache.start)
         x, layers = self.encoder.decode(self.src_embed(ids), cache.layers, None)
         last = x[-1] if cache.start is None else x[n - 1 - cache.start, jnp.arange(batch)]
-        return self.generator(last), cache.advance(layers, n)
+        return unless_overrun(self.generator(last), cache, n, empty=True), cache.advance(layers, n)
 
     def decode(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """S further tokens [S, B] -> their logits [S, B, V] and the longer cache.
 
-        Raises ValueError where they do not fit; inside a trace, where the length is unknown, the caller sees to that.
+        Raises ValueError where they do not fit; inside a trace, where the length is unknown, the logits are NaN then.
         """
         check_ids(ids)
         cache.check_room(*ids.shape)
         x, layers = self.encoder.decode(self.src_embed(ids), cache.layers, cache.positions(len(ids)))
-        return self.generator(x), cache.advance(layers, len(ids))
+        return unless_overrun(self.generator(x), cache, len(ids)), cache.advance(layers, len(ids))
 
 
 def check_ids(ids: jax.Array) -> None:

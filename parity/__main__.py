@@ -46,13 +46,16 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:  # a file has no width to fit: a whole table is worth more than one folded to 80
         console = Console(width=160)
-    if options.device:  # before JAX starts, so that a missing device is said at once
+    if options.device == "cpu":  # before JAX starts, so that it looks for no other
         import jax
 
-        jax.config.update("jax_platforms", {"gpu": "cuda,rocm,cpu", "tpu": "tpu,cpu", "cpu": "cpu"}[options.device])
+        jax.config.update("jax_platforms", "cpu")
     from parity.cases import load_cases, select
 
     try:
+        for file in filter(None, (options.json, options.report)):
+            if not file.absolute().parent.is_dir():
+                raise ValueError(f"{file} cannot be written: there is no folder {file.absolute().parent}")
         names = select(options.names)
         if options.list:
             for name in names:

@@ -40,7 +40,11 @@ def error_of(result: np.ndarray | None, truth: np.ndarray | None, scale: float) 
 def ratios(flax: Tensors, torch: Tensors, truth: Tensors) -> dict[str, float]:
     """By name, Flax's error against the truth in units of PyTorch's own (plus RATIO_FLOOR); good up to RATIO_LIMIT."""
     own = errors(torch, truth)
-    return {name: error / (own.get(name, 0.0) + RATIO_FLOOR) for name, error in errors(flax, truth).items()}
+    allowed = {name: own.get(name, 0.0) + RATIO_FLOOR for name in errors(flax, truth)}
+    return {
+        name: error / allowed[name] if np.isfinite(allowed[name]) else np.inf  # NaN on PyTorch's side excuses nothing
+        for name, error in errors(flax, truth).items()
+    }
 
 
 def worst(values: Mapping[str, float]) -> tuple[str, float]:

@@ -1,5 +1,6 @@
 """`check`: one PyTorch module against one Flax module, every reading that says whether they compute the same."""
 
+import glob
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from parity import budgets, flax_side, torch_side
 from parity.flax_side import FlaxSide
 from parity.objective import Inputs, random_targets, roll
 from parity.report import Check, Report, environment
-from parity.torch_side import TorchSide
+from parity.torch_side import TorchSide, matches
 from parity.trace import Divergence, first_divergence
 
 LEARNING_RATE = 1e-3
@@ -50,9 +51,11 @@ def check(
     began = time.perf_counter()
     inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
     module = torch_side.randomized(torch_module, seed) if randomize else torch_module
-    torch_side.strict_precision()
-    float64 = device != "tpu" if float64 is None else float64
-    with flax_side.strict_precision(float64, device) as chosen:
+    if not isinstance(flax_module, nnx.Module):
+        raise ValueError(f"flax_module must be a flax.nnx.Module, got a {type(flax_module).__name__}")
+    chosen = jax.devices(device)[0]
+    float64 = chosen.platform != "tpu" if float64 is None else float64
+    with torch_side.strict_precision(), flax_side.strict_precision(float64, chosen):
         readings = Readings(module, flax_module, inputs, labels, zero_gradients, steps, chosen, float64, seed, progress)
         checks = list(readings.all())
         divergence = None if all(c.passed for c in checks) else readings.divergence()
@@ -66,6 +69,8 @@ class Readings:
     def __init__(self, module, flax_module, inputs, labels, zero, steps, device, float64, seed, progress):
         self.module, self.flax_module, self.inputs, self.labels = module, flax_module, inputs, labels
         self.zero, self.device, self.float64, self.progress = tuple(zero), device, float64, progress
+        still = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        self.held = (*self.zero, *map(glob.escape, still))  # in training; what PyTorch does not train, nor do we
         progress("truth")
         self.truth_side = TorchSide(module, torch.float64, "cpu")
         outputs = self.truth_side.outputs(inputs)
@@ -85,13 +90,13 @@ class Readings:
         self.progress("float64")
         result = side.evaluate(self.inputs, self.labels, self.targets)
         for kind, truth in self.truth.items():
-            yield self.limited(kind, budgets.errors(result.get(kind, {}), truth))
+            yield self.limited(kind, budgets.errors(self.read(result, kind), truth))
         yield from self.zeros(result)
         self.progress("decoding")
         yield from self.decoding(side)
         self.progress("training")
-        truth = self.truth_side.train(self.batches, self.targets, self.zero, LEARNING_RATE)
-        result = side.train(self.batches, self.targets, self.zero, LEARNING_RATE)
+        training = (self.batches, self.targets, self.held, LEARNING_RATE)
+        truth, result = self.truth_side.train(*training), side.train(*training)
         for kind in truth:
             yield self.limited(kind, budgets.errors(result[kind], truth[kind]))
 
@@ -104,14 +109,19 @@ class Readings:
         arguments = (self.inputs, self.labels, self.targets)
         result, own = ours.evaluate(*arguments), theirs.evaluate(*arguments)
         for kind, truth in self.truth.items():
-            yield self.limited(kind, budgets.ratios(result.get(kind, {}), own[kind], truth), precision="float32")
+            yield self.limited(kind, budgets.ratios(self.read(result, kind), own[kind], truth), precision="float32")
         if self.float64:
             return
         yield from self.decoding(ours)
-        training = (self.batches, self.targets, self.zero, LEARNING_RATE)
+        training = (self.batches, self.targets, self.held, LEARNING_RATE)
         truth, own, result = self.truth_side.train(*training), theirs.train(*training), ours.train(*training)
         for kind in truth:
             yield self.limited(kind, budgets.ratios(result[kind], own[kind], truth[kind]), precision="float32")
+
+    def read(self, result: dict, kind: str) -> dict:
+        """Flax's tensors of a kind, without the gradients of parameters that PyTorch does not train."""
+        still = self.held[len(self.zero) :]
+        return {name: tensor for name, tensor in result.get(kind, {}).items() if not matches(name, still)}
 
     def zeros(self, result: dict) -> Iterator[Check]:
         """Gradients declared to be zero, on both sides, in units of the largest gradient."""
@@ -120,7 +130,7 @@ class Readings:
         truth = self.truth["parameter gradients"]
         scale = budgets.scale_of(truth)
         both = {**{f"torch {n}": g for n, g in truth.items()}, **result["parameter gradients"]}
-        declared = {n: g for n, g in both.items() if flax_side.matches(n.removeprefix("torch "), self.zero)}
+        declared = {n: g for n, g in both.items() if matches(n.removeprefix("torch "), self.zero)}
         if not declared:
             raise ValueError(f"zero_gradients={list(self.zero)} match no parameter of {sorted(truth)}")
         yield self.limited("zero gradients", {n: float(np.abs(g).max()) / scale for n, g in declared.items()})
@@ -144,7 +154,8 @@ class Readings:
     def round_trip(self) -> Check:
         """PyTorch -> Flax -> PyTorch in the module's own dtypes: how many tensors come back with another bit."""
         original = {name: as_numpy(tensor) for name, tensor in self.module.state_dict().items()}
-        back = to_torch(from_torch(self.flax_module, original))
+        with jax.enable_x64(True):
+            back = to_torch(from_torch(self.flax_module, original))
         changed = {name: float(not same_bits(array, back.get(name))) for name, array in original.items()}
         return Check("round trip", "bits", *budgets.worst(changed or {"": 0.0}), 0.0)
 

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import jax
@@ -14,15 +13,14 @@ from flax import nnx
 
 from jaxmodels.convert.params import Path, entries, flat_arrays, from_torch, to_torch
 from parity.objective import Inputs, named_leaves
+from parity.torch_side import matches
 
 
 @contextlib.contextmanager
-def strict_precision(float64: bool, device: str | None) -> Iterator[jax.Device]:
+def strict_precision(float64: bool, device: jax.Device) -> Iterator[None]:
     """Float32 matmuls in float32 (not TF32 or bfloat16), float64 allowed or not, on one device, while it is open."""
-    with jax.enable_x64(float64), jax.default_matmul_precision("highest"):
-        chosen = jax.devices(device)[0] if device else jax.devices()[0]
-        with jax.default_device(chosen):
-            yield chosen
+    with jax.enable_x64(float64), jax.default_matmul_precision("highest"), jax.default_device(device):
+        yield
 
 
 class FlaxSide:
@@ -103,12 +101,10 @@ class FlaxSide:
         return prompt - 1, np.asarray(jnp.concatenate(logits, axis=axis))
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
 def loss(outputs: dict[str, jax.Array], labels, targets) -> jax.Array:
-    """See `parity.objective`."""
+    """See `parity.objective`; raises ValueError where the outputs are not named as the targets."""
+    if outputs.keys() != targets.keys():
+        raise ValueError(f"PyTorch returns {', '.join(targets)}; the Flax module returns {', '.join(outputs)}")
     if labels is not None:
         (logits,) = outputs.values()
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean()

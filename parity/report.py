@@ -55,7 +55,12 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.name}: {'agrees' if self.passed else 'DIFFERS'}"]
         lines += [f"  {check}" for check in self.checks]
-        lines += [f"  {self.divergence}"] if self.divergence else []
+        if self.divergence:
+            lines.append(f"  {self.divergence}")
+        elif not self.passed:
+            lines.append(
+                "  all sub-modules agree in the plain forward pass: look at what is fused, cached or a gradient"
+            )
         return "\n".join(lines)
 
     def raise_if_failed(self) -> None:

@@ -1,7 +1,8 @@
 """The PyTorch half: run, differentiate and train a module, at a chosen precision and on a chosen device."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 
 import numpy as np
@@ -23,11 +24,21 @@ def randomized(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
-def strict_precision() -> None:
-    """No TF32, no reduced-precision matmuls: float32 means float32."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
+@contextlib.contextmanager
+def strict_precision() -> Iterator[None]:
+    """No TF32, no reduced-precision matmuls while it is open: float32 means float32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")  # turns off TF32 in matmuls
     torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 class TorchSide:
@@ -81,7 +92,7 @@ class TorchSide:
         trained = {
             name: parameter
             for name, parameter in side.module.named_parameters()
-            if parameter.requires_grad and not any(fnmatch(name, pattern) for pattern in frozen)
+            if parameter.requires_grad and not matches(name, frozen)
         }
         if not trained or not batches:
             return {}

@@ -18,6 +18,8 @@ from flax import nnx
 from jaxmodels.convert.params import from_torch
 from parity.objective import Inputs
 
+CALL = "__call__"
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -157,9 +159,6 @@ def recorded_calls(classes: set[type], record: Any) -> Iterator[None]:
                 delattr(cls, CALL)
             else:
                 setattr(cls, CALL, original)
-
-
-CALL = "__call__"
 
 
 def floating(args: tuple, kwargs: dict) -> list[np.ndarray]:

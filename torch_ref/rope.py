@@ -39,7 +39,9 @@ def rotary_width(name: str, share: float, d_k: int) -> int:
     """How many of d_k features turn: int(d_k · share), refused when that is odd, zero or more than there are."""
     d = int(d_k * share)
     if d < 2 or d % 2 or d > d_k:
-        raise ValueError(f"{name}={share} turns {d} of d_k={d_k} features; it must be an even number from 2 to d_k")
+        raise ValueError(
+            f"{name}={share} turns {d} of d_k={d_k} features; it must be an even number from 2 to d_k = d_model / heads"
+        )
     return d
 
 

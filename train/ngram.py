@@ -1,4 +1,4 @@
-"""An interpolated character n-gram model (Witten and Bell 1991; Chen and Goodman 1998, section 2.4): the bar to clear.
+"""An interpolated character n-gram model (Witten and Bell 1991; Chen and Goodman 1998): the bar to clear.
 
     P(c | h) = (N(hc) + T(h) · P(c | h')) / (N(h) + T(h)),    P(c) below the unigrams = 1/V
 

@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Names of models on the command line: class, and arguments that the name already says.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+# What --model may name: the class, and the arguments that the name says. `synthesizer` leaves its kind to --config.
+NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "rope": ("AutoregressiveTransformer", {"attention": "rotary"}),
     "rope_value": ("AutoregressiveTransformer", {"attention": "rotary_value"}),
     "relative": ("AutoregressiveTransformer", {"attention": "relative"}),
-    "synthesizer": ("AutoregressiveTransformer", {"attention": "dense"}),
+    "plain": ("AutoregressiveTransformer", {"attention": "plain"}),
+    "synthesizer": ("AutoregressiveTransformer", {}),
 }
 
 TORCH_EXAMPLES = """\
 examples:
   python -m jaxmodels.convert torch --model rope --config model.json model.pt OUT/
-  python -m jaxmodels.convert torch --model synthesizer OUT.pt OUT/ \\
-      --config '{"n_vocab": 65, "d_model": 128, "heads": 16, "d_ff": 512, "n_layers": 6, "max_len": 512}'
+  python -m jaxmodels.convert torch --model synthesizer model.pt OUT/ \\
+      --config '{"attention": "random+dense", "max_len": 512, "n_vocab": 65, "d_model": 128, "heads": 16,
+                 "d_ff": 512, "n_layers": 6}'
   python -m jaxmodels.convert torch OUT/ back.pt
 
 OUT/ is an Orbax checkpoint with a config.json, for `jaxmodels.load("OUT/")`.
@@ -41,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     pt.add_argument("source", type=Path, metavar="SRC", help="FILE.pt, or the folder of a Flax checkpoint")
     pt.add_argument("target", type=Path, metavar="DST", help="the folder to write, or FILE.pt")
-    pt.add_argument("--model", choices=sorted(MODELS), help="what FILE.pt holds")
+    pt.add_argument("--model", choices=sorted(NAMES), help="what FILE.pt holds")
     pt.add_argument("--config", metavar="JSON", help="the model's arguments: a JSON file, or the JSON itself")
     pt.add_argument("--key", help="the entry of FILE.pt that holds the state_dict, where it holds more")
     pt.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it (default: keep every bit)")
@@ -56,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"convert: {error}; .pt files need torch: pip install 'jaxmodels[torch]'", file=sys.stderr)
+        return 2
     print(message)
     return 0
 
@@ -65,14 +70,16 @@ def from_torch_file(options: argparse.Namespace) -> str:
     from flax import nnx
 
     import jaxmodels
-    from jaxmodels.checkpoint import build
+    from jaxmodels.checkpoint import build, check_target
     from jaxmodels.convert.files import read_state_dict
     from jaxmodels.convert.params import from_torch
 
+    if not options.source.exists():
+        raise ValueError(f"{options.source} does not exist")
     if options.model is None or options.config is None:
         raise ValueError(f"{options.source} is a .pt file: say with --model and --config what it holds")
-    name, arguments = MODELS[options.model]
-    config = arguments | read_json(options.config)
+    check_target(options.target, overwrite=options.overwrite)
+    name, config = configured(options.model, read_json(options.config))
     with float64_allowed():
         abstract = nnx.eval_shape(lambda: build(name, config))
         model = from_torch(abstract, read_state_dict(options.source, options.key), options.dtype)
@@ -100,6 +107,24 @@ def to_torch_file(options: argparse.Namespace) -> str:
         arrays = {k: a.astype(jax.numpy.dtype(options.dtype)) if is_floating(a.dtype) else a for k, a in arrays.items()}
     write_state_dict(options.target, arrays)
     return f"{options.target}: {summary(type(model).__name__, model)}"
+
+
+def configured(model: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Class and arguments; raises ValueError where the configuration contradicts the model's name.
+
+    The attentions rotary, rotary_value and plain have the same parameters: no shape would tell them apart.
+    """
+    name, said = NAMES[model]
+    if {"model", "config"} <= config.keys():  # a config.json as this tool writes it
+        if config["model"] != name:
+            raise ValueError(f"--config is for {config['model']}, --model {model} is a {name}")
+        config = config["config"]
+    for argument, value in said.items():
+        if config.get(argument, value) != value:
+            raise ValueError(f"--model {model} has {argument}={value!r}, --config says {config[argument]!r}")
+    if model == "synthesizer" and config.get("attention") in (None, "rotary", "rotary_value", "relative", "plain"):
+        raise ValueError(f"--model synthesizer: --config has no synthesizer's attention: {config.get('attention')!r}")
+    return name, said | config
 
 
 @contextlib.contextmanager

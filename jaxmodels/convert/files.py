@@ -1,6 +1,7 @@
 """PyTorch checkpoint files (.pt): read without running anything in them, written whole or not at all."""
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +25,12 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} is refused: it is no plain checkpoint of tensors ({reason})") from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        # torch's own text tells how to run the file after all; what it names is all that is wanted of it.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        wants = f": it asks for {named[1]}" if named else ""
+        raise ValueError(f"{file} is refused: it is damaged, or more than tensors{wants}") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, IndexError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is truncated or no PyTorch checkpoint: {reason}") from None
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:

@@ -71,6 +71,7 @@ def entries(arrays: Mapping[Path, Any]) -> Iterator[Entry]:
             yield Entry(".".join([*words[: stack + 1], str(layer), *words[stack + 1 :]]), path, layer, transposed)
 
 
+NARROWED = "64 bits wide while jax_enable_x64 is off"
 RENAMED = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
@@ -85,6 +86,7 @@ def stacked_at(path: Path) -> int | None:
 def flat_arrays(model: nnx.Pytree | nnx.State) -> dict[Path, Any]:
     """Every array of a model (or of its gradients, or of a State) by path, sorted; abstract arrays stay abstract."""
     state = model if isinstance(model, nnx.State) else nnx.state(model)
+    _, state = nnx.split_state(state, nnx.RngState, ...)  # an nnx.Dropout(rngs=…) of somebody's: no weights
     flat = nnx.to_flat_state(state)
     return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}  # type: ignore[misc]
 
@@ -94,8 +96,10 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
 
     Values are torch tensors or arrays; they are copied. dtype None keeps each tensor's own; a dtype casts the floating
     ones. All or nothing: raises ConversionError that lists every missing, unexpected and misshapen entry at once, and
-    every float64 one where JAX would narrow it (jax_enable_x64 is off).
+    every 64-bit one where JAX would narrow it (jax_enable_x64 is off). Raises ValueError for a dtype that is no float.
     """
+    if dtype is not None and not is_floating(dtype):
+        raise ValueError(f"dtype={np.dtype(dtype).name} is no floating type: weights would be cut to whole numbers")
     targets = flat_arrays(model)
     wanted = list(entries(targets))
     duplicates = [key for key, n in count(entry.key for entry in wanted).items() if n > 1]
@@ -107,7 +111,7 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
         "unexpected": [key for key in state_dict if key not in keys],
         "misshapen": [],
         "of another kind": [],
-        "float64 while jax_enable_x64 is off": [],
+        NARROWED: [],
     }
     for entry in wanted:
         if entry.key not in given:
@@ -119,8 +123,8 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
         if is_floating(tensor.dtype) != is_floating(target.dtype):
             problems["of another kind"].append(f"{entry.key}: got {tensor.dtype}, the model has {target.dtype}")
         wide = np.dtype(dtype) if dtype is not None and is_floating(tensor.dtype) else tensor.dtype
-        if wide == np.float64 and not jax.config.read("jax_enable_x64"):
-            problems["float64 while jax_enable_x64 is off"].append(entry.key)
+        if wide in (np.float64, np.int64, np.uint64) and not jax.config.read("jax_enable_x64"):
+            problems[NARROWED].append(entry.key)
     if any(problems.values()):
         raise ConversionError(problems)
 
@@ -136,9 +140,10 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
 
 
 def with_arrays(model: Any, arrays: Mapping[Path, Any]) -> Any:
-    """The model again, with other arrays at the same paths; what the model itself holds is left as it is."""
+    """The model again, with other arrays at the given paths; what the model itself holds is left as it is."""
     graphdef, state = nnx.split(model)
-    flat = {path: leaf.replace(arrays[path]) for path, leaf in nnx.to_flat_state(state)}  # type: ignore[index]
+    flat: dict[Any, Any] = dict(nnx.to_flat_state(state))
+    flat |= {path: flat[path].replace(array) for path, array in arrays.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

@@ -147,3 +147,16 @@ def test_refuses_to_prefill_a_row_of_padding_alone():
     cache = model.init_cache(2, 7, start=jnp.array([0, 5]))
     with pytest.raises(ValueError, match=r"start=\[0, 5\]"):
         model.prefill(token_ids(0, 5, 2), cache)
+
+
+def test_an_overrun_inside_jit_is_nan():
+    """No error can be raised there, and a clamped write would give plausible logits."""
+    model = language_model("rotary")
+    ids = token_ids(0, 7, B)
+    decode, prefill = jax.jit(lambda m, i, c: m.decode(i, c)), jax.jit(lambda m, i, c: m.prefill(i, c))
+    logits, cache = prefill(model, ids, model.init_cache(B, 8))
+    assert jnp.isfinite(logits).all()
+    logits, cache = decode(model, ids[:1], cache)
+    assert jnp.isfinite(logits).all()
+    assert jnp.isnan(decode(model, ids[:1], cache)[0]).all()
+    assert jnp.isnan(prefill(model, ids[:1], cache)[0]).all()

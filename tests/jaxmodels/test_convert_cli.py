@@ -132,7 +132,7 @@ def missing(file, tmp_path):
         (malicious_zip, "refused"),
         (truncated, "model.pt"),
         (empty, "truncated or no PyTorch checkpoint"),
-        (missing, "is not a file"),
+        (missing, "does not exist"),
     ],
 )
 def test_a_bad_file_is_one_clear_error_and_nothing_is_written(pt, tmp_path, monkeypatch, capsys, damage, message):
@@ -191,3 +191,20 @@ def test_an_object_that_is_no_state_dict(tmp_path, capsys):
     (tmp_path / "list.pt").write_bytes(buffer.getvalue())
     assert to_flax(tmp_path / "list.pt", tmp_path / "out") == 2
     assert "a list" in capsys.readouterr().err
+
+
+def test_a_configuration_that_contradicts_the_name(pt, tmp_path, capsys):
+    """rotary, rotary_value and plain have the same parameters: nothing else would tell."""
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out", config={**CONFIG, "attention": "plain"}) == 2
+    assert "--model rope has attention='rotary', --config says 'plain'" in capsys.readouterr().err
+    assert convert("--model", "synthesizer", "--config", json.dumps(CONFIG), file, tmp_path / "out") == 2
+    assert "no synthesizer's attention" in capsys.readouterr().err
+
+
+def test_the_config_json_of_a_checkpoint_is_a_configuration(pt, tmp_path):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    config = tmp_path / "out" / "config.json"
+    assert convert("--model", "rope", "--config", config, file, tmp_path / "again") == 0
+    assert (tmp_path / "again" / "config.json").read_text() == config.read_text()

@@ -201,3 +201,12 @@ def test_each_step_draws_anew(model, ids):
     assert new.min() >= 0
     assert new.max() < V
     assert (new[1:] != new[:-1]).mean() > 0.7
+
+
+@pytest.mark.parametrize("ids", [[[999], [1]], [[-1], [1]]])
+def test_ids_outside_the_vocabulary_are_an_error_not_a_text(ids):
+    model = language_model("rotary")
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        generate(model, jnp.asarray(ids), 3)
+    with pytest.raises(ValueError, match=r"\[999\] are outside the vocabulary"):
+        generate(model, jnp.asarray([[1], [2]]), 3, stop_tokens=[999])

@@ -43,3 +43,9 @@ def test_the_worst_is_the_largest_and_nan_is_larger_than_all():
     assert budgets.worst({"a": 1.0, "b": 3.0, "c": 2.0}) == ("b", 3.0)
     assert budgets.worst({"a": np.inf, "b": np.nan})[0] in ("a", "b")
     assert budgets.worst({"a": 1.0, "b": np.nan})[0] == "b"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_in_torch_excuses_nothing(bad):
+    truth, torch, flax = {"x": np.ones(2)}, {"x": np.array([1.0, bad])}, {"x": np.ones(2)}
+    assert budgets.ratios(flax, torch, truth)["x"] == np.inf

@@ -194,3 +194,38 @@ def test_a_changed_bit_in_the_round_trip_is_seen(pair, monkeypatch):
     monkeypatch.setattr("parity.checking.from_torch", lossy)
     report = parity.check(torch_module, flax_module, inputs, steps=1)
     assert [check.kind for check in report.checks if not check.passed] == ["round trip"]
+
+
+def test_a_parameter_that_torch_does_not_train_is_held_on_both_sides(pair):
+    torch_module, flax_module, inputs = pair
+    torch_module.first.bias.requires_grad_(False)
+    report = parity.check(torch_module, flax_module, inputs, steps=2)
+    assert report.passed, str(report)
+
+
+def test_somebodys_dropout_with_a_random_state_is_no_weight(pair):
+    torch_module, flax_module, inputs = pair
+    flax_module.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    assert parity.check(torch_module, flax_module, inputs, steps=1).passed
+
+
+def test_outputs_of_other_names_are_an_error(pair):
+    torch_module, _, inputs = pair
+
+    class Renamed(FlaxNet):
+        def __call__(self, x, hide):
+            return super().__call__(x, hide)["y"]
+
+    with pytest.raises(ValueError, match=r"PyTorch returns output\[y\], .*the Flax module returns output"):
+        parity.check(torch_module, Renamed(rngs=nnx.Rngs(0)), inputs)
+    with pytest.raises(ValueError, match="flax_module must be"):
+        parity.check(torch_module, torch_module, inputs)
+
+
+def test_the_precision_flags_of_torch_are_put_back(pair):
+    torch.set_float32_matmul_precision("high")
+    try:
+        parity.check(*pair, steps=0)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

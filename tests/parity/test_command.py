@@ -53,6 +53,11 @@ def test_unknown_names_are_one_clear_line(capsys):
         select(["ropes"])
 
 
+def test_a_file_that_cannot_be_written_is_said_before_any_case_runs(tmp_path, capsys):
+    assert main(["rope", "--json", str(tmp_path / "nowhere" / "out.json")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_names_select_cases_and_systems():
     assert select(["rope.attention"]) == ["rope.attention"]
     assert set(select(["rope"])) == {name for name in load_cases() if name.startswith("rope.")}
