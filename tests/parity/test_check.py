@@ -216,7 +216,7 @@ def test_outputs_of_other_names_are_an_error(pair):
         def __call__(self, x, hide):
             return super().__call__(x, hide)["y"]
 
-    with pytest.raises(ValueError, match=r"PyTorch returns output\[y\], .*the Flax module returns output"):
+    with pytest.raises(ValueError, match=r"output\[y\]; the Flax module returns output"):
         parity.check(torch_module, Renamed(rngs=nnx.Rngs(0)), inputs)
     with pytest.raises(ValueError, match="flax_module must be"):
         parity.check(torch_module, torch_module, inputs)
