@@ -46,7 +46,7 @@ class Stack:
         if self.memory.shape == (length, *like.shape) and self.memory.dtype == like.dtype:
             self.gradient.zero_()
         else:
-            self.memory, self.gradient = like.new_zeros(2, length, *like.shape).unbind()
+            self.memory, self.gradient = (like.new_zeros(length, *like.shape) for _ in range(2))
 
     def append(self, row: torch.Tensor) -> torch.Tensor:
         """Writes a row behind the others -> all rows so far, to be differentiated once."""

@@ -80,7 +80,7 @@ def forward(graphdef: Any, weights: Any, tables: Any, x_seq: jax.Array, rng: jax
 
         def body(memory: Memory, inputs):
             t, x = inputs
-            y, new = step(graphdef, weights, rows_at(tables, t, memory), x, memory, t, rng)  # noqa: B023
+            y, new = step(graphdef, weights, rows_at(tables, t, memory), x, memory, t, rng)
             return jax.tree.map(lambda slots, k: slots.at[:, :, t].set(k.astype(slots.dtype)), memory, new), y
 
         memory = jax.tree.map(lambda a, end=end: jnp.pad(a, [(0, 0), (0, 0), (0, end - a.shape[2]), (0, 0)]), memory)
@@ -100,7 +100,7 @@ def backward(graphdef: Any, kept: Any, d_outputs: jax.Array):
         def body(sums, inputs):
             d_weights, d_tables, d_memory = sums
             t, x, dy = inputs
-            d_new = jax.tree.map(lambda d, slots: d[:, :, t].astype(slots.dtype), d_memory, memory)  # noqa: B023
+            d_new = jax.tree.map(lambda d, slots: d[:, :, t].astype(slots.dtype), d_memory, memory)
             rows = rows_at(tables, t, prefix)  # noqa: B023
             _, pull = jax.vjp(lambda *args: step(graphdef, *args, t, rng), weights, rows, x, prefix)  # noqa: B023
             dw, d_rows, dx, dm = pull((dy, d_new))
