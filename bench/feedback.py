@@ -1,4 +1,4 @@
-"""`python -m bench.feedback`: the Feedback Transformer with shared keys and values, forward and backward, against PyTorch.
+"""`python -m bench.feedback`: the Feedback Transformer with shared keys and values against PyTorch.
 
 In one run, in turn: the Flax model, whose recurrence is one scan with a backward pass of its own, and the original's
 stack design in PyTorch. For each size: times and their ratio, XLA's temporaries, the share of the limit that matrix
@@ -65,9 +65,8 @@ def main() -> None:
         (t0, s0, m0), (t1, s1, m1) = min(rows), max(rows)
         if t1 > t0:
             time_exponent, memory_exponent = (math.log(b / a) / math.log(t1 / t0) for a, b in ((s0, s1), (m0, m1)))
-            print(
-                f"d {d_model}, T {t0} to {t1}: time grows as T^{time_exponent:.2f}, temporaries as T^{memory_exponent:.2f}"
-            )
+            growth = f"time grows as T^{time_exponent:.2f}, temporaries as T^{memory_exponent:.2f}"
+            print(f"d {d_model}, T {t0} to {t1}: {growth}")
     d_model, steps = options.sizes[0]
     seconds = compile_time((d_model, options.heads, 4 * d_model, options.layers), (steps, options.batch))
     print(f"a train step (d {d_model}, T {steps}) traces and compiles in {seconds:.1f} s")
@@ -120,16 +119,14 @@ def products(arguments, shape):
             x = jnp.tanh(x @ kernel.T)
         return carry, x
 
-    run = jax.jit(lambda x: jax.lax.scan(step, 0, x)[1])
-    rows = jax.random.normal(jax.random.key(0), shape)
-    wide = [jax.random.normal(jax.random.key(i), (2, shape[0] * shape[1], d_ff)) for i in range(1)]
-
     @jax.jit
-    def weight_gradients(wide):
-        a, b = wide[0][0], wide[0][1]
-        return [(a[:, :rows].T + i) @ b[:, :columns] for i, (rows, columns) in enumerate(sizes)]
+    def weight_gradients(a, b):
+        return [a[:, :rows].T @ b[:, :columns] for rows, columns in sizes[:4]]
 
-    return lambda: jax.block_until_ready((run(rows), weight_gradients(wide)))
+    run = jax.jit(lambda x: jax.lax.scan(step, 0, x)[1])
+    x = jax.random.normal(jax.random.key(0), shape)
+    a, b = jax.random.normal(jax.random.key(1), (2, shape[0] * shape[1], d_ff))
+    return lambda: jax.block_until_ready((run(x), [weight_gradients(a, b) for _ in range(n_layers)]))
 
 
 def compile_time(arguments, shape) -> float:

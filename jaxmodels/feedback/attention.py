@@ -6,6 +6,7 @@ In einsums: b batch, h head, j memory, d feature.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,8 @@ class FeedbackAttention(nnx.Module):
         self.heads = heads
         self.d_k = d_model // heads
         self.query = HeadProjection(d_model, heads, self.d_k, bias=False, rngs=rngs)
-        self.key = None if is_kv_precomputed else HeadProjection(d_model, heads, self.d_k, bias=False, rngs=rngs)
-        self.value = None if is_kv_precomputed else HeadProjection(d_model, heads, self.d_k, bias=True, rngs=rngs)
+        self.key: Any = None if is_kv_precomputed else HeadProjection(d_model, heads, self.d_k, bias=False, rngs=rngs)
+        self.value: Any = None if is_kv_precomputed else HeadProjection(d_model, heads, self.d_k, bias=True, rngs=rngs)
         self.output = Linear(d_model, d_model, rngs=rngs)
         self.dropout = Dropout(dropout_prob)
         self.scale = 1 / math.sqrt(self.d_k)
@@ -61,7 +62,7 @@ class FeedbackAttention(nnx.Module):
             raise ValueError(f"query must be [B, D], key and value {expected} with n of at least 1, got {given}")
         if len(key) > self.P:
             raise ValueError(f"{len(key)} memories given, but the position tables reach back {self.P} at most")
-        if self.key is not None and self.value is not None:
+        if self.key is not None:
             key, value = self.key(key), self.value(value)
         return self.attend(query, heads_first(key), heads_first(value), None, rng)
 

@@ -47,7 +47,8 @@ def recur(model: Any, x_seq: jax.Array, rng: jax.Array | None) -> jax.Array:
     and `memory`, the number of steps that a step sees at most, or None.
     """
     n = len(x_seq)
-    graphdef, tables, weights = nnx.split(model, lambda path, _: path[-1] in TABLES, ...)
+    graphdef, *states = nnx.split(model, lambda path, _: path[-1] in TABLES, ...)
+    tables, weights = states
     # Slot j of step t reads row T - t + j. The zeros behind are for slots that hold no memory yet.
     tables = jax.tree.map(lambda table: jnp.pad(table[-n:], [(0, n)] + [(0, 0)] * (table.ndim - 1)), tables)
     return scan(graphdef, weights, tables, x_seq, rng)
@@ -102,7 +103,7 @@ def backward(graphdef: Any, kept: Any, d_outputs: jax.Array):
             t, x, dy = inputs
             d_new = jax.tree.map(lambda d, slots: d[:, :, t].astype(slots.dtype), d_memory, memory)
             rows = rows_at(tables, t, prefix)  # noqa: B023
-            _, pull = jax.vjp(lambda *args: step(graphdef, *args, t, rng), weights, rows, x, prefix)  # noqa: B023
+            _, pull = jax.vjp(lambda w, r, x, m: step(graphdef, w, r, x, m, t, rng), weights, rows, x, prefix)  # noqa: B023
             dw, d_rows, dx, dm = pull((dy, d_new))
             start = len(x_seq) - t
             add = partial(jax.tree.map, jnp.add)
