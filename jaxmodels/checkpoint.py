@@ -22,7 +22,7 @@ from jaxmodels.convert.params import flat_arrays, with_arrays
 FORMAT = 1
 
 # Classes that a config.json may name, and where they are. Nothing else is ever imported on a file's word.
-MODELS = {"AutoregressiveTransformer": "jaxmodels.transformer"}
+MODELS = {"AutoregressiveModel": "jaxmodels.feedback", "AutoregressiveTransformer": "jaxmodels.transformer"}
 
 
 def model_class(name: str) -> Any:
@@ -34,8 +34,10 @@ def model_class(name: str) -> Any:
 
 def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
     """A freshly initialised model of a class by name; raises ValueError where the arguments are not the class's."""
+    cls = model_class(name)
+    make = getattr(cls, "from_config", cls)  # a model around another model is not made of its configuration alone
     try:
-        return model_class(name)(**config, rngs=nnx.Rngs(seed))
+        return make(**config, rngs=nnx.Rngs(seed))
     except (TypeError, AttributeError) as error:  # the second: a list where a name belongs
         raise ValueError(f"the configuration does not fit {name}: {error}") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-SYSTEMS = ("rope", "transformer", "synthesizer")
+SYSTEMS = ("rope", "transformer", "synthesizer", "feedback")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,7 +120,9 @@ def test_a_failure_leaves_nothing_behind_and_the_old_one_whole(model, copy, monk
 
 
 def test_refuses_a_model_it_could_not_rebuild(tmp_path):
-    with pytest.raises(ValueError, match="model='Linear' is not known here; known are AutoregressiveTransformer"):
+    with pytest.raises(
+        ValueError, match="model='Linear' is not known here; known are AutoregressiveModel, AutoregressiveTransformer"
+    ):
         jaxmodels.save(Linear(3, 5, rngs=nnx.Rngs(0)), tmp_path / "checkpoint")
     namesake = type("AutoregressiveTransformer", (nnx.Module,), {})
     with pytest.raises(ValueError, match="not the AutoregressiveTransformer of this project"):

@@ -1,0 +1,184 @@
+"""The Feedback Transformer in its two variants, sequence-first, and the language model around either.
+
+Axes: S sequence, n memories, B batch, H heads, D = d_model = H·d_k features, L layers, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
+from jaxmodels.feedback.recurrence import Memory, at_step, recur
+from jaxmodels.layers import Embed, HeadProjection, LayerNorm, Linear, split_rng
+from jaxmodels.transformer import check_ids
+
+
+class Feedback(nnx.Module):
+    """What both variants share: layers, the mixture of their outputs into a memory, the final norm.
+
+    Memory of a step: m = Σ_l softmax(w)_l · x^l over l = 0 … L, where x⁰ is the step's input; w starts as ones.
+    `memory` M limits what a step sees to the last M of them. The call is one scan (see `recurrence`), `plain` a loop.
+    """
+
+    def __init__(self, d_model, heads, d_ff, n_layers, dropout_prob, memory, is_kv_precomputed, rngs):
+        for name, size in {"d_model": d_model, "heads": heads, "d_ff": d_ff, "n_layers": n_layers}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if memory is not None and memory < 1:
+            raise ValueError(f"memory={memory} steps must be at least 1, or None for all")
+        self.d_model, self.heads, self.d_ff, self.n_layers = d_model, heads, d_ff, n_layers
+        self.dropout_prob, self.memory = dropout_prob, memory
+        self.layers = nnx.List(
+            FeedbackTransformerLayer(
+                FeedbackAttention(heads, d_model, dropout_prob, is_kv_precomputed=is_kv_precomputed, rngs=rngs),
+                d_model,
+                d_ff,
+                dropout_prob,
+                rngs=rngs,
+            )
+            for _ in range(n_layers)
+        )
+        self.norm = LayerNorm(d_model, rngs=rngs)
+        self.weights = nnx.Param(jnp.ones(n_layers + 1, jnp.float32))
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ["d_model", "heads", "d_ff", "n_layers", "dropout_prob", "memory"]
+        return {name: getattr(self, name) for name in names}
+
+    def __call__(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """[S, B, D] -> [S, B, D]; raises ValueError for another shape and for S beyond the position tables."""
+        self.check(x_seq)
+        return self.norm(recur(self, x_seq, rng))
+
+    def plain(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """The same, one step after the other, every sub-module called as a module."""
+        self.check(x_seq)
+        outputs: list[jax.Array] = []
+        memories: list[tuple[jax.Array, jax.Array]] = []
+        for t, x in enumerate(x_seq):
+            seen = memories if self.memory is None else memories[-self.memory :]
+            key, value = map(jnp.stack, zip(*seen, strict=True)) if seen else (None, None)
+            states = [x]
+            for layer, layer_rng in zip(self.layers, self.layer_rngs(at_step(rng, t)), strict=True):
+                states.append(layer(x=states[-1], key=key, value=value, rng=layer_rng))
+            outputs.append(states[-1])
+            memories.append(self.remember(self.mix(states)))
+        return self.norm(jnp.stack(outputs))
+
+    def step(self, x: jax.Array, memory: Memory, visible: jax.Array, rng: jax.Array | None) -> tuple[jax.Array, Memory]:
+        """One step [B, D] over slots of memory, of which some are visible -> its output and its own key and value."""
+        states = [x]
+        of_layers = memory * (len(self.layers) // len(memory))
+        for layer, (key, value), layer_rng in zip(self.layers, of_layers, self.layer_rngs(rng), strict=True):
+            states.append(layer.attend(states[-1], key, value, visible, layer_rng))
+        return states[-1], self.project(self.mix(states))
+
+    def mix(self, states: list[jax.Array]) -> jax.Array:
+        """The memory [B, D] of a step's input and its layers' outputs."""
+        return jnp.einsum("lbd,l->bd", jnp.stack(states), jax.nn.softmax(self.weights[...]))
+
+    def layer_rngs(self, rng: jax.Array | None) -> tuple[jax.Array | None, ...]:
+        return split_rng(rng, len(self.layers))
+
+    def project(self, m: jax.Array) -> Memory:
+        """Key and value [B, H, d_k] of a memory [B, D]: for each layer, or once where all layers share them."""
+        raise NotImplementedError
+
+    def remember(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What `plain` keeps of a memory: its key and value for the layers' calls."""
+        raise NotImplementedError
+
+    def check(self, x_seq: jax.Array) -> None:
+        if x_seq.ndim != 3 or 0 in x_seq.shape or x_seq.shape[2] != self.d_model:
+            raise ValueError(f"x_seq must be a non-empty [S, B, d_model={self.d_model}], got {list(x_seq.shape)}")
+        if len(x_seq) > FeedbackAttention.P:
+            raise ValueError(f"{len(x_seq)} steps given, but the position tables reach back {FeedbackAttention.P}")
+
+
+class FeedbackTransformer(Feedback):
+    """Each layer makes keys and values of its own from the memories: a key without and a value with a bias."""
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        d_ff: int,
+        n_layers: int,
+        dropout_prob: float = 0.0,
+        *,
+        memory: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(d_model, heads, d_ff, n_layers, dropout_prob, memory, False, rngs)
+
+    def project(self, m):
+        return tuple((layer.attn.key(m), layer.attn.value(m)) for layer in self.layers)
+
+    def remember(self, m):
+        return m, m
+
+
+class FeedbackTransformerKV(Feedback):
+    """One key and one value projection, both without bias, make what all layers attend to."""
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        d_ff: int,
+        n_layers: int,
+        dropout_prob: float = 0.0,
+        *,
+        memory: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(d_model, heads, d_ff, n_layers, dropout_prob, memory, True, rngs)
+        self.key = HeadProjection(d_model, heads, d_model // heads, bias=False, rngs=rngs)
+        self.value = HeadProjection(d_model, heads, d_model // heads, bias=False, rngs=rngs)
+
+    def project(self, m):
+        return (self.remember(m),)
+
+    def remember(self, m):
+        return self.key(m), self.value(m)
+
+
+VARIANTS = {cls.__name__: cls for cls in (FeedbackTransformer, FeedbackTransformerKV)}
+
+
+class AutoregressiveModel(nnx.Module):
+    """Token ids to logits of the next token, around a feedback transformer; its `d_model` is the embedding's width."""
+
+    sequence_axis = 0
+
+    def __init__(self, n_vocab: int, transformer: Feedback, *, rngs: nnx.Rngs):
+        if n_vocab < 1:
+            raise ValueError(f"n_vocab={n_vocab} must be at least 1")
+        self.n_vocab = n_vocab
+        self.src_embed = Embed(n_vocab, transformer.d_model, rngs=rngs)
+        self.transformer = transformer
+        self.generator = Linear(transformer.d_model, n_vocab, rngs=rngs)
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of `from_config`, as `config.json` keeps them."""
+        return {"n_vocab": self.n_vocab, "variant": type(self.transformer).__name__} | self.transformer.config()
+
+    @classmethod
+    def from_config(cls, n_vocab: int, variant: str, *, rngs: nnx.Rngs, **sizes: Any) -> "AutoregressiveModel":
+        """The model of a `config()`; raises ValueError for a variant of another name."""
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is none of {', '.join(VARIANTS)}")
+        return cls(n_vocab, VARIANTS[variant](**sizes, rngs=rngs), rngs=rngs)
+
+    def __call__(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """ids [S, B] int -> logits [S, B, V]; raises ValueError where ids have another rank or are too long."""
+        check_ids(ids)
+        return self.generator(self.transformer(self.src_embed(ids), rng))
+
+    def plain(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """The same, one step after the other, every sub-module called as a module."""
+        check_ids(ids)
+        return self.generator(self.transformer.plain(self.src_embed(ids), rng))

@@ -1,0 +1,75 @@
+"""The Feedback Transformer: its attention and layer, both variants as language models, and the original's stack."""
+
+import dataclasses
+
+import numpy as np
+from flax import nnx
+
+import torch_ref.feedback as torch_feedback
+import torch_ref.feedback_stack as torch_stack
+from jaxmodels import feedback
+from jaxmodels.text import CharVocabulary, load_corpus
+from parity.cases import Pair, case
+
+
+@case("feedback.attention", "FeedbackAttention over 31 memories that it projects itself")
+def attention(rng: np.random.Generator) -> Pair:
+    args = (3, 3 * 7, 0.0)
+    memory = rng.standard_normal((31, 5, 21))
+    inputs = {"query": rng.standard_normal((5, 21)), "key": memory, "value": memory}
+    flax = nnx.eval_shape(lambda: feedback.FeedbackAttention(*args, rngs=nnx.Rngs(0)))
+    return Pair(torch_feedback.FeedbackAttention(*args), flax, inputs)
+
+
+@case("feedback.layer", "FeedbackTransformerLayer over 29 keys and values that come ready made")
+def layer(rng: np.random.Generator) -> Pair:
+    def build(module, **rngs):
+        attention = module.FeedbackAttention(5, 5 * 6, 0.0, is_kv_precomputed=True, **rngs)
+        return module.FeedbackTransformerLayer(attention, 5 * 6, 47, 0.0, **rngs)
+
+    key, value = rng.standard_normal((2, 29, 3, 5, 6))
+    inputs = {"x": rng.standard_normal((3, 5 * 6)), "key": key, "value": value}
+    return Pair(build(torch_feedback), nnx.eval_shape(lambda: build(feedback, rngs=nnx.Rngs(0))), inputs)
+
+
+def language_model(rng: np.random.Generator, variant: str, sequence: int, batch: int, n_vocab: int, *args, **limits):
+    """A variant with a vocabulary on random ids [S, B], its labels the next ids."""
+
+    def build(module, **rngs):
+        transformer = getattr(module, variant)(*args, **limits, **rngs)
+        return module.AutoregressiveModel(n_vocab, transformer, **rngs)
+
+    ids = rng.integers(0, n_vocab, (sequence + 1, batch))
+    flax = nnx.eval_shape(lambda: build(feedback, rngs=nnx.Rngs(0)))
+    return Pair(build(torch_feedback), flax, {"ids": ids[:-1]}, labels=ids[1:])
+
+
+@case("feedback.language_model", "FeedbackTransformer (keys and values per layer), 67 tokens")
+def own(rng: np.random.Generator) -> Pair:
+    return language_model(rng, "FeedbackTransformer", 67, 3, 37, 5 * 4, 5, 31, 2)
+
+
+@case("feedback.kv_language_model", "FeedbackTransformerKV (shared keys and values), 131 tokens")
+def shared(rng: np.random.Generator) -> Pair:
+    return language_model(rng, "FeedbackTransformerKV", 131, 3, 37, 5 * 4, 5, 31, 2)
+
+
+@case("feedback.limited_language_model", "FeedbackTransformerKV that sees its last 13 steps, 67 tokens")
+def limited(rng: np.random.Generator) -> Pair:
+    return language_model(rng, "FeedbackTransformerKV", 67, 3, 37, 5 * 4, 5, 31, 2, memory=13)
+
+
+@case("feedback.stack", "FeedbackTransformerKV against the original's stack with its shared gradient buffer, 67 steps")
+def stack(rng: np.random.Generator) -> Pair:
+    args = (5 * 4, 5, 31, 2)
+    flax = nnx.eval_shape(lambda: feedback.FeedbackTransformerKV(*args, rngs=nnx.Rngs(0)))
+    return Pair(torch_stack.FeedbackTransformerKV(*args), flax, {"x_seq": rng.standard_normal((67, 3, 5 * 4))})
+
+
+@case("feedback.real_text", "FeedbackTransformerKV, 521 characters of the Python documentation")
+def real_text(rng: np.random.Generator) -> Pair:
+    text = load_corpus("python_docs")[: 2 * 522]
+    vocabulary = CharVocabulary.of(text)
+    ids = vocabulary.encode(text).reshape(2, 522).T
+    pair = language_model(rng, "FeedbackTransformerKV", 521, 2, len(vocabulary), 3 * 6, 3, 29, 1)
+    return dataclasses.replace(pair, inputs={"ids": ids[:-1]}, labels=ids[1:])
