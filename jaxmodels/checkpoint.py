@@ -27,7 +27,7 @@ MODELS = {"AutoregressiveModel": "jaxmodels.feedback", "AutoregressiveTransforme
 
 def model_class(name: str) -> Any:
     """The class that `name` stands for; raises ValueError for one that this version does not know."""
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"model={name!r} is not known here; known are {', '.join(sorted(MODELS))}")
     return getattr(importlib.import_module(MODELS[name]), name)
 

@@ -44,26 +44,26 @@ def language_model(rng: np.random.Generator, variant: str, sequence: int, batch:
     return Pair(build(torch_feedback), flax, {"ids": ids[:-1]}, labels=ids[1:])
 
 
-@case("feedback.language_model", "FeedbackTransformer (keys and values per layer), 67 tokens")
+@case("feedback.language_model", "FeedbackTransformer (keys and values per layer), 41 tokens")
 def own(rng: np.random.Generator) -> Pair:
-    return language_model(rng, "FeedbackTransformer", 67, 3, 37, 5 * 4, 5, 31, 2)
+    return language_model(rng, "FeedbackTransformer", 41, 3, 37, 5 * 4, 5, 31, 2)
 
 
-@case("feedback.kv_language_model", "FeedbackTransformerKV (shared keys and values), 131 tokens")
+@case("feedback.kv_language_model", "FeedbackTransformerKV (shared keys and values), 41 tokens")
 def shared(rng: np.random.Generator) -> Pair:
-    return language_model(rng, "FeedbackTransformerKV", 131, 3, 37, 5 * 4, 5, 31, 2)
+    return language_model(rng, "FeedbackTransformerKV", 41, 3, 37, 5 * 4, 5, 31, 2)
 
 
-@case("feedback.limited_language_model", "FeedbackTransformerKV that sees its last 13 steps, 67 tokens")
+@case("feedback.limited_language_model", "FeedbackTransformerKV that sees its last 13 steps, 41 tokens")
 def limited(rng: np.random.Generator) -> Pair:
-    return language_model(rng, "FeedbackTransformerKV", 67, 3, 37, 5 * 4, 5, 31, 2, memory=13)
+    return language_model(rng, "FeedbackTransformerKV", 41, 3, 37, 5 * 4, 5, 31, 1, memory=13)
 
 
-@case("feedback.stack", "FeedbackTransformerKV against the original's stack with its shared gradient buffer, 67 steps")
+@case("feedback.stack", "FeedbackTransformerKV against the original's stack with its shared gradient buffer, 41 steps")
 def stack(rng: np.random.Generator) -> Pair:
-    args = (5 * 4, 5, 31, 2)
+    args = (5 * 4, 5, 31, 1)
     flax = nnx.eval_shape(lambda: feedback.FeedbackTransformerKV(*args, rngs=nnx.Rngs(0)))
-    return Pair(torch_stack.FeedbackTransformerKV(*args), flax, {"x_seq": rng.standard_normal((67, 3, 5 * 4))})
+    return Pair(torch_stack.FeedbackTransformerKV(*args), flax, {"x_seq": rng.standard_normal((41, 3, 5 * 4))})
 
 
 @case("feedback.real_text", "FeedbackTransformerKV, 521 characters of the Python documentation")

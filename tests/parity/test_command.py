@@ -40,7 +40,7 @@ def test_a_failure_is_a_non_zero_exit_and_named(tmp_path, monkeypatch, capsys):
 def test_the_command_itself_lists_and_helps():
     command = [sys.executable, "-m", "parity"]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout
-    assert all(name in listed for name in load_cases())
+    assert all(name in listed for name in select([]))
     assert "--device" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
 
 
@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_written_is_said_before_any_case_runs(tmp_path, ca
 def test_names_select_cases_and_systems():
     assert select(["rope.attention"]) == ["rope.attention"]
     assert set(select(["rope"])) == {name for name in load_cases() if name.startswith("rope.")}
-    assert select([]) == list(load_cases())
+    assert select([]) == [name for name in load_cases() if not name.startswith("feedback.")]
 
 
 def test_a_device_that_is_not_there_is_one_clear_line():
