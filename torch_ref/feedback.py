@@ -78,7 +78,18 @@ class Feedback(nn.Module):
     `memory` M limits what a step sees to the last M of them.
     """
 
-    def __init__(self, d_model, heads, d_ff, n_layers, dropout_prob, memory, is_kv_precomputed):
+    shares_kv = False  # one key and one value projection for all layers
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        d_ff: int,
+        n_layers: int,
+        dropout_prob: float = 0.0,
+        *,
+        memory: int | None = None,
+    ):
         super().__init__()
         if memory is not None and memory < 1:
             raise ValueError(f"memory={memory} steps must be at least 1, or None for all")
@@ -86,7 +97,7 @@ class Feedback(nn.Module):
         self.memory = memory
         self.layers = nn.ModuleList(
             FeedbackTransformerLayer(
-                FeedbackAttention(heads, d_model, dropout_prob, is_kv_precomputed=is_kv_precomputed),
+                FeedbackAttention(heads, d_model, dropout_prob, is_kv_precomputed=self.shares_kv),
                 d_model,
                 d_ff,
                 dropout_prob,
@@ -95,6 +106,9 @@ class Feedback(nn.Module):
         )
         self.norm = nn.LayerNorm(d_model)
         self.weights = nn.Parameter(torch.ones(n_layers + 1))
+        if self.shares_kv:
+            self.key = HeadProjection(d_model, heads, d_model // heads, bias=False)
+            self.value = HeadProjection(d_model, heads, d_model // heads, bias=False)
 
     def step(self, x: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None):
         """One step: x [B, D] -> the last layer's output and the step's memory, both [B, D]."""
@@ -113,18 +127,6 @@ class Feedback(nn.Module):
 class FeedbackTransformer(Feedback):
     """Each layer makes keys and values of its own from the memories."""
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        d_ff: int,
-        n_layers: int,
-        dropout_prob: float = 0.0,
-        *,
-        memory: int | None = None,
-    ):
-        super().__init__(d_model, heads, d_ff, n_layers, dropout_prob, memory, is_kv_precomputed=False)
-
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[S, B, D] -> [S, B, D]."""
         outputs, memories = [], []
@@ -139,19 +141,7 @@ class FeedbackTransformer(Feedback):
 class FeedbackTransformerKV(Feedback):
     """One key and one value projection, both without bias, make what all layers attend to."""
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        d_ff: int,
-        n_layers: int,
-        dropout_prob: float = 0.0,
-        *,
-        memory: int | None = None,
-    ):
-        super().__init__(d_model, heads, d_ff, n_layers, dropout_prob, memory, is_kv_precomputed=True)
-        self.key = HeadProjection(d_model, heads, d_model // heads, bias=False)
-        self.value = HeadProjection(d_model, heads, d_model // heads, bias=False)
+    shares_kv = True
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[S, B, D] -> [S, B, D]."""

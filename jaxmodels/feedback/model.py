@@ -22,7 +22,19 @@ class Feedback(nnx.Module):
     `memory` M limits what a step sees to the last M of them. The call is one scan (see `recurrence`), `plain` a loop.
     """
 
-    def __init__(self, d_model, heads, d_ff, n_layers, dropout_prob, memory, is_kv_precomputed, rngs):
+    shares_kv = False  # one key and one value projection for all layers
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        d_ff: int,
+        n_layers: int,
+        dropout_prob: float = 0.0,
+        *,
+        memory: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         for name, size in {"d_model": d_model, "heads": heads, "d_ff": d_ff, "n_layers": n_layers}.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
@@ -32,7 +44,7 @@ class Feedback(nnx.Module):
         self.dropout_prob, self.memory = dropout_prob, memory
         self.layers = nnx.List(
             FeedbackTransformerLayer(
-                FeedbackAttention(heads, d_model, dropout_prob, is_kv_precomputed=is_kv_precomputed, rngs=rngs),
+                FeedbackAttention(heads, d_model, dropout_prob, is_kv_precomputed=self.shares_kv, rngs=rngs),
                 d_model,
                 d_ff,
                 dropout_prob,
@@ -42,6 +54,9 @@ class Feedback(nnx.Module):
         )
         self.norm = LayerNorm(d_model, rngs=rngs)
         self.weights = nnx.Param(jnp.ones(n_layers + 1, jnp.float32))
+        if self.shares_kv:
+            self.key = HeadProjection(d_model, heads, d_model // heads, bias=False, rngs=rngs)
+            self.value = HeadProjection(d_model, heads, d_model // heads, bias=False, rngs=rngs)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -101,19 +116,6 @@ class Feedback(nnx.Module):
 class FeedbackTransformer(Feedback):
     """Each layer makes keys and values of its own from the memories: a key without and a value with a bias."""
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        d_ff: int,
-        n_layers: int,
-        dropout_prob: float = 0.0,
-        *,
-        memory: int | None = None,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(d_model, heads, d_ff, n_layers, dropout_prob, memory, False, rngs)
-
     def project(self, m):
         return tuple((layer.attn.key(m), layer.attn.value(m)) for layer in self.layers)
 
@@ -124,20 +126,7 @@ class FeedbackTransformer(Feedback):
 class FeedbackTransformerKV(Feedback):
     """One key and one value projection, both without bias, make what all layers attend to."""
 
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        d_ff: int,
-        n_layers: int,
-        dropout_prob: float = 0.0,
-        *,
-        memory: int | None = None,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(d_model, heads, d_ff, n_layers, dropout_prob, memory, True, rngs)
-        self.key = HeadProjection(d_model, heads, d_model // heads, bias=False, rngs=rngs)
-        self.value = HeadProjection(d_model, heads, d_model // heads, bias=False, rngs=rngs)
+    shares_kv = True
 
     def project(self, m):
         return (self.remember(m),)
