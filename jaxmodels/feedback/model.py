@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
-from jaxmodels.feedback.recurrence import Memory, at_step, recur
+from jaxmodels.feedback.recurrence import at_step, recur
+from jaxmodels.feedback.step import no_memory
 from jaxmodels.layers import Embed, HeadProjection, LayerNorm, Linear, split_rng
 from jaxmodels.transformer import check_ids
 
@@ -66,7 +67,9 @@ class Feedback(nnx.Module):
     def __call__(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """[S, B, D] -> [S, B, D]; raises ValueError for another shape and for S beyond the position tables."""
         self.check(x_seq)
-        return self.norm(recur(self, x_seq, rng))
+        dtype = jnp.result_type(x_seq, self.weights[...])
+        nothing = no_memory(self, x_seq.shape[1], 0, dtype)
+        return self.norm(recur(self, x_seq, rng, nothing, jnp.int32(0))[0])
 
     def plain(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """The same, one step after the other, every sub-module called as a module."""
@@ -77,30 +80,15 @@ class Feedback(nnx.Module):
             seen = memories if self.memory is None else memories[-self.memory :]
             key, value = map(jnp.stack, zip(*seen, strict=True)) if seen else (None, None)
             states = [x]
-            for layer, layer_rng in zip(self.layers, self.layer_rngs(at_step(rng, t)), strict=True):
+            for layer, layer_rng in zip(self.layers, split_rng(at_step(rng, t), len(self.layers)), strict=True):
                 states.append(layer(x=states[-1], key=key, value=value, rng=layer_rng))
             outputs.append(states[-1])
             memories.append(self.remember(self.mix(states)))
         return self.norm(jnp.stack(outputs))
 
-    def step(self, x: jax.Array, memory: Memory, visible: jax.Array, rng: jax.Array | None) -> tuple[jax.Array, Memory]:
-        """One step [B, D] over slots of memory, of which some are visible -> its output and its own key and value."""
-        states = [x]
-        of_layers = memory * (len(self.layers) // len(memory))
-        for layer, (key, value), layer_rng in zip(self.layers, of_layers, self.layer_rngs(rng), strict=True):
-            states.append(layer.attend(states[-1], key, value, visible, layer_rng))
-        return states[-1], self.project(self.mix(states))
-
     def mix(self, states: list[jax.Array]) -> jax.Array:
-        """The memory [B, D] of a step's input and its layers' outputs."""
-        return jnp.einsum("lbd,l->bd", jnp.stack(states), jax.nn.softmax(self.weights[...]))
-
-    def layer_rngs(self, rng: jax.Array | None) -> tuple[jax.Array | None, ...]:
-        return split_rng(rng, len(self.layers))
-
-    def project(self, m: jax.Array) -> Memory:
-        """Key and value [B, H, d_k] of a memory [B, D]: for each layer, or once where all layers share them."""
-        raise NotImplementedError
+        """The memory of a step's input and its layers' outputs, in their shape."""
+        return jnp.tensordot(jax.nn.softmax(self.weights[...]), jnp.stack(states), 1)
 
     def remember(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What `plain` keeps of a memory: its key and value for the layers' calls."""
@@ -116,9 +104,6 @@ class Feedback(nnx.Module):
 class FeedbackTransformer(Feedback):
     """Each layer makes keys and values of its own from the memories: a key without and a value with a bias."""
 
-    def project(self, m):
-        return tuple((layer.attn.key(m), layer.attn.value(m)) for layer in self.layers)
-
     def remember(self, m):
         return m, m
 
@@ -127,9 +112,6 @@ class FeedbackTransformerKV(Feedback):
     """One key and one value projection, both without bias, make what all layers attend to."""
 
     shares_kv = True
-
-    def project(self, m):
-        return (self.remember(m),)
 
     def remember(self, m):
         return self.key(m), self.value(m)
