@@ -32,8 +32,8 @@ def generate(
 
     temperature 0 is greedy; above it, tokens are drawn with `rng` from the top_k most likely, or from the fewest whose
     probabilities reach top_p, or from all. A row that has drawn one of `stop_tokens` repeats it to the end. start [B]
-    says how many ids of each row are left padding. One pass over the prompt, then one compiled loop on the device, whose
-    cache grows in powers of two: a token's cost follows its position, not the length that was asked for.
+    says how many ids of each row are left padding. One pass over the prompt, then one compiled loop on the device, with
+    a cache that grows in powers of two: a token's cost follows its position, not the length that was asked for.
     Raises ValueError for settings out of range, and where prompt and new tokens are beyond the model's tables.
     """
     ids = jnp.asarray(ids)
@@ -89,9 +89,7 @@ def _prefill(model, ids, cache):
 
 
 @functools.partial(jax.jit, static_argnames=("length", "n", "top_k", "stop_tokens"))
-def _continue(
-    model, logits, cache, sampler, key, length: int, n: int, top_k: int | None, stop_tokens: tuple[int, ...]
-):
+def _continue(model, logits, cache, sampler, key, length: int, n: int, top_k: int | None, stop_tokens: tuple[int, ...]):
     """n tokens after a prompt of `length`: as many loops as the cache has sizes, each to the end of its slots."""
     axis = model.sequence_axis
     stops = jnp.asarray(stop_tokens, jnp.int32)
@@ -115,10 +113,16 @@ def _continue(
     while end < n:
         cache = cache.grown(min(capacity(length + end), length + n))
         end = n if cache.is_ring else min(n, cache.max_len - length + 1)  # token i needs length + i slots
-        carry = (i, out, done, cache)
-        i, out, done, cache = jax.lax.while_loop(lambda c, end=end: (c[0] < end) & ~c[2].all(), body, carry)
+        unfinished = functools.partial(goes_on, end)
+        i, out, done, cache = jax.lax.while_loop(unfinished, body, (i, out, done, cache))
     out = jnp.where(jnp.arange(n)[:, None] < i, out, out[i - 1])  # every row had stopped: repeat the last tokens
     return out if axis == 0 else out.T
+
+
+def goes_on(end: int, carry) -> jax.Array:
+    """Are there tokens to write before token `end`, and rows that have not stopped?"""
+    i, _, done, _ = carry
+    return (i < end) & ~done.all()
 
 
 def sample(logits: jax.Array, sampler: tuple[Any, Any] | None, top_k: int | None, key: jax.Array) -> jax.Array:

@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.cache import Cache, unless_overrun
+from jaxmodels.feedback import decode
 from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
 from jaxmodels.feedback.recurrence import at_step, recur
+from jaxmodels.feedback.segments import State, init_state, run_segment
 from jaxmodels.feedback.step import no_memory
 from jaxmodels.layers import Embed, HeadProjection, LayerNorm, Linear, split_rng
 from jaxmodels.transformer import check_ids
@@ -71,8 +74,22 @@ class Feedback(nnx.Module):
         nothing = no_memory(self, x_seq.shape[1], 0, dtype)
         return self.norm(recur(self, x_seq, rng, nothing, jnp.int32(0))[0])
 
+    def init_state(self, batch: int, dtype: Any = None) -> State:
+        """The state before the first segment of a text; raises ValueError where `memory` is not limited."""
+        return init_state(self, batch, self.weights.dtype if dtype is None else dtype)
+
+    def segment(self, x_seq: jax.Array, state: State, rng: jax.Array | None = None) -> tuple[jax.Array, State]:
+        """The next steps [S, B, D] of a text -> their outputs [S, B, D], and the state for the steps after them.
+
+        Outputs are those of the whole text in one call; gradients end where the segment begins. Raises ValueError as
+        the call does, and for a state of another model or batch.
+        """
+        self.check(x_seq, self.memory or 0)
+        outputs, state = run_segment(self, x_seq, state, rng)
+        return self.norm(outputs), state
+
     def plain(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """The same, one step after the other, every sub-module called as a module."""
+        """The same as the call, one step after the other, every sub-module called as a module."""
         self.check(x_seq)
         outputs: list[jax.Array] = []
         memories: list[tuple[jax.Array, jax.Array]] = []
@@ -94,11 +111,12 @@ class Feedback(nnx.Module):
         """What `plain` keeps of a memory: its key and value for the layers' calls."""
         raise NotImplementedError
 
-    def check(self, x_seq: jax.Array) -> None:
+    def check(self, x_seq: jax.Array, before: int = 0) -> None:
         if x_seq.ndim != 3 or 0 in x_seq.shape or x_seq.shape[2] != self.d_model:
             raise ValueError(f"x_seq must be a non-empty [S, B, d_model={self.d_model}], got {list(x_seq.shape)}")
-        if len(x_seq) > FeedbackAttention.P:
-            raise ValueError(f"{len(x_seq)} steps given, but the position tables reach back {FeedbackAttention.P}")
+        if before + len(x_seq) > FeedbackAttention.P:
+            after = f" after {before} of memory" if before else ""
+            raise ValueError(f"{len(x_seq)} steps given{after}, but the position tables reach {FeedbackAttention.P}")
 
 
 class FeedbackTransformer(Feedback):
@@ -153,3 +171,42 @@ class AutoregressiveModel(nnx.Module):
         """The same, one step after the other, every sub-module called as a module."""
         check_ids(ids)
         return self.generator(self.transformer.plain(self.src_embed(ids), rng))
+
+    def init_state(self, batch: int, dtype: Any = None) -> State:
+        """The state before the first segment of a text; see `Feedback.init_state`."""
+        return self.transformer.init_state(batch, dtype)
+
+    def segment(self, ids: jax.Array, state: State, rng: jax.Array | None = None) -> tuple[jax.Array, State]:
+        """The next ids [S, B] of a text -> logits [S, B, V], and the next state; see `Feedback.segment`."""
+        check_ids(ids)
+        x, state = self.transformer.segment(self.src_embed(ids), state, rng)
+        return self.generator(x), state
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: jax.Array | None = None) -> Cache:
+        """An empty cache for up to max_len tokens of text a row; dtype None: that of the parameters.
+
+        start: int [B], how many of the first ids of each row will be left padding. Raises ValueError where max_len is
+        beyond the position tables or start is not one integer per row.
+        """
+        dtype = self.src_embed.embedding.dtype if dtype is None else dtype
+        return decode.init_cache(self.transformer, batch, max_len, dtype, start)
+
+    def prefill(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The first S tokens [S, B], one after the other -> the last one's logits [B, V] and the filled cache.
+
+        Raises ValueError where the cache is not empty or too short; inside a trace the logits are NaN then.
+        """
+        check_ids(ids)
+        cache.check_room(*ids.shape, empty=True)
+        x, filled = decode.advance(self.transformer, self.src_embed(ids), cache)
+        return unless_overrun(self.generator(self.transformer.norm(x[-1])), cache, len(ids), empty=True), filled
+
+    def decode(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """S further tokens [S, B] -> their logits [S, B, V] and the longer cache.
+
+        Raises ValueError where they do not fit; inside a trace, where the length is unknown, the logits are NaN then.
+        """
+        check_ids(ids)
+        cache.check_room(*ids.shape)
+        x, longer = decode.advance(self.transformer, self.src_embed(ids), cache)
+        return unless_overrun(self.generator(self.transformer.norm(x)), cache, len(ids)), longer

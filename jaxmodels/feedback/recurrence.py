@@ -47,7 +47,7 @@ def recur(model: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Ar
     carried: the memory of C steps before, of which the last `known` exist. Also returns the memory of all C + T steps,
     as numbers: no gradient goes through it.
     """
-    graphdef, tables, rest = nnx.split(reach(model, slots_of(carried) + len(x_seq)), is_table, ...)
+    graphdef, tables, rest = nnx.split(reach(model, slots_of(carried) + len(x_seq)), is_table, ...)  # type: ignore[misc]
     outputs, memory = scan(graphdef, (tables, rest), x_seq, rng, carried, known)
     return outputs, jax.lax.stop_gradient(memory)
 

@@ -81,7 +81,7 @@ def feed_forward(layer: FeedForward, z: jax.Array, rng: Key) -> jax.Array:
 
 def linear(layer: Linear, x: jax.Array) -> jax.Array:
     """[D_in, B] -> [D_out, B]."""
-    return product(layer.kernel[...], x) + layer.bias[:, None]
+    return product(layer.kernel[...], x) + layer.bias[...][:, None]  # type: ignore[index]
 
 
 apart = jax.lax.optimization_barrier
@@ -123,7 +123,7 @@ pinned.defvjp(lambda x, value: (value, None), lambda _, dy: (dy, None))
 
 def reach(model: Any, n: int) -> Any:
     """The model with tables of the distances n … 1 alone, head-major: [H, n, …] instead of [P, H, …]."""
-    graphdef, tables, rest = nnx.split(model, is_table, ...)
+    graphdef, tables, rest = nnx.split(model, is_table, ...)  # type: ignore[misc]
     return nnx.merge(graphdef, jax.tree.map(lambda table: jnp.swapaxes(table[-n:], 0, 1), tables), rest)
 
 
@@ -134,5 +134,6 @@ def is_table(path: Any, _: Any) -> bool:
 
 def no_memory(model: Any, batch: int, slots: int, dtype: Any) -> Memory:
     """Zeroed slots for a model's keys and values."""
-    zeros = jnp.zeros((batch, model.heads, slots, model.d_model // model.heads), dtype)
-    return ((zeros, zeros),) * (1 if model.shares_kv else len(model.layers))
+    shape = (batch, model.heads, slots, model.d_model // model.heads)
+    entries = 1 if model.shares_kv else len(model.layers)
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(entries))
