@@ -44,6 +44,19 @@ class Cache:
         pads = [(0, 0), (0, 0), (0, max(0, more)), (0, 0)]
         return dataclasses.replace(self, layers=jax.tree.map(lambda a: jnp.pad(a, pads), self.layers))
 
+    def packed(self) -> "Cache":
+        """The same, a batch of one without its axis: what a loop should carry.
+
+        With that axis XLA copies every buffer four times a token on a CPU, instead of updating it in place.
+        """
+        if self.start is not None or len(jax.tree.leaves(self.layers)[0]) > 1:
+            return self
+        return dataclasses.replace(self, layers=jax.tree.map(without_batch, self.layers))
+
+    def unpacked(self) -> "Cache":
+        """The inverse of `packed`."""
+        return dataclasses.replace(self, layers=jax.tree.map(lambda a: a[None] if a.ndim == 3 else a, self.layers))
+
     def positions(self, n: int) -> jax.Array:
         """Positions of the next n tokens: int32 [S], or [S, B] with padding; negative where a token is padding."""
         positions = self.length + jnp.arange(n, dtype=jnp.int32)
@@ -95,13 +108,22 @@ def make_cache(
     return Cache(tuple(layers), jnp.zeros((), jnp.int32), start, limit)
 
 
+def without_batch(buffer: jax.Array) -> jax.Array:
+    """[1, H, N, d_k] -> [H, N, d_k]; a reshape, which cancels out against its inverse."""
+    return buffer.reshape(buffer.shape[1:])
+
+
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax.Array:
     """buffer [B, H, N, d_k] with new [B, H, S, d_k] at `positions`; None: at 0 … S-1, negative ones are dropped."""
     new = new.astype(buffer.dtype)
     if positions is None:
         return buffer.at[:, :, : new.shape[2]].set(new)
     if positions.ndim == 1:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, positions[0], axis=2)
+        alone = len(buffer) == 1  # see Cache.packed
+        buffer, new = (without_batch(a) if alone else a for a in (buffer, new))
+        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, new, positions[0], axis=buffer.ndim - 2)
+        buffer = jax.lax.optimization_barrier(buffer)  # what reads it must not repeat the update on a copy of its own
+        return buffer[None] if alone else buffer
     slots = jnp.where(positions < 0, buffer.shape[2], positions).T  # [B, S]; N is out of range: dropped
     return jax.vmap(lambda b, n, s: b.at[:, s].set(n, mode="drop"))(buffer, new, slots)
 

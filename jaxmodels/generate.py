@@ -105,8 +105,8 @@ def _continue(model, logits, cache, sampler, key, length: int, n: int, top_k: in
     def body(carry):
         i, out, done, cache = carry
         token = jnp.expand_dims(out[i - 1], axis)
-        logits, cache = model.decode(token, cache)
-        return i + 1, *step(i, jnp.take(logits, 0, axis=axis), out, done), cache
+        logits, cache = model.decode(token, cache.unpacked())
+        return i + 1, *step(i, jnp.take(logits, 0, axis=axis), out, done), cache.packed()
 
     batch = logits.shape[0]
     i, end = 1, 1
@@ -115,7 +115,8 @@ def _continue(model, logits, cache, sampler, key, length: int, n: int, top_k: in
         cache = cache.grown(min(capacity(length + end), length + n))
         end = n if cache.is_ring else min(n, cache.max_len - length + 1)  # token i needs length + i slots
         unfinished = functools.partial(goes_on, end)
-        i, out, done, cache = jax.lax.while_loop(unfinished, body, (i, out, done, cache))
+        i, out, done, cache = jax.lax.while_loop(unfinished, body, (i, out, done, cache.packed()))
+        cache = cache.unpacked()
     out = jnp.where(jnp.arange(n)[:, None] < i, out, out[i - 1])  # every row had stopped: repeat the last tokens
     return out if axis == 0 else out.T
 

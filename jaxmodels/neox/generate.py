@@ -182,11 +182,11 @@ class Stream:
 
         def prefill(weights, ids, cache):
             logits, cache = jax.tree.unflatten(structure, weights).prefill(ids, cache)
-            return draw(logits, 0), jnp.ones((), jnp.int32), cache
+            return draw(logits, 0), jnp.ones((), jnp.int32), cache.packed()
 
         def decode(weights, token, i, cache):
-            logits, cache = jax.tree.unflatten(structure, weights).decode(token[:, None], cache)
-            return draw(logits[:, 0], i), i + 1, cache
+            logits, cache = jax.tree.unflatten(structure, weights).decode(token[:, None], cache.unpacked())
+            return draw(logits[:, 0], i), i + 1, cache.packed()
 
         began = time.perf_counter()
         arguments = self.weights, jax.ShapeDtypeStruct((1, length), jnp.int32), self.cache

@@ -160,3 +160,15 @@ def test_an_overrun_inside_jit_is_nan():
     assert jnp.isfinite(logits).all()
     assert jnp.isnan(decode(model, ids[:1], cache)[0]).all()
     assert jnp.isnan(prefill(model, ids[:1], cache)[0]).all()
+
+
+@pytest.mark.parametrize(("batch", "start", "rank"), [(1, None, 3), (1, [2], 4), (B, None, 4), (B, START, 4)])
+def test_packed_and_unpacked_are_inverses(batch, start, rank):
+    model, ids = language_model("rotary"), token_ids(0, S, batch)
+    _, cache = prefill(model, ids, model.init_cache(batch, S + 1, start=start and jnp.array(start)))
+    packed = cache.packed()
+    assert {array.ndim for array in jax.tree.leaves(packed.layers)} == {rank}
+    chex.assert_trees_all_equal(packed.unpacked(), cache)
+    expected, _ = decode(model, ids[:1], cache)
+    in_a_loop = jax.jit(lambda model, ids, packed: model.decode(ids, packed.unpacked()))
+    np.testing.assert_allclose(in_a_loop(model, ids[:1], packed)[0], expected, rtol=1e-5, atol=1e-5)
