@@ -15,6 +15,8 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "relative": ("AutoregressiveTransformer", {"attention": "relative"}),
     "plain": ("AutoregressiveTransformer", {"attention": "plain"}),
     "synthesizer": ("AutoregressiveTransformer", {}),
+    "feedback": ("AutoregressiveModel", {"variant": "FeedbackTransformer"}),
+    "feedback_kv": ("AutoregressiveModel", {"variant": "FeedbackTransformerKV"}),
 }
 
 TORCH_EXAMPLES = """\
