@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
@@ -25,6 +26,10 @@ MAX_BLOCKS = 8  # bounds compile time; 8 blocks do 56 % of the work of the whole
 def heads_first(x: jax.Array) -> jax.Array:
     """[S, B, H, d] -> [B, H, S, d]."""
     return x.transpose(1, 2, 0, 3)
+
+
+def without_dropout(x: jax.Array, rng: jax.Array | None) -> jax.Array:
+    return x
 
 
 class Attention(nnx.Module):
@@ -89,17 +94,7 @@ class Attention(nnx.Module):
 
     def attend_in_blocks(self, query, key, value, rng: jax.Array | None) -> jax.Array:
         """Causal attention [B, H, S, d_k]: each block of queries over its static prefix of keys."""
-        s = value.shape[2]
-        block = max(MIN_BLOCK, -(-s // MAX_BLOCKS))
-        blocks = []
-        for first in range(0, s, block):
-            end = min(first + block, s)
-            q = jax.tree.map(lambda a, first=first, end=end: a[:, :, first:end], query)
-            scores = self.get_scores(q, None if key is None else key[:, :, :end], end, first)
-            mask = visible(jnp.arange(first, end), end)
-            block_rng = None if rng is None else jax.random.fold_in(rng, first)
-            blocks.append(attend(scores, value[:, :, :end], mask, self.dropout, block_rng))
-        return jnp.concatenate(blocks, axis=2)
+        return attend_in_blocks(query, key, value, self.get_scores, self.dropout, rng)
 
     def finish(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         """[B, H, S, d_k] -> [S, B, D]: restore, join the heads, output projection."""
@@ -133,12 +128,30 @@ class Attention(nnx.Module):
         return self.finish(x, positions), cache
 
 
+def attend_in_blocks(query, key, value, get_scores, dropout=without_dropout, rng: jax.Array | None = None) -> jax.Array:
+    """Causal attention [B, H, S, d_k]; arguments as in `Attention.get_scores` and `attend`.
+
+    The queries are cut into blocks, and each meets only the keys up to its own end.
+    """
+    s = value.shape[2]
+    block = max(MIN_BLOCK, -(-s // MAX_BLOCKS))
+    blocks = []
+    for first in range(0, s, block):
+        end = min(first + block, s)
+        q = jax.tree.map(lambda a, first=first, end=end: a[:, :, first:end], query)
+        scores = get_scores(q, None if key is None else key[:, :, :end], end, first)
+        mask = visible(jnp.arange(first, end), end)
+        block_rng = None if rng is None else jax.random.fold_in(rng, first)
+        blocks.append(attend(scores, value[:, :, :end], mask, dropout, block_rng))
+    return jnp.concatenate(blocks, axis=2)
+
+
 def attend(
     scores: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
-    dropout: Callable[[jax.Array, jax.Array | None], jax.Array],
-    rng: jax.Array | None,
+    dropout: Callable[[jax.Array, jax.Array | None], jax.Array] = without_dropout,
+    rng: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scores masked) · value: [B or 1, H, S, N], [B, H, N, d_k] -> [B, H, S, d_k].
 
@@ -154,6 +167,26 @@ def attend(
         weights = jnp.broadcast_to(weights, (*value.shape[:2], *weights.shape[2:]))
     x = jnp.matmul(dropout(weights, rng).astype(value.dtype), value, preferred_element_type=scores.dtype)
     return (x / total).astype(value.dtype)
+
+
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal attention of as many queries as keys, batch-first: three [B, S, H, d_k] -> [B, S, H, d_k].
+
+    cuDNN's fused kernel on CUDA devices where its limits allow it, else blocks of queries: on a CPU XLA has no fused
+    kernel, and writing the scores that nobody may see is half of the cost.
+    """
+    if cudnn_serves(query):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    scale = 1 / math.sqrt(query.shape[-1])
+    q, k, v = (a.transpose(0, 2, 1, 3) for a in (query, key, value))
+    x = attend_in_blocks(q, k, v, lambda q, k, n, first: dot_product_scores(q, k, scale))
+    return x.transpose(0, 2, 1, 3)
+
+
+def cudnn_serves(query: jax.Array) -> bool:
+    """Whether cuDNN's kernel takes these: 16 bits, d_k up to 128 in steps of 8, on CUDA."""
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
+    return fits and "cuda" in jax.extend.backend.get_backend().platform_version
 
 
 def check_mask(mask: jax.Array, s: int, n: int, batch: int) -> jax.Array:

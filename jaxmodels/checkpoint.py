@@ -22,7 +22,11 @@ from jaxmodels.convert.params import flat_arrays, with_arrays
 FORMAT = 1
 
 # Classes that a config.json may name, and where they are. Nothing else is ever imported on a file's word.
-MODELS = {"AutoregressiveModel": "jaxmodels.feedback", "AutoregressiveTransformer": "jaxmodels.transformer"}
+MODELS = {
+    "AutoregressiveModel": "jaxmodels.feedback",
+    "AutoregressiveTransformer": "jaxmodels.transformer",
+    "NeoX": "jaxmodels.neox",
+}
 
 
 def model_class(name: str) -> Any:

@@ -35,6 +35,7 @@ def generate(
     """
     ids = jnp.asarray(ids)
     check(ids, max_new_tokens, temperature, top_k, top_p, rng)
+    model = model.unstacked() if hasattr(model, "unstacked") else model  # see NeoX: a scan copies weights every token
     axis = model.sequence_axis
     cache = model.init_cache(ids.shape[1 - axis], ids.shape[axis] + max_new_tokens, start=start)
     cache.check_room(ids.shape[axis], ids.shape[1 - axis], empty=True)  # inside jit, start is unknown

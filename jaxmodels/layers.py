@@ -33,17 +33,20 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Normalises the last axis as `torch.nn.LayerNorm` does: epsilon 1e-5, the variance in two passes."""
+    """Normalises the last axis as `torch.nn.LayerNorm` does: epsilon 1e-5, the variance in two passes.
 
-    def __init__(self, d_model: int, epsilon: float = 1e-5, *, rngs: nnx.Rngs):
-        super().__init__(d_model, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+    dtype is that of the result, None for the widest of what comes in; the variance is never narrower than float32.
+    """
+
+    def __init__(self, d_model: int, epsilon: float = 1e-5, dtype=None, *, rngs: nnx.Rngs):
+        super().__init__(d_model, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
 class Embed(nnx.Embed):
     """A table of n_vocab rows, N(0, 1) as in `torch.nn.Embedding`; an id outside it gives NaN, not a wrong row."""
 
-    def __init__(self, n_vocab: int, d_model: int, *, rngs: nnx.Rngs):
-        super().__init__(n_vocab, d_model, embedding_init=jax.nn.initializers.normal(1.0), rngs=rngs)
+    def __init__(self, n_vocab: int, d_model: int, std: float = 1.0, *, rngs: nnx.Rngs):
+        super().__init__(n_vocab, d_model, embedding_init=jax.nn.initializers.normal(std), rngs=rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
         # Not Flax's own lookup, which casts to the dtype of the first table: a model made in float32 and given float64

@@ -22,6 +22,13 @@ def rotary_tables(positions: jax.Array, d: int, base: float, dtype) -> tuple[jax
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [..., d_k] with its first d features turned by tables that broadcast to [..., d/2]; the rest pass."""
+    half = cos.shape[-1]
+    x1, x2, rest = jnp.split(x.astype(cos.dtype), [half, 2 * half], axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1).astype(x.dtype)
+
+
 class RotaryPositionalEmbeddings(nnx.Module):
     """Turns feature i together with feature i + d/2 by the angle m·θ_i, θ_i = base^(-2i/d), at position m.
 
@@ -46,9 +53,7 @@ class RotaryPositionalEmbeddings(nnx.Module):
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         cos, sin = rotary_tables(positions, self.d, self.base, dtype)
         shape = (*positions.shape, *[1] * (3 - positions.ndim), self.d // 2)  # [S, B or 1, 1, d/2]
-        cos, sin = cos.reshape(shape), (-sin if inverse else sin).reshape(shape)
-        x1, x2, rest = jnp.split(x.astype(dtype), [self.d // 2, self.d], axis=-1)
-        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1).astype(x.dtype)
+        return turn(x, cos.reshape(shape), (-sin if inverse else sin).reshape(shape))
 
 
 def rotary_width(name: str, share: float, d_k: int) -> int:

@@ -205,6 +205,6 @@ class AutoregressiveTransformer(nnx.Module):
         return unless_overrun(self.generator(x), cache, len(ids)), cache.advance(layers, len(ids))
 
 
-def check_ids(ids: jax.Array) -> None:
+def check_ids(ids: jax.Array, axes: str = "[S, B]") -> None:
     if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids must be a non-empty batch of integers [S, B], got {ids.dtype}{list(ids.shape)}")
+        raise ValueError(f"ids must be a non-empty batch of integers {axes}, got {ids.dtype}{list(ids.shape)}")

@@ -9,6 +9,20 @@ from torch import nn
 from torch_ref.attention import MultiHeadAttention
 
 
+def rotary_tables(positions: torch.Tensor, d: int, base: float, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of m·θ_i for positions m of any shape [...] -> [..., d/2]; dtype float32 or wider."""
+    theta = base ** (-torch.arange(0, d, 2, dtype=dtype, device=positions.device) / d)
+    angle = positions.to(dtype)[..., None] * theta
+    return angle.cos(), angle.sin()
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [..., d_k] with its first d features turned by tables that broadcast to [..., d/2]; the rest pass."""
+    d = 2 * cos.shape[-1]
+    x1, x2, rest = x.to(cos.dtype).tensor_split((d // 2, d), dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
+
+
 class RotaryPositionalEmbeddings(nn.Module):
     """Turns feature i together with feature i + d/2 by the angle m·θ_i, θ_i = base^(-2i/d), at position m.
 
@@ -26,13 +40,9 @@ class RotaryPositionalEmbeddings(nn.Module):
         """x [S, B, H, d_k] -> the same shape; the first token stands at position `offset`; `inverse` turns back."""
         if self.d > x.shape[-1]:
             raise ValueError(f"x has {x.shape[-1]} features, fewer than the d={self.d} that turn")
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        theta = self.base ** (-torch.arange(0, self.d, 2, dtype=dtype, device=x.device) / self.d)
-        position = torch.arange(offset, offset + len(x), dtype=dtype, device=x.device)
-        angle = torch.outer(position, theta)[:, None, None, :]  # [S, 1, 1, d/2]
-        cos, sin = angle.cos(), -angle.sin() if inverse else angle.sin()
-        x1, x2, rest = x.to(dtype).tensor_split((self.d // 2, self.d), dim=-1)
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
+        positions = torch.arange(offset, offset + len(x), device=x.device)
+        cos, sin = rotary_tables(positions, self.d, self.base, torch.promote_types(x.dtype, torch.float32))
+        return turn(x, cos[:, None, None], -sin[:, None, None] if inverse else sin[:, None, None])
 
 
 def rotary_width(name: str, share: float, d_k: int) -> int:

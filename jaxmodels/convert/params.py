@@ -97,9 +97,12 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
     Values are torch tensors or arrays; they are copied. dtype None keeps each tensor's own; a dtype casts the floating
     ones. All or nothing: raises ConversionError that lists every missing, unexpected and misshapen entry at once, and
     every 64-bit one where JAX would narrow it (jax_enable_x64 is off). Raises ValueError for a dtype that is no float.
+    A model whose originals used other names, or kept what is no parameter, brings them into line with `adapted`.
     """
     if dtype is not None and not is_floating(dtype):
         raise ValueError(f"dtype={np.dtype(dtype).name} is no floating type: weights would be cut to whole numbers")
+    if hasattr(model, "adapted"):
+        state_dict = model.adapted(state_dict)
     targets = flat_arrays(model)
     wanted = list(entries(targets))
     duplicates = [key for key, n in count(entry.key for entry in wanted).items() if n > 1]
