@@ -1,9 +1,9 @@
-"""Tensors that are not read yet: shape and dtype are known, values come slice by slice, straight from where they lie.
+"""Tensors that are not read yet: shape and dtype are known, values come slice by slice from where they lie.
 
-A tensor here is anything with `shape`, `dtype` and slicing: a NumPy array over a memory-mapped file, a JAX array, or one
-of the classes below around others. `fill(out, tensor, index)` reads a slice of it into an array that the caller owns.
-However many classes lie around each other, the values move once, from the file's pages to `out`; nothing between them
-is allocated, but for the small vectors of `Combined`.
+A tensor here is anything with `shape`, `dtype` and slicing: a NumPy array over a memory-mapped file, or one of the
+classes below around others. `fill(out, tensor, index)` reads a slice of it into an array that the caller owns. However
+many classes lie around each other, the values move once, from the file's pages to `out`; nothing between them is
+allocated, but for the small vectors of `Combined`.
 """
 
 import dataclasses

@@ -122,7 +122,7 @@ def write_folder(
     if len(groups) == 1:
         write_file(folder / f"{stem}.safetensors", groups[0], progress)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, group in enumerate(groups):
         name = f"{stem}-{i + 1:05}-of-{len(groups):05}.safetensors"
         write_file(folder / name, group, progress)
@@ -159,7 +159,7 @@ def write_stream(file: Path, stream: Iterable[np.ndarray]) -> None:
     with file.open("xb", buffering=0) as out, concurrent.futures.ThreadPoolExecutor(2) as threads:
 
         def write(piece: np.ndarray) -> int:
-            rest = memoryview(piece)
+            rest = piece.data
             while rest:  # a disk that fills up takes a part first, and then raises
                 rest = rest[out.write(rest) :]
             return piece.nbytes

@@ -6,6 +6,7 @@
 XX is 00 for the embedding, 02 … L+1 for the blocks, L+3 for the final norm, L+4 for the readout (absent when tied).
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -89,14 +90,15 @@ def split(name: Name, tensor: Any, ranks: int, parallel_residual: bool) -> Parts
     if ranks == 1 or name.merge == REPLICA or (name.merge == ROW_BIAS and not parallel_residual):
         return [tensor] * ranks
     if name.merge == ROW_BIAS:
-        return [Combined([tensor], lambda v, rank=rank: share(v[0], rank, ranks)) for rank in range(ranks)]
+        return [Combined([tensor], functools.partial(share, rank=rank, ranks=ranks)) for rank in range(ranks)]
     axis = 1 if name.merge == COLUMNS else 0
     size = tensor.shape[axis] // ranks
     return [Cut(tensor, axis, rank * size, (rank + 1) * size) for rank in range(ranks)]
 
 
-def share(bias: np.ndarray, rank: int, ranks: int) -> np.ndarray:
+def share(biases: Sequence[np.ndarray], rank: int, ranks: int) -> np.ndarray:
     """bias / ranks, rounded; where these would not sum to the bias again, the last rank takes what is left."""
+    bias = biases[0]
     wide = bias.astype(np.float64)
     each = (wide / ranks).astype(bias.dtype).astype(np.float64)
     if rank == ranks - 1:
