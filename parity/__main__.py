@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 LEGEND = (
-    "float64: max|Δ| / max|truth|, at most 1e-10. float32: Flax's error against the float64 truth ÷ (PyTorch's own + "
+    "float64: max|Δ| / max|truth|, at most 1e-10. Narrower: Flax's error against the float64 truth ÷ (PyTorch's own + "
     "2.5e-7), at most 4. bits: tensors changed by torch → Flax → torch."
 )
 READINGS = {
@@ -23,6 +23,7 @@ READINGS = {
     "trained": "trained parameters",
 }
 COLUMNS = [(heading, kind, precision) for precision in ("float64", "float32") for heading, kind in READINGS.items()]
+COLUMNS += [("output", "output", precision) for precision in ("bfloat16", "float16")]
 COLUMNS += [("bits", "round trip", "bits")]
 
 
@@ -101,6 +102,7 @@ def run(names: list[str], device: str | None, seed: int, console: Console) -> li
                     pair.inputs,
                     labels=pair.labels,
                     zero_gradients=pair.zero_gradients,
+                    half=pair.half,
                     device=device,
                     seed=seed,
                     name=name,
@@ -137,7 +139,7 @@ def cell(report, kind: str, precision: str) -> str:
     found = next((c for c in report.checks if (c.kind, c.precision) == (kind, precision)), None)
     if found is None:
         return "[dim]–[/]"
-    text = {"float64": f"{found.value:.0e}", "float32": f"{found.value:.2f}×", "bits": f"{found.value:.0f}"}[precision]
+    text = {"float64": f"{found.value:.0e}", "bits": f"{found.value:.0f}"}.get(precision, f"{found.value:.2f}×")
     return text if found.passed else f"[red]{text}[/]"
 
 

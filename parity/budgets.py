@@ -1,7 +1,8 @@
 """How far two results are apart, and how far they may be.
 
 float64: for every tensor, max|Δ| ≤ 1e-10 · (the largest magnitude among all tensors of its kind).
-float32: the error against the float64 truth, on that same scale, is at most 4 × PyTorch's own plus 1e-6.
+float32, bfloat16, float16: the error against the float64 truth, on that same scale, is at most 4 × PyTorch's own plus
+1e-6.
 """
 
 from collections.abc import Mapping

@@ -30,6 +30,7 @@ def check(
     *,
     labels: Any = None,
     zero_gradients: Sequence[str] = (),
+    half: Sequence[str] = (),
     steps: int = 10,
     device: str | None = None,
     float64: bool | None = None,
@@ -44,6 +45,7 @@ def check(
     a sequence of positional ones, or a mapping of named ones. With `labels` (int, the logits' leading shape) the loss
     is the cross-entropy, else the squared distance to random targets. `zero_gradients` are patterns of parameter names
     whose gradients are zero in exact arithmetic: they are checked to be ~0 and held still in the training `steps`.
+    `half` names 16-bit dtypes (bfloat16, float16) in which the outputs are compared as well.
     device: 'cpu', 'gpu' or 'tpu', None for JAX's default; float64 None: whether the device has it. `randomize` perturbs
     constant parameters (zeros, ones) first. Raises ValueError for inputs that are no arrays, and ConversionError where
     the weights do not fit.
@@ -57,7 +59,7 @@ def check(
     float64 = chosen.platform != "tpu" if float64 is None else float64
     with torch_side.strict_precision(), flax_side.strict_precision(float64, chosen):
         readings = Readings(module, flax_module, inputs, labels, zero_gradients, steps, chosen, float64, seed, progress)
-        checks = list(readings.all())
+        checks = [*readings.all(), *map(readings.half, half)]
         divergence = None if all(c.passed for c in checks) else readings.divergence()
     seconds = time.perf_counter() - began
     return Report(name or type(flax_module).__name__, checks, divergence, seconds, environment(chosen, float64, seed))
@@ -69,6 +71,7 @@ class Readings:
     def __init__(self, module, flax_module, inputs, labels, zero, steps, device, float64, seed, progress):
         self.module, self.flax_module, self.inputs, self.labels = module, flax_module, inputs, labels
         self.zero, self.device, self.float64, self.progress = tuple(zero), device, float64, progress
+        self.torch_device = "cuda" if device.platform == "gpu" and torch.cuda.is_available() else "cpu"
         still = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
         self.held = (*self.zero, *map(glob.escape, still))  # in training; what PyTorch does not train, nor do we
         progress("truth")
@@ -103,8 +106,7 @@ class Readings:
     def budget(self) -> Iterator[Check]:
         """Float32 on both sides, each against the truth."""
         self.progress("float32")
-        torch_device = "cuda" if self.device.platform == "gpu" and torch.cuda.is_available() else "cpu"
-        theirs = TorchSide(self.module, torch.float32, torch_device)
+        theirs = TorchSide(self.module, torch.float32, self.torch_device)
         ours = FlaxSide(self.flax_module, theirs.module.state_dict(), self.inputs, jnp.float32)
         arguments = (self.inputs, self.labels, self.targets)
         result, own = ours.evaluate(*arguments), theirs.evaluate(*arguments)
@@ -117,6 +119,17 @@ class Readings:
         truth, own, result = self.truth_side.train(*training), theirs.train(*training), ours.train(*training)
         for kind in truth:
             yield self.limited(kind, budgets.ratios(result[kind], own[kind], truth[kind]), precision="float32")
+
+    def half(self, name: str) -> Check:
+        """16 bits on both sides. The truth has the same rounded weights: what rounding them costs is not computing."""
+        self.progress(name)
+        dtype = getattr(torch, name)
+        inputs = self.inputs.rounded(as_numpy(torch.empty(0, dtype=dtype)).dtype)
+        theirs = TorchSide(self.module, dtype, self.torch_device)
+        ours = FlaxSide(self.flax_module, theirs.module.state_dict(), inputs, jnp.dtype(name))
+        truth = TorchSide(theirs.module, torch.float64, "cpu").outputs(inputs)
+        ratios = budgets.ratios(ours.outputs(inputs), theirs.outputs(inputs), truth)
+        return self.limited("output", ratios, precision=name)
 
     def read(self, result: dict, kind: str) -> dict:
         """Flax's tensors of a kind, without the gradients of parameters that PyTorch does not train."""
@@ -139,8 +152,8 @@ class Readings:
         """Logits through the cache against PyTorch's full forward pass, for models that have a cache."""
         if not hasattr(self.flax_module, "prefill"):
             return
-        (ids,) = self.inputs.named().values()
-        first, logits = side.decode(ids)
+        ids, *start = self.inputs.named().values()
+        first, logits = side.decode(ids, *start)
         axis = side.module.sequence_axis
         positions = np.arange(first, ids.shape[axis])
         truth = {name: output.take(positions, axis) for name, output in self.truth["output"].items()}

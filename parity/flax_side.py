@@ -54,6 +54,13 @@ class FlaxSide:
         }
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
 
+    def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """The outputs alone."""
+        floats, others, *_ = self.arguments(inputs, None, {})
+        call = jax.jit(lambda params, values: inputs.call(nnx.merge(self.graphdef, params, self.rest), values))
+        outputs = named_leaves(call(self.params, floats | others), jax.Array)
+        return {name: np.asarray(output) for name, output in outputs.items()}
+
     def train(self, batches: Sequence[tuple[Inputs, np.ndarray | None]], targets, frozen: Sequence[str], lr: float):
         """Adam over the batches: the loss of every step and the parameters at the end, by kind."""
         optimizer = optax.adam(lr)
@@ -80,12 +87,13 @@ class FlaxSide:
         moving = {entry.path for entry in entries(arrays) if not matches(entry.key, frozen)}
         return set(arrays) - moving
 
-    def decode(self, ids: np.ndarray) -> tuple[int, np.ndarray]:
+    def decode(self, ids: np.ndarray, start: np.ndarray | None = None) -> tuple[int, np.ndarray]:
         """Logits through the cache, laid out like ids, from position `first` on: (first, logits).
 
         A prefill, a chunk of five, single tokens, and a chunk again.
         """
         model, axis = self.module, self.module.sequence_axis
+        model = model.unstacked() if hasattr(model, "unstacked") else model  # as `generate` does
         n = ids.shape[axis]
         prompt = max(1, n - 17)
         cuts = [c for c in (0, prompt, *range(prompt + 5, prompt + 13)) if c < n] + [n]
@@ -93,7 +101,7 @@ class FlaxSide:
         # Functions of this call's own: jit remembers by function, and a check must run the code as it is now.
         prefill = jax.jit(lambda model, ids, cache: model.prefill(ids, cache))
         decode = jax.jit(lambda model, ids, cache: model.decode(ids, cache))
-        last, cache = prefill(model, pieces[0], model.init_cache(ids.shape[1 - axis], n, self.dtype))
+        last, cache = prefill(model, pieces[0], model.init_cache(ids.shape[1 - axis], n, self.dtype, start))
         logits = [jnp.expand_dims(last, axis)]
         for piece in pieces[1:]:
             more, cache = decode(model, piece, cache)

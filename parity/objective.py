@@ -42,6 +42,12 @@ class Inputs:
         args = (values[f"input {i}"] for i in range(len(self.args)))
         return function(*args, **{name: values[name] for name in self.kwargs})
 
+    def rounded(self, dtype: Any) -> "Inputs":
+        """The same with floating arrays rounded to a narrower dtype, kept in their own."""
+        arrays = {n: a.astype(dtype).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in self.named().items()}
+        args = tuple(arrays[f"input {i}"] for i in range(len(self.args)))
+        return Inputs(args, {name: arrays[name] for name in self.kwargs})
+
     def batch(self, step: int) -> "Inputs":
         """Other data of the same kind for a training step: integers rolled along their first axis, floats perturbed."""
         rng = np.random.default_rng(step)

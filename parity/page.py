@@ -25,7 +25,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } d
 
 LEGEND = (
     "float64: max|Δ| over the largest magnitude of the kind, against PyTorch in float64. "
-    "float32: Flax's error against that truth, in units of PyTorch's own float32 error (plus 2.5e-7). "
+    "float32, bfloat16, float16: Flax's error against that truth, in units of PyTorch's own (plus 2.5e-7). "
     "bits: tensors changed by PyTorch → Flax → PyTorch. The bar shows how much of the limit is used."
 )
 

@@ -15,8 +15,8 @@ from parity.trace import Divergence
 class Check:
     """One reading: the worst value among its tensors, that tensor's name, and the most it may be.
 
-    precision 'float64': an error relative to the largest tensor of the kind; 'float32': Flax's error against the
-    truth in units of PyTorch's own; 'bits': tensors that changed.
+    precision 'float64': an error relative to the largest tensor of the kind; 'float32', 'bfloat16', 'float16': Flax's
+    error against the truth in units of PyTorch's own; 'bits': tensors that changed.
     """
 
     kind: str

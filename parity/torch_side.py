@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from jaxmodels.convert.params import as_numpy
 from parity.objective import Inputs, named_leaves
 
 
@@ -114,4 +115,4 @@ class TorchSide:
 
     @staticmethod
     def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+        return {name: as_numpy(tensor) for name, tensor in tensors.items()}

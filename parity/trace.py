@@ -109,6 +109,7 @@ def trace_torch(module: torch.nn.Module, inputs: Inputs) -> dict[tuple[str, int]
 
 def trace_flax(model: Any, inputs: Inputs) -> tuple[dict[tuple[str, int], Call], dict[str, str]]:
     """The same for a Flax model, and the type of each path's module."""
+    model = model.unstacked() if hasattr(model, "unstacked") else model  # inside a scan no call would be seen
     paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(model)}
     types = {paths[id(m)]: type(m).__name__ for _, m in nnx.iter_modules(model)}
     calls: dict[tuple[str, int], Call] = {}

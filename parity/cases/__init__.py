@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-SYSTEMS = ("rope", "transformer", "synthesizer")
+SYSTEMS = ("rope", "transformer", "synthesizer", "neox")
 UNFINISHED = ("feedback",)  # run where they are named: they join SYSTEMS when they decode and train
 
 
@@ -23,6 +23,7 @@ class Pair:
     inputs: Any
     labels: np.ndarray | None = None
     zero_gradients: tuple[str, ...] = ()
+    half: tuple[str, ...] = ()
 
 
 Make = Callable[[np.random.Generator], Pair]

@@ -1,0 +1,149 @@
+"""GPT-NeoX against its reference, and against transformers' own implementation."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from flax import nnx
+from torch import nn
+
+import torch_ref.neox
+from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.text import CharVocabulary, load_corpus
+from parity.cases import Pair, case
+from torch_ref.rope import rotary_tables
+
+HALF = ("bfloat16", "float16")
+
+
+@case("neox.language_model", "NeoX, parallel residual, exact GELU, a quarter of d_k turns, 131 tokens; 16 bits too")
+def parallel(rng: np.random.Generator) -> Pair:
+    config = NeoXConfig(37, 5 * 8, 3, 5, n_ff=61)
+    return pair_of(rng, config, torch_ref.neox.NeoX(config), 131, 3, half=HALF)
+
+
+@case("neox.sequential", "NeoX, sequential residual, tanh GELU, tied readout, other ε and base, rematerialised")
+def sequential(rng: np.random.Generator) -> Pair:
+    config = NeoXConfig(
+        37,
+        3 * 10,
+        2,
+        3,
+        rope_percentage=0.6,
+        rope_base=500.0,
+        activation="gelu_tanh",
+        parallel_residual=False,
+        layer_norm_eps=1e-2,
+        tied=True,
+        remat=True,
+    )
+    return pair_of(rng, config, torch_ref.neox.NeoX(config), 73, 3)
+
+
+@case("neox.ragged", "NeoX, a batch with left padding of 0, 17 and 41 of 73 tokens")
+def ragged(rng: np.random.Generator) -> Pair:
+    config = NeoXConfig(37, 5 * 8, 2, 5, n_ff=61)
+    return pair_of(rng, config, torch_ref.neox.NeoX(config), 73, 3, start=np.array([17, 0, 41]))
+
+
+@case("neox.transformers", "GPTNeoXForCausalLM, 521 characters of the Python documentation; 16 bits too")
+def real_text(rng: np.random.Generator) -> Pair:
+    text = load_corpus("python_docs")[: 2 * 522]
+    vocabulary = CharVocabulary.of(text)
+    config = NeoXConfig(len(vocabulary), 3 * 16, 2, 3)
+    ids = vocabulary.encode(text).reshape(2, 522)
+    return Pair(Transformers(config), abstract(config), {"ids": ids[:, :-1]}, labels=ids[:, 1:], half=HALF)
+
+
+@case("neox.transformers_ragged", "GPTNeoXForCausalLM, sequential residual, tanh GELU, tied, left padding")
+def ragged_transformers(rng: np.random.Generator) -> Pair:
+    config = NeoXConfig(37, 5 * 8, 2, 5, activation="gelu_tanh", parallel_residual=False, tied=True)
+    return pair_of(rng, config, Transformers(config), 73, 3, start=np.array([17, 0, 41]))
+
+
+def pair_of(
+    rng: np.random.Generator, config: NeoXConfig, torch_module: nn.Module, sequence: int, batch: int, start=None, **more
+) -> Pair:
+    """Random ids [B, S], their labels the next ids."""
+    ids = rng.integers(0, config.n_vocab, (batch, sequence + 1))
+    inputs = {"ids": ids[:, :-1]} | ({} if start is None else {"start": start})
+    return Pair(torch_module, abstract(config), inputs, labels=ids[:, 1:], **more)
+
+
+def abstract(config: NeoXConfig) -> NeoX:
+    return nnx.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0)))
+
+
+class Transformers(nn.Module):
+    """transformers' GPTNeoXForCausalLM with random weights, its parts and its call under the names of the twins.
+
+    Raises RuntimeError where transformers is not installed.
+    """
+
+    def __init__(self, config: NeoXConfig):
+        super().__init__()
+        model = gpt_neox(config)
+        self.__dict__["model"] = model  # not as a sub-module: every parameter would have two names
+        part = nn.ModuleDict
+        self.embedding = part({"emb": model.gpt_neox.embed_in})
+        self.layers = nn.ModuleList(
+            part(
+                {
+                    "pre_ln_attn": layer.input_layernorm,
+                    "pre_ln_ffn": layer.post_attention_layernorm,
+                    "attention": part({"qkv_lin": layer.attention.query_key_value, "output": layer.attention.dense}),
+                    "ffn": part({"dense_h_h4": layer.mlp.dense_h_to_4h, "dense_h4_h": layer.mlp.dense_4h_to_h}),
+                }
+            )
+            for layer in model.gpt_neox.layers
+        )
+        self.final_norm = part({"ln": model.gpt_neox.final_layer_norm})
+        if not config.tied:
+            self.readout = part({"linear": model.lm_head})
+
+    def forward(self, ids: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+        if start is None:
+            return self.model(ids, use_cache=False).logits
+        text = torch.arange(ids.shape[1]) >= start[:, None]
+        positions = (text.cumsum(dim=1) - 1).clamp(min=0)
+        logits = self.model(ids, attention_mask=text.long(), position_ids=positions, use_cache=False).logits
+        return logits.masked_fill(~text[:, :, None], 0)
+
+
+def gpt_neox(config: NeoXConfig) -> Any:
+    """GPTNeoXForCausalLM of a configuration; its rotary tables are in float64 where the model is."""
+    try:
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error}; neox.transformers needs it: pip install transformers") from None
+
+    theirs = GPTNeoXConfig(
+        vocab_size=config.n_vocab,
+        hidden_size=config.n_hidden,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        intermediate_size=config.d_ff,
+        hidden_act={"gelu": "gelu", "gelu_tanh": "gelu_fast"}[config.activation],
+        max_position_embeddings=config.max_len,
+        layer_norm_eps=config.layer_norm_eps,
+        tie_word_embeddings=config.tied,
+        use_parallel_residual=config.parallel_residual,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": config.rope_base,
+            "partial_rotary_factor": config.rope_percentage,
+        },
+        attn_implementation="sdpa",  # the eager one has a softmax in float32
+    )
+    model = GPTNeoXForCausalLM(theirs).eval()
+    own = model.gpt_neox.rotary_emb
+
+    def rotary(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.dtype != torch.float64:
+            return own(x, position_ids)
+        cos, sin = rotary_tables(position_ids, config.d_rope, config.rope_base, x.dtype)
+        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
+    del model.gpt_neox.rotary_emb
+    model.gpt_neox.rotary_emb = rotary
+    return model
