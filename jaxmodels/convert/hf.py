@@ -119,7 +119,7 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
     if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise ValueError(f"{file} has scaled rotary embeddings ({scaling}); supported is rope_type 'default'")
     found["rope_percentage"] = rope.get("partial_rotary_factor", said.get("rotary_pct", 0.25))
-    found["rope_base"] = rope.get("rope_theta", said.get("rotary_emb_base", 10_000))
+    found["rope_base"] = rope.get("rope_theta", said.get("rotary_emb_base", 10_000.0))
     activation = said.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{file} has hidden_act {activation!r}; supported are {', '.join(ACTIVATIONS)}")

@@ -10,6 +10,7 @@ file's tensors in memory to write one, and copies what it reads.
 """
 
 import concurrent.futures
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -155,25 +156,34 @@ def write_file(file: Path, tensors: Mapping[str, Any], progress: Progress = lamb
 
 
 def write_stream(file: Path, stream: Iterable[np.ndarray]) -> None:
-    """Writes pieces to a file and flushes it to the disk, in threads: the next piece is made meanwhile."""
-    with file.open("xb", buffering=0) as out, concurrent.futures.ThreadPoolExecutor(2) as threads:
+    """Writes pieces to a file and flushes it to the disk, in threads: the next piece is made meanwhile.
 
-        def write(piece: np.ndarray) -> int:
-            rest = piece.data
-            while rest:  # a disk that fills up takes a part first, and then raises
-                rest = rest[out.write(rest) :]
-            return piece.nbytes
+    Raises OSError that names the file where the disk is full.
+    """
+    try:
+        with file.open("xb", buffering=0) as out, concurrent.futures.ThreadPoolExecutor(2) as threads:
+            write_to(out, threads, stream)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
-        writing = threads.submit(int)
-        flushing: concurrent.futures.Future[None] = threads.submit(os.fsync, out.fileno())
-        unflushed = 0
-        for piece in stream:
-            unflushed += writing.result()
-            writing = threads.submit(write, piece)
-            if unflushed > FLUSH_BYTES and flushing.done():  # the disk works from the beginning on, not only at the end
-                flushing.result()
-                flushing = threads.submit(os.fsync, out.fileno())
-                unflushed = 0
-        writing.result()
-        flushing.result()
-        os.fsync(out.fileno())
+
+def write_to(out: io.FileIO, threads: concurrent.futures.Executor, stream: Iterable[np.ndarray]) -> None:
+    def write(piece: np.ndarray) -> int:
+        rest = piece.data
+        while rest:  # a disk that fills up takes a part first, and then raises
+            rest = rest[out.write(rest) :]
+        return piece.nbytes
+
+    writing = threads.submit(int)
+    flushing: concurrent.futures.Future[None] = threads.submit(os.fsync, out.fileno())
+    unflushed = 0
+    for piece in stream:
+        unflushed += writing.result()
+        writing = threads.submit(write, piece)
+        if unflushed > FLUSH_BYTES and flushing.done():  # the disk works from the beginning on, not only at the end
+            flushing.result()
+            flushing = threads.submit(os.fsync, out.fileno())
+            unflushed = 0
+    writing.result()
+    flushing.result()
+    os.fsync(out.fileno())

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jaxmodels.convert.lazy import Cast, nbytes
+from jaxmodels.convert.lazy import Cast, Cut, nbytes
 from jaxmodels.convert.params import entries, flat_arrays, is_floating
 from jaxmodels.convert.place import Shardings, placed, tensors_of
 from jaxmodels.neox import NeoX, NeoXConfig
+
+VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row for each token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Source:
     format: str
     folder: Path
     config: NeoXConfig
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, Any] = dataclasses.field(repr=False)
     layout: str = ""
     notes: tuple[str, ...] = ()
 
@@ -36,6 +38,14 @@ class Source:
         """The same in another dtype."""
         tensors = {name: Cast(tensor, np.dtype(dtype), name) for name, tensor in self.tensors.items()}
         return dataclasses.replace(self, tensors=tensors)
+
+    def with_vocabulary(self, n_vocab: int) -> "Source":
+        """The checkpoint without the rows behind n_vocab. Raises ValueError where there are fewer."""
+        if not 1 <= n_vocab <= self.config.n_vocab:
+            raise ValueError(f"the vocabulary has {self.config.n_vocab} rows, of which {n_vocab} cannot be kept")
+        config = dataclasses.replace(self.config, n_vocab=n_vocab)
+        cut = {key: Cut(self.tensors[key], 0, 0, n_vocab) for key in VOCABULARY if key in self.tensors}
+        return dataclasses.replace(self, config=config, tensors={**self.tensors, **cut})
 
     def with_layers(self, layers: Sequence[int] | None) -> "Source":
         """The checkpoint of some of the blocks, by number, in that order; embedding, norm and readout stay.

@@ -116,6 +116,8 @@ def checked_flag(key: str, settings: Mapping[str, Any], where: str) -> bool:
 def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> dict[str, Any]:
     """The inverse of `fields`: settings that say the same, for GPT-NeoX itself too."""
     settings: dict[str, Any] = {key: getattr(config, field) for field, key, _ in KEYS}
+    if config.rope_base == int(config.rope_base):
+        settings["rotary_emb_base"] = int(config.rope_base)  # GPT-NeoX checks types, and takes no other
     return settings | {
         "intermediate_size": config.d_ff,
         "activation": "gelu",

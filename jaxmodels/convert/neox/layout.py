@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmodels.convert.lazy import Combined, Cut, Joined
+from jaxmodels.convert.lazy import Combined, Cut, Joined, read
 
 # How shards merge.
 VOCABULARY = "rows of the vocabulary"  # joined, then cut or padded
@@ -108,5 +108,5 @@ def share(biases: Sequence[np.ndarray], rank: int, ranks: int) -> np.ndarray:
 
 def drift(parts: Parts) -> float:
     """The largest difference between ranks that should hold the same."""
-    values = [np.asarray(part[...], np.float64) for part in parts]
+    values = [read(part).astype(np.float64) for part in parts]
     return float(max(np.abs(value - values[0]).max(initial=0) for value in values))

@@ -1,5 +1,6 @@
 """A model as a GPT-NeoX checkpoint."""
 
+import concurrent.futures
 import os
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def write_neox(source: Source, folder: str | os.PathLike, model_parallel: int = 
     with (
         written_beside(folder, overwrite=overwrite) as beside,
         progress_bar(f"writing {Path(folder).name}", source.tensors.values()) as advance,
+        concurrent.futures.ThreadPoolExecutor(1) as disk,  # flushes a file while the next is merged
     ):
+        flushed = []
         step = beside / STEP
         step.mkdir()
         for layer, prefix, names in parts(config):
@@ -51,13 +54,17 @@ def write_neox(source: Source, folder: str | os.PathLike, model_parallel: int = 
             ]
             for rank in range(model_parallel):
                 held = {name.disk[0]: share[rank] for name, share in zip(names, shares, strict=True)}
-                write_shard(step / layer_file(layer, rank), held, advance)
+                file = step / layer_file(layer, rank)
+                write_shard(file, held, advance)
+                flushed.append(disk.submit(flush, file))
         for rank in range(model_parallel):
             write_pt(step / f"mp_rank_{rank:02}_model_states.pt", rank_state(model_parallel))
         (beside / "configs").mkdir()
         settings = settings_of(config, model_parallel, DIVISIBLE_BY)
         (beside / "configs" / "model.yml").write_text(yaml_text(settings), encoding="utf-8")
         (beside / "latest").write_text(STEP, encoding="utf-8")
+        for done in flushed:
+            done.result()
 
 
 def check_ranks(config: NeoXConfig, ranks: int) -> None:
@@ -83,12 +90,19 @@ def write_shard(file: Path, tensors: dict[str, Any], advance: Progress) -> None:
 
 
 def write_pt(file: Path, content: Any) -> None:
-    """`torch.save`, returning when the disk has it."""
+    """`torch.save`; raises OSError that names the file where the disk is full."""
     import torch
 
-    with file.open("xb") as out:
-        torch.save(content, out)
-        out.flush()
+    try:
+        with file.open("xb") as out:
+            torch.save(content, out)
+    except (OSError, RuntimeError) as error:  # torch's writer makes the second of the first
+        raise OSError(f"{file} could not be written: {error}") from error
+
+
+def flush(file: Path) -> None:
+    """Returns when the disk has it."""
+    with file.open("rb+") as out:
         os.fsync(out.fileno())
 
 
