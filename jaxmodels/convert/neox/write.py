@@ -2,8 +2,11 @@
 
 import concurrent.futures
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxmodels.checkpoint import written_beside
 from jaxmodels.convert.lazy import Cut, read
@@ -38,33 +41,55 @@ def write_neox(source: Source, folder: str | os.PathLike, model_parallel: int = 
     with (
         written_beside(folder, overwrite=overwrite) as beside,
         progress_bar(f"writing {Path(folder).name}", source.tensors.values()) as advance,
-        concurrent.futures.ThreadPoolExecutor(1) as disk,  # flushes a file while the next is merged
     ):
-        flushed = []
         step = beside / STEP
         step.mkdir()
-        for layer, prefix, names in parts(config):
-            tensors = [source.tensors[prefix + name.twin] for name in names]
-            if names[0].merge == VOCABULARY:
-                multiple = DIVISIBLE_BY * model_parallel
-                tensors = [Cut(tensors[0], 0, 0, -(-config.n_vocab // multiple) * multiple)]
-            shares = [
-                split(name, tensor, model_parallel, config.parallel_residual)
-                for name, tensor in zip(names, tensors, strict=True)
-            ]
-            for rank in range(model_parallel):
-                held = {name.disk[0]: share[rank] for name, share in zip(names, shares, strict=True)}
-                file = step / layer_file(layer, rank)
-                write_shard(file, held, advance)
-                flushed.append(disk.submit(flush, file))
+        write_shards(step, shards(source, model_parallel), advance)
         for rank in range(model_parallel):
             write_pt(step / f"mp_rank_{rank:02}_model_states.pt", rank_state(model_parallel))
         (beside / "configs").mkdir()
         settings = settings_of(config, model_parallel, DIVISIBLE_BY)
         (beside / "configs" / "model.yml").write_text(yaml_text(settings), encoding="utf-8")
         (beside / "latest").write_text(STEP, encoding="utf-8")
-        for done in flushed:
-            done.result()
+
+
+def shards(source: Source, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every file's name and its tensors."""
+    for layer, prefix, names in parts(source.config):
+        tensors = [source.tensors[prefix + name.twin] for name in names]
+        if names[0].merge == VOCABULARY:
+            multiple = DIVISIBLE_BY * ranks
+            tensors = [Cut(tensors[0], 0, 0, -(-source.config.n_vocab // multiple) * multiple)]
+        shares = [
+            split(name, tensor, ranks, source.config.parallel_residual)
+            for name, tensor in zip(names, tensors, strict=True)
+        ]
+        for rank in range(ranks):
+            yield (
+                layer_file(layer, rank),
+                {name.disk[0]: share[rank] for name, share in zip(names, shares, strict=True)},
+            )
+
+
+def write_shards(step: Path, files: Iterable[tuple[str, dict[str, Any]]], advance: Progress) -> None:
+    """Writes files one after the other; the next one's tensors are merged, and the last one flushed, meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1) as writer, concurrent.futures.ThreadPoolExecutor(1) as disk:
+
+        def write(file: Path, arrays: dict[str, Any]) -> concurrent.futures.Future[None]:
+            write_pt(file, arrays)
+            return disk.submit(flush, file)
+
+        written: list[concurrent.futures.Future[concurrent.futures.Future[None]]] = []
+        for name, tensors in files:
+            arrays = {key: read(tensor) for key, tensor in tensors.items()}
+            size = sum(array.nbytes for array in arrays.values())
+            if written:
+                written[-1].result()  # so that no more than two files' tensors are in memory
+            written.append(writer.submit(write, step / name, arrays))
+            del arrays
+            advance(size)
+        for file in written:
+            file.result().result()
 
 
 def check_ranks(config: NeoXConfig, ranks: int) -> None:
@@ -83,19 +108,13 @@ def parts(config: NeoXConfig) -> list[tuple[int, str, tuple[Name, ...]]]:
     return [(0, "", EMBEDDING), *blocks, (end, "", FINAL_NORM), *readout]
 
 
-def write_shard(file: Path, tensors: dict[str, Any], advance: Progress) -> None:
-    arrays = {name: read(tensor) for name, tensor in tensors.items()}
-    write_pt(file, {name: as_tensor(array) for name, array in arrays.items()})
-    advance(sum(array.nbytes for array in arrays.values()))
-
-
-def write_pt(file: Path, content: Any) -> None:
+def write_pt(file: Path, content: dict[str, Any]) -> None:
     """`torch.save`; raises OSError that names the file where the disk is full."""
     import torch
 
     try:
         with file.open("xb") as out:
-            torch.save(content, out)
+            torch.save({key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}, out)
     except (OSError, RuntimeError) as error:  # torch's writer makes the second of the first
         raise OSError(f"{file} could not be written: {error}") from error
 
