@@ -51,7 +51,7 @@ def bounded(index: Sequence[slice], shape: Sequence[int]) -> Index:
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
 
 
-@np.errstate(over="ignore")  # `Cast` says which tensor it was
+@np.errstate(over="ignore", invalid="ignore")  # `Cast` names the tensor that overflows; NaN is no error
 def copy(out: np.ndarray, values: np.ndarray) -> None:
     if out.ndim == 2 and (out.strides[0] < out.strides[1]) != (values.strides[0] < values.strides[1]):
         if out.strides[0] < out.strides[1]:
@@ -228,6 +228,10 @@ class Cast(Lazy):
 
     def fill(self, out: np.ndarray, index: Index) -> None:
         fill(out, self.tensor, index)
+        with np.errstate(invalid="ignore"):
+            self.check(out, index)
+
+    def check(self, out: np.ndarray, index: Index) -> None:
         if np.isinf(out).any() and np.isinf(out).sum() > np.isinf(read(self.tensor, index)).sum():
             raise ValueError(f"{self.name} holds values that are infinite in {np.dtype(self.dtype).name}")
 

@@ -106,7 +106,8 @@ def share(biases: Sequence[np.ndarray], rank: int, ranks: int) -> np.ndarray:
     return each.astype(bias.dtype)
 
 
+@np.errstate(invalid="ignore")  # a difference of infinities is NaN, and counts as drift
 def drift(parts: Parts) -> float:
-    """The largest difference between ranks that should hold the same."""
-    values = [read(part).astype(np.float64) for part in parts]
-    return float(max(np.abs(value - values[0]).max(initial=0) for value in values))
+    """The largest difference between ranks that should hold the same; NaN where one holds it."""
+    values = np.stack([read(part) for part in parts]).astype(np.float64)
+    return float(np.abs(values - values[0]).max(initial=0))

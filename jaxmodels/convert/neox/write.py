@@ -115,8 +115,11 @@ def write_pt(file: Path, content: dict[str, Any]) -> None:
     try:
         with file.open("xb") as out:
             torch.save({key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}, out)
-    except (OSError, RuntimeError) as error:  # torch's writer makes the second of the first
-        raise OSError(f"{file} could not be written: {error}") from error
+    except (OSError, RuntimeError) as error:
+        first: BaseException = error
+        while first.__context__ is not None:  # torch's writer, closing after the disk was full, fails once more
+            first = first.__context__
+        raise OSError(f"{file} could not be written: {first}") from error
 
 
 def flush(file: Path) -> None:

@@ -13,6 +13,8 @@ CONFIG = NeoXConfig(
 )
 DIVISIBLE_BY = 7  # rows of the vocabulary: a multiple of 7 for each rank, so that 84 fit every degree
 
+FREQUENCIES = "attention.rotary_emb.inv_freq"
+
 NAMES = {
     "classic": {},
     "newer": {"dense_h_to_4h": "linear1", "dense_4h_to_h": "linear2"},
@@ -78,7 +80,7 @@ def shard(state, config, ranks, seed=1):
                 parts = [torch.randint(-127, 128, bias.shape).to(bias.dtype) / 64 for _ in range(ranks)]
                 state[f"{at}{ours}.bias"] = torch.stack(parts).double().sum(0).to(bias.dtype)
             put(i + 2, f"{theirs}.bias", parts)
-        put(i + 2, "attention.rotary_emb.inv_freq", [frequencies(config)] * ranks)
+        put(i + 2, FREQUENCIES, [frequencies(config)] * ranks)
     end = config.n_layers + 3
     for last in ("weight", "bias"):
         put(end, f"norm.{last}", [state[f"final_norm.ln.{last}"]] * ranks)
@@ -100,6 +102,10 @@ def renamed(tensors, names):
     return tensors
 
 
+def layer_file(folder, layer, rank):
+    return folder / "global_step143" / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+
+
 def write(folder, ranks=2, config=CONFIG, *, dtype=torch.float16, names="classic", yaml=True, old_format=False):
     """Writes a checkpoint in layer files and returns the twin's tensors that it stands for."""
     state = state_dict(config, dtype)
@@ -109,8 +115,7 @@ def write(folder, ranks=2, config=CONFIG, *, dtype=torch.float16, names="classic
         for layer, tensors in layers.items():
             if 2 <= layer < config.n_layers + 2:
                 tensors = renamed(tensors, names)
-            file = step / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-            torch.save(tensors, file, _use_new_zipfile_serialization=not old_format)
+            torch.save(tensors, layer_file(folder, layer, rank), _use_new_zipfile_serialization=not old_format)
         torch.save({"module": None, "iteration": 143}, step / f"mp_rank_{rank:02d}_model_states.pt")
     (folder / "latest").write_text("global_step143\n")
     if yaml:
