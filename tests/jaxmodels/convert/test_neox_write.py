@@ -67,7 +67,8 @@ def test_shares_of_a_bias_sum_to_it_again(dtype, ranks):
     if dtype == np.float32:
         bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
     bias = bits.view(dtype)
-    bias = bias[np.isfinite(bias)]
+    with np.errstate(invalid="ignore"):  # NaN
+        bias = bias[np.isfinite(bias)]
     parts = [share([bias], rank, ranks) for rank in range(ranks)]
     back = total(parts)
     assert back.dtype == bias.dtype
@@ -136,13 +137,13 @@ def test_a_checkpoint_can_take_its_own_place(tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path):
-    """The system itself refuses to let a file grow past 100 kB; a block's file here has 120 kB, the embedding's 30."""
+    """The system itself refuses to let a file grow past 100 kB; a block's has 190 kB, the embedding's 30."""
     state = write(tmp_path / "source", 2)
     before = sorted(path.name for path in tmp_path.iterdir())
     source = open_neox(tmp_path / "source")
     with (
         limited(100_000),
-        pytest.raises(OSError, match=r"layer_02-model_00-model_states\.pt could not be written.*large"),
+        pytest.raises(OSError, match=r"layer_02-model_00-model_states\.pt could not be written.*too large"),
     ):
         write_neox(source, tmp_path / "source", 1, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
