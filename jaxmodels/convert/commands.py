@@ -55,7 +55,7 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
     different = [
         f"{name}: {config[name]} and {value}"
         for name, value in dataclasses.asdict(target.config).items()
-        if config[name] != value and name not in ("dtype", "remat", "max_len")
+        if config[name] != value and name not in ("dtype", "remat")
     ]
     if different:
         return False, f"{options.source} and {options.target} are of other configurations: {'; '.join(different)}"
@@ -86,7 +86,7 @@ def difference(a: Any, b: Any) -> tuple[int, float]:
         if unequal.any():
             count += int(unequal.sum())
             far = np.abs(x[unequal].astype(np.float64) - y[unequal].astype(np.float64))
-            largest = max(largest, float(np.max(far, initial=0.0)))
+            largest = float(np.maximum(largest, far.max()))  # and NaN where one of them is
     return count, largest
 
 
