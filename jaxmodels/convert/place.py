@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.convert.lazy import Cast, Index, Layer, Lazy, Stacked, Transposed, bounded, copy, read
@@ -65,7 +64,7 @@ def on_devices(tensor: Any, sharding: jax.sharding.Sharding | None, advance: Cal
     if sharding is None:
         values = read(tensor)
         advance(values.nbytes)
-        return jnp.asarray(values)
+        return jax.device_put(values)
     slices: dict[Any, jax.Array] = {}  # by index, as several devices may hold the same
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(tuple(tensor.shape)).items():

@@ -1,5 +1,6 @@
 """Tensors that are read by slices, against NumPy."""
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -54,6 +55,14 @@ def test_pieces_are_all_values_in_order(values, n_bytes):
     np.testing.assert_array_equal(np.concatenate([piece.reshape(-1) for piece in found]), values.reshape(-1))
     row = values.nbytes // max(1, values.shape[0] if values.shape else 1)
     assert all(piece.nbytes <= max(4 * n_bytes, row) for piece in found)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7, 5)])
+def test_what_is_read_begins_where_jax_wants_it(shape):
+    values = read(array(*shape))
+    assert values.shape == shape
+    assert values.ctypes.data % 64 == 0
+    assert jax.device_put(values, jax.devices()[0]).unsafe_buffer_pointer() == values.ctypes.data
 
 
 def test_a_value_that_does_not_fit_is_an_error_and_infinity_is_not():

@@ -51,6 +51,8 @@ LOAD = """
 import jax, torch
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxmodels.convert.neox import load_neox
+from jaxmodels.convert.source import abstract
+from jaxmodels.neox import NeoXConfig
 
 mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 asked = []
@@ -61,6 +63,7 @@ def shardings(path, shape):
     return NamedSharding(mesh, spec)
 
 jax.device_put(1.0).block_until_ready()
+abstract(NeoXConfig.pythia_14m())  # what JAX allocates once and for all
 watch = Watch(daemon=True)
 start = anonymous()
 watch.start()
@@ -110,6 +113,6 @@ def test_no_host_holds_the_whole(checkpoint):
     assert found["bytes"] == total
     assert found["shards"] == [[8, 960, 960]] * 4
     assert found["slice"] * 12 < total
-    assert found["peak"] < total + 2 * found["slice"]
+    assert found["peak"] < total + found["slice"]
     expected = sum(float(state[f"layers.{i}.ffn.dense_h_h4.weight"].double().abs().sum()) for i in range(8))
     assert found["sum"] == pytest.approx(expected, rel=1e-4)
