@@ -8,6 +8,7 @@ Axes: S new tokens, N = max_len slots, B batch, H heads, d_k features of a head.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,29 @@ class Cache:
     """State of a batch of texts between calls.
 
     layers: one dict per layer, arrays [B, H, N, d_k]; length: int32 scalar, tokens fed so far, padding included;
-    start: int32 [B], how many of them are left padding, or None where no row is padded.
+    start: int32 [B], how many of them are left padding, or None where no row is padded; limit: of a model that sees
+    its last tokens only, how many. A cache of that many slots is a ring: token p lies at slot p mod N, and a text of
+    any length fits.
     """
 
     layers: tuple[dict[str, jax.Array], ...]
     length: jax.Array
     start: jax.Array | None = None
+    limit: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def max_len(self) -> int:
         return jax.tree.leaves(self.layers)[0].shape[2]
+
+    @property
+    def is_ring(self) -> bool:
+        return self.max_len == self.limit
+
+    def grown(self, max_len: int) -> "Cache":
+        """The same with max_len slots, or with `limit` of them where that is less; never with fewer than before."""
+        more = min(max_len, self.limit or max_len) - self.max_len
+        pads = [(0, 0), (0, 0), (0, max(0, more)), (0, 0)]
+        return dataclasses.replace(self, layers=jax.tree.map(lambda a: jnp.pad(a, pads), self.layers))
 
     def positions(self, n: int) -> jax.Array:
         """Positions of the next n tokens: int32 [S], or [S, B] with padding; negative where a token is padding."""
@@ -36,14 +50,15 @@ class Cache:
         return positions if self.start is None else positions[:, None] - self.start
 
     def advance(self, layers: tuple[dict[str, jax.Array], ...], n: int) -> "Cache":
-        return Cache(layers, self.length + n, self.start)
+        return dataclasses.replace(self, layers=layers, length=self.length + n)
 
     def check_room(self, n: int, batch: int, *, empty: bool = False) -> None:
         """Raises ValueError where n more tokens do not fit, as far as that can be known outside a trace."""
         rows = jax.tree.leaves(self.layers)[0].shape[0]
         if batch != rows:
             raise ValueError(f"ids have a batch of {batch}, the cache was made for batch={rows}")
-        if n > self.max_len:
+        room = math.inf if self.is_ring else self.max_len
+        if n > room:
             raise ValueError(f"{n} tokens do not fit a cache with max_len={self.max_len}")
         if isinstance(self.length, jax.core.Tracer) or isinstance(self.start, jax.core.Tracer):
             return
@@ -51,7 +66,7 @@ class Cache:
         if empty and length:
             raise ValueError(f"prefill starts an empty cache, this one holds {length} tokens: decode() continues it")
         text = length + n - (0 if self.start is None else int(self.start.min()))
-        if text > self.max_len:
+        if text > room:
             raise ValueError(f"{text} tokens do not fit a cache with max_len={self.max_len}")
         if self.start is not None and empty and int(self.start.max()) >= n:
             raise ValueError(f"start={self.start.tolist()} must leave at least one of the {n} tokens of each row")
@@ -60,13 +75,15 @@ class Cache:
 def unless_overrun(logits: jax.Array, cache: Cache, n: int, *, empty: bool = False) -> jax.Array:
     """logits [..., B, V] of n more tokens, NaN where they did not fit: inside a trace `check_room` cannot know."""
     text = cache.length + n if cache.start is None else cache.length + n - cache.start
-    fits = text <= cache.max_len
+    fits = jnp.logical_or(cache.is_ring, text <= cache.max_len)
     if empty:
         fits = fits & (cache.length == 0) & (text > 0)
     return jnp.where(fits[..., None], logits, jnp.nan)
 
 
-def make_cache(layers: list[dict[str, jax.Array]], batch: int, start: jax.Array | None) -> Cache:
+def make_cache(
+    layers: list[dict[str, jax.Array]], batch: int, start: jax.Array | None, limit: int | None = None
+) -> Cache:
     """An empty cache over the given buffers; raises ValueError where `start` is not one integer ≥ 0 per row."""
     if start is not None:
         start = jnp.asarray(start)
@@ -74,8 +91,8 @@ def make_cache(layers: list[dict[str, jax.Array]], batch: int, start: jax.Array 
             raise ValueError(f"start must be integers [batch={batch}], got {start.dtype}{list(start.shape)}")
         if not isinstance(start, jax.core.Tracer) and (start < 0).any():
             raise ValueError(f"start={start.tolist()} counts left padding, it cannot be negative")
-        start = start.astype(jnp.int32)
-    return Cache(tuple(layers), jnp.zeros((), jnp.int32), start)
+        start = jnp.array(start, jnp.int32)  # a copy: whoever donates the cache must not donate the caller's array
+    return Cache(tuple(layers), jnp.zeros((), jnp.int32), start, limit)
 
 
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax.Array:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MIN_SLOTS = 256  # every size of the cache is a loop to compile; below this one growing saves less than that costs
+
 
 def generate(
     model: Any,
@@ -30,20 +32,29 @@ def generate(
 
     temperature 0 is greedy; above it, tokens are drawn with `rng` from the top_k most likely, or from the fewest whose
     probabilities reach top_p, or from all. A row that has drawn one of `stop_tokens` repeats it to the end. start [B]
-    says how many ids of each row are left padding. One pass over the prompt, then one loop on the device.
+    says how many ids of each row are left padding. One pass over the prompt, then one compiled loop on the device, with
+    a cache that grows in powers of two: a token's cost follows its position, not the length that was asked for.
     Raises ValueError for settings out of range, and where prompt and new tokens are beyond the model's tables.
     """
     ids = jnp.asarray(ids)
     check(ids, max_new_tokens, temperature, top_k, top_p, rng)
     model = model.unstacked() if hasattr(model, "unstacked") else model  # see NeoX: a scan copies weights every token
     axis = model.sequence_axis
-    cache = model.init_cache(ids.shape[1 - axis], ids.shape[axis] + max_new_tokens, start=start)
-    cache.check_room(ids.shape[axis], ids.shape[1 - axis], empty=True)  # inside jit, start is unknown
+    length, batch = ids.shape[axis], ids.shape[1 - axis]
+    total = length + max_new_tokens
+    jax.eval_shape(lambda: model.init_cache(batch, total))  # is it within the model's tables?
+    cache = model.init_cache(batch, min(total, capacity(length + 1)), start=start)
+    cache.check_room(length, batch, empty=True)  # inside jit, start is unknown
     logits, cache = _prefill(model, ids, cache)
     check_vocabulary(logits.shape[-1], ids, start, axis, stop_tokens)
     sampler = (temperature, top_p) if temperature else None
     key = jax.random.key(0) if rng is None else rng
-    return _continue(model, logits, cache, sampler, key, max_new_tokens, top_k, tuple(stop_tokens))
+    return _continue(model, logits, cache, sampler, key, length, max_new_tokens, top_k, tuple(stop_tokens))
+
+
+def capacity(tokens: int) -> int:
+    """Slots of a cache for so many tokens: the next power of two, from MIN_SLOTS on."""
+    return max(MIN_SLOTS, 1 << (tokens - 1).bit_length())
 
 
 def check(ids, max_new_tokens, temperature, top_k, top_p, rng) -> None:
@@ -73,13 +84,14 @@ def check_vocabulary(n_vocab: int, ids, start, axis: int, stop_tokens: Sequence[
         raise ValueError(f"ids or stop_tokens {outside[:10]} are outside the vocabulary, 0 to {n_vocab - 1}")
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames="cache")
 def _prefill(model, ids, cache):
     return model.prefill(ids, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("n", "top_k", "stop_tokens"))
-def _continue(model, logits, cache, sampler, key, n: int, top_k: int | None, stop_tokens: tuple[int, ...]):
+@functools.partial(jax.jit, static_argnames=("length", "n", "top_k", "stop_tokens"))
+def _continue(model, logits, cache, sampler, key, length: int, n: int, top_k: int | None, stop_tokens: tuple[int, ...]):
+    """n tokens after a prompt of `length`: as many loops as the cache has sizes, each to the end of its slots."""
     axis = model.sequence_axis
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
@@ -97,11 +109,21 @@ def _continue(model, logits, cache, sampler, key, n: int, top_k: int | None, sto
         return i + 1, *step(i, jnp.take(logits, 0, axis=axis), out, done), cache
 
     batch = logits.shape[0]
+    i, end = 1, 1
     out, done = step(0, logits, jnp.zeros((n, batch), jnp.int32), jnp.zeros(batch, bool))
-    carry = jax.lax.while_loop(lambda c: (c[0] < n) & ~c[2].all(), body, (1, out, done, cache))
-    i, out = carry[:2]
+    while end < n:
+        cache = cache.grown(min(capacity(length + end), length + n))
+        end = n if cache.is_ring else min(n, cache.max_len - length + 1)  # token i needs length + i slots
+        unfinished = functools.partial(goes_on, end)
+        i, out, done, cache = jax.lax.while_loop(unfinished, body, (i, out, done, cache))
     out = jnp.where(jnp.arange(n)[:, None] < i, out, out[i - 1])  # every row had stopped: repeat the last tokens
     return out if axis == 0 else out.T
+
+
+def goes_on(end: int, carry) -> jax.Array:
+    """Are there tokens to write before token `end`, and rows that have not stopped?"""
+    i, _, done, _ = carry
+    return (i < end) & ~done.all()
 
 
 def sample(logits: jax.Array, sampler: tuple[Any, Any] | None, top_k: int | None, key: jax.Array) -> jax.Array:

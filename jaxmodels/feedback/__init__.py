@@ -2,6 +2,8 @@
 
 from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
 from jaxmodels.feedback.model import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
+from jaxmodels.feedback.parallel import from_parallel
+from jaxmodels.feedback.segments import State, logits_at_any_length
 
 __all__ = [
     "AutoregressiveModel",
@@ -9,4 +11,7 @@ __all__ = [
     "FeedbackTransformer",
     "FeedbackTransformerKV",
     "FeedbackTransformerLayer",
+    "State",
+    "from_parallel",
+    "logits_at_any_length",
 ]

@@ -1,8 +1,7 @@
 """One step's attention over the memories of the steps before it, and the layer around it.
 
-Axes: B batch, H heads, D = d_model = H·d_k features, n memories, N ≥ n slots that hold them, P rows of a table.
-Modules take and give [B, D] and [n, B, …]; `attend` works head-major, [B, H, N, d_k], several times faster on CPUs.
-In einsums: b batch, h head, j memory, d feature.
+Axes: B batch, H heads, D = d_model = H·d_k features, n memories, P rows of a table.
+In einsums: b batch, h head, j memory, d feature. These calls are the plain path; the fast one is in `step`.
 """
 
 import math
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.attention import heads_first
 from jaxmodels.layers import Dropout, FeedForward, HeadProjection, LayerNorm, Linear, split_rng
 
 
@@ -64,29 +62,17 @@ class FeedbackAttention(nnx.Module):
             raise ValueError(f"{len(key)} memories given, but the position tables reach back {self.P} at most")
         if self.key is not None:
             key, value = self.key(key), self.value(value)
-        return self.attend(query, heads_first(key), heads_first(value), None, rng)
-
-    def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array | None, rng: jax.Array | None
-    ) -> jax.Array:
-        """query [B, D]; projected key and value [B, H, N, d_k]; visible bool [N], None for all -> [B, D].
-
-        The last slot belongs to the tables' last row. Where no slot is visible the result is zero: the mask is finite,
-        so that neither the value nor the gradient of what is thrown away can be NaN.
-        """
-        n = key.shape[2]
-        q = self.query(query)
-        scores = jnp.einsum("bhd,bhjd->bhj", q + self.query_pos_bias, key)
+        n, q = len(key), self.query(query)
+        scores = jnp.einsum("bhd,jbhd->bhj", q + self.query_pos_bias, key)
         scores += jnp.einsum("bhd,jhd->bhj", q, self.key_pos_embeddings[-n:]) + self.key_pos_bias[-n:].T
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) * self.scale
-        if visible is not None:
-            scores = jnp.where(visible, scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        if rng is not None:  # drawn slot by slot: a memory's draw does not depend on how many slots there are
-            weights = self.dropout(weights.transpose(2, 0, 1), rng).transpose(1, 2, 0)
-        x = jnp.einsum("bhj,bhjd->bhd", weights, value)
-        x = self.output(x.reshape(len(x), -1))
-        return x if visible is None else x * visible.any()
+        weights = self.drop(jax.nn.softmax(scores, axis=-1).astype(value.dtype), rng)
+        x = jnp.einsum("bhj,jbhd->bhd", weights, value)
+        return self.output(x.reshape(len(x), -1))
+
+    def drop(self, weights: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """Dropout on [B, H, n], drawn memory by memory: a memory's draw does not depend on how many slots follow it."""
+        return weights if rng is None else self.dropout(weights.transpose(2, 0, 1), rng).transpose(1, 2, 0)
 
 
 class FeedbackTransformerLayer(nnx.Module):
@@ -107,13 +93,6 @@ class FeedbackTransformerLayer(nnx.Module):
         if key is None or value is None:
             return self._residual(x, None, rng)
         return self._residual(x, self.attn(query=self.norm_self_attn(x), key=key, value=value, rng=attn_rng), rng)
-
-    def attend(
-        self, x: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, rng: jax.Array | None
-    ) -> jax.Array:
-        """The same over slots [B, H, N, d_k] of which only the `visible` ones hold a memory; see the attention."""
-        attn_rng, rng = split_rng(rng, 2)
-        return self._residual(x, self.attn.attend(self.norm_self_attn(x), key, value, visible, attn_rng), rng)
 
     def _residual(self, x: jax.Array, attended: jax.Array | None, rng: jax.Array | None) -> jax.Array:
         rng_attn, rng_hidden, rng_ff = split_rng(rng, 3)

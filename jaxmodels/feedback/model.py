@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.cache import Cache, unless_overrun
+from jaxmodels.feedback import decode
 from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
-from jaxmodels.feedback.recurrence import Memory, at_step, recur
+from jaxmodels.feedback.recurrence import at_step, recur
+from jaxmodels.feedback.segments import State, init_state, run_segment
+from jaxmodels.feedback.step import no_memory
 from jaxmodels.layers import Embed, HeadProjection, LayerNorm, Linear, split_rng
 from jaxmodels.transformer import check_ids
 
@@ -66,10 +70,26 @@ class Feedback(nnx.Module):
     def __call__(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """[S, B, D] -> [S, B, D]; raises ValueError for another shape and for S beyond the position tables."""
         self.check(x_seq)
-        return self.norm(recur(self, x_seq, rng))
+        dtype = jnp.result_type(x_seq, self.weights[...])
+        nothing = no_memory(self, x_seq.shape[1], 0, dtype)
+        return self.norm(recur(self, x_seq, rng, nothing, jnp.int32(0))[0])
+
+    def init_state(self, batch: int, dtype: Any = None) -> State:
+        """The state before the first segment of a text; raises ValueError where `memory` is not limited."""
+        return init_state(self, batch, self.weights.dtype if dtype is None else dtype)
+
+    def segment(self, x_seq: jax.Array, state: State, rng: jax.Array | None = None) -> tuple[jax.Array, State]:
+        """The next steps [S, B, D] of a text -> their outputs [S, B, D], and the state for the steps after them.
+
+        Outputs are those of the whole text in one call; gradients end where the segment begins. Raises ValueError as
+        the call does, and for a state of another model or batch.
+        """
+        self.check(x_seq, self.memory or 0)
+        outputs, state = run_segment(self, x_seq, state, rng)
+        return self.norm(outputs), state
 
     def plain(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """The same, one step after the other, every sub-module called as a module."""
+        """The same as the call, one step after the other, every sub-module called as a module."""
         self.check(x_seq)
         outputs: list[jax.Array] = []
         memories: list[tuple[jax.Array, jax.Array]] = []
@@ -77,47 +97,30 @@ class Feedback(nnx.Module):
             seen = memories if self.memory is None else memories[-self.memory :]
             key, value = map(jnp.stack, zip(*seen, strict=True)) if seen else (None, None)
             states = [x]
-            for layer, layer_rng in zip(self.layers, self.layer_rngs(at_step(rng, t)), strict=True):
+            for layer, layer_rng in zip(self.layers, split_rng(at_step(rng, t), len(self.layers)), strict=True):
                 states.append(layer(x=states[-1], key=key, value=value, rng=layer_rng))
             outputs.append(states[-1])
             memories.append(self.remember(self.mix(states)))
         return self.norm(jnp.stack(outputs))
 
-    def step(self, x: jax.Array, memory: Memory, visible: jax.Array, rng: jax.Array | None) -> tuple[jax.Array, Memory]:
-        """One step [B, D] over slots of memory, of which some are visible -> its output and its own key and value."""
-        states = [x]
-        of_layers = memory * (len(self.layers) // len(memory))
-        for layer, (key, value), layer_rng in zip(self.layers, of_layers, self.layer_rngs(rng), strict=True):
-            states.append(layer.attend(states[-1], key, value, visible, layer_rng))
-        return states[-1], self.project(self.mix(states))
-
     def mix(self, states: list[jax.Array]) -> jax.Array:
-        """The memory [B, D] of a step's input and its layers' outputs."""
-        return jnp.einsum("lbd,l->bd", jnp.stack(states), jax.nn.softmax(self.weights[...]))
-
-    def layer_rngs(self, rng: jax.Array | None) -> tuple[jax.Array | None, ...]:
-        return split_rng(rng, len(self.layers))
-
-    def project(self, m: jax.Array) -> Memory:
-        """Key and value [B, H, d_k] of a memory [B, D]: for each layer, or once where all layers share them."""
-        raise NotImplementedError
+        """The memory of a step's input and its layers' outputs, in their shape."""
+        return jnp.tensordot(jax.nn.softmax(self.weights[...]), jnp.stack(states), 1)
 
     def remember(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What `plain` keeps of a memory: its key and value for the layers' calls."""
         raise NotImplementedError
 
-    def check(self, x_seq: jax.Array) -> None:
+    def check(self, x_seq: jax.Array, before: int = 0) -> None:
         if x_seq.ndim != 3 or 0 in x_seq.shape or x_seq.shape[2] != self.d_model:
             raise ValueError(f"x_seq must be a non-empty [S, B, d_model={self.d_model}], got {list(x_seq.shape)}")
-        if len(x_seq) > FeedbackAttention.P:
-            raise ValueError(f"{len(x_seq)} steps given, but the position tables reach back {FeedbackAttention.P}")
+        if before + len(x_seq) > FeedbackAttention.P:
+            after = f" after {before} of memory" if before else ""
+            raise ValueError(f"{len(x_seq)} steps given{after}, but the position tables reach {FeedbackAttention.P}")
 
 
 class FeedbackTransformer(Feedback):
     """Each layer makes keys and values of its own from the memories: a key without and a value with a bias."""
-
-    def project(self, m):
-        return tuple((layer.attn.key(m), layer.attn.value(m)) for layer in self.layers)
 
     def remember(self, m):
         return m, m
@@ -127,9 +130,6 @@ class FeedbackTransformerKV(Feedback):
     """One key and one value projection, both without bias, make what all layers attend to."""
 
     shares_kv = True
-
-    def project(self, m):
-        return (self.remember(m),)
 
     def remember(self, m):
         return self.key(m), self.value(m)
@@ -171,3 +171,42 @@ class AutoregressiveModel(nnx.Module):
         """The same, one step after the other, every sub-module called as a module."""
         check_ids(ids)
         return self.generator(self.transformer.plain(self.src_embed(ids), rng))
+
+    def init_state(self, batch: int, dtype: Any = None) -> State:
+        """The state before the first segment of a text; see `Feedback.init_state`."""
+        return self.transformer.init_state(batch, dtype)
+
+    def segment(self, ids: jax.Array, state: State, rng: jax.Array | None = None) -> tuple[jax.Array, State]:
+        """The next ids [S, B] of a text -> logits [S, B, V], and the next state; see `Feedback.segment`."""
+        check_ids(ids)
+        x, state = self.transformer.segment(self.src_embed(ids), state, rng)
+        return self.generator(x), state
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: jax.Array | None = None) -> Cache:
+        """An empty cache for up to max_len tokens of text a row; dtype None: that of the parameters.
+
+        start: int [B], how many of the first ids of each row will be left padding. Raises ValueError where max_len is
+        beyond the position tables or start is not one integer per row.
+        """
+        dtype = self.src_embed.embedding.dtype if dtype is None else dtype
+        return decode.init_cache(self.transformer, batch, max_len, dtype, start)
+
+    def prefill(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The first S tokens [S, B], one after the other -> the last one's logits [B, V] and the filled cache.
+
+        Raises ValueError where the cache is not empty or too short; inside a trace the logits are NaN then.
+        """
+        check_ids(ids)
+        cache.check_room(*ids.shape, empty=True)
+        x, filled = decode.advance(self.transformer, self.src_embed(ids), cache)
+        return unless_overrun(self.generator(self.transformer.norm(x[-1])), cache, len(ids), empty=True), filled
+
+    def decode(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """S further tokens [S, B] -> their logits [S, B, V] and the longer cache.
+
+        Raises ValueError where they do not fit; inside a trace, where the length is unknown, the logits are NaN then.
+        """
+        check_ids(ids)
+        cache.check_room(*ids.shape)
+        x, longer = decode.advance(self.transformer, self.src_embed(ids), cache)
+        return unless_overrun(self.generator(self.transformer.norm(x)), cache, len(ids)), longer

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmodels.attention import attend, causal_attention, dot_product_scores
@@ -65,10 +66,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rotary: Tables, plain: bool = False) -> jax.Array:
         """x [B, S, D] -> [B, S, D]; `plain` computes the whole score matrix."""
         query, key, value = self.project(x, rotary)
-        if plain:
-            y = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
-        else:
-            y = causal_attention(query, key, value)
+        y = plain_attention(query, key, value) if plain else causal_attention(query, key, value)
         return self.output(y.reshape(x.shape))
 
     def project(self, x: jax.Array, rotary: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -85,15 +83,31 @@ class Attention(nnx.Module):
         positions: as `Cache.positions` gives them; None says that the cache is empty.
         """
         query, key, value = self.project(x, rotary)
-        new = {"key": key.transpose(0, 2, 1, 3), "value": value.transpose(0, 2, 1, 3)}
+        new = {"key": heads_first(key), "value": heads_first(value)}
         cache = {name: write(cache[name], array, positions) for name, array in new.items()}
         if positions is None:
             y = causal_attention(query, key, value)
         else:
-            scores = dot_product_scores(query.transpose(0, 2, 1, 3), cache["key"], 1 / math.sqrt(self.d_k))
+            scores = dot_product_scores(heads_first(query), cache["key"], 1 / math.sqrt(self.d_k))
             y = attend(scores, cache["value"], visible(positions, scores.shape[-1]))
-            y = y.transpose(0, 2, 1, 3).astype(x.dtype)
+            y = heads_first(y).astype(x.dtype)  # the cache may be kept in another
         return self.output(y.reshape(x.shape)), cache
+
+
+def plain_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`causal_attention` with the whole score matrix.
+
+    `jax.nn.dot_product_attention` without cuDNN would not do: its softmax is in float32 even for float64, and on CPUs
+    it refuses float16.
+    """
+    query, key, value = (heads_first(a) for a in (query, key, value))
+    scores = dot_product_scores(query, key, 1 / math.sqrt(query.shape[-1]))
+    return heads_first(attend(scores, value, visible(jnp.arange(scores.shape[2]), scores.shape[3])))
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+    """[B, S, H, d_k] -> [B, H, S, d_k], and back."""
+    return x.swapaxes(1, 2)
 
 
 class FeedForward(nnx.Module):
@@ -334,7 +348,7 @@ def checked_start(start: jax.Array, batch: int, s: int) -> jax.Array:
     """start as int32 [B]; raises ValueError where it is something else, or leaves a row without a token."""
     checked = make_cache([], batch, start).start
     assert checked is not None
-    if not isinstance(checked, jax.core.Tracer) and int(checked.max()) >= s:
+    if not isinstance(checked, jax.core.Tracer) and np.asarray(checked).max() >= s:
         raise ValueError(f"start={checked.tolist()} must leave at least one of the {s} tokens of each row")
     return checked
 

@@ -114,6 +114,29 @@ def test_a_hidden_float32_fails_in_float64_alone(pair):
     assert all(check.passed for check in report.checks if check.precision == "float32")
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_16_bits_are_read_where_asked(pair, name):
+    report = parity.check(*pair, half=(name,), steps=0)
+    assert report.passed, str(report)
+    assert 0 < report.value("output", name) < 4
+    assert {c.precision for c in report.checks} == {"float64", "float32", "bits", name}
+
+
+class NarrowInside(FlaxNet):
+    """Loses bits only where it is given 16 of them."""
+
+    def __call__(self, x, hide):
+        narrow = jnp.float8_e4m3fn if x.dtype.itemsize == 2 else x.dtype
+        return super().__call__(x.astype(narrow).astype(x.dtype), hide)
+
+
+def test_what_16_bits_alone_lose_fails_there_alone(pair):
+    torch_module, _, inputs = pair
+    report = parity.check(torch_module, NarrowInside(rngs=nnx.Rngs(0)), inputs, half=("bfloat16",), steps=0)
+    assert [c.precision for c in report.checks if not c.passed] == ["bfloat16"]
+    assert report.divergence is None
+
+
 class NaNInside(FlaxNet):
     def __call__(self, x, hide):
         out = super().__call__(x, hide)

@@ -1,0 +1,220 @@
+"""`python -m bench.neox`: GPT-NeoX reading a prompt and writing tokens, against transformers' own.
+
+In one run, in turn, for each size and batch: the Flax model; transformers' GPTNeoXForCausalLM, eager, and for writing
+also compiled with a static cache; and the limit. Reading a prompt is one pass that fills the cache and gives the last
+position's logits; its limit is one large matrix product of as many operations. Writing is greedy, after that prompt;
+its limit is one product of every weight matrix with one vector per row for each token, which reads all weights once.
+Weights are random: the times do not depend on them.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable
+
+Seconds = dict[str, list[float]]
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m bench.neox", description=__doc__)
+    arguments.add_argument("--sizes", nargs="+", default=["pythia_70m", "pythia_160m", "pythia_410m"], metavar="NAME")
+    arguments.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="B", help="rows (default 1 16)")
+    arguments.add_argument("--prompt", type=int, default=128, metavar="S", help="tokens of the prompt (default 128)")
+    arguments.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to write (default 64)")
+    arguments.add_argument("--rounds", type=int, default=9, help="timed calls of each (default 9)")
+    arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
+    arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    arguments.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, on a GPU bfloat16"
+    )
+    arguments.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out (it needs a C++ compiler)"
+    )
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    options.dtype = options.dtype or {"cpu": "float32", "gpu": "bfloat16"}[options.device]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share the GPU's memory
+    if options.device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        # XLA sizes its thread pool by the processors it may use, once, when it starts.
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+
+    import jax
+    import numpy as np
+    import torch
+
+    from bench.timing import alternate, report, stamp
+    from jaxmodels.neox import PRESETS, NeoXConfig
+
+    unknown = [name for name in options.sizes if name not in PRESETS]
+    if unknown:
+        raise SystemExit(f"bench.neox: no size is called {', '.join(unknown)}; there are {', '.join(PRESETS)}")
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    print(stamp(options.threads))
+    if options.device == "gpu":
+        print(jax.devices("gpu")[0].device_kind)
+    for name in options.sizes:
+        config: NeoXConfig = PRESETS[name]()
+        for batch in options.batch:
+            ids = np.random.default_rng(0).integers(0, config.n_vocab, (batch, options.prompt))
+            what = f"{name}, batch {batch}, {options.dtype}"
+            read, write = flax_calls(config, ids, options)
+            torch_read, torch_writes = torch_calls(config, ids, options)
+            product, share = large_product(config, ids.size, options.dtype)
+            seconds = alternate({"Flax": read, "transformers eager": torch_read, "limit": product}, options.rounds)
+            seconds["limit"] = [second * share for second in seconds["limit"]]
+            report(f"Reading {options.prompt} tokens: {what}", seconds, against="Flax")
+            conclude(seconds, batch * options.prompt)
+            functions = {"Flax": write} | torch_writes | {"limit": products_per_token(config, batch, options)}
+            seconds = alternate(functions, options.rounds)
+            report(f"Writing {options.tokens} tokens: {what}", seconds, against="Flax")
+            conclude(seconds, batch * options.tokens)
+
+
+def conclude(seconds: Seconds, tokens: int) -> None:
+    """The figures that matter, ratios round by round."""
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+    rate = tokens / statistics.median(seconds["Flax"])
+    others = [f"{ratio(name, 'Flax'):.2f}× as fast as {name}" for name in seconds if name.startswith("transformers")]
+    print(f"Flax: {rate:.0f} tokens/s, {ratio('Flax', 'limit'):.2f}× the limit's time, {', '.join(others)}\n")
+
+
+def flax_calls(config, ids, options) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Reading the prompt, and writing tokens after it by the loop of `jaxmodels.generate`."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxmodels.generate import _continue, capacity
+    from jaxmodels.neox import NeoX
+
+    @jax.jit
+    def make():
+        model = NeoX(config, stacked=False, rngs=nnx.Rngs(0))
+        return jax.tree.map(lambda array: array.astype(options.dtype), model)
+
+    model, (batch, length) = make(), ids.shape
+    ids, key = jnp.asarray(ids), jax.random.key(0)
+    read = jax.jit(lambda model, ids: model.prefill(ids, model.init_cache(batch, capacity(length + 1))))
+    logits, cache = read(model, ids)
+
+    def write():
+        # Its first token comes from the prompt's logits: one more makes as many steps as tokens are counted.
+        _continue(model, logits, cache, None, key, length, options.tokens + 1, None, ()).block_until_ready()
+
+    return lambda: jax.block_until_ready(read(model, ids)), write
+
+
+def torch_calls(config, ids, options) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
+    """The same of transformers, with its default attention; the writing ones by name."""
+    import copy
+
+    import torch
+    from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+
+    from jaxmodels.generate import capacity
+
+    theirs = GPTNeoXConfig(
+        vocab_size=config.n_vocab,
+        hidden_size=config.n_hidden,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        intermediate_size=config.d_ff,
+        hidden_act="gelu_fast",
+        max_position_embeddings=config.max_len,
+        use_parallel_residual=config.parallel_residual,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": config.rope_base,
+            "partial_rotary_factor": config.rope_percentage,
+        },
+    )
+    device = {"cpu": "cpu", "gpu": "cuda"}[options.device]
+    model = GPTNeoXForCausalLM(theirs).eval().to(device, getattr(torch, options.dtype))
+    prompt = torch.as_tensor(ids, device=device)
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def fill(cache):
+        return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(dim=-1)
+
+    def read() -> None:
+        fill(DynamicCache(config=theirs))
+        wait()
+
+    dynamic = DynamicCache(config=theirs)
+    first = fill(dynamic)
+
+    def write_with(step, cache) -> None:
+        token = first
+        for _ in range(options.tokens):
+            token = step(token, past_key_values=cache, use_cache=True).logits.argmax(dim=-1).clone()
+        wait()
+
+    writes: dict[str, Callable[[], object]] = {
+        "transformers eager": lambda: write_with(model, copy.deepcopy(dynamic))  # a copy of a few MB
+    }
+    if not options.no_compile:
+        length = ids.shape[1]
+        static = StaticCache(config=theirs, max_cache_len=max(capacity(length + 1), length + options.tokens))
+        fill(static)
+        compiled = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None, fullgraph=True)
+
+        def write() -> None:
+            for layer in static.layers:
+                layer.cumulative_length.fill_(length)
+            write_with(compiled, static)
+
+        writes["transformers compiled"] = write
+    return read, writes
+
+
+def large_product(config, tokens: int, dtype: str) -> tuple[Callable[[], object], float]:
+    """One large matrix product, and how much of its operations reading so many tokens needs."""
+    import jax
+
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    weights = sum(rows * columns for rows, columns in layer_shapes(config)) * config.n_layers
+    return lambda: product(a, b).block_until_ready(), weights * tokens / n**3
+
+
+def layer_shapes(config) -> list[tuple[int, int]]:
+    d, d_ff = config.n_hidden, config.d_ff
+    return [(d, 3 * d), (d, d), (d, d_ff), (d_ff, d)]
+
+
+def products_per_token(config, batch: int, options) -> Callable[[], object]:
+    """For every token, one after the other: all weight matrices once, each times a vector per row."""
+    import jax
+    import jax.numpy as jnp
+
+    shapes = layer_shapes(config) * config.n_layers + [(config.n_hidden, config.n_vocab)]
+    weights = [jax.random.normal(jax.random.key(i), shape, options.dtype) for i, shape in enumerate(shapes)]
+    x = jnp.ones((batch, max(config.d_ff, config.n_hidden)), options.dtype)
+
+    @jax.jit
+    def run(weights, x):
+        def step(_, x):
+            # Each product's largest entry goes into the next token's vector: none can be left out or hoisted.
+            largest = [(x[:, : len(w)] @ w).max(axis=1, keepdims=True) for w in weights]
+            return x + 1e-9 * sum(largest)
+
+        return jax.lax.fori_loop(0, options.tokens, step, x)
+
+    return lambda: run(weights, x).block_until_ready()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Decoding with a feedback transformer: state in, state out, one step after the other.
+
+Axes: S new tokens, B batch, H heads, D = d_model, d_k features of a head, N slots.
+
+The state is a `Cache` of the memories' keys and values: one entry for each layer, or one for all where they are shared.
+A step reads all N slots, so a token costs what the cache is long; `generate` lets it grow with the text. With a limited
+memory of M steps it stops growing at M slots, and each new memory takes the place of the oldest.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.cache import Cache, make_cache, write
+from jaxmodels.feedback.attention import FeedbackAttention
+from jaxmodels.feedback.step import no_memory, reach, step
+
+
+def init_cache(model: Any, batch: int, max_len: int, dtype: Any, start: jax.Array | None = None) -> Cache:
+    """An empty cache for max_len tokens of text a row, or for any number where the transformer's memory is limited.
+
+    Raises ValueError where max_len is below 1 or beyond the position tables, or start is not one integer per row.
+    """
+    if max_len < 1:
+        raise ValueError(f"max_len={max_len} must be at least 1")
+    slots = max_len if model.memory is None else min(max_len, model.memory)
+    if slots > FeedbackAttention.P:
+        raise ValueError(f"max_len={max_len}, but the position tables reach back {FeedbackAttention.P} at most")
+    layers = [{"key": key, "value": value} for key, value in no_memory(model, batch, slots, dtype)]
+    return make_cache(layers, batch, start, model.memory)
+
+
+def advance(model: Any, x_seq: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """The next S tokens [S, B, D] -> their outputs [S, B, D], before the final norm, and the longer cache.
+
+    A token of left padding leaves no memory; its output is not specified. Raises ValueError for a cache that was made
+    for another model.
+    """
+    check_state(model, [tuple(layer.get(name) for name in ("key", "value")) for layer in cache.layers])
+    near, slots = reach(model, cache.max_len), jnp.arange(cache.max_len)
+
+    def body(cache: Cache, x: jax.Array):
+        positions = cache.positions(1)
+        position = positions[0]
+        memory = tuple((layer["key"], layer["value"]) for layer in cache.layers)
+        visible = slots < (position[:, None, None] if position.ndim else position)
+        states, new = step(near, x, memory, visible, position)
+        at = jnp.where(positions < 0, positions, positions % cache.max_len)
+        layers = tuple(
+            {name: write(layer[name], k[:, :, None], at) for name, k in zip(("key", "value"), pair, strict=True)}
+            for layer, pair in zip(cache.layers, new, strict=True)
+        )
+        return cache.advance(layers, 1), states[-1]
+
+    cache, outputs = jax.lax.scan(body, cache, x_seq)
+    return outputs, cache
+
+
+def check_state(model: Any, memory: Any) -> None:
+    """Raises ValueError where keys and values [B, H, N, d_k] are not those of this model."""
+    expected = jax.eval_shape(lambda: no_memory(model, 1, 1, jnp.float32))
+    heads, d_k = expected[0][0].shape[1], expected[0][0].shape[3]
+    if len(memory) != len(expected):
+        raise ValueError(f"the state has keys and values of {len(memory)} layers, this model has {len(expected)}")
+    for array in jax.tree.leaves(memory):
+        if array.ndim != 4 or (array.shape[1], array.shape[3]) != (heads, d_k):
+            shape = list(array.shape)
+            raise ValueError(f"the state holds {shape}, this model's are [B, heads={heads}, slots, d_k={d_k}]")

@@ -1,0 +1,71 @@
+"""A Feedback Transformer that starts from a trained parallel transformer (arXiv 2002.09402, section 4.2).
+
+Axes: P rows of a table, H heads, D = d_model.
+"""
+
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.feedback.attention import FeedbackAttention
+from jaxmodels.feedback.model import AutoregressiveModel
+from jaxmodels.transformer import AutoregressiveTransformer
+
+TABLES = ("key_pos_embeddings", "key_pos_bias")
+
+
+class ApproximateWarning(UserWarning):
+    """Weights were combined where they could not be copied."""
+
+
+def from_parallel(
+    model: AutoregressiveTransformer, variant: str = "FeedbackTransformer", *, memory: int | None = None
+) -> AutoregressiveModel:
+    """A feedback model with the weights of an `AutoregressiveTransformer(attention='relative')`, to be trained on.
+
+    Everything is copied as it is, of the position tables [2P, H, …] the first P rows; only the mixture of layers is
+    new. For 'FeedbackTransformerKV' the one key and value are the means over the layers, and each layer's value bias,
+    which the shared value has not, goes through its output projection into that one's bias, where it comes to the
+    same; an ApproximateWarning says so. Raises ValueError for another attention or variant.
+    """
+    if model.attention != "relative":
+        raise ValueError(f"model has attention={model.attention!r}; a feedback model can start from 'relative' alone")
+    names = ("d_model", "heads", "d_ff", "n_layers", "dropout_prob")
+    sizes: dict[str, Any] = {name: getattr(model, name) for name in names} | {"memory": memory}
+    target = nnx.eval_shape(lambda: AutoregressiveModel.from_config(model.n_vocab, variant, **sizes, rngs=nnx.Rngs(0)))
+    arrays = {renamed(path): array for path, array in flat_arrays(model).items()}
+    arrays = {path: array[: FeedbackAttention.P] if path[-1] in TABLES else array for path, array in arrays.items()}
+    arrays[("transformer", "weights")] = jnp.ones(model.n_layers + 1, jnp.float32)
+    if variant == "FeedbackTransformerKV":
+        arrays = share_keys_and_values(arrays, model.n_layers)
+        warnings.warn(
+            "keys and values that layers share are the means of the parallel model's: approximate, unlike the rest",
+            ApproximateWarning,
+            stacklevel=2,
+        )
+    assert arrays.keys() == flat_arrays(target).keys(), "the twins name their parts alike"
+    return with_arrays(target, arrays)
+
+
+def renamed(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The parallel model's name of an array, in the feedback model."""
+    words = {"encoder": "transformer", "self_attn": "attn"}
+    return tuple(words.get(word, word) if isinstance(word, str) else word for word in path if word != "projection")
+
+
+def share_keys_and_values(arrays: dict[Any, Any], n_layers: int) -> dict[Any, Any]:
+    """One key and one value in place of each layer's own."""
+    arrays = dict(arrays)
+
+    def of_layers(*name: str) -> list[Any]:
+        return [arrays.pop(("transformer", "layers", i, "attn", *name)) for i in range(n_layers)]
+
+    for name in ("key", "value"):
+        arrays["transformer", name, "linear", "kernel"] = jnp.stack(of_layers(name, "linear", "kernel")).mean(axis=0)
+    for i, bias in enumerate(of_layers("value", "linear", "bias")):
+        output = ("transformer", "layers", i, "attn", "output")
+        arrays[*output, "bias"] += bias @ arrays[*output, "kernel"]
+    return arrays

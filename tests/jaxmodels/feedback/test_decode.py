@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import torch_ref.feedback
+from jaxmodels import generate
+from jaxmodels.convert import from_torch
+from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
+from tests.common import V, assert_close, filled, run, token_ids
+from tests.jaxmodels.feedback.common import SIZES, VARIANTS
+
+S, B = 13, 3
+
+
+def language_model(variant, **others):
+    def make():
+        return AutoregressiveModel(V, variant(**SIZES | {"n_layers": 1} | others, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+
+    return filled(make, scale=0.3)
+
+
+@jax.jit
+def prefill(model, ids, cache):
+    return model.prefill(ids, cache)
+
+
+@jax.jit
+def decode(model, ids, cache):
+    return model.decode(ids, cache)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("memory", [None, 5], ids=["whole", "ring of 5"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding_equals_the_full_forward_at_every_position(variant, memory):
+    model, ids = language_model(variant, memory=memory), token_ids(0, S, B)
+    full = run(model, ids)
+    last, cache = prefill(model, ids[:3], model.init_cache(B, S))
+    assert cache.max_len == (memory or S)
+    assert_close(last, full[2])
+    for t in range(3, 9):
+        logits, cache = decode(model, ids[t : t + 1], cache)
+        assert_close(logits[0], full[t])
+    assert_close(decode(model, ids[9:], cache)[0], full[9:])  # several at once
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("memory", [None, 5], ids=["whole", "ring of 5"])
+def test_rows_of_different_lengths_are_as_if_alone(memory):
+    model, ids, start = language_model(FeedbackTransformerKV, memory=memory), token_ids(0, S, B), [0, 4, 7]
+    ragged = jnp.asarray(ids).at[:7, 2].set(V - 1)  # what stands in the padding does not matter
+    last, cache = prefill(model, ragged[:9], model.init_cache(B, S, start=jnp.asarray(start)))
+    logits, _ = decode(model, ragged[9:], cache)
+    for row, padding in enumerate(start):
+        alone = run(model, ids[padding:, row : row + 1])[:, 0]
+        assert_close(last[row], alone[8 - padding])
+        assert_close(logits[:, row], alone[9 - padding :])
+
+
+@pytest.mark.parametrize("memory", [None, 7])
+def test_the_cache_grows_with_the_text_and_changes_no_token(monkeypatch, memory):
+    model, ids = language_model(FeedbackTransformer, memory=memory), token_ids(0, 3, B)
+    whole = generate.generate(model, ids, 18)
+    sizes = []
+    original = AutoregressiveModel.decode
+
+    def watched(self, ids, cache):
+        sizes.append(cache.max_len)
+        return original(self, ids, cache)
+
+    monkeypatch.setattr(AutoregressiveModel, "decode", watched)
+    monkeypatch.setattr(generate, "MIN_SLOTS", 2)
+    np.testing.assert_array_equal(generate.generate(model, ids, 18), whole)
+    assert list(dict.fromkeys(sizes)) == ([4, 8, 16, 21] if memory is None else [4, 7])
+
+
+def test_a_limited_memory_has_no_longest_text(monkeypatch):
+    monkeypatch.setattr("jaxmodels.feedback.decode.FeedbackAttention.P", 8)
+    model, ids = language_model(FeedbackTransformerKV, memory=5), token_ids(0, 3, B)
+    assert generate.generate(model, ids, 30).shape == (30, B)
+    unlimited = language_model(FeedbackTransformerKV)
+    with pytest.raises(ValueError, match=r"33.*reach back 8"):
+        generate.generate(unlimited, ids, 30)
+
+
+def test_refuses_what_is_not_this_models():
+    model, ids = language_model(FeedbackTransformerKV), token_ids(0, S, B)
+    own = language_model(FeedbackTransformer, n_layers=2)
+    with pytest.raises(ValueError, match="2 layers, this model has 1"):
+        model.decode(ids, own.init_cache(B, S))
+    with pytest.raises(ValueError, match="heads=3"):
+        model.decode(ids, language_model(FeedbackTransformerKV, heads=2).init_cache(B, S))
+    with pytest.raises(ValueError, match="batch of 3, the cache was made for batch=2"):
+        model.decode(ids, model.init_cache(2, S))
+    with pytest.raises(ValueError, match="13 tokens do not fit a cache with max_len=12"):
+        model.decode(ids, model.init_cache(B, 12))
+    with pytest.raises(ValueError, match="max_len=0"):
+        model.init_cache(B, 0)
+
+
+def test_a_checkpoint_trained_in_torch_writes_the_same_text_on_both_sides():
+    """Greedy, token by token, from weights that PyTorch trained until the text is not noise."""
+    torch.manual_seed(0)
+    text = torch.tensor([7, 3, 11, 3, 5, 2, 19, 3] * 6)[:, None]
+    sizes = (8, 2, 16, 2)
+    twin = torch_ref.feedback.AutoregressiveModel(V, torch_ref.feedback.FeedbackTransformerKV(*sizes))
+    optimizer = torch.optim.Adam(twin.parameters(), 0.02)
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(twin(text[:-1])[:, 0], text[1:, 0])
+        loss.backward()
+        optimizer.step()
+    assert loss < 1.0  # 3.1 before
+    written = text[:5]
+    with torch.no_grad():
+        for _ in range(20):
+            written = torch.cat([written, twin(written)[-1:].argmax(-1)])
+    abstract = nnx.eval_shape(
+        lambda: AutoregressiveModel(V, FeedbackTransformerKV(*sizes, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    )
+    model = from_torch(abstract, twin.state_dict())
+    new = generate.generate(model, jnp.asarray(text[:5].numpy()), 20)
+    assert new[:, 0].tolist() == written[5:, 0].tolist()

@@ -1,0 +1,235 @@
+"""The command on a tiny checkpoint with a tiny byte-level tokenizer, both made here."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import jaxmodels
+from jaxmodels.generate import generate
+from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.neox.generate import END_OF_TEXT, Stream, Text, main, open_checkpoint, open_tokenizer
+from jaxmodels.text import load_corpus
+from tests.common import filled, language_model
+
+PROMPT = "The statement "
+N = 12
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([load_corpus("python_docs")[:20_000]], trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """A model whose padding rows would win every draw, if they could."""
+    config = NeoXConfig(tokenizer.get_vocab_size() + 21, 3 * 10, 2, 3, rope_percentage=0.4, n_ff=17)
+    model = filled(lambda: NeoX(config, rngs=nnx.Rngs(0)))
+    for bias in (model.final_norm.ln.bias, model.layers.ffn.dense_h4_h.bias):
+        bias[...] = jnp.zeros_like(bias)
+    kernel = model.readout.linear.kernel[...]
+    model.readout.linear.kernel[...] = kernel.at[:, tokenizer.get_vocab_size() :].multiply(50).at[:, 0].set(0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def cut(model, tokenizer):
+    """The model without its padding rows: what `generate` is asked for the truth."""
+    kernel = model.readout.linear.kernel[:, : tokenizer.get_vocab_size()]
+    cut = model.unstacked()
+    cut.readout.linear.kernel = nnx.Param(kernel)
+    return cut
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, model, tokenizer):
+    folder = tmp_path_factory.mktemp("neox") / "checkpoint"
+    jaxmodels.save(model, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def new(cut, tokenizer):
+    ids = jnp.asarray([tokenizer.encode(PROMPT).ids])
+    return np.asarray(generate(cut, ids, N))[0].tolist()
+
+
+def command(checkpoint, *more, prompt=PROMPT):
+    return [str(checkpoint), "--prompt", prompt, "--max-new-tokens", str(N), *more]
+
+
+def test_the_command_prints_what_the_model_generates(checkpoint, tokenizer, new):
+    assert len(set(new)) > 3
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxmodels.neox.generate", *command(checkpoint)], capture_output=True, check=True
+    )
+    whole = tokenizer.decode(new).rstrip("\ufffd")  # the last character may be cut short by the number of tokens
+    assert run.stdout.decode() == PROMPT + whole + "\n"
+    n = len(tokenizer.encode(PROMPT).ids)
+    assert re.search(rf"{n} tokens read in .* tokens/s\), {N} written \([\d.]+ tokens/s\)", run.stderr.decode())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.3, "top_p": 0.6}],
+    ids=str,
+)
+def test_a_stream_is_what_generate_returns_at_once(model, cut, tokenizer, settings):
+    ids = tokenizer.encode(PROMPT).ids
+    rng = jax.random.key(3) if settings else None
+    expected = np.asarray(generate(cut, jnp.asarray([ids]), N, **settings, rng=rng))[0].tolist()
+    stream = Stream(model.unstacked(), len(ids), N, tokenizer.get_vocab_size(), **settings, seed=3)
+    assert list(stream(ids)) == expected
+
+
+def test_a_seed_says_what_is_drawn(checkpoint, capsys):
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert main(command(checkpoint, "--temperature", "1.5", "--top-k", "50", "--seed", seed)) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_a_stop_text_ends_it_and_is_left_out(checkpoint, tokenizer, new, capsys):
+    text = tokenizer.decode(new)
+    stop = text[5:8]
+    assert main(command(checkpoint, "--stop", "never comes", "--stop", stop)) == 0
+    assert capsys.readouterr().out == PROMPT + text[: text.index(stop)] + "\n"
+
+
+def test_one_new_token(checkpoint, tokenizer, new, capsys):
+    assert main([*command(checkpoint), "--max-new-tokens", "1"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == PROMPT + tokenizer.decode(new[:1]).rstrip("\ufffd") + "\n"
+    assert "1 written (one token)" in shown.err
+
+
+def test_weights_are_cast_where_asked(checkpoint, model):
+    dtypes = {array.dtype for array in jax.tree.leaves(open_checkpoint(checkpoint, "bfloat16"))}
+    assert dtypes == {jnp.dtype("bfloat16")}
+    assert {array.dtype for array in jax.tree.leaves(open_checkpoint(checkpoint))} == {jnp.dtype("float32")}
+
+
+def test_a_text_beyond_the_trained_positions_is_said(checkpoint, capsys, tmp_path):
+    config = (checkpoint / "config.json").read_text()
+    short = shutil.copytree(checkpoint, tmp_path / "short")
+    (short / "config.json").write_text(config.replace('"max_len": 2048', '"max_len": 7'))
+    assert main(command(short)) == 0
+    assert "beyond the 7 positions" in capsys.readouterr().err
+    assert main(command(checkpoint)) == 0
+    assert "beyond" not in capsys.readouterr().err
+
+
+def added(text, tokens):
+    return [text.add(token) for token in tokens if not text.ended]
+
+
+def test_text_comes_in_whole_characters(tokenizer):
+    ids = tokenizer.encode("a – é€ b").ids
+    parts = added(Text(tokenizer), ids)
+    assert "".join(parts) == "a – é€ b"
+    assert not any("\ufffd" in part for part in parts)
+    assert "" in parts  # a character of several tokens came at its last
+
+
+def test_what_may_become_a_stop_text_is_held_back(tokenizer):
+    ids = tokenizer.encode("abababac").ids
+    text = Text(tokenizer, ["abac"])
+    assert "".join(added(text, ids)) == "abab"
+    assert text.ended
+    text = Text(tokenizer, ["abac"])
+    shown = "".join(added(text, ids[:-1]))
+    assert (shown + text.rest()) == tokenizer.decode(ids[:-1])
+    assert not text.ended
+    text = Text(tokenizer, ["xyz"])
+    assert "".join(added(text, tokenizer.encode("ab xy").ids)) == "ab "
+    assert text.rest() == "xy"
+
+
+def test_the_first_of_several_stop_texts_counts(tokenizer):
+    text = Text(tokenizer, ["cd", "bc"])
+    assert "".join(added(text, tokenizer.encode("abcd").ids)) == "a"
+
+
+def test_the_end_of_text_ends_it(tokenizer):
+    text = Text(tokenizer)
+    assert added(text, [*tokenizer.encode("ab").ids, tokenizer.token_to_id(END_OF_TEXT)])[-1] == ""
+    assert text.ended
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--prompt", ""], "at least one token"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--top-k", "3"], "temperature"),
+        (["--temperature", "-1"], r"temperature=-1\.0"),
+        (["--temperature", "1", "--top-p", "2"], r"top_p=2\.0"),
+        (["--stop", ""], "--stop"),
+        (["--tokenizer", "nowhere.json"], "no tokenizer: there is no nowhere.json"),
+    ],
+    ids=" ".join,
+)
+def test_bad_settings_are_one_clear_line(checkpoint, capsys, more, match):
+    assert main([*command(checkpoint), *more]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(match, shown.err)
+    assert shown.err.startswith("generate: ")
+    assert len(shown.err.splitlines()) == 1
+
+
+def test_a_folder_without_a_checkpoint_is_one_clear_line(tmp_path, checkpoint, capsys):
+    tokenizer = ["--tokenizer", str(checkpoint / "tokenizer.json")]
+    assert main(command(tmp_path / "nowhere", *tokenizer)) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
+    assert main(command(tmp_path, *tokenizer)) == 2
+    assert "config.json" in capsys.readouterr().err
+    jaxmodels.save(language_model("rotary"), tmp_path / "other")
+    assert main(command(tmp_path / "other", *tokenizer)) == 2
+    assert "AutoregressiveTransformer" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_none_or_another_models_is_one_clear_line(tmp_path, checkpoint, tokenizer, capsys):
+    (tmp_path / "20B_tokenizer.json").write_text("{}")
+    assert main(command(checkpoint, "--tokenizer", str(tmp_path / "20B_tokenizer.json"))) == 2
+    assert "is no tokenizer file" in capsys.readouterr().err
+    larger = Tokenizer.from_str(tokenizer.to_str())
+    larger.add_tokens([f"token {i}" for i in range(50)])
+    larger.save(str(tmp_path / "larger.json"))
+    assert main(command(checkpoint, "--tokenizer", str(tmp_path / "larger.json"))) == 2
+    assert "do not belong together" in capsys.readouterr().err
+
+
+def test_the_tokenizer_may_lie_beside_the_checkpoint(tmp_path, tokenizer):
+    (tmp_path / "global_step7").mkdir()
+    with pytest.raises(ValueError, match="no tokenizer"):
+        open_tokenizer(None, tmp_path / "global_step7")
+    tokenizer.save(str(tmp_path / "20B_tokenizer.json"))
+    assert open_tokenizer(None, tmp_path / "global_step7").get_vocab() == tokenizer.get_vocab()
+
+
+def test_help_is_there(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--dtype"):
+        assert flag in shown
