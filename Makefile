@@ -30,6 +30,7 @@ train: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench.rope $(ARGS)
+	$(BIN)/python -m bench.feedback $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

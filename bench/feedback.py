@@ -1,9 +1,9 @@
 """`python -m bench.feedback`: the Feedback Transformer with shared keys and values against PyTorch.
 
 In one run, in turn: the Flax model, whose recurrence is one scan with a backward pass of its own, and the original's
-stack design in PyTorch. For each size: times and their ratio, XLA's temporaries, the share of the limit that matrix
-products of these shapes alone set, and how time and temporaries grow with the number of steps. Last, how long a train
-step takes to compile.
+stack design in PyTorch. First forward and backward, for each size: times and their ratio, XLA's temporaries, and the
+share of the limit that matrix products of these shapes alone set. Then how time and temporaries grow with the steps,
+beyond the 512 that the stack reaches; then decoding; last, how long a training step takes to compile.
 """
 
 import argparse
@@ -11,68 +11,111 @@ import math
 import os
 import statistics
 import time
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
 
 
-def size(text: str) -> tuple[int, int]:
-    d_model, steps = map(int, text.split("x"))
-    return d_model, steps
+class Size(NamedTuple):
+    """What a measurement is of; `d_model x steps x layers x batch` on the command line."""
+
+    d_model: int
+    steps: int
+    layers: int = 4
+    batch: int = 16
+    heads: int = 8
+
+    @classmethod
+    def of(cls, text: str) -> "Size":
+        return cls(*map(int, text.split("x")))
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        return self.d_model, self.heads, 4 * self.d_model, self.layers
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.steps, self.batch, self.d_model
+
+    def __str__(self) -> str:
+        return f"d {self.d_model}, T {self.steps}, L {self.layers}, batch {self.batch}"
+
+
+SIZES = [Size(d_model, steps) for d_model in (128, 256) for steps in (64, 128, 256, 512)]
+ORIGINAL = Size(512, 128, layers=6, batch=64)
 
 
 def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.feedback", description=__doc__)
     arguments.add_argument("--rounds", type=int, default=3, help="timed calls of each (default 3)")
     arguments.add_argument("--threads", type=int, default=1, help="CPU threads for both frameworks (default 1)")
+    arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where both run (default cpu)")
     arguments.add_argument(
         "--sizes",
-        type=size,
+        type=Size.of,
         nargs="+",
-        default=[(128, 128), (128, 512), (256, 256), (256, 512)],
+        default=[*SIZES, ORIGINAL],
         metavar="DxT",
-        help="features and steps (default 128x128 128x512 256x256 256x512)",
+        help="features x steps [x layers x batch]; default: 128 and 256 by 64 to 512, and the original's 512x128x6x64",
     )
-    arguments.add_argument("--layers", type=int, default=4)
-    arguments.add_argument("--batch", type=int, default=16)
-    arguments.add_argument("--heads", type=int, default=8)
+    arguments.add_argument("--growth", type=int, default=2048, metavar="T", help="longest text for growth (0: none)")
+    arguments.add_argument("--tokens", type=int, default=512, help="tokens to decode (0: none)")
     return arguments.parse_args()
 
 
 def main() -> None:
     options = parse()
-    # XLA sizes its thread pool by the processors it may use, once, when it starts.
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    if options.device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        # XLA sizes its thread pool by the processors it may use, once, when it starts.
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
 
     import torch
 
-    from bench.timing import alternate, report, stamp
+    from bench.timing import stamp
 
     torch.set_num_threads(options.threads)
-    print(stamp(options.threads))
-    measured: dict[int, list[tuple[int, float, float]]] = {}
-    for d_model, steps in options.sizes:
-        arguments = (d_model, options.heads, 4 * d_model, options.layers)
-        shape = (steps, options.batch, d_model)
-        flax, temporaries = flax_gradient(arguments, shape)
-        limit = products(arguments, shape)
-        functions = {"Flax": flax, "PyTorch, stack": torch_gradient(arguments, shape), "matrix products alone": limit}
+    console = Console(width=120, highlight=False)
+    console.print(stamp(options.threads) + (f", {torch.cuda.get_device_name()}" if options.device == "gpu" else ""))
+    console.print(gradients(options))
+    if options.growth:
+        for d_model in (128, 256):
+            console.print(growth(d_model, options))
+    if options.tokens:
+        console.print(decoding(options))
+    size = options.sizes[-1]
+    console.print(f"a training step ({size}) traces and compiles in {compile_time(size):.1f} s")
+
+
+def gradients(options: argparse.Namespace) -> Table:
+    """Forward and backward: one row per size."""
+    from bench.timing import alternate
+
+    table = Table(title="Forward and backward, float32", title_justify="left")
+    for heading in ("size", "Flax ms", "stack ms", "÷ Flax", "temporaries MB", "of the products' limit"):
+        table.add_column(heading, justify="right" if heading != "size" else "left")
+    if options.device == "gpu":
+        table.add_column("compiled ÷ Flax", justify="right")
+    for size in options.sizes:
+        flax, temporaries = flax_gradient(size)
+        functions = {"flax": flax, "stack": torch_gradient(size, options.device), "limit": products(size)}
+        if options.device == "gpu":
+            functions["compiled"] = torch_gradient(size, options.device, compiled=True)
         seconds = alternate(functions, options.rounds)
-        title = f"Forward and backward: d {d_model}, T {steps}, batch {options.batch}, L {options.layers}, float32"
-        report(title, seconds, against="Flax")
-        share = statistics.median(seconds["matrix products alone"]) / statistics.median(seconds["Flax"])
-        print(f"temporaries {temporaries / 1e6:.0f} MB; {share:.0%} of the limit of the matrix products\n")
-        measured.setdefault(d_model, []).append((steps, statistics.median(seconds["Flax"]), temporaries))
-    for d_model, rows in measured.items():
-        (t0, s0, m0), (t1, s1, m1) = min(rows), max(rows)
-        if t1 > t0:
-            time_exponent, memory_exponent = (math.log(b / a) / math.log(t1 / t0) for a, b in ((s0, s1), (m0, m1)))
-            growth = f"time grows as T^{time_exponent:.2f}, temporaries as T^{memory_exponent:.2f}"
-            print(f"d {d_model}, T {t0} to {t1}: {growth}")
-    d_model, steps = options.sizes[0]
-    seconds = compile_time((d_model, options.heads, 4 * d_model, options.layers), (steps, options.batch))
-    print(f"a train step (d {d_model}, T {steps}) traces and compiles in {seconds:.1f} s")
+        median = {name: statistics.median(times) for name, times in seconds.items()}
+        ratio = {
+            name: statistics.median(a / b for a, b in zip(times, seconds["flax"], strict=True))
+            for name, times in seconds.items()
+        }
+        row = [str(size), f"{1e3 * median['flax']:.0f}", f"{1e3 * median['stack']:.0f}", f"{ratio['stack']:.2f}"]
+        row += [f"{temporaries / 1e6:.0f}", f"{ratio['limit']:.0%}"]
+        table.add_row(*row, *([f"{ratio['compiled']:.2f}"] if "compiled" in ratio else []))
+    return table
 
 
-def flax_gradient(arguments, shape):
+def flax_gradient(size: Size):
     """The Flax model's gradients of everything, compiled, as a call; and its temporaries in bytes."""
     import jax
     import jax.numpy as jnp
@@ -80,43 +123,47 @@ def flax_gradient(arguments, shape):
 
     from jaxmodels.feedback import FeedbackTransformerKV
 
-    model = FeedbackTransformerKV(*arguments, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), shape)
+    model = FeedbackTransformerKV(*size.arguments, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), size.shape)
     gradient = jax.jit(jax.grad(lambda model, x: jnp.square(model(x)).sum(), (0, 1))).lower(model, x).compile()
     return lambda: jax.block_until_ready(gradient(model, x)), gradient.memory_analysis().temp_size_in_bytes
 
 
-def torch_gradient(arguments, shape):
+def torch_gradient(size: Size, device: str, compiled: bool = False):
     """The same of the original's design in PyTorch."""
     import torch
 
     from torch_ref.feedback_stack import FeedbackTransformerKV
 
-    model = FeedbackTransformerKV(*arguments)
-    x = torch.randn(shape, requires_grad=True)
+    where = "cuda" if device == "gpu" else "cpu"
+    model = FeedbackTransformerKV(*size.arguments).to(where)
+    x = torch.randn(size.shape, device=where, requires_grad=True)
+    call = torch.compile(model) if compiled else model
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
         x.grad = None
-        model(x).square().sum().backward()
+        call(x).square().sum().backward()
+        if where == "cuda":
+            torch.cuda.synchronize()
 
     return run
 
 
-def products(arguments, shape):
+def products(size: Size):
     """The products with the layers' weights that no recurrent form avoids: per step B rows, forwards and backwards."""
     import jax
     import jax.numpy as jnp
 
-    d_model, _, d_ff, n_layers = arguments
+    d_model, _, d_ff, n_layers = size.arguments
     sizes = [(d_model, d_model), (d_model, d_model), (d_model, d_ff), (d_ff, d_model)] * n_layers
-    kernels = [jax.random.normal(jax.random.key(i), size) / size[0] ** 0.5 for i, size in enumerate(sizes)]
+    kernels = [jax.random.normal(jax.random.key(i), shape) / shape[0] ** 0.5 for i, shape in enumerate(sizes)]
 
-    def step(carry, x):
+    def step(carry, x):  # features first, which is the faster way on CPUs
         for kernel in kernels:
-            x = jnp.tanh(x @ kernel)  # something between, or XLA would multiply the kernels with each other
+            x = jnp.tanh(jax.lax.optimization_barrier(kernel.T) @ x)  # or XLA would multiply kernels with each other
         for kernel in reversed(kernels):
-            x = jnp.tanh(x @ kernel.T)
+            x = jnp.tanh(kernel @ x)
         return carry, x
 
     @jax.jit
@@ -124,12 +171,88 @@ def products(arguments, shape):
         return [a[:, :rows].T @ b[:, :columns] for rows, columns in sizes[:4]]
 
     run = jax.jit(lambda x: jax.lax.scan(step, 0, x)[1])
-    x = jax.random.normal(jax.random.key(0), shape)
-    a, b = jax.random.normal(jax.random.key(1), (2, shape[0] * shape[1], d_ff))
+    x = jax.random.normal(jax.random.key(0), size.shape).swapaxes(1, 2)
+    a, b = jax.random.normal(jax.random.key(1), (2, size.steps * size.batch, d_ff))
     return lambda: jax.block_until_ready((run(x), [weight_gradients(a, b) for _ in range(n_layers)]))
 
 
-def compile_time(arguments, shape) -> float:
+def growth(d_model: int, options: argparse.Namespace) -> str:
+    """The exponents of time and temporaries, from a quarter of the longest text to all of it."""
+    from bench.timing import alternate
+
+    shorter, longer = Size(d_model, options.growth // 4), Size(d_model, options.growth)
+    calls = {size: flax_gradient(size) for size in (shorter, longer)}
+    seconds = alternate({str(size): call for size, (call, _) in calls.items()}, options.rounds)
+    times = [statistics.median(seconds[str(size)]) for size in calls]
+    memory = [temporaries for _, temporaries in calls.values()]
+    time_exponent, memory_exponent = (math.log(b / a) / math.log(4) for a, b in (times, memory))
+    return (
+        f"d {d_model}, T {shorter.steps} to {longer.steps}: "
+        f"time {times[0]:.2f} to {times[1]:.2f} s, as T^{time_exponent:.2f}; "
+        f"temporaries {memory[0] / 1e6:.0f} to {memory[1] / 1e6:.0f} MB, as T^{memory_exponent:.2f}"
+    )
+
+
+def decoding(options: argparse.Namespace) -> Table:
+    """Greedy tokens, one after the other, from an empty text on."""
+    from bench.timing import alternate
+
+    n, n_vocab = options.tokens, 65
+    table = Table(title=f"Decoding {n} tokens, float32", title_justify="left")
+    for heading in ("size", "Flax ms per token", "PyTorch ms per token", "÷ Flax"):
+        table.add_column(heading, justify="right" if heading != "size" else "left")
+    for size in (Size(128, n, batch=1), Size(256, n, batch=1), Size(128, n), Size(256, n)):
+        functions = {
+            "flax": flax_decoding(size, n_vocab, n),
+            "torch": torch_decoding(size, n_vocab, n, options.device),
+        }
+        seconds = alternate(functions, options.rounds)
+        ratio = statistics.median(a / b for a, b in zip(seconds["torch"], seconds["flax"], strict=True))
+        per_token = [f"{1e3 * statistics.median(times) / n:.3f}" for times in seconds.values()]
+        table.add_row(str(size), *per_token, f"{ratio:.1f}")
+    return table
+
+
+def flax_decoding(size: Size, n_vocab: int, n: int):
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformerKV
+    from jaxmodels.generate import generate
+
+    transformer = FeedbackTransformerKV(*size.arguments, rngs=nnx.Rngs(0))
+    model = AutoregressiveModel(n_vocab, transformer, rngs=nnx.Rngs(1))
+    prompt = jnp.zeros((1, size.batch), jnp.int32)
+    return lambda: jax.block_until_ready(generate(model, prompt, n))
+
+
+def torch_decoding(size: Size, n_vocab: int, n: int, device: str):
+    """PyTorch, eager, over buffers for all n memories of which each token sees the filled part."""
+    import torch
+
+    from torch_ref.feedback import AutoregressiveModel, FeedbackTransformerKV
+
+    where = "cuda" if device == "gpu" else "cpu"
+    model = AutoregressiveModel(n_vocab, FeedbackTransformerKV(*size.arguments)).to(where).eval()
+    transformer, shape = model.transformer, (n, size.batch, size.heads, size.d_model // size.heads)
+
+    @torch.no_grad()
+    def run() -> None:
+        keys, values = torch.empty(shape, device=where), torch.empty(shape, device=where)
+        token = torch.zeros(size.batch, dtype=torch.long, device=where)
+        for t in range(n):
+            seen = (keys[:t], values[:t]) if t else (None, None)
+            x, memory = transformer.step(model.src_embed(token), *seen)
+            keys[t], values[t] = transformer.key(memory), transformer.value(memory)
+            token = model.generator(transformer.norm(x)).argmax(dim=-1)
+        if where == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def compile_time(size: Size) -> float:
     """Seconds to trace and compile a training step: forward, cross-entropy, backward, Adam."""
     import jax
     import jax.numpy as jnp
@@ -139,7 +262,7 @@ def compile_time(arguments, shape) -> float:
     from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformerKV
 
     def make():
-        return AutoregressiveModel(65, FeedbackTransformerKV(*arguments, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+        return AutoregressiveModel(65, FeedbackTransformerKV(*size.arguments, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
 
     tx = optax.adam(1e-4)
 
@@ -152,7 +275,7 @@ def compile_time(arguments, shape) -> float:
         return optax.apply_updates(model, updates), state, value
 
     model = nnx.eval_shape(make)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    ids = jax.ShapeDtypeStruct(size.shape[:2], jnp.int32)
     state = jax.eval_shape(tx.init, model)
     began = time.perf_counter()
     jax.jit(step, donate_argnums=(0, 1)).lower(model, state, ids, ids).compile()

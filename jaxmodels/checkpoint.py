@@ -2,6 +2,11 @@
 
 FOLDER/config.json   {"format": 1, "model": "AutoregressiveTransformer", "config": {constructor arguments}}
 FOLDER/params/       Orbax; one entry per array, named by its path (encoder.layers.0.norm_ff.scale)
+
+A model that was converted without ever being in memory has, instead of params/, files that can be written as a stream:
+
+FOLDER/params.safetensors, or params-00001-of-000NN.safetensors … and params.safetensors.index.json; one entry per
+array and layer (layers.3.attention.qkv_lin.kernel, where the model has layers.attention.qkv_lin.kernel)
 """
 
 import contextlib
@@ -18,8 +23,11 @@ import jax
 from flax import nnx
 
 from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.convert.place import from_flax_names, placed
+from jaxmodels.convert.safetensors import is_folder, read_folder
 
 FORMAT = 1
+STEM = "params"
 
 # Classes that a config.json may name, and where they are. Nothing else is ever imported on a file's word.
 MODELS = {
@@ -61,7 +69,7 @@ def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False) -> N
 
 
 def load(folder: str | os.PathLike) -> Any:
-    """The model that `save` wrote, each array in the dtype it was saved in.
+    """The model that `save` or a conversion wrote, each array in the dtype it was saved in.
 
     Raises ValueError where the folder holds no such checkpoint, where its arrays are not those of its configuration,
     and where they are float64 while jax_enable_x64 is off (Orbax reads in threads of its own, which
@@ -70,6 +78,8 @@ def load(folder: str | os.PathLike) -> Any:
     folder = Path(folder)
     name, config = read_config(folder)
     model = nnx.eval_shape(lambda: build(name, config))
+    if is_folder(folder, STEM):
+        return placed(model, from_flax_names(model, read_folder(folder, STEM)), what=folder.name)
     return load_arrays(folder / "params", model)
 
 

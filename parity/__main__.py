@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="python -m parity",
         description="Runs Flax models against their PyTorch twins and says how closely they agree. "
-        "Without names, all cases of the finished systems run. Exits 1 where any case differs.",
+        "Without names, all cases run. Exits 1 where any case differs.",
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case (rope.attention) or a system (rope)")
     arguments.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="where Flax runs (default: JAX's default)")
@@ -103,6 +103,7 @@ def run(names: list[str], device: str | None, seed: int, console: Console) -> li
                     labels=pair.labels,
                     zero_gradients=pair.zero_gradients,
                     half=pair.half,
+                    steps=pair.steps,
                     device=device,
                     seed=seed,
                     name=name,

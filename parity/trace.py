@@ -18,7 +18,7 @@ from flax import nnx
 from jaxmodels.convert.params import from_torch
 from parity.objective import Inputs
 
-CALL = "__call__"
+CALLS = ("__call__", "plain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,13 @@ class Divergence:
     path: str
     flax_type: str
     error: float  # max|Δ| of its output over the largest magnitude of PyTorch's
+    fast_path: bool = False  # its call parts from its own `plain`, which agrees with PyTorch
 
     def __str__(self) -> str:
+        if self.fast_path:
+            return (
+                f"{self.flax_type}'s plain path agrees; its call gives outputs that differ from it by {self.error:.1e}"
+            )
         where = self.path or "the model itself, outside its sub-modules"
         return f"first divergence: {where} ({self.flax_type}), same inputs, outputs differ by {self.error:.1e}"
 
@@ -50,7 +55,8 @@ def first_divergence(
     The Flax side runs its `plain` form where it has one, so that every sub-module is called as a module.
     """
     torch_calls = trace_torch(torch_module, inputs)
-    flax_calls, types = trace_flax(from_torch(flax_module, torch_module.state_dict()), inputs)
+    model = from_torch(flax_module, torch_module.state_dict())
+    flax_calls, types = trace_flax(model, inputs)
     victims = []
     for key, ours in torch_calls.items():
         theirs = flax_calls.get(key)
@@ -63,7 +69,14 @@ def first_divergence(
         if (distance(theirs.inputs, ours.inputs) or 0.0) <= tolerance:
             return divergence
         victims.append(divergence)
-    return victims[0] if victims else None
+    if victims:
+        return victims[0]
+    values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
+    fast = floating((inputs.call(jax.jit(lambda *args, **kwargs: model(*args, **kwargs)), values),), {})
+    error = distance(fast, flax_calls["", 0].outputs)
+    if error is None or error <= tolerance:
+        return None
+    return Divergence("", type(model).__name__, error, fast_path=True)
 
 
 def distance(theirs: list[np.ndarray], ours: list[np.ndarray]) -> float | None:
@@ -123,9 +136,7 @@ def trace_flax(model: Any, inputs: Inputs) -> tuple[dict[tuple[str, int], Call],
 
     values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
     with recorded_calls({type(m) for _, m in nnx.iter_modules(model)}, record):
-        output = inputs.call(getattr(model, "plain", model), values)
-    if ("", 0) not in calls:  # `plain` is not a call of the module
-        record(model, tuple(values.values()), {}, output)
+        inputs.call(getattr(model, "plain", model), values)
     return calls, types
 
 
@@ -148,18 +159,18 @@ def recorded_calls(classes: set[type], record: Any) -> Iterator[None]:
 
         return call
 
-    own = {cls: vars(cls).get(CALL) for cls in classes if hasattr(cls, CALL)}
-    wrappers = {cls: wrapped(getattr(cls, CALL)) for cls in own}  # all taken before any is set: they may inherit
+    own = {(cls, name): vars(cls).get(name) for cls in classes for name in CALLS if hasattr(cls, name)}
+    wrappers = {key: wrapped(getattr(*key)) for key in own}  # all taken before any is set: they may inherit
     try:
-        for cls, wrapper in wrappers.items():
-            setattr(cls, CALL, wrapper)
+        for key, wrapper in wrappers.items():
+            setattr(*key, wrapper)
         yield
     finally:
-        for cls, original in own.items():
+        for key, original in own.items():
             if original is None:
-                delattr(cls, CALL)
+                delattr(*key)
             else:
-                setattr(cls, CALL, original)
+                setattr(*key, original)
 
 
 def floating(args: tuple, kwargs: dict) -> list[np.ndarray]:

@@ -2,59 +2,17 @@
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-# What --model may name: the class, and the arguments that the name says. `synthesizer` leaves its kind to --config.
-NAMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "rope": ("AutoregressiveTransformer", {"attention": "rotary"}),
-    "rope_value": ("AutoregressiveTransformer", {"attention": "rotary_value"}),
-    "relative": ("AutoregressiveTransformer", {"attention": "relative"}),
-    "plain": ("AutoregressiveTransformer", {"attention": "plain"}),
-    "synthesizer": ("AutoregressiveTransformer", {}),
-}
-
-TORCH_EXAMPLES = """\
-examples:
-  python -m jaxmodels.convert torch --model rope --config model.json model.pt OUT/
-  python -m jaxmodels.convert torch --model synthesizer model.pt OUT/ \\
-      --config '{"attention": "random+dense", "max_len": 512, "n_vocab": 65, "d_model": 128, "heads": 16,
-                 "d_ff": 512, "n_layers": 6}'
-  python -m jaxmodels.convert torch OUT/ back.pt
-
-OUT/ is an Orbax checkpoint with a config.json, for `jaxmodels.load("OUT/")`.
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
-        prog="python -m jaxmodels.convert", description="Converts checkpoints between PyTorch and Flax, bit for bit."
-    )
-    formats = arguments.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    pt = formats.add_parser(
-        "torch",
-        help="a state_dict in a .pt file, to a Flax checkpoint and back",
-        description="Converts FILE.pt to a Flax checkpoint folder; given such a folder as the source, writes FILE.pt.",
-        epilog=TORCH_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    pt.add_argument("source", type=Path, metavar="SRC", help="FILE.pt, or the folder of a Flax checkpoint")
-    pt.add_argument("target", type=Path, metavar="DST", help="the folder to write, or FILE.pt")
-    pt.add_argument("--model", choices=sorted(NAMES), help="what FILE.pt holds")
-    pt.add_argument("--config", metavar="JSON", help="the model's arguments: a JSON file, or the JSON itself")
-    pt.add_argument("--key", help="the entry of FILE.pt that holds the state_dict, where it holds more")
-    pt.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it (default: keep every bit)")
-    pt.add_argument("--overwrite", action="store_true", help="replace DST")
-    return arguments
+from jaxmodels.convert.arguments import NAMES, parser, read_json
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        message = to_torch_file(options) if options.source.is_dir() else from_torch_file(options)
+        good, message = run(options)
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
@@ -62,7 +20,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"convert: {error}; .pt files need torch: pip install 'jaxmodels[torch]'", file=sys.stderr)
         return 2
     print(message)
-    return 0
+    return 0 if good else 1
+
+
+def run(options: argparse.Namespace) -> tuple[bool, str]:
+    """Whether all is well, and what to say."""
+    if options.format == "torch":
+        return True, to_torch_file(options) if options.source.is_dir() else from_torch_file(options)
+    from jaxmodels.convert import commands
+
+    with float64_allowed():
+        if options.format == "verify":
+            return commands.verify(options)
+        return True, {"neox": commands.neox, "inspect": commands.inspect}[options.format](options)
 
 
 def from_torch_file(options: argparse.Namespace) -> str:
@@ -138,23 +108,6 @@ def float64_allowed() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_enable_x64", before)
-
-
-def read_json(config: str) -> dict[str, Any]:
-    """A JSON object, from the text itself or from the file of that name; raises ValueError where it is none."""
-    text = config
-    if not config.lstrip().startswith("{"):
-        try:
-            text = Path(config).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {config} is neither a JSON object nor a readable file: {error}") from None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config {config} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"--config {config} must be a JSON object of the model's arguments")
-    return value
 
 
 def summary(name: str, model: Any) -> str:

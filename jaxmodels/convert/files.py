@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,7 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     """
     import torch
 
-    if not file.is_file():
-        raise ValueError(f"{file} is not a file")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        # torch's own text tells how to run the file after all; what it names is all that is wanted of it.
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        wants = f": it asks for {named[1]}" if named else ""
-        raise ValueError(f"{file} is refused: it is damaged, or more than tensors{wants}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, IndexError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} is truncated or no PyTorch checkpoint: {reason}") from None
+    content = read_pt(file)
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
             raise ValueError(f"{file} has no entry {key!r}; it holds {describe(content)}")
@@ -41,6 +30,28 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     if not content:
         raise ValueError(f"{file} holds no tensors")
     return dict(content)
+
+
+def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
+    """What a .pt file holds, memory-mapped where it is a zip. `safe_globals`: what it may name beside tensors.
+
+    Raises ValueError, naming the file, where it is missing, truncated, no checkpoint, or wants to run code.
+    """
+    import torch
+
+    if not file.is_file():
+        raise ValueError(f"{file} is not a file")
+    try:
+        with torch.serialization.safe_globals(list(safe_globals)):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        # torch's own text tells how to run the file after all; what it names is all that is wanted of it.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        wants = f": it asks for {named[1]}" if named else ""
+        raise ValueError(f"{file} is refused: it is damaged, or more than tensors{wants}") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, IndexError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} is truncated or no PyTorch checkpoint: {reason}") from None
 
 
 def describe(content: Any) -> str:

@@ -104,14 +104,31 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
     if hasattr(model, "adapted"):
         state_dict = model.adapted(state_dict)
     targets = flat_arrays(model)
+    keys = {entry.key for entry in entries(targets)}
+    given = {key: as_numpy(tensor) if key in keys else tensor for key, tensor in state_dict.items()}
+    wanted = check_fit(targets, given, dtype)
+    converted: dict[Path, list[np.ndarray]] = {path: [] for path in targets}
+    for entry in wanted:
+        converted[entry.path].append(entry.to_flax(given[entry.key]))
+    leaves = {}
+    for path, parts in converted.items():
+        array = parts[0] if stacked_at(path) is None else np.stack(parts)
+        cast = dtype is not None and is_floating(array.dtype)
+        leaves[path] = jnp.array(array, dtype if cast else None, copy=True)  # never an alias of torch's memory
+    return with_arrays(model, leaves)
+
+
+def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any) -> list[Entry]:
+    """Where each tensor belongs; they and the model's arrays need only have shapes and dtypes.
+
+    Raises ConversionError that lists all that does not fit, as `from_torch` says.
+    """
     wanted = list(entries(targets))
-    duplicates = [key for key, n in count(entry.key for entry in wanted).items() if n > 1]
-    keys = {entry.key for entry in wanted}
-    given = {key: as_numpy(tensor) for key, tensor in state_dict.items() if key in keys}
+    keys = count(entry.key for entry in wanted)
     problems: dict[str, list[str]] = {
-        "ambiguous in the model": duplicates,
-        "missing": [entry.key for entry in wanted if entry.key not in state_dict],
-        "unexpected": [key for key in state_dict if key not in keys],
+        "ambiguous in the model": [key for key, n in keys.items() if n > 1],
+        "missing": [entry.key for entry in wanted if entry.key not in given],
+        "unexpected": [key for key in given if key not in keys],
         "misshapen": [],
         "of another kind": [],
         NARROWED: [],
@@ -130,16 +147,7 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
             problems[NARROWED].append(entry.key)
     if any(problems.values()):
         raise ConversionError(problems)
-
-    converted: dict[Path, list[np.ndarray]] = {path: [] for path in targets}
-    for entry in wanted:
-        converted[entry.path].append(entry.to_flax(given[entry.key]))
-    leaves = {}
-    for path, parts in converted.items():
-        array = parts[0] if stacked_at(path) is None else np.stack(parts)
-        cast = dtype is not None and is_floating(array.dtype)
-        leaves[path] = jnp.array(array, dtype if cast else None, copy=True)  # never an alias of torch's memory
-    return with_arrays(model, leaves)
+    return wanted
 
 
 def with_arrays(model: Any, arrays: Mapping[Path, Any]) -> Any:

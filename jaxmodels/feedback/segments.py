@@ -55,7 +55,7 @@ def run_segment(model: Any, x_seq: jax.Array, state: State, rng: jax.Array | Non
 
 
 def bucket(n: int) -> int:
-    """The length to compile for n steps: the next of 1, 2, 3, 4, 6, 8, 12, … 2^k, 3·2^(k-1); less than a third of it is padding."""
+    """The length to compile for n steps: the next of 1, 2, 3, 4, 6, 8, … 2^k, 3·2^(k-1); less than 1/3 is padding."""
     if n < 1:
         raise ValueError(f"n={n} steps must be at least 1")
     power = 1 << (n - 1).bit_length()

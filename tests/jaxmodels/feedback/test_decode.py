@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +7,10 @@ import pytest
 import torch
 from flax import nnx
 
+import jaxmodels
 import torch_ref.feedback
 from jaxmodels import generate
-from jaxmodels.convert import from_torch
+from jaxmodels.convert.__main__ import main as convert
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from tests.common import V, assert_close, filled, run, token_ids
 from tests.jaxmodels.feedback.common import SIZES, VARIANTS
@@ -101,12 +104,14 @@ def test_refuses_what_is_not_this_models():
         model.init_cache(B, 0)
 
 
-def test_a_checkpoint_trained_in_torch_writes_the_same_text_on_both_sides():
-    """Greedy, token by token, from weights that PyTorch trained until the text is not noise."""
+@pytest.mark.parametrize("name", ["feedback", "feedback_kv"])
+def test_a_checkpoint_trained_in_torch_writes_the_same_text_on_both_sides(name, tmp_path):
+    """From a .pt file of weights that PyTorch trained until the text is not noise, through the command line."""
     torch.manual_seed(0)
     text = torch.tensor([7, 3, 11, 3, 5, 2, 19, 3] * 6)[:, None]
-    sizes = (8, 2, 16, 2)
-    twin = torch_ref.feedback.AutoregressiveModel(V, torch_ref.feedback.FeedbackTransformerKV(*sizes))
+    sizes = {"d_model": 8, "heads": 2, "d_ff": 16, "n_layers": 2}
+    variant = getattr(torch_ref.feedback, {"feedback": "FeedbackTransformer"}.get(name, "FeedbackTransformerKV"))
+    twin = torch_ref.feedback.AutoregressiveModel(V, variant(**sizes))
     optimizer = torch.optim.Adam(twin.parameters(), 0.02)
     for _ in range(25):
         optimizer.zero_grad()
@@ -118,9 +123,9 @@ def test_a_checkpoint_trained_in_torch_writes_the_same_text_on_both_sides():
     with torch.no_grad():
         for _ in range(20):
             written = torch.cat([written, twin(written)[-1:].argmax(-1)])
-    abstract = nnx.eval_shape(
-        lambda: AutoregressiveModel(V, FeedbackTransformerKV(*sizes, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
-    )
-    model = from_torch(abstract, twin.state_dict())
-    new = generate.generate(model, jnp.asarray(text[:5].numpy()), 20)
+    torch.save(twin.state_dict(), tmp_path / "model.pt")
+    config = json.dumps({"n_vocab": V} | sizes)
+    files = [str(tmp_path / "model.pt"), str(tmp_path / "flax")]
+    assert convert(["torch", "--model", name, "--config", config, *files]) == 0
+    new = generate.generate(jaxmodels.load(tmp_path / "flax"), jnp.asarray(text[:5].numpy()), 20)
     assert new[:, 0].tolist() == written[5:, 0].tolist()

@@ -1,0 +1,208 @@
+"""`python -m bench.neox_shards`: converting GPT-NeoX shards, its memory and its speed.
+
+Makes a synthetic checkpoint of the size asked for, in the layout of the released ones (Pythia-2.8B's width, as many
+blocks as it takes), and converts it to each format in a process of its own. Printed for each: peak anonymous memory
+beyond what the process had when it began (pages of mapped files aside), in multiples of the largest layer, whose limit
+is 3; and bytes per second against a plain sequential write of as many bytes with fsync, just before and just after.
+
+    python -m bench.neox_shards --gigabytes 6 --folder /some/disk
+    python -m bench.neox_shards --gigabytes 6 --folder /some/disk --make-only      # the checkpoint, and nothing more
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+HIDDEN, HEADS, VOCABULARY = 2560, 32, 50_432
+TARGETS = ("flax", "hf", "neox")
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(
+        prog="python -m bench.neox_shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("--gigabytes", type=float, default=6, help="size of the checkpoint (default 6)")
+    arguments.add_argument("--hidden", type=int, default=HIDDEN, help=f"width (default {HIDDEN})")
+    arguments.add_argument("--heads", type=int, default=HEADS, help=f"attention heads (default {HEADS})")
+    arguments.add_argument("--vocabulary", type=int, default=VOCABULARY, help=f"rows (default {VOCABULARY})")
+    arguments.add_argument("--model-parallel", type=int, default=2, help="ranks of the checkpoint (default 2)")
+    arguments.add_argument("--ranks-written", type=int, default=4, help="ranks of the target neox (default 4)")
+    arguments.add_argument("--to", choices=TARGETS, action="append", help="only this target; may be repeated")
+    arguments.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    arguments.add_argument("--make-only", action="store_true", help="make FOLDER/checkpoint and keep it")
+    arguments.add_argument("--child", nargs=3, metavar=("SRC", "DST", "TO"), help=argparse.SUPPRESS)
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.child:
+        convert(*options.child, ranks=options.ranks_written)
+        return
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    if options.make_only:
+        make(Path(options.folder or ".") / "checkpoint", options)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        measure(Path(folder), options)
+
+
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from bench.timing import stamp
+    from jaxmodels.convert.commands import largest_layer
+    from jaxmodels.convert.neox import open_neox
+
+    make(folder / "checkpoint", options)
+    source = open_neox(folder / "checkpoint")
+    layer, total = largest_layer(source), source.nbytes()
+    print(stamp(os.cpu_count() or 1))
+    title = (
+        f"{total / 1e9:.2f} GB, hidden {options.hidden}, {source.config.n_layers} blocks, mp {options.model_parallel}; "
+        f"largest layer {layer / 1e6:.0f} MB"
+    )
+    table = Table(title=title, title_justify="left")
+    for heading in ("to", "peak MB", "÷ largest layer", "GB/s", "plain write GB/s", "ratio"):
+        table.add_column(heading, justify="right" if heading != "to" else "left")
+    for to in options.to or TARGETS:
+        before = plain_write(folder / "plain", total)
+        peak, seconds = watched(folder / "checkpoint", folder / "target", to, options.ranks_written)
+        shutil.rmtree(folder / "target")
+        plain = statistics.mean([before, plain_write(folder / "plain", total)])
+        speed = total / seconds
+        name = f"{to}, mp {options.ranks_written}" if to == "neox" else to
+        cells = (peak / 1e6, peak / layer, speed / 1e9, plain / 1e9, speed / plain)
+        table.add_row(name, *(f"{cell:.2f}" if i else f"{cell:.0f}" for i, cell in enumerate(cells)))
+    Console(width=110).print(table)
+
+
+def make(folder: Path, options: argparse.Namespace) -> None:
+    """Writes a checkpoint in the released layout, float16, with random values."""
+    import torch
+    from rich.progress import track
+
+    ranks, hidden, rows = options.model_parallel, options.hidden, options.vocabulary
+    block = 12 * hidden**2 * 2
+    blocks = max(1, round((options.gigabytes * 1e9 - 2 * rows * hidden * 2) / block))
+    step = folder / "global_step0"
+    step.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def values(*shape: int) -> torch.Tensor:
+        bits = rng.integers(0, 1 << 16, shape, dtype=np.uint16)
+        bits &= 0xBFFF  # without the exponent's first bit: finite, below 2
+        return torch.from_numpy(bits.view(np.float16))
+
+    norms = {f"{name}.{last}": values(hidden) for name in NORMS for last in ("weight", "bias")}
+    final = {f"norm.{last}": values(hidden) for last in ("weight", "bias")}
+    for layer in track([0, *range(2, blocks + 2), blocks + 3, blocks + 4], description="making the checkpoint"):
+        for rank in range(ranks):
+            if layer == 0:
+                tensors = {"word_embeddings.weight": values(rows // ranks, hidden)}
+            elif layer == blocks + 4:
+                tensors = {"final_linear.weight": values(rows // ranks, hidden)}
+            elif layer == blocks + 3:
+                tensors = final
+            else:
+                tensors = dict(norms)
+                for name, (out, width) in MATRICES.items():
+                    column = name in ("attention.dense", "mlp.dense_4h_to_h")
+                    shape = (
+                        (out * hidden, width * hidden // ranks) if column else (out * hidden // ranks, width * hidden)
+                    )
+                    tensors |= {f"{name}.weight": values(*shape), f"{name}.bias": values(shape[0])}
+            torch.save(tensors, step / f"layer_{layer:02}-model_{rank:02}-model_states.pt")
+    (folder / "latest").write_text("global_step0")
+    (folder / "configs").mkdir()
+    (folder / "configs" / "model.yml").write_text(YAML.format(blocks, hidden, options.heads))
+    os.sync()  # or the disk would still be writing this when the first conversion is timed
+
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+MATRICES = {
+    "attention.query_key_value": (3, 1),
+    "attention.dense": (1, 1),
+    "mlp.dense_h_to_4h": (4, 1),
+    "mlp.dense_4h_to_h": (1, 4),
+}
+YAML = """{{
+  # synthetic
+  "num-layers": {}, "hidden-size": {}, "num-attention-heads": {},
+  "pos-emb": "rotary", "rotary-pct": 0.25, "gpt-j-residual": true, "no-weight-tying": true,
+}}
+"""
+
+
+def plain_write(file: Path, total: int) -> float:
+    """Bytes per second of writing that many random bytes one after the other, with fsync at the end."""
+    piece = np.random.default_rng(0).integers(0, 256, 8_000_000, dtype=np.uint8)
+    began = time.perf_counter()
+    with file.open("wb", buffering=0) as out:
+        for start in range(0, total, piece.nbytes):
+            out.write(piece[: total - start].data)
+        os.fsync(out.fileno())
+    seconds = time.perf_counter() - began
+    file.unlink()
+    return total / seconds
+
+
+def watched(source: Path, target: Path, to: str, ranks: int) -> tuple[int, float]:
+    """Peak of anonymous memory beyond the start, in bytes, and seconds, of a conversion in a process of its own."""
+    command = [sys.executable, "-m", "bench.neox_shards", "--ranks-written", str(ranks)]
+    child = subprocess.Popen([*command, "--child", str(source), str(target), to], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    start = json.loads(child.stdout.readline())["anonymous"]
+    peak = start
+    while child.poll() is None:
+        peak = max(peak, anonymous(child.pid))
+        time.sleep(0.003)
+    result = json.loads(child.stdout.readline())
+    if child.returncode:
+        raise SystemExit(f"the conversion to {to} failed")
+    return peak - start, result["seconds"]
+
+
+def convert(source: str, target: str, to: str, ranks: int) -> None:
+    """What the process of its own does: says what it has, converts, says how long it took."""
+    import torch  # noqa: F401
+
+    from jaxmodels.convert import commands
+    from jaxmodels.convert.source import abstract
+    from jaxmodels.neox import NeoXConfig
+
+    abstract(NeoXConfig.pythia_14m())  # what JAX allocates when it is first used belongs to the start
+    print(json.dumps({"anonymous": anonymous(os.getpid())}), flush=True)
+    began = time.perf_counter()
+    options = argparse.Namespace(source=Path(source), target=Path(target), to=to, model_parallel=ranks)
+    vars(options).update(config=None, row_bias=None, vocab=None, dtype=None, overwrite=False)
+    commands.neox(options)
+    print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of anonymous memory of a process, 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+if __name__ == "__main__":
+    main()

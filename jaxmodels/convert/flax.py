@@ -1,0 +1,56 @@
+"""Flax checkpoints of GPT-NeoX as a `Source`, and written as a stream: see `jaxmodels.checkpoint` for both formats."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from jaxmodels.checkpoint import FORMAT, STEM, load, read_config, written_beside
+from jaxmodels.convert.lazy import Transposed
+from jaxmodels.convert.params import entries, flat_arrays
+from jaxmodels.convert.place import flax_name, from_flax_names
+from jaxmodels.convert.progress import progress_bar
+from jaxmodels.convert.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
+from jaxmodels.convert.source import Source, abstract, matched, model_source
+from jaxmodels.neox import NeoXConfig
+
+
+def open_flax(folder: str | os.PathLike) -> Source:
+    """The checkpoint of a NeoX, checked but not read; one that Orbax wrote is read whole, as it was written.
+
+    Raises ValueError, naming the file, where it is damaged, of another model, or not what its config.json says.
+    """
+    folder = Path(folder)
+    name, fields = read_config(folder)
+    if name != "NeoX":
+        raise ValueError(f"{folder} holds a {name}, not a NeoX")
+    if not is_folder(folder, STEM):
+        source = model_source(load(folder))
+        return dataclasses.replace(source, format="flax", folder=folder, layout="Orbax")
+    try:
+        config = NeoXConfig(**{key: value for key, value in fields.items() if key != "stacked"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    held = from_flax_names(abstract(config), read_folder(folder, STEM))
+    return Source("flax", folder, config, matched(folder, config, held), "safetensors")
+
+
+def write_flax(
+    source: Source, folder: str | os.PathLike, *, overwrite: bool = False, file_bytes: int = FILE_BYTES
+) -> None:
+    """Writes an open checkpoint for `jaxmodels.load`, all of it or nothing; a few megabytes at a time are in memory.
+
+    Raises ValueError for a folder that is not empty unless `overwrite` is set.
+    """
+    model = abstract(source.config)
+    order = {entry.key: entry for entry in entries(flat_arrays(model))}
+    arrays = {}
+    for key, tensor in source.tensors.items():
+        arrays[flax_name(order[key])] = Transposed(tensor) if order[key].transposed else tensor
+    with (
+        written_beside(folder, overwrite=overwrite) as beside,
+        progress_bar(f"writing {Path(folder).name}", arrays.values()) as advance,
+    ):
+        write_folder(beside, arrays, STEM, file_bytes=file_bytes, progress=advance)
+        config = {"format": FORMAT, "model": "NeoX", "config": model.config()}
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,142 @@
+"""GPT-NeoX's YAML files: what they say about the model, and what an absent key means.
+
+Keys have dashes or underscores, in one file both. Absent keys have GPT-NeoX's own defaults, which are not those of its
+published models: a file that leaves `rotary_pct` out means 1.0.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.neox import NeoXConfig
+
+# Field of NeoXConfig, key, and what an absent key means; None: the tensors must say it, or it is missing.
+KEYS: tuple[tuple[str, str, Any], ...] = (
+    ("n_layers", "num_layers", None),
+    ("n_hidden", "hidden_size", None),
+    ("n_heads", "num_attention_heads", None),
+    ("n_ff", "intermediate_size", None),
+    ("rope_percentage", "rotary_pct", 1.0),
+    ("rope_base", "rotary_emb_base", 10_000.0),
+    ("parallel_residual", "gpt_j_residual", False),
+    ("layer_norm_eps", "layernorm_epsilon", 1e-5),
+    ("max_len", "max_position_embeddings", 2_048),
+)
+WHOLE = ("n_layers", "n_hidden", "n_heads", "n_ff", "max_len")
+
+# What the model here has: any other value is refused. Absent means the first.
+REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("gpt_j_tied", (False,)),
+    ("norm", ("layernorm", "te_layernorm")),
+    ("pos_emb", ("rotary",)),
+    ("activation", ("gelu",)),
+    ("mlp_type", ("regular",)),
+    ("rotary_interleaved", (False,)),
+    ("use_qk_layernorm", (False,)),
+    ("use_bias_in_attn_linear", (True,)),
+    ("use_bias_in_norms", (True,)),
+    ("moe_num_experts", (1,)),
+)
+# Where the key is absent GPT-NeoX has learned positions, which are not supported either: the file must say rotary.
+MUST_SAY = ("pos_emb",)
+
+
+def read_yaml(files: list[Path]) -> dict[str, Any]:
+    """The settings of all files together, keys with underscores.
+
+    Raises ValueError, naming the file, where one is no YAML mapping or says something else than one before it.
+    """
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise ValueError(f"{files[0]}: reading it needs pyyaml: pip install 'jaxmodels[neox]'") from None
+    settings: dict[str, Any] = {}
+    for file in files:
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+            raise ValueError(f"{file} is no YAML file: {error}") from None
+        if content is None:
+            continue
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{file} is no mapping of settings, but a {type(content).__name__}")
+        for key, value in content.items():
+            key = str(key).replace("-", "_")
+            if settings.get(key, value) != value:
+                raise ValueError(f"{file} says {key}: {value!r}, and before it was {settings[key]!r}")
+            settings[key] = value
+    return settings
+
+
+def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of NeoXConfig from settings; sizes only where they say them, never `n_vocab`.
+
+    Raises ValueError that names `where` for a setting that the model here does not have.
+    """
+    for key, allowed in REQUIRED:
+        value = settings.get(key, None if key in MUST_SAY else allowed[0])
+        if value not in allowed:
+            said = f"{key}: {value!r}" if value is not None else f"no {key}"
+            raise ValueError(f"{where} has {said}; supported is {' or '.join(map(repr, allowed))}")
+    heads, kv_heads = settings.get("num_attention_heads"), settings.get("num_kv_heads")
+    if kv_heads is not None and kv_heads != heads:
+        raise ValueError(f"{where} has num_kv_heads: {kv_heads!r} and num_attention_heads: {heads!r}; supported is one")
+    found: dict[str, Any] = {}
+    for field, key, absent in KEYS:
+        value = settings.get(key)
+        value = absent if value is None else value
+        if value is not None:
+            found[field] = checked(field, key, value, where)
+    # GPT-NeoX's fused kernel of bias and GELU has the tanh form, its plain one the exact.
+    found["activation"] = "gelu_tanh" if checked_flag("bias_gelu_fusion", settings, where) else "gelu"
+    found["tied"] = not checked_flag("no_weight_tying", settings, where)
+    return found
+
+
+def checked(field: str, key: str, value: Any, where: str) -> Any:
+    if field == "parallel_residual":
+        return checked_flag(key, {key: value}, where)
+    try:
+        # `1e-5` without a point is a string to YAML 1.1.
+        number = float(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None or (field in WHOLE and not number.is_integer()):
+        raise ValueError(f"{where} has {key}: {value!r}, which is no {'whole ' if field in WHOLE else ''}number")
+    return int(number) if field in WHOLE else number
+
+
+def checked_flag(key: str, settings: Mapping[str, Any], where: str) -> bool:
+    value = settings.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} has {key}: {value!r}, which is neither true nor false")
+    return value
+
+
+def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> dict[str, Any]:
+    """The inverse of `fields`: settings that say the same, for GPT-NeoX itself too."""
+    settings: dict[str, Any] = {key: getattr(config, field) for field, key, _ in KEYS}
+    if config.rope_base == int(config.rope_base):
+        settings["rotary_emb_base"] = int(config.rope_base)  # GPT-NeoX checks types, and takes no other
+    return settings | {
+        "intermediate_size": config.d_ff,
+        "activation": "gelu",
+        "bias_gelu_fusion": config.activation == "gelu_tanh",
+        "no_weight_tying": not config.tied,
+        "norm": "layernorm",
+        "pos_emb": "rotary",
+        "seq_length": config.max_len,
+        "make_vocab_size_divisible_by": divisible_by,
+        "model_parallel_size": model_parallel,
+        "pipe_parallel_size": 1,
+    }
+
+
+def yaml_text(settings: Mapping[str, Any]) -> str:
+    """A YAML mapping of numbers, flags and words, each as JSON has it, but for 1e-05, where YAML wants a point."""
+    words = {True: "true", False: "false"}
+    lines = []
+    for key, value in settings.items():
+        text = words[value] if isinstance(value, bool) else repr(value)
+        lines.append(f"{key}: {text.replace('e-', '.0e-') if 'e-' in text and '.' not in text else text}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,282 @@
+"""A GPT-NeoX checkpoint as a `Source`: configuration found and checked, shards merged when they are read."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.convert.lazy import Cut, read
+from jaxmodels.convert.neox.config import fields, read_yaml
+from jaxmodels.convert.neox.layout import (
+    BLOCK,
+    EMBEDDING,
+    FINAL_NORM,
+    FREQUENCIES,
+    READOUT,
+    REPLICA,
+    ROW_BIAS,
+    SKIPPED,
+    VOCABULARY,
+    Name,
+    drift,
+    merged,
+)
+from jaxmodels.convert.neox.shards import Shard, Shards, config_files, find_step, open_step
+from jaxmodels.convert.place import Shardings
+from jaxmodels.convert.source import Source, named
+from jaxmodels.neox import PRESETS, NeoX, NeoXConfig
+from jaxmodels.neox.names import is_no_parameter
+
+MAX_DRIFT = 1e-2
+DIVISIBLE_BY = 128
+RANKS = 8  # a vocabulary padded for up to so many ranks is recognised whatever the rank count on disk
+ROW_BIASES = ("sum", "mean", "first")
+SIZES = ("n_layers", "n_hidden", "n_ff", "tied")  # what the shapes tell
+
+
+class ReplicaDriftWarning(UserWarning):
+    """Ranks disagree by more than 1e-2 on what should be the same tensor; their mean was taken."""
+
+
+def load_neox(
+    folder: str | os.PathLike,
+    config: NeoXConfig | None = None,
+    dtype: Any = None,
+    shardings: Shardings | None = None,
+    layers: Any = None,
+    row_bias: str | None = None,
+) -> NeoX:
+    """The model of a GPT-NeoX checkpoint, of any model-parallel degree.
+
+    folder: the one with `latest`, or a step's own. config: None for what its YAML files say, or, without them, the
+    preset of the same sizes. dtype: None keeps what the files have. shardings: a function of path and shape, so that
+    each device's slice is read straight from the memory-mapped shards. layers: only these blocks, by number.
+    row_bias: 'sum', 'mean' or 'first' of the ranks' biases where GPT-NeoX's own rule (sum with the parallel residual,
+    else first) is not what the checkpoint needs.
+
+    Raises ValueError, naming the file, for a shard that is missing, damaged, misshapen or wants to run code, and for a
+    configuration that is incomplete or contradicts the tensors; warns with ReplicaDriftWarning.
+    """
+    return open_neox(folder, config, row_bias).with_layers(layers).model(dtype, shardings)
+
+
+def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
+    """The checkpoint, checked but not read; arguments and errors as `load_neox` has them."""
+    if row_bias is not None and row_bias not in ROW_BIASES:
+        raise ValueError(f"row_bias={row_bias!r} is none of {', '.join(ROW_BIASES)}")
+    folder = Path(folder)
+    shards = open_step(find_step(folder))
+    files = config_files(folder, shards.step)
+    settings = read_yaml(files) if files else {}
+    parts = by_name(shards)
+    rows, padding = vocabulary(shards, parts, settings)
+    config, notes = resolved(shards, parts, rows - padding, config, settings, files)
+    check_vocabulary(shards, config, rows, settings)
+    for layer in shards.layers.values():
+        for i, shard in enumerate(layer):
+            check_frequencies(shard, config, i)
+
+    if row_bias is None:
+        row_bias = "sum" if config.parallel_residual else "first"
+    tensors, problems = {}, []
+    for key, shape in named(config).items():
+        name, held, where = parts[key]
+        tensor = merged(name, held, row_bias)
+        if name.merge == VOCABULARY and tensor.shape[0] != config.n_vocab:
+            tensor = Cut(tensor, 0, 0, config.n_vocab)
+        if tuple(tensor.shape) != shape:
+            problems.append(f"{where[0].file.name}: {name.disk[0]} gives {list(tensor.shape)}, expected {list(shape)}")
+        tensors[key] = tensor
+    if problems:
+        raise ValueError(f"{shards.step} contradicts its configuration:\n  " + "\n  ".join(problems))
+    notes += drifting(parts, row_bias, shards)
+    if padding and config.n_vocab == rows - padding:
+        notes.append(f"{padding} of {rows} rows of the vocabulary are padding (zero), and left off")
+    elif config.n_vocab != rows:
+        change = "cut" if config.n_vocab < rows else "padded"
+        notes.append(f"the vocabulary's {rows} rows are {change} to {config.n_vocab}")
+    said = settings.get("model_parallel_size", shards.ranks)
+    if said != shards.ranks:
+        notes.append(f"the configuration says {said} model-parallel ranks, the files are of {shards.ranks}")
+    layout = f"{shards.layout} of {shards.ranks} model-parallel rank{'s'[: shards.ranks > 1]} in {shards.step.name}"
+    return Source("neox", folder, config, tensors, layout, tuple(notes))
+
+
+Parts = Mapping[str, tuple[Name, list[Any], list[Shard]]]  # by the twin's name: each rank's tensor, and where it was
+
+
+def by_name(shards: Shards) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
+    """Every tensor under the twin's name. Raises ValueError that lists all that is missing, unexpected or uneven."""
+    problems: list[str] = []
+    found: dict[str, tuple[Name, list[Any], list[Shard]]] = {}
+    for layer, names in tables(shards).items():
+        ranks = shards.layers[layer]
+        known = [held_by(shard, names, problems) for shard in ranks]
+        for name in names:
+            if all(name.twin in held for held in known):
+                parts = [held[name.twin] for held in known]
+                if len({(tuple(part.shape), str(part.dtype)) for part in parts}) > 1:
+                    said = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
+                    problems.append(f"{ranks[0].file.name}: {name.disk[0]} differs between ranks: {said}")
+                key = name.twin if names is not BLOCK else f"layers.{layer - 2}.{name.twin}"
+                found[key] = (name, parts, ranks)
+    if problems:
+        raise ValueError(f"{shards.step} does not hold the tensors of a GPT-NeoX model:\n  " + "\n  ".join(problems))
+    return found
+
+
+def tables(shards: Shards) -> dict[int, tuple[Name, ...]]:
+    """The names of each layer number. Raises ValueError where a number in between is missing, or one is too many."""
+    norms = [layer for layer, ranks in shards.layers.items() if FINAL_NORM[0].disk[0] in ranks[0].tensors]
+    if len(norms) != 1 or norms[0] < 4:
+        raise ValueError(f"{shards.step} must have one layer with {FINAL_NORM[0].disk[0]}, from number 4 on: {norms}")
+    norm = norms[0]
+    expected: dict[int, tuple[Name, ...]] = (
+        {0: EMBEDDING} | dict.fromkeys(range(2, norm - 1), BLOCK) | {norm: FINAL_NORM}
+    )
+    if norm + 1 in shards.layers:
+        expected[norm + 1] = READOUT
+    missing, extra = sorted(expected.keys() - shards.layers.keys()), sorted(shards.layers.keys() - expected.keys())
+    if missing:
+        raise ValueError(
+            f"{shards.step} lacks layer {', '.join(f'{layer:02}' for layer in missing)} of 00 to {norm:02}"
+        )
+    if extra:
+        raise ValueError(
+            f"{shards.step} has layer {', '.join(f'{layer:02}' for layer in extra)}, and the norm is {norm:02}"
+        )
+    return expected
+
+
+def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[str, Any]:
+    """A shard's tensors under the twin's names; what is missing or unexpected goes to `problems`."""
+    left = {name: tensor for name, tensor in shard.tensors.items() if not SKIPPED.fullmatch(name)}
+    left.pop(FREQUENCIES, None)
+    held = {}
+    for name in names:
+        present = [disk for disk in name.disk if left.get(disk) is not None]
+        if present:
+            held[name.twin] = left.pop(present[0])
+        else:
+            problems.append(f"{shard.file.name}: missing {name.disk[0]}")
+    problems += [f"{shard.file.name}: unexpected {name}" for name in left]
+    return held
+
+
+def vocabulary(shards: Shards, parts: Parts, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows on disk, and how many at their end are padding that `save_neox` added: zero in embedding and readout."""
+    tables = [
+        merged(*parts[key][:2], "sum") for key in ("embedding.emb.weight", "readout.linear.weight") if key in parts
+    ]
+    rows = tables[0].shape[0]
+    if tables[-1].shape[0] != rows:
+        raise ValueError(f"{shards.step}: the embedding has {rows} rows and the readout {tables[-1].shape[0]}")
+    behind = min(rows, shards.ranks * divisible_by(settings)) - 1  # padding is never longer
+    zero = np.ones(behind, bool)
+    for table in tables:
+        zero &= ~read(table, (slice(rows - behind, rows), slice(0, table.shape[1]))).any(axis=1)
+    return rows, behind if zero.all() else int(zero[::-1].argmin())
+
+
+def divisible_by(settings: Mapping[str, Any]) -> int:
+    value = settings.get("make_vocab_size_divisible_by", DIVISIBLE_BY)
+    return value if isinstance(value, int) and value > 0 else DIVISIBLE_BY
+
+
+def check_vocabulary(shards: Shards, config: NeoXConfig, rows: int, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError where n_vocab differs from the rows by more than padding can."""
+    padding = divisible_by(settings) * max(shards.ranks, RANKS)
+    if abs(rows - config.n_vocab) >= padding:
+        raise ValueError(
+            f"{shards.step} has a vocabulary of {rows} rows and n_vocab={config.n_vocab}; "
+            f"padding makes a difference of less than {padding}"
+        )
+
+
+def resolved(
+    shards: Shards,
+    parts: Parts,
+    n_vocab: int,
+    config: NeoXConfig | None,
+    settings: Mapping[str, Any],
+    files: list[Path],
+) -> tuple[NeoXConfig, list[str]]:
+    """The configuration, and notes on what it was taken from."""
+    sizes: dict[str, Any] = {
+        "n_layers": sum(key.endswith(".attention.output.bias") for key in parts),
+        "n_hidden": parts["final_norm.ln.weight"][1][0].shape[0],
+        "n_ff": merged(*parts["layers.0.ffn.dense_h_h4.bias"][:2], "sum").shape[0],
+        "tied": "readout.linear.weight" not in parts,
+    }
+    if config is not None:
+        said = dataclasses.asdict(config) | {"n_ff": config.d_ff}
+        contradicted(sizes, said, f"{shards.step} contradicts the configuration given")
+        return config, []
+    if files:
+        where = ", ".join(file.name for file in files)
+        found = fields(settings, str(files[0]) if len(files) == 1 else f"{files[0].parent} ({where})")
+        if "n_heads" not in found:
+            raise ValueError(f"{files[0].parent}: num_attention_heads is missing in {where}, and in no tensor's shape")
+        contradicted(sizes, found, f"{shards.step} contradicts {where}")
+        if sizes["n_ff"] == 4 * sizes["n_hidden"]:
+            sizes["n_ff"] = None
+        try:
+            return NeoXConfig(**found | sizes, n_vocab=n_vocab), [f"configuration from {where}"]
+        except ValueError as error:
+            raise ValueError(f"{files[0].parent}: {error} (in {where})") from None
+    for name, preset in PRESETS.items():
+        known = preset()
+        if sizes == {"n_layers": known.n_layers, "n_hidden": known.n_hidden, "n_ff": known.d_ff, "tied": known.tied}:
+            notes = [
+                f"no configs/*.yml: the sizes are those of {name}, and heads ({known.n_heads}), rotary share "
+                f"({known.rope_percentage}), activation ({known.activation}), residual and epsilon are taken from it"
+            ]
+            return dataclasses.replace(known, n_vocab=n_vocab), notes
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    raise ValueError(
+        f"{shards.step} has no configs/*.yml, and no preset has its sizes ({shown}): missing are n_heads, "
+        "rope_percentage, rope_base, activation, parallel_residual and layer_norm_eps, which are in no tensor's shape; "
+        "pass a NeoXConfig"
+    )
+
+
+def contradicted(sizes: Mapping[str, Any], said: Mapping[str, Any], what: str) -> None:
+    wrong = [
+        f"{name} is {sizes[name]}, said to be {said[name]}"
+        for name in SIZES
+        if said.get(name, sizes[name]) != sizes[name]
+    ]
+    if wrong:
+        raise ValueError(f"{what}: {'; '.join(wrong)}")
+
+
+def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
+    """Raises ValueError, naming the file, where stored rotary frequencies are not those of the configuration."""
+    tensor = shard.tensors.get(FREQUENCIES)
+    if tensor is None:
+        return
+    try:
+        is_no_parameter(f"layers.{FREQUENCIES}", read(tensor), config)
+    except ValueError as error:
+        raise ValueError(f"{shard.file}: {error}") from None
+
+
+def drifting(parts: Parts, row_bias: str, shards: Shards) -> list[str]:
+    """A note on the replicas, and a warning where one has drifted."""
+    replicated = {REPLICA} | ({ROW_BIAS} if row_bias == "first" else set())
+    found = {key: drift(held) for key, (name, held, _) in parts.items() if name.merge in replicated and len(held) > 1}
+    far = {key: value for key, value in found.items() if not value <= MAX_DRIFT}
+    if far:
+        worst = max(far, key=far.__getitem__)
+        warnings.warn(
+            f"{shards.step}: {len(far)} tensors that all ranks should share differ by more than {MAX_DRIFT}, "
+            f"{worst} by {far[worst]:.3g}; norms become the mean, and the model is not what any rank computed with",
+            ReplicaDriftWarning,
+            stacklevel=3,
+        )
+    largest = max(found.values(), default=0.0)
+    return [f"replicas differ by up to {largest:.3g}; norms are their mean"] if largest else []

@@ -1,0 +1,197 @@
+"""The files of a GPT-NeoX checkpoint: found, complete, and opened without reading their values."""
+
+import dataclasses
+import functools
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.convert.files import describe, read_pt
+from jaxmodels.convert.lazy import Index, Lazy, copy
+from jaxmodels.convert.params import as_numpy, is_floating
+
+LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+SEQUENTIAL = re.compile(r"sequential\.(\d+)\.(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What one rank has of one layer: tensors by their name on disk."""
+
+    file: Path
+    tensors: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """All of a step: `layers[XX][rank]`."""
+
+    step: Path
+    layout: str
+    layers: Mapping[int, list[Shard]]
+
+    @property
+    def ranks(self) -> int:
+        return len(next(iter(self.layers.values())))
+
+
+def find_step(folder: Path) -> Path:
+    """The folder of a step: the one that `latest` names, or `folder` itself. Raises ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    latest = folder / "latest"
+    if latest.is_file():
+        try:
+            name = latest.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{latest} cannot be read: {error}") from None
+        if not name or Path(name).name != name or not (folder / name).is_dir():
+            raise ValueError(f"{latest} names {name!r}, which is no folder beside it")
+        return folder / name
+    if has_shards(folder):
+        return folder
+    steps = sorted(step.name for step in folder.glob("global_step*") if step.is_dir())
+    if len(steps) == 1:
+        return folder / steps[0]
+    several = f"; it has {', '.join(steps)}: name one" if steps else ""
+    raise ValueError(f"{folder} holds neither `latest` nor shards (layer_*-model_*-model_states.pt){several}")
+
+
+def has_shards(folder: Path) -> bool:
+    return any(LAYER_FILE.fullmatch(file.name) or RANK_FILE.fullmatch(file.name) for file in folder.glob("*.pt"))
+
+
+def config_files(folder: Path, step: Path) -> list[Path]:
+    """The YAML files of a step, else those beside `latest`."""
+    for configs in (step / "configs", folder / "configs", step.parent / "configs"):
+        files = sorted(file for file in configs.glob("*") if file.suffix in (".yml", ".yaml"))
+        if files:
+            return files
+    return []
+
+
+def open_step(step: Path) -> Shards:
+    """Opens every file of a step. Raises ValueError, naming files, where one is missing, damaged or no shard."""
+    found = matching(step, LAYER_FILE)
+    if found:
+        ranks = 1 + max(rank for _, rank in found)
+        layers = sorted({layer for layer, _ in found})
+        absent = [layer_file(layer, rank) for layer in layers for rank in range(ranks) if (layer, rank) not in found]
+        if absent:
+            raise ValueError(f"{step} has files of {ranks} model-parallel ranks, but not {', '.join(absent[:5])}")
+        cached = functools.lru_cache(maxsize=ranks)(tensors_in)
+        shards = {
+            layer: [Shard(found[layer, r], opened(found[layer, r], cached)) for r in range(ranks)] for layer in layers
+        }
+        return Shards(step, "layer files", shards)
+
+    files = {rank: file for (rank,), file in matching(step, RANK_FILE).items()}
+    absent = [f"mp_rank_{rank:02}_model_states.pt" for rank in range(max(files, default=0)) if rank not in files]
+    if absent or not files:
+        raise ValueError(f"{step} lacks {', '.join(absent[:5]) or 'layer_*-model_*-model_states.pt'}")
+    cached = functools.lru_cache(maxsize=len(files))(module_in)
+    by_layer: dict[int, list[Shard]] = {}
+    for rank, file in sorted(files.items()):
+        split: dict[int, dict[str, Any]] = {}
+        for name, tensor in opened(file, cached).items():
+            match = SEQUENTIAL.fullmatch(name)
+            if match is None:
+                raise ValueError(f"{file} has {name!r} in its module, which is not sequential.XX.NAME")
+            split.setdefault(int(match[1]), {})[match[2]] = tensor
+        for layer, tensors in split.items():
+            by_layer.setdefault(layer, []).append(Shard(file, tensors))
+        if any(len(held) != rank + 1 for held in by_layer.values()):
+            raise ValueError(f"{file} does not hold the same layers as the ranks before it")
+    return Shards(step, "mp_rank files", dict(sorted(by_layer.items())))
+
+
+def layer_file(layer: int, rank: int) -> str:
+    return f"layer_{layer:02}-model_{rank:02}-model_states.pt"
+
+
+def matching(step: Path, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path]:
+    """Files by the numbers in their names; raises ValueError where two have the same."""
+    found: dict[tuple[int, ...], Path] = {}
+    for file in sorted(step.iterdir()):
+        match = pattern.fullmatch(file.name)
+        if match is None:
+            continue
+        numbers = tuple(map(int, match.groups()))
+        if numbers in found:
+            raise ValueError(f"{file} and {found[numbers].name} are the same shard")
+        found[numbers] = file
+    return found
+
+
+Reader = Callable[[Path], Mapping[str, Any]]
+
+
+def opened(file: Path, reader: Reader) -> dict[str, Any]:
+    """The tensors of a file: arrays over the memory map, or, where it is no zip and cannot be mapped, ones that read
+    the file again (`reader` keeps the last files, one for each rank)."""
+    tensors = reader(file)
+    if zipfile.is_zipfile(file):
+        return dict(tensors)
+    return {
+        name: tensor if tensor is None else InOldFile(file, name, tensor.shape, tensor.dtype, reader)
+        for name, tensor in tensors.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InOldFile(Lazy):
+    """A tensor in a file of the format before torch 1.6."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    reader: Reader
+
+    def fill(self, out: np.ndarray, index: Index) -> None:
+        copy(out, self.reader(self.file)[self.name][index])
+
+
+def tensors_in(file: Path) -> dict[str, Any]:
+    """The state_dict that a layer file is."""
+    return as_arrays(file, read_pt(file))
+
+
+def module_in(file: Path) -> dict[str, Any]:
+    """The state_dict under "module"; beside it such a file has NumPy's random state."""
+    content = read_pt(file, numpy_globals())
+    if not isinstance(content, Mapping) or "module" not in content:
+        raise ValueError(f"{file} has no 'module'; it holds {describe(content)}")
+    return as_arrays(file, content["module"])
+
+
+def as_arrays(file: Path, content: Any) -> dict[str, Any]:
+    """Arrays of a state_dict, None for what is no tensor of numbers (TransformerEngine's extra state)."""
+    import torch
+
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{file} is no state_dict; it holds {describe(content)}")
+    arrays = {}
+    for name, tensor in content.items():
+        kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        array = as_numpy(tensor) if kept else None
+        arrays[str(name)] = array if array is not None and is_floating(array.dtype) else None
+    return arrays
+
+
+def numpy_globals() -> list[Any]:
+    """What NumPy's random state names in a pickle, and nothing else; older and newer NumPy call it differently."""
+    from numpy._core.multiarray import _reconstruct
+
+    return [
+        np.ndarray,
+        np.dtype,
+        np.dtypes.UInt32DType,
+        (_reconstruct, "numpy.core.multiarray._reconstruct"),
+        (_reconstruct, "numpy._core.multiarray._reconstruct"),
+    ]

@@ -1,0 +1,218 @@
+"""GPT-NeoX as `transformers` has it: it reads what we write, and we read what it writes."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from jaxmodels.convert import to_torch
+from jaxmodels.convert.hf import load_hf, open_hf, save_hf, write_hf
+from jaxmodels.convert.neox import load_neox, open_neox
+from jaxmodels.neox import NeoXConfig
+from tests.common import run
+from tests.jaxmodels.convert.originals import CONFIG, write
+from tests.jaxmodels.convert.test_neox_read import TIED, assert_holds
+from tests.jaxmodels.convert.test_neox_write import limited
+
+TANH = dataclasses.replace(CONFIG, activation="gelu_tanh", parallel_residual=False, layer_norm_eps=1e-3)
+FLOAT32 = {"dtype": torch.float32}
+
+
+def transformers_model(folder) -> transformers.GPTNeoXForCausalLM:
+    model, info = transformers.GPTNeoXForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.mark.parametrize("config", [CONFIG, TANH, TIED], ids=["parallel", "sequential, tanh", "tied"])
+def test_transformers_gives_the_same_logits(tmp_path, config):
+    """To float32's rounding: as near to the float64 truth as theirs. Another GELU would be 1000 times as far."""
+    state = write(tmp_path / "source", 2, config, **FLOAT32)
+    model = load_neox(tmp_path / "source")
+    save_hf(model, tmp_path / "hf")
+    theirs = transformers_model(tmp_path / "hf")
+    assert theirs.dtype == torch.float32
+    ids = np.random.default_rng(0).integers(0, config.n_vocab, (3, 61))
+    with torch.no_grad():
+        logits = theirs(torch.as_tensor(ids)).logits.numpy()
+        truth = theirs.double()(torch.as_tensor(ids)).logits.numpy()
+    error = np.abs(np.asarray(run(model, ids), np.float64) - truth).max()
+    assert error <= 4 * np.abs(logits - truth).max() + 1e-6
+    assert_holds(load_hf(tmp_path / "hf"), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes_and_several_files(tmp_path, dtype):
+    state = write(tmp_path / "source", 2, dtype=dtype)
+    write_hf(open_neox(tmp_path / "source"), tmp_path / "hf", file_bytes=200_000)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    theirs = transformers_model(tmp_path / "hf").state_dict()
+    assert theirs["gpt_neox.embed_in.weight"].dtype == dtype
+    assert torch.equal(theirs["gpt_neox.embed_in.weight"], state["embedding.emb.weight"])
+    key = "layers.1.attention.dense.weight"
+    assert torch.equal(theirs[f"gpt_neox.{key}"], state["layers.1.attention.output.weight"])
+    assert_holds(load_hf(tmp_path / "hf"), state)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_transformers_saves(tmp_path, tied):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 9_000.0, "partial_rotary_factor": 0.4}
+    said = transformers.GPTNeoXConfig(
+        vocab_size=84,
+        hidden_size=120,
+        num_hidden_layers=3,
+        num_attention_heads=12,
+        intermediate_size=156,
+        max_position_embeddings=77,
+        rope_parameters=rope,
+        tie_word_embeddings=tied,
+        hidden_act="gelu_new",
+    )
+    theirs = transformers.GPTNeoXForCausalLM(said)
+    theirs.save_pretrained(tmp_path)
+    source = open_hf(tmp_path)
+    assert source.config == dataclasses.replace(CONFIG, tied=tied, activation="gelu_tanh")
+    assert source.notes == ("hidden_act 'gelu_new' in config.json means gelu_tanh here",)
+    given = to_torch(source.model())
+    qkv = theirs.state_dict()["gpt_neox.layers.2.attention.query_key_value.weight"]
+    np.testing.assert_array_equal(given["layers.2.attention.qkv_lin.weight"], qkv.numpy())
+
+
+def hf_folder(tmp_path, config=CONFIG, **write_options):
+    write(tmp_path / "source", 1, config, **write_options)
+    write_hf(open_neox(tmp_path / "source"), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def edit_config(folder, **values):
+    file = folder / "config.json"
+    said = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+
+
+def edit_tensors(folder, change):
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(change({k: v.clone() for k, v in tensors.items()}), file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("keys", ["old", "new", "both", "neither"])
+def test_older_and_newer_rotary_keys(tmp_path, keys):
+    folder = hf_folder(tmp_path)
+    if keys in ("old", "neither"):
+        edit_config(folder, rope_parameters=None)
+    if keys in ("new", "neither"):
+        edit_config(folder, rotary_pct=None, rotary_emb_base=None)
+    expected = (0.25, 10_000) if keys == "neither" else (0.4, 9_000)
+    config = open_hf(folder).config
+    assert (config.rope_percentage, config.rope_base) == expected
+    theirs = transformers.AutoConfig.from_pretrained(folder).rope_parameters
+    assert (theirs["partial_rotary_factor"], theirs["rope_theta"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [("gelu", "gelu"), ("gelu_python", "gelu"), ("gelu_fast", "gelu_tanh"), ("gelu_new", "gelu_tanh")],
+)
+def test_activations_are_what_transformers_computes(tmp_path, said, means):
+    folder = hf_folder(tmp_path)
+    edit_config(folder, hidden_act=said)
+    assert open_hf(folder).config.activation == means
+    x = torch.linspace(-4, 4, 1001, dtype=torch.float64)
+    exact = torch.nn.functional.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[means])
+    assert (transformers.activations.ACT2FN[said](x) - exact).abs().max() < 1e-7  # gelu_fast has a constant of 8 digits
+
+
+def test_masks_and_frequencies_of_older_files_are_skipped(tmp_path):
+    state = write(tmp_path / "source", 1)
+    write_hf(open_neox(tmp_path / "source"), tmp_path / "hf")
+    at = "gpt_neox.layers.1.attention."
+    extra = {
+        f"{at}bias": torch.ones(77, 77).tril()[None, None].bool(),
+        f"{at}masked_bias": torch.tensor(-1e9),
+        f"{at}rotary_emb.inv_freq": 1 / 9_000.0 ** (torch.arange(0, 4, 2) / 4),
+    }
+    edit_tensors(tmp_path / "hf", lambda tensors: tensors | extra)
+    assert_holds(load_hf(tmp_path / "hf"), state)
+    edit_tensors(tmp_path / "hf", lambda tensors: tensors | {f"{at}rotary_emb.inv_freq": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"hf: .*inv_freq are not the frequencies of rope_base=9000"):
+        load_hf(tmp_path / "hf")
+
+
+def test_a_tied_readout_that_is_stored_must_be_the_embedding(tmp_path):
+    folder = hf_folder(tmp_path, TIED)
+    edit_tensors(folder, lambda tensors: tensors | {"lm_head.weight": tensors["gpt_neox.embed_in.weight"].clone()})
+    assert load_hf(folder).settings.tied
+    edit_tensors(folder, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1})
+    with pytest.raises(ValueError, match=r"unexpected embed_out\.weight"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "llama"}, "config.json is for 'llama', not for model_type 'gpt_neox'"),
+        ({"vocab_size": None}, "config.json lacks vocab_size"),
+        ({"hidden_act": "relu"}, "config.json has hidden_act 'relu'; supported are gelu, "),
+        ({"attention_bias": False}, "config.json has attention_bias False"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
+        ({"num_attention_heads": 7}, "config.json: n_hidden=120 is not divisible by n_heads=7"),
+        ({"num_hidden_layers": 4}, "missing gpt_neox.layers.3.input_layernorm.weight"),
+        ({"num_hidden_layers": 2}, "unexpected gpt_neox.layers.2.input_layernorm.weight"),
+        ({"vocab_size": 85}, "gpt_neox.embed_in.weight has shape [84, 120], expected [85, 120]"),
+        ({"tie_word_embeddings": True}, "unexpected embed_out.weight"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(tmp_path, values, message):
+    folder = hf_folder(tmp_path)
+    edit_config(folder, **values)
+    with pytest.raises(ValueError, match=f"hf.*{re.escape(message)}|(?s:hf does not hold.*{re.escape(message)})"):
+        open_hf(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '"gpt_neox"'])
+def test_a_configuration_that_is_none(tmp_path, content):
+    folder = hf_folder(tmp_path)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read|is for)"):
+        open_hf(folder)
+
+
+def test_a_folder_without_safetensors_says_what_it_has(tmp_path):
+    folder = hf_folder(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"hf has no model\.safetensors and no index of one, but pytorch_model\.bin"):
+        open_hf(folder)
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    folder = hf_folder(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors | {"embed_out.weight": torch.zeros(84, 120, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=r"embed_out\.weight is int8, no floating type"):
+        open_hf(folder)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path):
+    folder = hf_folder(tmp_path)
+    content = (folder / "model.safetensors").read_bytes()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with limited(100_000), pytest.raises(OSError, match=r"too large.*model\.safetensors"):
+        write_hf(open_hf(folder), folder, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (folder / "model.safetensors").read_bytes() == content
+
+
+def test_presets_are_what_the_published_configurations_say(tmp_path):
+    """transformers' own defaults are 20B's."""
+    transformers.GPTNeoXConfig(hidden_act="gelu_fast", architectures=["GPTNeoXForCausalLM"]).save_pretrained(tmp_path)
+    from jaxmodels.convert.hf import read_config
+
+    config, _ = read_config(tmp_path / "config.json")
+    assert config == NeoXConfig.neox_20b()
