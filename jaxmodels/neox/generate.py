@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    arguments.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder that jaxmodels.save wrote")
+    arguments.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a folder: jaxmodels.save's, transformers', or shards"
+    )
     arguments.add_argument("--prompt", required=True, help="the text to continue")
     arguments.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="at most so many (default 100)")
     arguments.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default); 1 draws as predicted")
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help=f"end before this text; repeatable ({END_OF_TEXT} ends always)",
     )
+    arguments.add_argument("--config", metavar="CONFIG", help="of shards without a YAML file: a preset's name, or JSON")
     arguments.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="cast the weights (default: keep)"
     )
@@ -86,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     check(np.asarray([ids]), options.max_new_tokens, **settings, rng=options.seed)
 
-    model = open_checkpoint(options.checkpoint, options.dtype)
+    model = open_checkpoint(options.checkpoint, options.dtype, options.config)
     n_vocab, n_tokens = model.settings.n_vocab, 1 + max(tokenizer.get_vocab().values())
     if n_tokens > n_vocab:
         raise ValueError(f"the tokenizer has {n_tokens} tokens, the model only {n_vocab}: they do not belong together")
@@ -116,20 +119,20 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def open_checkpoint(folder: Path, dtype: str | None = None) -> Any:
-    """The NeoX model in a folder, its layers listed; raises ValueError where there is none."""
-    import jax
+def open_checkpoint(folder: Path, dtype: str | None = None, config: str | None = None) -> Any:
+    """The NeoX model in a folder of any of the three formats, its layers listed, straight in the dtype asked for.
 
-    import jaxmodels
+    config: a preset's name or JSON, for shards that do not say what they are. Raises ValueError where there is none.
+    """
+    from flax import nnx
+
+    from jaxmodels.convert.commands import configured, opened
+    from jaxmodels.convert.place import placed
     from jaxmodels.neox import NeoX
 
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
-    model = jaxmodels.load(folder)
-    if not isinstance(model, NeoX):
-        raise ValueError(f"{folder} holds a model of another kind, {type(model).__name__}")
-    model = model.unstacked()
-    return model if dtype is None else jax.tree.map(lambda array: array.astype(dtype), model)
+    source = opened(folder, configured(config))
+    abstract = nnx.eval_shape(lambda: NeoX(source.config, stacked=False, rngs=nnx.Rngs(0)))
+    return placed(abstract, source.tensors, dtype, None, folder.name)
 
 
 def open_tokenizer(file: Path | None, folder: Path) -> Tokenizer:

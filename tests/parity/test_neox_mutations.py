@@ -160,7 +160,7 @@ def last_layer_skipped_by_the_scan(monkeypatch):
     monkeypatch.setattr(model.NeoX, "forward", forward)
 
 
-def test_an_error_of_the_scan_alone_is_found(monkeypatch):
+def test_an_error_of_the_scan_alone_is_found_and_named(monkeypatch):
     last_layer_skipped_by_the_scan(monkeypatch)
     report = checked(n_layers=2)
     assert {"output", "parameter gradients"} <= {c.kind for c in report.checks if not c.passed}

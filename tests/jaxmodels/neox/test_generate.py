@@ -1,5 +1,7 @@
 """The command on a tiny checkpoint with a tiny byte-level tokenizer, both made here."""
 
+import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +15,8 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxmodels
+from jaxmodels.convert.hf import save_hf
+from jaxmodels.convert.neox import save_neox
 from jaxmodels.generate import generate
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.generate import END_OF_TEXT, Stream, Text, main, open_checkpoint, open_tokenizer
@@ -39,7 +43,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     """A model whose padding rows would win every draw, if they could."""
-    config = NeoXConfig(tokenizer.get_vocab_size() + 21, 3 * 10, 2, 3, rope_percentage=0.4, n_ff=17)
+    config = NeoXConfig(tokenizer.get_vocab_size() + 21, 3 * 10, 2, 3, rope_percentage=0.4, n_ff=18)
     model = filled(lambda: NeoX(config, rngs=nnx.Rngs(0)))
     for bias in (model.final_norm.ln.bias, model.layers.ffn.dense_h4_h.bias):
         bias[...] = jnp.zeros_like(bias)
@@ -97,6 +101,22 @@ def test_a_stream_is_what_generate_returns_at_once(model, cut, tokenizer, settin
     expected = np.asarray(generate(cut, jnp.asarray([ids]), N, **settings, rng=rng))[0].tolist()
     stream = Stream(model.unstacked(), len(ids), N, tokenizer.get_vocab_size(), **settings, seed=3)
     assert list(stream(ids)) == expected
+
+
+def test_every_format_of_a_checkpoint_generates_the_same(tmp_path, checkpoint, model, tokenizer, new, capsys):
+    beside = ["--tokenizer", str(checkpoint / "tokenizer.json")]
+    save_hf(model, tmp_path / "hf")
+    save_neox(model, tmp_path / "shards", model_parallel=3)
+    whole = PROMPT + tokenizer.decode(new).rstrip("\ufffd") + "\n"
+    for name in ("hf", "shards"):
+        assert main(command(tmp_path / name, *beside)) == 0
+        assert capsys.readouterr().out == whole
+    for file in (tmp_path / "shards").rglob("*.yml"):
+        file.unlink()
+    assert main(command(tmp_path / "shards", *beside)) == 2
+    capsys.readouterr()
+    assert main(command(tmp_path / "shards", *beside, "--config", json.dumps(dataclasses.asdict(model.settings)))) == 0
+    assert capsys.readouterr().out == whole
 
 
 def test_a_seed_says_what_is_drawn(checkpoint, capsys):
@@ -199,9 +219,9 @@ def test_bad_settings_are_one_clear_line(checkpoint, capsys, more, match):
 def test_a_folder_without_a_checkpoint_is_one_clear_line(tmp_path, checkpoint, capsys):
     tokenizer = ["--tokenizer", str(checkpoint / "tokenizer.json")]
     assert main(command(tmp_path / "nowhere", *tokenizer)) == 2
-    assert "nowhere is no folder" in capsys.readouterr().err
+    assert "nowhere is not a folder" in capsys.readouterr().err
     assert main(command(tmp_path, *tokenizer)) == 2
-    assert "config.json" in capsys.readouterr().err
+    assert "holds neither" in capsys.readouterr().err
     jaxmodels.save(language_model("rotary"), tmp_path / "other")
     assert main(command(tmp_path / "other", *tokenizer)) == 2
     assert "AutoregressiveTransformer" in capsys.readouterr().err
