@@ -1,0 +1,11 @@
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory):
+    """A folder for --compile-cache: what several runs of the tests compile, most of their time, is compiled once."""
+    yield tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
