@@ -85,7 +85,8 @@ class Embed(nnx.Embed):
     def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
         # Not Flax's own lookup, which casts to the dtype of the first table: a model made in float32 and given float64
         # weights would compute, and differentiate, in float32 from here on.
-        return self.embedding[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        table = constrain(self.embedding[...], "VD")  # whole: rows of any device's ids are looked up in it
+        return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class Dropout(nnx.Dropout):

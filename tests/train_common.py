@@ -48,9 +48,13 @@ def program(
     return step.Program(make, transformation or optax.adam(0.1), mesh.make_mesh(on), **options)
 
 
+STARTED: list[subprocess.Popen] = []  # a test that fails leaves none running: see tests/train/conftest.py
+
+
 def start(*arguments: object, **environment: str) -> subprocess.Popen:
     """python -m …, in a process of its own."""
     command = [sys.executable, "-m", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     given = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=given, **pipes)
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, env=given, **pipes))
+    return STARTED[-1]

@@ -165,6 +165,7 @@ class Processes:
             raise ValueError("--coordinator, --processes and --process belong together")
         if not self.distributed and not any(given):
             return
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
         jax.distributed.initialize(
             self.coordinator, self.processes, self.process, heartbeat_timeout_seconds=self.peer_timeout
         )
