@@ -55,6 +55,6 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen:
     """python -m …, in a process of its own."""
     command = [sys.executable, "-m", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    given = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
+    given = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
     STARTED.append(subprocess.Popen(command, cwd=ROOT, env=given, **pipes))
     return STARTED[-1]

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
+import jax
+import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh
 
 from train.checkpoints import write_durably
 from train.command import peek
-from train.mesh import Processes
+from train.mesh import Processes, check_batch
 from train.optimizers import OptimizerName, ScheduleName, adam, adamw, make_schedule
-from train.step import Numerics, Precision, Remat
+from train.step import Batch, Losses, Numerics, Precision, Program, Remat, token_losses
 
 FORMAT = 2
 FILE = "config.json"
@@ -109,6 +112,31 @@ class Config:
         if self.optimizer == "adamw":
             return adamw(rate, self.weight_decay, self.clip, b2=self.b2, eps=self.eps)
         return adam(rate, self.optimizer, self.clip, b2=self.b2, eps=self.eps)
+
+    def program(self, n_vocab: int, mesh: Mesh) -> Program:
+        """The step of this experiment on a mesh; raises ValueError where they do not fit."""
+        check_batch(mesh, self.batch_size, self.accumulate)
+        return Program(
+            lambda: self.model(n_vocab),
+            self.transformation(self.width),
+            mesh,
+            self.numerics(),
+            losses=self.losses(),
+            trains=self.trains,
+            dropout=getattr(self, "dropout", 0) > 0,
+        )
+
+    def losses(self) -> Losses:
+        """What is averaged and minimised: (model, batch, rng) -> nats [B, S]."""
+        return token_losses
+
+    def trains(self, path: str) -> bool:
+        """Whether the optimizer changes a parameter, by its dotted path."""
+        return True
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and dtypes of a batch."""
+        return {"tokens": jax.ShapeDtypeStruct((self.batch_size, self.seq_len + 1), np.int32)}
 
     def numerics(self) -> Numerics:
         return Numerics(self.accumulate, self.compute_dtype, self.param_dtype, self.remat)

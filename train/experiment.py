@@ -22,10 +22,10 @@ from train.command import Stop, interruptible, one_line_errors
 from train.config import Options, parse, read_about, write_about
 from train.data import Batches, Example, Task, Windows, endless
 from train.loop import Evaluation, Loop, Told
-from train.mesh import agree, check_batch, is_first, make_mesh
+from train.mesh import agree, is_first, make_mesh
 from train.ngram import NGram
 from train.sample import continue_text
-from train.step import Losses, Program, token_losses
+from train.step import Program
 from train.tokenize import open_tokens
 
 SAMPLE_FROM, SAMPLE = 30, 100  # tokens of the held-out text, and how many the model writes on
@@ -79,10 +79,6 @@ class Config(config.Config):
             tokens.validation,
         )
 
-    def losses(self) -> Losses:
-        """What is averaged and minimised."""
-        return token_losses
-
     def baseline(self, task: Task, predicted: int) -> tuple[str, float] | None:
         """A bar to clear: its name and its loss over the first so many tokens of the validation, or None."""
         if task.train_ids is None or task.validation_ids is None or len(task.train_ids) > NGRAM_TOKENS:
@@ -95,19 +91,6 @@ class Config(config.Config):
         ids = task.validation[0]["tokens"][:SAMPLE_FROM]
         written = continue_text(model, ids, SAMPLE, self.seq_len, interrupted=interrupted)
         return f"{task.vocabulary.decode(ids)}|{task.vocabulary.decode(written)}", {}
-
-
-def make_program(settings: Config, n_vocab: int, mesh: Any) -> Program:
-    """The step of an experiment on a mesh; raises ValueError where they do not fit."""
-    check_batch(mesh, settings.batch_size, settings.accumulate)
-    return Program(
-        lambda: settings.model(n_vocab),
-        settings.transformation(settings.width),
-        mesh,
-        settings.numerics(),
-        losses=settings.losses(),
-        dropout=settings.dropout > 0,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +110,7 @@ class Run:
         """Raises ValueError where configuration, data, mesh and what is in the folder do not fit, before any work."""
         mesh = make_mesh(options.mesh)
         task = settings.task()
-        program = make_program(settings, len(task.vocabulary), mesh)
+        program = settings.program(len(task.vocabulary), mesh)
         if (folder / config.FILE).exists() and read_about(folder)["sha256"] != task.sha256:
             raise ValueError(f"{folder} was trained on another text than {settings.text}: go on with its own --text")
         agree(False)  # all have looked before one writes
@@ -155,14 +138,7 @@ class Run:
 
     def flops(self) -> int:
         """Of a step's matrix products: those of the forward pass three times, whatever is computed again."""
-        example = self.task.train[0]
-        batch = {name: np.broadcast_to(a, (self.settings.batch_size, *a.shape)) for name, a in example.items()}
-        abstract = self.program.abstract_batch(batch)
-        program = self.program
-        forward = flops.count(
-            lambda s, b: program.losses(program.model(s), b, None), program.abstract_state(), abstract
-        )
-        return 3 * forward
+        return 3 * flops.of_forward(self.program, self.settings.abstract_batch())
 
     def next_report(self) -> int:
         """The step after which the next report is due."""
@@ -212,7 +188,7 @@ def train(run: Run, options: Options, stop: Stop, console: Console) -> float | N
         loop = Loop(program, position, run.batches, stop, tell)
         if position.step < settings.steps and not agree(bool(stop)):
             began = time.perf_counter()
-            loop.compile(run.task.train[0])
+            loop.compile(settings.abstract_batch())
             seconds = time.perf_counter() - began
             console.print(f"the step compiled in {seconds:.1f} s; {flops_per_step / 1e9:,.3g} GFLOP in matrix products")
             if options.profile:

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from train.step import Batch, Program
+
 # Of one chip or GPU: bfloat16 matrix products per second, dense, bytes per second from its memory, and, of TPUs, bytes
 # per second over all its links to neighbours together, as the makers state them. Keys begin a device's kind.
 PEAKS = {
@@ -32,6 +34,12 @@ def count(function: Callable[..., Any], *arguments: Any) -> int:
     A loop whose trips are not known when it is traced counts once.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def of_forward(program: Program, batch: Batch) -> int:
+    """Of a step's forward pass, over all devices."""
+    arguments = program.abstract_state(), program.abstract_batch(batch)
+    return count(lambda state, batch: program.losses(program.model(state), batch, None), *arguments)
 
 
 def _count(jaxpr: Any) -> int:

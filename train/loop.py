@@ -17,7 +17,7 @@ from train.checkpoints import Position
 from train.command import Stop
 from train.data import Batches, Example, in_batches, stack
 from train.mesh import agree
-from train.step import Metrics, Program, stop_sharding, without_optimizer
+from train.step import Batch, Metrics, Program, stop_sharding, without_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,9 @@ class Loop:
             for wish in (False, True)
         }
 
-    def compile(self, example: Example) -> None:
-        """Compiles the step for batches of such examples; another shape is an error from then on."""
-        shape = {
-            name: jax.ShapeDtypeStruct((self.batches.batch_size, *array.shape), array.dtype)
-            for name, array in example.items()
-        }
-        self.compiled = self.program.lower_step(shape).compile()
+    def compile(self, batch: Batch) -> None:
+        """Compiles the step for batches of this shape, which may be abstract; another is an error from then on."""
+        self.compiled = self.program.lower_step(batch).compile()
 
     def advance(self, until: int) -> bool:
         """Steps until so many are taken: True; or until any process was asked to end: False.
