@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.checkpoint import dotted
-from jaxmodels.convert.params import with_arrays
+from jaxmodels.convert.params import flat_arrays, with_arrays
 from jaxmodels.layers import hooks
 from train.mesh import BATCH, batch_sharding, parameter_specs, place
 
@@ -118,6 +118,12 @@ class Program:
         fixed = {name: array for name, array in arrays.items() if name not in self.trained}
         step = jnp.zeros((), jnp.int32)
         return State(step, jax.random.key(seed), params, fixed, self.transformation.init(params))
+
+    def state_of(self, model: Any) -> State:
+        """The state before the first step, from a model's own arrays."""
+        arrays = {dotted(path): array for path, array in flat_arrays(model).items()}
+        state = self.fresh(cast(arrays, self.numerics.param_dtype), jnp.uint32(0))
+        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state()))
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and places of the state."""

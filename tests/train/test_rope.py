@@ -1,23 +1,27 @@
-"""The command lines, from text to text: `python -m train.rope`, `train.sample`, `train.evaluate`."""
+"""The command lines, from text to text: `python -m train.rope`, `train.sample`, `train.evaluate`, `train.plot`."""
 
 import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxmodels
 from jaxmodels.text import CharVocabulary, load_vocabulary
+from jaxmodels.transformer import AutoregressiveTransformer
 from tests.train_common import ROOT, TEXT, TINY, start
-from train import metrics, rope, sample
+from train import evaluate, metrics, plot, rope, sample
 from train.checkpoints import latest_model
 from train.command import one_line_errors
 from train.config import parse
 from train.experiment import main
+from train.tokenize import main as main_tokenize
 
 PROGRAM = "python -m train.rope"
 
@@ -195,3 +199,63 @@ def test_sample_refuses_bad_input(flags, message, run):
 def test_sample_needs_a_run(tmp_path):
     with pytest.raises(ValueError, match="holds no training run"):
         sample.main([str(tmp_path)])
+
+
+def evaluated(capsys, *arguments: object) -> dict[str, float]:
+    capsys.readouterr()
+    evaluate.main(list(map(str, arguments)))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return {line[:22].strip(): float(line[22:].split()[0]) for line in lines}
+
+
+def test_evaluate_finds_the_loss_that_training_did(run, tmp_path, capsys):
+    expected = metrics.read(run)[-1]["validation_loss"]
+    found = evaluated(capsys, run)
+    assert found["loss"] == pytest.approx(expected, abs=1e-4)
+    assert found["perplexity"] == pytest.approx(np.exp(expected), rel=1e-4)
+    assert found["bits per character"] == found["bits per byte"] == pytest.approx(expected / np.log(2), abs=1e-4)
+
+    # the same as a model with a vocabulary of its own, on a text in a file
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(TEXT[int(0.9 * len(TEXT)) :])
+    model = shutil.copytree(run / "checkpoints" / "7" / "model", tmp_path / "model")
+    shutil.copy(run / "vocabulary.json", model)
+    assert evaluated(capsys, model, "--text", held_out, "--seq-len", 11, "--batch-size", 5) == found
+
+
+def test_bits_per_byte_and_per_character_are_of_the_text_that_was_predicted(run, tmp_path, capsys):
+    main_tokenize([str(ROOT / "LICENSE"), str(tmp_path / "tokens"), "--kind", "bytes"])
+    model = AutoregressiveTransformer(256, 6, 3, 5, 1, rngs=nnx.Rngs(0))
+    jaxmodels.save(model, tmp_path / "model")
+    shutil.copy(tmp_path / "tokens" / "vocabulary.json", tmp_path / "model")
+    (tmp_path / "wide.txt").write_text("ñ€" * 50)  # 2 and 3 bytes, one character each
+    found = evaluated(capsys, tmp_path / "model", "--text", tmp_path / "wide.txt", "--seq-len", 10)
+    assert found["bits per byte"] == pytest.approx(found["loss"] / np.log(2), abs=1e-3)
+    assert found["bits per character"] == pytest.approx(2.5 * found["bits per byte"], rel=0.02)  # one is cut in two
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["{run}", "--text", "{empty}/nothing"], "is not python_docs"),
+        (["{run}", "--seq-len", "600"], "the given text has 522 tokens"),
+        (["{run}/checkpoints/7/model"], "is not a vocabulary"),
+        (["{empty}"], "holds no config.json"),
+        (["{run}", "--mesh", "data=3"], "which does not divide the 1 there are"),
+    ],
+)
+def test_evaluate_refuses_bad_input(flags, message, run, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([flag.format(run=run, empty=tmp_path) for flag in flags])
+
+
+def test_plot_draws_runs(run, tmp_path):
+    plot.main([str(run), str(run), "--out", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    train, validation = plot.curves(run)
+    np.testing.assert_array_equal(train[:, 0], range(1, 8))
+    np.testing.assert_array_equal(validation[:, 0], [5, 7])
+    with pytest.raises(ValueError, match=r"holds no metrics.jsonl"):
+        plot.main([str(tmp_path)])
+    with pytest.raises(ValueError, match="at least one run"):
+        plot.main([])
