@@ -183,7 +183,7 @@ class Command(Generic[ConfigType]):
 def parse(kind: type[ConfigType], program: str, arguments: Sequence[str]) -> Command[ConfigType]:
     """The command line; what is not given comes from --resume's run, else from --preset.
 
-    Raises ValueError where --resume names no run, where the run has another configuration, and for an unknown preset.
+    Raises ValueError where --resume names no run, and for an unknown preset.
     """
     resume, preset = peek(arguments, "--resume"), peek(arguments, "--preset")
     if preset is not None and preset not in kind.PRESETS:
@@ -195,15 +195,16 @@ def parse(kind: type[ConfigType], program: str, arguments: Sequence[str]) -> Com
     default = saved if saved and preset is None else getattr(kind, chosen)()
     folder = Path("runs") / program.rpartition(".")[2]
     command: Any = tyro.cli(Command[kind], default=Command(default, chosen, folder), args=arguments, prog=program)  # type: ignore[valid-type]
-    if (command.run / FILE).exists():
-        check_same(saved_config(kind, command.run), command.config, command.run)
-    elif command.run.exists() and (not command.run.is_dir() or any(command.run.iterdir())):
-        raise ValueError(f"{command.run} is there and holds no training run: name another folder with --out")
     return command
 
 
-def check_same(saved: Config, given: Config, run: Path) -> None:
-    """Raises ValueError where a run was trained with other values than are given."""
+def check_folder(given: Config, run: Path) -> None:
+    """Raises ValueError where a folder holds something else than a run, or one with other values than are given."""
+    if not (run / FILE).exists():
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ValueError(f"{run} is there and holds no training run: name another folder with --out")
+        return
+    saved = saved_config(type(given), run)
     may = MAY_CHANGE if saved.schedule == "cosine" else MAY_CHANGE | {"steps"}
     theirs, ours = dataclasses.asdict(saved), dataclasses.asdict(given)
     changed = [name for name in theirs if name not in may and theirs[name] != ours[name]]

@@ -19,7 +19,7 @@ from rich.console import Console
 from train import config, flops, metrics
 from train.checkpoints import Checkpoints, Position
 from train.command import Stop, interruptible, one_line_errors
-from train.config import Options, parse, read_about, write_about
+from train.config import Options, check_folder, parse, read_about, write_about
 from train.data import Batches, Example, Task, Windows, endless
 from train.loop import Evaluation, Loop, Told
 from train.mesh import agree, is_first, make_mesh
@@ -87,7 +87,7 @@ class Config(config.Config):
         return f"{task.vocabulary.unit} 4-gram (Witten-Bell)", float(nats[1:].mean())
 
     def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
-        """What a report prints beside the loss, a greedy sample, and numbers for the log."""
+        """What a report prints beside the loss, what the model writes greedily, and numbers for the log."""
         ids = task.validation[0]["tokens"][:SAMPLE_FROM]
         written = continue_text(model, ids, SAMPLE, self.seq_len, interrupted=interrupted)
         return f"{task.vocabulary.decode(ids)}|{task.vocabulary.decode(written)}", {}
@@ -177,7 +177,7 @@ def train(run: Run, options: Options, stop: Stop, console: Console) -> float | N
             model = program.model(position.state, settings.compute_dtype)
             text, numbers = settings.show(model, run.task, lambda: agree(bool(stop)))
             recent = np.mean(position.losses[-100:])
-            console.print(f"step {position.step}: loss {recent:.3f}, validation loss {loss:.3f}, greedy sample:")
+            console.print(f"step {position.step}: loss {recent:.3f}, validation loss {loss:.3f}, written greedily:")
             console.print("    " + text.replace("\n", "\n    "))
             if log is not None:
                 log.write(position.step, {"validation_loss": loss, **numbers})
@@ -204,29 +204,53 @@ def train(run: Run, options: Options, stop: Stop, console: Console) -> float | N
         return report() if position.step >= settings.steps else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to: its validation loss, that of a baseline, and how many parameters it trained."""
+
+    loss: float
+    baseline: tuple[str, float] | None
+    parameters: int
+
+
+def carry_out(
+    settings: Config, folder: Path, options: Options, stop: Stop, console: Console, go_on: str
+) -> Result | None:
+    """A run from where its folder stands to its result; None where it was ended, having said how to go on.
+
+    Raises ValueError for bad input, before any work, and where a loss is not finite.
+    """
+    run = Run.open(settings, folder, options)
+    unit = run.task.vocabulary.unit
+    console.print(f"{run.task.about}; {run.parameters:,} parameters")
+    if run.position.step:
+        console.print(f"going on from step {run.position.step}")
+    predicted = len(run.held_out()) * settings.seq_len
+    baseline = settings.baseline(run.task, predicted)
+    if baseline is not None:
+        console.print(f"{baseline[0]}: validation loss {baseline[1]:.3f} nats per {unit}")
+    loss = train(run, options, stop, console)
+    if loss is None:
+        console.print(f"stopped at step {run.position.step}; go on with: {go_on}")
+        return None
+    console.print(f"\nvalidation loss, nats per {unit}, over the same {predicted:,}")
+    if baseline is not None:
+        console.print(f"    {baseline[1]:.3f}  {baseline[0]}")
+    console.print(f"    {loss:.3f}  this model after {run.position.step:,} steps")
+    return Result(loss, baseline, run.parameters)
+
+
 def main(kind: type[Config], program_name: str, arguments: Sequence[str]) -> int:
     """Trains; the exit code: 0, or 130 where Ctrl-C ended it early. Raises ValueError for bad input."""
     with interruptible() as stop:
         command = parse(kind, program_name, arguments)
-        settings, console = command.config, start(command.options)
-        run = Run.open(settings, command.run, command.options)
-        unit = run.task.vocabulary.unit
-        console.print(f"{run.task.about}; {run.parameters:,} parameters")
-        if run.position.step:
-            console.print(f"going on from step {run.position.step}")
-        predicted = len(run.held_out()) * settings.seq_len
-        baseline = settings.baseline(run.task, predicted)
-        if baseline is not None:
-            console.print(f"{baseline[0]}: validation loss {baseline[1]:.3f} nats per {unit}")
-        loss = train(run, command.options, stop, console)
-        if loss is None:
-            console.print(f"stopped at step {run.position.step}; go on with: {program_name} --resume {command.run}")
+        folder = command.run
+        check_folder(command.config, folder)
+        console = start(command.options)
+        go_on = f"{program_name} --resume {folder}"
+        if carry_out(command.config, folder, command.options, stop, console, go_on) is None:
             return stop.exit_code
-        console.print(f"\nvalidation loss, nats per {unit}, over the same {predicted:,}")
-        if baseline is not None:
-            console.print(f"    {baseline[1]:.3f}  {baseline[0]}")
-        console.print(f"    {loss:.3f}  this model after {run.position.step:,} steps")
-        console.print(f"saved; write text with: python -m train.sample {command.run}")
+        console.print(f"saved; write text with: python -m train.sample {folder}")
         return 0
 
 
@@ -241,9 +265,14 @@ def start(options: Options) -> Console:
 
 
 def run_script(kind: type[Config], program_name: str) -> None:
-    """`main` as a program: bad input is one line on standard error."""
+    """`main` as a program."""
+    as_program(lambda arguments: main(kind, program_name, arguments), program_name)
+
+
+def as_program(function: Callable[[Sequence[str]], int], program_name: str) -> None:
+    """Ends with the code of a function of the arguments; bad input is one line on standard error."""
     with one_line_errors(program_name), together(program_name):
-        sys.exit(main(kind, program_name, sys.argv[1:]))
+        sys.exit(function(sys.argv[1:]))
 
 
 @contextlib.contextmanager

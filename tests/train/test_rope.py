@@ -53,7 +53,7 @@ def run(run_and_output) -> Path:
 
 def test_what_a_run_prints_and_leaves(run_and_output):
     run, out = run_and_output
-    assert re.search(r"^step 5: loss \d\.\d+, validation loss \d\.\d+, greedy sample:\n    .*\|", out, re.M)
+    assert re.search(r"^step 5: loss \d\.\d+, validation loss \d\.\d+, written greedily:\n    .*\|", out, re.M)
     assert "step 7/7" in out  # the progress bar
     bar, reached = re.search(r"(\d\.\d+)  character 4-gram .*\n +(\d\.\d+)  this model after 7 steps", out).groups()
     assert 0 < float(bar) < float(reached)  # seven steps are not enough
