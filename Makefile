@@ -6,11 +6,13 @@
 #
 # PYTHON       the interpreter .venv is made with (3.11 or newer).
 # TORCH_INDEX  another package index to take torch from, e.g. the one that PyTorch keeps for its CPU builds.
+# EXTRAS       what .venv is made with: dev, or dev,plan to compile for TPUs too (libtpu, 700 MB).
 # ARGS         passed on: make parity ARGS="rope --report parity.html"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+EXTRAS ?= dev
 ARGS ?=
 
 BIN = .venv/bin
@@ -43,5 +45,5 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@

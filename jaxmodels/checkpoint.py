@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,18 @@ def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False) -> N
 
     Raises ValueError where the folder is not empty and `overwrite` is not set, or the model's class is not in MODELS.
     """
+    config = describe(model)
+    with written_beside(folder, overwrite=overwrite) as beside:
+        save_arrays(beside / "params", model)
+        (beside / "config.json").write_text(config, encoding="utf-8")
+
+
+def describe(model: Any) -> str:
+    """What config.json says of a model; raises ValueError where its class is not in MODELS."""
     name = type(model).__name__
     if type(model) is not model_class(name):
         raise ValueError(f"model is a {type(model).__module__}.{name}, not the {name} of this project")
-    config = {"format": FORMAT, "model": name, "config": model.config()}
-    with written_beside(folder, overwrite=overwrite) as beside:
-        save_arrays(beside / "params", model)
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return json.dumps({"format": FORMAT, "model": name, "config": model.config()}, indent=2) + "\n"
 
 
 def load(folder: str | os.PathLike) -> Any:
@@ -95,10 +100,22 @@ def load_arrays(folder: Path, module: Any) -> Any:
 
     Raises ValueError where the folder is damaged or holds other arrays, and for float64 as `load` does.
     """
+    targets = {dotted(path): (path, array) for path, array in flat_arrays(module).items()}
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    arrays = read_arrays(folder, {key: (array.shape, device) for key, (_, array) in targets.items()})
+    return with_arrays(module, {path: arrays[key] for key, (path, _) in targets.items()})
+
+
+def read_arrays(
+    folder: Path, targets: Mapping[str, tuple[tuple[int, ...], jax.sharding.Sharding]]
+) -> dict[str, jax.Array]:
+    """Arrays by name out of an Orbax checkpoint: targets are their shapes and where they shall lie.
+
+    Raises ValueError as `load_arrays` does.
+    """
     from orbax.checkpoint import v1 as ocp
 
     folder = folder.absolute()  # Orbax takes no other
-    targets = {dotted(path): (path, array) for path, array in flat_arrays(module).items()}
     try:
         stored = ocp.metadata(folder).metadata
         if stored is None:  # Orbax only logs what is wrong
@@ -108,14 +125,16 @@ def load_arrays(folder: Path, module: Any) -> Any:
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
     wrong += [
-        f"{key} has shape {list(stored[key].shape)}, expected {list(array.shape)}"
-        for key, (_, array) in targets.items()
-        if key in stored and stored[key].shape != array.shape
+        f"{key} has shape {list(stored[key].shape)}, expected {list(shape)}"
+        for key, (shape, _) in targets.items()
+        if key in stored and stored[key].shape != shape
     ]
     if wrong:
         raise ValueError(f"{folder} does not hold the arrays of its configuration:\n  " + "\n  ".join(wrong))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {key: jax.ShapeDtypeStruct(stored[key].shape, stored[key].dtype, sharding=device) for key in targets}
+    abstract = {
+        key: jax.ShapeDtypeStruct(shape, stored[key].dtype, sharding=sharding)
+        for key, (shape, sharding) in targets.items()
+    }
     try:
         arrays = ocp.load(folder, abstract)
     except Exception as error:  # of many kinds here too
@@ -123,7 +142,7 @@ def load_arrays(folder: Path, module: Any) -> Any:
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
     if narrowed:
         raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
-    return with_arrays(module, {path: arrays[key] for key, (path, _) in targets.items()})
+    return arrays
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -6,12 +6,49 @@ Flax's own defaults differ from PyTorch's in every one of these: the distributio
 epsilon (1e-6 against 1e-5) and its variance (E[x²] - E[x]², which cancels badly when the mean is large).
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+_placement: contextvars.ContextVar[Callable[[jax.Array, str], jax.Array] | None]
+_placement = contextvars.ContextVar("placement", default=None)
+_remat: contextvars.ContextVar[Callable[[Callable], Callable] | None] = contextvars.ContextVar("remat", default=None)
+
+
+@contextlib.contextmanager
+def hooks(
+    *,
+    placement: Callable[[jax.Array, str], jax.Array] | None = None,
+    remat: Callable[[Callable], Callable] | None = None,
+) -> Iterator[None]:
+    """What `constrain` and `rematerialised` do to models that are traced inside the block; None: nothing.
+
+    A function that jit has traced before keeps what it was traced with: trace a function of its own for each.
+    """
+    tokens = _placement.set(placement), _remat.set(remat)
+    try:
+        yield
+    finally:
+        _placement.reset(tokens[0])
+        _remat.reset(tokens[1])
+
+
+def constrain(x: jax.Array, name: str) -> jax.Array:
+    """x, placed over devices as its name says: a letter per axis, such as "SBD". The identity where no mesh is set."""
+    place = _placement.get()
+    return x if place is None else place(x, name)
+
+
+def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's call, which the backward pass repeats instead of keeping its inside, where training asks for that."""
+    wrap = _remat.get()
+    return function if wrap is None else wrap(function)
 
 
 def uniform(fan_in: int) -> Callable[..., jax.Array]:
@@ -51,7 +88,8 @@ class Embed(nnx.Embed):
     def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
         # Not Flax's own lookup, which casts to the dtype of the first table: a model made in float32 and given float64
         # weights would compute, and differentiate, in float32 from here on.
-        return self.embedding[...].at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        table = constrain(self.embedding[...], "VD")  # whole: rows of any device's ids are looked up in it
+        return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class Dropout(nnx.Dropout):

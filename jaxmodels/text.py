@@ -1,12 +1,14 @@
-"""Text to train on, and the character vocabulary of the original experiments."""
+"""Text to train on, and vocabularies: characters, as in the original experiments, bytes, tokenizer files."""
 
 import dataclasses
+import functools
 import hashlib
 import http.client
 import json
 import os
 import urllib.request
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -83,6 +85,7 @@ class CharVocabulary:
     """One token per character: id = the character's place in `characters`."""
 
     characters: str
+    unit: ClassVar[str] = "character"
 
     @classmethod
     def of(cls, text: str) -> "CharVocabulary":
@@ -120,3 +123,84 @@ class CharVocabulary:
             return cls(characters)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a character vocabulary: {error!r}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteVocabulary:
+    """One token per byte of UTF-8, 256 of them: any text can be written, and no table is needed."""
+
+    unit: ClassVar[str] = "byte"
+
+    def __len__(self) -> int:
+        return 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 ids [number of bytes]."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of ids [n]; bytes that are no UTF-8, as a piece of text may begin and end with, become �."""
+        return bytes(np.asarray(ids).tolist()).decode("utf-8", errors="replace")
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps({"bytes": 256}) + "\n", encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFile:
+    """The vocabulary of a `tokenizers` file (tokenizer.json), whose text is `content`; needs that package."""
+
+    content: str
+    unit: ClassVar[str] = "token"
+
+    @classmethod
+    def read(cls, file: str | os.PathLike) -> "TokenizerFile":
+        """Raises ValueError where the file is missing or no tokenizer."""
+        try:
+            vocabulary = cls(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"tokenizer {file} cannot be read: {error}") from None
+        len(vocabulary)
+        return vocabulary
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The package's own object; raises ValueError where the content is none."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError("a tokenizer file needs the package tokenizers: pip install 'jaxmodels[neox]'") from None
+        try:
+            return Tokenizer.from_str(self.content)
+        except Exception as error:  # the package raises bare Exceptions
+            raise ValueError(f"this is no tokenizer.json: {error}") from None
+
+    def __len__(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 ids, without the special tokens that some tokenizers put around a text."""
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps({"tokenizer": self.content}) + "\n", encoding="utf-8")
+
+
+Vocabulary = CharVocabulary | ByteVocabulary | TokenizerFile
+
+
+def load_vocabulary(file: Path) -> Vocabulary:
+    """What any vocabulary's `save` wrote; raises ValueError where the file is missing or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not a vocabulary: {error!r}") from None
+    match content:
+        case {"bytes": 256}:
+            return ByteVocabulary()
+        case {"tokenizer": str(tokenizer)}:
+            return TokenizerFile(tokenizer)
+    return CharVocabulary.load(file)

@@ -11,7 +11,16 @@ from flax import nnx
 
 from jaxmodels.attention import Attention, Mask, MultiHeadAttention, RelativeMultiHeadAttention
 from jaxmodels.cache import Cache, align_left, make_cache, unless_overrun
-from jaxmodels.layers import Dropout, Embed, FeedForward, LayerNorm, Linear, split_rng
+from jaxmodels.layers import (
+    Dropout,
+    Embed,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    constrain,
+    rematerialised,
+    split_rng,
+)
 from jaxmodels.rope import RotaryPEMultiHeadAttention, RotaryValuePEMultiHeadAttention
 from jaxmodels.synthesizer import SynthesizerAttention
 
@@ -65,7 +74,9 @@ class Encoder(nnx.Module):
     def __call__(self, x: jax.Array, mask: Mask, rng: jax.Array | None = None) -> jax.Array:
         """x [S, B, D], mask as in the attention -> [S, B, D]."""
         for layer, layer_rng in zip(self.layers, split_rng(rng, len(self.layers)), strict=True):
-            x = layer(x, mask, layer_rng)
+            # the mask is closed over: 'causal' is no array
+            x = rematerialised(lambda layer, x, rng: layer(x, mask, rng))(layer, x, layer_rng)
+            x = constrain(x, "SBD")
         return self.norm(x)
 
     def decode(
@@ -159,7 +170,8 @@ class AutoregressiveTransformer(nnx.Module):
     def __call__(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """ids [S, B] int -> logits [S, B, V]; raises ValueError where ids have another rank or are too long."""
         check_ids(ids)
-        return self.generator(self.encoder(self.src_embed(ids), "causal", rng))
+        x = constrain(self.src_embed(ids), "SBD")
+        return constrain(self.generator(self.encoder(x, "causal", rng)), "SBV")
 
     def plain(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """The same with the whole score matrix in each attention, as the PyTorch twin computes it.

@@ -1,68 +1,207 @@
-"""A run on disk: everything from which it goes on exactly.
+"""Checkpoints of a run: everything from which it goes on exactly, written while it trains.
 
-RUN/checkpoint/              replaced as a whole, so it is always complete
-    run.json                 {"format": 1, "step": …, "config": {…}, "text_sha256": …}
-    model/                   `jaxmodels.load` reads it
-    optimizer/               Orbax; one entry per array, named by its path (opt_state.1.mu.generator.projection.bias)
-    vocabulary.json          `CharVocabulary.load` reads it
-    losses.npy               float64 [step], nats per token
+RUN/checkpoints/STEP/
+    model/         `jaxmodels.load` reads it
+    state/         Orbax: optimizer and random key, by path
+    losses.npy     float32 [STEP], nats per token
+    complete.json  {"format": 2, "step": …, "data": {…}, "files": {path: bytes}}; written last
+
+A folder without complete.json is one that a killed run left: the next run removes it. One whose files are not as long
+as complete.json says, or cannot be read, is damaged: it is passed over, with a warning, for the one before it.
 """
 
+import dataclasses
 import json
+import os
+import shutil
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-import optax
-from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 import jaxmodels
-from jaxmodels.checkpoint import load_arrays, save_arrays, written_beside
-from jaxmodels.text import CharVocabulary
-from train.loop import State
+from jaxmodels.checkpoint import describe, read_arrays
+from train.mesh import agree, is_first
+from train.step import Program, State
 
-FORMAT = 1
-
-
-def save(run: Path, state: State, vocabulary: CharVocabulary, config: dict[str, Any], text_sha256: str) -> None:
-    """Writes a run's checkpoint, all of it or nothing; one that is there is replaced."""
-    about = {"format": FORMAT, "step": state.step, "config": config, "text_sha256": text_sha256}
-    with written_beside(run / "checkpoint", overwrite=True) as folder:
-        jaxmodels.save(state.model, folder / "model")
-        save_arrays(folder / "optimizer", state.optimizer)
-        vocabulary.save(folder / "vocabulary.json")
-        np.save(folder / "losses.npy", np.asarray(state.losses, np.float64))
-        (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+FORMAT = 2
+MARK = "complete.json"
 
 
-def read_about(run: Path) -> dict[str, Any]:
-    """What run.json says; raises ValueError where the folder holds no checkpoint of a run."""
-    file = run / "checkpoint" / "run.json"
+@dataclasses.dataclass
+class Position:
+    """Where a run stands. `losses` has one number per step taken; `data` is the state of the iterator of batches."""
+
+    state: State
+    data: dict[str, Any]
+    losses: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+class Checkpoints:
+    """The checkpoints of one run, one being written at a time, in a thread; all processes call everything together.
+
+    The last `keep` stay, and each whose step is a multiple of keep_every.
+    """
+
+    def __init__(self, run: Path, program: Program, keep: int, keep_every: int | None = None):
+        self.folder, self.program = run / "checkpoints", program
+        self.keep, self.keep_every = keep, keep_every
+        self.writing: threading.Thread | None = None
+        self.error: BaseException | None = None
+        if is_first():
+            for left in self.folder.glob("*"):
+                if left.name.isdecimal() and not (left / MARK).exists():
+                    shutil.rmtree(left)
+        agree(False)  # nobody reads or writes before that is done
+
+    def save(self, position: Position) -> None:
+        """Starts writing; waits only for the one before. The arrays may be used up as soon as this returns."""
+        self.wait()
+        folder = (self.folder / str(position.step)).absolute()
+        if problem(folder) is None:
+            return
+        if is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        agree(False)
+        state = position.state
+        parts = [
+            ocp.save_async(folder / "model" / "params", {**state.params, **state.fixed}),
+            ocp.save_async(folder / "state", beside_the_model(state)),
+        ]
+        losses, about = np.asarray(position.losses, np.float32), {"step": position.step, "data": position.data}
+        self.writing = threading.Thread(target=self.finish, args=(folder, parts, losses, about))
+        self.writing.start()
+
+    def finish(self, folder: Path, parts: list[Any], losses: np.ndarray, about: dict[str, Any]) -> None:
+        try:
+            for part in parts:
+                part.result()
+            if is_first():
+                (folder / "model" / "config.json").write_text(describe(self.program.abstract), encoding="utf-8")
+                np.save(folder / "losses.npy", losses)
+                files = {str(file.relative_to(folder)): file.stat().st_size for file in all_files(folder)}
+                write_durably(folder / MARK, json.dumps({"format": FORMAT, **about, "files": files}))
+                self.remove_old()
+        except BaseException as error:
+            self.error = error
+
+    def wait(self) -> None:
+        """Returns when what is being written is complete; raises what went wrong."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def remove_old(self) -> None:
+        for step in steps(self.folder)[: -self.keep]:
+            if not self.keep_every or step % self.keep_every:
+                (self.folder / str(step) / MARK).unlink()  # first: what is half removed is no checkpoint
+                shutil.rmtree(self.folder / str(step))
+
+    def restore(self) -> Position | None:
+        """The latest position that is whole, placed as the program says; None where none was ever written.
+
+        A damaged checkpoint is passed over with a warning. Raises ValueError where all of them are damaged, or hold
+        another model or optimizer.
+        """
+        found = steps(self.folder)
+        for step in reversed(found):
+            try:
+                return self.read(self.folder / str(step))
+            except ValueError as error:
+                last = error
+                print(f"warning: checkpoint {step} is passed over: {error}", file=sys.stderr, flush=True)
+        if found:
+            raise ValueError(f"{self.folder} has no checkpoint that can be read: {last}")
+        return None
+
+    def read(self, folder: Path) -> Position:
+        wrong = problem(folder)
+        if wrong is not None:
+            raise ValueError(wrong)
+        about = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        abstract = self.program.abstract_state()
+        model = {**abstract.params, **abstract.fixed}
+        arrays = read_arrays(folder / "model" / "params", {name: (a.shape, a.sharding) for name, a in model.items()})
+        shapes, places = jax.eval_shape(beside_the_model, abstract), jax.tree.map(lambda a: a.sharding, abstract)
+        names = ["key", *optimizer_names(abstract)]
+        targets = dict(zip(names, [places.key, *jax.tree.leaves(places.optimizer)], strict=True))
+        kept = read_arrays(folder / "state", {name: (shapes[name].shape, place) for name, place in targets.items()})
+        key, *optimizer = (kept[name] for name in names)
+        state = State(
+            step=jax.device_put(np.int32(about["step"]), places.step),
+            key=jax.random.wrap_key_data(key),
+            params={name: arrays[name] for name in abstract.params},
+            fixed={name: arrays[name] for name in abstract.fixed},
+            optimizer=jax.tree.unflatten(jax.tree.structure(abstract.optimizer), optimizer),
+        )
+        return Position(state, about["data"], np.load(folder / "losses.npy").tolist())
+
+
+def beside_the_model(state: State) -> dict[str, jax.Array]:
+    """The arrays of a state that are not the model's, by name: the key and the optimizer's."""
+    optimizer = dict(zip(optimizer_names(state), jax.tree.leaves(state.optimizer), strict=True))
+    return {"key": jax.random.key_data(state.key), **optimizer}
+
+
+def optimizer_names(state: State) -> list[str]:
+    """The paths of the optimizer's arrays, in the order of its leaves."""
+    return [
+        "optimizer" + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.optimizer)
+    ]
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints were finished, first to last."""
+    return sorted(int(mark.parent.name) for mark in folder.glob(f"*/{MARK}") if mark.parent.name.isdecimal())
+
+
+def all_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def problem(folder: Path) -> str | None:
+    """Why a checkpoint is not whole, or None where each of its files is there and as long as it was."""
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise ValueError(f"{file} has format {about['format']}, this version reads {FORMAT}")
-        return {name: about[name] for name in ("step", "config", "text_sha256")}
-    except FileNotFoundError:
-        raise ValueError(f"{run} holds no checkpoint of a training run") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} does not describe a training run: {error!r}") from None
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        if mark["format"] != FORMAT:
+            return f"{folder / MARK} has format {mark['format']}, this version reads {FORMAT}"
+        for name, size in mark["files"].items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{folder / name} has {found} bytes of {size}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder} is not complete: {error}"
+    return None
 
 
-def load_model(run: Path) -> tuple[Any, CharVocabulary]:
-    """The model and its vocabulary; raises ValueError where the folder holds no complete checkpoint."""
-    read_about(run)
-    vocabulary = CharVocabulary.load(run / "checkpoint" / "vocabulary.json")
-    return jaxmodels.load(run / "checkpoint" / "model"), vocabulary
+def write_durably(file: Path, text: str) -> None:
+    """A file that is there whole or not at all, whenever the machine stops."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(beside, "w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    beside.replace(file)
 
 
-def load(run: Path, transformation: optax.GradientTransformation) -> State:
-    """The state that `save` wrote; raises ValueError where it is not complete, or is another optimizer's."""
-    model, _ = load_model(run)
-    folder = run / "checkpoint"
-    optimizer = load_arrays(folder / "optimizer", nnx.Optimizer(model, transformation, wrt=nnx.Param))
-    try:
-        losses = np.load(folder / "losses.npy").tolist()
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{folder / 'losses.npy'} does not hold the losses of its run: {error}") from error
-    return State(model, optimizer, losses)
+def latest_model(run: Path) -> tuple[Any, int]:
+    """The model of a run's last whole checkpoint, on one device, and its step; raises ValueError where none is."""
+    for step in reversed(steps(run / "checkpoints")):
+        folder = run / "checkpoints" / str(step)
+        wrong = problem(folder)
+        if wrong is None:
+            return jaxmodels.load(folder / "model"), step
+        print(f"warning: checkpoint {step} is passed over: {wrong}", file=sys.stderr, flush=True)
+    raise ValueError(f"{run} holds no whole checkpoint of a training run")

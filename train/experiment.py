@@ -1,38 +1,41 @@
-"""A character-level experiment: a language model trained on a text, beside a character 4-gram model of the same text.
+"""An experiment from its configuration to its result: a language model trained on a text, saved, judged, sampled from.
 
 Every script of this kind is a `Config` with sizes of its own and a `model`; what happens is here.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
-from flax import nnx
 from rich.console import Console
 
-from jaxmodels.text import CharVocabulary, load_corpus, split
-from train import checkpoints, loop
-from train.command import one_line_errors, peek
-from train.data import Batches, windows
+from train import config, flops, metrics
+from train.checkpoints import Checkpoints, Position
+from train.command import Stop, interruptible, one_line_errors
+from train.config import Options, check_folder, parse, read_about, write_about
+from train.data import Batches, Example, Task, Windows, endless
+from train.loop import Evaluation, Loop, Told
+from train.mesh import agree, is_first, make_mesh
 from train.ngram import NGram
-from train.optimizers import AdamForm, adam, noam
 from train.sample import continue_text
+from train.step import Program
+from train.tokenize import open_tokens
+
+SAMPLE_FROM, SAMPLE = 30, 100  # tokens of the held-out text, and how many the model writes on
+NGRAM_TOKENS = 50_000_000  # a longer text is not counted: it would take minutes
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What decides the numbers of a run; an experiment adds the sizes of its model."""
+class Config(config.Config):
+    """What decides the numbers of a run of a small transformer language model."""
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("small", "original")  # classmethods; the first is the default
-
-    text: str = "python_docs"
-    """python_docs (the language reference inside every Python), tiny_shakespeare (downloaded once), or a UTF-8 FILE"""
     d_model: int = 128
     """features of a token"""
     heads: int = 4
@@ -43,170 +46,244 @@ class Config:
     """layers"""
     dropout: float = 0.0
     """share of features and attention weights dropped in training"""
-    seq_len: int = 128
-    """characters of a training sequence"""
-    batch_size: int = 16
-    """sequences of a step"""
-    steps: int = 2000
-    """steps of the whole run; on --resume, more of them make it longer"""
-    learning_rate: float = 1.0
-    """factor of the Noam schedule: lr · d_model^-½ · min(t^-½, t · warmup^-3/2) at step t"""
-    warmup: int = 500
-    """steps until the schedule's peak"""
-    adam: AdamForm = "original"
-    """where Adam adds epsilon: before the bias correction, as the original experiments do, or after, as torch does"""
-    every: int = 500
-    """steps from one validation, greedy sample and checkpoint to the next"""
-    seed: int = 0
-    """of initial weights, order of the text and dropout"""
 
     def __post_init__(self):
-        """Raises ValueError for a value out of range."""
-        for name in ("d_model", "heads", "d_ff", "n_layers", "seq_len", "batch_size", "steps", "warmup", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be 0 or more")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
 
-    def model(self, n_vocab: int) -> Any:
-        """The experiment's language model, freshly initialised."""
-        raise NotImplementedError
+    def positive(self) -> list[str]:
+        return [*super().positive(), "d_model", "heads", "d_ff", "n_layers"]
 
+    @property
+    def width(self) -> int:
+        return self.d_model
 
-ConfigType = TypeVar("ConfigType", bound=Config)
-MAY_CHANGE = {"text", "steps", "every"}  # on --resume; the text is compared by what is in it
+    def task(self) -> Task:
+        """The text in windows; raises ValueError where it is shorter than a sequence."""
+        tokens = open_tokens(self.text)
+        train = Windows(tokens.train, self.seq_len, "training")
+        validation = Windows(tokens.validation, self.seq_len, "validation")
+        n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
+        about = (
+            f"{self.text}: {len(tokens.train):,} {unit}s to train on, {len(tokens.validation):,} to validate, "
+            f"{n:,} different ones"
+        )
+        return Task(
+            endless(train, self.seed),
+            validation,
+            tokens.vocabulary,
+            tokens.sha256,
+            about,
+            tokens.train,
+            tokens.validation,
+        )
+
+    def baseline(self, task: Task, predicted: int) -> tuple[str, float] | None:
+        """A bar to clear: its name and its loss over the first so many tokens of the validation, or None."""
+        if task.train_ids is None or task.validation_ids is None or len(task.train_ids) > NGRAM_TOKENS:
+            return None
+        nats = NGram(task.train_ids, len(task.vocabulary)).nats(np.asarray(task.validation_ids[: predicted + 1]))
+        return f"{task.vocabulary.unit} 4-gram (Witten-Bell)", float(nats[1:].mean())
+
+    def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
+        """What a report prints beside the loss, what the model writes greedily, and numbers for the log."""
+        ids = task.validation[0]["tokens"][:SAMPLE_FROM]
+        written = continue_text(model, ids, SAMPLE, self.seq_len, interrupted=interrupted)
+        return f"{task.vocabulary.decode(ids)}|{task.vocabulary.decode(written)}", {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Command(Generic[ConfigType]):
-    """Trains a small character model and compares it with a character 4-gram model."""
+class Run:
+    """A run that stands where its folder says, or at its beginning, ready to go on."""
 
-    config: tyro.conf.OmitArgPrefixes[ConfigType]
-    preset: str
-    """small or original, the defaults of all other flags: for two CPU cores, or the original experiment's sizes"""
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-    """folder of a new run"""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """folder of a run to go on with, in its own configuration; --steps may be raised"""
+    settings: Config
+    folder: Path
+    task: Task
+    program: Program
+    checkpoints: Checkpoints
+    batches: Batches
+    position: Position
+
+    @classmethod
+    def open(cls, settings: Config, folder: Path, options: Options) -> "Run":
+        """Raises ValueError where configuration, data, mesh and what is in the folder do not fit, before any work."""
+        mesh = make_mesh(options.mesh)
+        task = settings.task()
+        program = settings.program(len(task.vocabulary), mesh)
+        if (folder / config.FILE).exists() and read_about(folder)["sha256"] != task.sha256:
+            raise ValueError(f"{folder} was trained on another text than {settings.text}: go on with its own --text")
+        agree(False)  # all have looked before one writes
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            task.vocabulary.save(folder / "vocabulary.json")
+            write_about(folder, settings, task.sha256)
+        checkpoints = Checkpoints(folder, program, settings.keep, settings.keep_every)
+        batches = Batches(task.train, settings.batch_size, mesh)
+        position = checkpoints.restore()
+        if position is None:
+            position = Position(program.make_state(settings.seed), batches.get_state())
+        batches.set_state(position.data)
+        return cls(settings, folder, task, program, checkpoints, batches, position)
+
+    @property
+    def parameters(self) -> int:
+        return sum(array.size for array in self.program.abstract_state().params.values())
+
+    def held_out(self) -> Sequence[Example]:
+        """What the loss is judged on."""
+        n = self.settings.validation_batches
+        found = self.task.validation
+        return found if n is None else [found[i] for i in range(min(len(found), n * self.settings.batch_size))]
+
+    def flops(self) -> int:
+        """Of a step's matrix products: those of the forward pass three times, whatever is computed again."""
+        return 3 * flops.of_forward(self.program, self.settings.abstract_batch())
+
+    def next_report(self) -> int:
+        """The step after which the next report is due."""
+        every = self.settings.every
+        return min(self.settings.steps, self.position.step - self.position.step % every + every)
 
 
-def saved_config(kind: type[ConfigType], run: Path) -> ConfigType:
-    """The configuration of a run; raises ValueError where the folder holds no run of this experiment."""
-    try:
-        return kind(**checkpoints.read_about(run)["config"])
-    except TypeError as error:
-        raise ValueError(f"{run} is a run of another script: {error}") from None
+def train(run: Run, options: Options, stop: Stop, console: Console) -> float | None:
+    """Goes on to the last step, saving and reporting as it goes: the last validation loss, or None where it was ended.
 
-
-def parse(kind: type[ConfigType], program: str, arguments: Sequence[str]) -> Command[ConfigType]:
-    """The command line; what is not given comes from --resume's run, else from --preset.
-
-    Raises ValueError where --resume names no run, where other flags contradict it, and for an unknown preset.
+    Raises ValueError where a loss is not finite.
     """
-    resume, preset = peek(arguments, "--resume"), peek(arguments, "--preset")
-    if preset is not None and preset not in kind.PRESETS:
-        raise ValueError(f"--preset {preset} is none of {', '.join(kind.PRESETS)}")
-    saved = None if resume is None else saved_config(kind, Path(resume))
-    chosen = preset or kind.PRESETS[0]
-    default = saved if saved and preset is None else getattr(kind, chosen)()
-    folder = Path("runs") / program.rpartition(".")[2]
-    command = tyro.cli(Command[kind], default=Command(default, chosen, folder), args=arguments, prog=program)  # type: ignore[valid-type]
-    if saved:
-        changed = {
-            name: value
-            for name, value in dataclasses.asdict(saved).items()
-            if name not in MAY_CHANGE and value != getattr(command.config, name)
-        }
-        if changed:
-            theirs = ", ".join(f"{name}={value}" for name, value in changed.items())
-            ours = ", ".join(f"{name}={getattr(command.config, name)}" for name in changed)
-            raise ValueError(f"{resume} was trained with {theirs}, not {ours}: resume it as it is or start a new run")
-        if peek(arguments, "--out") is not None:
-            raise ValueError("--resume goes on in the run's own folder: leave --out away")
-    return command
+    settings, position, program = run.settings, run.position, run.program
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.batches.close)
+        stack.callback(run.checkpoints.wait)
+        log = None
+        if is_first():
+            log = metrics.Log(run.folder, position.losses, tensorboard=options.tensorboard)
+            stack.callback(log.close)
+        known, flops_per_step = flops.peak(jax.devices()[0].device_kind), run.flops()
+        peak = None if known is None else known[0] * program.mesh.size
+        tokens = settings.batch_size * settings.seq_len
+        line = stack.enter_context(metrics.Line(console, settings.steps, position.step, tokens, flops_per_step, peak))
+        evaluation = Evaluation(program, run.held_out(), settings.batch_size, stop)
+
+        def tell(told: Told) -> None:
+            line.advance(told.loss, told.seconds)
+            if log is not None:
+                log.step(told.step, told.loss, told.grad_norm, told.seconds)
+
+        def report() -> float | None:
+            loss = evaluation(position.state)
+            if loss is None:
+                return None
+            model = program.model(position.state, settings.compute_dtype)
+            text, numbers = settings.show(model, run.task, lambda: agree(bool(stop)))
+            recent = np.mean(position.losses[-100:])
+            console.print(f"step {position.step}: loss {recent:.3f}, validation loss {loss:.3f}, written greedily:")
+            console.print("    " + text.replace("\n", "\n    "))
+            if log is not None:
+                log.write(position.step, {"validation_loss": loss, **numbers})
+            return loss
+
+        if 0 < position.step < settings.steps and position.step % settings.every == 0:
+            report()  # a run that is ended after it has saved has not made it
+        loop = Loop(program, position, run.batches, stop, tell)
+        if position.step < settings.steps and not agree(bool(stop)):
+            began = time.perf_counter()
+            loop.compile(settings.abstract_batch())
+            seconds = time.perf_counter() - began
+            console.print(f"the step compiled in {seconds:.1f} s; {flops_per_step / 1e9:,.3g} GFLOP in matrix products")
+            if options.profile:
+                loop.advance(position.step + 1)
+                with jax.profiler.trace(str(run.folder / "profile")):
+                    loop.advance(min(run.next_report(), position.step + options.profile))
+        while position.step < settings.steps and not agree(bool(stop)):
+            loop.advance(run.next_report())
+            run.checkpoints.save(position)
+            if position.step < settings.steps and position.step % settings.every == 0:
+                report()
+        run.checkpoints.wait()
+        return report() if position.step >= settings.steps else None
 
 
-def main(kind: type[Config], program: str, arguments: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to: its validation loss, that of a baseline, and how many parameters it trained."""
+
+    loss: float
+    baseline: tuple[str, float] | None
+    parameters: int
+
+
+def carry_out(
+    settings: Config, folder: Path, options: Options, stop: Stop, console: Console, go_on: str
+) -> Result | None:
+    """A run from where its folder stands to its result; None where it was ended, having said how to go on.
+
+    Raises ValueError for bad input, before any work, and where a loss is not finite.
+    """
+    run = Run.open(settings, folder, options)
+    unit = run.task.vocabulary.unit
+    console.print(f"{run.task.about}; {run.parameters:,} parameters")
+    if run.position.step:
+        console.print(f"going on from step {run.position.step}")
+    predicted = len(run.held_out()) * settings.seq_len
+    baseline = settings.baseline(run.task, predicted)
+    if baseline is not None:
+        console.print(f"{baseline[0]}: validation loss {baseline[1]:.3f} nats per {unit}")
+    loss = train(run, options, stop, console)
+    if loss is None:
+        console.print(f"stopped at step {run.position.step}; go on with: {go_on}")
+        return None
+    console.print(f"\nvalidation loss, nats per {unit}, over the same {predicted:,}")
+    if baseline is not None:
+        console.print(f"    {baseline[1]:.3f}  {baseline[0]}")
+    console.print(f"    {loss:.3f}  this model after {run.position.step:,} steps")
+    return Result(loss, baseline, run.parameters)
+
+
+def main(kind: type[Config], program_name: str, arguments: Sequence[str]) -> int:
     """Trains; the exit code: 0, or 130 where Ctrl-C ended it early. Raises ValueError for bad input."""
-    command = parse(kind, program, arguments)
-    config, run = command.config, command.resume or command.out
-    if not command.resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"{run} is there already: go on with it by --resume {run}, or name another folder with --out")
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    text = load_corpus(config.text)
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    vocabulary = CharVocabulary.of(text)
-    train_ids, validation_ids = map(vocabulary.encode, split(text))
-    batches = Batches(train_ids, config.seq_len, config.batch_size, config.seed)
-    validation = windows(validation_ids, config.seq_len, "validation")
-
-    transformation = adam(noam(config.learning_rate, config.d_model, config.warmup), config.adam)
-    if command.resume:
-        if sha256 != checkpoints.read_about(run)["text_sha256"]:
-            raise ValueError(f"{run} was trained on another text than {config.text}: resume it with its own --text")
-        state = checkpoints.load(run, transformation)
-        if state.step >= config.steps:
-            raise ValueError(f"{run} has taken {state.step} steps already: ask for more with --steps")
-    else:
-        model = config.model(len(vocabulary))
-        state = loop.State(model, nnx.Optimizer(model, transformation, wrt=nnx.Param))
-
-    run.mkdir(parents=True, exist_ok=True)  # fails now where it can't be written, not at the first checkpoint
-    parameters = sum(array.size for array in jax.tree.leaves(nnx.state(state.model, nnx.Param)))
-    console.print(
-        f"{config.text}: {len(train_ids):,} characters to train on, {len(validation_ids):,} to validate, "
-        f"{len(vocabulary)} different ones; {parameters:,} parameters"
-    )
-    predicted = validation[1:].size
-    ngram = NGram(train_ids, len(vocabulary)).nats(validation_ids)[1 : predicted + 1].mean()
-    console.print(f"4-gram model: validation loss {ngram:.3f} nats per character")
-
-    def save() -> None:
-        checkpoints.save(run, state, vocabulary, dataclasses.asdict(config), sha256)
-
-    def report() -> float:
-        loss = loop.evaluate(state.model, validation, config.batch_size)
-        recent = np.mean(state.losses[-100:])
-        console.print(f"step {state.step}: loss {recent:.3f}, validation loss {loss:.3f}, greedy sample:")
-        prompt = validation_ids[:30]
-        continuation = continue_text(state.model, prompt, 100, config.seq_len)
-        sample = f"{vocabulary.decode(prompt)}|{vocabulary.decode(continuation)}"
-        console.print("    " + sample.replace("\n", "\n    "))
-        return loss
-
-    def save_and_report() -> None:
-        save()
-        report()
-
-    finished = loop.train(
-        state,
-        batches,
-        config.steps,
-        key=jax.random.key(config.seed) if config.dropout else None,
-        every=config.every,
-        report=save_and_report,
-        console=console,
-    )
-    save()
-    if not finished:
-        console.print(f"stopped at step {state.step} and saved; go on with: {program} --resume {run}")
-        return 130
-    loss = report()
-    console.print(
-        f"\nvalidation loss, nats per character, the same {predicted:,} characters for both"
-        f"\n    {ngram:.3f}  character 4-gram (Witten-Bell)"
-        f"\n    {loss:.3f}  this model after {state.step:,} steps"
-    )
-    console.print(f"saved; write text with: python -m train.sample {run}")
-    return 0
+    with interruptible() as stop:
+        command = parse(kind, program_name, arguments)
+        folder = command.run
+        check_folder(command.config, folder)
+        console = start(command.options)
+        go_on = f"{program_name} --resume {folder}"
+        if carry_out(command.config, folder, command.options, stop, console, go_on) is None:
+            return stop.exit_code
+        console.print(f"saved; write text with: python -m train.sample {folder}")
+        return 0
 
 
-def run_script(kind: type[Config], program: str) -> None:
-    """`main` as a program: bad input is one line on standard error."""
-    with one_line_errors(program):
-        sys.exit(main(kind, program, sys.argv[1:]))
+def start(options: Options) -> Console:
+    """Joins the other processes and sets JAX up; what is printed, the first process prints."""
+    options.processes.initialize()
+    if options.compile_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    output = sys.stdout if is_first() else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
+    return Console(file=output, highlight=False, markup=False, soft_wrap=True)
+
+
+def run_script(kind: type[Config], program_name: str) -> None:
+    """`main` as a program."""
+    as_program(lambda arguments: main(kind, program_name, arguments), program_name)
+
+
+def as_program(function: Callable[[Sequence[str]], int], program_name: str) -> None:
+    """Ends with the code of a function of the arguments; bad input is one line on standard error."""
+    with one_line_errors(program_name), together(program_name):
+        sys.exit(function(sys.argv[1:]))
+
+
+@contextlib.contextmanager
+def together(program_name: str) -> Iterator[None]:
+    """Where one of several processes fails, it ends at once: waiting for the others, as JAX would at exit, can hang."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"{program_name}: process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)

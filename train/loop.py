@@ -1,137 +1,122 @@
-"""The training loop: a compiled step, evaluation, progress, and a Ctrl-C that ends between two steps.
+"""The training loop, one for every script: steps without waiting for their losses, and evaluation.
 
-Axes: S sequence, B batch, V vocabulary. Losses are in nats per token.
+A step is dispatched before the loss of the one before it is fetched, so the device never waits for Python. Nothing is
+saved or reported before every loss up to there has been looked at.
 """
 
-import contextlib
 import dataclasses
-import functools
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from flax import nnx
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+
+from train.checkpoints import Position
+from train.command import Stop
+from train.data import Batches, Example, in_batches, stack
+from train.mesh import agree
+from train.step import Batch, Metrics, Program, stop_sharding, without_optimizer
 
 
-@dataclasses.dataclass
-class State:
-    """What a step changes. `losses` has one number per step taken, so its length is where the run stands."""
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What is known of a step once it is done."""
 
-    model: nnx.Module
-    optimizer: nnx.Optimizer
-    losses: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
+    step: int
+    loss: float
+    grad_norm: float
+    seconds: float  # since the step before was
 
 
-def token_losses(model: Any, tokens: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-    """Cross-entropy of each next token: int [S + 1, B] -> nats [S, B]."""
-    return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:-1], rng), tokens[1:])
+class Loop:
+    """Takes steps, compiled once, from `position` on; tell(Told) is called for each in turn."""
+
+    def __init__(
+        self, program: Program, position: Position, batches: Batches, stop: Stop, tell: Callable[[Told], None]
+    ):
+        self.program, self.position, self.batches, self.stop, self.tell = program, position, batches, stop, tell
+        self.compiled: Callable[..., Any] | None = None
+        flags = np.zeros(program.mesh.size, bool)
+        sharding = stop_sharding(program.mesh)
+        self.flags = {
+            wish: jax.make_array_from_callback(flags.shape, sharding, lambda i, wish=wish: flags[i] | wish)
+            for wish in (False, True)
+        }
+
+    def compile(self, batch: Batch) -> None:
+        """Compiles the step for batches of this shape, which may be abstract; another is an error from then on."""
+        self.compiled = self.program.lower_step(batch).compile()
+
+    def advance(self, until: int) -> bool:
+        """Steps until so many are taken: True; or until any process was asked to end: False.
+
+        The position is complete on return. Raises ValueError where a loss or gradient is not finite, naming the step.
+        """
+        assert self.compiled is not None, "compile() comes first"
+        pending: Metrics | None = None
+        asked = False
+        state, taken = self.position.state, self.position.step
+        self.clock = time.perf_counter()
+        while taken < until and not asked:
+            batch = next(self.batches)
+            state, metrics = self.compiled(state, batch, self.flags[bool(self.stop)])
+            taken += 1
+            if pending is not None:
+                asked = self.look_at(pending)
+            pending = metrics
+        if pending is not None:
+            asked |= self.look_at(pending)
+            self.position.state, self.position.data = state, self.batches.get_state()
+        return taken >= until
+
+    def look_at(self, metrics: Metrics) -> bool:
+        """Waits for a step and records it; whether any process was asked to end. Raises ValueError as `advance`."""
+        loss, squares, stop = (np.asarray(value) for value in (metrics.loss, metrics.squares, metrics.stop))
+        step = self.position.step + 1
+        norm = math.sqrt(squares.astype(np.float64).sum())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            names = sorted(self.program.trained)
+            wrong = [name for name, square in zip(names, squares, strict=True) if not np.isfinite(square)]
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            gradients = f"the gradients of {', '.join(wrong[:3])}{more} are not finite" if wrong else ""
+            parts = [f"the loss is {loss}", gradients] if not math.isfinite(loss) else [gradients]
+            what = "; ".join(filter(None, parts))
+            raise ValueError(f"step {step}: {what}; nothing of it is saved; a smaller learning rate may help")
+        now = time.perf_counter()
+        self.position.losses.append(float(loss))
+        self.tell(Told(step, float(loss), norm, now - self.clock))
+        self.clock = now
+        return bool(stop)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def train_step(model, optimizer, tokens, key):
-    """One update: tokens [S + 1, B] -> (model, optimizer, loss); the given model and optimizer are used up.
+class Evaluation:
+    """Mean loss over held-out examples, without dropout, compiled at its first use."""
 
-    key: of the run's dropout, the same at every step; None for none.
-    """
-    rng = None if key is None else jax.random.fold_in(key, optimizer.step[...])
-    loss, gradients = jax.value_and_grad(lambda model: token_losses(model, tokens, rng).mean())(model)
-    optimizer.update(model, gradients)
-    return model, optimizer, loss
+    def __init__(self, program: Program, examples: Sequence[Example], batch_size: int, stop: Stop):
+        self.program, self.examples, self.batch_size, self.stop = program, examples, batch_size, stop
+        self.compiled: Callable[..., Any] | None = None
 
-
-@jax.jit
-def window_losses(model, tokens):
-    return token_losses(model, tokens).mean(axis=0)
-
-
-def evaluate(model: Any, windows: np.ndarray, batch_size: int) -> float:
-    """Mean loss over windows [S + 1, n], without dropout, batch_size of them at a time."""
-    n = windows.shape[1]
-    # the last batch is filled up with the first windows, so that every batch has the shape that is compiled
-    batches = np.resize(np.arange(n), (-(-n // batch_size), batch_size))
-    losses = [np.asarray(window_losses(model, windows[:, batch])) for batch in batches]
-    return float(np.concatenate(losses)[:n].mean(dtype=np.float64))
-
-
-def train(
-    state: State,
-    batches: Callable[[int], np.ndarray],
-    steps: int,
-    *,
-    key: jax.Array | None,
-    every: int,
-    report: Callable[[], None],
-    console: Console,
-) -> bool:
-    """Goes on from state.step to `steps`, calling report() every so many; True where it got there, False on Ctrl-C.
-
-    The state is complete whenever report() is called and on return. Raises ValueError where the loss is not finite.
-    """
-    if state.step >= steps:
-        return True
-    compiled = None
-    with make_progress(console) as progress, interruptible() as interrupted:
-        task = progress.add_task("training", total=steps, completed=state.step, loss=float("nan"), tokens=0)
-        tokens = batches(state.step)
-        while state.step < steps and not interrupted.is_set():
-            state.model, state.optimizer, loss = train_step(state.model, state.optimizer, tokens, key)
-            next_tokens = batches(state.step + 1)  # drawn while the device works: the loss is waited for below
-            state.losses.append(float(loss))
-            if not np.isfinite(state.losses[-1]):
-                raise ValueError(
-                    f"the loss is {state.losses[-1]} at step {state.step}; a smaller learning rate may help"
-                )
-            compiled = compiled or train_step._cache_size()
-            assert train_step._cache_size() == compiled, "the training step was compiled a second time"
-            recent = float(np.mean(state.losses[-20:]))
-            progress.update(task, advance=1, loss=recent, tokens=tokens[1:].size)
-            tokens = next_tokens
-            if state.step % every == 0 and state.step < steps:
-                report()
-    return state.step >= steps
+    def __call__(self, state: Any) -> float | None:
+        """Nats per token, each counted once; None where any process was asked to end."""
+        if self.compiled is None:
+            batch = stack([self.examples[0]] * self.batch_size)
+            self.compiled = self.program.lower_evaluation(batch).compile()
+        state = without_optimizer(state)
+        total, tokens = 0.0, 0
+        pending: list[tuple[jax.Array, int]] = []
+        for batch, n in in_batches(self.examples, self.batch_size, self.program.mesh):
+            pending.append((self.compiled(state, batch), n))
+            tokens += n * (batch["tokens"].shape[1] - 1)
+            if len(pending) > 1:  # one is computed while the one before is added
+                total += add(pending.pop(0))
+            if agree(bool(self.stop)):
+                return None
+        return (total + sum(map(add, pending))) / tokens
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, for the block to end in its own time; a second one interrupts at once."""
-    asked = threading.Event()
-
-    def ask(signum, frame):
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class TokensPerSecond(ProgressColumn):
-    """Speed over the last half minute."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{(task.speed or 0) * task.fields['tokens']:,.0f} tokens/s")
-
-
-def make_progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(bar_width=None),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TokensPerSecond(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-    )
+def add(rows_and_number: tuple[jax.Array, int]) -> float:
+    """The first n of the sums of a batch's rows, added in float64."""
+    rows, n = rows_and_number
+    return float(np.asarray(rows)[:n].sum(dtype=np.float64))

@@ -1,13 +1,15 @@
-"""The originals' optimizer: Adam in two forms, the Noam schedule, gradients clipped by their norm."""
+"""Optimizers: Adam in two forms and AdamW; schedules: Noam, cosine, constant; gradients clipped by their norm."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 AdamForm = Literal["original", "torch"]
+OptimizerName = Literal["original", "torch", "adamw"]
+ScheduleName = Literal["noam", "cosine", "constant"]
 
 
 def noam(learning_rate: float, d_model: int, warmup: int) -> optax.Schedule:
@@ -58,6 +60,49 @@ def scale_by_adam(
     return optax.GradientTransformation(init, update)
 
 
-def adam(learning_rate: optax.ScalarOrSchedule, form: AdamForm = "original", max_norm: float = 1.0):
-    """Clipped gradients -> Adam of that form -> times -learning_rate; betas (0.9, 0.999), eps 1e-8."""
-    return optax.chain(clip_by_norm(max_norm), scale_by_adam(form), optax.scale_by_learning_rate(learning_rate))
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    form: AdamForm = "original",
+    max_norm: float | None = 1.0,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Gradients, clipped unless max_norm is None -> Adam of that form -> times -learning_rate."""
+    clip = [] if max_norm is None else [clip_by_norm(max_norm)]
+    return optax.chain(*clip, scale_by_adam(form, b1, b2, eps), optax.scale_by_learning_rate(learning_rate))
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float,
+    max_norm: float | None = 1.0,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Clipped gradients -> AdamW (arXiv 1711.05101), torch's form; of {path: array} only kernels decay."""
+    clip = [] if max_norm is None else [clip_by_norm(max_norm)]
+    inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=only_kernels)
+    return optax.chain(*clip, inner)
+
+
+def only_kernels(params: dict[str, Any]) -> dict[str, bool]:
+    """Which arrays decay: matrices do; biases, norms and embeddings do not."""
+    return {path: path.split(".")[-1] == "kernel" for path in params}
+
+
+def make_schedule(name: ScheduleName, learning_rate: float, *, width: int, warmup: int, steps: int) -> optax.Schedule:
+    """noam; cosine: linear to learning_rate in `warmup` steps, then down to a tenth at `steps`; or constant.
+
+    Raises ValueError where a cosine has no steps after its warm-up.
+    """
+    if name == "noam":
+        return noam(learning_rate, width, warmup)
+    if name == "constant":
+        return optax.constant_schedule(learning_rate)
+    if warmup >= steps:
+        raise ValueError(f"schedule=cosine falls from warmup={warmup} to steps={steps}: there is no step between")
+    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, learning_rate / 10)

@@ -5,7 +5,7 @@ python -m train.sample runs/rope --prompt "KING" --length 500 --temperature 0.8
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +15,10 @@ import numpy as np
 import tyro
 
 from jaxmodels.generate import generate
-from train import checkpoints
+from jaxmodels.text import load_vocabulary
+from train.checkpoints import latest_model
 from train.command import one_line_errors
+from train.config import read_about
 
 PROGRAM = "python -m train.sample"
 
@@ -30,13 +32,13 @@ class Command:
     prompt: str = "The "
     """text to continue; its characters must be among those of the training text"""
     length: int = 500
-    """characters to write"""
+    """tokens to write: characters, mostly"""
     temperature: float = 0.8
-    """0 takes the most likely character each time; above it characters are drawn, the flatter the higher"""
+    """0 takes the most likely token each time; above it tokens are drawn, the flatter the higher"""
     top_k: int | None = None
-    """draw from so many most likely characters only"""
+    """draw from so many most likely tokens only"""
     top_p: float | None = None
-    """draw from the fewest characters whose probabilities reach this"""
+    """draw from the fewest tokens whose probabilities reach this"""
     seed: int = 0
     """of the draws"""
 
@@ -44,12 +46,14 @@ class Command:
 def main(arguments: Sequence[str]) -> None:
     """Prints prompt and continuation; raises ValueError for bad input."""
     command = tyro.cli(Command, args=arguments, prog=PROGRAM)
-    model, vocabulary = checkpoints.load_model(command.run)
+    settings = read_about(command.run)["config"]
+    vocabulary = load_vocabulary(command.run / "vocabulary.json")
+    model, _ = latest_model(command.run)
     continuation = continue_text(
         model,
         vocabulary.encode(command.prompt),
         command.length,
-        checkpoints.read_about(command.run)["config"]["seq_len"],
+        settings["seq_len"],
         temperature=command.temperature,
         top_k=command.top_k,
         top_p=command.top_p,
@@ -59,23 +63,43 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def continue_text(
-    model: Any, ids: np.ndarray, length: int, seq_len: int, *, temperature: float = 0.0, seed: int = 0, **choice: Any
+    model: Any,
+    ids: np.ndarray,
+    length: int,
+    seq_len: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    interrupted: Callable[[], bool] = lambda: False,
+    **choice: Any,
 ) -> np.ndarray:
     """The next `length` tokens of a text: ids int [n] -> int32 [length], greedy at temperature 0.
 
     Beyond the seq_len positions that a model was trained on its text falls apart. So it is written in pieces that end
-    there, each from the last seq_len // 2 tokens of what is there by then. Raises ValueError as `generate` does.
+    there, each from the last seq_len // 2 tokens of what is there by then. Fewer come back where interrupted() says so
+    between two pieces. Raises ValueError as `generate` does.
     """
     if length < 1:
         raise ValueError(f"length={length} must be at least 1")
+    axis = model.sequence_axis
     written = ids
-    while len(written) < len(ids) + length:
+    while len(written) < len(ids) + length and not interrupted():
         context = written[-max(1, seq_len // 2) :]
         n = min(max(1, seq_len - len(context)), length)
         rng = jax.random.fold_in(jax.random.key(seed), len(written))
-        piece = generate(model, jnp.asarray(context)[:, None], n, temperature=temperature, rng=rng, **choice)
-        written = np.concatenate([written, piece[:, 0]])
+        prompt = jnp.expand_dims(jnp.asarray(context), 1 - axis)
+        piece = generate(model, prompt, n, temperature=temperature, rng=rng, **choice)
+        written = np.concatenate([written, whole(piece).squeeze(1 - axis)])
     return written[len(ids) : len(ids) + length]
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array on the host, which may lie in parts on the devices of several processes."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    mesh = array.sharding.mesh  # type: ignore[attr-defined]
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return np.asarray(jax.jit(lambda a: a, out_shardings=everywhere)(array))
 
 
 if __name__ == "__main__":

@@ -1,64 +1,91 @@
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from train.data import Batches, windows
+from train.data import Batches, Windows, endless, in_batches
+from train.mesh import make_mesh
 
-N, S, B = 257, 11, 5  # 23 windows: batches reach over the ends of epochs
-IDS = np.arange(N, dtype=np.int32)  # a token is its own place
-
-
-def epoch_starts(batches: Batches, epoch: int) -> np.ndarray:
-    """Where the windows of an epoch start, in the order they are drawn."""
-    n = (N - 1) // S
-    steps = range(epoch * n // B, -(-(epoch + 1) * n // B))
-    starts = np.concatenate([batches(step)[0] for step in steps])
-    return starts[epoch * n - steps[0] * B :][:n]
+N, S, B = 1103, 11, 7  # 100 windows: batches reach over the ends of epochs
+IDS = np.arange(N, dtype=np.uint16)  # a token is its own place
+WINDOWS = Windows(IDS, S, "training")
 
 
-def test_a_batch_is_windows_of_the_text_and_their_next_tokens():
-    tokens = Batches(IDS, S, B, seed=3)(7)
-    assert tokens.shape == (S + 1, B)
+def starts(seed: int, first: int, n: int) -> np.ndarray:
+    examples = endless(WINDOWS, seed)
+    return np.array([examples[i]["tokens"][0] for i in range(first, first + n)])
+
+
+@pytest.fixture
+def batches():
+    made = []
+
+    def make(seed: int = 3, mesh: Mesh | None = None) -> Batches:
+        made.append(Batches(endless(WINDOWS, seed), B, mesh or make_mesh()))
+        return made[-1]
+
+    yield make
+    for batch in made:
+        batch.close()
+
+
+def test_a_batch_is_windows_of_the_text_and_their_next_tokens(batches):
+    tokens = next(batches())["tokens"]
+    assert tokens.shape == (B, S + 1)
     assert tokens.dtype == np.int32
-    assert (tokens == tokens[0] + np.arange(S + 1)[:, None]).all()
+    np.testing.assert_array_equal(tokens, tokens[:, :1] + np.arange(S + 1))
 
 
-def test_batches_depend_on_seed_and_step_alone():
-    batches, again, other = Batches(IDS, S, B, seed=3), Batches(IDS, S, B, seed=3), Batches(IDS, S, B, seed=4)
-    straight = [batches(step) for step in range(13)]
-    backwards = [again(step) for step in reversed(range(13))][::-1]
-    np.testing.assert_array_equal(straight, backwards)
-    assert (np.asarray(straight) != [other(step) for step in range(13)]).any()
+def test_batches_are_the_examples_in_their_order_and_depend_on_the_seed_alone(batches):
+    first, again, other = (batches(seed) for seed in (3, 3, 4))
+    straight = np.stack([next(first)["tokens"] for _ in range(16)])
+    np.testing.assert_array_equal(straight[:, :, 0].ravel(), starts(3, 0, 16 * B))
+    np.testing.assert_array_equal(straight, [next(again)["tokens"] for _ in range(16)])
+    assert (straight != [next(other)["tokens"] for _ in range(16)]).any()
+
+
+def test_an_iterator_goes_on_where_its_state_says(batches):
+    first, second = batches(), batches()
+    for _ in range(5):
+        next(first)
+    second.set_state(first.get_state())
+    np.testing.assert_array_equal(next(second)["tokens"], next(first)["tokens"])
+    assert next(second)["tokens"][0, 0] == starts(3, 6 * B, 1)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 4])
 def test_an_epoch_draws_each_window_once_in_an_order_of_its_own(epoch):
-    batches = Batches(IDS, S, B, seed=3)
-    starts, later = epoch_starts(batches, epoch), epoch_starts(batches, epoch + 1)
-    assert sorted(starts // S) == list(range((N - 1) // S))
-    assert (starts // S != later // S).any()
-    assert (np.sort(starts) != np.sort(later)).any()  # other offsets, too
+    now, later = (starts(3, e * 100, 100) for e in (epoch, epoch + 1))
+    assert sorted(now // S) == list(range(100))
+    assert (now // S != later // S).any()
+    assert (np.sort(now) != np.sort(later)).any()  # other offsets, too
 
 
 def test_offsets_take_every_value_up_to_the_sequence_length():
-    batches = Batches(IDS, S, B, seed=3)
-    starts = np.stack([np.sort(epoch_starts(batches, epoch)) for epoch in range(40)])
-    offsets = starts - np.arange((N - 1) // S) * S
+    few = Windows(IDS[: 3 * S + 5], S, "training")
+    drawn = np.array([few.shifted(i, np.random.default_rng(e))["tokens"][0] for e in range(200) for i in range(3)])
+    offsets = drawn.reshape(200, 3) - np.arange(3) * S
     assert set(offsets[:, 0]) == set(range(S))
-    assert set(offsets[:, -1]) == set(range((N - 1) % S + 1))  # the last window stays in the text
+    assert set(offsets[:, 2]) == set(range(5))  # the last window stays in the text
 
 
-def test_a_text_of_one_window_and_many_sequences_a_batch():
-    tokens = Batches(IDS[: S + 1], S, B, seed=3)(2)
-    assert (tokens == np.arange(S + 1)[:, None]).all()
-
-
-def test_validation_windows_predict_each_token_once():
-    tokens = windows(IDS, S, "validation")
-    np.testing.assert_array_equal(tokens[1:].T.ravel(), np.arange(1, 23 * S + 1))
+def test_validation_windows_predict_each_token_once_and_the_last_batch_is_filled_up():
+    tokens = np.stack([WINDOWS[i]["tokens"] for i in range(len(WINDOWS))])
+    np.testing.assert_array_equal(tokens[:, 1:].ravel(), np.arange(1, 100 * S + 1))
+    with pytest.raises(IndexError):
+        WINDOWS[100]
+    batched = list(in_batches(WINDOWS, B, make_mesh()))
+    assert {batch["tokens"].shape for batch, _ in batched} == {(B, S + 1)}
+    assert [n for _, n in batched] == [B] * 14 + [2]
+    np.testing.assert_array_equal(np.concatenate([batch["tokens"][:n] for batch, n in batched]), tokens)
 
 
 def test_a_text_shorter_than_a_sequence_is_an_error():
     with pytest.raises(ValueError, match=r"the training text has 11 .* seq_len=11"):
-        Batches(IDS[:S], S, B, seed=3)
-    with pytest.raises(ValueError, match="the validation text has 0 "):
-        windows(IDS[:0], S, "validation")
+        Windows(IDS[:S], S, "training")
+
+
+def test_batches_lie_where_the_steps_expect_them(batches):
+    batch = next(batches())["tokens"]
+    assert isinstance(batch, jax.Array)
+    assert batch.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))

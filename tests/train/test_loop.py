@@ -1,99 +1,120 @@
-import io
 import os
 import signal
+import threading
 
 import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from rich.console import Console
 
-from jaxmodels.layers import Dropout, Embed
-from train import loop
-from train.data import Batches, windows
+from tests.train_common import IDS, B, S, program
+from train.checkpoints import Position
+from train.command import interruptible
+from train.data import Batches, Windows, endless
+from train.loop import Evaluation, Loop
+from train.step import token_losses
 
-V, S, B = 7, 11, 3
-IDS = np.tile(np.array([0, 1, 2, 3, 4, 5, 6, 3, 1], np.int32), 30)
-CONSOLE = Console(file=io.StringIO())
-BATCHES = Batches(IDS, S, B, seed=0)
+TRAIN, HELD_OUT = Windows(IDS, S, "training"), Windows(IDS[5:], S, "validation")
 
 
-ADAM, FROZEN = optax.adam(0.1), optax.sgd(0.0)  # once: a step is compiled for the very transformation
+@pytest.fixture
+def make():
+    """A loop that is ready, and what it tells."""
+    opened = []
+
+    def loop(transformation=None, tell=lambda told: None, stop=None, **options) -> Loop:
+        made = program(transformation, **options)
+        batches = Batches(endless(TRAIN, 0), B, made.mesh)
+        opened.append(batches)
+        position = Position(made.make_state(0), batches.get_state())
+        loop = Loop(made, position, batches, stop, tell)
+        loop.compile({"tokens": np.zeros((B, S + 1), np.int32)})
+        return loop
+
+    yield loop
+    for batches in opened:
+        batches.close()
 
 
-class Bigrams(nnx.Module):
-    """The least that the loop can train: the token itself decides the logits of the next."""
-
-    def __init__(self):
-        self.logits = Embed(V, V, rngs=nnx.Rngs(0))
-        self.dropout = Dropout(0.3)
-
-    def __call__(self, ids, rng=None):
-        return self.dropout(self.logits(ids), rng)
-
-
-def state(transformation: optax.GradientTransformation = ADAM) -> loop.State:
-    model = Bigrams()
-    return loop.State(model, nnx.Optimizer(model, transformation, wrt=nnx.Param))
-
-
-def train(state: loop.State, steps: int, *, every: int = 100, report=lambda: None) -> bool:
-    return loop.train(state, BATCHES, steps, key=None, every=every, report=report, console=CONSOLE)
-
-
-def test_training_lowers_the_loss_of_the_next_token():
-    run, held_out = state(), windows(IDS[5:], S, "validation")
-    before = loop.evaluate(run.model, held_out, B)
-    assert train(run, 60)
-    after = loop.evaluate(run.model, held_out, B)
+def test_training_lowers_the_loss_of_the_next_token(make):
+    told = []
+    loop = make(tell=told.append)
+    evaluation = Evaluation(loop.program, HELD_OUT, B, None)
+    before = evaluation(loop.position.state)
+    assert loop.advance(60)
+    after = evaluation(loop.position.state)
     assert before > 1.5
     assert after < 0.6 * before
-    assert run.step == 60
-    assert int(run.optimizer.step[...]) == 60
-    assert np.mean(run.losses[-5:]) < 0.6 * np.mean(run.losses[:5])
+    losses = loop.position.losses
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    assert [(t.step, t.loss) for t in told] == list(enumerate(losses, start=1))
+    assert loop.position.step == int(loop.position.state.step) == 60
+
+
+def test_steps_in_pieces_are_the_same_steps_and_compile_nothing(make):
+    whole, pieces = make(), make()
+    whole.advance(7)
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+    )
+    for until in (1, 3, 3, 7):
+        assert pieces.advance(until)
+        assert pieces.position.step == int(pieces.position.state.step) == until
+    assert compilations == []
+    assert pieces.position.losses == whole.position.losses
+    assert pieces.position.data == whole.position.data
 
 
 def test_evaluation_is_the_mean_over_all_windows():
-    model, held_out = state().model, windows(IDS[S:], S, "validation")
-    assert held_out.shape[1] % B  # the last batch is not full
-    expected = np.asarray(loop.token_losses(model, held_out), np.float64).mean()
-    assert loop.evaluate(model, held_out, B) == pytest.approx(expected, rel=1e-6)
+    made = program()
+    state = made.make_state(0)
+    assert len(HELD_OUT) % B  # the last batch is not full
+    tokens = np.stack([window["tokens"] for window in HELD_OUT])
+    expected = np.asarray(token_losses(made.model(state), {"tokens": tokens}), np.float64).mean()
+    assert Evaluation(made, HELD_OUT, B, None)(state) == pytest.approx(expected, rel=1e-6)
 
 
-def test_reports_come_in_their_intervals_with_a_complete_state():
-    run, seen = state(), []
-    train(run, 7, every=3, report=lambda: seen.append((run.step, int(run.optimizer.step[...]))))
-    assert seen == [(3, 3), (6, 6)]
+def test_a_loss_that_is_not_finite_names_the_step_and_what_was_not(make):
+    loop = make(optax.sgd(float("nan")))
+    with pytest.raises(ValueError, match=r"^step 2: the loss is nan; the gradients of src_embed.embedding are"):
+        loop.advance(5)
+    assert len(loop.position.losses) == 1
 
 
-def test_dropout_is_another_at_each_step_and_the_same_again_for_the_same_key():
-    def losses(seed: int) -> list[float]:
-        """Of three steps over one batch, without learning from it."""
-        run = state(FROZEN)
-        loop.train(run, lambda step: BATCHES(0), 3, key=jax.random.key(seed), every=5, report=print, console=CONSOLE)
-        return run.losses
+def test_a_gradient_that_is_not_finite_is_found_behind_a_finite_loss(make):
+    def losses(model, batch, rng):
+        nats = token_losses(model, batch, rng)
+        return nats + (0 * jax.numpy.sqrt(0 * nats.sum()))  # d√x/dx is infinite at 0
 
-    assert len(set(losses(seed=0) + losses(seed=1))) == 6
-    assert losses(seed=0) == losses(seed=0)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run():
-    with pytest.raises(ValueError, match="the loss is nan at step 2"):
-        train(state(optax.sgd(float("nan"))), 5)
+    loop = make(losses=losses)
+    with pytest.raises(ValueError, match=r"^step 1: the gradients of src_embed.embedding are not finite"):
+        loop.advance(5)
 
 
-def test_ctrl_c_ends_between_two_steps():
-    run = state()
-    assert not train(run, 1000, every=2, report=lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert run.step == 2
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_between_two_steps(make, number, code):
+    with interruptible() as stop:
+        loop = make(stop=stop, tell=lambda told: os.kill(os.getpid(), number) if told.step == 5 else None)
+        assert not loop.advance(1000)
+        assert stop
+        assert stop.exit_code == code
+    assert 5 < loop.position.step < 10
+    assert loop.position.step == int(loop.position.state.step) == loop.position.data["next_index"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_evaluation_ends_when_it_is_asked_to():
+    with interruptible() as stop:
+        made = program()
+        evaluation = Evaluation(made, HELD_OUT, B, stop)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert evaluation(made.make_state(0)) is None
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
-    def twice():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(state(), 1000, every=2, report=twice)
+    with pytest.raises(KeyboardInterrupt), interruptible():  # noqa: PT012 (the first must not)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(1)

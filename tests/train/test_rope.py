@@ -1,32 +1,29 @@
-"""The command lines, from text to text: `python -m train.rope` and `python -m train.sample`."""
+"""The command lines, from text to text: `python -m train.rope`, `train.sample`, `train.evaluate`, `train.plot`."""
 
 import contextlib
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxmodels
-from jaxmodels.convert.params import flat_arrays
-from jaxmodels.text import CharVocabulary
-from train import checkpoints, rope, sample
+from jaxmodels.text import CharVocabulary, load_vocabulary
+from jaxmodels.transformer import AutoregressiveTransformer
+from tests.train_common import ROOT, TEXT, TINY, start
+from train import evaluate, metrics, plot, rope, sample
+from train.checkpoints import latest_model
 from train.command import one_line_errors
-from train.experiment import main, parse, saved_config
-from train.optimizers import adam, noam
+from train.config import parse
+from train.experiment import main
+from train.tokenize import main as main_tokenize
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = "python -m train.rope"
-SIZES = {"d-model": 30, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "batch-size": 3, "warmup": 5, "every": 5}
-TINY = [f"--{name}={value}" for name, value in SIZES.items()]
-TEXT = "".join(f"{i} men and {i * i % 89} women went to sea [in a boat]. The end.\n" for i in range(97))
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +33,17 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
+def train(*arguments: object) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(rope.Config, PROGRAM, list(map(str, arguments))) == 0
+    return out.getvalue()
+
+
 @pytest.fixture(scope="module")
 def run_and_output(text, tmp_path_factory) -> tuple[Path, str]:
     """A finished run of 7 steps, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main(rope.Config, PROGRAM, [*TINY, "--text", str(text), "--out", str(folder), "--steps", "7"]) == 0
-    return folder, out.getvalue()
+    return folder, train(*TINY, "--text", text, "--out", folder, "--steps", 7, "--keep", 1, "--profile", 2)
 
 
 @pytest.fixture(scope="module")
@@ -50,64 +51,37 @@ def run(run_and_output) -> Path:
     return run_and_output[0]
 
 
-def start(*arguments: object, **environment: str) -> subprocess.Popen:
-    """python -m …, in a process of its own."""
-    command = [sys.executable, "-m", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, **pipes)
-
-
-def state(run: Path) -> dict[str, np.ndarray]:
-    """Every number that a run's checkpoint holds."""
-    config = saved_config(rope.Config, run)
-    state = checkpoints.load(run, adam(noam(config.learning_rate, config.d_model, config.warmup), config.adam))
-    arrays = flat_arrays(state.model) | flat_arrays(state.optimizer) | {"losses": state.losses}
-    return {str(path): np.asarray(array) for path, array in arrays.items()}
-
-
-def test_an_interrupted_run_goes_on_exactly(text, tmp_path):
-    new = [*TINY, "--dropout", 0.1, "--text", text]
-    # the processes share what they compile, which is most of their time
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    interrupted = start("train.rope", *new, "--out", tmp_path / "a", "--steps", 1_000_000, **cache)
-    for line in interrupted.stdout:
-        if line.startswith("step 5:"):
-            interrupted.send_signal(signal.SIGINT)
-            break
-    out, err = interrupted.communicate(timeout=120)
-    assert (interrupted.returncode, err) == (130, "")
-    message = re.search(r"^stopped at step (\d+) and saved; go on with: (.*)$", out, re.MULTILINE)
-    assert message
-    assert message[2] == f"python -m train.rope --resume {tmp_path / 'a'}"
-    steps = int(message[1]) + 13
-
-    resumed = start("train.rope", "--resume", tmp_path / "a", "--steps", steps, "--every", 1000, **cache)
-    straight = start("train.rope", *new, "--out", tmp_path / "b", "--steps", steps, "--every", 1000, **cache)
-    for process in (resumed, straight):
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (0, "")
-    resumed, straight = state(tmp_path / "a"), state(tmp_path / "b")
-    assert len(straight["losses"]) == steps
-    assert resumed.keys() == straight.keys()
-    for name, array in straight.items():
-        np.testing.assert_array_equal(resumed[name], array, err_msg=name)  # bit for bit
-
-
 def test_what_a_run_prints_and_leaves(run_and_output):
     run, out = run_and_output
-    assert re.search(r"^step 5: loss \d\.\d+, validation loss \d\.\d+, greedy sample:\n    .*\|.{25}", out, re.M)
+    assert re.search(r"^step 5: loss \d\.\d+, validation loss \d\.\d+, written greedily:\n    .*\|", out, re.M)
     assert "step 7/7" in out  # the progress bar
-    validation = re.search(r"(\d\.\d+)  character 4-gram .*\n +(\d\.\d+)  this model after 7 steps", out)
-    assert 0 < float(validation[1]) < float(validation[2])  # seven steps are not enough
+    bar, reached = re.search(r"(\d\.\d+)  character 4-gram .*\n +(\d\.\d+)  this model after 7 steps", out).groups()
+    assert 0 < float(bar) < float(reached)  # seven steps are not enough
     assert f"python -m train.sample {run}" in out
 
-    assert [path.name for path in run.iterdir()] == ["checkpoint"]
-    about = json.loads((run / "checkpoint" / "run.json").read_text())
-    assert about["step"] == 7
-    assert about["config"]["d_ff"] == 13
-    model = jaxmodels.load(run / "checkpoint" / "model")
+    names = {"checkpoints", "config.json", "metrics.jsonl", "profile", "tensorboard", "vocabulary.json"}
+    assert {path.name for path in run.iterdir()} == names
+    assert json.loads((run / "config.json").read_text())["config"]["d_ff"] == 13
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["7"]
+    model = jaxmodels.load(run / "checkpoints" / "7" / "model")
     assert (model.d_model, model.n_vocab) == (30, len(set(TEXT)))
-    assert CharVocabulary.load(run / "checkpoint" / "vocabulary.json") == CharVocabulary.of(TEXT)
+    assert load_vocabulary(run / "vocabulary.json") == CharVocabulary.of(TEXT)
+    lines = metrics.read(run)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 8))
+    assert [line["step"] for line in lines if "validation_loss" in line] == [5, 7]
+    assert list((run / "profile").rglob("*.xplane.pb"))
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_a_finished_run_is_judged_again_and_goes_on_with_more_steps(run_and_output, text, tmp_path):
+    def results(out: str) -> list[str]:
+        return out[out.index("\nvalidation loss") :].splitlines()[:4]
+
+    first = train(*TINY, "--text", text, "--out", tmp_path / "run", "--steps", 4)
+    again = train(*TINY, "--text", text, "--out", tmp_path / "run", "--steps", 4)
+    assert "going on from step 4" in again
+    assert results(first) == results(again)
+    assert results(train("--resume", tmp_path / "run", "--steps", 7)) == results(run_and_output[1])
 
 
 def test_flags_come_from_the_run_or_the_preset(run):
@@ -116,27 +90,31 @@ def test_flags_come_from_the_run_or_the_preset(run):
     )
     assert small == rope.Config.small()
     assert (original.seq_len, original.n_layers, original.batch_size, original.heads) == (512, 6, 4, 8)
-    resumed = parse(rope.Config, PROGRAM, ["--resume", str(run), "--steps", "11"]).config
-    assert (resumed.seq_len, resumed.steps) == (11, 11)
+    resumed = parse(rope.Config, PROGRAM, ["--resume", str(run), "--steps", "11", "--mesh", "fsdp=2"])
+    assert (resumed.config.seq_len, resumed.config.steps, resumed.options.mesh) == (11, 11, "fsdp=2")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--resume {run}", "has taken 7 steps already: ask for more with --steps"),
-        ("--resume {run} --steps 11 --heads 5", "was trained with heads=3, not heads=5"),
-        ("--resume {run} --preset small", "was trained with d_model=30, "),
+        ("--resume {run} --steps 11 --heads 5", "was trained with heads=3, not heads=5: go on with it by --resume"),
+        ("--text {text} --out {run}", "was trained with seq_len=11, .* or name another folder with --out"),
+        ("--resume {run} --preset small", "was trained with seq_len=11, "),
         ("--resume {run} --steps 11 --text {other}", "was trained on another text than .*other.txt"),
         ("--resume {run} --steps 11 --out elsewhere", "leave --out away"),
         ("--preset huge", "--preset huge is none of small, original"),
-        ("--resume {empty}", "empty holds no checkpoint of a training run"),
-        ("--text {text} --out {run}", "is there already: go on with it by --resume"),
-        ("--text {text} --out {text}", "is there already"),
+        ("--resume {empty}", "empty holds no training run"),
+        ("--text {text} --out {text}", "is there and holds no training run"),
         ("--text {tiny}", "the training text has 9 tokens, fewer than .* seq_len=128"),
         ("--text {tiny} --seq-len 3", "the validation text has 1 tokens"),
         ("--text {empty}/nothing.txt", "is not python_docs, tiny_shakespeare or a readable UTF-8 file"),
+        ("--text {empty}", "empty' is no folder that python -m train.tokenize wrote"),
         ("--text {text} --heads 3", "d_model=128 is not divisible by heads=3"),
         ("--text {text} --d-model 15 --heads 3 --seq-len 11", "rope_percentage=1.0 turns 5 of d_k=5"),
+        ("--text {text} --mesh fsdp=3", "mesh='fsdp=3' takes 3 devices, which does not divide the 1 there are"),
+        ("--text {text} --mesh rows=2", "must name axes of data, fsdp, tensor"),
+        ("--text {text} --accumulate 3", "batch_size=16 does not split into accumulate=3 parts"),
+        ("--text {text} --coordinator localhost:1", "--coordinator, --processes and --process belong together"),
     ],
 )
 def test_bad_input_is_a_value_error_before_any_work(arguments, message, text, run, tmp_path, monkeypatch):
@@ -151,31 +129,14 @@ def test_bad_input_is_a_value_error_before_any_work(arguments, message, text, ru
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("flags", ["--steps 0", "--seed -1", "--dropout 1.0", "--learning-rate 0"])
+@pytest.mark.parametrize(
+    "flags", ["--steps 0", "--seed -1", "--dropout 1.0", "--learning-rate 0", "--schedule cosine --steps 5", "--b2 1"]
+)
 def test_a_flag_out_of_range_is_a_usage_error(flags, capsys):
     with pytest.raises(SystemExit) as error:
         main(rope.Config, PROGRAM, flags.split())
     assert error.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_a_run_is_found_by_a_relative_path(run, monkeypatch):
-    monkeypatch.chdir(run.parent)
-    relative = Path(run.name)
-    transformation = adam(noam(1.0, 30, 5), "original")
-    assert checkpoints.load(relative, transformation).step == checkpoints.load(run, transformation).step == 7
-
-
-def test_a_damaged_checkpoint_is_an_error(run, tmp_path):
-    for name, content in {"run.json": "{", "vocabulary.json": "[]"}.items():
-        folder = tmp_path / name / "checkpoint"
-        folder.mkdir(parents=True)
-        (folder / "run.json").write_bytes((run / "checkpoint" / "run.json").read_bytes())
-        (folder / name).write_text(content)
-        with pytest.raises(ValueError, match=name):
-            checkpoints.load_model(tmp_path / name)
-    with pytest.raises(ValueError, match=r"optimizer does not hold the arrays"):
-        checkpoints.load(run, adam(0.1))  # no schedule: another state
 
 
 def test_errors_are_one_line(capsys):
@@ -205,9 +166,10 @@ def test_sample_continues_the_prompt(run, capsys):
 
 
 def test_a_long_text_never_reaches_beyond_the_trained_length(run):
-    model, vocabulary = checkpoints.load_model(run)
+    model, step = latest_model(run)
+    assert step == 7
     logits = jax.jit(lambda ids: model(ids[:, None])[:, 0])
-    ids = vocabulary.encode("5 men and 25 women")
+    ids = CharVocabulary.of(TEXT).encode("5 men and 25 women")
     text = ids
     for _ in range(3):
         piece = np.resize(text[-5:], 11)  # what lies behind a position does not change its logits
@@ -215,6 +177,8 @@ def test_a_long_text_never_reaches_beyond_the_trained_length(run):
             piece[i] = logits(piece)[i - 1].argmax()
         text = np.concatenate([text, piece[5:]])
     np.testing.assert_array_equal(sample.continue_text(model, ids, 17, seq_len=11), text[len(ids) :][:17])
+    asked = iter([False, True])
+    assert len(sample.continue_text(model, ids, 17, seq_len=11, interrupted=lambda: next(asked))) == 6
 
 
 @pytest.mark.parametrize(
@@ -233,5 +197,65 @@ def test_sample_refuses_bad_input(flags, message, run):
 
 
 def test_sample_needs_a_run(tmp_path):
-    with pytest.raises(ValueError, match="holds no checkpoint of a training run"):
+    with pytest.raises(ValueError, match="holds no training run"):
         sample.main([str(tmp_path)])
+
+
+def evaluated(capsys, *arguments: object) -> dict[str, float]:
+    capsys.readouterr()
+    evaluate.main(list(map(str, arguments)))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return {line[:22].strip(): float(line[22:].split()[0]) for line in lines}
+
+
+def test_evaluate_finds_the_loss_that_training_did(run, tmp_path, capsys):
+    expected = metrics.read(run)[-1]["validation_loss"]
+    found = evaluated(capsys, run)
+    assert found["loss"] == pytest.approx(expected, abs=1e-4)
+    assert found["perplexity"] == pytest.approx(np.exp(expected), rel=1e-4)
+    assert found["bits per character"] == found["bits per byte"] == pytest.approx(expected / np.log(2), abs=1e-4)
+
+    # the same as a model with a vocabulary of its own, on a text in a file
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(TEXT[int(0.9 * len(TEXT)) :])
+    model = shutil.copytree(run / "checkpoints" / "7" / "model", tmp_path / "model")
+    shutil.copy(run / "vocabulary.json", model)
+    assert evaluated(capsys, model, "--text", held_out, "--seq-len", 11, "--batch-size", 5) == found
+
+
+def test_bits_per_byte_and_per_character_are_of_the_text_that_was_predicted(run, tmp_path, capsys):
+    main_tokenize([str(ROOT / "LICENSE"), str(tmp_path / "tokens"), "--kind", "bytes"])
+    model = AutoregressiveTransformer(256, 6, 3, 5, 1, rngs=nnx.Rngs(0))
+    jaxmodels.save(model, tmp_path / "model")
+    shutil.copy(tmp_path / "tokens" / "vocabulary.json", tmp_path / "model")
+    (tmp_path / "wide.txt").write_text("ñ€" * 50)  # 2 and 3 bytes, one character each
+    found = evaluated(capsys, tmp_path / "model", "--text", tmp_path / "wide.txt", "--seq-len", 10)
+    assert found["bits per byte"] == pytest.approx(found["loss"] / np.log(2), abs=1e-3)
+    assert found["bits per character"] == pytest.approx(2.5 * found["bits per byte"], rel=0.02)  # one is cut in two
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["{run}", "--text", "{empty}/nothing"], "is not python_docs"),
+        (["{run}", "--seq-len", "600"], "the given text has 522 tokens"),
+        (["{run}/checkpoints/7/model"], "is not a vocabulary"),
+        (["{empty}"], "holds no config.json"),
+        (["{run}", "--mesh", "data=3"], "which does not divide the 1 there are"),
+    ],
+)
+def test_evaluate_refuses_bad_input(flags, message, run, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([flag.format(run=run, empty=tmp_path) for flag in flags])
+
+
+def test_plot_draws_runs(run, tmp_path):
+    plot.main([str(run), str(run), "--out", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    train, validation = plot.curves(run)
+    np.testing.assert_array_equal(train[:, 0], range(1, 8))
+    np.testing.assert_array_equal(validation[:, 0], [5, 7])
+    with pytest.raises(ValueError, match=r"holds no metrics.jsonl"):
+        plot.main([str(tmp_path)])
+    with pytest.raises(ValueError, match="at least one run"):
+        plot.main([])

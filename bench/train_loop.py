@@ -1,0 +1,83 @@
+"""`python -m bench.train_loop`: what the training loop adds to its steps, at steps of about 50 ms.
+
+In one run, in turn: the compiled step alone, over and over on one batch; and the loop that scripts run it in, with
+data, metrics, TensorBoard, the progress line, and a checkpoint a round, which is written while the next round computes.
+Both take as many of the same steps. The limit is 3 %.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+LIMIT = 0.03
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m bench.train_loop", description=__doc__)
+    arguments.add_argument("--rounds", type=int, default=9, help="timed rounds of each (default 9)")
+    arguments.add_argument("--steps", type=int, default=100, help="steps of a round (default 100)")
+    arguments.add_argument("--batch", type=int, default=8, help="sequences of a step (default 8)")
+    arguments.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    # XLA sizes its thread pool by the processors it may use, once, when it starts.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+
+    import statistics
+
+    import jax
+    from rich.console import Console
+
+    from bench.timing import alternate, report, stamp
+    from train import metrics, rope
+    from train.command import Stop
+    from train.config import Options
+    from train.experiment import Run
+    from train.loop import Loop, Told
+
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "shown", "w", encoding="utf-8") as shown:
+        settings = rope.Config(batch_size=options.batch, n_layers=2, keep=1)
+        run = Run.open(settings, Path(folder) / "run", Options())
+        log = metrics.Log(run.folder, [])
+        line = metrics.Line(Console(file=shown), 10**6, 0, settings.batch_size * settings.seq_len, 0.0, None)
+
+        def tell(told: Told) -> None:
+            line.advance(told.loss, told.seconds)
+            log.step(told.step, told.loss, told.grad_norm, told.seconds)
+
+        loop = Loop(run.program, run.position, run.batches, Stop(), tell)
+        loop.compile(settings.abstract_batch())
+        batch, flags = next(run.batches), loop.flags[False]
+        own = [run.program.make_state(1)]
+
+        def alone() -> None:
+            for _ in range(options.steps):
+                own[0], told = loop.compiled(own[0], batch, flags)
+            jax.block_until_ready(told)
+
+        def in_the_loop() -> None:
+            loop.advance(run.position.step + options.steps)
+            run.checkpoints.save(run.position)
+
+        print(stamp(options.threads))
+        with line:
+            seconds = alternate({"steps alone": alone, "in the loop": in_the_loop}, options.rounds)
+        run.checkpoints.wait()
+        run.batches.close()
+        log.close()
+    report(f"{options.steps} steps, batch {options.batch}, float32", seconds, against="steps alone")
+    step = statistics.median(seconds["steps alone"]) / options.steps
+    pairs = zip(seconds["in the loop"], seconds["steps alone"], strict=True)
+    added = statistics.median(loop / alone - 1 for loop, alone in pairs)
+    print(
+        f"a step takes {1e3 * step:.1f} ms; the loop adds {added:.1%}, {1e3 * step * added:.2f} ms (limit {LIMIT:.0%})"
+    )
+
+
+if __name__ == "__main__":
+    main()

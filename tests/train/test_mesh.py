@@ -1,0 +1,182 @@
+import json
+import socket
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
+from jaxmodels.layers import constrain, hooks
+from jaxmodels.transformer import AutoregressiveTransformer
+from tests.common import ATTENTIONS
+from tests.train_common import TEXT, TINY, program, start
+from train import rope
+from train.checkpoints import steps
+from train.experiment import main
+from train.mesh import RULES, check_batch, make_mesh, parameter_specs, parse_sizes
+from train.metrics import read
+
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "expected"),
+    [("", 8, (8, 1, 1)), ("fsdp=4", 8, (2, 4, 1)), ("tensor=2,fsdp=3", 6, (1, 3, 2)), ("data=2,fsdp=2", 4, (2, 2, 1))],
+)
+def test_mesh_sizes(text, n, expected):
+    assert tuple(parse_sizes(text, n).values()) == expected
+
+
+@pytest.mark.parametrize("text", ["fsdp", "rows=2", "fsdp=0", "fsdp=2,fsdp=2", "fsdp=3", "data=2", "fsdp=16"])
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(text):
+    with pytest.raises(ValueError, match=f"^mesh='{text}' "):
+        parse_sizes(text, 8)
+
+
+def shapes(make) -> dict[str, tuple[int, ...]]:
+    made = nnx.to_flat_state(nnx.state(nnx.eval_shape(make)))
+    return {".".join(map(str, path)): variable.get_value().shape for path, variable in made}
+
+
+def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
+    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+MODELS = [
+    *(
+        lambda attention=attention: AutoregressiveTransformer(65, 32, 4, 48, 2, attention, max_len=9, rngs=nnx.Rngs(0))
+        for attention in ATTENTIONS
+    ),
+    *(
+        lambda cls=cls: AutoregressiveModel(65, cls(32, 4, 48, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+        for cls in (FeedbackTransformer, FeedbackTransformerKV)
+    ),
+]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv"])
+def test_the_tables_place_every_array_and_divide_every_large_one(make):
+    found = shapes(make)
+    name = type(nnx.eval_shape(make)).__name__
+    specs = parameter_specs(name, found, abstract_mesh(fsdp=4, tensor=2))
+    assert specs.keys() == found.keys()
+    large = {path for path, shape in found.items() if len(shape) > 1 and np.prod(shape) >= 32 * 32}
+    assert large
+    assert [path for path in large if not any(specs[path])] == []
+
+
+def test_the_tables_refuse_what_they_do_not_know():
+    mesh = abstract_mesh(fsdp=2)
+    with pytest.raises(ValueError, match="no table for Unheard; it has "):
+        parameter_specs("Unheard", {}, mesh)
+    with pytest.raises(ValueError, match=r"has no rule for encoder.novelty "):
+        parameter_specs("AutoregressiveTransformer", {"encoder.novelty": (2,)}, mesh)
+    with pytest.raises(ValueError, match=r"fsdp=2 does not divide 7 of a.layer1.kernel \[7, 3\], nor 1 more"):
+        parameter_specs("AutoregressiveTransformer", {"a.layer1.kernel": (7, 3), "b.layer1.kernel": (5, 3)}, mesh)
+
+
+def test_neox_rules_divide_its_stacked_layers():
+    paths = {
+        "embedding.emb.embedding": P("tensor", "fsdp"),
+        "layers.attention.qkv_lin.kernel": P(None, "fsdp", "tensor"),
+        "layers.ffn.dense_h4_h.kernel": P(None, "tensor", "fsdp"),
+        "layers.pre_ln_attn.scale": P(),
+        "final_norm.ln.bias": P(),
+        "readout.linear.kernel": P("fsdp", "tensor"),
+    }
+    sizes = {path: (8,) * max(len(spec), 1) for path, spec in paths.items()}
+    assert parameter_specs("NeoX", sizes, abstract_mesh(fsdp=4, tensor=2)) == paths
+    assert "NeoX" in RULES
+
+
+def test_a_batch_that_does_not_split_is_an_error():
+    mesh = abstract_mesh(data=2, fsdp=2, tensor=2)
+    check_batch(mesh, 12, 3)
+    with pytest.raises(ValueError, match="batch_size=6 does not split over data·fsdp = 4 devices; see --mesh"):
+        check_batch(mesh, 6)
+    with pytest.raises(ValueError, match="batch_size=12 / accumulate=2 does not split over data·fsdp = 4"):
+        check_batch(mesh, 12, 2)
+
+
+def test_constrain_is_the_identity_unless_a_mesh_is_set():
+    x = np.ones((2, 3))
+    assert constrain(x, "SB") is x
+    with hooks(placement=lambda x, name: (x, name)):
+        assert constrain(x, "SB") == (x, "SB")
+    assert constrain(x, "SB") is x
+    made = program()
+    with made.tracing():
+        assert constrain(x, "SB") is x  # one device
+    from train.mesh import place
+
+    with pytest.raises(ValueError, match=r"'SBD' names 3 axes, the array has \[2, 3\]"):
+        place(make_mesh())(x, "SBD")
+
+
+@pytest.fixture(scope="module")
+def losses() -> dict[str, dict[str, list[float]]]:
+    process = start("tests.train_on_meshes", **EIGHT)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("system", ["rope", "relative", "synthesizer", "feedback", "feedback_kv"])
+def test_losses_on_every_mesh_are_those_of_one_device(losses, system):
+    of_one = losses[system].pop("")
+    assert len(set(of_one)) == 4
+    assert len(losses[system]) == 3
+    for mesh, found in losses[system].items():
+        np.testing.assert_allclose(found, of_one, rtol=2e-6, err_msg=mesh)
+
+
+def two(run: Path, *flags: object, **environment: str) -> list:
+    """Two processes that train one model together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ["--coordinator", address, "--processes", 2, "--peer-timeout", 10, "--no-tensorboard", "--out", run]
+    return [start("train.rope", *TINY, *flags, *together, "--process", i, **environment) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, compile_cache) -> list:
+    file = tmp_path_factory.mktemp("text") / "sea.txt"
+    file.write_text(TEXT)
+    return ["--text", file, "--compile-cache", compile_cache]
+
+
+def test_two_processes_train_as_one_and_write_one_checkpoint(text, tmp_path):
+    processes = two(tmp_path / "both", *text, "--steps", 7, "--mesh", "fsdp=2")
+    alone = [*TINY, *text, "--no-tensorboard", "--out", tmp_path / "alone", "--steps", 7]
+    assert main(rope.Config, "train.rope", list(map(str, alone))) == 0
+    for process in processes:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    found, expected = ([line for line in read(tmp_path / name) if "loss" in line] for name in ("both", "alone"))
+    assert [line["step"] for line in found] == list(range(1, 8))
+    np.testing.assert_allclose([x["loss"] for x in found], [x["loss"] for x in expected], rtol=1e-5)
+    assert steps(tmp_path / "both" / "checkpoints") == [5, 7]
+
+
+@pytest.mark.parametrize(("how", "code"), [("terminate", 0), ("kill", None)])
+def test_both_end_when_one_is_asked_to_or_dies(text, tmp_path, how, code):
+    processes = two(tmp_path / "run", *text, "--steps", 10**6, "--every", 10**6)
+    file = tmp_path / "run" / "metrics.jsonl"
+    while not file.exists() or "grad_norm" not in file.read_text():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    getattr(processes[1], how)()
+    ends = [process.communicate(timeout=120) for process in processes]  # no hang
+    if how == "terminate":
+        assert [process.returncode for process in processes] == [0, 0], ends
+        assert "stopped at step " in ends[0][0]
+        assert len(steps(tmp_path / "run" / "checkpoints")) == 1
+    else:
+        assert processes[0].returncode != 0
+        assert ends[0][1]

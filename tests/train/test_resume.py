@@ -1,0 +1,172 @@
+"""Runs that are killed or asked to end, as real processes: they go on as if nothing had been, bit for bit."""
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels.checkpoint import read_arrays
+from tests.train_common import TEXT, TINY, start
+from train import metrics, rope
+from train.checkpoints import steps
+from train.config import parse
+from train.experiment import Run, main
+
+STEPS = 40
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory, compile_cache):
+    """What starts a run with dropout and a checkpoint every 5 steps."""
+    file = tmp_path_factory.mktemp("text") / "sea.txt"
+    file.write_text(TEXT)
+    flags = [*TINY, "--dropout", 0.1, "--text", file, "--steps", STEPS, "--no-tensorboard"]
+    return list(map(str, [*flags, "--compile-cache", compile_cache]))
+
+
+def finish(*arguments: object) -> str:
+    """In this process, which compiles as the others do."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(rope.Config, "python -m train.rope", list(map(str, arguments))) == 0
+    return out.getvalue()
+
+
+def numbers(run: Path) -> dict[str, np.ndarray]:
+    """Every number that a run's last checkpoint holds, and its curves."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = run / "checkpoints" / str(steps(run / "checkpoints")[-1])
+    arrays: dict[str, object] = {}
+    for part in (folder / "model" / "params", folder / "state"):
+        stored = ocp.metadata(part).metadata
+        arrays |= read_arrays(part, {name: (stored[name].shape, DEVICE) for name in stored})
+    lines = metrics.read(run)
+    arrays["curve"] = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+    arrays["evaluations"] = [list(line.values()) for line in lines if "validation_loss" in line]
+    arrays["losses"] = np.load(folder / "losses.npy")
+    arrays["data"] = json.loads((folder / "complete.json").read_text())["data"]["next_index"]
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def straight(new, tmp_path_factory) -> dict[str, np.ndarray]:
+    """Of a run that nothing stopped."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    finish(*new, "--out", run)
+    found = numbers(run)
+    assert len(found["curve"]) == STEPS
+    assert len(found["evaluations"]) == STEPS / 5
+    return found
+
+
+def assert_same(run: Path, straight: dict[str, np.ndarray]) -> None:
+    found = numbers(run)
+    assert found.keys() == straight.keys()
+    for name, array in straight.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_exactly(new, straight, tmp_path):
+    run, rng = tmp_path / "run", np.random.default_rng()
+    for lines in (1, 22):  # of the curve: where the kill comes, and a moment more that is different each time
+        process = start("train.rope", *new, "--out", run)
+        file = run / "metrics.jsonl"
+        while process.poll() is None and (not file.exists() or file.read_text().count("grad_norm") < lines):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err
+    finish(*new, "--out", run)
+    assert_same(run, straight)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "after"),
+    [
+        (signal.SIGTERM, 0, "4-gram (Witten-Bell): validation"),  # before it compiles, or while
+        (signal.SIGTERM, 0, "step 5: loss"),  # while it trains, saves, evaluates or samples
+        (signal.SIGINT, 130, "step 10: loss"),
+    ],
+)
+def test_a_signal_saves_and_ends_the_run_and_it_goes_on_exactly(new, straight, tmp_path, number, code, after):
+    run = tmp_path / "run"
+    process = start("train.rope", *new, "--out", run)
+    for line in process.stdout:
+        if after in line:
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (code, "")
+    stopped = int(out.split("stopped at step ")[1].split(";")[0])
+    assert steps(run / "checkpoints")[-1:] == ([stopped] if stopped else [])
+    assert f"; go on with: python -m train.rope --resume {run}" in out
+    if number == signal.SIGTERM:
+        finish("--resume", run, *new[-3:])
+        assert_same(run, straight)
+
+
+@pytest.fixture(scope="module")
+def ended(new, tmp_path_factory) -> Path:
+    """A run that ended early, with checkpoints 5, 10 and 12."""
+    run = tmp_path_factory.mktemp("ended") / "run"
+    finish(*new, "--out", run, "--steps", 12)
+    return run
+
+
+def damage(file: Path, how: str) -> None:
+    match how:
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "gone":
+            file.unlink()
+        case "zeros":  # of the same length
+            file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("state/state/d/*", "cut"), ("model/params/state/manifest.ocdbt", "zeros"), ("losses.npy", "gone")],
+)
+def test_a_damaged_checkpoint_is_passed_over_loudly(new, ended, tmp_path, capsys, name, how):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    damage(next((run / "checkpoints" / "12").glob(name)), how)
+    (run / "checkpoints" / "99").mkdir()  # what a kill leaves
+    command = parse(rope.Config, "train.rope", [*new, "--out", str(run)])
+    opened = Run.open(command.config, run, command.options)
+    opened.batches.close()
+    assert "warning: checkpoint 12 is passed over: " in capsys.readouterr().err
+    assert opened.position.step == int(opened.position.state.step) == opened.position.data["next_index"] == 10
+    assert not (run / "checkpoints" / "99").exists()
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew(new, ended, tmp_path):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    for step in (5, 10, 12):
+        damage(run / "checkpoints" / str(step) / "losses.npy", "cut")
+    with pytest.raises(ValueError, match="has no checkpoint that can be read"):
+        main(rope.Config, "train.rope", [*new, "--out", str(run)])
+
+
+def test_checkpoints_are_kept_as_asked(new, tmp_path):
+    finish(*new, "--out", tmp_path / "run", "--steps", 35, "--keep", 2, "--keep-every", 10)
+    assert steps(tmp_path / "run" / "checkpoints") == [10, 20, 30, 35]
+
+
+def test_another_number_of_devices_goes_on_with_the_same_run(new, straight, ended, tmp_path):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    process = start("train.rope", *new, "--out", run, "--mesh", "data=2,fsdp=2", "--steps", 20, **environment)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    found = numbers(run)
+    np.testing.assert_allclose(found["losses"], straight["losses"][:20], rtol=1e-5)
+    assert found["data"] == 20

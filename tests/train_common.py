@@ -1,0 +1,60 @@
+"""What the tests of training share: a text, a model that is the least a loop can train, scripts as processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxmodels.layers import Dropout, Embed
+from train import mesh, step
+
+ROOT = Path(__file__).parents[1]
+TEXT = "".join(f"{i} men and {i * i % 89} women went to sea [in a boat]. The end.\n" for i in range(97))
+
+SIZES = {"d-model": 30, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "batch-size": 4, "warmup": 5, "every": 5}
+TINY = [f"--{name}={value}" for name, value in SIZES.items()]
+
+# 62 windows of this many tokens, in batches that reach over the end of an epoch
+V, S, B = 7, 11, 4
+IDS = np.tile(np.array([0, 1, 2, 3, 4, 5, 6, 3, 1], np.int32), 76)
+
+
+class Bigrams(nnx.Module):
+    """The token itself decides the logits of the next. Calls itself what the mesh has a table for."""
+
+    sequence_axis = 0
+
+    def __init__(self, seed: int = 0):
+        self.src_embed = Embed(V, V, rngs=nnx.Rngs(seed))
+        self.dropout = Dropout(0.3)
+
+    def __call__(self, ids, rng=None):
+        return self.dropout(self.src_embed(ids), rng)
+
+    def config(self):
+        return {}
+
+
+Bigrams.__name__ = "AutoregressiveTransformer"
+
+
+def program(
+    transformation: optax.GradientTransformation | None = None, make=Bigrams, on: str = "", **options
+) -> step.Program:
+    return step.Program(make, transformation or optax.adam(0.1), mesh.make_mesh(on), **options)
+
+
+STARTED: list[subprocess.Popen] = []  # a test that fails leaves none running: see tests/train/conftest.py
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen:
+    """python -m …, in a process of its own."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    given = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, env=given, **pipes))
+    return STARTED[-1]

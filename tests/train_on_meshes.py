@@ -1,0 +1,63 @@
+"""Trains each system for a few steps on each mesh of 8 host devices, and prints their losses: a program of its own.
+
+python -m tests.train_on_meshes -> {"rope": {"": [losses of one device], "data=8": [...], ...}, ...}
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
+from jaxmodels.transformer import AutoregressiveTransformer
+from train.mesh import make_mesh
+from train.step import Numerics, Program
+
+V, D, H, F, S, B = 23, 16, 4, 24, 5, 16
+MESHES = ["", "data=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
+STEPS = 4
+
+
+def transformer(attention: str):
+    return lambda: AutoregressiveTransformer(V, D, H, F, 1, attention, max_len=S, rngs=nnx.Rngs(0))
+
+
+def feedback(cls):
+    return lambda: AutoregressiveModel(V, cls(D, H, F, 1, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+
+
+SYSTEMS = {
+    "rope": transformer("rotary"),
+    "relative": transformer("relative"),
+    "synthesizer": transformer("random+dense+vanilla"),
+    "feedback": feedback(FeedbackTransformer),
+    "feedback_kv": feedback(FeedbackTransformerKV),
+}
+# what is accumulated and computed again must not depend on the mesh either
+NUMERICS = {"rope": Numerics(accumulate=2, remat="layers")}
+
+
+def losses(make_model, numerics: Numerics) -> dict[str, list[float]]:
+    """By mesh; "" is one device."""
+    told: dict[str, list[float]] = {sizes: [] for sizes in MESHES}
+    tokens = np.random.default_rng(0).integers(0, V, (STEPS, B, S + 1), np.int32)
+    first = None
+    for sizes in MESHES:
+        mesh = make_mesh(sizes, jax.devices() if sizes else jax.devices()[:1])
+        program = Program(make_model, optax.adam(1e-2, eps=1e-3), mesh, numerics)
+        first = first or jax.device_get(program.make_state(0))  # made once: to compile it takes as long as the step
+        state = dataclasses.replace(first, key=jax.random.key(0))  # a key is not copied, and a step uses it up
+        state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, program.abstract_state()))
+        step = program.lower_step({"tokens": tokens[0]}).compile()
+        for batch in tokens:
+            state, metrics = step(state, {"tokens": batch}, np.zeros(mesh.size, bool))
+            told[sizes].append(float(metrics.loss))
+    return told
+
+
+if __name__ == "__main__":
+    assert len(jax.devices()) == 8
+    print(json.dumps({name: losses(make, NUMERICS.get(name, Numerics())) for name, make in SYSTEMS.items()}))

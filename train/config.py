@@ -1,0 +1,244 @@
+"""What every run is configured by, and its command line.
+
+A `Config` decides the numbers of a run and is saved with it; `Options` decide where and how they are computed, and may
+be others when the run goes on.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
+
+import jax
+import numpy as np
+import optax
+import tyro
+from jax.sharding import Mesh
+
+from train.checkpoints import write_durably
+from train.command import peek
+from train.mesh import Processes, check_batch
+from train.optimizers import OptimizerName, ScheduleName, adam, adamw, make_schedule
+from train.step import Batch, Losses, Numerics, Precision, Program, Remat, token_losses
+
+FORMAT = 2
+FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What decides the numbers of a run; an experiment adds the sizes of its model."""
+
+    PRESETS: ClassVar[tuple[str, ...]] = ("small", "original")  # classmethods; the first is the default
+
+    text: str = "python_docs"
+    """python_docs (the language reference inside every Python), tiny_shakespeare (downloaded once), a UTF-8 FILE, or a
+    FOLDER that python -m train.tokenize wrote"""
+    seq_len: int = 128
+    """tokens of a training sequence"""
+    batch_size: int = 16
+    """sequences of a step, over all devices"""
+    accumulate: int = 1
+    """parts that a batch is computed in, one after the other, to save memory"""
+    steps: int = 2000
+    """steps of the whole run; more of them make a run longer that has ended"""
+    optimizer: OptimizerName = "original"
+    """original: Adam with epsilon before the bias correction, as the original experiments; torch: after it; adamw"""
+    schedule: ScheduleName = "noam"
+    """of the learning rate: noam; cosine, to a tenth at the last step; or constant"""
+    learning_rate: float = 1.0
+    """factor of Noam, lr · width^-½ · min(t^-½, t · warmup^-3/2) at step t; the highest rate of the others"""
+    warmup: int = 500
+    """steps until the schedule's peak"""
+    b2: float = 0.999
+    """Adam's memory of squared gradients"""
+    eps: float = 1e-8
+    """Adam's epsilon"""
+    weight_decay: float = 0.1
+    """of matrices, with AdamW"""
+    clip: float | None = 1.0
+    """largest norm of all gradients together; None: any"""
+    compute_dtype: Precision = "float32"
+    """what a step computes in; losses, softmax and norms in float32 all the same"""
+    param_dtype: Precision = "float32"
+    """what parameters and the optimizer's moments are kept in"""
+    remat: Remat = "none"
+    """what the backward pass computes again instead of keeping it: none; layers; dots: all of a layer but products"""
+    every: int = 500
+    """steps from one validation, greedy sample and checkpoint to the next"""
+    validation_batches: int | None = None
+    """batches of a validation; None: the whole held-out text"""
+    keep: int = 3
+    """checkpoints kept, the latest ones"""
+    keep_every: int | None = None
+    """steps whose multiples are kept beside them"""
+    seed: int = 0
+    """of initial weights, order of the text and dropout"""
+
+    def __post_init__(self):
+        """Raises ValueError for a value out of range."""
+        for name in self.positive():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be 0 or more, and less than 2³²")
+        for name in ("learning_rate", "eps", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        if not 0 <= self.b2 < 1:
+            raise ValueError(f"b2={self.b2} must be at least 0 and below 1")
+        self.transformation(1)  # a schedule may not fit the steps
+
+    def positive(self) -> list[str]:
+        """The fields that count something."""
+        counts = ["seq_len", "batch_size", "accumulate", "steps", "warmup", "every"]
+        return [*counts, "validation_batches", "keep", "keep_every"]
+
+    def model(self, n_vocab: int) -> Any:
+        """The experiment's model, freshly initialised."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Features of a token, which the Noam schedule scales with."""
+        raise NotImplementedError
+
+    def transformation(self, width: int) -> optax.GradientTransformation:
+        """Clipping, optimizer and schedule."""
+        rate = make_schedule(self.schedule, self.learning_rate, width=width, warmup=self.warmup, steps=self.steps)
+        if self.optimizer == "adamw":
+            return adamw(rate, self.weight_decay, self.clip, b2=self.b2, eps=self.eps)
+        return adam(rate, self.optimizer, self.clip, b2=self.b2, eps=self.eps)
+
+    def program(self, n_vocab: int, mesh: Mesh) -> Program:
+        """The step of this experiment on a mesh; raises ValueError where they do not fit."""
+        check_batch(mesh, self.batch_size, self.accumulate)
+        return Program(
+            lambda: self.model(n_vocab),
+            self.transformation(self.width),
+            mesh,
+            self.numerics(),
+            losses=self.losses(),
+            trains=self.trains,
+            dropout=getattr(self, "dropout", 0) > 0,
+        )
+
+    def losses(self) -> Losses:
+        """What is averaged and minimised: (model, batch, rng) -> nats [B, S]."""
+        return token_losses
+
+    def trains(self, path: str) -> bool:
+        """Whether the optimizer changes a parameter, by its dotted path."""
+        return True
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and dtypes of a batch."""
+        return {"tokens": jax.ShapeDtypeStruct((self.batch_size, self.seq_len + 1), np.int32)}
+
+    def numerics(self) -> Numerics:
+        return Numerics(self.accumulate, self.compute_dtype, self.param_dtype, self.remat)
+
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+# When a run goes on. The text is compared by what is in it; a longer run with a cosine would have had another schedule.
+MAY_CHANGE = {"text", "every", "validation_batches", "keep", "keep_every"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where and how a run is computed."""
+
+    mesh: str = ""
+    """devices along the axes data, fsdp and tensor: fsdp=4,tensor=2; data takes the rest of them"""
+    processes: tyro.conf.OmitArgPrefixes[Processes] = dataclasses.field(default_factory=Processes)
+    compile_cache: Path | None = None
+    """folder where compiled programs are kept for the next start"""
+    profile: int = 0
+    """steps to trace, from the second on, into the run's folder profile: TensorBoard and Perfetto show it"""
+    tensorboard: bool = True
+    """write TensorBoard's files beside metrics.jsonl"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Generic[ConfigType]):
+    """Trains a model; a run that was stopped or killed goes on where it was when the same command is given again."""
+
+    config: tyro.conf.OmitArgPrefixes[ConfigType]
+    preset: str
+    """which defaults all other flags have; small: for two CPU cores, original: the original experiment's sizes"""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """folder of the run, new or to go on with"""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """folder of a run to go on with, in its own configuration; --steps may be raised"""
+    options: tyro.conf.OmitArgPrefixes[Options] = dataclasses.field(default_factory=Options)
+
+    @property
+    def run(self) -> Path:
+        return self.resume or self.out
+
+
+def parse(kind: type[ConfigType], program: str, arguments: Sequence[str]) -> Command[ConfigType]:
+    """The command line; what is not given comes from --resume's run, else from --preset.
+
+    Raises ValueError where --resume names no run, and for an unknown preset.
+    """
+    resume, preset = peek(arguments, "--resume"), peek(arguments, "--preset")
+    if preset is not None and preset not in kind.PRESETS:
+        raise ValueError(f"--preset {preset} is none of {', '.join(kind.PRESETS)}")
+    if resume is not None and peek(arguments, "--out") is not None:
+        raise ValueError("--resume goes on in the run's own folder: leave --out away")
+    saved = None if resume is None else saved_config(kind, Path(resume))
+    chosen = preset or kind.PRESETS[0]
+    default = saved if saved and preset is None else getattr(kind, chosen)()
+    folder = Path("runs") / program.rpartition(".")[2]
+    command: Any = tyro.cli(Command[kind], default=Command(default, chosen, folder), args=arguments, prog=program)  # type: ignore[valid-type]
+    return command
+
+
+def check_folder(given: Config, run: Path) -> None:
+    """Raises ValueError where a folder holds something else than a run, or one with other values than are given."""
+    if not (run / FILE).exists():
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ValueError(f"{run} is there and holds no training run: name another folder with --out")
+        return
+    saved = saved_config(type(given), run)
+    may = MAY_CHANGE if saved.schedule == "cosine" else MAY_CHANGE | {"steps"}
+    theirs, ours = dataclasses.asdict(saved), dataclasses.asdict(given)
+    changed = [name for name in theirs if name not in may and theirs[name] != ours[name]]
+    if changed:
+        was, now = (", ".join(f"{name}={values[name]}" for name in changed) for values in (theirs, ours))
+        raise ValueError(
+            f"{run} was trained with {was}, not {now}: go on with it by --resume {run}, "
+            "or name another folder with --out"
+        )
+
+
+def read_about(run: Path) -> dict[str, Any]:
+    """What a run's config.json says; raises ValueError where the folder holds no training run."""
+    file = run / FILE
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise ValueError(f"{file} has format {about['format']}, this version reads {FORMAT}")
+        return {name: about[name] for name in ("config", "sha256")}
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{run} holds no training run") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a training run: {error!r}") from None
+
+
+def saved_config(kind: type[ConfigType], run: Path) -> ConfigType:
+    """The configuration of a run; raises ValueError where the folder holds no run of this experiment."""
+    try:
+        return kind(**read_about(run)["config"])
+    except TypeError as error:
+        raise ValueError(f"{run} is a run of another script: {error}") from None
+
+
+def write_about(run: Path, config: Config, sha256: str) -> None:
+    """Saves the resolved configuration, and what tells the data from any other."""
+    about = {"format": FORMAT, "config": dataclasses.asdict(config), "sha256": sha256}
+    write_durably(run / FILE, json.dumps(about, indent=2) + "\n")

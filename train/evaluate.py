@@ -1,0 +1,116 @@
+"""How well a trained model predicts a text.
+
+    python -m train.evaluate runs/rope                     # the held-out part of the text it was trained on
+    python -m train.evaluate runs/rope --text FILE         # a whole text of another file
+    python -m train.evaluate MODEL --text FILE --tokenizer tokenizer.json --seq-len 2048
+
+MODEL is what jaxmodels.save or python -m jaxmodels.convert wrote.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import optax
+import tyro
+
+import jaxmodels
+from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
+from train import config
+from train.checkpoints import latest_model
+from train.command import Stop, one_line_errors
+from train.data import Windows
+from train.loop import Evaluation
+from train.mesh import check_batch, make_mesh
+from train.step import Numerics, Precision, Program
+from train.tokenize import open_tokens
+
+PROGRAM = "python -m train.evaluate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Loss, perplexity and bits per character and byte of a model on a text."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """folder of a run, whose latest checkpoint is taken, or of a model"""
+    text: str | None = None
+    """python_docs, tiny_shakespeare or a UTF-8 FILE, all of it; none: the held-out part of the run's own text"""
+    tokenizer: Path | None = None
+    """tokenizer.json of a model that is no run; none: the vocabulary.json beside it"""
+    seq_len: int | None = None
+    """tokens of a sequence, each predicted from those before it in its own; none: as in training"""
+    batch_size: int = 16
+    """sequences at a time"""
+    mesh: str = ""
+    """devices along the axes data, fsdp and tensor, as in training"""
+    compute_dtype: Precision = "float32"
+    """what the model computes in"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """tokens are those predicted; the rates are per token, and per character and byte of the text they write."""
+
+    tokens: int
+    nats: float
+    bits_per_character: float
+    bits_per_byte: float
+
+
+def open_model(command: Command) -> tuple[Any, Vocabulary, int | None, str | None]:
+    """Model, vocabulary, and of a run the length it was trained with and its text; raises ValueError where none is."""
+    folder = command.checkpoint
+    if (folder / config.FILE).exists() and (folder / "checkpoints").is_dir():
+        settings = config.read_about(folder)["config"]
+        model, _ = latest_model(folder)
+        return model, load_vocabulary(folder / "vocabulary.json"), settings["seq_len"], settings["text"]
+    model = jaxmodels.load(folder)
+    if command.tokenizer is not None:
+        return model, TokenizerFile.read(command.tokenizer), None, None
+    return model, load_vocabulary(folder / "vocabulary.json"), None, None
+
+
+def judge(model: Any, ids: np.ndarray, vocabulary: Vocabulary, seq_len: int, command: Command) -> Judgement:
+    """Raises ValueError where the text is shorter than a sequence, or the mesh does not fit."""
+    windows = Windows(ids, seq_len, "given")
+    mesh = make_mesh(command.mesh)
+    check_batch(mesh, command.batch_size)
+    program = Program(lambda: model, optax.identity(), mesh, Numerics(compute_dtype=command.compute_dtype))
+    nats = Evaluation(program, windows, command.batch_size, Stop())(program.state_of(model))
+    assert nats is not None, "nobody asked it to end"
+    n = len(windows) * seq_len
+    written = vocabulary.decode(np.asarray(ids[1 : n + 1]))
+    n_bytes = n if vocabulary.unit == "byte" else len(written.encode("utf-8"))  # the first may begin in a character
+    bits = n * nats / math.log(2)
+    return Judgement(n, nats, bits / len(written), bits / n_bytes)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the judgement; raises ValueError for bad input."""
+    command = tyro.cli(Command, args=arguments, prog=PROGRAM)
+    model, vocabulary, seq_len, own_text = open_model(command)
+    seq_len = command.seq_len or seq_len
+    if seq_len is None:
+        raise ValueError("a model that is no run needs --seq-len")
+    if command.text is not None:
+        ids = vocabulary.encode(load_corpus(command.text))
+    elif own_text is not None:
+        ids = open_tokens(own_text).validation
+    else:
+        raise ValueError("a model that is no run needs --text")
+    found = judge(model, ids, vocabulary, seq_len, command)
+    print(f"{command.text or f'held-out part of {own_text}'}: {found.tokens:,} {vocabulary.unit}s predicted")
+    print(f"    loss                 {found.nats:.4f} nats per {vocabulary.unit}")
+    print(f"    perplexity           {math.exp(found.nats):.4f}")
+    print(f"    bits per character   {found.bits_per_character:.4f}")
+    print(f"    bits per byte        {found.bits_per_byte:.4f}")
+
+
+if __name__ == "__main__":
+    with one_line_errors(PROGRAM):
+        main(sys.argv[1:])

@@ -1,0 +1,185 @@
+"""Devices in a mesh, and where every array of a model lies on it.
+
+data: each device has its own rows of the batch; fsdp: the same, and parameters and optimizer state lie in shards that
+are gathered when a layer needs them; tensor: heads and hidden features are divided, and the work on them.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+P = PartitionSpec
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # both divide the rows of a batch
+
+# Which mesh axes divide an axis of an activation, by its letter in `constrain`: batch, heads, hidden features.
+# Letters not named lie whole on every device.
+ACTIVATIONS = {"B": BATCH, "H": "tensor", "F": "tensor"}
+
+# Vocabularies of characters have any size, 65 for one, so no axis of theirs is divided; that of NeoX is padded for it.
+ATTENTION = [
+    (r"(query|key|value|hidden)\.linear\.kernel", P("fsdp", "tensor")),
+    (r"(query|key|value|hidden)\.linear\.bias", P("tensor")),
+    (r"(attn|self_attn)\.output\.kernel", P("tensor", "fsdp")),
+    (r"(attn|self_attn)\.output\.bias", P()),
+    (r"key_pos_(embeddings|bias)", P(None, "tensor")),
+    (r"query_pos_bias", P("tensor")),
+]
+FEED_FORWARD = [
+    (r"layer1\.kernel", P("fsdp", "tensor")),
+    (r"layer1\.bias", P("tensor")),
+    (r"layer2\.kernel", P("tensor", "fsdp")),
+    (r"layer2\.bias", P()),
+]
+SMALL = [(r"norm\w*\.(scale|bias)", P()), (r"src_embed\.embedding", P(None, "fsdp"))]
+RULES: dict[str, list[tuple[str, PartitionSpec]]] = {
+    "AutoregressiveTransformer": [
+        *SMALL,
+        *ATTENTION,
+        *FEED_FORWARD,
+        (r"(projection|projection_bias|table|left|right)", P("tensor")),  # a synthesizer's, by head
+        (r"alpha", P()),
+        (r"generator\.projection\.kernel", P("fsdp")),
+        (r"generator\.projection\.bias", P()),
+    ],
+    "AutoregressiveModel": [
+        *SMALL,
+        *ATTENTION,
+        *FEED_FORWARD,
+        (r"transformer\.weights", P()),
+        (r"generator\.kernel", P("fsdp")),
+        (r"generator\.bias", P()),
+    ],
+    "NeoX": [
+        (r"embedding\.emb\.embedding", P("tensor", "fsdp")),
+        (r"layers\.(attention\.qkv_lin|ffn\.dense_h_h4)\.kernel", P(None, "fsdp", "tensor")),
+        (r"layers\.(attention\.qkv_lin|ffn\.dense_h_h4)\.bias", P(None, "tensor")),
+        (r"layers\.(attention\.output|ffn\.dense_h4_h)\.kernel", P(None, "tensor", "fsdp")),
+        (r"layers\.(attention\.output|ffn\.dense_h4_h)\.bias", P()),
+        (r"(pre_ln_attn|pre_ln_ffn|final_norm\.ln)\.(scale|bias)", P()),
+        (r"readout\.linear\.kernel", P("fsdp", "tensor")),
+    ],
+}
+
+
+def parse_sizes(text: str, n_devices: int) -> dict[str, int]:
+    """ "fsdp=4,tensor=2" -> devices along each axis; data, where it is not named, takes the rest of them.
+
+    Raises ValueError for another form, and where the product is not the number of devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"mesh={text!r} must name axes of {', '.join(AXES)} with sizes, such as fsdp=4,tensor=2")
+        sizes[axis] = int(size)
+    named = math.prod(sizes.values())
+    if n_devices % named or ("data" in sizes and named != n_devices):
+        raise ValueError(f"mesh={text!r} takes {named} devices, which does not divide the {n_devices} there are")
+    return {axis: sizes.get(axis, n_devices // named if axis == "data" else 1) for axis in AXES}
+
+
+def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `parse_sizes` over the devices given, or all there are."""
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(parse_sizes(text, len(devices)).values())
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parameter_specs(model_name: str, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, PartitionSpec]:
+    """Where each array of a model lies, by its dotted path.
+
+    Raises ValueError for a model without a table, a path without a rule, and for sizes that the mesh does not divide.
+    """
+    if model_name not in RULES:
+        raise ValueError(f"train/mesh.py has no table for {model_name}; it has {', '.join(RULES)}")
+    rules = [(re.compile(rf"(.*\.)?{pattern}"), spec) for pattern, spec in RULES[model_name]]
+    specs, uneven = {}, []
+    for path, shape in shapes.items():
+        spec = next((spec for pattern, spec in rules if pattern.fullmatch(path)), None)
+        if spec is None or len(spec) > len(shape):
+            raise ValueError(f"the table of {model_name} in train/mesh.py has no rule for {path} {list(shape)}")
+        for size, axis in zip(shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                uneven.append(f"{axis}={mesh.shape[axis]} does not divide {size} of {path} {list(shape)}")
+        specs[path] = spec
+    if uneven:
+        more = f", nor {len(uneven) - 1} more" if len(uneven) > 1 else ""
+        raise ValueError(f"this mesh does not fit the model: {uneven[0]}{more}")
+    return specs
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, for arrays whose first axis is the batch."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raises ValueError where a batch does not split evenly over accumulation and devices."""
+    if batch_size % accumulate:
+        raise ValueError(f"batch_size={batch_size} does not split into accumulate={accumulate} parts")
+    n, rows = math.prod(mesh.shape[axis] for axis in BATCH), batch_size // accumulate
+    if rows % n:
+        part = f" / accumulate={accumulate}" if accumulate > 1 else ""
+        raise ValueError(f"batch_size={batch_size}{part} does not split over data·fsdp = {n} devices; see --mesh")
+
+
+def place(mesh: Mesh):
+    """What `jaxmodels.layers.constrain` does to an activation on this mesh."""
+
+    def constrain(x: jax.Array, name: str) -> jax.Array:
+        if len(name) != x.ndim:
+            raise ValueError(f"{name!r} names {len(name)} axes, the array has {list(x.shape)}")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*map(ACTIVATIONS.get, name))))
+
+    return constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """How several processes find each other; nothing to say on one machine."""
+
+    distributed: bool = False
+    """this is one of several processes, which a TPU pod or Slurm knows, or JAX_COORDINATOR_ADDRESS and its kind"""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where nothing else knows it; with --processes and --process"""
+    processes: int | None = None
+    """how many processes there are"""
+    process: int | None = None
+    """which of them this is, from 0"""
+    peer_timeout: int = 60
+    """seconds of silence after which a process counts as dead, and the others end with an error"""
+
+    def initialize(self) -> None:
+        """Joins the others; raises ValueError where only a part of the three is given."""
+        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
+        if any(given) and not all(given):
+            raise ValueError("--coordinator, --processes and --process belong together")
+        if not self.distributed and not any(given):
+            return
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+        jax.distributed.initialize(
+            self.coordinator, self.processes, self.process, heartbeat_timeout_seconds=self.peer_timeout
+        )
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def agree(flag: bool) -> bool:
+    """Whether any process says so; all must ask. At once where there is one process."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

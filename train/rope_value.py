@@ -1,0 +1,129 @@
+"""Addition, written out digit by digit: can a small model with rotary values (RoPER) learn it?
+
+    python -m train.rope_value                            # --attention rotary for queries and keys alone
+    python -m train.rope_value --preset original          # the original experiment's sizes
+
+A problem is a question, its sum from the lowest digit up, and the answer, as in
+
+    ?x=18+5; 8e0+5e0+0e0==13e0 1e1+0e1+1e1==2e1 x==23
+
+Sequences are such problems, one after the other, made as they are needed. The score is the share of 64 new questions
+whose answer, written greedily after the question, is right.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from jaxmodels.generate import generate
+from jaxmodels.text import CharVocabulary
+from jaxmodels.transformer import AutoregressiveTransformer
+from train import experiment
+from train.data import Example, Task
+from train.sample import whole
+
+CHARACTERS = "0123456789xe =\n?+;"
+VOCABULARY = CharVocabulary(CHARACTERS)
+QUESTIONS = 64
+VALIDATION = 64  # sequences
+
+
+def problem(a: int, b: int) -> str:
+    """A question with its working and its answer, a line."""
+    steps, carry, place = [], 0, 0
+    x, y = a, b
+    while x or y or carry:
+        total = x % 10 + y % 10 + carry
+        steps.append(f"{x % 10}e{place}+{y % 10}e{place}+{carry}e{place}=={total}e{place}")
+        x, y, carry, place = x // 10, y // 10, total // 10, place + 1
+    return f"{question(a, b)} {' '.join(steps)} x=={a + b}\n"
+
+
+def question(a: int, b: int) -> str:
+    return f"?x={a}+{b};"
+
+
+def draw(digits: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Two numbers from 1 on, of up to so many digits: how many is drawn first, else nearly all would be long."""
+    a, b = (int(rng.integers(1, 10 ** int(rng.integers(1, digits + 1)))) for _ in range(2))
+    return a, b
+
+
+def sequence(digits: int, seq_len: int, rng: np.random.Generator) -> Example:
+    """Problems until there are more than seq_len characters, and of them the first seq_len + 1."""
+    text = ""
+    while len(text) <= seq_len:
+        text += problem(*draw(digits, rng))
+    return {"tokens": VOCABULARY.encode(text[: seq_len + 1])}
+
+
+def answer(model: Any, questions: Sequence[tuple[int, int]], length: int) -> list[str]:
+    """What the model writes, greedily, after each question: its line, or `length` characters of it."""
+    prompts = [VOCABULARY.encode(question(*pair)) for pair in questions]
+    width = max(map(len, prompts))
+    start = np.array([width - len(prompt) for prompt in prompts])  # left padding
+    ids = np.stack([np.pad(prompt, (n, 0)) for prompt, n in zip(prompts, start, strict=True)], axis=1)
+    end = CHARACTERS.index("\n")
+    written = whole(generate(model, jnp.asarray(ids), length, stop_tokens=(end,), start=jnp.asarray(start)))
+    return [VOCABULARY.decode(column).partition("\n")[0] for column in written.T]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(experiment.Config):
+    """What decides the numbers of a run."""
+
+    text: tyro.conf.Suppress[str] = "arithmetic"
+    digits: int = 3
+    """of the largest numbers that are added"""
+    attention: Literal["rotary", "rotary_value"] = "rotary_value"
+    """rotary: queries and keys turn with their positions; rotary_value: values too (RoPER)"""
+
+    def positive(self) -> list[str]:
+        return [*super().positive(), "digits"]
+
+    @classmethod
+    def small(cls) -> "Config":
+        """For two CPU cores."""
+        return cls(schedule="constant", learning_rate=1e-3)
+
+    @classmethod
+    def original(cls) -> "Config":
+        """The sizes of the original experiment, 20 epochs of 4096 sequences: meant for an accelerator."""
+        rate = {"schedule": "constant", "learning_rate": 2.5e-4}
+        return cls(digits=7, n_layers=6, seq_len=512, batch_size=16, steps=20 * 4096 // 16, every=256, **rate)
+
+    def model(self, n_vocab: int) -> AutoregressiveTransformer:
+        sizes = (self.d_model, self.heads, self.d_ff, self.n_layers)
+        return AutoregressiveTransformer(n_vocab, *sizes, self.attention, self.dropout, rngs=nnx.Rngs(self.seed))
+
+    def task(self) -> Task:
+        """Problems without end, and held-out ones that another generator drew."""
+        make = functools.partial(sequence, self.digits, self.seq_len)
+        train = grain.MapDataset.range(1).seed(self.seed).repeat().random_map(lambda _, rng: make(rng))
+        held_out = [make(np.random.default_rng([1, i])) for i in range(VALIDATION)]
+        sha256 = hashlib.sha256(b"".join(example["tokens"].tobytes() for example in held_out)).hexdigest()
+        about = f"addition of numbers of up to {self.digits} digits, {len(VOCABULARY)} different characters"
+        return Task(train, held_out, VOCABULARY, sha256, about)
+
+    def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
+        """The share of right answers, and the first few of them."""
+        rng = np.random.default_rng(2)
+        questions = [draw(self.digits, rng) for _ in range(QUESTIONS)]
+        largest = 10**self.digits - 1
+        found = answer(model, questions, len(problem(largest, largest)))
+        right = [text.rpartition("x==")[2] == str(a + b) for text, (a, b) in zip(found, questions, strict=True)]
+        first = [question(*pair) + text for pair, text in zip(questions[:3], found[:3], strict=True)]
+        score = sum(right) / QUESTIONS
+        return "\n".join([f"{sum(right)} of {QUESTIONS} answers right, such as", *first]), {"score": score}
+
+
+if __name__ == "__main__":
+    experiment.run_script(Config, "python -m train.rope_value")

@@ -1,0 +1,96 @@
+"""Every kind of Synthesizer on one text, side by side, with attention as they replace it, and a character 4-gram model.
+
+    python -m train.synthesizer --text tiny_shakespeare    # or a FILE; without --text: Python's own language reference
+    python -m train.synthesizer --attention random+dense   # one of them alone
+
+Each kind is a run of its own, RUNS/KIND. The same command goes on where it was stopped, and says again what is done.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from flax import nnx
+from rich.table import Table
+
+from jaxmodels.transformer import AutoregressiveTransformer
+from train import experiment
+from train.command import interruptible
+from train.config import check_folder, parse
+from train.experiment import Result, as_program, carry_out, start
+
+PROGRAM = "python -m train.synthesizer"
+# The last, dot products alone, is what the others stand in for; none of them knows positions but by its table.
+KINDS = (
+    "dense",
+    "random",
+    "fixed_random",
+    "factorized_dense",
+    "factorized_random",
+    "random+dense",
+    "random+vanilla",
+    "vanilla",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(experiment.Config):
+    """What decides the numbers of a run."""
+
+    attention: str = "all"
+    """a kind of SynthesizerAttention, or a sum such as random+dense; all: several, one after the other"""
+
+    @classmethod
+    def small(cls) -> "Config":
+        """For two CPU cores."""
+        return cls()
+
+    @classmethod
+    def original(cls) -> "Config":
+        """The sizes of the original character experiments: meant for an accelerator."""
+        return cls(heads=16, n_layers=6, seq_len=512, batch_size=4, steps=30_000, warmup=2000)
+
+    def model(self, n_vocab: int) -> AutoregressiveTransformer:
+        sizes = (self.d_model, self.heads, self.d_ff, self.n_layers)
+        kind = KINDS[0] if self.attention == "all" else self.attention
+        rngs = nnx.Rngs(self.seed)
+        return AutoregressiveTransformer(n_vocab, *sizes, kind, self.dropout, max_len=self.seq_len, rngs=rngs)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains one kind, or all and compares them; the exit code. Raises ValueError for bad input."""
+    with interruptible() as stop:
+        command = parse(Config, PROGRAM, arguments)
+        if command.config.attention != "all":
+            return experiment.main(Config, PROGRAM, arguments)
+        runs = {kind: (dataclasses.replace(command.config, attention=kind), command.run / kind) for kind in KINDS}
+        for settings, folder in runs.values():
+            check_folder(settings, folder)
+        console = start(command.options)
+        results: dict[str, Result] = {}
+        for kind, (settings, folder) in runs.items():
+            console.print(f"\n{kind}")
+            go_on = f"{PROGRAM} and the same flags again"
+            result = carry_out(settings, folder, command.options, stop, console, go_on)
+            if result is None:
+                return stop.exit_code
+            results[kind] = result
+        console.print(table(results))
+        return 0
+
+
+def table(results: dict[str, Result]) -> Table:
+    """A line per kind, and one for the baseline."""
+    shown = Table(box=None)
+    shown.add_column("attention")
+    for heading in ("parameters", "validation loss"):
+        shown.add_column(heading, justify="right")
+    for kind, result in results.items():
+        shown.add_row(kind, f"{result.parameters:,}", f"{result.loss:.3f}")
+    baseline = next(iter(results.values())).baseline
+    if baseline is not None:
+        shown.add_row(baseline[0], "", f"{baseline[1]:.3f}")
+    return shown
+
+
+if __name__ == "__main__":
+    as_program(main, PROGRAM)
