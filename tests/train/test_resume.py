@@ -92,9 +92,8 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_exactly(new, straight, tmp_p
 @pytest.mark.parametrize(
     ("number", "code", "after"),
     [
-        (signal.SIGTERM, 0, "4-gram (Witten-Bell): validation"),  # before it compiles, or while
+        (signal.SIGINT, 130, "4-gram (Witten-Bell): validation"),  # before it compiles, or while
         (signal.SIGTERM, 0, "step 5: loss"),  # while it trains, saves, evaluates or samples
-        (signal.SIGINT, 130, "step 10: loss"),
     ],
 )
 def test_a_signal_saves_and_ends_the_run_and_it_goes_on_exactly(new, straight, tmp_path, number, code, after):
@@ -159,14 +158,3 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(new, ended, tmp_pa
 def test_checkpoints_are_kept_as_asked(new, tmp_path):
     finish(*new, "--out", tmp_path / "run", "--steps", 35, "--keep", 2, "--keep-every", 10)
     assert steps(tmp_path / "run" / "checkpoints") == [10, 20, 30, 35]
-
-
-def test_another_number_of_devices_goes_on_with_the_same_run(new, straight, ended, tmp_path):
-    run = Path(shutil.copytree(ended, tmp_path / "run"))
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    process = start("train.rope", *new, "--out", run, "--mesh", "data=2,fsdp=2", "--steps", 20, **environment)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    found = numbers(run)
-    np.testing.assert_allclose(found["losses"], straight["losses"][:20], rtol=1e-5)
-    assert found["data"] == 20

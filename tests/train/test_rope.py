@@ -33,6 +33,12 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(compile_cache):
+    """Set by the first run that names it, for all in this file."""
+    return compile_cache
+
+
 def train(*arguments: object) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(rope.Config, PROGRAM, list(map(str, arguments))) == 0
@@ -40,10 +46,11 @@ def train(*arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def run_and_output(text, tmp_path_factory) -> tuple[Path, str]:
+def run_and_output(text, cache, tmp_path_factory) -> tuple[Path, str]:
     """A finished run of 7 steps, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    return folder, train(*TINY, "--text", text, "--out", folder, "--steps", 7, "--keep", 1, "--profile", 2)
+    flags = ["--keep", 1, "--profile", 2, "--compile-cache", cache]
+    return folder, train(*TINY, "--text", text, "--out", folder, "--steps", 7, *flags)
 
 
 @pytest.fixture(scope="module")
