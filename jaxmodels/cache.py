@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +103,7 @@ def make_cache(
         start = jnp.asarray(start)
         if start.shape != (batch,) or not jnp.issubdtype(start.dtype, jnp.integer):
             raise ValueError(f"start must be integers [batch={batch}], got {start.dtype}{list(start.shape)}")
-        if not isinstance(start, jax.core.Tracer) and (start < 0).any():
+        if not isinstance(start, jax.core.Tracer) and (np.asarray(start) < 0).any():
             raise ValueError(f"start={start.tolist()} counts left padding, it cannot be negative")
         start = jnp.array(start, jnp.int32)  # a copy: whoever donates the cache must not donate the caller's array
     return Cache(tuple(layers), jnp.zeros((), jnp.int32), start, limit)
