@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="cast the weights (default: keep)"
     )
     arguments.add_argument(
+        "--int8", action="store_true", help="quantise the blocks' weights to 8 bits (LLM.int8), after the cast"
+    )
+    arguments.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help=f"default: {' or '.join(TOKENIZERS)} in CHECKPOINT or beside it"
     )
     return arguments
@@ -86,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     check(np.asarray([ids]), options.max_new_tokens, **settings, rng=options.seed)
 
-    model = open_checkpoint(options.checkpoint, options.dtype)
+    model = open_checkpoint(options.checkpoint, options.dtype, options.int8)
     n_vocab, n_tokens = model.settings.n_vocab, 1 + max(tokenizer.get_vocab().values())
     if n_tokens > n_vocab:
         raise ValueError(f"the tokenizer has {n_tokens} tokens, the model only {n_vocab}: they do not belong together")
@@ -116,20 +119,26 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def open_checkpoint(folder: Path, dtype: str | None = None) -> Any:
-    """The NeoX model in a folder, its layers listed; raises ValueError where there is none."""
+def open_checkpoint(folder: Path, dtype: str | None = None, int8: bool = False) -> Any:
+    """The NeoX model in a folder, its layers listed; raises ValueError where there is none.
+
+    A model that was quantised before it was saved stays as it is: to cast or to quantise it is a ValueError.
+    """
     import jax
 
     import jaxmodels
-    from jaxmodels.neox import NeoX
+    from jaxmodels.neox import NeoX, quantize
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
     model = jaxmodels.load(folder)
     if not isinstance(model, NeoX):
         raise ValueError(f"{folder} holds a model of another kind, {type(model).__name__}")
+    if dtype is not None and model.int8_threshold is not None:
+        raise ValueError(f"{folder} holds an int8 model, whose weights cannot be cast to {dtype}")
     model = model.unstacked()
-    return model if dtype is None else jax.tree.map(lambda array: array.astype(dtype), model)
+    model = model if dtype is None else jax.tree.map(lambda array: array.astype(dtype), model)
+    return quantize(model) if int8 else model
 
 
 def open_tokenizer(file: Path | None, folder: Path) -> Tokenizer:
