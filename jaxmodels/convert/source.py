@@ -113,8 +113,10 @@ def matched(
 
 
 def model_source(model: NeoX) -> Source:
-    """A model in memory. Raises ValueError where it is none, or its blocks are not those of its configuration."""
+    """A model in memory. Raises ValueError where it is none, is quantised, or has not its configuration's blocks."""
     if not isinstance(model, NeoX):
         raise ValueError(f"model is a {type(model).__name__}, not a NeoX")
+    if model.int8_threshold is not None:
+        raise ValueError("the model is quantised: only jaxmodels.save keeps int8 weights; write the one it was made of")
     folder = Path("the model")
     return Source("model", folder, model.settings, matched(folder, model.settings, tensors_of(model)))

@@ -73,7 +73,7 @@ def at_step(rng: Key, t: int | jax.Array) -> Key:
 
 def forward(graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array):
     """The results of `scan`, and what the backward pass needs."""
-    c, memory, states = slots_of(carried), carried, []
+    c, memory, outputs, states = slots_of(carried), carried, [], []
     for begin, end in buckets(len(x_seq)):
         tables = last_rows(weights[0], c + end)
 
@@ -84,10 +84,10 @@ def forward(graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Me
 
         more = [(0, 0), (0, 0), (0, end - begin), (0, 0)]
         memory = jax.tree.map(lambda slots, more=more: jnp.pad(slots, more), memory)
-        memory, bucket_states = jax.lax.scan(body, memory, (jnp.arange(begin, end), x_seq[begin:end]))
-        states.append(bucket_states)
-    states = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
-    return (states[-1], memory), (weights, x_seq, rng, known, memory, states[:-1])
+        memory, (*first_layers, last) = jax.lax.scan(body, memory, (jnp.arange(begin, end), x_seq[begin:end]))
+        states.append(first_layers)  # left in buckets: to join them would be another copy
+        outputs.append(last)
+    return (jnp.concatenate(outputs), memory), (weights, x_seq, rng, known, memory, states)
 
 
 def backward(graphdef: Any, kept: Any, d_results: Any):
@@ -97,7 +97,7 @@ def backward(graphdef: Any, kept: Any, d_results: Any):
     c = slots_of(memory) - len(x_seq)
     d_tables, d_rest, d_memory = jax.tree.map(wide_zeros, (tables, rest, memory))
     d_inputs = []
-    for begin, end in reversed(buckets(len(x_seq))):
+    for (begin, end), bucket_states in zip(reversed(buckets(len(x_seq))), reversed(states), strict=True):
         prefix = jax.tree.map(lambda slots, end=end: slots[:, :, : c + end], memory)
         weights = last_rows(tables, c + end), rest
 
@@ -116,8 +116,8 @@ def backward(graphdef: Any, kept: Any, d_results: Any):
             return jax.tree.map(jnp.add, (d_weights, d_memory), (dw, dm)), dx
 
         sums = (jax.tree.map(wide_zeros, weights[0]), d_rest), jax.tree.map(lambda d, n=c + end: d[:, :, :n], d_memory)
-        steps = jax.tree.map(lambda a, cut=slice(begin, end): a[cut], (x_seq, states, d_outputs))
-        ((d_rows, d_rest), d_memory), dx = jax.lax.scan(body, sums, (jnp.arange(begin, end), *steps), reverse=True)
+        steps = (jnp.arange(begin, end), x_seq[begin:end], bucket_states, d_outputs[begin:end])
+        ((d_rows, d_rest), d_memory), dx = jax.lax.scan(body, sums, steps, reverse=True)
         d_tables = jax.tree.map(lambda d, rows: d.at[:, -rows.shape[1] :].add(rows), d_tables, d_rows)
         d_inputs.append(dx)
     d_weights = jax.tree.map(lambda d, a: d.astype(a.dtype), (d_tables, d_rest), (tables, rest))

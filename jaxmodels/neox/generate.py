@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="cast the weights (default: keep)"
     )
     arguments.add_argument(
+        "--int8", action="store_true", help="quantise the blocks' weights to 8 bits (LLM.int8), after the cast"
+    )
+    arguments.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help=f"default: {' or '.join(TOKENIZERS)} in CHECKPOINT or beside it"
     )
     return arguments
@@ -89,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     check(np.asarray([ids]), options.max_new_tokens, **settings, rng=options.seed)
 
-    model = open_checkpoint(options.checkpoint, options.dtype, options.config)
+    model = open_checkpoint(options.checkpoint, options.dtype, options.config, options.int8)
     n_vocab, n_tokens = model.settings.n_vocab, 1 + max(tokenizer.get_vocab().values())
     if n_tokens > n_vocab:
         raise ValueError(f"the tokenizer has {n_tokens} tokens, the model only {n_vocab}: they do not belong together")
@@ -119,20 +122,38 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def open_checkpoint(folder: Path, dtype: str | None = None, config: str | None = None) -> Any:
+def open_checkpoint(folder: Path, dtype: str | None = None, config: str | None = None, int8: bool = False) -> Any:
     """The NeoX model in a folder of any of the three formats, its layers listed, straight in the dtype asked for.
 
     config: a preset's name or JSON, for shards that do not say what they are. Raises ValueError where there is none.
+    A model that was quantised before it was saved stays as it is: to cast or to quantise it is a ValueError.
     """
     from flax import nnx
 
+    import jaxmodels
     from jaxmodels.convert.commands import configured, opened
     from jaxmodels.convert.place import placed
-    from jaxmodels.neox import NeoX
+    from jaxmodels.neox import NeoX, quantize
 
-    source = opened(folder, configured(config))
-    abstract = nnx.eval_shape(lambda: NeoX(source.config, stacked=False, rngs=nnx.Rngs(0)))
-    return placed(abstract, source.tensors, dtype, None, folder.name)
+    if holds_int8(folder):
+        if dtype is not None:
+            raise ValueError(f"{folder} holds an int8 model, whose weights cannot be cast to {dtype}")
+        model = jaxmodels.load(folder).unstacked()
+    else:
+        source = opened(folder, configured(config))
+        abstract = nnx.eval_shape(lambda: NeoX(source.config, stacked=False, rngs=nnx.Rngs(0)))
+        model = placed(abstract, source.tensors, dtype, None, folder.name)
+    return quantize(model) if int8 else model
+
+
+def holds_int8(folder: Path) -> bool:
+    """Is this the folder of a model that was quantised before it was saved?"""
+    from jaxmodels.checkpoint import read_config
+
+    try:
+        return read_config(folder)[1].get("int8_threshold") is not None
+    except ValueError:
+        return False
 
 
 def open_tokenizer(file: Path | None, folder: Path) -> Tokenizer:

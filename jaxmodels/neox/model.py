@@ -201,12 +201,20 @@ class NeoX(nnx.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments of `from_config`, as `config.json` keeps them."""
-        return dataclasses.asdict(self.settings) | {"stacked": self.is_stacked}
+        config = dataclasses.asdict(self.settings) | {"stacked": self.is_stacked}
+        return config if self.int8_threshold is None else config | {"int8_threshold": self.int8_threshold}
 
     @classmethod
-    def from_config(cls, *, stacked: bool = True, rngs: nnx.Rngs, **fields: Any) -> "NeoX":
+    def from_config(
+        cls, *, stacked: bool = True, int8_threshold: float | None = None, rngs: nnx.Rngs, **fields: Any
+    ) -> "NeoX":
         """The model of a `config()`; raises ValueError for values that no model can have."""
-        return cls(NeoXConfig(**fields), stacked=stacked, rngs=rngs)
+        model = cls(NeoXConfig(**fields), stacked=stacked, rngs=rngs)
+        if int8_threshold is None:
+            return model
+        from jaxmodels.neox.int8 import quantize  # which is about models, and so imports this file
+
+        return quantize(model, int8_threshold)
 
     def adapted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """What `from_torch` makes of the original's own names; see `names`."""
@@ -215,6 +223,12 @@ class NeoX(nnx.Module):
     @property
     def is_stacked(self) -> bool:
         return isinstance(self.layers, Block)
+
+    @property
+    def int8_threshold(self) -> float | None:
+        """What a quantised model counts as outliers, see `quantize`; None for any other model."""
+        layer = self.layers if self.is_stacked else self.layers[0]
+        return getattr(layer.attention.qkv_lin, "threshold", None)
 
     def unstacked(self) -> "NeoX":
         """The model with a list of layers, each array a copy of its slice; itself where it has one already."""

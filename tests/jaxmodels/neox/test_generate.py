@@ -18,7 +18,7 @@ import jaxmodels
 from jaxmodels.convert.hf import save_hf
 from jaxmodels.convert.neox import save_neox
 from jaxmodels.generate import generate
-from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.neox.generate import END_OF_TEXT, Stream, Text, main, open_checkpoint, open_tokenizer
 from jaxmodels.text import load_corpus
 from tests.common import filled, language_model
@@ -147,6 +147,25 @@ def test_weights_are_cast_where_asked(checkpoint, model):
     assert {array.dtype for array in jax.tree.leaves(open_checkpoint(checkpoint))} == {jnp.dtype("float32")}
 
 
+def test_int8_writes_what_the_quantised_model_generates(checkpoint, cut, tokenizer, new, capsys):
+    ids = jnp.asarray([tokenizer.encode(PROMPT).ids])
+    quantised = np.asarray(generate(quantize(cut), ids, N))[0].tolist()
+    assert quantised != new  # random weights: their likeliest tokens are near each other
+    assert main(command(checkpoint, "--int8")) == 0
+    assert capsys.readouterr().out == PROMPT + tokenizer.decode(quantised).rstrip("\ufffd") + "\n"
+
+
+def test_a_checkpoint_of_int8_weights_stays_as_it_is(tmp_path, checkpoint, model):
+    folder = tmp_path / "int8"
+    jaxmodels.save(quantize(model, 3.0), folder)
+    assert open_checkpoint(folder).int8_threshold == 3.0
+    assert open_checkpoint(checkpoint, "bfloat16", int8=True).layers[0].ffn.dense_h_h4.bias.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="cannot be cast to bfloat16"):
+        open_checkpoint(folder, "bfloat16")
+    with pytest.raises(ValueError, match="quantised already"):
+        open_checkpoint(folder, int8=True)
+
+
 def test_a_text_beyond_the_trained_positions_is_said(checkpoint, capsys, tmp_path):
     config = (checkpoint / "config.json").read_text()
     short = shutil.copytree(checkpoint, tmp_path / "short")
@@ -251,5 +270,5 @@ def test_help_is_there(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--dtype"):
+    for flag in ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--dtype", "--int8"):
         assert flag in shown
