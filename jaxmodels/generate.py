@@ -25,14 +25,16 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_tokens: Sequence[int] = (),
+    n_tokens: int | None = None,
     start: jax.Array | None = None,
     rng: jax.Array | None = None,
 ) -> jax.Array:
     """Continues prompts: ids [S, B] -> the new tokens [n, B] (batch-first models: [B, S] -> [B, n]).
 
     temperature 0 is greedy; above it, tokens are drawn with `rng` from the top_k most likely, or from the fewest whose
-    probabilities reach top_p, or from all. A row that has drawn one of `stop_tokens` repeats it to the end. start [B]
-    says how many ids of each row are left padding. One pass over the prompt, then one compiled loop on the device, with
+    probabilities reach top_p, or from all. A row that has drawn one of `stop_tokens` repeats it to the end. Only
+    the first n_tokens of the vocabulary are written: what follows them may be padding. start [B] says how many ids of
+    each row are left padding. One pass over the prompt, then one compiled loop on the device, with
     a cache that grows in powers of two: a token's cost follows its position, not the length that was asked for.
     Raises ValueError for settings out of range, and where prompt and new tokens are beyond the model's tables.
     """
@@ -46,10 +48,13 @@ def generate(
     cache = model.init_cache(batch, min(total, capacity(length + 1)), start=start)
     cache.check_room(length, batch, empty=True)  # inside jit, start is unknown
     logits, cache = _prefill(model, ids, cache)
-    check_vocabulary(logits.shape[-1], ids, start, axis, stop_tokens)
+    n_vocab = logits.shape[-1] if n_tokens is None else n_tokens
+    if not 1 <= n_vocab <= logits.shape[-1]:
+        raise ValueError(f"n_tokens={n_tokens} must be from 1 to the vocabulary's {logits.shape[-1]}")
+    check_vocabulary(n_vocab, ids, start, axis, stop_tokens)
     sampler = (temperature, top_p) if temperature else None
     key = jax.random.key(0) if rng is None else rng
-    return _continue(model, logits, cache, sampler, key, length, max_new_tokens, top_k, tuple(stop_tokens))
+    return _continue(model, logits, cache, sampler, key, length, max_new_tokens, top_k, tuple(stop_tokens), n_vocab)
 
 
 def capacity(tokens: int) -> int:
@@ -89,14 +94,25 @@ def _prefill(model, ids, cache):
     return model.prefill(ids, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("length", "n", "top_k", "stop_tokens"))
-def _continue(model, logits, cache, sampler, key, length: int, n: int, top_k: int | None, stop_tokens: tuple[int, ...]):
+@functools.partial(jax.jit, static_argnames=("length", "n", "top_k", "stop_tokens", "n_vocab"))
+def _continue(
+    model,
+    logits,
+    cache,
+    sampler,
+    key,
+    length: int,
+    n: int,
+    top_k: int | None,
+    stop_tokens: tuple[int, ...],
+    n_vocab: int,
+):
     """n tokens after a prompt of `length`: as many loops as the cache has sizes, each to the end of its slots."""
     axis = model.sequence_axis
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
     def step(i, logits, out, done):
-        token = sample(logits, sampler, top_k, jax.random.fold_in(key, i))
+        token = sample(logits[:, :n_vocab], sampler, top_k, jax.random.fold_in(key, i))
         if stop_tokens:
             token = jnp.where(done, out[i - 1], token)
             done = jnp.isin(token, stops)  # and stays so: a row that has stopped repeats its stop token
@@ -134,8 +150,9 @@ def sample(logits: jax.Array, sampler: tuple[Any, Any] | None, top_k: int | None
     temperature, top_p = sampler
     logits = logits.astype(jnp.float32) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        likely = jax.lax.top_k(logits, top_k)[1]  # by place: of several that are as likely, only so many
+        kept = jnp.zeros(logits.shape, bool).at[jnp.arange(len(logits))[:, None], likely].set(True)
+        logits = jnp.where(kept, logits, -jnp.inf)
     if top_p is not None:
         order = jnp.argsort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))

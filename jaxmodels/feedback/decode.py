@@ -18,7 +18,7 @@ from jaxmodels.feedback.step import no_memory, reach, step
 
 
 def init_cache(model: Any, batch: int, max_len: int, dtype: Any, start: jax.Array | None = None) -> Cache:
-    """An empty cache for max_len tokens of text a row, or for any number where the transformer's memory is limited.
+    """An empty cache for max_len tokens of text a row; for any number where the memory is limited to fewer.
 
     Raises ValueError where max_len is below 1 or beyond the position tables, or start is not one integer per row.
     """
@@ -37,6 +37,8 @@ def advance(model: Any, x_seq: jax.Array, cache: Cache) -> tuple[jax.Array, Cach
     A token of left padding leaves no memory; its output is not specified. Raises ValueError for a cache that was made
     for another model.
     """
+    if cache.limit != model.memory:
+        raise ValueError(f"the cache was made for a model with memory={cache.limit}, this one has {model.memory}")
     check_state(model, [tuple(layer.get(name) for name in ("key", "value")) for layer in cache.layers])
     near, slots = reach(model, cache.max_len), jnp.arange(cache.max_len)
 

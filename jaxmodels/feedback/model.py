@@ -42,8 +42,8 @@ class Feedback(nnx.Module):
         for name, size in {"d_model": d_model, "heads": heads, "d_ff": d_ff, "n_layers": n_layers}.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
-        if memory is not None and memory < 1:
-            raise ValueError(f"memory={memory} steps must be at least 1, or None for all")
+        if memory is not None and (not isinstance(memory, int) or memory < 1):
+            raise ValueError(f"memory={memory} must be a number of steps of at least 1, or None for all")
         self.d_model, self.heads, self.d_ff, self.n_layers = d_model, heads, d_ff, n_layers
         self.dropout_prob, self.memory = dropout_prob, memory
         self.layers = nnx.List(
@@ -89,7 +89,10 @@ class Feedback(nnx.Module):
         return self.norm(outputs), state
 
     def plain(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """The same as the call, one step after the other, every sub-module called as a module."""
+        """The same as the call, one step after the other, every sub-module called as a module.
+
+        With a limited memory its dropout draws differ from the call's, which draws by slot.
+        """
         self.check(x_seq)
         outputs: list[jax.Array] = []
         memories: list[tuple[jax.Array, jax.Array]] = []

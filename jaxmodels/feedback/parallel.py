@@ -31,14 +31,16 @@ def from_parallel(
     which the shared value has not, goes through its output projection into that one's bias, where it comes to the
     same; an ApproximateWarning says so. Raises ValueError for another attention or variant.
     """
-    if model.attention != "relative":
-        raise ValueError(f"model has attention={model.attention!r}; a feedback model can start from 'relative' alone")
+    if not isinstance(model, AutoregressiveTransformer) or model.attention != "relative":
+        kind = f"{type(model).__name__}, attention={getattr(model, 'attention', None)!r}"
+        raise ValueError(f"model is {kind}; a feedback model starts from AutoregressiveTransformer, 'relative', alone")
     names = ("d_model", "heads", "d_ff", "n_layers", "dropout_prob")
     sizes: dict[str, Any] = {name: getattr(model, name) for name in names} | {"memory": memory}
     target = nnx.eval_shape(lambda: AutoregressiveModel.from_config(model.n_vocab, variant, **sizes, rngs=nnx.Rngs(0)))
     arrays = {renamed(path): array for path, array in flat_arrays(model).items()}
     arrays = {path: array[: FeedbackAttention.P] if path[-1] in TABLES else array for path, array in arrays.items()}
-    arrays[("transformer", "weights")] = jnp.ones(model.n_layers + 1, jnp.float32)
+    arrays = {path: jnp.array(array, copy=True) for path, array in arrays.items()}  # either may be donated
+    arrays[("transformer", "weights")] = jnp.ones(model.n_layers + 1, model.src_embed.embedding.dtype)
     if variant == "FeedbackTransformerKV":
         arrays = share_keys_and_values(arrays, model.n_layers)
         warnings.warn(

@@ -270,7 +270,7 @@ class NeoX(nnx.Module):
         def body(x: jax.Array, layer: Block) -> tuple[jax.Array, None]:
             return layer(x, rotary, plain), None
 
-        if self.settings.remat:
+        if self.settings.remat and not plain:  # what is traced must not be hidden
             body = jax.checkpoint(body, prevent_cse=False)
         if self.is_stacked:
             x, _ = jax.lax.scan(body, x, self.layers)

@@ -210,3 +210,18 @@ def test_ids_outside_the_vocabulary_are_an_error_not_a_text(ids):
         generate(model, jnp.asarray(ids), 3)
     with pytest.raises(ValueError, match=r"\[999\] are outside the vocabulary"):
         generate(model, jnp.asarray([[1], [2]]), 3, stop_tokens=[999])
+
+
+def test_top_k_of_tokens_that_are_as_likely_draws_from_k_of_them():
+    drawn = {int(sample(jnp.zeros((1, 5)), (1.0, None), 2, jax.random.key(i))[0]) for i in range(40)}
+    assert len(drawn) == 2
+
+
+def test_tokens_beyond_n_tokens_are_never_written(model, ids):
+    ids = ids % 3
+    new = np.asarray(generate(model, ids, N, temperature=1e4, n_tokens=3, rng=KEY))
+    assert set(new.ravel()) == {0, 1, 2}
+    assert np.asarray(generate(model, ids, N, n_tokens=3)).max() < 3
+    for wrong in (0, V + 1):
+        with pytest.raises(ValueError, match=f"n_tokens={wrong} must be from 1 to the vocabulary's {V}"):
+            generate(model, ids, N, n_tokens=wrong)

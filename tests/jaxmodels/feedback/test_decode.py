@@ -96,6 +96,10 @@ def test_refuses_what_is_not_this_models():
         model.decode(ids, own.init_cache(B, S))
     with pytest.raises(ValueError, match="heads=3"):
         model.decode(ids, language_model(FeedbackTransformerKV, heads=2).init_cache(B, S))
+    limited = language_model(FeedbackTransformerKV, memory=4)
+    for reader, writer in ((model, limited), (limited, model)):
+        with pytest.raises(ValueError, match="a model with memory="):
+            reader.decode(ids, writer.init_cache(B, S))
     with pytest.raises(ValueError, match="batch of 3, the cache was made for batch=2"):
         model.decode(ids, model.init_cache(2, S))
     with pytest.raises(ValueError, match="13 tokens do not fit a cache with max_len=12"):

@@ -56,5 +56,7 @@ def test_shared_keys_and_values_are_means_and_the_value_biases_move_on():
 def test_refuses_another_attention_or_variant():
     with pytest.raises(ValueError, match="attention='rotary'"):
         from_parallel(language_model("rotary"))
+    with pytest.raises(ValueError, match="model is RelativeMultiHeadAttention"):
+        from_parallel(language_model("relative").encoder.layers[0].self_attn)
     with pytest.raises(ValueError, match="variant='Feedback' is none of FeedbackTransformer, FeedbackTransformerKV"):
         from_parallel(language_model("relative"), "Feedback")
