@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.checkpoint import written_beside
+from jaxmodels.checkpoint import flush, written_beside
 from jaxmodels.convert.lazy import Cut, read
 from jaxmodels.convert.neox.config import settings_of, yaml_text
 from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, READOUT, VOCABULARY, Name, split
@@ -120,12 +120,6 @@ def write_pt(file: Path, content: dict[str, Any]) -> None:
         while first.__context__ is not None:  # torch's writer, closing after the disk was full, fails once more
             first = first.__context__
         raise OSError(f"{file} could not be written: {first}") from error
-
-
-def flush(file: Path) -> None:
-    """Returns when the disk has it."""
-    with file.open("rb+") as out:
-        os.fsync(out.fileno())
 
 
 def rank_state(ranks: int) -> dict[str, Any]:
