@@ -20,7 +20,8 @@ VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row for each
 class Source:
     """`tensors` are lazy, by the names of the PyTorch twin, in the order of the model's parts.
 
-    `layout` says how they lie on disk, `notes` what was inferred rather than read.
+    `layout` says how they lie on disk, `notes` what was inferred rather than read, and `doubts`, all of them among the
+    notes, what may well be wrong. `token_ids` are those of special tokens, for formats that keep them.
     """
 
     format: str
@@ -29,6 +30,8 @@ class Source:
     tensors: Mapping[str, Any] = dataclasses.field(repr=False)
     layout: str = ""
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def model(self, dtype: Any = None, shardings: Shardings | None = None) -> NeoX:
         """The model, its layers stacked; arguments and errors as `placed` has them."""

@@ -86,7 +86,10 @@ COMBINE: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {"sum": total
 
 
 def split(name: Name, tensor: Any, ranks: int, parallel_residual: bool) -> Parts:
-    """The inverse of `merged`, bit for bit: what each rank holds. The tensor's sizes must be divisible by `ranks`."""
+    """The inverse of `merged`: what each rank holds. The tensor's sizes must be divisible by `ranks`.
+
+    Bit for bit, but for row biases in float64 under the parallel residual: from 6 ranks on their sum may be rounded.
+    """
     if ranks == 1 or name.merge == REPLICA or (name.merge == ROW_BIAS and not parallel_residual):
         return [tensor] * ranks
     if name.merge == ROW_BIAS:

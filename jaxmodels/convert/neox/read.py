@@ -222,8 +222,6 @@ def resolved(
         if "n_heads" not in found:
             raise ValueError(f"{files[0].parent}: num_attention_heads is missing in {where}, and in no tensor's shape")
         contradicted(sizes, found, f"{shards.step} contradicts {where}")
-        if sizes["n_ff"] == 4 * sizes["n_hidden"]:
-            sizes["n_ff"] = None
         try:
             return NeoXConfig(**found | sizes, n_vocab=n_vocab), [f"configuration from {where}"]
         except ValueError as error:

@@ -27,7 +27,8 @@ def save_neox(model: NeoX, folder: str | os.PathLike, model_parallel: int = 2, *
     """Writes a model as a GPT-NeoX checkpoint of `model_parallel` ranks, all of it or nothing.
 
     The vocabulary is padded with zero rows to a multiple of 128 for each rank, which `load_neox` leaves off again.
-    Under the parallel residual each rank gets its share of the row biases, which sum to them exactly. Raises ValueError
+    Under the parallel residual each rank gets its share of the row biases, which sum to them exactly (in float64 from 6
+    ranks on: to rounding). Raises ValueError
     where heads or feed-forward width are not divisible by `model_parallel`, and for a folder that is not empty unless
     `overwrite` is set.
     """
