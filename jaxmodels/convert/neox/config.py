@@ -143,6 +143,7 @@ def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> d
         "no_weight_tying": not config.tied,
         "norm": "layernorm",
         "pos_emb": "rotary",
+        "output_layer_parallelism": "column",
         "seq_length": config.max_len,
         "make_vocab_size_divisible_by": divisible_by,
         "model_parallel_size": model_parallel,
