@@ -48,7 +48,7 @@ def from_torch_file(options: argparse.Namespace) -> str:
         raise ValueError(f"{options.source} does not exist")
     if options.model is None or options.config is None:
         raise ValueError(f"{options.source} is a .pt file: say with --model and --config what it holds")
-    check_target(options.target, overwrite=options.overwrite)
+    check_target(options.target, overwrite=options.overwrite, source=options.source)
     name, config = configured(options.model, read_json(options.config))
     with float64_allowed():
         abstract = nnx.eval_shape(lambda: build(name, config))
@@ -65,6 +65,8 @@ def to_torch_file(options: argparse.Namespace) -> str:
     from jaxmodels.convert.files import write_state_dict
     from jaxmodels.convert.params import is_floating, to_torch
 
+    if options.target.is_dir():
+        raise ValueError(f"{options.target} is a folder, not a file to write to")
     if options.target.exists() and not options.overwrite:
         raise ValueError(f"{options.target} exists; name another file, or pass --overwrite")
     for flag in ("model", "config", "key"):

@@ -39,6 +39,8 @@ examples:
 OUT/ is for `jaxmodels.load("OUT/")`. SRC's format is detected.
 """
 
+OVERWRITE = "replace DST as a whole: a folder with everything in it, which must be a checkpoint"
+
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
@@ -59,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     pt.add_argument("--config", metavar="JSON", help="the model's arguments: a JSON file, or the JSON itself")
     pt.add_argument("--key", help="the entry of FILE.pt that holds the state_dict, where it holds more")
     pt.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast to it (default: keep every bit)")
-    pt.add_argument("--overwrite", action="store_true", help="replace DST")
+    pt.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     add_neox(formats)
     return arguments
 
@@ -90,7 +92,7 @@ def add_neox(formats: Any) -> None:
     convert.add_argument("target", type=Path, metavar="DST", help="the folder to write")
     convert.add_argument("--to", choices=["flax", "hf", "neox"], required=True, help="the format of DST")
     convert.add_argument("--model-parallel", type=int, default=2, metavar="K", help="ranks of --to neox (default 2)")
-    convert.add_argument("--overwrite", action="store_true", help="replace DST")
+    convert.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     how(convert)
     command(
         "inspect",

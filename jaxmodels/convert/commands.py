@@ -24,7 +24,7 @@ PIECE_BYTES = 8_000_000
 
 def neox(options: argparse.Namespace) -> str:
     """SRC -> DST, a few megabytes or a block at a time. Everything is checked before anything is written."""
-    check_target(options.target, overwrite=options.overwrite)
+    check_target(options.target, overwrite=options.overwrite, source=options.source)
     source = prepared(options)
     if options.to == "neox":
         check_ranks(source.config, options.model_parallel)

@@ -49,7 +49,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         wants = f": it asks for {named[1]}" if named else ""
         raise ValueError(f"{file} is refused: it is damaged, or more than tensors{wants}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, IndexError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is truncated or no PyTorch checkpoint: {reason}") from None
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-DTYPES = {"float16", "bfloat16", "float32", "float64"}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+END_OF_TEXT = {"bos_token_id": 0, "eos_token_id": 0}  # <|endoftext|>; transformers' own default is another token
 
 
 def load_hf(
@@ -72,6 +74,7 @@ def load_hf(
 def open_hf(folder: str | os.PathLike) -> Source:
     """The checkpoint, checked but not read; errors as `load_hf` has them."""
     folder = Path(folder)
+    said = read_json(folder / "config.json")
     config, notes = read_config(folder / "config.json")
     if not is_folder(folder, "model"):
         others = ", ".join(sorted(file.name for file in folder.glob("pytorch_model*"))[:3])
@@ -90,7 +93,8 @@ def open_hf(folder: str | os.PathLike) -> Source:
     twins = {hf_name(key): key for key in named(config)}
     held = {twins.get(name, name): tensor for name, tensor in stored.items()}
     tensors = matched(folder, config, held, hf_name)
-    return Source("hf", folder, config, tensors, "safetensors for transformers", tuple(notes))
+    token_ids = {key: said[key] for key in TOKEN_IDS if key in said}
+    return Source("hf", folder, config, tensors, "safetensors for transformers", tuple(notes), token_ids=token_ids)
 
 
 def hf_name(key: str) -> str:
@@ -101,8 +105,8 @@ def hf_name(key: str) -> str:
     return f"gpt_neox.layers.{layer}.{INSIDE[module]}.{last}"
 
 
-def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
-    """A config.json, and a note on its activation. Raises ValueError, naming it, for any but a GPT-NeoX's."""
+def read_json(file: Path) -> dict[str, Any]:
+    """What a config.json says; raises ValueError, naming it, for any but a GPT-NeoX's."""
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -110,23 +114,29 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
     if not isinstance(said, dict) or said.get("model_type") != "gpt_neox":
         kind = said.get("model_type") if isinstance(said, dict) else said
         raise ValueError(f"{file} is for {kind!r}, not for model_type 'gpt_neox'")
+    return said
+
+
+def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
+    """A config.json, and a note on its activation. Raises ValueError, naming it, for any but a GPT-NeoX's."""
+    said = read_json(file)
     found: dict[str, Any] = {field: said.get(key, absent) for field, key, absent in KEYS}
     missing = [key for field, key, absent in KEYS if absent is None and found[field] is None]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     rope = said.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{file} has rope_parameters {rope!r}, which is no JSON object")
     scaling = said.get("rope_scaling") or rope
     if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise ValueError(f"{file} has scaled rotary embeddings ({scaling}); supported is rope_type 'default'")
     found["rope_percentage"] = rope.get("partial_rotary_factor", said.get("rotary_pct", 0.25))
     found["rope_base"] = rope.get("rope_theta", said.get("rotary_emb_base", 10_000.0))
     activation = said.get("hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{file} has hidden_act {activation!r}; supported are {', '.join(ACTIVATIONS)}")
     if said.get("attention_bias", True) is not True:
         raise ValueError(f"{file} has attention_bias {said['attention_bias']!r}; supported is true")
-    if found["n_ff"] == 4 * found["n_hidden"]:
-        found["n_ff"] = None
     try:
         config = NeoXConfig(**found, activation=ACTIVATIONS[activation])
     except (TypeError, ValueError) as error:
@@ -153,11 +163,11 @@ def write_hf(
     ):
         write_folder(beside, tensors, file_bytes=file_bytes, progress=advance)
         dtype = np.dtype(source.tensors["embedding.emb.weight"].dtype).name
-        text = json.dumps(hf_config(source.config, dtype), indent=2)
+        text = json.dumps(hf_config(source.config, dtype, source.token_ids or END_OF_TEXT), indent=2)
         (beside / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def hf_config(config: NeoXConfig, dtype: str) -> dict[str, Any]:
+def hf_config(config: NeoXConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `read_config`, for older and newer transformers."""
     said = {key: value for (field, key, _) in KEYS for value in [dataclasses.asdict(config)[field]]}
     return said | {
@@ -174,4 +184,5 @@ def hf_config(config: NeoXConfig, dtype: str) -> dict[str, Any]:
         },
         "attention_bias": True,
         "torch_dtype": dtype,
+        **token_ids,
     }

@@ -201,15 +201,24 @@ def load_into_torch(module: Any, model: nnx.Module | nnx.State) -> None:
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor or any array as a numpy array, bit for bit; bfloat16 goes through a view as integers."""
+    """A torch tensor or any array as a numpy array, bit for bit; bfloat16 goes through a view as integers.
+
+    Raises ValueError for a tensor that NumPy has no form of: quantised, 8-bit floating, without values (meta).
+    """
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
-    tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":
-        import torch
+    try:
+        tensor = tensor.detach().cpu()
+        return bfloat16_as_numpy(tensor) if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"a tensor of {tensor.dtype} on {tensor.device} cannot be read: {reason}") from None
 
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+
+def bfloat16_as_numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def as_tensor(array: np.ndarray) -> Any:

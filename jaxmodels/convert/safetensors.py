@@ -11,6 +11,7 @@ file's tensors in memory to write one, and copies what it reads.
 
 import concurrent.futures
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,7 +56,12 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"a header of {size} bytes in a file of {len(data)}")
         header = json.loads(data[8 : 8 + size].tobytes())
         header.pop("__metadata__", None)
-        return {name: view(data[8 + size :], entry) for name, entry in header.items()}
+        tensors = {name: view(data[8 + size :], entry) for name, entry in header.items()}
+        places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        for (_, stop, name), (start, end, other) in itertools.pairwise(places):
+            if start < min(stop, end):
+                raise ValueError(f"{name} and {other} overlap")
+        return tensors
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -66,6 +72,8 @@ def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if not 0 <= start <= stop <= len(data):
         raise ValueError(f"values at {start} to {stop} of {len(data)} bytes")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"a shape of {list(shape)}")
     return data[start:stop].view(dtype).reshape(shape)
 
 

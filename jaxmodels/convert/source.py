@@ -1,7 +1,8 @@
 """A checkpoint of a GPT-NeoX model that is open, but not read: the same, whatever its format."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row for each
 class Source:
     """`tensors` are lazy, by the names of the PyTorch twin, in the order of the model's parts.
 
-    `layout` says how they lie on disk, `notes` what was inferred rather than read.
+    `layout` says how they lie on disk, `notes` what was inferred rather than read, and `doubts`, all of them among the
+    notes, what may well be wrong. `token_ids` are those of special tokens, for formats that keep them.
     """
 
     format: str
@@ -29,6 +31,8 @@ class Source:
     tensors: Mapping[str, Any] = dataclasses.field(repr=False)
     layout: str = ""
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def model(self, dtype: Any = None, shardings: Shardings | None = None) -> NeoX:
         """The model, its layers stacked; arguments and errors as `placed` has them."""
@@ -54,10 +58,11 @@ class Source:
         """
         if layers is None:
             return self
-        layers = list(layers)
         n = self.config.n_layers
-        if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < n for layer in layers):
-            raise ValueError(f"layers={layers} must be different numbers from 0 to {n - 1}, at least one")
+        given, layers = layers, [] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+        whole = all(isinstance(layer, numbers.Integral) and not isinstance(layer, bool) for layer in layers)
+        if not layers or not whole or len(set(layers)) < len(layers) or not all(0 <= layer < n for layer in layers):
+            raise ValueError(f"layers={given!r} must be different whole numbers from 0 to {n - 1}, at least one")
         config = dataclasses.replace(self.config, n_layers=len(layers))
         tensors = {key: self.tensors[numbered(key, layers)] for key in named(config)}
         return dataclasses.replace(self, config=config, tensors=tensors)

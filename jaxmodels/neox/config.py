@@ -16,7 +16,7 @@ class NeoXConfig:
 
     activation: 'gelu' (exact) or 'gelu_tanh'.
     parallel_residual: attention and feed-forward network read the same input.
-    n_ff: the feed-forward network's hidden width, None for 4 · n_hidden.
+    n_ff: the feed-forward network's hidden width, None for 4 · n_hidden (and None where it is given as that).
     tied: the readout is the embedding's table.
     max_len: positions that it was trained for; rotary tables have no end, so nothing is limited by it.
     dtype: what is computed in, whatever the parameters are kept in; None for their own.
@@ -46,8 +46,14 @@ class NeoXConfig:
         sizes = ["n_vocab", "n_hidden", "n_layers", "n_heads", "max_len"] + (["n_ff"] if self.n_ff is not None else [])
         for name in sizes:
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+        for name in ("parallel_residual", "tied", "remat"):
+            flag = getattr(self, name)
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}={flag!r} is neither True nor False")
+        if self.n_ff == 4 * self.n_hidden:
+            object.__setattr__(self, "n_ff", None)  # so that equal models have equal configurations
         if self.n_hidden % self.n_heads:
             raise ValueError(f"n_hidden={self.n_hidden} is not divisible by n_heads={self.n_heads}")
         rotary_width("rope_percentage", self.rope_percentage, self.d_k)

@@ -1,5 +1,7 @@
 """GPT-NeoX against its reference, and against transformers' own implementation."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +10,14 @@ from flax import nnx
 from torch import nn
 
 import torch_ref.neox
+from jaxmodels.convert import from_torch, to_torch
+from jaxmodels.convert.hf import load_hf, save_hf
+from jaxmodels.convert.neox import load_neox, save_neox
+from jaxmodels.convert.params import as_numpy
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.text import CharVocabulary, load_corpus
 from parity.cases import Pair, case
+from parity.torch_side import randomized
 from torch_ref.rope import rotary_tables
 
 
@@ -54,13 +61,61 @@ def ragged(rng: np.random.Generator) -> Pair:
     return pair_of(rng, config, Transformers(config), 73, 3, start=np.array([17, 0, 41]))
 
 
+@case("neox.shards", "NeoX, written as GPT-NeoX's own shards of 1, 2 and 4 ranks and read again, bit for bit")
+def shards(rng: np.random.Generator) -> Pair:
+    config, module = CONVERTED, randomized(torch_ref.neox.NeoX(CONVERTED), 0)
+    model = from_torch(abstract(config), module.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (1, 2, 4):
+            save_neox(model, Path(folder) / str(ranks), ranks)
+            model = load_neox(Path(folder) / str(ranks))  # each from the one before
+            same_bits(f"{ranks} model-parallel ranks", to_torch(model), module)
+    return pair_of(rng, config, module, 17, 3, flax=model, steps=0)
+
+
+@case("neox.hf_files", "transformers on the folder that save_hf writes, and load_hf on the same")
+def hf_files(rng: np.random.Generator) -> Pair:
+    config, module = CONVERTED, randomized(torch_ref.neox.NeoX(CONVERTED), 0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(from_torch(abstract(config), module.state_dict()), folder)
+        model, theirs = load_hf(folder), Transformers(config, folder)
+    same_bits("load_hf", to_torch(model), module)
+    same_bits("transformers", theirs.state_dict(), module)
+    return pair_of(rng, config, theirs, 17, 3, flax=model, steps=0)
+
+
+# 4 heads, for 4 ranks; what is not the default has to survive the files.
+CONVERTED = NeoXConfig(37, 4 * 10, 2, 4, n_ff=68, rope_percentage=0.6, rope_base=500.0, layer_norm_eps=1e-3)
+
+
+def same_bits(what: str, given: Any, module: nn.Module) -> None:
+    """Raises ValueError that names the tensors of `given` that are not those of the module."""
+    wanted = {name: as_numpy(tensor) for name, tensor in module.state_dict().items()}
+    wrong = sorted(wanted.keys() ^ given.keys())
+    wrong += [
+        name
+        for name in wanted.keys() & given.keys()
+        if as_numpy(given[name]).dtype != wanted[name].dtype
+        or as_numpy(given[name]).tobytes() != wanted[name].tobytes()
+    ]
+    if wrong:
+        raise ValueError(f"{what}: {len(wrong)} of {len(wanted)} tensors differ: {', '.join(wrong)}")
+
+
 def pair_of(
-    rng: np.random.Generator, config: NeoXConfig, torch_module: nn.Module, sequence: int, batch: int, start=None, **more
+    rng: np.random.Generator,
+    config: NeoXConfig,
+    torch_module: nn.Module,
+    sequence: int,
+    batch: int,
+    start=None,
+    flax: NeoX | None = None,
+    steps: int = 10,
 ) -> Pair:
     """Random ids [B, S], their labels the next ids."""
     ids = rng.integers(0, config.n_vocab, (batch, sequence + 1))
     inputs = {"ids": ids[:, :-1]} | ({} if start is None else {"start": start})
-    return Pair(torch_module, abstract(config), inputs, labels=ids[:, 1:], **more)
+    return Pair(torch_module, abstract(config) if flax is None else flax, inputs, labels=ids[:, 1:], steps=steps)
 
 
 def abstract(config: NeoXConfig) -> NeoX:
@@ -68,14 +123,15 @@ def abstract(config: NeoXConfig) -> NeoX:
 
 
 class Transformers(nn.Module):
-    """transformers' GPTNeoXForCausalLM with random weights, its parts and its call under the names of the twins.
+    """transformers' GPTNeoXForCausalLM, its parts and its call under the names of the twins.
 
+    Its weights are random; given a folder, weights and configuration are what transformers itself reads there.
     Raises RuntimeError where transformers is not installed.
     """
 
-    def __init__(self, config: NeoXConfig):
+    def __init__(self, config: NeoXConfig, folder: str | None = None):
         super().__init__()
-        model = gpt_neox(config)
+        model = gpt_neox(config, folder)
         self.__dict__["model"] = model  # not as a sub-module: every parameter would have two names
         part = nn.ModuleDict
         self.embedding = part({"emb": model.gpt_neox.embed_in})
@@ -103,13 +159,15 @@ class Transformers(nn.Module):
         return logits.masked_fill(~text[:, :, None], 0)
 
 
-def gpt_neox(config: NeoXConfig) -> Any:
-    """GPTNeoXForCausalLM of a configuration; its rotary tables are in float64 where the model is."""
+def gpt_neox(config: NeoXConfig, folder: str | None = None) -> Any:
+    """GPTNeoXForCausalLM of a configuration, or of a folder; its rotary tables are in float64 where the model is."""
     try:
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error}; neox.transformers needs it: pip install transformers") from None
 
+    sdpa = "sdpa"  # the eager one has a softmax in float32
     theirs = GPTNeoXConfig(
         vocab_size=config.n_vocab,
         hidden_size=config.n_hidden,
@@ -126,9 +184,16 @@ def gpt_neox(config: NeoXConfig) -> Any:
             "rope_theta": config.rope_base,
             "partial_rotary_factor": config.rope_percentage,
         },
-        attn_implementation="sdpa",  # the eager one has a softmax in float32
+        attn_implementation=sdpa,
     )
-    model = GPTNeoXForCausalLM(theirs).eval()
+    if folder is None:
+        model = GPTNeoXForCausalLM(theirs).eval()
+    else:
+        logging.disable_progress_bar()  # of the weights, in the midst of our own lines
+        try:
+            model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=sdpa).eval()
+        finally:
+            logging.enable_progress_bar()
     own = model.gpt_neox.rotary_emb
 
     def rotary(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,54 @@ def test_a_failure_leaves_nothing_behind_and_the_old_one_whole(model, copy, monk
             jaxmodels.save(model, folder, overwrite=True)
     assert contents(copy.parent) == before
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("fails", ["old", "new"])
+def test_a_rename_that_fails_names_the_target_and_leaves_the_old_one_whole(model, copy, monkeypatch, fails):
+    before, rename = contents(copy.parent), Path.rename
+
+    def failing(path, other):
+        if (str(other).endswith(".old")) == (fails == "old") and not str(path).endswith(".old"):
+            raise OSError(16, "busy")
+        return rename(path, other)
+
+    monkeypatch.setattr("jaxmodels.checkpoint.Path.rename", failing)
+    with pytest.raises(OSError, match=r"busy: it could not be replaced: .*copy"):
+        jaxmodels.save(model, copy, overwrite=True)
+    assert contents(copy.parent) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_the_disk_has_everything_before_the_old_one_goes(model, copy, monkeypatch):
+    """Every file and folder before the rename, the folder around them after it, and only then the removal."""
+    events, fsync, rename, rmtree = [], os.fsync, Path.rename, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd))[1])
+    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append("rename"), rename(a, b))[1])
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (events.append("removal"), rmtree(*a, **k))[1])
+    jaxmodels.save(model, copy, overwrite=True)
+    monkeypatch.undo()
+    last = len(events) - 1 - events[::-1].index("rename")
+    assert {path.stat().st_ino for path in (copy, *copy.rglob("*"))} <= set(events[:last])
+    assert events[last + 1 :] == [copy.parent.stat().st_ino, "removal"]
+
+
+def test_a_symbolic_link_stays_one(model, copy, tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link"
+    link.symlink_to(copy)
+    other = language_model("plain")
+    jaxmodels.save(other, link, overwrite=True)
+    assert link.is_symlink()
+    assert_same_model(jaxmodels.load(copy), other)
+    assert [path.name for path in link.parent.iterdir()] == ["link"]
+
+
+def test_only_a_checkpoint_is_overwritten(model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"photos is not overwritten: it holds no checkpoint"):
+        jaxmodels.save(model, tmp_path / "photos", overwrite=True)
+    assert contents(tmp_path) == {"photos/one.jpg": b"mine"}
 
 
 def test_refuses_a_model_it_could_not_rebuild(tmp_path):

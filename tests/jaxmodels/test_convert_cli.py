@@ -179,6 +179,17 @@ def test_nothing_is_replaced_unasked(pt, tmp_path, capsys):
     assert convert(tmp_path / "out", file, "--overwrite") == 0
 
 
+def test_the_source_is_never_overwritten(pt, tmp_path, capsys):
+    file, _ = pt
+    (tmp_path / "config.json").write_text("{}")  # so that the folder could pass for a checkpoint
+    assert to_flax(file, tmp_path, "--overwrite") == 2
+    assert f"holds the source {file}" in capsys.readouterr().err
+    assert to_flax(file, tmp_path / "out") == 0
+    assert convert(tmp_path / "out", tmp_path / "out", "--overwrite") == 2
+    assert "out is a folder, not a file to write to" in capsys.readouterr().err
+    assert file.exists()
+
+
 def test_what_a_file_holds_must_be_said(pt, tmp_path, capsys):
     file, _ = pt
     assert convert(file, tmp_path / "out") == 2

@@ -9,9 +9,12 @@ import torch
 from flax import nnx
 
 import torch_ref.neox
+from jaxmodels.convert import hf
+from jaxmodels.convert.neox import layout
 from jaxmodels.neox import NeoX, NeoXConfig, model
 from jaxmodels.rope import rotary_tables
 from parity import check
+from parity.cases import neox as cases
 
 CONFIG = NeoXConfig(23, 3 * 10, 1, 3, rope_percentage=0.4, n_ff=17)
 
@@ -40,6 +43,19 @@ def test_a_wrong_configuration_is_found_and_named(fields, wrong, culprit):
     report = checked(wrong, **fields)
     assert not report.passed
     assert report.divergence.path == culprit, str(report)
+
+
+@pytest.mark.parametrize("broken", ["the ranks' row biases", "transformers' files"])
+def test_a_conversion_that_loses_bits_is_no_case(monkeypatch, broken):
+    if broken == "the ranks' row biases":
+        monkeypatch.setitem(layout.COMBINE, "sum", layout.mean)
+        make, message = cases.shards, r"2 model-parallel ranks: 4 of 28 tensors differ: .*bias"
+    else:
+        monkeypatch.setitem(hf.INSIDE, "pre_ln_attn", "post_attention_layernorm")
+        monkeypatch.setitem(hf.INSIDE, "pre_ln_ffn", "input_layernorm")
+        make, message = cases.hf_files, r"transformers: 8 of 28 tensors differ: .*pre_ln"
+    with pytest.raises(ValueError, match=message):
+        make(np.random.default_rng(0))
 
 
 def final_norm_without_its_epsilon(monkeypatch):

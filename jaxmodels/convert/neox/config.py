@@ -35,8 +35,12 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("use_qk_layernorm", (False,)),
     ("use_bias_in_attn_linear", (True,)),
     ("use_bias_in_norms", (True,)),
+    ("use_bias_in_mlp", (True,)),
     ("moe_num_experts", (1,)),
+    ("use_mup", (False,)),
+    ("sliding_window_width", (None,)),
 )
+ATTENTION = ("global", "flash")  # two ways to compute the same; others leave positions out, or are no attention
 # Where the key is absent GPT-NeoX has learned positions, which are not supported either: the file must say rotary.
 MUST_SAY = ("pos_emb",)
 
@@ -78,6 +82,13 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value not in allowed:
             said = f"{key}: {value!r}" if value is not None else f"no {key}"
             raise ValueError(f"{where} has {said}; supported is {' or '.join(map(repr, allowed))}")
+    kinds = words(settings.get("attention_config"))
+    if not kinds <= set(ATTENTION):
+        other = ", ".join(sorted(kinds - set(ATTENTION)))
+        raise ValueError(f"{where} has attention_config of {other}; supported is {' or '.join(map(repr, ATTENTION))}")
+    prompt = settings.get("soft_prompt_tuning")
+    if prompt is not None and not (isinstance(prompt, Mapping) and prompt.get("enabled") is False):
+        raise ValueError(f"{where} has soft_prompt_tuning: {prompt!r}; supported is none, or one with enabled: false")
     heads, kv_heads = settings.get("num_attention_heads"), settings.get("num_kv_heads")
     if kv_heads is not None and kv_heads != heads:
         raise ValueError(f"{where} has num_kv_heads: {kv_heads!r} and num_attention_heads: {heads!r}; supported is one")
@@ -91,6 +102,13 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     found["activation"] = "gelu_tanh" if checked_flag("bias_gelu_fusion", settings, where) else "gelu"
     found["tied"] = not checked_flag("no_weight_tying", settings, where)
     return found
+
+
+def words(value: Any) -> set[str]:
+    """The kinds of attention in [[["global", "flash"], 12], ...] or ["global", ...]; "all" only says how often."""
+    if isinstance(value, list):
+        return set().union(*map(words, value))
+    return {str(value)} if value not in (None, "all") and not isinstance(value, int) else set()
 
 
 def checked(field: str, key: str, value: Any, where: str) -> Any:
@@ -125,6 +143,7 @@ def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> d
         "no_weight_tying": not config.tied,
         "norm": "layernorm",
         "pos_emb": "rotary",
+        "output_layer_parallelism": "column",
         "seq_length": config.max_len,
         "make_vocab_size_divisible_by": divisible_by,
         "model_parallel_size": model_parallel,

@@ -17,6 +17,7 @@ from jaxmodels.convert.lazy import Combined, Cut, Joined, read
 
 # How shards merge.
 VOCABULARY = "rows of the vocabulary"  # joined, then cut or padded
+READOUT_COLUMNS = "columns of the readout"  # the same with output_layer_parallelism: row; joined along dim 1
 ROWS = "rows"  # joined along dim 0
 COLUMNS = "columns"  # joined along dim 1
 REPLICA = "replica"  # the same on every rank, but for drift: the mean
@@ -65,7 +66,7 @@ def merged(name: Name, parts: Parts, row_bias: str) -> Any:
     how = {REPLICA: "mean", ROW_BIAS: row_bias}.get(name.merge)
     if how is not None:
         return parts[0] if how == "first" else Combined(parts, COMBINE[how])
-    return Joined(parts, 1 if name.merge == COLUMNS else 0)
+    return Joined(parts, 1 if name.merge in (COLUMNS, READOUT_COLUMNS) else 0)
 
 
 def mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
@@ -86,7 +87,10 @@ COMBINE: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {"sum": total
 
 
 def split(name: Name, tensor: Any, ranks: int, parallel_residual: bool) -> Parts:
-    """The inverse of `merged`, bit for bit: what each rank holds. The tensor's sizes must be divisible by `ranks`."""
+    """The inverse of `merged`: what each rank holds. The tensor's sizes must be divisible by `ranks`.
+
+    Bit for bit, but for row biases in float64 under the parallel residual: from 6 ranks on their sum may be rounded.
+    """
     if ranks == 1 or name.merge == REPLICA or (name.merge == ROW_BIAS and not parallel_residual):
         return [tensor] * ranks
     if name.merge == ROW_BIAS:

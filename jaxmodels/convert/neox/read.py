@@ -1,6 +1,7 @@
 """A GPT-NeoX checkpoint as a `Source`: configuration found and checked, shards merged when they are read."""
 
 import dataclasses
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from jaxmodels.convert.neox.layout import (
     FINAL_NORM,
     FREQUENCIES,
     READOUT,
+    READOUT_COLUMNS,
     REPLICA,
     ROW_BIAS,
     SKIPPED,
@@ -35,11 +37,17 @@ MAX_DRIFT = 1e-2
 DIVISIBLE_BY = 128
 RANKS = 8  # a vocabulary padded for up to so many ranks is recognised whatever the rank count on disk
 ROW_BIASES = ("sum", "mean", "first")
+# Beside the YAML files; GPT-NeoX reads those it is given by name, and takes no keys there that are not its own.
+VOCABULARY_FILE = "vocabulary.json"
 SIZES = ("n_layers", "n_hidden", "n_ff", "tied")  # what the shapes tell
 
 
 class ReplicaDriftWarning(UserWarning):
     """Ranks disagree by more than 1e-2 on what should be the same tensor; their mean was taken."""
+
+
+class InferredWarning(UserWarning):
+    """A configuration was guessed from sizes, or contradicts what the vocabulary's rows look like."""
 
 
 def load_neox(
@@ -59,9 +67,13 @@ def load_neox(
     else first) is not what the checkpoint needs.
 
     Raises ValueError, naming the file, for a shard that is missing, damaged, misshapen or wants to run code, and for a
-    configuration that is incomplete or contradicts the tensors; warns with ReplicaDriftWarning.
+    configuration that is incomplete or contradicts the tensors; warns with ReplicaDriftWarning, and with
+    InferredWarning where a preset was taken or n_vocab cuts rows that are not zero.
     """
-    return open_neox(folder, config, row_bias).with_layers(layers).model(dtype, shardings)
+    source = open_neox(folder, config, row_bias)
+    for doubt in source.doubts:
+        warnings.warn(doubt, InferredWarning, stacklevel=2)
+    return source.with_layers(layers).model(dtype, shardings)
 
 
 def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
@@ -74,7 +86,11 @@ def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_b
     settings = read_yaml(files) if files else {}
     parts = by_name(shards)
     rows, padding = vocabulary(shards, parts, settings)
-    config, notes = resolved(shards, parts, rows - padding, config, settings, files)
+    said_vocab = read_vocabulary(files[0].parent / VOCABULARY_FILE, rows) if files else None
+    preset = config is None and not files
+    n_vocab = rows - padding if said_vocab is None else said_vocab
+    config, notes = resolved(shards, parts, n_vocab, config, settings, files)
+    doubts = notes[:] if preset else []
     check_vocabulary(shards, config, rows, settings)
     for layer in shards.layers.values():
         for i, shard in enumerate(layer):
@@ -86,7 +102,7 @@ def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_b
     for key, shape in named(config).items():
         name, held, where = parts[key]
         tensor = merged(name, held, row_bias)
-        if name.merge == VOCABULARY and tensor.shape[0] != config.n_vocab:
+        if name.merge in (VOCABULARY, READOUT_COLUMNS) and tensor.shape[0] != config.n_vocab:
             tensor = Cut(tensor, 0, 0, config.n_vocab)
         if tuple(tensor.shape) != shape:
             problems.append(f"{where[0].file.name}: {name.disk[0]} gives {list(tensor.shape)}, expected {list(shape)}")
@@ -94,16 +110,22 @@ def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_b
     if problems:
         raise ValueError(f"{shards.step} contradicts its configuration:\n  " + "\n  ".join(problems))
     notes += drifting(parts, row_bias, shards)
-    if padding and config.n_vocab == rows - padding:
+    if config.n_vocab == said_vocab != rows:
+        notes.append(f"{rows - said_vocab} of {rows} rows of the vocabulary are padding, and left off")
+    elif padding and config.n_vocab == rows - padding:
         notes.append(f"{padding} of {rows} rows of the vocabulary are padding (zero), and left off")
     elif config.n_vocab != rows:
         change = "cut" if config.n_vocab < rows else "padded"
         notes.append(f"the vocabulary's {rows} rows are {change} to {config.n_vocab}")
+        lost = int((~zero_rows(parts, min(rows, config.n_vocab))).sum())
+        if lost:
+            notes[-1] += f"; {lost} of those left off are not zero"
+            doubts.append(notes[-1])
     said = settings.get("model_parallel_size", shards.ranks)
     if said != shards.ranks:
         notes.append(f"the configuration says {said} model-parallel ranks, the files are of {shards.ranks}")
     layout = f"{shards.layout} of {shards.ranks} model-parallel rank{'s'[: shards.ranks > 1]} in {shards.step.name}"
-    return Source("neox", folder, config, tensors, layout, tuple(notes))
+    return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts))
 
 
 Parts = Mapping[str, tuple[Name, list[Any], list[Shard]]]  # by the twin's name: each rank's tensor, and where it was
@@ -126,6 +148,11 @@ def by_name(shards: Shards) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
                 found[key] = (name, parts, ranks)
     if problems:
         raise ValueError(f"{shards.step} does not hold the tensors of a GPT-NeoX model:\n  " + "\n  ".join(problems))
+    if READOUT[0].twin in found and shards.ranks > 1:
+        name, held, where = found[READOUT[0].twin]
+        n_hidden = found[FINAL_NORM[0].twin][1][0].shape[0]
+        if held[0].shape[-1] * shards.ranks == n_hidden:  # output_layer_parallelism: row
+            found[name.twin] = (name._replace(merge=READOUT_COLUMNS), held, where)
     return found
 
 
@@ -169,17 +196,43 @@ def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[
 
 def vocabulary(shards: Shards, parts: Parts, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Rows on disk, and how many at their end are padding that `save_neox` added: zero in embedding and readout."""
-    tables = [
-        merged(*parts[key][:2], "sum") for key in ("embedding.emb.weight", "readout.linear.weight") if key in parts
-    ]
+    tables = vocabulary_tables(parts)
     rows = tables[0].shape[0]
     if tables[-1].shape[0] != rows:
         raise ValueError(f"{shards.step}: the embedding has {rows} rows and the readout {tables[-1].shape[0]}")
     behind = min(rows, shards.ranks * divisible_by(settings)) - 1  # padding is never longer
-    zero = np.ones(behind, bool)
-    for table in tables:
-        zero &= ~read(table, (slice(rows - behind, rows), slice(0, table.shape[1]))).any(axis=1)
+    zero = zero_rows(parts, rows - behind)
     return rows, behind if zero.all() else int(zero[::-1].argmin())
+
+
+def vocabulary_tables(parts: Parts) -> list[Any]:
+    """Embedding and, unless it is tied, readout: a row for each token."""
+    return [merged(*parts[key][:2], "sum") for key in ("embedding.emb.weight", "readout.linear.weight") if key in parts]
+
+
+def zero_rows(parts: Parts, start: int) -> np.ndarray:
+    """Of the rows of the vocabulary from `start` on, which are zero in embedding and readout."""
+    tables = vocabulary_tables(parts)
+    zero = np.ones(tables[0].shape[0] - start, bool)
+    for table in tables:
+        zero &= ~read(table, (slice(start, table.shape[0]), slice(0, table.shape[1]))).any(axis=1)
+    return zero
+
+
+def read_vocabulary(file: Path, rows: int) -> int | None:
+    """The n_vocab that `save_neox` wrote beside its YAML file; None where there is no such file.
+
+    Raises ValueError, naming it, where it says no number of 1 to the rows on disk.
+    """
+    if not file.is_file():
+        return None
+    try:
+        n_vocab = json.loads(file.read_text(encoding="utf-8"))["n_vocab"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} does not say n_vocab: {error!r}") from None
+    if not isinstance(n_vocab, int) or isinstance(n_vocab, bool) or not 1 <= n_vocab <= rows:
+        raise ValueError(f"{file} says n_vocab={n_vocab!r}, and the vocabulary has {rows} rows")
+    return n_vocab
 
 
 def divisible_by(settings: Mapping[str, Any]) -> int:
@@ -222,8 +275,6 @@ def resolved(
         if "n_heads" not in found:
             raise ValueError(f"{files[0].parent}: num_attention_heads is missing in {where}, and in no tensor's shape")
         contradicted(sizes, found, f"{shards.step} contradicts {where}")
-        if sizes["n_ff"] == 4 * sizes["n_hidden"]:
-            sizes["n_ff"] = None
         try:
             return NeoXConfig(**found | sizes, n_vocab=n_vocab), [f"configuration from {where}"]
         except ValueError as error:

@@ -171,7 +171,10 @@ def module_in(file: Path) -> dict[str, Any]:
 
 
 def as_arrays(file: Path, content: Any) -> dict[str, Any]:
-    """Arrays of a state_dict, None for what is no tensor of numbers (TransformerEngine's extra state)."""
+    """Arrays of a state_dict, None for what is no tensor of numbers (TransformerEngine's extra state).
+
+    Raises ValueError, naming the file, for a tensor that NumPy has no form of.
+    """
     import torch
 
     if not isinstance(content, Mapping) or not content:
@@ -179,7 +182,10 @@ def as_arrays(file: Path, content: Any) -> dict[str, Any]:
     arrays = {}
     for name, tensor in content.items():
         kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        array = as_numpy(tensor) if kept else None
+        try:
+            array = as_numpy(tensor) if kept else None
+        except ValueError as error:
+            raise ValueError(f"{file} has {name!r}: {error}") from None
         arrays[str(name)] = array if array is not None and is_floating(array.dtype) else None
     return arrays
 

@@ -84,6 +84,16 @@ def test_what_transformers_saves(tmp_path, tied):
     np.testing.assert_array_equal(given["layers.2.attention.qkv_lin.weight"], qkv.numpy())
 
 
+def test_the_end_of_text_is_token_0_or_what_the_source_says(tmp_path):
+    folder = hf_folder(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(folder)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 0)
+    edit_config(folder, bos_token_id=7, eos_token_id=[5, 3], pad_token_id=1)
+    write_hf(open_hf(folder), tmp_path / "again")
+    said = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert [said[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [7, [5, 3], 1]
+
+
 def hf_folder(tmp_path, config=CONFIG, **write_options):
     write(tmp_path / "source", 1, config, **write_options)
     write_hf(open_neox(tmp_path / "source"), tmp_path / "hf")
@@ -163,6 +173,15 @@ def test_a_tied_readout_that_is_stored_must_be_the_embedding(tmp_path):
         ({"attention_bias": False}, "config.json has attention_bias False"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
+        ({"rope_parameters": "default"}, "config.json has rope_parameters 'default', which is no JSON object"),
+        ({"rope_parameters": {"rope_theta": "many"}}, "config.json: "),
+        ({"hidden_act": ["gelu"]}, "config.json has hidden_act ['gelu']"),
+        ({"hidden_act": {"gelu": 1}}, "config.json has hidden_act {'gelu': 1}"),
+        ({"hidden_size": {"a": 1}}, "config.json: n_hidden={'a': 1} must be"),
+        ({"hidden_size": [120]}, "config.json: n_hidden=[120] must be"),
+        ({"hidden_size": "120"}, "config.json: n_hidden='120' must be"),
+        ({"num_hidden_layers": True}, "config.json: n_layers=True must be"),
+        ({"tie_word_embeddings": "false"}, "config.json: tied='false' is neither True nor False"),
         ({"num_attention_heads": 7}, "config.json: n_hidden=120 is not divisible by n_heads=7"),
         ({"num_hidden_layers": 4}, "missing gpt_neox.layers.3.input_layernorm.weight"),
         ({"num_hidden_layers": 2}, "unexpected gpt_neox.layers.2.input_layernorm.weight"),

@@ -140,6 +140,20 @@ def test_a_bad_source_or_target_is_one_line_and_nothing_is_written(source, tmp_p
     assert not out.exists()
 
 
+@pytest.mark.parametrize("to", ["flax", "hf", "neox"])
+def test_the_source_and_what_lies_around_it_are_never_overwritten(source, tmp_path, monkeypatch, capsys, to):
+    folder, state = source
+    (tmp_path / "config.json").write_text("{}")  # so that the folder could pass for a checkpoint
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for target in (folder, tmp_path, tmp_path / "link", "..", "."):
+        assert command("neox", folder, target, "--to", to, "--overwrite") == 2
+        assert f"{target} holds the source {folder}" in capsys.readouterr().err
+    assert command("neox", folder / "global_step143", folder, "--to", to, "--overwrite") == 2
+    assert_holds(load_neox(folder), state)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "link", "source"}
+
+
 def test_a_value_that_overflows_leaves_nothing_behind(tmp_path, capsys):
     write(tmp_path / "source", dtype=torch.float32)
     file = layer_file(tmp_path / "source", 4, 1)

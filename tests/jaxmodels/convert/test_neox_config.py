@@ -84,6 +84,12 @@ def test_several_files_are_one(tmp_path):
         ("num-attention-heads: 8\nnum-kv-heads: 2", "num_kv_heads: 2 and num_attention_heads: 8"),
         ("rotary-interleaved: true", "has rotary_interleaved: True"),
         ("use_bias_in_attn_linear: false", "has use_bias_in_attn_linear: False"),
+        ("use_bias_in_mlp: false", "has use_bias_in_mlp: False"),
+        ("use_mup: true", "has use_mup: True; supported is False"),
+        ("sliding-window-width: 256", "has sliding_window_width: 256; supported is None"),
+        ('attention-config: [[["local", "global"], "all"]]', "has attention_config of local; supported is 'global'"),
+        ('attention_config: ["rwkv", "flash", "mamba"]', "has attention_config of mamba, rwkv; supported is 'global'"),
+        ('soft-prompt-tuning: {"num_tokens": 10}', "has soft_prompt_tuning: {'num_tokens': 10}; supported is none"),
         ("num-layers: many", "num_layers: 'many', which is no whole number"),
         ("num-layers: 3.5", "num_layers: 3.5, which is no whole number"),
         ("rotary-pct: true", "rotary_pct: True, which is no number"),
@@ -93,6 +99,12 @@ def test_several_files_are_one(tmp_path):
 def test_what_the_model_here_does_not_have_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=f"here .*{re.escape(message.removeprefix('has '))}"):
         parsed(tmp_path, text if "pos-emb" in text else f"pos-emb: rotary\n{text}")
+
+
+def test_settings_that_change_nothing_are_taken(tmp_path):
+    plain = parsed(tmp_path, "pos_emb: rotary")
+    others = 'attention-config: [[["flash"], 3], [["global"], "all"]]\nuse_mup: false\nsliding_window_width: null\n'
+    assert parsed(tmp_path, f"pos_emb: rotary\n{others}soft_prompt_tuning: {{enabled: false}}") == plain
 
 
 def test_a_file_must_say_that_positions_are_rotary(tmp_path):

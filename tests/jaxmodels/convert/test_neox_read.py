@@ -1,5 +1,6 @@
 """`load_neox` on checkpoints that `originals` wrote with torch alone, good and bad."""
 
+import collections
 import dataclasses
 import pickle
 import re
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from jaxmodels.convert import to_torch
-from jaxmodels.convert.neox import ReplicaDriftWarning, load_neox, open_neox
+from jaxmodels.convert.neox import InferredWarning, ReplicaDriftWarning, load_neox, open_neox
 from jaxmodels.convert.params import as_tensor
 from jaxmodels.neox import NeoXConfig
 from tests.jaxmodels.convert import originals
@@ -100,8 +101,9 @@ def test_some_layers_in_the_order_asked_for(tmp_path):
             if name.startswith(f"layers.{old}."):
                 expected[name.replace(f"layers.{old}.", f"layers.{new}.")] = tensor
     assert_holds(model, expected)
-    for layers in ([3], [0, 0], [-1], []):
-        with pytest.raises(ValueError, match=re.escape(f"layers={layers} must be different numbers from 0 to 2")):
+    for layers in ([3], [0, 0], [-1], [], 1, "01", [0.0], [True], ["0"], [[0]]):
+        message = re.escape(f"layers={layers!r} must be different whole numbers from 0 to 2")
+        with pytest.raises(ValueError, match=message):
             load_neox(tmp_path, layers=layers)
 
 
@@ -174,7 +176,8 @@ def test_drifted_norms_become_the_mean_and_far_ones_warn(tmp_path):
 
 def test_the_vocabulary_is_cut_and_padded_to_the_configuration(tmp_path):
     state = write(tmp_path, 2)
-    cut = to_torch(load_neox(tmp_path, dataclasses.replace(CONFIG, n_vocab=79)))
+    with pytest.warns(InferredWarning, match="84 rows are cut to 79; 5 of those left off are not zero"):
+        cut = to_torch(load_neox(tmp_path, dataclasses.replace(CONFIG, n_vocab=79)))
     padded = to_torch(load_neox(tmp_path, dataclasses.replace(CONFIG, n_vocab=97)))
     for name in ("embedding.emb.weight", "readout.linear.weight"):
         assert torch.equal(as_tensor(cut[name]), state[name][:79])
@@ -196,6 +199,17 @@ def test_zero_rows_at_the_end_are_padding_only_in_both_tables(tmp_path):
     assert source.config.n_vocab == 81
     assert "3 of 84 rows of the vocabulary are padding (zero), and left off" in source.notes
     assert load_neox(tmp_path, CONFIG).settings.n_vocab == 84
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_readout_that_is_parallel_along_its_rows_input(tmp_path, ranks):
+    """`output_layer_parallelism: row`: each rank has all tokens, for its part of the features."""
+    state = write(tmp_path, ranks)
+    for rank, part in enumerate(state["readout.linear.weight"].chunk(ranks, dim=1)):
+        edit(tmp_path, 7, rank, lambda tensors, part=part: {"final_linear.weight": part.clone()})
+    assert_holds(load_neox(tmp_path), state)
+    cut = to_torch(open_neox(tmp_path, dataclasses.replace(CONFIG, n_vocab=79)).model())
+    assert torch.equal(as_tensor(cut["readout.linear.weight"]), state["readout.linear.weight"][:79])
 
 
 # Damage: each names the file
@@ -275,6 +289,34 @@ def whole_numbers(folder):
     edit(folder, 3, 1, lambda tensors: tensors | {"attention.dense.weight": torch.zeros(120, 60, dtype=torch.int8)})
 
 
+def eight_bits(folder):
+    edit(folder, 3, 1, lambda t: t | {"attention.dense.weight": torch.zeros(120, 60).to(torch.float8_e4m3fn)})
+
+
+def quantised(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to drop them
+        dense = torch.quantize_per_tensor(torch.zeros(120, 60), 0.1, 0, torch.qint8)
+        edit(folder, 3, 1, lambda tensors: tensors | {"attention.dense.weight": dense})
+
+
+def without_values(folder):
+    edit(folder, 3, 1, lambda t: t | {"attention.dense.weight": torch.zeros(120, 60, device="meta")})
+
+
+def complex_numbers(folder):
+    edit(folder, 3, 1, lambda t: t | {"attention.dense.weight": torch.zeros(120, 60, dtype=torch.complex64)})
+
+
+class WrongArguments:
+    def __reduce__(self):
+        return (collections.OrderedDict, (1, 2, 3))
+
+
+def wrong_arguments(folder):
+    torch.save({"input_layernorm.weight": WrongArguments()}, layer_file(folder, 3, 1))
+
+
 def misshapen(folder):
     for rank in range(2):
         edit(folder, 3, rank, lambda tensors: tensors | {"attention.dense.weight": torch.zeros(120, 61).half()})
@@ -314,6 +356,7 @@ def latest_is_binary(folder):
     (folder / "latest").write_bytes(b"\xff\xfe")
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage")  # torch, of its own reading of quantised tensors
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -334,6 +377,14 @@ def latest_is_binary(folder):
         ),
         (extra_tensor, r"layer_03-model_01-.*unexpected attention\.query_norm\.weight"),
         (whole_numbers, r"layer_03-model_01-.*missing attention\.dense\.weight"),
+        (eight_bits, r"layer_03-model_01-.*'attention\.dense\.weight': a tensor of torch\.float8_e4m3fn"),
+        (
+            quantised,
+            r"layer_03-model_01-.*'attention\.dense\.weight': a tensor of torch\.qint8",
+        ),
+        (without_values, r"layer_03-model_01-.*'attention\.dense\.weight': a tensor of torch\.float32 on meta"),
+        (complex_numbers, r"layer_03-model_01-.*missing attention\.dense\.weight"),
+        (wrong_arguments, r"layer_03-model_01-.*is truncated or no PyTorch checkpoint"),
         (misshapen, r"layer_03-.*attention\.dense\.weight gives \[120, 122\], expected \[120, 120\]"),
         (misshapen_on_one_rank, r"layer_03-.*differs between ranks: \[120, 60\] float16, \[120, 61\] float16"),
         (another_dtype, r"layer_03-.*differs between ranks: \[120, 60\] float16, \[120, 60\] float32"),
@@ -412,7 +463,9 @@ def test_without_yaml_the_sizes_name_a_preset(tmp_path):
     source = open_neox(tmp_path)
     assert source.config == small
     assert "the sizes are those of pythia_14m, and heads (4)" in source.notes[0]
-    assert_holds(source.model(), state)
+    assert source.doubts == source.notes[:1]
+    with pytest.warns(InferredWarning, match="the sizes are those of pythia_14m, and heads"):
+        assert_holds(load_neox(tmp_path), state)
 
 
 def test_without_yaml_and_preset_it_is_said_what_is_missing(tmp_path):

@@ -14,7 +14,7 @@ from jaxmodels.convert.neox import load_neox, open_neox, save_neox, write_neox
 from jaxmodels.convert.neox.layout import share, total
 from jaxmodels.layers import Linear
 from jaxmodels.neox import NeoX
-from tests.jaxmodels.convert.originals import CONFIG, write
+from tests.jaxmodels.convert.originals import CONFIG, layer_file, write
 from tests.jaxmodels.convert.test_neox_read import SEQUENTIAL, TIED, assert_holds
 
 
@@ -90,6 +90,29 @@ def test_more_padding_than_vocabulary(tmp_path):
     state = write(tmp_path / "source", 1, config)
     write_neox(open_neox(tmp_path / "source"), tmp_path / "out", 4)
     assert_holds(load_neox(tmp_path / "out"), state)
+
+
+def test_tokens_that_are_zero_are_no_padding(tmp_path):
+    state = write(tmp_path / "source", 1)
+    for layer, name in ((0, "word_embeddings.weight"), (7, "final_linear.weight")):
+        file = layer_file(tmp_path / "source", layer, 0)
+        tensors = torch.load(file)
+        tensors[name][-4:] = 0
+        torch.save(tensors, file)
+    for name in ("embedding.emb.weight", "readout.linear.weight"):
+        state[name][-4:] = 0
+    save_neox(load_neox(tmp_path / "source", CONFIG), tmp_path / "out", 2)
+    assert_holds(load_neox(tmp_path / "out"), state)
+    assert "172 of 256 rows of the vocabulary are padding, and left off" in open_neox(tmp_path / "out").notes
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"n_vocab": 257}', '{"n_vocab": 0}', '{"n_vocab": "84"}'])
+def test_a_vocabulary_file_that_says_nothing(tmp_path, text):
+    write(tmp_path / "source")
+    save_neox(load_neox(tmp_path / "source"), tmp_path / "out", 2)
+    (tmp_path / "out" / "configs" / "vocabulary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"vocabulary\.json (does not say n_vocab|says n_vocab=.* has 256 rows)"):
+        load_neox(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

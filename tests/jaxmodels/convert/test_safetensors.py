@@ -70,13 +70,21 @@ def damaged(content, how):
             header[name]["data_offsets"] = [-8, 4]
         case "shape":
             header[name]["shape"] = [1, 1]
+        case "negative":
+            header[name]["shape"] = [-1, 5]
+        case "overlap":
+            other = next(n for n in header if n.endswith(".(3,)"))
+            start = header[name]["data_offsets"][0] + 2
+            header[other]["data_offsets"] = [start, start + 6]
         case "dtype":
             header[name]["dtype"] = "F7"
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "header too long", "no json", "offsets", "shape", "dtype"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "header too long", "no json", "offsets", "shape", "negative", "overlap", "dtype"]
+)
 def test_a_damaged_file_is_named(tmp_path, how):
     file = tmp_path / "a.safetensors"
     write_file(file, ARRAYS)

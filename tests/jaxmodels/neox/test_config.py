@@ -50,6 +50,12 @@ def test_the_defaults_are_20b_with_the_exact_gelu():
     assert dataclasses.replace(NeoXConfig(), n_ff=7).d_ff == 7
 
 
+def test_the_usual_width_is_the_same_configuration_said_or_not():
+    said = dataclasses.replace(CONFIG, n_ff=4 * CONFIG.n_hidden)
+    assert said == dataclasses.replace(CONFIG, n_ff=None)
+    assert (said.n_ff, said.d_ff) == (None, 4 * CONFIG.n_hidden)
+
+
 def test_a_config_is_hashable_and_frozen():
     assert len({NeoXConfig(), NeoXConfig(), NeoXConfig.neox_20b()}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -64,6 +70,10 @@ def test_a_config_is_hashable_and_frozen():
         ({"n_layers": 0}, "n_layers=0"),
         ({"n_heads": 2.0}, r"n_heads=2\.0"),
         ({"max_len": 0}, "max_len=0"),
+        ({"n_layers": True}, "n_layers=True"),
+        ({"tied": "no"}, "tied='no' is neither True nor False"),
+        ({"parallel_residual": 1}, "parallel_residual=1 is neither"),
+        ({"remat": None}, "remat=None is neither"),
         ({"n_ff": 0}, "n_ff=0"),
         ({"n_hidden": 31}, "n_hidden=31 is not divisible by n_heads=3"),
         ({"rope_percentage": 0.1}, r"rope_percentage=0\.1"),
