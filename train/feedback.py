@@ -2,7 +2,7 @@
 
     python -m train.feedback --text tiny_shakespeare       # or a FILE; without --text: Python's own language reference
 
-The same again goes on from its checkpoint: python -m train.feedback --resume runs/feedback --steps 3000
+The same command again goes on with the run; --steps 3000 makes it longer.
 """
 
 import dataclasses
