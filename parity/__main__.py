@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     console = Console()
     if not console.is_terminal:  # a file has no width to fit: a whole table is worth more than one folded to 80
-        console = Console(width=160)
+        console = Console(width=184)
     if options.device == "cpu":  # before JAX starts, so that it looks for no other
         import jax
 
