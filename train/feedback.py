@@ -30,7 +30,7 @@ class Config(experiment.Config):
     batch_size: int = 32
     """sequences of a step"""
     steps: int = 1200
-    """steps of the whole run; on --resume, more of them make it longer"""
+    """steps of the whole run; more of them make a run longer that has ended"""
     warmup: int = 300
     """steps until the schedule's peak"""
     every: int = 400

@@ -2,6 +2,8 @@
 
     python -m train.rope --text tiny_shakespeare       # or a FILE; without --text: Python's own language reference
 
+These were measured with an earlier loop, whose batches came in another order; they are still to be repeated.
+
 Hardware   2 CPU cores, which other programs were using too; float32
 Time       21 min 10 s by the clock, 14 min 39 s of CPU time over both cores
 Training   2000 steps of 16 sequences of 128 characters (4.1 epochs of tiny_shakespeare); 810,049 parameters
@@ -10,7 +12,7 @@ Result     validation loss in nats per character, over the same characters for b
            tiny_shakespeare                    1.774         1.592
            python_docs (Python 3.11)           1.404         1.240
 
-The same again goes on from its checkpoint: python -m train.rope --resume runs/rope --steps 3000
+The same command again goes on with the run; --steps 3000 makes it longer.
 """
 
 import dataclasses
