@@ -152,8 +152,8 @@ class Readings:
         """Logits through the cache against PyTorch's full forward pass, for models that have a cache."""
         if not hasattr(self.flax_module, "prefill"):
             return
-        ids, *start = self.inputs.named().values()
-        first, logits = side.decode(ids, *start)
+        ids, *_ = self.inputs.named().values()
+        first, logits = side.decode(ids, self.inputs.kwargs.get("start"), self.inputs.kwargs.get("ret"))
         axis = side.module.sequence_axis
         positions = np.arange(first, ids.shape[axis])
         truth = {name: output.take(positions, axis) for name, output in self.truth["output"].items()}

@@ -87,10 +87,12 @@ class FlaxSide:
         moving = {entry.path for entry in entries(arrays) if not matches(entry.key, frozen)}
         return set(arrays) - moving
 
-    def decode(self, ids: np.ndarray, start: np.ndarray | None = None) -> tuple[int, np.ndarray]:
+    def decode(
+        self, ids: np.ndarray, start: np.ndarray | None = None, ret: np.ndarray | None = None
+    ) -> tuple[int, np.ndarray]:
         """Logits through the cache, laid out like ids, from position `first` on: (first, logits).
 
-        A prefill, a chunk of five, single tokens, and a chunk again.
+        A prefill, a chunk of five, single tokens, and a chunk again. ret: RETRO's neighbours, as its call takes them.
         """
         model, axis = self.module, self.module.sequence_axis
         model = model.unstacked() if hasattr(model, "unstacked") else model  # as `generate` does
@@ -99,14 +101,24 @@ class FlaxSide:
         cuts = [c for c in (0, prompt, *range(prompt + 5, prompt + 13)) if c < n] + [n]
         pieces = [jnp.asarray(ids.take(range(a, b), axis)) for a, b in itertools.pairwise(cuts)]
         # Functions of this call's own: jit remembers by function, and a check must run the code as it is now.
-        prefill = jax.jit(lambda model, ids, cache: model.prefill(ids, cache))
-        decode = jax.jit(lambda model, ids, cache: model.decode(ids, cache))
-        last, cache = prefill(model, pieces[0], model.init_cache(ids.shape[1 - axis], n, self.dtype, start))
+        prefill = jax.jit(lambda model, ids, cache, more: model.prefill(ids, cache, **more))
+        decode = jax.jit(lambda model, ids, cache, more: model.decode(ids, cache, **more))
+        sizes = {} if ret is None else {"neighbors": ret.shape[2:]}
+        read = [{}] * len(pieces) if ret is None else neighbors_of(model, jnp.asarray(ret), cuts)
+        cache = model.init_cache(ids.shape[1 - axis], n, self.dtype, start, **sizes)
+        last, cache = prefill(model, pieces[0], cache, read[0])
         logits = [jnp.expand_dims(last, axis)]
-        for piece in pieces[1:]:
-            more, cache = decode(model, piece, cache)
+        for piece, neighbors in zip(pieces[1:], read[1:], strict=True):
+            more, cache = decode(model, piece, cache, neighbors)
             logits.append(more)
         return prompt - 1, np.asarray(jnp.concatenate(logits, axis=axis))
+
+
+def neighbors_of(model: Any, ret: jax.Array, cuts: Sequence[int]) -> list[dict[str, jax.Array]]:
+    """What RETRO's prefill and decode take beside the pieces of a text between `cuts`."""
+    first, *rest = itertools.pairwise(cuts)
+    by_token = model.neighbors_by_token(ret, cuts[-1])
+    return [{"ret": ret[:, : first[1] // model.chunk_len]}, *({"ret": by_token[:, a:b]} for a, b in rest)]
 
 
 def loss(outputs: dict[str, jax.Array], labels, targets) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-SYSTEMS = ("rope", "transformer", "synthesizer", "feedback", "neox")
+SYSTEMS = ("rope", "transformer", "synthesizer", "feedback", "retro", "neox")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""RETRO's three attentions, batch-first, each with its norm and its residual.
+
+Axes: B batch, S sequence, C chunks, L = chunk_len, N neighbours of a chunk, M tokens of a neighbour, D = d_model, H heads
+of d_k features (H·d_k need not be D). G is any batch that attention is computed over: rows, chunks, neighbours.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.attention import attend, causal_attention, dot_product_scores
+from jaxmodels.cache import visible, write
+from jaxmodels.layers import LayerNorm, Linear
+from jaxmodels.rope import rotary_tables, turn
+
+ROTARY_BASE = 10_000
+
+
+class Attention(nnx.Module):
+    """What the three share: a norm of what asks, biased projections to heads and back."""
+
+    def __init__(self, d_model: int, n_heads: int, d_k: int, *, rngs: nnx.Rngs):
+        for name, size in {"d_model": d_model, "n_heads": n_heads, "d_k": d_k}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        self.n_heads, self.d_k = n_heads, d_k
+        self.query = Linear(d_model, n_heads * d_k, rngs=rngs)
+        self.key = Linear(d_model, n_heads * d_k, rngs=rngs)
+        self.value = Linear(d_model, n_heads * d_k, rngs=rngs)
+        self.norm = LayerNorm(d_model, rngs=rngs)
+        self.output = Linear(n_heads * d_k, d_model, rngs=rngs)
+
+    def heads(self, x: jax.Array) -> jax.Array:
+        """[G, S, H·d_k] -> [G, S, H, d_k]."""
+        return x.reshape(*x.shape[:-1], self.n_heads, self.d_k)
+
+    def keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [G, N, D] -> [G, H, N, d_k] of each."""
+        return heads_first(self.heads(self.key(x))), heads_first(self.heads(self.value(x)))
+
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """W_o softmax(QKᵀ/√d_k) V: [G, S, H, d_k], [G, H, N, d_k] twice -> [G, S, D]."""
+        scores = dot_product_scores(heads_first(query), key, 1 / math.sqrt(self.d_k))
+        x = heads_first(attend(scores, value, mask)).astype(query.dtype)  # a cache may be kept in another
+        return self.output(x.reshape(*x.shape[:2], -1))
+
+
+class SelfAttention(Attention):
+    """h + W_o softmax(QKᵀ/√d_k) V of LN(h), all of d_k turned by the positions; causal, or seeing everything."""
+
+    def __init__(self, d_model: int, n_heads: int, d_k: int, is_causal: bool, *, rngs: nnx.Rngs):
+        super().__init__(d_model, n_heads, d_k, rngs=rngs)
+        if d_k % 2:
+            raise ValueError(f"d_k={d_k} must be even and at least 2: all of it turns with the position")
+        self.is_causal = is_causal
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """h [B, S, D] -> the same shape."""
+        query, key, value = self.project(h, jnp.arange(h.shape[1]))
+        if not self.is_causal:
+            return h + self.attend(query, heads_first(key), heads_first(value))
+        return h + self.join(causal_attention(query, key, value))
+
+    def project(self, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query and key, turned by positions [S] or [S, B], and value, each [B, S, H, d_k]."""
+        z = self.norm(h)
+        positions = positions[None] if positions.ndim == 1 else positions.T
+        cos, sin = rotary_tables(positions, self.d_k, ROTARY_BASE, jnp.promote_types(h.dtype, jnp.float32))
+        query, key = (turn(self.heads(linear(z)), cos[:, :, None], sin[:, :, None]) for linear in (self.query, self.key))
+        return query, key, self.heads(self.value(z))
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """[B, S, H, d_k] -> [B, S, D]."""
+        return self.output(x.reshape(*x.shape[:2], -1))
+
+    def decode(
+        self, h: jax.Array, cache: dict[str, jax.Array], positions: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The next S tokens [B, S, D] over the cache and themselves; keys are cached after they were turned.
+
+        positions: as `Cache.positions` gives them; None says that the cache is empty.
+        """
+        query, key, value = self.project(h, jnp.arange(h.shape[1]) if positions is None else positions)
+        new = {"key": heads_first(key), "value": heads_first(value)}
+        cache = {name: write(cache[name], array, positions) for name, array in new.items()}
+        if positions is None:
+            return h + self.join(causal_attention(query, key, value)), cache
+        mask = visible(positions, cache["key"].shape[2])
+        return h + self.attend(query, cache["key"], cache["value"], mask), cache
+
+
+class CrossAttention(Attention):
+    """Neighbours' tokens attend to the chunk that they were retrieved for: e + W_o softmax(QKᵀ/√d_k) V, Q of LN(e)."""
+
+    def __call__(self, e: jax.Array, h: jax.Array) -> jax.Array:
+        """e [B, C, N, M, D], h [B, C, L, D] (normed already) -> [B, C, N, M, D]."""
+        b, c, n, m, d = e.shape
+        query = self.heads(self.query(self.norm(e).reshape(b * c, n * m, d)))
+        key, value = self.keys_and_values(h.reshape(b * c, *h.shape[2:]))
+        return e + self.attend(query, key, value).reshape(e.shape)
+
+
+class ChunkedCrossAttention(Attention):
+    """Each position attends to all tokens of the neighbours of the last chunk that ends at it or before it.
+
+    h + W_o softmax(QKᵀ/√d_k) V, Q of LN(h), the softmax over neighbours and their tokens together. The neighbours of
+    chunk u serve positions (u+1)·L - 1 … (u+2)·L - 2; before the first of them h passes.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_k: int, chunk_len: int, *, rngs: nnx.Rngs):
+        super().__init__(d_model, n_heads, d_k, rngs=rngs)
+        self.chunk_len = chunk_len
+
+    def __call__(self, h: jax.Array, e: jax.Array) -> jax.Array:
+        """h [B, S, D], e [B, C, N, M, D] -> [B, S, D]."""
+        b, s, d = h.shape
+        c, shift = e.shape[1], self.chunk_len - 1
+        if c == 0:
+            return h
+        z = self.norm(h[:, shift:])
+        z = jnp.pad(z, [(0, 0), (0, c * self.chunk_len - z.shape[1]), (0, 0)])
+        query = self.heads(self.query(z.reshape(b * c, self.chunk_len, d)))
+        x = self.attend(query, *self.keys_and_values_of_neighbors(e.reshape(b * c, *e.shape[2:])))
+        return h + jnp.pad(x.reshape(b, c * self.chunk_len, d), [(0, 0), (shift, 0), (0, 0)])[:, :s]
+
+    def keys_and_values_of_neighbors(self, e: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """e [G, N, M, D] -> [G, H, N·M, d_k] of each."""
+        return self.keys_and_values(e.reshape(len(e), -1, e.shape[-1]))
+
+    def decode(self, h: jax.Array, neighbors: dict[str, jax.Array], positions: jax.Array) -> jax.Array:
+        """One more token [B, 1, D] at positions [1] or [1, B], over the neighbours [B, H, N·M, d_k] of the last chunk."""
+        x = self.attend(self.heads(self.query(self.norm(h))), neighbors["key"], neighbors["value"])
+        served = (positions[0] >= self.chunk_len - 1).reshape(-1, 1, 1)
+        return h + jnp.where(served, x, 0)
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+    """[G, S, H, d_k] -> [G, H, S, d_k], and back."""
+    return x.swapaxes(1, 2)
