@@ -36,6 +36,7 @@ MODELS = {
     "AutoregressiveModel": "jaxmodels.feedback",
     "AutoregressiveTransformer": "jaxmodels.transformer",
     "NeoX": "jaxmodels.neox",
+    "RetroModel": "jaxmodels.retro",
 }
 
 

@@ -23,9 +23,10 @@ from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabula
 from train import config
 from train.checkpoints import latest_model
 from train.command import Stop, one_line_errors
-from train.data import Windows
+from train.data import Example, Windows
 from train.loop import Evaluation
 from train.mesh import check_batch, make_mesh
+from train.neighbors import with_neighbors
 from train.step import Numerics, Precision, Program
 from train.tokenize import open_tokens
 
@@ -62,29 +63,31 @@ class Judgement:
     bits_per_byte: float
 
 
-def open_model(command: Command) -> tuple[Any, Vocabulary, int | None, str | None]:
-    """Model, vocabulary, and of a run the length it was trained with and its text; raises ValueError where none is."""
+def open_model(command: Command) -> tuple[Any, Vocabulary, dict[str, Any]]:
+    """Model, vocabulary, and of a run its configuration, else an empty one; raises ValueError where none is."""
     folder = command.checkpoint
     if (folder / config.FILE).exists() and (folder / "checkpoints").is_dir():
         settings = config.read_about(folder)["config"]
         model, _ = latest_model(folder)
-        return model, load_vocabulary(folder / "vocabulary.json"), settings["seq_len"], settings["text"]
+        return model, load_vocabulary(folder / "vocabulary.json"), settings
     model = jaxmodels.load(folder)
     if command.tokenizer is not None:
-        return model, TokenizerFile.read(command.tokenizer), None, None
-    return model, load_vocabulary(folder / "vocabulary.json"), None, None
+        return model, TokenizerFile.read(command.tokenizer), {}
+    return model, load_vocabulary(folder / "vocabulary.json"), {}
 
 
-def judge(model: Any, ids: np.ndarray, vocabulary: Vocabulary, seq_len: int, command: Command) -> Judgement:
-    """Raises ValueError where the text is shorter than a sequence, or the mesh does not fit."""
-    windows = Windows(ids, seq_len, "given")
+def judge(
+    model: Any, windows: Windows, vocabulary: Vocabulary, command: Command, settings: dict[str, Any]
+) -> Judgement:
+    """A model trained with neighbours reads those of its own index. Raises ValueError where the mesh does not fit."""
     mesh = make_mesh(command.mesh)
     check_batch(mesh, command.batch_size)
     program = Program(lambda: model, optax.identity(), mesh, Numerics(compute_dtype=command.compute_dtype))
-    nats = Evaluation(program, windows, command.batch_size, Stop())(program.state_of(model))
+    examples: Sequence[Example] = with_neighbors(windows, settings)
+    nats = Evaluation(program, examples, command.batch_size, Stop())(program.state_of(model))
     assert nats is not None, "nobody asked it to end"
-    n = len(windows) * seq_len
-    written = vocabulary.decode(np.asarray(ids[1 : n + 1]))
+    n = len(windows) * windows.seq_len
+    written = vocabulary.decode(np.asarray(windows.ids[1 : n + 1]))
     n_bytes = n if vocabulary.unit == "byte" else len(written.encode("utf-8"))  # the first may begin in a character
     bits = n * nats / math.log(2)
     return Judgement(n, nats, bits / len(written), bits / n_bytes)
@@ -93,8 +96,8 @@ def judge(model: Any, ids: np.ndarray, vocabulary: Vocabulary, seq_len: int, com
 def main(arguments: Sequence[str]) -> None:
     """Prints the judgement; raises ValueError for bad input."""
     command = tyro.cli(Command, args=arguments, prog=PROGRAM)
-    model, vocabulary, seq_len, own_text = open_model(command)
-    seq_len = command.seq_len or seq_len
+    model, vocabulary, settings = open_model(command)
+    seq_len, own_text = command.seq_len or settings.get("seq_len"), settings.get("text")
     if seq_len is None:
         raise ValueError("a model that is no run needs --seq-len")
     if command.text is not None:
@@ -103,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
         ids = open_tokens(own_text).validation
     else:
         raise ValueError("a model that is no run needs --text")
-    found = judge(model, ids, vocabulary, seq_len, command)
+    found = judge(model, Windows(ids, seq_len, "given"), vocabulary, command, settings)
     print(f"{command.text or f'held-out part of {own_text}'}: {found.tokens:,} {vocabulary.unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {vocabulary.unit}")
     print(f"    perplexity           {math.exp(found.nats):.4f}")

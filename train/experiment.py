@@ -79,6 +79,11 @@ class Config(config.Config):
             tokens.validation,
         )
 
+    def judged(self, found: Sequence[Example]) -> Sequence[Example]:
+        """Of held-out examples, those that a validation looks at."""
+        n = self.validation_batches
+        return found if n is None else [found[i] for i in range(min(len(found), n * self.batch_size))]
+
     def baseline(self, task: Task, predicted: int) -> tuple[str, float] | None:
         """A bar to clear: its name and its loss over the first so many tokens of the validation, or None."""
         if task.train_ids is None or task.validation_ids is None or len(task.train_ids) > NGRAM_TOKENS:
@@ -132,9 +137,7 @@ class Run:
 
     def held_out(self) -> Sequence[Example]:
         """What the loss is judged on."""
-        n = self.settings.validation_batches
-        found = self.task.validation
-        return found if n is None else [found[i] for i in range(min(len(found), n * self.settings.batch_size))]
+        return self.settings.judged(self.task.validation)
 
     def flops(self) -> int:
         """Of a step's matrix products: those of the forward pass three times, whatever is computed again."""

@@ -57,6 +57,16 @@ RULES: dict[str, list[tuple[str, PartitionSpec]]] = {
         (r"generator\.kernel", P("fsdp")),
         (r"generator\.bias", P()),
     ],
+    "RetroModel": [
+        *SMALL,
+        (r"emb\.embedding", P(None, "fsdp")),
+        (r"(query|key|value|lin1)\.kernel", P("fsdp", "tensor")),
+        (r"(query|key|value|lin1)\.bias", P("tensor")),
+        (r"(output|lin2)\.kernel", P("tensor", "fsdp")),
+        (r"(output|lin2)\.bias", P()),
+        (r"read\.kernel", P("fsdp")),
+        (r"read\.bias", P()),
+    ],
     "NeoX": [
         (r"embedding\.emb\.embedding", P("tensor", "fsdp")),
         (r"layers\.(attention\.qkv_lin|ffn\.dense_h_h4)\.kernel", P(None, "fsdp", "tensor")),

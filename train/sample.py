@@ -19,6 +19,7 @@ from jaxmodels.text import load_vocabulary
 from train.checkpoints import latest_model
 from train.command import one_line_errors
 from train.config import read_about
+from train.neighbors import retrieving
 
 PROGRAM = "python -m train.sample"
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     command = tyro.cli(Command, args=arguments, prog=PROGRAM)
     settings = read_about(command.run)["config"]
     vocabulary = load_vocabulary(command.run / "vocabulary.json")
-    model, _ = latest_model(command.run)
+    model = retrieving(latest_model(command.run)[0], settings)
     continuation = continue_text(
         model,
         vocabulary.encode(command.prompt),

@@ -57,11 +57,15 @@ class Metrics:
 
 
 def token_losses(model: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    """Cross-entropy of each next token: {"tokens": int [B, S + 1]} -> nats [B, S], in float32 at least."""
+    """Cross-entropy of each next token: {"tokens": int [B, S + 1]} -> nats [B, S], in float32 at least.
+
+    What else a batch has goes to the model's call under its name.
+    """
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     if model.sequence_axis == 0:
         inputs, targets = inputs.T, targets.T
-    logits = model(inputs) if rng is None else model(inputs, rng=rng)
+    others = {name: array for name, array in batch.items() if name != "tokens"} | ({} if rng is None else {"rng": rng})
+    logits = model(inputs, **others)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return nats.T if model.sequence_axis == 0 else nats

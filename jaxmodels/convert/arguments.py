@@ -14,6 +14,7 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "synthesizer": ("AutoregressiveTransformer", {}),
     "feedback": ("AutoregressiveModel", {"variant": "FeedbackTransformer"}),
     "feedback_kv": ("AutoregressiveModel", {"variant": "FeedbackTransformerKV"}),
+    "retro": ("RetroModel", {}),
 }
 
 TORCH_EXAMPLES = """\

@@ -25,6 +25,7 @@ class RetroCache(Cache):
 
     chunk: jax.Array | None = None  # [B, L, D]: h at layer min(ca_layers) of the chunk being written
     neighbors: tuple[dict[str, jax.Array], ...] = ()  # of each chunked cross-attention, [B, H, N·M, d_k]
+    ids: jax.Array | None = None  # int32 [B, L]: of that chunk, where its neighbours are looked up as it is written
     shape: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
 

@@ -1,0 +1,298 @@
+"""RETRO on a text, with neighbours from its training part, against a plain decoder: what does retrieval buy?
+
+    python -m train.retro --text tiny_shakespeare      # or a FILE; without --text: Python's own language reference
+    python -m train.retro --from-decoder runs/retro/plain --out runs/retrofit      # RETROfit: the decoder stays as it is
+
+RUN/retrieval is the model with neighbours, RUN/plain its decoder alone, trained alike, RUN/index the chunk index. The
+same command goes on where it was stopped. At its end the model is judged four times: with the nearest neighbours; with
+those that share no run of --overlap tokens with the chunk or the text it is to predict, so that what it gains is not
+copied; with random ones; and without.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+from rich.table import Table
+
+import jaxmodels
+from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.retro import NearestNeighborEncoder, RetroModel
+from jaxmodels.retro.embedders import embedder_of
+from jaxmodels.retro.retrieval import ChunkIndex, Corpus
+from jaxmodels.retro.sampling import Retriever, Retrieving
+from train import experiment
+from train.checkpoints import latest_model
+from train.command import Stop, interruptible
+from train.config import check_folder, parse
+from train.data import Task
+from train.experiment import Result, as_program, carry_out, start
+from train.loop import Evaluation
+from train.mesh import make_mesh
+from train.neighbors import Kind, Samples, attach, end_to_end, with_skips
+from train.optimizers import OptimizerName, ScheduleName
+from train.step import Batch, Program
+from train.tokenize import Tokens, open_tokens
+
+PROGRAM = "python -m train.retro"
+RETRIEVES = ("encoder.", "cca.", "norm_e.")  # what a plain decoder has not
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(experiment.Config):
+    """What decides the numbers of a run."""
+
+    d_model: int = 96
+    """features of a token"""
+    d_ff: int = 384
+    """features of the hidden layer of a feed-forward network"""
+    d_k: int | None = None
+    """features of an attention head; none: d_model / heads"""
+    chunk_len: int = 16
+    """tokens of a chunk; neighbours are twice as long"""
+    neighbors: int = 2
+    """neighbours of each chunk"""
+    ca_layers: tuple[int, ...] | None = None
+    """layers that attend to them, from 0; none: the middle one and the last"""
+    encoder_layers: int = 1
+    """layers of the encoder of neighbours"""
+    encoder_ca_layers: tuple[int, ...] | None = None
+    """those of them that see the chunk that the neighbours are for; none: the middle one"""
+    embedder: str = "ngrams"
+    """what makes chunks comparable: ngrams, ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL or bert:MODEL"""
+    factory: str | None = None
+    """FAISS's factory string of the index; none: exact, IVF-PQ for many chunks"""
+    passes: int = 2
+    """times that the training text is cut into examples, each time elsewhere; neighbours are looked up for all"""
+    overlap: int = 8
+    """a neighbour that shares so many tokens in a row is not among the filtered ones"""
+    from_decoder: str | None = None
+    """folder of a trained decoder, a run's or a model's: it is frozen, encoder and cross-attention are trained"""
+    index: str = ""
+    """folder of the chunk index; none: RUN/index"""
+    retrieval: tyro.conf.Suppress[bool] = True
+
+    optimizer: OptimizerName = "adamw"
+    """original: Adam with epsilon before the bias correction, as the original experiments; torch: after it; adamw"""
+    schedule: ScheduleName = "cosine"
+    """of the learning rate: noam; cosine, to a tenth at the last step; or constant"""
+    learning_rate: float = 2e-3
+    """factor of Noam, lr · width^-½ · min(t^-½, t · warmup^-3/2) at step t; the highest rate of the others"""
+    steps: int = 1000
+    """steps of the whole run; more of them make a run longer that has ended"""
+    warmup: int = 100
+    """steps until the schedule's peak"""
+    b2: float = 0.95
+    """Adam's memory of squared gradients"""
+
+    def __post_init__(self):
+        for name in ("ca_layers", "encoder_ca_layers"):  # JSON has lists
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else tuple(given))
+        super().__post_init__()
+        if self.dropout:
+            raise ValueError(f"dropout={self.dropout}: RETRO has none, leave it at 0")
+        if self.seq_len < self.chunk_len:
+            raise ValueError(f"seq_len={self.seq_len} must be at least chunk_len={self.chunk_len}")
+        if self.overlap > 2 * self.chunk_len:
+            raise ValueError(f"overlap={self.overlap} must be at most 2 · chunk_len = {2 * self.chunk_len}")
+        embedder_of(self.embedder)
+
+    def positive(self) -> list[str]:
+        counts = ["d_k", "chunk_len", "neighbors", "encoder_layers", "passes", "overlap"]
+        return [*super().positive(), *counts]
+
+    @classmethod
+    def small(cls) -> "Config":
+        """Minutes on two CPU cores."""
+        return cls()
+
+    @classmethod
+    def original(cls) -> "Config":
+        """The sizes of the original experiment: meant for an accelerator."""
+        sizes = {"d_model": 128, "d_ff": 512, "heads": 16, "d_k": 16, "n_layers": 6, "encoder_layers": 6}
+        adam: dict[str, Any] = {"optimizer": "original", "schedule": "noam", "learning_rate": 1.0, "warmup": 2000}
+        adam |= {"b2": 0.999, "eps": 1e-16, "clip": None}
+        return cls(**sizes, **adam, seq_len=512, batch_size=4, passes=1, steps=15_000)
+
+    def model(self, n_vocab: int) -> RetroModel:
+        rngs, heads = nnx.Rngs(self.seed), self.heads
+        if self.d_k is None and self.d_model % heads:
+            raise ValueError(f"d_model={self.d_model} is not divisible by heads={heads}; or name d_k")
+        d_k = self.d_k or self.d_model // heads
+        if not self.retrieval:
+            sizes = (n_vocab, self.d_model, self.n_layers, (), self.chunk_len, heads, d_k, self.d_ff)
+            return RetroModel(*sizes, rngs=rngs)
+        ca_layers = self.ca_layers or {self.n_layers // 2, self.n_layers - 1}
+        encoder_ca = self.encoder_ca_layers or {self.encoder_layers // 2}
+        encoder_sizes = (self.chunk_len, self.encoder_layers, encoder_ca, self.d_model, heads, d_k, self.d_ff)
+        encoder = NearestNeighborEncoder(*encoder_sizes, rngs=rngs)
+        sizes = (n_vocab, self.d_model, self.n_layers, ca_layers, self.chunk_len, heads, d_k, self.d_ff)
+        model = RetroModel(*sizes, encoder, rngs=rngs)
+        return model if self.from_decoder is None else with_decoder(model, load_decoder(self.from_decoder))
+
+    def program(self, n_vocab: int, mesh: jax.sharding.Mesh) -> Program:
+        if self.from_decoder is not None:
+            load_decoder(self.from_decoder)  # outside of any trace
+        return super().program(n_vocab, mesh)
+
+    def trains(self, path: str) -> bool:
+        return self.from_decoder is None or path.startswith(RETRIEVES)
+
+    def abstract_batch(self) -> Batch:
+        batch = super().abstract_batch()
+        if not self.retrieval:
+            return batch
+        shape = (self.batch_size, self.seq_len // self.chunk_len, self.neighbors, 2 * self.chunk_len)
+        return {**batch, "ret": jax.ShapeDtypeStruct(shape, np.int32)}
+
+    def task(self) -> Task:
+        """Examples with their neighbours, which are looked up where that has not been done yet."""
+        tokens = open_tokens(self.text)
+        starts = with_skips(len(tokens.train), self.seq_len, self.passes, self.seed)
+        train = Samples(tokens.train, starts, self.seq_len, "training")
+        sha256 = tokens.sha256
+        if self.retrieval:
+            index = open_index(self).index
+            train = attach(train, index, self.neighbors, Path(self.index) / "training.npz", own=True)
+            sha256 = hashlib.sha256(f"{sha256}|{index.fingerprint}".encode()).hexdigest()
+        n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
+        about = (
+            f"{self.text}: {len(tokens.train):,} {unit}s to train on, {len(tokens.validation):,} to validate, "
+            f"{n:,} different ones" + (f"; {len(index):,} chunks to find" if self.retrieval else "")
+        )
+        order = grain.MapDataset.range(len(train)).seed(self.seed).shuffle().repeat()
+        ids = tokens.train, tokens.validation
+        return Task(order.map(train.__getitem__), self.held_out(tokens), tokens.vocabulary, sha256, about, *ids)
+
+    def held_out(self, tokens: Tokens, kind: Kind | None = "nearest") -> Samples:
+        """The validation text, with neighbours of a kind where the model reads any."""
+        starts = end_to_end(len(tokens.validation), self.seq_len)
+        samples = Samples(tokens.validation, starts, self.seq_len, "validation")
+        if kind is None or not self.retrieval:
+            return samples
+        run = self.overlap if kind == "filtered" else 0
+        file = Path(self.index) / f"validation_{kind}.npz"
+        return attach(samples, open_index(self).index, self.neighbors, file, kind, run=run)
+
+    def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
+        """What the model writes greedily, looking neighbours up as it goes."""
+        return super().show(Retrieving(model, open_index(self)) if self.retrieval else model, task, interrupted)
+
+
+@functools.lru_cache(maxsize=1)
+def open_index(settings: Config) -> Retriever:
+    """The index of a run's training text, built where it is not there yet."""
+    if not settings.index:
+        raise ValueError("index='' names no folder for the chunk index")
+    tokens = open_tokens(settings.text)
+    corpus = Corpus.of(tokens.train, tokens.vocabulary)
+    embedder = embedder_of(settings.embedder)
+    index = ChunkIndex.build(settings.index, corpus, settings.chunk_len, embedder, factory=settings.factory)
+    return Retriever(index, settings.neighbors)
+
+
+@functools.lru_cache(maxsize=1)
+def load_decoder(folder: str) -> RetroModel:
+    """The model of a run, or of a folder that `jaxmodels.save` wrote; raises ValueError where it is no plain decoder."""
+    is_run = (Path(folder) / "checkpoints").is_dir()
+    model = latest_model(Path(folder))[0] if is_run else jaxmodels.load(folder)
+    if not isinstance(model, RetroModel) or model.ca_layers:
+        raise ValueError(f"from_decoder={folder} holds no plain decoder: a RetroModel without ca_layers")
+    return model
+
+
+def with_decoder(model: RetroModel, decoder: RetroModel) -> RetroModel:
+    """The model with a decoder's arrays; raises ValueError where their sizes differ."""
+    ours, theirs = model.config(), decoder.config()
+    differing = [name for name in ours if name not in ("encoder", "ca_layers") and ours[name] != theirs[name]]
+    if differing:
+        was, now = (", ".join(f"{name}={c[name]}" for name in differing) for c in (theirs, ours))
+        raise ValueError(f"the decoder of from_decoder has {was}, this configuration {now}")
+    own = {path: array for path, array in flat_arrays(decoder).items() if not is_retrieval(path)}
+    return with_arrays(model, own)
+
+
+def is_retrieval(path: tuple[str | int, ...]) -> bool:
+    return f"{path[0]}.".startswith(RETRIEVES)
+
+
+def compare(settings: Config, folder: Path, options: Any, stop: Stop) -> dict[str, float] | None:
+    """Validation losses of a run's model with neighbours of each kind and with none; None where it was ended."""
+    tokens = open_tokens(settings.text)
+    model, _ = latest_model(folder)
+    program = settings.program(len(tokens.vocabulary), make_mesh(options.mesh))
+    state = program.state_of(model)
+    kinds: dict[str, Kind | None] = {
+        "nearest neighbours": "nearest",
+        f"no run of {settings.overlap} shared": "filtered",
+        "random neighbours": "random",
+        "retrieval off": None,
+    }
+    losses: dict[str, float] = {}
+    for name, kind in kinds.items():
+        samples = settings.held_out(tokens, kind)
+        loss = Evaluation(program, settings.judged(samples), settings.batch_size, stop)(state)
+        if loss is None:
+            return None
+        losses[name] = loss
+    return losses
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains the model and its plain decoder, and compares them; the exit code. Raises ValueError for bad input."""
+    with interruptible() as stop:
+        command = parse(Config, PROGRAM, arguments)
+        if command.resume is not None:
+            return experiment.main(Config, PROGRAM, arguments)
+        given = command.config
+        settings = dataclasses.replace(given, index=given.index or str(command.run / "index"))
+        runs = {"retrieval": settings}
+        if settings.from_decoder is None:
+            runs["plain"] = dataclasses.replace(settings, retrieval=False)
+        for name, config in runs.items():
+            check_folder(config, command.run / name)
+        console = start(command.options)
+        results: dict[str, Result] = {}
+        for name, config in runs.items():
+            console.print(f"\n{name}")
+            result = carry_out(
+                config, command.run / name, command.options, stop, console, f"{PROGRAM} and the same flags again"
+            )
+            if result is None:
+                return stop.exit_code
+            results[name] = result
+        losses = compare(settings, command.run / "retrieval", command.options, stop)
+        if losses is None:
+            return stop.exit_code
+        console.print(table(results, losses))
+        console.print(f"saved; write text with: python -m train.sample {command.run / 'retrieval'}")
+        return 0
+
+
+def table(results: dict[str, Result], losses: dict[str, float]) -> Table:
+    """A line per way of judging."""
+    shown = Table(box=None)
+    shown.add_column("")
+    for heading in ("parameters", "validation loss"):
+        shown.add_column(heading, justify="right")
+    baseline = results["retrieval"].baseline
+    if baseline is not None:
+        shown.add_row(baseline[0], "", f"{baseline[1]:.3f}")
+    if "plain" in results:
+        shown.add_row("plain decoder, trained alike", f"{results['plain'].parameters:,}", f"{results['plain'].loss:.3f}")
+    for name, loss in losses.items():
+        shown.add_row(f"RETRO, {name}", f"{results['retrieval'].parameters:,}", f"{loss:.3f}")
+    return shown
+
+
+if __name__ == "__main__":
+    as_program(main, PROGRAM)
