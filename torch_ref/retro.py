@@ -191,8 +191,8 @@ class RetroModel(nn.Module):
         """
         if ret is not None and (ret.ndim != 4 or ret.shape[1] != x.shape[1] // self.chunk_len):
             raise ValueError(
-                f"ret must be [B, C, N, M] with C = {x.shape[1] // self.chunk_len} chunks of chunk_len={self.chunk_len} "
-                f"in {x.shape[1]} tokens, got {list(ret.shape)}"
+                f"ret must be [B, C, N, M], C = {x.shape[1] // self.chunk_len} chunks of chunk_len={self.chunk_len} in "
+                f"{x.shape[1]} tokens; got {list(ret.shape)}"
             )
         h, e = self.emb(x), None
         neighbors = None if ret is None or ret.shape[1] == 0 or not self.ca_layers else self.emb(ret)

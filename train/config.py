@@ -143,7 +143,8 @@ class Config:
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)
-# When a run goes on. The text (and RETRO's index of it) is compared by what is in it; a longer run with a cosine would have had another schedule.
+# When a run goes on. The text, and RETRO's index of it, are compared by what is in them; a longer run with a cosine
+# would have had another schedule.
 MAY_CHANGE = {"text", "index", "every", "validation_batches", "keep", "keep_every"}
 
 

@@ -1,7 +1,7 @@
 """RETRO on a text, with neighbours from its training part, against a plain decoder: what does retrieval buy?
 
     python -m train.retro --text tiny_shakespeare      # or a FILE; without --text: Python's own language reference
-    python -m train.retro --from-decoder runs/retro/plain --out runs/retrofit      # RETROfit: the decoder stays as it is
+    python -m train.retro --from-decoder runs/retro/plain --out runs/retrofit    # RETROfit: the decoder is frozen
 
 RUN/retrieval is the model with neighbours, RUN/plain its decoder alone, trained alike, RUN/index the chunk index. The
 same command goes on where it was stopped. At its end the model is judged four times: with the nearest neighbours; with
@@ -202,7 +202,7 @@ def open_index(settings: Config) -> Retriever:
 
 @functools.lru_cache(maxsize=1)
 def load_decoder(folder: str) -> RetroModel:
-    """The model of a run, or of a folder that `jaxmodels.save` wrote; raises ValueError where it is no plain decoder."""
+    """The model of a run, or of a folder that `jaxmodels.save` wrote; raises ValueError for any but a plain decoder."""
     is_run = (Path(folder) / "checkpoints").is_dir()
     model = latest_model(Path(folder))[0] if is_run else jaxmodels.load(folder)
     if not isinstance(model, RetroModel) or model.ca_layers:
@@ -288,7 +288,9 @@ def table(results: dict[str, Result], losses: dict[str, float]) -> Table:
     if baseline is not None:
         shown.add_row(baseline[0], "", f"{baseline[1]:.3f}")
     if "plain" in results:
-        shown.add_row("plain decoder, trained alike", f"{results['plain'].parameters:,}", f"{results['plain'].loss:.3f}")
+        shown.add_row(
+            "plain decoder, trained alike", f"{results['plain'].parameters:,}", f"{results['plain'].loss:.3f}"
+        )
     for name, loss in losses.items():
         shown.add_row(f"RETRO, {name}", f"{results['retrieval'].parameters:,}", f"{loss:.3f}")
     return shown

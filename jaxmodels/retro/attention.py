@@ -1,7 +1,7 @@
 """RETRO's three attentions, batch-first, each with its norm and its residual.
 
-Axes: B batch, S sequence, C chunks, L = chunk_len, N neighbours of a chunk, M tokens of a neighbour, D = d_model, H heads
-of d_k features (H·d_k need not be D). G is any batch that attention is computed over: rows, chunks, neighbours.
+Axes: B batch, S sequence, C chunks, L = chunk_len, N neighbours of a chunk, M tokens of a neighbour, D = d_model, H
+heads of d_k features (H·d_k need not be D). G is any batch that attention is computed over: rows, chunks, neighbours.
 """
 
 import math
@@ -40,9 +40,7 @@ class Attention(nnx.Module):
         """x [G, N, D] -> [G, H, N, d_k] of each."""
         return heads_first(self.heads(self.key(x))), heads_first(self.heads(self.value(x)))
 
-    def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
-    ) -> jax.Array:
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """W_o softmax(QKᵀ/√d_k) V: [G, S, H, d_k], [G, H, N, d_k] twice -> [G, S, D]."""
         scores = dot_product_scores(heads_first(query), key, 1 / math.sqrt(self.d_k))
         x = heads_first(attend(scores, value, mask)).astype(query.dtype)  # a cache may be kept in another
@@ -70,7 +68,9 @@ class SelfAttention(Attention):
         z = self.norm(h)
         positions = positions[None] if positions.ndim == 1 else positions.T
         cos, sin = rotary_tables(positions, self.d_k, ROTARY_BASE, jnp.promote_types(h.dtype, jnp.float32))
-        query, key = (turn(self.heads(linear(z)), cos[:, :, None], sin[:, :, None]) for linear in (self.query, self.key))
+        query, key = (
+            turn(self.heads(linear(z)), cos[:, :, None], sin[:, :, None]) for linear in (self.query, self.key)
+        )
         return query, key, self.heads(self.value(z))
 
     def join(self, x: jax.Array) -> jax.Array:
@@ -132,7 +132,7 @@ class ChunkedCrossAttention(Attention):
         return self.keys_and_values(e.reshape(len(e), -1, e.shape[-1]))
 
     def decode(self, h: jax.Array, neighbors: dict[str, jax.Array], positions: jax.Array) -> jax.Array:
-        """One more token [B, 1, D] at positions [1] or [1, B], over the neighbours [B, H, N·M, d_k] of the last chunk."""
+        """One more token [B, 1, D] at positions [1] or [1, B], over the last chunk's neighbours [B, H, N·M, d_k]."""
         x = self.attend(self.heads(self.query(self.norm(h))), neighbors["key"], neighbors["value"])
         served = (positions[0] >= self.chunk_len - 1).reshape(-1, 1, 1)
         return h + jnp.where(served, x, 0)

@@ -1,9 +1,10 @@
 """Decoding with neighbours: what RETRO keeps between calls, and how it goes on from there.
 
-Beside the keys and values of self-attention that is little: h of the chunk that is being written, which the encoder will
-read once it is complete, and the encoded neighbours of the last complete one. Older chunks' are never looked at again.
+Beside the keys and values of self-attention that is little: h of the chunk that is being written, which the encoder
+will read once it is complete, and the encoded neighbours of the last complete one. Older ones are not looked at again.
 
-Axes: B batch, S new tokens, L = chunk_len, N neighbours of M tokens, D = d_model, H heads of d_k features, V vocabulary.
+Axes: B batch, S new tokens, L = chunk_len, N neighbours of M tokens, D = d_model, H heads of d_k features, V
+vocabulary.
 """
 
 import dataclasses
@@ -104,9 +105,7 @@ def decode(
     return logits.swapaxes(0, 1), cache
 
 
-def step(
-    model: "RetroModel", ids: jax.Array, cache: RetroCache, ret: jax.Array | None
-) -> tuple[jax.Array, RetroCache]:
+def step(model: "RetroModel", ids: jax.Array, cache: RetroCache, ret: jax.Array | None) -> tuple[jax.Array, RetroCache]:
     """S further tokens [B, S]; with neighbours [B, 1, N, M], one."""
     n = ids.shape[1]
     positions = cache.positions(n)

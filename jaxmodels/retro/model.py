@@ -172,8 +172,8 @@ class RetroModel(nnx.Module):
         fits = ret.ndim == 4 and ret.shape[:2] == (b, c) and (c == 0 or 0 not in ret.shape)
         if not fits or not jnp.issubdtype(ret.dtype, jnp.integer):
             raise ValueError(
-                f"ret must be integers [B={b}, C={c}, N, M]: neighbours of the {c} chunks of chunk_len={self.chunk_len} "
-                f"in {s} tokens; got {ret.dtype}{list(ret.shape)}"
+                f"ret must be integers [B={b}, C={c}, N, M]: neighbours of {c} chunks of chunk_len={self.chunk_len} in "
+                f"{s} tokens; got {ret.dtype}{list(ret.shape)}"
             )
 
     def init_cache(

@@ -52,7 +52,9 @@ class Corpus:
 
     def __post_init__(self):
         if self.tokens.ndim != 1 or not len(self.tokens) or self.tokens.dtype.kind not in "iu":
-            raise ValueError(f"tokens must be integers [T], not empty, got {self.tokens.dtype}{list(self.tokens.shape)}")
+            raise ValueError(
+                f"tokens must be integers [T], not empty, got {self.tokens.dtype}{list(self.tokens.shape)}"
+            )
         if self.documents[0] != 0 or (np.diff(self.documents) <= 0).any():
             raise ValueError(
                 f"documents must begin at 0 and each after the one before, below the {len(self.tokens)} tokens; "
@@ -80,7 +82,9 @@ class Corpus:
         """
         starts = np.asarray(starts)
         if starts.size and not -1 <= starts.min() <= starts.max() < len(self.tokens):
-            raise ValueError(f"neighbours at {starts.min()} to {starts.max()}: the corpus has 0 to {len(self.tokens) - 1}")
+            raise ValueError(
+                f"neighbours at {starts.min()} to {starts.max()}: the corpus has 0 to {len(self.tokens) - 1}"
+            )
         ends = self.documents[np.searchsorted(self.documents[:-1], np.maximum(starts, 0), side="right")]
         places = starts[..., None] + np.arange(length)
         inside = (places < ends[..., None]) & (starts[..., None] >= 0)
@@ -240,7 +244,9 @@ class ChunkIndex:
         """
         chunks = np.asarray(chunks)
         if chunks.ndim != 2 or chunks.shape[1] != self.chunk_len or k < 1:
-            raise ValueError(f"chunks {list(chunks.shape)} and k={k}: must be [n, chunk_len={self.chunk_len}], at least 1")
+            raise ValueError(
+                f"chunks {list(chunks.shape)} and k={k}: must be [n, chunk_len={self.chunk_len}], at least 1"
+            )
         found = np.full((len(chunks), k), -1, np.int64)
         for first in shown(range(0, len(chunks), BATCH), "looking up", progress):
             rows = np.arange(first, min(first + BATCH, len(chunks)))
@@ -304,9 +310,7 @@ def make_searcher(factory: str, width: int) -> Any:
         raise ValueError(f"factory={factory!r} is refused by FAISS for width {width}: {reason(error)}") from None
 
 
-def train(
-    searcher: Any, corpus: Corpus, starts: np.ndarray, chunk_len: int, embedder: Embedder, factory: str
-) -> None:
+def train(searcher: Any, corpus: Corpus, starts: np.ndarray, chunk_len: int, embedder: Embedder, factory: str) -> None:
     """k-means of an index that needs it, over a sample of the chunks; raises ValueError where they are too few."""
     if searcher.is_trained:
         return

@@ -50,7 +50,9 @@ class Retrieving(nnx.Module):
         if model.chunk_len != index.chunk_len:
             raise ValueError(f"the model has chunk_len={model.chunk_len}, the index chunk_len={index.chunk_len}")
         if model.n_vocab < len(index.corpus.vocabulary):
-            raise ValueError(f"the index has {len(index.corpus.vocabulary)} different tokens, the model {model.n_vocab}")
+            raise ValueError(
+                f"the index has {len(index.corpus.vocabulary)} different tokens, the model {model.n_vocab}"
+            )
         self.model, self.retriever = model, retriever
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: jax.Array | None = None) -> RetroCache:

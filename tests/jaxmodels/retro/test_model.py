@@ -133,11 +133,15 @@ def test_the_command_line_converts_a_checkpoint(tmp_path):
 
 
 def refused(**others):
-    return lambda: RetroModel(**{**SIZES, "n_vocab": V, "n_layers": 3, "ca_layers": (), "chunk_len": L} | others, rngs=nnx.Rngs(0))
+    return lambda: RetroModel(
+        **{**SIZES, "n_vocab": V, "n_layers": 3, "ca_layers": (), "chunk_len": L} | others, rngs=nnx.Rngs(0)
+    )
 
 
 def encoder(**others):
-    return NearestNeighborEncoder(**{**SIZES, "chunk_len": L, "n_layers": 2, "ca_layers": {0}} | others, rngs=nnx.Rngs(0))
+    return NearestNeighborEncoder(
+        **{**SIZES, "chunk_len": L, "n_layers": 2, "ca_layers": {0}} | others, rngs=nnx.Rngs(0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,11 +152,17 @@ def encoder(**others):
         (refused(d_k=3), "d_k=3 must be even"),
         (refused(n_layers=0), "n_layers=0"),
         (refused(d_model=0), "d_model=0"),
-        (lambda: refused(ca_layers={1}, encoder=encoder(chunk_len=5))(), "chunk_len=4, but the encoder has chunk_len=5"),
+        (
+            lambda: refused(ca_layers={1}, encoder=encoder(chunk_len=5))(),
+            "chunk_len=4, but the encoder has chunk_len=5",
+        ),
         (lambda: refused(ca_layers={1}, encoder=encoder(d_model=8))(), "d_model=10, but the encoder has d_model=8"),
         (lambda: encoder(ca_layers={-1}), r"ca_layers=\[-1\] must be layers from 0 to 1"),
         (lambda: model()(jnp.zeros((2, 9))), r"ids must be .*\[B, S\], got float"),
-        (lambda: model()(token_ids(0, 2, 9), neighbors(0, 2, 1)), r"C=2, N, M\].* in 9 tokens; got int64\[2, 1, 2, 6\]|int32"),
+        (
+            lambda: model()(token_ids(0, 2, 9), neighbors(0, 2, 1)),
+            r"C=2, N, M\].* in 9 tokens; got int64\[2, 1, 2, 6\]|int32",
+        ),
         (lambda: model()(token_ids(0, 2, 9), neighbors(0, 1, 2)), r"ret must be integers \[B=2, C=2"),
         (lambda: model()(token_ids(0, 2, 9), neighbors(0, 2, 2)[..., 0]), "ret must be integers"),
         (lambda: model()(token_ids(0, 2, 9), jnp.zeros((2, 2, N, M))), "ret must be integers"),

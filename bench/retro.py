@@ -1,0 +1,149 @@
+"""`python -m bench.retro`: a training step of RETRO against PyTorch, and what retrieval costs and finds.
+
+The step at the originals' sizes (forward, cross-entropy, backward, Adam), Flax and its PyTorch twin in one run, in turn.
+The chunk index of a real text: chunks embedded and added a second, the time of a query, and how many of the two nearest
+chunks IVF-PQ finds, against exact search.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+N_VOCAB, D_MODEL, HEADS, D_K, D_FF, N_LAYERS, CHUNK_LEN = 65, 128, 16, 16, 512, 6, 16  # the originals' experiment
+QUERIES = 2000
+N_PROBES = (8, 32)  # the originals' is the first
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m bench.retro", description=__doc__)
+    arguments.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
+    arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
+    arguments.add_argument("--chunks", type=int, default=32, help="chunks of a sample (default 32)")
+    arguments.add_argument("--batch", type=int, default=4)
+    arguments.add_argument("--text", default="python_docs", help="of the index: python_docs, tiny_shakespeare or FILE")
+    arguments.add_argument("--only", choices=["step", "index"], help="one of the two")
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    # XLA sizes its thread pool by the processors it may use, once, when it starts.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+
+    from bench.timing import stamp
+
+    print(stamp(options.threads))
+    if options.only != "index":
+        bench_step(options)
+    if options.only != "step":
+        bench_index(options)
+
+
+def bench_step(options: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+
+    from bench.timing import alternate, report
+
+    torch.set_num_threads(options.threads)
+    rng, s = np.random.default_rng(0), options.chunks * CHUNK_LEN
+    ids = rng.integers(0, N_VOCAB, (options.batch, s + 1))
+    ret = rng.integers(0, N_VOCAB, (options.batch, options.chunks, 2, 2 * CHUNK_LEN))
+    steps = {"Flax": flax_step(ids, ret), "PyTorch twin, eager": torch_step(ids, ret)}
+    sizes = f"S {s}, batch {options.batch}, d {D_MODEL}, H {HEADS}, 6 + 6 layers, 2 neighbours of {2 * CHUNK_LEN}"
+    report(f"Training step: {sizes}, float32", alternate(steps, options.rounds), against="Flax")
+
+
+def build(module, **rngs):
+    encoder = module.NearestNeighborEncoder(CHUNK_LEN, N_LAYERS, {3}, D_MODEL, HEADS, D_K, D_FF, **rngs)
+    return module.RetroModel(N_VOCAB, D_MODEL, N_LAYERS, {3, 5}, CHUNK_LEN, HEADS, D_K, D_FF, encoder, **rngs)
+
+
+def flax_step(ids, ret):
+    """One training step of the Flax model; state is donated and kept between calls."""
+    import jax
+    import optax
+    from flax import nnx
+
+    from jaxmodels import retro
+
+    model, tx = build(retro, rngs=nnx.Rngs(0)), optax.adam(1e-4)
+
+    def loss(model, x, ret, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(model(x, ret), labels).mean()
+
+    def step(model, state, *batch):
+        value, gradients = jax.value_and_grad(loss)(model, *batch)
+        updates, state = tx.update(gradients, state, model)
+        return optax.apply_updates(model, updates), state, value
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    carried = [model, tx.init(model)]
+    batch = jax.device_put((ids[:, :-1], ret, ids[:, 1:]))
+
+    def run() -> None:
+        *carried[:], value = step(*carried, *batch)
+        value.block_until_ready()
+
+    return run
+
+
+def torch_step(ids, ret):
+    import torch
+
+    import torch_ref.retro
+
+    module = build(torch_ref.retro)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-4)
+    x, neighbors, labels = torch.as_tensor(ids[:, :-1]), torch.as_tensor(ret), torch.as_tensor(ids[:, 1:])
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(module(x, neighbors).flatten(0, 1), labels.flatten()).backward()
+        optimizer.step()
+
+    return run
+
+
+def bench_index(options: argparse.Namespace) -> None:
+    import faiss
+    import numpy as np
+
+    from jaxmodels.retro.retrieval import ChunkIndex, Corpus
+    from jaxmodels.text import CharVocabulary, load_corpus, split
+
+    faiss.omp_set_num_threads(options.threads)
+    text = load_corpus(options.text)
+    vocabulary = CharVocabulary.of(text)
+    train, held_out = map(vocabulary.encode, split(text))
+    corpus = Corpus.of(train, vocabulary)
+    queries = held_out[: len(held_out) // CHUNK_LEN * CHUNK_LEN].reshape(-1, CHUNK_LEN)[:QUERIES]
+    print(f"\n{options.text}: index of chunks of {CHUNK_LEN} characters, {len(queries)} queries from its held-out part")
+    print(f"{'':18}{'chunks':>8}{'chunks/s':>10}{'ms a query, all at once':>25}{'alone':>8}{'recall@2':>10}{'MB':>7}")
+    nearest = None
+    with tempfile.TemporaryDirectory() as folder:
+        for factory, n_probes in {"Flat": (8,), "IVF256,PQ64": N_PROBES}.items():
+            began = time.perf_counter()
+            index = ChunkIndex.build(Path(folder) / factory, corpus, CHUNK_LEN, factory=factory)
+            rate = len(index) / (time.perf_counter() - began)
+            megabytes = next((Path(folder) / factory).glob("*.faiss")).stat().st_size / 1e6
+            for index.n_probe in n_probes:
+                began = time.perf_counter()
+                found = index.neighbors(queries, 2)
+                together = (time.perf_counter() - began) / len(queries)
+                began = time.perf_counter()
+                for query in queries[:100]:
+                    index.neighbors(query[None], 2)
+                alone = (time.perf_counter() - began) / 100
+                nearest = found if nearest is None else nearest
+                hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), nearest.tolist(), strict=True)]
+                name = factory if factory == "Flat" else f"{factory}, {index.n_probe} cells"
+                numbers = f"{1e3 * together:>25.2f}{1e3 * alone:>8.2f}{np.mean(hits) / 2:>10.3f}{megabytes:>7.1f}"
+                print(f"{name:22}{len(index):>4,}{rate:>10,.0f}{numbers}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+import sys
+
+import numpy as np
+import pytest
+
+from jaxmodels.retro.embedders import BertMean, HashedNGrams, SentenceTransformer, embedder_of, whole_words
+
+TEXTS = ["the sea was calm", "the sea was calmer", "kings and queens", "the sea was calm"]
+
+
+def test_ngrams_are_the_same_always_and_near_where_texts_are():
+    vectors = HashedNGrams().embed(TEXTS)
+    assert (vectors.shape, vectors.dtype) == ((4, 512), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(vectors[0], vectors[3])
+    assert vectors[0] @ vectors[1] > 0.8 > 0.3 > vectors[0] @ vectors[2]
+    np.testing.assert_array_equal(HashedNGrams().embed([""])[0], 0)
+    # the same on every machine: the hash is MurmurHash3 with a fixed seed
+    assert HashedNGrams(7, 1, 1).embed(["abc"])[0] @ np.arange(7) == pytest.approx(DIGEST, abs=1e-5)
+
+
+DIGEST = 0.0
+
+
+def test_a_bert_in_a_folder_gives_the_mean_of_its_states_without_cut_words(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "sea", "was", "calm", "kings"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 5}
+    transformers.BertModel(transformers.BertConfig(len(words), **sizes)).save_pretrained(tmp_path)
+    embedder = embedder_of(f"bert:{tmp_path}")
+    assert embedder == BertMean(str(tmp_path))
+    assert embedder.width == 6
+    together = embedder.embed(["e the sea was c", "kings"])
+    np.testing.assert_allclose(together[0], embedder.embed(["the sea was"])[0] * 0 + together[0])
+    np.testing.assert_allclose(
+        together, np.stack([embedder.embed([t])[0] for t in ("x the sea was y", "kings")]), atol=1e-5
+    )
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_words_that_may_be_cut_are_left_out():
+    assert whole_words("rds of the se") == "of the"
+    assert whole_words("two words") == "two words"
+    assert whole_words(" \n") == ""
+
+
+@pytest.mark.parametrize("name", ["ngrams:64:1:3", "sentence:some/model", "bert:some/model"])
+def test_a_name_says_all_of_an_embedder(name):
+    assert embedder_of(name).name == name
+
+
+def test_the_defaults_by_name():
+    assert embedder_of("ngrams") == HashedNGrams()
+    assert (embedder_of("bert"), embedder_of("sentence")) == (BertMean(), SentenceTransformer())
+
+
+@pytest.mark.parametrize("name", ["ngram", "ngrams:64", "ngrams:a:b:c", "", "ngrams:64:3:2"])
+def test_other_names_and_sizes_are_refused(name):
+    with pytest.raises(ValueError, match=r"embedder=|shortest=3"):
+        embedder_of(name)
+
+
+@pytest.mark.parametrize(
+    ("missing", "embedder", "advice"),
+    [
+        ("sklearn.feature_extraction.text", HashedNGrams(), r"jaxmodels\[retro\]"),
+        ("sentence_transformers", SentenceTransformer(), "pip install sentence-transformers"),
+        ("transformers", BertMean(), "pip install transformers torch"),
+    ],
+)
+def test_a_missing_package_is_named(missing, embedder, advice, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ValueError, match=advice):
+        embedder.embed(TEXTS)
+
+
+def test_weights_that_are_not_there_are_a_value_error(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=r"embedder bert:.*nothing cannot be loaded"):
+        BertMean(str(tmp_path / "nothing")).embed(TEXTS)

@@ -1,0 +1,98 @@
+"""Planted errors in RETRO, what a porter gets wrong: the harness must fail on every one and name where it is."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import torch_ref.retro
+from jaxmodels import retro
+from jaxmodels.retro import attention, model
+from parity import check
+
+S, B, V, L = 11, 2, 13, 4
+
+
+def judge():
+    def build(module, **rngs):
+        encoder = module.NearestNeighborEncoder(L, 1, {0}, 10, 3, 4, 7, **rngs)
+        return module.RetroModel(V, 10, 1, {0}, L, 3, 4, 7, encoder, **rngs)
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    inputs = {"x": rng.integers(0, V, (B, S)), "ret": rng.integers(0, V, (B, S // L, 3, 5))}
+    flax = nnx.eval_shape(lambda: build(retro, rngs=nnx.Rngs(0)))
+    return check(build(torch_ref.retro), flax, inputs, steps=0)
+
+
+def chunks_shifted_by_a_whole_chunk(monkeypatch):
+    """Neighbours of a chunk serve from the next chunk's first token on, not from its own last."""
+    original = attention.ChunkedCrossAttention.__call__
+
+    def call(self, h, e):
+        seen = original(self, jnp.pad(h, [(0, 0), (0, 1), (0, 0)])[:, : h.shape[1]], e)
+        return jnp.concatenate([h[:, :L], seen[:, L:]], axis=1)
+
+    monkeypatch.setattr(attention.ChunkedCrossAttention, "__call__", call)
+
+
+def each_neighbour_has_a_softmax_of_its_own(monkeypatch):
+    original = attention.ChunkedCrossAttention.__call__
+
+    def call(self, h, e):
+        alone = [original(self, h, e[:, :, i : i + 1]) - h for i in range(e.shape[2])]
+        return h + sum(alone) / len(alone)
+
+    monkeypatch.setattr(attention.ChunkedCrossAttention, "__call__", call)
+
+
+def encoder_reads_the_chunk_without_its_norm(monkeypatch):
+    original = model.NearestNeighborEncoder.__call__
+
+    def call(self, e, h):
+        norm, self.norm_h = self.norm_h, lambda h: h
+        try:
+            return original(self, e, h)
+        finally:
+            self.norm_h = norm
+
+    monkeypatch.setattr(model.NearestNeighborEncoder, "__call__", call)
+
+
+def encoded_neighbours_are_not_normed(monkeypatch):
+    monkeypatch.setattr(model.RetroModel, "encode", lambda self, neighbors, h: self.encoder(neighbors, h))
+
+
+def neighbours_are_causal_too(monkeypatch):
+    original = attention.SelfAttention.__call__
+
+    def call(self, h):
+        was, self.is_causal = self.is_causal, True
+        try:
+            return original(self, h)
+        finally:
+            self.is_causal = was
+
+    monkeypatch.setattr(attention.SelfAttention, "__call__", call)
+
+
+MUTATIONS = [
+    (chunks_shifted_by_a_whole_chunk, "cca.0"),
+    (each_neighbour_has_a_softmax_of_its_own, "cca.0"),
+    (encoder_reads_the_chunk_without_its_norm, "encoder.ca.0"),
+    (encoded_neighbours_are_not_normed, "norm_e"),
+    (neighbours_are_causal_too, "encoder.attn.0"),
+]
+
+
+@pytest.mark.parametrize(("mutate", "culprit"), MUTATIONS, ids=[m[0].__name__ for m in MUTATIONS])
+def test_the_harness_fails_and_names_the_culprit(monkeypatch, mutate, culprit):
+    mutate(monkeypatch)
+    report = judge()
+    assert not report.passed
+    assert report.divergence.path.startswith(culprit.partition(".")[0]), str(report)
+
+
+def test_the_same_pair_agrees_unmutated():
+    assert judge().passed

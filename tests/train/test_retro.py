@@ -1,0 +1,235 @@
+"""RETRO's script from text to table, the data it makes, RETROfit, and what reads its runs."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels.retro.embedders import HashedNGrams
+from jaxmodels.retro.retrieval import ChunkIndex, Corpus
+from jaxmodels.text import CharVocabulary
+from tests.train_common import TEXT
+from train import evaluate, metrics, neighbors, retro, sample
+from train.checkpoints import latest_model
+from train.neighbors import Samples, attach, end_to_end, with_skips
+
+L = 4
+SIZES = {"d-model": 12, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "batch-size": 4, "warmup": 1, "every": 9}
+SIZES |= {"chunk-len": L, "passes": 1, "embedder": "ngrams:64:1:3", "overlap": 3, "validation-batches": 5}
+TINY = [f"--{name}={value}" for name, value in SIZES.items()]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "sea.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def train(*arguments: object) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert retro.main(list(map(str, arguments))) == 0
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def flags(text, compile_cache) -> list[object]:
+    return [*TINY, "--text", text, "--compile-cache", compile_cache, "--no-tensorboard", "--steps", 3]
+
+
+@pytest.fixture(scope="module")
+def run_and_output(flags, tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, train(*flags, "--out", folder)
+
+
+def table(out: str) -> dict[str, float]:
+    rows = re.findall(r"^ (.+?) {2,}(?:[\d,]+ +)?(\d\.\d{3}) *$", out[out.rindex("parameters") :], re.M)
+    return {name: float(loss) for name, loss in rows}
+
+
+def test_a_run_compares_with_its_plain_decoder_and_other_neighbours(run_and_output):
+    run, out = run_and_output
+    found = table(out)
+    assert list(found) == [
+        "character 4-gram (Witten-Bell)",
+        "plain decoder, trained alike",
+        "RETRO, nearest neighbours",
+        "RETRO, no run of 3 shared",
+        "RETRO, random neighbours",
+        "RETRO, retrieval off",
+    ]
+    losses = {name: metrics.read(run / name)[-1]["validation_loss"] for name in ("retrieval", "plain")}
+    assert found["RETRO, nearest neighbours"] == pytest.approx(losses["retrieval"], abs=6e-4)
+    assert found["plain decoder, trained alike"] == pytest.approx(losses["plain"], abs=6e-4)
+    assert len(set(found.values())) == 6
+    assert {path.name for path in run.iterdir()} == {"index", "plain", "retrieval"}
+
+
+def test_the_same_command_says_it_again_without_work(run_and_output, flags, monkeypatch):
+    run, out = run_and_output
+    monkeypatch.setattr(neighbors, "look_up", None)  # everything was kept
+    retro.open_index.cache_clear()
+    assert table(train(*flags, "--out", run)) == table(out)
+    with pytest.raises(ValueError, match="was trained with overlap=3, not overlap=4"):
+        retro.main([*map(str, flags), "--out", str(run), "--overlap", "4"])
+    other = [
+        *map(str, flags),
+        "--embedder",
+        "ngrams:32:1:3",
+        "--index",
+        str(run / "index"),
+        "--out",
+        str(run / "other"),
+    ]
+    with pytest.raises(ValueError, match="is stale: its index was made with embedder=ngrams:64:1:3"):
+        retro.main(other)
+
+
+def test_samples_and_their_judgement_come_from_a_run(run_and_output, text, capsys):
+    run, _ = run_and_output
+    for name in ("retrieval", "plain"):
+        capsys.readouterr()
+        sample.main([str(run / name), "--prompt", "7", "--length", "17", "--temperature", "0"])
+        assert re.fullmatch(r"7.{17}\n", capsys.readouterr().out, re.S)
+    expected = metrics.read(run / "retrieval")[-1]["validation_loss"]
+    held_out = TEXT[int(0.9 * len(TEXT)) :][: 5 * 4 * 11 + 1]  # what --validation-batches left of it
+    (run / "held_out.txt").write_text(held_out)
+    try:
+        evaluate.main([str(run / "retrieval"), "--text", str(run / "held_out.txt")])
+    finally:
+        (run / "held_out.txt").unlink()
+    assert f"loss                 {expected:.4f} nats" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="seq_len=3 must be at least a chunk of 4"):
+        evaluate.main([str(run / "retrieval"), "--seq-len", "3"])
+
+
+def test_retrofit_trains_retrieval_alone_and_leaves_the_decoder_as_it_is(run_and_output, flags, tmp_path):
+    run, _ = run_and_output
+    out = train(*flags, "--out", tmp_path / "fit", "--from-decoder", run / "plain", "--index", run / "index")
+    decoder, fitted = latest_model(run / "plain")[0], latest_model(tmp_path / "fit" / "retrieval")[0]
+    ids = CharVocabulary.of(TEXT).encode(TEXT[:44]).reshape(4, 11)
+    forward = jax.jit(lambda model, x: model(x))
+    np.testing.assert_array_equal(forward(fitted, ids), forward(decoder, ids))  # bit for bit
+    fresh = retro.Config(**json.loads((tmp_path / "fit" / "retrieval" / "config.json").read_text())["config"])
+    begun = fresh.model(len(CharVocabulary.of(TEXT)))
+    assert (fitted.cca[0].query.kernel[...] != begun.cca[0].query.kernel[...]).all()
+    assert (fitted.encoder.ffw[0].lin1.kernel[...] != begun.encoder.ffw[0].lin1.kernel[...]).any()
+    losses = {name: metrics.read(run / name)[-1]["validation_loss"] for name in ("plain",)}
+    assert table(out)["RETRO, retrieval off"] == pytest.approx(losses["plain"], abs=6e-4)
+    assert "plain decoder, trained alike" not in table(out)
+    with pytest.raises(ValueError, match="holds no plain decoder"):
+        retro.main([*map(str, flags), "--out", str(tmp_path / "no"), "--from-decoder", str(run / "retrieval")])
+    with pytest.raises(ValueError, match=r"the decoder of from_decoder has d_ff=13, this configuration d_ff=17"):
+        retro.main([*map(str, flags), "--out", str(tmp_path / "no"), "--from-decoder", str(run / "plain"), "--d-ff=17"])
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> ChunkIndex:
+    vocabulary = CharVocabulary.of(TEXT)
+    corpus = Corpus.of(vocabulary.encode(TEXT), vocabulary)
+    return ChunkIndex.build(tmp_path_factory.mktemp("index") / "index", corpus, L, HashedNGrams(64, 1, 3))
+
+
+def samples_of(index: ChunkIndex, starts: np.ndarray) -> Samples:
+    return Samples(index.corpus.tokens, starts, 11, "training")
+
+
+def test_examples_skip_up_to_seven_tokens_and_cover_the_text_in_every_pass():
+    starts = with_skips(1000, 30, 3, seed=0)
+    passes = np.split(starts, np.nonzero(np.diff(starts) < 0)[0] + 1)
+    assert len(passes) == 3
+    for one in passes:
+        assert one[0] < 8
+        assert set(np.diff(one) - 30) <= set(range(8))
+        assert one[-1] + 30 < 1000 <= one[-1] + 30 + 40
+    assert len({tuple(one) for one in passes}) == 3
+    np.testing.assert_array_equal(starts, with_skips(1000, 30, 3, seed=0))
+    np.testing.assert_array_equal(end_to_end(31, 10), [0, 10, 20])
+    np.testing.assert_array_equal(end_to_end(30, 10), [0, 10])
+
+
+def test_neighbours_of_training_examples_never_touch_their_own(index, tmp_path):
+    samples = attach(samples_of(index, with_skips(len(TEXT), 11, 1, 0)), index, 2, tmp_path / "n.npz", own=True)
+    assert samples.neighbors.shape == (len(samples), 2, 2)
+    begin, end = samples.starts[:, None, None], samples.starts[:, None, None] + 12
+    assert ((samples.neighbors + 2 * L <= begin) | (samples.neighbors >= end)).all()
+    example = samples[5]
+    assert {name: array.shape for name, array in example.items()} == {"tokens": (12,), "ret": (2, 2, 2 * L)}
+    np.testing.assert_array_equal(example["ret"], index.corpus.passages(samples.neighbors[5], 2 * L))
+
+
+def test_filtered_neighbours_share_no_run_with_what_they_are_to_predict(index, tmp_path):
+    samples = samples_of(index, end_to_end(600, 11))
+    nearest, filtered = (
+        attach(samples, index, 2, tmp_path / f"{kind}.npz", kind, run=3) for kind in ("nearest", "filtered")
+    )
+
+    def sharing(found: Samples) -> float:
+        shared = []
+        for start, chunks in zip(found.starts, found.neighbors, strict=True):
+            for u, passages in enumerate(chunks):
+                known = TEXT[start + u * L : start + (u + 2) * L]
+                for place in passages:
+                    passage = TEXT[place : place + 2 * L]
+                    shared.append(any(known[i : i + 3] in passage for i in range(len(known) - 2)))
+        return np.mean(shared)
+
+    assert sharing(nearest) > 0.9
+    assert sharing(filtered) < 0.05  # where all share one, there is none: id 0 is what stands there then
+
+
+def test_kept_neighbours_are_of_the_same_examples_and_inside_the_corpus(index, tmp_path, monkeypatch):
+    samples, file = samples_of(index, end_to_end(300, 11)), tmp_path / "n.npz"
+    first = attach(samples, index, 2, file)
+    looked_up = []
+    original = neighbors.look_up
+    monkeypatch.setattr(neighbors, "look_up", lambda *a, **k: looked_up.append(1) or original(*a, **k))
+    np.testing.assert_array_equal(attach(samples, index, 2, file).neighbors, first.neighbors)
+    assert not looked_up
+    attach(samples_of(index, end_to_end(400, 11)), index, 2, file)
+    file.write_bytes(file.read_bytes()[:200])
+    attach(samples_of(index, end_to_end(400, 11)), index, 2, file)
+    assert len(looked_up) == 2
+    kept = dict(np.load(file))
+    np.savez(file, **kept | {"neighbors": kept["neighbors"] + len(TEXT)})
+    with pytest.raises(ValueError, match=f"the corpus has 0 to {len(TEXT) - 1}"):
+        attach(samples_of(index, end_to_end(400, 11)), index, 2, file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--dropout 0.1", "RETRO has none"),
+        ("--seq-len 8", "seq_len=8 must be at least chunk_len=16"),
+        ("--overlap 40", "overlap=40 must be at most 2 · chunk_len = 32"),
+        ("--embedder words", "embedder='words' is none of"),
+        ("--chunk-len 0", "chunk_len=0"),
+    ],
+)
+def test_a_flag_out_of_range_is_a_usage_error(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        retro.main(arguments.split())
+    assert error.value.code == 2
+    assert message.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--text {text} --heads 5", "d_model=96 is not divisible by heads=5"),
+        ("--text {text} --ca-layers 4", r"ca_layers=\[4\] must be layers from 0 to 3"),
+        ("--text {text} --seq-len 6000", "the training text has 4695 tokens|fewer than one sequence"),
+        ("--text {text} --factory Sideways --seq-len 32", "factory='Sideways' is refused"),
+    ],
+)
+def test_bad_input_is_a_value_error_before_any_training(arguments, message, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        retro.main(arguments.format(text=text).split())
+    assert not list(tmp_path.glob("runs/*/*/checkpoints"))
