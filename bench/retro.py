@@ -1,6 +1,6 @@
 """`python -m bench.retro`: a training step of RETRO against PyTorch, and what retrieval costs and finds.
 
-The step at the originals' sizes (forward, cross-entropy, backward, Adam), Flax and its PyTorch twin in one run, in turn.
+The step at the originals' sizes (forward, cross-entropy, backward, Adam): Flax and its PyTorch twin, in turn.
 The chunk index of a real text: chunks embedded and added a second, the time of a query, and how many of the two nearest
 chunks IVF-PQ finds, against exact search.
 """

@@ -62,7 +62,7 @@ def with_skips(n: int, seq_len: int, passes: int, seed: int) -> np.ndarray:
     """Where examples begin in n tokens: one after the other, 0 to 7 skipped before each; so often through the text."""
     rng, starts = np.random.default_rng([seed, 4]), []
     for _ in range(passes):
-        start = int(rng.integers(SKIPPED))
+        start = min(int(rng.integers(SKIPPED)), max(0, n - seq_len - 1))
         while start + seq_len < n:
             starts.append(start)
             start += seq_len + int(rng.integers(SKIPPED))

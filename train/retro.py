@@ -139,9 +139,14 @@ class Config(experiment.Config):
         model = RetroModel(*sizes, encoder, rngs=rngs)
         return model if self.from_decoder is None else with_decoder(model, load_decoder(self.from_decoder))
 
-    def program(self, n_vocab: int, mesh: jax.sharding.Mesh) -> Program:
+    def abstract(self, n_vocab: int) -> RetroModel:
+        """The model without its values; raises ValueError where there is none of these sizes."""
         if self.from_decoder is not None:
-            load_decoder(self.from_decoder)  # outside of any trace
+            load_decoder(self.from_decoder)  # outside of any trace; it stays loaded
+        return nnx.eval_shape(lambda: self.model(n_vocab))
+
+    def program(self, n_vocab: int, mesh: jax.sharding.Mesh) -> Program:
+        self.abstract(n_vocab)
         return super().program(n_vocab, mesh)
 
     def trains(self, path: str) -> bool:
@@ -157,6 +162,7 @@ class Config(experiment.Config):
     def task(self) -> Task:
         """Examples with their neighbours, which are looked up where that has not been done yet."""
         tokens = open_tokens(self.text)
+        self.abstract(len(tokens.vocabulary))  # it may be refused: before the index is built
         starts = with_skips(len(tokens.train), self.seq_len, self.passes, self.seed)
         train = Samples(tokens.train, starts, self.seq_len, "training")
         sha256 = tokens.sha256

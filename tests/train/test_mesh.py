@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from jaxmodels.layers import constrain, hooks
+from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
 from tests.train_common import TEXT, TINY, program, start
@@ -56,10 +57,13 @@ MODELS = [
         lambda cls=cls: AutoregressiveModel(65, cls(32, 4, 48, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
         for cls in (FeedbackTransformer, FeedbackTransformerKV)
     ),
+    lambda: RetroModel(
+        *(65, 32, 2, {1}, 4, 4, 8, 48), NearestNeighborEncoder(4, 1, {0}, 32, 4, 8, 48, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)
+    ),
 ]
 
 
-@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv"])
+@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "retro"])
 def test_the_tables_place_every_array_and_divide_every_large_one(make):
     found = shapes(make)
     name = type(nnx.eval_shape(make)).__name__
