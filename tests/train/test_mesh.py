@@ -58,7 +58,9 @@ MODELS = [
         for cls in (FeedbackTransformer, FeedbackTransformerKV)
     ),
     lambda: RetroModel(
-        *(65, 32, 2, {1}, 4, 4, 8, 48), NearestNeighborEncoder(4, 1, {0}, 32, 4, 8, 48, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)
+        *(65, 32, 2, {1}, 4, 4, 8, 48),
+        NearestNeighborEncoder(4, 1, {0}, 32, 4, 8, 48, rngs=nnx.Rngs(0)),
+        rngs=nnx.Rngs(0),
     ),
 ]
 

@@ -22,8 +22,8 @@ class Flax:
     NearestNeighborEncoder, RetroModel = NearestNeighborEncoder, RetroModel
 
 
-def model(**others) -> RetroModel:
-    return filled(lambda: build(Flax, **others, rngs=nnx.Rngs(0)), scale=0.3)
+def model(scale: float = 0.3, **others) -> RetroModel:
+    return filled(lambda: build(Flax, **others, rngs=nnx.Rngs(0)), scale=scale)
 
 
 def twin(**others) -> torch.nn.Module:

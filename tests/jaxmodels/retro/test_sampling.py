@@ -27,7 +27,7 @@ def retriever(tmp_path_factory) -> Retriever:
 def test_what_is_written_is_what_the_full_forward_says_of_it(retriever, prompt, monkeypatch):
     """Greedily, a batch, past several chunks and sizes of the cache: each token from neighbours of what was written."""
     monkeypatch.setattr(generate, "MIN_SLOTS", 8)
-    retro, x = model(), token_ids(prompt, 2, prompt)
+    retro, x = model(scale=1.0), token_ids(prompt, 2, prompt)
     written = np.asarray(generate.generate(Retrieving(retro, retriever), x, 13))
     text = np.concatenate([x, written], axis=1)
     chunks = text[:, : text.shape[1] // L * L].reshape(2, -1, L)
@@ -38,7 +38,7 @@ def test_what_is_written_is_what_the_full_forward_says_of_it(retriever, prompt, 
 
 
 def test_rows_with_left_padding_write_as_if_alone(retriever):
-    retro, x = Retrieving(model(), retriever), token_ids(1, 2, 9)
+    retro, x = Retrieving(model(scale=1.0), retriever), token_ids(1, 2, 9)
     together = generate.generate(retro, x, 6, start=jnp.array([0, 5]))
     for row, padding in enumerate([0, 5]):
         np.testing.assert_array_equal(generate.generate(retro, x[row : row + 1, padding:], 6)[0], together[row])
