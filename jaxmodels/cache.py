@@ -9,6 +9,7 @@ Axes: S new tokens, N = max_len slots, B batch, H heads, d_k features of a head.
 
 import dataclasses
 import math
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class Cache:
         positions = self.length + jnp.arange(n, dtype=jnp.int32)
         return positions if self.start is None else positions[:, None] - self.start
 
-    def advance(self, layers: tuple[dict[str, jax.Array], ...], n: int) -> "Cache":
+    def advance(self, layers: tuple[dict[str, jax.Array], ...], n: int) -> Self:
         return dataclasses.replace(self, layers=layers, length=self.length + n)
 
     def check_room(self, n: int, batch: int, *, empty: bool = False) -> None:

@@ -72,7 +72,7 @@ def prefill(
         layers.append(layer)
         if p in model.ca_layers and ret is not None:
             if p == min(model.ca_layers):
-                chunk = take(h, length // model.chunk_len * model.chunk_len, model.chunk_len).astype(chunk.dtype)
+                chunk = like(chunk, take(h, length // model.chunk_len * model.chunk_len, model.chunk_len))
             cross = next(cca)
             if ret.shape[1]:
                 e = model.encode(model.emb(ret), h) if e is None else e
