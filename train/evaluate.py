@@ -83,7 +83,7 @@ def judge(
     mesh = make_mesh(command.mesh)
     check_batch(mesh, command.batch_size)
     program = Program(lambda: model, optax.identity(), mesh, Numerics(compute_dtype=command.compute_dtype))
-    examples: Sequence[Example] = with_neighbors(windows, settings)
+    examples: Sequence[Example] = with_neighbors(windows, command.checkpoint, settings)
     nats = Evaluation(program, examples, command.batch_size, Stop())(program.state_of(model))
     assert nats is not None, "nobody asked it to end"
     n = len(windows) * windows.seq_len

@@ -133,16 +133,20 @@ def read(file: Path, fingerprint: str) -> np.ndarray | None:
         return None
 
 
-def of_run(settings: dict[str, Any]) -> ChunkIndex | None:
-    """The index that a run was trained with, by its saved configuration; None where it was trained without."""
+def of_run(run: Path, settings: dict[str, Any]) -> ChunkIndex | None:
+    """The index that a run was trained with, where its configuration says or beside it; None where without one.
+
+    Raises ValueError where it is no longer there.
+    """
     if not settings.get("index") or not settings.get("retrieval"):
         return None
-    return ChunkIndex.load(settings["index"])
+    folder = Path(settings["index"])
+    return ChunkIndex.load(folder if folder.exists() else run.absolute().parent / folder.name)
 
 
-def retrieving(model: Any, settings: dict[str, Any]) -> Any:
+def retrieving(model: Any, run: Path, settings: dict[str, Any]) -> Any:
     """A run's model as it writes: with live retrieval, where it was trained with neighbours."""
-    index = of_run(settings)
+    index = of_run(run, settings)
     if index is None:
         return model
     from jaxmodels.retro.sampling import Retriever, Retrieving
@@ -150,12 +154,12 @@ def retrieving(model: Any, settings: dict[str, Any]) -> Any:
     return Retrieving(model, Retriever(index, settings["neighbors"]))
 
 
-def with_neighbors(windows: Windows, settings: dict[str, Any]) -> Sequence[Example]:
+def with_neighbors(windows: Windows, run: Path, settings: dict[str, Any]) -> Sequence[Example]:
     """A text's windows with the neighbours that a run's model reads, where it was trained with any.
 
     Raises ValueError where a window is shorter than a chunk.
     """
-    index = of_run(settings)
+    index = of_run(run, settings)
     if index is None:
         return windows
     if windows.seq_len < index.chunk_len:

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     command = tyro.cli(Command, args=arguments, prog=PROGRAM)
     settings = read_about(command.run)["config"]
     vocabulary = load_vocabulary(command.run / "vocabulary.json")
-    model = retrieving(latest_model(command.run)[0], settings)
+    model = retrieving(latest_model(command.run)[0], command.run, settings)
     continuation = continue_text(
         model,
         vocabulary.encode(command.prompt),

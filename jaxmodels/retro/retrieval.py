@@ -213,7 +213,7 @@ class ChunkIndex:
         own = read_corpus(folder)
         if own.fingerprint(about["chunk_len"], about["embedder"]) != about["fingerprint"]:
             raise ValueError(f"{folder} is stale: its tokens or vocabulary are not those that its index was made of")
-        wanted = {"chunk_len": chunk_len or about["chunk_len"]}
+        wanted: dict[str, Any] = {"chunk_len": chunk_len or about["chunk_len"]}
         wanted["embedder"] = about["embedder"] if embedder is None else embedder.name
         wanted["fingerprint"] = (corpus or own).fingerprint(wanted["chunk_len"], wanted["embedder"])
         check_same(folder, about, wanted)
@@ -399,4 +399,4 @@ def shown(batches: Iterable[int], what: str, progress: bool) -> Iterator[int]:
         from rich.progress import track
     except ModuleNotFoundError:
         return iter(batches)
-    return iter(track(batches, description=what, transient=True, console=Console(stderr=True)))  # type: ignore[arg-type]
+    return iter(track(batches, description=what, transient=True, console=Console(stderr=True)))
