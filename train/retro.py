@@ -86,13 +86,13 @@ class Config(experiment.Config):
     """of the learning rate: noam; cosine, to a tenth at the last step; or constant"""
     learning_rate: float = 2e-3
     """factor of Noam, lr · width^-½ · min(t^-½, t · warmup^-3/2) at step t; the highest rate of the others"""
-    steps: int = 600
+    steps: int = 500
     """steps of the whole run; more of them make a run longer that has ended"""
-    warmup: int = 60
+    warmup: int = 50
     """steps until the schedule's peak"""
     b2: float = 0.95
     """Adam's memory of squared gradients"""
-    every: int = 300
+    every: int = 250
     """steps from one validation, greedy sample and checkpoint to the next"""
 
     def __post_init__(self):

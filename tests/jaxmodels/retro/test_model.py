@@ -21,17 +21,17 @@ forward = jax.jit(lambda model, x, ret=None: model(x, ret))
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("ca_layers", [(1, 2), (0,)], ids=str)
-@pytest.mark.parametrize("s", [3, 4, 14], ids=["no chunk", "one chunk", "ragged"])
-def test_equals_its_torch_twin(ca_layers, s):
-    theirs = twin(ca_layers=ca_layers)
-    ours = from_torch(nnx.eval_shape(lambda: build(Flax, ca_layers, rngs=nnx.Rngs(0))), theirs.state_dict())
+@pytest.mark.parametrize(
+    ("ca_layers", "encoder_ca", "s"), [((0,), (1,), L - 1), ((0, 2), (), L), ((1, 2), (0, 1), 3 * L + 2)], ids=str
+)
+def test_equals_its_torch_twin(ca_layers, encoder_ca, s):
+    theirs = twin(ca_layers=ca_layers, encoder_ca=encoder_ca)
+    ours = from_torch(nnx.eval_shape(lambda: build(Flax, ca_layers, encoder_ca, rngs=nnx.Rngs(0))), theirs.state_dict())
     x, ret = token_ids(0, B, s), neighbors(1, B, s // L)
     with torch.no_grad():
         expected = theirs(torch.tensor(np.asarray(x)), torch.tensor(np.asarray(ret)))
         without = theirs(torch.tensor(np.asarray(x)))
     assert_close(forward(ours, x, ret), expected.numpy())
-    assert_close(forward(ours, x), without.numpy())
     assert (s < L) == bool((expected == without).all())
 
 
@@ -66,7 +66,7 @@ def test_the_order_of_neighbours_changes_nothing_and_a_lone_one_may_be_repeated(
     assert_close(forward(retro, x, jnp.repeat(lone, 2, axis=2)), forward(retro, x, lone))
 
 
-@pytest.mark.parametrize("s", [1, 3, 4, 11])
+@pytest.mark.parametrize("s", [L - 1, 11])
 def test_without_retrieval_it_is_its_decoder_bit_for_bit(s):
     retro, x = model(), token_ids(0, B, s)
     decoder = nnx.eval_shape(lambda: build(Flax, ca_layers=(), rngs=nnx.Rngs(0)))
