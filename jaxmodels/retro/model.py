@@ -197,8 +197,8 @@ class RetroModel(nnx.Module):
         """The first S tokens [B, S] in one pass -> the last one's logits [B, V] and the filled cache.
 
         ret [B, S // L, N, M], where the cache was made for neighbours; of a row with left padding they belong to the
-        chunks of its own text, and those beyond it may be any tokens. Raises ValueError where the cache is not empty, too
-        short, or made for others; inside a trace the logits are NaN where the ids did not fit.
+        chunks of its own text, and those beyond it may be any tokens. Raises ValueError where the cache is not empty,
+        too short, or made for others; inside a trace the logits are NaN where the ids did not fit.
         """
         check_ids(ids, "[B, S]")
         self.check_neighbors(ids, ret)
@@ -208,8 +208,8 @@ class RetroModel(nnx.Module):
         """S further tokens [B, S] -> their logits [B, S, V] and the longer cache.
 
         ret [B, S, N, M], where the cache was made for neighbours: of each token, those of the chunk that ends with it.
-        Where none does they may be any tokens. Raises ValueError where something does not fit; inside a trace, where the
-        length is unknown, the logits are NaN then.
+        Where none does they may be any tokens. Raises ValueError where something does not fit; inside a trace, where
+        the length is unknown, the logits are NaN then.
         """
         check_ids(ids, "[B, S]")
         return decode.decode(self, ids, cache, ret)
