@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmodels.retro.retrieval import ChunkIndex, Corpus, sharing
+from jaxmodels.retro.corpus import Corpus, sharing
+from jaxmodels.retro.retrieval import ChunkIndex
 from train.data import Example, Windows
 
 Kind = Literal["nearest", "filtered", "random"]

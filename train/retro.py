@@ -26,8 +26,9 @@ from rich.table import Table
 import jaxmodels
 from jaxmodels.convert.params import flat_arrays, with_arrays
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
+from jaxmodels.retro.corpus import Corpus
 from jaxmodels.retro.embedders import embedder_of
-from jaxmodels.retro.retrieval import ChunkIndex, Corpus
+from jaxmodels.retro.retrieval import ChunkIndex
 from jaxmodels.retro.sampling import Retriever, Retrieving
 from train import experiment
 from train.checkpoints import latest_model

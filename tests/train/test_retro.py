@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmodels.retro.corpus import Corpus
 from jaxmodels.retro.embedders import HashedNGrams
-from jaxmodels.retro.retrieval import ChunkIndex, Corpus
+from jaxmodels.retro.retrieval import ChunkIndex
 from jaxmodels.text import CharVocabulary
 from tests.train_common import TEXT
 from train import evaluate, metrics, neighbors, retro, sample

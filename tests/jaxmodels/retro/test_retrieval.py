@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from jaxmodels.retro import retrieval
+from jaxmodels.retro.corpus import Corpus, sharing
 from jaxmodels.retro.embedders import HashedNGrams
 from jaxmodels.retro.neighbors import main as neighbors_command
-from jaxmodels.retro.retrieval import ChunkIndex, Corpus, default_factory, sharing
+from jaxmodels.retro.retrieval import ChunkIndex, default_factory
 from jaxmodels.text import CharVocabulary
 
 L = 5

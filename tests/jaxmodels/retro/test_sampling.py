@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jaxmodels import generate
+from jaxmodels.retro.corpus import Corpus
 from jaxmodels.retro.embedders import HashedNGrams
-from jaxmodels.retro.retrieval import ChunkIndex, Corpus
+from jaxmodels.retro.retrieval import ChunkIndex
 from jaxmodels.retro.sampling import Retriever, Retrieving
 from jaxmodels.text import CharVocabulary
 from tests.common import token_ids
