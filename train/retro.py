@@ -30,10 +30,11 @@ from jaxmodels.retro.corpus import Corpus
 from jaxmodels.retro.embedders import embedder_of
 from jaxmodels.retro.retrieval import ChunkIndex
 from jaxmodels.retro.sampling import Retriever, Retrieving
+from jaxmodels.text import load_vocabulary
 from train import experiment
 from train.checkpoints import latest_model
 from train.command import Stop, interruptible
-from train.config import check_folder, parse
+from train.config import Options, check_folder, parse
 from train.data import Task
 from train.experiment import Result, as_program, carry_out, start
 from train.loop import Evaluation
@@ -166,6 +167,11 @@ class Config(experiment.Config):
         """Examples with their neighbours, which are looked up where that has not been done yet."""
         tokens = open_tokens(self.text)
         self.abstract(len(tokens.vocabulary))  # it may be refused: before the index is built
+        own = None if self.from_decoder is None else Path(self.from_decoder) / "vocabulary.json"
+        if own is not None and own.exists() and load_vocabulary(own) != tokens.vocabulary:
+            raise ValueError(
+                f"from_decoder={self.from_decoder} was trained with another vocabulary than {self.text} has"
+            )
         starts = with_skips(len(tokens.train), self.seq_len, self.passes, self.seed)
         train = Samples(tokens.train, starts, self.seq_len, "training")
         sha256 = tokens.sha256
@@ -234,7 +240,7 @@ def is_retrieval(path: tuple[str | int, ...]) -> bool:
     return f"{path[0]}.".startswith(RETRIEVES)
 
 
-def compare(settings: Config, folder: Path, options: Any, stop: Stop) -> dict[str, float] | None:
+def compare(settings: Config, folder: Path, options: Options, stop: Stop) -> dict[str, float] | None:
     """Validation losses of a run's model with neighbours of each kind and with none; None where it was ended."""
     tokens = open_tokens(settings.text)
     model, _ = latest_model(folder)
