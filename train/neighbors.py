@@ -128,7 +128,7 @@ def look_up(
 def read(file: Path, fingerprint: str) -> np.ndarray | None:
     """The neighbours in a file; None where it is not there, not whole, or of something else."""
     try:
-        with np.load(file) as kept:
+        with open(file, "rb") as opened, np.load(opened) as kept:
             return kept["neighbors"] if str(kept["fingerprint"]) == fingerprint else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -201,7 +201,8 @@ def test_kept_neighbours_are_of_the_same_examples_and_inside_the_corpus(index, t
     file.write_bytes(file.read_bytes()[:200])
     attach(samples_of(index, end_to_end(400, 11)), index, 2, file)
     assert len(looked_up) == 2
-    kept = dict(np.load(file))
+    with np.load(file) as opened:
+        kept = dict(opened)
     np.savez(file, **kept | {"neighbors": kept["neighbors"] + len(TEXT)})
     with pytest.raises(ValueError, match=f"the corpus has 0 to {len(TEXT) - 1}"):
         attach(samples_of(index, end_to_end(400, 11)), index, 2, file)
