@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from jaxmodels.layers import constrain, hooks
+from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
 from tests.train_common import TEXT, TINY, program, start
@@ -56,10 +57,11 @@ MODELS = [
         lambda cls=cls: AutoregressiveModel(65, cls(32, 4, 48, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
         for cls in (FeedbackTransformer, FeedbackTransformerKV)
     ),
+    lambda: NeoX(NeoXConfig(n_vocab=64, n_hidden=32, n_heads=4, n_layers=2), rngs=nnx.Rngs(0)),
 ]
 
 
-@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv"])
+@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "neox"])
 def test_the_tables_place_every_array_and_divide_every_large_one(make):
     found = shapes(make)
     name = type(nnx.eval_shape(make)).__name__
@@ -126,7 +128,7 @@ def losses() -> dict[str, dict[str, list[float]]]:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("system", ["rope", "relative", "synthesizer", "feedback", "feedback_kv"])
+@pytest.mark.parametrize("system", ["rope", "relative", "synthesizer", "feedback_kv", "neox"])
 def test_losses_on_every_mesh_are_those_of_one_device(losses, system):
     of_one = losses[system].pop("")
     assert len(set(of_one)) == 4
