@@ -3,7 +3,8 @@
 Makes a synthetic checkpoint of the size asked for, in the layout of the released ones (Pythia-2.8B's width, as many
 blocks as it takes), and converts it to each format in a process of its own. Printed for each: peak anonymous memory
 beyond what the process had when it began (pages of mapped files aside), in multiples of the largest layer, whose limit
-is 3; and bytes per second against a plain sequential write of as many bytes with fsync, just before and just after.
+is 3; and bytes per second against a plain sequential write of as many bytes with fsync, just before and just after,
+the median of the rounds' ratios.
 
     python -m bench.neox_shards --gigabytes 6 --folder /some/disk
     python -m bench.neox_shards --gigabytes 6 --folder /some/disk --make-only      # the checkpoint, and nothing more
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +41,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--vocabulary", type=int, default=VOCABULARY, help=f"rows (default {VOCABULARY})")
     arguments.add_argument("--model-parallel", type=int, default=2, help="ranks of the checkpoint (default 2)")
     arguments.add_argument("--ranks-written", type=int, default=4, help="ranks of the target neox (default 4)")
+    arguments.add_argument("--rounds", type=int, default=3, help="conversions to each target (default 3)")
     arguments.add_argument("--to", choices=TARGETS, action="append", help="only this target; may be repeated")
     arguments.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     arguments.add_argument("--make-only", action="store_true", help="make FOLDER/checkpoint and keep it")
@@ -80,13 +83,15 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     for heading in ("to", "peak MB", "÷ largest layer", "GB/s", "plain write GB/s", "ratio"):
         table.add_column(heading, justify="right" if heading != "to" else "left")
     for to in options.to or TARGETS:
-        before = plain_write(folder / "plain", total)
-        peak, seconds = watched(folder / "checkpoint", folder / "target", to, options.ranks_written)
-        shutil.rmtree(folder / "target")
-        plain = statistics.mean([before, plain_write(folder / "plain", total)])
-        speed = total / seconds
+        rounds = [
+            watched(folder / "checkpoint", folder / "target", to, options.ranks_written) for _ in range(options.rounds)
+        ]
+        peak = max(round.peak for round in rounds)
+        seconds = statistics.median(round.seconds for round in rounds)
+        plain = statistics.median(round.plain for round in rounds)
+        ratio = statistics.median(round.plain / round.seconds for round in rounds)
         name = f"{to}, mp {options.ranks_written}" if to == "neox" else to
-        cells = (peak / 1e6, peak / layer, speed / 1e9, plain / 1e9, speed / plain)
+        cells = (peak / 1e6, peak / layer, total / seconds / 1e9, total / plain / 1e9, ratio)
         table.add_row(name, *(f"{cell:.2f}" if i else f"{cell:.0f}" for i, cell in enumerate(cells)))
     Console(width=110).print(table)
 
@@ -149,7 +154,7 @@ YAML = """{{
 
 
 def plain_write(file: Path, total: int) -> float:
-    """Bytes per second of writing that many random bytes one after the other, with fsync at the end."""
+    """Seconds for writing that many random bytes one after the other, with fsync at the end."""
     piece = np.random.default_rng(0).integers(0, 256, 8_000_000, dtype=np.uint8)
     began = time.perf_counter()
     with file.open("wb", buffering=0) as out:
@@ -158,11 +163,19 @@ def plain_write(file: Path, total: int) -> float:
         os.fsync(out.fileno())
     seconds = time.perf_counter() - began
     file.unlink()
-    return total / seconds
+    return seconds
 
 
-def watched(source: Path, target: Path, to: str, ranks: int) -> tuple[int, float]:
-    """Peak of anonymous memory beyond the start, in bytes, and seconds, of a conversion in a process of its own."""
+class Round(NamedTuple):
+    """Peak of anonymous memory beyond the start, in bytes; seconds of the conversion, and of the plain writes."""
+
+    peak: int
+    seconds: float
+    plain: float
+
+
+def watched(source: Path, target: Path, to: str, ranks: int) -> Round:
+    """A conversion in a process of its own, and its memory as it goes on."""
     command = [sys.executable, "-m", "bench.neox_shards", "--ranks-written", str(ranks)]
     child = subprocess.Popen([*command, "--child", str(source), str(target), to], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -174,24 +187,34 @@ def watched(source: Path, target: Path, to: str, ranks: int) -> tuple[int, float
     result = json.loads(child.stdout.readline())
     if child.returncode:
         raise SystemExit(f"the conversion to {to} failed")
-    return peak - start, result["seconds"]
+    return Round(peak - start, **result)
 
 
 def convert(source: str, target: str, to: str, ranks: int) -> None:
-    """What the process of its own does: says what it has, converts, says how long it took."""
+    """What the process of its own does: says what it has, converts between two plain writes, says how long they took.
+
+    Memory that a virtual machine has given back, some two seconds after it was freed, is several times as slow to
+    write to as memory it still has. So all three follow at once on one another, and one more write goes before them.
+    """
     import torch  # noqa: F401
 
     from jaxmodels.convert import commands
+    from jaxmodels.convert.neox import open_neox
     from jaxmodels.convert.source import abstract
     from jaxmodels.neox import NeoXConfig
 
     abstract(NeoXConfig.pythia_14m())  # what JAX allocates when it is first used belongs to the start
-    print(json.dumps({"anonymous": anonymous(os.getpid())}), flush=True)
-    began = time.perf_counter()
     options = argparse.Namespace(source=Path(source), target=Path(target), to=to, model_parallel=ranks)
     vars(options).update(config=None, row_bias=None, vocab=None, dtype=None, overwrite=False)
+    plain, total = options.target.with_name("plain"), open_neox(options.source).nbytes()
+    print(json.dumps({"anonymous": anonymous(os.getpid())}), flush=True)
+    plain_write(plain, total)
+    before = plain_write(plain, total)
+    began = time.perf_counter()
     commands.neox(options)
-    print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    print(json.dumps({"seconds": seconds, "plain": (before + plain_write(plain, total)) / 2}), flush=True)
 
 
 def anonymous(pid: int) -> int:

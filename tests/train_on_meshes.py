@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
+from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformerKV
+from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.transformer import AutoregressiveTransformer
 from train.mesh import make_mesh
 from train.step import Numerics, Program
@@ -29,15 +30,20 @@ def feedback(cls):
     return lambda: AutoregressiveModel(V, cls(D, H, F, 1, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
 
 
+def neox():
+    sizes = {"n_vocab": 32, "n_hidden": D, "n_layers": 2, "n_heads": H, "n_ff": F, "rope_percentage": 0.5}
+    return NeoX(NeoXConfig(**sizes, max_len=S), rngs=nnx.Rngs(0))
+
+
 SYSTEMS = {
     "rope": transformer("rotary"),
     "relative": transformer("relative"),
     "synthesizer": transformer("random+dense+vanilla"),
-    "feedback": feedback(FeedbackTransformer),
+    "neox": neox,
     "feedback_kv": feedback(FeedbackTransformerKV),
 }
 # what is accumulated and computed again must not depend on the mesh either
-NUMERICS = {"rope": Numerics(accumulate=2, remat="layers")}
+NUMERICS = {"rope": Numerics(accumulate=2, remat="layers"), "neox": Numerics(remat="dots")}
 
 
 def losses(make_model, numerics: Numerics) -> dict[str, list[float]]:

@@ -16,11 +16,12 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
+from jaxmodels.text import Vocabulary
 from train.checkpoints import write_durably
 from train.command import peek
 from train.mesh import Processes, check_batch
 from train.optimizers import OptimizerName, ScheduleName, adam, adamw, make_schedule
-from train.step import Batch, Losses, Numerics, Precision, Program, Remat, token_losses
+from train.step import Batch, Losses, Numerics, Precision, Program, Remat, State, token_losses
 
 FORMAT = 2
 FILE = "config.json"
@@ -102,6 +103,11 @@ class Config:
         raise NotImplementedError
 
     @property
+    def planned_vocab(self) -> int:
+        """Tokens of the vocabulary that `train.plan` takes where it is told none: as many as there are bytes."""
+        return 256
+
+    @property
     def width(self) -> int:
         """Features of a token, which the Noam schedule scales with."""
         raise NotImplementedError
@@ -125,6 +131,14 @@ class Config:
             trains=self.trains,
             dropout=getattr(self, "dropout", 0) > 0,
         )
+
+    def initial(self, program: Program, vocabulary: Vocabulary) -> State:
+        """The state before the first step; raises ValueError where it comes from a model that does not fit."""
+        return program.make_state(self.seed)
+
+    def length_at(self, step: int) -> int:
+        """Tokens of a sequence, of the seq_len that a batch has, that step `step`, from 0, computes with."""
+        return self.seq_len
 
     def losses(self) -> Losses:
         """What is averaged and minimised: (model, batch, rng) -> nats [B, S]."""

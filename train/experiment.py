@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from train.mesh import agree, is_first, make_mesh
 from train.ngram import NGram
 from train.sample import continue_text
 from train.step import Program
-from train.tokenize import open_tokens
+from train.tokenize import Tokens, open_tokens
 
 SAMPLE_FROM, SAMPLE = 30, 100  # tokens of the held-out text, and how many the model writes on
 NGRAM_TOKENS = 50_000_000  # a longer text is not counted: it would take minutes
@@ -59,9 +58,13 @@ class Config(config.Config):
     def width(self) -> int:
         return self.d_model
 
+    def tokens(self) -> Tokens:
+        """The text as ids; raises ValueError where it cannot be read."""
+        return open_tokens(self.text)
+
     def task(self) -> Task:
         """The text in windows; raises ValueError where it is shorter than a sequence."""
-        tokens = open_tokens(self.text)
+        tokens = self.tokens()
         train = Windows(tokens.train, self.seq_len, "training")
         validation = Windows(tokens.validation, self.seq_len, "validation")
         n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
@@ -94,7 +97,8 @@ class Config(config.Config):
     def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
         """What a report prints beside the loss, what the model writes greedily, and numbers for the log."""
         ids = task.validation[0]["tokens"][:SAMPLE_FROM]
-        written = continue_text(model, ids, SAMPLE, self.seq_len, interrupted=interrupted)
+        n_tokens = len(task.vocabulary)  # a checkpoint's may be padded
+        written = continue_text(model, ids, SAMPLE, self.seq_len, interrupted=interrupted, n_tokens=n_tokens)
         return f"{task.vocabulary.decode(ids)}|{task.vocabulary.decode(written)}", {}
 
 
@@ -127,7 +131,7 @@ class Run:
         batches = Batches(task.train, settings.batch_size, mesh)
         position = checkpoints.restore()
         if position is None:
-            position = Position(program.make_state(settings.seed), batches.get_state())
+            position = Position(settings.initial(program, task.vocabulary), batches.get_state())
         batches.set_state(position.data)
         return cls(settings, folder, task, program, checkpoints, batches, position)
 
@@ -169,7 +173,7 @@ def train(run: Run, options: Options, stop: Stop, console: Console) -> float | N
         evaluation = Evaluation(program, run.held_out(), settings.batch_size, stop)
 
         def tell(told: Told) -> None:
-            line.advance(told.loss, told.seconds)
+            line.advance(told.loss, told.seconds, settings.length_at(told.step - 1) / settings.seq_len)
             if log is not None:
                 log.step(told.step, told.loss, told.grad_norm, told.seconds)
 
@@ -188,12 +192,15 @@ def train(run: Run, options: Options, stop: Stop, console: Console) -> float | N
 
         if 0 < position.step < settings.steps and position.step % settings.every == 0:
             report()  # a run that is ended after it has saved has not made it
-        loop = Loop(program, position, run.batches, stop, tell)
+
+        def compiled(length: int, seconds: float) -> None:
+            part = "" if length == settings.seq_len else f" for {length} tokens"
+            console.print(f"the step{part} compiled in {seconds:.1f} s")
+
+        loop = Loop(program, position, run.batches, stop, tell, settings.length_at, compiled)
         if position.step < settings.steps and not agree(bool(stop)):
-            began = time.perf_counter()
+            console.print(f"{flops_per_step / 1e9:,.3g} GFLOP in a step's matrix products")
             loop.compile(settings.abstract_batch())
-            seconds = time.perf_counter() - began
-            console.print(f"the step compiled in {seconds:.1f} s; {flops_per_step / 1e9:,.3g} GFLOP in matrix products")
             if options.profile:
                 loop.advance(position.step + 1)
                 with jax.profiler.trace(str(run.folder / "profile")):

@@ -8,15 +8,25 @@ Training   1200 steps of 32 sequences of 64 characters (2.4 epochs of tiny_shake
 Result     tiny_shakespeare, seed 0, validation loss in nats per character over the same characters:
            character 4-gram 1.774, this model 1.665
 
-The same command again goes on with the run; --steps 3000 makes it longer.
+The same command again goes on with the run; --steps 3000 makes it longer. Sequences that grow, and a parallel
+transformer's weights to begin with:
+
+    python -m train.rope --attention relative --n-layers 2 --out runs/parallel
+    python -m train.feedback --from-parallel runs/parallel --start-len 16 --double-every 200
 """
 
 import dataclasses
+import warnings
+from pathlib import Path
 
 from flax import nnx
 
-from jaxmodels.feedback import AutoregressiveModel
+from jaxmodels.feedback import AutoregressiveModel, from_parallel
+from jaxmodels.feedback.parallel import ApproximateWarning
+from jaxmodels.text import Vocabulary, load_vocabulary
 from train import experiment
+from train.checkpoints import latest_model
+from train.step import Program, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +48,39 @@ class Config(experiment.Config):
     memory: int | None = None
     """a step sees the memory of so many steps before it; None: of all of them"""
 
+    start_len: int | None = None
+    """a curriculum of lengths: the first steps compute with so many tokens of each sequence; None: with all of them"""
+    double_every: int = 300
+    """steps from one doubling of the curriculum's length to the next, until it is seq_len"""
+    from_parallel: str | None = None
+    """folder of a run of python -m train.rope --attention relative, of these sizes and on this text: its weights are
+    where training begins"""
+
     variant = "FeedbackTransformer"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.start_len is not None and not 1 <= self.start_len <= self.seq_len:
+            raise ValueError(f"start_len={self.start_len} must be from 1 to seq_len={self.seq_len}")
+
+    def positive(self) -> list[str]:
+        return [*super().positive(), "memory", "double_every"]
+
+    def length_at(self, step: int) -> int:
+        if self.start_len is None:
+            return self.seq_len
+        return min(self.seq_len, self.start_len << min(step // self.double_every, 32))
+
+    def initial(self, program: Program, vocabulary: Vocabulary) -> State:
+        if self.from_parallel is None:
+            return super().initial(program, vocabulary)
+        run = Path(self.from_parallel)
+        model, _ = latest_model(run)
+        if load_vocabulary(run / "vocabulary.json") != vocabulary:
+            raise ValueError(f"from_parallel={self.from_parallel!r} was trained on a text with other tokens")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ApproximateWarning)  # said in the flag's own help
+            return program.state_of(from_parallel(model, self.variant, memory=self.memory), self.seed)
 
     @classmethod
     def small(cls) -> "Config":

@@ -12,7 +12,8 @@ Sample     python -m train.sample runs/feedback_kv --prompt "It is" --temperatur
                And he had I to humberlies: then may grame
                To a father that a causered, and so blooks;
 
-The same command again goes on with the run; --steps 3000 makes it longer.
+The same command again goes on with the run; --steps 3000 makes it longer. `train.feedback` says how sequences grow and
+how a parallel transformer's weights become the beginning.
 """
 
 import dataclasses

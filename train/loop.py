@@ -31,12 +31,26 @@ class Told:
 
 
 class Loop:
-    """Takes steps, compiled once, from `position` on; tell(Told) is called for each in turn."""
+    """Takes steps from `position` on; tell(Told) is called for each in turn.
+
+    A step is compiled once; where length_at(step), the tokens of a sequence that it computes with, changes as training
+    goes on, once for each. compiled(length, seconds) is told of it.
+    """
 
     def __init__(
-        self, program: Program, position: Position, batches: Batches, stop: Stop, tell: Callable[[Told], None]
+        self,
+        program: Program,
+        position: Position,
+        batches: Batches,
+        stop: Stop,
+        tell: Callable[[Told], None],
+        length_at: Callable[[int], int | None] = lambda step: None,
+        compiled: Callable[[int, float], None] = lambda length, seconds: None,
     ):
         self.program, self.position, self.batches, self.stop, self.tell = program, position, batches, stop, tell
+        self.length_at, self.told_compiled = length_at, compiled
+        self.batch: Batch | None = None
+        self.length: int | None = None
         self.compiled: Callable[..., Any] | None = None
         flags = np.zeros(program.mesh.size, bool)
         sharding = stop_sharding(program.mesh)
@@ -46,15 +60,30 @@ class Loop:
         }
 
     def compile(self, batch: Batch) -> None:
-        """Compiles the step for batches of this shape, which may be abstract; another is an error from then on."""
-        self.compiled = self.program.lower_step(batch).compile()
+        """Compiles the next step for batches of this shape, which may be abstract; another is an error from then on."""
+        self.batch, self.length = batch, self.length_at(self.position.step)
+        began = time.perf_counter()
+        self.compiled = self.program.lower_step(batch, self.length).compile()
+        self.told_compiled(self.length or batch["tokens"].shape[1] - 1, time.perf_counter() - began)
 
     def advance(self, until: int) -> bool:
         """Steps until so many are taken: True; or until any process was asked to end: False.
 
         The position is complete on return. Raises ValueError where a loss or gradient is not finite, naming the step.
         """
-        assert self.compiled is not None, "compile() comes first"
+        assert self.batch is not None, "compile() comes first"
+        while self.position.step < until:
+            step = self.position.step
+            if self.length_at(step) != self.length:
+                self.compile(self.batch)
+            change = next((later for later in range(step, until) if self.length_at(later) != self.length), until)
+            if not self.advance_alike(change):
+                return False
+        return True
+
+    def advance_alike(self, until: int) -> bool:
+        """`advance` over steps of one length."""
+        assert self.compiled is not None
         pending: Metrics | None = None
         asked = False
         state, taken = self.position.state, self.position.step

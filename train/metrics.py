@@ -99,10 +99,10 @@ class Line:
     def __exit__(self, *error: Any) -> None:
         self.progress.stop()
 
-    def advance(self, loss: float, seconds: float) -> None:
-        """One more step, which took so long; what is shown is smoothed over some twenty."""
+    def advance(self, loss: float, seconds: float, share: float = 1.0) -> None:
+        """One more step, which took so long for a share of the tokens; what is shown is smoothed over some twenty."""
         self.loss = smooth(self.loss, loss)
-        self.seconds = smooth(self.seconds, seconds)
+        self.seconds = smooth(self.seconds, seconds / share)
         self.progress.update(self.task, advance=1, loss=self.loss, speed=self.speed())
 
     def speed(self) -> str:

@@ -50,8 +50,8 @@ class Command(Generic[ConfigType]):
     """generation and chips: v5e:1x1 to v5e:16x16, v5p:2x2x1, v6e:8x8, v4:2x2x1, …"""
     mesh: str = ""
     """devices along the axes data, fsdp and tensor, as in training; data takes the rest"""
-    n_vocab: int = 256
-    """size of the vocabulary, where the experiment's text would decide it"""
+    n_vocab: int | None = None
+    """size of the vocabulary, which the experiment's text would decide; none: 256, or the published models' 50432"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str]) -> None:
     command: Any = tyro.cli(Command[kind], default=default, args=arguments[1:], prog=f"{PROGRAM} {arguments[0]}")  # type: ignore[valid-type]
     settings = command.config
     mesh = make_mesh(command.mesh, topology_devices(command.topology))
-    program = settings.program(command.n_vocab, mesh)
+    program = settings.program(command.n_vocab or settings.planned_vocab, mesh)
     tokens = settings.batch_size * settings.seq_len
     batch = settings.abstract_batch()
     console = Console(highlight=False, markup=False, width=140)

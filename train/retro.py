@@ -30,7 +30,7 @@ from jaxmodels.retro.corpus import Corpus
 from jaxmodels.retro.embedders import embedder_of
 from jaxmodels.retro.retrieval import ChunkIndex
 from jaxmodels.retro.sampling import Retriever, Retrieving
-from jaxmodels.text import load_vocabulary
+from jaxmodels.text import Vocabulary, load_vocabulary
 from train import experiment
 from train.checkpoints import latest_model
 from train.command import Stop, interruptible
@@ -41,8 +41,8 @@ from train.loop import Evaluation
 from train.mesh import make_mesh
 from train.neighbors import Kind, Samples, attach, end_to_end, with_skips
 from train.optimizers import OptimizerName, ScheduleName
-from train.step import Batch, Program
-from train.tokenize import Tokens, open_tokens
+from train.step import Batch, Program, State
+from train.tokenize import Tokens
 
 PROGRAM = "python -m train.retro"
 RETRIEVES = ("encoder.", "cca.", "norm_e.")  # what a plain decoder has not
@@ -140,18 +140,20 @@ class Config(experiment.Config):
         encoder_sizes = (self.chunk_len, self.encoder_layers, encoder_ca, self.d_model, heads, d_k, self.d_ff)
         encoder = NearestNeighborEncoder(*encoder_sizes, rngs=rngs)
         sizes = (n_vocab, self.d_model, self.n_layers, ca_layers, self.chunk_len, heads, d_k, self.d_ff)
-        model = RetroModel(*sizes, encoder, rngs=rngs)
-        return model if self.from_decoder is None else with_decoder(model, load_decoder(self.from_decoder))
+        return RetroModel(*sizes, encoder, rngs=rngs)
 
-    def abstract(self, n_vocab: int) -> RetroModel:
-        """The model without its values; raises ValueError where there is none of these sizes."""
+    def initial(self, program: Program, vocabulary: Vocabulary) -> State:
+        if self.from_decoder is None:
+            return super().initial(program, vocabulary)
+        decoder = load_decoder(self.from_decoder, self.model(len(vocabulary)), vocabulary)
+        return program.state_of(with_decoder(self.model(len(vocabulary)), decoder), self.seed)
+
+    def check(self) -> None:
+        """Raises ValueError where the text, the model or the decoder to begin with are not there, or do not fit."""
+        vocabulary = self.tokens().vocabulary
+        model = nnx.eval_shape(lambda: self.model(len(vocabulary)))
         if self.from_decoder is not None:
-            load_decoder(self.from_decoder)  # outside of any trace; it stays loaded
-        return nnx.eval_shape(lambda: self.model(n_vocab))
-
-    def program(self, n_vocab: int, mesh: jax.sharding.Mesh) -> Program:
-        self.abstract(n_vocab)
-        return super().program(n_vocab, mesh)
+            load_decoder(self.from_decoder, model, vocabulary)
 
     def trains(self, path: str) -> bool:
         return self.from_decoder is None or path.startswith(RETRIEVES)
@@ -165,13 +167,7 @@ class Config(experiment.Config):
 
     def task(self) -> Task:
         """Examples with their neighbours, which are looked up where that has not been done yet."""
-        tokens = open_tokens(self.text)
-        self.abstract(len(tokens.vocabulary))  # it may be refused: before the index is built
-        own = None if self.from_decoder is None else Path(self.from_decoder) / "vocabulary.json"
-        if own is not None and own.exists() and load_vocabulary(own) != tokens.vocabulary:
-            raise ValueError(
-                f"from_decoder={self.from_decoder} was trained with another vocabulary than {self.text} has"
-            )
+        tokens = self.tokens()
         starts = with_skips(len(tokens.train), self.seq_len, self.passes, self.seed)
         train = Samples(tokens.train, starts, self.seq_len, "training")
         sha256 = tokens.sha256
@@ -208,30 +204,35 @@ def open_index(settings: Config) -> Retriever:
     """The index of a run's training text, built where it is not there yet."""
     if not settings.index:
         raise ValueError("index='' names no folder for the chunk index")
-    tokens = open_tokens(settings.text)
+    tokens = settings.tokens()
     corpus = Corpus.of(tokens.train, tokens.vocabulary)
     embedder = embedder_of(settings.embedder)
     index = ChunkIndex.build(settings.index, corpus, settings.chunk_len, embedder, factory=settings.factory)
     return Retriever(index, settings.neighbors)
 
 
-@functools.lru_cache(maxsize=1)
-def load_decoder(folder: str) -> RetroModel:
-    """The model of a run, or of a folder that `jaxmodels.save` wrote; raises ValueError for any but a plain decoder."""
+def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary) -> RetroModel:
+    """The decoder of a run, or of a folder that `jaxmodels.save` wrote, for a model, which may be abstract.
+
+    Raises ValueError where it is no plain decoder, or one of other sizes, or of another vocabulary.
+    """
     is_run = (Path(folder) / "checkpoints").is_dir()
-    model = latest_model(Path(folder))[0] if is_run else jaxmodels.load(folder)
-    if not isinstance(model, RetroModel) or model.ca_layers:
+    decoder = latest_model(Path(folder))[0] if is_run else jaxmodels.load(folder)
+    if not isinstance(decoder, RetroModel) or decoder.ca_layers:
         raise ValueError(f"from_decoder={folder} holds no plain decoder: a RetroModel without ca_layers")
-    return model
-
-
-def with_decoder(model: RetroModel, decoder: RetroModel) -> RetroModel:
-    """The model with a decoder's arrays; raises ValueError where their sizes differ."""
+    own = Path(folder) / "vocabulary.json"
+    if own.exists() and load_vocabulary(own) != vocabulary:
+        raise ValueError(f"from_decoder={folder} was trained with another vocabulary than the text has")
     ours, theirs = model.config(), decoder.config()
     differing = [name for name in ours if name not in ("encoder", "ca_layers") and ours[name] != theirs[name]]
     if differing:
         was, now = (", ".join(f"{name}={c[name]}" for name in differing) for c in (theirs, ours))
-        raise ValueError(f"the decoder of from_decoder has {was}, this configuration {now}")
+        raise ValueError(f"from_decoder={folder} has {was}, this configuration {now}")
+    return decoder
+
+
+def with_decoder(model: RetroModel, decoder: RetroModel) -> RetroModel:
+    """The model with a decoder's arrays in the place of its own."""
     own = {path: array for path, array in flat_arrays(decoder).items() if not is_retrieval(path)}
     return with_arrays(model, own)
 
@@ -242,7 +243,7 @@ def is_retrieval(path: tuple[str | int, ...]) -> bool:
 
 def compare(settings: Config, folder: Path, options: Options, stop: Stop) -> dict[str, float] | None:
     """Validation losses of a run's model with neighbours of each kind and with none; None where it was ended."""
-    tokens = open_tokens(settings.text)
+    tokens = settings.tokens()
     model, _ = latest_model(folder)
     program = settings.program(len(tokens.vocabulary), make_mesh(options.mesh))
     state = program.state_of(model)
@@ -275,6 +276,7 @@ def main(arguments: Sequence[str]) -> int:
             runs["plain"] = dataclasses.replace(settings, retrieval=False)
         for name, config in runs.items():
             check_folder(config, command.run / name)
+        settings.check()  # before the index is built
         console = start(command.options)
         results: dict[str, Result] = {}
         for name, config in runs.items():

@@ -28,8 +28,9 @@ from train import experiment
 class Config(experiment.Config):
     """What decides the numbers of a run."""
 
-    attention: Literal["rotary", "rotary_value"] = "rotary"
-    """rotary: queries and keys turn with their positions; rotary_value: values too (RoPER)"""
+    attention: Literal["rotary", "rotary_value", "relative"] = "rotary"
+    """rotary: queries and keys turn with their positions; rotary_value: values too (RoPER); relative: learned for each
+    distance, what --from-parallel of train.feedback begins with"""
 
     @classmethod
     def small(cls) -> "Config":

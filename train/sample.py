@@ -59,6 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         top_k=command.top_k,
         top_p=command.top_p,
         seed=command.seed,
+        n_tokens=len(vocabulary),
     )
     print(command.prompt + vocabulary.decode(continuation))
 

@@ -123,10 +123,19 @@ class Program:
         step = jnp.zeros((), jnp.int32)
         return State(step, jax.random.key(seed), params, fixed, self.transformation.init(params))
 
-    def state_of(self, model: Any) -> State:
-        """The state before the first step, from a model's own arrays."""
+    def state_of(self, model: Any, seed: int = 0) -> State:
+        """The state before the first step, from a model's own arrays; raises ValueError where it is of other sizes."""
         arrays = {dotted(path): array for path, array in flat_arrays(model).items()}
-        state = self.fresh(cast(arrays, self.numerics.param_dtype), jnp.uint32(0))
+        own = {dotted(path): array.shape for path, array in flat_arrays(self.abstract).items()}
+        given = {name: array.shape for name, array in arrays.items()}
+        different = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"a model to begin with must have this run's sizes: {name} is {given.get(name, 'missing')} in it and "
+                f"{own.get(name, 'missing')} here"
+            )
+        state = self.fresh(cast(arrays, self.numerics.param_dtype), jnp.uint32(seed))
         return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state()))
 
     def abstract_state(self) -> State:
@@ -193,15 +202,22 @@ class Program:
         state = dataclasses.replace(state, step=state.step + 1, params=params, optimizer=optimizer)
         return state, Metrics(loss, squares, stop.any())
 
-    def lower_step(self, batch: Batch) -> jax.stages.Lowered:
-        """The step, traced for batches of these (abstract) arrays; the state that goes in is used up."""
+    def lower_step(self, batch: Batch, length: int | None = None) -> jax.stages.Lowered:
+        """The step, traced for batches of these (abstract) arrays; the state that goes in is used up.
+
+        length: tokens of each sequence that are computed with, the first ones; None for all.
+        """
+
+        def step(state: State, batch: Batch, stop: jax.Array) -> tuple[State, Metrics]:
+            return self.step(state, shortened(batch, length), stop)
+
         state, stop = self.abstract_state(), self.abstract_stop()
         replicated = NamedSharding(self.mesh, PartitionSpec())
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         with self.tracing():
             # a function of its own each time: jit would reuse a trace made under other hooks
-            step = jax.jit(lambda *a: self.step(*a), donate_argnums=0, out_shardings=(shardings, replicated))
-            return step.lower(state, self.abstract_batch(batch), stop)
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+            return jitted.lower(state, self.abstract_batch(batch), stop)
 
     def lower_evaluation(self, batch: Batch) -> jax.stages.Lowered:
         """Sums of the losses of each row, without dropout: (State, batch) -> nats [B]."""
@@ -228,6 +244,11 @@ def without_optimizer(state: State) -> State:
 
 def stop_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec((*BATCH, "tensor")))
+
+
+def shortened(batch: Batch, length: int | None) -> Batch:
+    """A batch with the first `length` tokens of each sequence, and the one that is predicted from them."""
+    return batch if length is None else {**batch, "tokens": batch["tokens"][:, : length + 1]}
 
 
 def take(parts: Batch, i: int) -> Batch:

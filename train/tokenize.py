@@ -45,15 +45,15 @@ class Tokens:
     sha256: str
 
 
-def open_tokens(text: str) -> Tokens:
-    """A corpus by name, a UTF-8 file (both as characters), or a folder that this program wrote.
+def open_tokens(text: str, vocabulary: Vocabulary | None = None) -> Tokens:
+    """A corpus by name, a UTF-8 file (both in `vocabulary`, or as characters), or a folder that this program wrote.
 
     Raises ValueError where it is none of them.
     """
     if Path(text).is_dir():
         return read(Path(text))
     content = load_corpus(text)
-    vocabulary = CharVocabulary.of(content)
+    vocabulary = vocabulary or CharVocabulary.of(content)
     train, validation = map(vocabulary.encode, split(content))
     return Tokens(train, validation, vocabulary, hashlib.sha256(content.encode()).hexdigest())
 

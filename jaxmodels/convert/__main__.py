@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from jaxmodels.convert.arguments import NAMES, parser, read_json
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs an accelerator, which another process may hold
     try:
         good, message = run(options)
     except (ValueError, OSError) as error:

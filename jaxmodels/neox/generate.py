@@ -160,15 +160,21 @@ def open_tokenizer(file: Path | None, folder: Path) -> Tokenizer:
     """The tokenizer in a file, or the one in or beside a checkpoint's folder; raises ValueError where there is none."""
     from tokenizers import Tokenizer
 
+    found = find_tokenizer(file, folder)
+    try:
+        return Tokenizer.from_file(str(found))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ValueError(f"{found} is no tokenizer file: {error}") from None
+
+
+def find_tokenizer(file: Path | None, folder: Path) -> Path:
+    """The file given, or the tokenizer's in or beside a checkpoint's folder; raises ValueError where there is none."""
     places = [place / name for place in (folder, folder.absolute().parent) for name in TOKENIZERS]
     candidates = places if file is None else [file]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise ValueError(f"no tokenizer: there is no {', '.join(map(str, candidates))}")
-    try:
-        return Tokenizer.from_file(str(found))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"{found} is no tokenizer file: {error}") from None
+    return found
 
 
 class Stream:

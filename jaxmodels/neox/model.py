@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxmodels.attention import attend, causal_attention, dot_product_scores
 from jaxmodels.cache import Cache, align_left, make_cache, unless_overrun, visible, write
-from jaxmodels.layers import Embed, LayerNorm
+from jaxmodels.layers import Embed, LayerNorm, constrain, rematerialised
 from jaxmodels.neox.config import NeoXConfig
 from jaxmodels.neox.names import adapted
 from jaxmodels.rope import rotary_tables, turn
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, rotary: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, S, D] -> query and key, turned, and value, each [B, S, H, d_k]."""
         qkv = self.qkv_lin(x).reshape(*x.shape[:2], self.heads, 3 * self.d_k)
-        query, key, value = jnp.split(qkv, 3, axis=-1)
+        query, key, value = jnp.split(constrain(qkv, "BSHK"), 3, axis=-1)
         return turn(query, *rotary), turn(key, *rotary), value
 
     def decode(
@@ -119,7 +119,7 @@ class FeedForward(nnx.Module):
         self.approximate = config.activation == "gelu_tanh"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = self.dense_h_h4(x)
+        hidden = constrain(self.dense_h_h4(x), "BSF")
         wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))  # x³ leaves float16 at x = 40
         return self.dense_h4_h(jax.nn.gelu(wide, approximate=self.approximate).astype(hidden.dtype))
 
@@ -268,10 +268,10 @@ class NeoX(nnx.Module):
         x, rotary = self.embed(ids, jnp.arange(s))
 
         def body(x: jax.Array, layer: Block) -> tuple[jax.Array, None]:
-            return layer(x, rotary, plain), None
+            return constrain(layer(x, rotary, plain), "BSD"), None
 
-        if self.settings.remat and not plain:  # what is traced must not be hidden
-            body = jax.checkpoint(body, prevent_cse=False)
+        if not plain:  # what is traced must not be hidden
+            body = jax.checkpoint(body, prevent_cse=False) if self.settings.remat else rematerialised(body)
         if self.is_stacked:
             x, _ = jax.lax.scan(body, x, self.layers)
         else:
@@ -282,7 +282,7 @@ class NeoX(nnx.Module):
 
     def embed(self, ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, Tables]:
         """x [B, S, D] in the dtype that is computed in, and the rotary tables of positions [S] or [S, B]."""
-        x = self.embedding(ids)
+        x = constrain(self.embedding(ids), "BSD")
         x = x if self.settings.dtype is None else x.astype(self.settings.dtype)
         positions = positions[None] if positions.ndim == 1 else positions.T
         dtype = jnp.promote_types(x.dtype, jnp.float32)

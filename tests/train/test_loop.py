@@ -66,6 +66,20 @@ def test_steps_in_pieces_are_the_same_steps_and_compile_nothing(make):
     assert pieces.position.data == whole.position.data
 
 
+def test_a_curriculum_takes_the_first_tokens_of_each_sequence_and_compiles_once_a_length(make):
+    lengths, compiled = [3, 3, 5, S, S], []
+    loop, by_hand = make(), make()
+    loop.length_at, loop.told_compiled = lengths.__getitem__, lambda length, seconds: compiled.append(length)
+    assert loop.advance(4)
+    assert loop.advance(5)
+    assert compiled == [3, 5, S]
+    state = by_hand.position.state
+    for length, loss in zip(lengths, loop.position.losses, strict=True):
+        batch = {"tokens": np.asarray(next(by_hand.batches)["tokens"])[:, : length + 1]}
+        state, metrics = by_hand.program.lower_step(batch).compile()(state, batch, np.zeros(1, bool))
+        assert float(metrics.loss) == loss
+
+
 def test_evaluation_is_the_mean_over_all_windows():
     made = program()
     state = made.make_state(0)

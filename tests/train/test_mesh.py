@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from jaxmodels.layers import constrain, hooks
+from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
@@ -57,6 +58,7 @@ MODELS = [
         lambda cls=cls: AutoregressiveModel(65, cls(32, 4, 48, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
         for cls in (FeedbackTransformer, FeedbackTransformerKV)
     ),
+    lambda: NeoX(NeoXConfig(n_vocab=64, n_hidden=32, n_heads=4, n_layers=2), rngs=nnx.Rngs(0)),
     lambda: RetroModel(
         *(65, 32, 2, {1}, 4, 4, 8, 48),
         NearestNeighborEncoder(4, 1, {0}, 32, 4, 8, 48, rngs=nnx.Rngs(0)),
@@ -65,7 +67,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "retro"])
+@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "neox", "retro"])
 def test_the_tables_place_every_array_and_divide_every_large_one(make):
     found = shapes(make)
     name = type(nnx.eval_shape(make)).__name__
@@ -132,7 +134,7 @@ def losses() -> dict[str, dict[str, list[float]]]:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("system", ["rope", "relative", "synthesizer", "feedback", "feedback_kv"])
+@pytest.mark.parametrize("system", ["rope", "relative", "synthesizer", "feedback_kv", "neox"])
 def test_losses_on_every_mesh_are_those_of_one_device(losses, system):
     of_one = losses[system].pop("")
     assert len(set(of_one)) == 4

@@ -126,11 +126,11 @@ def test_retrofit_trains_retrieval_alone_and_leaves_the_decoder_as_it_is(run_and
     assert "plain decoder, trained alike" not in table(out)
     (tmp_path / "tea.txt").write_text(TEXT.replace("sea", "qea"))
     other = [*map(str, flags), "--text", str(tmp_path / "tea.txt"), "--out", str(tmp_path / "no")]
-    with pytest.raises(ValueError, match=r"was trained with another vocabulary than .*tea.txt has"):
+    with pytest.raises(ValueError, match=r"was trained with another vocabulary than the text has"):
         retro.main([*other, "--from-decoder", str(run / "plain")])
     with pytest.raises(ValueError, match="holds no plain decoder"):
         retro.main([*map(str, flags), "--out", str(tmp_path / "no"), "--from-decoder", str(run / "retrieval")])
-    with pytest.raises(ValueError, match=r"the decoder of from_decoder has d_ff=13, this configuration d_ff=17"):
+    with pytest.raises(ValueError, match=r"from_decoder=.* has d_ff=13, this configuration d_ff=17"):
         retro.main([*map(str, flags), "--out", str(tmp_path / "no"), "--from-decoder", str(run / "plain"), "--d-ff=17"])
 
 

@@ -1,15 +1,27 @@
 """What is particular to the scripts other than rope."""
 
+import dataclasses
 import re
 
+import chex
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+import jaxmodels
+from jaxmodels.convert.params import flat_arrays
+from jaxmodels.feedback import from_parallel
+from jaxmodels.neox import NeoX, NeoXConfig, quantize
+from jaxmodels.text import CharVocabulary
+from jaxmodels.transformer import AutoregressiveTransformer
 from tests.train_common import TEXT, TINY
-from train import metrics, rope_value, synthesizer
+from train import feedback, feedback_kv, metrics, neox, rope_value, synthesizer
+from train.checkpoints import latest_model
 from train.experiment import main
+from train.mesh import make_mesh
 from train.rope_value import VOCABULARY, answer, problem, question, sequence
+from train.tokenize import main as tokenize
 
 
 def test_a_problem_is_written_as_the_original_has_it():
@@ -83,3 +95,67 @@ def test_synthesizers_side_by_side(tiny, tmp_path, capsys, monkeypatch):
         assert re.search(r"^ character 4-gram \(Witten-Bell\) +0\.\d+ *$", out, re.M)
     with pytest.raises(ValueError, match=r"was trained with .*d_ff=13, not "):
         synthesizer.main([*arguments, "--d-ff", "17"])
+
+
+def test_feedback_begins_with_a_parallel_transformer(tmp_path, monkeypatch):
+    vocabulary = CharVocabulary("abc\n ")
+    vocabulary.save(tmp_path / "vocabulary.json")
+    parallel = AutoregressiveTransformer(len(vocabulary), 8, 2, 11, 1, "relative", rngs=nnx.Rngs(0))
+    monkeypatch.setattr(feedback, "latest_model", lambda run: (parallel, 1))
+    settings = feedback.Config(from_parallel=str(tmp_path), d_model=8, heads=2, d_ff=11, n_layers=1, memory=3)
+    program = settings.program(len(vocabulary), make_mesh())
+    begun = program.model(settings.initial(program, vocabulary))
+    assert begun.transformer.memory == 3
+    chex.assert_trees_all_equal(flat_arrays(begun), flat_arrays(from_parallel(parallel)))
+    with pytest.raises(ValueError, match="was trained on a text with other tokens"):
+        settings.initial(program, CharVocabulary("abcd "))
+    other = dataclasses.replace(settings, d_ff=12)
+    with pytest.raises(ValueError, match=r"layer1\.bias is \(11,\) in it and \(12,\) here"):
+        other.initial(other.program(len(vocabulary), make_mesh()), vocabulary)
+
+
+def test_a_curriculum_doubles_its_lengths():
+    grows = feedback_kv.Config(seq_len=50, start_len=7, double_every=3)
+    assert [grows.length_at(step) for step in range(10)] == [7, 7, 7, 14, 14, 14, 28, 28, 28, 50]
+    assert {feedback.Config(seq_len=50).length_at(step) for step in (0, 10_000)} == {50}
+    assert grows.length_at(10**9) == 50
+    with pytest.raises(ValueError, match="start_len=51 must be from 1 to seq_len=50"):
+        feedback.Config(seq_len=50, start_len=51)
+
+
+def saved_neox(folder, n_vocab: int = 61, **others):
+    config = NeoXConfig(
+        n_vocab=n_vocab, n_hidden=12, n_layers=2, n_heads=3, n_ff=17, rope_percentage=0.5, max_len=32, **others
+    )
+    model = NeoX(config, stacked=False, rngs=nnx.Rngs(0))
+    jaxmodels.save(model, folder)
+    return model
+
+
+def test_neox_tunes_biases_alone(tiny, tmp_path):
+    (tmp_path / "sea.txt").write_text(TEXT)
+    tokenize([str(tmp_path / "sea.txt"), str(tmp_path / "tokens")])
+    before = flat_arrays(saved_neox(tmp_path / "model").stacked())
+    flags = ["--preset=finetune", "--tune=biases", "--checkpoint", str(tmp_path / "model"), "--text"]
+    arguments = [*tiny, *flags, str(tmp_path / "tokens"), "--out", str(tmp_path / "run")]
+    assert main(neox.Config, "python -m train.neox", arguments) == 0
+    after = flat_arrays(latest_model(tmp_path / "run")[0])
+    changed = {".".join(map(str, path)) for path in before if (before[path] != after[path]).any()}
+    names = ("attention.output", "attention.qkv_lin", "ffn.dense_h_h4")
+    assert changed == {f"layers.{name}.bias" for name in names}
+
+
+def test_neox_refuses_what_it_cannot_tune(tmp_path):
+    sea = tmp_path / "sea.txt"
+    sea.write_text(TEXT)
+    with pytest.raises(ValueError, match="tune='biases' tunes a trained model: name it with --checkpoint"):
+        neox.Config(text=str(sea), tune="biases").task()
+    model = saved_neox(tmp_path / "small", n_vocab=5)
+    settings = neox.Config(text=str(sea), checkpoint=str(tmp_path / "small"))
+    with pytest.raises(ValueError, match="no tokenizer: there is no"):
+        settings.task()
+    with pytest.raises(ValueError, match="the text has 23 different tokens, the checkpoint 5"):
+        settings.model(23)
+    jaxmodels.save(quantize(model), tmp_path / "int8")
+    with pytest.raises(ValueError, match="holds a quantised NeoX, not a NeoX to train"):
+        neox.Config(checkpoint=str(tmp_path / "int8")).model(5)

@@ -45,7 +45,7 @@ def write_neox(source: Source, folder: str | os.PathLike, model_parallel: int = 
     ):
         step = beside / STEP
         step.mkdir()
-        write_shards(step, shards(source, model_parallel), advance)
+        write_shards(step, shards(source, model_parallel), model_parallel, advance)
         for rank in range(model_parallel):
             write_pt(step / f"mp_rank_{rank:02}_model_states.pt", rank_state(model_parallel))
         (beside / "configs").mkdir()
@@ -74,23 +74,26 @@ def shards(source: Source, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
             )
 
 
-def write_shards(step: Path, files: Iterable[tuple[str, dict[str, Any]]], advance: Progress) -> None:
-    """Writes files one after the other; the next one's tensors are merged, and the last one flushed, meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(1) as writer, concurrent.futures.ThreadPoolExecutor(1) as disk:
+def write_shards(step: Path, files: Iterable[tuple[str, dict[str, Any]]], ranks: int, advance: Progress) -> None:
+    """Writes files two at a time; the next one's tensors are merged, and the last ones flushed, meanwhile.
+
+    In memory are at most three files, and two layers, a file being a rank's share of one.
+    """
+    writing = 2 if ranks > 1 else 1
+    with concurrent.futures.ThreadPoolExecutor(writing) as writers, concurrent.futures.ThreadPoolExecutor(1) as disk:
 
         def write(file: Path, arrays: dict[str, Any]) -> concurrent.futures.Future[None]:
             write_pt(file, arrays)
+            arrays.clear()  # the future of this call keeps its arguments
             return disk.submit(flush, file)
 
         written: list[concurrent.futures.Future[concurrent.futures.Future[None]]] = []
         for name, tensors in files:
+            if len(written) >= writing:
+                written[-writing].result()
             arrays = {key: read(tensor) for key, tensor in tensors.items()}
-            size = sum(array.nbytes for array in arrays.values())
-            if written:
-                written[-1].result()  # so that no more than two files' tensors are in memory
-            written.append(writer.submit(write, step / name, arrays))
-            del arrays
-            advance(size)
+            advance(sum(array.nbytes for array in arrays.values()))
+            written.append(writers.submit(write, step / name, arrays))
         for file in written:
             file.result().result()
 
@@ -116,8 +119,8 @@ def write_pt(file: Path, content: dict[str, Any]) -> None:
     import torch
 
     try:
-        with file.open("xb") as out:
-            torch.save({key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}, out)
+        # By its name: into a file that Python has opened, torch writes with the interpreter's lock held.
+        torch.save({key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}, file)
     except (OSError, RuntimeError) as error:
         first: BaseException = error
         while first.__context__ is not None:  # torch's writer, closing after the disk was full, fails once more

@@ -33,12 +33,13 @@ class Watch(threading.Thread):
 """
 
 CONVERT = """
-import torch
+import jax, torch
 from jaxmodels.convert.__main__ import main
 from jaxmodels.convert import commands
 from jaxmodels.convert.source import abstract
 from jaxmodels.neox import NeoXConfig
 
+jax.device_put(1.0).block_until_ready()
 abstract(NeoXConfig.pythia_14m())  # what JAX allocates once and for all
 watch = Watch(daemon=True)
 start = anonymous()
