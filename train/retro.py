@@ -3,6 +3,20 @@
     python -m train.retro --text tiny_shakespeare      # or a FILE; without --text: Python's own language reference
     python -m train.retro --from-decoder runs/retro/plain --out runs/retrofit    # RETROfit: the decoder is frozen
 
+Hardware   2 CPU cores, which several other programs were using too; float32
+Time       9 min 39 s of CPU time over both cores, from a chunk index that was there (a few seconds) and neighbours of
+           the training examples that were looked up (some 2 minutes); 26 min by the clock, on a crowded machine
+Training   500 steps of 16 sequences of 128 characters (one epoch of tiny_shakespeare), 2 neighbours of 32 characters
+           for every 16; once with retrieval, once the decoder alone
+Result     tiny_shakespeare, seed 0, validation loss in nats per character over the same characters:
+           plain decoder (460,097 parameters)              1.846
+           RETRO (684,449), nearest neighbours             1.856
+                            none that shares 8 in a row    1.856
+                            random neighbours              1.857
+                            retrieval off                  1.865
+           So after so short a training retrieval does not win: the model has hardly begun to read its neighbours, for
+           random ones serve it as well. Nothing of its loss is copied.
+
 RUN/retrieval is the model with neighbours, RUN/plain its decoder alone, trained alike, RUN/index the chunk index. The
 same command goes on where it was stopped. At its end the model is judged four times: with the nearest neighbours; with
 those that share no run of --overlap tokens with the chunk or the text it is to predict, so that what it gains is not

@@ -8,6 +8,7 @@ from flax import nnx
 
 import torch_ref.retro
 from jaxmodels import retro
+from jaxmodels.attention import causal_attention
 from jaxmodels.retro import attention, model
 from parity import check
 
@@ -48,14 +49,12 @@ def each_neighbour_has_a_softmax_of_its_own(monkeypatch):
 
 
 def encoder_reads_the_chunk_without_its_norm(monkeypatch):
-    original = model.NearestNeighborEncoder.__call__
-
     def call(self, e, h):
-        norm, self.norm_h = self.norm_h, lambda h: h
-        try:
-            return original(self, e, h)
-        finally:
-            self.norm_h = norm
+        b, c, *_, d = e.shape
+        h = h[:, : c * L].reshape(b, c, L, d)
+        for attn, ca, ffw in zip(self.attn, self.ca, self.ffw, strict=True):
+            e = ffw(ca(attn(e.reshape(-1, *e.shape[3:])).reshape(e.shape), h))
+        return e
 
     monkeypatch.setattr(model.NearestNeighborEncoder, "__call__", call)
 
@@ -65,14 +64,8 @@ def encoded_neighbours_are_not_normed(monkeypatch):
 
 
 def neighbours_are_causal_too(monkeypatch):
-    original = attention.SelfAttention.__call__
-
     def call(self, h):
-        was, self.is_causal = self.is_causal, True
-        try:
-            return original(self, h)
-        finally:
-            self.is_causal = was
+        return h + self.join(causal_attention(*self.project(h, jnp.arange(h.shape[1]))))
 
     monkeypatch.setattr(attention.SelfAttention, "__call__", call)
 
@@ -80,8 +73,8 @@ def neighbours_are_causal_too(monkeypatch):
 MUTATIONS = [
     (chunks_shifted_by_a_whole_chunk, "cca.0"),
     (each_neighbour_has_a_softmax_of_its_own, "cca.0"),
-    (encoder_reads_the_chunk_without_its_norm, "encoder.ca.0"),
-    (encoded_neighbours_are_not_normed, "norm_e"),
+    (encoder_reads_the_chunk_without_its_norm, "encoder"),
+    (encoded_neighbours_are_not_normed, ""),
     (neighbours_are_causal_too, "encoder.attn.0"),
 ]
 
@@ -91,7 +84,7 @@ def test_the_harness_fails_and_names_the_culprit(monkeypatch, mutate, culprit):
     mutate(monkeypatch)
     report = judge()
     assert not report.passed
-    assert report.divergence.path.startswith(culprit.partition(".")[0]), str(report)
+    assert report.divergence.path == culprit, str(report)
 
 
 def test_the_same_pair_agrees_unmutated():
