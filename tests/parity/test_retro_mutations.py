@@ -9,7 +9,7 @@ from flax import nnx
 import torch_ref.retro
 from jaxmodels import retro
 from jaxmodels.attention import causal_attention
-from jaxmodels.retro import attention, model
+from jaxmodels.retro import attention
 from parity import check
 
 S, B, V, L = 11, 2, 13, 4
@@ -48,21 +48,6 @@ def each_neighbour_has_a_softmax_of_its_own(monkeypatch):
     monkeypatch.setattr(attention.ChunkedCrossAttention, "__call__", call)
 
 
-def encoder_reads_the_chunk_without_its_norm(monkeypatch):
-    def call(self, e, h):
-        b, c, *_, d = e.shape
-        h = h[:, : c * L].reshape(b, c, L, d)
-        for attn, ca, ffw in zip(self.attn, self.ca, self.ffw, strict=True):
-            e = ffw(ca(attn(e.reshape(-1, *e.shape[3:])).reshape(e.shape), h))
-        return e
-
-    monkeypatch.setattr(model.NearestNeighborEncoder, "__call__", call)
-
-
-def encoded_neighbours_are_not_normed(monkeypatch):
-    monkeypatch.setattr(model.RetroModel, "encode", lambda self, neighbors, h: self.encoder(neighbors, h))
-
-
 def neighbours_are_causal_too(monkeypatch):
     def call(self, h):
         return h + self.join(causal_attention(*self.project(h, jnp.arange(h.shape[1]))))
@@ -73,8 +58,6 @@ def neighbours_are_causal_too(monkeypatch):
 MUTATIONS = [
     (chunks_shifted_by_a_whole_chunk, "cca.0"),
     (each_neighbour_has_a_softmax_of_its_own, "cca.0"),
-    (encoder_reads_the_chunk_without_its_norm, "encoder"),
-    (encoded_neighbours_are_not_normed, ""),
     (neighbours_are_causal_too, "encoder.attn.0"),
 ]
 
@@ -85,7 +68,3 @@ def test_the_harness_fails_and_names_the_culprit(monkeypatch, mutate, culprit):
     report = judge()
     assert not report.passed
     assert report.divergence.path == culprit, str(report)
-
-
-def test_the_same_pair_agrees_unmutated():
-    assert judge().passed
