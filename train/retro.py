@@ -16,6 +16,8 @@ Result     tiny_shakespeare, seed 0, validation loss in nats per character over 
                             retrieval off                  1.865
            So after so short a training retrieval does not win: the model has hardly begun to read its neighbours, for
            random ones serve it as well. Nothing of its loss is copied.
+           RETROfit of that decoder, --steps 250 --warmup 25: 1.838 with the nearest, the filtered and random ones
+           alike, 1.846 without: what it gains comes from more layers, not from what it retrieves.
 
 RUN/retrieval is the model with neighbours, RUN/plain its decoder alone, trained alike, RUN/index the chunk index. The
 same command goes on where it was stopped. At its end the model is judged four times: with the nearest neighbours; with
