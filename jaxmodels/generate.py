@@ -65,8 +65,8 @@ def capacity(tokens: int) -> int:
 def check(ids, max_new_tokens, temperature, top_k, top_p, rng) -> None:
     if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be a batch of non-empty prompts of integers, got {ids.dtype}{list(ids.shape)}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be a whole number of at least 1")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
     if temperature and rng is None:

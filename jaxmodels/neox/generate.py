@@ -90,6 +90,8 @@ def run(options: argparse.Namespace) -> None:
     if not ids:
         raise ValueError("--prompt must have at least one token")
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"seed={options.seed} must be 0 or more, and less than 2³²")
     check(np.asarray([ids]), options.max_new_tokens, **settings, rng=options.seed)
 
     model = open_checkpoint(options.checkpoint, options.dtype, options.config, options.int8)

@@ -167,6 +167,7 @@ def test_each_row_has_its_own_probabilities():
     ("settings", "match"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5 must be a whole number"),
         ({"temperature": -1.0, "rng": KEY}, "temperature=-1.0"),
         ({"temperature": 1.0}, "rng"),
         ({"top_k": 3}, "temperature"),

@@ -220,6 +220,7 @@ def test_the_end_of_text_ends_it(tokenizer):
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--top-k", "3"], "temperature"),
         (["--temperature", "-1"], r"temperature=-1\.0"),
+        (["--seed", str(2**70)], r"seed=1180591620717411303424 must be 0 or more, and less than 2³²"),
         (["--temperature", "1", "--top-p", "2"], r"top_p=2\.0"),
         (["--stop", ""], "--stop"),
         (["--tokenizer", "nowhere.json"], "no tokenizer: there is no nowhere.json"),
