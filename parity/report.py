@@ -4,6 +4,8 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -87,15 +89,39 @@ def number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def environment(device: jax.Device, float64: bool, seed: int) -> dict[str, str]:
-    """Where and how a check ran: versions, device, precision flags, seed."""
+def environment(device: jax.Device, float64: bool, seed: int | None) -> dict[str, str]:
+    """Where and how a check ran: versions, device, precision flags, seed, and the git commit it ran in."""
     packages = ["jax", "jaxlib", "flax", "optax", "numpy", "torch"]
     return {
-        **{package: importlib.metadata.version(package) for package in packages},
+        **{package: version(package) for package in packages},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "device": f"{device.platform}: {device.device_kind}",
         "matmul precision": "highest, TF32 off",
         "float64": "on the device" if float64 else "PyTorch on the CPU alone",
-        "seed": str(seed),
+        "seed": "recorded" if seed is None else str(seed),
+        "git commit": commit(),
     }
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def commit() -> str:
+    """The commit of the working directory, with a + where files differ from it; 'none' outside a repository."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=Path.cwd(),
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return said.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "none"
