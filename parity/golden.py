@@ -3,7 +3,7 @@
     STEM.safetensors   "state/…"                              the weights, in the module's own dtypes
                        "inputs/…", "labels", "targets/…"      what goes in, and what the loss compares with
                        "output/…", "parameter gradients/…", "input gradients/…"      the truth, in float64
-    STEM.json          {"format": 1, "name", "model", "positional", "zero gradients", "untrained", "own errors", "torch"}
+    STEM.json          {"format": 1, "name": …, and what else is said of them}
 
 "own errors" are PyTorch's errors in float32 against the truth, by kind and tensor: the yardstick travels with it.
 "model" is what `jaxmodels.checkpoint.build` makes the Flax model of, null where it is somebody's own.
@@ -24,11 +24,11 @@ import numpy as np
 from flax import nnx
 
 from jaxmodels.checkpoint import MODELS, build, describe
-from jaxmodels.convert import from_torch, to_torch
 from jaxmodels.convert.params import as_numpy
 from jaxmodels.convert.safetensors import read_file, write_file
 from parity import budgets
 from parity.flax_side import FlaxSide, strict_precision
+from parity.mapping import Names, Twins, aliases, weights_of
 from parity.objective import Inputs, matches, random_targets
 from parity.report import Check, Report, environment
 
@@ -53,7 +53,20 @@ class Fixture:
     own_errors: dict[str, dict[str, float]]
     zero_gradients: tuple[str, ...]
     untrained: tuple[str, ...]
+    layers: dict[str, str]  # the types of the modules that own the weights, by path
+    names: dict[str, str]  # of every parameter, and the first of those it has
     torch: str  # its version
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """With the next two, what `parity.mapping` asks of a PyTorch module."""
+        return self.state
+
+    def get_submodule(self, path: str) -> Any:
+        return type(self.layers[path], (), {})()
+
+    def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
+        names = (item for item in self.names.items() if not remove_duplicate or item[0] == item[1])
+        return ((name, self.state[first]) for name, first in names)
 
 
 def record(
@@ -102,9 +115,16 @@ def record(
         "zero gradients": list(zero_gradients),
         "untrained": [key for key, parameter in module.named_parameters() if not parameter.requires_grad],
         "own errors": {kind: budgets.errors(own[kind], truth[kind]) for kind in truth},
+        "layers": {path: type(module.get_submodule(path)).__name__ for path in owners(module.state_dict())},
+        "names": aliases(module),
         "torch": importlib.metadata.version("torch"),
     }
     write_both(files, tensors, json.dumps(about, indent=2) + "\n")
+
+
+def owners(state_dict: Mapping[str, Any]) -> list[str]:
+    """The paths of the modules that hold the tensors."""
+    return sorted({key.rpartition(".")[0] for key in state_dict})
 
 
 def description(flax_module: Any) -> dict[str, Any] | None:
@@ -161,6 +181,8 @@ def read(stem: str | os.PathLike) -> Fixture:
             about["own errors"],
             tuple(about["zero gradients"]),
             tuple(about["untrained"]),
+            about["layers"],
+            about["names"],
             about["torch"],
         )
     except FileNotFoundError:
@@ -189,12 +211,14 @@ def replay(
     flax_module: Any,
     stem: str | os.PathLike,
     *,
+    names: Names | None = None,
+    channels_last: Sequence[str] = (),
     device: str | None = None,
     float64: bool | None = None,
 ) -> Report:
     """Judges a Flax module, whose arrays may be abstract, by what `record` wrote. Needs no torch.
 
-    flax_module None: the one that the fixture describes. device and float64 are those of `parity.check`, and the
+    flax_module None: the one that the fixture describes. The other arguments are those of `parity.check`, and the
     `Report` has its readings but for training and where they part: outputs and gradients in float64, the same in
     float32 in units of PyTorch's recorded errors, cached decoding, and the weights' way to PyTorch and back. Raises
     ValueError where the fixture is damaged, and ConversionError where its weights do not fit.
@@ -205,7 +229,7 @@ def replay(
     chosen = jax.devices(device)[0]
     float64 = chosen.platform != "tpu" if float64 is None else float64
     with strict_precision(float64, chosen):
-        checks = list(Replay(fixture, model).checks(float64))
+        checks = list(Replay(fixture, model, names, channels_last).checks(float64))
     stamp = environment(chosen, float64, seed=None) | {"torch": f"{fixture.torch}, recorded"}
     return Report(fixture.name, checks, None, time.perf_counter() - began, stamp)
 
@@ -213,8 +237,9 @@ def replay(
 class Replay:
     """The readings of one fixture."""
 
-    def __init__(self, fixture: Fixture, model: Any):
-        self.fixture, self.model = fixture, model
+    def __init__(self, fixture: Fixture, model: Any, names: Names | None, channels_last: Sequence[str]):
+        self.fixture, self.model, self.channels_last = fixture, model, channels_last
+        self.weights = weights_of(fixture, model, names)
 
     def checks(self, float64: bool) -> Iterator[Check]:
         fixture = self.fixture
@@ -237,7 +262,7 @@ class Replay:
 
     def evaluated(self, dtype: Any) -> tuple[FlaxSide, dict[str, dict[str, np.ndarray]]]:
         state = {n: a.astype(dtype) if a.dtype.kind not in "iub" else a for n, a in self.fixture.state.items()}
-        side = FlaxSide(self.model, state, self.fixture.inputs, dtype)
+        side = FlaxSide(self.model, state, self.fixture.inputs, dtype, self.weights, self.channels_last)
         return side, side.evaluate(self.fixture.inputs, self.fixture.labels, self.fixture.targets)
 
     def trained(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -261,8 +286,9 @@ class Replay:
     def changed(self) -> dict[str, float]:
         """1 for every tensor that comes back from Flax with another bit."""
         with jax.enable_x64(True):
-            back = to_torch(from_torch(self.model, self.fixture.state))
-        return {name: float(bits(array) != bits(back.get(name))) for name, array in self.fixture.state.items()}
+            back = self.weights.read(nnx.state(self.weights.load(self.model, self.fixture.state)))
+        carried = self.fixture.state if isinstance(self.weights, Twins) else back
+        return {name: float(bits(self.fixture.state[name]) != bits(back.get(name))) for name in carried}
 
 
 def bits(array: np.ndarray | None) -> tuple | None:
