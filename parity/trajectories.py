@@ -4,7 +4,6 @@ A step computes, in this order, the loss, its gradients, the optimizer's moments
 these that is past its limit tells a wrong backward pass from a wrong update.
 """
 
-import copy
 import dataclasses
 import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,20 +214,16 @@ def trajectory(
         if precision == "float64":
             limit, own = budgets.FLOAT64_LIMIT, None
         else:
-            limit, own = budgets.RATIO_LIMIT, torch_steps(TorchSide(module, torch.float32, "cpu"), *run)
-            state = (
-                module.float().state_dict()
-                if module is not torch_module
-                else copy.deepcopy(module).float().state_dict()
-            )
+            narrow = TorchSide(module, torch.float32, "cpu")
+            limit, own, state = budgets.RATIO_LIMIT, torch_steps(narrow, *run), narrow.module.state_dict()
         ours = FlaxSide(flax_module, state, inputs, jnp.dtype(precision), weights, channels_last)
         for step, (right, result) in enumerate(zip(torch_steps(truth, *run), flax_steps(ours, *run), strict=True)):
-            narrow = next(own) if own is not None else None
+            theirs = None if own is None else next(own)
             for kind, tensors in right.items():
-                if narrow is None:
+                if theirs is None:
                     values = budgets.errors(result[kind], tensors)
                 else:
-                    values = budgets.ratios(result[kind], narrow[kind], tensors)
+                    values = budgets.ratios(result[kind], theirs[kind], tensors)
                 readings.append(Reading(step, kind, *budgets.worst(values), limit))
             losses["torch"].append(float(right["loss"]["loss"]))
             losses["flax"].append(float(result["loss"]["loss"]))
