@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parity.checking import check
+    from parity.dtypes import sweep
     from parity.golden import record, replay
-    from parity.invariances import invariances
+    from parity.invariance import invariances
     from parity.report import Report
     from parity.suggestion import suggest
-    from parity.sweep import sweep
     from parity.trajectories import Optimizer, trajectory
 
 __all__ = [
@@ -31,11 +31,11 @@ HOMES = {
     "Optimizer": "trajectories",
     "Report": "report",
     "check": "checking",
-    "invariances": "invariances",
+    "invariances": "invariance",
     "record": "golden",
     "replay": "golden",
     "suggest": "suggestion",
-    "sweep": "sweep",
+    "sweep": "dtypes",
     "trajectory": "trajectories",
 }
 
@@ -43,6 +43,4 @@ HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'parity' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"parity.{HOMES[name]}"), name)
-    globals()[name] = found  # a function may be called as its module is: importing that would hide it
-    return found
+    return getattr(importlib.import_module(f"parity.{HOMES[name]}"), name)
