@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
+from flax import linen, nnx
 
 from jaxmodels.convert.params import as_numpy
 from parity import budgets, flax_side, torch_side
+from parity.checking import as_module
 from parity.divergence import Part, plain
 from parity.flax_side import FlaxSide
 from parity.mapping import Names, weights_of
@@ -103,7 +104,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def sweep(
     torch_module: torch.nn.Module,
-    flax_module: nnx.Module,
+    flax_module: nnx.Module | linen.Module,
     inputs: Any,
     *,
     labels: Any = None,
@@ -128,6 +129,7 @@ def sweep(
     chosen = jax.devices(device)[0]
     if chosen.platform == "tpu":
         dtypes = [dtype for dtype in dtypes if dtype != "float64"]
+    flax_module = as_module(flax_module, inputs, channels_last)
     weights = weights_of(module, flax_module, names)
     rows, checks = [], []
     for name in dtypes:
@@ -201,7 +203,7 @@ class Cost:
 
 def fast_path(
     torch_module: torch.nn.Module,
-    flax_module: nnx.Module,
+    flax_module: nnx.Module | linen.Module,
     inputs: Any,
     *,
     labels: Any = None,
@@ -220,6 +222,7 @@ def fast_path(
     inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
     module = torch_side.randomized(torch_module, seed) if randomize else torch_module
     chosen = jax.devices(device)[0]
+    flax_module = as_module(flax_module, inputs, channels_last)
     weights = weights_of(module, flax_module, names)
     with torch_side.strict_precision():
         truth_side, own_side = (TorchSide(module, dtype, "cpu") for dtype in (torch.float64, torch.float32))

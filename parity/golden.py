@@ -21,19 +21,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from jaxmodels.checkpoint import MODELS, build, describe
 from jaxmodels.convert.params import as_numpy
 from jaxmodels.convert.safetensors import read_file, write_file
 from parity import budgets
 from parity.flax_side import FlaxSide, strict_precision
+from parity.linen import as_nnx
 from parity.mapping import Names, Twins, aliases, weights_of
 from parity.objective import Inputs, matches, random_targets
 from parity.report import Check, Report, environment
 
 FORMAT = 1
 KINDS = ("output", "parameter gradients", "input gradients")
+BESIDE = ("start", "ret")  # what decoding reads beside the ids: left padding, RETRO's neighbours
 SHIPPED = Path(__file__).parent / "fixtures"
 
 Kinds = Mapping[str, Mapping[str, np.ndarray]]
@@ -226,6 +228,8 @@ def replay(
     began = time.perf_counter()
     fixture = read(stem)
     model = rebuilt(fixture) if flax_module is None else flax_module
+    if isinstance(model, linen.Module):
+        model = as_nnx(model, fixture.inputs, tuple(channels_last))
     chosen = jax.devices(device)[0]
     float64 = chosen.platform != "tpu" if float64 is None else float64
     with strict_precision(float64, chosen):
@@ -278,8 +282,9 @@ class Replay:
 
     def decoded(self, side: FlaxSide) -> dict[str, float]:
         """Errors of the logits through the cache, against the recorded full forward pass."""
-        ids, *start = self.fixture.inputs.named().values()
-        first, logits = side.decode(ids, *start)
+        ids, *_ = self.fixture.inputs.named().values()
+        beside = {name: self.fixture.inputs.kwargs[name] for name in BESIDE if name in self.fixture.inputs.kwargs}
+        first, logits = side.decode(ids, **beside)
         (name, truth), axis = next(iter(self.fixture.truth["output"].items())), side.module.sequence_axis
         return budgets.errors({name: logits}, {name: truth.take(np.arange(first, ids.shape[axis]), axis)})
 

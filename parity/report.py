@@ -6,11 +6,15 @@ import math
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from parity.divergence import Divergence
+from parity.divergence import Divergence, plain
+
+if TYPE_CHECKING:  # these need torch, a report does not
+    from parity.dtypes import Cost, Sweep
+    from parity.trajectories import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Check:
     """One reading: the worst value among its tensors, that tensor's name, and the most it may be.
 
     precision 'float64': an error relative to the largest tensor of the kind; 'float32', 'bfloat16', 'float16': Flax's
-    error against the truth in units of PyTorch's own; 'bits': tensors that changed.
+    error against the truth in units of PyTorch's own; 'bits': tensors that changed. An infinite limit only reports.
     """
 
     kind: str
@@ -33,18 +37,26 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
-        return f"{verdict:6} {self.kind} ({self.precision}): {self.value:.2g}, at most {self.limit:g}, at {self.worst}"
+        limit = f", at most {self.limit:g}" if math.isfinite(self.limit) else ""
+        return f"{verdict:6} {self.kind} ({self.precision}): {self.value:.2g}{limit}, at {self.worst}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome of one `check`."""
+    """The outcome of one `check`, and of what else was read of the pair.
+
+    skipped: what was asked for and does not exist for it, and why.
+    """
 
     name: str
     checks: list[Check]
     divergence: Divergence | None
     seconds: float
     environment: dict[str, str]
+    sweep: "Sweep | None" = None
+    trajectories: tuple["Trajectory", ...] = ()
+    costs: tuple["Cost", ...] = ()
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -63,6 +75,9 @@ class Report:
             lines.append(
                 "  all sub-modules agree in the plain forward pass: look at what is fused, cached or a gradient"
             )
+        lines += [f"  –      {kind}: {why}" for kind, why in self.skipped.items()]
+        lines += [f"  {cost}" for cost in self.costs]
+        lines += [str(part) for part in (self.sweep, *self.trajectories) if part is not None]
         return "\n".join(lines)
 
     def raise_if_failed(self) -> None:
@@ -72,7 +87,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it; infinities as strings."""
-        checks = [dataclasses.asdict(c) | {"value": number(c.value), "passed": c.passed} for c in self.checks]
+        checks = [plain(dataclasses.asdict(check)) | {"passed": check.passed} for check in self.checks]
         where = self.divergence
         return {
             "name": self.name,
@@ -81,12 +96,11 @@ class Report:
             "checks": checks,
             "divergence": where.to_json() if where else None,
             "environment": self.environment,
+            "sweep": self.sweep.to_json() if self.sweep else None,
+            "trajectories": [trajectory.to_json() for trajectory in self.trajectories],
+            "costs": [plain(dataclasses.asdict(cost)) for cost in self.costs],
+            "skipped": self.skipped,
         }
-
-
-def number(value: float) -> float | str:
-    """JSON has no infinity and no NaN."""
-    return value if math.isfinite(value) else str(value)
 
 
 def environment(device: jax.Device, float64: bool, seed: int | None) -> dict[str, str]:

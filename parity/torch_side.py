@@ -113,7 +113,7 @@ class TorchSide:
     @staticmethod
     def gradient(tensor: torch.Tensor) -> np.ndarray:
         gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        return gradient.detach().cpu().numpy()
+        return as_numpy(gradient)
 
     @staticmethod
     def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

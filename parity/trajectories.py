@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from flax import nnx
+from flax import linen, nnx
 
 from parity import budgets, flax_side, torch_side
+from parity.checking import as_module
 from parity.divergence import plain
 from parity.flax_side import FlaxSide
 from parity.mapping import Names, weights_of
@@ -164,7 +165,7 @@ class Trajectory:
 
 def trajectory(
     torch_module: torch.nn.Module,
-    flax_module: nnx.Module,
+    flax_module: nnx.Module | linen.Module,
     inputs: Any,
     *,
     labels: Any = None,
@@ -202,6 +203,7 @@ def trajectory(
     if all(matches(name, frozen) for name, _ in module.named_parameters()):
         raise ValueError("torch_module has no parameter that is trained")
     chosen = jax.devices(device)[0]
+    flax_module = as_module(flax_module, inputs, channels_last)
     weights = weights_of(module, flax_module, names)
     readings, losses = [], {"torch": [], "flax": []}
     with torch_side.strict_precision(), flax_side.strict_precision(precision == "float64", chosen):
