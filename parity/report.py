@@ -62,6 +62,10 @@ class Report:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
+    def check(self, kind: str) -> Check | None:
+        """The first reading of a kind, None where it was not taken."""
+        return next((c for c in self.checks if c.kind == kind), None)
+
     def value(self, kind: str, precision: str) -> float | None:
         """One reading's value, None where it was not taken."""
         return next((c.value for c in self.checks if (c.kind, c.precision) == (kind, precision)), None)
