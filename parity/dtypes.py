@@ -2,7 +2,8 @@
 
 The truth of a dtype is PyTorch in float64 with the weights and inputs that dtype can hold: rounding them is no error of
 computing. The worst tensor of Flax is held to the worst of PyTorch: in 16 bits a single bias's gradient is off by where
-its sum was rounded, which each library does elsewhere. A language model is also judged by its distributions: KL(truth ‖ model) and the best tokens.
+its sum was rounded, which each library does elsewhere. A language model is also judged by its distributions: KL(truth ‖
+model) and the best tokens.
 """
 
 import contextlib

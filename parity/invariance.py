@@ -243,7 +243,8 @@ def sharded(subject: Subject) -> Pairs:
         for group in (floats, others)
     ]
     whole = parts(side.evaluate(inputs, labels, targets))
-    (_, outputs), (gradients, _) = side.value_and_grad(jax.tree.map(halved, side.params), *named, labels, targets)
+    params, rest = (jax.tree.map(halved, state) for state in (side.params, side.rest))
+    (_, outputs), (gradients, _) = side.value_and_grad(params, *named, labels, targets, rest)
     outputs = {name: np.asarray(output) for name, output in outputs.items()}
     yield {"output": outputs, "parameter gradients": side.weights.read(gradients)}, whole
 

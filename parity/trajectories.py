@@ -292,7 +292,7 @@ def flax_steps(
 
     params, state = side.params, pair.optax(rates[0]).init(side.params)
     for (inputs, labels), rate in zip(batches, rates, strict=True):
-        (loss, _), (gradients, _) = side.value_and_grad(params, *side.arguments(inputs, labels, targets))
+        (loss, _), (gradients, _) = side.value_and_grad(params, *side.arguments(inputs, labels, targets), side.rest)
         params, state = update(params, state, gradients, jnp.asarray(rate, side.dtype))
         moments = {kind: read(optax.tree.get(state, key)) for kind, (_, key) in pair.moments.items()}
         yield {"loss": {"loss": np.asarray(loss)}, "gradients": read(gradients), **moments, "parameters": read(params)}
