@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,18 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2
+    from parity.files import write
+
     summary(reports, console)
     details(reports, console)
-    if options.json:
-        write_beside(options.json, json.dumps([report.to_dict() for report in reports], indent=2) + "\n")
-    if options.junit:
-        from parity.junit import junit
-
-        write_beside(options.junit, junit(reports))
-    if options.report:
-        from parity.page import page
-
-        write_beside(options.report, page(reports))
+    write(reports, json=options.json, junit=options.junit, report=options.report)
     return 0 if all(report.passed for report in reports) else 1
 
 
@@ -267,13 +259,6 @@ def cell(report, kind: str, precision: str) -> str:
         return "[dim]–[/]"
     text = {"float64": f"{found.value:.0e}", "bits": f"{found.value:.0f}"}.get(precision, f"{found.value:.2f}×")
     return text if found.passed else f"[red]{text}[/]"
-
-
-def write_beside(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = file.with_name(f".{file.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 if __name__ == "__main__":
