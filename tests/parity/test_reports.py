@@ -16,18 +16,18 @@ from parity.report import Check, commit
 from tests.parity.pairs import FlaxMLP, mlp
 
 
-class Tanhless(FlaxMLP):
-    """Its norm is wrong, and so is what follows."""
+class WrongNorm(FlaxMLP):
+    """Its norm has another epsilon, and what follows is wrong in consequence."""
 
-    def __call__(self, x):
+    def __init__(self, *, rngs):
+        super().__init__(rngs=rngs)
         self.norm.epsilon = 1e-2
-        return super().__call__(x)
 
 
 @pytest.fixture(scope="module")
 def report():
     torch_module, flax_module, x = mlp()
-    wrong = Tanhless(rngs=nnx.Rngs(0))
+    wrong = WrongNorm(rngs=nnx.Rngs(0))
     found = parity.check(torch_module, wrong, x, steps=0, name="mlp <wrong>")
     swept = parity.sweep(torch_module, flax_module, x, dtypes=["float64", "bfloat16"])
     run = parity.trajectory(torch_module, wrong, x, optimizer="sgd", steps=3)
