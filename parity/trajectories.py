@@ -188,8 +188,8 @@ def trajectory(
     learning_rate may be a function of the step. precision 'float64' holds errors against float64's limit; 'float32'
     holds Flax's distance from PyTorch in float64 against PyTorch's own distance in float32, step by step: two runs that
     round differently drift apart, and how fast is PyTorch's to say. That blames libraries too: optax computes Adam's
-    1 - β₂ᵗ in float32 (1.3e-5 off at the first step), PyTorch in float64. The other arguments are those of `parity.check`.
-    Raises ValueError for another name, precision or number of steps, and where nothing is trained.
+    1 - β₂ᵗ in float32 (1.3e-5 off at the first step), PyTorch in float64. The other arguments are those of
+    `parity.check`. Raises ValueError for another name, precision or number of steps, and where nothing is trained.
     """
     pair = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
     if pair is None:
