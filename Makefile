@@ -28,7 +28,7 @@ parity: $(READY)
 	$(BIN)/python -m parity $(ARGS)
 
 parity-golden: .venv-golden/.ready
-	.venv-golden/bin/python -m parity --replay $(ARGS)
+	.venv-golden/bin/python -m parity $(ARGS) --replay
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
