@@ -75,7 +75,7 @@ class Report:
         lines += [f"  {check}" for check in self.checks]
         if self.divergence:
             lines.append(f"  {self.divergence}")
-        elif not self.passed:
+        elif not self.passed and "where they part" not in self.skipped:
             lines.append(
                 "  all sub-modules agree in the plain forward pass: look at what is fused, cached or a gradient"
             )

@@ -53,8 +53,9 @@ def test_a_right_model_agrees_and_a_wrong_one_does_not(recorded):
         def __call__(self, x):
             return self.down(jnp.tanh(self.norm(self.up(x)) * (1 + 1e-9)))
 
-    failed = [c.kind for c in parity.replay(Wrong(rngs=nnx.Rngs(0)), stem).checks if not c.passed]
-    assert failed == ["output", "parameter gradients", "input gradients"]
+    report = parity.replay(Wrong(rngs=nnx.Rngs(0)), stem)
+    assert [c.kind for c in report.checks if not c.passed] == ["output", "parameter gradients", "input gradients"]
+    assert "parity.check tells" in str(report)
 
 
 def test_float32_alone_where_there_is_no_float64(recorded):
