@@ -35,7 +35,6 @@ from parity.report import Check, Report, environment
 
 FORMAT = 1
 KINDS = ("output", "parameter gradients", "input gradients")
-BESIDE = ("start", "ret")  # what decoding reads beside the ids: left padding, RETRO's neighbours
 SHIPPED = Path(__file__).parent / "fixtures"
 
 Kinds = Mapping[str, Mapping[str, np.ndarray]]
@@ -287,8 +286,7 @@ class Replay:
     def decoded(self, side: FlaxSide) -> dict[str, float]:
         """Errors of the logits through the cache, against the recorded full forward pass."""
         ids, *_ = self.fixture.inputs.named().values()
-        beside = {name: self.fixture.inputs.kwargs[name] for name in BESIDE if name in self.fixture.inputs.kwargs}
-        first, logits = side.decode(ids, **beside)
+        first, logits = side.decode(ids, **self.fixture.inputs.for_decoding())
         (name, truth), axis = next(iter(self.fixture.truth["output"].items())), side.module.sequence_axis
         return budgets.errors({name: logits}, {name: truth.take(np.arange(first, ids.shape[axis]), axis)})
 

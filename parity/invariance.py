@@ -256,8 +256,7 @@ def cached(subject: Subject) -> Pairs:
     _, ids = subject.ids
     if not hasattr(subject.side.module, "prefill"):
         raise NotApplicable("no cache")
-    beside = {name: subject.inputs.kwargs[name] for name in ("start", "ret") if name in subject.inputs.kwargs}
-    first, logits = subject.side.decode(ids, **beside)
+    first, logits = subject.side.decode(ids, **subject.inputs.for_decoding())
     yield {"output": {"logits": logits}}, {"output": {"logits": from_position(subject, first)}}
 
 

@@ -50,6 +50,10 @@ class Inputs:
         args = tuple(arrays[f"input {i}"] for i in range(len(self.args)))
         return Inputs(args, {name: arrays[name] for name in self.kwargs})
 
+    def for_decoding(self) -> dict[str, np.ndarray]:
+        """What decoding reads beside the ids: left padding, and RETRO's neighbours."""
+        return {name: self.kwargs[name] for name in ("start", "ret") if name in self.kwargs}
+
     def batch(self, step: int) -> "Inputs":
         """Other data of the same kind for a training step: integers rolled along their first axis, floats perturbed."""
         rng = np.random.default_rng(step)
