@@ -24,7 +24,8 @@ figure { margin: 0; } figcaption { font-size: .85em; opacity: .8; }
 svg { overflow: visible; } svg text { font-size: 9px; fill: currentColor; opacity: .7; }
 .tree { margin: .3rem 0 .6rem 1.5rem; } .tree .tree { margin: 0 0 0 1.2rem; }
 .tree details { border: 0; } .tree summary { display: list-item; padding: .1rem; }
-.tree p { margin: .1rem 0 .1rem 1.2rem; font-size: .9em; }
+.tree p { margin: .1rem 0 .1rem 1.2rem; } .tree details p { font-size: .9em; }
+.tree .tree > p { font-size: 1em; margin-left: 1rem; }
 .tree code { font-size: .95em; } .tag { font-size: .8em; padding: 0 .4em; border-radius: 3px; background: #8883; }
 .tag.culprit { background: var(--bad); color: #fff; } .tag.victim, .tag.encloses { background: #bf8700aa; }
 """
@@ -123,7 +124,7 @@ def curves(trajectory: "Trajectory") -> str:
         f'<text x="-6" y="{y(10.0**d) + 3:.1f}" text-anchor="end">1e{d}</text>' for d in sorted({low, high})
     )
     at = trajectory.parted
-    parted = "the sides never part" if at is None else f"they part at step {at.step}, in {at.kind} of {at.worst}"
+    parted = "the sides never part" if at is None else f"they part at step {at.step}, in {at.where}"
     first, last = trajectory.losses["torch"][0], trajectory.losses["torch"][-1]
     scale += f'<text x="0" y="{height + 11}">step 0</text>'
     scale += f'<text x="{width}" y="{height + 11}" text-anchor="end">{steps - 1}</text>'

@@ -104,6 +104,10 @@ class Reading:
     def passed(self) -> bool:
         return self.value <= self.limit
 
+    @property
+    def where(self) -> str:
+        return self.kind if self.worst == self.kind else f"{self.kind} of {self.worst}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
@@ -135,7 +139,7 @@ class Trajectory:
         found = []
         for kind, readings in self.by_kind().items():
             worst = max(readings, key=lambda r: np.inf if np.isnan(r.value) else r.value)
-            where = f"step {worst.step}, {worst.worst}"
+            where = f"step {worst.step}" if worst.worst == kind else f"step {worst.step}, {worst.worst}"
             limit = worst.limit if self.precision == "float64" else np.inf
             found.append(Check(f"{self.optimizer}: {kind}", self.precision, where, worst.value, limit))
         return found
@@ -159,7 +163,7 @@ class Trajectory:
         lines.append(
             "  the sides never part"
             if at is None
-            else f"  first part at step {at.step}: {at.kind} of {at.worst}, {at.value:.1e}, at most {at.limit:g}"
+            else f"  first part at step {at.step}: {at.where}, {at.value:.1e}, at most {at.limit:g}"
         )
         return "\n".join(lines)
 
