@@ -59,7 +59,6 @@ class Batched(AutoregressiveTransformer):
     [
         (Forward, "padded / unpadded"),
         (Forward, "cached / full"),
-        (Forward, "scanned / unrolled"),
         (Jitted, "jit / no jit"),
         (Batched, "accumulated / whole batch"),
     ],
