@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.convert.params import flat_arrays, with_arrays
 from parity import budgets
-from parity.flax_side import FlaxSide, loss, strict_precision
+from parity.flax_side import FlaxSide, compiled, loss, strict_precision
 from parity.mapping import evaluating
 from parity.objective import Inputs, matches, random_targets
 from parity.report import Check
@@ -151,8 +151,8 @@ class Subject:
             raise NotApplicable("no language model of this project")
         return next(iter(self.inputs.named().items()))
 
-    def evaluate(self, function: Callable, *, compiled: bool = True) -> Kinds:
-        """As the base, of a function (model, values) -> outputs."""
+    def evaluate(self, function: Callable, *, fast: bool = True) -> Kinds:
+        """As the base, of a function (model, values) -> outputs, compiled unless not `fast`."""
         side = self.side
 
         def objective(params, floats, others, labels, targets):
@@ -160,7 +160,7 @@ class Subject:
             return loss(outputs, labels, targets), outputs
 
         derive = jax.value_and_grad(objective, has_aux=True)
-        derive = jax.jit(derive) if compiled else derive
+        derive = compiled(derive) if fast else derive
         (_, outputs), gradients = derive(side.params, *side.arguments(self.inputs, self.labels, self.targets))
         outputs = {name: np.asarray(output) for name, output in outputs.items()}
         return {"output": outputs, "parameter gradients": side.weights.read(gradients)}
@@ -209,7 +209,7 @@ Pairs = Iterator[tuple[Kinds, Kinds]]  # results, and what they must equal
 
 def uncompiled(subject: Subject) -> Pairs:
     """Operation by operation."""
-    yield subject.evaluate(subject.side.call, compiled=False), subject.base
+    yield subject.evaluate(subject.side.call, fast=False), subject.base
 
 
 def unrolled(subject: Subject) -> Pairs:
@@ -289,10 +289,10 @@ def padded(subject: Subject) -> Pairs:
     if "start" in inspect.signature(side.module).parameters:
         more = dataclasses.replace(subject.inputs, args=(), kwargs={name: moved, "start": start})
         if name in subject.inputs.kwargs:
-            call = jax.jit(lambda model, values: model(**values))
+            call = compiled(lambda model, values: model(**values))
             yield compared(np.asarray(call(side.module, {k: jnp.asarray(v) for k, v in more.kwargs.items()})), 0)
     cut = ids.take(range(n - n // 3), axis)
-    shorter = jax.jit(lambda model, ids: model(ids))(side.module, jnp.asarray(cut))
+    shorter = compiled(lambda model, ids: model(ids))(side.module, jnp.asarray(cut))
     yield {"output": {"cut": np.asarray(shorter)}}, {"output": {"cut": logits.take(range(n - n // 3), axis)}}
 
 

@@ -19,7 +19,7 @@ from flax import linen, nnx
 from parity import budgets, flax_side, torch_side
 from parity.checking import as_module
 from parity.divergence import plain
-from parity.flax_side import FlaxSide
+from parity.flax_side import FlaxSide, compiled
 from parity.mapping import Names, weights_of
 from parity.objective import Inputs, matches, named_leaves, random_targets, roll
 from parity.report import Check
@@ -286,7 +286,7 @@ def flax_steps(
     """The same in JAX, each tensor under its PyTorch name."""
     held = side.weights.held(side.params, frozen)
 
-    @jax.jit
+    @compiled
     def update(params, state, gradients, rate):
         updates, state = pair.optax(rate).update(gradients, state, params)
         flat = nnx.to_flat_state(updates)
