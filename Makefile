@@ -2,27 +2,33 @@
 #
 #   make parity   Flax against PyTorch, every case, a table       make train   the small RoPE language model
 #   make test     the test suite                                  make bench   timings, each a ratio
-#   make lint     ruff and the type checker
+#   make lint     ruff and the type checker                       make parity-golden   Flax against what PyTorch
+#                                                                                      computed, without PyTorch
 #
 # PYTHON       the interpreter .venv is made with (3.11 or newer).
 # TORCH_INDEX  another package index to take torch from, e.g. the one that PyTorch keeps for its CPU builds.
 # EXTRAS       what .venv is made with: dev, or dev,plan to compile for TPUs too (libtpu, 700 MB).
+# GOLDEN       what .venv-golden, which has no torch, is made with: golden, or golden,tpu (golden,cuda) for a device.
 # ARGS         passed on: make parity ARGS="rope --report parity.html"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 EXTRAS ?= dev
+GOLDEN ?= golden
 ARGS ?=
 
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: parity test train bench lint
+.PHONY: parity parity-golden test train bench lint
 .DELETE_ON_ERROR:
 
 parity: $(READY)
 	$(BIN)/python -m parity $(ARGS)
+
+parity-golden: .venv-golden/.ready
+	.venv-golden/bin/python -m parity $(ARGS) --replay
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -46,4 +52,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+.venv-golden/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-golden
+	.venv-golden/bin/python -m pip install --quiet --upgrade pip
+	.venv-golden/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(GOLDEN)]'
 	touch $@

@@ -3,22 +3,44 @@
 The truth is the PyTorch module in float64. Importing this package imports neither torch nor jax.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parity.checking import check
+    from parity.dtypes import sweep
+    from parity.golden import record, replay
+    from parity.invariance import invariances
     from parity.report import Report
+    from parity.suggestion import suggest
+    from parity.trajectories import Optimizer, trajectory
 
-__all__ = ["Report", "check"]
+__all__ = [
+    "Optimizer",
+    "Report",
+    "check",
+    "invariances",
+    "record",
+    "replay",
+    "suggest",
+    "sweep",
+    "trajectory",
+]
+
+HOMES = {
+    "Optimizer": "trajectories",
+    "Report": "report",
+    "check": "checking",
+    "invariances": "invariance",
+    "record": "golden",
+    "replay": "golden",
+    "suggest": "suggestion",
+    "sweep": "dtypes",
+    "trajectory": "trajectories",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "check":
-        from parity.checking import check
-
-        return check
-    if name == "Report":
-        from parity.report import Report
-
-        return Report
-    raise AttributeError(f"module 'parity' has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module 'parity' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"parity.{HOMES[name]}"), name)

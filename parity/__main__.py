@@ -1,8 +1,9 @@
 """`python -m parity`: every case, a table, a non-zero exit where any differs."""
 
 import argparse
-import json
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich import box
@@ -25,6 +26,14 @@ READINGS = {
 COLUMNS = [(heading, kind, precision) for precision in ("float64", "float32") for heading, kind in READINGS.items()]
 COLUMNS += [("output", "output", precision) for precision in ("bfloat16", "float16")]
 COLUMNS += [("bits", "round trip", "bits")]
+VARIANTS = {  # of parity.invariance, which is not imported before it is known where JAX runs
+    "jit": "jit / no jit",
+    "unrolled": "scanned / unrolled",
+    "8 devices": "1 / 8 devices",
+    "cached": "cached / full",
+    "padded": "padded / unpadded",
+    "accumulated": "accumulated / whole batch",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,11 +43,41 @@ def parser() -> argparse.ArgumentParser:
         "Without names, all cases run. Exits 1 where any case differs.",
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case (rope.attention) or a system (rope)")
-    arguments.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="where Flax runs (default: JAX's default)")
+    arguments.add_argument(
+        "--device",
+        choices=["cpu", "gpu", "tpu"],
+        help="where Flax runs (default: JAX's default); gpu and tpu imply --fast",
+    )
     arguments.add_argument("--list", action="store_true", help="name the cases and exit")
     arguments.add_argument("--seed", type=int, default=0, help="seed of weights, inputs and targets (default 0)")
-    arguments.add_argument("--json", type=Path, metavar="FILE", help="write all readings as JSON")
-    arguments.add_argument("--report", type=Path, metavar="FILE.html", help="write one self-contained page")
+    more = arguments.add_argument_group("more readings of each case")
+    more.add_argument("--all", action="store_true", help="all of these; trajectories with Adam")
+    more.add_argument(
+        "--invariances", action="store_true", help="jit, unrolling, 8 devices, caches, padding, accumulated gradients"
+    )
+    more.add_argument("--sweep", action="store_true", help="every floating dtype, layer by layer; KL and best tokens")
+    more.add_argument(
+        "--trajectory", nargs="+", metavar="OPTIMIZER", default=[], help="training compared after every step"
+    )
+    more.add_argument("--steps", type=int, default=100, metavar="N", help="of a trajectory (default 100)")
+    more.add_argument("--fast", action="store_true", help="what the default matmul precision costs, and two runs' bits")
+    more.add_argument("--matmul-precision", metavar="NAME", help="the fast precision, where not the device's default")
+    files = arguments.add_argument_group("files")
+    files.add_argument("--json", type=Path, metavar="FILE", help="write all readings as JSON")
+    files.add_argument("--junit", type=Path, metavar="FILE.xml", help="write them as JUnit XML")
+    files.add_argument("--report", type=Path, metavar="FILE.html", help="write one self-contained page")
+    golden = arguments.add_argument_group("golden fixtures, instead of running both sides")
+    golden.add_argument(
+        "--record", type=Path, metavar="FOLDER", help="write what PyTorch computes (without names: the small models)"
+    )
+    golden.add_argument(
+        "--replay",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
+        help="judge Flax by a folder's fixtures, without torch (default: those that come with the package)",
+    )
     return arguments
 
 
@@ -47,72 +86,125 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:  # a file has no width to fit: a whole table is worth more than one folded to 80
         console = Console(width=184)
-    if options.device == "cpu":  # before JAX starts, so that it looks for no other
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
-    from parity.cases import load_cases, select
-
+    prepare_jax(options)
     try:
-        for file in filter(None, (options.json, options.report)):
+        for file in filter(None, (options.json, options.junit, options.report)):
             if not file.absolute().parent.is_dir():
                 raise ValueError(f"{file} cannot be written: there is no folder {file.absolute().parent}")
-        names = select(options.names)
-        if options.list:
-            for name in names:
-                console.print(f"{name:40} {load_cases()[name][1]}", highlight=False)
-            return 0
-        reports = run(names, options.device, options.seed, console)
+        if options.replay:
+            reports = replay_all(options, console)
+        elif options.list or options.record:
+            return show(options, console) if options.list else record_all(options, console)
+        else:
+            reports = run(options, console)
     except (ValueError, RuntimeError) as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2
-    summary(reports, console)
-    if options.json:
-        write_beside(options.json, json.dumps([report.to_dict() for report in reports], indent=2) + "\n")
-    if options.report:
-        from parity.page import page
+    from parity.files import write
 
-        write_beside(options.report, page(reports))
+    summary(reports, console)
+    details(reports, console)
+    write(reports, json=options.json, junit=options.junit, report=options.report)
     return 0 if all(report.passed for report in reports) else 1
 
 
-def run(names: list[str], device: str | None, seed: int, console: Console) -> list:
+def prepare_jax(options: argparse.Namespace) -> None:
+    """What has to be said before JAX starts: that it looks for no other device, and how many a CPU is."""
+    import jax
+
+    if options.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if options.invariances or options.all:
+        with contextlib.suppress(RuntimeError):  # it runs already: that reading is then skipped, with its reason
+            jax.config.update("jax_num_cpu_devices", 8)
+
+
+def show(options: argparse.Namespace, console: Console) -> int:
+    from parity.cases import load_cases, select
+
+    for name in select(options.names):
+        console.print(f"{name:40} {load_cases()[name][1]}", highlight=False)
+    return 0
+
+
+def run(options: argparse.Namespace, console: Console) -> list:
     """One report per case, with a progress bar."""
-    import numpy as np
-    import torch
+    from parity.cases import load_cases, select
+    from parity.suite import Wanted, examine
+    from parity.trajectories import OPTIMIZERS
 
-    from parity import check
-    from parity.cases import load_cases
-
+    names, every = select(options.names), options.all
+    unknown = [name for name in options.trajectory if name not in OPTIMIZERS]
+    if unknown:
+        raise ValueError(f"--trajectory {' '.join(unknown)}: there are {', '.join(OPTIMIZERS)}")
+    wanted = Wanted(
+        invariances=every or options.invariances,
+        sweep=every or options.sweep,
+        trajectories=tuple(options.trajectory or (["adam"] if every else [])),
+        steps=options.steps,
+        fast=every or options.fast or options.matmul_precision is not None or options.device in ("gpu", "tpu"),
+        matmul_precision=options.matmul_precision,
+    )
     cases, reports = load_cases(), []
+    for name, progress, stage in bar(names, console):
+        reports.append(examine(cases[name][0], name, wanted, device=options.device, seed=options.seed, progress=stage))
+        if not reports[-1].passed:
+            progress.console.print(str(reports[-1]), style="red", markup=False, highlight=False)
+    return reports
+
+
+def bar(names: list[str], console: Console) -> Iterator[tuple[str, Progress, Callable[[str], None]]]:
+    """The names, one after the other, with the bar and what tells it of a stage."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(names))
         for name in names:
-            torch.manual_seed(seed)
-            pair = cases[name][0](np.random.default_rng(seed))
-
-            def stage(text: str, name: str = name) -> None:
-                progress.update(task, description=f"{name}: {text}")
-
-            reports.append(
-                check(
-                    pair.torch,
-                    pair.flax,
-                    pair.inputs,
-                    labels=pair.labels,
-                    zero_gradients=pair.zero_gradients,
-                    half=pair.half,
-                    steps=pair.steps,
-                    device=device,
-                    seed=seed,
-                    name=name,
-                    progress=stage,
-                )
-            )
+            progress.update(task, description=name)
+            yield name, progress, lambda text, name=name: progress.update(task, description=f"{name}: {text}")
             progress.advance(task)
-            if not reports[-1].passed:
-                progress.console.print(str(reports[-1]), style="red", markup=False, highlight=False)
+
+
+def record_all(options: argparse.Namespace, console: Console) -> int:
+    """Fixtures of the cases named, or of the small models; what cannot be rebuilt is left out, by name."""
+    from parity.cases import load_cases, select
+    from parity.cases.golden import GOLDEN
+    from parity.golden import description, record
+    from parity.suite import pair_of
+
+    if not options.record.is_dir():
+        raise ValueError(f"{options.record} cannot be written: there is no such folder")
+    makes = {name: load_cases()[name][0] for name in select(options.names)} if options.names else GOLDEN
+    for name, _, _ in bar(list(makes), console):
+        pair = pair_of(makes[name], options.seed)
+        if description(pair.flax) is None:
+            console.print(f"{name} is left out: {type(pair.flax).__name__} is no language model", highlight=False)
+            continue
+        record(
+            *(pair.torch, pair.inputs, options.record / name),
+            flax_module=pair.flax,
+            labels=pair.labels,
+            zero_gradients=pair.zero_gradients,
+            seed=options.seed,
+            name=name,
+        )
+    console.print(f"{len(list(options.record.glob('*.json')))} fixtures in {options.record}", highlight=False)
+    return 0
+
+
+def replay_all(options: argparse.Namespace, console: Console) -> list:
+    """One report per fixture, those named or all."""
+    from parity.golden import SHIPPED, replay, stems
+
+    folder = SHIPPED if options.replay is True else options.replay
+    found = {file.stem: file for file in stems(folder)}
+    chosen = [n for n in found if not options.names or any(n == o or n.startswith(f"{o}.") for o in options.names)]
+    if not chosen:
+        raise ValueError(f"no fixture is called {', '.join(options.names)}; there are {', '.join(found)}")
+    reports = []
+    for name, progress, _ in bar(chosen, console):
+        reports.append(replay(None, found[name], device=options.device))
+        if not reports[-1].passed:
+            progress.console.print(str(reports[-1]), style="red", markup=False, highlight=False)
     return reports
 
 
@@ -136,19 +228,37 @@ def summary(reports: list, console: Console) -> None:
     console.print(stamp, style="dim", highlight=False, soft_wrap=True)
 
 
+def details(reports: list, console: Console) -> None:
+    """What was read beside the checks: variants as a table, the rest as text."""
+    shown = [(heading, kind) for heading, kind in VARIANTS.items() if any(r.check(kind) for r in reports)]
+    if shown:
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("must not change", no_wrap=True)
+        for heading, _ in shown:
+            table.add_column(heading, justify="right")
+        for report in reports:
+            table.add_row(report.name, *(variant(report.check(kind)) for _, kind in shown))
+        console.print(table)
+    for report in reports:
+        lines = [*map(str, report.costs), *(str(c) for c in report.checks if c.kind.startswith("two runs"))]
+        parts = [*lines, *map(str, filter(None, (report.sweep, *report.trajectories)))]
+        if parts:
+            console.print(report.name, style="bold", highlight=False)
+            console.print("\n".join(parts), markup=False, highlight=False, soft_wrap=True)
+
+
+def variant(check) -> str:
+    if check is None:
+        return "[dim]–[/]"
+    return f"{check.value:.0e}" if check.passed else f"[red]{check.value:.0e}[/]"
+
+
 def cell(report, kind: str, precision: str) -> str:
     found = next((c for c in report.checks if (c.kind, c.precision) == (kind, precision)), None)
     if found is None:
         return "[dim]–[/]"
     text = {"float64": f"{found.value:.0e}", "bits": f"{found.value:.0f}"}.get(precision, f"{found.value:.2f}×")
     return text if found.passed else f"[red]{text}[/]"
-
-
-def write_beside(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = file.with_name(f".{file.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,15 @@ def error_of(result: np.ndarray | None, truth: np.ndarray | None, scale: float) 
 
 def ratios(flax: Tensors, torch: Tensors, truth: Tensors) -> dict[str, float]:
     """By name, Flax's error against the truth in units of PyTorch's own (plus RATIO_FLOOR); good up to RATIO_LIMIT."""
-    own = errors(torch, truth)
-    allowed = {name: own.get(name, 0.0) + RATIO_FLOOR for name in errors(flax, truth)}
+    return in_units_of(errors(flax, truth), errors(torch, truth))
+
+
+def in_units_of(flax: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
+    """Errors by name in units of PyTorch's own errors (plus RATIO_FLOOR)."""
+    allowed = {name: own.get(name, 0.0) + RATIO_FLOOR for name in flax}
     return {
         name: error / allowed[name] if np.isfinite(allowed[name]) else np.inf  # NaN on PyTorch's side excuses nothing
-        for name, error in errors(flax, truth).items()
+        for name, error in flax.items()
     }
 
 

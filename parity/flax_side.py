@@ -1,8 +1,9 @@
 """The Flax half: run, differentiate and train a module, at a chosen precision and on a chosen device."""
 
 import contextlib
+import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxmodels.convert.params import Path, entries, flat_arrays, from_torch, to_torch
-from parity.objective import Inputs, named_leaves
-from parity.torch_side import matches
+from parity.mapping import Twins, Weights
+from parity.objective import Inputs, matches, named_leaves
 
 
 @contextlib.contextmanager
@@ -23,18 +23,49 @@ def strict_precision(float64: bool, device: jax.Device) -> Iterator[None]:
         yield
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit`; on the CPU with LLVM's optimizer off, which takes half of the time and changes no sum's meaning."""
+    device = jax.config.jax_default_device or jax.devices()[0]
+    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+    return jax.jit(function, compiler_options=options)
+
+
 class FlaxSide:
-    """A Flax module with a PyTorch module's weights, in one dtype. Its tensors bear the PyTorch names."""
+    """A Flax module with a PyTorch module's weights, in one dtype. Its tensors bear the PyTorch names.
 
-    def __init__(self, module: nnx.Module, state_dict: Mapping[str, Any], inputs: Inputs, dtype: Any):
-        self.module = from_torch(module, state_dict)
-        self.inputs, self.dtype = inputs, dtype
+    `channels_last`: patterns of inputs and outputs that have their channels last here and second in PyTorch.
+    """
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        state_dict: Mapping[str, Any],
+        inputs: Inputs,
+        dtype: Any,
+        weights: Weights | None = None,
+        channels_last: Sequence[str] = (),
+    ):
+        self.weights: Weights = weights or Twins()
+        self.module = self.weights.load(module, state_dict)
+        self.inputs, self.dtype, self.channels_last = inputs, dtype, tuple(channels_last)
         self.graphdef, self.params, self.rest = nnx.split(self.module, nnx.Param, ...)
-        self.value_and_grad = jax.jit(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
+        self.value_and_grad = compiled(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
 
-    def _objective(self, params, floats, others, labels, targets):
-        outputs = self.inputs.call(nnx.merge(self.graphdef, params, self.rest), floats | others)
-        outputs = named_leaves(outputs, jax.Array)
+    def call(self, module: Any, values: dict[str, Any]) -> dict[str, jax.Array]:
+        """The outputs by name, laid out as PyTorch's."""
+        values = {n: jnp.moveaxis(v, 1, -1) if matches(n, self.channels_last) else v for n, v in values.items()}
+        outputs = named_leaves(self.inputs.call(module, values), jax.Array)
+        return {n: jnp.moveaxis(v, -1, 1) if matches(n, self.channels_last) else v for n, v in outputs.items()}
+
+    def loaded(self, state_dict: Mapping[str, Any]) -> "FlaxSide":
+        """The same with other weights; what was compiled serves both."""
+        side = copy.copy(self)
+        side.module = self.weights.load(self.module, state_dict)
+        _, side.params, side.rest = nnx.split(side.module, nnx.Param, ...)
+        return side
+
+    def _objective(self, params, floats, others, labels, targets, rest):
+        outputs = self.call(nnx.merge(self.graphdef, params, rest), floats | others)
         return loss(outputs, labels, targets), outputs
 
     def arguments(self, inputs: Inputs, labels, targets) -> tuple[dict, dict, Any, Any]:
@@ -46,10 +77,10 @@ class FlaxSide:
     def evaluate(self, inputs: Inputs, labels, targets) -> dict[str, dict[str, np.ndarray]]:
         """Outputs and the loss's gradients by kind, each tensor under its PyTorch name."""
         arguments = self.arguments(inputs, labels, targets)
-        (_, outputs), (gradients, input_gradients) = self.value_and_grad(self.params, *arguments)
+        (_, outputs), (gradients, input_gradients) = self.value_and_grad(self.params, *arguments, self.rest)
         kinds = {
             "output": {name: np.asarray(output) for name, output in outputs.items()},
-            "parameter gradients": to_torch(gradients),
+            "parameter gradients": self.weights.read(gradients),
             "input gradients": {name: np.asarray(gradient) for name, gradient in input_gradients.items()},
         }
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
@@ -57,16 +88,16 @@ class FlaxSide:
     def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The outputs alone."""
         floats, others, *_ = self.arguments(inputs, None, {})
-        call = jax.jit(lambda params, values: inputs.call(nnx.merge(self.graphdef, params, self.rest), values))
-        outputs = named_leaves(call(self.params, floats | others), jax.Array)
+        call = compiled(lambda params, values: self.call(nnx.merge(self.graphdef, params, self.rest), values))
+        outputs = call(self.params, floats | others)
         return {name: np.asarray(output) for name, output in outputs.items()}
 
     def train(self, batches: Sequence[tuple[Inputs, np.ndarray | None]], targets, frozen: Sequence[str], lr: float):
         """Adam over the batches: the loss of every step and the parameters at the end, by kind."""
         optimizer = optax.adam(lr)
-        held = self.held(frozen)
+        held = self.weights.held(self.params, frozen)
 
-        @jax.jit
+        @compiled
         def update(params, state, gradients):
             flat = nnx.to_flat_state(gradients)
             still = {path: leaf.replace(jnp.zeros_like(leaf.get_value())) for path, leaf in flat if path in held}
@@ -75,17 +106,13 @@ class FlaxSide:
 
         params, state, losses = self.params, optimizer.init(self.params), {}
         for step, (inputs, labels) in enumerate(batches):
-            (value, _), (gradients, _) = self.value_and_grad(params, *self.arguments(inputs, labels, targets))
+            (value, _), (gradients, _) = self.value_and_grad(
+                params, *self.arguments(inputs, labels, targets), self.rest
+            )
             params, state = update(params, state, gradients)
             losses[f"step {step}"] = np.asarray(value)
-        trained = {name: array for name, array in to_torch(params).items() if not matches(name, frozen)}
+        trained = {name: array for name, array in self.weights.read(params).items() if not matches(name, frozen)}
         return {"training loss": losses, "trained parameters": trained} if trained and batches else {}
-
-    def held(self, frozen: Sequence[str]) -> set[Path]:
-        """The paths of arrays whose PyTorch names are all frozen."""
-        arrays = flat_arrays(self.params)
-        moving = {entry.path for entry in entries(arrays) if not matches(entry.key, frozen)}
-        return set(arrays) - moving
 
     def decode(
         self, ids: np.ndarray, start: np.ndarray | None = None, ret: np.ndarray | None = None
@@ -101,8 +128,8 @@ class FlaxSide:
         cuts = [c for c in (0, prompt, *range(prompt + 5, prompt + 13)) if c < n] + [n]
         pieces = [jnp.asarray(ids.take(range(a, b), axis)) for a, b in itertools.pairwise(cuts)]
         # Functions of this call's own: jit remembers by function, and a check must run the code as it is now.
-        prefill = jax.jit(lambda model, ids, cache, more: model.prefill(ids, cache, **more))
-        decode = jax.jit(lambda model, ids, cache, more: model.decode(ids, cache, **more))
+        prefill = compiled(lambda model, ids, cache, more: model.prefill(ids, cache, **more))
+        decode = compiled(lambda model, ids, cache, more: model.decode(ids, cache, **more))
         sizes = {} if ret is None else {"neighbors": ret.shape[2:]}
         read = [{}] * len(pieces) if ret is None else neighbors_of(model, jnp.asarray(ret), cuts)
         cache = model.init_cache(ids.shape[1 - axis], n, self.dtype, start, **sizes)

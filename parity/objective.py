@@ -5,6 +5,8 @@ distance to fixed random targets, so that every output gets a gradient of its ow
 """
 
 import dataclasses
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,10 @@ class Inputs:
         args = tuple(arrays[f"input {i}"] for i in range(len(self.args)))
         return Inputs(args, {name: arrays[name] for name in self.kwargs})
 
+    def for_decoding(self) -> dict[str, np.ndarray]:
+        """What decoding reads beside the ids: left padding, and RETRO's neighbours."""
+        return {name: self.kwargs[name] for name in ("start", "ret") if name in self.kwargs}
+
     def batch(self, step: int) -> "Inputs":
         """Other data of the same kind for a training step: integers rolled along their first axis, floats perturbed."""
         rng = np.random.default_rng(step)
@@ -85,3 +91,8 @@ def named_leaves(tree: Any, leaf: type) -> dict[str, Any]:
 
     walk("output", tree)
     return found
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name is one of the patterns; `*` is any text."""
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -4,11 +4,17 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
-from typing import Any
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from parity.trace import Divergence
+from parity.divergence import Divergence, plain
+
+if TYPE_CHECKING:  # these need torch, a report does not
+    from parity.dtypes import Cost, Sweep
+    from parity.trajectories import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +22,7 @@ class Check:
     """One reading: the worst value among its tensors, that tensor's name, and the most it may be.
 
     precision 'float64': an error relative to the largest tensor of the kind; 'float32', 'bfloat16', 'float16': Flax's
-    error against the truth in units of PyTorch's own; 'bits': tensors that changed.
+    error against the truth in units of PyTorch's own; 'bits': tensors that changed. An infinite limit only reports.
     """
 
     kind: str
@@ -31,22 +37,34 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
-        return f"{verdict:6} {self.kind} ({self.precision}): {self.value:.2g}, at most {self.limit:g}, at {self.worst}"
+        limit = f", at most {self.limit:g}" if math.isfinite(self.limit) else ""
+        return f"{verdict:6} {self.kind} ({self.precision}): {self.value:.2g}{limit}, at {self.worst}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome of one `check`."""
+    """The outcome of one `check`, and of what else was read of the pair.
+
+    skipped: what was asked for and does not exist for it, and why.
+    """
 
     name: str
     checks: list[Check]
     divergence: Divergence | None
     seconds: float
     environment: dict[str, str]
+    sweep: "Sweep | None" = None
+    trajectories: tuple["Trajectory", ...] = ()
+    costs: tuple["Cost", ...] = ()
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
+
+    def check(self, kind: str) -> Check | None:
+        """The first reading of a kind, None where it was not taken."""
+        return next((c for c in self.checks if c.kind == kind), None)
 
     def value(self, kind: str, precision: str) -> float | None:
         """One reading's value, None where it was not taken."""
@@ -57,10 +75,13 @@ class Report:
         lines += [f"  {check}" for check in self.checks]
         if self.divergence:
             lines.append(f"  {self.divergence}")
-        elif not self.passed:
+        elif not self.passed and "where they part" not in self.skipped:
             lines.append(
                 "  all sub-modules agree in the plain forward pass: look at what is fused, cached or a gradient"
             )
+        lines += [f"  –      {kind}: {why}" for kind, why in self.skipped.items()]
+        lines += [f"  {cost}" for cost in self.costs]
+        lines += [str(part) for part in (self.sweep, *self.trajectories) if part is not None]
         return "\n".join(lines)
 
     def raise_if_failed(self) -> None:
@@ -70,32 +91,55 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it; infinities as strings."""
-        checks = [dataclasses.asdict(c) | {"value": number(c.value), "passed": c.passed} for c in self.checks]
+        checks = [plain(dataclasses.asdict(check)) | {"passed": check.passed} for check in self.checks]
         where = self.divergence
         return {
             "name": self.name,
             "passed": self.passed,
             "seconds": round(self.seconds, 3),
             "checks": checks,
-            "divergence": dataclasses.asdict(where) | {"error": number(where.error)} if where else None,
+            "divergence": where.to_json() if where else None,
             "environment": self.environment,
+            "sweep": self.sweep.to_json() if self.sweep else None,
+            "trajectories": [trajectory.to_json() for trajectory in self.trajectories],
+            "costs": [plain(dataclasses.asdict(cost)) for cost in self.costs],
+            "skipped": self.skipped,
         }
 
 
-def number(value: float) -> float | str:
-    """JSON has no infinity and no NaN."""
-    return value if math.isfinite(value) else str(value)
-
-
-def environment(device: jax.Device, float64: bool, seed: int) -> dict[str, str]:
-    """Where and how a check ran: versions, device, precision flags, seed."""
+def environment(device: jax.Device, float64: bool, seed: int | None) -> dict[str, str]:
+    """Where and how a check ran: versions, device, precision flags, seed, and the git commit it ran in."""
     packages = ["jax", "jaxlib", "flax", "optax", "numpy", "torch"]
     return {
-        **{package: importlib.metadata.version(package) for package in packages},
+        **{package: version(package) for package in packages},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "device": f"{device.platform}: {device.device_kind}",
         "matmul precision": "highest, TF32 off",
         "float64": "on the device" if float64 else "PyTorch on the CPU alone",
-        "seed": str(seed),
+        "seed": "recorded" if seed is None else str(seed),
+        "git commit": commit(),
     }
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def commit() -> str:
+    """The commit of the working directory, with a + where files differ from it; 'none' outside a repository."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=Path.cwd(),
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return said.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "none"

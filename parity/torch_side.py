@@ -3,18 +3,20 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
 
 import numpy as np
 import torch
 from torch import nn
 
 from jaxmodels.convert.params import as_numpy
-from parity.objective import Inputs, named_leaves
+from parity.objective import Inputs, matches, named_leaves
 
 
 def randomized(module: nn.Module, seed: int) -> nn.Module:
-    """A copy in which every constant parameter (zeros, ones) is perturbed: what is zero hides how it is used."""
+    """A copy in which every constant parameter (zeros, ones) is perturbed: what is zero hides how it is used.
+
+    So are the running means and variances of a BatchNorm that has averaged nothing yet.
+    """
     module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -22,6 +24,10 @@ def randomized(module: nn.Module, seed: int) -> nn.Module:
             if (parameter == parameter.flatten()[0]).all():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(0.3 * noise.to(parameter))
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")) and (buffer == buffer.flatten()[0]).all():
+                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64).to(buffer)
+                buffer.copy_((0.3 * noise).exp() * buffer if name.endswith("var") else buffer + 0.3 * noise)
     return module
 
 
@@ -36,10 +42,6 @@ def strict_precision() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 class TorchSide:
@@ -111,7 +113,7 @@ class TorchSide:
     @staticmethod
     def gradient(tensor: torch.Tensor) -> np.ndarray:
         gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        return gradient.detach().cpu().numpy()
+        return as_numpy(gradient)
 
     @staticmethod
     def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

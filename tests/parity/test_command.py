@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -24,6 +25,27 @@ def test_a_case_runs_and_is_reported_everywhere(tmp_path, capsys):
     assert "rope.embeddings" in html
     assert "2 of 2 cases agree" in html
     assert not re.search(r"(src|href)\s*=|url\(|@import|<script", html), "the page must stand alone"
+
+
+def test_more_readings_are_shown_and_written(tmp_path, capsys):
+    more = ["--invariances", "--fast", "--trajectory", "sgd", "rmsprop", "--steps", "3"]
+    assert main(["transformer.feed_forward", *more, "--junit", str(tmp_path / "out.xml")]) == 0
+    shown = capsys.readouterr().out
+    assert "must not change" in shown
+    assert "at the default precision" in shown
+    assert shown.count("the sides never part") == 4  # two optimizers, in float64 and in float32
+    root = ET.parse(tmp_path / "out.xml").getroot()
+    assert {test.get("name") for test in root.iter("testcase")} >= {
+        "jit / no jit (float64)",
+        "sgd: parameters (float64)",
+        "two runs: output (float32)",
+        "cached / full",
+    }
+
+
+def test_unknown_optimizers_are_one_clear_line(capsys):
+    assert main(["transformer.feed_forward", "--trajectory", "sdg"]) == 2
+    assert "sdg: there are sgd, momentum" in capsys.readouterr().err
 
 
 def test_a_failure_is_a_non_zero_exit_and_named(tmp_path, monkeypatch, capsys):

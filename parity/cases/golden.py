@@ -1,0 +1,54 @@
+"""What the shipped fixtures are recorded from: every language model of the project, smaller than in its cases.
+
+They are language models alone, because these can be rebuilt from a configuration where there is no torch; relative
+attention, whose tables have 8192 rows, is left out. A system's line here is all it needs: `python -m parity --record
+parity/fixtures` writes its files.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+import torch_ref.neox
+import torch_ref.transformer
+from jaxmodels import transformer
+from jaxmodels.neox import NeoXConfig
+from parity.cases import Pair, feedback, language_model, neox
+from parity.cases.transformer import KEY_BIAS
+
+TOKENS, BATCH, N_VOCAB = 23, 3, 13
+SIZES = (N_VOCAB, 3 * 4, 3, 17, 2)  # n_vocab, d_model, heads, d_ff, n_layers
+
+
+def attention(kind: str, rng: np.random.Generator, **others) -> Pair:
+    """AutoregressiveTransformer with an attention of that kind."""
+    classes = torch_ref.transformer.AutoregressiveTransformer, transformer.AutoregressiveTransformer
+    pair = language_model(*classes, rng, TOKENS, BATCH, *SIZES, kind, **others)
+    keyed = kind == "plain" or "vanilla" in kind  # with a key bias and without rotation
+    return dataclasses.replace(pair, zero_gradients=(KEY_BIAS,) if keyed else ())
+
+
+def feedback_model(variant: str, rng: np.random.Generator) -> Pair:
+    """One narrow layer: its position tables have 4096 rows."""
+    return feedback.language_model(rng, variant, TOKENS, BATCH, N_VOCAB, 3 * 2, 3, 17, 1)
+
+
+def neox_model(rng: np.random.Generator, **others) -> Pair:
+    config = NeoXConfig(N_VOCAB, 3 * 8, 2, 3, n_ff=29, **others)
+    return neox.pair_of(rng, config, torch_ref.neox.NeoX(config), TOKENS, BATCH)
+
+
+GOLDEN: dict[str, Callable[[np.random.Generator], Pair]] = {
+    "rope.rotary": partial(attention, "rotary"),
+    "rope.rotary_value": partial(attention, "rotary_value"),
+    "transformer.plain": partial(attention, "plain"),
+    "synthesizer.dense": partial(attention, "dense", max_len=29),
+    "synthesizer.random+vanilla": partial(attention, "random+vanilla", max_len=29),
+    "synthesizer.factorized_dense": partial(attention, "factorized_dense", max_len=31),
+    "feedback.own": partial(feedback_model, "FeedbackTransformer"),
+    "feedback.shared": partial(feedback_model, "FeedbackTransformerKV"),
+    "neox.parallel": neox_model,
+    "neox.sequential": partial(neox_model, parallel_residual=False, activation="gelu_tanh", tied=True),
+}

@@ -1,0 +1,108 @@
+"""One case of the project read in every way that is asked for."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from parity import flax_side, torch_side
+from parity.cases import Pair
+from parity.checking import check
+from parity.dtypes import fast_path, sweep
+from parity.flax_side import FlaxSide
+from parity.invariance import Invariances, Subject
+from parity.invariance import read as read_invariances
+from parity.objective import Inputs
+from parity.report import Report
+from parity.trajectories import trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to read beside the check itself; trajectories: names of optimizers; fast: what costs and whether twice the
+    same, `matmul_precision` None being the device's default."""
+
+    invariances: bool = False
+    sweep: bool = False
+    trajectories: tuple[str, ...] = ()
+    steps: int = 100
+    fast: bool = False
+    matmul_precision: str | None = None
+
+
+def examine(
+    make: Callable[[np.random.Generator], Pair],
+    name: str,
+    wanted: Wanted,
+    *,
+    device: str | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """The report of a case: its check, and all that is wanted beside it."""
+    pair = pair_of(make, seed)
+    common: dict[str, Any] = {"labels": pair.labels, "device": device, "seed": seed}
+    report = check(
+        *(pair.torch, pair.flax, pair.inputs),
+        zero_gradients=pair.zero_gradients,
+        half=pair.half,
+        steps=pair.steps,
+        name=name,
+        progress=progress,
+        **common,
+    )
+    checks, more = list(report.checks), {}
+    if wanted.invariances:
+        progress("invariances")
+        found = invariances_of(pair, device, seed)
+        checks += found.checks
+        more["skipped"] = found.skipped
+    if wanted.sweep:
+        swept = sweep(pair.torch, pair.flax, pair.inputs, progress=progress, **common)
+        checks += swept.checks
+        more["sweep"] = swept
+    runs = []
+    for optimizer in wanted.trajectories if trains(pair) else ():
+        for precision in ("float64", "float32") if jax.devices(device)[0].platform != "tpu" else ("float32",):
+            progress(f"{optimizer}, {precision}")
+            run = trajectory(
+                *(pair.torch, pair.flax, pair.inputs),
+                optimizer=optimizer,
+                steps=wanted.steps,
+                precision=precision,
+                zero_gradients=pair.zero_gradients,
+                **common,
+            )
+            runs.append(run)
+            checks += run.checks()
+    if wanted.fast:
+        progress("default precision")
+        costs, again = fast_path(pair.torch, pair.flax, pair.inputs, matmul_precision=wanted.matmul_precision, **common)
+        more["costs"] = tuple(costs)
+        checks += again
+    return dataclasses.replace(report, checks=checks, trajectories=tuple(runs), **more)
+
+
+def pair_of(make: Callable[[np.random.Generator], Pair], seed: int) -> Pair:
+    torch.manual_seed(seed)
+    return make(np.random.default_rng(seed))
+
+
+def trains(pair: Pair) -> bool:
+    return any(parameter.requires_grad for parameter in pair.torch.parameters())
+
+
+def invariances_of(pair: Pair, device: str | None, seed: int) -> Invariances:
+    """The Flax half's, with PyTorch's weights."""
+    module, inputs = torch_side.randomized(pair.torch, seed), Inputs.of(pair.inputs)
+    chosen = jax.devices(device)[0]
+    float64 = chosen.platform != "tpu"
+    dtype = torch.float64 if float64 else torch.float32
+    with flax_side.strict_precision(float64, chosen):
+        state = torch_side.TorchSide(module, dtype, "cpu").module.state_dict()
+        side = FlaxSide(pair.flax, state, inputs, jnp.float64 if float64 else jnp.float32)
+        return read_invariances(Subject.of(side, pair.labels, seed))
