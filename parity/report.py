@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from parity.trace import Divergence
+from parity.divergence import Divergence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Report:
             "passed": self.passed,
             "seconds": round(self.seconds, 3),
             "checks": checks,
-            "divergence": dataclasses.asdict(where) | {"error": number(where.error)} if where else None,
+            "divergence": where.to_json() if where else None,
             "environment": self.environment,
         }
 

@@ -16,6 +16,7 @@ import torch
 from flax import nnx
 
 from jaxmodels.convert.params import from_torch
+from parity.divergence import Divergence
 from parity.objective import Inputs
 
 CALLS = ("__call__", "plain")
@@ -27,24 +28,6 @@ class Call:
 
     inputs: list[np.ndarray]
     outputs: list[np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """A sub-module (path '' is the whole model) that maps equal inputs to other outputs."""
-
-    path: str
-    flax_type: str
-    error: float  # max|Δ| of its output over the largest magnitude of PyTorch's
-    fast_path: bool = False  # its call parts from its own `plain`, which agrees with PyTorch
-
-    def __str__(self) -> str:
-        if self.fast_path:
-            return (
-                f"{self.flax_type}'s plain path agrees; its call gives outputs that differ from it by {self.error:.1e}"
-            )
-        where = self.path or "the model itself, outside its sub-modules"
-        return f"first divergence: {where} ({self.flax_type}), same inputs, outputs differ by {self.error:.1e}"
 
 
 def first_divergence(

@@ -1,0 +1,208 @@
+"""Where two models part: a tree of their sub-modules, each with how far it is off and whether it is to blame.
+
+A sub-module has two readings. *Propagated*: what it gave in the run of the whole model, errors of everything before it
+included. *Isolated*: what it gives when it is fed with exactly what PyTorch's was fed. A culprit errs in isolation and
+has no part that does; a victim is right in isolation and was given something wrong.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+DECADES = (-18, 2)  # the histogram's range: log10 of |Δ| over the largest magnitude
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """How far arrays are from the truth; several arrays of one call are read as one.
+
+    error: max|Δ| / max|truth|, what a limit is held against; infinite where shapes or finiteness differ.
+    ulps: the largest |Δ| in units of the spacing of the truth's values in `dtype`.
+    snr_db: 10·log10(Σ truth² / Σ Δ²), infinite for equal arrays.
+    histogram: elements by the decade of |Δ| / max|truth|, from below 1e-18 to above 1e2; equal elements are left out.
+    """
+
+    error: float
+    max_absolute: float
+    p99_absolute: float
+    mean_absolute: float
+    max_relative: float
+    p99_relative: float
+    mean_relative: float
+    ulps: float
+    snr_db: float
+    size: int
+    histogram: tuple[int, ...]
+
+    @classmethod
+    def of(cls, result: Sequence[np.ndarray], truth: Sequence[np.ndarray], dtype: Any = np.float64) -> "Errors | None":
+        """Of pairs of arrays, each of a shape that broadcasts to the other's; None where one pair's does not."""
+        try:
+            pairs = [np.broadcast_arrays(a, b) for a, b in zip(result, truth, strict=False)]
+        except ValueError:
+            return None
+        pairs = [(a, b) for a, b in pairs if a.size]
+        if not pairs:
+            return None
+        a, b = (np.concatenate([np.ravel(pair[i]) for pair in pairs]).astype(np.float64) for i in (0, 1))
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return NOT_FINITE
+        apart, size = np.abs(a - b), np.abs(b)
+        relative = apart[size > 0] / size[size > 0]
+        relative = relative if relative.size else np.zeros(1)
+        # The scale is each array's own: a small output beside a large one is not excused by it.
+        scales = [float(np.abs(pair[1]).max()) or 1.0 for pair in pairs]
+        scaled = apart / np.repeat(scales, [pair[1].size for pair in pairs])
+        unequal = scaled[scaled > 0]
+        low, high = DECADES
+        counts, _ = np.histogram(np.clip(np.log10(unequal), low, high - 1e-9), bins=high - low, range=DECADES)
+        noise, signal = float(np.square(apart).sum()), float(np.square(b).sum())
+        with np.errstate(divide="ignore"):
+            snr = 10 * float(np.log10(signal) - np.log10(noise)) if noise else math.inf
+        return cls(
+            error=float(scaled.max()),
+            max_absolute=float(apart.max()),
+            p99_absolute=float(np.percentile(apart, 99)),
+            mean_absolute=float(apart.mean()),
+            max_relative=float(relative.max()),
+            p99_relative=float(np.percentile(relative, 99)),
+            mean_relative=float(relative.mean()),
+            ulps=float((apart / np.maximum(spacing(size, dtype), np.finfo(np.float64).tiny)).max()),
+            snr_db=snr,
+            size=a.size,
+            histogram=tuple(map(int, counts)),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.error:.1e} of the scale; |Δ| {self.max_absolute:.1e} p99 {self.p99_absolute:.1e} "
+            f"mean {self.mean_absolute:.1e}; relative {self.max_relative:.1e} p99 {self.p99_relative:.1e} "
+            f"mean {self.mean_relative:.1e}; {self.ulps:.2g} ulp; {self.snr_db:.0f} dB"
+        )
+
+
+NOT_FINITE = Errors(*(math.inf,) * 8, snr_db=-math.inf, size=0, histogram=(0,) * (DECADES[1] - DECADES[0]))
+
+
+def spacing(magnitude: np.ndarray, dtype: Any) -> np.ndarray:
+    """The distance to the next value of a floating dtype, at given magnitudes."""
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(dtype)
+    exponent = np.floor(np.log2(np.maximum(magnitude, float(info.smallest_normal))))
+    return float(info.eps) * np.exp2(exponent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One sub-module in one direction, and the sub-modules inside it.
+
+    path: PyTorch's ('' is the whole model); flax_path, flax_type: '' where it has no counterpart that was called.
+    order: when it was done, counted from 0 among all parts of its direction; the first call counts.
+    propagated, isolated: of the worst of its `calls`; None where nothing could be compared. limit: the most that
+    `error` may be. stage 'forward': the errors are of outputs; 'backward': of the gradient that arrives at the output
+    (propagated), and of those with respect to its inputs and its own parameters (isolated).
+    verdict: 'agrees'; 'culprit'; 'encloses' (a culprit); 'victim'; 'unmatched' (nothing to compare).
+    """
+
+    path: str
+    flax_path: str
+    torch_type: str
+    flax_type: str
+    stage: str
+    order: int
+    calls: int
+    propagated: Errors | None
+    isolated: Errors | None
+    limit: float
+    verdict: str
+    hint: str = ""
+    children: tuple["Part", ...] = ()
+
+    @property
+    def worst(self) -> float:
+        """The larger of both errors."""
+        return max((e.error for e in (self.isolated, self.propagated) if e is not None), default=0.0)
+
+    def walk(self) -> Iterator["Part"]:
+        """This part and every part inside it, outermost first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def culprits(self) -> list["Part"]:
+        """Those to blame, in the order in which they ran."""
+        return sorted((part for part in self.walk() if part.verdict == "culprit"), key=lambda part: part.order)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; infinities are strings."""
+        return plain(dataclasses.asdict(self))
+
+    def __str__(self) -> str:
+        return "\n".join(lines_of(self, 0))
+
+
+def lines_of(part: Part, depth: int) -> Iterator[str]:
+    """The tree as text, worst part first; parts that agree are counted only."""
+    name = part.path.rpartition(".")[2] or "the model"
+    isolated = f", alone {part.isolated.error:.1e}" if part.isolated else ""
+    error = f"{part.propagated.error:.1e}{isolated}" if part.propagated else isolated.removeprefix(", ")
+    hint = f"  ({part.hint})" if part.hint else ""
+    yield f"{'  ' * depth}{name}  {part.verdict}  {error}{hint}".rstrip()
+    if part.verdict == "culprit" and part.isolated:
+        yield f"{'  ' * depth}    {part.isolated}"
+    agree = [child for child in part.children if all(p.verdict in ("agrees", "unmatched") for p in child.walk())]
+    for child in sorted((c for c in part.children if c not in agree), key=lambda c: -c.worst):
+        yield from lines_of(child, depth + 1)
+    if agree:
+        yield f"{'  ' * (depth + 1)}{len(agree)} more {'part' if len(agree) == 1 else 'parts'} agree"
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """The first sub-module to blame (path '' is the whole model), and the trees in which it was found.
+
+    error: of its output, or of its gradients where stage is 'backward', in isolation. fast_path: the plain path agrees
+    with PyTorch, and the model's own call parts from it.
+    """
+
+    path: str
+    flax_type: str
+    error: float
+    fast_path: bool = False
+    stage: str = "forward"
+    hint: str = ""
+    dtype: str = "float64"
+    forward: Part | None = None
+    backward: Part | None = None
+
+    def __str__(self) -> str:
+        what = "outputs" if self.stage == "forward" else "gradients"
+        if self.fast_path:
+            return (
+                f"{self.flax_type}'s plain path agrees; its call gives {what} that differ from it by {self.error:.1e}"
+            )
+        where = self.path or "the model itself, outside its sub-modules"
+        hint = f": {self.hint}" if self.hint else ""
+        return f"first divergence: {where} ({self.flax_type}), same inputs, {what} differ by {self.error:.1e}{hint}"
+
+    def tree(self) -> str:
+        """The parts that differ, worst first, in the direction in which the culprit was found."""
+        part = self.backward if self.stage == "backward" else self.forward
+        return "" if part is None else str(part)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; infinities are strings."""
+        return plain(dataclasses.asdict(self))
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: infinities and NaN as strings, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
