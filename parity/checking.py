@@ -14,11 +14,11 @@ from flax import nnx
 from jaxmodels.convert import from_torch, to_torch
 from jaxmodels.convert.params import as_numpy
 from parity import budgets, flax_side, torch_side
-from parity.flax_side import FlaxSide
 from parity.divergence import Divergence
-from parity.objective import Inputs, random_targets, roll
+from parity.flax_side import FlaxSide
+from parity.objective import Inputs, matches, random_targets, roll
 from parity.report import Check, Report, environment
-from parity.torch_side import TorchSide, matches
+from parity.torch_side import TorchSide
 from parity.trace import first_divergence
 
 LEARNING_RATE = 1e-3

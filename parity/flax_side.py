@@ -11,9 +11,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxmodels.convert.params import Path, entries, flat_arrays, from_torch, to_torch
-from parity.objective import Inputs, named_leaves
-from parity.torch_side import matches
+from parity.mapping import Twins, Weights
+from parity.objective import Inputs, matches, named_leaves
 
 
 @contextlib.contextmanager
@@ -24,17 +23,34 @@ def strict_precision(float64: bool, device: jax.Device) -> Iterator[None]:
 
 
 class FlaxSide:
-    """A Flax module with a PyTorch module's weights, in one dtype. Its tensors bear the PyTorch names."""
+    """A Flax module with a PyTorch module's weights, in one dtype. Its tensors bear the PyTorch names.
 
-    def __init__(self, module: nnx.Module, state_dict: Mapping[str, Any], inputs: Inputs, dtype: Any):
-        self.module = from_torch(module, state_dict)
-        self.inputs, self.dtype = inputs, dtype
+    `channels_last`: patterns of inputs and outputs that have their channels last here and second in PyTorch.
+    """
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        state_dict: Mapping[str, Any],
+        inputs: Inputs,
+        dtype: Any,
+        weights: Weights | None = None,
+        channels_last: Sequence[str] = (),
+    ):
+        self.weights: Weights = weights or Twins()
+        self.module = self.weights.load(module, state_dict)
+        self.inputs, self.dtype, self.channels_last = inputs, dtype, tuple(channels_last)
         self.graphdef, self.params, self.rest = nnx.split(self.module, nnx.Param, ...)
         self.value_and_grad = jax.jit(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
 
+    def call(self, module: Any, values: dict[str, Any]) -> dict[str, jax.Array]:
+        """The outputs by name, laid out as PyTorch's."""
+        values = {n: jnp.moveaxis(v, 1, -1) if matches(n, self.channels_last) else v for n, v in values.items()}
+        outputs = named_leaves(self.inputs.call(module, values), jax.Array)
+        return {n: jnp.moveaxis(v, -1, 1) if matches(n, self.channels_last) else v for n, v in outputs.items()}
+
     def _objective(self, params, floats, others, labels, targets):
-        outputs = self.inputs.call(nnx.merge(self.graphdef, params, self.rest), floats | others)
-        outputs = named_leaves(outputs, jax.Array)
+        outputs = self.call(nnx.merge(self.graphdef, params, self.rest), floats | others)
         return loss(outputs, labels, targets), outputs
 
     def arguments(self, inputs: Inputs, labels, targets) -> tuple[dict, dict, Any, Any]:
@@ -49,7 +65,7 @@ class FlaxSide:
         (_, outputs), (gradients, input_gradients) = self.value_and_grad(self.params, *arguments)
         kinds = {
             "output": {name: np.asarray(output) for name, output in outputs.items()},
-            "parameter gradients": to_torch(gradients),
+            "parameter gradients": self.weights.read(gradients),
             "input gradients": {name: np.asarray(gradient) for name, gradient in input_gradients.items()},
         }
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
@@ -57,14 +73,14 @@ class FlaxSide:
     def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The outputs alone."""
         floats, others, *_ = self.arguments(inputs, None, {})
-        call = jax.jit(lambda params, values: inputs.call(nnx.merge(self.graphdef, params, self.rest), values))
-        outputs = named_leaves(call(self.params, floats | others), jax.Array)
+        call = jax.jit(lambda params, values: self.call(nnx.merge(self.graphdef, params, self.rest), values))
+        outputs = call(self.params, floats | others)
         return {name: np.asarray(output) for name, output in outputs.items()}
 
     def train(self, batches: Sequence[tuple[Inputs, np.ndarray | None]], targets, frozen: Sequence[str], lr: float):
         """Adam over the batches: the loss of every step and the parameters at the end, by kind."""
         optimizer = optax.adam(lr)
-        held = self.held(frozen)
+        held = self.weights.held(self.params, frozen)
 
         @jax.jit
         def update(params, state, gradients):
@@ -78,14 +94,8 @@ class FlaxSide:
             (value, _), (gradients, _) = self.value_and_grad(params, *self.arguments(inputs, labels, targets))
             params, state = update(params, state, gradients)
             losses[f"step {step}"] = np.asarray(value)
-        trained = {name: array for name, array in to_torch(params).items() if not matches(name, frozen)}
+        trained = {name: array for name, array in self.weights.read(params).items() if not matches(name, frozen)}
         return {"training loss": losses, "trained parameters": trained} if trained and batches else {}
-
-    def held(self, frozen: Sequence[str]) -> set[Path]:
-        """The paths of arrays whose PyTorch names are all frozen."""
-        arrays = flat_arrays(self.params)
-        moving = {entry.path for entry in entries(arrays) if not matches(entry.key, frozen)}
-        return set(arrays) - moving
 
     def decode(self, ids: np.ndarray, start: np.ndarray | None = None) -> tuple[int, np.ndarray]:
         """Logits through the cache, laid out like ids, from position `first` on: (first, logits).

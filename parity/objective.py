@@ -5,6 +5,8 @@ distance to fixed random targets, so that every output gets a gradient of its ow
 """
 
 import dataclasses
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
@@ -85,3 +87,8 @@ def named_leaves(tree: Any, leaf: type) -> dict[str, Any]:
 
     walk("output", tree)
     return found
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name is one of the patterns; `*` is any text."""
+    return any(fnmatch(name, pattern) for pattern in patterns)

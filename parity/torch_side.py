@@ -3,14 +3,13 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
 
 import numpy as np
 import torch
 from torch import nn
 
 from jaxmodels.convert.params import as_numpy
-from parity.objective import Inputs, named_leaves
+from parity.objective import Inputs, matches, named_leaves
 
 
 def randomized(module: nn.Module, seed: int) -> nn.Module:
@@ -36,10 +35,6 @@ def strict_precision() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 class TorchSide:
