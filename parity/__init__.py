@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from parity.checking import check
     from parity.report import Report
+    from parity.suggestion import suggest
 
-__all__ = ["Report", "check"]
+__all__ = ["Report", "check", "suggest"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from parity.checking import check
 
         return check
+    if name == "suggest":
+        from parity.suggestion import suggest
+
+        return suggest
     if name == "Report":
         from parity.report import Report
 

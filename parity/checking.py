@@ -1,34 +1,38 @@
 """`check`: one PyTorch module against one Flax module, every reading that says whether they compute the same."""
 
+import dataclasses
 import glob
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
+from flax import linen, nnx
 
-from jaxmodels.convert import from_torch, to_torch
 from jaxmodels.convert.params import as_numpy
 from parity import budgets, flax_side, torch_side
 from parity.divergence import Divergence
 from parity.flax_side import FlaxSide
+from parity.linen import as_nnx
+from parity.mapping import Names, Weights, weights_of
 from parity.objective import Inputs, matches, random_targets, roll
 from parity.report import Check, Report, environment
 from parity.torch_side import TorchSide
-from parity.trace import first_divergence
+from parity.trace import trace
 
 LEARNING_RATE = 1e-3
 
 
 def check(
     torch_module: torch.nn.Module,
-    flax_module: nnx.Module,
+    flax_module: nnx.Module | linen.Module,
     inputs: Any,
     *,
+    names: Names | Weights | None = None,
+    channels_last: Sequence[str] = (),
     labels: Any = None,
     zero_gradients: Sequence[str] = (),
     half: Sequence[str] = (),
@@ -40,37 +44,68 @@ def check(
     name: str = "",
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """Judges a Flax module against a PyTorch module that names its parts alike.
+    """Judges a Flax module, NNX or Linen, against a PyTorch module.
 
     Neither module is changed: copies of the PyTorch one give the weights to both sides. `inputs` are numpy arrays: one,
-    a sequence of positional ones, or a mapping of named ones. With `labels` (int, the logits' leading shape) the loss
-    is the cross-entropy, else the squared distance to random targets. `zero_gradients` are patterns of parameter names
-    whose gradients are zero in exact arithmetic: they are checked to be ~0 and held still in the training `steps`.
-    `half` names 16-bit dtypes (bfloat16, float16) in which the outputs are compared as well.
+    a sequence of positional ones, or a mapping of named ones. `names`: what Flax calls the parts that PyTorch calls
+    otherwise, see `parity.mapping`; `parity.suggest` proposes it. `channels_last`: patterns of inputs and outputs ('x',
+    'input 0', 'output') that have their channels last in Flax and second in PyTorch. With `labels` (int, the logits'
+    leading shape) the loss is the cross-entropy, else the squared distance to random targets. `zero_gradients` are
+    patterns of parameter names whose gradients are zero in exact arithmetic: they are checked to be ~0 and held still
+    in the training `steps`. `half` names 16-bit dtypes (bfloat16, float16) in which the outputs are compared as well.
     device: 'cpu', 'gpu' or 'tpu', None for JAX's default; float64 None: whether the device has it. `randomize` perturbs
     constant parameters (zeros, ones) first. Raises ValueError for inputs that are no arrays, and ConversionError where
-    the weights do not fit.
+    the weights do not fit. A part that differs is looked for at once: see `Report.divergence`.
     """
     began = time.perf_counter()
     inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
     module = torch_side.randomized(torch_module, seed) if randomize else torch_module
-    if not isinstance(flax_module, nnx.Module):
-        raise ValueError(f"flax_module must be a flax.nnx.Module, got a {type(flax_module).__name__}")
+    flax_module = as_module(flax_module, inputs, channels_last)
+    weights = weights_of(module, flax_module, names)
     chosen = jax.devices(device)[0]
     float64 = chosen.platform != "tpu" if float64 is None else float64
     with torch_side.strict_precision(), flax_side.strict_precision(float64, chosen):
-        readings = Readings(module, flax_module, inputs, labels, zero_gradients, steps, chosen, float64, seed, progress)
+        readings = Readings(
+            Pair(module, flax_module, weights, tuple(channels_last)),
+            *(inputs, labels, zero_gradients, steps, chosen, float64, seed, progress),
+        )
         checks = [*readings.all(), *map(readings.half, half)]
-        divergence = None if all(c.passed for c in checks) else readings.divergence()
+        failed = [c for c in checks if not c.passed]
+        divergence = readings.divergence(failed) if failed else None
     seconds = time.perf_counter() - began
     return Report(name or type(flax_module).__name__, checks, divergence, seconds, environment(chosen, float64, seed))
+
+
+def as_module(flax_module: Any, inputs: Inputs, channels_last: Sequence[str]) -> nnx.Module:
+    """The module, a Linen one as an NNX one; raises ValueError for anything else."""
+    if isinstance(flax_module, linen.Module):
+        return as_nnx(flax_module, inputs, tuple(channels_last))
+    if not isinstance(flax_module, nnx.Module):
+        kind = type(flax_module).__name__
+        raise ValueError(f"flax_module must be a flax.nnx.Module or a flax.linen.Module, got a {kind}")
+    return flax_module
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Both modules, and the way from one to the other."""
+
+    torch: torch.nn.Module
+    flax: nnx.Module
+    weights: Weights
+    channels_last: tuple[str, ...] = ()
+
+    def side(self, state_dict: Mapping[str, Any], inputs: Inputs, dtype: Any) -> FlaxSide:
+        """The Flax module with weights of the PyTorch one, in a dtype."""
+        return FlaxSide(self.flax, state_dict, inputs, dtype, self.weights, self.channels_last)
 
 
 class Readings:
     """The measurements of one check, each a `Check` with its limit."""
 
-    def __init__(self, module, flax_module, inputs, labels, zero, steps, device, float64, seed, progress):
-        self.module, self.flax_module, self.inputs, self.labels = module, flax_module, inputs, labels
+    def __init__(self, pair: Pair, inputs, labels, zero, steps, device, float64, seed, progress):
+        module = pair.torch
+        self.pair, self.module, self.inputs, self.labels = pair, module, inputs, labels
         self.zero, self.device, self.float64, self.progress = tuple(zero), device, float64, progress
         self.torch_device = "cuda" if device.platform == "gpu" and torch.cuda.is_available() else "cpu"
         still = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
@@ -85,7 +120,7 @@ class Readings:
     def all(self) -> Iterator[Check]:
         yield self.round_trip()
         if self.float64:
-            side = FlaxSide(self.flax_module, self.truth_side.module.state_dict(), self.inputs, jnp.float64)
+            side = self.pair.side(self.truth_side.module.state_dict(), self.inputs, jnp.float64)
             yield from self.agreement(side)
         yield from self.budget()
 
@@ -108,7 +143,7 @@ class Readings:
         """Float32 on both sides, each against the truth."""
         self.progress("float32")
         theirs = TorchSide(self.module, torch.float32, self.torch_device)
-        ours = FlaxSide(self.flax_module, theirs.module.state_dict(), self.inputs, jnp.float32)
+        ours = self.pair.side(theirs.module.state_dict(), self.inputs, jnp.float32)
         arguments = (self.inputs, self.labels, self.targets)
         result, own = ours.evaluate(*arguments), theirs.evaluate(*arguments)
         for kind, truth in self.truth.items():
@@ -127,7 +162,7 @@ class Readings:
         dtype = getattr(torch, name)
         inputs = self.inputs.rounded(as_numpy(torch.empty(0, dtype=dtype)).dtype)
         theirs = TorchSide(self.module, dtype, self.torch_device)
-        ours = FlaxSide(self.flax_module, theirs.module.state_dict(), inputs, jnp.dtype(name))
+        ours = self.pair.side(theirs.module.state_dict(), inputs, jnp.dtype(name))
         truth = TorchSide(theirs.module, torch.float64, "cpu").outputs(inputs)
         ratios = budgets.ratios(ours.outputs(inputs), theirs.outputs(inputs), truth)
         return self.limited("output", ratios, precision=name)
@@ -151,7 +186,7 @@ class Readings:
 
     def decoding(self, side: FlaxSide) -> Iterator[Check]:
         """Logits through the cache against PyTorch's full forward pass, for models that have a cache."""
-        if not hasattr(self.flax_module, "prefill"):
+        if not hasattr(self.pair.flax, "prefill"):
             return
         ids, *start = self.inputs.named().values()
         first, logits = side.decode(ids, *start)
@@ -167,9 +202,10 @@ class Readings:
 
     def round_trip(self) -> Check:
         """PyTorch -> Flax -> PyTorch in the module's own dtypes: how many tensors come back with another bit."""
-        original = {name: as_numpy(tensor) for name, tensor in self.module.state_dict().items()}
+        weights = self.pair.weights
+        original = {n: as_numpy(t) for n, t in self.module.state_dict().items() if weights.carries(n)}
         with jax.enable_x64(True):
-            back = to_torch(from_torch(self.flax_module, original))
+            back = weights.read(weights.load(self.pair.flax, self.module.state_dict()))
         changed = {name: float(not same_bits(array, back.get(name))) for name, array in original.items()}
         return Check("round trip", "bits", *budgets.worst(changed or {"": 0.0}), 0.0)
 
@@ -177,11 +213,30 @@ class Readings:
         limit = budgets.FLOAT64_LIMIT if precision == "float64" else budgets.RATIO_LIMIT
         return Check(kind, precision, *budgets.worst(values), limit)
 
-    def divergence(self) -> Divergence | None:
-        """The first sub-module whose outputs differ, traced in float64 on the CPU whatever the device."""
+    def divergence(self, failed: Sequence[Check]) -> Divergence | None:
+        """The first sub-module that differs, traced in float64 on the CPU whatever the device.
+
+        Gradients are traced where all outputs agree, and a narrower dtype where only that one failed.
+        """
         self.progress("tracing")
+        objective = {"labels": self.labels, "targets": self.targets}
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-            return first_divergence(self.truth_side.module, self.flax_module, self.inputs)
+            side = self.pair.side(self.truth_side.module.state_dict(), self.inputs, jnp.float64)
+            found = trace(self.truth_side, side, self.inputs).divergence
+            wide = [check for check in failed if check.precision == "float64" or not self.float64]
+            if found is None and any("gradients" in check.kind or "train" in check.kind for check in wide):
+                found = trace(self.truth_side, side, self.inputs, **objective).divergence
+        narrow = [check.precision for check in failed if check.precision not in ("float64", "bits")]
+        if found is None and narrow and not wide:
+            found = self.narrow_trace(narrow[0])
+        return found
+
+    def narrow_trace(self, name: str) -> Divergence | None:
+        """In a narrower dtype, on the device, with the same rounded weights in the truth."""
+        theirs = TorchSide(self.module, getattr(torch, name), "cpu")
+        inputs = self.inputs.rounded(as_numpy(torch.empty(0, dtype=theirs.dtype)).dtype)
+        side = self.pair.side(theirs.module.state_dict(), inputs, jnp.dtype(name))
+        return trace(TorchSide(theirs.module, torch.float64, "cpu"), side, inputs).divergence
 
 
 def same_bits(a: np.ndarray, b: np.ndarray | None) -> bool:

@@ -38,8 +38,13 @@ class Errors:
     histogram: tuple[int, ...]
 
     @classmethod
-    def of(cls, result: Sequence[np.ndarray], truth: Sequence[np.ndarray], dtype: Any = np.float64) -> "Errors | None":
-        """Of pairs of arrays, each of a shape that broadcasts to the other's; None where one pair's does not."""
+    def of(
+        cls, result: Sequence[np.ndarray], truth: Sequence[np.ndarray], dtype: Any = np.float64, scale: float = 0.0
+    ) -> "Errors | None":
+        """Of pairs of arrays, each of a shape that broadcasts to the other's; None where one pair's does not.
+
+        The error is relative to the largest magnitude of its own array, or to `scale` where that is given.
+        """
         try:
             pairs = [np.broadcast_arrays(a, b) for a, b in zip(result, truth, strict=False)]
         except ValueError:
@@ -53,8 +58,7 @@ class Errors:
         apart, size = np.abs(a - b), np.abs(b)
         relative = apart[size > 0] / size[size > 0]
         relative = relative if relative.size else np.zeros(1)
-        # The scale is each array's own: a small output beside a large one is not excused by it.
-        scales = [float(np.abs(pair[1]).max()) or 1.0 for pair in pairs]
+        scales = [scale or float(np.abs(pair[1]).max()) or 1.0 for pair in pairs]
         scaled = apart / np.repeat(scales, [pair[1].size for pair in pairs])
         unequal = scaled[scaled > 0]
         low, high = DECADES
@@ -101,7 +105,8 @@ class Part:
     """One sub-module in one direction, and the sub-modules inside it.
 
     path: PyTorch's ('' is the whole model); flax_path, flax_type: '' where it has no counterpart that was called.
-    order: when it was done, counted from 0 among all parts of its direction; the first call counts.
+    order: when it was done, counted from 0 among all calls of its direction; its first call that errs counts, or its
+    first.
     propagated, isolated: of the worst of its `calls`; None where nothing could be compared. limit: the most that
     `error` may be. stage 'forward': the errors are of outputs; 'backward': of the gradient that arrives at the output
     (propagated), and of those with respect to its inputs and its own parameters (isolated).
@@ -145,9 +150,9 @@ class Part:
         return "\n".join(lines_of(self, 0))
 
 
-def lines_of(part: Part, depth: int) -> Iterator[str]:
+def lines_of(part: Part, depth: int, above: str = "") -> Iterator[str]:
     """The tree as text, worst part first; parts that agree are counted only."""
-    name = part.path.rpartition(".")[2] or "the model"
+    name = part.path.removeprefix(above).removeprefix(".") or "the model"
     isolated = f", alone {part.isolated.error:.1e}" if part.isolated else ""
     error = f"{part.propagated.error:.1e}{isolated}" if part.propagated else isolated.removeprefix(", ")
     hint = f"  ({part.hint})" if part.hint else ""
@@ -156,7 +161,7 @@ def lines_of(part: Part, depth: int) -> Iterator[str]:
         yield f"{'  ' * depth}    {part.isolated}"
     agree = [child for child in part.children if all(p.verdict in ("agrees", "unmatched") for p in child.walk())]
     for child in sorted((c for c in part.children if c not in agree), key=lambda c: -c.worst):
-        yield from lines_of(child, depth + 1)
+        yield from lines_of(child, depth + 1, part.path)
     if agree:
         yield f"{'  ' * (depth + 1)}{len(agree)} more {'part' if len(agree) == 1 else 'parts'} agree"
 
@@ -197,6 +202,26 @@ class Divergence:
     def to_json(self) -> dict[str, Any]:
         """Plain values; infinities are strings."""
         return plain(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Both directions' trees in one dtype, and the first divergence that they show; backward None where not asked for."""
+
+    dtype: str
+    forward: Part
+    backward: Part | None
+    divergence: Divergence | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; infinities are strings."""
+        return plain(dataclasses.asdict(self))
+
+    def __str__(self) -> str:
+        first = str(self.divergence) if self.divergence else "no divergence"
+        trees = [f"forward, {self.dtype}\n{self.forward}"]
+        trees += [f"backward, {self.dtype}\n{self.backward}"] if self.backward else []
+        return "\n".join([first, *trees])
 
 
 def plain(value: Any) -> Any:

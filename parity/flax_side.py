@@ -1,6 +1,7 @@
 """The Flax half: run, differentiate and train a module, at a chosen precision and on a chosen device."""
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -49,8 +50,15 @@ class FlaxSide:
         outputs = named_leaves(self.inputs.call(module, values), jax.Array)
         return {n: jnp.moveaxis(v, -1, 1) if matches(n, self.channels_last) else v for n, v in outputs.items()}
 
-    def _objective(self, params, floats, others, labels, targets):
-        outputs = self.call(nnx.merge(self.graphdef, params, self.rest), floats | others)
+    def loaded(self, state_dict: Mapping[str, Any]) -> "FlaxSide":
+        """The same with other weights; what was compiled serves both."""
+        side = copy.copy(self)
+        side.module = self.weights.load(self.module, state_dict)
+        _, side.params, side.rest = nnx.split(side.module, nnx.Param, ...)
+        return side
+
+    def _objective(self, params, floats, others, labels, targets, rest):
+        outputs = self.call(nnx.merge(self.graphdef, params, rest), floats | others)
         return loss(outputs, labels, targets), outputs
 
     def arguments(self, inputs: Inputs, labels, targets) -> tuple[dict, dict, Any, Any]:
@@ -62,7 +70,7 @@ class FlaxSide:
     def evaluate(self, inputs: Inputs, labels, targets) -> dict[str, dict[str, np.ndarray]]:
         """Outputs and the loss's gradients by kind, each tensor under its PyTorch name."""
         arguments = self.arguments(inputs, labels, targets)
-        (_, outputs), (gradients, input_gradients) = self.value_and_grad(self.params, *arguments)
+        (_, outputs), (gradients, input_gradients) = self.value_and_grad(self.params, *arguments, self.rest)
         kinds = {
             "output": {name: np.asarray(output) for name, output in outputs.items()},
             "parameter gradients": self.weights.read(gradients),
@@ -91,7 +99,9 @@ class FlaxSide:
 
         params, state, losses = self.params, optimizer.init(self.params), {}
         for step, (inputs, labels) in enumerate(batches):
-            (value, _), (gradients, _) = self.value_and_grad(params, *self.arguments(inputs, labels, targets))
+            (value, _), (gradients, _) = self.value_and_grad(
+                params, *self.arguments(inputs, labels, targets), self.rest
+            )
             params, state = update(params, state, gradients)
             losses[f"step {step}"] = np.asarray(value)
         trained = {name: array for name, array in self.weights.read(params).items() if not matches(name, frozen)}

@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -63,6 +64,9 @@ class Weights(Protocol):
     def module(self, path: str) -> str | None:
         """The Flax path of a PyTorch sub-module, None where it has none of its own."""
 
+    def carries(self, key: str) -> bool:
+        """Whether a tensor of the state_dict has a place in the Flax model."""
+
 
 class Twins:
     """Both sides name their parts alike, see `jaxmodels.convert.params`."""
@@ -80,6 +84,9 @@ class Twins:
 
     def module(self, path):
         return path
+
+    def carries(self, key):
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +214,7 @@ class Mapped:
         arrays = {(*prefix, *path): np.asarray(array) for path, array in flat_arrays(state).items()}
         found = {}
         for key, pieces in grouped(self.pieces, "key").items():
-            if all(piece.path in arrays for piece in pieces):
+            if all(np.shape(arrays.get(piece.path)) == self.shapes[piece.path] for piece in pieces):
                 parts = [piece.of(arrays[piece.path]) for piece in pieces]
                 found[key] = np.array(self.joined(pieces, parts), order="C")
         return found
@@ -228,6 +235,9 @@ class Mapped:
     def module(self, path):
         renamed = self.rename(path)
         return renamed[0] if renamed is not None and len(renamed) == 1 else None
+
+    def carries(self, key):
+        return any(piece.key == key for piece in self.pieces)
 
 
 def renamer(names: Names) -> Callable[[str], list[str] | None]:
@@ -350,13 +360,14 @@ def evaluating(model: Any) -> Any:
 
 
 def weights_of(torch_module: Any, flax_module: Any, names: Names | Weights | None) -> Weights:
-    """The way across: what is given, or `Twins` where all names are alike, or the axes' rules where only those differ."""
+    """The way across: what is given; else `Twins` where all names are alike, and the rules where only axes differ."""
     if hasattr(names, "load"):
         return names  # type: ignore[return-value]
     if names is not None:
         return Mapped(torch_module, flax_module, names)
     try:
-        from_torch(nnx.eval_shape(lambda: flax_module), torch_module.state_dict())
+        with jax.enable_x64(True):  # so that no dtype is in the way
+            from_torch(flax_module, torch_module.state_dict())
     except ConversionError as error:
         try:
             return Mapped(torch_module, flax_module, {})

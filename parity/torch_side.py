@@ -13,7 +13,10 @@ from parity.objective import Inputs, matches, named_leaves
 
 
 def randomized(module: nn.Module, seed: int) -> nn.Module:
-    """A copy in which every constant parameter (zeros, ones) is perturbed: what is zero hides how it is used."""
+    """A copy in which every constant parameter (zeros, ones) is perturbed: what is zero hides how it is used.
+
+    So are the running means and variances of a BatchNorm that has averaged nothing yet.
+    """
     module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -21,6 +24,10 @@ def randomized(module: nn.Module, seed: int) -> nn.Module:
             if (parameter == parameter.flatten()[0]).all():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(0.3 * noise.to(parameter))
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")) and (buffer == buffer.flatten()[0]).all():
+                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64).to(buffer)
+                buffer.copy_((0.3 * noise).exp() * buffer if name.endswith("var") else buffer + 0.3 * noise)
     return module
 
 

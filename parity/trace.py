@@ -1,12 +1,14 @@
-"""Where two models part: the activations of every sub-module on both sides, matched by path.
+"""Runs two models side by side and reads every sub-module's errors: propagated and isolated, forward and backward.
 
-The culprit is the first sub-module, in the order in which PyTorch finishes them, that was given the same inputs on both
-sides and gave another output. Its victims downstream were given other inputs; what encloses it finishes later.
+PyTorch runs first, in float64, and what went in and out of every call is kept (on disk past a limit). The Flax side then
+runs its `plain` form where it has one, so that every sub-module is called as a module, and each call is compared as it
+happens: with what it was given, and once more with what PyTorch's was given.
 """
 
-import contextlib
+import copy
 import dataclasses
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,149 +17,401 @@ import numpy as np
 import torch
 from flax import nnx
 
-from jaxmodels.convert.params import from_torch
-from parity.divergence import Divergence
-from parity.objective import Inputs
+from parity import budgets
+from parity.calls import FlaxCall, Key, LinenPart, NNXPart, TorchRun, leaves_of, numeric, recorded, with_leaves
+from parity.calls import unstacked as one_by_one
+from parity.divergence import Divergence, Errors, Part, Trace
+from parity.flax_side import FlaxSide, loss
+from parity.hints import hint
+from parity.objective import Inputs, named_leaves
+from parity.store import DEFAULT_LIMIT, store
+from parity.torch_side import TorchSide
 
-CALLS = ("__call__", "plain")
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call of a sub-module: the floating arrays that went in, in order, and those that came out."""
-
-    inputs: list[np.ndarray]
-    outputs: list[np.ndarray]
+RERUNS = 3  # calls of one path that are repeated in isolation; a recurrence calls its parts at every step
 
 
-def first_divergence(
-    torch_module: torch.nn.Module, flax_module: nnx.Module, inputs: Inputs, *, tolerance: float = 1e-10
-) -> Divergence | None:
-    """Runs both in float64 (call it with x64 enabled), un-jitted, and names the culprit; None where all outputs agree.
+def trace(
+    truth: TorchSide,
+    side: FlaxSide,
+    inputs: Inputs,
+    *,
+    labels: Any = None,
+    targets: dict[str, np.ndarray] | None = None,
+    memory_limit: int = DEFAULT_LIMIT,
+) -> Trace:
+    """Both trees of a Flax model against a PyTorch module in float64; backward where there are targets.
 
-    The Flax side runs its `plain` form where it has one, so that every sub-module is called as a module.
+    Call it with x64 enabled where the side is in float64. A narrower side is held against what PyTorch itself loses in
+    that dtype, sub-module by sub-module.
     """
-    torch_calls = trace_torch(torch_module, inputs)
-    model = from_torch(flax_module, torch_module.state_dict())
-    flax_calls, types = trace_flax(model, inputs)
-    victims = []
-    for key, ours in torch_calls.items():
-        theirs = flax_calls.get(key)
-        if theirs is None:
-            continue
-        error = distance(theirs.outputs, ours.outputs)
-        if error is None or error <= tolerance:
-            continue
-        divergence = Divergence(key[0], types[key[0]], error)
-        if (distance(theirs.inputs, ours.inputs) or 0.0) <= tolerance:
-            return divergence
-        victims.append(divergence)
-    if victims:
-        return victims[0]
-    values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
-    fast = floating((inputs.call(jax.jit(lambda *args, **kwargs: model(*args, **kwargs)), values),), {})
-    error = distance(fast, flax_calls["", 0].outputs)
-    if error is None or error <= tolerance:
-        return None
-    return Divergence("", type(model).__name__, error, fast_path=True)
+    objective = None if targets is None else (labels, targets)
+    with store(memory_limit) as kept:
+        run = TorchRun(truth, inputs, kept, objective)
+        forward = Forward(run, side)
+        plain_loss = None
+        with recorded(forward.model, forward.record):
+            outputs = side.call(getattr(forward.model, "plain", forward.model), values_of(side, inputs))
+        parts = {"forward": forward.tree()}
+        if objective is not None:
+            backward = Backward(forward, inputs, objective, memory_limit)
+            parts["backward"] = backward.tree()
+            plain_loss = backward.gradients
+        first = first_divergence(parts) or fast_path(side, inputs, objective, outputs, plain_loss)
+        if first is not None:
+            first = dataclasses.replace(first, dtype=np.dtype(side.dtype).name, **parts)
+        return Trace(np.dtype(side.dtype).name, parts["forward"], parts.get("backward"), first)
 
 
-def distance(theirs: list[np.ndarray], ours: list[np.ndarray]) -> float | None:
-    """The worst max|Δ| / max|ours| over pairs of arrays, infinite where a value is not finite.
-
-    Pairs are taken as far as both sides go: an argument that one side leaves out has no counterpart. None where shapes
-    do not broadcast: a dropout on weights that lie otherwise is not comparable, the module around it is.
-    """
-    worst = 0.0
-    for a, b in zip(theirs, ours, strict=False):
-        try:
-            a, b = np.broadcast_arrays(a, b)
-        except ValueError:
-            return None
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            return np.inf
-        worst = max(worst, float(np.abs(a - b).max(initial=0.0)) / (float(np.abs(b).max(initial=0.0)) or 1.0))
-    return worst
+def first_divergence(trees: dict[str, Part]) -> Divergence | None:
+    """The first culprit; without one the first victim, whose givers could not be compared."""
+    for stage, tree in trees.items():
+        victims = sorted((p for p in tree.walk() if p.verdict == "victim"), key=lambda part: part.order)
+        for part in (*tree.culprits(), *victims):
+            return Divergence(part.path, part.flax_type, part.worst, stage=stage, hint=part.hint)
+    return None
 
 
-def trace_torch(module: torch.nn.Module, inputs: Inputs) -> dict[tuple[str, int], Call]:
-    """Every call by (path, how many times it was called before), in the order of completion."""
-    calls: dict[tuple[str, int], Call] = {}
-    counts: dict[str, int] = {}
-
-    def hook(path: str):
-        def record(_, args, kwargs, output):
-            n = counts[path] = counts.get(path, -1) + 1
-            calls[path, n] = Call(floating(args, kwargs), floating((output,), {}))
-
-        return record
-
-    handles = [m.register_forward_hook(hook(path), with_kwargs=True) for path, m in module.named_modules()]
-    try:
-        values = {name: torch.as_tensor(value) for name, value in inputs.named().items()}
-        with torch.no_grad():
-            inputs.call(module, {n: v.double() if v.is_floating_point() else v for n, v in values.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+def fast_path(side: FlaxSide, inputs: Inputs, objective, outputs: dict, gradients: dict | None) -> Divergence | None:
+    """Where the model's own call parts from its plain form."""
+    limit = budgets.FLOAT64_LIMIT if side.dtype == np.float64 else 1e-3
+    name = type(side.module).__name__
+    plain = {key: np.asarray(value) for key, value in outputs.items()}
+    error = budgets.worst(budgets.errors(side.outputs(inputs), plain))[1]
+    if error > limit:
+        return Divergence("", name, error, fast_path=True)
+    if objective is not None and gradients:
+        fast = side.evaluate(inputs, *objective)["parameter gradients"]
+        error = budgets.worst(budgets.errors(fast, gradients))[1]
+        if error > limit:
+            return Divergence("", name, error, fast_path=True, stage="backward")
+    return None
 
 
-def trace_flax(model: Any, inputs: Inputs) -> tuple[dict[tuple[str, int], Call], dict[str, str]]:
-    """The same for a Flax model, and the type of each path's module."""
-    model = model.unstacked() if hasattr(model, "unstacked") else model  # inside a scan no call would be seen
-    paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(model)}
-    types = {paths[id(m)]: type(m).__name__ for _, m in nnx.iter_modules(model)}
-    calls: dict[tuple[str, int], Call] = {}
-    counts: dict[str, int] = {}
-
-    def record(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        path = paths.get(id(module))
-        if path is not None:
-            n = counts[path] = counts.get(path, -1) + 1
-            calls[path, n] = Call(floating(args, kwargs), floating((output,), {}))
-
-    values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
-    with recorded_calls({type(m) for _, m in nnx.iter_modules(model)}, record):
-        inputs.call(getattr(model, "plain", model), values)
-    return calls, types
+def values_of(side: FlaxSide, inputs: Inputs) -> dict[str, jax.Array]:
+    floats, others, *_ = side.arguments(inputs, None, {})
+    return floats | others
 
 
-@contextlib.contextmanager
-def recorded_calls(classes: set[type], record: Any) -> Iterator[None]:
-    """While open, every call of an instance of the classes is told to record(module, args, kwargs, output)."""
-    active: list[Any] = []
+@dataclasses.dataclass
+class Reading:
+    """Of one path: its worst errors so far, over how many calls."""
 
-    def wrapped(original: Any) -> Any:
-        def call(self, *args, **kwargs):
-            if active and active[-1] is self:  # a subclass calling super().__call__: one call, not two
-                return original(self, *args, **kwargs)
-            active.append(self)
-            try:
-                output = original(self, *args, **kwargs)
-            finally:
-                active.pop()
-            record(self, args, kwargs, output)
-            return output
+    flax_path: str = ""
+    flax_type: str = ""
+    calls: int = 0
+    order: int | None = None  # of the first call that errs
+    propagated: Errors | None = None
+    isolated: Errors | None = None
+    isolations: int = 0
+    limit: float = budgets.FLOAT64_LIMIT
+    evidence: tuple[Key, list[np.ndarray]] | None = None  # a call that errs in isolation, and what it gave
 
-        return call
-
-    own = {(cls, name): vars(cls).get(name) for cls in classes for name in CALLS if hasattr(cls, name)}
-    wrappers = {key: wrapped(getattr(*key)) for key in own}  # all taken before any is set: they may inherit
-    try:
-        for key, wrapper in wrappers.items():
-            setattr(*key, wrapper)
-        yield
-    finally:
-        for key, original in own.items():
-            if original is None:
-                delattr(*key)
-            else:
-                setattr(*key, original)
+    def worst(self, kind: str, errors: Errors | None) -> bool:
+        """Takes errors in if they are the worst; whether they are past the limit."""
+        known = getattr(self, kind)
+        if errors is not None and (known is None or errors.error > known.error):
+            setattr(self, kind, errors)
+        return errors is not None and errors.error > self.limit
 
 
-def floating(args: tuple, kwargs: dict) -> list[np.ndarray]:
-    """The floating arrays among arguments: positional ones, then named ones in alphabetical order."""
-    leaves = jax.tree.leaves((args, sorted(kwargs.items())))
-    arrays = [leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    return [np.asarray(a, np.float64) for a in arrays if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating)]
+@dataclasses.dataclass
+class Again:
+    """A Flax call that can be repeated with PyTorch's inputs: numbers in the store stand for them."""
+
+    part: NNXPart | LinenPart
+    arguments: Any
+    paired: dict[str, tuple[int, tuple[int, ...], Any]]  # by leaf: number, shape and dtype
+    outputs: list[jax.ShapeDtypeStruct]
+
+    def values(self, run: TorchRun) -> dict[str, jax.Array]:
+        return {
+            name: jnp.asarray(arranged(run.kept.get(number), shape), dtype)
+            for name, (number, shape, dtype) in self.paired.items()
+        }
+
+    def call(self, params: Any, values: dict[str, Any]) -> list[jax.Array]:
+        """The floating outputs."""
+        arguments = with_leaves(self.arguments.arguments, values)
+        again = inspect.BoundArguments(self.arguments.signature, arguments)  # type: ignore[arg-type]
+        return floating(self.part.call(params, again.args, again.kwargs))
+
+
+class Forward:
+    """Compares the calls of one run of a Flax model with those of PyTorch's."""
+
+    def __init__(self, run: TorchRun, side: FlaxSide):
+        self.run, self.side = run, side
+        self.model = one_by_one(side.module)
+        self.exact = side.dtype == np.float64
+        self.counts: dict[str, int] = {}
+        self.again: dict[Key, Again] = {}
+        self.readings = {path: Reading() for path, _ in run.calls}
+        self.wanted = self.counterparts()
+        if not self.exact:
+            for path, limit in own_errors(run, side.dtype).items():
+                self.readings[path].limit = limit
+
+    def counterparts(self) -> dict[Key, Key]:
+        """PyTorch's call by Flax's; layer 3 of a stack that is scanned is the fourth call of its one module."""
+        wanted, stacked = {}, {}
+        for path, n in self.run.calls:
+            name = self.side.weights.module(path)
+            if name is None:
+                continue
+            wanted[name, n] = path, n
+            words = name.split(".")
+            for i, word in enumerate(words):
+                if word.isdigit() and n == 0:
+                    stacked[".".join(words[:i] + words[i + 1 :]), int(word)] = path, n
+        return stacked | wanted
+
+    def record(self, call: FlaxCall) -> Any:
+        n = self.counts[call.path] = self.counts.get(call.path, -1) + 1
+        key = self.wanted.get((call.path, n))
+        if key is None:
+            return call.output
+        reading = self.readings[key[0]]
+        reading.flax_path, reading.flax_type = call.path, call.type
+        reading.calls += 1
+        truth = self.run.outputs(key)
+        bad = reading.worst("propagated", self.errors(floating(call.output), truth))
+        agree, paired = self.pair(call, key)
+        # What has a number is not to be kept alive here as well.
+        call.arguments.arguments = with_leaves(call.arguments.arguments, dict.fromkeys(paired))
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in floating(call.output)]
+        repeat = self.again[key] = Again(call.part(), call.arguments, paired, shapes)
+        results = None
+        if agree:
+            bad_alone, results = reading.worst("isolated", self.errors(floating(call.output), truth)), call.output
+        elif paired and reading.isolations < RERUNS:
+            reading.isolations += 1
+            results = repeat.call(repeat.part.params, repeat.values(self.run))
+            bad_alone = reading.worst("isolated", self.errors(results, truth))
+        else:
+            bad_alone = False
+        if bad_alone and reading.evidence is None:
+            given = [np.asarray(array, np.float64) for array in floating(results)]
+            reading.evidence = key, [arranged_back(a, b.shape) for a, b in zip(given, truth, strict=False)]
+        if (bad or bad_alone) and reading.order is None:
+            reading.order = self.run.calls[key].order
+        return call.output
+
+    def errors(self, results: list, truth: list[np.ndarray]) -> Errors | None:
+        """Of outputs in PyTorch's layout; no shape is an error here, another layout inside a model may be wanted."""
+        given = [arranged_back(np.asarray(a, np.float64), b.shape) for a, b in zip(results, truth, strict=False)]
+        return Errors.of(given, truth, self.side.dtype)
+
+    def pair(self, call: FlaxCall, key: Key) -> tuple[bool, dict[str, tuple[int, tuple[int, ...], Any]]]:
+        """Whether it was given what PyTorch's call was given, and the number of each argument that has a counterpart."""
+        ours = {name: leaf for name, leaf in leaves_of(call.arguments.arguments).items() if numeric(leaf)}
+        theirs = self.run.calls[key].inputs
+        kept = {name: self.run.kept.get(number) for name, number in theirs.items()}
+        # By name where both call it so, the rest in order, floats with floats.
+        partner = {n: n for n in ours if n in kept and numeric(ours[n]) == numeric(kept[n])}
+        left = [n for n in kept if n not in partner]
+        for name in ours:
+            same = [n for n in left if name not in partner and numeric(kept[n]) == numeric(ours[name])]
+            if same:
+                partner[name] = same[0]
+                left.remove(same[0])
+        agree, paired = True, {}
+        for name, other in partner.items():
+            given, truth = np.asarray(ours[name]), kept[other]
+            if numeric(truth) == "f":
+                error = Errors.of([arranged_back(given.astype(np.float64), truth.shape)], [truth])
+                agree &= self.exact and (error is None or error.error <= budgets.FLOAT64_LIMIT)
+            elif given.shape == truth.shape:
+                agree &= bool((given == truth).all())
+            if arranged(truth, given.shape).shape == given.shape:
+                paired[name] = theirs[other], given.shape, ours[name].dtype
+        return agree, paired
+
+    def tree(self) -> Part:
+        orders = {path: self.run.calls[path, 0].order for path in self.readings}
+        for path, reading in self.readings.items():
+            reading.order = orders[path] if reading.order is None else reading.order
+        return grown("", self.readings, self.run, "forward", self.hint)
+
+    def hint(self, path: str) -> str:
+        """What is known to leave such an error."""
+        evidence = self.readings[path].evidence
+        return hint(self.run, *evidence, self.side.dtype) if evidence else ""
+
+
+class Backward:
+    """Compares gradients: those that arrive at every output, and those of every sub-module alone."""
+
+    def __init__(self, forward: Forward, inputs: Inputs, objective: tuple, memory_limit: int):
+        run = self.run = forward.run
+        self.forward, self.side, self.inputs, self.objective = forward, forward.side, inputs, objective
+        keys = [key for key in run.calls if key in forward.again and run.calls[key].gradients]
+        self.scale = max((float(np.abs(g).max()) for k in keys for g in run.gradients(k).values()), default=0.0)
+        fresh = {"propagated": None, "isolated": None, "order": None, "evidence": None}
+        self.readings = {path: dataclasses.replace(reading, **fresh) for path, reading in forward.readings.items()}
+        for group in self.groups(keys, memory_limit):
+            self.gradients = self.propagated(group)
+        for key in keys:
+            if key[1] in (0, run.counts[key[0]] - 1):  # what a recurrence does between, it does there
+                self.read(key, "isolated", self.isolated(key))
+        for path, reading in self.readings.items():
+            reading.order = self.order(path, run.counts[path] - 1) if reading.order is None else reading.order
+
+    def order(self, *key: Any) -> int:
+        """Backwards, what was done last comes first."""
+        return len(self.run.calls) - 1 - self.run.calls[key].order  # type: ignore[index]
+
+    def read(self, key: Key, kind: str, errors: Errors | None) -> None:
+        reading = self.readings[key[0]]
+        if reading.worst(kind, errors) and (reading.order is None or self.order(*key) < reading.order):
+            reading.order = self.order(*key)
+
+    def groups(self, keys: list[Key], limit: int) -> Iterator[list[Key]]:
+        """All calls, as many at a time as have outputs of at most `limit` bytes."""
+        group: list[Key] = []
+        size = 0
+        for key in keys:
+            more = sum(a.size * a.dtype.itemsize for a in self.forward.again[key].outputs)
+            if group and size + more > limit:
+                yield group
+                group, size = [], 0
+            group.append(key)
+            size += more
+        yield group
+
+    def propagated(self, group: list[Key]) -> dict[str, np.ndarray]:
+        """Reads the gradients at the outputs of some calls; returns those of all parameters by PyTorch name.
+
+        A zero is added to every output, and the loss of the whole model is differentiated with respect to it.
+        """
+        floats, others, labels, targets = self.side.arguments(self.inputs, *self.objective)
+        graphdef, params, rest = nnx.split(self.forward.model, nnx.Param, ...)
+        keys = {flax: key for flax, key in self.forward.wanted.items() if key in group}
+
+        def objective(params, zeros):
+            counts: dict[str, int] = {}
+
+            def add(call: FlaxCall) -> Any:
+                n = counts[call.path] = counts.get(call.path, -1) + 1
+                key = keys.get((call.path, n))
+                return call.output if key is None else added(call.output, zeros[key])
+
+            model = nnx.merge(graphdef, params, rest)
+            with recorded(model, add):
+                return loss(self.side.call(getattr(model, "plain", model), floats | others), labels, targets)
+
+        zeros = {key: [jnp.zeros(a.shape, a.dtype) for a in self.forward.again[key].outputs] for key in group}
+        of_params, of_outputs = jax.grad(objective, argnums=(0, 1))(params, zeros)
+        for key in group:
+            truth = self.run.gradients(key)
+            ours = [np.asarray(of_outputs[key][i], np.float64) for i in truth if i < len(of_outputs[key])]
+            self.read(key, "propagated", self.errors(ours, list(truth.values()), self.scale))
+        return self.side.weights.read(of_params)
+
+    def isolated(self, key: Key) -> Errors | None:
+        """Of the gradients of a sub-module's inputs and parameters, given PyTorch's inputs and output gradients."""
+        given = self.run.gradients(key)
+        module = self.run.modules[key[0]]
+        module.zero_grad(set_to_none=True)
+        outputs, inputs = self.run.again(key, grad=True)
+        torch.autograd.backward([outputs[i] for i in given], [torch.tensor(g) for g in given.values()])
+        again, path = self.forward.again[key], self.readings[key[0]].flax_path
+        values = again.values(self.run)
+        floats = {name: value for name, value in values.items() if numeric(value) == "f"}
+        ours, pull = jax.vjp(lambda params, floats: again.call(params, values | floats), again.part.params, floats)
+        of_params, of_inputs = pull(
+            [
+                jnp.asarray(arranged(given[i], a.shape), a.dtype) if i in given else jnp.zeros_like(a)
+                for i, a in enumerate(ours)
+            ]
+        )
+        names = {number: name for name, number in self.run.calls[key].inputs.items()}
+        pairs = [(of_inputs[name], inputs[names[again.paired[name][0]]].grad) for name in floats]
+        prefix = tuple(int(word) if word.isdigit() else word for word in path.split(".") if word)
+        ours = self.side.weights.read(again.part.state(of_params), prefix)
+        theirs = {".".join(filter(None, (key[0], n))): p.grad for n, p in module.named_parameters() if p.requires_grad}
+        pairs += [(ours[name], gradient) for name, gradient in theirs.items() if name in ours]
+        module.zero_grad(set_to_none=True)
+        pairs = [(np.asarray(a, np.float64), np.zeros(np.shape(a)) if b is None else b.numpy()) for a, b in pairs]
+        # A gradient that is zero in exact arithmetic is noise: it is read on the scale of what it was made from.
+        scale = max(float(np.abs(b).max(initial=0.0)) for b in [*(b for _, b in pairs), *given.values()])
+        return self.errors([a for a, _ in pairs], [b for _, b in pairs], scale)
+
+    def errors(self, ours: list[np.ndarray], truth: list[np.ndarray], scale: float) -> Errors | None:
+        ours = [arranged_back(a, b.shape) for a, b in zip(ours, truth, strict=False)]
+        return Errors.of(ours, truth, self.side.dtype, scale)
+
+    def tree(self) -> Part:
+        return grown("", self.readings, self.run, "backward", lambda path: "")
+
+
+def own_errors(run: TorchRun, dtype: Any) -> dict[str, float]:
+    """By path, what a narrower dtype may cost: 4 × what it costs PyTorch's sub-module, given the same inputs."""
+    narrow = getattr(torch, np.dtype(dtype).name)
+    module = copy.deepcopy(run.side.module).to(narrow)
+    limits = dict.fromkeys((path for path, _ in run.calls), 0.0)
+    for key in run.calls:
+        if key[1] < RERUNS:
+            outputs, _ = run.again(key, module.get_submodule(key[0]), narrow)
+            own = Errors.of([output.double().numpy() for output in outputs], run.outputs(key), dtype)
+            error = 0.0 if own is None else own.error
+            limits[key[0]] = max(limits[key[0]], budgets.RATIO_LIMIT * (error + budgets.RATIO_FLOOR))
+    return limits
+
+
+def grown(path: str, readings: dict[str, Reading], run: TorchRun, stage: str, hint: Callable[[str], str]) -> Part:
+    """The tree below a path; what PyTorch never called (a list of layers) has its children with what encloses it."""
+    below = [p for p in readings if p != path and p.startswith(f"{path}." if path else "")]
+    direct = [p for p in below if not any(q != p and p.startswith(f"{q}.") for q in below)]
+    children = tuple(grown(p, readings, run, stage, hint) for p in direct)
+    reading = readings[path]
+    inner = any(child.verdict in ("culprit", "encloses") for child in children)
+    past = {
+        kind: errors is not None and errors.error > reading.limit
+        for kind, errors in (("propagated", reading.propagated), ("isolated", reading.isolated))
+    }
+    if past["isolated"] or (inner and past["propagated"]):
+        verdict = "encloses" if inner else "culprit"
+    elif past["propagated"]:
+        verdict = "victim"
+    else:
+        verdict = "encloses" if inner else "unmatched" if reading.propagated is None else "agrees"
+    return Part(
+        path=path,
+        flax_path=reading.flax_path,
+        torch_type=type(run.modules[path]).__name__,
+        flax_type=reading.flax_type,
+        stage=stage,
+        order=reading.order or 0,
+        calls=reading.calls,
+        propagated=reading.propagated,
+        isolated=reading.isolated,
+        limit=reading.limit,
+        verdict=verdict,
+        hint=hint(path) if verdict == "culprit" else "",
+        children=children,
+    )
+
+
+def floating(output: Any) -> list[Any]:
+    """The floating arrays of an output, in order."""
+    return [leaf for leaf in named_leaves(output, jax.Array).values() if numeric(leaf) == "f"]
+
+
+def added(output: Any, zeros: list[jax.Array]) -> Any:
+    """The output with a number added to each of its floating arrays."""
+    given = iter(zeros)
+    return jax.tree.map(lambda leaf: leaf + next(given) if numeric(leaf) == "f" else leaf, output)
+
+
+def arranged(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """PyTorch's array with its channels last where only that gives it the shape."""
+    if array.shape != tuple(shape) and array.ndim > 2 and np.moveaxis(array, 1, -1).shape == tuple(shape):
+        return np.moveaxis(array, 1, -1)
+    return array
+
+
+def arranged_back(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Flax's array with its channels second where only that gives it PyTorch's shape."""
+    if array.shape != tuple(shape) and array.ndim > 2 and np.moveaxis(array, -1, 1).shape == tuple(shape):
+        return np.moveaxis(array, -1, 1)
+    return array

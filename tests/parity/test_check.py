@@ -214,7 +214,7 @@ def test_a_changed_bit_in_the_round_trip_is_seen(pair, monkeypatch):
     def lossy(model, state_dict, dtype=None):
         return from_torch(model, {k: np.nextafter(v, np.inf, dtype=v.dtype) for k, v in state_dict.items()}, dtype)
 
-    monkeypatch.setattr("parity.checking.from_torch", lossy)
+    monkeypatch.setattr("parity.mapping.from_torch", lossy)
     report = parity.check(torch_module, flax_module, inputs, steps=1)
     assert [check.kind for check in report.checks if not check.passed] == ["round trip"]
 

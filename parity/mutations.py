@@ -1,0 +1,524 @@
+"""`python -m parity.mutations`: plants porting mistakes, one at a time, and counts how many the harness finds and names.
+
+A mutant is an operator at one sub-module of one case. All that apply are listed, a sample is drawn by the seed, evenly
+over systems and operators, and each is judged as `parity.check` would in float64: found is a reading past its limit,
+named is the path of the first divergence. What changes no output and no gradient of the Flax model itself is no mistake
+and is drawn again. The unbroken cases are judged at many seeds besides: a false alarm is a reading past its limit.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from parity import budgets, flax_side, torch_side
+from parity.calls import CALLS
+from parity.cases import load_cases, select
+from parity.checking import Pair, Readings
+from parity.divergence import Divergence
+from parity.mapping import Weights, weights_of
+from parity.objective import Inputs
+from parity.report import Check
+from parity.trace import trace
+
+LONGEST = 150  # positions; a case on longer sequences proves the same and takes longer
+EFFECT = 10 * budgets.FLOAT64_LIMIT
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A mistake: `change` makes it in a Flax sub-module that has its weights; None where it does not apply."""
+
+    name: str
+    about: str
+    change: Callable[[nnx.Module], Callable[[], None] | None]
+
+
+OPERATORS: dict[str, Operator] = {}
+CALLED: dict[str, Callable[..., Any]] = {}  # what a planted sub-module does when it is called
+
+
+def operator(name: str, about: str) -> Callable:
+    def register(change: Callable) -> Callable:
+        OPERATORS[name] = Operator(name, about, change)
+        return change
+
+    return register
+
+
+# Mistakes in the weights.
+
+
+def of_array(names: Sequence[str], function: Callable[[jax.Array], jax.Array | None]) -> Callable:
+    """A change to the first of the named arrays that a sub-module has and that the function applies to."""
+
+    def change(module: nnx.Module) -> Callable[[], None] | None:
+        for name in names:
+            variable = vars(module).get(name)
+            if not isinstance(variable, nnx.Param) or variable.get_value() is None:  # nnx has a bias of None
+                continue
+            if jax.eval_shape(function, variable[...]) is not None:
+                return lambda variable=variable: variable.set_value(function(variable[...]))
+        return None
+
+    return change
+
+
+KERNELS = ("kernel", "embedding")
+operator("transposed kernel", "a square kernel is stored the other way round")(
+    of_array(["kernel"], lambda k: k.swapaxes(-1, -2) if k.ndim > 1 and k.shape[-1] == k.shape[-2] else None)
+)
+operator("missing bias", "a bias is not added")(of_array(["bias"], jnp.zeros_like))
+operator("bias added twice", "as when two ranks add it each")(of_array(["bias"], lambda b: 2 * b))
+operator("missing scale", "a norm's scale is taken for one")(of_array(["scale"], jnp.ones_like))
+operator("scale plus one", "a norm's scale is stored as what is added to one")(of_array(["scale"], lambda s: 1 + s))
+operator("exchanged outputs", "two output features stand in each other's place")(
+    of_array(["kernel"], lambda k: k.at[..., 0].set(k[..., 1]).at[..., 1].set(k[..., 0]) if k.shape[-1] > 1 else None)
+)
+operator("features before heads", "the output features are laid out [d_k, heads] instead of [heads, d_k]")(
+    of_array(["kernel"], lambda k: mixed(k) if divisor(k.shape[-1]) else None)
+)
+operator("rows off by one", "an embedding or a table is read one row too early")(
+    of_array(["embedding", "key_pos_embeddings", "key_pos_bias"], lambda e: jnp.roll(e, 1, axis=0))
+)
+operator("one weight", "one number is off by a thousandth of the largest")(
+    of_array([*KERNELS, "scale", "weights"], lambda k: k.at[(0,) * k.ndim].add(1e-3 * jnp.abs(k).max()))
+)
+operator("weights in bfloat16", "weights went through bfloat16")(
+    of_array(KERNELS, lambda k: k.astype(jnp.bfloat16).astype(k.dtype))
+)
+
+
+def divisor(n: int) -> int:
+    """The smallest divisor of n but 1, 0 where that is n."""
+    return next((d for d in range(2, n) if n % d == 0), 0)
+
+
+def mixed(kernel: jax.Array) -> jax.Array:
+    d = divisor(kernel.shape[-1])
+    return kernel.reshape(*kernel.shape[:-1], d, -1).swapaxes(-1, -2).reshape(kernel.shape)
+
+
+# Mistakes in the constants.
+
+
+def of_attribute(names: Sequence[str], function: Callable[[float], float]) -> Callable:
+    def change(module: nnx.Module) -> Callable[[], None] | None:
+        for name in names:
+            value = vars(module).get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value:
+                return lambda name=name, value=value: setattr(module, name, function(value))
+        return None
+
+    return change
+
+
+operator("another epsilon", "ten times the norm's epsilon")(of_attribute(["epsilon"], lambda e: 10 * e))
+operator("another base", "the rotary angles' base is doubled")(of_attribute(["base", "rope_base"], lambda b: 2 * b))
+operator("another scale", "the scores are scaled by 1/d_k instead of its root")(
+    of_attribute(["scale"], lambda s: s * s)
+)
+
+
+# Mistakes in what a sub-module computes; the sub-module carries the mistake's name, through jit, scan and merge.
+
+
+def when_called(name: str, about: str) -> Callable:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def change(module: nnx.Module) -> Callable[[], None] | None:
+            return lambda: setattr(module, "planted", name)
+
+        OPERATORS[name] = Operator(name, about, change)
+        CALLED[name] = function
+        return function
+
+    return register
+
+
+def floats(tree: Any, function: Callable[[jax.Array], jax.Array]) -> Any:
+    def one(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, tree)
+
+
+@when_called("factor", "the output is a thousandth too large")
+def factor(call, args, kwargs):
+    return floats(call(*args, **kwargs), lambda y: 1.001 * y)
+
+
+@when_called("features rolled", "the output's features are rotated by one")
+def features_rolled(call, args, kwargs):
+    return floats(call(*args, **kwargs), lambda y: jnp.roll(y, 1, axis=-1))
+
+
+@when_called("positions rolled", "the output is one position late")
+def positions_rolled(call, args, kwargs):
+    def late(y: jax.Array) -> jax.Array:
+        return jnp.roll(y, 1, axis=int(np.argmax(y.shape[:-1]))) if y.ndim > 1 else y
+
+    return floats(call(*args, **kwargs), late)
+
+
+@when_called("input in float32", "the inputs are rounded to float32 on the way in")
+def rounded_input(call, args, kwargs):
+    return call(*floats(args, lambda x: x.astype(jnp.float32).astype(x.dtype)), **kwargs)
+
+
+@when_called("input in bfloat16", "the inputs are rounded to bfloat16 on the way in")
+def halved_input(call, args, kwargs):
+    return call(*floats(args, lambda x: x.astype(jnp.bfloat16).astype(x.dtype)), **kwargs)
+
+
+@when_called("no gradient", "the output is taken for a constant")
+def no_gradient(call, args, kwargs):
+    return floats(call(*args, **kwargs), jax.lax.stop_gradient)
+
+
+@when_called("another gradient", "the output is right, its gradient a hundredth too large")
+def another_gradient(call, args, kwargs):
+    return floats(call(*args, **kwargs), lambda y: 1.01 * y - jax.lax.stop_gradient(0.01 * y))
+
+
+@when_called("no residual", "what went in is taken off what comes out")
+def no_residual(call, args, kwargs):
+    def without(y: jax.Array) -> jax.Array:
+        x = next((a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array) and a.shape == y.shape), None)
+        return y if x is None else y - x
+
+    return floats(call(*args, **kwargs), without)
+
+
+@when_called("skipped", "the sub-module is left out")
+def skipped(call, args, kwargs):
+    y = call(*args, **kwargs)
+    x = next((a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array)), None)
+    return x if isinstance(y, jax.Array) and x is not None and (x.shape, x.dtype) == (y.shape, y.dtype) else y
+
+
+@when_called("arguments exchanged", "the first two arrays are given in the other order")
+def exchanged(call, args, kwargs):
+    values = [*args, *kwargs.values()]
+    if len(values) < 2 or not all(isinstance(v, jax.Array) for v in values[:2]) or values[0].shape != values[1].shape:
+        return call(*args, **kwargs)
+    values[:2] = values[1::-1]
+    return call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+
+@when_called("mask ignored", "everything may be seen")
+def mask_ignored(call, args, kwargs):
+    def seen(leaf: Any) -> Any:
+        return jnp.ones_like(leaf) if isinstance(leaf, jax.Array) and leaf.dtype == bool else leaf
+
+    return call(*jax.tree.map(seen, args), **jax.tree.map(seen, kwargs))
+
+
+@contextlib.contextmanager
+def planted_calls(model: nnx.Module) -> Iterator[None]:
+    """While open, a sub-module that carries an operator's name makes that mistake whenever it is called."""
+    active: list[Any] = []
+
+    def wrapped(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def call(self, *args, **kwargs):
+            mistake = CALLED.get(getattr(self, "planted", ""))
+            if mistake is None or (active and active[-1] is self):
+                return original(self, *args, **kwargs)
+            active.append(self)
+            try:
+                return mistake(functools.partial(original, self), args, kwargs)
+            finally:
+                active.pop()
+
+        return call
+
+    classes = {type(m) for _, m in nnx.iter_modules(model)}
+    own = {(cls, name): vars(cls).get(name) for cls in classes for name in CALLS if hasattr(cls, name)}
+    wrappers = {key: wrapped(getattr(*key)) for key in own}
+    try:
+        for key, wrapper in wrappers.items():
+            setattr(*key, wrapper)
+        yield
+    finally:
+        for key, original in own.items():
+            if original is None:
+                delattr(*key)
+            else:
+                setattr(*key, original)
+
+
+class Planted:
+    """Weights that make a mistake in one sub-module as they are loaded."""
+
+    def __init__(self, inner: Weights, path: tuple, operator: Operator):
+        self.inner, self.path, self.operator = inner, path, operator
+        self.read, self.held, self.module, self.carries = inner.read, inner.held, inner.module, inner.carries
+
+    def load(self, model: Any, state_dict: Any) -> Any:
+        model = self.inner.load(model, state_dict)
+        make = self.operator.change(dict(nnx.iter_modules(model))[self.path])
+        assert make is not None
+        make()
+        return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One operator at one sub-module of a case. culprit: PyTorch's path of it, or of what encloses it and is called."""
+
+    case: str
+    path: tuple
+    culprit: str
+    operator: Operator
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the harness said of a mutant: the readings past their limits, and what it named."""
+
+    mutant: Mutant
+    failed: list[Check]
+    divergence: Divergence | None
+
+    @property
+    def found(self) -> bool:
+        return bool(self.failed)
+
+    @property
+    def named(self) -> bool:
+        return self.divergence is not None and self.divergence.path == self.mutant.culprit
+
+
+class Subject:
+    """A pair that mistakes are planted in, with what its unbroken Flax model gives."""
+
+    def __init__(self, case: str, make: Callable[[int], Any]):
+        self.case, self.make = case, make
+        given = made(make, 0)
+        self.given, self.inputs = given, Inputs.of(given.inputs)
+        module = torch_side.randomized(given.torch, 0)
+        self.pair = Pair(module, given.flax, weights_of(module, given.flax, None))
+        self.readings = self.read(self.pair)
+        side = self.pair.side(self.readings.truth_side.module.state_dict(), self.inputs, jnp.float64)
+        self.unbroken = side.evaluate(self.inputs, given.labels, self.readings.targets)
+        tree = trace(self.readings.truth_side, side, self.inputs).forward
+        self.called = {part.path for part in tree.walk() if part.propagated is not None}
+
+    def read(self, pair: Pair) -> Readings:
+        device, given = jax.devices()[0], self.given
+        arguments = (self.inputs, given.labels, given.zero_gradients, 0, device, True, 0, lambda stage: None)
+        return Readings(pair, *arguments)
+
+    def mutants(self) -> Iterator[Mutant]:
+        """Every operator at every sub-module that it applies to; layers that are stacked are one."""
+        model = self.pair.weights.load(self.pair.flax, self.readings.truth_side.module.state_dict())
+        torch_paths = {self.pair.weights.module(path): path for path, _ in self.pair.torch.named_modules()}
+        for path, module in nnx.iter_modules(model):
+            words = [str(word) for word in path]
+            name = torch_paths.get(".".join(words))
+            for i, word in enumerate(words):
+                if name is None and word == "layers":
+                    name = torch_paths.get(".".join([*words[: i + 1], "0", *words[i + 1 :]]))
+            if name is None:
+                continue
+            called = name in self.called
+            while name not in self.called:
+                name = name.rpartition(".")[0]
+            for operator in OPERATORS.values():
+                if (called or operator.name not in CALLED) and operator.change(module) is not None:
+                    yield Mutant(self.case, path, name, operator)
+
+    def judge(self, mutant: Mutant) -> Outcome | None:
+        """None for what changes nothing."""
+        planted: Any = Planted(self.pair.weights, mutant.path, mutant.operator)
+        pair = dataclasses.replace(self.pair, weights=planted)
+        readings = self.readings
+        with planted_calls(self.pair.flax):
+            side = pair.side(readings.truth_side.module.state_dict(), self.inputs, jnp.float64)
+            result = side.evaluate(self.inputs, self.given.labels, readings.targets)
+            effects = [budgets.errors(result[kind], self.unbroken[kind]) for kind in result]
+            if max(budgets.worst(effect)[1] for effect in effects) < EFFECT:
+                return None
+            checks = [
+                readings.limited(kind, budgets.errors(readings.read(result, kind), truth))
+                for kind, truth in readings.truth.items()
+            ]
+            failed = [check for check in checks if not check.passed]
+            readings.pair = pair
+            try:
+                return Outcome(mutant, failed, readings.divergence(failed) if failed else None)
+            finally:
+                readings.pair = self.pair
+
+
+def false_alarms(make: Callable[[int], Any], seeds: int) -> list[tuple[int, Check]]:
+    """Readings past their limits of an unbroken pair, at each seed; its two precisions are compiled once."""
+    alarms: list[tuple[int, Check]] = []
+    sides: dict[Any, flax_side.FlaxSide] = {}
+    for seed in range(seeds):
+        given = made(make, seed)
+        module = torch_side.randomized(given.torch, seed)
+        pair, inputs = Pair(module, given.flax, weights_of(module, given.flax, None)), Inputs.of(given.inputs)
+        device = jax.devices()[0]
+        readings = Readings(pair, inputs, given.labels, given.zero_gradients, 0, device, True, seed, lambda stage: None)
+        sides = sides or {d: pair.side(module.state_dict(), inputs, d) for d in (jnp.float64, jnp.float32)}
+        alarms += [(seed, check) for check in compared(readings, sides) if not check.passed]
+    return alarms
+
+
+def compared(readings: Readings, sides: dict[Any, flax_side.FlaxSide]) -> Iterator[Check]:
+    """Outputs and gradients in float64 and float32, by sides that were compiled for other weights."""
+    arguments = (readings.inputs, readings.labels, readings.targets)
+    theirs = torch_side.TorchSide(readings.module, torch.float32, "cpu")
+    wide = sides[jnp.float64].loaded(readings.truth_side.module.state_dict()).evaluate(*arguments)
+    narrow, own = (
+        sides[jnp.float32].loaded(theirs.module.state_dict()).evaluate(*arguments),
+        theirs.evaluate(*arguments),
+    )
+    for kind, truth in readings.truth.items():
+        yield readings.limited(kind, budgets.errors(readings.read(wide, kind), truth))
+        yield readings.limited(kind, budgets.ratios(readings.read(narrow, kind), own[kind], truth), "float32")
+    yield from readings.zeros(wide)
+
+
+def made(make: Callable[[int], Any], seed: int) -> Any:
+    torch.manual_seed(seed)
+    return make(seed)
+
+
+def subjects(names: Sequence[str]) -> dict[str, Callable[[int], Any]]:
+    """The cases of the given systems (all for none) that are short enough, by name."""
+    found = {}
+    for name in select(list(names)):
+        make = load_cases()[name][0]
+        try:
+            pair = made(lambda seed, make=make: make(np.random.default_rng(seed)), 0)
+        except RuntimeError:  # a case that needs transformers, where it is not installed
+            continue
+        arrays = Inputs.of(pair.inputs).named().values()
+        if max(max(array.shape, default=0) for array in arrays) <= LONGEST:
+            found[name] = lambda seed, make=make: make(np.random.default_rng(seed))
+    return found
+
+
+def drawn(mutants: dict[str, list[Mutant]], rng: np.random.Generator) -> Iterator[Mutant]:
+    """All mutants of all systems in turn: of each system one of the operator that it had the fewest of so far."""
+    used: dict[str, int] = {}
+    left = {system: list(rng.permutation(np.array(found, object))) for system, found in mutants.items()}
+    while any(left.values()):
+        for system, found in left.items():
+            if found:
+                mutant = min(found, key=lambda m: used.get(m.operator.name, 0))
+                found.remove(mutant)
+                used[mutant.operator.name] = used.get(mutant.operator.name, 0) + 1
+                yield mutant
+
+
+def score(names: Sequence[str], count: int, seed: int, say: Callable[[str], None]) -> tuple[list[Outcome], int, int]:
+    """Judges `count` mutants, evenly over the systems: the outcomes, how many changed nothing, how many there are."""
+    found = {case: Subject(case, make) for case, make in subjects(names).items() if not say(f"preparing {case}")}
+    mutants: dict[str, list[Mutant]] = {}
+    for case, subject in found.items():
+        mutants.setdefault(case.partition(".")[0], []).extend(subject.mutants())
+    outcomes: list[Outcome] = []
+    idle = 0
+    for mutant in drawn(mutants, np.random.default_rng(seed)):
+        if len(outcomes) == count:
+            break
+        say(f"{len(outcomes)} of {count}: {mutant.operator.name} at {mutant.case}, {mutant.culprit or 'the model'}")
+        outcome = found[mutant.case].judge(mutant)
+        idle += outcome is None
+        outcomes += [outcome] if outcome else []
+    return outcomes, idle, sum(map(len, mutants.values()))
+
+
+def page(outcomes: list[Outcome], idle: int, total: int, alarms: dict[str, list], seeds: int, command: str) -> str:
+    """The outcomes as Markdown."""
+    n = len(outcomes)
+    found, named = sum(o.found for o in outcomes), sum(o.named for o in outcomes)
+    false = sum(map(len, alarms.values()))
+    lines = [
+        "# Planted errors, and what the harness says of them",
+        "",
+        f"Written by `{command}`; `python -m parity.mutations --help` says what an operator and a mutant are.",
+        "",
+        f"- {n} mutants, drawn from {total} (operators × sub-modules); {idle} more changed no output and no gradient.",
+        f"- found: {found} of {n} ({100 * found / max(n, 1):.0f} %)",
+        f"- culprit named: {named} of {n} ({100 * named / max(n, 1):.0f} %)",
+    ]
+    if seeds:
+        lines.append(f"- false alarms: {false}, of {len(alarms)} unbroken cases at {seeds} seeds each")
+    lines += ["", "| case | sub-module | mistake | found by | named | hint |", "|---|---|---|---|---|---|"]
+    for o in sorted(outcomes, key=lambda o: (o.mutant.case, o.mutant.culprit, o.mutant.operator.name)):
+        by = max(o.failed, key=lambda c: c.value, default=None)
+        reading = f"{by.kind} {by.value:.0e}" if by else "**not found**"
+        where = o.divergence
+        named = "yes" if o.named else f"**{where.path or 'the model'}**" if where else "**nothing**"
+        hint = where.hint if where else ""
+        culprit = f"`{o.mutant.culprit}`" if o.mutant.culprit else "the model"
+        lines.append(f"| {o.mutant.case} | {culprit} | {o.mutant.operator.name} | {reading} | {named} | {hint} |")
+    lines += ["", "| mistake | what is done |", "|---|---|"]
+    lines += [f"| {operator.name} | {operator.about} |" for operator in OPERATORS.values()]
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="python -m parity.mutations",
+        description="Plants porting mistakes in the Flax models, one at a time, and counts how many parity finds and "
+        "names. Exits 1 where one is not found, fewer than 90 % are named right, or an unbroken model fails.",
+    )
+    arguments.add_argument("names", nargs="*", metavar="NAME", help="a case or a system (default: all that are short)")
+    arguments.add_argument("--count", type=int, default=60, help="mutants to judge (default 60)")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
+    arguments.add_argument(
+        "--seeds", type=int, default=20, help="seeds at which unbroken models are judged (default 20)"
+    )
+    arguments.add_argument("--output", type=Path, metavar="FILE.md", help="write the table as Markdown")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    from rich.console import Console
+
+    from parity.__main__ import write_beside
+
+    options = parser().parse_args(argv)
+    console = Console(stderr=True)
+    began = time.perf_counter()
+    jax.config.update("jax_platforms", "cpu")
+    with torch_side.strict_precision(), flax_side.strict_precision(True, jax.devices("cpu")[0]):
+        try:
+            with console.status("") as status:
+                outcomes, idle, total = score(options.names, options.count, options.seed, status.update)
+                alarms = {}
+                for case, make in subjects(options.names).items() if options.seeds else ():
+                    status.update(f"{case}: {options.seeds} seeds")
+                    alarms[case] = false_alarms(make, options.seeds)
+        except ValueError as error:
+            print(f"parity.mutations: {error}", file=sys.stderr)
+            return 2
+    command = " ".join(["python -m parity.mutations", *(sys.argv[1:] if argv is None else argv)])
+    text = page(outcomes, idle, total, alarms, options.seeds, command)
+    if options.output:
+        write_beside(options.output, text)
+    print(text if not options.output else "\n".join(text.splitlines()[4:9]))
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    named = sum(outcome.named for outcome in outcomes)
+    good = all(o.found for o in outcomes) and named >= 0.9 * len(outcomes) and not any(alarms.values())
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
