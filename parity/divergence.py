@@ -160,10 +160,15 @@ def lines_of(part: Part, depth: int, above: str = "") -> Iterator[str]:
     if part.verdict == "culprit" and part.isolated:
         yield f"{'  ' * depth}    {part.isolated}"
     agree = [child for child in part.children if all(p.verdict in ("agrees", "unmatched") for p in child.walk())]
-    for child in sorted((c for c in part.children if c not in agree), key=lambda c: -c.worst):
+    for child in sorted((c for c in part.children if c not in agree), key=by_blame):
         yield from lines_of(child, depth + 1, part.path)
     if agree:
         yield f"{'  ' * (depth + 1)}{len(agree)} more {'part' if len(agree) == 1 else 'parts'} agree"
+
+
+def by_blame(part: Part) -> tuple[float, float]:
+    """Worst first: in isolation, then in the run of the whole model."""
+    return tuple(-e.error if e else 0.0 for e in (part.isolated, part.propagated))  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -425,9 +425,24 @@ def drawn(mutants: dict[str, list[Mutant]], rng: np.random.Generator) -> Iterato
                 yield mutant
 
 
-def score(names: Sequence[str], count: int, seed: int, say: Callable[[str], None]) -> tuple[list[Outcome], int, int]:
+def sampled(names: Sequence[str], per_system: int, seed: int) -> dict[str, Callable[[int], Any]]:
+    """At most so many cases of each system, by name."""
+    found = subjects(names)
+    rng, chosen = np.random.default_rng(seed), []
+    for system in dict.fromkeys(case.partition(".")[0] for case in found):
+        cases = [case for case in found if case.partition(".")[0] == system]
+        chosen += list(rng.permutation(cases)[:per_system])
+    return {case: make for case, make in found.items() if case in chosen}
+
+
+def score(
+    cases: dict[str, Callable[[int], Any]], count: int, seed: int, say: Callable[[str], None]
+) -> tuple[list[Outcome], int, int]:
     """Judges `count` mutants, evenly over the systems: the outcomes, how many changed nothing, how many there are."""
-    found = {case: Subject(case, make) for case, make in subjects(names).items() if not say(f"preparing {case}")}
+    found = {}
+    for case, make in cases.items():
+        say(f"preparing {case}")
+        found[case] = Subject(case, make)
     mutants: dict[str, list[Mutant]] = {}
     for case, subject in found.items():
         mutants.setdefault(case.partition(".")[0], []).extend(subject.mutants())
@@ -481,6 +496,7 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case or a system (default: all that are short)")
     arguments.add_argument("--count", type=int, default=60, help="mutants to judge (default 60)")
+    arguments.add_argument("--cases", type=int, default=3, help="cases of each system, drawn by the seed (default 3)")
     arguments.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     arguments.add_argument(
         "--seeds", type=int, default=20, help="seeds at which unbroken models are judged (default 20)"
@@ -501,9 +517,10 @@ def main(argv: list[str] | None = None) -> int:
     with torch_side.strict_precision(), flax_side.strict_precision(True, jax.devices("cpu")[0]):
         try:
             with console.status("") as status:
-                outcomes, idle, total = score(options.names, options.count, options.seed, status.update)
+                cases = sampled(options.names, options.cases, options.seed)
+                outcomes, idle, total = score(cases, options.count, options.seed, status.update)
                 alarms = {}
-                for case, make in subjects(options.names).items() if options.seeds else ():
+                for case, make in cases.items() if options.seeds else ():
                     status.update(f"{case}: {options.seeds} seeds")
                     alarms[case] = false_alarms(make, options.seeds)
         except ValueError as error:

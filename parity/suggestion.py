@@ -199,7 +199,7 @@ def shape_fits(owner: Owner, name: str, other: Owner, flax: str, parts: int = 1)
     shape = KINDS[kind][0](tensor).shape
     if parts > 1:
         shape = (*shape[:-1], shape[-1] / parts) if shape else shape
-    return shape == wanted or (len(shape) != len(wanted) and np.prod(shape) == np.prod(wanted) and kind != "same")
+    return shape == wanted or (len(shape) != len(wanted) and np.prod(shape) == np.prod(wanted))
 
 
 def assigned(theirs: list[Owner], ours: list[Owner]) -> tuple[list[tuple[Owner, Owner]], dict[str, list[str]]]:
@@ -275,8 +275,8 @@ def loose(left: list[Owner], free: list[Owner], found: dict[str, Any]) -> Iterat
     for owner in left:
         for name, shape in owner.shapes.items():
             full = f"{owner.path}.{name}".lstrip(".")
-            options = [n for n, s in arrays.items() if s in (shape, shape[::-1])]
-            if options:
+            options = [n for n, s in arrays.items() if s == shape]
+            if options and name not in SUFFIXES:  # a parameter of its own, of no layer that has rules
                 best = max(options, key=lambda n: difflib.SequenceMatcher(None, tokens(full), tokens(n)).ratio())
                 arrays.pop(best)
                 yield full, best

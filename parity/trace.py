@@ -219,11 +219,13 @@ class Forward:
             given, truth = np.asarray(ours[name]), kept[other]
             if numeric(truth) == "f":
                 error = Errors.of([arranged_back(given.astype(np.float64), truth.shape)], [truth])
-                agree &= self.exact and (error is None or error.error <= budgets.FLOAT64_LIMIT)
+                agree &= self.exact and error is not None and error.error <= budgets.FLOAT64_LIMIT
             elif given.shape == truth.shape:
                 agree &= bool((given == truth).all())
             if arranged(truth, given.shape).shape == given.shape:
-                paired[name] = theirs[other], given.shape, ours[name].dtype
+                dtype = ours[name].dtype
+                wide = jnp.promote_types(dtype, self.side.dtype) if numeric(truth) == "f" else dtype
+                paired[name] = theirs[other], given.shape, wide
         return agree, paired
 
     def tree(self) -> Part:
@@ -318,12 +320,13 @@ class Backward:
         values = again.values(self.run)
         floats = {name: value for name, value in values.items() if numeric(value) == "f"}
         ours, pull = jax.vjp(lambda params, floats: again.call(params, values | floats), again.part.params, floats)
-        of_params, of_inputs = pull(
-            [
-                jnp.asarray(arranged(given[i], a.shape), a.dtype) if i in given else jnp.zeros_like(a)
-                for i, a in enumerate(ours)
-            ]
-        )
+        cotangents = [
+            jnp.asarray(arranged(given[i], a.shape), a.dtype) if i in given else jnp.zeros_like(a)
+            for i, a in enumerate(ours)
+        ]
+        if any(np.shape(cotangent) != a.shape for cotangent, a in zip(cotangents, ours, strict=True)):
+            return None  # laid out otherwise, as an attention's weights may be; what encloses it is comparable
+        of_params, of_inputs = pull(cotangents)
         names = {number: name for name, number in self.run.calls[key].inputs.items()}
         pairs = [(of_inputs[name], inputs[names[again.paired[name][0]]].grad) for name in floats]
         prefix = tuple(int(word) if word.isdigit() else word for word in path.split(".") if word)
@@ -404,14 +407,16 @@ def added(output: Any, zeros: list[jax.Array]) -> Any:
 
 
 def arranged(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """PyTorch's array with its channels last where only that gives it the shape."""
-    if array.shape != tuple(shape) and array.ndim > 2 and np.moveaxis(array, 1, -1).shape == tuple(shape):
-        return np.moveaxis(array, 1, -1)
-    return array
+    """PyTorch's array in a shape of Flax's, where only its channels are last or its heads apart there."""
+    return laid_out(array, shape, lambda a: np.moveaxis(a, 1, -1))
 
 
 def arranged_back(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Flax's array with its channels second where only that gives it PyTorch's shape."""
-    if array.shape != tuple(shape) and array.ndim > 2 and np.moveaxis(array, -1, 1).shape == tuple(shape):
-        return np.moveaxis(array, -1, 1)
-    return array
+    """The inverse."""
+    return laid_out(array, shape, lambda a: np.moveaxis(a, -1, 1))
+
+
+def laid_out(array: np.ndarray, shape: tuple[int, ...], moved: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    if array.shape != tuple(shape) and array.ndim > 2 and moved(array).shape == tuple(shape):
+        return moved(array)
+    return array.reshape(shape) if array.ndim != len(shape) and array.size == np.prod(shape) else array
