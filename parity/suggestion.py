@@ -273,10 +273,12 @@ def loose(left: list[Owner], free: list[Owner], found: dict[str, Any]) -> Iterat
     """Single parameters whose owners did not fit as wholes, each with the most similar array of its shape."""
     arrays = {f"{b.path}.{n}".lstrip("."): s for b in free for n, s in b.shapes.items()}
     for owner in left:
+        if "weight" in owner.shapes:  # a layer: half of one is no counterpart
+            continue
         for name, shape in owner.shapes.items():
             full = f"{owner.path}.{name}".lstrip(".")
             options = [n for n, s in arrays.items() if s == shape]
-            if options and name not in SUFFIXES:  # a parameter of its own, of no layer that has rules
+            if options:
                 best = max(options, key=lambda n: difflib.SequenceMatcher(None, tokens(full), tokens(n)).ratio())
                 arrays.pop(best)
                 yield full, best
