@@ -87,8 +87,16 @@ class Logits(torch.nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        config = GPT2Config(vocab_size=VOCABULARY, n_positions=LONGEST, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)
-        config.use_cache, config.bos_token_id, config.eos_token_id = False, None, None
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=LONGEST,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        config.use_cache = False
         self.model = GPT2LMHeadModel(config)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -122,7 +130,6 @@ def main(argv: list[str] | None = None) -> int:
         print(parity.suggest(theirs, ours))
         return 0
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 30))
-    # A key's bias adds one number to all scores of a query: softmax does not see it. It is the middle of c_attn's.
     report = parity.check(theirs, ours, {"ids": ids[:, :-1]}, names=NAMES, labels=ids[:, 1:], steps=3, name="GPT-2")
     print(report)
     if report.divergence:
