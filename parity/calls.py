@@ -1,4 +1,4 @@
-"""Every call of every sub-module on both sides, as it happens: what went in, what came out, and how to call it again."""
+"""Every call of every sub-module on both sides: what went in, what came out, and how to make it again."""
 
 import contextlib
 import dataclasses

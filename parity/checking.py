@@ -112,9 +112,10 @@ class Readings:
         self.held = (*self.zero, *map(glob.escape, still))  # in training; what PyTorch does not train, nor do we
         progress("truth")
         self.truth_side = TorchSide(module, torch.float64, "cpu")
-        outputs = self.truth_side.outputs(inputs)
-        self.targets = random_targets(outputs, seed)
-        self.truth = self.truth_side.evaluate(inputs, labels, self.targets)
+        # With labels the targets are read for the outputs' names alone, and one pass gives both.
+        early = {} if labels is not None else self.truth_side.outputs(inputs)
+        self.truth = self.truth_side.evaluate(inputs, labels, random_targets(early, seed))
+        self.targets = random_targets(self.truth["output"], seed)
         self.batches = [(inputs.batch(step), None if labels is None else roll(labels, step)) for step in range(steps)]
 
     def all(self) -> Iterator[Check]:

@@ -211,7 +211,7 @@ class Divergence:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Both directions' trees in one dtype, and the first divergence that they show; backward None where not asked for."""
+    """Both directions' trees in one dtype, and the first divergence in them; backward None where not asked for."""
 
     dtype: str
     forward: Part

@@ -1,5 +1,7 @@
-"""What an error looks like: known mistakes are made on purpose in PyTorch's sub-module, and the one that gives what Flax
-gave is the hint. Nothing is guessed from a magnitude alone but a narrower precision, which leaves nothing else.
+"""What an error looks like: known mistakes are made on purpose in PyTorch's sub-module.
+
+The one that gives what Flax gave is the hint. Nothing is guessed from a magnitude alone but a narrower precision, which
+leaves nothing else.
 """
 
 import contextlib
@@ -25,8 +27,10 @@ Change = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 def hint(run: TorchRun, key: Key, given: list[np.ndarray], dtype: Any) -> str:
     """One line on what leaves exactly this error, '' where nothing known does. `given`: Flax's outputs of the call."""
     truth = run.outputs(key)
-    if len(given) != len(truth) or not all(np.isfinite(a).all() and a.shape == b.shape for a, b in zip(given, truth)):
-        return "not finite" if any(not np.isfinite(a).all() for a in given) else ""
+    if not all(np.isfinite(array).all() for array in given):
+        return "not finite"
+    if [a.shape for a in given] != [a.shape for a in truth]:
+        return ""
     for text, change in mistakes(run.modules[key[0]]):
         outputs = repeated(run, key, change)
         if outputs is not None and explains(outputs, given, truth):
@@ -135,7 +139,7 @@ def unscaled(_: nn.Module) -> Iterator[None]:
 
 
 def interleaved(split: bool) -> Change:
-    """Rotary embeddings over another pairing of features: of a module that is one, or of a function that applies them."""
+    """Another pairing of features in rotary embeddings: in a module that is one, or a function that applies them."""
 
     def order(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         halves = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2)])
@@ -176,7 +180,7 @@ def interleaved(split: bool) -> Change:
 
 
 def shape_of_error(given: list[np.ndarray], truth: list[np.ndarray]) -> str:
-    """What the difference itself says: a sign, a factor, one vector everywhere, an axis shifted, reversed or swapped."""
+    """What the difference itself says: a factor, one vector everywhere, an axis shifted or reversed, few features."""
     a, b = given[0], truth[0]
     if len(given) > 1 or not b.size:
         return ""

@@ -1,4 +1,4 @@
-"""`python -m parity.mutations`: plants porting mistakes, one at a time, and counts how many the harness finds and names.
+"""`python -m parity.mutations`: plants porting mistakes one at a time, and counts how many are found and named.
 
 A mutant is an operator at one sub-module of one case. All that apply are listed, a sample is drawn by the seed, evenly
 over systems and operators, and each is judged as `parity.check` would in float64: found is a reading past its limit,
@@ -417,7 +417,7 @@ def drawn(mutants: dict[str, list[Mutant]], rng: np.random.Generator) -> Iterato
     used: dict[str, int] = {}
     left = {system: list(rng.permutation(np.array(found, object))) for system, found in mutants.items()}
     while any(left.values()):
-        for system, found in left.items():
+        for found in left.values():
             if found:
                 mutant = min(found, key=lambda m: used.get(m.operator.name, 0))
                 found.remove(mutant)

@@ -1,8 +1,8 @@
 """Runs two models side by side and reads every sub-module's errors: propagated and isolated, forward and backward.
 
-PyTorch runs first, in float64, and what went in and out of every call is kept (on disk past a limit). The Flax side then
-runs its `plain` form where it has one, so that every sub-module is called as a module, and each call is compared as it
-happens: with what it was given, and once more with what PyTorch's was given.
+PyTorch runs first, in float64, and what went in and out of every call is kept (on disk past a limit). Then the Flax side
+runs its `plain` form where it has one, so that every sub-module is called as a module; each call is compared as it
+happens, and made once more with what PyTorch's was given.
 """
 
 import copy
@@ -202,7 +202,7 @@ class Forward:
         return Errors.of(given, truth, self.side.dtype)
 
     def pair(self, call: FlaxCall, key: Key) -> tuple[bool, dict[str, tuple[int, tuple[int, ...], Any]]]:
-        """Whether it was given what PyTorch's call was given, and the number of each argument that has a counterpart."""
+        """Whether it was given what PyTorch's call was, and the number of each argument that has a counterpart."""
         ours = {name: leaf for name, leaf in leaves_of(call.arguments.arguments).items() if numeric(leaf)}
         theirs = self.run.calls[key].inputs
         kept = {name: self.run.kept.get(number) for name, number in theirs.items()}

@@ -1,4 +1,4 @@
-"""Pairs whose parts are named differently: names as a mapping, pairs or a function, layers with rules, and `suggest`."""
+"""Pairs whose parts are named differently: names in all their forms, layers with rules, and `suggest`."""
 
 import jax
 import jax.numpy as jnp

@@ -105,7 +105,7 @@ def test_what_only_float32_loses_is_traced_in_float32():
 
 def test_errors_of_known_arrays():
     truth = np.array([1.0, -2.0, 4.0, 0.0])
-    errors = Errors.of([truth + [0, 0, 1e-3, 0]], [truth])
+    errors = Errors.of([truth + np.array([0, 0, 1e-3, 0])], [truth])
     assert errors.error == pytest.approx(1e-3 / 4)
     assert errors.max_relative == pytest.approx(1e-3 / 4)
     assert errors.mean_absolute == pytest.approx(1e-3 / 4)
