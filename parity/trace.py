@@ -1,6 +1,6 @@
 """Runs two models side by side and reads every sub-module's errors: propagated and isolated, forward and backward.
 
-PyTorch runs first, in float64, and what went in and out of every call is kept (on disk past a limit). Then the Flax side
+PyTorch runs first, in float64, and what went in and out of every call is kept, on disk past a limit. Then the Flax side
 runs its `plain` form where it has one, so that every sub-module is called as a module; each call is compared as it
 happens, and made once more with what PyTorch's was given.
 """
