@@ -11,7 +11,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -268,7 +267,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="python -m parity.mutations",
         description="Plants porting mistakes in the Flax models, one at a time, and counts how many parity finds and "
-        "names. Exits 1 where one is not found, fewer than 90 % are named right, or an unbroken model fails.",
+        "names, as a Markdown table. Exits 1 where one is not found, fewer than 90 % are named right, or an unbroken model fails.",
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case or a system (default: all that are short)")
     arguments.add_argument("--count", type=int, default=60, help="mutants to judge (default 60)")
@@ -277,14 +276,11 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--seeds", type=int, default=20, help="seeds at which unbroken models are judged (default 20)"
     )
-    arguments.add_argument("--output", type=Path, metavar="FILE.md", help="write the table as Markdown")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
-
-    from parity.__main__ import write_beside
 
     options = parser().parse_args(argv)
     console = Console(stderr=True)
@@ -305,9 +301,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     command = " ".join(["python -m parity.mutations", *(sys.argv[1:] if argv is None else argv)])
     text = page(outcomes, idle, total, alarms, options.seeds, command)
-    if options.output:
-        write_beside(options.output, text)
-    print(text if not options.output else "\n".join(text.splitlines()[4:9]))
+    print(text, end="")
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     named = sum(outcome.named for outcome in outcomes)
     good = all(o.found for o in outcomes) and named >= 0.9 * len(outcomes) and not any(alarms.values())
