@@ -266,8 +266,9 @@ def page(outcomes: list[Outcome], idle: int, total: int, alarms: dict[str, list]
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="python -m parity.mutations",
-        description="Plants porting mistakes in the Flax models, one at a time, and counts how many parity finds and "
-        "names, as a Markdown table. Exits 1 where one is not found, fewer than 90 % are named right, or an unbroken model fails.",
+        description="Plants porting mistakes in the Flax models, one at a time, and prints as Markdown which of them "
+        "parity finds and names. Exits 1 where one is not found, fewer than 90 % are named right, or an unbroken model "
+        "fails.",
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case or a system (default: all that are short)")
     arguments.add_argument("--count", type=int, default=60, help="mutants to judge (default 60)")
