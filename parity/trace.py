@@ -402,8 +402,9 @@ def floating(output: Any) -> list[Any]:
 
 def added(output: Any, zeros: list[jax.Array]) -> Any:
     """The output with a number added to each of its floating arrays."""
-    given = iter(zeros)
-    return jax.tree.map(lambda leaf: leaf + next(given) if numeric(leaf) == "f" else leaf, output)
+    named = {n: leaf for n, leaf in leaves_of({"output": output}).items() if numeric(leaf) == "f"}
+    values = {name: leaf + zero for (name, leaf), zero in zip(named.items(), zeros, strict=True)}
+    return with_leaves({"output": output}, values)["output"]
 
 
 def arranged(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
