@@ -271,6 +271,13 @@ def nnx_calls(model: nnx.Module, tell: Record) -> Iterator[None]:
 
         return call
 
+    with calls_replaced(model, wrapped):
+        yield
+
+
+@contextlib.contextmanager
+def calls_replaced(model: Any, wrapped: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside the block every class of the model's modules has wrapped(method) in the place of each of CALLS."""
     classes = {type(m) for _, m in nnx.iter_modules(model)}
     own = {(cls, name): vars(cls).get(name) for cls in classes for name in CALLS if hasattr(cls, name)}
     wrappers = {key: wrapped(getattr(*key)) for key in own}  # all taken before any is set: they may inherit

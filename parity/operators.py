@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.calls import CALLS
+from parity.calls import calls_replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,16 +221,5 @@ def planted_calls(model: nnx.Module) -> Iterator[None]:
 
         return call
 
-    classes = {type(m) for _, m in nnx.iter_modules(model)}
-    own = {(cls, name): vars(cls).get(name) for cls in classes for name in CALLS if hasattr(cls, name)}
-    wrappers = {key: wrapped(getattr(*key)) for key in own}
-    try:
-        for key, wrapper in wrappers.items():
-            setattr(*key, wrapper)
+    with calls_replaced(model, wrapped):
         yield
-    finally:
-        for key, original in own.items():
-            if original is None:
-                delattr(*key)
-            else:
-                setattr(*key, original)
