@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from parity.calls import Key, TorchRun
 
-EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3)
+EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
 EXPLAINED = 1e-3  # of the error may be left
 
 Change = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
