@@ -1,7 +1,7 @@
 """`python -m parity`: every case, a table, a non-zero exit where any differs."""
 
 import argparse
-import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from parity.processes import examined, prepare_jax, workers_for
 
 LEGEND = (
     "float64: max|Δ| / max|truth|, at most 1e-10. Narrower: Flax's error against the float64 truth ÷ (PyTorch's own + "
@@ -49,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
         help="where Flax runs (default: JAX's default); gpu and tpu imply --fast",
     )
     arguments.add_argument("--list", action="store_true", help="name the cases and exit")
+    arguments.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: 1 for each core, up to 4, for many cases on a CPU)",
+    )
     arguments.add_argument("--seed", type=int, default=0, help="seed of weights, inputs and targets (default 0)")
     more = arguments.add_argument_group("more readings of each case")
     more.add_argument("--all", action="store_true", help="all of these; trajectories with Adam")
@@ -86,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:  # a file has no width to fit: a whole table is worth more than one folded to 80
         console = Console(width=184)
-    prepare_jax(options)
+    prepare_jax(options.device, eight=options.invariances or options.all)
     try:
         for file in filter(None, (options.json, options.junit, options.report)):
             if not file.absolute().parent.is_dir():
@@ -108,17 +116,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(report.passed for report in reports) else 1
 
 
-def prepare_jax(options: argparse.Namespace) -> None:
-    """What has to be said before JAX starts: that it looks for no other device, and how many a CPU is."""
-    import jax
-
-    if options.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    if options.invariances or options.all:
-        with contextlib.suppress(RuntimeError):  # it runs already: that reading is then skipped, with its reason
-            jax.config.update("jax_num_cpu_devices", 8)
-
-
 def show(options: argparse.Namespace, console: Console) -> int:
     from parity.cases import load_cases, select
 
@@ -129,10 +126,14 @@ def show(options: argparse.Namespace, console: Console) -> int:
 
 def run(options: argparse.Namespace, console: Console) -> list:
     """One report per case, with a progress bar."""
+    import jax
+
     from parity.cases import load_cases, select
     from parity.suite import Wanted, examine
     from parity.trajectories import OPTIMIZERS
 
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers {options.workers} must be at least 1")
     names, every = select(options.names), options.all
     unknown = [name for name in options.trajectory if name not in OPTIMIZERS]
     if unknown:
@@ -145,9 +146,14 @@ def run(options: argparse.Namespace, console: Console) -> list:
         fast=every or options.fast or options.matmul_precision is not None or options.device in ("gpu", "tpu"),
         matmul_precision=options.matmul_precision,
     )
+    common = {"device": options.device, "seed": options.seed}
+    workers = options.workers or workers_for(len(names), options.device or jax.default_backend())
+    prepare = functools.partial(prepare_jax, options.device, eight=wanted.invariances)
+    found = examined(names, wanted, **common, workers=workers, prepare=prepare)
     cases, reports = load_cases(), []
     for name, progress, stage in bar(names, console):
-        reports.append(examine(cases[name][0], name, wanted, device=options.device, seed=options.seed, progress=stage))
+        one = next(found) if workers > 1 else examine(cases[name][0], name, wanted, **common, progress=stage)
+        reports.append(one)
         if not reports[-1].passed:
             progress.console.print(str(reports[-1]), style="red", markup=False, highlight=False)
     return reports

@@ -27,6 +27,18 @@ def test_a_case_runs_and_is_reported_everywhere(tmp_path, capsys):
     assert not re.search(r"(src|href)\s*=|url\(|@import|<script", html), "the page must stand alone"
 
 
+def test_cases_in_two_processes_come_in_their_order_and_an_error_ends_them(tmp_path, capsys):
+    names = ["transformer.feed_forward", "rope.embeddings"]
+    assert main([*names, "--workers", "2", "--json", str(tmp_path / "out.json")]) == 0
+    reports = json.loads((tmp_path / "out.json").read_text())
+    assert [report["name"] for report in reports] == select(names)
+    assert all(report["passed"] and report["checks"] for report in reports)
+    assert main([*names, "--workers", "0"]) == 2
+    assert "--workers 0 must be at least 1" in capsys.readouterr().err
+    assert main([*names, "--workers", "2", "--device", "tpu"]) == 2
+    assert "parity: " in capsys.readouterr().err
+
+
 def test_more_readings_are_shown_and_written(tmp_path, capsys):
     more = ["--invariances", "--fast", "--trajectory", "sgd", "rmsprop", "--steps", "3"]
     assert main(["transformer.feed_forward", *more, "--junit", str(tmp_path / "out.xml")]) == 0
