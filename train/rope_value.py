@@ -9,6 +9,11 @@ A problem is a question, its sum from the lowest digit up, and the answer, as in
 
 Sequences are such problems, one after the other, made as they are needed. The score is the share of 64 new questions
 whose answer, written greedily after the question, is right.
+
+Hardware   2 CPU cores, which a test suite and other programs were using too; float32
+Time       20 min by the clock, 12 min of CPU time over both cores
+Training   2000 steps of the preset small; seed 0
+Result     right answers of 64: 51 after 500 steps, 63 after 1000, 64 after 1500 and after 2000
 """
 
 import dataclasses
