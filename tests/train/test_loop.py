@@ -17,6 +17,14 @@ from train.step import token_losses
 TRAIN, HELD_OUT = Windows(IDS, S, "training"), Windows(IDS[5:], S, "validation")
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """Where the tests were started in the background, a shell has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def make():
     """A loop that is ready, and what it tells."""

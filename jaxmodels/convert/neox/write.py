@@ -1,6 +1,7 @@
 """A model as a GPT-NeoX checkpoint."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -118,9 +119,13 @@ def write_pt(file: Path, content: dict[str, Any]) -> None:
     """`torch.save`; raises OSError that names the file where the disk is full."""
     import torch
 
+    tensors = {key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}
+    with contextlib.suppress(RuntimeError):  # which would not say what went wrong
+        torch.save(tensors, file)  # by name: into a file of Python's it would write with the interpreter's lock held
+        return
     try:
-        # By its name: into a file that Python has opened, torch writes with the interpreter's lock held.
-        torch.save({key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}, file)
+        with file.open("wb") as out:
+            torch.save(tensors, out)
     except (OSError, RuntimeError) as error:
         first: BaseException = error
         while first.__context__ is not None:  # torch's writer, closing after the disk was full, fails once more
