@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from parity.invariance import invariances
     from parity.report import Report
     from parity.suggestion import suggest
-    from parity.trajectories import Optimizer, trajectory
+    from parity.training import Optimizer
+    from parity.trajectories import trajectory
 
 __all__ = [
     "Optimizer",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 HOMES = {
-    "Optimizer": "trajectories",
+    "Optimizer": "training",
     "Report": "report",
     "check": "checking",
     "invariances": "invariance",

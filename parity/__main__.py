@@ -130,7 +130,7 @@ def run(options: argparse.Namespace, console: Console) -> list:
 
     from parity.cases import load_cases, select
     from parity.suite import Wanted, examine
-    from parity.trajectories import OPTIMIZERS
+    from parity.training import OPTIMIZERS
 
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers {options.workers} must be at least 1")

@@ -22,8 +22,10 @@ from parity.objective import Inputs, matches, random_targets, roll
 from parity.report import Check, Report, environment
 from parity.torch_side import TorchSide
 from parity.trace import trace
+from parity.training import OPTIMIZERS, Kinds, flax_steps, outcome, torch_steps
 
 LEARNING_RATE = 1e-3
+ADAM = dataclasses.replace(OPTIMIZERS["adam"], moments={})  # which are not looked at here
 
 
 def check(
@@ -135,8 +137,7 @@ class Readings:
         self.progress("decoding")
         yield from self.decoding(side)
         self.progress("training")
-        training = (self.batches, self.targets, self.held, LEARNING_RATE)
-        truth, result = self.truth_side.train(*training), side.train(*training)
+        truth, result = self.trained(self.truth_side), self.trained(side)
         for kind in truth:
             yield self.limited(kind, budgets.errors(result[kind], truth[kind]))
 
@@ -152,10 +153,15 @@ class Readings:
         if self.float64:
             return
         yield from self.decoding(ours)
-        training = (self.batches, self.targets, self.held, LEARNING_RATE)
-        truth, own, result = self.truth_side.train(*training), theirs.train(*training), ours.train(*training)
+        truth, own, result = self.trained(self.truth_side), self.trained(theirs), self.trained(ours)
         for kind in truth:
             yield self.limited(kind, budgets.ratios(result[kind], own[kind], truth[kind]), precision="float32")
+
+    def trained(self, side: TorchSide | FlaxSide) -> Kinds:
+        """The losses of all steps with Adam, and the parameters after them."""
+        rates = [LEARNING_RATE] * len(self.batches)
+        run = (self.batches, self.targets, self.held, ADAM, rates)
+        return outcome(torch_steps(side, *run) if isinstance(side, TorchSide) else flax_steps(side, *run))
 
     def half(self, name: str) -> Check:
         """16 bits on both sides. The truth has the same rounded weights: what rounding them costs is not computing."""

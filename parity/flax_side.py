@@ -92,28 +92,6 @@ class FlaxSide:
         outputs = call(self.params, floats | others)
         return {name: np.asarray(output) for name, output in outputs.items()}
 
-    def train(self, batches: Sequence[tuple[Inputs, np.ndarray | None]], targets, frozen: Sequence[str], lr: float):
-        """Adam over the batches: the loss of every step and the parameters at the end, by kind."""
-        optimizer = optax.adam(lr)
-        held = self.weights.held(self.params, frozen)
-
-        @compiled
-        def update(params, state, gradients):
-            flat = nnx.to_flat_state(gradients)
-            still = {path: leaf.replace(jnp.zeros_like(leaf.get_value())) for path, leaf in flat if path in held}
-            updates, state = optimizer.update(nnx.from_flat_state(dict(flat) | still), state, params)
-            return optax.apply_updates(params, updates), state
-
-        params, state, losses = self.params, optimizer.init(self.params), {}
-        for step, (inputs, labels) in enumerate(batches):
-            (value, _), (gradients, _) = self.value_and_grad(
-                params, *self.arguments(inputs, labels, targets), self.rest
-            )
-            params, state = update(params, state, gradients)
-            losses[f"step {step}"] = np.asarray(value)
-        trained = {name: array for name, array in self.weights.read(params).items() if not matches(name, frozen)}
-        return {"training loss": losses, "trained parameters": trained} if trained and batches else {}
-
     def decode(
         self, ids: np.ndarray, start: np.ndarray | None = None, ret: np.ndarray | None = None
     ) -> tuple[int, np.ndarray]:

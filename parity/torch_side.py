@@ -2,14 +2,14 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
 from jaxmodels.convert.params import as_numpy
-from parity.objective import Inputs, matches, named_leaves
+from parity.objective import Inputs, named_leaves
 
 
 def randomized(module: nn.Module, seed: int) -> nn.Module:
@@ -87,28 +87,6 @@ class TorchSide:
             "input gradients": {n: self.gradient(t) for n, t in tensors.items() if t.requires_grad},
         }
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
-
-    def train(self, batches: Sequence[tuple[Inputs, np.ndarray | None]], targets, frozen: Sequence[str], lr: float):
-        """Adam over the batches: the loss of every step and the parameters at the end, by kind."""
-        module = copy.deepcopy(self.module)
-        side = TorchSide(module, self.dtype, self.device)
-        trained = {
-            name: parameter
-            for name, parameter in side.module.named_parameters()
-            if parameter.requires_grad and not matches(name, frozen)
-        }
-        if not trained or not batches:
-            return {}
-        optimizer = torch.optim.Adam(trained.values(), lr=lr)
-        losses = {}
-        for step, (inputs, labels) in enumerate(batches):
-            optimizer.zero_grad(set_to_none=True)
-            outputs = named_leaves(inputs.call(side.module, side.tensors(inputs)), torch.Tensor)
-            loss = side.loss(outputs, labels, targets)
-            loss.backward()
-            optimizer.step()
-            losses[f"step {step}"] = loss.detach()
-        return {"training loss": self.numpy(losses), "trained parameters": self.numpy(trained)}
 
     @staticmethod
     def gradient(tensor: torch.Tensor) -> np.ndarray:

@@ -23,6 +23,7 @@ from train.data import Batches, Example, Task, Windows, endless
 from train.loop import Evaluation, Loop, Told
 from train.mesh import agree, is_first, make_mesh
 from train.ngram import NGram
+from train.optimizers import OptimizerName, ScheduleName
 from train.sample import continue_text
 from train.step import Program
 from train.tokenize import Tokens, open_tokens
@@ -100,6 +101,20 @@ class Config(config.Config):
         n_tokens = len(task.vocabulary)  # a checkpoint's may be padded
         written = continue_text(model, ids, SAMPLE, self.seq_len, interrupted=interrupted, n_tokens=n_tokens)
         return f"{task.vocabulary.decode(ids)}|{task.vocabulary.decode(written)}", {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig(Config):
+    """What decides the numbers of a run that trains as one would today, where the originals have Adam with Noam."""
+
+    optimizer: OptimizerName = "adamw"
+    """original: Adam with epsilon before the bias correction, as the original experiments; torch: after it; adamw"""
+    schedule: ScheduleName = "cosine"
+    """of the learning rate: noam; cosine, to a tenth at the last step; or constant"""
+    learning_rate: float = 2e-3
+    """factor of Noam, lr · width^-½ · min(t^-½, t · warmup^-3/2) at step t; the highest rate of the others"""
+    b2: float = 0.95
+    """Adam's memory of squared gradients"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,11 @@ transformer's weights to begin with:
 """
 
 import dataclasses
-import warnings
 from pathlib import Path
 
 from flax import nnx
 
 from jaxmodels.feedback import AutoregressiveModel, from_parallel
-from jaxmodels.feedback.parallel import ApproximateWarning
 from jaxmodels.text import Vocabulary, load_vocabulary
 from train import experiment
 from train.checkpoints import latest_model
@@ -78,9 +76,7 @@ class Config(experiment.Config):
         model, _ = latest_model(run)
         if load_vocabulary(run / "vocabulary.json") != vocabulary:
             raise ValueError(f"from_parallel={self.from_parallel!r} was trained on a text with other tokens")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ApproximateWarning)  # said in the flag's own help
-            return program.state_of(from_parallel(model, self.variant, memory=self.memory), self.seed)
+        return program.state_of(from_parallel(model, self.variant, memory=self.memory), self.seed)
 
     @classmethod
     def small(cls) -> "Config":

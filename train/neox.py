@@ -30,7 +30,6 @@ from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.generate import find_tokenizer
 from jaxmodels.text import TokenizerFile, Vocabulary
 from train import experiment
-from train.optimizers import OptimizerName, ScheduleName
 from train.step import Program, State
 from train.tokenize import Tokens, open_tokens
 
@@ -40,23 +39,15 @@ BIASES = re.compile(r"layers\.(\d+\.)?(attention\.qkv_lin|attention\.output|ffn\
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(experiment.Config):
+class Config(experiment.AdamWConfig):
     """What decides the numbers of a run."""
 
     PRESETS = ("small", "pythia_70m", "finetune", "neox_20b")
 
-    optimizer: OptimizerName = "adamw"
-    """original: Adam with epsilon before the bias correction, as the original experiments; torch: after it; adamw"""
-    schedule: ScheduleName = "cosine"
-    """of the learning rate: noam; cosine, to a tenth at the last step; or constant"""
-    learning_rate: float = 2e-3
-    """factor of Noam, lr · width^-½ · min(t^-½, t · warmup^-3/2) at step t; the highest rate of the others"""
     steps: int = 1000
     """steps of the whole run; more of them make a run longer that has ended"""
     warmup: int = 100
     """steps until the schedule's peak"""
-    b2: float = 0.95
-    """Adam's memory of squared gradients"""
     rope_percentage: float = 0.25
     """share of a head's features that turn with their position"""
 
@@ -121,23 +112,23 @@ class Config(experiment.Config):
 
     @property
     def width(self) -> int:
-        return self.d_model if self.checkpoint is None else self.loaded(0).n_hidden
+        return self.d_model if self.checkpoint is None else self.loaded().n_hidden
 
-    def loaded(self, n_vocab: int) -> NeoXConfig:
-        """The checkpoint's configuration; raises ValueError where it holds another model, or has not n_vocab tokens."""
+    def loaded(self) -> NeoXConfig:
+        """The checkpoint's configuration; raises ValueError where it holds another model."""
         assert self.checkpoint is not None
         name, fields = read_config(Path(self.checkpoint))
         if name != "NeoX" or fields.get("int8_threshold") is not None:
             kind = "a quantised NeoX" if name == "NeoX" else f"a {name}"
             raise ValueError(f"checkpoint={self.checkpoint!r} holds {kind}, not a NeoX to train")
-        config = NeoXConfig(**{name: value for name, value in fields.items() if name != "stacked"})
-        if n_vocab > config.n_vocab:
-            raise ValueError(f"the text has {n_vocab} different tokens, the checkpoint {config.n_vocab}")
-        return config
+        return NeoXConfig(**{name: value for name, value in fields.items() if name != "stacked"})
 
     def model(self, n_vocab: int) -> NeoX:
         if self.checkpoint is not None:
-            return NeoX(self.loaded(n_vocab), rngs=nnx.Rngs(self.seed))
+            config = self.loaded()
+            if n_vocab > config.n_vocab:
+                raise ValueError(f"the text has {n_vocab} different tokens, the checkpoint {config.n_vocab}")
+            return NeoX(config, rngs=nnx.Rngs(self.seed))
         config = NeoXConfig(
             n_vocab=n_vocab,
             n_hidden=self.d_model,

@@ -56,7 +56,6 @@ from train.experiment import Result, as_program, carry_out, start
 from train.loop import Evaluation
 from train.mesh import make_mesh
 from train.neighbors import Kind, Samples, attach, end_to_end, with_skips
-from train.optimizers import OptimizerName, ScheduleName
 from train.step import Batch, Program, State
 from train.tokenize import Tokens
 
@@ -65,7 +64,7 @@ RETRIEVES = ("encoder.", "cca.", "norm_e.")  # what a plain decoder has not
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(experiment.Config):
+class Config(experiment.AdamWConfig):
     """What decides the numbers of a run."""
 
     d_model: int = 96
@@ -98,18 +97,10 @@ class Config(experiment.Config):
     """folder of the chunk index; none: RUN/index"""
     retrieval: tyro.conf.Suppress[bool] = True
 
-    optimizer: OptimizerName = "adamw"
-    """original: Adam with epsilon before the bias correction, as the original experiments; torch: after it; adamw"""
-    schedule: ScheduleName = "cosine"
-    """of the learning rate: noam; cosine, to a tenth at the last step; or constant"""
-    learning_rate: float = 2e-3
-    """factor of Noam, lr · width^-½ · min(t^-½, t · warmup^-3/2) at step t; the highest rate of the others"""
     steps: int = 500
     """steps of the whole run; more of them make a run longer that has ended"""
     warmup: int = 50
     """steps until the schedule's peak"""
-    b2: float = 0.95
-    """Adam's memory of squared gradients"""
     every: int = 250
     """steps from one validation, greedy sample and checkpoint to the next"""
 

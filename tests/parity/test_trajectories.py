@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import parity
-from parity.trajectories import OPTIMIZERS
+from parity.training import OPTIMIZERS
 from tests.parity.pairs import FlaxMLP, mlp
 
 

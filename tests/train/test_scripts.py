@@ -12,6 +12,7 @@ from flax import nnx
 import jaxmodels
 from jaxmodels.convert.params import flat_arrays
 from jaxmodels.feedback import from_parallel
+from jaxmodels.feedback.parallel import ApproximateWarning
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.text import CharVocabulary
 from jaxmodels.transformer import AutoregressiveTransformer
@@ -109,6 +110,9 @@ def test_feedback_begins_with_a_parallel_transformer(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(flat_arrays(begun), flat_arrays(from_parallel(parallel)))
     with pytest.raises(ValueError, match="was trained on a text with other tokens"):
         settings.initial(program, CharVocabulary("abcd "))
+    shared = feedback_kv.Config(**dataclasses.asdict(settings))
+    with pytest.warns(ApproximateWarning):
+        shared.initial(shared.program(len(vocabulary), make_mesh()), vocabulary)
     other = dataclasses.replace(settings, d_ff=12)
     with pytest.raises(ValueError, match=r"layer1\.bias is \(11,\) in it and \(12,\) here"):
         other.initial(other.program(len(vocabulary), make_mesh()), vocabulary)

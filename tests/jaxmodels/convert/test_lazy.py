@@ -34,6 +34,8 @@ def cases():
     large = array(1031, 37)
     yield "larger than a tile", Transposed(large), large.T
     yield "larger than a tile, twice transposed", Stacked([Transposed(large)]), large.T[None]
+    wide = array(1031, 37, dtype=np.float64)
+    yield "eight bytes, which JAX would narrow", Transposed(wide), wide.T
     yield "from columns", Transposed(np.asfortranarray(large)), large.T
 
 
