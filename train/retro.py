@@ -152,8 +152,8 @@ class Config(experiment.AdamWConfig):
     def initial(self, program: Program, vocabulary: Vocabulary) -> State:
         if self.from_decoder is None:
             return super().initial(program, vocabulary)
-        decoder = load_decoder(self.from_decoder, self.model(len(vocabulary)), vocabulary)
-        return program.state_of(with_decoder(self.model(len(vocabulary)), decoder), self.seed)
+        model = self.model(len(vocabulary))
+        return program.state_of(with_decoder(model, load_decoder(self.from_decoder, model, vocabulary)), self.seed)
 
     def check(self) -> None:
         """Raises ValueError where the text, the model or the decoder to begin with are not there, or do not fit."""
