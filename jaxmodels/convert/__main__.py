@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,6 @@ from jaxmodels.convert.arguments import NAMES, parser, read_json
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs an accelerator, which another process may hold
     try:
         good, message = run(options)
     except (ValueError, OSError) as error:
@@ -123,4 +121,8 @@ def summary(name: str, model: Any) -> str:
 
 
 if __name__ == "__main__":
+    import jax
+
+    # Nothing here needs an accelerator, which another process may hold.
+    jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
     sys.exit(main())
