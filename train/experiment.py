@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from train import config, flops, metrics
+from train.allocator import keep_freed_memory
 from train.checkpoints import Checkpoints, Position
 from train.command import Stop, interruptible, one_line_errors
 from train.config import Options, check_folder, parse, read_about, write_about
@@ -285,6 +286,8 @@ def start(options: Options) -> Console:
     if options.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     output = sys.stdout if is_first() else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
     return Console(file=output, highlight=False, markup=False, soft_wrap=True)
 

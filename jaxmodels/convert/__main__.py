@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -124,5 +125,5 @@ if __name__ == "__main__":
     import jax
 
     # Nothing here needs an accelerator, which another process may hold.
-    jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
     sys.exit(main())

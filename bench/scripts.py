@@ -1,0 +1,139 @@
+"""`python -m bench.scripts`: the training step of every script's model against its PyTorch twin, one after the other.
+
+The Flax step is the very one that the script compiles, at the sizes of a preset, on the first batch's shape. PyTorch's
+has the same sizes, clipping and kind of Adam, eager. Both in one process, in turn; a line for each model.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+N_VOCAB = 65
+# Script and the attention it is told; "" where it has none to choose.
+MODELS = [
+    ("rope", "rotary"),
+    ("rope", "relative"),
+    ("rope_value", "rotary_value"),
+    ("synthesizer", "dense"),
+    ("synthesizer", "fixed_random"),
+    ("synthesizer", "factorized_dense"),
+    ("synthesizer", "factorized_random"),
+    ("synthesizer", "random+vanilla"),
+    ("feedback", ""),
+    ("feedback_kv", ""),
+    ("neox", ""),
+    ("retro", ""),
+]
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m bench.scripts", description=__doc__)
+    arguments.add_argument("models", nargs="*", metavar="SCRIPT", help="rope, feedback, …; none: all of them")
+    arguments.add_argument("--preset", default="small", help="of the scripts (default small)")
+    arguments.add_argument("--rounds", type=int, default=7, help="timed steps of each (default 7)")
+    arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
+    options = arguments.parse_args()
+    unknown = sorted(set(options.models) - {script for script, _ in MODELS})
+    if unknown:
+        arguments.error(f"{unknown[0]} is none of {', '.join(dict(MODELS))}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    # XLA sizes its thread pool by the processors it may use, once, when it starts.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+
+    import numpy as np
+    import torch
+
+    from bench.timing import alternate, stamp
+    from train.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as the scripts do; PyTorch gains as well
+    torch.set_num_threads(options.threads)
+    print(stamp(options.threads))
+    print(f"\nTraining steps, --preset {options.preset}")
+    print(f"{'':28}{'batch':>12}{'Flax ms':>9}{'PyTorch ms':>12}{'÷ Flax':>8}")
+    for script, attention in MODELS:
+        if options.models and script not in options.models:
+            continue
+        settings = getattr(importlib.import_module(f"train.{script}").Config, options.preset)()
+        settings = settings if not attention else dataclasses.replace(settings, attention=attention)
+        rng = np.random.default_rng(0)
+        batch = {name: rng.integers(0, N_VOCAB, a.shape, np.int32) for name, a in settings.abstract_batch().items()}
+        steps = {"Flax": flax_step(settings, batch), "PyTorch": torch_step(settings, batch)}
+        seconds = alternate(steps, options.rounds)
+        ratio = statistics.median(a / b for a, b in zip(seconds["PyTorch"], seconds["Flax"], strict=True))
+        ours, theirs = (1e3 * statistics.median(seconds[name]) for name in ("Flax", "PyTorch"))
+        size = f"{settings.batch_size} × {settings.seq_len}"
+        print(f"{' '.join(filter(None, [script, attention])):28}{size:>12}{ours:>9.0f}{theirs:>12.0f}{ratio:>8.2f}")
+
+
+def flax_step(settings: Any, batch: dict[str, Any]) -> Callable[[], None]:
+    import jax
+    import numpy as np
+
+    from train.mesh import make_mesh
+
+    program = settings.program(N_VOCAB, make_mesh("", jax.devices()[:1]))
+    compiled = program.lower_step(batch).compile()
+    state = [program.make_state(0)]
+    placed = jax.device_put(batch)
+
+    def run() -> None:
+        state[0], metrics = compiled(state[0], placed, np.zeros(1, bool))
+        jax.block_until_ready((state[0].params, metrics))
+
+    return run
+
+
+def torch_step(settings: Any, batch: dict[str, Any]) -> Callable[[], None]:
+    import torch
+
+    module = twin(settings)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind(module.parameters(), lr=1e-4)
+    tensors = {name: torch.as_tensor(array, dtype=torch.long) for name, array in batch.items()}
+    inputs, targets = tensors["tokens"][:, :-1], tensors["tokens"][:, 1:]
+    others = {name: tensor for name, tensor in tensors.items() if name != "tokens"}
+    if settings.model(N_VOCAB).sequence_axis == 0:
+        inputs, targets = inputs.T.contiguous(), targets.T.contiguous()
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        logits = module(inputs, **others)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
+        optimizer.step()
+
+    return run
+
+
+def twin(settings: Any) -> Any:
+    """The PyTorch module of the same class and sizes; the Feedback Transformer's in the original's stack form."""
+    from torch_ref import feedback, feedback_stack, neox, retro, transformer
+
+    model = settings.model(N_VOCAB)
+    name = type(model).__name__
+    if name == "NeoX":
+        return neox.NeoX(model.settings)
+    sizes = model.config()
+    if name == "AutoregressiveTransformer":
+        return transformer.AutoregressiveTransformer(**sizes)
+    if name == "RetroModel":
+        return retro.RetroModel(**sizes | {"encoder": retro.NearestNeighborEncoder(**sizes["encoder"])})
+    home = feedback_stack if sizes["variant"] == "FeedbackTransformerKV" and sizes["memory"] is None else feedback
+    kind = getattr(home, sizes["variant"])
+    names = ("d_model", "heads", "d_ff", "n_layers", "dropout_prob")
+    return feedback.AutoregressiveModel(N_VOCAB, kind(*(sizes[name] for name in names)))
+
+
+if __name__ == "__main__":
+    main()
