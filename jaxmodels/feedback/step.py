@@ -28,7 +28,7 @@ def step(
 ) -> tuple[list[jax.Array], Memory]:
     """One step [B, D] -> the outputs x¹ … x^L of all layers, and its own key and value [B, H, d_k].
 
-    The model's tables are those of `reach`. Slot j holds the memory of the last position before this one that is j
+    The model is one of `reach`. Slot j holds the memory of the last position before this one that is j
     modulo N; visible: bool [N] or [B, 1, N]; position: int, a scalar or [B]. `known` has the outputs of the first
     layers where they were computed before: they are not computed again, but differentiated all the same.
     """
@@ -56,11 +56,11 @@ def attend(attn: FeedbackAttention, z, key, value, visible, position, rng: Key) 
     The mask is finite, so that neither the value nor the gradient of what is thrown away can be NaN.
     """
     q = attn.query(z)
-    scores = jnp.einsum("bhd,bhjd->bhj", q + attn.query_pos_bias, key)
+    scores = jnp.einsum("bhd,bhjd->bhj", (q + attn.query_pos_bias) * attn.scale, key)
     by_distance = jnp.einsum("bhd,hjd->bhj", q, attn.key_pos_embeddings[...]) + attn.key_pos_bias[...]
     scores = scores + turned(by_distance, position)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) * attn.scale
-    weights = jax.nn.softmax(jnp.where(visible, scores, -1e30), axis=-1).astype(value.dtype)
+    scores = jnp.where(visible, scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     x = jnp.einsum("bhj,bhjd->bhd", attn.drop(weights, rng), value)
     return attn.output(x.reshape(z.shape)) * visible.any(axis=-1)
 
@@ -122,9 +122,14 @@ pinned.defvjp(lambda x, value: (value, None), lambda _, dy: (dy, None))
 
 
 def reach(model: Any, n: int) -> Any:
-    """The model with tables of the distances n … 1 alone, head-major: [H, n, …] instead of [P, H, …]."""
+    """The model with tables of the distances n … 1 alone, head-major and scaled: d_k^-½ · [H, n, …] of [P, H, …].
+
+    A token's decoding calls this in a loop. XLA takes out of it what the loop does not change, but transpositions only
+    with the product that they lead to: without the scale here it transposed at every token, a third of a token's time.
+    """
     graphdef, tables, rest = nnx.split(model, is_table, ...)  # type: ignore[misc]
-    return nnx.merge(graphdef, jax.tree.map(lambda table: jnp.swapaxes(table[-n:], 0, 1), tables), rest)
+    scale = model.layers[0].attn.scale
+    return nnx.merge(graphdef, jax.tree.map(lambda table: jnp.swapaxes(table[-n:], 0, 1) * scale, tables), rest)
 
 
 def is_table(path: Any, _: Any) -> bool:
