@@ -177,20 +177,22 @@ def products(size: Size):
 
 
 def growth(d_model: int, options: argparse.Namespace) -> str:
-    """The exponents of time and temporaries, from a quarter of the longest text to all of it."""
+    """Time and temporaries at a quarter, half and all of the longest text, and the exponents from each to the next."""
     from bench.timing import alternate
 
-    shorter, longer = Size(d_model, options.growth // 4), Size(d_model, options.growth)
-    calls = {size: flax_gradient(size) for size in (shorter, longer)}
-    seconds = alternate({str(size): call for size, (call, _) in calls.items()}, options.rounds)
-    times = [statistics.median(seconds[str(size)]) for size in calls]
-    memory = [temporaries for _, temporaries in calls.values()]
-    time_exponent, memory_exponent = (math.log(b / a) / math.log(4) for a, b in (times, memory))
-    return (
-        f"d {d_model}, T {shorter.steps} to {longer.steps}: "
-        f"time {times[0]:.2f} to {times[1]:.2f} s, as T^{time_exponent:.2f}; "
-        f"temporaries {memory[0] / 1e6:.0f} to {memory[1] / 1e6:.0f} MB, as T^{memory_exponent:.2f}"
-    )
+    sizes = [Size(d_model, options.growth // part) for part in (4, 2, 1)]
+    calls = {str(size): flax_gradient(size) for size in sizes}
+    seconds = alternate({size: call for size, (call, _) in calls.items()}, options.rounds)
+    lines, shorter = [f"d {d_model}"], None
+    for size in sizes:
+        cost = statistics.median(seconds[str(size)]), calls[str(size)][1]
+        line = f"  T {size.steps:4}: {cost[0]:6.2f} s, temporaries {cost[1] / 1e6:4.0f} MB"
+        if shorter is not None:
+            of_time, of_memory = (math.log2(b / a) for a, b in zip(shorter, cost, strict=True))
+            line += f"; as T^{of_time:.2f} and T^{of_memory:.2f}"
+        lines.append(line)
+        shorter = cost
+    return "\n".join(lines)
 
 
 def decoding(options: argparse.Namespace) -> Table:

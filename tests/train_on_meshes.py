@@ -13,11 +13,12 @@ from flax import nnx
 
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformerKV
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.transformer import AutoregressiveTransformer
 from train.mesh import make_mesh
 from train.step import Numerics, Program
 
-V, D, H, F, S, B = 23, 16, 4, 24, 5, 16
+V, D, H, F, S, B, CHUNK = 23, 16, 4, 24, 5, 16, 2
 MESHES = ["", "fsdp=8", "data=2,fsdp=2,tensor=2"]  # each takes seconds to compile
 STEPS = 4
 
@@ -35,19 +36,26 @@ def neox():
     return NeoX(NeoXConfig(**sizes, max_len=S), rngs=nnx.Rngs(0))
 
 
+def retro():
+    encoder = NearestNeighborEncoder(CHUNK, 1, {0}, D, H, F // H, F, rngs=nnx.Rngs(0))
+    return RetroModel(V, D, 1, {0}, CHUNK, H, F // H, F, encoder, rngs=nnx.Rngs(0))
+
+
 SYSTEMS = {
     "rope": transformer("rotary"),
     "relative": transformer("relative"),
     "synthesizer": transformer("random+dense+vanilla"),
     "neox": neox,
     "feedback_kv": feedback(FeedbackTransformerKV),
+    "retro": retro,
 }
+NEIGHBORS = {"ret": np.random.default_rng(1).integers(0, V, (B, S // CHUNK, 3, 5), np.int32)}
 # what is accumulated and computed again must not depend on the mesh either
 NUMERICS = {"rope": Numerics(accumulate=2, remat="layers"), "neox": Numerics(remat="dots")}
 
 
-def losses(make_model, numerics: Numerics) -> dict[str, list[float]]:
-    """By mesh; "" is one device."""
+def losses(make_model, numerics: Numerics, others: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """By mesh; "" is one device. others: what a batch has beside its tokens."""
     told: dict[str, list[float]] = {sizes: [] for sizes in MESHES}
     tokens = np.random.default_rng(0).integers(0, V, (STEPS, B, S + 1), np.int32)
     first = None
@@ -57,13 +65,17 @@ def losses(make_model, numerics: Numerics) -> dict[str, list[float]]:
         first = first or jax.device_get(program.make_state(0))  # made once: to compile it takes as long as the step
         state = dataclasses.replace(first, key=jax.random.key(0))  # a key is not copied, and a step uses it up
         state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, program.abstract_state()))
-        step = program.lower_step({"tokens": tokens[0]}).compile()
-        for batch in tokens:
-            state, metrics = step(state, {"tokens": batch}, np.zeros(mesh.size, bool))
+        step = program.lower_step({"tokens": tokens[0], **others}).compile()
+        for ids in tokens:
+            state, metrics = step(state, {"tokens": ids, **others}, np.zeros(mesh.size, bool))
             told[sizes].append(float(metrics.loss))
     return told
 
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
-    print(json.dumps({name: losses(make, NUMERICS.get(name, Numerics())) for name, make in SYSTEMS.items()}))
+    told = {}
+    for name, make in SYSTEMS.items():
+        others = NEIGHBORS if name == "retro" else {}
+        told[name] = losses(make, NUMERICS.get(name, Numerics()), others)
+    print(json.dumps(told))

@@ -134,7 +134,7 @@ def losses() -> dict[str, dict[str, list[float]]]:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("system", ["rope", "relative", "synthesizer", "feedback_kv", "neox"])
+@pytest.mark.parametrize("system", ["rope", "relative", "synthesizer", "feedback_kv", "neox", "retro"])
 def test_losses_on_every_mesh_are_those_of_one_device(losses, system):
     of_one = losses[system].pop("")
     assert len(set(of_one)) == 4
