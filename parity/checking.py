@@ -17,7 +17,7 @@ from jaxmodels.convert.params import as_numpy
 from parity import budgets, flax_side, torch_side
 from parity.divergence import Divergence
 from parity.flax_side import FlaxSide
-from parity.linen import as_nnx
+from parity.linen import as_module
 from parity.mapping import Names, Weights, weights_of
 from parity.objective import Inputs, matches, random_targets, roll
 from parity.report import Check, Report, environment
@@ -82,16 +82,6 @@ def check(
         divergence = readings.divergence(failed) if failed else None
     seconds = time.perf_counter() - began
     return Report(name or type(flax_module).__name__, checks, divergence, seconds, environment(chosen, float64, seed))
-
-
-def as_module(flax_module: Any, inputs: Inputs, channels_last: Sequence[str]) -> nnx.Module:
-    """The module, a Linen one as an NNX one; raises ValueError for anything else."""
-    if isinstance(flax_module, linen.Module):
-        return as_nnx(flax_module, inputs, tuple(channels_last))
-    if not isinstance(flax_module, nnx.Module):
-        kind = type(flax_module).__name__
-        raise ValueError(f"flax_module must be a flax.nnx.Module or a flax.linen.Module, got a {kind}")
-    return flax_module
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ from flax import linen, nnx
 
 from jaxmodels.convert.params import as_numpy
 from parity import budgets, flax_side, torch_side
-from parity.checking import as_module
 from parity.divergence import Part, plain
 from parity.flax_side import FlaxSide
+from parity.linen import as_module
 from parity.mapping import Names, weights_of
 from parity.objective import Inputs, random_targets
 from parity.report import Check

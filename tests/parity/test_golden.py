@@ -87,6 +87,8 @@ def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
         parity.replay(flax_module, tmp_path / "nothing")
     with pytest.raises(ValueError, match="pass one to"):
         parity.replay(None, stem)
+    with pytest.raises(ValueError, match="flax_module must be"):
+        parity.replay(jnp.tanh, stem)
     about = json.loads(stem.with_suffix(".json").read_text())
     stem.with_suffix(".json").write_text(json.dumps(about | {"format": 2}))
     with pytest.raises(ValueError, match="format 2"):
