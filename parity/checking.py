@@ -1,6 +1,7 @@
 """`check`: one PyTorch module against one Flax module, every reading that says whether they compute the same."""
 
 import dataclasses
+import functools
 import glob
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from jaxmodels.convert.params import as_numpy
 from parity import budgets, flax_side, torch_side
 from parity.divergence import Divergence
 from parity.flax_side import FlaxSide
-from parity.linen import as_nnx
+from parity.linen import as_module
 from parity.mapping import Names, Weights, weights_of
 from parity.objective import Inputs, matches, random_targets, roll
 from parity.report import Check, Report, environment
+from parity.store import DEFAULT_LIMIT, check_limit
 from parity.torch_side import TorchSide
 from parity.trace import trace
 from parity.training import OPTIMIZERS, Kinds, flax_steps, outcome, torch_steps
@@ -44,6 +46,7 @@ def check(
     randomize: bool = True,
     seed: int = 0,
     name: str = "",
+    memory_limit: int = DEFAULT_LIMIT,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Judges a Flax module, NNX or Linen, against a PyTorch module.
@@ -56,9 +59,12 @@ def check(
     patterns of parameter names whose gradients are zero in exact arithmetic: they are checked to be ~0 and held still
     in the training `steps`. `half` names 16-bit dtypes (bfloat16, float16) in which the outputs are compared as well.
     device: 'cpu', 'gpu' or 'tpu', None for JAX's default; float64 None: whether the device has it. `randomize` perturbs
-    constant parameters (zeros, ones) first. Raises ValueError for inputs that are no arrays, and ConversionError where
-    the weights do not fit. A part that differs is looked for at once: see `Report.divergence`.
+    constant parameters (zeros, ones) first. A part that differs is looked for at once, see `Report.divergence`:
+    `memory_limit` is how many bytes of what goes in and out of PyTorch's sub-modules stay in memory then, the rest lies
+    in a temporary folder. Raises ValueError for inputs that are no arrays and for a negative limit, and ConversionError
+    where the weights do not fit.
     """
+    check_limit(memory_limit)
     began = time.perf_counter()
     inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
     module = torch_side.randomized(torch_module, seed) if randomize else torch_module
@@ -69,23 +75,13 @@ def check(
     with torch_side.strict_precision(), flax_side.strict_precision(float64, chosen):
         readings = Readings(
             Pair(module, flax_module, weights, tuple(channels_last)),
-            *(inputs, labels, zero_gradients, steps, chosen, float64, seed, progress),
+            *(inputs, labels, zero_gradients, steps, chosen, float64, seed, progress, memory_limit),
         )
         checks = [*readings.all(), *map(readings.half, half)]
         failed = [c for c in checks if not c.passed]
         divergence = readings.divergence(failed) if failed else None
     seconds = time.perf_counter() - began
     return Report(name or type(flax_module).__name__, checks, divergence, seconds, environment(chosen, float64, seed))
-
-
-def as_module(flax_module: Any, inputs: Inputs, channels_last: Sequence[str]) -> nnx.Module:
-    """The module, a Linen one as an NNX one; raises ValueError for anything else."""
-    if isinstance(flax_module, linen.Module):
-        return as_nnx(flax_module, inputs, tuple(channels_last))
-    if not isinstance(flax_module, nnx.Module):
-        kind = type(flax_module).__name__
-        raise ValueError(f"flax_module must be a flax.nnx.Module or a flax.linen.Module, got a {kind}")
-    return flax_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +101,13 @@ class Pair:
 class Readings:
     """The measurements of one check, each a `Check` with its limit."""
 
-    def __init__(self, pair: Pair, inputs, labels, zero, steps, device, float64, seed, progress):
+    def __init__(
+        self, pair: Pair, inputs, labels, zero, steps, device, float64, seed, progress, memory_limit=DEFAULT_LIMIT
+    ):
         module = pair.torch
         self.pair, self.module, self.inputs, self.labels = pair, module, inputs, labels
         self.zero, self.device, self.float64, self.progress = tuple(zero), device, float64, progress
+        self.trace = functools.partial(trace, memory_limit=memory_limit)
         self.torch_device = "cuda" if device.platform == "gpu" and torch.cuda.is_available() else "cpu"
         still = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
         self.held = (*self.zero, *map(glob.escape, still))  # in training; what PyTorch does not train, nor do we
@@ -229,10 +228,10 @@ class Readings:
         objective = {"labels": self.labels, "targets": self.targets}
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             side = self.pair.side(self.truth_side.module.state_dict(), self.inputs, jnp.float64)
-            found = trace(self.truth_side, side, self.inputs).divergence
+            found = self.trace(self.truth_side, side, self.inputs).divergence
             wide = [check for check in failed if check.precision == "float64" or not self.float64]
             if found is None and any("gradients" in check.kind or "train" in check.kind for check in wide):
-                found = trace(self.truth_side, side, self.inputs, **objective).divergence
+                found = self.trace(self.truth_side, side, self.inputs, **objective).divergence
         narrow = [check.precision for check in failed if check.precision not in ("float64", "bits")]
         if found is None and narrow and not wide:
             found = self.narrow_trace(narrow[0])
@@ -243,7 +242,7 @@ class Readings:
         theirs = TorchSide(self.module, getattr(torch, name), "cpu")
         inputs = self.inputs.rounded(as_numpy(torch.empty(0, dtype=theirs.dtype)).dtype)
         side = self.pair.side(theirs.module.state_dict(), inputs, jnp.dtype(name))
-        return trace(TorchSide(theirs.module, torch.float64, "cpu"), side, inputs).divergence
+        return self.trace(TorchSide(theirs.module, torch.float64, "cpu"), side, inputs).divergence
 
 
 def same_bits(a: np.ndarray, b: np.ndarray | None) -> bool:

@@ -19,12 +19,13 @@ from flax import linen, nnx
 
 from jaxmodels.convert.params import as_numpy
 from parity import budgets, flax_side, torch_side
-from parity.checking import as_module
 from parity.divergence import Part, plain
 from parity.flax_side import FlaxSide
+from parity.linen import as_module
 from parity.mapping import Names, weights_of
 from parity.objective import Inputs, random_targets
 from parity.report import Check
+from parity.store import DEFAULT_LIMIT, check_limit
 from parity.torch_side import TorchSide
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -117,13 +118,16 @@ def sweep(
     device: str | None = None,
     randomize: bool = True,
     seed: int = 0,
+    memory_limit: int = DEFAULT_LIMIT,
     progress: Callable[[str], None] = lambda dtype: None,
 ) -> Sweep:
     """Outputs and parameter gradients of both sides in every dtype, each against the float64 truth of that dtype.
 
     `layers` traces every sub-module in each dtype as well. With labels, a single output counts as logits over the whole
-    vocabulary. The other arguments are those of `parity.check`. Raises ValueError for a dtype that is not in DTYPES.
+    vocabulary. The other arguments are those of `parity.check`. Raises ValueError for a dtype that is not in DTYPES and
+    for a negative memory_limit.
     """
+    check_limit(memory_limit)
     if set(dtypes) - set(DTYPES):
         raise ValueError(f"dtypes={list(dtypes)} must be among {', '.join(DTYPES)}")
     inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
@@ -164,7 +168,7 @@ def sweep(
                 ((key, logits),) = right["output"].items()
                 agreements = [Agreement.of(side["output"][key], logits) for side in (result, own)]
                 checks.append(divergence_check(name, *agreements))
-            parts = traced(truth, ours, rounded, chosen) if layers else None
+            parts = traced(truth, ours, rounded, chosen, memory_limit) if layers else None
             rows.append(Row(name, found, *agreements, parts))
     return Sweep(rows, checks)
 
@@ -177,13 +181,13 @@ def divergence_check(name: str, ours: Agreement, theirs: Agreement) -> Check:
     return Check("sweep: √KL", name, "logits", value / (own + budgets.RATIO_FLOOR), budgets.RATIO_LIMIT)
 
 
-def traced(truth: TorchSide, side: FlaxSide, inputs: Inputs, device: jax.Device) -> Part | None:
+def traced(truth: TorchSide, side: FlaxSide, inputs: Inputs, device: jax.Device, memory_limit: int) -> Part | None:
     """The errors of every sub-module's outputs; None on a device, where only whole programs are run."""
     from parity.trace import trace
 
     if device.platform != "cpu":
         return None
-    return trace(truth, side, inputs).forward
+    return trace(truth, side, inputs, memory_limit=memory_limit).forward
 
 
 @dataclasses.dataclass(frozen=True)

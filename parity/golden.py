@@ -21,14 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import nnx
 
 from jaxmodels.checkpoint import MODELS, build, describe
 from jaxmodels.convert.params import as_numpy
 from jaxmodels.convert.safetensors import read_file, write_file
 from parity import budgets
 from parity.flax_side import FlaxSide, strict_precision
-from parity.linen import as_nnx
+from parity.linen import as_module
 from parity.mapping import Names, Twins, aliases, weights_of
 from parity.objective import Inputs, matches, random_targets
 from parity.report import Check, Report, environment
@@ -226,9 +226,7 @@ def replay(
     """
     began = time.perf_counter()
     fixture = read(stem)
-    model = rebuilt(fixture) if flax_module is None else flax_module
-    if isinstance(model, linen.Module):
-        model = as_nnx(model, fixture.inputs, tuple(channels_last))
+    model = rebuilt(fixture) if flax_module is None else as_module(flax_module, fixture.inputs, channels_last)
     chosen = jax.devices(device)[0]
     float64 = chosen.platform != "tpu" if float64 is None else float64
     with strict_precision(float64, chosen):

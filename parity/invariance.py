@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.convert.params import flat_arrays, with_arrays
 from parity import budgets
 from parity.flax_side import FlaxSide, compiled, loss, strict_precision
+from parity.linen import as_module, with_weights
 from parity.mapping import evaluating
 from parity.objective import Inputs, matches, random_targets
 from parity.report import Check
@@ -49,7 +50,7 @@ class Invariances:
 
 
 def invariances(
-    flax_module: nnx.Module,
+    flax_module: nnx.Module | linen.Module,
     inputs: Any,
     *,
     labels: Any = None,
@@ -59,21 +60,26 @@ def invariances(
     float64: bool | None = None,
     seed: int = 0,
 ) -> Invariances:
-    """Reads every variant of VARIANTS, or those in `only`, that a Flax NNX module has. Needs no torch.
+    """Reads every variant of VARIANTS, or those in `only`, that a Flax module has. Needs no torch.
 
-    inputs, labels, device and float64 are those of `parity.check`. batch_axis: of all inputs and outputs, or by the
-    input's name (None: it has none); language models of this project need not say it. '1 / 8 devices' wants eight of
-    them: on a CPU `jax.config.update('jax_num_cpu_devices', 8)` before anything runs. Raises ValueError for names in
-    `only` that are no variants, and for a module whose arrays are abstract.
+    A Linen module has the weights that it is bound to (`module.bind(variables)`), an unbound one those that it draws
+    from the seed. inputs, labels, device and float64 are those of `parity.check`. batch_axis: of all inputs and
+    outputs, or by the input's name (None: it has none); language models of this project need not say it. '1 / 8
+    devices' wants eight of them: on a CPU `jax.config.update('jax_num_cpu_devices', 8)` before anything runs. Raises
+    ValueError for names in `only` that are no variants, for a module whose arrays are abstract, and for one that is
+    bound to variables of another.
     """
     unknown = set(only or ()) - VARIANTS.keys()
     if unknown:
         raise ValueError(f"only={sorted(unknown)} are none of {', '.join(VARIANTS)}")
+    inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
+    if isinstance(flax_module, linen.Module):
+        flax_module = with_weights(flax_module, inputs, seed)
+    flax_module = as_module(flax_module, inputs)
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in flat_arrays(flax_module).values()):
         raise ValueError("flax_module is abstract: it has shapes, but no weights")
     chosen = jax.devices(device)[0]
     float64 = chosen.platform != "tpu" if float64 is None else float64
-    inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
     with strict_precision(float64, chosen):
         dtype = jnp.float64 if float64 else jnp.float32
         side = FlaxSide(flax_module, {}, inputs, dtype, Itself(dtype))

@@ -1,9 +1,26 @@
 """Linen modules as NNX ones, so that everything else knows one kind."""
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import linen, nnx
+from flax.traverse_util import flatten_dict
 
+from jaxmodels.convert.params import flat_arrays, with_arrays
 from parity.objective import Inputs, matches
+
+
+def as_module(flax_module: Any, inputs: Inputs, channels_last: Sequence[str] = ()) -> nnx.Module:
+    """The module, a Linen one as an NNX one; raises ValueError for anything else."""
+    if isinstance(flax_module, linen.Module):
+        return as_nnx(flax_module, inputs, tuple(channels_last))
+    if not isinstance(flax_module, nnx.Module):
+        kind = type(flax_module).__name__
+        raise ValueError(f"flax_module must be a flax.nnx.Module or a flax.linen.Module, got a {kind}")
+    return flax_module
 
 
 def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] = ()) -> nnx.Module:
@@ -21,3 +38,23 @@ def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] 
         return model
 
     return nnx.eval_shape(make)
+
+
+def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
+    """`as_nnx` with arrays: the variables that the module is bound to; unbound, those that it draws from a seed.
+
+    Raises ValueError where the bound variables differ, in name or shape, from those that a call with the inputs has.
+    """
+    if module.scope is None:
+        values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
+        variables = inputs.call(functools.partial(module.init, jax.random.key(seed)), values)
+    else:
+        module, variables = module.unbind()
+    model, arrays = as_nnx(module, inputs), {}
+    for collection in linen.meta.unbox(variables).values():
+        arrays |= flatten_dict(collection)
+    wanted, given = ({path: a.shape for path, a in group.items()} for group in (flat_arrays(model), arrays))
+    wrong = sorted({".".join(path) for path, _ in wanted.items() ^ given.items()})
+    if wrong:
+        raise ValueError(f"flax_module is bound to other variables than a call with the inputs has: {', '.join(wrong)}")
+    return with_arrays(model, arrays)

@@ -38,6 +38,12 @@ class Store:
         return array
 
 
+def check_limit(memory_limit: int) -> None:
+    """Raises ValueError where it is no number of bytes."""
+    if memory_limit < 0:
+        raise ValueError(f"memory_limit={memory_limit} must be at least 0 bytes")
+
+
 @contextlib.contextmanager
 def store(limit: int = DEFAULT_LIMIT) -> Iterator[Store]:
     """A Store whose folder goes when it closes."""

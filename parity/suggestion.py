@@ -83,7 +83,7 @@ def suggest(torch_module: Any, flax_module: Any, inputs: Any = None, channels_la
     """
     from flax import linen
 
-    from parity.checking import as_module
+    from parity.linen import as_module
     from parity.objective import Inputs
 
     if isinstance(flax_module, linen.Module) and inputs is None:

@@ -16,9 +16,9 @@ import torch
 from flax import linen, nnx
 
 from parity import budgets, flax_side, torch_side
-from parity.checking import as_module
 from parity.divergence import plain
 from parity.flax_side import FlaxSide
+from parity.linen import as_module
 from parity.mapping import Names, weights_of
 from parity.objective import Inputs, matches, random_targets, roll
 from parity.report import Check

@@ -15,7 +15,7 @@ import torch_ref.neox
 import torch_ref.transformer
 from jaxmodels import transformer
 from jaxmodels.neox import NeoXConfig
-from parity.cases import Pair, feedback, language_model, neox
+from parity.cases import Pair, feedback, language_model, neox, retro
 from parity.cases.transformer import KEY_BIAS
 
 TOKENS, BATCH, N_VOCAB = 23, 3, 13
@@ -40,6 +40,11 @@ def neox_model(rng: np.random.Generator, **others) -> Pair:
     return neox.pair_of(rng, config, torch_ref.neox.NeoX(config), TOKENS, BATCH)
 
 
+def retro_model(rng: np.random.Generator) -> Pair:
+    """Four chunks and a token more: decoding reads one chunk at once, then the neighbours of the others as they end."""
+    return retro.pair_of(rng, 29, BATCH, layers=2, ca_layers={1}, encoder_ca={0}, neighbors=2, n_vocab=N_VOCAB)
+
+
 GOLDEN: dict[str, Callable[[np.random.Generator], Pair]] = {
     "rope.rotary": partial(attention, "rotary"),
     "rope.rotary_value": partial(attention, "rotary_value"),
@@ -49,6 +54,7 @@ GOLDEN: dict[str, Callable[[np.random.Generator], Pair]] = {
     "synthesizer.factorized_dense": partial(attention, "factorized_dense", max_len=31),
     "feedback.own": partial(feedback_model, "FeedbackTransformer"),
     "feedback.shared": partial(feedback_model, "FeedbackTransformerKV"),
+    "retro.neighbors": retro_model,
     "neox.parallel": neox_model,
     "neox.sequential": partial(neox_model, parallel_residual=False, activation="gelu_tanh", tied=True),
 }

@@ -14,6 +14,7 @@ import parity
 from jaxmodels import layers
 from jaxmodels.convert import ConversionError
 from parity.__main__ import main
+from parity.cases import SYSTEMS
 from parity.cases.golden import GOLDEN
 from parity.golden import SHIPPED, read, record, stems
 from parity.suite import pair_of
@@ -86,6 +87,8 @@ def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
         parity.replay(flax_module, tmp_path / "nothing")
     with pytest.raises(ValueError, match="pass one to"):
         parity.replay(None, stem)
+    with pytest.raises(ValueError, match="flax_module must be"):
+        parity.replay(jnp.tanh, stem)
     about = json.loads(stem.with_suffix(".json").read_text())
     stem.with_suffix(".json").write_text(json.dumps(about | {"format": 2}))
     with pytest.raises(ValueError, match="format 2"):
@@ -101,10 +104,11 @@ def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
 def test_every_system_ships_a_fixture():
     shipped = {file.stem for file in stems(SHIPPED)}
     assert shipped == set(GOLDEN)
+    assert {name.split(".")[0] for name in shipped} == set(SYSTEMS)
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 2_000_000
 
 
-@pytest.mark.parametrize("name", ["rope.rotary_value", "neox.sequential"])
+@pytest.mark.parametrize("name", ["rope.rotary_value", "retro.neighbors", "neox.sequential"])
 def test_the_shipped_fixtures_are_what_torch_computes_now(name, tmp_path):
     """Recorded again, they are the same but for float64's rounding on another machine."""
     pair = pair_of(GOLDEN[name], 0)
@@ -124,13 +128,16 @@ def test_the_command_records_what_can_be_rebuilt(tmp_path, capsys):
     assert main(["--record", str(tmp_path / "nowhere")]) == 2
 
 
-def test_shipped_fixtures_replay_where_there_is_no_torch():
-    program = (
-        WITHOUT_TORCH + "from parity.__main__ import main; sys.exit(main(['--replay', '--device', 'cpu', 'rope']))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+def test_shipped_fixtures_replay_where_there_is_no_torch(tmp_path):
+    program = WITHOUT_TORCH + "from parity.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    file = tmp_path / "out.json"
+    command = [sys.executable, "-c", program, "rope", "retro", "--replay", "--device", "cpu", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "rope.rotary" in done.stdout
+    reports = {report["name"]: report for report in json.loads(file.read_text())}
+    assert set(reports) == {"rope.rotary", "rope.rotary_value", "retro.neighbors"}
+    for report in reports.values():
+        assert {"output", "parameter gradients", "cached decoding"} <= {check["kind"] for check in report["checks"]}
 
 
 def test_names_of_no_fixture_and_an_empty_folder_are_one_line(tmp_path, capsys):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import parity
 from jaxmodels.transformer import AutoregressiveTransformer
@@ -80,9 +80,53 @@ def test_anybodys_module_needs_its_batch_axis_named(ids):
     assert values(found)
 
 
+class LinenMLP(linen.Module):
+    """Mixes the elements of a batch, as much as its `mixing` says, which begins at zero."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.BatchNorm(use_running_average=True)(linen.Dense(7)(x))
+        mixing = self.variable("fixed", "mixing", jnp.zeros, ())
+        return linen.Dense(3)(jnp.tanh(x) + mixing.value * x.mean(axis=0))
+
+
+class LinenPlain(LinenMLP):
+    def plain(self, x):
+        return self(x) * 1.001
+
+
+X = np.random.default_rng(0).standard_normal((11, 5))
+LINEN = ["jit / no jit", "accumulated / whole batch"]
+
+
+def test_a_linen_module_has_the_variants_that_are_no_language_models():
+    found = parity.invariances(LinenMLP(), {"x": X}, batch_axis=0)
+    assert found.passed, str(found)
+    assert set(LINEN) <= set(values(found))
+    assert set(values(found)) | set(found.skipped) == set(VARIANTS)
+    assert "no language model" in found.skipped["cached / full"]
+    assert "plain" in found.skipped["scanned / unrolled"]
+    found = parity.invariances(LinenPlain(), {"x": X}, only=["scanned / unrolled"])
+    assert not values(found)["scanned / unrolled"].passed
+
+
+def test_a_linen_module_is_read_with_the_variables_that_it_is_bound_to():
+    variables = LinenMLP().init(jax.random.key(0), X)
+    variables["fixed"]["mixing"] = jnp.asarray(1e-6)
+    found = parity.invariances(LinenMLP().bind(variables), X, batch_axis=0, only=LINEN)
+    assert [check.kind for check in found.checks if not check.passed] == ["accumulated / whole batch"]
+    del variables["fixed"]
+    with pytest.raises(ValueError, match=r"other variables than a call with the inputs has: mixing$"):
+        parity.invariances(LinenMLP().bind(variables), X)
+    with pytest.raises(ValueError, match=r"inputs has: Dense_0\.kernel, mixing$"):
+        parity.invariances(LinenMLP().bind(variables), X[:, :3])
+
+
 def test_bad_arguments_are_named(ids):
     with pytest.raises(ValueError, match="jits"):
         parity.invariances(language_model("plain"), ids, only=["jits"])
     abstract = nnx.eval_shape(lambda: FlaxMLP(rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="abstract"):
         parity.invariances(abstract, jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match="flax_module must be"):
+        parity.invariances(jnp.tanh, X)

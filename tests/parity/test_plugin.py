@@ -37,7 +37,7 @@ def test_fixture(parity_check):
 def test_golden(pair):
     return pair[1]
 
-@pytest.mark.parity_case(steps=0)
+@pytest.mark.parity_case(steps=0, memory_limit=0)
 def test_wrong(pair):
     return pair[0], Wrong(rngs=nnx.Rngs(0)), pair[2]
 

@@ -54,9 +54,9 @@ class Last(layers.Linear):
 X = np.random.default_rng(0).standard_normal((11, 5))
 
 
-def report_of(flax_module):
+def report_of(flax_module, **arguments):
     torch.manual_seed(0)
-    return parity.check(TorchNet(), flax_module, X, steps=0)
+    return parity.check(TorchNet(), flax_module, X, steps=0, **arguments)
 
 
 def verdicts(part):
@@ -85,8 +85,12 @@ class Backwards(layers.Linear):
         return super().__call__(x)[:, ::-1]
 
 
+def wrong_gradient(y):
+    return 1.01 * y - jax.lax.stop_gradient(0.01 * y)
+
+
 def test_the_first_gradient_that_differs_is_named_where_all_outputs_agree():
-    report = report_of(FlaxNet(lambda y: 1.01 * y - jax.lax.stop_gradient(0.01 * y), rngs=nnx.Rngs(0)))
+    report = report_of(FlaxNet(wrong_gradient, rngs=nnx.Rngs(0)))
     found = report.divergence
     assert (found.path, found.stage) == ("last", "backward"), str(report)
     assert verdicts(found.backward) == {"": "encloses", "first": "victim", "norm": "victim", "last": "culprit"}
@@ -131,3 +135,38 @@ def test_past_its_limit_a_trace_lies_on_disk_and_reads_the_same():
         folder = disk.folder
         assert list(folder.iterdir())
     assert not folder.exists()
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The names of the files that stores write."""
+    names, save = [], np.save
+    monkeypatch.setattr("parity.store.np.save", lambda file, array: (names.append(file.name), save(file, array)))
+    return names
+
+
+@pytest.mark.parametrize("limit", [0, 1000])
+@pytest.mark.parametrize("wrong", [jnp.negative, wrong_gradient])
+def test_a_check_finds_the_same_whatever_its_memory_limit(wrong, limit, written):
+    flax_module = FlaxNet(wrong, rngs=nnx.Rngs(0))
+    in_memory = report_of(flax_module)
+    assert not written
+    on_disk = report_of(flax_module, memory_limit=limit)
+    assert ("0.npy" in written) == (limit == 0)
+    assert written
+    assert not in_memory.passed
+    assert on_disk.divergence == in_memory.divergence
+    assert on_disk.divergence.tree() == in_memory.divergence.tree()
+
+
+def test_a_sweep_keeps_to_its_memory_limit(written):
+    torch.manual_seed(0)
+    pair = TorchNet(), FlaxNet(rngs=nnx.Rngs(0)), X
+    assert parity.sweep(*pair, dtypes=["float32"], memory_limit=0) == parity.sweep(*pair, dtypes=["float32"])
+    assert written
+
+
+@pytest.mark.parametrize("judge", [parity.check, parity.sweep])
+def test_a_negative_memory_limit_is_refused(judge):
+    with pytest.raises(ValueError, match="memory_limit=-1 must be at least 0"):
+        judge(TorchNet(), FlaxNet(rngs=nnx.Rngs(0)), X, memory_limit=-1)
