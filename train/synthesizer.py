@@ -36,6 +36,10 @@ KINDS = (
 class Config(experiment.Config):
     """What decides the numbers of a run."""
 
+    steps: int = 1000
+    """steps of the whole run; more of them make a run longer that has ended"""
+    warmup: int = 300
+    """steps until the schedule's peak"""
     attention: str = "all"
     """a kind of SynthesizerAttention, or a sum such as random+dense; all: several, one after the other"""
 
