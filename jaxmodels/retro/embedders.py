@@ -83,7 +83,8 @@ class SentenceTransformer:
 
     @property
     def width(self) -> int:
-        return self.loaded.get_sentence_embedding_dimension()
+        newer = getattr(self.loaded, "get_embedding_dimension", None)
+        return newer() if newer else self.loaded.get_sentence_embedding_dimension()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         return np.asarray(

@@ -1,4 +1,5 @@
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,22 +20,39 @@ def test_ngrams_are_the_same_always_and_near_where_texts_are():
     np.testing.assert_allclose(HashedNGrams(7, 1, 1).embed(["abc"])[0] * 3**0.5, [0, 0, -1, -1, 1, 0, 0], atol=1e-6)
 
 
-def test_a_bert_in_a_folder_gives_the_mean_of_its_states_without_cut_words(tmp_path):
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> tuple[str, Any]:
+    """A small BERT of random weights, and the folder where it is with its tokenizer."""
     transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "sea", "was", "calm", "kings"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     sizes = {"hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 5}
     bert = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).eval()
-    bert.save_pretrained(tmp_path)
-    embedder = embedder_of(f"bert:{tmp_path}")
-    assert embedder == BertMean(str(tmp_path))
+    bert.save_pretrained(folder)
+    return str(folder), bert
+
+
+def test_a_bert_in_a_folder_gives_the_mean_of_its_states_without_cut_words(bert):
+    folder, model = bert
+    embedder = embedder_of(f"bert:{folder}")
+    assert embedder == BertMean(folder)
     assert embedder.width == 6
     together = embedder.embed(["e the sea was c", "kings"])  # the shorter one is padded
-    ids = bert.embeddings.word_embeddings.weight.new_tensor([[2, 5, 6, 7, 3]]).long()  # [CLS] the sea was [SEP]
-    expected = bert(ids).last_hidden_state[0].mean(dim=0).detach().numpy()
+    ids = model.embeddings.word_embeddings.weight.new_tensor([[2, 5, 6, 7, 3]]).long()  # [CLS] the sea was [SEP]
+    expected = model(ids).last_hidden_state[0].mean(dim=0).detach().numpy()
     np.testing.assert_allclose(together[0], expected / np.linalg.norm(expected), atol=1e-5)
     np.testing.assert_allclose(together[1], embedder.embed(["kings"])[0], atol=1e-5)
+
+
+def test_sentence_transformers_embed_texts_from_a_folder(bert):
+    pytest.importorskip("sentence_transformers")
+    embedder = embedder_of(f"sentence:{bert[0]}")
+    found = embedder.embed(TEXTS)
+    assert (found.shape, found.dtype) == ((len(TEXTS), embedder.width), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(embedder.embed(TEXTS[2:3])[0], found[2], atol=1e-5)
 
 
 def test_words_that_may_be_cut_are_left_out():
