@@ -198,11 +198,13 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     """
     import torch  # noqa: F401
 
+    from jaxmodels.allocator import keep_freed_memory
     from jaxmodels.convert import commands
     from jaxmodels.convert.neox import open_neox
     from jaxmodels.convert.source import abstract
     from jaxmodels.neox import NeoXConfig
 
+    keep_freed_memory()  # as the command does
     abstract(NeoXConfig.pythia_14m())  # what JAX allocates when it is first used belongs to the start
     options = argparse.Namespace(source=Path(source), target=Path(target), to=to, model_parallel=ranks)
     vars(options).update(config=None, row_bias=None, vocab=None, dtype=None, overwrite=False)

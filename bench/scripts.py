@@ -53,7 +53,7 @@ def main() -> None:
     import torch
 
     from bench.timing import alternate, stamp
-    from train.allocator import keep_freed_memory
+    from jaxmodels.allocator import keep_freed_memory
 
     keep_freed_memory()  # as the scripts do; PyTorch gains as well
     torch.set_num_threads(options.threads)

@@ -23,7 +23,7 @@ import jax
 from flax import nnx
 
 from jaxmodels.convert.params import flat_arrays, with_arrays
-from jaxmodels.convert.place import from_flax_names, placed
+from jaxmodels.convert.place import Shardings, from_flax_names, placed
 from jaxmodels.convert.safetensors import is_folder, read_folder
 
 FORMAT = 1
@@ -76,19 +76,21 @@ def describe(model: Any) -> str:
     return json.dumps({"format": FORMAT, "model": name, "config": model.config()}, indent=2) + "\n"
 
 
-def load(folder: str | os.PathLike) -> Any:
+def load(folder: str | os.PathLike, shardings: Shardings | None = None) -> Any:
     """The model that `save` or a conversion wrote, each array in the dtype it was saved in.
 
-    Raises ValueError where the folder holds no such checkpoint, where its arrays are not those of its configuration,
-    and where they are float64 while jax_enable_x64 is off (Orbax reads in threads of its own, which
+    shardings: where an array goes, by its path and shape; each device's part is read for itself. None: all of it on the
+    default device. Raises ValueError where the folder holds no such checkpoint, where its arrays are not those of its
+    configuration, and where they are float64 while jax_enable_x64 is off (Orbax reads in threads of its own, which
     `with jax.enable_x64(True)` does not reach).
     """
     folder = Path(folder)
     name, config = read_config(folder)
     model = nnx.eval_shape(lambda: build(name, config))
     if is_folder(folder, STEM):
-        return placed(model, from_flax_names(model, read_folder(folder, STEM)), what=folder.name)
-    return load_arrays(folder / "params", model)
+        tensors = from_flax_names(model, read_folder(folder, STEM))
+        return placed(model, tensors, shardings=shardings, what=folder.name)
+    return load_arrays(folder / "params", model, shardings)
 
 
 def save_arrays(folder: Path, module: Any) -> None:
@@ -98,14 +100,15 @@ def save_arrays(folder: Path, module: Any) -> None:
     ocp.save(folder.absolute(), {dotted(path): array for path, array in flat_arrays(module).items()})
 
 
-def load_arrays(folder: Path, module: Any) -> Any:
+def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -> Any:
     """The module, which may be abstract, with the arrays that `save_arrays` wrote, in the dtypes they were saved in.
 
     Raises ValueError where the folder is damaged or holds other arrays, and for float64 as `load` does.
     """
     targets = {dotted(path): (path, array) for path, array in flat_arrays(module).items()}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = read_arrays(folder, {key: (array.shape, device) for key, (_, array) in targets.items()})
+    place = shardings or (lambda path, shape: device)
+    arrays = read_arrays(folder, {key: (array.shape, place(key, array.shape)) for key, (_, array) in targets.items()})
     return with_arrays(module, {path: arrays[key] for key, (path, _) in targets.items()})
 
 

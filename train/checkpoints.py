@@ -21,11 +21,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 import jaxmodels
-from jaxmodels.checkpoint import describe, read_arrays
-from train.mesh import agree, is_first
+from jaxmodels.checkpoint import describe, read_arrays, read_config
+from train.mesh import agree, is_first, shardings
 from train.step import Program, State
 
 FORMAT = 2
@@ -196,12 +197,19 @@ def write_durably(file: Path, text: str) -> None:
     beside.replace(file)
 
 
-def latest_model(run: Path) -> tuple[Any, int]:
-    """The model of a run's last whole checkpoint, on one device, and its step; raises ValueError where none is."""
+def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:
+    """The model of a run's last whole checkpoint, on a mesh or one device, and its step; ValueError where none is."""
     for step in reversed(steps(run / "checkpoints")):
         folder = run / "checkpoints" / str(step)
         wrong = problem(folder)
         if wrong is None:
-            return jaxmodels.load(folder / "model"), step
+            return open_model(folder / "model", mesh), step
         print(f"warning: checkpoint {step} is passed over: {wrong}", file=sys.stderr, flush=True)
     raise ValueError(f"{run} holds no whole checkpoint of a training run")
+
+
+def open_model(folder: Path, mesh: Mesh | None = None) -> Any:
+    """`jaxmodels.load`, each device of a mesh reading its part; raises ValueError where it does not fit the mesh."""
+    if mesh is None or mesh.size == 1:
+        return jaxmodels.load(folder)
+    return jaxmodels.load(folder, shardings(read_config(folder)[0], mesh))

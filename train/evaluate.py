@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh
 
-import jaxmodels
 from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
 from train import config
-from train.checkpoints import latest_model
+from train.checkpoints import latest_model, open_model
 from train.command import Stop, one_line_errors
 from train.data import Example, Windows
 from train.loop import Evaluation
@@ -63,25 +63,23 @@ class Judgement:
     bits_per_byte: float
 
 
-def open_model(command: Command) -> tuple[Any, Vocabulary, dict[str, Any]]:
+def open_checkpoint(command: Command, mesh: Mesh) -> tuple[Any, Vocabulary, dict[str, Any]]:
     """Model, vocabulary, and of a run its configuration, else an empty one; raises ValueError where none is."""
     folder = command.checkpoint
     if (folder / config.FILE).exists() and (folder / "checkpoints").is_dir():
         settings = config.read_about(folder)["config"]
-        model, _ = latest_model(folder)
+        model, _ = latest_model(folder, mesh)
         return model, load_vocabulary(folder / "vocabulary.json"), settings
-    model = jaxmodels.load(folder)
+    model = open_model(folder, mesh)
     if command.tokenizer is not None:
         return model, TokenizerFile.read(command.tokenizer), {}
     return model, load_vocabulary(folder / "vocabulary.json"), {}
 
 
 def judge(
-    model: Any, windows: Windows, vocabulary: Vocabulary, command: Command, settings: dict[str, Any]
+    model: Any, windows: Windows, vocabulary: Vocabulary, mesh: Mesh, command: Command, settings: dict[str, Any]
 ) -> Judgement:
-    """A model trained with neighbours reads those of its own index. Raises ValueError where the mesh does not fit."""
-    mesh = make_mesh(command.mesh)
-    check_batch(mesh, command.batch_size)
+    """A model trained with neighbours reads those of its own index."""
     program = Program(lambda: model, optax.identity(), mesh, Numerics(compute_dtype=command.compute_dtype))
     examples: Sequence[Example] = with_neighbors(windows, command.checkpoint, settings)
     nats = Evaluation(program, examples, command.batch_size, Stop())(program.state_of(model))
@@ -96,7 +94,9 @@ def judge(
 def main(arguments: Sequence[str]) -> None:
     """Prints the judgement; raises ValueError for bad input."""
     command = tyro.cli(Command, args=arguments, prog=PROGRAM)
-    model, vocabulary, settings = open_model(command)
+    mesh = make_mesh(command.mesh)
+    check_batch(mesh, command.batch_size)
+    model, vocabulary, settings = open_checkpoint(command, mesh)
     seq_len, own_text = command.seq_len or settings.get("seq_len"), settings.get("text")
     if seq_len is None:
         raise ValueError("a model that is no run needs --seq-len")
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
         ids = open_tokens(own_text).validation
     else:
         raise ValueError("a model that is no run needs --text")
-    found = judge(model, Windows(ids, seq_len, "given"), vocabulary, command, settings)
+    found = judge(model, Windows(ids, seq_len, "given"), vocabulary, mesh, command, settings)
     print(f"{command.text or f'held-out part of {own_text}'}: {found.tokens:,} {vocabulary.unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {vocabulary.unit}")
     print(f"    perplexity           {math.exp(found.nats):.4f}")

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxmodels.allocator import keep_freed_memory
 from train import config, flops, metrics
-from train.allocator import keep_freed_memory
 from train.checkpoints import Checkpoints, Position
 from train.command import Stop, interruptible, one_line_errors
 from train.config import Options, check_folder, parse, read_about, write_about

@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxmodels.convert.place import Shardings
+
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # both divide the rows of a batch
@@ -125,6 +127,15 @@ def parameter_specs(model_name: str, shapes: Mapping[str, tuple[int, ...]], mesh
         more = f", nor {len(uneven) - 1} more" if len(uneven) > 1 else ""
         raise ValueError(f"this mesh does not fit the model: {uneven[0]}{more}")
     return specs
+
+
+def shardings(model_name: str, mesh: Mesh) -> Shardings:
+    """What `jaxmodels.load` takes to put a model's arrays where training has them; raises as `parameter_specs`."""
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, parameter_specs(model_name, {path: shape}, mesh)[path])
+
+    return place
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

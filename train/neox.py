@@ -24,12 +24,12 @@ from typing import Literal
 
 from flax import nnx
 
-import jaxmodels
 from jaxmodels.checkpoint import read_config
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.generate import find_tokenizer
 from jaxmodels.text import TokenizerFile, Vocabulary
 from train import experiment
+from train.checkpoints import open_model
 from train.step import Program, State
 from train.tokenize import Tokens, open_tokens
 
@@ -107,7 +107,8 @@ class Config(experiment.AdamWConfig):
     def initial(self, program: Program, vocabulary: Vocabulary) -> State:
         if self.checkpoint is None:
             return super().initial(program, vocabulary)
-        model = jaxmodels.load(self.checkpoint)
+        stacked = read_config(Path(self.checkpoint))[1].get("stacked", True)  # else it has no table of shardings
+        model = open_model(Path(self.checkpoint), program.mesh if stacked else None)
         return program.state_of(model.stacked(), self.seed)
 
     @property

@@ -1,5 +1,8 @@
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,13 +12,16 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+import jaxmodels
+from jaxmodels.convert.flax import write_flax
+from jaxmodels.convert.source import model_source
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from jaxmodels.layers import constrain, hooks
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
-from tests.train_common import TEXT, TINY, program, start
+from tests.train_common import ROOT, TEXT, TINY, program, start
 from train import rope
 from train.checkpoints import steps
 from train.experiment import main
@@ -124,6 +130,37 @@ def test_constrain_is_the_identity_unless_a_mesh_is_set():
 
     with pytest.raises(ValueError, match=r"'SBD' names 3 axes, the array has \[2, 3\]"):
         place(make_mesh())(x, "SBD")
+
+
+ON_A_MESH = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+import jaxmodels
+from jaxmodels.convert.params import flat_arrays
+from train.checkpoints import open_model
+from train.mesh import make_mesh, parameter_specs
+
+mesh = make_mesh("data=2,fsdp=2,tensor=2")
+for folder in map(Path, sys.argv[1:]):
+    whole, parts = flat_arrays(jaxmodels.load(folder)), flat_arrays(open_model(folder, mesh))
+    shapes = {".".join(map(str, path)): array.shape for path, array in whole.items()}
+    for (path, array), spec in zip(parts.items(), parameter_specs("NeoX", shapes, mesh).values(), strict=True):
+        assert array.sharding == jax.NamedSharding(mesh, spec), path
+        np.testing.assert_array_equal(array, whole[path])
+    divided = parts["layers", "ffn", "dense_h_h4", "kernel"]
+    assert divided.addressable_shards[0].data.size * 4 == divided.size
+"""
+
+
+def test_a_checkpoint_is_opened_with_each_part_on_its_device(tmp_path):
+    sizes = {"n_vocab": 32, "n_hidden": 32, "n_layers": 3, "n_heads": 4, "n_ff": 40, "rope_percentage": 0.5}
+    model = NeoX(NeoXConfig(**sizes), rngs=nnx.Rngs(0))
+    jaxmodels.save(model, tmp_path / "orbax")
+    write_flax(model_source(model), tmp_path / "safetensors")
+    command = [sys.executable, "-c", ON_A_MESH, tmp_path / "orbax", tmp_path / "safetensors"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | EIGHT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

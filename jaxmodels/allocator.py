@@ -1,4 +1,4 @@
-"""How the C library's allocator treats what a training step frees."""
+"""How the C library's allocator treats the memory that programs free again and again."""
 
 import ctypes
 
@@ -10,7 +10,8 @@ def keep_freed_memory() -> bool:
     """Has the process keep the memory that it frees; False where the C library is not glibc and nothing is changed.
 
     XLA on a CPU takes a step's temporaries from malloc and frees them after it. glibc hands blocks that large back to
-    the kernel, and the next step has every page of them cleared again: a sixth of the time of a small model's step.
+    the kernel, and the next step has every page of them cleared again: a sixth of the time of a small model's step. So
+    it is with the tensors of a conversion.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
