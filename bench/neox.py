@@ -108,7 +108,8 @@ def flax_calls(config, ids, options) -> tuple[Callable[[], object], Callable[[],
 
     def write():
         # Its first token comes from the prompt's logits: one more makes as many steps as tokens are counted.
-        _continue(model, logits, cache, None, key, length, options.tokens + 1, None, ()).block_until_ready()
+        n = options.tokens + 1
+        _continue(model, logits, cache, None, key, length, n, None, (), config.n_vocab).block_until_ready()
 
     return lambda: jax.block_until_ready(read(model, ids)), write
 
