@@ -258,7 +258,7 @@ def page(outcomes: list[Outcome], idle: int, total: int, alarms: dict[str, list]
         hint = where.hint if where else ""
         culprit = f"`{o.mutant.culprit}`" if o.mutant.culprit else "the model"
         lines.append(f"| {o.mutant.case} | {culprit} | {o.mutant.operator.name} | {reading} | {named} | {hint} |")
-    lines += ["", "| mistake | what is done |", "|---|---|"]
+    lines += ["", "## The mistakes", "", "| mistake | what is done |", "|---|---|"]
     lines += [f"| {operator.name} | {operator.about} |" for operator in OPERATORS.values()]
     return "\n".join(lines) + "\n"
 
