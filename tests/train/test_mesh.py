@@ -28,7 +28,7 @@ from train.experiment import main
 from train.mesh import RULES, check_batch, make_mesh, parameter_specs, parse_sizes
 from train.metrics import read
 
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
 
 
 @pytest.mark.parametrize(

@@ -141,5 +141,6 @@ for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(sharded)):
 
 def test_a_batch_sharded_over_eight_devices():
     root = Path(__file__).parents[3]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    eight = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    flags = {"XLA_FLAGS": eight, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", SHARDED], cwd=root, env=os.environ | flags, check=True)
