@@ -5,8 +5,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-# The tests compile thousands of small programs and run each once or twice: this halves the time, and so does XLA's older
-# way with fusions, without MLIR, where there still is one. Processes inherit it; an unknown flag would end them.
+# The tests compile thousands of small programs and run each once or twice: this halves the time, and XLA's older way
+# with fusions, without MLIR, takes off another third where there still is one. Processes inherit it; one that does not
+# know a flag ends at once.
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_disable_most_optimizations", True)
