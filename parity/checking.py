@@ -66,6 +66,7 @@ def check(
     """
     check_limit(memory_limit)
     began = time.perf_counter()
+    name = name or type(flax_module).__name__
     inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
     module = torch_side.randomized(torch_module, seed) if randomize else torch_module
     flax_module = as_module(flax_module, inputs, channels_last)
@@ -81,7 +82,7 @@ def check(
         failed = [c for c in checks if not c.passed]
         divergence = readings.divergence(failed) if failed else None
     seconds = time.perf_counter() - began
-    return Report(name or type(flax_module).__name__, checks, divergence, seconds, environment(chosen, float64, seed))
+    return Report(name, checks, divergence, seconds, environment(chosen, float64, seed))
 
 
 @dataclasses.dataclass(frozen=True)
