@@ -95,8 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     if not console.is_terminal:  # a file has no width to fit: a whole table is worth more than one folded to 80
         console = Console(width=184)
     prepare_jax(options.device, eight=options.invariances or options.all)
+    files = {"json": options.json, "junit": options.junit, "page": options.report}
     try:
-        for file in filter(None, (options.json, options.junit, options.report)):
+        for file in filter(None, files.values()):
             if not file.absolute().parent.is_dir():
                 raise ValueError(f"{file} cannot be written: there is no folder {file.absolute().parent}")
         if options.replay:
@@ -108,11 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2
-    from parity.files import write
-
     summary(reports, console)
     details(reports, console)
-    write(reports, json=options.json, junit=options.junit, report=options.report)
+    if any(files.values()):
+        from parity.files import write
+
+        write(*reports, **files)
     return 0 if all(report.passed for report in reports) else 1
 
 
@@ -141,7 +143,7 @@ def run(options: argparse.Namespace, console: Console) -> list:
     wanted = Wanted(
         invariances=every or options.invariances,
         sweep=every or options.sweep,
-        trajectories=tuple(options.trajectory or (["adam"] if every else [])),
+        trajectories=tuple(dict.fromkeys(options.trajectory or (["adam"] if every else []))),
         steps=options.steps,
         fast=every or options.fast or options.matmul_precision is not None or options.device in ("gpu", "tpu"),
         matmul_precision=options.matmul_precision,
@@ -216,6 +218,8 @@ def replay_all(options: argparse.Namespace, console: Console) -> list:
 
 def summary(reports: list, console: Console) -> None:
     """The table, what its numbers mean, and the stamp."""
+    from parity.report import joined
+
     shown = [c for c in COLUMNS if any(report.value(*c[1:]) is not None for report in reports)]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
@@ -230,7 +234,7 @@ def summary(reports: list, console: Console) -> None:
     console.print(table)
     passed = sum(report.passed for report in reports)
     console.print(f"{passed} of {len(reports)} cases agree. {LEGEND}", highlight=False, soft_wrap=True)
-    stamp = ", ".join(f"{key} {value}" for key, value in reports[0].environment.items())
+    stamp = ", ".join(f"{key} {value}" for key, value in joined(r.environment for r in reports).items())
     console.print(stamp, style="dim", highlight=False, soft_wrap=True)
 
 

@@ -85,11 +85,11 @@ def parity_check(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reports = session.config.stash.get(REPORTS, [])
-    wanted = {kind: file for kind in FILES if (file := session.config.getoption(f"--parity-{kind}")) is not None}
-    if reports and wanted:
-        from parity.files import write
+    files = {kind: session.config.getoption(f"--parity-{kind}") for kind in FILES}
+    if reports and any(files.values()):
+        import parity
 
-        write(reports, **wanted)
+        parity.write(*reports, json=files["json"], junit=files["junit"], page=files["report"])
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

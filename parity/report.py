@@ -1,12 +1,14 @@
-"""What a check found: readings with their limits, the first sub-module that diverges, and the stamp of the run."""
+"""What was found of a pair: readings with their limits, the first sub-module that diverges, the stamp of the run."""
 
 import dataclasses
 import importlib.metadata
 import math
 import platform
 import subprocess
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
@@ -41,9 +43,16 @@ class Check:
         return f"{verdict:6} {self.kind} ({self.precision}): {self.value:.2g}{limit}, at {self.worst}"
 
 
+class Result(Protocol):
+    """What `check`, `replay`, `sweep`, `trajectory` and `invariances` return."""
+
+    def report(self, name: str) -> "Report":
+        """A report that holds this alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome of one `check`, and of what else was read of the pair.
+    """The outcome of one `check`, or of all that was read of a pair (`Report.of`).
 
     skipped: what was asked for and does not exist for it, and why.
     """
@@ -57,6 +66,39 @@ class Report:
     trajectories: tuple["Trajectory", ...] = ()
     costs: tuple["Cost", ...] = ()
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, *results: Result) -> "Report":
+        """One report of what `check`, `replay`, `sweep`, `trajectory` and `invariances` returned of one pair.
+
+        Raises ValueError for a result of something else, and where two of them hold the same reading.
+        """
+        wrong = sorted({type(result).__name__ for result in results if not hasattr(result, "report")})
+        if wrong or not results:
+            raise ValueError(f"results must be what parity's functions return, got {', '.join(wrong) or 'none'}")
+        parts = [result.report(name) for result in results]
+        found = Counter(
+            reading for part in parts for reading in dict.fromkeys((c.kind, c.precision) for c in part.checks)
+        )
+        twice = [f"{kind} ({precision})" for (kind, precision), n in found.items() if n > 1]
+        sweeps = [part.sweep for part in parts if part.sweep is not None]
+        if twice or len(sweeps) > 1:
+            raise ValueError(f"results hold twice: {', '.join(twice) or 'sweep'}; make a report of each")
+        return cls(
+            name,
+            [check for part in parts for check in part.checks],
+            next((part.divergence for part in parts if part.divergence), None),
+            sum(part.seconds for part in parts),
+            joined(part.environment for part in parts),
+            sweep=sweeps[0] if sweeps else None,
+            trajectories=tuple(run for part in parts for run in part.trajectories),
+            costs=tuple(cost for part in parts for cost in part.costs),
+            skipped={kind: why for part in parts for kind, why in part.skipped.items()},
+        )
+
+    def report(self, name: str) -> "Report":
+        """The same by another name."""
+        return dataclasses.replace(self, name=name)
 
     @property
     def passed(self) -> bool:
@@ -75,10 +117,6 @@ class Report:
         lines += [f"  {check}" for check in self.checks]
         if self.divergence:
             lines.append(f"  {self.divergence}")
-        elif not self.passed and "where they part" not in self.skipped:
-            lines.append(
-                "  all sub-modules agree in the plain forward pass: look at what is fused, cached or a gradient"
-            )
         lines += [f"  –      {kind}: {why}" for kind, why in self.skipped.items()]
         lines += [f"  {cost}" for cost in self.costs]
         lines += [str(part) for part in (self.sweep, *self.trajectories) if part is not None]
@@ -105,6 +143,15 @@ class Report:
             "costs": [plain(dataclasses.asdict(cost)) for cost in self.costs],
             "skipped": self.skipped,
         }
+
+
+def joined(stamps: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """One stamp of several: where they differ, all that they say."""
+    values: dict[str, dict[str, None]] = {}
+    for stamp in stamps:
+        for key, value in stamp.items():
+            values.setdefault(key, {})[value] = None
+    return {key: "; ".join(said) for key, said in values.items()}
 
 
 def environment(device: jax.Device, float64: bool, seed: int | None) -> dict[str, str]:
