@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="python -m parity",
         description="Runs Flax models against their PyTorch twins and says how closely they agree. "
-        "Without names, all cases run. Exits 1 where any case differs.",
+        "Without names, all cases run. Exits 1 where any case differs, 2 where one ends in an error.",
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case (rope.attention) or a system (rope)")
     arguments.add_argument(
@@ -100,12 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         for file in filter(None, files.values()):
             if not file.absolute().parent.is_dir():
                 raise ValueError(f"{file} cannot be written: there is no folder {file.absolute().parent}")
-        if options.replay:
-            reports = replay_all(options, console)
-        elif options.list or options.record:
+        if options.list or options.record:
             return show(options, console) if options.list else record_all(options, console)
-        else:
-            reports = run(options, console)
+        refuse(options)
+        reports = replay_all(options, console) if options.replay else run(options, console)
     except (ValueError, RuntimeError) as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2
@@ -115,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         from parity.files import write
 
         write(*reports, **files)
+    if any(report.error for report in reports):
+        return 2
     return 0 if all(report.passed for report in reports) else 1
 
 
@@ -126,6 +126,23 @@ def show(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def refuse(options: argparse.Namespace) -> None:
+    """Raises ValueError or RuntimeError for what no case could run with."""
+    import jax
+
+    if options.device:
+        jax.devices(options.device)
+    try:
+        with jax.default_matmul_precision(options.matmul_precision):
+            pass
+    except ValueError as error:
+        raise ValueError(f"--matmul-precision {options.matmul_precision}: {error}") from None
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers {options.workers} must be at least 1")
+    if options.steps < 1:
+        raise ValueError(f"--steps {options.steps} must be at least 1")
+
+
 def run(options: argparse.Namespace, console: Console) -> list:
     """One report per case, with a progress bar."""
     import jax
@@ -134,8 +151,6 @@ def run(options: argparse.Namespace, console: Console) -> list:
     from parity.suite import Wanted, examine
     from parity.training import OPTIMIZERS
 
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers {options.workers} must be at least 1")
     names, every = select(options.names), options.all
     unknown = [name for name in options.trajectory if name not in OPTIMIZERS]
     if unknown:
@@ -202,6 +217,7 @@ def record_all(options: argparse.Namespace, console: Console) -> int:
 def replay_all(options: argparse.Namespace, console: Console) -> list:
     """One report per fixture, those named or all."""
     from parity.golden import SHIPPED, replay, stems
+    from parity.report import Report
 
     folder = SHIPPED if options.replay is True else options.replay
     found = {file.stem: file for file in stems(folder)}
@@ -210,7 +226,7 @@ def replay_all(options: argparse.Namespace, console: Console) -> list:
         raise ValueError(f"no fixture is called {', '.join(options.names)}; there are {', '.join(found)}")
     reports = []
     for name, progress, _ in bar(chosen, console):
-        reports.append(replay(None, found[name], device=options.device))
+        reports.append(Report.gathered(name, (replay(None, file, device=options.device) for file in [found[name]])))
         if not reports[-1].passed:
             progress.console.print(str(reports[-1]), style="red", markup=False, highlight=False)
     return reports
@@ -229,8 +245,8 @@ def summary(reports: list, console: Console) -> None:
     table.add_column("\ns", justify="right")
     for report in reports:
         cells = [cell(report, kind, precision) for _, kind, precision in shown]
-        verdict = "[green]agrees[/]" if report.passed else "[red]DIFFERS[/]"
-        table.add_row(report.name, *cells, verdict, f"{report.seconds:.1f}")
+        colour = "green" if report.passed else "red"
+        table.add_row(report.name, *cells, f"[{colour}]{report.verdict}[/]", f"{report.seconds:.1f}")
     console.print(table)
     passed = sum(report.passed for report in reports)
     console.print(f"{passed} of {len(reports)} cases agree. {LEGEND}", highlight=False, soft_wrap=True)

@@ -56,12 +56,13 @@ def page(reports: Sequence[Report]) -> str:
 
 def section(report: Report) -> str:
     """One case: a line, and behind it its readings and what was drawn of it; open where it failed."""
-    verdict = '<span class="good">agrees</span>' if report.passed else '<span class="bad">differs</span>'
+    verdict = f'<span class="{"good" if report.passed else "bad"}">{report.verdict.lower()}</span>'
     rows = "".join(map(row, report.checks))
     skipped = "".join(f'<p class="dim">– {escape(kind)}: {escape(why)}</p>' for kind, why in report.skipped.items())
+    error = f"<pre>{escape(report.error.traceback)}</pre>" if report.error else ""
     return f"""<details{"" if report.passed else " open"}><summary><span class="name">{escape(report.name)}</span>
 <span class="dim">{report.seconds:.1f} s</span>{verdict}</summary>{divergence(report)}
-<table><tr>{HEADINGS}</tr>{rows}</table>{skipped}{drawn(report)}
+<table><tr>{HEADINGS}</tr>{rows}</table>{skipped}{error}{drawn(report)}
 </details>
 """
 

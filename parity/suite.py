@@ -43,18 +43,23 @@ def examine(
     seed: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """The report of a case: its check, and all that is wanted beside it."""
-    return Report.of(name, *readings(pair_of(make, seed), name, wanted, device, seed, progress))
+    """The report of a case: its check, and all that is wanted beside it, as far as nothing raises."""
+    return Report.gathered(name, readings(make, wanted, device, seed, progress))
 
 
 def readings(
-    pair: Pair, name: str, wanted: Wanted, device: str | None, seed: int, progress: Callable[[str], None]
+    make: Callable[[np.random.Generator], Pair],
+    wanted: Wanted,
+    device: str | None,
+    seed: int,
+    progress: Callable[[str], None],
 ) -> Iterator[Result]:
     """The results that are wanted, one after the other."""
+    pair = pair_of(make, seed)
     both = (pair.torch, pair.flax, pair.inputs)
     common: dict[str, Any] = {"labels": pair.labels, "device": device, "seed": seed}
-    zero = {"zero_gradients": pair.zero_gradients}
-    yield check(*both, half=pair.half, steps=pair.steps, name=name, progress=progress, **zero, **common)
+    trained: dict[str, Any] = common | {"zero_gradients": pair.zero_gradients}
+    yield check(*both, half=pair.half, steps=pair.steps, progress=progress, **trained)
     if wanted.invariances:
         progress("invariances")
         yield invariances_of(pair, device, seed)
@@ -63,7 +68,7 @@ def readings(
     for optimizer in wanted.trajectories if trains(pair) else ():
         for precision in ("float64", "float32") if jax.devices(device)[0].platform != "tpu" else ("float32",):
             progress(f"{optimizer}, {precision}")
-            yield trajectory(*both, optimizer=optimizer, steps=wanted.steps, precision=precision, **zero, **common)
+            yield trajectory(*both, optimizer=optimizer, steps=wanted.steps, precision=precision, **trained)
     if wanted.fast:
         progress("default precision")
         yield fast_path(*both, matmul_precision=wanted.matmul_precision, **common)

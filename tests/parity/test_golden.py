@@ -1,6 +1,8 @@
 """Fixtures: recorded with torch, replayed without it, refused where they are damaged."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from jaxmodels.convert import ConversionError
 from parity.__main__ import main
 from parity.cases import SYSTEMS
 from parity.cases.golden import GOLDEN
-from parity.golden import SHIPPED, read, record, stems
+from parity.golden import SHIPPED, files_of, read, record, stems
 from parity.suite import pair_of
 from tests.parity.pairs import FlaxMLP, mlp
 
@@ -138,6 +140,16 @@ def test_shipped_fixtures_replay_where_there_is_no_torch(tmp_path):
     assert set(reports) == {"rope.rotary", "rope.rotary_value", "retro.neighbors"}
     for report in reports.values():
         assert {"output", "parameter gradients", "cached decoding"} <= {check["kind"] for check in report["checks"]}
+
+
+def test_a_damaged_fixture_is_listed_and_the_others_are_replayed(tmp_path, capsys):
+    for file in (*files_of(SHIPPED / "rope.rotary"), *files_of(SHIPPED / "transformer.plain")):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "rope.rotary.safetensors").write_bytes(b"")
+    assert main(["--replay", str(tmp_path), "--json", str(tmp_path / "out.txt")]) == 2
+    assert "rope.rotary is no fixture that parity.record wrote" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    reports = json.loads((tmp_path / "out.txt").read_text())
+    assert [(r["name"], r["passed"]) for r in reports] == [("rope.rotary", False), ("transformer.plain", True)]
 
 
 def test_names_of_no_fixture_and_an_empty_folder_are_one_line(tmp_path, capsys):
