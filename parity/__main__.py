@@ -76,7 +76,10 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument("--report", type=Path, metavar="FILE.html", help="write one self-contained page")
     golden = arguments.add_argument_group("golden fixtures, instead of running both sides")
     golden.add_argument(
-        "--record", type=Path, metavar="FOLDER", help="write what PyTorch computes (without names: the small models)"
+        "--record",
+        type=Path,
+        metavar="FOLDER",
+        help="write what PyTorch computes: the small models (feedback.own), by name a case",
     )
     golden.add_argument(
         "--replay",
@@ -188,15 +191,23 @@ def bar(names: list[str], console: Console) -> Iterator[tuple[str, Progress, Cal
 
 
 def record_all(options: argparse.Namespace, console: Console) -> int:
-    """Fixtures of the cases named, or of the small models; what cannot be rebuilt is left out, by name."""
-    from parity.cases import load_cases, select
+    """Fixtures of the small models: all, or those named. A name of none of them is a case's.
+
+    What cannot be rebuilt is left out, by name.
+    """
+    from parity.cases import load_cases, matching, select
     from parity.cases.golden import GOLDEN
     from parity.golden import description, record
     from parity.suite import pair_of
 
     if not options.record.is_dir():
         raise ValueError(f"{options.record} cannot be written: there is no such folder")
-    makes = {name: load_cases()[name][0] for name in select(options.names)} if options.names else GOLDEN
+    cases = {name: make for name, (make, _) in load_cases().items()}
+    select(options.names, GOLDEN | cases, "small model or case")
+    makes = {} if options.names else GOLDEN
+    for name in options.names:
+        known = GOLDEN if matching(name, GOLDEN) else cases
+        makes |= {one: known[one] for one in matching(name, known)}
     for name, _, _ in bar(list(makes), console):
         pair = pair_of(makes[name], options.seed)
         if description(pair.flax) is None:
@@ -216,16 +227,14 @@ def record_all(options: argparse.Namespace, console: Console) -> int:
 
 def replay_all(options: argparse.Namespace, console: Console) -> list:
     """One report per fixture, those named or all."""
+    from parity.cases import select
     from parity.golden import SHIPPED, replay, stems
     from parity.report import Report
 
     folder = SHIPPED if options.replay is True else options.replay
     found = {file.stem: file for file in stems(folder)}
-    chosen = [n for n in found if not options.names or any(n == o or n.startswith(f"{o}.") for o in options.names)]
-    if not chosen:
-        raise ValueError(f"no fixture is called {', '.join(options.names)}; there are {', '.join(found)}")
     reports = []
-    for name, progress, _ in bar(chosen, console):
+    for name, progress, _ in bar(select(options.names, found, "fixture"), console):
         reports.append(Report.gathered(name, (replay(None, file, device=options.device) for file in [found[name]])))
         if not reports[-1].passed:
             progress.console.print(str(reports[-1]), style="red", markup=False, highlight=False)

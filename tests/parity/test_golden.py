@@ -130,6 +130,18 @@ def test_the_command_records_what_can_be_rebuilt(tmp_path, capsys):
     assert main(["--record", str(tmp_path / "nowhere")]) == 2
 
 
+def test_a_small_model_is_recorded_alone_by_its_name_and_by_its_system(tmp_path, capsys):
+    assert main(["synthesizer.dense", "--record", str(tmp_path)]) == 0
+    assert [file.stem for file in stems(tmp_path)] == ["synthesizer.dense"]
+    assert read(tmp_path / "synthesizer.dense").model == read(SHIPPED / "synthesizer.dense").model
+    assert main(["retro", "--record", str(tmp_path)]) == 0
+    assert [file.stem for file in stems(tmp_path)] == ["retro.neighbors", "synthesizer.dense"]
+    assert main(["synthesizer.dense", "synthesizer.thin", "--record", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "no small model or case is called synthesizer.thin; there are rope.rotary, " in error
+    assert "rope.attention" in error
+
+
 def test_shipped_fixtures_replay_where_there_is_no_torch(tmp_path):
     program = WITHOUT_TORCH + "from parity.__main__ import main; sys.exit(main(sys.argv[1:]))"
     file = tmp_path / "out.json"
@@ -159,3 +171,4 @@ def test_names_of_no_fixture_and_an_empty_folder_are_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "nonsense" in error
     assert "rope.rotary" in error
+    assert main(["rope", "nonsense", "--replay"]) == 2, "no name is passed over"
