@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from parity.checking import check
     from parity.dtypes import sweep
+    from parity.files import write
     from parity.golden import record, replay
     from parity.invariance import invariances
     from parity.report import Report
@@ -26,6 +27,7 @@ __all__ = [
     "suggest",
     "sweep",
     "trajectory",
+    "write",
 ]
 
 HOMES = {
@@ -38,6 +40,7 @@ HOMES = {
     "suggest": "suggestion",
     "sweep": "dtypes",
     "trajectory": "trajectories",
+    "write": "files",
 }
 
 

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="python -m parity",
         description="Runs Flax models against their PyTorch twins and says how closely they agree. "
-        "Without names, all cases run. Exits 1 where any case differs.",
+        "Without names, all cases run. Exits 1 where any case differs, 2 where one ends in an error.",
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case (rope.attention) or a system (rope)")
     arguments.add_argument(
@@ -76,7 +76,10 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument("--report", type=Path, metavar="FILE.html", help="write one self-contained page")
     golden = arguments.add_argument_group("golden fixtures, instead of running both sides")
     golden.add_argument(
-        "--record", type=Path, metavar="FOLDER", help="write what PyTorch computes (without names: the small models)"
+        "--record",
+        type=Path,
+        metavar="FOLDER",
+        help="write what PyTorch computes: the small models (feedback.own), by name a case",
     )
     golden.add_argument(
         "--replay",
@@ -95,24 +98,26 @@ def main(argv: list[str] | None = None) -> int:
     if not console.is_terminal:  # a file has no width to fit: a whole table is worth more than one folded to 80
         console = Console(width=184)
     prepare_jax(options.device, eight=options.invariances or options.all)
+    files = {"json": options.json, "junit": options.junit, "page": options.report}
     try:
-        for file in filter(None, (options.json, options.junit, options.report)):
+        for file in filter(None, files.values()):
             if not file.absolute().parent.is_dir():
                 raise ValueError(f"{file} cannot be written: there is no folder {file.absolute().parent}")
-        if options.replay:
-            reports = replay_all(options, console)
-        elif options.list or options.record:
+        if options.list or options.record:
             return show(options, console) if options.list else record_all(options, console)
-        else:
-            reports = run(options, console)
+        refuse(options)
+        reports = replay_all(options, console) if options.replay else run(options, console)
     except (ValueError, RuntimeError) as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2
-    from parity.files import write
-
     summary(reports, console)
     details(reports, console)
-    write(reports, json=options.json, junit=options.junit, report=options.report)
+    if any(files.values()):
+        from parity.files import write
+
+        write(*reports, **files)
+    if any(report.error for report in reports):
+        return 2
     return 0 if all(report.passed for report in reports) else 1
 
 
@@ -124,6 +129,23 @@ def show(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def refuse(options: argparse.Namespace) -> None:
+    """Raises ValueError or RuntimeError for what no case could run with."""
+    import jax
+
+    if options.device:
+        jax.devices(options.device)
+    try:
+        with jax.default_matmul_precision(options.matmul_precision):
+            pass
+    except ValueError as error:
+        raise ValueError(f"--matmul-precision {options.matmul_precision}: {error}") from None
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers {options.workers} must be at least 1")
+    if options.steps < 1:
+        raise ValueError(f"--steps {options.steps} must be at least 1")
+
+
 def run(options: argparse.Namespace, console: Console) -> list:
     """One report per case, with a progress bar."""
     import jax
@@ -132,8 +154,6 @@ def run(options: argparse.Namespace, console: Console) -> list:
     from parity.suite import Wanted, examine
     from parity.training import OPTIMIZERS
 
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers {options.workers} must be at least 1")
     names, every = select(options.names), options.all
     unknown = [name for name in options.trajectory if name not in OPTIMIZERS]
     if unknown:
@@ -141,7 +161,7 @@ def run(options: argparse.Namespace, console: Console) -> list:
     wanted = Wanted(
         invariances=every or options.invariances,
         sweep=every or options.sweep,
-        trajectories=tuple(options.trajectory or (["adam"] if every else [])),
+        trajectories=tuple(dict.fromkeys(options.trajectory or (["adam"] if every else []))),
         steps=options.steps,
         fast=every or options.fast or options.matmul_precision is not None or options.device in ("gpu", "tpu"),
         matmul_precision=options.matmul_precision,
@@ -171,15 +191,23 @@ def bar(names: list[str], console: Console) -> Iterator[tuple[str, Progress, Cal
 
 
 def record_all(options: argparse.Namespace, console: Console) -> int:
-    """Fixtures of the cases named, or of the small models; what cannot be rebuilt is left out, by name."""
-    from parity.cases import load_cases, select
+    """Fixtures of the small models: all, or those named. A name of none of them is a case's.
+
+    What cannot be rebuilt is left out, by name.
+    """
+    from parity.cases import load_cases, matching, select
     from parity.cases.golden import GOLDEN
     from parity.golden import description, record
     from parity.suite import pair_of
 
     if not options.record.is_dir():
         raise ValueError(f"{options.record} cannot be written: there is no such folder")
-    makes = {name: load_cases()[name][0] for name in select(options.names)} if options.names else GOLDEN
+    cases = {name: make for name, (make, _) in load_cases().items()}
+    select(options.names, GOLDEN | cases, "small model or case")
+    makes = {} if options.names else GOLDEN
+    for name in options.names:
+        known = GOLDEN if matching(name, GOLDEN) else cases
+        makes |= {one: known[one] for one in matching(name, known)}
     for name, _, _ in bar(list(makes), console):
         pair = pair_of(makes[name], options.seed)
         if description(pair.flax) is None:
@@ -199,16 +227,15 @@ def record_all(options: argparse.Namespace, console: Console) -> int:
 
 def replay_all(options: argparse.Namespace, console: Console) -> list:
     """One report per fixture, those named or all."""
+    from parity.cases import select
     from parity.golden import SHIPPED, replay, stems
+    from parity.report import Report
 
     folder = SHIPPED if options.replay is True else options.replay
     found = {file.stem: file for file in stems(folder)}
-    chosen = [n for n in found if not options.names or any(n == o or n.startswith(f"{o}.") for o in options.names)]
-    if not chosen:
-        raise ValueError(f"no fixture is called {', '.join(options.names)}; there are {', '.join(found)}")
     reports = []
-    for name, progress, _ in bar(chosen, console):
-        reports.append(replay(None, found[name], device=options.device))
+    for name, progress, _ in bar(select(options.names, found, "fixture"), console):
+        reports.append(Report.gathered(name, (replay(None, file, device=options.device) for file in [found[name]])))
         if not reports[-1].passed:
             progress.console.print(str(reports[-1]), style="red", markup=False, highlight=False)
     return reports
@@ -216,6 +243,8 @@ def replay_all(options: argparse.Namespace, console: Console) -> list:
 
 def summary(reports: list, console: Console) -> None:
     """The table, what its numbers mean, and the stamp."""
+    from parity.report import joined
+
     shown = [c for c in COLUMNS if any(report.value(*c[1:]) is not None for report in reports)]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
@@ -225,12 +254,12 @@ def summary(reports: list, console: Console) -> None:
     table.add_column("\ns", justify="right")
     for report in reports:
         cells = [cell(report, kind, precision) for _, kind, precision in shown]
-        verdict = "[green]agrees[/]" if report.passed else "[red]DIFFERS[/]"
-        table.add_row(report.name, *cells, verdict, f"{report.seconds:.1f}")
+        colour = "green" if report.passed else "red"
+        table.add_row(report.name, *cells, f"[{colour}]{report.verdict}[/]", f"{report.seconds:.1f}")
     console.print(table)
     passed = sum(report.passed for report in reports)
     console.print(f"{passed} of {len(reports)} cases agree. {LEGEND}", highlight=False, soft_wrap=True)
-    stamp = ", ".join(f"{key} {value}" for key, value in reports[0].environment.items())
+    stamp = ", ".join(f"{key} {value}" for key, value in joined(r.environment for r in reports).items())
     console.print(stamp, style="dim", highlight=False, soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ model) and the best tokens.
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from parity.flax_side import FlaxSide
 from parity.linen import as_module
 from parity.mapping import Names, weights_of
 from parity.objective import Inputs, random_targets
-from parity.report import Check
+from parity.report import Check, Report, environment
 from parity.store import DEFAULT_LIMIT, check_limit
 from parity.torch_side import TorchSide
 
@@ -77,10 +78,16 @@ class Sweep:
 
     rows: list[Row]
     checks: list[Check]
+    seconds: float
+    environment: dict[str, str]
 
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
+
+    def report(self, name: str) -> Report:
+        """This alone, for `parity.Report.of`."""
+        return Report(name, self.checks, None, self.seconds, self.environment, sweep=self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; infinities are strings."""
@@ -128,6 +135,7 @@ def sweep(
     for a negative memory_limit.
     """
     check_limit(memory_limit)
+    began = time.perf_counter()
     if set(dtypes) - set(DTYPES):
         raise ValueError(f"dtypes={list(dtypes)} must be among {', '.join(DTYPES)}")
     inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
@@ -170,7 +178,8 @@ def sweep(
                 checks.append(divergence_check(name, *agreements))
             parts = traced(truth, ours, rounded, chosen, memory_limit) if layers else None
             rows.append(Row(name, found, *agreements, parts))
-    return Sweep(rows, checks)
+    stamp = environment(chosen, chosen.platform != "tpu", seed)
+    return Sweep(rows, checks, time.perf_counter() - began, stamp)
 
 
 def divergence_check(name: str, ours: Agreement, theirs: Agreement) -> Check:
@@ -207,6 +216,20 @@ class Cost:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class FastPath:
+    """What the default precision costs, which has no limit, and how far apart two runs of two compilations are."""
+
+    costs: list[Cost]
+    checks: list[Check]
+    seconds: float
+    environment: dict[str, str]
+
+    def report(self, name: str) -> Report:
+        """This alone, for `parity.Report.of`."""
+        return Report(name, self.checks, None, self.seconds, self.environment, costs=tuple(self.costs))
+
+
 def fast_path(
     torch_module: torch.nn.Module,
     flax_module: nnx.Module | linen.Module,
@@ -219,12 +242,13 @@ def fast_path(
     matmul_precision: str | None = None,
     randomize: bool = True,
     seed: int = 0,
-) -> tuple[list[Cost], list[Check]]:
+) -> FastPath:
     """A second pass as users run it: matmuls at the device's default precision (TF32, bfloat16), and twice.
 
-    matmul_precision names another precision of `jax.default_matmul_precision` to be the fast one. The costs have no
-    limit. The checks are of determinism: how far apart two runs of two compilations are, 0 where every bit is equal.
+    matmul_precision names another precision of `jax.default_matmul_precision` to be the fast one. The checks are of
+    determinism: 0 where every bit is equal.
     """
+    began = time.perf_counter()
     inputs, labels = Inputs.of(inputs), None if labels is None else np.asarray(labels)
     module = torch_side.randomized(torch_module, seed) if randomize else torch_module
     chosen = jax.devices(device)[0]
@@ -251,7 +275,8 @@ def fast_path(
         costs.append(Cost(kind, name, others[0], default, others[1]))
         apart = budgets.worst(budgets.errors(pairs[2], {key: a.astype(np.float64) for key, a in pairs[1].items()}))
         checks.append(Check(f"two runs: {kind}", "float32", *apart, np.inf))
-    return costs, checks
+    stamp = environment(chosen, chosen.platform != "tpu", seed)
+    return FastPath(costs, checks, time.perf_counter() - began, stamp)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ gradients, in float64 where the device has it.
 
 import dataclasses
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from parity.flax_side import FlaxSide, compiled, loss, strict_precision
 from parity.linen import as_module, with_weights
 from parity.mapping import evaluating
 from parity.objective import Inputs, matches, random_targets
-from parity.report import Check
+from parity.report import Check, Report, environment
 
 DEVICES = 8
 FLOAT32_LIMIT = 1e-5  # where there is no float64: some hundred roundings, and no wrong term is as small
@@ -40,6 +41,12 @@ class Invariances:
 
     checks: list[Check]
     skipped: dict[str, str]
+    seconds: float
+    environment: dict[str, str]
+
+    def report(self, name: str) -> Report:
+        """This alone, for `parity.Report.of`."""
+        return Report(name, self.checks, None, self.seconds, self.environment, skipped=self.skipped)
 
     @property
     def passed(self) -> bool:
@@ -83,7 +90,7 @@ def invariances(
     with strict_precision(float64, chosen):
         dtype = jnp.float64 if float64 else jnp.float32
         side = FlaxSide(flax_module, {}, inputs, dtype, Itself(dtype))
-        return read(Subject.of(side, labels, seed, batch_axis), only)
+        return read(side, labels, seed, batch_axis, only)
 
 
 class Itself:
@@ -109,8 +116,13 @@ class Itself:
         return path
 
 
-def read(subject: "Subject", only: Sequence[str] | None = None) -> Invariances:
-    """The variants of a subject; call it where `strict_precision` is open."""
+def read(
+    side: FlaxSide, labels: np.ndarray | None, seed: int, batch_axis: Any = None, only: Sequence[str] | None = None
+) -> Invariances:
+    """The variants of a model with its weights; call it where `strict_precision` is open."""
+    began, subject = time.perf_counter(), Subject.of(side, labels, seed, batch_axis)
+    exact = side.dtype == jnp.float64
+    limit = budgets.FLOAT64_LIMIT if exact else FLOAT32_LIMIT
     checks, skipped = [], {}
     for kind, variant in VARIANTS.items():
         if only is not None and kind not in only:
@@ -126,10 +138,9 @@ def read(subject: "Subject", only: Sequence[str] | None = None) -> Invariances:
         except NotApplicable as reason:
             skipped[kind] = str(reason)
             continue
-        exact = subject.side.dtype == jnp.float64
-        limit = budgets.FLOAT64_LIMIT if exact else FLOAT32_LIMIT
-        checks.append(Check(kind, np.dtype(subject.side.dtype).name, *budgets.worst(errors), limit))
-    return Invariances(checks, skipped)
+        checks.append(Check(kind, np.dtype(side.dtype).name, *budgets.worst(errors), limit))
+    stamp = environment(jax.config.jax_default_device, exact, seed)
+    return Invariances(checks, skipped, time.perf_counter() - began, stamp)
 
 
 @dataclasses.dataclass(frozen=True)

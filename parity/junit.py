@@ -7,24 +7,31 @@ from parity.report import Report
 
 
 def junit(reports: Sequence[Report]) -> str:
-    """The XML of all reports. A reading past its limit is a failure, whose text is where the models part."""
-    tests = sum(len(report.checks) + len(report.skipped) for report in reports)
-    failures = sum(not check.passed for report in reports for check in report.checks)
-    skipped = sum(len(report.skipped) for report in reports)
-    seconds = sum(report.seconds for report in reports)
-    counts = {"tests": str(tests), "failures": str(failures), "skipped": str(skipped), "errors": "0"}
-    root = ET.Element("testsuites", counts | {"name": "parity", "time": f"{seconds:.3f}"})
+    """The XML of all reports.
+
+    A reading past its limit is a failure, whose text is where the models part; what was raised is an error.
+    """
+    root = ET.Element("testsuites", {"name": "parity"} | counts(reports))
     for report in reports:
         root.append(suite(report))
     ET.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
+def counts(reports: Sequence[Report]) -> dict[str, str]:
+    """How many tests there are, and how they ended."""
+    numbers = {
+        "failures": sum(not check.passed for report in reports for check in report.checks),
+        "errors": sum(report.error is not None for report in reports),
+        "skipped": sum(len(report.skipped) for report in reports),
+    }
+    tests = sum(len(report.checks) for report in reports) + numbers["errors"] + numbers["skipped"]
+    seconds = sum(report.seconds for report in reports)
+    return {key: str(n) for key, n in ({"tests": tests} | numbers).items()} | {"time": f"{seconds:.3f}"}
+
+
 def suite(report: Report) -> ET.Element:
-    failures = sum(not check.passed for check in report.checks)
-    counts = {"tests": str(len(report.checks) + len(report.skipped)), "failures": str(failures), "errors": "0"}
-    counts |= {"skipped": str(len(report.skipped)), "time": f"{report.seconds:.3f}"}
-    element = ET.Element("testsuite", {"name": report.name} | counts)
+    element = ET.Element("testsuite", {"name": report.name} | counts([report]))
     properties = ET.SubElement(element, "properties")
     for name, value in report.environment.items():
         ET.SubElement(properties, "property", {"name": name, "value": value})
@@ -37,6 +44,10 @@ def suite(report: Report) -> ET.Element:
     for kind, why in report.skipped.items():
         test = ET.SubElement(element, "testcase", case_of(report, kind))
         ET.SubElement(test, "skipped", {"message": why})
+    if report.error:
+        test = ET.SubElement(element, "testcase", case_of(report, "error"))
+        about = {"message": report.error.message, "type": report.error.type}
+        ET.SubElement(test, "error", about).text = report.error.traceback
     return element
 
 

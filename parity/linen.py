@@ -1,5 +1,6 @@
 """Linen modules as NNX ones, so that everything else knows one kind."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,9 @@ from flax.traverse_util import flatten_dict
 
 from jaxmodels.convert.params import flat_arrays, with_arrays
 from parity.objective import Inputs, matches
+
+# Flax 0.12 has it; where it is missing, nothing is laid out before it is asked for.
+eager_sharding = getattr(nnx, "use_eager_sharding", contextlib.nullcontext)
 
 
 def as_module(flax_module: Any, inputs: Inputs, channels_last: Sequence[str] = ()) -> nnx.Module:
@@ -37,7 +41,8 @@ def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] 
         model.to_nnx__rngs = None  # drawn once; a call needs none
         return model
 
-    return nnx.eval_shape(make)
+    with eager_sharding(False):  # what `with_partitioning` annotates wants a mesh with its axes, and needs none here
+        return nnx.eval_shape(make)
 
 
 def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:

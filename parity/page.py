@@ -1,10 +1,11 @@
 """The reports of a run as one self-contained HTML page."""
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from parity import charts
-from parity.report import Check, Report
+from parity.report import Check, Report, joined
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; }
@@ -36,11 +37,12 @@ LEGEND = (
 HEADINGS = "".join(f"<th>{h}</th>" for h in ("reading", "precision", "worst", "limit", "of limit", "where"))
 
 
-def page(reports: list[Report]) -> str:
+def page(reports: Sequence[Report]) -> str:
     """HTML text with no reference to anything outside it."""
     passed = sum(report.passed for report in reports)
     verdict = "good" if passed == len(reports) else "bad"
-    stamp = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in reports[0].environment.items())
+    run = joined(report.environment for report in reports)
+    stamp = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in run.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Parity: {passed} of {len(reports)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{charts.STYLE}</style></head><body>
@@ -54,14 +56,13 @@ def page(reports: list[Report]) -> str:
 
 def section(report: Report) -> str:
     """One case: a line, and behind it its readings and what was drawn of it; open where it failed."""
-    verdict = '<span class="good">agrees</span>' if report.passed else '<span class="bad">differs</span>'
+    verdict = f'<span class="{"good" if report.passed else "bad"}">{report.verdict.lower()}</span>'
     rows = "".join(map(row, report.checks))
-    skipped = "".join(
-        f'<p class="dim">{escape(kind)}: not read, {escape(why)}</p>' for kind, why in report.skipped.items()
-    )
+    skipped = "".join(f'<p class="dim">– {escape(kind)}: {escape(why)}</p>' for kind, why in report.skipped.items())
+    error = f"<pre>{escape(report.error.traceback)}</pre>" if report.error else ""
     return f"""<details{"" if report.passed else " open"}><summary><span class="name">{escape(report.name)}</span>
 <span class="dim">{report.seconds:.1f} s</span>{verdict}</summary>{divergence(report)}
-<table><tr>{HEADINGS}</tr>{rows}</table>{skipped}{drawn(report)}
+<table><tr>{HEADINGS}</tr>{rows}</table>{skipped}{error}{drawn(report)}
 </details>
 """
 
@@ -81,8 +82,9 @@ def drawn(report: Report) -> str:
     parts = []
     if report.sweep is not None:
         rows = report.sweep.rows
-        parts.append(f"<h3>Error by sub-module and dtype</h3>{charts.heat_map(rows)}")
-        parts.append(f'<h3>Errors of the outputs</h3><div class="charts">{charts.histograms(rows)}</div>')
+        if heat := charts.heat_map(rows):
+            parts.append(f"<h3>Error by sub-module and dtype</h3>{heat}")
+            parts.append(f'<h3>Errors of the outputs</h3><div class="charts">{charts.histograms(rows)}</div>')
         parts.append(f"<pre>{escape(str(report.sweep))}</pre>")
     if report.trajectories:
         figures = "".join(map(charts.curves, report.trajectories))

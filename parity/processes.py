@@ -36,15 +36,18 @@ def workers_for(cases: int, device: str | None) -> int:
 def examined(
     names: list[str], wanted: "Wanted", *, device: str | None, seed: int, workers: int, prepare: Callable[[], None]
 ) -> Iterator["Report"]:
-    """The cases' reports in their order; what one raises is raised here, and ends the others.
+    """The cases' reports in their order. Where a process dies, those of the cases it leaves undone say so.
 
     `prepare`, which must be picklable, is called in each process before JAX starts.
     """
+    from parity.report import Report
+
     context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, start, (prepare, workers))
     try:
         pending = [pool.submit(examine_case, name, wanted, device, seed) for name in names]
-        yield from (future.result() for future in pending)
+        for name, future in zip(names, pending, strict=True):
+            yield Report.gathered(name, (done.result() for done in [future]))
     finally:
         pool.shutdown(cancel_futures=True)
 

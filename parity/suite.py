@@ -1,7 +1,7 @@
 """One case of the project read in every way that is asked for."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,10 +14,10 @@ from parity.cases import Pair
 from parity.checking import check
 from parity.dtypes import fast_path, sweep
 from parity.flax_side import FlaxSide
-from parity.invariance import Invariances, Subject
+from parity.invariance import Invariances
 from parity.invariance import read as read_invariances
 from parity.objective import Inputs
-from parity.report import Report
+from parity.report import Report, Result
 from parity.trajectories import trajectory
 
 
@@ -43,48 +43,35 @@ def examine(
     seed: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """The report of a case: its check, and all that is wanted beside it."""
+    """The report of a case: its check, and all that is wanted beside it, as far as nothing raises."""
+    return Report.gathered(name, readings(make, wanted, device, seed, progress))
+
+
+def readings(
+    make: Callable[[np.random.Generator], Pair],
+    wanted: Wanted,
+    device: str | None,
+    seed: int,
+    progress: Callable[[str], None],
+) -> Iterator[Result]:
+    """The results that are wanted, one after the other."""
     pair = pair_of(make, seed)
+    both = (pair.torch, pair.flax, pair.inputs)
     common: dict[str, Any] = {"labels": pair.labels, "device": device, "seed": seed}
-    report = check(
-        *(pair.torch, pair.flax, pair.inputs),
-        zero_gradients=pair.zero_gradients,
-        half=pair.half,
-        steps=pair.steps,
-        name=name,
-        progress=progress,
-        **common,
-    )
-    checks, more = list(report.checks), {}
+    trained: dict[str, Any] = common | {"zero_gradients": pair.zero_gradients}
+    yield check(*both, half=pair.half, steps=pair.steps, progress=progress, **trained)
     if wanted.invariances:
         progress("invariances")
-        found = invariances_of(pair, device, seed)
-        checks += found.checks
-        more["skipped"] = found.skipped
+        yield invariances_of(pair, device, seed)
     if wanted.sweep:
-        swept = sweep(pair.torch, pair.flax, pair.inputs, progress=progress, **common)
-        checks += swept.checks
-        more["sweep"] = swept
-    runs = []
+        yield sweep(*both, progress=progress, **common)
     for optimizer in wanted.trajectories if trains(pair) else ():
         for precision in ("float64", "float32") if jax.devices(device)[0].platform != "tpu" else ("float32",):
             progress(f"{optimizer}, {precision}")
-            run = trajectory(
-                *(pair.torch, pair.flax, pair.inputs),
-                optimizer=optimizer,
-                steps=wanted.steps,
-                precision=precision,
-                zero_gradients=pair.zero_gradients,
-                **common,
-            )
-            runs.append(run)
-            checks += run.checks()
+            yield trajectory(*both, optimizer=optimizer, steps=wanted.steps, precision=precision, **trained)
     if wanted.fast:
         progress("default precision")
-        costs, again = fast_path(pair.torch, pair.flax, pair.inputs, matmul_precision=wanted.matmul_precision, **common)
-        more["costs"] = tuple(costs)
-        checks += again
-    return dataclasses.replace(report, checks=checks, trajectories=tuple(runs), **more)
+        yield fast_path(*both, matmul_precision=wanted.matmul_precision, **common)
 
 
 def pair_of(make: Callable[[np.random.Generator], Pair], seed: int) -> Pair:
@@ -105,4 +92,4 @@ def invariances_of(pair: Pair, device: str | None, seed: int) -> Invariances:
     with flax_side.strict_precision(float64, chosen):
         state = torch_side.TorchSide(module, dtype, "cpu").module.state_dict()
         side = FlaxSide(pair.flax, state, inputs, jnp.float64 if float64 else jnp.float32)
-        return read_invariances(Subject.of(side, pair.labels, seed))
+        return read_invariances(side, pair.labels, seed)

@@ -6,6 +6,7 @@ these that is past its limit tells a wrong backward pass from a wrong update.
 
 import dataclasses
 import glob
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from parity.flax_side import FlaxSide
 from parity.linen import as_module
 from parity.mapping import Names, weights_of
 from parity.objective import Inputs, matches, random_targets, roll
-from parity.report import Check
+from parity.report import Check, Report, environment
 from parity.torch_side import TorchSide
 from parity.training import OPTIMIZERS, Optimizer, flax_steps, torch_steps
 
@@ -45,6 +46,8 @@ class Trajectory:
     precision: str
     readings: list[Reading]
     losses: dict[str, list[float]]
+    seconds: float
+    environment: dict[str, str]
 
     @property
     def passed(self) -> bool:
@@ -72,9 +75,14 @@ class Trajectory:
             found.append(Check(f"{self.optimizer}: {kind}", self.precision, where, worst.value, limit))
         return found
 
+    def report(self, name: str) -> Report:
+        """This alone, for `parity.Report.of`."""
+        return Report(name, self.checks(), None, self.seconds, self.environment, trajectories=(self,))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; infinities are strings."""
-        return plain(dataclasses.asdict(self) | {"passed": self.passed})
+        said = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("seconds", "environment")}
+        return plain(said | {"passed": self.passed})
 
     def __str__(self) -> str:
         """A table of steps 0, 1, 2, 5, 10, … and the last, and where the sides part."""
@@ -123,6 +131,7 @@ def trajectory(
     1 - β₂ᵗ in float32 (1.3e-5 off at the first step), PyTorch in float64. The other arguments are those of
     `parity.check`. Raises ValueError for another name, precision or number of steps, and where nothing is trained.
     """
+    began = time.perf_counter()
     pair = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
     if pair is None:
         raise ValueError(f"optimizer={optimizer!r} is none of {', '.join(OPTIMIZERS)}")
@@ -164,4 +173,6 @@ def trajectory(
             losses["torch"].append(float(right["loss"]["loss"]))
             losses["flax"].append(float(result["loss"]["loss"]))
             progress(step)
-    return Trajectory(optimizer if isinstance(optimizer, str) else "own", precision, readings, losses)
+    stamp = environment(chosen, chosen.platform != "tpu", seed)
+    name = optimizer if isinstance(optimizer, str) else "own"
+    return Trajectory(name, precision, readings, losses, time.perf_counter() - began, stamp)

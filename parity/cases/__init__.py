@@ -5,7 +5,7 @@ Sizes are prime and unequal, so that a transposed or mixed-up axis cannot pass. 
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,22 @@ def load_cases() -> dict[str, tuple[Make, str]]:
     return CASES
 
 
-def select(names: list[str]) -> list[str]:
-    """Cases whose name, or whose system, is among `names`; all for none. Raises ValueError for a name of nothing."""
-    cases = load_cases()
-    unknown = [name for name in names if not any(c == name or c.startswith(f"{name}.") for c in cases)]
+def matching(name: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that are called so, or belong to the system of that name."""
+    return [one for one in known if one == name or one.startswith(f"{name}.")]
+
+
+def select(names: Sequence[str], known: Collection[str] | None = None, kind: str = "case") -> list[str]:
+    """What is called by `names` among `known` (None: the cases), in its order; all of it for no names.
+
+    Raises ValueError for a name of nothing.
+    """
+    known = load_cases() if known is None else known
+    unknown = [name for name in names if not matching(name, known)]
     if unknown:
-        raise ValueError(f"no case is called {', '.join(unknown)}; there are {', '.join(cases)}")
-    return [c for c in cases if not names or any(c == name or c.startswith(f"{name}.") for name in names)]
+        raise ValueError(f"no {kind} is called {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = {one for name in names for one in matching(name, known)}
+    return [one for one in known if one in chosen or not names]
 
 
 def language_model(

@@ -68,11 +68,11 @@ class Accelerated(FlaxMLP):
 
 def test_the_default_precision_costs_what_it_rounds():
     torch_module, _, x = mlp()
-    costs, again = fast_path(torch_module, Accelerated(rngs=nnx.Rngs(0)), x)
-    output = next(cost for cost in costs if cost.kind == "output")
+    found = fast_path(torch_module, Accelerated(rngs=nnx.Rngs(0)), x)
+    output = next(cost for cost in found.costs if cost.kind == "output")
     assert output.strict < 1e-6 < 1e-4 < output.default < 0.1
     assert output.torch < 1e-6
-    assert all(check.value == 0 and check.passed for check in again)
+    assert all(check.value == 0 and check.passed for check in found.checks)
 
 
 def test_two_runs_that_differ_are_told():
@@ -83,8 +83,8 @@ def test_two_runs_that_differ_are_told():
             return super().__call__(x) + 1e-4 * next(calls)  # each compilation another
 
     torch_module, _, x = mlp()
-    _, again = fast_path(torch_module, Restless(rngs=nnx.Rngs(0)), x)
-    assert next(check.value for check in again if check.kind == "two runs: output") > 1e-5
+    found = fast_path(torch_module, Restless(rngs=nnx.Rngs(0)), x)
+    assert next(check.value for check in found.checks if check.kind == "two runs: output") > 1e-5
 
 
 def test_unknown_dtypes_are_named():

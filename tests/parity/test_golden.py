@@ -1,6 +1,8 @@
 """Fixtures: recorded with torch, replayed without it, refused where they are damaged."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from jaxmodels.convert import ConversionError
 from parity.__main__ import main
 from parity.cases import SYSTEMS
 from parity.cases.golden import GOLDEN
-from parity.golden import SHIPPED, read, record, stems
+from parity.golden import SHIPPED, files_of, read, record, stems
 from parity.suite import pair_of
 from tests.parity.pairs import FlaxMLP, mlp
 
@@ -128,6 +130,18 @@ def test_the_command_records_what_can_be_rebuilt(tmp_path, capsys):
     assert main(["--record", str(tmp_path / "nowhere")]) == 2
 
 
+def test_a_small_model_is_recorded_alone_by_its_name_and_by_its_system(tmp_path, capsys):
+    assert main(["synthesizer.dense", "--record", str(tmp_path)]) == 0
+    assert [file.stem for file in stems(tmp_path)] == ["synthesizer.dense"]
+    assert read(tmp_path / "synthesizer.dense").model == read(SHIPPED / "synthesizer.dense").model
+    assert main(["retro", "--record", str(tmp_path)]) == 0
+    assert [file.stem for file in stems(tmp_path)] == ["retro.neighbors", "synthesizer.dense"]
+    assert main(["synthesizer.dense", "synthesizer.thin", "--record", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "no small model or case is called synthesizer.thin; there are rope.rotary, " in error
+    assert "rope.attention" in error
+
+
 def test_shipped_fixtures_replay_where_there_is_no_torch(tmp_path):
     program = WITHOUT_TORCH + "from parity.__main__ import main; sys.exit(main(sys.argv[1:]))"
     file = tmp_path / "out.json"
@@ -140,6 +154,16 @@ def test_shipped_fixtures_replay_where_there_is_no_torch(tmp_path):
         assert {"output", "parameter gradients", "cached decoding"} <= {check["kind"] for check in report["checks"]}
 
 
+def test_a_damaged_fixture_is_listed_and_the_others_are_replayed(tmp_path, capsys):
+    for file in (*files_of(SHIPPED / "rope.rotary"), *files_of(SHIPPED / "transformer.plain")):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "rope.rotary.safetensors").write_bytes(b"")
+    assert main(["--replay", str(tmp_path), "--json", str(tmp_path / "out.txt")]) == 2
+    assert "rope.rotary is no fixture that parity.record wrote" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    reports = json.loads((tmp_path / "out.txt").read_text())
+    assert [(r["name"], r["passed"]) for r in reports] == [("rope.rotary", False), ("transformer.plain", True)]
+
+
 def test_names_of_no_fixture_and_an_empty_folder_are_one_line(tmp_path, capsys):
     assert main(["--replay", str(tmp_path)]) == 2
     assert "no fixtures" in capsys.readouterr().err
@@ -147,3 +171,4 @@ def test_names_of_no_fixture_and_an_empty_folder_are_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "nonsense" in error
     assert "rope.rotary" in error
+    assert main(["rope", "nonsense", "--replay"]) == 2, "no name is passed over"

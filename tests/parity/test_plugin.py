@@ -33,6 +33,26 @@ def test_marked(pair):
 def test_fixture(parity_check):
     assert parity_check(*mlp(), steps=1).passed
 
+@pytest.mark.parity_case(steps=0)
+@pytest.mark.parity_sweep(dtypes=["float32"], layers=False)
+@pytest.mark.parity_trajectory(optimizer="sgd", steps=2)
+@pytest.mark.parity_invariances(batch_axis=0)
+def test_all_of_it(pair):
+    return pair
+
+@pytest.mark.parity_invariances(only=["jit / no jit"])
+def test_without_torch(pair):
+    return pair[1:]
+
+def test_fixtures(parity_sweep, parity_trajectory, parity_invariances):
+    module, port, x = mlp()
+    assert parity_sweep(module, port, x, dtypes=["float32"], layers=False).rows
+    assert parity_trajectory(module, port, x, steps=2).losses
+    with pytest.raises(AssertionError, match="test_fixtures: DIFFERS"):
+        parity_trajectory(module, Wrong(rngs=nnx.Rngs(0)), x, steps=1)
+    with pytest.raises(ValueError, match="only="):
+        parity_invariances(port, x, only=["nothing"])
+
 @pytest.mark.parity_case(golden="mlp")
 def test_golden(pair):
     return pair[1]
@@ -41,7 +61,7 @@ def test_golden(pair):
 def test_wrong(pair):
     return pair[0], Wrong(rngs=nnx.Rngs(0)), pair[2]
 
-@pytest.mark.parity_case()
+@pytest.mark.parity_sweep()
 def test_nothing():
     return None
 """
@@ -65,22 +85,33 @@ def test_a_ports_own_suite_fails_where_it_differs_and_writes_every_report(port, 
     files = ["--parity-json=out.json", "--parity-junit=out.xml", "--parity-report=out.html"]
     done = port(*files)
     assert done.returncode == 1
-    assert "3 passed" in done.stdout
+    assert "6 passed" in done.stdout
     assert "2 failed" in done.stdout
     assert "test_wrong: DIFFERS" in done.stdout
-    assert "not NoneType" in done.stdout
-    assert "parity: 3 of 4 pairs agree" in done.stdout
+    assert "a parity_sweep returns (torch_module, flax_module, inputs), not NoneType" in done.stdout
+    assert "parity: 7 of 10 pairs agree" in done.stdout
     reports = json.loads((tmp_path / "out.json").read_text())
-    assert {report["name"]: report["passed"] for report in reports} == {
-        "test_marked": True,
-        "test_fixture": True,
-        "mlp": True,
-        "test_wrong": False,
+    assert [(report["name"], report["passed"]) for report in reports] == [
+        ("test_marked", True),
+        ("test_fixture", True),
+        ("test_all_of_it", True),
+        ("test_without_torch", True),
+        *(("test_fixtures", passed) for passed in (True, True, False, False)),
+        ("mlp", True),
+        ("test_wrong", False),
+    ]
+    everything, (*_, unread) = reports[2], reports[4:8]
+    assert {check["kind"] for check in everything["checks"]} >= {
+        *("output", "sweep: output", "sgd: parameters", "jit / no jit", "accumulated / whole batch")
     }
+    assert everything["sweep"]["rows"]
+    assert everything["trajectories"][0]["optimizer"] == "sgd"
+    assert unread["error"]["type"] == "ValueError"
     suites = {suite.get("name"): suite for suite in ET.parse(tmp_path / "out.xml").getroot()}
     assert suites["test_marked"].get("failures") == "0"
     assert int(suites["test_wrong"].get("failures")) > 0
-    assert "3 of 4 cases agree" in (tmp_path / "out.html").read_text()
+    assert (suites["test_all_of_it"].get("failures"), suites["test_all_of_it"].get("errors")) == ("0", "0")
+    assert "7 of 10 cases agree" in (tmp_path / "out.html").read_text()
 
 
 def test_a_report_that_cannot_be_written_is_said_at_once(port):
