@@ -3,6 +3,14 @@
     python -m train.synthesizer --text tiny_shakespeare    # or a FILE; without --text: Python's own language reference
     python -m train.synthesizer --attention random+dense   # one of them alone
 
+Hardware   2 CPU cores, which several other programs were using too; float32
+Training   each kind 2000 steps of 16 sequences of 128 characters (4.1 epochs of tiny_shakespeare)
+Result     tiny_shakespeare, seed 0, validation loss in nats per character over the same characters:
+           character 4-gram 1.774
+           dense            1.676, after 1000 steps 1.831 (811,585 parameters)
+           random+vanilla          after 1000 steps 1.854 (1,072,197 parameters)
+           The other kinds are still to be measured.
+
 Each kind is a run of its own, RUNS/KIND. The same command goes on where it was stopped, and says again what is done.
 """
 
@@ -36,8 +44,6 @@ KINDS = (
 class Config(experiment.Config):
     """What decides the numbers of a run."""
 
-    steps: int = 1000
-    """steps of the whole run; more of them make a run longer that has ended"""
     warmup: int = 300
     """steps until the schedule's peak"""
     attention: str = "all"
