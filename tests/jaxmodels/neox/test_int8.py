@@ -213,10 +213,14 @@ def test_scanned_listed_and_plain_layers_agree(x64, threshold):
     chex.assert_trees_all_equal(quantize(model.unstacked(), threshold), quantised.unstacked())
     chex.assert_trees_all_equal(quantised.unstacked().stacked(), quantised)
     expected = run(quantised, ids(), start)
-    assert_close(run(quantised.unstacked(), ids(), start), expected, 1e-6)
+    lost = float(jnp.abs(expected - run(model, ids(), start)).max())
+    assert 1e-3 < lost < 1
+    # The outliers' products are summed in float32, in an order that each program has for itself; now and then that
+    # turns a rounding to float16. Without them all sums are of whole numbers.
+    limit = 1e-3 * lost if threshold else 1e-12
     plain = jax.jit(lambda model, ids, start: model.plain(ids, start))
-    assert_close(plain(quantised, ids(), start), expected, 1e-6)
-    assert 1e-3 < float(jnp.abs(expected - run(model, ids(), start)).max()) < 1
+    for found in (run(quantised.unstacked(), ids(), start), plain(quantised, ids(), start)):
+        assert float(jnp.abs(found - expected).max()) < limit
 
 
 def through_cache(model, start=None, cut=7):
