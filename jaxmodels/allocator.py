@@ -1,6 +1,7 @@
 """How the C library's allocator treats the memory that programs free again and again."""
 
 import ctypes
+import sys
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -13,7 +14,7 @@ def keep_freed_memory() -> bool:
     the kernel, and the next step has every page of them cleared again: a sixth of the time of a small model's step. So
     it is with the tensors of a conversion.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
     # from the one heap that grows and shrinks at its end, and does not shrink; other threads' arenas hold 64 MB at most
