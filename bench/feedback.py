@@ -126,7 +126,9 @@ def flax_gradient(size: Size):
     model = FeedbackTransformerKV(*size.arguments, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), size.shape)
     gradient = jax.jit(jax.grad(lambda model, x: jnp.square(model(x)).sum(), (0, 1))).lower(model, x).compile()
-    return lambda: jax.block_until_ready(gradient(model, x)), gradient.memory_analysis().temp_size_in_bytes
+    memory = gradient.memory_analysis()
+    assert memory is not None, "every backend that this runs on tells it"
+    return lambda: jax.block_until_ready(gradient(model, x)), memory.temp_size_in_bytes
 
 
 def torch_gradient(size: Size, device: str, compiled: bool = False):
@@ -236,8 +238,9 @@ def torch_decoding(size: Size, n_vocab: int, n: int, device: str):
     from torch_ref.feedback import AutoregressiveModel, FeedbackTransformerKV
 
     where = "cuda" if device == "gpu" else "cpu"
-    model = AutoregressiveModel(n_vocab, FeedbackTransformerKV(*size.arguments)).to(where).eval()
-    transformer, shape = model.transformer, (n, size.batch, size.heads, size.d_model // size.heads)
+    transformer = FeedbackTransformerKV(*size.arguments)
+    model = AutoregressiveModel(n_vocab, transformer).to(where).eval()
+    shape = n, size.batch, size.heads, size.d_model // size.heads
 
     @torch.no_grad()
     def run() -> None:

@@ -11,6 +11,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 Seconds = dict[str, list[float]]
 
@@ -167,7 +168,7 @@ def torch_calls(config, ids, options) -> tuple[Callable[[], object], dict[str, C
     }
     if not options.no_compile:
         length = ids.shape[1]
-        static = StaticCache(config=theirs, max_cache_len=max(capacity(length + 1), length + options.tokens))
+        static: Any = StaticCache(config=theirs, max_cache_len=max(capacity(length + 1), length + options.tokens))
         fill(static)
         compiled = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None, fullgraph=True)
 

@@ -52,7 +52,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.child:
-        convert(*options.child, ranks=options.ranks_written)
+        source, target, to = options.child
+        convert(source, target, to, options.ranks_written)
         return
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ Then the Flax step's parts, each timed alone, and their share of the step.
 """
 
 import argparse
+import functools
 import math
 import os
 import statistics
@@ -67,12 +68,12 @@ def flax_step(ids):
     def loss(model, inputs, labels):
         return optax.softmax_cross_entropy_with_integer_labels(model(inputs), labels).mean()
 
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(model, state, inputs, labels):
         value, gradients = jax.value_and_grad(loss)(model, inputs, labels)
         updates, state = tx.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, value
 
-    step = jax.jit(step, donate_argnums=(0, 1))
     carried = [model, tx.init(model)]
     inputs, labels = jax.device_put((ids[:-1], ids[1:]))
 

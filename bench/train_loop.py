@@ -52,12 +52,13 @@ def main() -> None:
 
         loop = Loop(run.program, run.position, run.batches, Stop(), tell)
         loop.compile(settings.abstract_batch())
-        batch, flags = next(run.batches), loop.flags[False]
+        assert loop.compiled is not None
+        step, batch, flags = loop.compiled, next(run.batches), loop.flags[False]
         own = [run.program.make_state(1)]
 
         def alone() -> None:
             for _ in range(options.steps):
-                own[0], told = loop.compiled(own[0], batch, flags)
+                own[0], told = step(own[0], batch, flags)
             jax.block_until_ready(told)
 
         def in_the_loop() -> None:

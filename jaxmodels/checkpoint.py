@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.convert.params import dotted, flat_arrays, with_arrays
 from jaxmodels.convert.place import Shardings, from_flax_names, placed
 from jaxmodels.convert.safetensors import is_folder, read_folder
 
@@ -163,10 +163,6 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{folder} holds no config.json: it is no checkpoint that jaxmodels.save wrote") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not the config.json of a checkpoint: {error!r}") from None
-
-
-def dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path))
 
 
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:

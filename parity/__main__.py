@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from parity.processes import examined, prepare_jax, workers_for
@@ -186,8 +186,12 @@ def bar(names: list[str], console: Console) -> Iterator[tuple[str, Progress, Cal
         task = progress.add_task("", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            yield name, progress, lambda text, name=name: progress.update(task, description=f"{name}: {text}")
+            yield name, progress, functools.partial(tell, progress, task, name)
             progress.advance(task)
+
+
+def tell(progress: Progress, task: TaskID, name: str, stage: str) -> None:
+    progress.update(task, description=f"{name}: {stage}")
 
 
 def record_all(options: argparse.Namespace, console: Console) -> int:
@@ -233,9 +237,10 @@ def replay_all(options: argparse.Namespace, console: Console) -> list:
 
     folder = SHIPPED if options.replay is True else options.replay
     found = {file.stem: file for file in stems(folder)}
+    replayed = functools.partial(replay, None, device=options.device)
     reports = []
     for name, progress, _ in bar(select(options.names, found, "fixture"), console):
-        reports.append(Report.gathered(name, (replay(None, file, device=options.device) for file in [found[name]])))
+        reports.append(Report.gathered(name, map(replayed, [found[name]])))
         if not reports[-1].passed:
             progress.console.print(str(reports[-1]), style="red", markup=False, highlight=False)
     return reports

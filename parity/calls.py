@@ -13,6 +13,8 @@ import torch
 from flax import linen, nnx
 from torch.utils import _pytree as torch_tree
 
+from jaxmodels.convert.params import dotted
+from parity.flax_side import split
 from parity.objective import Inputs, named_leaves
 from parity.store import Store
 from parity.torch_side import TorchSide
@@ -104,7 +106,8 @@ class TorchRun:
 
     def again(self, key: Key, module: torch.nn.Module | None = None, dtype: torch.dtype = torch.float64, grad=False):
         """The same call once more, of another module or in another dtype: floating outputs, and inputs by name."""
-        call, tensors = self.calls[key], {}
+        call = self.calls[key]
+        tensors: dict[int, torch.Tensor] = {}
 
         def tensor(leaf: Any) -> Any:
             if not isinstance(leaf, Kept):
@@ -157,7 +160,7 @@ class NNXPart:
 
     def __init__(self, module: nnx.Module, method: Any):
         self.method = method
-        self.graphdef, self.params, self.rest = nnx.split(module, nnx.Param, ...)
+        self.graphdef, self.params, self.rest = split(module)
 
     def call(self, params: Any, args: tuple, kwargs: dict) -> Any:
         return self.method(nnx.merge(self.graphdef, params, self.rest), *args, **kwargs)
@@ -248,7 +251,7 @@ def linen_calls(tell: Record) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nnx_calls(model: nnx.Module, tell: Record) -> Iterator[None]:
-    paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(model)}
+    paths = {id(m): dotted(path) for path, m in nnx.iter_modules(model)}
     active: list[Any] = []
 
     def wrapped(original: Any) -> Any:

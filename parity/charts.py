@@ -66,12 +66,12 @@ def indented(path: str) -> str:
 
 
 def heat_cell(part: Part | None, dtype: str) -> str:
-    errors = None if part is None else part.propagated
-    if errors is None:
+    if part is None or part.propagated is None:
         return "<td>–</td>"
     alone = f"; alone {part.isolated.error:.1e}" if part.isolated else ""
-    title = escape(f"{part.path or 'the model'}: {errors}{alone}")
-    return f'<td style="background: {colour(errors.error, dtype)}" title="{title}">{errors.error:.0e}</td>'
+    title = escape(f"{part.path or 'the model'}: {part.propagated}{alone}")
+    error = part.propagated.error
+    return f'<td style="background: {colour(error, dtype)}" title="{title}">{error:.0e}</td>'
 
 
 def histograms(rows: Sequence["Row"]) -> str:

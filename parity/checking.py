@@ -133,15 +133,15 @@ class Readings:
         """Float64 against float64."""
         self.progress("float64")
         result = side.evaluate(self.inputs, self.labels, self.targets)
-        for kind, truth in self.truth.items():
-            yield self.limited(kind, budgets.errors(self.read(result, kind), truth))
+        for kind, tensors in self.truth.items():
+            yield self.limited(kind, budgets.errors(self.read(result, kind), tensors))
         yield from self.zeros(result)
         self.progress("decoding")
         yield from self.decoding(side)
         self.progress("training")
-        truth, result = self.trained(self.truth_side), self.trained(side)
+        truth, trained = self.trained(self.truth_side), self.trained(side)
         for kind in truth:
-            yield self.limited(kind, budgets.errors(result[kind], truth[kind]))
+            yield self.limited(kind, budgets.errors(trained[kind], truth[kind]))
 
     def budget(self) -> Iterator[Check]:
         """Float32 on both sides, each against the truth."""
@@ -150,8 +150,8 @@ class Readings:
         ours = self.pair.side(theirs.module.state_dict(), self.inputs, jnp.float32)
         arguments = (self.inputs, self.labels, self.targets)
         result, own = ours.evaluate(*arguments), theirs.evaluate(*arguments)
-        for kind, truth in self.truth.items():
-            yield self.limited(kind, budgets.ratios(self.read(result, kind), own[kind], truth), precision="float32")
+        for kind, tensors in self.truth.items():
+            yield self.limited(kind, budgets.ratios(self.read(result, kind), own[kind], tensors), precision="float32")
         if self.float64:
             return
         yield from self.decoding(ours)

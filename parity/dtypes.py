@@ -164,20 +164,19 @@ def sweep(
                     continue
                 frozen = result[kind].keys() - right[kind].keys() if kind != "output" else set()
                 held = {key: tensor for key, tensor in result[kind].items() if key not in frozen}
-                errors, yardstick = budgets.errors(held, right[kind]), budgets.errors(own[kind], right[kind])
-                found[kind] = (budgets.worst(errors)[1], budgets.worst(yardstick)[1])
-                where, value = budgets.worst(errors)
+                where, value = budgets.worst(budgets.errors(held, right[kind]))
+                found[kind] = value, budgets.worst(budgets.errors(own[kind], right[kind]))[1]
                 if name != "float64":
                     value /= found[kind][1] + budgets.RATIO_FLOOR
                 limit = budgets.FLOAT64_LIMIT if name == "float64" else budgets.RATIO_LIMIT
                 checks.append(Check(f"sweep: {kind}", name, where, value, limit))
-            agreements: list[Agreement | None] = [None, None]
+            agreement = yardstick = None
             if labels is not None and len(right["output"]) == 1:
                 ((key, logits),) = right["output"].items()
-                agreements = [Agreement.of(side["output"][key], logits) for side in (result, own)]
-                checks.append(divergence_check(name, *agreements))
+                agreement, yardstick = (Agreement.of(side["output"][key], logits) for side in (result, own))
+                checks.append(divergence_check(name, agreement, yardstick))
             parts = traced(truth, ours, rounded, chosen, memory_limit) if layers else None
-            rows.append(Row(name, found, *agreements, parts))
+            rows.append(Row(name, found, agreement, yardstick, parts))
     stamp = environment(chosen, chosen.platform != "tpu", seed)
     return Sweep(rows, checks, time.perf_counter() - began, stamp)
 

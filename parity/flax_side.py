@@ -25,9 +25,20 @@ def strict_precision(float64: bool, device: jax.Device) -> Iterator[None]:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit`; on the CPU with LLVM's optimizer off, which takes half of the time and changes no sum's meaning."""
-    device = jax.config.jax_default_device or jax.devices()[0]
-    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+    options = {"xla_backend_optimization_level": 0} if current_device().platform == "cpu" else None
     return jax.jit(function, compiler_options=options)
+
+
+def current_device() -> jax.Device:
+    """The one that `strict_precision` chose, else the first."""
+    return jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+
+
+def split(module: Any) -> tuple[Any, nnx.State, nnx.State]:
+    """A module's structure, its parameters and its other variables, for nnx.merge."""
+    graphdef, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
+    return graphdef, params, rest
 
 
 class FlaxSide:
@@ -48,7 +59,7 @@ class FlaxSide:
         self.weights: Weights = weights or Twins()
         self.module = self.weights.load(module, state_dict)
         self.inputs, self.dtype, self.channels_last = inputs, dtype, tuple(channels_last)
-        self.graphdef, self.params, self.rest = nnx.split(self.module, nnx.Param, ...)
+        self.graphdef, self.params, self.rest = split(self.module)
         self.value_and_grad = compiled(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
 
     def call(self, module: Any, values: dict[str, Any]) -> dict[str, jax.Array]:
@@ -61,7 +72,7 @@ class FlaxSide:
         """The same with other weights; what was compiled serves both."""
         side = copy.copy(self)
         side.module = self.weights.load(self.module, state_dict)
-        _, side.params, side.rest = nnx.split(side.module, nnx.Param, ...)
+        _, side.params, side.rest = split(side.module)
         return side
 
     def _objective(self, params, floats, others, labels, targets, rest):

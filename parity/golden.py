@@ -140,7 +140,7 @@ def files_of(stem: str | os.PathLike) -> tuple[Path, Path]:
     stem = Path(stem)
     if stem.suffix in (".safetensors", ".json"):
         stem = stem.with_suffix("")
-    return tuple(stem.with_name(f"{stem.name}{end}") for end in (".safetensors", ".json"))
+    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
 
 
 def write_both(files: tuple[Path, Path], tensors: Mapping[str, np.ndarray], about: str) -> None:

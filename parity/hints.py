@@ -131,8 +131,8 @@ def with_values(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> 
 def unscaled(_: nn.Module) -> Iterator[None]:
     original = functional.scaled_dot_product_attention
 
-    def attention(*args, scale=None, **kwargs):
-        return original(*args, scale=1.0, **kwargs)
+    def attention(*args, **kwargs):
+        return original(*args, **(kwargs | {"scale": 1.0}))
 
     with mock.patch.object(functional, "scaled_dot_product_attention", attention):
         yield

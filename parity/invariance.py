@@ -16,9 +16,9 @@ import numpy as np
 from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.convert.params import dotted, flat_arrays, with_arrays
 from parity import budgets
-from parity.flax_side import FlaxSide, compiled, loss, strict_precision
+from parity.flax_side import FlaxSide, compiled, current_device, loss, strict_precision
 from parity.linen import as_module, with_weights
 from parity.mapping import evaluating
 from parity.objective import Inputs, matches, random_targets
@@ -107,13 +107,16 @@ class Itself:
 
     def read(self, state, prefix=()):
         arrays = flat_arrays(state).items()
-        return {".".join(map(str, (*prefix, *path))): np.asarray(array) for path, array in arrays}
+        return {dotted((*prefix, *path)): np.asarray(array) for path, array in arrays}
 
     def held(self, state, frozen):
-        return {path for path in flat_arrays(state) if matches(".".join(map(str, path)), frozen)}
+        return {path for path in flat_arrays(state) if matches(dotted(path), frozen)}
 
     def module(self, path):
         return path
+
+    def carries(self, key):
+        return True
 
 
 def read(
@@ -139,7 +142,7 @@ def read(
             skipped[kind] = str(reason)
             continue
         checks.append(Check(kind, np.dtype(side.dtype).name, *budgets.worst(errors), limit))
-    stamp = environment(jax.config.jax_default_device, exact, seed)
+    stamp = environment(current_device(), exact, seed)
     return Invariances(checks, skipped, time.perf_counter() - began, stamp)
 
 
@@ -242,7 +245,7 @@ def unrolled(subject: Subject) -> Pairs:
 
 def sharded(subject: Subject) -> Pairs:
     """The batch over half of the devices, four times as large where it must be, and every array over pairs of them."""
-    side, devices = subject.side, jax.devices(jax.config.jax_default_device.platform)[:DEVICES]
+    side, devices = subject.side, jax.devices(current_device().platform)[:DEVICES]
     if len(devices) < DEVICES:
         raise NotApplicable(f"JAX has {len(devices)} device(s); jax_num_cpu_devices gives a CPU more")
     data = DEVICES // 2

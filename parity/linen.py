@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from flax.traverse_util import flatten_dict
 
-from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.convert.params import Path, dotted, flat_arrays, with_arrays
 from parity.objective import Inputs, matches
 
 # Flax 0.12 has it; where it is missing, nothing is laid out before it is asked for.
@@ -55,11 +55,12 @@ def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
         variables = inputs.call(functools.partial(module.init, jax.random.key(seed)), values)
     else:
         module, variables = module.unbind()
-    model, arrays = as_nnx(module, inputs), {}
+    model = as_nnx(module, inputs)
+    arrays: dict[Path, Any] = {}
     for collection in linen.meta.unbox(variables).values():
         arrays |= flatten_dict(collection)
     wanted, given = ({path: a.shape for path, a in group.items()} for group in (flat_arrays(model), arrays))
-    wrong = sorted({".".join(path) for path, _ in wanted.items() ^ given.items()})
+    wrong = sorted({dotted(path) for path, _ in wanted.items() ^ given.items()})
     if wrong:
         raise ValueError(f"flax_module is bound to other variables than a call with the inputs has: {', '.join(wrong)}")
     return with_arrays(model, arrays)

@@ -35,6 +35,7 @@ from jaxmodels.convert.params import (
     ConversionError,
     Path,
     as_numpy,
+    dotted,
     entries,
     flat_arrays,
     from_torch,
@@ -162,7 +163,7 @@ class Mapped:
         tensors = torch_module.state_dict()
         self.tensors = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         self.shapes = {path: tuple(array.shape) for path, array in flat_arrays(flax_module).items()}
-        lookup = {".".join(map(str, path)): path for path in self.shapes}
+        lookup = {dotted(path): path for path in self.shapes}
         first = aliases(torch_module)
         pieces: list[Piece] = []
         unexpected = []
@@ -192,7 +193,7 @@ class Mapped:
             except ValueError as error:
                 misshapen.append(str(error) if piece.key in str(error) else f"{piece.key}: {error}")
         problems = {
-            "missing": [".".join(map(str, path)) for path in self.shapes if path not in carried],
+            "missing": [dotted(path) for path in self.shapes if path not in carried],
             "unexpected": unexpected,
             "misshapen": misshapen,
         }
@@ -214,7 +215,7 @@ class Mapped:
         arrays = {(*prefix, *path): np.asarray(array) for path, array in flat_arrays(state).items()}
         found = {}
         for key, pieces in grouped(self.pieces, "key").items():
-            if all(np.shape(arrays.get(piece.path)) == self.shapes[piece.path] for piece in pieces):
+            if all(p.path in arrays and arrays[p.path].shape == self.shapes[p.path] for p in pieces):
                 parts = [piece.of(arrays[piece.path]) for piece in pieces]
                 found[key] = np.array(self.joined(pieces, parts), order="C")
         return found

@@ -20,13 +20,14 @@ import torch
 from flax import nnx
 
 from parity import budgets, flax_side, torch_side
-from parity.cases import load_cases, select
+from parity.cases import Make, load_cases, select
 from parity.checking import Pair, Readings
 from parity.divergence import Divergence
 from parity.mapping import Weights, weights_of
 from parity.objective import Inputs
 from parity.operators import CALLED, OPERATORS, Operator, planted_calls
 from parity.report import Check
+from parity.suite import pair_of
 from parity.trace import trace
 
 LONGEST = 150  # positions; a case on longer sequences proves the same and takes longer
@@ -78,9 +79,9 @@ class Outcome:
 class Subject:
     """A pair that mistakes are planted in, with what its unbroken Flax model gives."""
 
-    def __init__(self, case: str, make: Callable[[int], Any]):
-        self.case, self.make = case, make
-        given = made(make, 0)
+    def __init__(self, case: str, make: Make):
+        self.case = case
+        given = pair_of(make, 0)
         self.given, self.inputs = given, Inputs.of(given.inputs)
         module = torch_side.randomized(given.torch, 0)
         self.pair = Pair(module, given.flax, weights_of(module, given.flax, None))
@@ -137,12 +138,12 @@ class Subject:
                 readings.pair = self.pair
 
 
-def false_alarms(make: Callable[[int], Any], seeds: int) -> list[tuple[int, Check]]:
+def false_alarms(make: Make, seeds: int) -> list[tuple[int, Check]]:
     """Readings past their limits of an unbroken pair, at each seed; its two precisions are compiled once."""
     alarms: list[tuple[int, Check]] = []
     sides: dict[Any, flax_side.FlaxSide] = {}
     for seed in range(seeds):
-        given = made(make, seed)
+        given = pair_of(make, seed)
         module = torch_side.randomized(given.torch, seed)
         pair, inputs = Pair(module, given.flax, weights_of(module, given.flax, None)), Inputs.of(given.inputs)
         device = jax.devices()[0]
@@ -167,23 +168,18 @@ def compared(readings: Readings, sides: dict[Any, flax_side.FlaxSide]) -> Iterat
     yield from readings.zeros(wide)
 
 
-def made(make: Callable[[int], Any], seed: int) -> Any:
-    torch.manual_seed(seed)
-    return make(seed)
-
-
-def subjects(names: Sequence[str]) -> dict[str, Callable[[int], Any]]:
+def subjects(names: Sequence[str]) -> dict[str, Make]:
     """The cases of the given systems (all for none) that are short enough, by name."""
-    found = {}
+    found: dict[str, Make] = {}
     for name in select(list(names)):
         make = load_cases()[name][0]
         try:
-            pair = made(lambda seed, make=make: make(np.random.default_rng(seed)), 0)
+            pair = pair_of(make, 0)
         except RuntimeError:  # a case that needs transformers, where it is not installed
             continue
         arrays = Inputs.of(pair.inputs).named().values()
         if max(max(array.shape, default=0) for array in arrays) <= LONGEST:
-            found[name] = lambda seed, make=make: make(np.random.default_rng(seed))
+            found[name] = make
     return found
 
 
@@ -200,7 +196,7 @@ def drawn(mutants: dict[str, list[Mutant]], rng: np.random.Generator) -> Iterato
                 yield mutant
 
 
-def sampled(names: Sequence[str], per_system: int, seed: int) -> dict[str, Callable[[int], Any]]:
+def sampled(names: Sequence[str], per_system: int, seed: int) -> dict[str, Make]:
     """At most so many cases of each system, by name."""
     found = subjects(names)
     rng, chosen = np.random.default_rng(seed), []
@@ -210,9 +206,7 @@ def sampled(names: Sequence[str], per_system: int, seed: int) -> dict[str, Calla
     return {case: make for case, make in found.items() if case in chosen}
 
 
-def score(
-    cases: dict[str, Callable[[int], Any]], count: int, seed: int, say: Callable[[str], None]
-) -> tuple[list[Outcome], int, int]:
+def score(cases: dict[str, Make], count: int, seed: int, say: Callable[[str], None]) -> tuple[list[Outcome], int, int]:
     """Judges `count` mutants, evenly over the systems: the outcomes, how many changed nothing, how many there are."""
     found = {}
     for case, make in cases.items():
@@ -254,10 +248,10 @@ def page(outcomes: list[Outcome], idle: int, total: int, alarms: dict[str, list]
         by = max(o.failed, key=lambda c: c.value, default=None)
         reading = f"{by.kind} {by.value:.0e}" if by else "**not found**"
         where = o.divergence
-        named = "yes" if o.named else f"**{where.path or 'the model'}**" if where else "**nothing**"
+        verdict = "yes" if o.named else f"**{where.path or 'the model'}**" if where else "**nothing**"
         hint = where.hint if where else ""
         culprit = f"`{o.mutant.culprit}`" if o.mutant.culprit else "the model"
-        lines.append(f"| {o.mutant.case} | {culprit} | {o.mutant.operator.name} | {reading} | {named} | {hint} |")
+        lines.append(f"| {o.mutant.case} | {culprit} | {o.mutant.operator.name} | {reading} | {verdict} | {hint} |")
     lines += ["", "## The mistakes", "", "| mistake | what is done |", "|---|---|"]
     lines += [f"| {operator.name} | {operator.about} |" for operator in OPERATORS.values()]
     return "\n".join(lines) + "\n"

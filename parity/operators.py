@@ -47,7 +47,7 @@ def of_array(names: Sequence[str], function: Callable[[jax.Array], jax.Array | N
             if not isinstance(variable, nnx.Param) or variable.get_value() is None:  # nnx has a bias of None
                 continue
             if jax.eval_shape(function, variable[...]) is not None:
-                return lambda variable=variable: variable.set_value(function(variable[...]))
+                return lambda: variable.set_value(function(variable[...]))
         return None
 
     return change
@@ -96,7 +96,7 @@ def of_attribute(names: Sequence[str], function: Callable[[float], float]) -> Ca
         for name in names:
             value = vars(module).get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and value:
-                return lambda name=name, value=value: setattr(module, name, function(value))
+                return lambda: setattr(module, name, function(value))
         return None
 
     return change

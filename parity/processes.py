@@ -47,7 +47,7 @@ def examined(
     try:
         pending = [pool.submit(examine_case, name, wanted, device, seed) for name in names]
         for name, future in zip(names, pending, strict=True):
-            yield Report.gathered(name, (done.result() for done in [future]))
+            yield Report.gathered(name, map(concurrent.futures.Future.result, [future]))
     finally:
         pool.shutdown(cancel_futures=True)
 

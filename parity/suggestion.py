@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from scipy.optimize import linear_sum_assignment
 
-from jaxmodels.convert.params import ConversionError, Path, flat_arrays
+from jaxmodels.convert.params import ConversionError, Path, dotted, flat_arrays
 from parity.mapping import DROPPED, KINDS, SUFFIXES, Mapped, aliases, kind_of, nothing, starred
 
 # What ports call the same thing.
@@ -133,21 +133,20 @@ def flax_owners(module: nnx.Module, counts: set[int]) -> list[Owner]:
     """In the order of definition; one that stacks as many layers as PyTorch lists stands once for each."""
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, array in flat_arrays(module).items():
-        owner = ".".join(map(str, path[:-1]))
-        groups.setdefault(owner, {})[str(path[-1])] = tuple(array.shape)
+        groups.setdefault(dotted(path[:-1]), {})[str(path[-1])] = tuple(array.shape)
     order = definition_order(module)
     groups = dict(sorted(groups.items(), key=lambda item: (order.get(item[0], len(order)), natural(item[0]))))
     owners: list[Owner] = []
     n = max(1, len(groups) - 1)
-    for i, (path, shapes) in enumerate(groups.items()):
+    for i, (owner, shapes) in enumerate(groups.items()):
         leading = {shape[0] if shape else 0 for shape in shapes.values()}
-        words = path.split(".")
+        words = owner.split(".")
         stacked = len(leading) == 1 and leading <= counts and len(words) > 1 and not any(w.isdigit() for w in words)
         if stacked and all(len(shape) > 1 for shape in shapes.values()):
             inner = {name: shape[1:] for name, shape in shapes.items()}
             owners += [Owner(".".join([words[0], str(k), *words[1:]]), i / n, inner) for k in range(min(leading))]
         else:
-            owners.append(Owner(path, i / n, shapes))
+            owners.append(Owner(owner, i / n, shapes))
     return owners
 
 

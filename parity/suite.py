@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from parity import flax_side, torch_side
-from parity.cases import Pair
+from parity.cases import Make, Pair
 from parity.checking import check
 from parity.dtypes import fast_path, sweep
 from parity.flax_side import FlaxSide
@@ -35,7 +35,7 @@ class Wanted:
 
 
 def examine(
-    make: Callable[[np.random.Generator], Pair],
+    make: Make,
     name: str,
     wanted: Wanted,
     *,
@@ -48,7 +48,7 @@ def examine(
 
 
 def readings(
-    make: Callable[[np.random.Generator], Pair],
+    make: Make,
     wanted: Wanted,
     device: str | None,
     seed: int,
@@ -74,7 +74,7 @@ def readings(
         yield fast_path(*both, matmul_precision=wanted.matmul_precision, **common)
 
 
-def pair_of(make: Callable[[np.random.Generator], Pair], seed: int) -> Pair:
+def pair_of(make: Make, seed: int) -> Pair:
     torch.manual_seed(seed)
     return make(np.random.default_rng(seed))
 

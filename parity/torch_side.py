@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -94,5 +94,5 @@ class TorchSide:
         return as_numpy(gradient)
 
     @staticmethod
-    def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    def numpy(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         return {name: as_numpy(tensor) for name, tensor in tensors.items()}

@@ -21,7 +21,7 @@ from parity import budgets
 from parity.calls import FlaxCall, Key, LinenPart, NNXPart, TorchRun, leaves_of, numeric, recorded, with_leaves
 from parity.calls import unstacked as one_by_one
 from parity.divergence import Divergence, Errors, Part, Trace
-from parity.flax_side import FlaxSide, loss
+from parity.flax_side import FlaxSide, loss, split
 from parity.hints import hint
 from parity.objective import Inputs, named_leaves
 from parity.store import DEFAULT_LIMIT, store
@@ -58,7 +58,9 @@ def trace(
             plain_loss = backward.gradients
         first = first_divergence(parts) or fast_path(side, inputs, objective, outputs, plain_loss)
         if first is not None:
-            first = dataclasses.replace(first, dtype=np.dtype(side.dtype).name, **parts)
+            first = dataclasses.replace(
+                first, dtype=np.dtype(side.dtype).name, forward=parts["forward"], backward=parts.get("backward")
+            )
         return Trace(np.dtype(side.dtype).name, parts["forward"], parts.get("backward"), first)
 
 
@@ -132,7 +134,7 @@ class Again:
     def call(self, params: Any, values: dict[str, Any]) -> list[jax.Array]:
         """The floating outputs."""
         arguments = with_leaves(self.arguments.arguments, values)
-        again = inspect.BoundArguments(self.arguments.signature, arguments)  # type: ignore[arg-type]
+        again = inspect.BoundArguments(self.arguments.signature, arguments)
         return floating(self.part.call(params, again.args, again.kwargs))
 
 
@@ -248,8 +250,10 @@ class Backward:
         self.forward, self.side, self.inputs, self.objective = forward, forward.side, inputs, objective
         keys = [key for key in run.calls if key in forward.again and run.calls[key].gradients]
         self.scale = max((float(np.abs(g).max()) for k in keys for g in run.gradients(k).values()), default=0.0)
-        fresh = {"propagated": None, "isolated": None, "order": None, "evidence": None}
-        self.readings = {path: dataclasses.replace(reading, **fresh) for path, reading in forward.readings.items()}
+        self.readings = {
+            path: dataclasses.replace(reading, propagated=None, isolated=None, order=None, evidence=None)
+            for path, reading in forward.readings.items()
+        }
         for group in self.groups(keys, memory_limit):
             self.gradients = self.propagated(group)
         for key in keys:
@@ -260,7 +264,7 @@ class Backward:
 
     def order(self, *key: Any) -> int:
         """Backwards, what was done last comes first."""
-        return len(self.run.calls) - 1 - self.run.calls[key].order  # type: ignore[index]
+        return len(self.run.calls) - 1 - self.run.calls[key].order
 
     def read(self, key: Key, kind: str, errors: Errors | None) -> None:
         reading = self.readings[key[0]]
@@ -286,7 +290,7 @@ class Backward:
         A zero is added to every output, and the loss of the whole model is differentiated with respect to it.
         """
         floats, others, labels, targets = self.side.arguments(self.inputs, *self.objective)
-        graphdef, params, rest = nnx.split(self.forward.model, nnx.Param, ...)
+        graphdef, params, rest = split(self.forward.model)
         keys = {flax: key for flax, key in self.forward.wanted.items() if key in group}
 
         def objective(params, zeros):
@@ -330,9 +334,9 @@ class Backward:
         names = {number: name for name, number in self.run.calls[key].inputs.items()}
         pairs = [(of_inputs[name], inputs[names[again.paired[name][0]]].grad) for name in floats]
         prefix = tuple(int(word) if word.isdigit() else word for word in path.split(".") if word)
-        ours = self.side.weights.read(again.part.state(of_params), prefix)
+        gradients = self.side.weights.read(again.part.state(of_params), prefix)
         theirs = {".".join(filter(None, (key[0], n))): p.grad for n, p in module.named_parameters() if p.requires_grad}
-        pairs += [(ours[name], gradient) for name, gradient in theirs.items() if name in ours]
+        pairs += [(gradients[name], gradient) for name, gradient in theirs.items() if name in gradients]
         module.zero_grad(set_to_none=True)
         pairs = [(np.asarray(a, np.float64), np.zeros(np.shape(a)) if b is None else b.numpy()) for a, b in pairs]
         # A gradient that is zero in exact arithmetic is noise: it is read on the scale of what it was made from.

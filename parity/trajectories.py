@@ -148,7 +148,8 @@ def trajectory(
     chosen = jax.devices(device)[0]
     flax_module = as_module(flax_module, inputs, channels_last)
     weights = weights_of(module, flax_module, names)
-    readings, losses = [], {"torch": [], "flax": []}
+    readings: list[Reading] = []
+    losses: dict[str, list[float]] = {"torch": [], "flax": []}
     with torch_side.strict_precision(), flax_side.strict_precision(precision == "float64", chosen):
         truth = TorchSide(module, torch.float64, "cpu")
         targets = random_targets(truth.outputs(inputs), seed)

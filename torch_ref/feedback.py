@@ -44,7 +44,7 @@ class FeedbackAttention(nn.Module):
         if n > self.P:
             raise ValueError(f"{n} memories given, but the position tables reach back {self.P} at most")
         query = self.query(query)
-        if self.key is not None:
+        if self.key is not None and self.value is not None:
             key, value = self.key(key), self.value(value)
         content = torch.einsum("bhd,jbhd->jbh", query + self.query_pos_bias, key)
         position = torch.einsum("bhd,jhd->jbh", query, self.key_pos_embeddings[-n:])
@@ -129,7 +129,8 @@ class FeedbackTransformer(Feedback):
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[S, B, D] -> [S, B, D]."""
-        outputs, memories = [], []
+        outputs: list[torch.Tensor] = []
+        memories: list[torch.Tensor] = []
         for x in x_seq:
             memory = self.last(memories)
             x, new = self.step(x, memory, memory)
@@ -145,7 +146,9 @@ class FeedbackTransformerKV(Feedback):
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[S, B, D] -> [S, B, D]."""
-        outputs, keys, values = [], [], []
+        outputs: list[torch.Tensor] = []
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
         for x in x_seq:
             x, memory = self.step(x, self.last(keys), self.last(values))
             keys.append(self.key(memory))
@@ -155,9 +158,9 @@ class FeedbackTransformerKV(Feedback):
 
 
 class AutoregressiveModel(nn.Module):
-    """Token ids to logits of the next token, around any sequence model with a `d_model`."""
+    """Token ids to logits of the next token, around either variant."""
 
-    def __init__(self, n_vocab: int, transformer: nn.Module):
+    def __init__(self, n_vocab: int, transformer: Feedback):
         super().__init__()
         self.src_embed = nn.Embedding(n_vocab, transformer.d_model)
         self.transformer = transformer

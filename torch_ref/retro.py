@@ -195,11 +195,11 @@ class RetroModel(nn.Module):
                 f"{x.shape[1]} tokens; got {list(ret.shape)}"
             )
         h, e = self.emb(x), None
-        neighbors = None if ret is None or ret.shape[1] == 0 or not self.ca_layers else self.emb(ret)
+        neighbors = None if ret is None or ret.shape[1] == 0 else self.emb(ret)
         cca = iter(self.cca)
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
             h = attn(h)
-            if p in self.ca_layers and neighbors is not None:
+            if p in self.ca_layers and neighbors is not None and self.encoder is not None:
                 if e is None:
                     e = self.norm_e(self.encoder(neighbors, h))
                 h = next(cca)(h, e)

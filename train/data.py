@@ -113,7 +113,8 @@ def place_rows(
     """A global batch, of which this process has the rows `own`, sorted: every block that one of its devices holds."""
 
     def place(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index, "every array has an axis of rows"
             start, stop, _ = index[0].indices(batch_size)
             place = int(np.searchsorted(own, start))
             return array[place : place + stop - start]

@@ -86,8 +86,17 @@ class Config(experiment.Config):
     @classmethod
     def original(cls) -> "Config":
         """The sizes of the original experiment: meant for an accelerator."""
-        sizes = {"d_model": 512, "heads": 8, "d_ff": 2048, "n_layers": 6, "seq_len": 128, "batch_size": 64}
-        return cls(**sizes, steps=30_000, warmup=2000, every=1000)
+        return cls(
+            d_model=512,
+            heads=8,
+            d_ff=2048,
+            n_layers=6,
+            seq_len=128,
+            batch_size=64,
+            steps=30_000,
+            warmup=2000,
+            every=1000,
+        )
 
     def model(self, n_vocab: int) -> AutoregressiveModel:
         sizes = {name: getattr(self, name) for name in ("d_model", "heads", "d_ff", "n_layers", "memory")}

@@ -52,10 +52,9 @@ class Loop:
         self.batch: Batch | None = None
         self.length: int | None = None
         self.compiled: Callable[..., Any] | None = None
-        flags = np.zeros(program.mesh.size, bool)
-        sharding = stop_sharding(program.mesh)
+        size, sharding = program.mesh.size, stop_sharding(program.mesh)
         self.flags = {
-            wish: jax.make_array_from_callback(flags.shape, sharding, lambda i, wish=wish: flags[i] | wish)
+            wish: jax.make_array_from_callback((size,), sharding, np.full(size, wish).__getitem__)
             for wish in (False, True)
         }
 
@@ -135,9 +134,9 @@ class Evaluation:
         state = without_optimizer(state)
         total, tokens = 0.0, 0
         pending: list[tuple[jax.Array, int]] = []
-        for batch, n in in_batches(self.examples, self.batch_size, self.program.mesh):
-            pending.append((self.compiled(state, batch), n))
-            tokens += n * (batch["tokens"].shape[1] - 1)
+        for rows, n in in_batches(self.examples, self.batch_size, self.program.mesh):
+            pending.append((self.compiled(state, rows), n))
+            tokens += n * (rows["tokens"].shape[1] - 1)
             if len(pending) > 1:  # one is computed while the one before is added
                 total += add(pending.pop(0))
             if agree(bool(self.stop)):

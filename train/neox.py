@@ -73,21 +73,53 @@ class Config(experiment.AdamWConfig):
     @classmethod
     def pythia_70m(cls) -> "Config":
         """The smallest published Pythia's sizes but one: meant for an accelerator."""
-        sizes = {"d_model": 512, "heads": 8, "d_ff": 2048, "n_layers": 6, "seq_len": 2048, "batch_size": 32}
-        return cls(**sizes, learning_rate=1e-3, steps=20_000, warmup=200, compute_dtype="bfloat16", every=1000)
+        return cls(
+            d_model=512,
+            heads=8,
+            d_ff=2048,
+            n_layers=6,
+            seq_len=2048,
+            batch_size=32,
+            learning_rate=1e-3,
+            steps=20_000,
+            warmup=200,
+            every=1000,
+            compute_dtype="bfloat16",
+        )
 
     @classmethod
     def finetune(cls) -> "Config":
         """The original experiment's fine-tuning, of a --checkpoint: Adam at a constant rate."""
-        adam = {"optimizer": "original", "schedule": "constant", "learning_rate": 3e-4, "b2": 0.999, "eps": 1e-16}
-        return cls(**adam, seq_len=128, batch_size=64, steps=1000, warmup=1, every=200)
+        return cls(
+            seq_len=128,
+            batch_size=64,
+            optimizer="original",
+            schedule="constant",
+            learning_rate=3e-4,
+            b2=0.999,
+            eps=1e-16,
+            steps=1000,
+            warmup=1,
+            every=200,
+        )
 
     @classmethod
     def neox_20b(cls) -> "Config":
         """GPT-NeoX-20B's sizes with AdamW: meant for a TPU pod."""
-        sizes = {"d_model": 6144, "heads": 64, "d_ff": 24_576, "n_layers": 44, "seq_len": 2048, "batch_size": 256}
-        numerics = {"compute_dtype": "bfloat16", "remat": "layers"}
-        return cls(**sizes, **numerics, learning_rate=9.7e-5, steps=150_000, warmup=1500, every=1000)
+        return cls(
+            d_model=6144,
+            heads=64,
+            d_ff=24_576,
+            n_layers=44,
+            seq_len=2048,
+            batch_size=256,
+            learning_rate=9.7e-5,
+            steps=150_000,
+            warmup=1500,
+            every=1000,
+            compute_dtype="bfloat16",
+            remat="layers",
+        )
 
     @property
     def planned_vocab(self) -> int:

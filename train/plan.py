@@ -132,13 +132,15 @@ def make_plan(program: Program, batch: dict[str, Any], generation: str) -> Plan:
         need = f"{used[1]} GiB of memory per device, there are {used[2]} GiB"
         raise DoesNotFit(f"does not fit: it needs {need}; {advice(program, generation)}") from None
     seconds = time.perf_counter() - began
-    memory, n = compiled.memory_analysis(), program.mesh.size
+    memory, text, n = compiled.memory_analysis(), compiled.as_text(), program.mesh.size
+    assert memory is not None, "a TPU's compiler tells it"
+    assert text is not None
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     work = 3 * flops.of_forward(program, batch)
     repeated = 4 / 3 if program.numerics.remat == "layers" else 1.0
     peak, bandwidth, links = flops.peak(program.mesh.devices.flat[0].device_kind) or (math.inf,) * 3
-    found = hlo.collectives(compiled.as_text())
+    found = hlo.collectives(text)
     return Plan(
         arguments=arguments,
         temporaries=temporaries,

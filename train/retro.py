@@ -129,10 +129,25 @@ class Config(experiment.AdamWConfig):
     @classmethod
     def original(cls) -> "Config":
         """The sizes of the original experiment: meant for an accelerator."""
-        sizes = {"d_model": 128, "d_ff": 512, "heads": 16, "d_k": 16, "n_layers": 6, "encoder_layers": 6}
-        adam: dict[str, Any] = {"optimizer": "original", "schedule": "noam", "learning_rate": 1.0, "warmup": 2000}
-        adam |= {"b2": 0.999, "eps": 1e-16, "clip": None}
-        return cls(**sizes, **adam, seq_len=512, batch_size=4, passes=1, steps=15_000)
+        return cls(
+            d_model=128,
+            d_ff=512,
+            heads=16,
+            d_k=16,
+            n_layers=6,
+            encoder_layers=6,
+            optimizer="original",
+            schedule="noam",
+            learning_rate=1.0,
+            warmup=2000,
+            b2=0.999,
+            eps=1e-16,
+            clip=None,
+            seq_len=512,
+            batch_size=4,
+            passes=1,
+            steps=15_000,
+        )
 
     def model(self, n_vocab: int) -> RetroModel:
         rngs, heads = nnx.Rngs(self.seed), self.heads
@@ -140,8 +155,9 @@ class Config(experiment.AdamWConfig):
             raise ValueError(f"d_model={self.d_model} is not divisible by heads={heads}; or name d_k")
         d_k = self.d_k or self.d_model // heads
         if not self.retrieval:
-            sizes = (n_vocab, self.d_model, self.n_layers, (), self.chunk_len, heads, d_k, self.d_ff)
-            return RetroModel(*sizes, rngs=rngs)
+            return RetroModel(
+                n_vocab, self.d_model, self.n_layers, (), self.chunk_len, heads, d_k, self.d_ff, rngs=rngs
+            )
         ca_layers = self.ca_layers or {self.n_layers // 2, self.n_layers - 1}
         encoder_ca = self.encoder_ca_layers or {self.encoder_layers // 2}
         encoder_sizes = (self.chunk_len, self.encoder_layers, encoder_ca, self.d_model, heads, d_k, self.d_ff)

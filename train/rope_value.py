@@ -102,8 +102,17 @@ class Config(experiment.Config):
     @classmethod
     def original(cls) -> "Config":
         """The sizes of the original experiment, 20 epochs of 4096 sequences: meant for an accelerator."""
-        rate = {"schedule": "constant", "learning_rate": 2.5e-4}
-        return cls(digits=7, n_layers=6, seq_len=512, batch_size=16, steps=20 * 4096 // 16, every=256, **rate)
+        epoch = 4096 // 16
+        return cls(
+            digits=7,
+            n_layers=6,
+            seq_len=512,
+            batch_size=16,
+            schedule="constant",
+            learning_rate=2.5e-4,
+            steps=20 * epoch,
+            every=epoch,
+        )
 
     def model(self, n_vocab: int) -> AutoregressiveTransformer:
         sizes = (self.d_model, self.heads, self.d_ff, self.n_layers)

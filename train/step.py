@@ -16,8 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmodels.checkpoint import dotted
-from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.convert.params import dotted, flat_arrays, with_arrays
 from jaxmodels.layers import hooks
 from train.mesh import BATCH, batch_sharding, parameter_specs, place
 
@@ -102,7 +101,7 @@ class Program:
         self.make_model, self.transformation, self.mesh, self.numerics = make_model, transformation, mesh, numerics
         self.losses, self.dropout = losses, dropout
         self.abstract = nnx.eval_shape(make_model)
-        variables = dict(nnx.to_flat_state(nnx.state(self.abstract)))
+        variables: dict[Any, Any] = dict(nnx.to_flat_state(nnx.state(self.abstract)))
         self.paths = {dotted(path): path for path in variables}
         self.trained = {
             name for name, path in self.paths.items() if isinstance(variables[path], nnx.Param) and trains(name)
@@ -112,8 +111,7 @@ class Program:
 
     def init(self, seed: jax.Array) -> State:
         """The state before the first step; a pure function."""
-        variables = dict(nnx.to_flat_state(nnx.state(self.make_model())))
-        arrays = {name: variables[path].get_value() for name, path in self.paths.items()}
+        arrays = {dotted(path): array for path, array in flat_arrays(self.make_model()).items()}
         return self.fresh(cast(arrays, self.numerics.param_dtype), seed)
 
     def fresh(self, arrays: Arrays, seed: jax.Array) -> State:
@@ -144,7 +142,7 @@ class Program:
 
         def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             # moments lie where their parameters do: what an optimizer keeps by parameter has its name and shape
-            name = getattr(path[-1], "key", None)
+            name = getattr(path[-1], "key", "")
             like = shapes.params.get(name) or shapes.fixed.get(name)
             spec = self.specs[name] if like is not None and like.shape == leaf.shape else PartitionSpec()
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))

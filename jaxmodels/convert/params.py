@@ -11,7 +11,7 @@ and a stacked `layers`, one array with a leading layer axis, is `layers.0` … `
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -81,6 +81,11 @@ def stacked_at(path: Path) -> int | None:
         if word == "layers" and not isinstance(path[i + 1], int):
             return i
     return None
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """A path as one word: layers.0.attention.kernel."""
+    return ".".join(map(str, path))
 
 
 def flat_arrays(model: nnx.Pytree | nnx.State) -> dict[Path, Any]:

@@ -15,6 +15,7 @@ from jaxmodels.convert.params import (
     Model,
     Path,
     check_fit,
+    dotted,
     entries,
     flat_arrays,
     is_floating,
@@ -139,7 +140,3 @@ def fetched(tensor: OnDevice) -> np.ndarray:
 @jax.jit
 def layer_of(array: jax.Array, i: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
-
-
-def dotted(path: Path) -> str:
-    return ".".join(map(str, path))

@@ -6,7 +6,6 @@ parity/fixtures NAME` writes its files.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch_ref.neox
 import torch_ref.transformer
 from jaxmodels import transformer
 from jaxmodels.neox import NeoXConfig
-from parity.cases import Pair, feedback, language_model, neox, retro
+from parity.cases import Make, Pair, feedback, language_model, neox, retro
 from parity.cases.transformer import KEY_BIAS
 
 TOKENS, BATCH, N_VOCAB = 23, 3, 13
@@ -45,7 +44,7 @@ def retro_model(rng: np.random.Generator) -> Pair:
     return retro.pair_of(rng, 29, BATCH, layers=2, ca_layers={1}, encoder_ca={0}, neighbors=2, n_vocab=N_VOCAB)
 
 
-GOLDEN: dict[str, Callable[[np.random.Generator], Pair]] = {
+GOLDEN: dict[str, Make] = {
     "rope.rotary": partial(attention, "rotary"),
     "rope.rotary_value": partial(attention, "rotary_value"),
     "transformer.plain": partial(attention, "plain"),

@@ -132,6 +132,7 @@ class Transformers(nn.Module):
     def __init__(self, config: NeoXConfig, folder: str | None = None):
         super().__init__()
         model = gpt_neox(config, folder)
+        self.model: Any
         self.__dict__["model"] = model  # not as a sub-module: every parameter would have two names
         part = nn.ModuleDict
         self.embedding = part({"emb": model.gpt_neox.embed_in})
@@ -167,7 +168,7 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None) -> Any:
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error}; neox.transformers needs it: pip install transformers") from None
 
-    sdpa = "sdpa"  # the eager one has a softmax in float32
+    sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}  # the eager one has a softmax in float32
     theirs = GPTNeoXConfig(
         vocab_size=config.n_vocab,
         hidden_size=config.n_hidden,
@@ -184,7 +185,7 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None) -> Any:
             "rope_theta": config.rope_base,
             "partial_rotary_factor": config.rope_percentage,
         },
-        attn_implementation=sdpa,
+        **sdpa,
     )
     if folder is None:
         model = GPTNeoXForCausalLM(theirs).eval()
