@@ -1,6 +1,9 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Read as torch is imported, also by processes that tests start: on small tensors a second thread of PyTorch's wins
+# nothing, and waiting for it took a small training nine times the processor time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest
