@@ -106,7 +106,7 @@ def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -
     Raises ValueError where the folder is damaged or holds other arrays, and for float64 as `load` does.
     """
     targets = {dotted(path): (path, array) for path, array in flat_arrays(module).items()}
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # of several processes, this one's
     place = shardings or (lambda path, shape: device)
     arrays = read_arrays(folder, {key: (array.shape, place(key, array.shape)) for key, (_, array) in targets.items()})
     return with_arrays(module, {path: arrays[key] for key, (path, _) in targets.items()})

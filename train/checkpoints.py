@@ -7,9 +7,11 @@ RUN/checkpoints/STEP/
     complete.json  {"format": 2, "step": …, "data": {…}, "files": {path: bytes}}; written last
 
 A folder without complete.json is one that a killed run left: the next run removes it. One whose files are not as long
-as complete.json says, or cannot be read, is damaged: it is passed over, with a warning, for the one before it.
+as complete.json says, or cannot be read, is damaged: it is passed over, with a warning, for the one before it, and set
+aside as STEP.damaged. RUN/.lock is held while a run goes on, so that no other goes on with it at the same time.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +21,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -31,6 +34,7 @@ from train.step import Program, State
 
 FORMAT = 2
 MARK = "complete.json"
+LOCK = ".lock"
 
 
 @dataclasses.dataclass
@@ -49,7 +53,8 @@ class Position:
 class Checkpoints:
     """The checkpoints of one run, one being written at a time, in a thread; all processes call everything together.
 
-    The last `keep` stay, and each whose step is a multiple of keep_every.
+    The last `keep` stay, and each whose step is a multiple of keep_every. Raises ValueError where somebody else is
+    writing to the run.
     """
 
     def __init__(self, run: Path, program: Program, keep: int, keep_every: int | None = None):
@@ -57,7 +62,14 @@ class Checkpoints:
         self.keep, self.keep_every = keep, keep_every
         self.writing: threading.Thread | None = None
         self.error: BaseException | None = None
+        self.lock = filelock.FileLock(run / LOCK, timeout=0)
         if is_first():
+            run.mkdir(parents=True, exist_ok=True)
+            try:
+                with contextlib.suppress(NotImplementedError):  # a file system without locks
+                    self.lock.acquire()
+            except filelock.Timeout:
+                raise ValueError(f"{run} is in use: another process is training there") from None
             for left in self.folder.glob("*"):
                 if left.name.isdecimal() and not (left / MARK).exists():
                     shutil.rmtree(left)
@@ -89,7 +101,7 @@ class Checkpoints:
             if is_first():
                 (folder / "model" / "config.json").write_text(describe(self.program.abstract), encoding="utf-8")
                 np.save(folder / "losses.npy", losses)
-                files = {str(file.relative_to(folder)): file.stat().st_size for file in all_files(folder)}
+                files = {str(file.relative_to(folder)): flushed(file) for file in all_files(folder)}
                 write_durably(folder / MARK, json.dumps({"format": FORMAT, **about, "files": files}))
                 self.remove_old()
         except BaseException as error:
@@ -104,6 +116,13 @@ class Checkpoints:
             error, self.error = self.error, None
             raise error
 
+    def close(self) -> None:
+        """`wait`, and lets others write to the run."""
+        try:
+            self.wait()
+        finally:
+            self.lock.release()
+
     def remove_old(self) -> None:
         for step in steps(self.folder)[: -self.keep]:
             if not self.keep_every or step % self.keep_every:
@@ -117,15 +136,28 @@ class Checkpoints:
         another model or optimizer.
         """
         found = steps(self.folder)
+        passed_over: list[int] = []
         for step in reversed(found):
+            last = position = None
             try:
-                return self.read(self.folder / str(step))
+                position = self.read(self.folder / str(step))
             except ValueError as error:
                 last = error
                 print(f"warning: checkpoint {step} is passed over: {error}", file=sys.stderr, flush=True)
+            if not agree(last is not None):
+                self.set_aside(passed_over)
+                return position
+            passed_over.append(step)
         if found:
-            raise ValueError(f"{self.folder} has no checkpoint that can be read: {last}")
+            raise ValueError(f"{self.folder} has no checkpoint that can be read: {last or 'another process could not'}")
         return None
+
+    def set_aside(self, damaged: list[int]) -> None:
+        """What was passed over is kept for whoever wants to look at it, and in nobody's way."""
+        for step in damaged if is_first() else ():
+            aside = self.folder / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
 
     def read(self, folder: Path) -> Position:
         wrong = problem(folder)
@@ -187,6 +219,13 @@ def problem(folder: Path) -> str | None:
     return None
 
 
+def flushed(file: Path) -> int:
+    """The size of a file that is on the disk, whenever the machine stops."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+        return os.fstat(opened.fileno()).st_size
+
+
 def write_durably(file: Path, text: str) -> None:
     """A file that is there whole or not at all, whenever the machine stops."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -201,9 +240,12 @@ def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:
     """The model of a run's last whole checkpoint, on a mesh or one device, and its step; ValueError where none is."""
     for step in reversed(steps(run / "checkpoints")):
         folder = run / "checkpoints" / str(step)
-        wrong = problem(folder)
-        if wrong is None:
-            return open_model(folder / "model", mesh), step
+        try:
+            wrong = problem(folder)
+            if wrong is None:
+                return open_model(folder / "model", mesh), step
+        except ValueError as error:
+            wrong = str(error)
         print(f"warning: checkpoint {step} is passed over: {wrong}", file=sys.stderr, flush=True)
     raise ValueError(f"{run} holds no whole checkpoint of a training run")
 

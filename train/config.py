@@ -17,7 +17,7 @@ import tyro
 from jax.sharding import Mesh
 
 from jaxmodels.text import Vocabulary
-from train.checkpoints import write_durably
+from train.checkpoints import LOCK, steps, write_durably
 from train.command import peek
 from train.mesh import Processes, check_batch
 from train.optimizers import OptimizerName, ScheduleName, adam, adamw, make_schedule
@@ -43,7 +43,7 @@ class Config:
     accumulate: int = 1
     """parts that a batch is computed in, one after the other, to save memory"""
     steps: int = 2000
-    """steps of the whole run; more of them make a run longer that has ended"""
+    """steps of the whole run; more of them make a run longer that has ended, but for one with a cosine"""
     optimizer: OptimizerName = "original"
     """original: Adam with epsilon before the bias correction, as the original experiments; torch: after it; adamw"""
     schedule: ScheduleName = "noam"
@@ -89,6 +89,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0")
         if not 0 <= self.b2 < 1:
             raise ValueError(f"b2={self.b2} must be at least 0 and below 1")
         self.transformation(1)  # a schedule may not fit the steps
@@ -176,6 +178,10 @@ class Options:
     tensorboard: bool = True
     """write TensorBoard's files beside metrics.jsonl"""
 
+    def __post_init__(self):
+        if self.profile < 0:
+            raise ValueError(f"profile={self.profile} steps must be at least 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class Command(Generic[ConfigType]):
@@ -187,7 +193,7 @@ class Command(Generic[ConfigType]):
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """folder of the run, new or to go on with"""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """folder of a run to go on with, in its own configuration; --steps may be raised"""
+    """folder of a run to go on with, in its own configuration; without a cosine, --steps may be raised"""
     options: tyro.conf.OmitArgPrefixes[Options] = dataclasses.field(default_factory=Options)
 
     @property
@@ -214,10 +220,15 @@ def parse(kind: type[ConfigType], program: str, arguments: Sequence[str]) -> Com
 
 
 def check_folder(given: Config, run: Path) -> None:
-    """Raises ValueError where a folder holds something else than a run, or one with other values than are given."""
+    """Raises ValueError where a folder holds something else than a run, or one with other values than are given.
+
+    A run that has saved nothing yet may begin anew with any.
+    """
     if not (run / FILE).exists():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(not is_beside(file) for file in run.iterdir())):
             raise ValueError(f"{run} is there and holds no training run: name another folder with --out")
+        return
+    if not begun(run):
         return
     saved = saved_config(type(given), run)
     may = MAY_CHANGE if saved.schedule == "cosine" else MAY_CHANGE | {"steps"}
@@ -229,6 +240,16 @@ def check_folder(given: Config, run: Path) -> None:
             f"{run} was trained with {was}, not {now}: go on with it by --resume {run}, "
             "or name another folder with --out"
         )
+
+
+def begun(run: Path) -> bool:
+    """Whether a run has saved a step."""
+    return bool(steps(run / "checkpoints"))
+
+
+def is_beside(file: Path) -> bool:
+    """Whether a file is what a run that was killed as it began may have left, before there was a config.json."""
+    return file.name == LOCK or file.name.startswith(f".{FILE}.")
 
 
 def read_about(run: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from jaxmodels.allocator import keep_freed_memory
 from train import config, flops, metrics
 from train.checkpoints import Checkpoints, Position
 from train.command import Stop, interruptible, one_line_errors
-from train.config import Options, check_folder, parse, read_about, write_about
+from train.config import Options, begun, check_folder, parse, read_about, write_about
 from train.data import Batches, Example, Task, Windows, endless
 from train.loop import Evaluation, Loop, Told
-from train.mesh import agree, is_first, make_mesh
+from train.mesh import agree, check_batch, is_first, make_mesh
 from train.ngram import NGram
 from train.optimizers import OptimizerName, ScheduleName
 from train.sample import continue_text
@@ -134,21 +135,21 @@ class Run:
     def open(cls, settings: Config, folder: Path, options: Options) -> "Run":
         """Raises ValueError where configuration, data, mesh and what is in the folder do not fit, before any work."""
         mesh = make_mesh(options.mesh)
+        check_batch(mesh, settings.batch_size, settings.accumulate)
         task = settings.task()
         program = settings.program(len(task.vocabulary), mesh)
-        if (folder / config.FILE).exists() and read_about(folder)["sha256"] != task.sha256:
+        if begun(folder) and read_about(folder)["sha256"] != task.sha256:
             raise ValueError(f"{folder} was trained on another text than {settings.text}: go on with its own --text")
-        agree(False)  # all have looked before one writes
-        if is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            task.vocabulary.save(folder / "vocabulary.json")
-            write_about(folder, settings, task.sha256)
         checkpoints = Checkpoints(folder, program, settings.keep, settings.keep_every)
         batches = Batches(task.train, settings.batch_size, mesh)
         position = checkpoints.restore()
         if position is None:
             position = Position(settings.initial(program, task.vocabulary), batches.get_state())
         batches.set_state(position.data)
+        agree(False)  # all have looked before one writes
+        if is_first():
+            write_about(folder, settings, task.sha256)
+            task.vocabulary.save(folder / "vocabulary.json")
         return cls(settings, folder, task, program, checkpoints, batches, position)
 
     @property
@@ -177,7 +178,7 @@ def train(run: Run, options: Options, stop: Stop, console: Console) -> float | N
     settings, position, program = run.settings, run.position, run.program
     with contextlib.ExitStack() as stack:
         stack.callback(run.batches.close)
-        stack.callback(run.checkpoints.wait)
+        stack.callback(run.checkpoints.close)
         log = None
         if is_first():
             log = metrics.Log(run.folder, position.losses, tensorboard=options.tensorboard)
@@ -217,12 +218,14 @@ def train(run: Run, options: Options, stop: Stop, console: Console) -> float | N
         if position.step < settings.steps and not agree(bool(stop)):
             console.print(f"{flops_per_step / 1e9:,.3g} GFLOP in a step's matrix products")
             loop.compile(settings.abstract_batch())
-            if options.profile:
-                loop.advance(position.step + 1)
-                with jax.profiler.trace(str(run.folder / "profile")):
-                    loop.advance(min(run.next_report(), position.step + options.profile))
+        trace = metrics.Trace(run.folder / "profile", position.step, options.profile)
+        stack.callback(trace.close)
         while position.step < settings.steps and not agree(bool(stop)):
-            loop.advance(run.next_report())
+            due = run.next_report()
+            goes_on = loop.advance(trace.until(due))
+            trace.at(position.step)
+            if goes_on and position.step < due:
+                continue
             run.checkpoints.save(position)
             if position.step < settings.steps and position.step % settings.every == 0:
                 report()
@@ -266,9 +269,12 @@ def carry_out(
     return Result(loss, baseline, run.parameters)
 
 
-def main(kind: type[Config], program_name: str, arguments: Sequence[str]) -> int:
-    """Trains; the exit code: 0, or 130 where Ctrl-C ended it early. Raises ValueError for bad input."""
-    with interruptible() as stop:
+def main(kind: type[Config], program_name: str, arguments: Sequence[str], caught: Stop | None = None) -> int:
+    """Trains; the exit code: 0, or 130 where Ctrl-C ended it early. Raises ValueError for bad input.
+
+    `caught` is what signals are noted in already, where the caller sees to them.
+    """
+    with interruptible() if caught is None else contextlib.nullcontext(caught) as stop:
         command = parse(kind, program_name, arguments)
         folder = command.run
         check_folder(command.config, folder)
@@ -308,10 +314,13 @@ def together(program_name: str) -> Iterator[None]:
     """Where one of several processes fails, it ends at once: waiting for the others, as JAX would at exit, can hang."""
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
+    except SystemExit:
         raise
     except BaseException as error:
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             raise
-        print(f"{program_name}: process {jax.process_index()}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        if not isinstance(error, ValueError | OSError | KeyboardInterrupt):  # a mistake of the program's
+            traceback.print_exc()
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+        print(f"{program_name}: process {jax.process_index()}: {said}", file=sys.stderr, flush=True)
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)

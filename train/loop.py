@@ -66,7 +66,7 @@ class Loop:
         self.told_compiled(self.length or batch["tokens"].shape[1] - 1, time.perf_counter() - began)
 
     def advance(self, until: int) -> bool:
-        """Steps until so many are taken: True; or until any process was asked to end: False.
+        """Steps until so many are taken, or any process is asked to end; whether none was.
 
         The position is complete on return. Raises ValueError where a loss or gradient is not finite, naming the step.
         """
@@ -97,7 +97,7 @@ class Loop:
         if pending is not None:
             asked |= self.look_at(pending)
             self.position.state, self.position.data = state, self.batches.get_state()
-        return taken >= until
+        return not asked
 
     def look_at(self, metrics: Metrics) -> bool:
         """Waits for a step and records it; whether any process was asked to end. Raises ValueError as `advance`."""
@@ -128,6 +128,8 @@ class Evaluation:
 
     def __call__(self, state: Any) -> float | None:
         """Nats per token, each counted once; None where any process was asked to end."""
+        if agree(bool(self.stop)):  # before it compiles
+            return None
         if self.compiled is None:
             batch = stack([self.examples[0]] * self.batch_size)
             self.compiled = self.program.lower_evaluation(batch).compile()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -77,6 +78,30 @@ class Log:
         self.file.close()
         if self.writer is not None:
             self.writer.close()
+
+
+class Trace:
+    """A profile of `n` steps in a folder, from the second on that this process takes: the first one warms up."""
+
+    def __init__(self, folder: Path, step: int, n: int):
+        self.folder, self.bounds = folder, [step + 1, step + 1 + n] if n else []
+
+    def until(self, step: int) -> int:
+        """Where to stop at the latest on the way to a step."""
+        return min([step, *self.bounds])
+
+    def at(self, step: int) -> None:
+        """Begins or ends, where this is the step to do so after."""
+        if self.bounds[:1] == [step]:
+            begins = len(self.bounds) == 2
+            del self.bounds[0]
+            jax.profiler.start_trace(str(self.folder)) if begins else jax.profiler.stop_trace()
+
+    def close(self) -> None:
+        """Ends what has begun."""
+        if len(self.bounds) == 1:
+            self.bounds = []
+            jax.profiler.stop_trace()
 
 
 class Line:

@@ -112,14 +112,18 @@ class Program:
     def init(self, seed: jax.Array) -> State:
         """The state before the first step; a pure function."""
         arrays = {dotted(path): array for path, array in flat_arrays(self.make_model()).items()}
-        return self.fresh(cast(arrays, self.numerics.param_dtype), seed)
+        params, fixed = self.parted(cast(arrays, self.numerics.param_dtype))
+        step, key, optimizer = self.beside(params, seed)
+        return State(step, key, params, fixed, optimizer)
 
-    def fresh(self, arrays: Arrays, seed: jax.Array) -> State:
-        """The state before the first step, from these arrays of the model."""
+    def parted(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
+        """What the optimizer changes of a model's arrays, and the rest."""
         params = {name: arrays[name] for name in sorted(self.trained)}
-        fixed = {name: array for name, array in arrays.items() if name not in self.trained}
-        step = jnp.zeros((), jnp.int32)
-        return State(step, jax.random.key(seed), params, fixed, self.transformation.init(params))
+        return params, {name: array for name, array in arrays.items() if name not in self.trained}
+
+    def beside(self, params: Arrays, seed: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        """What a state has beside the model before the first step: its number, the random key and the optimizer's."""
+        return jnp.zeros((), jnp.int32), jax.random.key(seed), self.transformation.init(params)
 
     def state_of(self, model: Any, seed: int = 0) -> State:
         """The state before the first step, from a model's own arrays; raises ValueError where it is of other sizes."""
@@ -133,8 +137,15 @@ class Program:
                 f"a model to begin with must have this run's sizes: {name} is {given.get(name, 'missing')} in it and "
                 f"{own.get(name, 'missing')} here"
             )
-        state = self.fresh(cast(arrays, self.numerics.param_dtype), jnp.uint32(seed))
-        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state()))
+        arrays = {
+            name: put(array, NamedSharding(self.mesh, self.specs[name]))
+            for name, array in cast(arrays, self.numerics.param_dtype).items()
+        }
+        params, fixed = self.parted(arrays)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        beside = jax.jit(self.beside, out_shardings=(places.step, places.key, places.optimizer))
+        step, key, optimizer = beside(params, np.uint32(seed))
+        return State(step, key, params, fixed, optimizer)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and places of the state."""
@@ -251,6 +262,13 @@ def shortened(batch: Batch, length: int | None) -> Batch:
 
 def take(parts: Batch, i: int) -> Batch:
     return jax.tree.map(lambda a: a[i], parts)
+
+
+def put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """An array where a state has it. One that each process has for itself becomes one that they share."""
+    if array.is_fully_addressable and not sharding.is_fully_addressable:
+        return jax.make_array_from_callback(array.shape, sharding, np.asarray(array).__getitem__)
+    return jax.device_put(array, sharding)
 
 
 def cast(arrays: Arrays, dtype: Precision) -> Arrays:

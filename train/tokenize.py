@@ -37,7 +37,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """A text as ids [n], in memory or mapped, in its two parts; sha256 tells it from every other."""
+    """A text as ids [n], in memory or mapped, in its two parts; sha256 tells ids and vocabulary from all others."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -55,21 +55,32 @@ def open_tokens(text: str, vocabulary: Vocabulary | None = None) -> Tokens:
     content = load_corpus(text)
     vocabulary = vocabulary or CharVocabulary.of(content)
     train, validation = map(vocabulary.encode, split(content))
-    return Tokens(train, validation, vocabulary, hashlib.sha256(content.encode()).hexdigest())
+    return Tokens(train, validation, vocabulary, fingerprint(train, validation, vocabulary))
+
+
+def fingerprint(train: np.ndarray, validation: np.ndarray, vocabulary: Vocabulary) -> str:
+    """SHA-256 of a text as ids, in whatever dtype, and of what they stand for."""
+    about = [type(vocabulary).__name__, dataclasses.asdict(vocabulary)]
+    found = hashlib.sha256(json.dumps(about).encode())
+    for part in (train, validation):
+        found.update(len(part).to_bytes(8, "little"))
+        for first in range(0, len(part), 2**20):
+            found.update(part[first : first + 2**20].astype("<i4").tobytes())
+    return found.hexdigest()
 
 
 def write(folder: Path, text: str, vocabulary: Vocabulary) -> Tokens:
     """Encodes a text and writes it to a new folder, all of it or nothing."""
     dtype = np.min_scalar_type(len(vocabulary) - 1)
-    parts = [vocabulary.encode(part).astype(dtype) for part in split(text)]
-    sha256 = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
-    about = {"format": FORMAT, "train": len(parts[0]), "validation": len(parts[1]), "sha256": sha256}
+    train, validation = (vocabulary.encode(part).astype(dtype) for part in split(text))
+    sha256 = fingerprint(train, validation, vocabulary)
+    about = {"format": FORMAT, "train": len(train), "validation": len(validation), "sha256": sha256}
     with written_beside(folder) as beside:
-        for name, ids in zip(("train", "validation"), parts, strict=True):
-            np.save(beside / f"{name}.npy", ids)
+        np.save(beside / "train.npy", train)
+        np.save(beside / "validation.npy", validation)
         vocabulary.save(beside / "vocabulary.json")
         (beside / "tokens.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    return Tokens(parts[0], parts[1], vocabulary, sha256)
+    return Tokens(train, validation, vocabulary, sha256)
 
 
 def read(folder: Path) -> Tokens:

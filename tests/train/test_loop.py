@@ -133,6 +133,7 @@ def test_evaluation_ends_when_it_is_asked_to():
         evaluation = Evaluation(made, HELD_OUT, B, stop)
         os.kill(os.getpid(), signal.SIGTERM)
         assert evaluation(made.make_state(0)) is None
+        assert evaluation.compiled is None
 
 
 def test_a_second_ctrl_c_interrupts_at_once():

@@ -76,10 +76,13 @@ def assert_same(run: Path, straight: dict[str, np.ndarray]) -> None:
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_exactly(new, straight, tmp_path):
     run, rng = tmp_path / "run", np.random.default_rng()
-    for lines in (1, 22):  # of the curve: where the kill comes, and a moment more that is different each time
+    # as the folder is made, and after so many lines of the curve; and a moment more that is different each time
+    for lines in (None, 1, 22):
         process = start("train.rope", *new, "--out", run)
         file = run / "metrics.jsonl"
-        while process.poll() is None and (not file.exists() or file.read_text().count("grad_norm") < lines):
+        while process.poll() is None and not (
+            run.exists() if lines is None else file.exists() and file.read_text().count("grad_norm") >= lines
+        ):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
@@ -113,6 +116,46 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on_exactly(new, straight, t
         assert_same(run, straight)
 
 
+def test_what_a_kill_leaves_before_there_is_a_configuration_is_no_obstacle(new, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / ".config.json.4711").write_text("{")
+    finish(*new, "--out", run, "--steps", 2)
+    assert steps(run / "checkpoints") == [2]
+
+
+def test_a_run_that_saved_nothing_may_begin_anew_with_other_values(new, tmp_path):
+    run = tmp_path / "run"
+    constant = ["--schedule", "constant", "--clip", "None", "--learning-rate"]
+    with pytest.raises(ValueError, match="not finite; nothing of it is saved; a smaller learning rate may help"):
+        finish(*new, "--out", run, "--steps", 4, *constant, "1e30")
+    finish(*new, "--out", run, "--steps", 4, *constant, "0.01")
+    assert steps(run / "checkpoints") == [4]
+    with pytest.raises(ValueError, match=r"was trained with learning_rate=0\.01, not "):
+        finish(*new, "--out", run, "--steps", 4, *constant, "0.1")
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_profiling_saves_and_reports_as_ever(new, tmp_path, every):
+    run = tmp_path / "run"
+    out = finish(*new, "--out", run, "--steps", 3, "--every", every, "--profile", 5)
+    assert list((run / "profile").rglob("*.xplane.pb"))
+    assert steps(run / "checkpoints") == ([1, 2, 3] if every == 1 else [3])
+    assert out.count(", validation loss ") == (3 if every == 1 else 1)
+
+
+def test_two_do_not_train_in_one_folder(new, ended, tmp_path):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    command = parse(rope.Config, "train.rope", [*new, "--out", str(run)])
+    opened = Run.open(command.config, run, command.options)
+    with pytest.raises(ValueError, match="is in use: another process is training there"):
+        finish(*new, "--out", run)
+    opened.batches.close()
+    opened.checkpoints.close()
+    finish(*new, "--out", run)
+
+
 @pytest.fixture(scope="module")
 def ended(new, tmp_path_factory) -> Path:
     """A run that ended early, with checkpoints 5, 10 and 12."""
@@ -144,9 +187,10 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(new, ended, tmp_path, capsys
     command = parse(rope.Config, "train.rope", [*new, "--out", str(run)])
     opened = Run.open(command.config, run, command.options)
     opened.batches.close()
+    opened.checkpoints.close()
     assert "warning: checkpoint 12 is passed over: " in capsys.readouterr().err
     assert opened.position.step == int(opened.position.state.step) == opened.position.data["next_index"] == 10
-    assert not (run / "checkpoints" / "99").exists()
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"5", "10", "12.damaged"}
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew(new, ended, tmp_path):

@@ -137,7 +137,11 @@ def test_bad_input_is_a_value_error_before_any_work(arguments, message, text, ru
 
 
 @pytest.mark.parametrize(
-    "flags", ["--steps 0", "--seed -1", "--dropout 1.0", "--learning-rate 0", "--schedule cosine --steps 5", "--b2 1"]
+    "flags",
+    [
+        *("--steps 0", "--seed -1", "--dropout 1.0", "--learning-rate 0", "--schedule cosine --steps 5", "--b2 1"),
+        *("--weight-decay -1", "--profile -3"),
+    ],
 )
 def test_a_flag_out_of_range_is_a_usage_error(flags, capsys):
     with pytest.raises(SystemExit) as error:

@@ -36,6 +36,7 @@ def test_characters_of_a_folder_are_those_of_the_file(text, tmp_path, capsys):
     np.testing.assert_array_equal(mapped.train, read.train)
     np.testing.assert_array_equal(mapped.validation, read.validation)
     assert mapped.vocabulary == read.vocabulary == CharVocabulary.of(SPICED)
+    assert mapped.sha256 == read.sha256  # a run on either goes on with the other
     assert len(mapped.train) == int(0.9 * len(SPICED))
 
 
@@ -70,6 +71,15 @@ def test_two_texts_have_two_sums(text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(SPICED.replace("ñ", "n"))
     assert open_tokens(text).sha256 != open_tokens(str(other)).sha256
+
+
+def test_the_same_ids_of_other_characters_have_another_sum(tmp_path):
+    texts = [tmp_path / name for name in ("ab.txt", "cd.txt")]
+    for file, characters in zip(texts, ("ab", "cd"), strict=True):
+        file.write_text(characters * 10)
+    one, other = (open_tokens(str(file)) for file in texts)
+    np.testing.assert_array_equal(one.train, other.train)
+    assert one.sha256 != other.sha256
 
 
 @pytest.mark.parametrize(
