@@ -116,6 +116,20 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on_exactly(new, straight, t
         assert_same(run, straight)
 
 
+def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(new, tmp_path):
+    run, long = tmp_path / "run", tmp_path / "long.txt"
+    long.write_text(TEXT * 400)  # thousands of batches to validate
+    process = start("train.rope", *new, "--text", long, "--out", run)
+    while process.poll() is None and not (run / "checkpoints" / "5" / "complete.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "stopped at step 5; go on with" in out
+    assert "step 5: loss" not in out  # what the evaluation would have ended with
+
+
 def test_what_a_kill_leaves_before_there_is_a_configuration_is_no_obstacle(new, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
