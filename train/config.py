@@ -6,6 +6,7 @@ be others when the run goes on.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
@@ -23,7 +24,7 @@ from train.mesh import Processes, check_batch
 from train.optimizers import OptimizerName, ScheduleName, adam, adamw, make_schedule
 from train.step import Batch, Losses, Numerics, Precision, Program, Remat, State, token_losses
 
-FORMAT = 2
+FORMAT = 3
 FILE = "config.json"
 
 
@@ -259,7 +260,7 @@ def read_about(run: Path) -> dict[str, Any]:
         about = json.loads(file.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise ValueError(f"{file} has format {about['format']}, this version reads {FORMAT}")
-        return {name: about[name] for name in ("config", "sha256")}
+        return {name: about[name] for name in ("script", "config", "sha256")}
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{run} holds no training run") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -268,13 +269,23 @@ def read_about(run: Path) -> dict[str, Any]:
 
 def saved_config(kind: type[ConfigType], run: Path) -> ConfigType:
     """The configuration of a run; raises ValueError where the folder holds no run of this experiment."""
+    about = read_about(run)
+    if about["script"] != script_of(kind):
+        raise ValueError(f"{run} is a run of {about['script']}, not of {script_of(kind)}")
     try:
-        return kind(**read_about(run)["config"])
+        return kind(**about["config"])
     except TypeError as error:
-        raise ValueError(f"{run} is a run of another script: {error}") from None
+        raise ValueError(f"{run / FILE} holds another configuration than {script_of(kind)} has: {error}") from None
+
+
+def script_of(kind: type[Config]) -> str:
+    """The module of an experiment: train.rope, also where `python -m` runs it by the name of __main__."""
+    spec = sys.modules[kind.__module__].__spec__
+    return kind.__module__ if spec is None else spec.name
 
 
 def write_about(run: Path, config: Config, sha256: str) -> None:
-    """Saves the resolved configuration, and what tells the data from any other."""
-    about = {"format": FORMAT, "config": dataclasses.asdict(config), "sha256": sha256}
+    """Saves whose run it is, the resolved configuration, and what tells the data from any other."""
+    values = dataclasses.asdict(config)
+    about = {"format": FORMAT, "script": script_of(type(config)), "config": values, "sha256": sha256}
     write_durably(run / FILE, json.dumps(about, indent=2) + "\n")

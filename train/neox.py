@@ -45,7 +45,7 @@ class Config(experiment.AdamWConfig):
     PRESETS = ("small", "pythia_70m", "finetune", "neox_20b")
 
     steps: int = 1000
-    """steps of the whole run; more of them make a run longer that has ended"""
+    """steps of the whole run"""
     warmup: int = 100
     """steps until the schedule's peak"""
     rope_percentage: float = 0.25

@@ -16,7 +16,7 @@ import jaxmodels
 from jaxmodels.text import CharVocabulary, load_vocabulary
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.train_common import ROOT, TEXT, TINY, start
-from train import evaluate, metrics, plot, rope, sample
+from train import evaluate, metrics, plot, rope, sample, synthesizer
 from train.checkpoints import latest_model
 from train.command import one_line_errors
 from train.config import parse
@@ -99,6 +99,11 @@ def test_flags_come_from_the_run_or_the_preset(run):
     assert (original.seq_len, original.n_layers, original.batch_size, original.heads) == (512, 6, 4, 8)
     resumed = parse(rope.Config, PROGRAM, ["--resume", str(run), "--steps", "11", "--mesh", "fsdp=2"])
     assert (resumed.config.seq_len, resumed.config.steps, resumed.options.mesh) == (11, 11, "fsdp=2")
+
+
+def test_a_run_goes_on_by_its_own_script_alone(run):
+    with pytest.raises(ValueError, match=r"is a run of train\.rope, not of train\.synthesizer"):
+        parse(synthesizer.Config, "python -m train.synthesizer", ["--resume", str(run)])
 
 
 @pytest.mark.parametrize(
