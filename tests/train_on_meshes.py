@@ -1,17 +1,18 @@
 """Trains each system for a few steps on each mesh of 8 host devices, and prints their losses: a program of its own.
 
-python -m tests.train_on_meshes -> {"rope": {"": [losses of one device], "data=8": [...], ...}, ...}
+python -m tests.train_on_meshes -> {"rope": {"": [losses of one device], "fsdp=8": [...], ...}, ...}
 """
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
 
-from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformerKV
+from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.transformer import AutoregressiveTransformer
@@ -20,6 +21,7 @@ from train.step import Numerics, Program
 
 V, D, H, F, S, B, CHUNK = 23, 16, 4, 24, 5, 16, 2
 MESHES = ["", "fsdp=8", "data=2,fsdp=2,tensor=2"]  # each takes seconds to compile
+ALSO = {"rope": ["data=8", "tensor=4"], "neox": ["tensor=4"]}  # one axis alone, the others of one device
 STEPS = 4
 
 
@@ -46,6 +48,7 @@ SYSTEMS = {
     "relative": transformer("relative"),
     "synthesizer": transformer("random+dense+vanilla"),
     "neox": neox,
+    "feedback": feedback(FeedbackTransformer),
     "feedback_kv": feedback(FeedbackTransformerKV),
     "retro": retro,
 }
@@ -54,13 +57,14 @@ NEIGHBORS = {"ret": np.random.default_rng(1).integers(0, V, (B, S // CHUNK, 3, 5
 NUMERICS = {"rope": Numerics(accumulate=2, remat="layers"), "neox": Numerics(remat="dots")}
 
 
-def losses(make_model, numerics: Numerics, others: dict[str, np.ndarray]) -> dict[str, list[float]]:
+def losses(make_model, numerics: Numerics, others: dict[str, np.ndarray], meshes: list[str]) -> dict[str, list[float]]:
     """By mesh; "" is one device. others: what a batch has beside its tokens."""
-    told: dict[str, list[float]] = {sizes: [] for sizes in MESHES}
+    told: dict[str, list[float]] = {sizes: [] for sizes in meshes}
     tokens = np.random.default_rng(0).integers(0, V, (STEPS, B, S + 1), np.int32)
     first = None
-    for sizes in MESHES:
-        mesh = make_mesh(sizes, jax.devices() if sizes else jax.devices()[:1])
+    for sizes in meshes:
+        n_devices = math.prod(int(part.partition("=")[2]) for part in sizes.split(",") if part)
+        mesh = make_mesh(sizes, jax.devices()[:n_devices])
         program = Program(make_model, optax.adam(1e-2, eps=1e-3), mesh, numerics)
         first = first or jax.device_get(program.make_state(0))  # made once: to compile it takes as long as the step
         state = dataclasses.replace(first, key=jax.random.key(0))  # a key is not copied, and a step uses it up
@@ -77,5 +81,5 @@ if __name__ == "__main__":
     told = {}
     for name, make in SYSTEMS.items():
         others = NEIGHBORS if name == "retro" else {}
-        told[name] = losses(make, NUMERICS.get(name, Numerics()), others)
+        told[name] = losses(make, NUMERICS.get(name, Numerics()), others, [*MESHES, *ALSO.get(name, [])])
     print(json.dumps(told))

@@ -8,6 +8,7 @@ MODEL is what jaxmodels.save or python -m jaxmodels.convert wrote.
 """
 
 import dataclasses
+import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -19,14 +20,15 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
-from train import config
+from jaxmodels.checkpoint import read_config
+from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary, split
+from train import config, rope_value
 from train.checkpoints import latest_model, open_model
 from train.command import Stop, one_line_errors
 from train.data import Example, Windows
 from train.loop import Evaluation
 from train.mesh import check_batch, make_mesh
-from train.neighbors import with_neighbors
+from train.neighbors import of_run, with_neighbors
 from train.step import Numerics, Precision, Program
 from train.tokenize import open_tokens
 
@@ -63,29 +65,78 @@ class Judgement:
     bits_per_byte: float
 
 
-def open_checkpoint(command: Command, mesh: Mesh) -> tuple[Any, Vocabulary, dict[str, Any]]:
-    """Model, vocabulary, and of a run its configuration, else an empty one; raises ValueError where none is."""
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is judged, and of a run its configuration and what tells its data from any other."""
+
+    model: Any
+    vocabulary: Vocabulary
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sha256: str | None = None
+
+
+def open_checkpoint(command: Command, mesh: Mesh) -> Checkpoint:
+    """The latest of a run, or a model; raises ValueError where the folder holds neither."""
     folder = command.checkpoint
     if (folder / config.FILE).exists() and (folder / "checkpoints").is_dir():
-        settings = config.read_about(folder)["config"]
+        about = config.read_about(folder)
         model, _ = latest_model(folder, mesh)
-        return model, load_vocabulary(folder / "vocabulary.json"), settings
-    model = open_model(folder, mesh)
+        return Checkpoint(model, load_vocabulary(folder / "vocabulary.json"), about["config"], about["sha256"])
+    if mesh.size > 1 and read_config(folder)[1].get("stacked") is False:
+        model = open_model(folder).stacked()  # the tables of train/mesh.py are for stacked layers
+    else:
+        model = open_model(folder, mesh)
     if command.tokenizer is not None:
-        return model, TokenizerFile.read(command.tokenizer), {}
-    return model, load_vocabulary(folder / "vocabulary.json"), {}
+        return Checkpoint(model, TokenizerFile.read(command.tokenizer))
+    return Checkpoint(model, load_vocabulary(folder / "vocabulary.json"))
 
 
-def judge(
-    model: Any, windows: Windows, vocabulary: Vocabulary, mesh: Mesh, command: Command, settings: dict[str, Any]
-) -> Judgement:
-    """A model trained with neighbours reads those of its own index."""
+def examples_of(command: Command, opened: Checkpoint) -> Sequence[Example]:
+    """What the model is to predict, in windows; one trained with neighbours reads those of its own index.
+
+    Raises ValueError where no text or length is known, and where a run's own text is no longer the one it had.
+    """
+    settings = opened.settings
+    seq_len = settings.get("seq_len") if command.seq_len is None else command.seq_len
+    if seq_len is None:
+        raise ValueError("a model that is no run needs --seq-len")
+    if command.text is not None:
+        ids = opened.vocabulary.encode(load_corpus(command.text))
+    elif "digits" in settings:  # train.rope_value has no text, it makes its problems
+        return rope_value.Config(**{**settings, "seq_len": seq_len}).task().validation
+    elif settings:
+        ids = held_out(command.checkpoint, opened)
+    else:
+        raise ValueError("a model that is no run needs --text")
+    return with_neighbors(Windows(ids, seq_len, "given"), command.checkpoint, settings)
+
+
+def held_out(run: Path, opened: Checkpoint) -> np.ndarray:
+    """The part of its own text that a run did not train on, in the run's own vocabulary.
+
+    Raises ValueError where the text has changed since: what is held out of it now may have been trained on.
+    """
+    text = opened.settings["text"]
+    tokens, index = open_tokens(text), of_run(run, opened.settings)
+    found = tokens.sha256
+    if index is not None:  # as train.retro has it
+        found = hashlib.sha256(f"{found}|{index.fingerprint}".encode()).hexdigest()
+    if found != opened.sha256:
+        what = f"text={text!r}" if index is None else f"text={text!r} with its index"
+        raise ValueError(
+            f"{what} has changed since {run} was trained on it: sha256 {found} now, {opened.sha256} then; "
+            "name a text with --text"
+        )
+    return tokens.validation if Path(text).is_dir() else opened.vocabulary.encode(split(load_corpus(text))[1])
+
+
+def judge(model: Any, examples: Sequence[Example], vocabulary: Vocabulary, mesh: Mesh, command: Command) -> Judgement:
+    """How well a model predicts each example's tokens but the first."""
     program = Program(lambda: model, optax.identity(), mesh, Numerics(compute_dtype=command.compute_dtype))
-    examples: Sequence[Example] = with_neighbors(windows, command.checkpoint, settings)
     nats = Evaluation(program, examples, command.batch_size, Stop())(program.state_of(model))
     assert nats is not None, "nobody asked it to end"
-    n = len(windows) * windows.seq_len
-    written = vocabulary.decode(np.asarray(windows.ids[1 : n + 1]))
+    ids = np.concatenate([examples[i]["tokens"][1:] for i in range(len(examples))])
+    written, n = vocabulary.decode(ids), len(ids)
     n_bytes = n if vocabulary.unit == "byte" else len(written.encode("utf-8"))  # the first may begin in a character
     bits = n * nats / math.log(2)
     return Judgement(n, nats, bits / len(written), bits / n_bytes)
@@ -94,20 +145,17 @@ def judge(
 def main(arguments: Sequence[str]) -> None:
     """Prints the judgement; raises ValueError for bad input."""
     command = tyro.cli(Command, args=arguments, prog=PROGRAM)
+    for name in ("seq_len", "batch_size"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     mesh = make_mesh(command.mesh)
     check_batch(mesh, command.batch_size)
-    model, vocabulary, settings = open_checkpoint(command, mesh)
-    seq_len, own_text = command.seq_len or settings.get("seq_len"), settings.get("text")
-    if seq_len is None:
-        raise ValueError("a model that is no run needs --seq-len")
-    if command.text is not None:
-        ids = vocabulary.encode(load_corpus(command.text))
-    elif own_text is not None:
-        ids = open_tokens(own_text).validation
-    else:
-        raise ValueError("a model that is no run needs --text")
-    found = judge(model, Windows(ids, seq_len, "given"), vocabulary, mesh, command, settings)
-    print(f"{command.text or f'held-out part of {own_text}'}: {found.tokens:,} {vocabulary.unit}s predicted")
+    opened = open_checkpoint(command, mesh)
+    vocabulary, examples = opened.vocabulary, examples_of(command, opened)
+    found = judge(opened.model, examples, vocabulary, mesh, command)
+    what = command.text or f"held-out part of {opened.settings['text']}"
+    print(f"{what}: {found.tokens:,} {vocabulary.unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {vocabulary.unit}")
     print(f"    perplexity           {math.exp(found.nats):.4f}")
     print(f"    bits per character   {found.bits_per_character:.4f}")

@@ -10,7 +10,9 @@ BITS = {"pred": 8, "bf16": 16, **{f"{kind}{n}": n for kind in "suf" for n in (2,
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+# A TPU's reduce-scatter: a fusion of an all-reduce and the slice that is the device's own. It sends no more than that.
+SCATTERS = "all-reduce-scatter"
 SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -40,7 +42,11 @@ def collectives(text: str) -> list[Collective]:
             channel = re.search(r"channel_id=(\d+)", line)
             key = channel[1] if channel else f"{name} {line}"
             count = max(times[name], found[key][1] if key in found else 0)
-            found[key] = (match[2], count, count * sent(match[2], largest(match[1]), group_size(line)))
+            kind, n = match[2], group_size(line)
+            result = bytes_of(result_of_start(kind, match[1]) if match[3] else match[1])
+            if name.startswith(SCATTERS):
+                kind, result = "reduce-scatter", result // n
+            found[key] = (kind, count, count * sent(kind, result, n))
     by_kind: dict[str, list[tuple[str, int, float]]] = defaultdict(list)
     for entry_found in found.values():
         by_kind[entry_found[0]].append(entry_found)
@@ -96,14 +102,36 @@ def trips(line: str, computations: dict[str, list[str]]) -> int:
     return 1
 
 
-def largest(shapes: str) -> int:
-    """Bytes of the largest array in a result type; a start's is a tuple of what goes in and what comes out."""
-    sizes = [
+def bytes_of(shapes: str) -> int:
+    """Of all arrays in a type: several collectives of one kind become one, whose result is a tuple."""
+    return sum(
         math.prod(map(int, filter(None, shape.split(",")))) * BITS[kind] // 8
         for kind, shape in SHAPE.findall(shapes)
         if kind in BITS
-    ]
-    return max(sizes, default=0)
+    )
+
+
+def result_of_start(kind: str, shapes: str) -> str:
+    """What comes out, in the type of a collective's start: that is (operands, results, contexts…), each may be a tuple.
+
+    An all-reduce's start has the type of its results alone, unless it is wrapped as any operation can be.
+    """
+    parts = elements(shapes)
+    return shapes if len(parts) < 2 or (kind == "all-reduce" and parts[0][0] != "(") else parts[1]
+
+
+def elements(shapes: str) -> list[str]:
+    """Those of a tuple type: "((f32[3], s8[]), f32[3]{0:T(8)})" -> "(f32[3], s8[])", "f32[3]{0:T(8)}"."""
+    if not shapes.startswith("("):
+        return [shapes]
+    parts, depth = [""], 0
+    for character in shapes[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def group_size(line: str) -> int:

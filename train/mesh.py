@@ -6,6 +6,7 @@ are gathered when a layer needs them; tensor: heads and hidden features are divi
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from jaxmodels.convert.place import Shardings
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # both divide the rows of a batch
+# What the flags of these names are where they are not given; JAX itself reads the first alone.
+VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 
 # Which mesh axes divide an axis of an activation, by its letter in `constrain`: batch, heads, hidden features.
 # Letters not named lie whole on every device.
@@ -107,10 +110,12 @@ def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def parameter_specs(model_name: str, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, PartitionSpec]:
-    """Where each array of a model lies, by its dotted path.
+    """Where each array of a model lies, by its dotted path; on one device any model's.
 
     Raises ValueError for a model without a table, a path without a rule, and for sizes that the mesh does not divide.
     """
+    if mesh.size == 1:
+        return dict.fromkeys(shapes, P())
     if model_name not in RULES:
         raise ValueError(f"train/mesh.py has no table for {model_name}; it has {', '.join(RULES)}")
     rules = [(re.compile(rf"(.*\.)?{pattern}"), spec) for pattern, spec in RULES[model_name]]
@@ -166,30 +171,65 @@ def place(mesh: Mesh):
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How several processes find each other; nothing to say on one machine."""
+    """How several processes find each other; nothing to say where there is one."""
 
     distributed: bool = False
-    """this is one of several processes, which a TPU pod or Slurm knows, or JAX_COORDINATOR_ADDRESS and its kind"""
+    """this is one of several processes, and a TPU pod, Slurm or another that JAX can ask knows the others"""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where nothing else knows it; with --processes and --process"""
+    """HOST:PORT of process 0, with --processes and --process, where nothing knows it; none: JAX_COORDINATOR_ADDRESS"""
     processes: int | None = None
-    """how many processes there are"""
+    """how many processes there are; none: JAX_NUM_PROCESSES"""
     process: int | None = None
-    """which of them this is, from 0"""
+    """which of them this is, from 0; none: JAX_PROCESS_ID"""
     peer_timeout: int = 60
     """seconds of silence after which a process counts as dead, and the others end with an error"""
 
     def initialize(self) -> None:
-        """Joins the others; raises ValueError where only a part of the three is given."""
-        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
-        if any(given) and not all(given):
-            raise ValueError("--coordinator, --processes and --process belong together")
-        if not self.distributed and not any(given):
+        """Joins the others, where flags or variables name any; raises ValueError for what `named` refuses."""
+        if self.peer_timeout < 1:
+            raise ValueError(f"peer_timeout={self.peer_timeout} must be at least 1")
+        coordinator, processes, process = self.named()
+        if coordinator is None and not self.distributed:
             return
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-        jax.distributed.initialize(
-            self.coordinator, self.processes, self.process, heartbeat_timeout_seconds=self.peer_timeout
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=self.peer_timeout)
+
+    def named(self) -> tuple[str, int, int] | tuple[None, None, None]:
+        """Coordinator, number and index, each from its flag or else its variable; or none of them.
+
+        With --distributed the variables are left to JAX. Raises ValueError where only a part of the three is given, or
+        one of them can't be right.
+        """
+        flags = {"coordinator": self.coordinator, "processes": self.processes, "process": self.process}
+        ask = not self.distributed or any(value is not None for value in flags.values())
+        given = {
+            name: os.environ.get(VARIABLES[name]) or None if value is None and ask else value
+            for name, value in flags.items()
+        }
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == len(given):
+            return None, None, None
+        if missing:
+            either = " and ".join(f"--{name} (or {VARIABLES[name]})" for name in missing)
+            raise ValueError(f"--coordinator, --processes and --process belong together: {either} not given")
+        coordinator, processes, process = (
+            str(given["coordinator"]),
+            as_number("processes", given),
+            as_number("process", given),
         )
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"coordinator={coordinator!r} must be HOST:PORT, such as 10.0.0.2:8476")
+        if not 0 <= process < processes:
+            raise ValueError(f"process={process} must be from 0 to processes={processes} less one")
+        return coordinator, processes, process
+
+
+def as_number(name: str, given: Mapping[str, str | int | None]) -> int:
+    value = str(given[name])
+    if not value.removeprefix("-").isdecimal():
+        raise ValueError(f"{VARIABLES[name]}={value!r} must be a whole number")
+    return int(value)
 
 
 def is_first() -> bool:

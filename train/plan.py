@@ -97,7 +97,7 @@ def config_of(experiment: str) -> type[Config]:
 def topology_devices(name: str) -> Sequence[Any]:
     """The devices of a topology; raises ValueError where libtpu is missing or does not know it."""
     generation, _, shape = name.partition(":")
-    if generation not in HBM or not shape:
+    if generation not in HBM or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise ValueError(f"topology={name!r} must be one of {', '.join(HBM)}, a colon and chips, such as v5e:2x4")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("compiling for a TPU needs libtpu: pip install 'jaxmodels[plan]'")
@@ -203,8 +203,8 @@ def table(plan: Plan, mesh: Mesh, tokens: int) -> Table:
     return shown
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Prints the table; raises ValueError for bad input, and DoesNotFit, which says what to try."""
+def parse(arguments: Sequence[str]) -> Any:
+    """The `Command` of an experiment; raises ValueError where it or its preset is not there."""
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(f"name an experiment first: {PROGRAM} {'|'.join(experiments())} --help")
     kind = config_of(arguments[0])
@@ -212,7 +212,12 @@ def main(arguments: Sequence[str]) -> None:
     if preset not in kind.PRESETS:
         raise ValueError(f"--preset {preset} is none of {', '.join(kind.PRESETS)}")
     default: Any = Command(getattr(kind, preset)(), preset)
-    command: Any = tyro.cli(Command[kind], default=default, args=arguments[1:], prog=f"{PROGRAM} {arguments[0]}")  # type: ignore[valid-type]
+    return tyro.cli(Command[kind], default=default, args=arguments[1:], prog=f"{PROGRAM} {arguments[0]}")  # type: ignore[valid-type]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the table; raises ValueError for bad input, and DoesNotFit, which says what to try."""
+    command = parse(arguments)
     settings = command.config
     mesh = make_mesh(command.mesh, topology_devices(command.topology))
     program = settings.program(command.n_vocab or settings.planned_vocab, mesh)
@@ -221,7 +226,7 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(highlight=False, markup=False, width=140)
     parameters = sum(math.prod(leaf.shape) for leaf in program.abstract_state().params.values())
     console.print(
-        f"{arguments[0]}, preset {preset}: {parameters:,} parameters; {settings.batch_size} sequences of "
+        f"{arguments[0]}, preset {command.preset}: {parameters:,} parameters; {settings.batch_size} sequences of "
         f"{settings.seq_len} tokens; compute {settings.compute_dtype}, parameters {settings.param_dtype}, "
         f"remat {settings.remat}, accumulate {settings.accumulate}"
     )

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,13 +20,15 @@ from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, Feedbac
 from jaxmodels.layers import constrain, hooks
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
+from jaxmodels.text import CharVocabulary
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
 from tests.train_common import ROOT, TEXT, TINY, program, start
+from tests.train_on_meshes import ALSO, MESHES, SYSTEMS
 from train import rope
 from train.checkpoints import steps
 from train.experiment import main
-from train.mesh import RULES, check_batch, make_mesh, parameter_specs, parse_sizes
+from train.mesh import RULES, VARIABLES, Processes, check_batch, make_mesh, parameter_specs, parse_sizes
 from train.metrics import read
 
 EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
@@ -94,6 +97,12 @@ def test_the_tables_refuse_what_they_do_not_know():
         parameter_specs("AutoregressiveTransformer", {"a.layer1.kernel": (7, 3), "b.layer1.kernel": (5, 3)}, mesh)
 
 
+def test_one_device_holds_any_model_whole():
+    found = {"encoder.novelty": (2, 3), "layers.0.readout": ()}
+    for name in ("Unheard", "NeoX"):
+        assert parameter_specs(name, found, abstract_mesh()) == dict.fromkeys(found, P())
+
+
 def test_neox_rules_divide_its_stacked_layers():
     paths = {
         "embedding.emb.embedding": P("tensor", "fsdp"),
@@ -139,10 +148,13 @@ import jax, numpy as np
 import jaxmodels
 from jaxmodels.convert.params import flat_arrays
 from train.checkpoints import open_model
+from train.evaluate import Command, open_checkpoint
 from train.mesh import make_mesh, parameter_specs
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")
-for folder in map(Path, sys.argv[1:]):
+*folders, by_layer = map(Path, sys.argv[1:])
+assert open_checkpoint(Command(by_layer), mesh).model.is_stacked  # the tables are for stacked layers
+for folder in folders:
     whole, parts = flat_arrays(jaxmodels.load(folder)), flat_arrays(open_model(folder, mesh))
     shapes = {".".join(map(str, path)): array.shape for path, array in whole.items()}
     for (path, array), spec in zip(parts.items(), parameter_specs("NeoX", shapes, mesh).values(), strict=True):
@@ -158,7 +170,9 @@ def test_a_checkpoint_is_opened_with_each_part_on_its_device(tmp_path):
     model = NeoX(NeoXConfig(**sizes), rngs=nnx.Rngs(0))
     jaxmodels.save(model, tmp_path / "orbax")
     write_flax(model_source(model), tmp_path / "safetensors")
-    command = [sys.executable, "-c", ON_A_MESH, tmp_path / "orbax", tmp_path / "safetensors"]
+    jaxmodels.save(model.unstacked(), tmp_path / "by_layer")
+    CharVocabulary("abc").save(tmp_path / "by_layer" / "vocabulary.json")
+    command = [sys.executable, "-c", ON_A_MESH, *(tmp_path / name for name in ("orbax", "safetensors", "by_layer"))]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | EIGHT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -171,22 +185,72 @@ def losses() -> dict[str, dict[str, list[float]]]:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("system", ["rope", "relative", "synthesizer", "feedback_kv", "neox", "retro"])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_losses_on_every_mesh_are_those_of_one_device(losses, system):
     of_one = losses[system].pop("")
     assert len(set(of_one)) == 4
-    assert losses[system].keys() == {"fsdp=8", "data=2,fsdp=2,tensor=2"}
+    assert ["", *losses[system]] == [*MESHES, *ALSO.get(system, [])]
     for mesh, found in losses[system].items():
         np.testing.assert_allclose(found, of_one, rtol=2e-6, err_msg=mesh)
 
 
-def two(run: Path, *flags: object, **environment: str) -> list:
-    """Two processes that train one model together."""
+def test_processes_are_named_by_flags_or_by_variables_or_not_at_all(monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    assert Processes().named() == Processes(distributed=True).named() == (None, None, None)
+    assert Processes(False, "[::1]:80", 3, 2).named() == Processes(True, "[::1]:80", 3, 2).named() == ("[::1]:80", 3, 2)
+    for variable, value in zip(VARIABLES.values(), ("host:8476", "2", "1"), strict=True):
+        monkeypatch.setenv(variable, value)
+    assert Processes().named() == ("host:8476", 2, 1)
+    assert Processes(process=0).named() == ("host:8476", 2, 0)
+    assert Processes(distributed=True).named() == (None, None, None)  # JAX asks the machine
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "message"),
+    [
+        (
+            {"processes": 2},
+            {},
+            r": --coordinator \(or JAX_COORDINATOR_ADDRESS\) and --process \(or JAX_PROCESS_ID\) not",
+        ),
+        (
+            {},
+            {"JAX_COORDINATOR_ADDRESS": "host:1"},
+            r"--processes \(or JAX_NUM_PROCESSES\) and --process \(or JAX_PROC",
+        ),
+        ({"coordinator": "localhost", "processes": 2, "process": 0}, {}, "^coordinator='localhost' must be HOST:PORT"),
+        ({"coordinator": ":80", "processes": 2, "process": 0}, {}, "^coordinator=':80' must be HOST:PORT"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "^process=2 must be from 0 to processes=2 less one"),
+        (
+            {"coordinator": "a:1", "process": 2},
+            {"JAX_NUM_PROCESSES": "two"},
+            "^JAX_NUM_PROCESSES='two' must be a whole",
+        ),
+        ({"peer_timeout": 0}, {}, "^peer_timeout=0 must be at least 1"),
+    ],
+)
+def test_processes_that_are_named_in_part_or_wrongly_are_an_error(flags, variables, message, monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.setenv(variable, variables.get(variable, ""))
+    with pytest.raises(ValueError, match=message):
+        Processes(**flags).initialize()
+
+
+def two(run: Path, *flags: object, by_variables: bool = False) -> list:
+    """Two processes that train one model together, and find each other by flags or by variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    together = ["--coordinator", address, "--processes", 2, "--peer-timeout", 10, "--no-tensorboard", "--out", run]
-    return [start("train.rope", *TINY, *flags, *together, "--process", i, **environment) for i in range(2)]
+
+    def process(i: int) -> subprocess.Popen:
+        named = {"coordinator": address, "processes": 2, "process": i}
+        found = [] if by_variables else [f"--{name}={value}" for name, value in named.items()]
+        variables = {VARIABLES[name]: str(value) for name, value in named.items()} if by_variables else {}
+        together = ["--peer-timeout", 10, "--no-tensorboard", "--out", run]
+        return start("train.rope", *TINY, *flags, *together, *found, **variables)
+
+    return [process(i) for i in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -207,30 +271,45 @@ def alone(*flags: object) -> None:
     assert main(rope.Config, "train.rope", [*TINY, *map(str, flags), "--no-tensorboard"]) == 0
 
 
+def told(run: Path, name: str = "loss") -> dict[int, float]:
+    """By step."""
+    return {line["step"]: line[name] for line in read(run) if name in line}
+
+
 def test_two_processes_train_as_one_and_end_as_one_and_one_goes_on_alone(text, tmp_path):
-    endless = ["--steps", 10**6, "--every", 10**6]
-    processes = two(tmp_path / "run", *text, *endless, "--mesh", "fsdp=2")
-    wait_for_lines(tmp_path / "run", 7, processes)
+    flags = [*text, "--every", 10, "--validation-batches", 3]
+    processes = two(tmp_path / "run", *flags, "--steps", 10**6, "--mesh", "fsdp=2", by_variables=True)
+    wait_for_lines(tmp_path / "run", 12, processes)
     processes[1].terminate()  # one is asked, both end
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
-    (stopped,) = steps(tmp_path / "run" / "checkpoints")
+    stopped = steps(tmp_path / "run" / "checkpoints")[-1]
     assert f"stopped at step {stopped}; go on with" in ends[0][0]
-    assert "stopped" not in ends[1][0]  # what is printed, the first prints
+    assert "validation loss" in ends[0][0]
+    assert "validation loss" not in ends[1][0]  # what is printed, the first prints
 
-    last = min(stopped, 30) + 5
-    alone("--out", tmp_path / "run", *text, "--steps", stopped + 5, "--every", 10**6)
-    alone("--out", tmp_path / "straight", *text, "--steps", last, "--every", 10**6)
-    found, expected = ([line for line in read(tmp_path / name) if "loss" in line] for name in ("run", "straight"))
-    assert [line["step"] for line in found] == list(range(1, stopped + 6))
-    losses = [[line["loss"] for line in lines[:last]] for lines in (found, expected)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    alone("--out", tmp_path / "run", *flags, "--steps", stopped + 5)
+    alone("--out", tmp_path / "straight", *flags, "--steps", stopped + 5)
+    found, expected = told(tmp_path / "run"), told(tmp_path / "straight")
+    assert list(found) == list(expected) == list(range(1, stopped + 6))
+    # what rounding does to a parameter grows with the steps
+    np.testing.assert_allclose(list(found.values())[:35], list(expected.values())[:35], rtol=1e-5)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
+    judged = [told(tmp_path / name, "validation_loss")[10] for name in ("run", "straight")]
+    np.testing.assert_allclose(*judged, rtol=1e-5)
 
 
-def test_a_process_whose_peer_dies_ends_with_an_error(text, tmp_path):
-    processes = two(tmp_path / "run", *text, "--steps", 10**6, "--every", 10**6, "--mesh", "fsdp=2")
-    wait_for_lines(tmp_path / "run", 1, processes)
+def test_two_go_on_where_one_stopped_and_when_one_dies_the_other_ends_with_an_error(text, tmp_path):
+    run, straight, flags = tmp_path / "run", tmp_path / "straight", [*text, "--every", 10**6]
+    alone("--out", run, *flags, "--steps", 3)
+    shutil.copytree(run, straight)
+    alone("--out", straight, *flags, "--steps", 6)
+    processes = two(run, *flags, "--steps", 10**6, "--mesh", "fsdp=2")
+    wait_for_lines(run, 6, processes)
     processes[1].kill()
-    _, err = processes[0].communicate(timeout=120)  # no hang
+    out, err = processes[0].communicate(timeout=120)  # no hang
     assert processes[0].returncode != 0
     assert err
+    assert "going on from step 3" in out
+    found, expected = told(run), told(straight)
+    np.testing.assert_allclose([found[step] for step in (4, 5, 6)], [expected[step] for step in (4, 5, 6)], rtol=1e-5)

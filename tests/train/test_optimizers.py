@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from train.optimizers import adam, clip_by_norm, noam, scale_by_adam
+from train.optimizers import adam, adamw, clip_by_norm, make_schedule, noam, scale_by_adam
 
 D, WARMUP, STEPS = 13, 7, 29
 EPS = 0.1  # large, so that its place matters
@@ -21,9 +21,9 @@ def gradients(seed: int = 0) -> list[dict[str, np.ndarray]]:
     return [{"a": rng.normal(size=(3, 5)), "b": rng.normal(size=2) * 0.01} for _ in range(STEPS)]
 
 
-def apply(transformation: optax.GradientTransformation, gradients: list) -> dict[str, jax.Array]:
-    """Parameters after one update per gradient, from zero."""
-    parameters = jax.tree.map(jnp.zeros_like, gradients[0])
+def apply(transformation: optax.GradientTransformation, gradients: list, begun: dict | None = None) -> dict:
+    """Parameters after one update per gradient, from zero unless told."""
+    parameters = jax.tree.map(jnp.zeros_like, gradients[0]) if begun is None else begun
     state = transformation.init(parameters)
     for gradient in gradients:
         updates, state = transformation.update(gradient, state, parameters)
@@ -77,6 +77,50 @@ def test_the_whole_chain_against_torch(size):
     got = apply(adam(noam(0.5, D, WARMUP), "torch"), steps)
     for name, parameter in parameters.items():
         np.testing.assert_allclose(got[name], parameter.detach().numpy(), rtol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("max_norm", [1.0, None])
+def test_adamw_against_torch_with_weight_decay_on_kernels_alone(max_norm):
+    torch = pytest.importorskip("torch")
+    shapes = {"lin.kernel": (3, 5), "lin.bias": (5,), "norm.scale": (5,), "src_embed.embedding": (7, 3)}
+    rng = np.random.default_rng(2)
+    begun = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    steps = [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(STEPS)]
+
+    parameters = {name: torch.tensor(array, requires_grad=True) for name, array in begun.items()}
+    decayed = [parameters.pop("lin.kernel")]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": parameters.values(), "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, betas=(0.8, 0.95), eps=EPS)
+    parameters["lin.kernel"] = decayed[0]
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: 1 / (count + 1))
+    for gradient in steps:
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradient[name])
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+        optimizer.step()
+        falling.step()
+
+    chain = adamw(lambda count: 0.02 / (count + 1), 0.3, max_norm, b1=0.8, b2=0.95, eps=EPS)
+    got = apply(chain, steps, jax.tree.map(jnp.asarray, begun))
+    for name, parameter in parameters.items():
+        np.testing.assert_allclose(got[name], parameter.detach().numpy(), rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+def test_cosine_rises_linearly_and_falls_to_a_tenth():
+    rate, warmup, steps = 0.3, 5, 23
+    schedule = make_schedule("cosine", rate, width=D, warmup=warmup, steps=steps)
+    t = np.arange(steps + 4)
+    share = np.clip((t - warmup) / (steps - warmup), 0, 1)
+    falling = rate * (0.1 + 0.9 * (1 + np.cos(np.pi * share)) / 2)
+    expected = np.where(t < warmup, rate * t / warmup, falling)
+    np.testing.assert_allclose([schedule(jnp.int32(count)) for count in t], expected, rtol=1e-5)
+    assert expected[warmup] == rate
+    np.testing.assert_allclose(expected[steps:], rate / 10)
+    assert {float(make_schedule("constant", 0.5, width=D, warmup=9, steps=3)(count)) for count in (0, 7)} == {0.5}
+    with pytest.raises(ValueError, match="schedule=cosine falls from warmup=5 to steps=5"):
+        make_schedule("cosine", rate, width=D, warmup=5, steps=5)
 
 
 def test_the_originals_epsilon_weighs_more_at_first():

@@ -53,6 +53,50 @@ def test_collectives_are_counted_by_kind_with_the_turns_of_their_loops():
     }
 
 
+def moved(line: str, n: int = 4) -> float:
+    """Bytes that each of n devices sends for a program of one line."""
+    groups = f"channel_id=1, replica_groups={{{{{','.join(map(str, range(n)))}}}}}"
+    (found,) = hlo.collectives(f"ENTRY %main.1 (x: f32[8]) -> f32[8] {{\n  %c = {line}, {groups}\n}}\n")
+    return found.moved
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        # several gradients in one, as XLA's combiner writes it
+        ("(f32[25]{0:T(128)}, bf16[3,5]{1,0:T(8,128)(2,1)}, f32[]) all-reduce(%x, %y, /*index=2*/%z)", 2 * 134 * 3 / 4),
+        ("(f32[25]{0}, bf16[3,5]{1,0}) all-reduce-start(%x, %y)", 2 * 130 * 3 / 4),
+        ("((f32[25]{0}), f32[25]{0}, s32[]) all-reduce-start(%x)", 2 * 100 * 3 / 4),
+        ("(bf16[3,5]{1,0:T(8,128)(2,1)}, bf16[3,20]{1,0:T(8,128)(2,1)}) all-gather-start(%x)", 120 * 3 / 4),
+        ("((f32[7]{0}, f32[2]{0}), (f32[28]{0}, f32[8]{0})) all-gather-start(%x, %y)", 144 * 3 / 4),
+        ("(bf16[5]{0}, bf16[5]{0:S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)", 10),
+        ("((f32[5], s8[3]), (f32[5], s8[3]), u32[], u32[]) collective-permute-start(%x, %y)", 23),
+        ("((f32[28]{0}), f32[7]{0}, s32[]) reduce-scatter-start(%x)", 28 * 3),
+        ("(f32[7]{0}, f32[2]{0}) reduce-scatter(%x, %y)", 36 * 3),
+        ("(s8[6]{0}, s8[6]{0}, s8[6]{0}, s8[6]{0}) all-to-all(%a, %b, %c, %d)", 24 * 3 / 4),
+    ],
+)
+def test_a_collective_of_several_arrays_moves_all_of_them_once(line, expected):
+    assert moved(line) == expected
+
+
+TPU_REDUCE_SCATTER = """
+%all-reduce-scatter.3 (input.7: f32[28,5]) -> f32[7,5] {
+  %input.7 = f32[28,5]{1,0:T(8,128)} parameter(0)
+  %all-reduce.4 = f32[28,5]{1,0:T(8,128)} all-reduce(%input.7), channel_id=5, replica_groups={{0,2,4,6},{1,3,5,7}}
+  ROOT %dynamic-slice.9 = f32[7,5]{1,0:T(8,128)} dynamic-slice(%all-reduce.4, %i, %j), dynamic_slice_sizes={7,5}
+}
+
+ENTRY %main (x: f32[28,5]) -> f32[7,5] {
+  ROOT %f = f32[7,5]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+
+
+def test_a_tpus_fused_reduce_scatter_is_none_of_its_all_reduces():
+    assert hlo.collectives(TPU_REDUCE_SCATTER) == [hlo.Collective("reduce-scatter", 1, 28 * 5 * 4 * 3 / 4)]
+
+
 def test_products_are_counted_with_the_turns_of_their_loops():
     import jax
     import jax.numpy as jnp
@@ -77,6 +121,8 @@ def test_every_script_that_trains_is_an_experiment():
         ([], "name an experiment first"),
         (["unheard"], "'unheard' is no experiment; there are "),
         (["rope", "--topology", "v3:2x2"], "topology='v3:2x2' must be one of v4, v5e, v5p, v6e"),
+        (["rope", "--topology", "v5e:axb"], "topology='v5e:axb' must be one of v4, v5e, .*, such as v5e:2x4"),
+        (["rope", "--topology", "v5e:2x"], "topology='v5e:2x' must be one of v4, v5e, .*, such as v5e:2x4"),
         (["rope", "--preset", "huge"], "--preset huge is none of small, original"),
     ],
 )
