@@ -21,7 +21,7 @@ import tyro
 from jax.sharding import Mesh
 
 from jaxmodels.checkpoint import read_config
-from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary, split
+from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
 from train import config, rope_value
 from train.checkpoints import latest_model, open_model
 from train.command import Stop, one_line_errors
@@ -67,10 +67,11 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What is judged, and of a run its configuration and what tells its data from any other."""
+    """What is judged, and of a run its script, its configuration and what tells its data from any other."""
 
     model: Any
     vocabulary: Vocabulary
+    script: str | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     sha256: str | None = None
 
@@ -81,7 +82,8 @@ def open_checkpoint(command: Command, mesh: Mesh) -> Checkpoint:
     if (folder / config.FILE).exists() and (folder / "checkpoints").is_dir():
         about = config.read_about(folder)
         model, _ = latest_model(folder, mesh)
-        return Checkpoint(model, load_vocabulary(folder / "vocabulary.json"), about["config"], about["sha256"])
+        vocabulary = load_vocabulary(folder / "vocabulary.json")
+        return Checkpoint(model, vocabulary, about["script"], about["config"], about["sha256"])
     if mesh.size > 1 and read_config(folder)[1].get("stacked") is False:
         model = open_model(folder).stacked()  # the tables of train/mesh.py are for stacked layers
     else:
@@ -102,7 +104,7 @@ def examples_of(command: Command, opened: Checkpoint) -> Sequence[Example]:
         raise ValueError("a model that is no run needs --seq-len")
     if command.text is not None:
         ids = opened.vocabulary.encode(load_corpus(command.text))
-    elif "digits" in settings:  # train.rope_value has no text, it makes its problems
+    elif opened.script == "train.rope_value":  # which has no text, it makes its problems
         return rope_value.Config(**{**settings, "seq_len": seq_len}).task().validation
     elif settings:
         ids = held_out(command.checkpoint, opened)
@@ -117,7 +119,7 @@ def held_out(run: Path, opened: Checkpoint) -> np.ndarray:
     Raises ValueError where the text has changed since: what is held out of it now may have been trained on.
     """
     text = opened.settings["text"]
-    tokens, index = open_tokens(text), of_run(run, opened.settings)
+    tokens, index = open_tokens(text, opened.vocabulary), of_run(run, opened.settings)
     found = tokens.sha256
     if index is not None:  # as train.retro has it
         found = hashlib.sha256(f"{found}|{index.fingerprint}".encode()).hexdigest()
@@ -127,7 +129,7 @@ def held_out(run: Path, opened: Checkpoint) -> np.ndarray:
             f"{what} has changed since {run} was trained on it: sha256 {found} now, {opened.sha256} then; "
             "name a text with --text"
         )
-    return tokens.validation if Path(text).is_dir() else opened.vocabulary.encode(split(load_corpus(text))[1])
+    return tokens.validation
 
 
 def judge(model: Any, examples: Sequence[Example], vocabulary: Vocabulary, mesh: Mesh, command: Command) -> Judgement:

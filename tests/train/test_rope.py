@@ -66,7 +66,7 @@ def test_what_a_run_prints_and_leaves(run_and_output):
     assert 0 < float(bar) < float(reached)  # seven steps are not enough
     assert f"python -m train.sample {run}" in out
 
-    names = {"checkpoints", "config.json", "metrics.jsonl", "profile", "tensorboard", "vocabulary.json"}
+    names = {".lock", "checkpoints", "config.json", "metrics.jsonl", "profile", "tensorboard", "vocabulary.json"}
     assert {path.name for path in run.iterdir()} == names
     assert json.loads((run / "config.json").read_text())["config"]["d_ff"] == 13
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["7"]
