@@ -110,7 +110,7 @@ def make_mesh(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def parameter_specs(model_name: str, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, PartitionSpec]:
-    """Where each array of a model lies, by its dotted path; on one device any model's.
+    """Where each array of a model lies, by its dotted path; whole, whatever the model, on one device.
 
     Raises ValueError for a model without a table, a path without a rule, and for sizes that the mesh does not divide.
     """
@@ -212,11 +212,8 @@ class Processes:
         if missing:
             either = " and ".join(f"--{name} (or {VARIABLES[name]})" for name in missing)
             raise ValueError(f"--coordinator, --processes and --process belong together: {either} not given")
-        coordinator, processes, process = (
-            str(given["coordinator"]),
-            as_number("processes", given),
-            as_number("process", given),
-        )
+        coordinator = str(given["coordinator"])
+        processes, process = (as_number(name, given[name]) for name in ("processes", "process"))
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal():
             raise ValueError(f"coordinator={coordinator!r} must be HOST:PORT, such as 10.0.0.2:8476")
@@ -225,11 +222,11 @@ class Processes:
         return coordinator, processes, process
 
 
-def as_number(name: str, given: Mapping[str, str | int | None]) -> int:
-    value = str(given[name])
-    if not value.removeprefix("-").isdecimal():
-        raise ValueError(f"{VARIABLES[name]}={value!r} must be a whole number")
-    return int(value)
+def as_number(name: str, given: str | int | None) -> int:
+    """Of a flag, which is one, or of its variable, which is text."""
+    if not str(given).removeprefix("-").isdecimal():
+        raise ValueError(f"{VARIABLES[name]}={given!r} must be a whole number")
+    return int(str(given))
 
 
 def is_first() -> bool:
