@@ -212,6 +212,23 @@ def written_beside(target: str | os.PathLike, *, overwrite: bool = False) -> Ite
         shutil.rmtree(old)
 
 
+@contextlib.contextmanager
+def file_beside(target: str | os.PathLike) -> Iterator[Path]:
+    """A path to write a file to, which takes the target's place once it is complete and vanishes if writing it fails.
+
+    It has the name of no other, so that several processes may write one target: it is the whole file of one of them.
+    """
+    target = Path(target)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield beside
+        flush(beside)
+        beside.replace(target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def replace(target: Path, new: Path, old: Path) -> None:
     """Puts `new` at the target, and what was there at `old`; or nothing changes, and an OSError names the target."""
     try:

@@ -6,45 +6,42 @@ RUN/index/NAME.npz     neighbours of a set of examples: fingerprint, and neighbo
 Axes: n examples, S tokens of each, C = S // L chunks of L = chunk_len, k neighbours, M = 2·L their tokens.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from jaxmodels.checkpoint import file_beside
 from jaxmodels.retro.corpus import Corpus, sharing
 from jaxmodels.retro.retrieval import ChunkIndex
 from train.data import Example, Windows
+from train.mesh import agree, is_first
 
+Made = TypeVar("Made")
 Kind = Literal["nearest", "filtered", "random"]
 SKIPPED = 8  # fewer tokens than these are skipped before an example, so that its chunks are not those of the index
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples(Sequence[Example]):
-    """Inputs of S tokens with their next ones, from each start on: {"tokens": [S + 1]}, and "ret" [C, k, M].
+    """Windows of a text from each start on, with what they read besides: {"tokens": [S + 1]}, and "ret" [C, k, M].
 
-    ids: int [N]; starts: int [n]; neighbors: int [n, C, k], where in the corpus they begin, or None for none. Raises
-    ValueError, with the text's `name`, where there is no example, or a neighbour outside the corpus.
+    starts: int [n]; neighbors: int [n, C, k], where in the corpus they begin, or None for none. Raises ValueError where
+    a neighbour is outside the corpus.
     """
 
-    ids: np.ndarray
+    windows: Windows
     starts: np.ndarray
-    seq_len: int
-    name: str
     neighbors: np.ndarray | None = None
     corpus: Corpus | None = None
     length: int = 0  # M
 
     def __post_init__(self):
-        if not len(self.starts):
-            raise ValueError(
-                f"the {self.name} text has {len(self.ids)} tokens, fewer than one sequence of seq_len={self.seq_len} "
-                "and one"
-            )
         if self.neighbors is not None and self.corpus is not None:
             self.corpus.passages(np.array([self.neighbors.min(), self.neighbors.max()]), 1)
 
@@ -52,11 +49,10 @@ class Samples(Sequence[Example]):
         return len(self.starts)
 
     def __getitem__(self, i):
-        start = int(self.starts[i])
-        tokens = np.asarray(self.ids[start : start + self.seq_len + 1], np.int32)
+        example = self.windows.at(int(self.starts[i]))
         if self.neighbors is None or self.corpus is None:
-            return {"tokens": tokens}
-        return {"tokens": tokens, "ret": self.corpus.passages(self.neighbors[i], self.length)}
+            return example
+        return {**example, "ret": self.corpus.passages(self.neighbors[i], self.length)}
 
 
 def with_skips(n: int, seq_len: int, passes: int, seed: int) -> np.ndarray:
@@ -70,9 +66,24 @@ def with_skips(n: int, seq_len: int, passes: int, seed: int) -> np.ndarray:
     return np.array(starts, np.int64)
 
 
-def end_to_end(n: int, seq_len: int) -> np.ndarray:
-    """Where examples begin that cover n tokens once."""
-    return np.arange((n - 1) // seq_len) * seq_len
+def end_to_end(windows: Windows) -> Samples:
+    """The windows themselves, which neighbours can be attached to."""
+    return Samples(windows, np.arange(len(windows)) * windows.seq_len)
+
+
+def made_once(make: Callable[[], Made]) -> Made:
+    """What the first process makes and keeps in files, and each of the others from them once it has; all must ask.
+
+    Raises KeyboardInterrupt in all of them where making it raised that in the first.
+    """
+    made = None
+    agree(False)  # they connect to each other: the first time, some backends wait no longer than 30 seconds for that
+    if is_first():
+        with contextlib.suppress(KeyboardInterrupt):
+            made = make()
+    if agree(is_first() and made is None):
+        raise KeyboardInterrupt
+    return make() if made is None else made
 
 
 def attach(
@@ -85,44 +96,58 @@ def attach(
     own: bool = False,
     run: int = 0,
     seed: int = 0,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Samples:
     """Samples with neighbours out of an index: those in the file, where it is of the same, or new ones that it keeps.
 
     own: the samples are from the corpus of the index, and no neighbour may touch its own sample. filtered: nor share
-    `run` tokens in a row with its chunk or the chunk after it, which it is there to predict.
+    `run` tokens in a row with its chunk or the chunk after it, which it is there to predict. Of several processes the
+    first looks them up. Raises KeyboardInterrupt, and keeps nothing, where interrupted() says so there.
     """
-    parts = (samples.starts.astype("<i8").tobytes(), np.asarray(samples.ids).astype("<i4").tobytes())
-    about = f"{index.fingerprint}|{index.n_probe}|{samples.seq_len}|{k}|{kind}|{own}|{run}|{seed}"
+    parts = (samples.starts.astype("<i8").tobytes(), np.asarray(samples.windows.ids).astype("<i4").tobytes())
+    about = f"{index.fingerprint}|{index.n_probe}|{samples.windows.seq_len}|{k}|{kind}|{own}|{run}|{seed}"
     fingerprint = hashlib.sha256(b"|".join([about.encode(), *parts])).hexdigest()
-    length = 2 * index.chunk_len
-    neighbors = read(file, fingerprint)
-    if neighbors is None:
-        neighbors = look_up(samples, index, k, kind, own=own, run=run, seed=seed).astype(np.int32)
-        beside = file.with_name(f".{file.name}")
-        with open(beside, "wb") as opened:
-            np.savez(opened, fingerprint=fingerprint, neighbors=neighbors)
-        beside.replace(file)
-    return dataclasses.replace(samples, neighbors=neighbors, corpus=index.corpus, length=length)
+
+    def kept() -> np.ndarray:
+        neighbors = read(file, fingerprint)
+        if neighbors is None:
+            found = look_up(samples, index, k, kind, own=own, run=run, seed=seed, interrupted=interrupted)
+            neighbors = found.astype(np.int32)
+            with file_beside(file) as beside, open(beside, "wb") as opened:
+                np.savez(opened, fingerprint=fingerprint, neighbors=neighbors)
+        return neighbors
+
+    return dataclasses.replace(samples, neighbors=made_once(kept), corpus=index.corpus, length=2 * index.chunk_len)
 
 
 def look_up(
-    samples: Samples, index: ChunkIndex, k: int, kind: Kind, *, own: bool = False, run: int = 0, seed: int = 0
+    samples: Samples,
+    index: ChunkIndex,
+    k: int,
+    kind: Kind,
+    *,
+    own: bool = False,
+    run: int = 0,
+    seed: int = 0,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """The neighbours [n, C, k] of all chunks of all samples."""
-    n, c, length = len(samples), samples.seq_len // index.chunk_len, index.chunk_len
+    ids, seq_len = samples.windows.ids, samples.windows.seq_len
+    n, c, length = len(samples), seq_len // index.chunk_len, index.chunk_len
     if kind == "random":
         return np.random.default_rng([seed, 5]).choice(index.starts, (n, c, k))
     places = samples.starts[:, None] + length * np.arange(c)  # [n, C]
-    chunks = samples.ids[places[..., None] + np.arange(length)].reshape(n * c, length)
-    spans = np.stack([samples.starts, samples.starts + samples.seq_len + 1], axis=1) if own else None
+    chunks = ids[places[..., None] + np.arange(length)].reshape(n * c, length)
+    spans = np.stack([samples.starts, samples.starts + seq_len + 1], axis=1) if own else None
     refuse = None
     if kind == "filtered":
         around = places.reshape(-1, 1) + np.arange(2 * length)
-        known = around < len(samples.ids)
-        texts = np.where(known, samples.ids[np.where(known, around, 0)].astype(np.int64), -1)
+        known = around < len(ids)
+        texts = np.where(known, ids[np.where(known, around, 0)].astype(np.int64), -1)
         refuse = sharing(index.corpus, texts, run, 2 * length)
     spans = None if spans is None else np.repeat(spans, c, axis=0)
-    return index.neighbors(chunks, k, own=spans, refuse=refuse, progress=True).reshape(n, c, k)
+    found = index.neighbors(chunks, k, own=spans, refuse=refuse, progress=True, interrupted=interrupted)
+    return found.reshape(n, c, k)
 
 
 def read(file: Path, fingerprint: str) -> np.ndarray | None:
@@ -165,6 +190,6 @@ def with_neighbors(windows: Windows, run: Path, settings: dict[str, Any]) -> Seq
         return windows
     if windows.seq_len < index.chunk_len:
         raise ValueError(f"seq_len={windows.seq_len} must be at least a chunk of {index.chunk_len}")
-    samples = Samples(windows.ids, end_to_end(len(windows.ids), windows.seq_len), windows.seq_len, windows.name)
+    samples = end_to_end(windows)
     neighbors = look_up(samples, index, settings["neighbors"], "nearest")
     return dataclasses.replace(samples, neighbors=neighbors, corpus=index.corpus, length=2 * index.chunk_len)

@@ -26,7 +26,6 @@ copied; with random ones; and without.
 """
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,10 +36,10 @@ import jax
 import numpy as np
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 from rich.table import Table
 
-import jaxmodels
-from jaxmodels.convert.params import flat_arrays, with_arrays
+from jaxmodels.convert.params import dotted, flat_arrays
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.retro.corpus import Corpus
 from jaxmodels.retro.embedders import embedder_of
@@ -48,15 +47,15 @@ from jaxmodels.retro.retrieval import ChunkIndex
 from jaxmodels.retro.sampling import Retriever, Retrieving
 from jaxmodels.text import Vocabulary, load_vocabulary
 from train import experiment
-from train.checkpoints import latest_model
+from train.checkpoints import latest_model, open_model
 from train.command import Stop, interruptible
 from train.config import Options, check_folder, parse
-from train.data import Task
+from train.data import Example, Task, Windows
 from train.experiment import Result, as_program, carry_out, start
 from train.loop import Evaluation
 from train.mesh import make_mesh
-from train.neighbors import Kind, Samples, attach, end_to_end, with_skips
-from train.step import Batch, Program, State
+from train.neighbors import Kind, Samples, attach, end_to_end, made_once, with_skips
+from train.step import Arrays, Batch, Program, State
 from train.tokenize import Tokens
 
 PROGRAM = "python -m train.retro"
@@ -166,17 +165,17 @@ class Config(experiment.AdamWConfig):
         return RetroModel(*sizes, encoder, rngs=rngs)
 
     def initial(self, program: Program, vocabulary: Vocabulary) -> State:
+        state = super().initial(program, vocabulary)
         if self.from_decoder is None:
-            return super().initial(program, vocabulary)
-        model = self.model(len(vocabulary))
-        return program.state_of(with_decoder(model, load_decoder(self.from_decoder, model, vocabulary)), self.seed)
+            return state
+        return with_model(state, load_decoder(self.from_decoder, program.abstract, vocabulary, program.mesh))
 
-    def check(self) -> None:
-        """Raises ValueError where the text, the model or the decoder to begin with are not there, or do not fit."""
+    def check(self, mesh: Mesh) -> None:
+        """Raises ValueError where text, model, mesh or the decoder to begin with are not there, or do not fit."""
         vocabulary = self.tokens().vocabulary
-        model = nnx.eval_shape(lambda: self.model(len(vocabulary)))
+        program = self.program(len(vocabulary), mesh)
         if self.from_decoder is not None:
-            load_decoder(self.from_decoder, model, vocabulary)
+            load_decoder(self.from_decoder, program.abstract, vocabulary, mesh)
 
     def trains(self, path: str) -> bool:
         return self.from_decoder is None or path.startswith(RETRIEVES)
@@ -188,15 +187,21 @@ class Config(experiment.AdamWConfig):
         shape = (self.batch_size, self.seq_len // self.chunk_len, self.neighbors, 2 * self.chunk_len)
         return {**batch, "ret": jax.ShapeDtypeStruct(shape, np.int32)}
 
-    def task(self) -> Task:
-        """Examples with their neighbours, which are looked up where that has not been done yet."""
+    def task(self, interrupted: Callable[[], bool] = lambda: False) -> Task:
+        """Examples with their neighbours, which are looked up where that has not been done yet.
+
+        Raises ValueError, before it begins, where a text is too short; KeyboardInterrupt where interrupted() says so.
+        """
         tokens = self.tokens()
-        starts = with_skips(len(tokens.train), self.seq_len, self.passes, self.seed)
-        train = Samples(tokens.train, starts, self.seq_len, "training")
+        windows = Windows(tokens.train, self.seq_len, "training")
+        validation = self.held_out(tokens, None)
+        train = Samples(windows, with_skips(len(tokens.train), self.seq_len, self.passes, self.seed))
         sha256 = tokens.sha256
         if self.retrieval:
-            index = open_index(self).index
-            train = attach(train, index, self.neighbors, Path(self.index) / "training.npz", own=True)
+            index = open_index(self, interrupted).index
+            file = Path(self.index) / "training.npz"
+            train = attach(train, index, self.neighbors, file, own=True, interrupted=interrupted)
+            validation = self.held_out(tokens, interrupted=interrupted)
             sha256 = hashlib.sha256(f"{sha256}|{index.fingerprint}".encode()).hexdigest()
         n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
         about = (
@@ -205,42 +210,58 @@ class Config(experiment.AdamWConfig):
         )
         order = grain.MapDataset.range(len(train)).seed(self.seed).shuffle().repeat()
         ids = tokens.train, tokens.validation
-        return Task(order.map(train.__getitem__), self.held_out(tokens), tokens.vocabulary, sha256, about, *ids)
+        return Task(order.map(train.__getitem__), validation, tokens.vocabulary, sha256, about, *ids)
 
-    def held_out(self, tokens: Tokens, kind: Kind | None = "nearest") -> Samples:
-        """The validation text, with neighbours of a kind where the model reads any."""
-        starts = end_to_end(len(tokens.validation), self.seq_len)
-        samples = Samples(tokens.validation, starts, self.seq_len, "validation")
-        if kind is None or not self.retrieval:
-            return samples
+    def held_out(
+        self, tokens: Tokens, kind: Kind | None = "nearest", interrupted: Callable[[], bool] = lambda: False
+    ) -> Sequence[Example]:
+        """The validation text, with neighbours of a kind or without; raises as `task`."""
+        windows = Windows(tokens.validation, self.seq_len, "validation")
+        if kind is None:
+            return windows
         run = self.overlap if kind == "filtered" else 0
         file = Path(self.index) / f"validation_{kind}.npz"
-        return attach(samples, open_index(self).index, self.neighbors, file, kind, run=run)
+        index = open_index(self, interrupted).index
+        return attach(end_to_end(windows), index, self.neighbors, file, kind, run=run, interrupted=interrupted)
 
     def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
         """What the model writes greedily, looking neighbours up as it goes."""
         return super().show(Retrieving(model, open_index(self)) if self.retrieval else model, task, interrupted)
 
 
-@functools.lru_cache(maxsize=1)
-def open_index(settings: Config) -> Retriever:
-    """The index of a run's training text, built where it is not there yet."""
+OPENED: dict[Config, Retriever] = {}  # the last one: what writes with live retrieval is compiled for this very object
+
+
+def open_index(settings: Config, interrupted: Callable[[], bool] = lambda: False) -> Retriever:
+    """The index of a run's training text, which the first process builds where it is not there yet.
+
+    Raises KeyboardInterrupt where interrupted() says so there.
+    """
     if not settings.index:
         raise ValueError("index='' names no folder for the chunk index")
-    tokens = settings.tokens()
-    corpus = Corpus.of(tokens.train, tokens.vocabulary)
-    embedder = embedder_of(settings.embedder)
-    index = ChunkIndex.build(settings.index, corpus, settings.chunk_len, embedder, factory=settings.factory)
-    return Retriever(index, settings.neighbors)
+    if settings not in OPENED:
+        tokens = settings.tokens()
+        corpus = Corpus.of(tokens.train, tokens.vocabulary)
+        embedder, factory = embedder_of(settings.embedder), settings.factory
+
+        def build() -> ChunkIndex:
+            chunk_len = settings.chunk_len
+            return ChunkIndex.build(
+                settings.index, corpus, chunk_len, embedder, factory=factory, interrupted=interrupted
+            )
+
+        OPENED.clear()
+        OPENED[settings] = Retriever(made_once(build), settings.neighbors)
+    return OPENED[settings]
 
 
-def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary) -> RetroModel:
+def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: Mesh) -> RetroModel:
     """The decoder of a run, or of a folder that `jaxmodels.save` wrote, for a model, which may be abstract.
 
     Raises ValueError where it is no plain decoder, or one of other sizes, or of another vocabulary.
     """
     is_run = (Path(folder) / "checkpoints").is_dir()
-    decoder = latest_model(Path(folder))[0] if is_run else jaxmodels.load(folder)
+    decoder = latest_model(Path(folder), mesh)[0] if is_run else open_model(Path(folder), mesh)
     if not isinstance(decoder, RetroModel) or decoder.ca_layers:
         raise ValueError(f"from_decoder={folder} holds no plain decoder: a RetroModel without ca_layers")
     own = Path(folder) / "vocabulary.json"
@@ -254,22 +275,22 @@ def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary) -> Retr
     return decoder
 
 
-def with_decoder(model: RetroModel, decoder: RetroModel) -> RetroModel:
-    """The model with a decoder's arrays in the place of its own."""
-    own = {path: array for path, array in flat_arrays(decoder).items() if not is_retrieval(path)}
-    return with_arrays(model, own)
+def with_model(state: State, model: RetroModel) -> State:
+    """A state with a model's arrays in the place of its own of the same names, each where that one lies."""
+    arrays = {dotted(path): array for path, array in flat_arrays(model).items()}
 
+    def replaced(own: Arrays) -> Arrays:
+        given = {name: arrays[name].astype(own[name].dtype) for name in own.keys() & arrays.keys()}
+        return own | {name: jax.device_put(array, own[name].sharding) for name, array in sorted(given.items())}
 
-def is_retrieval(path: tuple[str | int, ...]) -> bool:
-    return f"{path[0]}.".startswith(RETRIEVES)
+    return dataclasses.replace(state, params=replaced(state.params), fixed=replaced(state.fixed))
 
 
 def compare(settings: Config, folder: Path, options: Options, stop: Stop) -> dict[str, float] | None:
     """Validation losses of a run's model with neighbours of each kind and with none; None where it was ended."""
     tokens = settings.tokens()
-    model, _ = latest_model(folder)
     program = settings.program(len(tokens.vocabulary), make_mesh(options.mesh))
-    state = program.state_of(model)
+    state = with_model(program.make_state(settings.seed), latest_model(folder, program.mesh)[0])
     kinds: dict[str, Kind | None] = {
         "nearest neighbours": "nearest",
         f"no run of {settings.overlap} shared": "filtered",
@@ -278,8 +299,11 @@ def compare(settings: Config, folder: Path, options: Options, stop: Stop) -> dic
     }
     losses: dict[str, float] = {}
     for name, kind in kinds.items():
-        samples = settings.held_out(tokens, kind)
-        loss = Evaluation(program, settings.judged(samples), settings.batch_size, stop)(state)
+        try:
+            examples = settings.held_out(tokens, kind, stop.__bool__)
+        except KeyboardInterrupt:
+            return None
+        loss = Evaluation(program, settings.judged(examples), settings.batch_size, stop)(state)
         if loss is None:
             return None
         losses[name] = loss
@@ -291,7 +315,7 @@ def main(arguments: Sequence[str]) -> int:
     with interruptible() as stop:
         command = parse(Config, PROGRAM, arguments)
         if command.resume is not None:
-            return experiment.main(Config, PROGRAM, arguments)
+            return experiment.main(Config, PROGRAM, arguments, stop)
         given = command.config
         settings = dataclasses.replace(given, index=given.index or str(command.run / "index"))
         runs = {"retrieval": settings}
@@ -299,14 +323,19 @@ def main(arguments: Sequence[str]) -> int:
             runs["plain"] = dataclasses.replace(settings, retrieval=False)
         for name, config in runs.items():
             check_folder(config, command.run / name)
-        settings.check()  # before the index is built
         console = start(command.options)
+        mesh, go_on = make_mesh(command.options.mesh), f"{PROGRAM} and the same flags again"
+        for config in runs.values():
+            config.check(mesh)
+        try:
+            settings.task(stop.__bool__)
+        except KeyboardInterrupt:
+            console.print(f"stopped while neighbours were looked up; go on with: {go_on}")
+            return stop.exit_code
         results: dict[str, Result] = {}
         for name, config in runs.items():
             console.print(f"\n{name}")
-            result = carry_out(
-                config, command.run / name, command.options, stop, console, f"{PROGRAM} and the same flags again"
-            )
+            result = carry_out(config, command.run / name, command.options, stop, console, go_on)
             if result is None:
                 return stop.exit_code
             results[name] = result

@@ -37,7 +37,7 @@ from train.sample import whole
 
 CHARACTERS = "0123456789xe =\n?+;"
 VOCABULARY = CharVocabulary(CHARACTERS)
-QUESTIONS = 64
+QUESTIONS, AT_A_TIME = 64, 16
 VALIDATION = 64  # sequences
 
 
@@ -70,15 +70,28 @@ def sequence(digits: int, seq_len: int, rng: np.random.Generator) -> Example:
     return {"tokens": VOCABULARY.encode(text[: seq_len + 1])}
 
 
-def answer(model: Any, questions: Sequence[tuple[int, int]], length: int) -> list[str]:
-    """What the model writes, greedily, after each question: its line, or `length` characters of it."""
+def answer(
+    model: Any,
+    questions: Sequence[tuple[int, int]],
+    length: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """What the model writes, greedily, after each question: its line, or `length` characters of it.
+
+    Fewer are answered where interrupted() says so between some and the next ones.
+    """
     prompts = [VOCABULARY.encode(question(*pair)) for pair in questions]
     width = max(map(len, prompts))
     start = np.array([width - len(prompt) for prompt in prompts])  # left padding
     ids = np.stack([np.pad(prompt, (n, 0)) for prompt, n in zip(prompts, start, strict=True)], axis=1)
     end = CHARACTERS.index("\n")
-    written = whole(generate(model, jnp.asarray(ids), length, stop_tokens=(end,), start=jnp.asarray(start)))
-    return [VOCABULARY.decode(column).partition("\n")[0] for column in written.T]
+    found: list[str] = []
+    while len(found) < len(questions) and not interrupted():
+        some = slice(len(found), len(found) + AT_A_TIME)
+        prompt, padding = jnp.asarray(ids[:, some]), jnp.asarray(start[some])
+        written = whole(generate(model, prompt, length, stop_tokens=(end,), start=padding))
+        found += [VOCABULARY.decode(column).partition("\n")[0] for column in written.T]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +141,16 @@ class Config(experiment.Config):
         return Task(train, held_out, VOCABULARY, sha256, about)
 
     def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
-        """The share of right answers, and the first few of them."""
+        """The first few answers, and the share of right ones, unless it was interrupted before it had them all."""
         rng = np.random.default_rng(2)
         questions = [draw(self.digits, rng) for _ in range(QUESTIONS)]
         largest = 10**self.digits - 1
-        found = answer(model, questions, len(problem(largest, largest)))
-        right = [text.rpartition("x==")[2] == str(a + b) for text, (a, b) in zip(found, questions, strict=True)]
-        first = [question(*pair) + text for pair, text in zip(questions[:3], found[:3], strict=True)]
-        score = sum(right) / QUESTIONS
-        return "\n".join([f"{sum(right)} of {QUESTIONS} answers right, such as", *first]), {"score": score}
+        found = answer(model, questions, len(problem(largest, largest)), interrupted)
+        answered = list(zip(questions, found, strict=False))
+        right = sum(text.rpartition("x==")[2] == str(a + b) for (a, b), text in answered)
+        first = [question(*pair) + text for pair, text in answered[:3]]
+        score = {"score": right / QUESTIONS} if len(found) == QUESTIONS else {}
+        return "\n".join([f"{right} of {len(found)} answers right, such as", *first]), score
 
 
 if __name__ == "__main__":

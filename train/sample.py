@@ -3,6 +3,7 @@
 python -m train.sample runs/rope --prompt "KING" --length 500 --temperature 0.8
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import tyro
 
 from jaxmodels.generate import generate
-from jaxmodels.text import load_vocabulary
+from jaxmodels.text import Vocabulary, load_vocabulary
 from train.checkpoints import latest_model
 from train.command import one_line_errors
 from train.config import read_about
@@ -30,8 +31,9 @@ class Command:
 
     run: Annotated[Path, tyro.conf.Positional]
     """folder of the run"""
-    prompt: str = "The "
-    """text to continue; its characters must be among those of the training text"""
+    prompt: str | None = None
+    """text to continue; its characters must be among those of the training text; none: "The ", or a new line, or the
+    vocabulary's first token, the first of these that the model knows"""
     length: int = 500
     """tokens to write: characters, mostly"""
     temperature: float = 0.8
@@ -50,9 +52,10 @@ def main(arguments: Sequence[str]) -> None:
     settings = read_about(command.run)["config"]
     vocabulary = load_vocabulary(command.run / "vocabulary.json")
     model = retrieving(latest_model(command.run)[0], command.run, settings)
+    prompt = default_prompt(vocabulary) if command.prompt is None else command.prompt
     continuation = continue_text(
         model,
-        vocabulary.encode(command.prompt),
+        vocabulary.encode(prompt),
         command.length,
         settings["seq_len"],
         temperature=command.temperature,
@@ -61,7 +64,16 @@ def main(arguments: Sequence[str]) -> None:
         seed=command.seed,
         n_tokens=len(vocabulary),
     )
-    print(command.prompt + vocabulary.decode(continuation))
+    print(prompt + vocabulary.decode(continuation))
+
+
+def default_prompt(vocabulary: Vocabulary) -> str:
+    """The beginning of a text, in what a vocabulary has."""
+    for prompt in ("The ", "\n"):
+        with contextlib.suppress(ValueError):
+            vocabulary.encode(prompt)
+            return prompt
+    return vocabulary.decode(np.zeros(1, np.int32))
 
 
 def continue_text(

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     with interruptible() as stop:
         command = parse(Config, PROGRAM, arguments)
         if command.config.attention != "all":
-            return experiment.main(Config, PROGRAM, arguments)
+            return experiment.main(Config, PROGRAM, arguments, stop)
         runs = {kind: (dataclasses.replace(command.config, attention=kind), command.run / kind) for kind in KINDS}
         for settings, folder in runs.values():
             check_folder(settings, folder)

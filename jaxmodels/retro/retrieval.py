@@ -9,18 +9,19 @@ FOLDER/tokens.npy              ids [T];  documents.npy: where each document begi
 FOLDER/vocabulary.json         `jaxmodels.text.load_vocabulary` reads it
 FOLDER/index-0000062500.faiss  FAISS's own file, after so many chunks
 
-A build that was stopped goes on after the last batch that was saved.
+A build that was stopped goes on after the last batch that was saved. One process at a time may build in a folder.
 """
 
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxmodels.checkpoint import file_beside
 from jaxmodels.retro.corpus import Corpus, Refuse
 from jaxmodels.retro.embedders import Embedder, HashedNGrams, embedder_of
 from jaxmodels.text import load_vocabulary
@@ -71,11 +72,13 @@ class ChunkIndex:
         *,
         factory: str | None = None,
         progress: bool = True,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> "ChunkIndex":
         """The index in a folder: a new one, one that a stopped build left unfinished, or the one that is there.
 
         factory: FAISS's factory string; None: `default_factory`. Raises ValueError where the corpus is shorter than a
-        chunk, the folder holds an index of something else or no index, and for a factory that FAISS refuses.
+        chunk, the folder holds an index of something else or no index, and for a factory that FAISS refuses;
+        KeyboardInterrupt, once what was added is saved, where interrupted() says so between two batches.
         """
         folder, embedder = Path(folder), embedder or HashedNGrams()
         starts = corpus.chunks(chunk_len)
@@ -104,8 +107,11 @@ class ChunkIndex:
         batches = range(about["added"], len(starts), BATCH)
         for number, first in enumerate(shown(batches, "indexing", progress), start=1):
             searcher.add(index.embed(corpus.passages(starts[first : first + BATCH], chunk_len)))
-            if number % SAVE_EVERY == 0 or number == len(batches):
+            ended = interrupted()
+            if ended or number % SAVE_EVERY == 0 or number == len(batches):
                 index.save(folder)
+            if ended:
+                raise KeyboardInterrupt
         return index
 
     def save(self, folder: Path) -> None:
@@ -114,9 +120,8 @@ class ChunkIndex:
 
         added, before = self.searcher.ntotal, self.about["index"]
         name = f"index-{added:010}.faiss"
-        beside = folder / f".{name}"
-        faiss.write_index(self.searcher, str(beside))
-        beside.replace(folder / name)
+        with file_beside(folder / name) as beside:
+            faiss.write_index(self.searcher, str(beside))
         self.about |= {"added": added, "index": name}
         write_about(folder, self.about)
         if before not in (None, name):
@@ -162,13 +167,15 @@ class ChunkIndex:
         own: np.ndarray | None = None,
         refuse: Refuse | None = None,
         progress: bool = False,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> np.ndarray:
         """Where the k nearest passages begin, nearest first: ids [n, L] -> int64 [n, k].
 
         own [n, 2]: the span, from … to, of the corpus that each chunk is part of; no passage of 2·L tokens that touches
         it is taken. refuse(rows, starts): bool like starts [r, f], which candidates not to take for those rows of
         `chunks`. More is fetched until k are left. Where the corpus has fewer the nearest is repeated, which alone
-        changes nothing for the model; where it has none they are -1. Raises ValueError for chunks of another length.
+        changes nothing for the model; where it has none they are -1. Raises ValueError for chunks of another length,
+        KeyboardInterrupt where interrupted() says so before a batch of them.
         """
         chunks = np.asarray(chunks)
         if chunks.ndim != 2 or chunks.shape[1] != self.chunk_len or k < 1:
@@ -177,6 +184,8 @@ class ChunkIndex:
             )
         found = np.full((len(chunks), k), -1, np.int64)
         for first in shown(range(0, len(chunks), BATCH), "looking up", progress):
+            if interrupted():
+                raise KeyboardInterrupt
             rows = np.arange(first, min(first + BATCH, len(chunks)))
             self.look_up(found, chunks, rows, own, refuse)
         return np.where(found < 0, found[:, :1], found)
@@ -280,9 +289,8 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    beside = folder / ".about.json"
-    beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    beside.replace(folder / "about.json")
+    with file_beside(folder / "about.json") as beside:
+        beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:

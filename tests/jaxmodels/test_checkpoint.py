@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxmodels
+from jaxmodels.checkpoint import file_beside
 from jaxmodels.convert.params import flat_arrays
 from jaxmodels.layers import Fixed, Linear
 from jaxmodels.transformer import AutoregressiveTransformer
@@ -277,3 +278,21 @@ def test_refuses_damaged_arrays(saved, tmp_path):
 def test_other_files_may_lie_beside(copy, model):
     (copy / "vocabulary.json").write_text("{}")  # what a training script keeps with a model
     assert_same_model(jaxmodels.load(copy), model)
+
+
+def test_a_file_is_whole_whoever_writes_it(tmp_path):
+    file = tmp_path / "about.json"
+    with file_beside(file) as one, file_beside(file) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert file.read_text() == "one"  # the last that was complete
+
+    def interrupted():
+        with file_beside(file) as half:
+            half.write_text("ha")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
+    assert file.read_text() == "one"

@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import re
+import signal
+import socket
 from pathlib import Path
 
 import jax
@@ -14,10 +17,12 @@ from jaxmodels.retro.corpus import Corpus
 from jaxmodels.retro.embedders import HashedNGrams
 from jaxmodels.retro.retrieval import ChunkIndex
 from jaxmodels.text import CharVocabulary
+from tests import train_common
 from tests.train_common import TEXT
 from train import evaluate, metrics, neighbors, retro, sample
 from train.checkpoints import latest_model
-from train.neighbors import Samples, attach, end_to_end, with_skips
+from train.data import Windows
+from train.neighbors import Samples, attach, end_to_end, made_once, with_skips
 
 L = 4
 SIZES = {"d-model": 12, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "batch-size": 4, "warmup": 1, "every": 9}
@@ -75,7 +80,7 @@ def test_a_run_compares_with_its_plain_decoder_and_other_neighbours(run_and_outp
 def test_the_same_command_says_it_again_without_work(run_and_output, flags, monkeypatch):
     run, out = run_and_output
     monkeypatch.setattr(neighbors, "look_up", None)  # everything was kept
-    retro.open_index.cache_clear()
+    retro.OPENED.clear()
     assert table(train(*flags, "--out", run)) == table(out)
     with pytest.raises(ValueError, match="was trained with overlap=3, not overlap=4"):
         retro.main([*map(str, flags), "--out", str(run), "--overlap", "4"])
@@ -134,6 +139,65 @@ def test_retrofit_trains_retrieval_alone_and_leaves_the_decoder_as_it_is(run_and
         retro.main([*map(str, flags), "--out", str(tmp_path / "no"), "--from-decoder", str(run / "plain"), "--d-ff=17"])
 
 
+def test_a_look_up_that_is_to_end_leaves_what_it_can_go_on_from(flags, tmp_path, monkeypatch, capsys):
+    original = neighbors.look_up
+
+    def ended(*arguments, **others):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **others)
+
+    monkeypatch.setattr(neighbors, "look_up", ended)
+    assert retro.main([*map(str, flags), "--out", str(tmp_path / "run")]) == 0
+    assert "stopped while neighbours were looked up; go on with: python -m train.retro" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["index"]
+    assert {path.suffix for path in (tmp_path / "run" / "index").iterdir()} == {".json", ".npy", ".faiss"}
+
+
+def test_a_comparison_that_is_to_end_is_not_printed(run_and_output, flags, monkeypatch, capsys):
+    run, _ = run_and_output
+    (run / "index" / "validation_filtered.npz").unlink()  # is looked up again, last of all
+    original = neighbors.look_up
+
+    def ended(*arguments, **others):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **others)
+
+    monkeypatch.setattr(neighbors, "look_up", ended)
+    assert retro.main([*map(str, flags), "--out", str(run)]) == 130
+    assert "RETRO, " not in capsys.readouterr().out
+    assert not (run / "index" / "validation_filtered.npz").exists()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_the_first_process_makes_the_others_read(interrupted, monkeypatch):
+    told = []
+    monkeypatch.setattr(neighbors, "is_first", lambda: False)
+    monkeypatch.setattr(neighbors, "agree", lambda flag: told.append(flag) or (interrupted and len(told) == 2))
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            made_once(lambda: told.append("made"))
+        assert told == [False, False]
+    else:
+        assert made_once(lambda: told.append("made") or 7) == 7
+        assert told == [False, False, "made"]
+
+
+def test_two_processes_train_and_compare_as_one(run_and_output, flags, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ["--coordinator", address, "--processes", 2, "--peer-timeout", 60, "--mesh", "fsdp=2"]
+    command = ["train.retro", *flags, *together, "--out", tmp_path / "run", "--process"]
+    processes = [train_common.start(*command, i) for i in range(2)]
+    ends = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    found, expected = table(ends[0][0]), table(run_and_output[1])
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), atol=2e-3)
+    assert "validation loss" not in ends[1][0]  # what is printed, the first prints
+    assert not list((tmp_path / "run" / "index").glob(".*"))
+
+
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> ChunkIndex:
     vocabulary = CharVocabulary.of(TEXT)
@@ -142,7 +206,11 @@ def index(tmp_path_factory) -> ChunkIndex:
 
 
 def samples_of(index: ChunkIndex, starts: np.ndarray) -> Samples:
-    return Samples(index.corpus.tokens, starts, 11, "training")
+    return Samples(Windows(index.corpus.tokens, 11, "training"), starts)
+
+
+def first_of(index: ChunkIndex, n: int) -> Samples:
+    return end_to_end(Windows(index.corpus.tokens[:n], 11, "training"))
 
 
 def test_examples_skip_up_to_seven_tokens_and_cover_the_text_in_every_pass():
@@ -155,8 +223,10 @@ def test_examples_skip_up_to_seven_tokens_and_cover_the_text_in_every_pass():
         assert one[-1] + 30 < 1000 <= one[-1] + 30 + 40
     assert len({tuple(one) for one in passes}) == 3
     np.testing.assert_array_equal(starts, with_skips(1000, 30, 3, seed=0))
-    np.testing.assert_array_equal(end_to_end(31, 10), [0, 10, 20])
-    np.testing.assert_array_equal(end_to_end(30, 10), [0, 10])
+    for n in (31, 30):
+        windows = Windows(np.arange(n), 10, "training")
+        covering = end_to_end(windows)
+        np.testing.assert_array_equal([e["tokens"] for e in covering], [e["tokens"] for e in windows])
 
 
 def test_neighbours_of_training_examples_never_touch_their_own(index, tmp_path):
@@ -170,7 +240,7 @@ def test_neighbours_of_training_examples_never_touch_their_own(index, tmp_path):
 
 
 def test_filtered_neighbours_share_no_run_with_what_they_are_to_predict(index, tmp_path):
-    samples = samples_of(index, end_to_end(600, 11))
+    samples = first_of(index, 600)
     nearest, filtered = (
         attach(samples, index, 2, tmp_path / f"{kind}.npz", kind, run=3) for kind in ("nearest", "filtered")
     )
@@ -190,22 +260,22 @@ def test_filtered_neighbours_share_no_run_with_what_they_are_to_predict(index, t
 
 
 def test_kept_neighbours_are_of_the_same_examples_and_inside_the_corpus(index, tmp_path, monkeypatch):
-    samples, file = samples_of(index, end_to_end(300, 11)), tmp_path / "n.npz"
+    samples, file = first_of(index, 300), tmp_path / "n.npz"
     first = attach(samples, index, 2, file)
     looked_up = []
     original = neighbors.look_up
     monkeypatch.setattr(neighbors, "look_up", lambda *a, **k: looked_up.append(1) or original(*a, **k))
     np.testing.assert_array_equal(attach(samples, index, 2, file).neighbors, first.neighbors)
     assert not looked_up
-    attach(samples_of(index, end_to_end(400, 11)), index, 2, file)
+    attach(first_of(index, 400), index, 2, file)
     file.write_bytes(file.read_bytes()[:200])
-    attach(samples_of(index, end_to_end(400, 11)), index, 2, file)
+    attach(first_of(index, 400), index, 2, file)
     assert len(looked_up) == 2
     with np.load(file) as opened:
         kept = dict(opened)
     np.savez(file, **kept | {"neighbors": kept["neighbors"] + len(TEXT)})
     with pytest.raises(ValueError, match=f"the corpus has 0 to {len(TEXT) - 1}"):
-        attach(samples_of(index, end_to_end(400, 11)), index, 2, file)
+        attach(first_of(index, 400), index, 2, file)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +301,9 @@ def test_a_flag_out_of_range_is_a_usage_error(arguments, message, capsys):
         ("--text {text} --heads 5", "d_model=96 is not divisible by heads=5"),
         ("--text {text} --ca-layers 4", r"ca_layers=\[4\] must be layers from 0 to 3"),
         ("--text {text} --seq-len 6000", "the training text has 4695 tokens|fewer than one sequence"),
+        ("--text {text} --seq-len 600", "the validation text has 522 tokens"),
+        ("--text {text} --accumulate 3", "batch_size=16 does not split into accumulate=3 parts"),
+        ("--text {text} --mesh fsdp=7", "mesh='fsdp=7' takes 7 devices"),
         ("--text {text} --factory Sideways --seq-len 32", "factory='Sideways' is refused"),
     ],
 )
@@ -238,4 +311,4 @@ def test_bad_input_is_a_value_error_before_any_training(arguments, message, text
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         retro.main(arguments.format(text=text).split())
-    assert not list(tmp_path.glob("runs/*/*/checkpoints"))
+    assert not list(tmp_path.glob("runs"))

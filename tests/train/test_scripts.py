@@ -14,10 +14,10 @@ from jaxmodels.convert.params import flat_arrays
 from jaxmodels.feedback import from_parallel
 from jaxmodels.feedback.parallel import ApproximateWarning
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
-from jaxmodels.text import CharVocabulary
+from jaxmodels.text import ByteVocabulary, CharVocabulary
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.train_common import TEXT, TINY
-from train import feedback, feedback_kv, metrics, neox, rope_value, synthesizer
+from train import feedback, feedback_kv, metrics, neox, rope_value, sample, synthesizer
 from train.checkpoints import latest_model
 from train.experiment import main
 from train.mesh import make_mesh
@@ -71,6 +71,19 @@ def test_answers_of_prompts_of_different_lengths_end_with_their_line(monkeypatch
     assert [text.rpartition("x==")[2] for text in found] == ["3", "1023", "23"]
 
 
+def test_answering_ends_where_it_is_interrupted(monkeypatch):
+    def generate(model, ids, n, **others):
+        return jax.numpy.zeros((n, ids.shape[1]), int)
+
+    monkeypatch.setattr(rope_value, "generate", generate)
+    asked = iter([False, False, True])
+    shown, numbers = rope_value.Config().show(Oracle(), None, lambda: next(asked))
+    assert shown.startswith("0 of 32 answers right, such as\n?x=")
+    assert numbers == {}
+    assert rope_value.Config().show(Oracle(), None, lambda: True)[1] == {}
+    assert rope_value.Config().show(Oracle(), None, lambda: False)[1] == {"score": 0}
+
+
 @pytest.fixture
 def tiny(compile_cache):
     return [*map(str, TINY), "--no-tensorboard", "--compile-cache", str(compile_cache), "--steps", "3"]
@@ -80,6 +93,15 @@ def test_rope_value_scores_its_answers(tiny, tmp_path, capsys):
     assert main(rope_value.Config, "python -m train.rope_value", [*tiny, "--out", str(tmp_path / "run")]) == 0
     assert "0 of 64 answers right, such as" in capsys.readouterr().out
     assert metrics.read(tmp_path / "run")[-1]["score"] == 0
+    sample.main([str(tmp_path / "run"), "--length", "3"])  # as the run's last line says
+    assert re.fullmatch(r"\n.{3}\n", capsys.readouterr().out, re.S)
+
+
+def test_a_prompt_is_in_what_the_vocabulary_has():
+    assert sample.default_prompt(CharVocabulary("\n Teh")) == "The "
+    assert sample.default_prompt(VOCABULARY) == "\n"
+    assert sample.default_prompt(CharVocabulary("äb")) == "ä"
+    assert sample.default_prompt(ByteVocabulary()) == "The "
 
 
 def test_synthesizers_side_by_side(tiny, tmp_path, capsys, monkeypatch):

@@ -131,6 +131,19 @@ def test_a_stopped_build_goes_on_after_what_was_saved(tmp_path, monkeypatch):
     assert [file.name for file in folder.glob("*.faiss")] == [f"index-{len(again):010}.faiss"]
 
 
+def test_an_interrupted_build_keeps_what_it_has_added_and_a_look_up_ends(tmp_path, index, monkeypatch):
+    monkeypatch.setattr(retrieval, "BATCH", 40)
+    asked = iter([False, True])
+    with pytest.raises(KeyboardInterrupt):
+        ChunkIndex.build(tmp_path / "index", corpus(), L, NGRAMS, interrupted=lambda: next(asked))
+    assert retrieval.read_about(tmp_path / "index")["added"] == 80
+    assert not list((tmp_path / "index").glob(".*"))
+    assert len(ChunkIndex.build(tmp_path / "index", corpus(), L, NGRAMS)) == len(index)
+    asked = iter([False, True])
+    with pytest.raises(KeyboardInterrupt):
+        index.neighbors(index.corpus.passages(index.starts, L), interrupted=lambda: next(asked))
+
+
 def test_inverted_lists_of_quantised_vectors_find_most_of_the_nearest(tmp_path, index):
     rough = ChunkIndex.build(tmp_path / "index", corpus(), L, NGRAMS, factory="IVF4,PQ32x4")
     chunks = index.corpus.passages(np.arange(1, 900, 13), L)
