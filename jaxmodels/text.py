@@ -53,6 +53,8 @@ def tiny_shakespeare() -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
     advice = f"download {TINY_SHAKESPEARE_URL} yourself and pass the file as the text"
     if not cache.exists():
+        from jaxmodels.checkpoint import file_beside  # imports JAX, which a vocabulary needs not
+
         try:
             with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as response:
                 content = response.read()
@@ -60,9 +62,8 @@ def tiny_shakespeare() -> str:
             raise ValueError(f"tiny_shakespeare could not be downloaded ({error}); {advice}") from None
         check_sha256(content, advice)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        beside = cache.with_name(f"{cache.name}.{os.getpid()}")
-        beside.write_bytes(content)
-        beside.replace(cache)
+        with file_beside(cache) as beside:
+            beside.write_bytes(content)
     content = cache.read_bytes()
     check_sha256(content, f"delete {cache}, or {advice}")
     return content.decode("utf-8")

@@ -1,6 +1,7 @@
 """What the tests of training share: a text, a model that is the least a loop can train, scripts as processes."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,18 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen:
     given = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
     STARTED.append(subprocess.Popen(command, cwd=ROOT, env=given, **pipes))
     return STARTED[-1]
+
+
+def start_two(module: str, *flags: object, by_variables: bool = False) -> list[subprocess.Popen]:
+    """Two processes that run one command together, and find each other by flags or by variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def process(i: int) -> subprocess.Popen:
+        named = {"coordinator": address, "processes": 2, "process": i}
+        found = [] if by_variables else [f"--{name}={value}" for name, value in named.items()]
+        variables = {mesh.VARIABLES[name]: str(value) for name, value in named.items()} if by_variables else {}
+        return start(module, *flags, "--peer-timeout", 10, *found, **variables)
+
+    return [process(i) for i in range(2)]

@@ -14,7 +14,6 @@ aside as STEP.damaged. RUN/.lock is held while a run goes on, so that no other g
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import threading
@@ -28,7 +27,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 import jaxmodels
-from jaxmodels.checkpoint import describe, read_arrays, read_config
+from jaxmodels.checkpoint import describe, file_beside, flush, read_arrays, read_config
 from train.mesh import agree, is_first, shardings
 from train.step import Program, State
 
@@ -102,7 +101,8 @@ class Checkpoints:
                 (folder / "model" / "config.json").write_text(describe(self.program.abstract), encoding="utf-8")
                 np.save(folder / "losses.npy", losses)
                 files = {str(file.relative_to(folder)): flushed(file) for file in all_files(folder)}
-                write_durably(folder / MARK, json.dumps({"format": FORMAT, **about, "files": files}))
+                with file_beside(folder / MARK) as beside:
+                    beside.write_text(json.dumps({"format": FORMAT, **about, "files": files}), encoding="utf-8")
                 self.remove_old()
         except BaseException as error:
             self.error = error
@@ -221,19 +221,8 @@ def problem(folder: Path) -> str | None:
 
 def flushed(file: Path) -> int:
     """The size of a file that is on the disk, whenever the machine stops."""
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
-        return os.fstat(opened.fileno()).st_size
-
-
-def write_durably(file: Path, text: str) -> None:
-    """A file that is there whole or not at all, whenever the machine stops."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    beside.replace(file)
+    flush(file)
+    return file.stat().st_size
 
 
 def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:

@@ -17,8 +17,9 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
+from jaxmodels.checkpoint import file_beside
 from jaxmodels.text import Vocabulary
-from train.checkpoints import LOCK, steps, write_durably
+from train.checkpoints import LOCK, steps
 from train.command import peek
 from train.mesh import Processes, check_batch
 from train.optimizers import OptimizerName, ScheduleName, adam, adamw, make_schedule
@@ -288,4 +289,5 @@ def write_about(run: Path, config: Config, sha256: str) -> None:
     """Saves whose run it is, the resolved configuration, and what tells the data from any other."""
     values = dataclasses.asdict(config)
     about = {"format": FORMAT, "script": script_of(type(config)), "config": values, "sha256": sha256}
-    write_durably(run / FILE, json.dumps(about, indent=2) + "\n")
+    with file_beside(run / FILE) as beside:
+        beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

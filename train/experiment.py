@@ -289,6 +289,7 @@ def main(kind: type[Config], program_name: str, arguments: Sequence[str], caught
 def start(options: Options) -> Console:
     """Joins the other processes and sets JAX up; what is printed, the first process prints."""
     options.processes.initialize()
+    agree(False)  # they connect to each other: the first time, some backends wait no longer than 30 seconds for that
     if options.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -77,7 +77,6 @@ def made_once(make: Callable[[], Made]) -> Made:
     Raises KeyboardInterrupt in all of them where making it raised that in the first.
     """
     made = None
-    agree(False)  # they connect to each other: the first time, some backends wait no longer than 30 seconds for that
     if is_first():
         with contextlib.suppress(KeyboardInterrupt):
             made = make()

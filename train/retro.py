@@ -55,7 +55,7 @@ from train.experiment import Result, as_program, carry_out, start
 from train.loop import Evaluation
 from train.mesh import make_mesh
 from train.neighbors import Kind, Samples, attach, end_to_end, made_once, with_skips
-from train.step import Arrays, Batch, Program, State
+from train.step import Batch, Program, State, put
 from train.tokenize import Tokens
 
 PROGRAM = "python -m train.retro"
@@ -168,7 +168,10 @@ class Config(experiment.AdamWConfig):
         state = super().initial(program, vocabulary)
         if self.from_decoder is None:
             return state
-        return with_model(state, load_decoder(self.from_decoder, program.abstract, vocabulary, program.mesh))
+        decoder = load_decoder(self.from_decoder, program.abstract, vocabulary, program.mesh)
+        arrays = {dotted(path): array for path, array in flat_arrays(decoder).items()}
+        fixed = {name: put(arrays[name].astype(own.dtype), own.sharding) for name, own in state.fixed.items()}
+        return dataclasses.replace(state, fixed=fixed)
 
     def check(self, mesh: Mesh) -> None:
         """Raises ValueError where text, model, mesh or the decoder to begin with are not there, or do not fit."""
@@ -275,22 +278,11 @@ def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: M
     return decoder
 
 
-def with_model(state: State, model: RetroModel) -> State:
-    """A state with a model's arrays in the place of its own of the same names, each where that one lies."""
-    arrays = {dotted(path): array for path, array in flat_arrays(model).items()}
-
-    def replaced(own: Arrays) -> Arrays:
-        given = {name: arrays[name].astype(own[name].dtype) for name in own.keys() & arrays.keys()}
-        return own | {name: jax.device_put(array, own[name].sharding) for name, array in sorted(given.items())}
-
-    return dataclasses.replace(state, params=replaced(state.params), fixed=replaced(state.fixed))
-
-
 def compare(settings: Config, folder: Path, options: Options, stop: Stop) -> dict[str, float] | None:
     """Validation losses of a run's model with neighbours of each kind and with none; None where it was ended."""
     tokens = settings.tokens()
     program = settings.program(len(tokens.vocabulary), make_mesh(options.mesh))
-    state = with_model(program.make_state(settings.seed), latest_model(folder, program.mesh)[0])
+    state = program.state_of(latest_model(folder, program.mesh)[0])
     kinds: dict[str, Kind | None] = {
         "nearest neighbours": "nearest",
         f"no run of {settings.overlap} shared": "filtered",

@@ -264,7 +264,7 @@ def take(parts: Batch, i: int) -> Batch:
     return jax.tree.map(lambda a: a[i], parts)
 
 
-def put(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+def put(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array where a state has it. One that each process has for itself becomes one that they share."""
     if array.is_fully_addressable and not sharding.is_fully_addressable:
         return jax.make_array_from_callback(array.shape, sharding, np.asarray(array).__getitem__)

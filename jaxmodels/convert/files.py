@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.checkpoint import file_beside
 from jaxmodels.convert.params import as_tensor
 
 
@@ -65,9 +66,5 @@ def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     import torch
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.writing")
-    try:
+    with file_beside(file) as beside:
         torch.save({name: as_tensor(array) for name, array in arrays.items()}, beside)
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)

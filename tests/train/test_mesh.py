@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,9 +22,9 @@ from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.text import CharVocabulary
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
-from tests.train_common import ROOT, TEXT, TINY, program, start
+from tests.train_common import ROOT, TEXT, TINY, program, start, start_two
 from tests.train_on_meshes import ALSO, MESHES, SYSTEMS
-from train import rope
+from train import feedback, rope
 from train.checkpoints import steps
 from train.experiment import main
 from train.mesh import RULES, VARIABLES, Processes, check_batch, make_mesh, parameter_specs, parse_sizes
@@ -237,27 +236,11 @@ def test_processes_that_are_named_in_part_or_wrongly_are_an_error(flags, variabl
         Processes(**flags).initialize()
 
 
-def two(run: Path, *flags: object, by_variables: bool = False) -> list:
-    """Two processes that train one model together, and find each other by flags or by variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-
-    def process(i: int) -> subprocess.Popen:
-        named = {"coordinator": address, "processes": 2, "process": i}
-        found = [] if by_variables else [f"--{name}={value}" for name, value in named.items()]
-        variables = {VARIABLES[name]: str(value) for name, value in named.items()} if by_variables else {}
-        together = ["--peer-timeout", 10, "--no-tensorboard", "--out", run]
-        return start("train.rope", *TINY, *flags, *together, *found, **variables)
-
-    return [process(i) for i in range(2)]
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory, compile_cache) -> list:
     file = tmp_path_factory.mktemp("text") / "sea.txt"
     file.write_text(TEXT)
-    return ["--text", file, "--compile-cache", compile_cache]
+    return ["--text", file, "--compile-cache", compile_cache, "--no-tensorboard"]
 
 
 def wait_for_lines(run: Path, n: int, processes: list) -> None:
@@ -268,7 +251,7 @@ def wait_for_lines(run: Path, n: int, processes: list) -> None:
 
 
 def alone(*flags: object) -> None:
-    assert main(rope.Config, "train.rope", [*TINY, *map(str, flags), "--no-tensorboard"]) == 0
+    assert main(rope.Config, "train.rope", [*TINY, *map(str, flags)]) == 0
 
 
 def told(run: Path, name: str = "loss") -> dict[int, float]:
@@ -278,7 +261,8 @@ def told(run: Path, name: str = "loss") -> dict[int, float]:
 
 def test_two_processes_train_as_one_and_end_as_one_and_one_goes_on_alone(text, tmp_path):
     flags = [*text, "--every", 10, "--validation-batches", 3]
-    processes = two(tmp_path / "run", *flags, "--steps", 10**6, "--mesh", "fsdp=2", by_variables=True)
+    here = ["--out", tmp_path / "run", "--mesh", "fsdp=2"]
+    processes = start_two("train.rope", *TINY, *flags, *here, "--steps", 10**6, by_variables=True)
     wait_for_lines(tmp_path / "run", 12, processes)
     processes[1].terminate()  # one is asked, both end
     ends = [process.communicate(timeout=120) for process in processes]
@@ -304,7 +288,7 @@ def test_two_go_on_where_one_stopped_and_when_one_dies_the_other_ends_with_an_er
     alone("--out", run, *flags, "--steps", 3)
     shutil.copytree(run, straight)
     alone("--out", straight, *flags, "--steps", 6)
-    processes = two(run, *flags, "--steps", 10**6, "--mesh", "fsdp=2")
+    processes = start_two("train.rope", *TINY, *flags, "--out", run, "--steps", 10**6, "--mesh", "fsdp=2")
     wait_for_lines(run, 6, processes)
     processes[1].kill()
     out, err = processes[0].communicate(timeout=120)  # no hang
@@ -313,3 +297,15 @@ def test_two_go_on_where_one_stopped_and_when_one_dies_the_other_ends_with_an_er
     assert "going on from step 3" in out
     found, expected = told(run), told(straight)
     np.testing.assert_allclose([found[step] for step in (4, 5, 6)], [expected[step] for step in (4, 5, 6)], rtol=1e-5)
+
+
+def test_two_processes_begin_with_a_model_as_one_does(text, tmp_path):
+    """A loaded model's arrays are each process's own; those of a state lie on the devices of both."""
+    alone("--out", tmp_path / "parallel", *text, "--attention", "relative", "--steps", 2)
+    flags = [*TINY, *text, "--from-parallel", tmp_path / "parallel", "--steps", 3]
+    processes = start_two("train.feedback", *flags, "--out", tmp_path / "two", "--mesh", "fsdp=2")
+    ends = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert main(feedback.Config, "train.feedback", list(map(str, [*flags, "--out", tmp_path / "one"]))) == 0
+    found, expected = (list(told(tmp_path / name).values()) for name in ("two", "one"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
