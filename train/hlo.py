@@ -32,7 +32,8 @@ def collectives(text: str) -> list[Collective]:
     """
     computations, entry = split_computations(text)
     times = repetitions(computations, entry)
-    # An asynchronous collective stands in several computations, its start, its parts and its end, under one channel.
+    # An asynchronous collective stands in several computations, its start, its parts and its end, under one channel. It
+    # runs as often as its start: its parts may lie in the turns of a loop, to be done beside what that computes.
     found: dict[str, tuple[str, int, float]] = {}
     for name, lines in computations.items():
         for line in lines:
@@ -41,7 +42,7 @@ def collectives(text: str) -> list[Collective]:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
             key = channel[1] if channel else f"{name} {line}"
-            count = max(times[name], found[key][1] if key in found else 0)
+            count = min(times[name], found[key][1] if key in found else times[name])
             kind, n = match[2], group_size(line)
             result = bytes_of(result_of_start(kind, match[1]) if match[3] else match[1])
             if name.startswith(SCATTERS):
@@ -89,17 +90,34 @@ def repetitions(computations: dict[str, list[str]], entry: str) -> dict[str, int
 
 
 def trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop turns: from 0 to the constant that its condition compares with, by what its body adds.
+
+    A ring of transfers around a matrix product is such a loop too, its counter unsigned, two turns of it unrolled.
+    """
     known = re.search(r"known_trip_count[^\d]*(\d+)", line)
     if known:
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = "\n".join(computations.get(condition[1], ())) if condition else ""
-    compared = re.search(r"compare\((.*?)\), direction=LT", lines)
-    for operand in re.findall(r"%([\w.\-]+)", compared[1]) if compared else ():
-        constant = re.search(rf"%{re.escape(operand)} = s32\[\]\S* constant\((\d+)\)", lines)
-        if constant:
-            return int(constant[1])
-    return 1
+    condition, body = (
+        "\n".join(computations.get(name, ())) for name in re.findall(r"(?:condition|body)=%?([\w.\-]+)", line)
+    )
+    compared = re.search(r"compare\((.*?)\), direction=LT", condition)
+    operands = re.findall(r"%([\w.\-]+)", compared[1]) if compared else []
+    bound = first_constant(operands, condition)
+    if bound is None:
+        return 1
+    counter = re.search(rf"%{re.escape(operands[0])} = .*get-tuple-element\(.*\), index=(\d+)", condition)
+    root = re.search(r"ROOT .* tuple\((.*?)\)", body)
+    nexts = re.findall(r"%([\w.\-]+)", root[1]) if root else []
+    following = nexts[int(counter[1])] if counter and int(counter[1]) < len(nexts) else ""
+    added = re.search(rf"%{re.escape(following)} = \S+ add\((.*?)\)", body)
+    step = first_constant(re.findall(r"%([\w.\-]+)", added[1]), body) if added else None
+    return math.ceil(bound / (step or 1))
+
+
+def first_constant(names: list[str], lines: str) -> int | None:
+    """The value of the first of these that is an integer constant."""
+    found = (re.search(rf"%{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)", lines) for name in names)
+    return next((int(match[1]) for match in found if match), None)
 
 
 def bytes_of(shapes: str) -> int:

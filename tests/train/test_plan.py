@@ -80,6 +80,38 @@ def test_a_collective_of_several_arrays_moves_all_of_them_once(line, expected):
     assert moved(line) == expected
 
 
+RING = """
+%cond_rs.1 (p.1: (bf16[192,6], u32[])) -> pred[] {
+  %constant.7 = u32[]{:T(128)} constant(16), metadata={op_name="dot_general"}
+  %p.1 = (bf16[192,6]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}) parameter(0)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%p.1), index=1
+  ROOT %compare.6 = pred[]{:T(512)} compare(%i.1, %constant.7), direction=LT
+}
+
+%body_rs.1 (p.2: (bf16[192,6], u32[])) -> (bf16[192,6], u32[]) {
+  %two..sunk = u32[]{:T(128)} constant(2)
+  %p.2 = (bf16[192,6]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}) parameter(0)
+  %i.2 = u32[]{:T(128)} get-tuple-element(%p.2), index=1
+  %permute.1 = bf16[192,6]{1,0} collective-permute(%a), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %permute.2 = bf16[192,6]{1,0} collective-permute(%permute.1), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %ag.2 = bf16[3,20]{1,0} all-gather(%q), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={1}
+  %add.9 = u32[]{:T(128)} add(%i.2, %two..sunk), metadata={op_name="dot_general"}
+  ROOT %tuple.5 = (bf16[192,6]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}) tuple(%permute.2, /*index=1*/%add.9)
+}
+
+ENTRY %main (x: bf16[192,6]) -> bf16[192,6] {
+  %ag.1 = bf16[3,20]{1,0} all-gather(%q), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={1}
+  %w = (bf16[192,6], u32[]) while(%t), condition=%cond_rs.1, body=%body_rs.1
+}
+"""
+
+
+def test_a_ring_around_a_product_turns_by_two_and_counts_unsigned():
+    ring = hlo.Collective("collective-permute", 16, 16 * 192 * 6 * 2)
+    beside = hlo.Collective("all-gather", 1, 3 * 20 * 2 * 3 / 4)  # begun before the loop, and done in its turns
+    assert hlo.collectives(RING) == [ring, beside]
+
+
 TPU_REDUCE_SCATTER = """
 %all-reduce-scatter.3 (input.7: f32[28,5]) -> f32[7,5] {
   %input.7 = f32[28,5]{1,0:T(8,128)} parameter(0)
