@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import jax
 import numpy as np
@@ -96,6 +96,13 @@ class Config:
         if not 0 <= self.b2 < 1:
             raise ValueError(f"b2={self.b2} must be at least 0 and below 1")
         self.transformation(1)  # a schedule may not fit the steps
+
+    @classmethod
+    def of_preset(cls, name: str) -> Self:
+        """The values of a preset; raises ValueError for a name of none."""
+        if name not in cls.PRESETS:
+            raise ValueError(f"--preset {name} is none of {', '.join(cls.PRESETS)}")
+        return getattr(cls, name)()
 
     def positive(self) -> list[str]:
         """The fields that count something."""
@@ -209,13 +216,11 @@ def parse(kind: type[ConfigType], program: str, arguments: Sequence[str]) -> Com
     Raises ValueError where --resume names no run, and for an unknown preset.
     """
     resume, preset = peek(arguments, "--resume"), peek(arguments, "--preset")
-    if preset is not None and preset not in kind.PRESETS:
-        raise ValueError(f"--preset {preset} is none of {', '.join(kind.PRESETS)}")
     if resume is not None and peek(arguments, "--out") is not None:
         raise ValueError("--resume goes on in the run's own folder: leave --out away")
     saved = None if resume is None else saved_config(kind, Path(resume))
     chosen = preset or kind.PRESETS[0]
-    default = saved if saved and preset is None else getattr(kind, chosen)()
+    default = saved if saved and preset is None else kind.of_preset(chosen)
     folder = Path("runs") / program.rpartition(".")[2]
     command: Any = tyro.cli(Command[kind], default=Command(default, chosen, folder), args=arguments, prog=program)  # type: ignore[valid-type]
     return command

@@ -209,9 +209,7 @@ def parse(arguments: Sequence[str]) -> Any:
         raise ValueError(f"name an experiment first: {PROGRAM} {'|'.join(experiments())} --help")
     kind = config_of(arguments[0])
     preset = peek(arguments, "--preset") or kind.PRESETS[0]
-    if preset not in kind.PRESETS:
-        raise ValueError(f"--preset {preset} is none of {', '.join(kind.PRESETS)}")
-    default: Any = Command(getattr(kind, preset)(), preset)
+    default: Any = Command(kind.of_preset(preset), preset)
     return tyro.cli(Command[kind], default=default, args=arguments[1:], prog=f"{PROGRAM} {arguments[0]}")  # type: ignore[valid-type]
 
 
