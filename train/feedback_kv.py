@@ -2,15 +2,17 @@
 
     python -m train.feedback_kv --text tiny_shakespeare    # or a FILE; without --text: Python's own language reference
 
-Hardware   2 CPU cores, which other programs were using too; float32
-Time       4 min 40 s from the start to the last sample
+Hardware   2 CPU cores, which test runs were using too; float32
+Time       4 min 41 s by the clock, 4 min 16 s of CPU time over both cores
 Training   1200 steps of 32 sequences of 64 characters (2.4 epochs of tiny_shakespeare); 1,461,572 parameters
 Result     tiny_shakespeare, seed 0, validation loss in nats per character over the same characters:
-           character 4-gram 1.774, this model 1.646
+           character 4-gram 1.774, this model 1.655
 Sample     python -m train.sample runs/feedback_kv --prompt "It is" --temperature 0.7
-               It is the tapp, what had like him;
-               And he had I to humberlies: then may grame
-               To a father that a causered, and so blooks;
+               It is no man, and thou dall!
+
+               DUKE VINCENTIO:
+               I have have not now not may they is the warring of all handed,
+               The hold, sir, strike, no lass him to have:
 
 The same command again goes on with the run; --steps 3000 makes it longer. `train.feedback` says how sequences grow and
 how a parallel transformer's weights become the beginning.
