@@ -7,8 +7,8 @@
 
 MODEL is what `python -m jaxmodels.convert neox SHARDS MODEL --to flax` wrote, with its tokenizer.json in or beside it.
 
-Hardware   2 CPU cores, which several other programs were using too; float32
-Time       5 min 32 s of CPU time over both cores (and 2 min 6 s in the system); 42 min by the clock, so crowded was it
+Hardware   2 CPU cores, which test runs were using too; float32
+Time       5 min 32 s by the clock, 8 min 2 s of CPU time over both cores
 Training   1000 steps of 16 sequences of 128 characters (2 epochs of tiny_shakespeare), AdamW; 809,984 parameters
 Result     tiny_shakespeare, seed 0, validation loss in nats per character over the same characters:
            character 4-gram 1.774, this model 1.702
