@@ -68,7 +68,7 @@ def main() -> None:
         print(stamp(options.threads))
         with line:
             seconds = alternate({"steps alone": alone, "in the loop": in_the_loop}, options.rounds)
-        run.checkpoints.wait()
+        run.checkpoints.close()
         run.batches.close()
         log.close()
     report(f"{options.steps} steps, batch {options.batch}, float32", seconds, against="steps alone")

@@ -61,14 +61,15 @@ class Checkpoints:
         self.keep, self.keep_every = keep, keep_every
         self.writing: threading.Thread | None = None
         self.error: BaseException | None = None
-        self.lock = filelock.FileLock(run / LOCK, timeout=0)
+        self.lock = filelock.FileLock(run / LOCK, timeout=0, fallback_to_soft=False)
         if is_first():
             run.mkdir(parents=True, exist_ok=True)
             try:
-                with contextlib.suppress(NotImplementedError):  # a file system without locks
-                    self.lock.acquire()
+                self.lock.acquire()
             except filelock.Timeout:
                 raise ValueError(f"{run} is in use: another process is training there") from None
+            except (OSError, NotImplementedError):
+                pass  # a file system without locks: nobody can be kept out
             for left in self.folder.glob("*"):
                 if left.name.isdecimal() and not (left / MARK).exists():
                     shutil.rmtree(left)
@@ -103,7 +104,7 @@ class Checkpoints:
                 files = {str(file.relative_to(folder)): flushed(file) for file in all_files(folder)}
                 with file_beside(folder / MARK) as beside:
                     beside.write_text(json.dumps({"format": FORMAT, **about, "files": files}), encoding="utf-8")
-                self.remove_old()
+                self.remove_old(about["step"])
         except BaseException as error:
             self.error = error
 
@@ -123,8 +124,8 @@ class Checkpoints:
         finally:
             self.lock.release()
 
-    def remove_old(self) -> None:
-        for step in steps(self.folder)[: -self.keep]:
+    def remove_old(self, last: int) -> None:
+        for step in [step for step in steps(self.folder) if step <= last][: -self.keep]:
             if not self.keep_every or step % self.keep_every:
                 (self.folder / str(step) / MARK).unlink()  # first: what is half removed is no checkpoint
                 shutil.rmtree(self.folder / str(step))
@@ -138,18 +139,21 @@ class Checkpoints:
         found = steps(self.folder)
         passed_over: list[int] = []
         for step in reversed(found):
-            last = position = None
-            try:
-                position = self.read(self.folder / str(step))
-            except ValueError as error:
-                last = error
-                print(f"warning: checkpoint {step} is passed over: {error}", file=sys.stderr, flush=True)
-            if not agree(last is not None):
-                self.set_aside(passed_over)
-                return position
+            folder = self.folder / str(step)
+            wrong = problem(folder)
+            if not agree(wrong is not None):  # all of them read it, or none begins to
+                try:
+                    position = self.read(folder)
+                except ValueError as error:
+                    wrong = str(error)
+                if not agree(wrong is not None):
+                    self.set_aside(passed_over)
+                    return position
+            wrong = wrong or "another process cannot read it"
+            print(f"warning: checkpoint {step} is passed over: {wrong}", file=sys.stderr, flush=True)
             passed_over.append(step)
         if found:
-            raise ValueError(f"{self.folder} has no checkpoint that can be read: {last or 'another process could not'}")
+            raise ValueError(f"{self.folder} has no checkpoint that can be read: {wrong}")
         return None
 
     def set_aside(self, damaged: list[int]) -> None:
@@ -157,12 +161,11 @@ class Checkpoints:
         for step in damaged if is_first() else ():
             aside = self.folder / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(step)).rename(aside)
+            with contextlib.suppress(OSError):  # a mounted bucket may not rename folders: then it is written over
+                (self.folder / str(step)).rename(aside)
 
     def read(self, folder: Path) -> Position:
-        wrong = problem(folder)
-        if wrong is not None:
-            raise ValueError(wrong)
+        """What is in a checkpoint that `problem` finds whole; raises ValueError where it can't be read."""
         about = json.loads((folder / MARK).read_text(encoding="utf-8"))
         abstract = self.program.abstract_state()
         model = {**abstract.params, **abstract.fixed}
@@ -229,12 +232,9 @@ def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:
     """The model of a run's last whole checkpoint, on a mesh or one device, and its step; ValueError where none is."""
     for step in reversed(steps(run / "checkpoints")):
         folder = run / "checkpoints" / str(step)
-        try:
-            wrong = problem(folder)
-            if wrong is None:
-                return open_model(folder / "model", mesh), step
-        except ValueError as error:
-            wrong = str(error)
+        wrong = problem(folder)
+        if wrong is None:
+            return open_model(folder / "model", mesh), step
         print(f"warning: checkpoint {step} is passed over: {wrong}", file=sys.stderr, flush=True)
     raise ValueError(f"{run} holds no whole checkpoint of a training run")
 

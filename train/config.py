@@ -236,6 +236,7 @@ def check_folder(given: Config, run: Path) -> None:
             raise ValueError(f"{run} is there and holds no training run: name another folder with --out")
         return
     if not begun(run):
+        read_about(run)  # a config.json may be a model's
         return
     saved = saved_config(type(given), run)
     may = MAY_CHANGE if saved.schedule == "cosine" else MAY_CHANGE | {"steps"}

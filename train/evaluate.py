@@ -8,7 +8,6 @@ MODEL is what jaxmodels.save or python -m jaxmodels.convert wrote.
 """
 
 import dataclasses
-import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from train.command import Stop, one_line_errors
 from train.data import Example, Windows
 from train.loop import Evaluation
 from train.mesh import check_batch, make_mesh
-from train.neighbors import of_run, with_neighbors
+from train.neighbors import of_run, with_index, with_neighbors
 from train.step import Numerics, Precision, Program
 from train.tokenize import open_tokens
 
@@ -120,9 +119,7 @@ def held_out(run: Path, opened: Checkpoint) -> np.ndarray:
     """
     text = opened.settings["text"]
     tokens, index = open_tokens(text, opened.vocabulary), of_run(run, opened.settings)
-    found = tokens.sha256
-    if index is not None:  # as train.retro has it
-        found = hashlib.sha256(f"{found}|{index.fingerprint}".encode()).hexdigest()
+    found = tokens.sha256 if index is None else with_index(tokens.sha256, index)
     if found != opened.sha256:
         what = f"text={text!r}" if index is None else f"text={text!r} with its index"
         raise ValueError(

@@ -141,15 +141,19 @@ class Run:
         if begun(folder) and read_about(folder)["sha256"] != task.sha256:
             raise ValueError(f"{folder} was trained on another text than {settings.text}: go on with its own --text")
         checkpoints = Checkpoints(folder, program, settings.keep, settings.keep_every)
-        batches = Batches(task.train, settings.batch_size, mesh)
-        position = checkpoints.restore()
-        if position is None:
-            position = Position(settings.initial(program, task.vocabulary), batches.get_state())
-        batches.set_state(position.data)
-        agree(False)  # all have looked before one writes
-        if is_first():
-            write_about(folder, settings, task.sha256)
-            task.vocabulary.save(folder / "vocabulary.json")
+        with contextlib.ExitStack() as stack:
+            stack.callback(checkpoints.close)
+            batches = Batches(task.train, settings.batch_size, mesh)
+            stack.callback(batches.close)
+            position = checkpoints.restore()
+            if position is None:
+                position = Position(settings.initial(program, task.vocabulary), batches.get_state())
+            batches.set_state(position.data)
+            agree(False)  # all have looked before one writes
+            if is_first():
+                write_about(folder, settings, task.sha256)
+                task.vocabulary.save(folder / "vocabulary.json")
+            stack.pop_all()  # `train` closes them
         return cls(settings, folder, task, program, checkpoints, batches, position)
 
     @property

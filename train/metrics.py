@@ -82,7 +82,10 @@ class Log:
 
 
 class Trace:
-    """A profile of `n` steps in a folder, from the second on that this process takes: the first one warms up."""
+    """A profile of `n` steps, with the reports between them, in a folder.
+
+    It begins with the second step that this process takes: the first one warms up.
+    """
 
     def __init__(self, folder: Path, step: int, n: int):
         self.folder, self.bounds = folder, [step + 1, step + 1 + n] if n else []

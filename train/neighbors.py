@@ -71,6 +71,11 @@ def end_to_end(windows: Windows) -> Samples:
     return Samples(windows, np.arange(len(windows)) * windows.seq_len)
 
 
+def with_index(sha256: str, index: ChunkIndex) -> str:
+    """What tells a text with its index from any other, from what tells the text."""
+    return hashlib.sha256(f"{sha256}|{index.fingerprint}".encode()).hexdigest()
+
+
 def made_once(make: Callable[[], Made]) -> Made:
     """What the first process makes and keeps in files, and each of the others from them once it has; all must ask.
 

@@ -26,7 +26,6 @@ copied; with random ones; and without.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ from train.data import Example, Task, Windows
 from train.experiment import Result, as_program, carry_out, start
 from train.loop import Evaluation
 from train.mesh import make_mesh
-from train.neighbors import Kind, Samples, attach, end_to_end, made_once, with_skips
+from train.neighbors import Kind, Samples, attach, end_to_end, made_once, with_index, with_skips
 from train.step import Batch, Program, State, put
 from train.tokenize import Tokens
 
@@ -205,7 +204,7 @@ class Config(experiment.AdamWConfig):
             file = Path(self.index) / "training.npz"
             train = attach(train, index, self.neighbors, file, own=True, interrupted=interrupted)
             validation = self.held_out(tokens, interrupted=interrupted)
-            sha256 = hashlib.sha256(f"{sha256}|{index.fingerprint}".encode()).hexdigest()
+            sha256 = with_index(sha256, index)
         n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
         about = (
             f"{self.text}: {len(tokens.train):,} {unit}s to train on, {len(tokens.validation):,} to validate, "

@@ -32,7 +32,7 @@ from jaxmodels.text import (
 from train.command import one_line_errors
 
 PROGRAM = "python -m train.tokenize"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

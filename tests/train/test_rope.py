@@ -117,6 +117,7 @@ def test_a_run_goes_on_by_its_own_script_alone(run):
         ("--preset huge", "--preset huge is none of small, original"),
         ("--resume {empty}", "empty holds no training run"),
         ("--text {text} --out {text}", "is there and holds no training run"),
+        ("--text {text} --out {run}/checkpoints/7/model", "config.json has format 1, this version reads 3"),
         ("--text {tiny}", "the training text has 9 tokens, fewer than .* seq_len=128"),
         ("--text {tiny} --seq-len 3", "the validation text has 1 tokens"),
         ("--text {empty}/nothing.txt", "is not python_docs, tiny_shakespeare or a readable UTF-8 file"),
