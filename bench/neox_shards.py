@@ -69,8 +69,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from bench.timing import stamp
-    from jaxmodels.convert.commands import largest_layer
     from jaxmodels.convert.neox import open_neox
+    from jaxmodels.convert.operations import largest_layer
 
     make(folder / "checkpoint", options)
     source = open_neox(folder / "checkpoint")
@@ -200,7 +200,7 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     import torch  # noqa: F401
 
     from jaxmodels.allocator import keep_freed_memory
-    from jaxmodels.convert import commands
+    from jaxmodels.convert import operations
     from jaxmodels.convert.neox import open_neox
     from jaxmodels.convert.source import abstract
     from jaxmodels.neox import NeoXConfig
@@ -214,7 +214,7 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     plain_write(plain, total)
     before = plain_write(plain, total)
     began = time.perf_counter()
-    commands.neox(options)
+    operations.neox(options)
     seconds = time.perf_counter() - began
     shutil.rmtree(target)
     print(json.dumps({"seconds": seconds, "plain": (before + plain_write(plain, total)) / 2}), flush=True)

@@ -112,8 +112,8 @@ def bench_index(options: argparse.Namespace) -> None:
     import faiss
     import numpy as np
 
-    from jaxmodels.retro.corpus import Corpus
-    from jaxmodels.retro.retrieval import ChunkIndex
+    from jaxmodels.retro.retrieval.corpus import Corpus
+    from jaxmodels.retro.retrieval.index import ChunkIndex
     from jaxmodels.text import CharVocabulary, load_corpus, split
 
     faiss.omp_set_num_threads(options.threads)

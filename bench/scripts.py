@@ -79,7 +79,7 @@ def flax_step(settings: Any, batch: dict[str, Any]) -> Callable[[], None]:
     import jax
     import numpy as np
 
-    from train.mesh import make_mesh
+    from jaxmodels.sharding import make_mesh
 
     program = settings.program(N_VOCAB, make_mesh("", jax.devices()[:1]))
     compiled = program.lower_step(batch).compile()

@@ -34,11 +34,12 @@ def main() -> None:
     from rich.console import Console
 
     from bench.timing import alternate, report, stamp
-    from train import metrics, rope
-    from train.command import Stop
-    from train.config import Options
-    from train.experiment import Run
-    from train.loop import Loop, Told
+    from jaxmodels.training import metrics
+    from jaxmodels.training.config import Options
+    from jaxmodels.training.experiment import Run
+    from jaxmodels.training.loop import Loop, Told
+    from jaxmodels.training.signals import Stop
+    from train import rope
 
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "shown", "w", encoding="utf-8") as shown:
         settings = rope.Config(batch_size=options.batch, n_layers=2, keep=1)

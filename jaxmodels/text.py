@@ -53,7 +53,7 @@ def tiny_shakespeare() -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
     advice = f"download {TINY_SHAKESPEARE_URL} yourself and pass the file as the text"
     if not cache.exists():
-        from jaxmodels.checkpoint import file_beside  # imports JAX, which a vocabulary needs not
+        from jaxmodels.io.checkpoint import file_beside  # imports JAX, which a vocabulary needs not
 
         try:
             with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as response:

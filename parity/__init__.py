@@ -7,15 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parity.checking import check
-    from parity.dtypes import sweep
-    from parity.files import write
-    from parity.golden import record, replay
-    from parity.invariance import invariances
-    from parity.report import Report
-    from parity.suggestion import suggest
-    from parity.training import Optimizer
-    from parity.trajectories import trajectory
+    from parity.compare.suggest import suggest
+    from parity.golden.record import record, replay
+    from parity.measure.check import check
+    from parity.measure.dtypes import sweep
+    from parity.measure.invariances import invariances
+    from parity.measure.optimizers import Optimizer
+    from parity.measure.trajectory import trajectory
+    from parity.report.report import Report
+    from parity.report.write import write
 
 __all__ = [
     "Optimizer",
@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 HOMES = {
-    "Optimizer": "training",
-    "Report": "report",
-    "check": "checking",
-    "invariances": "invariance",
-    "record": "golden",
-    "replay": "golden",
-    "suggest": "suggestion",
-    "sweep": "dtypes",
-    "trajectory": "trajectories",
-    "write": "files",
+    "Optimizer": "measure.optimizers",
+    "Report": "report.report",
+    "check": "measure.check",
+    "invariances": "measure.invariances",
+    "record": "golden.record",
+    "replay": "golden.record",
+    "suggest": "compare.suggest",
+    "sweep": "measure.dtypes",
+    "trajectory": "measure.trajectory",
+    "write": "report.write",
 }
 
 

@@ -8,8 +8,8 @@ import torch
 from flax import nnx
 
 import torch_ref.transformer
-from jaxmodels.convert.params import flat_arrays, with_arrays
 from jaxmodels.transformer import AutoregressiveTransformer
+from jaxmodels.weights.names import flat_arrays, with_arrays
 
 # Every attention of the language model; the sums have two and three parts, with and without query-key products.
 SYNTHESIZERS = [

@@ -21,3 +21,26 @@ def x64():
     """Float64 and full matmul precision: for questions of mathematics, where rounding is no excuse."""
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running():
+    yield
+    from tests.train_common import STARTED
+
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+        if not process.stdout.closed:
+            process.communicate()
+    STARTED.clear()
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory):
+    """A folder for --compile-cache: what several runs of the tests compile, most of their time, is compiled once."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    yield tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()

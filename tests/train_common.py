@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxmodels import sharding
 from jaxmodels.layers import Dropout, Embed
-from train import mesh, step
+from jaxmodels.training import step
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"{i} men and {i * i % 89} women went to sea [in a boat]. The end.\n" for i in range(97))
@@ -46,10 +47,10 @@ Bigrams.__name__ = "AutoregressiveTransformer"
 def program(
     transformation: optax.GradientTransformation | None = None, make=Bigrams, on: str = "", **options
 ) -> step.Program:
-    return step.Program(make, transformation or optax.adam(0.1), mesh.make_mesh(on), **options)
+    return step.Program(make, transformation or optax.adam(0.1), sharding.make_mesh(on), **options)
 
 
-STARTED: list[subprocess.Popen] = []  # a test that fails leaves none running: see tests/train/conftest.py
+STARTED: list[subprocess.Popen] = []  # a test that fails leaves none running: see tests/conftest.py
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen:
@@ -70,7 +71,7 @@ def start_two(module: str, *flags: object, by_variables: bool = False) -> list[s
     def process(i: int) -> subprocess.Popen:
         named = {"coordinator": address, "processes": 2, "process": i}
         found = [] if by_variables else [f"--{name}={value}" for name, value in named.items()]
-        variables = {mesh.VARIABLES[name]: str(value) for name, value in named.items()} if by_variables else {}
+        variables = {sharding.VARIABLES[name]: str(value) for name, value in named.items()} if by_variables else {}
         return start(module, *flags, "--peer-timeout", 10, *found, **variables)
 
     return [process(i) for i in range(2)]

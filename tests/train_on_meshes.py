@@ -15,9 +15,9 @@ from flax import nnx
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
+from jaxmodels.sharding import make_mesh
+from jaxmodels.training.step import Numerics, Program
 from jaxmodels.transformer import AutoregressiveTransformer
-from train.mesh import make_mesh
-from train.step import Numerics, Program
 
 V, D, H, F, S, B, CHUNK = 23, 16, 4, 24, 5, 16, 2
 MESHES = ["", "fsdp=8", "data=2,fsdp=2,tensor=2"]  # each takes seconds to compile

@@ -22,9 +22,9 @@ from flax import nnx
 
 from jaxmodels.feedback import AutoregressiveModel, from_parallel
 from jaxmodels.text import Vocabulary, load_vocabulary
-from train import experiment
-from train.checkpoints import latest_model
-from train.step import Program, State
+from jaxmodels.training import experiment
+from jaxmodels.training.checkpoints import latest_model
+from jaxmodels.training.step import Program, State
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ how a parallel transformer's weights become the beginning.
 
 import dataclasses
 
-from train import experiment, feedback
+from jaxmodels.training import experiment
+from train import feedback
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,14 +24,14 @@ from typing import Literal
 
 from flax import nnx
 
-from jaxmodels.checkpoint import read_config
+from jaxmodels.io.checkpoint import read_config
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.generate import find_tokenizer
 from jaxmodels.text import TokenizerFile, Vocabulary
-from train import experiment
-from train.checkpoints import open_model
-from train.step import Program, State
-from train.tokenize import Tokens, open_tokens
+from jaxmodels.training import experiment
+from jaxmodels.training.checkpoints import open_model
+from jaxmodels.training.step import Program, State
+from jaxmodels.training.tokenize import Tokens, open_tokens
 
 PUBLISHED_VOCAB = 50_432
 # What the original experiment tunes: the biases of all of a block's linear maps but the last.

@@ -38,24 +38,24 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jaxmodels.convert.params import dotted, flat_arrays
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
-from jaxmodels.retro.corpus import Corpus
-from jaxmodels.retro.embedders import embedder_of
-from jaxmodels.retro.retrieval import ChunkIndex
-from jaxmodels.retro.sampling import Retriever, Retrieving
+from jaxmodels.retro.retrieval.corpus import Corpus
+from jaxmodels.retro.retrieval.embedders import embedder_of
+from jaxmodels.retro.retrieval.examples import Kind, Samples, attach, end_to_end, made_once, with_index, with_skips
+from jaxmodels.retro.retrieval.index import ChunkIndex
+from jaxmodels.retro.retrieval.live import Retriever, Retrieving
+from jaxmodels.sharding import make_mesh
 from jaxmodels.text import Vocabulary, load_vocabulary
-from train import experiment
-from train.checkpoints import latest_model, open_model
-from train.command import Stop, interruptible
-from train.config import Options, check_folder, parse
-from train.data import Example, Task, Windows
-from train.experiment import Result, as_program, carry_out, start
-from train.loop import Evaluation
-from train.mesh import make_mesh
-from train.neighbors import Kind, Samples, attach, end_to_end, made_once, with_index, with_skips
-from train.step import Batch, Program, State, put
-from train.tokenize import Tokens
+from jaxmodels.training import experiment
+from jaxmodels.training.checkpoints import latest_model, open_model
+from jaxmodels.training.config import Options, check_folder, parse
+from jaxmodels.training.data import Example, Task, Windows
+from jaxmodels.training.experiment import Result, as_program, carry_out, start
+from jaxmodels.training.loop import Evaluation
+from jaxmodels.training.signals import Stop, interruptible
+from jaxmodels.training.step import Batch, Program, State, put
+from jaxmodels.training.tokenize import Tokens
+from jaxmodels.weights.names import dotted, flat_arrays
 
 PROGRAM = "python -m train.retro"
 RETRIEVES = ("encoder.", "cca.", "norm_e.")  # what a plain decoder has not

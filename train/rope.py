@@ -16,8 +16,8 @@ from typing import Literal
 
 from flax import nnx
 
+from jaxmodels.training import experiment
 from jaxmodels.transformer import AutoregressiveTransformer
-from train import experiment
 
 
 @dataclasses.dataclass(frozen=True)

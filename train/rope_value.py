@@ -30,10 +30,10 @@ from flax import nnx
 
 from jaxmodels.generate import generate
 from jaxmodels.text import CharVocabulary
+from jaxmodels.training import experiment
+from jaxmodels.training.data import Example, Task
+from jaxmodels.training.sample import whole
 from jaxmodels.transformer import AutoregressiveTransformer
-from train import experiment
-from train.data import Example, Task
-from train.sample import whole
 
 CHARACTERS = "0123456789xe =\n?+;"
 VOCABULARY = CharVocabulary(CHARACTERS)

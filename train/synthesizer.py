@@ -29,11 +29,11 @@ from collections.abc import Sequence
 from flax import nnx
 from rich.table import Table
 
+from jaxmodels.training import experiment
+from jaxmodels.training.config import check_folder, parse
+from jaxmodels.training.experiment import Result, as_program, carry_out, start
+from jaxmodels.training.signals import interruptible
 from jaxmodels.transformer import AutoregressiveTransformer
-from train import experiment
-from train.command import interruptible
-from train.config import check_folder, parse
-from train.experiment import Result, as_program, carry_out, start
 
 PROGRAM = "python -m train.synthesizer"
 # The last, dot products alone, is what the others stand in for; none of them knows positions but by its table.

@@ -1,18 +1,18 @@
-"""Flax checkpoints of GPT-NeoX as a `Source`, and written as a stream: see `jaxmodels.checkpoint` for both formats."""
+"""Flax checkpoints of GPT-NeoX as a `Source`, and written as a stream; `jaxmodels.io.checkpoint` has the formats."""
 
 import dataclasses
 import json
 import os
 from pathlib import Path
 
-from jaxmodels.checkpoint import FORMAT, STEM, load, read_config, written_beside
-from jaxmodels.convert.lazy import Transposed
-from jaxmodels.convert.params import entries, flat_arrays
-from jaxmodels.convert.place import flax_name, from_flax_names
-from jaxmodels.convert.progress import progress_bar
-from jaxmodels.convert.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
 from jaxmodels.convert.source import Source, abstract, matched, model_source
+from jaxmodels.io.checkpoint import FORMAT, STEM, load, read_config, written_beside
+from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.weights.lazy import Transposed
+from jaxmodels.weights.names import entries, flat_arrays
+from jaxmodels.weights.place import flax_name, from_flax_names
+from jaxmodels.weights.progress import progress_bar
 
 
 def open_flax(folder: str | os.PathLike) -> Source:

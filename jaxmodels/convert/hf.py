@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.checkpoint import written_beside
-from jaxmodels.convert.place import Shardings
-from jaxmodels.convert.progress import progress_bar
-from jaxmodels.convert.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
 from jaxmodels.convert.source import Source, matched, model_source, named
+from jaxmodels.io.checkpoint import written_beside
+from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.names import is_no_parameter
+from jaxmodels.weights.place import Shardings
+from jaxmodels.weights.progress import progress_bar
 
 # The twin's name, and theirs; in blocks behind `layers.N.` and `gpt_neox.layers.N.`
 OUTSIDE = {

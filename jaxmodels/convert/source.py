@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jaxmodels.convert.lazy import Cast, Cut, nbytes
-from jaxmodels.convert.params import entries, flat_arrays, is_floating
-from jaxmodels.convert.place import Shardings, placed, tensors_of
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.weights.lazy import Cast, Cut, nbytes
+from jaxmodels.weights.names import entries, flat_arrays, is_floating
+from jaxmodels.weights.place import Shardings, placed, tensors_of
 
 VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row for each token
 

@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.convert.params import flat_arrays, with_arrays
 from jaxmodels.feedback.attention import FeedbackAttention
 from jaxmodels.feedback.model import AutoregressiveModel
 from jaxmodels.transformer import AutoregressiveTransformer
+from jaxmodels.weights.names import flat_arrays, with_arrays
 
 TABLES = ("key_pos_embeddings", "key_pos_bias")
 

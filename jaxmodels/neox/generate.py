@@ -133,9 +133,9 @@ def open_checkpoint(folder: Path, dtype: str | None = None, config: str | None =
     from flax import nnx
 
     import jaxmodels
-    from jaxmodels.convert.commands import configured, opened
-    from jaxmodels.convert.place import placed
+    from jaxmodels.convert.operations import configured, opened
     from jaxmodels.neox import NeoX, quantize
+    from jaxmodels.weights.place import placed
 
     if holds_int8(folder):
         if dtype is not None:
@@ -150,7 +150,7 @@ def open_checkpoint(folder: Path, dtype: str | None = None, config: str | None =
 
 def holds_int8(folder: Path) -> bool:
     """Is this the folder of a model that was quantised before it was saved?"""
-    from jaxmodels.checkpoint import read_config
+    from jaxmodels.io.checkpoint import read_config
 
     try:
         return read_config(folder)[1].get("int8_threshold") is not None

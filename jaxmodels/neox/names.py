@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.convert.params import as_numpy
 from jaxmodels.neox.config import NeoXConfig
+from jaxmodels.weights.names import as_numpy
 
 
 def adapted(state_dict: Mapping[str, Any], config: NeoXConfig) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmodels.convert.params import as_numpy
 from jaxmodels.layers import Embed, LayerNorm, Linear, constrain, rematerialised
 from jaxmodels.retro import decode
 from jaxmodels.retro.attention import ROTARY_BASE, ChunkedCrossAttention, CrossAttention, SelfAttention
 from jaxmodels.retro.decode import RetroCache
 from jaxmodels.transformer import check_ids
+from jaxmodels.weights.names import as_numpy
 
 
 class FeedForward(nnx.Module):

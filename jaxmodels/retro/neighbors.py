@@ -1,65 +1,8 @@
-"""`python -m jaxmodels.retro.neighbors`: what an index finds for a text, chunk by chunk, for people to look at."""
+"""`python -m jaxmodels.retro.neighbors`: the passages of a chunk index that are nearest to a text."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from jaxmodels.retro.retrieval import ChunkIndex
-from jaxmodels.text import load_corpus
-
-EXAMPLES = """\
-examples:
-  python -m jaxmodels.retro.neighbors runs/retro/index --prompt "ROMEO: O, she doth teach the torches"
-  python -m jaxmodels.retro.neighbors runs/retro/index --text FILE --k 4
-
-INDEX is what `python -m train.retro` built. A chunk is shown before the bar, what follows it in the corpus behind it.
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
-        prog="python -m jaxmodels.retro.neighbors",
-        description="Prints the nearest chunks of a corpus, with what follows them, for every whole chunk of a text.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    arguments.add_argument("index", type=Path, metavar="INDEX", help="folder of a chunk index")
-    given = arguments.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", help="the text itself")
-    given.add_argument("--text", metavar="FILE", help="a UTF-8 file, or python_docs, tiny_shakespeare")
-    arguments.add_argument("--k", type=int, default=2, help="neighbours of each chunk (default 2)")
-    return arguments
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    try:
-        index = ChunkIndex.load(options.index)
-        text = options.prompt if options.text is None else load_corpus(options.text)
-        show(index, text, options.k)
-    except (ValueError, OSError) as error:
-        print(f"neighbors: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def show(index: ChunkIndex, text: str, k: int) -> None:
-    """Prints the neighbours of a text's whole chunks; raises ValueError where it has none, or unknown characters."""
-    corpus, length = index.corpus, index.chunk_len
-    ids = corpus.vocabulary.encode(text)
-    if len(ids) < length:
-        raise ValueError(f"the text has {len(ids)} {corpus.vocabulary.unit}s, fewer than a chunk of {length}")
-    chunks = ids[: len(ids) // length * length].reshape(-1, length)
-    for number, (chunk, starts) in enumerate(zip(chunks, index.neighbors(chunks, k), strict=True)):
-        print(f"{number * length:8}  {corpus.vocabulary.decode(chunk)!r}")
-        for start in map(int, starts):
-            if start < 0:
-                print("          none")
-                continue
-            found = corpus.text(start, 2 * length)
-            head = corpus.text(start, length)
-            print(f"    {start:>10}  {head!r} | {found[len(head) :]!r}")
-
+from jaxmodels.retro.retrieval.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 They are language models alone, because these can be rebuilt from a configuration where there is no torch; relative
 attention, whose tables have 8192 rows, is left out. A system's line here is all it needs: `python -m parity --record
-parity/fixtures NAME` writes its files.
+parity/golden/fixtures NAME` writes its files.
 """
 
 import dataclasses

@@ -13,11 +13,11 @@ import torch_ref.neox
 from jaxmodels.convert import from_torch, to_torch
 from jaxmodels.convert.hf import load_hf, save_hf
 from jaxmodels.convert.neox import load_neox, save_neox
-from jaxmodels.convert.params import as_numpy
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.text import CharVocabulary, load_corpus
+from jaxmodels.weights.names import as_numpy
 from parity.cases import Pair, case
-from parity.torch_side import randomized
+from parity.compare.torch_side import randomized
 from torch_ref.rope import rotary_tables
 
 

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from jaxmodels.attention import MultiHeadAttention, RelativeMultiHeadAttention
-from jaxmodels.convert.params import flat_arrays
 from jaxmodels.transformer import AutoregressiveTransformer, Encoder, TransformerLayer
+from jaxmodels.weights.names import flat_arrays
 from tests.common import (
     ATTENTIONS,
     MAX_LEN,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import parity.suite
-from parity.__main__ import main
+import parity.cases.suite
 from parity.cases import load_cases, select
+from parity.command import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_cases_in_two_processes_come_in_their_order(tmp_path):
 
 BROKEN = """
 import os, sys
-from parity.__main__ import main
+from parity.command import main
 from parity.cases import case
 
 @case("broken.case", "raises before anything is read")
@@ -95,7 +95,7 @@ def test_what_was_read_before_an_error_is_kept(tmp_path, monkeypatch, capsys):
     def raises(*arguments, **others):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(parity.suite, "sweep", raises)
+    monkeypatch.setattr(parity.cases.suite, "sweep", raises)
     assert main(["transformer.feed_forward", "--sweep", "--json", str(tmp_path / "out.json")]) == 2
     (report,) = json.loads((tmp_path / "out.json").read_text())
     assert report["error"]["message"] == "out of memory"

@@ -12,15 +12,17 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmodels.retro.corpus import Corpus
-from jaxmodels.retro.embedders import HashedNGrams
-from jaxmodels.retro.retrieval import ChunkIndex
+from jaxmodels.retro.retrieval import examples
+from jaxmodels.retro.retrieval.corpus import Corpus
+from jaxmodels.retro.retrieval.embedders import HashedNGrams
+from jaxmodels.retro.retrieval.examples import Samples, attach, end_to_end, made_once, with_skips
+from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import CharVocabulary
+from jaxmodels.training import evaluate, metrics, sample
+from jaxmodels.training.checkpoints import latest_model
+from jaxmodels.training.data import Windows
 from tests.train_common import TEXT, start_two
-from train import evaluate, metrics, neighbors, retro, sample
-from train.checkpoints import latest_model
-from train.data import Windows
-from train.neighbors import Samples, attach, end_to_end, made_once, with_skips
+from train import retro
 
 L = 4
 SIZES = {"d-model": 12, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "batch-size": 4, "warmup": 1, "every": 9}
@@ -77,7 +79,7 @@ def test_a_run_compares_with_its_plain_decoder_and_other_neighbours(run_and_outp
 
 def test_the_same_command_says_it_again_without_work(run_and_output, flags, monkeypatch):
     run, out = run_and_output
-    monkeypatch.setattr(neighbors, "look_up", None)  # everything was kept
+    monkeypatch.setattr(examples, "look_up", None)  # everything was kept
     retro.OPENED.clear()
     assert table(train(*flags, "--out", run)) == table(out)
     with pytest.raises(ValueError, match="was trained with overlap=3, not overlap=4"):
@@ -138,13 +140,13 @@ def test_retrofit_trains_retrieval_alone_and_leaves_the_decoder_as_it_is(run_and
 
 
 def test_a_look_up_that_is_to_end_leaves_what_it_can_go_on_from(flags, tmp_path, monkeypatch, capsys):
-    original = neighbors.look_up
+    original = examples.look_up
 
     def ended(*arguments, **others):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **others)
 
-    monkeypatch.setattr(neighbors, "look_up", ended)
+    monkeypatch.setattr(examples, "look_up", ended)
     assert retro.main([*map(str, flags), "--out", str(tmp_path / "run")]) == 0
     assert "stopped while neighbours were looked up; go on with: python -m train.retro" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["index"]
@@ -154,13 +156,13 @@ def test_a_look_up_that_is_to_end_leaves_what_it_can_go_on_from(flags, tmp_path,
 def test_a_comparison_that_is_to_end_is_not_printed(run_and_output, flags, monkeypatch, capsys):
     run, _ = run_and_output
     (run / "index" / "validation_filtered.npz").unlink()  # is looked up again, last of all
-    original = neighbors.look_up
+    original = examples.look_up
 
     def ended(*arguments, **others):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments, **others)
 
-    monkeypatch.setattr(neighbors, "look_up", ended)
+    monkeypatch.setattr(examples, "look_up", ended)
     assert retro.main([*map(str, flags), "--out", str(run)]) == 130
     assert "RETRO, " not in capsys.readouterr().out
     assert not (run / "index" / "validation_filtered.npz").exists()
@@ -169,8 +171,8 @@ def test_a_comparison_that_is_to_end_is_not_printed(run_and_output, flags, monke
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_what_the_first_process_makes_the_others_read(interrupted, monkeypatch):
     told = []
-    monkeypatch.setattr(neighbors, "is_first", lambda: False)
-    monkeypatch.setattr(neighbors, "agree", lambda flag: told.append(flag) or interrupted)
+    monkeypatch.setattr(examples, "is_first", lambda: False)
+    monkeypatch.setattr(examples, "agree", lambda flag: told.append(flag) or interrupted)
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
             made_once(lambda: told.append("made"))
@@ -256,8 +258,8 @@ def test_kept_neighbours_are_of_the_same_examples_and_inside_the_corpus(index, t
     samples, file = first_of(index, 300), tmp_path / "n.npz"
     first = attach(samples, index, 2, file)
     looked_up = []
-    original = neighbors.look_up
-    monkeypatch.setattr(neighbors, "look_up", lambda *a, **k: looked_up.append(1) or original(*a, **k))
+    original = examples.look_up
+    monkeypatch.setattr(examples, "look_up", lambda *a, **k: looked_up.append(1) or original(*a, **k))
     np.testing.assert_array_equal(attach(samples, index, 2, file).neighbors, first.neighbors)
     assert not looked_up
     attach(first_of(index, 400), index, 2, file)

@@ -14,14 +14,15 @@ from flax import nnx
 
 import jaxmodels
 from jaxmodels.text import CharVocabulary, load_vocabulary
+from jaxmodels.training import evaluate, metrics, plot, sample
+from jaxmodels.training.checkpoints import latest_model
+from jaxmodels.training.config import parse
+from jaxmodels.training.experiment import main
+from jaxmodels.training.signals import one_line_errors
+from jaxmodels.training.tokenize import main as main_tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.train_common import ROOT, TEXT, TINY, start
-from train import evaluate, metrics, plot, rope, sample, synthesizer
-from train.checkpoints import latest_model
-from train.command import one_line_errors
-from train.config import parse
-from train.experiment import main
-from train.tokenize import main as main_tokenize
+from train import rope, synthesizer
 
 PROGRAM = "python -m train.rope"
 

@@ -10,19 +10,20 @@ import pytest
 from flax import nnx
 
 import jaxmodels
-from jaxmodels.convert.params import flat_arrays
 from jaxmodels.feedback import from_parallel
 from jaxmodels.feedback.parallel import ApproximateWarning
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
+from jaxmodels.sharding import make_mesh
 from jaxmodels.text import ByteVocabulary, CharVocabulary
+from jaxmodels.training import metrics, sample
+from jaxmodels.training.checkpoints import latest_model
+from jaxmodels.training.experiment import main
+from jaxmodels.training.tokenize import main as tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
+from jaxmodels.weights.names import flat_arrays
 from tests.train_common import TEXT, TINY
-from train import feedback, feedback_kv, metrics, neox, rope_value, sample, synthesizer
-from train.checkpoints import latest_model
-from train.experiment import main
-from train.mesh import make_mesh
+from train import feedback, feedback_kv, neox, rope_value, synthesizer
 from train.rope_value import VOCABULARY, answer, problem, question, sequence
-from train.tokenize import main as tokenize
 
 
 def test_a_problem_is_written_as_the_original_has_it():

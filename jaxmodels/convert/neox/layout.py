@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmodels.convert.lazy import Combined, Cut, Joined, read
+from jaxmodels.weights.lazy import Combined, Cut, Joined, read
 
 # How shards merge.
 VOCABULARY = "rows of the vocabulary"  # joined, then cut or padded

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.convert.lazy import Cut, read
-from jaxmodels.convert.neox.config import fields, read_yaml
 from jaxmodels.convert.neox.layout import (
     BLOCK,
     EMBEDDING,
@@ -28,10 +26,12 @@ from jaxmodels.convert.neox.layout import (
     merged,
 )
 from jaxmodels.convert.neox.shards import Shard, Shards, config_files, find_step, open_step
-from jaxmodels.convert.place import Shardings
+from jaxmodels.convert.neox.yaml import fields, read_yaml
 from jaxmodels.convert.source import Source, named
 from jaxmodels.neox import PRESETS, NeoX, NeoXConfig
 from jaxmodels.neox.names import is_no_parameter
+from jaxmodels.weights.lazy import Cut, read
+from jaxmodels.weights.place import Shardings
 
 MAX_DRIFT = 1e-2
 DIVISIBLE_BY = 128

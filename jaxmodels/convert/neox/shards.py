@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.convert.files import describe, read_pt
-from jaxmodels.convert.lazy import Index, Lazy, copy
-from jaxmodels.convert.params import as_numpy, is_floating
+from jaxmodels.io.torch_files import describe, read_pt
+from jaxmodels.weights.lazy import Index, Lazy, copy
+from jaxmodels.weights.names import as_numpy, is_floating
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.checkpoint import flush, written_beside
-from jaxmodels.convert.lazy import Cut, read
-from jaxmodels.convert.neox.config import settings_of, yaml_text
 from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, READOUT, VOCABULARY, Name, split
 from jaxmodels.convert.neox.read import DIVISIBLE_BY, VOCABULARY_FILE
 from jaxmodels.convert.neox.shards import layer_file
-from jaxmodels.convert.params import as_tensor
-from jaxmodels.convert.progress import progress_bar
-from jaxmodels.convert.safetensors import Progress
+from jaxmodels.convert.neox.yaml import settings_of, yaml_text
 from jaxmodels.convert.source import Source, model_source
+from jaxmodels.io.checkpoint import flush, written_beside
+from jaxmodels.io.safetensors import Progress
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.weights.lazy import Cut, read
+from jaxmodels.weights.names import as_tensor
+from jaxmodels.weights.progress import progress_bar
 
 STEP = "global_step0"
 

@@ -9,6 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from tests.jaxmodels.convert.test_neox_read import TIED, assert_holds
+from tests.jaxmodels.convert.test_neox_write import limited
 
 from jaxmodels.convert import to_torch
 from jaxmodels.convert.hf import load_hf, open_hf, save_hf, write_hf
@@ -16,8 +18,6 @@ from jaxmodels.convert.neox import load_neox, open_neox
 from jaxmodels.neox import NeoXConfig
 from tests.common import run
 from tests.jaxmodels.convert.originals import CONFIG, write
-from tests.jaxmodels.convert.test_neox_read import TIED, assert_holds
-from tests.jaxmodels.convert.test_neox_write import limited
 
 TANH = dataclasses.replace(CONFIG, activation="gelu_tanh", parallel_residual=False, layer_norm_eps=1e-3)
 FLOAT32 = {"dtype": torch.float32}

@@ -10,7 +10,7 @@ from flax import nnx
 import jaxmodels
 import torch_ref.feedback
 from jaxmodels import generate
-from jaxmodels.convert.__main__ import main as convert
+from jaxmodels.convert.command import main as convert
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from tests.common import V, assert_close, filled, run, token_ids
 from tests.jaxmodels.feedback.common import SIZES, VARIANTS

@@ -11,8 +11,8 @@ from flax import nnx
 import jaxmodels
 import torch_ref.feedback
 from jaxmodels.convert import from_torch, to_torch
-from jaxmodels.convert.params import flat_arrays
 from jaxmodels.feedback import AutoregressiveModel, FeedbackAttention, FeedbackTransformer, FeedbackTransformerKV
+from jaxmodels.weights.names import flat_arrays
 from tests.common import B, V, assert_close, filled, normal, randomised_torch, run, token_ids
 from tests.jaxmodels.feedback.common import SIZES, VARIANTS, transformer
 

@@ -2,9 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.convert.params import flat_arrays
 from jaxmodels.feedback import FeedbackAttention, from_parallel
 from jaxmodels.feedback.parallel import ApproximateWarning
+from jaxmodels.weights.names import flat_arrays
 from tests.common import assert_close, language_model, normal, run, token_ids
 
 TABLES = ("key_pos_embeddings", "key_pos_bias")

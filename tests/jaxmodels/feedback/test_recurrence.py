@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.convert.params import flat_arrays
 from jaxmodels.feedback import FeedbackTransformer, FeedbackTransformerKV
 from jaxmodels.feedback.recurrence import buckets
+from jaxmodels.weights.names import flat_arrays
 from tests.common import assert_close, normal
 from tests.jaxmodels.feedback.common import VARIANTS, naive, transformer
 

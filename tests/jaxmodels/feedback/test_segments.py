@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodels.convert.params import flat_arrays
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV, segments
 from jaxmodels.feedback.segments import bucket, logits_at_any_length
+from jaxmodels.weights.names import flat_arrays
 from tests.common import V, assert_close, filled, normal, run, token_ids
 from tests.jaxmodels.feedback.common import SIZES, VARIANTS, transformer
 

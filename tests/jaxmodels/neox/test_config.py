@@ -5,8 +5,8 @@ import jax
 import pytest
 from flax import nnx
 
-from jaxmodels.convert.params import flat_arrays
 from jaxmodels.neox import PRESETS, NeoX, NeoXConfig
+from jaxmodels.weights.names import flat_arrays
 from tests.jaxmodels.neox.common import CONFIG, FORMS
 
 # Published counts: EleutherAI's for Pythia (arXiv 2304.01373, table 1) and 20B's own.

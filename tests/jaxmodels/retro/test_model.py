@@ -10,9 +10,9 @@ from flax import nnx
 
 import jaxmodels
 from jaxmodels.convert import ConversionError, from_torch, to_torch
-from jaxmodels.convert.__main__ import main as convert
-from jaxmodels.convert.params import flat_arrays
+from jaxmodels.convert.command import main as convert
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
+from jaxmodels.weights.names import flat_arrays
 from tests.common import V, assert_close, run, token_ids
 from tests.jaxmodels.retro.common import SIZES, Flax, L, M, N, build, model, neighbors, twin
 

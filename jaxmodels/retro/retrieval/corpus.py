@@ -1,0 +1,107 @@
+"""A corpus as retrieval has it: token ids, cut into chunks document by document, and the passages that begin at them.
+
+Axes: T tokens of the corpus, n texts, r rows with f candidates each.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxmodels.text import Vocabulary
+
+Refuse = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (rows, starts [r, f]) -> bool [r, f]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Token ids [T] and where their documents begin, [number + 1], the last one T.
+
+    Raises ValueError where there are no tokens, or the documents are not in order from 0 to T.
+    """
+
+    tokens: np.ndarray
+    vocabulary: Vocabulary
+    documents: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, vocabulary: Vocabulary, documents: Sequence[int] | None = None) -> "Corpus":
+        """documents: where each begins, the first at 0; None: all is one."""
+        return cls(tokens, vocabulary, np.asarray([*([0] if documents is None else documents), len(tokens)], np.int64))
+
+    def __post_init__(self):
+        if self.tokens.ndim != 1 or not len(self.tokens) or self.tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens must be integers [T], not empty, got {self.tokens.dtype}{list(self.tokens.shape)}"
+            )
+        if self.documents[0] != 0 or (np.diff(self.documents) <= 0).any():
+            raise ValueError(
+                f"documents must begin at 0 and each after the one before, below the {len(self.tokens)} tokens; "
+                f"got {self.documents[:-1].tolist()[:10]}"
+            )
+
+    def chunks(self, chunk_len: int) -> np.ndarray:
+        """Where the whole chunks of all documents begin, int64 [n]; raises ValueError where there are none."""
+        if chunk_len < 1:
+            raise ValueError(f"chunk_len={chunk_len} must be at least 1")
+        ranges = [
+            np.arange(first, end - chunk_len + 1, chunk_len)
+            for first, end in zip(self.documents[:-1], self.documents[1:], strict=True)
+        ]
+        starts = np.concatenate(ranges)
+        if not len(starts):
+            longest = int(np.diff(self.documents).max())
+            raise ValueError(f"the corpus has no document as long as chunk_len={chunk_len}; the longest has {longest}")
+        return starts.astype(np.int64)
+
+    def passages(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """int32 [..., length]: the tokens from each start on; id 0 behind the end of its document, and for start -1.
+
+        Raises ValueError for a start outside the corpus.
+        """
+        starts = np.asarray(starts)
+        if starts.size and not -1 <= starts.min() <= starts.max() < len(self.tokens):
+            raise ValueError(
+                f"neighbours at {starts.min()} to {starts.max()}: the corpus has 0 to {len(self.tokens) - 1}"
+            )
+        ends = self.documents[np.searchsorted(self.documents[:-1], np.maximum(starts, 0), side="right")]
+        places = starts[..., None] + np.arange(length)
+        inside = (places < ends[..., None]) & (starts[..., None] >= 0)
+        return np.where(inside, self.tokens[np.where(inside, places, 0)], 0).astype(np.int32)
+
+    def text(self, start: int, length: int) -> str:
+        """What stands from a start on, to the end of its document at most."""
+        end = int(self.documents[np.searchsorted(self.documents[:-1], start, side="right")])
+        return self.vocabulary.decode(np.asarray(self.tokens[start : min(start + length, end)]))
+
+    def fingerprint(self, chunk_len: int, embedder: str) -> str:
+        """sha256 of all that an index is made of."""
+        sha256 = hashlib.sha256(f"1|{chunk_len}|{embedder}|{self.vocabulary!r}|".encode())
+        sha256.update(self.documents.astype("<i8").tobytes())
+        for first in range(0, len(self.tokens), 2**22):
+            sha256.update(np.asarray(self.tokens[first : first + 2**22]).astype("<i4").tobytes())
+        return sha256.hexdigest()
+
+
+def sharing(corpus: Corpus, texts: np.ndarray, run: int, length: int) -> Refuse:
+    """Refuses passages of so many tokens that share `run` tokens in a row with that row's text: texts int [n, W].
+
+    Raises ValueError where run is below 1 or above what a text has.
+    """
+    if not 1 <= run <= texts.shape[1]:
+        raise ValueError(f"a run of {run} tokens must be at least 1, and at most the {texts.shape[1]} of a text")
+
+    def refuse(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        passages = corpus.passages(starts, length)  # [r, f, length]
+        shared = np.zeros(starts.shape, bool)
+        for shift in range(run - length, texts.shape[1] - run + 1):  # of the passage against the text
+            text = texts[rows, max(0, shift) : shift + length]
+            passage = passages[..., max(0, -shift) :][..., : text.shape[1]]
+            # a run of equal tokens: as many in a window as it is long
+            equal = np.cumsum(passage == text[:, None], axis=-1, dtype=np.int32)
+            counts = equal[..., run - 1 :] - np.pad(equal, [(0, 0), (0, 0), (1, 0)])[..., : equal.shape[-1] - run + 1]
+            shared |= (counts == run).any(axis=-1)
+        return shared
+
+    return refuse

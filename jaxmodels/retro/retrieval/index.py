@@ -1,0 +1,315 @@
+"""The chunk index: which chunks of a corpus are nearest to a chunk, and what stands there.
+
+A corpus is token ids, cut into chunks of L = chunk_len, document by document. A chunk is found by the embedding of its
+text; what is retrieved are its L tokens and the L that follow, its continuation (arXiv 2112.04426, section 2.2). FAISS
+does the search: exact for small corpora, inverted lists of product-quantised vectors (IVF-PQ) beyond.
+
+FOLDER/about.json              {"format": 1, "fingerprint": …, "chunks": …, "added": …, "index": "index-….faiss", …}
+FOLDER/tokens.npy              ids [T];  documents.npy: where each document begins, and T
+FOLDER/vocabulary.json         `jaxmodels.text.load_vocabulary` reads it
+FOLDER/index-0000062500.faiss  FAISS's own file, after so many chunks
+
+A build that was stopped goes on after the last batch that was saved. One process at a time may build in a folder.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.io.checkpoint import file_beside
+from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
+from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
+from jaxmodels.text import load_vocabulary
+
+FORMAT = 1
+EXACT_UP_TO = 200_000  # chunks; with 512 features they take 0.4 GB, and a query some 10 ms
+BATCH = 4096  # chunks that are embedded and added, or looked up, at a time
+SAVE_EVERY = 64  # batches
+TRAIN_PER_CELL = 64  # vectors that k-means sees for each cell of an IVF index
+
+
+def default_factory(chunks: int, width: int) -> str:
+    """FAISS's name of the index for so many chunks: exact, or IVF-PQ with codes of 64 bytes and 4·√n cells or so."""
+    if chunks <= EXACT_UP_TO:
+        return "Flat"
+    cells = 2 ** round(np.log2(np.clip(4 * np.sqrt(chunks), 256, 65536)))
+    parts = max(m for m in range(1, 65) if width % m == 0)
+    return f"IVF{cells},PQ{parts}"
+
+
+class ChunkIndex:
+    """A corpus whose chunks can be looked up. `build` makes one in a folder, `load` opens it.
+
+    n_probe: cells of an IVF index that a query looks into.
+    """
+
+    def __init__(self, corpus: Corpus, chunk_len: int, embedder: Embedder, searcher: Any, about: dict[str, Any]):
+        self.corpus, self.chunk_len, self.embedder = corpus, chunk_len, embedder
+        self.searcher, self.about = searcher, about
+        self.starts = corpus.chunks(chunk_len)
+        self.n_probe = 8
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the corpus, chunk_len, the embedder and FAISS's index: what neighbours depend on."""
+        return f"{self.about['fingerprint']}:{self.about['factory']}"
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | os.PathLike,
+        corpus: Corpus,
+        chunk_len: int = 16,
+        embedder: Embedder | None = None,
+        *,
+        factory: str | None = None,
+        progress: bool = True,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> "ChunkIndex":
+        """The index in a folder: a new one, one that a stopped build left unfinished, or the one that is there.
+
+        factory: FAISS's factory string; None: `default_factory`. Raises ValueError where the corpus is shorter than a
+        chunk, the folder holds an index of something else or no index, and for a factory that FAISS refuses;
+        KeyboardInterrupt, once what was added is saved, where interrupted() says so between two batches.
+        """
+        folder, embedder = Path(folder), embedder or HashedNGrams()
+        starts = corpus.chunks(chunk_len)
+        fingerprint = corpus.fingerprint(chunk_len, embedder.name)
+        factory = factory or default_factory(len(starts), embedder.width)
+        wanted = {"fingerprint": fingerprint, "chunk_len": chunk_len, "embedder": embedder.name, "factory": factory}
+        if (folder / "about.json").exists():
+            about = read_about(folder)
+            check_same(folder, about, wanted)
+        else:
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(f"{folder} is there and holds no chunk index: name another folder")
+            searcher = make_searcher(factory, embedder.width)  # refuses what FAISS does, before anything is written
+            about = {"format": FORMAT, **wanted, "chunks": len(starts), "added": 0, "index": None}
+            folder.mkdir(parents=True, exist_ok=True)
+            write_about(folder, about)
+        if about["added"]:
+            searcher = read_searcher(folder, about)
+        else:
+            np.save(folder / "tokens.npy", corpus.tokens)
+            np.save(folder / "documents.npy", corpus.documents)
+            corpus.vocabulary.save(folder / "vocabulary.json")
+            searcher = make_searcher(factory, embedder.width)
+            train(searcher, corpus, starts, chunk_len, embedder, factory)
+        index = cls(corpus, chunk_len, embedder, searcher, about)
+        batches = range(about["added"], len(starts), BATCH)
+        for number, first in enumerate(shown(batches, "indexing", progress), start=1):
+            searcher.add(index.embed(corpus.passages(starts[first : first + BATCH], chunk_len)))
+            ended = interrupted()
+            if ended or number % SAVE_EVERY == 0 or number == len(batches):
+                index.save(folder)
+            if ended:
+                raise KeyboardInterrupt
+        return index
+
+    def save(self, folder: Path) -> None:
+        """Writes what has been added; the files before are whole until these are."""
+        import faiss
+
+        added, before = self.searcher.ntotal, self.about["index"]
+        name = f"index-{added:010}.faiss"
+        with file_beside(folder / name) as beside:
+            faiss.write_index(self.searcher, str(beside))
+        self.about |= {"added": added, "index": name}
+        write_about(folder, self.about)
+        if before not in (None, name):
+            (folder / before).unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        corpus: Corpus | None = None,
+        chunk_len: int | None = None,
+        embedder: Embedder | None = None,
+    ) -> "ChunkIndex":
+        """The finished index in a folder; what is given must be what it was made of.
+
+        Raises ValueError where there is no finished index, its files do not fit its fingerprint, or it is of another
+        corpus, chunk_len or embedder than given.
+        """
+        folder = Path(folder)
+        about = read_about(folder)
+        own = read_corpus(folder)
+        if own.fingerprint(about["chunk_len"], about["embedder"]) != about["fingerprint"]:
+            raise ValueError(f"{folder} is stale: its tokens or vocabulary are not those that its index was made of")
+        wanted: dict[str, Any] = {"chunk_len": chunk_len or about["chunk_len"]}
+        wanted["embedder"] = about["embedder"] if embedder is None else embedder.name
+        wanted["fingerprint"] = (corpus or own).fingerprint(wanted["chunk_len"], wanted["embedder"])
+        check_same(folder, about, wanted)
+        if about["added"] < about["chunks"]:
+            raise ValueError(f"{folder} has {about['added']} of {about['chunks']} chunks: build it again to go on")
+        embedder = embedder or embedder_of(about["embedder"])
+        return cls(own, about["chunk_len"], embedder, read_searcher(folder, about), about)
+
+    def embed(self, chunks: np.ndarray) -> np.ndarray:
+        """Vectors float32 [n, width] of chunks of ids [n, L]."""
+        return np.ascontiguousarray(self.embedder.embed([self.corpus.vocabulary.decode(c) for c in chunks]), np.float32)
+
+    def neighbors(
+        self,
+        chunks: np.ndarray,
+        k: int = 2,
+        *,
+        own: np.ndarray | None = None,
+        refuse: Refuse | None = None,
+        progress: bool = False,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> np.ndarray:
+        """Where the k nearest passages begin, nearest first: ids [n, L] -> int64 [n, k].
+
+        own [n, 2]: the span, from … to, of the corpus that each chunk is part of; no passage of 2·L tokens that touches
+        it is taken. refuse(rows, starts): bool like starts [r, f], which candidates not to take for those rows of
+        `chunks`. More is fetched until k are left. Where the corpus has fewer the nearest is repeated, which alone
+        changes nothing for the model; where it has none they are -1. Raises ValueError for chunks of another length,
+        KeyboardInterrupt where interrupted() says so before a batch of them.
+        """
+        chunks = np.asarray(chunks)
+        if chunks.ndim != 2 or chunks.shape[1] != self.chunk_len or k < 1:
+            raise ValueError(
+                f"chunks {list(chunks.shape)} and k={k}: must be [n, chunk_len={self.chunk_len}], at least 1"
+            )
+        found = np.full((len(chunks), k), -1, np.int64)
+        for first in shown(range(0, len(chunks), BATCH), "looking up", progress):
+            if interrupted():
+                raise KeyboardInterrupt
+            rows = np.arange(first, min(first + BATCH, len(chunks)))
+            self.look_up(found, chunks, rows, own, refuse)
+        return np.where(found < 0, found[:, :1], found)
+
+    def look_up(
+        self, found: np.ndarray, chunks: np.ndarray, rows: np.ndarray, own: np.ndarray | None, refuse: Refuse | None
+    ) -> None:
+        """Fills some rows of `found`."""
+        k = found.shape[1]
+        vectors = self.embed(chunks[rows])
+        set_n_probe(self.searcher, self.n_probe)
+        fetch = min(4 * k + 8, len(self))
+        while True:
+            places = self.searcher.search(vectors, fetch)[1]
+            starts = np.where(places < 0, -1, self.starts[places])  # FAISS says -1 for none
+            good = starts >= 0
+            if own is not None:
+                good &= (starts + 2 * self.chunk_len <= own[rows, :1]) | (starts >= own[rows, 1:])
+            if refuse is not None:
+                good &= ~refuse(rows, starts)
+            rank = good.cumsum(axis=1)
+            row, column = np.nonzero(good & (rank <= k))
+            found[rows[row], rank[row, column] - 1] = starts[row, column]
+            short = rank[:, -1] < k
+            if fetch == len(self) or not short.any():
+                return
+            rows, vectors, fetch = rows[short], vectors[short], min(4 * fetch, len(self))
+
+
+def make_searcher(factory: str, width: int) -> Any:
+    """An empty FAISS index that compares by inner product; raises ValueError for a factory that FAISS refuses."""
+    faiss = import_faiss()
+    try:
+        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"factory={factory!r} is refused by FAISS for width {width}: {reason(error)}") from None
+
+
+def train(searcher: Any, corpus: Corpus, starts: np.ndarray, chunk_len: int, embedder: Embedder, factory: str) -> None:
+    """k-means of an index that needs it, over a sample of the chunks; raises ValueError where they are too few."""
+    if searcher.is_trained:
+        return
+    cells = getattr(searcher, "nlist", 256)
+    n = min(len(starts), TRAIN_PER_CELL * max(cells, 256))
+    sample = np.sort(np.random.default_rng(0).choice(starts, n, replace=False))
+    texts = [corpus.vocabulary.decode(chunk) for chunk in corpus.passages(sample, chunk_len)]
+    try:
+        searcher.train(np.ascontiguousarray(embedder.embed(texts), np.float32))
+    except RuntimeError as error:
+        raise ValueError(f"factory={factory!r} cannot be trained on {n} chunks: {reason(error)}") from None
+
+
+def set_n_probe(searcher: Any, n_probe: int) -> None:
+    if hasattr(searcher, "nprobe"):
+        searcher.nprobe = n_probe
+
+
+def read_searcher(folder: Path, about: dict[str, Any]) -> Any:
+    faiss, file = import_faiss(), folder / str(about["index"])
+    try:
+        searcher = faiss.read_index(str(file))
+    except RuntimeError as error:
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from None
+    if searcher.ntotal != about["added"]:
+        raise ValueError(f"{file} has {searcher.ntotal} chunks, about.json says {about['added']}")
+    return searcher
+
+
+def import_faiss() -> Any:
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise ValueError("a chunk index needs FAISS: pip install 'jaxmodels[retro]'") from None
+    return faiss
+
+
+def reason(error: RuntimeError) -> str:
+    """What FAISS says, without its C++."""
+    return str(error).strip().splitlines()[0].rpartition(": ")[2] or "no reason given"
+
+
+def read_corpus(folder: Path) -> Corpus:
+    """The corpus of an index, its tokens mapped into memory; raises ValueError where it is not complete."""
+    try:
+        tokens, documents = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents"))
+        return Corpus(tokens, load_vocabulary(folder / "vocabulary.json"), np.asarray(documents))
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        raise ValueError(f"{folder} holds no corpus of a chunk index: {error}") from None
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    file = folder / "about.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
+        names = ("fingerprint", "chunk_len", "embedder", "factory", "chunks", "added", "index")
+        return {"format": FORMAT} | {name: about[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no chunk index: {error!r}") from None
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    with file_beside(folder / "about.json") as beside:
+        beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError that names what an index was made of and what is wanted, where they differ."""
+    differing = [name for name in wanted if name != "fingerprint" and wanted[name] != about[name]]
+    if differing:
+        was, now = (", ".join(f"{name}={values[name]}" for name in differing) for values in (about, wanted))
+        raise ValueError(f"{folder} is stale: its index was made with {was}, not {now}; build another, or delete it")
+    if wanted["fingerprint"] != about["fingerprint"]:
+        raise ValueError(f"{folder} is stale: its index is of another corpus; build another, or delete it")
+
+
+def shown(batches: Iterable[int], what: str, progress: bool) -> Iterator[int]:
+    """Batches with a progress bar on standard error, where that is a terminal and `rich` is installed."""
+    if not progress or not sys.stderr.isatty():
+        return iter(batches)
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ModuleNotFoundError:
+        return iter(batches)
+    return iter(track(batches, description=what, transient=True, console=Console(stderr=True)))

@@ -1,0 +1,1 @@
+"""Training: the step, the loop, data, checkpoints, and the commands over runs."""

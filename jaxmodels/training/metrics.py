@@ -1,0 +1,145 @@
+"""What a run tells while it trains: a line of progress, RUN/metrics.jsonl, and TensorBoard's files.
+
+metrics.jsonl has a line per step, {"step": 7, "loss": …, "grad_norm": …, "seconds": …}, and one per evaluation,
+{"step": 500, "validation_loss": …}. Losses are in nats per token.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxmodels.io.checkpoint import file_beside
+
+FILE = "metrics.jsonl"
+TENSORBOARD_EVERY = 10  # steps; its files grow by 50 bytes a number
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, but for one that a kill cut short; raises ValueError where there is none."""
+    try:
+        text = (run / FILE).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{run} holds no {FILE}: {error}") from None
+    lines = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+class Log:
+    """Both files of a run that stands after the steps that `losses` are of; what was written beyond is dropped."""
+
+    def __init__(self, run: Path, losses: Sequence[float], *, tensorboard: bool = True):
+        run.mkdir(parents=True, exist_ok=True)
+        kept = self.lines_until(run, losses)
+        with file_beside(run / FILE) as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.file = open(run / FILE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self.writer = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=len(losses) + 1)
+
+    @staticmethod
+    def lines_until(run: Path, losses: Sequence[float]) -> list[dict[str, Any]]:
+        """A line per step that was taken, and the evaluations before the last of them, which will be made again."""
+        old = read(run) if (run / FILE).exists() else []
+        steps = {line["step"]: line for line in old if "loss" in line}
+        evaluations: dict[int, list[dict[str, Any]]] = {}
+        for line in old:
+            if "loss" not in line and line["step"] < len(losses):
+                evaluations.setdefault(line["step"], []).append(line)
+        kept = evaluations.get(0, [])
+        for step, loss in enumerate(losses, start=1):
+            kept.append({**steps.get(step, {}), "step": step, "loss": loss})
+            kept += evaluations.get(step, [])
+        return kept
+
+    def write(self, step: int, values: dict[str, float], *, every: int = 1) -> None:
+        """One line, and TensorBoard's where the step is a multiple of `every`."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.writer is not None and step % every == 0:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def step(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
+        values = {"loss": loss, "grad_norm": grad_norm, "seconds": round(seconds, 6)}
+        self.write(step, values, every=TENSORBOARD_EVERY)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Trace:
+    """A profile of `n` steps, with the reports between them, in a folder.
+
+    It begins with the second step that this process takes: the first one warms up.
+    """
+
+    def __init__(self, folder: Path, step: int, n: int):
+        self.folder, self.bounds = folder, [step + 1, step + 1 + n] if n else []
+
+    def until(self, step: int) -> int:
+        """Where to stop at the latest on the way to a step."""
+        return min([step, *self.bounds])
+
+    def at(self, step: int) -> None:
+        """Begins or ends, where this is the step to do so after."""
+        if self.bounds[:1] == [step]:
+            begins = len(self.bounds) == 2
+            del self.bounds[0]
+            jax.profiler.start_trace(str(self.folder)) if begins else jax.profiler.stop_trace()
+
+    def close(self) -> None:
+        """Ends what has begun."""
+        if len(self.bounds) == 1:
+            self.bounds = []
+            jax.profiler.stop_trace()
+
+
+class Line:
+    """The live line: steps, loss, tokens per second, share of the peak where it is known, time left."""
+
+    def __init__(self, console: Console, steps: int, done: int, tokens: int, flops: float, peak: float | None):
+        columns = ["step {task.completed}/{task.total}", "loss {task.fields[loss]:.3f}", "{task.fields[speed]}"]
+        step, loss, speed = map(TextColumn, columns)
+        self.progress = Progress(
+            step, BarColumn(bar_width=None), loss, speed, TimeRemainingColumn(), TextColumn("left"), console=console
+        )
+        self.task = self.progress.add_task("training", total=steps, completed=done, loss=math.nan, speed="")
+        self.tokens, self.flops, self.peak = tokens, flops, peak
+        self.loss = self.seconds = math.nan
+
+    def __enter__(self) -> "Line":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+    def advance(self, loss: float, seconds: float, share: float = 1.0) -> None:
+        """One more step, which took so long for a share of the tokens; what is shown is smoothed over some twenty."""
+        self.loss = smooth(self.loss, loss)
+        self.seconds = smooth(self.seconds, seconds / share)
+        self.progress.update(self.task, advance=1, loss=self.loss, speed=self.speed())
+
+    def speed(self) -> str:
+        if not self.seconds > 0:
+            return ""
+        text = f"{self.tokens / self.seconds:,.0f} tokens/s"
+        return text if self.peak is None else f"{text}, {self.flops / self.seconds / self.peak:.0%} of peak"
+
+
+def smooth(average: float, value: float) -> float:
+    return value if math.isnan(average) else 0.95 * average + 0.05 * value

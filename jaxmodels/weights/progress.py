@@ -1,0 +1,29 @@
+"""A progress bar for what takes long."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jaxmodels.weights.lazy import nbytes
+
+SHOWN_FROM = 500_000_000  # bytes; less is done before anybody looks
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, tensors: Iterable[Any]) -> Iterator[Callable[[int], None]]:
+    """Gives the function that is told of bytes as they are done. Shown on a terminal, where `rich` is installed."""
+    total = sum(map(nbytes, tensors))
+    if total < SHOWN_FROM or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    except ModuleNotFoundError:
+        yield lambda n: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)

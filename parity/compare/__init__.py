@@ -1,0 +1,1 @@
+"""Running the two modules of a pair on the same weights and inputs."""

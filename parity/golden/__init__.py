@@ -1,0 +1,1 @@
+"""Golden fixtures: recorded PyTorch results, replayed without PyTorch."""

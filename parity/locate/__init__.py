@@ -1,0 +1,1 @@
+"""Finding the sub-module that differs."""

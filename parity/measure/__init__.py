@@ -1,0 +1,1 @@
+"""Readings of a pair: differences and their limits."""

@@ -1,0 +1,1 @@
+"""Mutation testing of the harness: planted mistakes that it must find and name."""

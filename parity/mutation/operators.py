@@ -1,0 +1,225 @@
+"""Porting mistakes that can be made in any sub-module of an NNX model: in its weights, its constants, its calls."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from parity.locate.calls import calls_replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A mistake: `change` makes it in a Flax sub-module that has its weights; None where it does not apply."""
+
+    name: str
+    about: str
+    change: Callable[[nnx.Module], Callable[[], None] | None]
+
+
+OPERATORS: dict[str, Operator] = {}
+CALLED: dict[str, Callable[..., Any]] = {}  # what a planted sub-module does when it is called
+
+
+def operator(name: str, about: str) -> Callable:
+    def register(change: Callable) -> Callable:
+        OPERATORS[name] = Operator(name, about, change)
+        return change
+
+    return register
+
+
+# Mistakes in the weights.
+
+
+def of_array(names: Sequence[str], function: Callable[[jax.Array], jax.Array | None]) -> Callable:
+    """A change to the first of the named arrays that a sub-module has and that the function applies to."""
+
+    def change(module: nnx.Module) -> Callable[[], None] | None:
+        for name in names:
+            variable = vars(module).get(name)
+            if not isinstance(variable, nnx.Param) or variable.get_value() is None:  # nnx has a bias of None
+                continue
+            if jax.eval_shape(function, variable[...]) is not None:
+                return lambda: variable.set_value(function(variable[...]))
+        return None
+
+    return change
+
+
+KERNELS = ("kernel", "embedding")
+operator("transposed kernel", "a square kernel is stored the other way round")(
+    of_array(["kernel"], lambda k: k.swapaxes(-1, -2) if k.ndim > 1 and k.shape[-1] == k.shape[-2] else None)
+)
+operator("missing bias", "a bias is not added")(of_array(["bias"], jnp.zeros_like))
+operator("bias added twice", "as when two ranks add it each")(of_array(["bias"], lambda b: 2 * b))
+operator("missing scale", "a norm's scale is taken for one")(of_array(["scale"], jnp.ones_like))
+operator("scale plus one", "a norm's scale is stored as what is added to one")(of_array(["scale"], lambda s: 1 + s))
+operator("exchanged outputs", "two output features stand in each other's place")(
+    of_array(["kernel"], lambda k: k.at[..., 0].set(k[..., 1]).at[..., 1].set(k[..., 0]) if k.shape[-1] > 1 else None)
+)
+operator("features before heads", "the output features are laid out [d_k, heads] instead of [heads, d_k]")(
+    of_array(["kernel"], lambda k: mixed(k) if divisor(k.shape[-1]) else None)
+)
+operator("rows off by one", "an embedding or a table is read one row too early")(
+    of_array(["embedding", "key_pos_embeddings", "key_pos_bias"], lambda e: jnp.roll(e, 1, axis=0))
+)
+operator("one weight", "one number is off by a thousandth of the largest")(
+    of_array([*KERNELS, "scale", "weights"], lambda k: k.at[(0,) * k.ndim].add(1e-3 * jnp.abs(k).max()))
+)
+operator("weights in bfloat16", "weights went through bfloat16")(
+    of_array(KERNELS, lambda k: k.astype(jnp.bfloat16).astype(k.dtype))
+)
+
+
+def divisor(n: int) -> int:
+    """The smallest divisor of n but 1, 0 where that is n."""
+    return next((d for d in range(2, n) if n % d == 0), 0)
+
+
+def mixed(kernel: jax.Array) -> jax.Array:
+    d = divisor(kernel.shape[-1])
+    return kernel.reshape(*kernel.shape[:-1], d, -1).swapaxes(-1, -2).reshape(kernel.shape)
+
+
+# Mistakes in the constants.
+
+
+def of_attribute(names: Sequence[str], function: Callable[[float], float]) -> Callable:
+    def change(module: nnx.Module) -> Callable[[], None] | None:
+        for name in names:
+            value = vars(module).get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value:
+                return lambda: setattr(module, name, function(value))
+        return None
+
+    return change
+
+
+operator("another epsilon", "ten times the norm's epsilon")(of_attribute(["epsilon"], lambda e: 10 * e))
+operator("another base", "the rotary angles' base is doubled")(of_attribute(["base", "rope_base"], lambda b: 2 * b))
+operator("another scale", "the scores are scaled by 1/d_k instead of its root")(
+    of_attribute(["scale"], lambda s: s * s)
+)
+
+
+# Mistakes in what a sub-module computes; the sub-module carries the mistake's name, through jit, scan and merge.
+
+
+def when_called(name: str, about: str) -> Callable:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def change(module: nnx.Module) -> Callable[[], None] | None:
+            return lambda: setattr(module, "planted", name)
+
+        OPERATORS[name] = Operator(name, about, change)
+        CALLED[name] = function
+        return function
+
+    return register
+
+
+def floats(tree: Any, function: Callable[[jax.Array], jax.Array]) -> Any:
+    def one(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, tree)
+
+
+@when_called("factor", "the output is a thousandth too large")
+def factor(call, args, kwargs):
+    return floats(call(*args, **kwargs), lambda y: 1.001 * y)
+
+
+@when_called("features rolled", "the output's features are rotated by one")
+def features_rolled(call, args, kwargs):
+    return floats(call(*args, **kwargs), lambda y: jnp.roll(y, 1, axis=-1))
+
+
+@when_called("positions rolled", "the output is one position late")
+def positions_rolled(call, args, kwargs):
+    def late(y: jax.Array) -> jax.Array:
+        return jnp.roll(y, 1, axis=int(np.argmax(y.shape[:-1]))) if y.ndim > 1 else y
+
+    return floats(call(*args, **kwargs), late)
+
+
+@when_called("input in float32", "the inputs are rounded to float32 on the way in")
+def rounded_input(call, args, kwargs):
+    return call(*floats(args, lambda x: x.astype(jnp.float32).astype(x.dtype)), **kwargs)
+
+
+@when_called("input in bfloat16", "the inputs are rounded to bfloat16 on the way in")
+def halved_input(call, args, kwargs):
+    return call(*floats(args, lambda x: x.astype(jnp.bfloat16).astype(x.dtype)), **kwargs)
+
+
+@when_called("no gradient", "the output is taken for a constant")
+def no_gradient(call, args, kwargs):
+    return floats(call(*args, **kwargs), jax.lax.stop_gradient)
+
+
+@when_called("another gradient", "the output is right, its gradient a hundredth too large")
+def another_gradient(call, args, kwargs):
+    return floats(call(*args, **kwargs), lambda y: 1.01 * y - jax.lax.stop_gradient(0.01 * y))
+
+
+@when_called("no residual", "what went in is taken off what comes out")
+def no_residual(call, args, kwargs):
+    def without(y: jax.Array) -> jax.Array:
+        x = next((a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array) and a.shape == y.shape), None)
+        return y if x is None else y - x
+
+    return floats(call(*args, **kwargs), without)
+
+
+@when_called("skipped", "the sub-module is left out")
+def skipped(call, args, kwargs):
+    y = call(*args, **kwargs)
+    x = next((a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array)), None)
+    return x if isinstance(y, jax.Array) and x is not None and (x.shape, x.dtype) == (y.shape, y.dtype) else y
+
+
+@when_called("arguments exchanged", "the first two arrays are given in the other order")
+def exchanged(call, args, kwargs):
+    values = [*args, *kwargs.values()]
+    if len(values) < 2 or not all(isinstance(v, jax.Array) for v in values[:2]) or values[0].shape != values[1].shape:
+        return call(*args, **kwargs)
+    values[:2] = values[1::-1]
+    return call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+
+@when_called("mask ignored", "everything may be seen")
+def mask_ignored(call, args, kwargs):
+    def seen(leaf: Any) -> Any:
+        return jnp.ones_like(leaf) if isinstance(leaf, jax.Array) and leaf.dtype == bool else leaf
+
+    return call(*jax.tree.map(seen, args), **jax.tree.map(seen, kwargs))
+
+
+@contextlib.contextmanager
+def planted_calls(model: nnx.Module) -> Iterator[None]:
+    """While open, a sub-module that carries an operator's name makes that mistake whenever it is called."""
+    active: list[Any] = []
+
+    def wrapped(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def call(self, *args, **kwargs):
+            mistake = CALLED.get(getattr(self, "planted", ""))
+            if mistake is None or (active and active[-1] is self):
+                return original(self, *args, **kwargs)
+            active.append(self)
+            try:
+                return mistake(functools.partial(original, self), args, kwargs)
+            finally:
+                active.pop()
+
+        return call
+
+    with calls_replaced(model, wrapped):
+        yield

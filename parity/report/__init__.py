@@ -1,0 +1,1 @@
+"""Reports: the table, the HTML page, JSON and JUnit."""

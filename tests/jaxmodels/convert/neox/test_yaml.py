@@ -1,0 +1,183 @@
+"""GPT-NeoX's YAML files."""
+
+import dataclasses
+import re
+
+import pytest
+
+from jaxmodels.convert.neox import open_neox
+from jaxmodels.convert.neox.yaml import fields, read_yaml, settings_of, yaml_text
+from jaxmodels.neox import NeoXConfig
+from tests.jaxmodels.convert.originals import CONFIG, settings, write, write_yaml
+
+TEXT_20B = """\
+# DISCLAIMER: comments, and a comma behind the last entry
+{
+  # parallelism
+  "pipe-parallel-size": 4,
+  "model-parallel-size": 2,
+  "num-layers": 44,
+  "hidden-size": 6144,
+  "num-attention-heads": 64,
+  "seq-length": 2048,
+  "max-position-embeddings": 2048,
+  "norm": "layernorm",
+  "pos-emb": "rotary",
+  "rotary_pct": 0.25,
+  "no_weight_tying": true,
+  "gpt_j_residual": true,
+  "output_layer_parallelism": "column",
+  "scaled-upper-triang-masked-softmax-fusion": true,
+  "bias_gelu_fusion": true,
+  "init_method": "small_init",
+  "fp16": {"fp16": true, "loss_scale": 0,},
+}
+"""
+
+
+def parsed(tmp_path, *texts):
+    files = []
+    for i, text in enumerate(texts):
+        files.append(tmp_path / f"{i}.yml")
+        files[-1].write_text(text)
+    return fields(read_yaml(files), "here")
+
+
+def test_a_file_in_the_form_of_20b(tmp_path):
+    assert NeoXConfig(**parsed(tmp_path, TEXT_20B)) == NeoXConfig.neox_20b()
+
+
+def test_absent_keys_have_gpt_neox_own_defaults(tmp_path):
+    found = parsed(tmp_path, "pos_emb: rotary\nhidden-size: 12\n")
+    assert found == {
+        "n_hidden": 12,
+        "rope_percentage": 1.0,
+        "rope_base": 10_000.0,
+        "parallel_residual": False,
+        "layer_norm_eps": 1e-5,
+        "max_len": 2048,
+        "activation": "gelu",
+        "tied": True,
+    }
+
+
+def test_yaml_takes_1e_minus_5_for_a_string(tmp_path):
+    assert parsed(tmp_path, "pos-emb: rotary\nlayernorm-epsilon: 1e-6")["layer_norm_eps"] == 1e-6
+
+
+def test_several_files_are_one(tmp_path):
+    found = parsed(
+        tmp_path, '{"pos-emb": "rotary", "num-layers": 3,}', "# nothing\n", "num_layers: 3\nhidden_size: 7\n"
+    )
+    assert (found["n_layers"], found["n_hidden"]) == (3, 7)
+    with pytest.raises(ValueError, match=r"1\.yml says num_layers: 4, and before it was 3"):
+        parsed(tmp_path, "num-layers: 3", "num_layers: 4")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpt_j_tied: true", "has gpt_j_tied: True"),
+        ("norm: rmsnorm", "has norm: 'rmsnorm'; supported is 'layernorm'"),
+        ("pos-emb: learned", "has pos_emb: 'learned'; supported is 'rotary'"),
+        ("activation: geglu", "has activation: 'geglu'"),
+        ("num-attention-heads: 8\nnum-kv-heads: 2", "num_kv_heads: 2 and num_attention_heads: 8"),
+        ("rotary-interleaved: true", "has rotary_interleaved: True"),
+        ("use_bias_in_attn_linear: false", "has use_bias_in_attn_linear: False"),
+        ("use_bias_in_mlp: false", "has use_bias_in_mlp: False"),
+        ("use_mup: true", "has use_mup: True; supported is False"),
+        ("sliding-window-width: 256", "has sliding_window_width: 256; supported is None"),
+        ('attention-config: [[["local", "global"], "all"]]', "has attention_config of local; supported is 'global'"),
+        ('attention_config: ["rwkv", "flash", "mamba"]', "has attention_config of mamba, rwkv; supported is 'global'"),
+        ('soft-prompt-tuning: {"num_tokens": 10}', "has soft_prompt_tuning: {'num_tokens': 10}; supported is none"),
+        ("num-layers: many", "num_layers: 'many', which is no whole number"),
+        ("num-layers: 3.5", "num_layers: 3.5, which is no whole number"),
+        ("rotary-pct: true", "rotary_pct: True, which is no number"),
+        ("no-weight-tying: 1", "no_weight_tying: 1, which is neither true nor false"),
+    ],
+)
+def test_what_the_model_here_does_not_have_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=f"here .*{re.escape(message.removeprefix('has '))}"):
+        parsed(tmp_path, text if "pos-emb" in text else f"pos-emb: rotary\n{text}")
+
+
+def test_settings_that_change_nothing_are_taken(tmp_path):
+    plain = parsed(tmp_path, "pos_emb: rotary")
+    others = 'attention-config: [[["flash"], 3], [["global"], "all"]]\nuse_mup: false\nsliding_window_width: null\n'
+    assert parsed(tmp_path, f"pos_emb: rotary\n{others}soft_prompt_tuning: {{enabled: false}}") == plain
+
+
+def test_a_file_must_say_that_positions_are_rotary(tmp_path):
+    with pytest.raises(ValueError, match="here has no pos_emb; supported is 'rotary'"):
+        parsed(tmp_path, "num-layers: 3")
+
+
+@pytest.mark.parametrize("content", [b"{", b"- 1\n- 2\n", b"\xff", b"a: [", b"word", b"[" * 100_000])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
+    file = tmp_path / "model.yml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.yml is no (YAML file|mapping)"):
+        read_yaml([file])
+
+
+@pytest.mark.parametrize("place", ["configs", "global_step143/configs"])
+def test_files_are_found_beside_latest_and_in_the_step(tmp_path, place):
+    write(tmp_path, yaml=False)
+    write_yaml(tmp_path / place, CONFIG, 2)
+    source = open_neox(tmp_path)
+    assert source.config == CONFIG
+    assert "configuration from model.yml, rest.yml" in source.notes
+    assert open_neox(tmp_path / "global_step143").config == CONFIG
+
+
+def test_a_file_that_leaves_out_the_heads(tmp_path):
+    write(tmp_path, yaml=False)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "a.yml").write_text("pos-emb: rotary\nno-weight-tying: true")
+    with pytest.raises(ValueError, match=r"configs: num_attention_heads is missing in a\.yml"):
+        open_neox(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num-layers", 4, r"contradicts model\.yml, rest\.yml: n_layers is 3, said to be 4"),
+        ("hidden-size", 60, "n_hidden is 120, said to be 60"),
+        ("no-weight-tying", False, "tied is False, said to be True"),
+        ("num-attention-heads", 7, "n_hidden=120 is not divisible by n_heads=7"),
+        ("num-attention-heads", 20, "not the frequencies"),
+    ],
+)
+def test_files_that_contradict_the_tensors(tmp_path, key, value, message):
+    write(tmp_path, yaml=False)
+    write_yaml(tmp_path / "configs", CONFIG, 2, **{key: value})
+    with pytest.raises(ValueError, match=message):
+        open_neox(tmp_path)
+
+
+def test_another_rank_count_in_the_configuration_is_a_note(tmp_path):
+    write(tmp_path, 3, yaml=False)
+    write_yaml(tmp_path / "configs", CONFIG, 2)
+    assert "the configuration says 2 model-parallel ranks, the files are of 3" in open_neox(tmp_path).notes
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        NeoXConfig.neox_20b(),
+        dataclasses.replace(CONFIG, tied=True, parallel_residual=False, activation="gelu_tanh", layer_norm_eps=1e-6),
+        dataclasses.replace(CONFIG, rope_base=1234.5, rope_percentage=1.0),
+    ],
+)
+def test_what_we_write_says_the_same(tmp_path, config):
+    said = settings_of(config, 2, 128)
+    found = parsed(tmp_path, yaml_text(said))
+    assert NeoXConfig(**found, n_vocab=config.n_vocab) == dataclasses.replace(config, n_ff=config.d_ff)
+    assert read_yaml([tmp_path / "0.yml"]) == said
+
+
+def test_the_writer_of_these_tests_says_what_we_say():
+    ours = settings_of(CONFIG, 2, 7)
+    theirs = {key.replace("-", "_"): value for key, value in settings(CONFIG, 2).items()}
+    assert {key: ours[key] for key in theirs} == theirs

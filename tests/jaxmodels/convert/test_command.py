@@ -1,0 +1,221 @@
+"""`python -m jaxmodels.convert`: real files, there and back."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import jaxmodels
+import torch_ref.transformer
+from jaxmodels.convert.command import main
+from jaxmodels.generate import generate
+
+CONFIG = {"n_vocab": 13, "d_model": 12, "heads": 3, "d_ff": 17, "n_layers": 2}
+
+
+@pytest.fixture
+def pt(tmp_path):
+    """A .pt file as the PyTorch twin saves it, and the twin."""
+    torch.manual_seed(0)
+    module = torch_ref.transformer.AutoregressiveTransformer(**CONFIG)
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    return tmp_path / "model.pt", module
+
+
+def convert(*arguments) -> int:
+    return main(["torch", *map(str, arguments)])
+
+
+def to_flax(file, out, *more, config=CONFIG):
+    return convert("--model", "rope", "--config", json.dumps(config), file, out, *more)
+
+
+def greedy_torch(module, ids, n):
+    """The next n tokens, each from a full forward pass."""
+    ids = torch.as_tensor(ids)
+    with torch.no_grad():
+        for _ in range(n):
+            ids = torch.cat([ids, module(ids)[-1].argmax(dim=-1)[None]])
+    return ids[-n:].numpy()
+
+
+def test_a_torch_file_samples_the_same_greedy_tokens_in_flax(pt, tmp_path, capsys):
+    file, module = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    assert "AutoregressiveTransformer" in capsys.readouterr().out
+    model = jaxmodels.load(tmp_path / "out")
+    prompt = np.random.default_rng(0).integers(0, 13, (7, 5))
+    np.testing.assert_array_equal(generate(model, prompt, 41), greedy_torch(module, prompt, 41))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_there_and_back_keeps_every_bit(pt, tmp_path, dtype):
+    file, module = pt
+    torch.save(module.to(dtype).state_dict(), file)
+    assert to_flax(file, tmp_path / "out") == 0
+    assert convert(tmp_path / "out", tmp_path / "back.pt") == 0
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back.keys() == module.state_dict().keys()
+    for name, tensor in module.state_dict().items():
+        assert back[name].dtype == dtype
+        assert torch.equal(back[name], tensor), name
+
+
+def test_the_command_itself_and_its_help(pt, tmp_path):
+    file, _ = pt
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG))
+    command = [sys.executable, "-m", "jaxmodels.convert", "torch"]
+    arguments = ["--model", "rope", "--config", tmp_path / "model.json", file, tmp_path / "out"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"config.json", "params"}
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert "--config" in helped.stdout
+
+
+def test_a_dtype_casts(pt, tmp_path):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out", "--dtype", "bfloat16") == 0
+    assert {str(a.dtype) for a in jax.tree.leaves(jaxmodels.load(tmp_path / "out"))} == {"bfloat16"}
+
+
+def test_an_entry_of_a_larger_checkpoint(pt, tmp_path, capsys):
+    file, module = pt
+    torch.save({"model": module.state_dict(), "step": 3}, file)
+    assert to_flax(file, tmp_path / "out") == 2
+    assert "'model', 'step'" in capsys.readouterr().err
+    assert to_flax(file, tmp_path / "out", "--key", "model") == 0
+
+
+def test_old_files_that_are_no_zip_are_read_too(pt, tmp_path):
+    file, module = pt
+    torch.save(module.state_dict(), file, _use_new_zipfile_serialization=False)
+    assert to_flax(file, tmp_path / "out") == 0
+
+
+class Malicious:
+    def __reduce__(self):
+        return (eval, ("__import__('pathlib').Path('pwned').touch()",))
+
+
+def malicious(file, tmp_path):
+    with file.open("wb") as stream:
+        pickle.dump({"src_embed.weight": Malicious()}, stream, protocol=2)
+
+
+def malicious_zip(file, tmp_path):
+    torch.save({"src_embed.weight": Malicious()}, file)
+
+
+def truncated(file, tmp_path):
+    file.write_bytes(file.read_bytes()[:-999])
+
+
+def empty(file, tmp_path):
+    file.write_bytes(b"")
+
+
+def missing(file, tmp_path):
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (malicious, "refused"),
+        (malicious_zip, "refused"),
+        (truncated, "model.pt"),
+        (empty, "truncated or no PyTorch checkpoint"),
+        (missing, "does not exist"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error_and_nothing_is_written(pt, tmp_path, monkeypatch, capsys, damage, message):
+    file, _ = pt
+    monkeypatch.chdir(tmp_path)
+    damage(file, tmp_path)
+    assert to_flax(file, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**CONFIG, "n_layers": 3}, "missing (16)"),
+        ({**CONFIG, "d_ff": 19}, "misshapen"),
+        ({**CONFIG, "heads": 5}, "d_model=12 is not divisible by heads=5"),
+        ({**CONFIG, "colour": 1}, "colour"),
+        ({**CONFIG, "attention": "rotten"}, "rotten"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(pt, tmp_path, capsys, config, message):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out", config=config) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", ["{not json", "[1]", "nowhere.json"])
+def test_a_configuration_that_is_no_json_object(pt, tmp_path, capsys, config):
+    file, _ = pt
+    assert convert("--model", "rope", "--config", config, file, tmp_path / "out") == 2
+    assert "--config" in capsys.readouterr().err
+
+
+def test_nothing_is_replaced_unasked(pt, tmp_path, capsys):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    assert to_flax(file, tmp_path / "out") == 2
+    assert "not empty" in capsys.readouterr().err
+    assert to_flax(file, tmp_path / "out", "--overwrite") == 0
+    assert convert(tmp_path / "out", file) == 2
+    assert convert(tmp_path / "out", file, "--overwrite") == 0
+
+
+def test_the_source_is_never_overwritten(pt, tmp_path, capsys):
+    file, _ = pt
+    (tmp_path / "config.json").write_text("{}")  # so that the folder could pass for a checkpoint
+    assert to_flax(file, tmp_path, "--overwrite") == 2
+    assert f"holds the source {file}" in capsys.readouterr().err
+    assert to_flax(file, tmp_path / "out") == 0
+    assert convert(tmp_path / "out", tmp_path / "out", "--overwrite") == 2
+    assert "out is a folder, not a file to write to" in capsys.readouterr().err
+    assert file.exists()
+
+
+def test_what_a_file_holds_must_be_said(pt, tmp_path, capsys):
+    file, _ = pt
+    assert convert(file, tmp_path / "out") == 2
+    assert "--model and --config" in capsys.readouterr().err
+
+
+def test_an_object_that_is_no_state_dict(tmp_path, capsys):
+    buffer = io.BytesIO()
+    torch.save([torch.zeros(3)], buffer)
+    (tmp_path / "list.pt").write_bytes(buffer.getvalue())
+    assert to_flax(tmp_path / "list.pt", tmp_path / "out") == 2
+    assert "a list" in capsys.readouterr().err
+
+
+def test_a_configuration_that_contradicts_the_name(pt, tmp_path, capsys):
+    """rotary, rotary_value and plain have the same parameters: nothing else would tell."""
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out", config={**CONFIG, "attention": "plain"}) == 2
+    assert "--model rope has attention='rotary', --config says 'plain'" in capsys.readouterr().err
+    assert convert("--model", "synthesizer", "--config", json.dumps(CONFIG), file, tmp_path / "out") == 2
+    assert "no synthesizer's attention" in capsys.readouterr().err
+
+
+def test_the_config_json_of_a_checkpoint_is_a_configuration(pt, tmp_path):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    config = tmp_path / "out" / "config.json"
+    assert convert("--model", "rope", "--config", config, file, tmp_path / "again") == 0
+    assert (tmp_path / "again" / "config.json").read_text() == config.read_text()

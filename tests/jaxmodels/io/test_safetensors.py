@@ -1,0 +1,120 @@
+"""Our reader and writer against the `safetensors` package's."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from jaxmodels.io.safetensors import read_file, read_folder, write_file, write_folder
+from jaxmodels.weights.lazy import Transposed
+from jaxmodels.weights.names import as_tensor
+
+DTYPES = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16]
+ARRAYS = {
+    f"{np.dtype(dtype).name}.{shape}": np.random.default_rng(3).normal(size=shape).astype(dtype)
+    for dtype in DTYPES
+    for shape in [(7, 5), (3,), (2, 3, 5)]
+}
+
+
+def test_the_package_reads_what_we_write(tmp_path):
+    write_file(tmp_path / "a.safetensors", ARRAYS | {"turned": Transposed(np.arange(6.0).reshape(2, 3))})
+    read = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert read.keys() == ARRAYS.keys() | {"turned"}
+    for name, array in ARRAYS.items():
+        assert torch.equal(read[name], as_tensor(array)), name
+    assert read["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_we_read_what_the_package_writes(tmp_path):
+    tensors = {name: as_tensor(array) for name, array in ARRAYS.items()} | {"mask": torch.tensor([[True, False]])}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    read = read_file(tmp_path / "a.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, array in ARRAYS.items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
+    assert read["mask"].tolist() == [[True, False]]
+
+
+def test_large_folders_have_an_index(tmp_path):
+    told = []
+    write_folder(tmp_path, ARRAYS, file_bytes=300, progress=told.append)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    n = len(names) - 1
+    assert n > 2
+    assert names[:-1] == [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(told) == sum(array.nbytes for array in ARRAYS.values())
+    for name, array in read_folder(tmp_path).items():
+        np.testing.assert_array_equal(array, ARRAYS[name])
+
+
+def damaged(content, how):
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    name = next(name for name in header if name != "__metadata__")
+    match how:
+        case "truncated":
+            return content[:-7]
+        case "empty":
+            return b""
+        case "header too long":
+            return (2**63).to_bytes(8, "little") + content[8:]
+        case "no json":
+            return content[:8] + b"x" * size + content[8 + size :]
+        case "offsets":
+            header[name]["data_offsets"] = [-8, 4]
+        case "shape":
+            header[name]["shape"] = [1, 1]
+        case "negative":
+            header[name]["shape"] = [-1, 5]
+        case "overlap":
+            other = next(n for n in header if n.endswith(".(3,)"))
+            start = header[name]["data_offsets"][0] + 2
+            header[other]["data_offsets"] = [start, start + 6]
+        case "dtype":
+            header[name]["dtype"] = "F7"
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "header too long", "no json", "offsets", "shape", "negative", "overlap", "dtype"]
+)
+def test_a_damaged_file_is_named(tmp_path, how):
+    file = tmp_path / "a.safetensors"
+    write_file(file, ARRAYS)
+    read_file(file)
+    file.write_bytes(damaged(file.read_bytes(), how))
+    with pytest.raises(ValueError, match=r"a\.safetensors is truncated or no safetensors file"):
+        read_file(file)
+
+
+def test_a_folder_that_is_not_what_its_index_says(tmp_path):
+    write_folder(tmp_path, ARRAYS, file_bytes=300)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    second = content["weight_map"][list(ARRAYS)[-1]]
+    (tmp_path / second).unlink()
+    with pytest.raises(ValueError, match=f"{second} does not exist"):
+        read_folder(tmp_path)
+    write_file(tmp_path / second, {"other": np.zeros(3)})
+    with pytest.raises(ValueError, match=f"{second} does not hold .* other"):
+        read_folder(tmp_path)
+    content["weight_map"]["a"] = "../a.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"names '\.\./a\.safetensors', which is no file of this folder"):
+        read_folder(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="is not the index"):
+        read_folder(tmp_path)
+
+
+def test_a_dtype_that_the_format_lacks(tmp_path):
+    with pytest.raises(ValueError, match="a is complex64"):
+        write_file(tmp_path / "a.safetensors", {"a": np.zeros(3, np.complex64)})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,97 @@
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxmodels.retro.retrieval.embedders import BertMean, HashedNGrams, SentenceTransformer, embedder_of, whole_words
+
+TEXTS = ["the sea was calm", "the sea was calmer", "kings and queens", "the sea was calm"]
+
+
+def test_ngrams_are_the_same_always_and_near_where_texts_are():
+    vectors = HashedNGrams().embed(TEXTS)
+    assert (vectors.shape, vectors.dtype) == ((4, 512), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(vectors[0], vectors[3])
+    assert vectors[0] @ vectors[1] > 0.8 > 0.3 > vectors[0] @ vectors[2]
+    np.testing.assert_array_equal(HashedNGrams().embed([""])[0], 0)
+    # the same on every machine: the hash is MurmurHash3 with a fixed seed
+    np.testing.assert_allclose(HashedNGrams(7, 1, 1).embed(["abc"])[0] * 3**0.5, [0, 0, -1, -1, 1, 0, 0], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> tuple[str, Any]:
+    """A small BERT of random weights, and the folder where it is with its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "sea", "was", "calm", "kings"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 5}
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).eval()
+    bert.save_pretrained(folder)
+    return str(folder), bert
+
+
+def test_a_bert_in_a_folder_gives_the_mean_of_its_states_without_cut_words(bert):
+    folder, model = bert
+    embedder = embedder_of(f"bert:{folder}")
+    assert embedder == BertMean(folder)
+    assert embedder.width == 6
+    together = embedder.embed(["e the sea was c", "kings"])  # the shorter one is padded
+    ids = model.embeddings.word_embeddings.weight.new_tensor([[2, 5, 6, 7, 3]]).long()  # [CLS] the sea was [SEP]
+    expected = model(ids).last_hidden_state[0].mean(dim=0).detach().numpy()
+    np.testing.assert_allclose(together[0], expected / np.linalg.norm(expected), atol=1e-5)
+    np.testing.assert_allclose(together[1], embedder.embed(["kings"])[0], atol=1e-5)
+
+
+def test_sentence_transformers_embed_texts_from_a_folder(bert):
+    pytest.importorskip("sentence_transformers")
+    embedder = embedder_of(f"sentence:{bert[0]}")
+    found = embedder.embed(TEXTS)
+    assert (found.shape, found.dtype) == ((len(TEXTS), embedder.width), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(embedder.embed(TEXTS[2:3])[0], found[2], atol=1e-5)
+
+
+def test_words_that_may_be_cut_are_left_out():
+    assert whole_words("rds of the se") == "of the"
+    assert whole_words("two words") == "two words"
+    assert whole_words(" \n") == ""
+
+
+@pytest.mark.parametrize("name", ["ngrams:64:1:3", "sentence:some/model", "bert:some/model"])
+def test_a_name_says_all_of_an_embedder(name):
+    assert embedder_of(name).name == name
+
+
+def test_the_defaults_by_name():
+    assert embedder_of("ngrams") == HashedNGrams()
+    assert (embedder_of("bert"), embedder_of("sentence")) == (BertMean(), SentenceTransformer())
+
+
+@pytest.mark.parametrize("name", ["ngram", "ngrams:64", "ngrams:a:b:c", "", "ngrams:64:3:2"])
+def test_other_names_and_sizes_are_refused(name):
+    with pytest.raises(ValueError, match=r"embedder=|shortest=3"):
+        embedder_of(name)
+
+
+@pytest.mark.parametrize(
+    ("missing", "embedder", "advice"),
+    [
+        ("sklearn.feature_extraction.text", HashedNGrams(), r"jaxmodels\[retro\]"),
+        ("sentence_transformers", SentenceTransformer(), "pip install sentence-transformers"),
+        ("transformers", BertMean(), "pip install transformers torch"),
+    ],
+)
+def test_a_missing_package_is_named(missing, embedder, advice, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ValueError, match=advice):
+        embedder.embed(TEXTS)
+
+
+def test_weights_that_are_not_there_are_a_value_error(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=r"embedder bert:.*nothing cannot be loaded"):
+        BertMean(str(tmp_path / "nothing")).embed(TEXTS)

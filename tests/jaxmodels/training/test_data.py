@@ -1,0 +1,91 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxmodels.sharding import make_mesh
+from jaxmodels.training.data import Batches, Windows, endless, in_batches
+
+N, S, B = 1103, 11, 7  # 100 windows: batches reach over the ends of epochs
+IDS = np.arange(N, dtype=np.uint16)  # a token is its own place
+WINDOWS = Windows(IDS, S, "training")
+
+
+def starts(seed: int, first: int, n: int) -> np.ndarray:
+    examples = endless(WINDOWS, seed)
+    return np.array([examples[i]["tokens"][0] for i in range(first, first + n)])
+
+
+@pytest.fixture
+def batches():
+    made = []
+
+    def make(seed: int = 3, mesh: Mesh | None = None) -> Batches:
+        made.append(Batches(endless(WINDOWS, seed), B, mesh or make_mesh()))
+        return made[-1]
+
+    yield make
+    for batch in made:
+        batch.close()
+
+
+def test_a_batch_is_windows_of_the_text_and_their_next_tokens(batches):
+    tokens = next(batches())["tokens"]
+    assert tokens.shape == (B, S + 1)
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens, tokens[:, :1] + np.arange(S + 1))
+
+
+def test_batches_are_the_examples_in_their_order_and_depend_on_the_seed_alone(batches):
+    first, again, other = (batches(seed) for seed in (3, 3, 4))
+    straight = np.stack([next(first)["tokens"] for _ in range(16)])
+    np.testing.assert_array_equal(straight[:, :, 0].ravel(), starts(3, 0, 16 * B))
+    np.testing.assert_array_equal(straight, [next(again)["tokens"] for _ in range(16)])
+    assert (straight != [next(other)["tokens"] for _ in range(16)]).any()
+
+
+def test_an_iterator_goes_on_where_its_state_says(batches):
+    first, second = batches(), batches()
+    for _ in range(5):
+        next(first)
+    second.set_state(first.get_state())
+    np.testing.assert_array_equal(next(second)["tokens"], next(first)["tokens"])
+    assert next(second)["tokens"][0, 0] == starts(3, 6 * B, 1)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 4])
+def test_an_epoch_draws_each_window_once_in_an_order_of_its_own(epoch):
+    now, later = (starts(3, e * 100, 100) for e in (epoch, epoch + 1))
+    assert sorted(now // S) == list(range(100))
+    assert (now // S != later // S).any()
+    assert (np.sort(now) != np.sort(later)).any()  # other offsets, too
+
+
+def test_offsets_take_every_value_up_to_the_sequence_length():
+    few = Windows(IDS[: 3 * S + 5], S, "training")
+    drawn = np.array([few.shifted(i, np.random.default_rng(e))["tokens"][0] for e in range(200) for i in range(3)])
+    offsets = drawn.reshape(200, 3) - np.arange(3) * S
+    assert set(offsets[:, 0]) == set(range(S))
+    assert set(offsets[:, 2]) == set(range(5))  # the last window stays in the text
+
+
+def test_validation_windows_predict_each_token_once_and_the_last_batch_is_filled_up():
+    tokens = np.stack([WINDOWS[i]["tokens"] for i in range(len(WINDOWS))])
+    np.testing.assert_array_equal(tokens[:, 1:].ravel(), np.arange(1, 100 * S + 1))
+    with pytest.raises(IndexError):
+        WINDOWS[100]
+    batched = list(in_batches(WINDOWS, B, make_mesh()))
+    assert {batch["tokens"].shape for batch, _ in batched} == {(B, S + 1)}
+    assert [n for _, n in batched] == [B] * 14 + [2]
+    np.testing.assert_array_equal(np.concatenate([batch["tokens"][:n] for batch, n in batched]), tokens)
+
+
+def test_a_text_shorter_than_a_sequence_is_an_error():
+    with pytest.raises(ValueError, match=r"the training text has 11 .* seq_len=11"):
+        Windows(IDS[:S], S, "training")
+
+
+def test_batches_lie_where_the_steps_expect_them(batches):
+    batch = next(batches())["tokens"]
+    assert isinstance(batch, jax.Array)
+    assert batch.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))

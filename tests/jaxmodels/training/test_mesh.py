@@ -1,0 +1,311 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import jaxmodels
+from jaxmodels.convert.flax import write_flax
+from jaxmodels.convert.source import model_source
+from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
+from jaxmodels.layers import constrain, hooks
+from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.retro import NearestNeighborEncoder, RetroModel
+from jaxmodels.sharding import RULES, VARIABLES, Processes, check_batch, make_mesh, parameter_specs, parse_sizes
+from jaxmodels.text import CharVocabulary
+from jaxmodels.training.checkpoints import steps
+from jaxmodels.training.experiment import main
+from jaxmodels.training.metrics import read
+from jaxmodels.transformer import AutoregressiveTransformer
+from tests.common import ATTENTIONS
+from tests.train_common import ROOT, TEXT, TINY, program, start, start_two
+from tests.train_on_meshes import ALSO, MESHES, SYSTEMS
+from train import feedback, rope
+
+EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "expected"),
+    [("", 8, (8, 1, 1)), ("fsdp=4", 8, (2, 4, 1)), ("tensor=2,fsdp=3", 6, (1, 3, 2)), ("data=2,fsdp=2", 4, (2, 2, 1))],
+)
+def test_mesh_sizes(text, n, expected):
+    assert tuple(parse_sizes(text, n).values()) == expected
+
+
+@pytest.mark.parametrize("text", ["fsdp", "rows=2", "fsdp=0", "fsdp=2,fsdp=2", "fsdp=3", "data=2", "fsdp=16"])
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(text):
+    with pytest.raises(ValueError, match=f"^mesh='{text}' "):
+        parse_sizes(text, 8)
+
+
+def shapes(make) -> dict[str, tuple[int, ...]]:
+    made = nnx.to_flat_state(nnx.state(nnx.eval_shape(make)))
+    return {".".join(map(str, path)): variable.get_value().shape for path, variable in made}
+
+
+def abstract_mesh(**sizes: int) -> jax.sharding.AbstractMesh:
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
+    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+MODELS = [
+    *(
+        lambda attention=attention: AutoregressiveTransformer(65, 32, 4, 48, 2, attention, max_len=9, rngs=nnx.Rngs(0))
+        for attention in ATTENTIONS
+    ),
+    *(
+        lambda cls=cls: AutoregressiveModel(65, cls(32, 4, 48, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+        for cls in (FeedbackTransformer, FeedbackTransformerKV)
+    ),
+    lambda: NeoX(NeoXConfig(n_vocab=64, n_hidden=32, n_heads=4, n_layers=2), rngs=nnx.Rngs(0)),
+    lambda: RetroModel(
+        *(65, 32, 2, {1}, 4, 4, 8, 48),
+        NearestNeighborEncoder(4, 1, {0}, 32, 4, 8, 48, rngs=nnx.Rngs(0)),
+        rngs=nnx.Rngs(0),
+    ),
+]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "neox", "retro"])
+def test_the_tables_place_every_array_and_divide_every_large_one(make):
+    found = shapes(make)
+    name = type(nnx.eval_shape(make)).__name__
+    specs = parameter_specs(name, found, abstract_mesh(fsdp=4, tensor=2))
+    assert specs.keys() == found.keys()
+    large = {path for path, shape in found.items() if len(shape) > 1 and np.prod(shape) >= 32 * 32}
+    assert large
+    assert [path for path in large if not any(specs[path])] == []
+
+
+def test_the_tables_refuse_what_they_do_not_know():
+    mesh = abstract_mesh(fsdp=2)
+    with pytest.raises(ValueError, match="no table for Unheard; it has "):
+        parameter_specs("Unheard", {}, mesh)
+    with pytest.raises(ValueError, match=r"has no rule for encoder.novelty "):
+        parameter_specs("AutoregressiveTransformer", {"encoder.novelty": (2,)}, mesh)
+    with pytest.raises(ValueError, match=r"fsdp=2 does not divide 7 of a.layer1.kernel \[7, 3\], nor 1 more"):
+        parameter_specs("AutoregressiveTransformer", {"a.layer1.kernel": (7, 3), "b.layer1.kernel": (5, 3)}, mesh)
+
+
+def test_one_device_holds_any_model_whole():
+    found = {"encoder.novelty": (2, 3), "layers.0.readout": ()}
+    for name in ("Unheard", "NeoX"):
+        assert parameter_specs(name, found, abstract_mesh()) == dict.fromkeys(found, P())
+
+
+def test_neox_rules_divide_its_stacked_layers():
+    paths = {
+        "embedding.emb.embedding": P("tensor", "fsdp"),
+        "layers.attention.qkv_lin.kernel": P(None, "fsdp", "tensor"),
+        "layers.ffn.dense_h4_h.kernel": P(None, "tensor", "fsdp"),
+        "layers.pre_ln_attn.scale": P(),
+        "final_norm.ln.bias": P(),
+        "readout.linear.kernel": P("fsdp", "tensor"),
+    }
+    sizes = {path: (8,) * max(len(spec), 1) for path, spec in paths.items()}
+    assert parameter_specs("NeoX", sizes, abstract_mesh(fsdp=4, tensor=2)) == paths
+    assert "NeoX" in RULES
+
+
+def test_a_batch_that_does_not_split_is_an_error():
+    mesh = abstract_mesh(data=2, fsdp=2, tensor=2)
+    check_batch(mesh, 12, 3)
+    with pytest.raises(ValueError, match="batch_size=6 does not split over data·fsdp = 4 devices; see --mesh"):
+        check_batch(mesh, 6)
+    with pytest.raises(ValueError, match="batch_size=12 / accumulate=2 does not split over data·fsdp = 4"):
+        check_batch(mesh, 12, 2)
+
+
+def test_constrain_is_the_identity_unless_a_mesh_is_set():
+    x = np.ones((2, 3))
+    assert constrain(x, "SB") is x
+    with hooks(placement=lambda x, name: (x, name)):
+        assert constrain(x, "SB") == (x, "SB")
+    assert constrain(x, "SB") is x
+    made = program()
+    with made.tracing():
+        assert constrain(x, "SB") is x  # one device
+    from jaxmodels.sharding import place
+
+    with pytest.raises(ValueError, match=r"'SBD' names 3 axes, the array has \[2, 3\]"):
+        place(make_mesh())(x, "SBD")
+
+
+ON_A_MESH = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+import jaxmodels
+from jaxmodels.weights.names import flat_arrays
+from jaxmodels.training.checkpoints import open_model
+from jaxmodels.training.evaluate import Command, open_checkpoint
+from jaxmodels.sharding import make_mesh, parameter_specs
+
+mesh = make_mesh("data=2,fsdp=2,tensor=2")
+*folders, by_layer = map(Path, sys.argv[1:])
+assert open_checkpoint(Command(by_layer), mesh).model.is_stacked  # the tables are for stacked layers
+for folder in folders:
+    whole, parts = flat_arrays(jaxmodels.load(folder)), flat_arrays(open_model(folder, mesh))
+    shapes = {".".join(map(str, path)): array.shape for path, array in whole.items()}
+    for (path, array), spec in zip(parts.items(), parameter_specs("NeoX", shapes, mesh).values(), strict=True):
+        assert array.sharding == jax.NamedSharding(mesh, spec), path
+        np.testing.assert_array_equal(array, whole[path])
+    divided = parts["layers", "ffn", "dense_h_h4", "kernel"]
+    assert divided.addressable_shards[0].data.size * 4 == divided.size
+"""
+
+
+def test_a_checkpoint_is_opened_with_each_part_on_its_device(tmp_path):
+    sizes = {"n_vocab": 32, "n_hidden": 32, "n_layers": 3, "n_heads": 4, "n_ff": 40, "rope_percentage": 0.5}
+    model = NeoX(NeoXConfig(**sizes), rngs=nnx.Rngs(0))
+    jaxmodels.save(model, tmp_path / "orbax")
+    write_flax(model_source(model), tmp_path / "safetensors")
+    jaxmodels.save(model.unstacked(), tmp_path / "by_layer")
+    CharVocabulary("abc").save(tmp_path / "by_layer" / "vocabulary.json")
+    command = [sys.executable, "-c", ON_A_MESH, *(tmp_path / name for name in ("orbax", "safetensors", "by_layer"))]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | EIGHT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def losses() -> dict[str, dict[str, list[float]]]:
+    process = start("tests.train_on_meshes", **EIGHT)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_losses_on_every_mesh_are_those_of_one_device(losses, system):
+    of_one = losses[system].pop("")
+    assert len(set(of_one)) == 4
+    assert ["", *losses[system]] == [*MESHES, *ALSO.get(system, [])]
+    for mesh, found in losses[system].items():
+        np.testing.assert_allclose(found, of_one, rtol=2e-6, err_msg=mesh)
+
+
+def test_processes_are_named_by_flags_or_by_variables_or_not_at_all(monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    assert Processes().named() == Processes(distributed=True).named() == (None, None, None)
+    assert Processes(False, "[::1]:80", 3, 2).named() == Processes(True, "[::1]:80", 3, 2).named() == ("[::1]:80", 3, 2)
+    for variable, value in zip(VARIABLES.values(), ("host:8476", "2", "1"), strict=True):
+        monkeypatch.setenv(variable, value)
+    assert Processes().named() == ("host:8476", 2, 1)
+    assert Processes(process=0).named() == ("host:8476", 2, 0)
+    assert Processes(distributed=True).named() == (None, None, None)  # JAX asks the machine
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "message"),
+    [
+        (
+            {"processes": 2},
+            {},
+            r": --coordinator \(or JAX_COORDINATOR_ADDRESS\) and --process \(or JAX_PROCESS_ID\) not",
+        ),
+        (
+            {},
+            {"JAX_COORDINATOR_ADDRESS": "host:1"},
+            r"--processes \(or JAX_NUM_PROCESSES\) and --process \(or JAX_PROC",
+        ),
+        ({"coordinator": "localhost", "processes": 2, "process": 0}, {}, "^coordinator='localhost' must be HOST:PORT"),
+        ({"coordinator": ":80", "processes": 2, "process": 0}, {}, "^coordinator=':80' must be HOST:PORT"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "^process=2 must be from 0 to processes=2 less one"),
+        (
+            {"coordinator": "a:1", "process": 2},
+            {"JAX_NUM_PROCESSES": "two"},
+            "^JAX_NUM_PROCESSES='two' must be a whole",
+        ),
+        ({"peer_timeout": 0}, {}, "^peer_timeout=0 must be at least 1"),
+    ],
+)
+def test_processes_that_are_named_in_part_or_wrongly_are_an_error(flags, variables, message, monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.setenv(variable, variables.get(variable, ""))
+    with pytest.raises(ValueError, match=message):
+        Processes(**flags).initialize()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, compile_cache) -> list:
+    file = tmp_path_factory.mktemp("text") / "sea.txt"
+    file.write_text(TEXT)
+    return ["--text", file, "--compile-cache", compile_cache, "--no-tensorboard"]
+
+
+def wait_for_lines(run: Path, n: int, processes: list) -> None:
+    file = run / "metrics.jsonl"
+    while not file.exists() or file.read_text().count("grad_norm") < n:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+
+
+def alone(*flags: object) -> None:
+    assert main(rope.Config, "train.rope", [*TINY, *map(str, flags)]) == 0
+
+
+def told(run: Path, name: str = "loss") -> dict[int, float]:
+    """By step."""
+    return {line["step"]: line[name] for line in read(run) if name in line}
+
+
+def test_two_processes_train_as_one_and_end_as_one_and_one_goes_on_alone(text, tmp_path):
+    flags = [*text, "--every", 10, "--validation-batches", 3]
+    here = ["--out", tmp_path / "run", "--mesh", "fsdp=2"]
+    processes = start_two("train.rope", *TINY, *flags, *here, "--steps", 10**6, by_variables=True)
+    wait_for_lines(tmp_path / "run", 12, processes)
+    processes[1].terminate()  # one is asked, both end
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    stopped = steps(tmp_path / "run" / "checkpoints")[-1]
+    assert f"stopped at step {stopped}; go on with" in ends[0][0]
+    assert "validation loss" in ends[0][0]
+    assert "validation loss" not in ends[1][0]  # what is printed, the first prints
+
+    alone("--out", tmp_path / "run", *flags, "--steps", stopped + 5)
+    alone("--out", tmp_path / "straight", *flags, "--steps", stopped + 5)
+    found, expected = told(tmp_path / "run"), told(tmp_path / "straight")
+    assert list(found) == list(expected) == list(range(1, stopped + 6))
+    # what rounding does to a parameter grows with the steps
+    np.testing.assert_allclose(list(found.values())[:35], list(expected.values())[:35], rtol=1e-5)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
+    judged = [told(tmp_path / name, "validation_loss")[10] for name in ("run", "straight")]
+    np.testing.assert_allclose(*judged, rtol=1e-5)
+
+
+def test_two_go_on_where_one_stopped_and_when_one_dies_the_other_ends_with_an_error(text, tmp_path):
+    run, straight, flags = tmp_path / "run", tmp_path / "straight", [*text, "--every", 10**6]
+    alone("--out", run, *flags, "--steps", 3)
+    shutil.copytree(run, straight)
+    alone("--out", straight, *flags, "--steps", 6)
+    processes = start_two("train.rope", *TINY, *flags, "--out", run, "--steps", 10**6, "--mesh", "fsdp=2")
+    wait_for_lines(run, 6, processes)
+    processes[1].kill()
+    out, err = processes[0].communicate(timeout=120)  # no hang
+    assert processes[0].returncode != 0
+    assert err
+    assert "going on from step 3" in out
+    found, expected = told(run), told(straight)
+    np.testing.assert_allclose([found[step] for step in (4, 5, 6)], [expected[step] for step in (4, 5, 6)], rtol=1e-5)
+
+
+def test_two_processes_begin_with_a_model_as_one_does(text, tmp_path):
+    """A loaded model's arrays are each process's own; those of a state lie on the devices of both."""
+    alone("--out", tmp_path / "parallel", *text, "--attention", "relative", "--steps", 2)
+    flags = [*TINY, *text, "--from-parallel", tmp_path / "parallel", "--steps", 3]
+    processes = start_two("train.feedback", *flags, "--out", tmp_path / "two", "--mesh", "fsdp=2")
+    ends = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert main(feedback.Config, "train.feedback", list(map(str, [*flags, "--out", tmp_path / "one"]))) == 0
+    found, expected = (list(told(tmp_path / name).values()) for name in ("two", "one"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -1,0 +1,142 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmodels.training.optimizers import adam, adamw, clip_by_norm, make_schedule, noam, scale_by_adam
+
+D, WARMUP, STEPS = 13, 7, 29
+EPS = 0.1  # large, so that its place matters
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def gradients(seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"a": rng.normal(size=(3, 5)), "b": rng.normal(size=2) * 0.01} for _ in range(STEPS)]
+
+
+def apply(transformation: optax.GradientTransformation, gradients: list, begun: dict | None = None) -> dict:
+    """Parameters after one update per gradient, from zero unless told."""
+    parameters = jax.tree.map(jnp.zeros_like, gradients[0]) if begun is None else begun
+    state = transformation.init(parameters)
+    for gradient in gradients:
+        updates, state = transformation.update(gradient, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+    return parameters
+
+
+def test_noam_rises_to_its_peak_and_falls_with_the_root():
+    schedule = noam(2.0, D, WARMUP)
+    t = np.arange(1, 31)
+    expected = 2.0 * D**-0.5 * np.minimum(t**-0.5, t * WARMUP**-1.5)
+    np.testing.assert_allclose([schedule(jnp.int32(count)) for count in t - 1], expected, rtol=1e-6)
+    assert expected.argmax() == WARMUP - 1
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", ["original", "torch"])
+def test_adam_closed_form(form):
+    b1, b2 = 0.8, 0.95
+    expected = {name: np.zeros_like(g) for name, g in gradients()[0].items()}
+    for name, parameter in expected.items():
+        m = v = 0.0
+        for t, gradient in enumerate(gradients(), start=1):
+            g = gradient[name]
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            if form == "original":
+                parameter -= np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + EPS)
+            else:
+                parameter -= m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + EPS)
+    got = apply(optax.chain(scale_by_adam(form, b1, b2, EPS), optax.scale(-1)), gradients())
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("size", [0.03, 5.0])  # below the clip's norm in most steps, and above it in all
+def test_the_whole_chain_against_torch(size):
+    torch = pytest.importorskip("torch")
+    steps = [jax.tree.map(lambda g: g * size, gradient) for gradient in gradients(seed=1)]
+    parameters = {name: torch.zeros(g.shape, dtype=torch.float64, requires_grad=True) for name, g in steps[0].items()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda count: 0.5 * D**-0.5 * min((count + 1) ** -0.5, (count + 1) * WARMUP**-1.5)
+    )
+    for gradient in steps:
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradient[name])
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+    got = apply(adam(noam(0.5, D, WARMUP), "torch"), steps)
+    for name, parameter in parameters.items():
+        np.testing.assert_allclose(got[name], parameter.detach().numpy(), rtol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("max_norm", [1.0, None])
+def test_adamw_against_torch_with_weight_decay_on_kernels_alone(max_norm):
+    torch = pytest.importorskip("torch")
+    shapes = {"lin.kernel": (3, 5), "lin.bias": (5,), "norm.scale": (5,), "src_embed.embedding": (7, 3)}
+    rng = np.random.default_rng(2)
+    begun = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    steps = [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(STEPS)]
+
+    parameters = {name: torch.tensor(array, requires_grad=True) for name, array in begun.items()}
+    decayed = [parameters.pop("lin.kernel")]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": parameters.values(), "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, betas=(0.8, 0.95), eps=EPS)
+    parameters["lin.kernel"] = decayed[0]
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: 1 / (count + 1))
+    for gradient in steps:
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradient[name])
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+        optimizer.step()
+        falling.step()
+
+    chain = adamw(lambda count: 0.02 / (count + 1), 0.3, max_norm, b1=0.8, b2=0.95, eps=EPS)
+    got = apply(chain, steps, jax.tree.map(jnp.asarray, begun))
+    for name, parameter in parameters.items():
+        np.testing.assert_allclose(got[name], parameter.detach().numpy(), rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+def test_cosine_rises_linearly_and_falls_to_a_tenth():
+    rate, warmup, steps = 0.3, 5, 23
+    schedule = make_schedule("cosine", rate, width=D, warmup=warmup, steps=steps)
+    t = np.arange(steps + 4)
+    share = np.clip((t - warmup) / (steps - warmup), 0, 1)
+    falling = rate * (0.1 + 0.9 * (1 + np.cos(np.pi * share)) / 2)
+    expected = np.where(t < warmup, rate * t / warmup, falling)
+    np.testing.assert_allclose([schedule(jnp.int32(count)) for count in t], expected, rtol=1e-5)
+    assert expected[warmup] == rate
+    np.testing.assert_allclose(expected[steps:], rate / 10)
+    assert {float(make_schedule("constant", 0.5, width=D, warmup=9, steps=3)(count)) for count in (0, 7)} == {0.5}
+    with pytest.raises(ValueError, match="schedule=cosine falls from warmup=5 to steps=5"):
+        make_schedule("cosine", rate, width=D, warmup=5, steps=5)
+
+
+def test_the_originals_epsilon_weighs_more_at_first():
+    original, torch_form = (apply(scale_by_adam(form, eps=EPS), gradients()[:1]) for form in ("original", "torch"))
+    assert (np.abs(original["a"]) < 0.5 * np.abs(torch_form["a"])).all()
+
+
+def test_the_first_float32_update_is_the_sign_of_the_gradient():
+    # 1 - βᵗ as a float32 difference would be off by 2.5e-5 here
+    updates = apply(scale_by_adam("torch"), [{"a": jnp.array([3.0, -0.5])}])["a"]
+    np.testing.assert_allclose(updates, [1, -1], atol=3e-7)
+
+
+def test_clipping_is_over_all_gradients_and_leaves_small_ones():
+    large = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped = apply(clip_by_norm(1.0), [large])
+    np.testing.assert_allclose([clipped["a"], clipped["b"]], [[0.6], [0.8]], rtol=1e-6)
+    small = {"a": jnp.array([0.3]), "b": jnp.array([0.4])}
+    np.testing.assert_array_equal(apply(clip_by_norm(1.0), [small])["a"], small["a"])

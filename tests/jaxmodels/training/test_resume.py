@@ -1,0 +1,221 @@
+"""Runs that are killed or asked to end, as real processes: they go on as if nothing had been, bit for bit."""
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels.io.checkpoint import read_arrays
+from jaxmodels.training import metrics
+from jaxmodels.training.checkpoints import steps
+from jaxmodels.training.config import parse
+from jaxmodels.training.experiment import Run, main
+from tests.train_common import TEXT, TINY, start
+from train import rope
+
+STEPS = 40
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory, compile_cache):
+    """What starts a run with dropout and a checkpoint every 5 steps."""
+    file = tmp_path_factory.mktemp("text") / "sea.txt"
+    file.write_text(TEXT)
+    flags = [*TINY, "--dropout", 0.1, "--text", file, "--steps", STEPS, "--no-tensorboard"]
+    return list(map(str, [*flags, "--compile-cache", compile_cache]))
+
+
+def finish(*arguments: object) -> str:
+    """In this process, which compiles as the others do."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(rope.Config, "python -m train.rope", list(map(str, arguments))) == 0
+    return out.getvalue()
+
+
+def numbers(run: Path) -> dict[str, np.ndarray]:
+    """Every number that a run's last checkpoint holds, and its curves."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = run / "checkpoints" / str(steps(run / "checkpoints")[-1])
+    arrays: dict[str, object] = {}
+    for part in (folder / "model" / "params", folder / "state"):
+        stored = ocp.metadata(part).metadata
+        arrays |= read_arrays(part, {name: (stored[name].shape, DEVICE) for name in stored})
+    lines = metrics.read(run)
+    arrays["curve"] = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+    arrays["evaluations"] = [list(line.values()) for line in lines if "validation_loss" in line]
+    arrays["losses"] = np.load(folder / "losses.npy")
+    arrays["data"] = json.loads((folder / "complete.json").read_text())["data"]["next_index"]
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def straight(new, tmp_path_factory) -> dict[str, np.ndarray]:
+    """Of a run that nothing stopped."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    finish(*new, "--out", run)
+    found = numbers(run)
+    assert len(found["curve"]) == STEPS
+    assert len(found["evaluations"]) == STEPS / 5
+    return found
+
+
+def assert_same(run: Path, straight: dict[str, np.ndarray]) -> None:
+    found = numbers(run)
+    assert found.keys() == straight.keys()
+    for name, array in straight.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_exactly(new, straight, tmp_path):
+    run, rng = tmp_path / "run", np.random.default_rng()
+    # as the folder is made, and after so many lines of the curve; and a moment more that is different each time
+    for lines in (None, 1, 22):
+        process = start("train.rope", *new, "--out", run)
+        file = run / "metrics.jsonl"
+        while process.poll() is None and not (
+            run.exists() if lines is None else file.exists() and file.read_text().count("grad_norm") >= lines
+        ):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err
+    finish(*new, "--out", run)
+    assert_same(run, straight)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "after"),
+    [
+        (signal.SIGINT, 130, "4-gram (Witten-Bell): validation"),  # before it compiles, or while
+        (signal.SIGTERM, 0, "step 5: loss"),  # while it trains, saves, evaluates or samples
+    ],
+)
+def test_a_signal_saves_and_ends_the_run_and_it_goes_on_exactly(new, straight, tmp_path, number, code, after):
+    run = tmp_path / "run"
+    process = start("train.rope", *new, "--out", run)
+    for line in process.stdout:
+        if after in line:
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (code, "")
+    stopped = int(out.split("stopped at step ")[1].split(";")[0])
+    assert steps(run / "checkpoints")[-1:] == ([stopped] if stopped else [])
+    assert f"; go on with: python -m train.rope --resume {run}" in out
+    if number == signal.SIGTERM:
+        finish("--resume", run, *new[-3:])
+        assert_same(run, straight)
+
+
+def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(new, tmp_path):
+    run, long = tmp_path / "run", tmp_path / "long.txt"
+    long.write_text(TEXT * 400)  # thousands of batches to validate
+    process = start("train.rope", *new, "--text", long, "--out", run)
+    while process.poll() is None and not (run / "checkpoints" / "5" / "complete.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "stopped at step 5; go on with" in out
+    assert "step 5: loss" not in out  # what the evaluation would have ended with
+
+
+def test_what_a_kill_leaves_before_there_is_a_configuration_is_no_obstacle(new, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / ".config.json.4711").write_text("{")
+    finish(*new, "--out", run, "--steps", 2)
+    assert steps(run / "checkpoints") == [2]
+
+
+def test_a_run_that_saved_nothing_may_begin_anew_with_other_values(new, tmp_path):
+    run = tmp_path / "run"
+    constant = ["--schedule", "constant", "--clip", "None", "--learning-rate"]
+    with pytest.raises(ValueError, match="not finite; nothing of it is saved; a smaller learning rate may help"):
+        finish(*new, "--out", run, "--steps", 4, *constant, "1e30")
+    finish(*new, "--out", run, "--steps", 4, *constant, "0.01")
+    assert steps(run / "checkpoints") == [4]
+    with pytest.raises(ValueError, match=r"was trained with learning_rate=0\.01, not "):
+        finish(*new, "--out", run, "--steps", 4, *constant, "0.1")
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_profiling_saves_and_reports_as_ever(new, tmp_path, every):
+    run = tmp_path / "run"
+    out = finish(*new, "--out", run, "--steps", 3, "--every", every, "--profile", 5)
+    assert list((run / "profile").rglob("*.xplane.pb"))
+    assert steps(run / "checkpoints") == ([1, 2, 3] if every == 1 else [3])
+    assert out.count(", validation loss ") == (3 if every == 1 else 1)
+
+
+def test_two_do_not_train_in_one_folder(new, ended, tmp_path):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    command = parse(rope.Config, "train.rope", [*new, "--out", str(run)])
+    opened = Run.open(command.config, run, command.options)
+    with pytest.raises(ValueError, match="is in use: another process is training there"):
+        finish(*new, "--out", run)
+    opened.batches.close()
+    opened.checkpoints.close()
+    finish(*new, "--out", run)
+
+
+@pytest.fixture(scope="module")
+def ended(new, tmp_path_factory) -> Path:
+    """A run that ended early, with checkpoints 5, 10 and 12."""
+    run = tmp_path_factory.mktemp("ended") / "run"
+    finish(*new, "--out", run, "--steps", 12)
+    return run
+
+
+def damage(file: Path, how: str) -> None:
+    match how:
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "gone":
+            file.unlink()
+        case "zeros":  # of the same length
+            file.write_bytes(bytes(file.stat().st_size))
+
+
+# Orbax leaves tasks behind when a file of its own is damaged; whichever test runs when they are collected is told.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("state/state/d/*", "cut"), ("model/params/state/manifest.ocdbt", "zeros"), ("losses.npy", "gone")],
+)
+def test_a_damaged_checkpoint_is_passed_over_loudly(new, ended, tmp_path, capsys, name, how):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    damage(next((run / "checkpoints" / "12").glob(name)), how)
+    (run / "checkpoints" / "99").mkdir()  # what a kill leaves
+    command = parse(rope.Config, "train.rope", [*new, "--out", str(run)])
+    opened = Run.open(command.config, run, command.options)
+    opened.batches.close()
+    opened.checkpoints.close()
+    assert "warning: checkpoint 12 is passed over: " in capsys.readouterr().err
+    assert opened.position.step == int(opened.position.state.step) == opened.position.data["next_index"] == 10
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"5", "10", "12.damaged"}
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew(new, ended, tmp_path):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    for step in (5, 10, 12):
+        damage(run / "checkpoints" / str(step) / "losses.npy", "cut")
+    with pytest.raises(ValueError, match="has no checkpoint that can be read"):
+        main(rope.Config, "train.rope", [*new, "--out", str(run)])
+
+
+def test_checkpoints_are_kept_as_asked(new, tmp_path):
+    finish(*new, "--out", tmp_path / "run", "--steps", 35, "--keep", 2, "--keep-every", 10)
+    assert steps(tmp_path / "run" / "checkpoints") == [10, 20, 30, 35]

@@ -1,0 +1,120 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, load_vocabulary
+from jaxmodels.training.tokenize import main, open_tokens
+from tests.train_common import TEXT
+
+SPICED = TEXT + "ñandú 𝄞\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "sea.txt"
+    file.write_text(SPICED)
+    return str(file)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["?", "men", "and", "women", "went", "to", "sea"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_characters_of_a_folder_are_those_of_the_file(text, tmp_path, capsys):
+    main([text, str(tmp_path / "tokens")])
+    assert "tokens to train on" in capsys.readouterr().out
+    mapped, read = open_tokens(str(tmp_path / "tokens")), open_tokens(text)
+    assert isinstance(mapped.train, np.memmap)
+    assert mapped.train.dtype == np.uint8
+    np.testing.assert_array_equal(mapped.train, read.train)
+    np.testing.assert_array_equal(mapped.validation, read.validation)
+    assert mapped.vocabulary == read.vocabulary == CharVocabulary.of(SPICED)
+    assert mapped.sha256 == read.sha256  # a run on either goes on with the other
+    assert len(mapped.train) == int(0.9 * len(SPICED))
+
+
+def test_bytes_write_any_text(text, tmp_path):
+    main([text, str(tmp_path / "tokens"), "--kind", "bytes"])
+    tokens = open_tokens(str(tmp_path / "tokens"))
+    ids = np.concatenate([tokens.train, tokens.validation])
+    assert bytes(ids) == SPICED.encode()
+    assert tokens.vocabulary.decode(ids) == SPICED
+    assert tokens.vocabulary.decode(ids[:-2])[-1] == "�"  # a character cut in two
+    assert len(tokens.vocabulary) == 256
+
+
+def test_a_tokenizer_file_goes_along(text, tmp_path, tokenizer):
+    main([text, str(tmp_path / "tokens"), "--tokenizer", str(tokenizer)])
+    tokens = open_tokens(str(tmp_path / "tokens"))
+    assert len(tokens.vocabulary) == 7
+    assert tokens.vocabulary.decode(tokens.train[1:7]) == "men and ? women went to"
+    tokenizer.unlink()
+    np.testing.assert_array_equal(tokens.vocabulary.encode("sea men"), [6, 1])
+
+
+@pytest.mark.parametrize("kind", ["chars", "bytes", "tokenizer"])
+def test_a_vocabulary_is_read_as_it_was_saved(kind, tmp_path, request):
+    made = {"chars": CharVocabulary("ab"), "bytes": ByteVocabulary()}.get(kind)
+    vocabulary = made or TokenizerFile.read(request.getfixturevalue("tokenizer"))
+    vocabulary.save(tmp_path / "vocabulary.json")
+    assert load_vocabulary(tmp_path / "vocabulary.json") == vocabulary
+
+
+def test_two_texts_have_two_sums(text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(SPICED.replace("ñ", "n"))
+    assert open_tokens(text).sha256 != open_tokens(str(other)).sha256
+
+
+def test_the_same_ids_of_other_characters_have_another_sum(tmp_path):
+    texts = [tmp_path / name for name in ("ab.txt", "cd.txt")]
+    for file, characters in zip(texts, ("ab", "cd"), strict=True):
+        file.write_text(characters * 10)
+    one, other = (open_tokens(str(file)) for file in texts)
+    np.testing.assert_array_equal(one.train, other.train)
+    assert one.sha256 != other.sha256
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kind", "tokenizer"], "--kind tokenizer needs --tokenizer FILE"),
+        (["--tokenizer", "nowhere.json"], "tokenizer nowhere.json cannot be read"),
+        (["--tokenizer", "{text}"], "this is no tokenizer.json"),
+    ],
+)
+def test_bad_input_is_an_error_and_leaves_nothing(flags, message, text, tmp_path):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match=message):
+        main([text, str(tmp_path / "tokens"), *(flag.format(text=text) for flag in flags)])
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_folder_is_not_written_over(text, tmp_path):
+    with pytest.raises(ValueError, match="is not empty"):
+        main([text, str(tmp_path)])
+
+
+@pytest.mark.parametrize("how", ["no file", "cut", "other length", "other format"])
+def test_a_damaged_folder_is_an_error(how, text, tmp_path):
+    folder = tmp_path / "tokens"
+    main([text, str(folder)])
+    about = json.loads((folder / "tokens.json").read_text())
+    match how:
+        case "no file":
+            (folder / "vocabulary.json").unlink()
+        case "cut":
+            (folder / "train.npy").write_bytes((folder / "train.npy").read_bytes()[:-100])
+        case "other length":
+            (folder / "tokens.json").write_text(json.dumps({**about, "train": 1}))
+        case "other format":
+            (folder / "tokens.json").write_text(json.dumps({**about, "format": 9}))
+    with pytest.raises(ValueError, match=r"is no folder that python -m train.tokenize wrote: "):
+        open_tokens(str(folder))

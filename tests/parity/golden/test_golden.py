@@ -1,0 +1,174 @@
+"""Fixtures: recorded with torch, replayed without it, refused where they are damaged."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import parity
+from jaxmodels import layers
+from jaxmodels.convert import ConversionError
+from parity.cases import SYSTEMS
+from parity.cases.golden import GOLDEN
+from parity.cases.suite import pair_of
+from parity.command import main
+from parity.golden.record import SHIPPED, files_of, read, record, stems
+from tests.parity.pairs import FlaxMLP, mlp
+
+# torch is not to be had where this runs: importing it is an error there.
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    torch_module, flax_module, x = mlp()
+    parity.record(torch_module, {"x": x}, tmp_path / "mlp", name="an MLP")
+    return flax_module, tmp_path / "mlp"
+
+
+def test_what_was_recorded_is_torch_in_float64(recorded):
+    torch_module, _, x = mlp()
+    fixture = read(recorded[1])
+    state = {name: torch.tensor(array) for name, array in fixture.state.items()}
+    module = torch_module.double()
+    module.load_state_dict(state)
+    np.testing.assert_array_equal(fixture.truth["output"]["output"], module(torch.tensor(x)).detach().numpy())
+    assert fixture.truth["output"]["output"].dtype == np.float64
+    assert set(fixture.truth["parameter gradients"]) == set(state)
+    assert fixture.truth["input gradients"]["x"].shape == x.shape
+
+
+def test_a_right_model_agrees_and_a_wrong_one_does_not(recorded):
+    flax_module, stem = recorded
+    report = parity.replay(flax_module, stem)
+    assert report.passed, str(report)
+    assert report.name == "an MLP"
+    assert {(c.kind, c.precision) for c in report.checks} >= {("output", "float64"), ("parameter gradients", "float32")}
+    assert "recorded" in report.environment["torch"]
+
+    class Wrong(FlaxMLP):
+        def __call__(self, x):
+            return self.down(jnp.tanh(self.norm(self.up(x)) * (1 + 1e-9)))
+
+    report = parity.replay(Wrong(rngs=nnx.Rngs(0)), stem)
+    assert [c.kind for c in report.checks if not c.passed] == ["output", "parameter gradients", "input gradients"]
+    assert "parity.check tells" in str(report)
+
+
+def test_float32_alone_where_there_is_no_float64(recorded):
+    report = parity.replay(*recorded, float64=False)
+    assert report.passed
+    assert {c.precision for c in report.checks} == {"bits", "float32"}
+
+
+def test_names_that_differ_are_mapped_without_torch(recorded):
+    class Renamed(nnx.Module):
+        def __init__(self, *, rngs):
+            self.first, self.ln = layers.Linear(5, 7, rngs=rngs), layers.LayerNorm(7, rngs=rngs)
+            self.last = layers.Linear(7, 3, bias=False, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(jnp.tanh(self.ln(self.first(x))))
+
+    model = Renamed(rngs=nnx.Rngs(0))
+    assert parity.replay(model, recorded[1], names={"up": "first", "norm": "ln", "down": "last"}).passed
+    with pytest.raises(ConversionError, match="first"):
+        parity.replay(model, recorded[1])
+
+
+def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
+    flax_module, stem = recorded
+    with pytest.raises(ValueError, match="nothing"):
+        parity.replay(flax_module, tmp_path / "nothing")
+    with pytest.raises(ValueError, match="pass one to"):
+        parity.replay(None, stem)
+    with pytest.raises(ValueError, match="flax_module must be"):
+        parity.replay(jnp.tanh, stem)
+    about = json.loads(stem.with_suffix(".json").read_text())
+    stem.with_suffix(".json").write_text(json.dumps(about | {"format": 2}))
+    with pytest.raises(ValueError, match="format 2"):
+        parity.replay(flax_module, stem)
+    stem.with_suffix(".json").write_text(json.dumps(about))
+    stem.with_suffix(".safetensors").write_bytes(stem.with_suffix(".safetensors").read_bytes()[:-3])
+    with pytest.raises(ValueError, match="truncated"):
+        parity.replay(flax_module, stem)
+    with pytest.raises(ValueError, match="no folder"):
+        parity.record(*mlp()[::2], tmp_path / "nowhere" / "mlp")
+
+
+def test_every_system_ships_a_fixture():
+    shipped = {file.stem for file in stems(SHIPPED)}
+    assert shipped == set(GOLDEN)
+    assert {name.split(".")[0] for name in shipped} == set(SYSTEMS)
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 2_000_000
+
+
+@pytest.mark.parametrize("name", ["rope.rotary_value", "retro.neighbors", "neox.sequential"])
+def test_the_shipped_fixtures_are_what_torch_computes_now(name, tmp_path):
+    """Recorded again, they are the same but for float64's rounding on another machine."""
+    pair = pair_of(GOLDEN[name], 0)
+    record(pair.torch, pair.inputs, tmp_path / name, flax_module=pair.flax, labels=pair.labels, name=name)
+    new, old = read(tmp_path / name), read(SHIPPED / name)
+    assert new.model == old.model
+    for kind, tensors in new.truth.items():
+        for key, tensor in tensors.items():
+            np.testing.assert_allclose(old.truth[kind][key], tensor, rtol=0, atol=1e-12)
+
+
+def test_the_command_records_what_can_be_rebuilt(tmp_path, capsys):
+    assert main(["rope.embeddings", "synthesizer.dense_language_model", "--record", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "rope.embeddings is left out" in shown
+    assert [file.stem for file in stems(tmp_path)] == ["synthesizer.dense_language_model"]
+    assert main(["--record", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_small_model_is_recorded_alone_by_its_name_and_by_its_system(tmp_path, capsys):
+    assert main(["synthesizer.dense", "--record", str(tmp_path)]) == 0
+    assert [file.stem for file in stems(tmp_path)] == ["synthesizer.dense"]
+    assert read(tmp_path / "synthesizer.dense").model == read(SHIPPED / "synthesizer.dense").model
+    assert main(["retro", "--record", str(tmp_path)]) == 0
+    assert [file.stem for file in stems(tmp_path)] == ["retro.neighbors", "synthesizer.dense"]
+    assert main(["synthesizer.dense", "synthesizer.thin", "--record", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "no small model or case is called synthesizer.thin; there are rope.rotary, " in error
+    assert "rope.attention" in error
+
+
+def test_shipped_fixtures_replay_where_there_is_no_torch(tmp_path):
+    program = WITHOUT_TORCH + "from parity.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    file = tmp_path / "out.json"
+    command = [sys.executable, "-c", program, "rope", "retro", "--replay", "--device", "cpu", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reports = {report["name"]: report for report in json.loads(file.read_text())}
+    assert set(reports) == {"rope.rotary", "rope.rotary_value", "retro.neighbors"}
+    for report in reports.values():
+        assert {"output", "parameter gradients", "cached decoding"} <= {check["kind"] for check in report["checks"]}
+
+
+def test_a_damaged_fixture_is_listed_and_the_others_are_replayed(tmp_path, capsys):
+    for file in (*files_of(SHIPPED / "rope.rotary"), *files_of(SHIPPED / "transformer.plain")):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "rope.rotary.safetensors").write_bytes(b"")
+    assert main(["--replay", str(tmp_path), "--json", str(tmp_path / "out.txt")]) == 2
+    assert "rope.rotary is no fixture that parity.record wrote" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    reports = json.loads((tmp_path / "out.txt").read_text())
+    assert [(r["name"], r["passed"]) for r in reports] == [("rope.rotary", False), ("transformer.plain", True)]
+
+
+def test_names_of_no_fixture_and_an_empty_folder_are_one_line(tmp_path, capsys):
+    assert main(["--replay", str(tmp_path)]) == 2
+    assert "no fixtures" in capsys.readouterr().err
+    assert main(["nonsense", "--replay"]) == 2
+    error = capsys.readouterr().err
+    assert "nonsense" in error
+    assert "rope.rotary" in error
+    assert main(["rope", "nonsense", "--replay"]) == 2, "no name is passed over"

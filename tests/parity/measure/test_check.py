@@ -1,0 +1,254 @@
+"""`parity.check` on small pairs of modules written here: what it reads, what it refuses, what it leaves alone."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import parity
+from jaxmodels import layers
+from jaxmodels.convert import ConversionError, to_torch
+from parity.compare.inputs import Inputs
+
+
+class TorchNet(torch.nn.Module):
+    """Two linear maps; an output of every kind of container, a parameter that nothing uses, a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(5, 7)
+        self.norm = torch.nn.LayerNorm(7)
+        self.second = torch.nn.Linear(7, 3, bias=False)
+        self.unused = torch.nn.Parameter(torch.ones(2))
+        self.register_buffer("shift", torch.full((3,), 0.5))
+
+    def forward(self, x, hide):
+        hidden = torch.tanh(self.norm(self.first(x)))
+        return {"y": self.second(hidden) * hide + self.shift, "parts": (hidden, x.sum(dim=0))}
+
+
+class FlaxNet(nnx.Module):
+    def __init__(self, *, rngs):
+        self.first = layers.Linear(5, 7, rngs=rngs)
+        self.norm = layers.LayerNorm(7, rngs=rngs)
+        self.second = layers.Linear(7, 3, bias=False, rngs=rngs)
+        self.unused = nnx.Param(jnp.ones(2))
+        self.shift = layers.Fixed(jnp.full((3,), 0.5))
+
+    def __call__(self, x, hide):
+        hidden = jnp.tanh(self.norm(self.first(x)))
+        return {"y": self.second(hidden) * hide + self.shift[...], "parts": (hidden, x.sum(axis=0))}
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    inputs = {"x": rng.standard_normal((11, 5)), "hide": rng.random((11, 1)) < 0.5}
+    return TorchNet(), FlaxNet(rngs=nnx.Rngs(0)), inputs
+
+
+def test_a_pair_of_ones_own_agrees_in_every_reading(pair):
+    report = parity.check(*pair)
+    assert report.passed, str(report)
+    readings = {(check.kind, check.precision) for check in report.checks}
+    kinds = ("output", "parameter gradients", "input gradients")
+    expected = {(kind, precision) for kind in kinds for precision in ("float64", "float32")}
+    expected |= {("training loss", "float64"), ("trained parameters", "float64"), ("round trip", "bits")}
+    assert readings == expected
+    assert "agrees" in str(report)
+    report.raise_if_failed()
+
+
+def test_positional_inputs_and_a_single_array(pair):
+    torch_module, flax_module, inputs = pair
+    assert parity.check(torch_module, flax_module, list(inputs.values()), steps=1).passed
+    assert parity.check(torch_module.first, flax_module.first, inputs["x"], steps=1).passed
+
+
+def test_neither_module_nor_jax_is_changed(pair):
+    torch_module, flax_module, inputs = pair
+    before, flax_before = torch_module.state_dict(), to_torch(flax_module)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    parity.check(torch_module, flax_module, inputs, steps=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in torch_module.state_dict().items())
+    assert torch_module.training
+    assert all((array == flax_before[name]).all() for name, array in to_torch(flax_module).items())
+    assert not jax.config.jax_enable_x64
+    assert jax.config.jax_default_matmul_precision is None
+
+
+class WrongGradient(FlaxNet):
+    """The right output, and a gradient that is a thousandth off."""
+
+    def __call__(self, x, hide):
+        out = super().__call__(x, hide)
+        return out | {"y": out["y"] * 1.001 - jax.lax.stop_gradient(out["y"]) * 0.001}
+
+
+def test_a_wrong_gradient_fails_though_the_output_is_right(pair):
+    torch_module, _, inputs = pair
+    report = parity.check(torch_module, WrongGradient(rngs=nnx.Rngs(0)), inputs)
+    failed = {check.kind for check in report.checks if not check.passed}
+    assert failed >= {"parameter gradients", "trained parameters", "training loss"}
+    assert "output" not in failed
+    assert (report.divergence.path, report.divergence.stage) == ("", "backward")
+
+
+class Float32Inside(FlaxNet):
+    """Computes in float32 whatever it is given."""
+
+    def __call__(self, x, hide):
+        out = super().__call__(x, hide)
+        return out | {"y": out["y"].astype(jnp.float32).astype(x.dtype)}
+
+
+def test_a_hidden_float32_fails_in_float64_alone(pair):
+    torch_module, _, inputs = pair
+    report = parity.check(torch_module, Float32Inside(rngs=nnx.Rngs(0)), inputs)
+    assert not next(c for c in report.checks if (c.kind, c.precision) == ("output", "float64")).passed
+    assert all(check.passed for check in report.checks if check.precision == "float32")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_16_bits_are_read_where_asked(pair, name):
+    report = parity.check(*pair, half=(name,), steps=0)
+    assert report.passed, str(report)
+    assert 0 < report.value("output", name) < 4
+    assert {c.precision for c in report.checks} == {"float64", "float32", "bits", name}
+
+
+class NarrowInside(FlaxNet):
+    """Loses bits only where it is given 16 of them."""
+
+    def __call__(self, x, hide):
+        narrow = jnp.float8_e4m3fn if x.dtype.itemsize == 2 else x.dtype
+        return super().__call__(x.astype(narrow).astype(x.dtype), hide)
+
+
+def test_what_16_bits_alone_lose_fails_there_alone(pair):
+    torch_module, _, inputs = pair
+    report = parity.check(torch_module, NarrowInside(rngs=nnx.Rngs(0)), inputs, half=("bfloat16",), steps=0)
+    assert [c.precision for c in report.checks if not c.passed] == ["bfloat16"]
+    assert (report.divergence.path, report.divergence.dtype) == ("", "bfloat16")
+
+
+class NaNInside(FlaxNet):
+    def __call__(self, x, hide):
+        out = super().__call__(x, hide)
+        return out | {"y": out["y"].at[0, 0].set(jnp.nan)}
+
+
+def test_nan_fails(pair):
+    torch_module, _, inputs = pair
+    report = parity.check(torch_module, NaNInside(rngs=nnx.Rngs(0)), inputs, steps=1)
+    assert not report.passed
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    assert json.loads(text)["passed"] is False
+
+
+def test_without_float64_the_budget_judges_everything(pair):
+    report = parity.check(*pair, float64=False)
+    assert report.passed, str(report)
+    assert {check.precision for check in report.checks} == {"float32", "bits"}
+    assert {"training loss", "trained parameters"} <= {check.kind for check in report.checks}
+    bad = parity.check(pair[0], NaNInside(rngs=nnx.Rngs(0)), pair[2], float64=False, steps=1)
+    assert not bad.passed
+
+
+def test_constant_parameters_are_randomized_in_a_copy(pair):
+    """A layer whose use of a zero bias is wrong passes only as long as the bias is zero."""
+    torch_module, _, inputs = pair
+    with torch.no_grad():
+        torch_module.first.bias.zero_()
+
+    class Biasless(FlaxNet):
+        def __call__(self, x, hide):
+            hidden = jnp.tanh(self.norm(x @ self.first.kernel[...]))
+            return {"y": self.second(hidden) * hide + self.shift[...], "parts": (hidden, x.sum(axis=0))}
+
+    flax_module = Biasless(rngs=nnx.Rngs(0))
+    assert not parity.check(torch_module, flax_module, inputs, steps=1).passed
+    report = parity.check(torch_module, flax_module, inputs, steps=1, randomize=False)
+    assert report.value("output", "float64") < 1e-10
+
+
+def test_declared_zero_gradients_must_be_zero(pair):
+    torch_module, flax_module, inputs = pair
+    assert parity.check(torch_module, flax_module, inputs, zero_gradients=["unused"], steps=1).passed
+    report = parity.check(torch_module, flax_module, inputs, zero_gradients=["first.*"], steps=1)
+    assert [check.kind for check in report.checks if not check.passed] == ["zero gradients"]
+    with pytest.raises(ValueError, match="nothing_like_it"):
+        parity.check(torch_module, flax_module, inputs, zero_gradients=["nothing_like_it"])
+
+
+def test_weights_that_do_not_fit_are_an_error(pair):
+    torch_module, flax_module, inputs = pair
+    del torch_module.unused
+    with pytest.raises(ConversionError, match="unused"):
+        parity.check(torch_module, flax_module, inputs)
+
+
+@pytest.mark.parametrize("inputs", [{}, [], {"x": np.array(["text"])}, np.zeros((0, 3))])
+def test_inputs_that_are_no_arrays_are_an_error(pair, inputs):
+    with pytest.raises(ValueError, match="inputs must be"):
+        parity.check(pair[0], pair[1], inputs)
+
+
+def test_training_batches_vary_and_are_reproducible():
+    inputs = Inputs.of({"x": np.zeros((3, 2)), "ids": np.arange(5), "mask": np.array([True, False])})
+    batches = [inputs.batch(step).named() for step in range(3)]
+    assert not np.array_equal(batches[0]["x"], batches[1]["x"])
+    np.testing.assert_array_equal(batches[2]["ids"], [2, 3, 4, 0, 1])
+    np.testing.assert_array_equal(batches[1]["mask"], [True, False])
+    np.testing.assert_array_equal(inputs.batch(1).named()["x"], batches[1]["x"])
+
+
+def test_a_changed_bit_in_the_round_trip_is_seen(pair, monkeypatch):
+    torch_module, flax_module, inputs = pair
+
+    def lossy(state):  # a bit is nothing to gradients, which are read the same way
+        return {k: np.nextafter(v, np.inf, dtype=v.dtype) for k, v in to_torch(state).items()}
+
+    monkeypatch.setattr("parity.compare.names.to_torch", lossy)
+    report = parity.check(torch_module, flax_module, inputs, steps=1)
+    assert [check.kind for check in report.checks if not check.passed] == ["round trip"]
+
+
+def test_a_parameter_that_torch_does_not_train_is_held_on_both_sides(pair):
+    torch_module, flax_module, inputs = pair
+    torch_module.first.bias.requires_grad_(False)
+    report = parity.check(torch_module, flax_module, inputs, steps=2)
+    assert report.passed, str(report)
+
+
+def test_somebodys_dropout_with_a_random_state_is_no_weight(pair):
+    torch_module, flax_module, inputs = pair
+    flax_module.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    assert parity.check(torch_module, flax_module, inputs, steps=1).passed
+
+
+def test_outputs_of_other_names_are_an_error(pair):
+    torch_module, _, inputs = pair
+
+    class Renamed(FlaxNet):
+        def __call__(self, x, hide):
+            return super().__call__(x, hide)["y"]
+
+    with pytest.raises(ValueError, match=r"output\[y\]; the Flax module returns output"):
+        parity.check(torch_module, Renamed(rngs=nnx.Rngs(0)), inputs)
+    with pytest.raises(ValueError, match="flax_module must be"):
+        parity.check(torch_module, torch_module, inputs)
+
+
+def test_the_precision_flags_of_torch_are_put_back(pair):
+    torch.set_float32_matmul_precision("high")
+    try:
+        parity.check(*pair, steps=0)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

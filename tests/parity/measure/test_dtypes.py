@@ -1,0 +1,92 @@
+"""Sweeps over dtypes, distributions of language models, and what a fast matmul precision costs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import parity
+from parity.measure.dtypes import Agreement, fast_path
+from tests.parity.pairs import FlaxMLP, mlp
+
+
+def test_every_dtype_is_held_to_torchs_own_error():
+    swept = parity.sweep(*mlp(), layers=False)
+    assert swept.passed, str(swept.checks)
+    assert [row.dtype for row in swept.rows] == ["float64", "float32", "bfloat16", "float16"]
+    flax = [row.errors["output"][0] for row in swept.rows]
+    assert flax[0] < 1e-14 < flax[1] < 1e-6 < flax[3] < flax[2] < 0.1
+    assert json.loads(json.dumps(swept.to_json(), allow_nan=False))["rows"][1]["dtype"] == "float32"
+
+
+class Narrow(FlaxMLP):
+    """Loses bits where it is given bfloat16, and there alone."""
+
+    def __call__(self, x):
+        narrow = jnp.float8_e4m3fn if x.dtype == jnp.bfloat16 else x.dtype
+        return super().__call__(x.astype(narrow).astype(x.dtype))
+
+
+def test_what_one_dtype_loses_fails_there_alone():
+    torch_module, _, x = mlp()
+    swept = parity.sweep(torch_module, Narrow(rngs=nnx.Rngs(0)), x, dtypes=["float32", "bfloat16"], layers=False)
+    assert {check.precision for check in swept.checks if not check.passed} == {"bfloat16"}
+
+
+def test_layers_are_traced_in_each_dtype():
+    swept = parity.sweep(*mlp(), dtypes=["float64", "bfloat16"])
+    parts = {row.dtype: {part.path: part.propagated.error for part in row.parts.walk()} for row in swept.rows}
+    assert parts["float64"].keys() == parts["bfloat16"].keys() == {"", "up", "norm", "down"}
+    assert all(parts["float64"][path] < 1e-14 < 1e-4 < parts["bfloat16"][path] for path in parts["float64"])
+
+
+def test_agreement_is_the_divergence_over_the_whole_vocabulary():
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((3, 500, 1009))
+    same = Agreement.of(truth + 7.0, truth)  # the softmax does not see a constant
+    assert same.kl_max < 1e-12
+    assert (same.top_1, same.top_k) == (1.0, 1.0)
+    p, q = (np.exp(a) / np.exp(a).sum(-1, keepdims=True) for a in (truth, 0.5 * truth))
+    flatter = Agreement.of(0.5 * truth, truth)
+    assert flatter.kl_mean == pytest.approx((p * np.log(p / q)).sum(-1).mean())
+    assert flatter.top_1 == 1.0
+    reversed_ = Agreement.of(-truth, truth)
+    assert reversed_.top_1 == 0.0
+    assert reversed_.top_k == 0.0
+
+
+class Accelerated(FlaxMLP):
+    """Rounds as an accelerator does: to bfloat16, unless the highest precision is asked for."""
+
+    def __call__(self, x):
+        strict = jax.config.jax_default_matmul_precision == "highest"
+        return super().__call__(x if strict else x.astype(jnp.bfloat16).astype(x.dtype))
+
+
+def test_the_default_precision_costs_what_it_rounds():
+    torch_module, _, x = mlp()
+    found = fast_path(torch_module, Accelerated(rngs=nnx.Rngs(0)), x)
+    output = next(cost for cost in found.costs if cost.kind == "output")
+    assert output.strict < 1e-6 < 1e-4 < output.default < 0.1
+    assert output.torch < 1e-6
+    assert all(check.value == 0 and check.passed for check in found.checks)
+
+
+def test_two_runs_that_differ_are_told():
+    calls = iter(range(10))
+
+    class Restless(FlaxMLP):
+        def __call__(self, x):
+            return super().__call__(x) + 1e-4 * next(calls)  # each compilation another
+
+    torch_module, _, x = mlp()
+    found = fast_path(torch_module, Restless(rngs=nnx.Rngs(0)), x)
+    assert next(check.value for check in found.checks if check.kind == "two runs: output") > 1e-5
+
+
+def test_unknown_dtypes_are_named():
+    with pytest.raises(ValueError, match="float8"):
+        parity.sweep(*mlp(), dtypes=["float8"])

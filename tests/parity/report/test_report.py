@@ -1,0 +1,164 @@
+"""Reports of a pair that differs, with everything beside it: JUnit XML, JSON and the page."""
+
+import dataclasses
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from flax import nnx
+
+import parity
+from parity.measure.dtypes import fast_path
+from parity.report.charts import colour
+from parity.report.report import Check, commit
+from tests.parity.pairs import FlaxMLP, mlp
+
+
+class WrongNorm(FlaxMLP):
+    """Its norm has another epsilon, and what follows is wrong in consequence."""
+
+    def __init__(self, *, rngs):
+        super().__init__(rngs=rngs)
+        self.norm.epsilon = 1e-2
+
+
+@pytest.fixture(scope="module")
+def swept():
+    return parity.sweep(*mlp(), dtypes=["float64", "bfloat16"], seed=1)
+
+
+@pytest.fixture(scope="module")
+def report(swept):
+    torch_module, flax_module, x = mlp()
+    wrong = WrongNorm(rngs=nnx.Rngs(0))
+    return parity.Report.of(
+        "mlp <wrong>",
+        parity.check(torch_module, wrong, x, steps=0),
+        swept,
+        parity.trajectory(torch_module, wrong, x, optimizer="sgd", steps=3),
+        parity.invariances(flax_module, x, only=["jit / no jit", "cached / full"]),
+        fast_path(torch_module, wrong, x),
+    )
+
+
+@pytest.fixture(scope="module")
+def files(report, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reports")
+    names = {"json": folder / "out.json", "junit": str(folder / "out.xml"), "page": folder / "out.html"}
+    parity.write(report, **names)
+    assert {str(file) for file in folder.iterdir()} == set(map(str, names.values())), "nothing is left beside them"
+    return names
+
+
+def test_a_report_has_all_that_was_read(report, swept):
+    assert not report.passed
+    assert {c.kind for c in report.checks} >= {
+        *("round trip", "output", "sweep: output", "sgd: parameters", "jit / no jit", "two runs: output")
+    }
+    assert set(report.skipped) == {"cached / full"}
+    assert report.seconds > swept.seconds > 0
+    assert report.environment["seed"] == "0; 1"
+    assert report.environment["jax"] == swept.environment["jax"]
+
+
+def test_a_sweep_or_a_trajectory_alone_is_a_report(swept, tmp_path):
+    one = parity.Report.of("swept", swept)
+    bare = parity.Report.of("bare", parity.sweep(*mlp(), dtypes=["float32"], layers=False))
+    two = parity.Report.of(
+        "trained", parity.trajectory(*mlp(), steps=2), parity.trajectory(*mlp(), optimizer="sgd", steps=2)
+    )
+    parity.write(one, two, bare, json=tmp_path / "out.json", page=tmp_path / "out.html")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(r["name"], r["passed"], r["divergence"]) for r in found] == [
+        ("swept", True, None),
+        ("trained", True, None),
+        ("bare", True, None),
+    ]
+    assert [run["optimizer"] for run in found[1]["trajectories"]] == ["adam", "sgd"]
+    html = (tmp_path / "out.html").read_text()
+    assert html.count("<h3>Error by sub-module and dtype</h3>") == 1, "of the sweep that has layers"
+    assert "<dd>1; 0</dd>" in html, "both seeds"
+
+
+def test_what_fails_beside_the_check_is_not_said_to_be_where_the_modules_part():
+    torch_module, _, x = mlp()
+    run = parity.trajectory(torch_module, WrongNorm(rngs=nnx.Rngs(0)), x, steps=1)
+    report = parity.Report.of("trained", run)
+    with pytest.raises(AssertionError, match="trained: DIFFERS") as error:
+        report.raise_if_failed()
+    assert "all sub-modules agree" not in str(error.value)
+
+
+def test_what_is_no_report_or_has_no_place_is_named(report, swept, tmp_path):
+    with pytest.raises(ValueError, match="got none"):
+        parity.write(json=tmp_path / "out.json")
+    with pytest.raises(ValueError, match=r"got Sweep: parity.Report.of"):
+        parity.write(report, swept, json=tmp_path / "out.json")
+    with pytest.raises(ValueError, match="json, junit or page"):
+        parity.write(report)
+    with pytest.raises(ValueError, match=r"page=.*nowhere"):
+        parity.write(report, json=tmp_path / "out.json", page=tmp_path / "nowhere" / "out.html")
+    assert not list(tmp_path.iterdir()), "nothing is written where something cannot be"
+    with pytest.raises(ValueError, match="got tuple"):
+        parity.Report.of("mlp", mlp())
+    with pytest.raises(ValueError, match="got none"):
+        parity.Report.of("mlp")
+    with pytest.raises(ValueError, match=r"twice: round trip \(bits\), output"):
+        parity.Report.of("mlp", report, report)
+    with pytest.raises(ValueError, match="twice: sweep"):
+        parity.Report.of("mlp", swept, dataclasses.replace(swept, checks=[]))
+
+
+def test_json_holds_all_of_it(files, report):
+    (found,) = json.loads(files["json"].read_text())
+    assert not found["passed"]
+    assert found["divergence"]["path"] == "norm"
+    assert [row["dtype"] for row in found["sweep"]["rows"]] == ["float64", "bfloat16"]
+    assert len(found["trajectories"][0]["readings"]) == 3 * 3
+    assert found["checks"][-1]["limit"] == "inf"
+    assert found["environment"] == report.environment
+    assert re.fullmatch(r"none|[0-9a-f]{12}\+?", commit())
+
+
+def test_junit_counts_and_names_what_failed(files, report):
+    root = ET.parse(files["junit"]).getroot()
+    (suite,) = root
+    failed = [test.get("name") for test in suite.iter("testcase") if test.find("failure") is not None]
+    assert failed == [f"{c.kind} ({c.precision})" for c in report.checks if not c.passed]
+    assert root.get("failures") == suite.get("failures") == str(len(failed))
+    assert root.get("tests") == str(len(report.checks) + 1) == str(len(list(suite.iter("testcase"))))
+    assert [test.get("name") for test in suite.iter("testcase") if test.find("skipped") is not None] == [
+        "cached / full"
+    ]
+    assert "first divergence: norm" in suite.find(".//failure").text
+    assert {p.get("name") for p in suite.iter("property")} >= {"jax", "torch", "device", "seed", "git commit"}
+
+
+def test_the_page_stands_alone_and_shows_where_they_part(files):
+    html = files["page"].read_text()
+    assert not re.search(r"(src|href)\s*=|url\(|@import|<script", html)
+    assert "mlp &lt;wrong&gt;" in html
+    assert html.count("<details") == html.count("</details>")
+    tree = html[html.index('<div class="tree">') :]
+    assert '<span class="tag culprit">culprit</span>' in tree
+    assert "<details open>" in tree, "the way to the culprit is open"
+    heat = html[html.index('<table class="heat">') :].partition("</table>")[0]
+    assert all(f"<th>{dtype}</th>" in heat for dtype in ("float64", "bfloat16"))
+    assert heat.count("<tr>") == 1 + 4  # the model, up, norm, down
+    assert html.count("<svg") == 2 + 1  # a histogram for each dtype, and one trajectory
+    assert "they part at step 0" in html
+    assert "– cached / full: no language model of this project" in html
+
+
+def test_colours_count_roundings_of_the_dtype():
+    assert colour(2.0**-7, "bfloat16") == colour(2.0**-52, "float64") == "hsl(140 60% 68%)"
+    assert colour(1e-3, "float64") == "hsl(0 60% 68%)"
+    assert colour(math.inf, "float32") == "hsl(0 75% 60%)"
+
+
+def test_a_reading_without_a_limit_always_passes_and_says_no_limit():
+    check = Check("two runs: output", "float32", "output", 0.5, math.inf)
+    assert check.passed
+    assert "at most" not in str(check)
