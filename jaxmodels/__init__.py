@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxmodels.io.checkpoint import load, save
+    from jaxmodels.models import load, register, save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "save"]
+__all__ = ["__version__", "load", "register", "save"]
 
 
 def __getattr__(name: str) -> Any:
     # `import jaxmodels` alone stays instant: JAX, Flax and Orbax come with the first use.
-    if name in ("load", "save"):
-        from jaxmodels.io import checkpoint
+    if name in ("load", "register", "save"):
+        from jaxmodels import models
 
-        return getattr(checkpoint, name)
+        return getattr(models, name)
     raise AttributeError(f"module 'jaxmodels' has no attribute {name!r}")

@@ -13,6 +13,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxmodels.cache import visible, write
 from jaxmodels.layers import Dropout, HeadProjection, Linear
@@ -21,6 +22,17 @@ Mask = jax.Array | Literal["causal"] | None
 
 MIN_BLOCK = 64  # queries; smaller blocks spend their time in overheads
 MAX_BLOCKS = 8  # bounds compile time; 8 blocks do 56 % of the work of the whole matrix, 16 would do 53 %
+
+
+# Where training places the arrays of these modules; see `jaxmodels.sharding`.
+ATTENTION_RULES = [
+    (r"(query|key|value|hidden)\.linear\.kernel", P("fsdp", "tensor")),
+    (r"(query|key|value|hidden)\.linear\.bias", P("tensor")),
+    (r"(attn|self_attn)\.output\.kernel", P("tensor", "fsdp")),
+    (r"(attn|self_attn)\.output\.bias", P()),
+    (r"key_pos_(embeddings|bias)", P(None, "tensor")),
+    (r"query_pos_bias", P("tensor")),
+]
 
 
 def heads_first(x: jax.Array) -> jax.Array:

@@ -15,6 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+# Where training places the arrays of these modules; see `jaxmodels.sharding`. Vocabularies of characters have any size,
+# 65 for one, so that their axis is never divided.
+FEED_FORWARD_RULES = [
+    (r"layer1\.kernel", P("fsdp", "tensor")),
+    (r"layer1\.bias", P("tensor")),
+    (r"layer2\.kernel", P("tensor", "fsdp")),
+    (r"layer2\.bias", P()),
+]
+SMALL_RULES = [(r"norm\w*\.(scale|bias)", P()), (r"src_embed\.embedding", P(None, "fsdp"))]
 
 _placement: contextvars.ContextVar[Callable[[jax.Array, str], jax.Array] | None]
 _placement = contextvars.ContextVar("placement", default=None)

@@ -53,7 +53,7 @@ def tiny_shakespeare() -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
     advice = f"download {TINY_SHAKESPEARE_URL} yourself and pass the file as the text"
     if not cache.exists():
-        from jaxmodels.io.checkpoint import file_beside  # imports JAX, which a vocabulary needs not
+        from jaxmodels.io.atomic import atomic_file  # imports JAX, which a vocabulary needs not
 
         try:
             with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as response:
@@ -62,7 +62,7 @@ def tiny_shakespeare() -> str:
             raise ValueError(f"tiny_shakespeare could not be downloaded ({error}); {advice}") from None
         check_sha256(content, advice)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with file_beside(cache) as beside:
+        with atomic_file(cache) as beside:
             beside.write_bytes(content)
     content = cache.read_bytes()
     check_sha256(content, f"delete {cache}, or {advice}")

@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from jaxmodels.attention import Attention, Mask, MultiHeadAttention, RelativeMultiHeadAttention
+from jaxmodels.attention import ATTENTION_RULES, Attention, Mask, MultiHeadAttention, RelativeMultiHeadAttention
 from jaxmodels.cache import Cache, align_left, make_cache, unless_overrun
 from jaxmodels.layers import (
+    FEED_FORWARD_RULES,
+    SMALL_RULES,
     Dropout,
     Embed,
     FeedForward,
@@ -129,6 +132,15 @@ class AutoregressiveTransformer(nnx.Module):
     """
 
     sequence_axis = 0
+    sharding_rules = (
+        *SMALL_RULES,
+        *ATTENTION_RULES,
+        *FEED_FORWARD_RULES,
+        (r"(projection|projection_bias|table|left|right)", P("tensor")),  # a synthesizer's, by head
+        (r"alpha", P()),
+        (r"generator\.projection\.kernel", P("fsdp")),
+        (r"generator\.projection\.bias", P()),
+    )
 
     def __init__(
         self,

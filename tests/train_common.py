@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxmodels import sharding
 from jaxmodels.layers import Dropout, Embed
-from jaxmodels.training import step
+from jaxmodels.training import distributed, step
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"{i} men and {i * i % 89} women went to sea [in a boat]. The end.\n" for i in range(97))
@@ -71,7 +71,7 @@ def start_two(module: str, *flags: object, by_variables: bool = False) -> list[s
     def process(i: int) -> subprocess.Popen:
         named = {"coordinator": address, "processes": 2, "process": i}
         found = [] if by_variables else [f"--{name}={value}" for name, value in named.items()]
-        variables = {sharding.VARIABLES[name]: str(value) for name, value in named.items()} if by_variables else {}
+        variables = {distributed.VARIABLES[name]: str(value) for name, value in named.items()} if by_variables else {}
         return start(module, *flags, "--peer-timeout", 10, *found, **variables)
 
     return [process(i) for i in range(2)]

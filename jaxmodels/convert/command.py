@@ -40,8 +40,9 @@ def from_torch_file(options: argparse.Namespace) -> str:
     from flax import nnx
 
     import jaxmodels
-    from jaxmodels.io.checkpoint import build, check_target
+    from jaxmodels.io.atomic import check_target
     from jaxmodels.io.torch_files import read_state_dict
+    from jaxmodels.models import build
     from jaxmodels.weights.names import from_torch
 
     if not options.source.exists():

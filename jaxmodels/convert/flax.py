@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 from jaxmodels.convert.source import Source, abstract, matched, model_source
-from jaxmodels.io.checkpoint import FORMAT, STEM, load, read_config, written_beside
+from jaxmodels.io.atomic import atomic_folder
+from jaxmodels.io.checkpoint import FORMAT, STEM, read_config
 from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
+from jaxmodels.models import load
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.weights.lazy import Transposed
 from jaxmodels.weights.names import entries, flat_arrays
@@ -48,7 +50,7 @@ def write_flax(
     for key, tensor in source.tensors.items():
         arrays[flax_name(order[key])] = Transposed(tensor) if order[key].transposed else tensor
     with (
-        written_beside(folder, overwrite=overwrite) as beside,
+        atomic_folder(folder, overwrite=overwrite) as beside,
         progress_bar(f"writing {Path(folder).name}", arrays.values()) as advance,
     ):
         write_folder(beside, arrays, STEM, file_bytes=file_bytes, progress=advance)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.convert.source import Source, matched, model_source, named
-from jaxmodels.io.checkpoint import written_beside
+from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.names import is_no_parameter
@@ -158,7 +158,7 @@ def write_hf(
     """The same for any open checkpoint; a few megabytes at a time are in memory."""
     tensors = {hf_name(key): tensor for key, tensor in source.tensors.items()}
     with (
-        written_beside(folder, overwrite=overwrite) as beside,
+        atomic_folder(folder, overwrite=overwrite) as beside,
         progress_bar(f"writing {Path(folder).name}", tensors.values()) as advance,
     ):
         write_folder(beside, tensors, file_bytes=file_bytes, progress=advance)

@@ -14,7 +14,7 @@ from jaxmodels.convert.hf import open_hf, write_hf
 from jaxmodels.convert.neox import open_neox, write_neox
 from jaxmodels.convert.neox.write import check_ranks
 from jaxmodels.convert.source import Source, part
-from jaxmodels.io.checkpoint import check_target
+from jaxmodels.io.atomic import check_target
 from jaxmodels.neox import PRESETS, NeoXConfig
 from jaxmodels.weights.lazy import nbytes, pieces
 from jaxmodels.weights.progress import progress_bar

@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from jaxmodels.attention import ATTENTION_RULES
 from jaxmodels.cache import Cache, unless_overrun
 from jaxmodels.feedback import decode
 from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
 from jaxmodels.feedback.recurrence import at_step, recur
 from jaxmodels.feedback.segments import State, init_state, run_segment
 from jaxmodels.feedback.step import no_memory
-from jaxmodels.layers import Embed, HeadProjection, LayerNorm, Linear, split_rng
+from jaxmodels.layers import FEED_FORWARD_RULES, SMALL_RULES, Embed, HeadProjection, LayerNorm, Linear, split_rng
 from jaxmodels.transformer import check_ids
 
 
@@ -145,6 +147,14 @@ class AutoregressiveModel(nnx.Module):
     """Token ids to logits of the next token, around a feedback transformer; its `d_model` is the embedding's width."""
 
     sequence_axis = 0
+    sharding_rules = (
+        *SMALL_RULES,
+        *ATTENTION_RULES,
+        *FEED_FORWARD_RULES,
+        (r"transformer\.weights", P()),
+        (r"generator\.kernel", P("fsdp")),
+        (r"generator\.bias", P()),
+    )
 
     def __init__(self, n_vocab: int, transformer: Feedback, *, rngs: nnx.Rngs):
         if n_vocab < 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.io.checkpoint import file_beside
+from jaxmodels.io.atomic import atomic_file
 from jaxmodels.weights.names import as_tensor
 
 
@@ -66,5 +66,5 @@ def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     import torch
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file_beside(file) as beside:
+    with atomic_file(file) as beside:
         torch.save({name: as_tensor(array) for name, array in arrays.items()}, beside)

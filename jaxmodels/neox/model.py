@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxmodels.attention import attend, causal_attention, dot_product_scores
 from jaxmodels.cache import Cache, align_left, make_cache, unless_overrun, visible, write
@@ -176,6 +177,14 @@ class Readout(nnx.Module):
         return self.linear(x)
 
 
+LAYER_RULES = (
+    (r"(attention\.qkv_lin|ffn\.dense_h_h4)\.kernel", P("fsdp", "tensor")),
+    (r"(attention\.qkv_lin|ffn\.dense_h_h4)\.bias", P("tensor")),
+    (r"(attention\.output|ffn\.dense_h4_h)\.kernel", P("tensor", "fsdp")),
+    (r"(attention\.output|ffn\.dense_h4_h)\.bias", P()),
+)
+
+
 class NeoX(nnx.Module):
     """Token ids to logits of the next token; tied, the readout is the embedding's table.
 
@@ -185,6 +194,14 @@ class NeoX(nnx.Module):
     """
 
     sequence_axis = 1
+    # A list of layers has paths with their numbers; a stacked layer's arrays have an axis more.
+    sharding_rules = (
+        (r"embedding\.emb\.embedding", P("tensor", "fsdp")),
+        *((rf"layers\.\d+\.{name}", spec) for name, spec in LAYER_RULES),
+        *((rf"layers\.{name}", P(None, *spec)) for name, spec in LAYER_RULES),
+        (r"(pre_ln_attn|pre_ln_ffn|final_norm\.ln)\.(scale|bias)", P()),
+        (r"readout\.linear\.kernel", P("fsdp", "tensor")),
+    )
 
     def __init__(self, config: NeoXConfig, *, stacked: bool = True, rngs: nnx.Rngs):
         self.settings = config

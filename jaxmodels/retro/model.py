@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from jaxmodels.layers import Embed, LayerNorm, Linear, constrain, rematerialised
+from jaxmodels.layers import SMALL_RULES, Embed, LayerNorm, Linear, constrain, rematerialised
 from jaxmodels.retro import decode
 from jaxmodels.retro.attention import ROTARY_BASE, ChunkedCrossAttention, CrossAttention, SelfAttention
 from jaxmodels.retro.decode import RetroCache
@@ -91,6 +92,16 @@ class RetroModel(nnx.Module):
     """
 
     sequence_axis = 1
+    sharding_rules = (
+        *SMALL_RULES,
+        (r"emb\.embedding", P(None, "fsdp")),
+        (r"(query|key|value|lin1)\.kernel", P("fsdp", "tensor")),
+        (r"(query|key|value|lin1)\.bias", P("tensor")),
+        (r"(output|lin2)\.kernel", P("tensor", "fsdp")),
+        (r"(output|lin2)\.bias", P()),
+        (r"read\.kernel", P("fsdp")),
+        (r"read\.bias", P()),
+    )
 
     def __init__(
         self,

@@ -27,8 +27,11 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 import jaxmodels
-from jaxmodels.io.checkpoint import describe, file_beside, flush, read_arrays, read_config
-from jaxmodels.sharding import agree, is_first, shardings
+from jaxmodels.io.atomic import atomic_file, flush
+from jaxmodels.io.checkpoint import read_arrays, read_config
+from jaxmodels.models import describe, model_class
+from jaxmodels.sharding import placement
+from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.step import Program, State
 
 FORMAT = 2
@@ -102,7 +105,7 @@ class Checkpoints:
                 (folder / "model" / "config.json").write_text(describe(self.program.abstract), encoding="utf-8")
                 np.save(folder / "losses.npy", losses)
                 files = {str(file.relative_to(folder)): flushed(file) for file in all_files(folder)}
-                with file_beside(folder / MARK) as beside:
+                with atomic_file(folder / MARK) as beside:
                     beside.write_text(json.dumps({"format": FORMAT, **about, "files": files}), encoding="utf-8")
                 self.remove_old(about["step"])
         except BaseException as error:
@@ -243,4 +246,4 @@ def open_model(folder: Path, mesh: Mesh | None = None) -> Any:
     """`jaxmodels.load`, each device of a mesh reading its part; raises ValueError where it does not fit the mesh."""
     if mesh is None or mesh.size == 1:
         return jaxmodels.load(folder)
-    return jaxmodels.load(folder, shardings(read_config(folder)[0], mesh))
+    return jaxmodels.load(folder, shardings=placement(model_class(read_config(folder)[0]), mesh))

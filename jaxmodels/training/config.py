@@ -17,10 +17,11 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from jaxmodels.io.checkpoint import file_beside
-from jaxmodels.sharding import Processes, check_batch
+from jaxmodels.io.atomic import atomic_file
+from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.checkpoints import LOCK, steps
+from jaxmodels.training.distributed import Processes
 from jaxmodels.training.optimizers import OptimizerName, ScheduleName, adam, adamw, make_schedule
 from jaxmodels.training.signals import peek
 from jaxmodels.training.step import Batch, Losses, Numerics, Precision, Program, Remat, State, token_losses
@@ -295,5 +296,5 @@ def write_about(run: Path, config: Config, sha256: str) -> None:
     """Saves whose run it is, the resolved configuration, and what tells the data from any other."""
     values = dataclasses.asdict(config)
     about = {"format": FORMAT, "script": script_of(type(config)), "config": values, "sha256": sha256}
-    with file_beside(run / FILE) as beside:
+    with atomic_file(run / FILE) as beside:
         beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

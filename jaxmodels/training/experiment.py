@@ -17,11 +17,12 @@ import numpy as np
 from rich.console import Console
 
 from jaxmodels.allocator import keep_freed_memory
-from jaxmodels.sharding import agree, check_batch, is_first, make_mesh
+from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.training import config, metrics
 from jaxmodels.training.checkpoints import Checkpoints, Position
 from jaxmodels.training.config import Options, begun, check_folder, parse, read_about, write_about
 from jaxmodels.training.data import Batches, Example, Task, Windows, endless
+from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.loop import Evaluation, Loop, Told
 from jaxmodels.training.ngram import NGram
 from jaxmodels.training.optimizers import OptimizerName, ScheduleName

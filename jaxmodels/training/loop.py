@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.sharding import agree
 from jaxmodels.training.checkpoints import Position
 from jaxmodels.training.data import Batches, Example, in_batches, stack
+from jaxmodels.training.distributed import agree
 from jaxmodels.training.signals import Stop
 from jaxmodels.training.step import Batch, Metrics, Program, stop_sharding, without_optimizer
 

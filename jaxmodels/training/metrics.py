@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxmodels.io.checkpoint import file_beside
+from jaxmodels.io.atomic import atomic_file
 
 FILE = "metrics.jsonl"
 TENSORBOARD_EVERY = 10  # steps; its files grow by 50 bytes a number
@@ -40,7 +40,7 @@ class Log:
     def __init__(self, run: Path, losses: Sequence[float], *, tensorboard: bool = True):
         run.mkdir(parents=True, exist_ok=True)
         kept = self.lines_until(run, losses)
-        with file_beside(run / FILE) as beside:
+        with atomic_file(run / FILE) as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.file = open(run / FILE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close())
         self.writer = None

@@ -107,7 +107,7 @@ class Program:
             name for name, path in self.paths.items() if isinstance(variables[path], nnx.Param) and trains(name)
         }
         shapes = {name: variables[path].get_value().shape for name, path in self.paths.items()}
-        self.specs = parameter_specs(type(self.abstract).__name__, shapes, mesh)
+        self.specs = parameter_specs(self.abstract, shapes, mesh)
 
     def init(self, seed: jax.Array) -> State:
         """The state before the first step; a pure function."""

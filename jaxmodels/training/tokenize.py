@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from jaxmodels.io.checkpoint import check_target, written_beside
+from jaxmodels.io.atomic import atomic_folder, check_target
 from jaxmodels.text import (
     ByteVocabulary,
     CharVocabulary,
@@ -73,7 +73,7 @@ def write(folder: Path, text: str, vocabulary: Vocabulary) -> Tokens:
     train, validation = (vocabulary.encode(part).astype(dtype) for part in split(text))
     sha256 = fingerprint(train, validation, vocabulary)
     about = {"format": FORMAT, "train": len(train), "validation": len(validation), "sha256": sha256}
-    with written_beside(folder) as beside:
+    with atomic_folder(folder) as beside:
         np.save(beside / "train.npy", train)
         np.save(beside / "validation.npy", validation)
         vocabulary.save(beside / "vocabulary.json")

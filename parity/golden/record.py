@@ -6,7 +6,7 @@
     STEM.json          {"format": 1, "name": …, and what else is said of them}
 
 "own errors" are PyTorch's errors in float32 against the truth, by kind and tensor: the yardstick travels with it.
-"model" is what `jaxmodels.io.checkpoint.build` makes the Flax model of, null where it is somebody's own.
+"model" is what `jaxmodels.models.build` makes the Flax model of, null where it is somebody's own.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmodels.io.checkpoint import MODELS, build, describe
 from jaxmodels.io.safetensors import read_file, write_file
+from jaxmodels.models import build, describe, name_of
 from jaxmodels.weights.names import as_numpy
 from parity.compare.adapters import as_module
 from parity.compare.inputs import Inputs, matches, random_targets
@@ -129,8 +129,10 @@ def owners(state_dict: Mapping[str, Any]) -> list[str]:
 
 
 def description(flax_module: Any) -> dict[str, Any] | None:
-    """What builds the module again; None for what is not a model of this project."""
-    if type(flax_module).__name__ not in MODELS or not hasattr(flax_module, "config"):
+    """Name and configuration that rebuild the module; None if its class is not registered with `jaxmodels`."""
+    try:
+        name_of(flax_module)
+    except ValueError:
         return None
     return {key: value for key, value in json.loads(describe(flax_module)).items() if key != "format"}
 

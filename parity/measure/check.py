@@ -57,9 +57,9 @@ def check(
     a sequence of positional ones, or a mapping of named ones. `names`: what Flax calls the parts that PyTorch calls
     otherwise, see `parity.compare.names`; `parity.suggest` proposes it. `channels_last`: patterns of inputs and outputs
     ('x', 'input 0', 'output') that have their channels last in Flax and second in PyTorch. With `labels` (int, the
-    logits' leading shape) the loss is the cross-entropy, else the squared distance to random targets. `zero_gradients` are
-    patterns of parameter names whose gradients are zero in exact arithmetic: they are checked to be ~0 and held still
-    in the training `steps`. `half` names 16-bit dtypes (bfloat16, float16) in which the outputs are compared as well.
+    logits' leading shape) the loss is the cross-entropy, else the squared distance to random targets. `zero_gradients`
+    are patterns of parameter names whose gradients are zero in exact arithmetic: they are checked to be ~0 and held
+    still in the training `steps`. `half` names 16-bit dtypes (bfloat16, float16) in which the outputs are compared too.
     device: 'cpu', 'gpu' or 'tpu', None for JAX's default; float64 None: whether the device has it. `randomize` perturbs
     constant parameters (zeros, ones) first. A part that differs is looked for at once, see `Report.divergence`:
     `memory_limit` is how many bytes of what goes in and out of PyTorch's sub-modules stay in memory then, the rest lies

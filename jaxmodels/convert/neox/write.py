@@ -15,7 +15,7 @@ from jaxmodels.convert.neox.read import DIVISIBLE_BY, VOCABULARY_FILE
 from jaxmodels.convert.neox.shards import layer_file
 from jaxmodels.convert.neox.yaml import settings_of, yaml_text
 from jaxmodels.convert.source import Source, model_source
-from jaxmodels.io.checkpoint import flush, written_beside
+from jaxmodels.io.atomic import atomic_folder, flush
 from jaxmodels.io.safetensors import Progress
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.weights.lazy import Cut, read
@@ -41,7 +41,7 @@ def write_neox(source: Source, folder: str | os.PathLike, model_parallel: int = 
     config = source.config
     check_ranks(config, model_parallel)
     with (
-        written_beside(folder, overwrite=overwrite) as beside,
+        atomic_folder(folder, overwrite=overwrite) as beside,
         progress_bar(f"writing {Path(folder).name}", source.tensors.values()) as advance,
     ):
         step = beside / STEP

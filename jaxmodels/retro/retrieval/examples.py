@@ -16,11 +16,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from jaxmodels.io.checkpoint import file_beside
+from jaxmodels.io.atomic import atomic_file
 from jaxmodels.retro.retrieval.corpus import Corpus, sharing
 from jaxmodels.retro.retrieval.index import ChunkIndex
-from jaxmodels.sharding import agree, is_first
 from jaxmodels.training.data import Example, Windows
+from jaxmodels.training.distributed import agree, is_first
 
 Made = TypeVar("Made")
 Kind = Literal["nearest", "filtered", "random"]
@@ -117,7 +117,7 @@ def attach(
         if neighbors is None:
             found = look_up(samples, index, k, kind, own=own, run=run, seed=seed, interrupted=interrupted)
             neighbors = found.astype(np.int32)
-            with file_beside(file) as beside, open(beside, "wb") as opened:
+            with atomic_file(file) as beside, open(beside, "wb") as opened:
                 np.savez(opened, fingerprint=fingerprint, neighbors=neighbors)
         return neighbors
 

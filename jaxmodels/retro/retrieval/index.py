@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.io.checkpoint import file_beside
+from jaxmodels.io.atomic import atomic_file
 from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
 from jaxmodels.text import load_vocabulary
@@ -120,7 +120,7 @@ class ChunkIndex:
 
         added, before = self.searcher.ntotal, self.about["index"]
         name = f"index-{added:010}.faiss"
-        with file_beside(folder / name) as beside:
+        with atomic_file(folder / name) as beside:
             faiss.write_index(self.searcher, str(beside))
         self.about |= {"added": added, "index": name}
         write_about(folder, self.about)
@@ -289,7 +289,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    with file_beside(folder / "about.json") as beside:
+    with atomic_file(folder / "about.json") as beside:
         beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
