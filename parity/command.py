@@ -248,7 +248,7 @@ def replay_all(options: argparse.Namespace, console: Console) -> list:
 
 def summary(reports: list, console: Console) -> None:
     """The table, what its numbers mean, and the stamp."""
-    from parity.report.report import joined
+    from parity.report.stamp import joined
 
     shown = [c for c in COLUMNS if any(report.value(*c[1:]) is not None for report in reports)]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))

@@ -15,10 +15,10 @@ from parity.compare.inputs import Inputs
 from parity.compare.jax_side import FlaxSide
 from parity.measure.check import check
 from parity.measure.dtypes import fast_path, sweep
-from parity.measure.invariances import Invariances
 from parity.measure.invariances import read as read_invariances
 from parity.measure.trajectory import trajectory
 from parity.report.report import Report, Result
+from parity.report.results import Invariances
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,9 @@ from parity.compare.inputs import Inputs, matches, random_targets
 from parity.compare.jax_side import FlaxSide, strict_precision
 from parity.compare.names import Names, Twins, aliases, weights_of
 from parity.measure import limits
-from parity.report.report import Check, Report, environment
+from parity.report.report import Report
+from parity.report.results import Check
+from parity.report.stamp import environment
 
 FORMAT = 1
 KINDS = ("output", "parameter gradients", "input gradients")
@@ -238,7 +240,7 @@ def replay(
     skipped = (
         {} if passed else {"where they part": "a fixture holds no activations; parity.check tells, where torch is"}
     )
-    return Report(fixture.name, checks, None, time.perf_counter() - began, stamp, skipped=skipped)
+    return Report(fixture.name, checks, time.perf_counter() - began, stamp, skipped=skipped)
 
 
 class Replay:

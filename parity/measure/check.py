@@ -25,7 +25,9 @@ from parity.locate.trace import trace
 from parity.locate.tree import Divergence
 from parity.measure import limits
 from parity.measure.optimizers import OPTIMIZERS, Kinds, flax_steps, outcome, torch_steps
-from parity.report.report import Check, Report, environment
+from parity.report.report import Report
+from parity.report.results import Check
+from parity.report.stamp import environment
 
 LEARNING_RATE = 1e-3
 NOWHERE = "all sub-modules agree in the plain forward pass: look at what is fused, cached or a gradient"
@@ -85,7 +87,7 @@ def check(
         divergence = readings.divergence(failed) if failed else None
     skipped = {"where they part": NOWHERE} if failed and divergence is None else {}
     stamp = environment(chosen, float64, seed)
-    return Report(name, checks, divergence, time.perf_counter() - began, stamp, skipped=skipped)
+    return Report(name, checks, time.perf_counter() - began, stamp, divergence, skipped=skipped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ model) and the best tokens.
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,91 +25,13 @@ from parity.compare.jax_side import FlaxSide
 from parity.compare.names import Names, weights_of
 from parity.compare.torch_side import TorchSide
 from parity.locate.store import DEFAULT_LIMIT, check_limit
-from parity.locate.tree import Part, plain
+from parity.locate.tree import Part
 from parity.measure import limits
-from parity.report.report import Check, Report, environment
+from parity.report.results import Agreement, Check, Cost, FastPath, Row, Sweep
+from parity.report.stamp import environment
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 KINDS = ("output", "parameter gradients")
-TOP = 5
-ROWS = 1024  # distributions at once: 50,000 tokens in float64 are 0.4 MB each
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """How near distributions are to the true ones: KL(truth ‖ model) in nats, and the share of positions whose best
-    token, of tokens among the TOP best, that are the same."""
-
-    kl_mean: float
-    kl_max: float
-    top_1: float
-    top_k: float
-
-    @classmethod
-    def of(cls, logits: np.ndarray, truth: np.ndarray) -> "Agreement":
-        """Over the last axis, whole; a part of the positions at a time."""
-        ours, theirs = (a.reshape(-1, a.shape[-1]) for a in (logits, truth))
-        k = min(TOP, truth.shape[-1])
-        kl, same, shared = [], 0, 0
-        for i in range(0, len(theirs), ROWS):
-            p, q = (log_softmax(a[i : i + ROWS].astype(np.float64)) for a in (theirs, ours))
-            kl.append((np.exp(p) * (p - q)).sum(axis=-1))
-            same += int((p.argmax(axis=-1) == q.argmax(axis=-1)).sum())
-            best = [np.argpartition(a, -k, axis=-1)[:, -k:] for a in (p, q)]
-            shared += sum(len(np.intersect1d(a, b)) for a, b in zip(*best, strict=True))
-        found = np.maximum(np.concatenate(kl), 0.0)  # rounding can leave -1e-17
-        return cls(float(found.mean()), float(found.max()), same / len(theirs), shared / (k * len(theirs)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One dtype: the worst errors of Flax and of PyTorch by kind, agreements of a language model, the traced parts."""
-
-    dtype: str
-    errors: dict[str, tuple[float, float]]  # Flax's, PyTorch's
-    flax_agreement: Agreement | None
-    torch_agreement: Agreement | None
-    parts: Part | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """All dtypes of one pair; `checks` holds Flax to PyTorch's own error."""
-
-    rows: list[Row]
-    checks: list[Check]
-    seconds: float
-    environment: dict[str, str]
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def report(self, name: str) -> Report:
-        """This alone, for `parity.Report.of`."""
-        return Report(name, self.checks, None, self.seconds, self.environment, sweep=self)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; infinities are strings."""
-        return plain({"rows": [dataclasses.asdict(row) for row in self.rows]})
-
-    def __str__(self) -> str:
-        lines = []
-        for row in self.rows:
-            for kind, (ours, theirs) in row.errors.items():
-                lines.append(f"  {row.dtype:9} {kind:20} Flax {ours:.1e}, PyTorch {theirs:.1e}")
-            for side, agreement in (("Flax", row.flax_agreement), ("PyTorch", row.torch_agreement)):
-                if agreement is not None:
-                    lines.append(
-                        f"  {row.dtype:9} {side:20} KL {agreement.kl_mean:.1e}, at most {agreement.kl_max:.1e}; "
-                        f"best token {agreement.top_1:.2%}, best {TOP} {agreement.top_k:.2%}"
-                    )
-        return "\n".join(lines)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def sweep(
@@ -197,37 +118,6 @@ def traced(truth: TorchSide, side: FlaxSide, inputs: Inputs, device: jax.Device,
     if device.platform != "cpu":
         return None
     return trace(truth, side, inputs, memory_limit=memory_limit).forward
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What the device's default precision costs in float32: errors against the truth, of the worst tensor."""
-
-    kind: str
-    worst: str
-    strict: float
-    default: float
-    torch: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kind}: {self.default:.1e} at the default precision, {self.strict:.1e} at the highest, "
-            f"{self.torch:.1e} in PyTorch's float32; worst at {self.worst}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class FastPath:
-    """What the default precision costs, which has no limit, and how far apart two runs of two compilations are."""
-
-    costs: list[Cost]
-    checks: list[Check]
-    seconds: float
-    environment: dict[str, str]
-
-    def report(self, name: str) -> Report:
-        """This alone, for `parity.Report.of`."""
-        return Report(name, self.checks, None, self.seconds, self.environment, costs=tuple(self.costs))
 
 
 def fast_path(

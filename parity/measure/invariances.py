@@ -22,7 +22,8 @@ from parity.compare.inputs import Inputs, matches, random_targets
 from parity.compare.jax_side import FlaxSide, compiled, current_device, loss, strict_precision
 from parity.compare.names import evaluating
 from parity.measure import limits
-from parity.report.report import Check, Report, environment
+from parity.report.results import Check, Invariances
+from parity.report.stamp import environment
 
 DEVICES = 8
 FLOAT32_LIMIT = 1e-5  # where there is no float64: some hundred roundings, and no wrong term is as small
@@ -33,27 +34,6 @@ Kinds = Mapping[str, Mapping[str, np.ndarray]]
 
 class NotApplicable(Exception):
     """Why a variant does not exist for a model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Invariances:
-    """A check per variant, and why the others were not read."""
-
-    checks: list[Check]
-    skipped: dict[str, str]
-    seconds: float
-    environment: dict[str, str]
-
-    def report(self, name: str) -> Report:
-        """This alone, for `parity.Report.of`."""
-        return Report(name, self.checks, None, self.seconds, self.environment, skipped=self.skipped)
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def __str__(self) -> str:
-        return "\n".join([*map(str, self.checks), *(f"–      {kind}: {why}" for kind, why in self.skipped.items())])
 
 
 def invariances(

@@ -4,7 +4,6 @@ A step computes, in this order, the loss, its gradients, the optimizer's moments
 these that is past its limit tells a wrong backward pass from a wrong update.
 """
 
-import dataclasses
 import glob
 import time
 from collections.abc import Callable, Sequence
@@ -22,87 +21,10 @@ from parity.compare.inputs import Inputs, matches, random_targets, roll
 from parity.compare.jax_side import FlaxSide
 from parity.compare.names import Names, weights_of
 from parity.compare.torch_side import TorchSide
-from parity.locate.tree import plain
 from parity.measure import limits
 from parity.measure.optimizers import OPTIMIZERS, Optimizer, flax_steps, torch_steps
-from parity.report.report import Check, Report, environment
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading(Check):
-    """The worst tensor of one kind after one step (counted from 0), and how far off it is."""
-
-    step: int = 0
-
-    @property
-    def where(self) -> str:
-        return self.kind if self.worst == self.kind else f"{self.kind} of {self.worst}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """Every reading of a run, in the order in which they were computed; `losses` of both sides by step."""
-
-    optimizer: str
-    precision: str
-    readings: list[Reading]
-    losses: dict[str, list[float]]
-    seconds: float
-    environment: dict[str, str]
-
-    @property
-    def passed(self) -> bool:
-        return all(reading.passed for reading in self.readings)
-
-    @property
-    def parted(self) -> Reading | None:
-        """The first reading past its limit: where both sides part."""
-        return next((reading for reading in self.readings if not reading.passed), None)
-
-    def by_kind(self) -> dict[str, list[Reading]]:
-        """The readings of each kind, one per step."""
-        kinds: dict[str, list[Reading]] = {}
-        for reading in self.readings:
-            kinds.setdefault(reading.kind, []).append(reading)
-        return kinds
-
-    def checks(self) -> list[Check]:
-        """One `Check` per kind: its worst step. In float32 they only report, see `trajectory`."""
-        found = []
-        for kind, readings in self.by_kind().items():
-            worst = max(readings, key=lambda r: np.inf if np.isnan(r.value) else r.value)
-            where = f"step {worst.step}" if worst.worst == kind else f"step {worst.step}, {worst.worst}"
-            limit = worst.limit if self.precision == "float64" else np.inf
-            found.append(Check(f"{self.optimizer}: {kind}", self.precision, where, worst.value, limit))
-        return found
-
-    def report(self, name: str) -> Report:
-        """This alone, for `parity.Report.of`."""
-        return Report(name, self.checks(), None, self.seconds, self.environment, trajectories=(self,))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; infinities are strings."""
-        said = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("seconds", "environment")}
-        return plain(said | {"passed": self.passed})
-
-    def __str__(self) -> str:
-        """A table of steps 0, 1, 2, 5, 10, … and the last, and where the sides part."""
-        kinds = self.by_kind()
-        steps = len(next(iter(kinds.values())))
-        shown = sorted({s for s in range(steps) if str(s).strip("0") in ("", "1", "2", "5")} | {steps - 1})
-        width = max(12, *map(len, kinds))
-        lines = [f"{self.optimizer}, {self.precision}, {steps} steps"]
-        lines.append("  step  " + "  ".join(f"{h:>{width}}" for h in ("loss (torch)", *kinds)))
-        for s in shown:
-            cells = [f"{self.losses['torch'][s]:.6g}", *(f"{readings[s].value:.1e}" for readings in kinds.values())]
-            lines.append(f"  {s:>4}  " + "  ".join(f"{cell:>{width}}" for cell in cells))
-        at = self.parted
-        lines.append(
-            "  the sides never part"
-            if at is None
-            else f"  first part at step {at.step}: {at.where}, {at.value:.1e}, at most {at.limit:g}"
-        )
-        return "\n".join(lines)
+from parity.report.results import Reading, Trajectory
+from parity.report.stamp import environment
 
 
 def trajectory(

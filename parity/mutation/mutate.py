@@ -29,7 +29,7 @@ from parity.locate.tree import Divergence
 from parity.measure import limits
 from parity.measure.check import Pair, Readings
 from parity.mutation.operators import CALLED, OPERATORS, Operator, planted_calls
-from parity.report.report import Check
+from parity.report.results import Check
 
 LONGEST = 150  # positions; a case on longer sequences proves the same and takes longer
 EFFECT = 10 * limits.FLOAT64_LIMIT

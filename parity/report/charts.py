@@ -3,15 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 import ml_dtypes
 
 from parity.locate.tree import DECADES, Errors, Part
-
-if TYPE_CHECKING:  # these need torch, a page does not
-    from parity.measure.dtypes import Row
-    from parity.measure.trajectory import Trajectory
+from parity.report.results import Row, Trajectory
 
 STYLE = """
 .heat td { text-align: center; font-size: .85em; padding: .15rem .5rem; color: #111; }
@@ -45,7 +41,7 @@ def colour(error: float, dtype: str) -> str:
     return f"hsl({140 * (1 - min(max(decades / STEPS, 0.0), 1.0)):.0f} 60% 68%)"
 
 
-def heat_map(rows: Sequence["Row"]) -> str:
+def heat_map(rows: Sequence[Row]) -> str:
     """Errors of every sub-module's outputs by dtype; '' where no layers were traced."""
     trees = {row.dtype: {part.path: part for part in row.parts.walk()} for row in rows if row.parts is not None}
     if not trees:
@@ -74,7 +70,7 @@ def heat_cell(part: Part | None, dtype: str) -> str:
     return f'<td style="background: {colour(error, dtype)}" title="{title}">{error:.0e}</td>'
 
 
-def histograms(rows: Sequence["Row"]) -> str:
+def histograms(rows: Sequence[Row]) -> str:
     """How the errors of the model's outputs are spread, a chart for each dtype."""
     charts = [(row.dtype, row.parts.propagated) for row in rows if row.parts is not None]
     return "".join(histogram(dtype, errors) for dtype, errors in charts if errors is not None)
@@ -97,7 +93,7 @@ def histogram(caption: str, errors: Errors) -> str:
 <figcaption>{escape(caption)}: {errors.size:,} outputs, {equal:,} of them equal bit for bit</figcaption></figure>"""
 
 
-def curves(trajectory: "Trajectory") -> str:
+def curves(trajectory: Trajectory) -> str:
     """Errors after each step, a line per kind; and the loss is in the caption."""
     kinds = {kind: [max(r.value, 1e-18) for r in readings] for kind, readings in trajectory.by_kind().items()}
     limit = trajectory.readings[0].limit

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from html import escape
 
 from parity.report import charts
-from parity.report.report import Check, Report, joined
+from parity.report.report import Report
+from parity.report.results import Check
+from parity.report.stamp import joined
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; }

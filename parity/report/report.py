@@ -1,47 +1,14 @@
 """What was found of a pair: readings with their limits, the first sub-module that diverges, the stamp of the run."""
 
 import dataclasses
-import importlib.metadata
-import math
-import platform
-import subprocess
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import jax
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from parity.locate.tree import Divergence, plain
-
-if TYPE_CHECKING:  # these need torch, a report does not
-    from parity.measure.dtypes import Cost, Sweep
-    from parity.measure.trajectory import Trajectory
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One reading: the worst value among its tensors, that tensor's name, and the most it may be.
-
-    precision 'float64': an error relative to the largest tensor of the kind; 'float32', 'bfloat16', 'float16': Flax's
-    error against the truth in units of PyTorch's own; 'bits': tensors that changed. An infinite limit only reports.
-    """
-
-    kind: str
-    precision: str
-    worst: str
-    value: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        return self.value <= self.limit
-
-    def __str__(self) -> str:
-        verdict = "ok" if self.passed else "FAILED"
-        limit = f", at most {self.limit:g}" if math.isfinite(self.limit) else ""
-        return f"{verdict:6} {self.kind} ({self.precision}): {self.value:.2g}{limit}, at {self.worst}"
+from parity.report.results import Check, Cost, Sweep, Trajectory
+from parity.report.stamp import joined, software
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +30,8 @@ class Raised:
 class Result(Protocol):
     """What `check`, `replay`, `sweep`, `trajectory` and `invariances` return."""
 
-    def report(self, name: str) -> "Report":
-        """A report that holds this alone."""
+    def contents(self) -> dict[str, Any]:
+        """Fields of a `Report` that holds this result alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +43,12 @@ class Report:
 
     name: str
     checks: list[Check]
-    divergence: Divergence | None
     seconds: float
     environment: dict[str, str]
-    sweep: "Sweep | None" = None
-    trajectories: tuple["Trajectory", ...] = ()
-    costs: tuple["Cost", ...] = ()
+    divergence: Divergence | None = None
+    sweep: Sweep | None = None
+    trajectories: tuple[Trajectory, ...] = ()
+    costs: tuple[Cost, ...] = ()
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     error: Raised | None = None
 
@@ -92,10 +59,10 @@ class Report:
         error: what one of them raised; then there may be no results. Raises ValueError for a result of something else,
         and where two of them hold the same reading.
         """
-        wrong = sorted({type(result).__name__ for result in results if not hasattr(result, "report")})
+        wrong = sorted({type(result).__name__ for result in results if not hasattr(result, "contents")})
         if wrong or not (results or error):
             raise ValueError(f"results must be what parity's functions return, got {', '.join(wrong) or 'none'}")
-        parts = [result.report(name) for result in results]
+        parts = [cls(name, **result.contents()) for result in results]
         found = Counter(
             reading for part in parts for reading in dict.fromkeys((c.kind, c.precision) for c in part.checks)
         )
@@ -106,9 +73,9 @@ class Report:
         return cls(
             name,
             [check for part in parts for check in part.checks],
-            next((part.divergence for part in parts if part.divergence), None),
             sum(part.seconds for part in parts),
             joined([part.environment for part in parts] or [software()]),
+            next((part.divergence for part in parts if part.divergence), None),
             sweep=sweeps[0] if sweeps else None,
             trajectories=tuple(run for part in parts for run in part.trajectories),
             costs=tuple(cost for part in parts for cost in part.costs),
@@ -127,9 +94,9 @@ class Report:
             return cls.of(name, *found, error=error)
         return cls.of(name, *found)
 
-    def report(self, name: str) -> "Report":
-        """The same by another name."""
-        return dataclasses.replace(self, name=name)
+    def contents(self) -> dict[str, Any]:
+        """All fields but the name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
 
     @property
     def passed(self) -> bool:
@@ -180,56 +147,3 @@ class Report:
             "skipped": self.skipped,
             "error": dataclasses.asdict(self.error) if self.error else None,
         }
-
-
-def joined(stamps: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """One stamp of several: where they differ, all that they say."""
-    values: dict[str, dict[str, None]] = {}
-    for stamp in stamps:
-        for key, value in stamp.items():
-            values.setdefault(key, {})[value] = None
-    return {key: "; ".join(said) for key, said in values.items()}
-
-
-def environment(device: jax.Device, float64: bool, seed: int | None) -> dict[str, str]:
-    """Where and how a check ran: versions, device, precision flags, seed, and the git commit it ran in."""
-    return software() | {
-        "device": f"{device.platform}: {device.device_kind}",
-        "matmul precision": "highest, TF32 off",
-        "float64": "on the device" if float64 else "PyTorch on the CPU alone",
-        "seed": "recorded" if seed is None else str(seed),
-        "git commit": commit(),
-    }
-
-
-def software() -> dict[str, str]:
-    """The versions, which can be told wherever nothing runs."""
-    packages = ["jax", "jaxlib", "flax", "optax", "numpy", "torch"]
-    return {
-        **{package: version(package) for package in packages},
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def commit() -> str:
-    """The commit of the working directory, with a + where files differ from it; 'none' outside a repository."""
-    try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-            cwd=Path.cwd(),
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        return said.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "none"

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 import parity
-from parity.measure.dtypes import Agreement, fast_path
+from parity.measure.dtypes import fast_path
+from parity.report.results import Agreement
 from tests.parity.pairs import FlaxMLP, mlp
 
 

@@ -12,7 +12,8 @@ from flax import nnx
 import parity
 from parity.measure.dtypes import fast_path
 from parity.report.charts import colour
-from parity.report.report import Check, commit
+from parity.report.results import Check
+from parity.report.stamp import commit
 from tests.parity.pairs import FlaxMLP, mlp
 
 
