@@ -1,15 +1,13 @@
-# Every target makes .venv by itself when it is missing or pyproject.toml changed.
+# Development commands; `make` alone lists them.
 #
-#   make parity   Flax against PyTorch, every case, a table       make train   the small RoPE language model
-#   make test     the test suite                                  make bench   timings, each a ratio
-#   make lint     ruff and the type checker                       make parity-golden   Flax against what PyTorch
-#                                                                                      computed, without PyTorch
+# Every target creates .venv if it is missing or if pyproject.toml or constraints.txt changed.
 #
-# PYTHON       the interpreter .venv is made with (3.11 or newer).
-# TORCH_INDEX  another package index to take torch from, e.g. the one that PyTorch keeps for its CPU builds.
-# EXTRAS       what .venv is made with: dev, or dev,plan to compile for TPUs too (libtpu, 700 MB).
-# GOLDEN       what .venv-golden, which has no torch, is made with: golden, or golden,tpu (golden,cuda) for a device.
-# ARGS         passed on: make parity ARGS="rope --report parity.html"
+# PYTHON       interpreter for .venv (3.11 or newer)
+# TORCH        requirement for torch, installed first (default: the version the tests use)
+# TORCH_INDEX  package index for torch, e.g. PyTorch's own index of CPU builds
+# EXTRAS       extras installed in .venv: dev (default), or dev,plan to compile for TPUs too (libtpu, 700 MB)
+# GOLDEN       extras installed in .venv-golden, which has no torch: golden, or golden,tpu (golden,cuda) for a device
+# ARGS         further arguments: make parity ARGS="rope --report parity.html"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -21,31 +19,37 @@ ARGS ?=
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: parity parity-golden test train bench lint
+.PHONY: help parity parity-golden test test-slow train bench lint
 .DELETE_ON_ERROR:
 
-parity: $(READY)
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+parity: $(READY) ## compare Flax with PyTorch: every case, one table
 	$(BIN)/python -m parity $(ARGS)
 
-parity-golden: .venv-golden/.ready
+parity-golden: .venv-golden/.ready ## compare Flax with recorded PyTorch results, in an environment without torch
 	.venv-golden/bin/python -m parity $(ARGS) --replay
 
-test: $(READY)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: $(READY) ## run the tests, except those marked slow
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
-train: $(READY)
+test-slow: $(READY) ## run the tests marked slow: real processes, signals, the built wheel
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+train: $(READY) ## train the small RoPE language model (8 minutes on two cores)
 	$(BIN)/python -m train.rope $(ARGS)
 
-bench: $(READY)
+bench: $(READY) ## time training steps against PyTorch
 	$(BIN)/python -m bench.rope $(ARGS)
 	$(BIN)/python -m bench.feedback $(ARGS)
 
-lint: $(READY)
+lint: $(READY) ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch goes first, by its exact version: a bare `torch` can bring several GB of CUDA packages.
+# torch goes first, by its exact version: an unpinned torch can bring several GB of CUDA packages.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "PYTHON=$(PYTHON) is older than 3.11")'
 	$(PYTHON) -m venv .venv

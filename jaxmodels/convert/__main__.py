@@ -1,16 +1,8 @@
 """`python -m jaxmodels.convert`."""
 
-import os
 import sys
 
-from jaxmodels.convert.command import main
+from jaxmodels.command import call
 
 if __name__ == "__main__":
-    import jax
-
-    from jaxmodels.allocator import keep_freed_memory
-
-    keep_freed_memory()
-    # Nothing here needs an accelerator, which another process may hold.
-    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
-    sys.exit(main())
+    sys.exit(call("convert", sys.argv[1:], "python -m jaxmodels.convert"))

@@ -43,9 +43,9 @@ OUT/ is for `jaxmodels.load("OUT/")`. SRC's format is detected.
 OVERWRITE = "replace DST as a whole: a folder with everything in it, which must be a checkpoint"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="python -m jaxmodels.convert",
+        prog=prog,
         description="Converts and compares checkpoints of PyTorch and Flax, bit for bit.",
     )
     formats = arguments.add_subparsers(dest="format", required=True, metavar="FORMAT")

@@ -3,21 +3,26 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxmodels.convert.arguments import NAMES, parser, read_json
 
+PROGRAM = "python -m jaxmodels.convert"
 
-def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run a conversion and return the exit code; `prog` is the command as typed."""
+    options = parser(prog).parse_args(argv)
     try:
         good, message = run(options)
     except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
+        print(f"{prog} {options.format}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"convert: {error}; .pt files need torch: pip install 'jaxmodels[torch]'", file=sys.stderr)
+        print(
+            f"{prog} {options.format}: {error}; .pt files need torch: pip install 'jaxmodels[torch]'", file=sys.stderr
+        )
         return 2
     print(message)
     return 0 if good else 1

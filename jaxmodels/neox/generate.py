@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+PROGRAM = "python -m jaxmodels.neox.generate"
 TOKENIZERS = ("tokenizer.json", "20B_tokenizer.json")
 END_OF_TEXT = "<|endoftext|>"
 EXAMPLES = """\
@@ -26,9 +27,9 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="python -m jaxmodels.neox.generate",
+        prog=prog,
         description="Continues a prompt with a GPT-NeoX checkpoint. Greedy unless a temperature is given.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,17 +63,16 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Continue a prompt and return the exit code; `prog` is the command as typed."""
+    options = parser(prog).parse_args(argv)
     try:
         run(options)
     except (ValueError, OSError) as error:
-        print(f"generate: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(
-            f"generate: {error}; checkpoints and tokenizers need: pip install 'jaxmodels[neox,train]'", file=sys.stderr
-        )
+        print(f"{prog}: {error}; checkpoints and tokenizers need: pip install 'jaxmodels[neox,train]'", file=sys.stderr)
         return 2
     return 0
 
@@ -275,4 +275,6 @@ class Text:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from jaxmodels import programs
+
+    sys.exit(programs.run(main, PROGRAM))

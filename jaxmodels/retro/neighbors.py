@@ -1,8 +1,8 @@
-"""`python -m jaxmodels.retro.neighbors`: the passages of a chunk index that are nearest to a text."""
+"""`python -m jaxmodels.retro.neighbors`: print the passages of a chunk index that are nearest to a text."""
 
 import sys
 
-from jaxmodels.retro.retrieval.command import main
+from jaxmodels.command import call
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(call("neighbors", sys.argv[1:], "python -m jaxmodels.retro.neighbors"))

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import load_corpus
 
+PROGRAM = "python -m jaxmodels.retro.neighbors"
 EXAMPLES = """\
 examples:
   python -m jaxmodels.retro.neighbors runs/retro/index --prompt "ROMEO: O, she doth teach the torches"
@@ -16,9 +18,9 @@ INDEX is what `python -m train.retro` built. A chunk is shown before the bar, wh
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="python -m jaxmodels.retro.neighbors",
+        prog=prog,
         description="Prints the nearest chunks of a corpus, with what follows them, for every whole chunk of a text.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,14 +33,15 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Print neighbors and return the exit code; `prog` is the command as typed."""
+    options = parser(prog).parse_args(argv)
     try:
         index = ChunkIndex.load(options.index)
         text = options.prompt if options.text is None else load_corpus(options.text)
         show(index, text, options.k)
     except (ValueError, OSError) as error:
-        print(f"neighbors: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -232,7 +232,7 @@ def test_bad_settings_are_one_clear_line(checkpoint, capsys, more, match):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert re.search(match, shown.err)
-    assert shown.err.startswith("generate: ")
+    assert shown.err.startswith("python -m jaxmodels.neox.generate: ")
     assert len(shown.err.splitlines()) == 1
 
 

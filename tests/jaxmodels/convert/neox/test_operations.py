@@ -131,7 +131,10 @@ def test_a_bad_source_or_target_is_one_line_and_nothing_is_written(source, tmp_p
     folder, _ = source
     out = tmp_path / "out"
     assert command("neox", tmp_path / "nowhere", out, "--to", to) == 2
-    assert capsys.readouterr().err == f"convert: {tmp_path / 'nowhere'} is not a folder\n"
+    shown = capsys.readouterr().err
+    assert shown.startswith("python -m jaxmodels.convert neox: ")
+    assert f"{tmp_path / 'nowhere'} " in shown
+    assert len(shown.splitlines()) == 1
     assert command("neox", folder, folder, "--to", to) == 2
     assert "is not empty" in capsys.readouterr().err
     layer_file(folder, 7, 1).unlink()

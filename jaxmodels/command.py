@@ -1,0 +1,99 @@
+"""The console command `jaxmodels`, also `python -m jaxmodels`.
+
+Each subcommand is the `main(argv, prog)` of the module that implements it, which is imported only when it is called.
+"""
+
+import argparse
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jaxmodels import __version__
+from jaxmodels.programs import run
+
+
+class Command(NamedTuple):
+    """A subcommand."""
+
+    module: str  # with main(argv: Sequence[str], prog: str) -> int
+    help: str
+    first: tuple[str, ...] = ()  # arguments that precede the user's: the subcommand of the module's own parser
+
+
+COMMANDS = {
+    "convert": Command(
+        "jaxmodels.convert.command", "convert checkpoints between PyTorch, GPT-NeoX, Hugging Face and Flax"
+    ),
+    "inspect": Command("jaxmodels.convert.command", "print what a GPT-NeoX checkpoint contains", ("inspect",)),
+    "verify": Command("jaxmodels.convert.command", "compare two GPT-NeoX checkpoints bit for bit", ("verify",)),
+    "generate": Command("jaxmodels.neox.generate", "continue a prompt with a GPT-NeoX checkpoint"),
+    "neighbors": Command("jaxmodels.retro.retrieval.command", "print the nearest chunks of a RETRO index for a text"),
+    "evaluate": Command("jaxmodels.training.evaluate", "loss, perplexity and bits per byte of a model on a text"),
+    "sample": Command("jaxmodels.training.sample", "write text with the model of a training run"),
+    "tokenize": Command("jaxmodels.training.tokenize", "encode a text once, for training"),
+    "plot": Command("jaxmodels.training.plot", "draw the loss curves of training runs"),
+    "plan": Command("jaxmodels.training.plan.command", "compile a training step for a TPU slice: memory and speed"),
+}
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of what stands before a subcommand, and the text of --help."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    arguments = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [-h] [--version] COMMAND …",
+        description="Convert, inspect, evaluate and sample from Flax models.",
+        epilog="\n".join(["commands:", *lines, "", f"`{prog} COMMAND --help` lists a command's arguments."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("--version", action="version", version=f"jaxmodels {__version__}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "jaxmodels") -> int:
+    """Run a subcommand and return its exit code."""
+    return run(lambda: dispatch(sys.argv[1:] if argv is None else argv, prog), prog)
+
+
+def dispatch(argv: Sequence[str], prog: str) -> int:
+    """Find the subcommand and call it. Raises ValueError if there is none of that name."""
+    if not argv or argv[0].startswith("-"):
+        parser(prog).parse_args(argv)  # exits after --help, --version and unknown options
+        raise ValueError(f"a command is required: {', '.join(COMMANDS)}")
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}; choose from {', '.join(COMMANDS)}")
+    return call(name, rest, prog if COMMANDS[name].first else f"{prog} {name}")
+
+
+def call(name: str, argv: Sequence[str], prog: str) -> int:
+    """Run one subcommand as a program of its own and return its exit code.
+
+    prog: the command as typed, for its help and errors, e.g. "python -m jaxmodels.convert".
+    """
+
+    def imported() -> int | None:
+        prepare(name)
+        command = COMMANDS[name]
+        function: Callable[..., int | None] = importlib.import_module(command.module).main
+        named = {"prog": prog} if "prog" in inspect.signature(function).parameters else {}
+        return function([*command.first, *argv], **named)
+
+    return run(imported, prog)
+
+
+def prepare(name: str) -> None:
+    """Set the process up for a subcommand, before it uses JAX."""
+    if name in ("convert", "inspect", "verify"):  # need no accelerator, which another process may hold
+        import jax
+
+        from jaxmodels.allocator import keep_freed_memory
+
+        jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+        keep_freed_memory()
+    elif name == "plan":  # an experiment may be a module of the user's: `python -m` finds it in the current folder
+        sys.path.append(os.getcwd())
