@@ -2,10 +2,10 @@
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxmodels import programs
 from jaxmodels.convert.arguments import NAMES, parser, read_json
 
 PROGRAM = "python -m jaxmodels.convert"
@@ -14,18 +14,13 @@ PROGRAM = "python -m jaxmodels.convert"
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run a conversion and return the exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    try:
+
+    def printed() -> int:
         good, message = run(options)
-    except (ValueError, OSError) as error:
-        print(f"{prog} {options.format}: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(
-            f"{prog} {options.format}: {error}; .pt files need torch: pip install 'jaxmodels[torch]'", file=sys.stderr
-        )
-        return 2
-    print(message)
-    return 0 if good else 1
+        print(message)
+        return 0 if good else 1
+
+    return programs.run(printed, f"{prog} {options.format}")
 
 
 def run(options: argparse.Namespace) -> tuple[bool, str]:

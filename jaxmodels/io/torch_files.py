@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.weights.names import as_tensor
 
@@ -19,6 +20,7 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     `key` names the entry that holds them where the file holds more. Raises ValueError, naming the file, where it is
     missing, truncated, no checkpoint, wants to run code, or holds no tensors at that place.
     """
+    require("torch", "torch")
     import torch
 
     content = read_pt(file)
@@ -38,6 +40,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
 
     Raises ValueError, naming the file, where it is missing, truncated, no checkpoint, or wants to run code.
     """
+    require("torch", "torch")
     import torch
 
     if not file.is_file():
@@ -63,6 +66,7 @@ def describe(content: Any) -> str:
 
 def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays as the state_dict that `torch.load` reads, beside the file first and then in its place."""
+    require("torch", "torch")
     import torch
 
     file.parent.mkdir(parents=True, exist_ok=True)

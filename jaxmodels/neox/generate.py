@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxmodels import programs
+from jaxmodels.extras import require
+
 PROGRAM = "python -m jaxmodels.neox.generate"
 TOKENIZERS = ("tokenizer.json", "20B_tokenizer.json")
 END_OF_TEXT = "<|endoftext|>"
@@ -66,15 +69,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Continue a prompt and return the exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"{prog}: {error}; checkpoints and tokenizers need: pip install 'jaxmodels[neox,train]'", file=sys.stderr)
-        return 2
-    return 0
+    return programs.run(lambda: run(options), prog)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -160,6 +155,7 @@ def holds_int8(folder: Path) -> bool:
 
 def open_tokenizer(file: Path | None, folder: Path) -> Tokenizer:
     """The tokenizer in a file, or the one in or beside a checkpoint's folder; raises ValueError where there is none."""
+    require("neox", "tokenizers")
     from tokenizers import Tokenizer
 
     found = find_tokenizer(file, folder)
@@ -275,6 +271,4 @@ class Text:
 
 
 if __name__ == "__main__":
-    from jaxmodels import programs
-
     sys.exit(programs.run(main, PROGRAM))

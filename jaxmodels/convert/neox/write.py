@@ -15,6 +15,7 @@ from jaxmodels.convert.neox.read import DIVISIBLE_BY, VOCABULARY_FILE
 from jaxmodels.convert.neox.shards import layer_file
 from jaxmodels.convert.neox.yaml import settings_of, yaml_text
 from jaxmodels.convert.source import Source, model_source
+from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_folder, flush
 from jaxmodels.io.safetensors import Progress
 from jaxmodels.neox import NeoX, NeoXConfig
@@ -117,6 +118,7 @@ def parts(config: NeoXConfig) -> list[tuple[int, str, tuple[Name, ...]]]:
 
 def write_pt(file: Path, content: dict[str, Any]) -> None:
     """`torch.save`; raises OSError that names the file where the disk is full."""
+    require("torch", "torch")
     import torch
 
     tensors = {key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}

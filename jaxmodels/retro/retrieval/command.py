@@ -1,10 +1,11 @@
 """`python -m jaxmodels.retro.neighbors`: what an index finds for a text, chunk by chunk, for people to look at."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxmodels import programs
+from jaxmodels.extras import require
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import load_corpus
 
@@ -36,14 +37,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Print neighbors and return the exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    try:
+
+    def shown() -> None:
+        require("retro", "faiss", "sklearn")
         index = ChunkIndex.load(options.index)
         text = options.prompt if options.text is None else load_corpus(options.text)
         show(index, text, options.k)
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return programs.run(shown, prog)
 
 
 def show(index: ChunkIndex, text: str, k: int) -> None:
