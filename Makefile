@@ -5,6 +5,7 @@
 # PYTHON       interpreter for .venv (3.11 or newer)
 # TORCH        requirement for torch, installed first (default: the version the tests use)
 # TORCH_INDEX  package index for torch, e.g. PyTorch's own index of CPU builds
+# CONSTRAINTS  file of pinned versions (default: constraints.txt); empty for the newest versions
 # EXTRAS       extras installed in .venv: dev (default), or dev,plan to compile for TPUs too (libtpu, 700 MB)
 # GOLDEN       extras installed in .venv-golden, which has no torch: golden, or golden,tpu (golden,cuda) for a device
 # ARGS         further arguments: make parity ARGS="rope --report parity.html"
@@ -12,6 +13,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
 GOLDEN ?= golden
 ARGS ?=
@@ -55,11 +57,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
 	touch $@
 
 .venv-golden/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-golden
 	.venv-golden/bin/python -m pip install --quiet --upgrade pip
-	.venv-golden/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(GOLDEN)]'
+	.venv-golden/bin/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(GOLDEN)]'
 	touch $@
