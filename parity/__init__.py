@@ -1,10 +1,12 @@
-"""Proof that a Flax model computes what a PyTorch model computes: `parity.check(torch_module, flax_module, inputs)`.
+"""Compare a Flax model with a PyTorch model: `parity.check(torch_module, flax_module, inputs)`.
 
-The truth is the PyTorch module in float64. Importing this package imports neither torch nor jax.
+The reference is the PyTorch module in float64. Importing this package imports neither torch nor jax.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from jaxmodels.extras import require
 
 if TYPE_CHECKING:
     from parity.compare.suggest import suggest
@@ -30,7 +32,8 @@ __all__ = [
     "write",
 ]
 
-HOMES = {
+# Modules of the names above, imported at first use.
+MODULES = {
     "Optimizer": "measure.optimizers",
     "Report": "report.report",
     "check": "measure.check",
@@ -45,6 +48,15 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in MODULES:
         raise AttributeError(f"module 'parity' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"parity.{HOMES[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"parity.{MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            require("torch", "torch")
+        raise
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,49 +1,56 @@
-"""Cases in several processes at a time: compiling, most of a case's time, keeps one core busy."""
+"""Run cases in several processes: most of a case's time is compilation, which keeps only one core busy."""
 
 import concurrent.futures
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # nothing of JAX before `prepare_jax`, nor of torch where fixtures are replayed
+if TYPE_CHECKING:  # imported late: JAX only after `prepare_jax`, torch only in a process that needs it
     from parity.cases.suite import Wanted
     from parity.report.report import Report
 
-MIN_CASES = 8  # fewer are done before processes have imported what they need
-MAX_WORKERS = 4  # each holds PyTorch, JAX and a case of its own: about 1 GB
+MIN_CASES = 8  # fewer cases finish before new processes have imported JAX and PyTorch
+MAX_WORKERS = 4  # each needs about 1 GB: PyTorch, JAX and a case
 
 
 def prepare_jax(device: str | None, *, eight: bool) -> None:
-    """What has to be said before JAX starts: that it looks for no other device, and that a CPU is eight of them."""
+    """Configure JAX before its first use: only the CPU backend for device 'cpu'; `eight` CPU devices."""
     import jax
 
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if eight:
-        with contextlib.suppress(RuntimeError):  # it runs already: that reading is then skipped, with its reason
+        with contextlib.suppress(RuntimeError):  # JAX is running already: the check is then skipped, with this reason
             jax.config.update("jax_num_cpu_devices", 8)
 
 
-def workers_for(cases: int, device: str | None) -> int:
-    """How many processes to use where nobody says: one on an accelerator, which one process takes for itself."""
+def default_workers(cases: int, device: str | None) -> int:
+    """Number of processes if the user names none; 1 on an accelerator, which a single process occupies."""
     if cases < MIN_CASES or device != "cpu":
         return 1
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def examined(
-    names: list[str], wanted: "Wanted", *, device: str | None, seed: int, workers: int, prepare: Callable[[], None]
+def examine_in_processes(
+    names: Sequence[str],
+    wanted: "Wanted",
+    *,
+    device: str | None,
+    seed: int,
+    workers: int,
+    prepare: Callable[[], None],
 ) -> Iterator["Report"]:
-    """The cases' reports in their order. Where a process dies, those of the cases it leaves undone say so.
+    """Reports of the cases, in their order. If a process dies, the reports of its unfinished cases are errors.
 
-    `prepare`, which must be picklable, is called in each process before JAX starts.
+    prepare: called in each process before it uses JAX; must be picklable.
     """
     from parity.report.report import Report
 
-    context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start, (prepare, workers))
+    context = multiprocessing.get_context("spawn")  # a forked process would lack JAX's threads
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_process, (prepare, workers))
     try:
         pending = [pool.submit(examine_case, name, wanted, device, seed) for name in names]
         for name, future in zip(names, pending, strict=True):
@@ -52,9 +59,11 @@ def examined(
         pool.shutdown(cancel_futures=True)
 
 
-def start(prepare: Callable[[], None], workers: int) -> None:
+def start_process(prepare: Callable[[], None], workers: int) -> None:
+    """Initialize a process: PyTorch's threads are shared among all of them."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a traceback
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     prepare()
 

@@ -1,4 +1,4 @@
-"""Heat maps, histograms, curves and trees of a report as HTML and SVG that stand alone."""
+"""Heat maps, histograms, curves and trees of a report, as HTML and SVG without references to other files."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,24 +25,24 @@ svg { overflow: visible; } svg text { font-size: 9px; fill: currentColor; opacit
 .tree code { font-size: .95em; } .tag { font-size: .8em; padding: 0 .4em; border-radius: 3px; background: #8883; }
 .tag.culprit { background: var(--bad); color: #fff; } .tag.victim, .tag.encloses { background: #bf8700aa; }
 """
-STEPS = 4.0  # decades above one rounding at which the colours end
-COLOURS = ["#2a78d6", "#eb6834", "#1baf7a", "#b88600", "#4a3aa7", "#e34948"]
+SCALE = 4.0  # the color scale ends at 10^SCALE rounding errors
+COLORS = ["#2a78d6", "#eb6834", "#1baf7a", "#b88600", "#4a3aa7", "#e34948"]
 
 
 def epsilon(dtype: str) -> float:
     return float(ml_dtypes.finfo(dtype).eps)
 
 
-def colour(error: float, dtype: str) -> str:
-    """From green, where an error is one rounding of the dtype, to red at 10^STEPS of them."""
+def color(error: float, dtype: str) -> str:
+    """Color of an error: green at one rounding error of the dtype, red from 10^SCALE of them."""
     if not math.isfinite(error):
         return "hsl(0 75% 60%)"
     decades = math.log10(error / epsilon(dtype)) if error > 0 else 0.0
-    return f"hsl({140 * (1 - min(max(decades / STEPS, 0.0), 1.0)):.0f} 60% 68%)"
+    return f"hsl({140 * (1 - min(max(decades / SCALE, 0.0), 1.0)):.0f} 60% 68%)"
 
 
 def heat_map(rows: Sequence[Row]) -> str:
-    """Errors of every sub-module's outputs by dtype; '' where no layers were traced."""
+    """Table of the errors of every sub-module's outputs by dtype; '' if no layers were traced."""
     trees = {row.dtype: {part.path: part for part in row.parts.walk()} for row in rows if row.parts is not None}
     if not trees:
         return ""
@@ -50,13 +50,13 @@ def heat_map(rows: Sequence[Row]) -> str:
     ramp = ", ".join(f"hsl({140 - 35 * i} 60% 68%)" for i in range(5))
     cells = {path: "".join(heat_cell(tree.get(path), dtype) for dtype, tree in trees.items()) for path in paths}
     body = "".join(f"<tr><td>{indented(path)}</td>{cells[path]}</tr>" for path in paths)
-    return f"""<p class="key">one rounding of the dtype <i style="background: linear-gradient(90deg, {ramp})"></i>
-ten thousand · error of each sub-module's outputs in the run of the whole model, over their largest magnitude</p>
+    return f"""<p class="key">1 rounding error of the dtype <i style="background: linear-gradient(90deg, {ramp})"></i>
+10,000 · error of each sub-module's outputs in the run of the whole model, relative to their largest magnitude</p>
 <table class="heat"><tr><th>sub-module</th>{"".join(f"<th>{dtype}</th>" for dtype in trees)}</tr>{body}</table>"""
 
 
 def indented(path: str) -> str:
-    """The last word of a path, as deep as it lies."""
+    """Last name of a path, indented by its depth."""
     depth = path.count(".") + 1 if path else 0
     return "&nbsp;" * 3 * depth + escape(path.rpartition(".")[2] or "the model")
 
@@ -67,11 +67,11 @@ def heat_cell(part: Part | None, dtype: str) -> str:
     alone = f"; alone {part.isolated.error:.1e}" if part.isolated else ""
     title = escape(f"{part.path or 'the model'}: {part.propagated}{alone}")
     error = part.propagated.error
-    return f'<td style="background: {colour(error, dtype)}" title="{title}">{error:.0e}</td>'
+    return f'<td style="background: {color(error, dtype)}" title="{title}">{error:.0e}</td>'
 
 
 def histograms(rows: Sequence[Row]) -> str:
-    """How the errors of the model's outputs are spread, a chart for each dtype."""
+    """Distribution of the errors of the model's outputs, one chart per dtype."""
     charts = [(row.dtype, row.parts.propagated) for row in rows if row.parts is not None]
     return "".join(histogram(dtype, errors) for dtype, errors in charts if errors is not None)
 
@@ -82,19 +82,19 @@ def histogram(caption: str, errors: Errors) -> str:
     tallest, width, height = max(counts) or 1, 12, 70
     bars = ""
     for i, n in enumerate(counts):
-        tall, about = height * n / tallest, f"<title>1e{low + i} to 1e{low + i + 1}: {n}</title>"
-        place = f'x="{i * width}" y="{height - tall:.1f}" width="{width - 2}" height="{tall:.1f}"'
-        bars += f'<rect {place} fill="{COLOURS[0]}">{about}</rect>'
-    places = ((decade, (decade - low) * width) for decade in range(low, high + 1, 4))
-    ticks = "".join(f'<text x="{x}" y="{height + 11}" text-anchor="middle">1e{d}</text>' for d, x in places)
+        tall, title = height * n / tallest, f"<title>1e{low + i} to 1e{low + i + 1}: {n}</title>"
+        position = f'x="{i * width}" y="{height - tall:.1f}" width="{width - 2}" height="{tall:.1f}"'
+        bars += f'<rect {position} fill="{COLORS[0]}">{title}</rect>'
+    positions = ((decade, (decade - low) * width) for decade in range(low, high + 1, 4))
+    ticks = "".join(f'<text x="{x}" y="{height + 11}" text-anchor="middle">1e{d}</text>' for d, x in positions)
     equal = errors.size - sum(counts)
     axis = f'<line x1="0" x2="{width * len(counts)}" y1="{height}" y2="{height}" stroke="currentColor" opacity=".4"/>'
     return f"""<figure><svg width="{width * len(counts)}" height="{height + 16}" role="img">{bars}{axis}{ticks}</svg>
-<figcaption>{escape(caption)}: {errors.size:,} outputs, {equal:,} of them equal bit for bit</figcaption></figure>"""
+<figcaption>{escape(caption)}: {errors.size:,} outputs, {equal:,} of them bit-identical</figcaption></figure>"""
 
 
 def curves(trajectory: Trajectory) -> str:
-    """Errors after each step, a line per kind; and the loss is in the caption."""
+    """Errors after each step, one line per kind; the caption has the loss."""
     kinds = {kind: [max(r.value, 1e-18) for r in readings] for kind, readings in trajectory.by_kind().items()}
     limit = trajectory.readings[0].limit
     finite = [value for values in kinds.values() for value in values if math.isfinite(value)] + [limit]
@@ -109,50 +109,49 @@ def curves(trajectory: Trajectory) -> str:
         points = " ".join(f"{width * i / max(steps - 1, 1):.1f},{y(v):.1f}" for i, v in enumerate(values))
         return f'<polyline points="{points}" fill="none" stroke="{hue}" stroke-width="1.5"/>'
 
-    lines = "".join(line(values, hue) for values, hue in zip(kinds.values(), COLOURS, strict=False))
+    lines = "".join(line(values, hue) for values, hue in zip(kinds.values(), COLORS, strict=False))
     level = f'y1="{y(limit):.1f}" y2="{y(limit):.1f}"'
-    border = f'<line x1="0" x2="{width}" {level} stroke="currentColor" stroke-dasharray="4 3"/>'
+    dashed = f'<line x1="0" x2="{width}" {level} stroke="currentColor" stroke-dasharray="4 3"/>'
     names = "".join(
         f'<text x="{width + 6}" y="{12 + 12 * i}" style="fill: {hue}; opacity: 1">{escape(kind)}</text>'
-        for i, (kind, hue) in enumerate(zip(kinds, COLOURS, strict=False))
+        for i, (kind, hue) in enumerate(zip(kinds, COLORS, strict=False))
     )
     scale = "".join(
         f'<text x="-6" y="{y(10.0**d) + 3:.1f}" text-anchor="end">1e{d}</text>' for d in sorted({low, high})
     )
     at = trajectory.parted
-    parted = "the sides never part" if at is None else f"they part at step {at.step}, in {at.where}"
+    difference = "no step differs" if at is None else f"first difference at step {at.step}: {at.where}"
     first, last = trajectory.losses["torch"][0], trajectory.losses["torch"][-1]
     scale += f'<text x="0" y="{height + 11}">step 0</text>'
     scale += f'<text x="{width}" y="{height + 11}" text-anchor="end">{steps - 1}</text>'
-    about = (
-        f"{trajectory.optimizer}, {trajectory.precision}: loss {first:.4g} → {last:.4g}; {parted} (dashed: the limit)"
-    )
-    drawing = f'<svg width="{width + 130}" height="{height + 14}" role="img">{border}{lines}{names}{scale}</svg>'
-    return f'<figure style="margin-left: 30px">{drawing}<figcaption>{escape(about)}</figcaption></figure>'
+    run = f"{trajectory.optimizer}, {trajectory.precision}"
+    caption = f"{run}: loss {first:.4g} → {last:.4g}; {difference} (dashed: limit)"
+    drawing = f'<svg width="{width + 130}" height="{height + 14}" role="img">{dashed}{lines}{names}{scale}</svg>'
+    return f'<figure style="margin-left: 30px">{drawing}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def tree(part: Part, depth: int = 0) -> str:
-    """A part and what is inside it, to open and close; open down to every culprit."""
-    guilty = any(inner.verdict == "culprit" for inner in part.walk())
+    """A sub-module and its children as nested <details>, open down to every culprit."""
+    has_culprit = any(inner.verdict == "culprit" for inner in part.walk())
     name = escape(part.path.rpartition(".")[2] or "the model")
     kinds = escape(" / ".join(kind for kind in (part.torch_type, part.flax_type) if kind))
     values = " · ".join(
-        f"{word} {errors.error:.1e}"
-        for word, errors in (("in the run", part.propagated), ("alone", part.isolated))
+        f"{label} {errors.error:.1e}"
+        for label, errors in (("in the run", part.propagated), ("alone", part.isolated))
         if errors is not None
     )
     verdict = f'<span class="tag {part.verdict}">{part.verdict}</span>'
     line = f'<code>{name}</code> <span class="dim">{kinds}</span> {verdict} {values}'
     hint = f"<p>{escape(part.hint)}</p>" if part.hint else ""
-    numbers = measures(part) if part.verdict in ("culprit", "victim", "encloses") else ""
+    numbers = all_errors(part) if part.verdict in ("culprit", "victim", "encloses") else ""
     inside = "".join(tree(child, depth + 1) for child in part.children)
     if not (inside or numbers or hint):
         return f'<div class="tree"><p>{line}</p></div>'
-    opened = " open" if guilty else ""
+    opened = " open" if has_culprit else ""
     return f'<div class="tree"><details{opened}><summary>{line}</summary>{hint}{numbers}{inside}</details></div>'
 
 
-def measures(part: Part) -> str:
-    """Both readings of a part in full."""
-    readings: Mapping[str, Errors | None] = {"in the run": part.propagated, "alone": part.isolated}
-    return "".join(f"<p>{word}: {escape(str(e))}</p>" for word, e in readings.items() if e is not None)
+def all_errors(part: Part) -> str:
+    """Every error measure of a sub-module, in the run of the whole model and alone."""
+    measured: Mapping[str, Errors | None] = {"in the run": part.propagated, "alone": part.isolated}
+    return "".join(f"<p>{label}: {escape(str(e))}</p>" for label, e in measured.items() if e is not None)

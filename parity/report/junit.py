@@ -1,15 +1,16 @@
-"""Reports as JUnit XML, which continuous integration shows: a suite per case, a test per reading."""
+"""Reports as JUnit XML for continuous integration: one test suite per report, one test per check."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
+from parity.report.columns import cells
 from parity.report.report import Report
 
 
 def junit(reports: Sequence[Report]) -> str:
-    """The XML of all reports.
+    """JUnit XML of all reports.
 
-    A reading past its limit is a failure, whose text is where the models part; what was raised is an error.
+    A check that exceeds its limit is a failure, with the first divergence as its text. An exception is an error.
     """
     root = ET.Element("testsuites", {"name": "parity"} | counts(reports))
     for report in reports:
@@ -19,7 +20,7 @@ def junit(reports: Sequence[Report]) -> str:
 
 
 def counts(reports: Sequence[Report]) -> dict[str, str]:
-    """How many tests there are, and how they ended."""
+    """Attributes of a suite: numbers of tests, failures, errors and skipped tests, and the time."""
     numbers = {
         "failures": sum(not check.passed for report in reports for check in report.checks),
         "errors": sum(report.error is not None for report in reports),
@@ -31,26 +32,28 @@ def counts(reports: Sequence[Report]) -> dict[str, str]:
 
 
 def suite(report: Report) -> ET.Element:
+    """One report: its stamp and columns as properties, its checks as tests."""
     element = ET.Element("testsuite", {"name": report.name} | counts([report]))
     properties = ET.SubElement(element, "properties")
-    for name, value in report.environment.items():
+    columns = {cell.column.title: cell.text for cell in cells(report.checks)}
+    for name, value in (report.environment | columns).items():
         ET.SubElement(properties, "property", {"name": name, "value": value})
-    where = str(report.divergence) if report.divergence else ""
+    divergence = str(report.divergence) if report.divergence else ""
     for check in report.checks:
-        test = ET.SubElement(element, "testcase", case_of(report, f"{check.kind} ({check.precision})"))
+        test = ET.SubElement(element, "testcase", attributes(report, f"{check.kind} ({check.precision})"))
         ET.SubElement(test, "system-out").text = str(check)
         if not check.passed:
-            ET.SubElement(test, "failure", {"message": str(check).strip(), "type": "parity"}).text = where
-    for kind, why in report.skipped.items():
-        test = ET.SubElement(element, "testcase", case_of(report, kind))
-        ET.SubElement(test, "skipped", {"message": why})
+            ET.SubElement(test, "failure", {"message": str(check).strip(), "type": "parity"}).text = divergence
+    for kind, reason in report.skipped.items():
+        test = ET.SubElement(element, "testcase", attributes(report, kind))
+        ET.SubElement(test, "skipped", {"message": reason})
     if report.error:
-        test = ET.SubElement(element, "testcase", case_of(report, "error"))
-        about = {"message": report.error.message, "type": report.error.type}
-        ET.SubElement(test, "error", about).text = report.error.traceback
+        test = ET.SubElement(element, "testcase", attributes(report, "error"))
+        error = {"message": report.error.message, "type": report.error.type}
+        ET.SubElement(test, "error", error).text = report.error.traceback
     return element
 
 
-def case_of(report: Report, name: str) -> dict[str, str]:
-    """A reading takes no time of its own: the suite's is that of the whole case."""
+def attributes(report: Report, name: str) -> dict[str, str]:
+    """Attributes of a test. Its time is 0: only the time of a whole report is measured."""
     return {"classname": report.name, "name": name, "time": "0"}

@@ -1,4 +1,4 @@
-"""What was found of a pair: readings with their limits, the first sub-module that diverges, the stamp of the run."""
+"""`Report`: checks of a pair with their limits, the first sub-module that diverges, and the stamp of the run."""
 
 import dataclasses
 import traceback
@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from parity.locate.tree import Divergence, plain
+from parity.report.columns import cells
 from parity.report.results import Check, Cost, Sweep, Trajectory
 from parity.report.stamp import joined, software
 
 
 @dataclasses.dataclass(frozen=True)
 class Raised:
-    """An exception that ended the readings of a pair."""
+    """An exception that ended the comparison of a pair."""
 
     type: str
     message: str
@@ -28,17 +29,18 @@ class Raised:
 
 
 class Result(Protocol):
-    """What `check`, `replay`, `sweep`, `trajectory` and `invariances` return."""
+    """Return type of `check`, `replay`, `sweep`, `trajectory` and `invariances`."""
 
     def contents(self) -> dict[str, Any]:
-        """Fields of a `Report` that holds this result alone."""
+        """Fields of a `Report` with this result only, without its name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome of one `check`, or of all that was read of a pair (`Report.of`).
+    """Outcome of one `check`, or of several functions on one pair (`Report.of`).
 
-    skipped: what was asked for and does not exist for it, and why. error: what kept the rest from being read.
+    divergence: the first sub-module that differs. skipped: checks that do not apply to the pair, with the reason.
+    error: the exception that prevented further checks.
     """
 
     name: str
@@ -54,22 +56,24 @@ class Report:
 
     @classmethod
     def of(cls, name: str, *results: Result, error: Exception | None = None) -> "Report":
-        """One report of what `check`, `replay`, `sweep`, `trajectory` and `invariances` returned of one pair.
+        """Combine results of `check`, `replay`, `sweep`, `trajectory` and `invariances` for one pair.
 
-        error: what one of them raised; then there may be no results. Raises ValueError for a result of something else,
-        and where two of them hold the same reading.
+        error: an exception that one of them raised; results may then be empty. Raises ValueError for an object of
+        another type, and if two results contain the same check.
         """
         wrong = sorted({type(result).__name__ for result in results if not hasattr(result, "contents")})
         if wrong or not (results or error):
-            raise ValueError(f"results must be what parity's functions return, got {', '.join(wrong) or 'none'}")
+            got = ", ".join(wrong) or "none"
+            raise ValueError(
+                f"results: got {got}; pass what parity.check, replay, sweep, trajectory or invariances return"
+            )
         parts = [cls(name, **result.contents()) for result in results]
-        found = Counter(
-            reading for part in parts for reading in dict.fromkeys((c.kind, c.precision) for c in part.checks)
-        )
-        twice = [f"{kind} ({precision})" for (kind, precision), n in found.items() if n > 1]
+        # A single result may repeat a check, as `check(half=[d, d])` does; two results may not.
+        counts = Counter(key for part in parts for key in dict.fromkeys((c.kind, c.precision) for c in part.checks))
+        twice = [f"{kind} ({precision})" for (kind, precision), n in counts.items() if n > 1]
         sweeps = [part.sweep for part in parts if part.sweep is not None]
         if twice or len(sweeps) > 1:
-            raise ValueError(f"results hold twice: {', '.join(twice) or 'sweep'}; make a report of each")
+            raise ValueError(f"results contain twice: {', '.join(twice) or 'sweep'}; make one report of each")
         return cls(
             name,
             [check for part in parts for check in part.checks],
@@ -85,17 +89,17 @@ class Report:
 
     @classmethod
     def gathered(cls, name: str, results: Iterable[Result]) -> "Report":
-        """`of` results as they are made: what raises ends them, and is in the report beside those that came before."""
-        found: list[Result] = []
+        """Combine results of an iterator; an exception it raises is recorded with the results before it."""
+        done: list[Result] = []
         try:
             for result in results:
-                found.append(result)
+                done.append(result)
         except Exception as error:
-            return cls.of(name, *found, error=error)
-        return cls.of(name, *found)
+            return cls.of(name, *done, error=error)
+        return cls.of(name, *done)
 
     def contents(self) -> dict[str, Any]:
-        """All fields but the name."""
+        """All fields except the name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
 
     @property
@@ -107,11 +111,11 @@ class Report:
         return "ERROR" if self.error else "agrees" if self.passed else "DIFFERS"
 
     def check(self, kind: str) -> Check | None:
-        """The first reading of a kind, None where it was not taken."""
+        """First check of a kind; None if there is none."""
         return next((c for c in self.checks if c.kind == kind), None)
 
     def value(self, kind: str, precision: str) -> float | None:
-        """One reading's value, None where it was not taken."""
+        """Value of a check; None if there is no such check."""
         return next((c.value for c in self.checks if (c.kind, c.precision) == (kind, precision)), None)
 
     def __str__(self) -> str:
@@ -126,18 +130,22 @@ class Report:
         return "\n".join(lines)
 
     def raise_if_failed(self) -> None:
-        """Raises AssertionError with the whole report where any reading is past its limit."""
+        """Raise AssertionError with the whole report if a check exceeds its limit or an exception was recorded."""
         if not self.passed:
             raise AssertionError(str(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON has it; infinities as strings."""
+        """The report as written to JSON; infinities and NaN as strings."""
         checks = [plain(dataclasses.asdict(check)) | {"passed": check.passed} for check in self.checks]
         where = self.divergence
         return {
             "name": self.name,
             "passed": self.passed,
             "seconds": round(self.seconds, 3),
+            "columns": [
+                plain({"title": cell.column.title, "value": cell.value, "text": cell.text, "passed": cell.passed})
+                for cell in cells(self.checks)
+            ],
             "checks": checks,
             "divergence": where.to_json() if where else None,
             "environment": self.environment,

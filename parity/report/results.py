@@ -1,4 +1,4 @@
-"""Results of `check`, `sweep`, `trajectory`, `invariances` and `fast_path` as plain data; a `Report` gathers them."""
+"""Results of `check`, `sweep`, `trajectory`, `invariances` and `fast_path` as plain data; a `Report` combines them."""
 
 import dataclasses
 import math
@@ -7,17 +7,19 @@ from typing import Any
 import numpy as np
 
 from parity.locate.tree import Part, plain
+from parity.report.columns import unit_of
 
-TOP = 5
-ROWS = 1024  # distributions at once: 50,000 tokens in float64 are 0.4 MB each
+TOP = 5  # k of `Agreement.top_k`
+ROWS = 1024  # distributions compared at a time: one over 50,000 tokens takes 0.4 MB in float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One reading: the worst value among its tensors, that tensor's name, and the most it may be.
+    """Comparison of all tensors of one kind: the largest value, the tensor that has it, and the limit.
 
-    precision 'float64': an error relative to the largest tensor of the kind; 'float32', 'bfloat16', 'float16': Flax's
-    error against the truth in units of PyTorch's own; 'bits': tensors that changed. An infinite limit only reports.
+    precision: 'float64': the error relative to the largest magnitude of the kind; 'float32', 'bfloat16', 'float16':
+    Flax's error against the float64 reference, divided by PyTorch's own; 'bits': number of tensors that changed.
+    worst: the tensor's name. An infinite limit means that the value is only reported.
     """
 
     kind: str
@@ -32,24 +34,29 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else "FAILED"
-        limit = f", at most {self.limit:g}" if math.isfinite(self.limit) else ""
-        return f"{verdict:6} {self.kind} ({self.precision}): {self.value:.2g}{limit}, at {self.worst}"
+        unit = unit_of(self)
+        limit = f", at most {unit.limit.format(self.limit)}" if math.isfinite(self.limit) else ""
+        return f"{verdict:6} {self.kind} ({self.precision}): {unit.full.format(self.value)}{limit}, at {self.worst}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading(Check):
-    """The worst tensor of one kind after one step (counted from 0), and how far off it is."""
+    """A check after one training step, counted from 0."""
 
     step: int = 0
 
     @property
     def where(self) -> str:
+        """Kind and tensor: 'parameters of up.weight'."""
         return self.kind if self.worst == self.kind else f"{self.kind} of {self.worst}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Every reading of a run, in the order in which they were computed; `losses` of both sides by step."""
+    """Training of both sides, compared after every step.
+
+    readings: in the order of computation. losses: of 'torch' and 'flax', by step.
+    """
 
     optimizer: str
     precision: str
@@ -64,18 +71,18 @@ class Trajectory:
 
     @property
     def parted(self) -> Reading | None:
-        """The first reading past its limit: where both sides part."""
+        """First reading that exceeds its limit; None if there is none."""
         return next((reading for reading in self.readings if not reading.passed), None)
 
     def by_kind(self) -> dict[str, list[Reading]]:
-        """The readings of each kind, one per step."""
+        """Readings of each kind, one per step."""
         kinds: dict[str, list[Reading]] = {}
         for reading in self.readings:
             kinds.setdefault(reading.kind, []).append(reading)
         return kinds
 
     def checks(self) -> list[Check]:
-        """One `Check` per kind: its worst step. In float32 they only report, see `trajectory`."""
+        """One `Check` per kind: its worst step. Float32 has no limit, see `trajectory`."""
         found = []
         for kind, readings in self.by_kind().items():
             worst = max(readings, key=lambda r: math.inf if math.isnan(r.value) else r.value)
@@ -85,7 +92,7 @@ class Trajectory:
         return found
 
     def contents(self) -> dict[str, Any]:
-        """Fields of a `Report` that holds this result alone."""
+        """Fields of a `Report` with this result only."""
         return {
             "seconds": self.seconds,
             "environment": self.environment,
@@ -94,12 +101,13 @@ class Trajectory:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; infinities are strings."""
-        said = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("seconds", "environment")}
-        return plain(said | {"passed": self.passed})
+        """Values that JSON can hold; infinities and NaN as strings."""
+        fields = dataclasses.asdict(self)
+        del fields["seconds"], fields["environment"]
+        return plain(fields | {"passed": self.passed})
 
     def __str__(self) -> str:
-        """A table of steps 0, 1, 2, 5, 10, … and the last, and where the sides part."""
+        """Table of steps 0, 1, 2, 5, 10, … and the last, and the first step that differs."""
         kinds = self.by_kind()
         steps = len(next(iter(kinds.values())))
         shown = sorted({s for s in range(steps) if str(s).strip("0") in ("", "1", "2", "5")} | {steps - 1})
@@ -111,17 +119,20 @@ class Trajectory:
             lines.append(f"  {s:>4}  " + "  ".join(f"{cell:>{width}}" for cell in cells))
         at = self.parted
         lines.append(
-            "  the sides never part"
+            "  no step differs"
             if at is None
-            else f"  first part at step {at.step}: {at.where}, {at.value:.1e}, at most {at.limit:g}"
+            else f"  first difference at step {at.step}: {at.where}, {at.value:.1e}, at most {at.limit:g}"
         )
         return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How near distributions are to the true ones: KL(truth ‖ model) in nats, and the share of positions whose best
-    token, of tokens among the TOP best, that are the same."""
+    """Agreement of next-token distributions with the reference's.
+
+    kl_mean, kl_max: KL(reference ‖ model) over positions, in nats. top_1: share of positions with the same most likely
+    token. top_k: mean share of the TOP most likely tokens that both have.
+    """
 
     kl_mean: float
     kl_max: float
@@ -129,10 +140,10 @@ class Agreement:
     top_k: float
 
     @classmethod
-    def of(cls, logits: np.ndarray, truth: np.ndarray) -> "Agreement":
-        """Over the last axis, whole; a part of the positions at a time."""
-        ours, theirs = (a.reshape(-1, a.shape[-1]) for a in (logits, truth))
-        k = min(TOP, truth.shape[-1])
+    def of(cls, logits: np.ndarray, reference: np.ndarray) -> "Agreement":
+        """Compare logits [..., V] over the whole vocabulary, ROWS positions at a time."""
+        ours, theirs = (a.reshape(-1, a.shape[-1]) for a in (logits, reference))  # [N, V]
+        k = min(TOP, reference.shape[-1])
         kl, same, shared = [], 0, 0
         for i in range(0, len(theirs), ROWS):
             p, q = (log_softmax(a[i : i + ROWS].astype(np.float64)) for a in (theirs, ours))
@@ -140,8 +151,8 @@ class Agreement:
             same += int((p.argmax(axis=-1) == q.argmax(axis=-1)).sum())
             best = [np.argpartition(a, -k, axis=-1)[:, -k:] for a in (p, q)]
             shared += sum(len(np.intersect1d(a, b)) for a, b in zip(*best, strict=True))
-        found = np.maximum(np.concatenate(kl), 0.0)  # rounding can leave -1e-17
-        return cls(float(found.mean()), float(found.max()), same / len(theirs), shared / (k * len(theirs)))
+        divergences = np.maximum(np.concatenate(kl), 0.0)  # rounding can leave -1e-17
+        return cls(float(divergences.mean()), float(divergences.max()), same / len(theirs), shared / (k * len(theirs)))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -151,10 +162,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One dtype: the worst errors of Flax and of PyTorch by kind, agreements of a language model, the traced parts."""
+    """Results in one dtype.
+
+    errors: by kind, the largest error of Flax and that of PyTorch. flax_agreement, torch_agreement: of a language
+    model's distributions, with labels only. parts: errors of every sub-module, if layers were traced.
+    """
 
     dtype: str
-    errors: dict[str, tuple[float, float]]  # Flax's, PyTorch's
+    errors: dict[str, tuple[float, float]]
     flax_agreement: Agreement | None
     torch_agreement: Agreement | None
     parts: Part | None
@@ -162,7 +177,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """All dtypes of one pair; `checks` holds Flax to PyTorch's own error."""
+    """A pair in several dtypes; `checks` limit Flax's error to a multiple of PyTorch's own."""
 
     rows: list[Row]
     checks: list[Check]
@@ -174,11 +189,11 @@ class Sweep:
         return all(check.passed for check in self.checks)
 
     def contents(self) -> dict[str, Any]:
-        """Fields of a `Report` that holds this result alone."""
+        """Fields of a `Report` with this result only."""
         return {"seconds": self.seconds, "environment": self.environment, "checks": self.checks, "sweep": self}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; infinities are strings."""
+        """Values that JSON can hold; infinities and NaN as strings."""
         return plain({"rows": [dataclasses.asdict(row) for row in self.rows]})
 
     def __str__(self) -> str:
@@ -197,7 +212,10 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the device's default precision costs in float32: errors against the truth, of the worst tensor."""
+    """Float32 errors against the reference at the device's default matmul precision and at the highest.
+
+    worst: the tensor with the largest error at the default precision. torch: PyTorch's error in float32.
+    """
 
     kind: str
     worst: str
@@ -214,7 +232,10 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class FastPath:
-    """What the default precision costs, which has no limit, and how far apart two runs of two compilations are."""
+    """Errors at the device's default matmul precision, and differences between two runs compiled separately.
+
+    Neither has a limit.
+    """
 
     costs: list[Cost]
     checks: list[Check]
@@ -222,7 +243,7 @@ class FastPath:
     environment: dict[str, str]
 
     def contents(self) -> dict[str, Any]:
-        """Fields of a `Report` that holds this result alone."""
+        """Fields of a `Report` with this result only."""
         return {
             "seconds": self.seconds,
             "environment": self.environment,
@@ -233,7 +254,7 @@ class FastPath:
 
 @dataclasses.dataclass(frozen=True)
 class Invariances:
-    """A check per variant, and why the others were not read."""
+    """One check per variant; `skipped` has the reason for each variant that the model does not have."""
 
     checks: list[Check]
     skipped: dict[str, str]
@@ -241,7 +262,7 @@ class Invariances:
     environment: dict[str, str]
 
     def contents(self) -> dict[str, Any]:
-        """Fields of a `Report` that holds this result alone."""
+        """Fields of a `Report` with this result only."""
         return {
             "seconds": self.seconds,
             "environment": self.environment,

@@ -11,28 +11,19 @@ if TYPE_CHECKING:
     import jax
 
 
-def joined(stamps: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """One stamp of several: where they differ, all that they say."""
-    values: dict[str, dict[str, None]] = {}
-    for stamp in stamps:
-        for key, value in stamp.items():
-            values.setdefault(key, {})[value] = None
-    return {key: "; ".join(said) for key, said in values.items()}
-
-
 def environment(device: "jax.Device", float64: bool, seed: int | None) -> dict[str, str]:
-    """Where and how a check ran: versions, device, precision flags, seed, and the git commit it ran in."""
+    """Describe a run: versions, device, precision flags, seed (None: that of a recording) and git commit."""
     return software() | {
         "device": f"{device.platform}: {device.device_kind}",
         "matmul precision": "highest, TF32 off",
-        "float64": "on the device" if float64 else "PyTorch on the CPU alone",
+        "float64": "on the device" if float64 else "PyTorch on the CPU only",
         "seed": "recorded" if seed is None else str(seed),
         "git commit": commit(),
     }
 
 
 def software() -> dict[str, str]:
-    """The versions, which can be told wherever nothing runs."""
+    """Versions of packages, Python and the machine; known even if nothing ran."""
     packages = ["jax", "jaxlib", "flax", "optax", "numpy", "torch"]
     return {
         **{package: version(package) for package in packages},
@@ -49,9 +40,9 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the working directory, with a + where files differ from it; 'none' outside a repository."""
+    """Git commit of the working directory, with a + if files are modified; 'none' outside a repository."""
     try:
-        said = subprocess.run(
+        done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
             cwd=Path.cwd(),
             capture_output=True,
@@ -59,6 +50,15 @@ def commit() -> str:
             timeout=10,
             check=True,
         )
-        return said.stdout.strip()
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "none"
+
+
+def joined(stamps: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Merge stamps; values that differ are listed with '; ' between them."""
+    values: dict[str, dict[str, None]] = {}
+    for stamp in stamps:
+        for key, value in stamp.items():
+            values.setdefault(key, {})[value] = None
+    return {key: "; ".join(distinct) for key, distinct in values.items()}

@@ -1,10 +1,11 @@
-"""Reports as files, each written whole or not at all."""
+"""Write reports to files: JSON, JUnit XML, HTML."""
 
 import json as jsonlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jaxmodels.io.atomic import atomic_file
 from parity.report.html import page as as_page
 from parity.report.junit import junit as as_junit
 from parity.report.report import Report
@@ -12,41 +13,43 @@ from parity.report.report import Report
 
 def write(
     *reports: Report,
-    json: str | os.PathLike | None = None,
-    junit: str | os.PathLike | None = None,
-    page: str | os.PathLike | None = None,
+    json: str | os.PathLike[str] | None = None,
+    junit: str | os.PathLike[str] | None = None,
+    page: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes what was read of one pair or of several: as JSON, as JUnit XML, as one self-contained HTML page.
+    """Write reports as JSON, as JUnit XML and as one self-contained HTML page (`page`).
 
-    `parity.check` and `parity.replay` return a report; `parity.Report.of(name, …)` makes one of what the others return.
-    Each file is written beside its place and renamed. Raises ValueError, before any is written, for what is no report,
-    and where no file is named or its folder is not there.
+    `parity.check` and `parity.replay` return a report; `parity.Report.of(name, …)` makes one of other results. Writes
+    are atomic. Raises ValueError, before any file is written, for an object that is not a report, if no file is named,
+    and if a file's folder does not exist.
     """
     wrong = sorted({type(report).__name__ for report in reports if not isinstance(report, Report)})
     if wrong or not reports:
-        made = "parity.Report.of(name, …) makes one of other results"
-        raise ValueError(f"reports must be of parity.Report, got {', '.join(wrong) or 'none'}: {made}")
-    files = {kind: Path(file) for kind, file in (("json", json), ("junit", junit), ("page", page)) if file is not None}
+        got = ", ".join(wrong) or "none"
+        raise ValueError(
+            f"reports: got {got}; pass parity.Report (parity.Report.of(name, …) makes one of other results)"
+        )
+    targets = (("json", json), ("junit", junit), ("page", page))
+    files = {argument: Path(file) for argument, file in targets if file is not None}
     if not files:
-        raise ValueError("nothing to write: json, junit or page must name a file")
-    for kind, file in files.items():
-        if not file.absolute().parent.is_dir():
-            raise ValueError(f"{kind}={file} cannot be written: there is no folder {file.absolute().parent}")
-    for kind, text in {kind: TEXTS[kind](reports) for kind in files}.items():
-        write_beside(files[kind], text)
+        raise ValueError("json=None, junit=None, page=None: at least one must name a file")
+    for argument, file in files.items():
+        check_folder(f"{argument}={file}", file)
+    texts = {argument: FORMATS[argument](reports) for argument in files}
+    for argument, text in texts.items():
+        with atomic_file(files[argument]) as target:
+            target.write_text(text, encoding="utf-8")
+
+
+def check_folder(argument: str, file: Path) -> None:
+    """Raise ValueError if the folder of a file to write does not exist. argument: name and value for the message."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{argument}: folder {folder} does not exist")
 
 
 def as_json(reports: Sequence[Report]) -> str:
-    return jsonlib.dumps([report.to_dict() for report in reports], indent=2, allow_nan=False) + "\n"
+    return jsonlib.dumps([report.to_dict() for report in reports], indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-TEXTS: dict[str, Callable[[Sequence[Report]], str]] = {"json": as_json, "junit": as_junit, "page": as_page}
-
-
-def write_beside(file: Path, text: str) -> None:
-    beside = file.with_name(f".{file.name}.writing")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
+FORMATS: dict[str, Callable[[Sequence[Report]], str]] = {"json": as_json, "junit": as_junit, "page": as_page}
