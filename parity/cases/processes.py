@@ -61,9 +61,9 @@ def examine_in_processes(
 
 def start_process(prepare: Callable[[], None], workers: int) -> None:
     """Initialize a process: PyTorch's threads are shared among all of them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a traceback
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a traceback
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     prepare()
 
