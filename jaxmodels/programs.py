@@ -1,8 +1,13 @@
 """Exit codes of the project's commands. Imports the standard library alone."""
 
+import contextlib
+import gc
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 def run(main: Callable[[], int | None], command: str) -> int:
@@ -14,9 +19,10 @@ def run(main: Callable[[], int | None], command: str) -> int:
     command: prefix of the line, e.g. "jaxmodels convert".
     """
     try:
-        code = main()
-        sys.stdout.flush()
-        return code or 0
+        with interruptible():
+            code = main()
+            sys.stdout.flush()
+            return code or 0
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return 130
@@ -27,3 +33,34 @@ def run(main: Callable[[], int | None], command: str) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt for every Ctrl-C, also for one that arrives during garbage collection.
+
+    A signal that arrives then is handled in the collector's next Python callback, of which JAX registers one, and
+    Python ignores exceptions of such callbacks: the command would go on. Here it is handled a little later.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Signal handler: raise KeyboardInterrupt, or repeat the signal after 10 ms inside a callback of the collector."""
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code in callbacks:
+            main_thread = threading.main_thread().ident or 0
+            threading.Timer(0.01, signal.pthread_kill, (main_thread, number)).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
