@@ -18,8 +18,8 @@ import pytest
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_disable_most_optimizations", True)
-# Tracing makes millions of small objects that live on in JAX's caches: collecting them as often as Python does by default
-# takes 8 % of the time.
+# Tracing makes millions of small objects that stay in JAX's caches. With Python's thresholds, collecting them takes
+# 8 % of the suite's time.
 gc.set_threshold(100_000, 50, 100)
 CROWDED = 1.0e9  # bytes; above it a module's compiled programs are dropped before the next one begins
 
