@@ -1,6 +1,7 @@
 """Who may import whom: read from the source, so that imports inside functions and those for types count too."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ ALL = {
 }
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """The modules that each module imports, at any time."""
     edges: dict[str, set[str]] = {}
