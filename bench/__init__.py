@@ -1,1 +1,1 @@
-"""Measurements, each a ratio against something timed in the same run. None of them is a test."""
+"""Benchmarks. Each reports ratios to something timed in the same run; none of them is a test."""

@@ -1,9 +1,9 @@
-"""`python -m bench.feedback`: the Feedback Transformer with shared keys and values against PyTorch.
+"""`python -m bench.feedback`: the Feedback Transformer with shared keys and values, compared with PyTorch.
 
-In one run, in turn: the Flax model, whose recurrence is one scan with a backward pass of its own, and the original's
-stack design in PyTorch. First forward and backward, for each size: times and their ratio, XLA's temporaries, and the
-share of the limit that matrix products of these shapes alone set. Then how time and temporaries grow with the steps,
-beyond the 512 that the stack reaches; then decoding; last, how long a training step takes to compile.
+Alternates in one run between the Flax model, whose recurrence is one scan with a custom backward pass, and the
+original's stack design in PyTorch. For each size, forward and backward: times and their ratio, XLA's temporaries, and
+the share of the Flax time that the unavoidable matrix products take. Then the growth of time and temporaries with the
+number of steps, beyond the 512 that the stack reaches; decoding; and the time to compile a training step.
 """
 
 import argparse
@@ -11,14 +11,15 @@ import math
 import os
 import statistics
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 
 class Size(NamedTuple):
-    """What a measurement is of; `d_model x steps x layers x batch` on the command line."""
+    """Sizes of a measurement; `d_model x steps x layers x batch` on the command line."""
 
     d_model: int
     steps: int
@@ -68,7 +69,7 @@ def main() -> None:
     options = parse()
     if options.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-        # XLA sizes its thread pool by the processors it may use, once, when it starts.
+        # XLA sizes its thread pool once, at start, by the number of processors it may use.
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
 
@@ -115,8 +116,8 @@ def gradients(options: argparse.Namespace) -> Table:
     return table
 
 
-def flax_gradient(size: Size):
-    """The Flax model's gradients of everything, compiled, as a call; and its temporaries in bytes."""
+def flax_gradient(size: Size) -> tuple[Callable[[], object], int]:
+    """Compiled gradients of the Flax model with respect to parameters and input, and their temporaries in bytes."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -127,12 +128,12 @@ def flax_gradient(size: Size):
     x = jax.random.normal(jax.random.key(0), size.shape)
     gradient = jax.jit(jax.grad(lambda model, x: jnp.square(model(x)).sum(), (0, 1))).lower(model, x).compile()
     memory = gradient.memory_analysis()
-    assert memory is not None, "every backend that this runs on tells it"
+    assert memory is not None, "CPU and GPU backends report it"
     return lambda: jax.block_until_ready(gradient(model, x)), memory.temp_size_in_bytes
 
 
-def torch_gradient(size: Size, device: str, compiled: bool = False):
-    """The same of the original's design in PyTorch."""
+def torch_gradient(size: Size, device: str, compiled: bool = False) -> Callable[[], None]:
+    """Gradients of the original's stack design in PyTorch."""
     import torch
 
     from torch_ref.feedback_stack import FeedbackTransformerKV
@@ -152,8 +153,8 @@ def torch_gradient(size: Size, device: str, compiled: bool = False):
     return run
 
 
-def products(size: Size):
-    """The products with the layers' weights that no recurrent form avoids: per step B rows, forwards and backwards."""
+def products(size: Size) -> Callable[[], object]:
+    """Products with the layers' weights that every recurrent form needs: B rows per step, forward and backward."""
     import jax
     import jax.numpy as jnp
 
@@ -161,15 +162,15 @@ def products(size: Size):
     sizes = [(d_model, d_model), (d_model, d_model), (d_model, d_ff), (d_ff, d_model)] * n_layers
     kernels = [jax.random.normal(jax.random.key(i), shape) / shape[0] ** 0.5 for i, shape in enumerate(sizes)]
 
-    def step(carry, x):  # features first, which is the faster way on CPUs
+    def step(carry: int, x: jax.Array) -> tuple[int, jax.Array]:  # features first, which is faster on CPUs
         for kernel in kernels:
-            x = jnp.tanh(jax.lax.optimization_barrier(kernel.T) @ x)  # or XLA would multiply kernels with each other
+            x = jnp.tanh(jax.lax.optimization_barrier(kernel.T) @ x)  # keeps XLA from multiplying kernels together
         for kernel in reversed(kernels):
             x = jnp.tanh(kernel @ x)
         return carry, x
 
     @jax.jit
-    def weight_gradients(a, b):
+    def weight_gradients(a: jax.Array, b: jax.Array) -> list[jax.Array]:
         return [a[:, :rows].T @ b[:, :columns] for rows, columns in sizes[:4]]
 
     run = jax.jit(lambda x: jax.lax.scan(step, 0, x)[1])
@@ -179,7 +180,7 @@ def products(size: Size):
 
 
 def growth(d_model: int, options: argparse.Namespace) -> str:
-    """Time and temporaries at a quarter, half and all of the longest text, and the exponents from each to the next."""
+    """Time and temporaries at a quarter, half and all of the longest text, and the growth exponents between them."""
     from bench.timing import alternate
 
     sizes = [Size(d_model, options.growth // part) for part in (4, 2, 1)]
@@ -198,7 +199,7 @@ def growth(d_model: int, options: argparse.Namespace) -> str:
 
 
 def decoding(options: argparse.Namespace) -> Table:
-    """Greedy tokens, one after the other, from an empty text on."""
+    """Greedy decoding, token by token, from an empty text."""
     from bench.timing import alternate
 
     n, n_vocab = options.tokens, 65
@@ -217,7 +218,8 @@ def decoding(options: argparse.Namespace) -> Table:
     return table
 
 
-def flax_decoding(size: Size, n_vocab: int, n: int):
+def flax_decoding(size: Size, n_vocab: int, n: int) -> Callable[[], object]:
+    """Decoding by `jaxmodels.generate`."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -231,8 +233,8 @@ def flax_decoding(size: Size, n_vocab: int, n: int):
     return lambda: jax.block_until_ready(generate(model, prompt, n))
 
 
-def torch_decoding(size: Size, n_vocab: int, n: int, device: str):
-    """PyTorch, eager, over buffers for all n memories of which each token sees the filled part."""
+def torch_decoding(size: Size, n_vocab: int, n: int, device: str) -> Callable[[], None]:
+    """Eager PyTorch over preallocated buffers for all n memories, of which each token reads the filled part."""
     import torch
 
     from torch_ref.feedback import AutoregressiveModel, FeedbackTransformerKV
@@ -266,13 +268,13 @@ def compile_time(size: Size) -> float:
 
     from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformerKV
 
-    def make():
+    def make() -> AutoregressiveModel:
         return AutoregressiveModel(65, FeedbackTransformerKV(*size.arguments, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
 
     tx = optax.adam(1e-4)
 
-    def step(model, state, ids, labels):
-        def loss(model):
+    def step(model: Any, state: Any, ids: jax.Array, labels: jax.Array) -> tuple[Any, Any, jax.Array]:
+        def loss(model: Any) -> jax.Array:
             return optax.softmax_cross_entropy_with_integer_labels(model(ids), labels).mean()
 
         value, gradients = jax.value_and_grad(loss)(model)

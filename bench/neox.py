@@ -1,17 +1,22 @@
-"""`python -m bench.neox`: GPT-NeoX reading a prompt and writing tokens, against transformers' own.
+"""`python -m bench.neox`: prefill ("reading") and decoding ("writing") of GPT-NeoX, compared with transformers.
 
-In one run, in turn, for each size and batch: the Flax model; transformers' GPTNeoXForCausalLM, eager, and for writing
-also compiled with a static cache; and the limit. Reading a prompt is one pass that fills the cache and gives the last
-position's logits; its limit is one large matrix product of as many operations. Writing is greedy, after that prompt;
-its limit is one product of every weight matrix with one vector per row for each token, which reads all weights once.
-Weights are random: the times do not depend on them.
+Alternates in one run, for each size and batch, between the Flax model; transformers' GPTNeoXForCausalLM, eager, and for
+decoding also compiled with a static cache; and the limit. Prefill is one pass that fills the cache and returns the last
+position's logits; its limit is one large matrix product with the same number of operations. Decoding is greedy, after
+that prompt; its limit is one product of every weight matrix with one vector per row and token, which reads all weights
+once. Weights are random: the times do not depend on them.
 """
 
 import argparse
 import os
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported by `main` once the processors are set
+    import numpy as np
+
+    from jaxmodels.neox import NeoXConfig
 
 Seconds = dict[str, list[float]]
 
@@ -21,16 +26,16 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--sizes", nargs="+", default=["pythia_70m", "pythia_160m", "pythia_410m"], metavar="NAME")
     arguments.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="B", help="rows (default 1 16)")
     arguments.add_argument("--prompt", type=int, default=128, metavar="S", help="tokens of the prompt (default 128)")
-    arguments.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to write (default 64)")
+    arguments.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
     arguments.add_argument("--rounds", type=int, default=9, help="timed calls of each (default 9)")
     arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
     arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     arguments.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32, on a GPU bfloat16"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the models (default: float32; bfloat16 on a GPU)",
     )
-    arguments.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out (it needs a C++ compiler)"
-    )
+    arguments.add_argument("--no-compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     return arguments.parse_args()
 
 
@@ -40,7 +45,7 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share the GPU's memory
     if options.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-        # XLA sizes its thread pool by the processors it may use, once, when it starts.
+        # XLA sizes its thread pool once, at start, by the number of processors it may use.
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
 
@@ -53,7 +58,7 @@ def main() -> None:
 
     unknown = [name for name in options.sizes if name not in PRESETS]
     if unknown:
-        raise SystemExit(f"bench.neox: no size is called {', '.join(unknown)}; there are {', '.join(PRESETS)}")
+        raise SystemExit(f"bench.neox: unknown sizes {', '.join(unknown)}; choose from {', '.join(PRESETS)}")
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     print(stamp(options.threads))
@@ -78,7 +83,7 @@ def main() -> None:
 
 
 def conclude(seconds: Seconds, tokens: int) -> None:
-    """The figures that matter, ratios round by round."""
+    """Print tokens per second and the medians of the rounds' ratios."""
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
@@ -88,8 +93,10 @@ def conclude(seconds: Seconds, tokens: int) -> None:
     print(f"Flax: {rate:.0f} tokens/s, {ratio('Flax', 'limit'):.2f}× the limit's time, {', '.join(others)}\n")
 
 
-def flax_calls(config, ids, options) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Reading the prompt, and writing tokens after it by the loop of `jaxmodels.generate`."""
+def flax_calls(
+    config: "NeoXConfig", ids: "np.ndarray", options: argparse.Namespace
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Prefill of the prompt, and decoding after it by the loop of `jaxmodels.generate`."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -98,25 +105,27 @@ def flax_calls(config, ids, options) -> tuple[Callable[[], object], Callable[[],
     from jaxmodels.neox import NeoX
 
     @jax.jit
-    def make():
+    def make() -> NeoX:
         model = NeoX(config, stacked=False, rngs=nnx.Rngs(0))
         return jax.tree.map(lambda array: array.astype(options.dtype), model)
 
     model, (batch, length) = make(), ids.shape
-    ids, key = jnp.asarray(ids), jax.random.key(0)
+    prompt, key = jnp.asarray(ids), jax.random.key(0)
     read = jax.jit(lambda model, ids: model.prefill(ids, model.init_cache(batch, capacity(length + 1))))
-    logits, cache = read(model, ids)
+    logits, cache = read(model, prompt)
 
-    def write():
-        # Its first token comes from the prompt's logits: one more makes as many steps as tokens are counted.
+    def write() -> None:
+        # The first token comes from the prompt's logits: one more token makes the number of steps that is counted.
         n = options.tokens + 1
         _continue(model, logits, cache, None, key, length, n, None, (), config.n_vocab).block_until_ready()
 
-    return lambda: jax.block_until_ready(read(model, ids)), write
+    return lambda: jax.block_until_ready(read(model, prompt)), write
 
 
-def torch_calls(config, ids, options) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
-    """The same of transformers, with its default attention; the writing ones by name."""
+def torch_calls(
+    config: "NeoXConfig", ids: "np.ndarray", options: argparse.Namespace
+) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
+    """The same with transformers and its default attention; the decoding calls by name."""
     import copy
 
     import torch
@@ -147,7 +156,7 @@ def torch_calls(config, ids, options) -> tuple[Callable[[], object], dict[str, C
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def fill(cache):
+    def fill(cache: Any) -> torch.Tensor:
         return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(dim=-1)
 
     def read() -> None:
@@ -157,7 +166,7 @@ def torch_calls(config, ids, options) -> tuple[Callable[[], object], dict[str, C
     dynamic = DynamicCache(config=theirs)
     first = fill(dynamic)
 
-    def write_with(step, cache) -> None:
+    def write_with(step: Any, cache: Any) -> None:
         token = first
         for _ in range(options.tokens):
             token = step(token, past_key_values=cache, use_cache=True).logits.argmax(dim=-1).clone()
@@ -181,8 +190,8 @@ def torch_calls(config, ids, options) -> tuple[Callable[[], object], dict[str, C
     return read, writes
 
 
-def large_product(config, tokens: int, dtype: str) -> tuple[Callable[[], object], float]:
-    """One large matrix product, and how much of its operations reading so many tokens needs."""
+def large_product(config: "NeoXConfig", tokens: int, dtype: str) -> tuple[Callable[[], object], float]:
+    """One large matrix product, and the share of its operations that the prefill of so many tokens needs."""
     import jax
 
     n = 2048 if jax.default_backend() == "cpu" else 8192
@@ -192,13 +201,13 @@ def large_product(config, tokens: int, dtype: str) -> tuple[Callable[[], object]
     return lambda: product(a, b).block_until_ready(), weights * tokens / n**3
 
 
-def layer_shapes(config) -> list[tuple[int, int]]:
+def layer_shapes(config: "NeoXConfig") -> list[tuple[int, int]]:
     d, d_ff = config.n_hidden, config.d_ff
     return [(d, 3 * d), (d, d), (d, d_ff), (d_ff, d)]
 
 
-def products_per_token(config, batch: int, options) -> Callable[[], object]:
-    """For every token, one after the other: all weight matrices once, each times a vector per row."""
+def products_per_token(config: "NeoXConfig", batch: int, options: argparse.Namespace) -> Callable[[], object]:
+    """For each token in sequence, the product of every weight matrix with one vector per row."""
     import jax
     import jax.numpy as jnp
 
@@ -207,9 +216,10 @@ def products_per_token(config, batch: int, options) -> Callable[[], object]:
     x = jnp.ones((batch, max(config.d_ff, config.n_hidden)), options.dtype)
 
     @jax.jit
-    def run(weights, x):
-        def step(_, x):
-            # Each product's largest entry goes into the next token's vector: none can be left out or hoisted.
+    def run(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+        def step(_: jax.Array, x: jax.Array) -> jax.Array:
+            # The largest entry of each product enters the next token's vector, so that XLA can neither remove a product
+            # nor hoist it out of the loop.
             largest = [(x[:, : len(w)] @ w).max(axis=1, keepdims=True) for w in weights]
             return x + 1e-9 * sum(largest)
 

@@ -1,13 +1,13 @@
-"""`python -m bench.neox_shards`: converting GPT-NeoX shards, its memory and its speed.
+"""`python -m bench.neox_shards`: memory and speed of the conversion of GPT-NeoX shards.
 
-Makes a synthetic checkpoint of the size asked for, in the layout of the released ones (Pythia-2.8B's width, as many
-blocks as it takes), and converts it to each format in a process of its own. Printed for each: peak anonymous memory
-beyond what the process had when it began (pages of mapped files aside), in multiples of the largest layer, whose limit
-is 3; and bytes per second against a plain sequential write of as many bytes with fsync, just before and just after,
-the median of the rounds' ratios.
+Creates a synthetic checkpoint of the given size in the layout of the released ones (Pythia-2.8B's width, as many blocks
+as needed), and converts it to each format in a separate process. Prints for each: the peak of anonymous memory above
+that of the process at start (excluding pages of mapped files), in multiples of the largest layer (limit: 3); and bytes
+per second relative to a plain sequential write of the same size with fsync, made just before and just after, as the
+median of the rounds' ratios.
 
     python -m bench.neox_shards --gigabytes 6 --folder /some/disk
-    python -m bench.neox_shards --gigabytes 6 --folder /some/disk --make-only      # the checkpoint, and nothing more
+    python -m bench.neox_shards --gigabytes 6 --folder /some/disk --make-only      # create only the checkpoint
 """
 
 import argparse
@@ -42,9 +42,9 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--model-parallel", type=int, default=2, help="ranks of the checkpoint (default 2)")
     arguments.add_argument("--ranks-written", type=int, default=4, help="ranks of the target neox (default 4)")
     arguments.add_argument("--rounds", type=int, default=3, help="conversions to each target (default 3)")
-    arguments.add_argument("--to", choices=TARGETS, action="append", help="only this target; may be repeated")
-    arguments.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
-    arguments.add_argument("--make-only", action="store_true", help="make FOLDER/checkpoint and keep it")
+    arguments.add_argument("--to", choices=TARGETS, action="append", help="convert only to this format; repeatable")
+    arguments.add_argument("--folder", type=Path, help="folder for all files (default: the system's temporary folder)")
+    arguments.add_argument("--make-only", action="store_true", help="create FOLDER/checkpoint, keep it, and stop")
     arguments.add_argument("--child", nargs=3, metavar=("SRC", "DST", "TO"), help=argparse.SUPPRESS)
     return arguments.parse_args()
 
@@ -98,7 +98,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
-    """Writes a checkpoint in the released layout, float16, with random values."""
+    """Write a checkpoint in the released layout, float16, with random values."""
     import torch
     from rich.progress import track
 
@@ -111,7 +111,7 @@ def make(folder: Path, options: argparse.Namespace) -> None:
 
     def values(*shape: int) -> torch.Tensor:
         bits = rng.integers(0, 1 << 16, shape, dtype=np.uint16)
-        bits &= 0xBFFF  # without the exponent's first bit: finite, below 2
+        bits &= 0xBFFF  # clear the exponent's highest bit: finite, below 2
         return torch.from_numpy(bits.view(np.float16))
 
     norms = {f"{name}.{last}": values(hidden) for name in NORMS for last in ("weight", "bias")}
@@ -136,7 +136,7 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     (folder / "latest").write_text("global_step0")
     (folder / "configs").mkdir()
     (folder / "configs" / "model.yml").write_text(YAML.format(blocks, hidden, options.heads))
-    os.sync()  # or the disk would still be writing this when the first conversion is timed
+    os.sync()  # otherwise the disk would still be writing this during the first conversion
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -155,7 +155,7 @@ YAML = """{{
 
 
 def plain_write(file: Path, total: int) -> float:
-    """Seconds for writing that many random bytes one after the other, with fsync at the end."""
+    """Seconds to write `total` random bytes sequentially, with fsync at the end."""
     piece = np.random.default_rng(0).integers(0, 256, 8_000_000, dtype=np.uint8)
     began = time.perf_counter()
     with file.open("wb", buffering=0) as out:
@@ -168,7 +168,7 @@ def plain_write(file: Path, total: int) -> float:
 
 
 class Round(NamedTuple):
-    """Peak of anonymous memory beyond the start, in bytes; seconds of the conversion, and of the plain writes."""
+    """Peak of anonymous memory above the start, in bytes; seconds of the conversion, and mean of the plain writes."""
 
     peak: int
     seconds: float
@@ -176,7 +176,7 @@ class Round(NamedTuple):
 
 
 def watched(source: Path, target: Path, to: str, ranks: int) -> Round:
-    """A conversion in a process of its own, and its memory as it goes on."""
+    """Convert in a separate process and sample its memory until it exits."""
     command = [sys.executable, "-m", "bench.neox_shards", "--ranks-written", str(ranks)]
     child = subprocess.Popen([*command, "--child", str(source), str(target), to], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -192,10 +192,10 @@ def watched(source: Path, target: Path, to: str, ranks: int) -> Round:
 
 
 def convert(source: str, target: str, to: str, ranks: int) -> None:
-    """What the process of its own does: says what it has, converts between two plain writes, says how long they took.
+    """Body of the separate process: print its memory, convert between two plain writes, print how long they took.
 
-    Memory that a virtual machine has given back, some two seconds after it was freed, is several times as slow to
-    write to as memory it still has. So all three follow at once on one another, and one more write goes before them.
+    A virtual machine returns freed memory to its host after about two seconds, and writing to it again is several times
+    slower. Therefore the three follow each other immediately, after one more write to warm up.
     """
     import torch  # noqa: F401
 
@@ -205,8 +205,8 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     from jaxmodels.convert.source import abstract
     from jaxmodels.neox import NeoXConfig
 
-    keep_freed_memory()  # as the command does
-    abstract(NeoXConfig.pythia_14m())  # what JAX allocates when it is first used belongs to the start
+    keep_freed_memory()  # like the command
+    abstract(NeoXConfig.pythia_14m())  # count JAX's own allocations as memory at start
     options = argparse.Namespace(source=Path(source), target=Path(target), to=to, model_parallel=ranks)
     vars(options).update(config=None, row_bias=None, vocab=None, dtype=None, overwrite=False)
     plain, total = options.target.with_name("plain"), open_neox(options.source).nbytes()
@@ -221,7 +221,7 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory of a process, 0 once it is gone."""
+    """Bytes of anonymous memory of a process; 0 if it has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:

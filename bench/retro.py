@@ -1,15 +1,20 @@
-"""`python -m bench.retro`: a training step of RETRO against PyTorch, and what retrieval costs and finds.
+"""`python -m bench.retro`: a training step of RETRO compared with PyTorch, and speed and recall of its chunk index.
 
-The step at the originals' sizes (forward, cross-entropy, backward, Adam): Flax and its PyTorch twin, in turn.
-The chunk index of a real text: chunks embedded and added a second, the time of a query, and how many of the two nearest
-chunks IVF-PQ finds, against exact search.
+The step (forward, cross-entropy, backward, Adam) has the originals' sizes and alternates between Flax and PyTorch.
+The chunk index of a real text: chunks embedded and added per second, time per query, and the share of the two nearest
+chunks of exact search that IVF-PQ finds.
 """
 
 import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported by `main` once the processors are set
+    import numpy as np
 
 N_VOCAB, D_MODEL, HEADS, D_K, D_FF, N_LAYERS, CHUNK_LEN = 65, 128, 16, 16, 512, 6, 16  # the originals' experiment
 QUERIES = 2000
@@ -22,14 +27,14 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
     arguments.add_argument("--chunks", type=int, default=32, help="chunks of a sample (default 32)")
     arguments.add_argument("--batch", type=int, default=4)
-    arguments.add_argument("--text", default="python_docs", help="of the index: python_docs, tiny_shakespeare or FILE")
-    arguments.add_argument("--only", choices=["step", "index"], help="one of the two")
+    arguments.add_argument("--text", default="python_docs", help="text to index: python_docs, tiny_shakespeare or FILE")
+    arguments.add_argument("--only", choices=["step", "index"], help="run only this part")
     return arguments.parse_args()
 
 
 def main() -> None:
     options = parse()
-    # XLA sizes its thread pool by the processors it may use, once, when it starts.
+    # XLA sizes its thread pool once, at start, by the number of processors it may use.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
 
@@ -53,17 +58,18 @@ def bench_step(options: argparse.Namespace) -> None:
     ids = rng.integers(0, N_VOCAB, (options.batch, s + 1))
     ret = rng.integers(0, N_VOCAB, (options.batch, options.chunks, 2, 2 * CHUNK_LEN))
     steps = {"Flax": flax_step(ids, ret), "PyTorch twin, eager": torch_step(ids, ret)}
-    sizes = f"S {s}, batch {options.batch}, d {D_MODEL}, H {HEADS}, 6 + 6 layers, 2 neighbours of {2 * CHUNK_LEN}"
+    sizes = f"S {s}, batch {options.batch}, d {D_MODEL}, H {HEADS}, 6 + 6 layers, 2 neighbors of {2 * CHUNK_LEN}"
     report(f"Training step: {sizes}, float32", alternate(steps, options.rounds), against="Flax")
 
 
-def build(module, **rngs):
+def build(module: Any, **rngs: Any) -> Any:
+    """RetroModel of a package, PyTorch's or Flax's."""
     encoder = module.NearestNeighborEncoder(CHUNK_LEN, N_LAYERS, {3}, D_MODEL, HEADS, D_K, D_FF, **rngs)
     return module.RetroModel(N_VOCAB, D_MODEL, N_LAYERS, {3, 5}, CHUNK_LEN, HEADS, D_K, D_FF, encoder, **rngs)
 
 
-def flax_step(ids, ret):
-    """One training step of the Flax model; state is donated and kept between calls."""
+def flax_step(ids: "np.ndarray", ret: "np.ndarray") -> Callable[[], None]:
+    """Training step of the Flax model; the state is donated and carried between calls."""
     import jax
     import optax
     from flax import nnx
@@ -72,26 +78,27 @@ def flax_step(ids, ret):
 
     model, tx = build(retro, rngs=nnx.Rngs(0)), optax.adam(1e-4)
 
-    def loss(model, x, ret, labels):
+    def loss(model: Any, x: jax.Array, ret: jax.Array, labels: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(x, ret), labels).mean()
 
-    def step(model, state, *batch):
+    def step(model: Any, state: Any, *batch: jax.Array) -> tuple[Any, Any, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(model, *batch)
         updates, state = tx.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, value
 
-    step = jax.jit(step, donate_argnums=(0, 1))
+    compiled = jax.jit(step, donate_argnums=(0, 1))
     carried = [model, tx.init(model)]
     batch = jax.device_put((ids[:, :-1], ret, ids[:, 1:]))
 
     def run() -> None:
-        *carried[:], value = step(*carried, *batch)
+        *carried[:], value = compiled(*carried, *batch)
         value.block_until_ready()
 
     return run
 
 
-def torch_step(ids, ret):
+def torch_step(ids: "np.ndarray", ret: "np.ndarray") -> Callable[[], None]:
+    """Training step of the PyTorch model."""
     import torch
 
     import torch_ref.retro

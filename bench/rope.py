@@ -1,8 +1,8 @@
-"""`python -m bench.rope`: a training step of the RoPE language model, at the originals' sizes, against PyTorch.
+"""`python -m bench.rope`: a training step of the RoPE language model, at the originals' sizes, compared with PyTorch.
 
-In one run, in turn: the Flax model; its PyTorch twin, eager and under `torch.compile`; and what a PyTorch user would
-write today, `scaled_dot_product_attention`, eager and compiled. A step is forward, cross-entropy, backward and Adam.
-Then the Flax step's parts, each timed alone, and their share of the step.
+Alternates in one run between the Flax model; its PyTorch twin, eager and compiled; and a model with PyTorch's fused
+attention, `scaled_dot_product_attention`, eager and compiled. A step is forward, cross-entropy, backward and Adam.
+Then times the parts of the Flax step separately and prints their share of the step.
 """
 
 import argparse
@@ -10,6 +10,12 @@ import functools
 import math
 import os
 import statistics
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported by `main` once the processors are set
+    import numpy as np
+    import torch
 
 
 def parse() -> argparse.Namespace:
@@ -18,9 +24,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
     arguments.add_argument("--sequence", type=int, default=512)
     arguments.add_argument("--batch", type=int, default=4)
-    arguments.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out (it needs a C++ compiler)"
-    )
+    arguments.add_argument("--no-compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     return arguments.parse_args()
 
 
@@ -29,7 +33,7 @@ N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS = 65, 128, 16, 512, 6  # the originals' 
 
 def main() -> None:
     options = parse()
-    # XLA sizes its thread pool by the processors it may use, once, when it starts.
+    # XLA sizes its thread pool once, at start, by the number of processors it may use.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
 
@@ -54,8 +58,8 @@ def main() -> None:
         print(f"  {name:32} {1e3 * median:6.0f} ms {median / whole:6.0%}")
 
 
-def flax_step(ids):
-    """One training step of the Flax model; state is donated and kept between calls."""
+def flax_step(ids: "np.ndarray") -> Callable[[], None]:
+    """Training step of the Flax model; the state is donated and carried between calls."""
     import jax
     import optax
     from flax import nnx
@@ -65,11 +69,11 @@ def flax_step(ids):
     model = AutoregressiveTransformer(N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS, rngs=nnx.Rngs(0))
     tx = optax.adam(1e-4)
 
-    def loss(model, inputs, labels):
+    def loss(model: nnx.Module, inputs: jax.Array, labels: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(inputs), labels).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(model, state, inputs, labels):
+    def step(model: nnx.Module, state: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(model, inputs, labels)
         updates, state = tx.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, value
@@ -84,8 +88,8 @@ def flax_step(ids):
     return run
 
 
-def flax_parts(ids):
-    """The step's parts by name, each jitted alone with its gradients, as often as the model has it."""
+def flax_parts(ids: "np.ndarray") -> dict[str, Callable[[], object]]:
+    """Parts of the step by name, each jitted separately with its gradients, repeated as often as in the model."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -99,27 +103,27 @@ def flax_parts(ids):
     tx = optax.adam(1e-4)
     state = tx.init(model)
 
-    def attention(layers, x):
+    def attention(layers: Any, x: jax.Array) -> jax.Array:
         for layer in layers:
             x = x + layer.self_attn(query=x, key=x, value=x, mask="causal")
         return x.sum()
 
-    def feed_forward(layers, x):
+    def feed_forward(layers: Any, x: jax.Array) -> jax.Array:
         for layer in layers:
             x = x + layer.feed_forward(x)
         return x.sum()
 
-    def ends(model, x):
+    def ends(model: Any, x: jax.Array) -> jax.Array:
         logits = model.generator(model.src_embed(inputs) + x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def norms(layers, x):
+    def norms(layers: Any, x: jax.Array) -> jax.Array:
         for layer in layers:
             x = x + layer.norm_self_attn(x)
             x = x + layer.norm_ff(x)
         return x.sum()
 
-    def differentiated(function, *arguments):
+    def differentiated(function: Callable[[Any, jax.Array], jax.Array], *arguments: Any) -> Callable[[], object]:
         both = jax.jit(jax.grad(function, argnums=(0, 1)))
         return lambda: jax.block_until_ready(both(*arguments))
 
@@ -134,15 +138,15 @@ def flax_parts(ids):
     }
 
 
-def torch_steps(ids, *, compiled: bool):
-    """PyTorch's steps by name."""
+def torch_steps(ids: "np.ndarray", *, compiled: bool) -> dict[str, Callable[[], object]]:
+    """Training steps of the PyTorch models by name."""
     import torch
 
     from torch_ref.transformer import AutoregressiveTransformer
 
     inputs, labels = torch.as_tensor(ids[:-1]), torch.as_tensor(ids[1:])
 
-    def step(module):
+    def step(module: Any) -> Callable[[], None]:
         optimizer = torch.optim.Adam(module.parameters(), lr=1e-4)
 
         def run() -> None:
@@ -153,48 +157,51 @@ def torch_steps(ids, *, compiled: bool):
 
         return run
 
-    def twin():
+    def twin() -> torch.nn.Module:
         return AutoregressiveTransformer(N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS)
 
-    steps = {"PyTorch twin, eager": step(twin()), "PyTorch fused attention, eager": step(fused_model())}
+    steps: dict[str, Callable[[], object]] = {
+        "PyTorch twin, eager": step(twin()),
+        "PyTorch fused attention, eager": step(fused_model()),
+    }
     if compiled:
         steps["PyTorch twin, compiled"] = step(torch.compile(twin()))
         steps["PyTorch fused attention, compiled"] = step(torch.compile(fused_model()))
     return steps
 
 
-def fused_model():
-    """The same model as a PyTorch user would write it today: one matmul for q, k, v, and the fused attention."""
+def fused_model() -> "torch.nn.Module":
+    """The same model with one matmul for q, k and v, and PyTorch's fused attention."""
     import torch
     from torch import nn
 
     d_k = D_MODEL // HEADS
 
     class Layer(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.norm1, self.norm2 = nn.LayerNorm(D_MODEL), nn.LayerNorm(D_MODEL)
             self.qkv, self.output = nn.Linear(D_MODEL, 3 * D_MODEL), nn.Linear(D_MODEL, D_MODEL)
             self.ff = nn.Sequential(nn.Linear(D_MODEL, D_FF), nn.ReLU(), nn.Linear(D_FF, D_MODEL))
 
-        def forward(self, x, cos, sin):
-            def turn(x):
+        def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            def rotate(x: torch.Tensor) -> torch.Tensor:
                 x1, x2 = x.chunk(2, dim=-1)
                 return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
             q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, d_k)).permute(2, 0, 3, 1, 4)
-            y = nn.functional.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+            y = nn.functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
             x = x + self.output(y.transpose(1, 2).flatten(2))
             return x + self.ff(self.norm2(x))
 
     class Model(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.embed, self.norm = nn.Embedding(N_VOCAB, D_MODEL), nn.LayerNorm(D_MODEL)
             self.layers = nn.ModuleList(Layer() for _ in range(N_LAYERS))
             self.readout = nn.Linear(D_MODEL, N_VOCAB)
 
-        def forward(self, ids):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
             position = torch.arange(len(ids), dtype=torch.float32)
             angle = torch.outer(position, torch.exp(-math.log(10_000) * torch.arange(0, d_k, 2) / d_k))
             cos, sin = angle.cos(), angle.sin()

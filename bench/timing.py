@@ -1,4 +1,4 @@
-"""Timing several things fairly in one process: in turn, medians, a stamp of machine and versions."""
+"""Comparable timings in one process: alternating calls, medians, and a line with machine and versions."""
 
 import importlib.metadata
 import os
@@ -14,10 +14,10 @@ from rich.table import Table
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, by name: all functions once to warm up, then one call of each per round.
+    """Time the functions in rounds of one call each, after one call of each to warm up: seconds by name.
 
-    The machine's speed drifts; what is timed in turn drifts together, so ratios hold where single times do not. Each
-    function must return only when its work is done (block_until_ready).
+    The machine's speed drifts. Alternating calls drift together, so their ratios are stable even if single times are
+    not. Each function must return only when its work is done (block_until_ready).
     """
     for function in functions.values():
         function()
@@ -31,7 +31,7 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def report(title: str, seconds: Mapping[str, list[float]], against: str) -> None:
-    """A table of medians and ranges, each with how many times slower than `against` it is, round by round."""
+    """Print medians and ranges, each with the median of its ratios to `against`, taken round by round."""
     table = Table(title=title, title_justify="left")
     for heading in ("", "median ms", "min – max", f"÷ {against}"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -43,7 +43,7 @@ def report(title: str, seconds: Mapping[str, list[float]], against: str) -> None
 
 
 def stamp(threads: int) -> str:
-    """Processor, threads and versions, for the head of a table."""
+    """Processor, threads and versions, for the heading of a table."""
     packages = ("jax", "flax", "torch", "numpy")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{processor()}, {threads} threads; Python {platform.python_version()}, {versions}"

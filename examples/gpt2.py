@@ -1,13 +1,14 @@
-"""Somebody's port of GPT-2, checked against transformers: `python examples/gpt2.py`, and with `--bug` as it was.
+"""A port of GPT-2 checked against transformers: `python examples/gpt2.py`; `--bug` restores its first bug.
 
-The port names its parts as its author liked, has one projection for each of query, key and value where transformers has
-a fused one, and no read-out of its own, for that is the embedding. Random weights: nothing is downloaded.
+The port has its own names, separate projections for query, key and value instead of transformers' fused one, and no
+readout, because that is tied to the embedding. Weights are random: nothing is downloaded.
 
 Axes: B batch, S sequence, H heads, D = H·d_k features, V vocabulary.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ HEADS, WIDTH, LAYERS, VOCABULARY, LONGEST = 3, 3 * 8, 2, 37, 64
 
 
 class Embed(nnx.Embed):
-    """ids [...] -> [..., D], in the table's dtype; nnx.Embed would give the one that it was made with."""
+    """ids [...] -> [..., D], in the table's dtype; nnx.Embed returns the dtype it was constructed with."""
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return self.embedding[...][ids]
@@ -31,7 +32,7 @@ class Attention(nnx.Module):
     """Causal attention, [B, S, D] -> [B, S, D]."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        def project():
+        def project() -> nnx.LinearGeneral:
             return nnx.LinearGeneral(WIDTH, (HEADS, WIDTH // HEADS), rngs=rngs)
 
         self.query, self.key, self.value = project(), project(), project()
@@ -48,7 +49,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + down(gelu(up(norm(x))))."""
 
-    def __init__(self, norm, *, rngs: nnx.Rngs):
+    def __init__(self, norm: Callable[..., nnx.LayerNorm], *, rngs: nnx.Rngs):
         self.norm1, self.norm2 = norm(rngs=rngs), norm(rngs=rngs)
         self.attention = Attention(rngs=rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
@@ -56,15 +57,17 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm1(x))
-        return x + self.down(jax.nn.gelu(self.up(self.norm2(x)), approximate=True))  # "gelu_new" is the tanh one
+        return x + self.down(
+            jax.nn.gelu(self.up(self.norm2(x)), approximate=True)
+        )  # "gelu_new" is the tanh approximation
 
 
 class GPT2(nnx.Module):
     """ids [B, S] -> logits [B, S, V]."""
 
     def __init__(self, bug: bool, *, rngs: nnx.Rngs):
-        def norm(rngs):
-            if bug:  # Flax's own defaults: an epsilon of 1e-6
+        def norm(rngs: nnx.Rngs) -> nnx.LayerNorm:
+            if bug:  # Flax's defaults, with an epsilon of 1e-6
                 return nnx.LayerNorm(WIDTH, rngs=rngs)
             return nnx.LayerNorm(WIDTH, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
@@ -81,9 +84,9 @@ class GPT2(nnx.Module):
 
 
 class Logits(torch.nn.Module):
-    """transformers' model, its logits alone: Flax's returns nothing else."""
+    """transformers' model, returning only logits, as the Flax model does."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -103,7 +106,7 @@ class Logits(torch.nn.Module):
         return self.model(ids).logits
 
 
-# PyTorch's name: Flax's. A star is one word; a list splits a fused tensor; the tied read-out needs no line.
+# PyTorch names to Flax names. `*` matches one word; a list splits a fused tensor; the tied readout needs no entry.
 NAMES = {
     "model.transformer.wte": "embed",
     "model.transformer.wpe": "positions",
@@ -121,8 +124,12 @@ NAMES = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--bug", action="store_true", help="the port as it was: its norms have Flax's defaults")
-    arguments.add_argument("--suggest", action="store_true", help="print the names that parity proposes, and stop")
+    arguments.add_argument(
+        "--bug", action="store_true", help="use Flax's default epsilon in the norms, as in the first version"
+    )
+    arguments.add_argument(
+        "--suggest", action="store_true", help="print the mapping of names that parity.suggest infers, and stop"
+    )
     options = arguments.parse_args(argv)
     torch.manual_seed(0)
     theirs, ours = Logits(), GPT2(options.bug, rngs=nnx.Rngs(0))
