@@ -4,7 +4,8 @@ Axes: B batch, S sequence, C = S // L chunks of L = chunk_len tokens, N neighbou
 D = d_model, H heads of d_k features, V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -229,6 +230,22 @@ class RetroModel(nnx.Module):
         """What `decode` takes for all s tokens of a text, from what the call takes: [B, C, N, M] -> [B, s, N, M]."""
         by_token = jnp.repeat(ret, self.chunk_len, axis=1)
         return jnp.pad(by_token, [(0, 0), (0, s - by_token.shape[1]), (0, 0), (0, 0)])
+
+    def decoding_inputs(
+        self, inputs: Mapping[str, jax.Array], cuts: Sequence[int]
+    ) -> tuple[dict[str, Any], list[dict[str, jax.Array]]]:
+        """Arguments for decoding a text that a call reads at once: of `init_cache`, and of `prefill` and each `decode`.
+
+        inputs: the call's arguments other than the ids, {"ret": [B, C, N, M]} or nothing. cuts: 0, the length of the
+        prefill, the end of each further piece, the length of the text.
+        """
+        first, *rest = itertools.pairwise(cuts)
+        ret = inputs.get("ret")
+        if ret is None:
+            return {}, [{} for _ in (first, *rest)]
+        by_token = self.neighbors_by_token(ret, cuts[-1])  # [B, S, N, M]
+        prefill = {"ret": ret[:, : first[1] // self.chunk_len]}
+        return {"neighbors": ret.shape[2:]}, [prefill, *({"ret": by_token[:, a:b]} for a, b in rest)]
 
 
 def call(module: Any, *arguments: jax.Array) -> jax.Array:

@@ -36,6 +36,15 @@ def test_decoding_equals_the_full_forward_at_every_position(ca_layers, prompt):
     assert_close(decode(retro, x[:, 12:], cache, by_token[:, 12:])[0], full[:, 12:])  # several at once
 
 
+def test_the_inputs_of_a_call_are_cut_for_decoding():
+    retro, ret, cuts = model(), neighbors(1, B, 3), [0, 9, 11, S]
+    cache, (first, *later) = retro.decoding_inputs({"ret": ret}, cuts)
+    assert cache == {"neighbors": (N, M)}
+    np.testing.assert_array_equal(first["ret"], ret[:, : 9 // L])
+    np.testing.assert_array_equal(later[1]["ret"], retro.neighbors_by_token(ret, S)[:, 11:S])
+    assert retro.decoding_inputs({}, cuts) == ({}, [{}, {}, {}])
+
+
 @pytest.mark.usefixtures("x64")
 def test_rows_of_different_lengths_are_as_if_alone():
     retro, x, start = model(), token_ids(0, B, S), [0, 3, 8]
