@@ -10,7 +10,8 @@ from jaxmodels.extras import require
 
 if TYPE_CHECKING:
     from parity.compare.suggest import suggest
-    from parity.golden.record import record, replay
+    from parity.golden.record import record
+    from parity.golden.replay import replay
     from parity.measure.check import check
     from parity.measure.dtypes import sweep
     from parity.measure.invariances import invariances
@@ -39,7 +40,7 @@ MODULES = {
     "check": "measure.check",
     "invariances": "measure.invariances",
     "record": "golden.record",
-    "replay": "golden.record",
+    "replay": "golden.replay",
     "suggest": "compare.suggest",
     "sweep": "measure.dtypes",
     "trajectory": "measure.trajectory",

@@ -252,7 +252,8 @@ def record_all(options: argparse.Namespace, console: "Console") -> int:
 def replay_all(options: argparse.Namespace, console: "Console") -> list["Report"]:
     """One report per fixture: all of the folder, or those named."""
     from parity.cases import select
-    from parity.golden.record import SHIPPED, replay, stems
+    from parity.golden.fixture import SHIPPED, stems
+    from parity.golden.replay import replay
     from parity.report.report import Report
     from parity.report.terminal import print_failure, progress_bar
 

@@ -1,8 +1,8 @@
-"""`python -m parity.mutations`: how many planted mistakes the harness finds and names."""
+"""`python -m parity.mutations`: the share of planted mistakes that the harness finds and names."""
 
 import sys
 
-from parity.mutation.mutate import main
+from parity.mutation.score import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
-"""The project's own parity cases: one function each, returning a pair of modules and what to feed them.
+"""The project's own parity cases: one function each, which returns a pair of modules and their inputs.
 
-Sizes are prime and unequal, so that a transposed or mixed-up axis cannot pass. A case is named `system.what`.
+Sizes are prime and unequal, so that a transposed or mixed-up axis cannot pass. A case is named `system.part`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ SYSTEMS = ("rope", "transformer", "synthesizer", "feedback", "retro", "neox")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two modules and the arguments of `parity.check` for them."""
+    """Two modules and the arguments of `parity.check` for them; steps: of training."""
 
     torch: Any
     flax: Any
@@ -23,7 +23,7 @@ class Pair:
     labels: np.ndarray | None = None
     zero_gradients: tuple[str, ...] = ()
     half: tuple[str, ...] = ()
-    steps: int = 10  # of training
+    steps: int = 10
 
 
 Make = Callable[[np.random.Generator], Pair]
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Make, str]] = {}
 
 
 def case(name: str, about: str) -> Callable[[Make], Make]:
-    """Registers a function as the case `name`; `about` is the line that `--list` shows."""
+    """Registers a function as the case `name`; `about` is its line in `--list`."""
 
     def register(make: Make) -> Make:
         CASES[name] = (make, about)
@@ -41,21 +41,21 @@ def case(name: str, about: str) -> Callable[[Make], Make]:
 
 
 def load_cases() -> dict[str, tuple[Make, str]]:
-    """All cases by name, in the order in which the files state them. Imports torch."""
+    """All cases by name, in the order of the files. Imports torch."""
     for system in SYSTEMS:
         importlib.import_module(f"parity.cases.{system}")
     return CASES
 
 
 def matching(name: str, known: Iterable[str]) -> list[str]:
-    """Those of `known` that are called so, or belong to the system of that name."""
+    """Names in `known` that are equal to a name, or belong to the system of that name."""
     return [one for one in known if one == name or one.startswith(f"{name}.")]
 
 
 def select(names: Sequence[str], known: Collection[str] | None = None, kind: str = "case") -> list[str]:
-    """What is called by `names` among `known` (None: the cases), in its order; all of it for no names.
+    """The names in `known` (default: the cases) that match `names`, in its order; all of them if names is empty.
 
-    Raises ValueError for a name of nothing.
+    Raises ValueError for a name that matches nothing.
     """
     known = load_cases() if known is None else known
     unknown = [name for name in names if not matching(name, known)]

@@ -1,6 +1,7 @@
 """The Feedback Transformer: its attention and layer, both variants as language models, and the original's stack."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -21,9 +22,9 @@ def attention(rng: np.random.Generator) -> Pair:
     return Pair(torch_feedback.FeedbackAttention(*args), flax, inputs)
 
 
-@case("feedback.layer", "FeedbackTransformerLayer over 29 keys and values that come ready made")
+@case("feedback.layer", "FeedbackTransformerLayer over 29 keys and values that are given")
 def layer(rng: np.random.Generator) -> Pair:
-    def build(module, **rngs):
+    def build(module: Any, **rngs: nnx.Rngs) -> Any:
         attention = module.FeedbackAttention(5, 5 * 6, 0.0, is_kv_precomputed=True, **rngs)
         return module.FeedbackTransformerLayer(attention, 5 * 6, 47, 0.0, **rngs)
 
@@ -32,10 +33,12 @@ def layer(rng: np.random.Generator) -> Pair:
     return Pair(build(torch_feedback), nnx.eval_shape(lambda: build(feedback, rngs=nnx.Rngs(0))), inputs)
 
 
-def language_model(rng: np.random.Generator, variant: str, sequence: int, batch: int, n_vocab: int, *args, **limits):
+def language_model(
+    rng: np.random.Generator, variant: str, sequence: int, batch: int, n_vocab: int, *args: Any, **limits: Any
+) -> Pair:
     """A variant with a vocabulary on random ids [S, B], its labels the next ids."""
 
-    def build(module, **rngs):
+    def build(module: Any, **rngs: nnx.Rngs) -> Any:
         transformer = getattr(module, variant)(*args, **limits, **rngs)
         return module.AutoregressiveModel(n_vocab, transformer, **rngs)
 
@@ -72,5 +75,5 @@ def real_text(rng: np.random.Generator) -> Pair:
     vocabulary = CharVocabulary.of(text)
     ids = vocabulary.encode(text).reshape(2, 522).T
     pair = language_model(rng, "FeedbackTransformerKV", 521, 2, len(vocabulary), 3 * 6, 3, 29, 1)
-    # PyTorch's loop takes seconds a training step at this length: two, where the shorter cases take ten.
+    # Two steps of training instead of ten: at this length each takes PyTorch seconds.
     return dataclasses.replace(pair, inputs={"ids": ids[:-1]}, labels=ids[1:], steps=2)

@@ -1,12 +1,13 @@
-"""What the shipped fixtures are recorded from: every language model of the project, smaller than in its cases.
+"""The models of the shipped fixtures: every language model of the project, smaller than in its cases.
 
-They are language models alone, because these can be rebuilt from a configuration where there is no torch; relative
-attention, whose tables have 8192 rows, is left out. A system's line here is all it needs: `python -m parity --record
-parity/golden/fixtures NAME` writes its files.
+Only language models can be rebuilt from a configuration, without torch. Relative attention is left out: its tables have
+8192 rows. A new model needs one entry in GOLDEN; `python -m parity --record parity/golden/fixtures NAME` writes its
+files.
 """
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,8 @@ TOKENS, BATCH, N_VOCAB = 23, 3, 13
 SIZES = (N_VOCAB, 3 * 4, 3, 17, 2)  # n_vocab, d_model, heads, d_ff, n_layers
 
 
-def attention(kind: str, rng: np.random.Generator, **others) -> Pair:
-    """AutoregressiveTransformer with an attention of that kind."""
+def attention(kind: str, rng: np.random.Generator, **others: Any) -> Pair:
+    """AutoregressiveTransformer with a kind of attention."""
     classes = torch_ref.transformer.AutoregressiveTransformer, transformer.AutoregressiveTransformer
     pair = language_model(*classes, rng, TOKENS, BATCH, *SIZES, kind, **others)
     keyed = kind == "plain" or "vanilla" in kind  # with a key bias and without rotation
@@ -34,13 +35,14 @@ def feedback_model(variant: str, rng: np.random.Generator) -> Pair:
     return feedback.language_model(rng, variant, TOKENS, BATCH, N_VOCAB, 3 * 2, 3, 17, 1)
 
 
-def neox_model(rng: np.random.Generator, **others) -> Pair:
+def neox_model(rng: np.random.Generator, **others: Any) -> Pair:
+    """Two layers of three heads."""
     config = NeoXConfig(N_VOCAB, 3 * 8, 2, 3, n_ff=29, **others)
     return neox.pair_of(rng, config, torch_ref.neox.NeoX(config), TOKENS, BATCH)
 
 
 def retro_model(rng: np.random.Generator) -> Pair:
-    """Four chunks and a token more: decoding reads one chunk at once, then the neighbours of the others as they end."""
+    """Four chunks and one token: decoding reads the first chunk at once, then the neighbors of each as it ends."""
     return retro.pair_of(rng, 29, BATCH, layers=2, ca_layers={1}, encoder_ca={0}, neighbors=2, n_vocab=N_VOCAB)
 
 

@@ -21,7 +21,7 @@ from parity.compare.torch_side import randomized
 from torch_ref.rope import rotary_tables
 
 
-@case("neox.language_model", "NeoX, parallel residual, exact GELU, a quarter of d_k turns, 97 tokens")
+@case("neox.language_model", "NeoX, parallel residual, exact GELU, a quarter of d_k rotated, 97 tokens")
 def parallel(rng: np.random.Generator) -> Pair:
     config = NeoXConfig(37, 5 * 8, 2, 5, n_ff=61)
     return pair_of(rng, config, torch_ref.neox.NeoX(config), 97, 3)
@@ -50,7 +50,7 @@ def real_text(rng: np.random.Generator) -> Pair:
     vocabulary = CharVocabulary.of(text)
     config = NeoXConfig(len(vocabulary), 3 * 16, 2, 3)
     ids = vocabulary.encode(text)[None]
-    # Two steps of training: at this length PyTorch's take seconds each; the shorter cases take ten.
+    # Two steps of training instead of ten: at this length each takes PyTorch seconds.
     inputs, half = {"ids": ids[:, :-1]}, ("bfloat16", "float16")
     return Pair(Transformers(config), abstract(config), inputs, labels=ids[:, 1:], half=half, steps=2)
 
@@ -84,12 +84,12 @@ def hf_files(rng: np.random.Generator) -> Pair:
     return pair_of(rng, config, theirs, 17, 3, flax=model, steps=0)
 
 
-# 4 heads, for 4 ranks; what is not the default has to survive the files.
+# 4 heads, for 4 ranks; values other than the defaults, which the files have to preserve.
 CONVERTED = NeoXConfig(37, 4 * 10, 2, 4, n_ff=68, rope_percentage=0.6, rope_base=500.0, layer_norm_eps=1e-3)
 
 
 def same_bits(what: str, given: Any, module: nn.Module) -> None:
-    """Raises ValueError that names the tensors of `given` that are not those of the module."""
+    """Raises ValueError that names the tensors of `given` that differ from the module's."""
     wanted = {name: as_numpy(tensor) for name, tensor in module.state_dict().items()}
     wrong = sorted(wanted.keys() ^ given.keys())
     wrong += [
@@ -108,7 +108,7 @@ def pair_of(
     torch_module: nn.Module,
     sequence: int,
     batch: int,
-    start=None,
+    start: np.ndarray | None = None,
     flax: NeoX | None = None,
     steps: int = 10,
 ) -> Pair:
@@ -119,21 +119,22 @@ def pair_of(
 
 
 def abstract(config: NeoXConfig) -> NeoX:
+    """The model with shapes only."""
     return nnx.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0)))
 
 
 class Transformers(nn.Module):
-    """transformers' GPTNeoXForCausalLM, its parts and its call under the names of the twins.
+    """transformers' GPTNeoXForCausalLM, with parts and arguments named as in the twins.
 
-    Its weights are random; given a folder, weights and configuration are what transformers itself reads there.
-    Raises RuntimeError where transformers is not installed.
+    Its weights are random; with a folder, transformers reads weights and configuration there. Raises RuntimeError if
+    transformers is not installed.
     """
 
     def __init__(self, config: NeoXConfig, folder: str | None = None):
         super().__init__()
         model = gpt_neox(config, folder)
         self.model: Any
-        self.__dict__["model"] = model  # not as a sub-module: every parameter would have two names
+        self.__dict__["model"] = model  # not a sub-module: every parameter would have two names
         part = nn.ModuleDict
         self.embedding = part({"emb": model.gpt_neox.embed_in})
         self.layers = nn.ModuleList(
@@ -161,14 +162,14 @@ class Transformers(nn.Module):
 
 
 def gpt_neox(config: NeoXConfig, folder: str | None = None) -> Any:
-    """GPTNeoXForCausalLM of a configuration, or of a folder; its rotary tables are in float64 where the model is."""
+    """GPTNeoXForCausalLM of a configuration, or of a folder; in a float64 model its rotary tables are float64 too."""
     try:
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
         from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error}; neox.transformers needs it: pip install transformers") from None
 
-    sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}  # the eager one has a softmax in float32
+    sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}  # eager attention has its softmax in float32
     theirs = GPTNeoXConfig(
         vocab_size=config.n_vocab,
         hidden_size=config.n_hidden,
@@ -190,7 +191,7 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None) -> Any:
     if folder is None:
         model = GPTNeoXForCausalLM(theirs).eval()
     else:
-        logging.disable_progress_bar()  # of the weights, in the midst of our own lines
+        logging.disable_progress_bar()  # its bar for loading weights would mix with our output
         try:
             model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=sdpa).eval()
         finally:

@@ -1,11 +1,12 @@
 """RETRO: chunked cross-attention, and the model on random tokens and on real text.
 
-What XLA compiles for five attentions takes seconds a case; more sets of `ca_layers`, fewer chunks and no neighbours at
-all are in `tests/jaxmodels/retro/test_model.py`, in float64 too.
+XLA takes seconds to compile a case of five attentions: more sets of `ca_layers`, fewer chunks and no neighbors are in
+`tests/jaxmodels/retro/test_model.py`, in float64 too.
 """
 
 import dataclasses
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -19,7 +20,7 @@ from parity.cases import Pair, case
 KEY_BIAS = "*c[ac]*.key.bias"
 
 
-@case("retro.chunked_cross_attention", "ChunkedCrossAttention, 4 chunks of 7 and 5 tokens more")
+@case("retro.chunked_cross_attention", "ChunkedCrossAttention, 4 chunks of 7 and 5 more tokens")
 def chunked_cross_attention(rng: np.random.Generator) -> Pair:
     args = (15, 3, 4, 7)
     inputs = {"h": rng.standard_normal((2, 33, 15)), "e": rng.standard_normal((2, 4, 3, 11, 15))}
@@ -27,12 +28,12 @@ def chunked_cross_attention(rng: np.random.Generator) -> Pair:
     return Pair(torch_ref.retro.ChunkedCrossAttention(*args), flax, inputs, zero_gradients=("key.bias",), steps=0)
 
 
-@case("retro.language_model", "RetroModel, cross-attention in the second layer, 6 chunks of 7 and 4 tokens more")
+@case("retro.language_model", "RetroModel, cross-attention in the second layer, 6 chunks of 7 and 4 more tokens")
 def language_model(rng: np.random.Generator) -> Pair:
     return pair_of(rng, 46, 3, layers=2, ca_layers={1}, encoder_ca={0})
 
 
-@case("retro.real_text", "RetroModel, 521 characters of the Python documentation, neighbours from elsewhere in it")
+@case("retro.real_text", "RetroModel, 521 characters of the Python documentation, neighbors from elsewhere in it")
 def real_text(rng: np.random.Generator) -> Pair:
     text = load_corpus("python_docs")[:20_000]
     vocabulary = CharVocabulary.of(text)
@@ -55,10 +56,10 @@ def pair_of(
     n_vocab: int = 37,
     chunk_len: int = 7,
 ) -> Pair:
-    """A model on random ids [B, S] with random neighbours of 11 tokens; its labels are the next ids."""
+    """A model on random ids [B, S] with random neighbors of 11 tokens; its labels are the next ids."""
     d_model, heads, d_k, d_ff = 15, 3, 4, 19
 
-    def build(module, **rngs):
+    def build(module: Any, **rngs: nnx.Rngs) -> Any:
         encoder = module.NearestNeighborEncoder(chunk_len, 1, encoder_ca, d_model, heads, d_k, d_ff, **rngs)
         sizes = (n_vocab, d_model, layers, ca_layers, chunk_len, heads, d_k, d_ff)
         return module.RetroModel(*sizes, encoder=encoder, **rngs)

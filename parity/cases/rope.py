@@ -1,6 +1,7 @@
-"""RoPE: the embeddings, the attentions over them, and the language model, on random tokens and on real text."""
+"""RoPE: the embeddings, the attentions with them, and the language model, on random tokens and on real text."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -12,29 +13,31 @@ from jaxmodels.text import CharVocabulary, load_corpus
 from parity.cases import Pair, case, language_model
 
 
-@case("rope.embeddings", "RotaryPositionalEmbeddings, 6 of 10 features turn, 577 positions")
+@case("rope.embeddings", "RotaryPositionalEmbeddings, 6 of 10 features rotated, 577 positions")
 def embeddings(rng: np.random.Generator) -> Pair:
     x = rng.standard_normal((577, 3, 5, 10))
     return Pair(torch_rope.RotaryPositionalEmbeddings(6), rope.RotaryPositionalEmbeddings(6), {"x": x})
 
 
-@case("rope.attention", "RotaryPEMultiHeadAttention, half of d_k turns, padding mask, more keys than queries")
+@case("rope.attention", "RotaryPEMultiHeadAttention, half of d_k rotated, padding mask, more keys than queries")
 def attention(rng: np.random.Generator) -> Pair:
     args = (3, 3 * 20, 0.5)
     return attention_pair(rng, torch_rope.RotaryPEMultiHeadAttention(*args), rope.RotaryPEMultiHeadAttention, args)
 
 
-@case("rope.value_attention", "RotaryValuePEMultiHeadAttention (RoPER), a fifth of the values' features turns")
+@case("rope.value_attention", "RotaryValuePEMultiHeadAttention (RoPER), a fifth of the values' features rotated")
 def value_attention(rng: np.random.Generator) -> Pair:
     args = (3, 3 * 20, 0.5, 0.2)
     torch_module = torch_rope.RotaryValuePEMultiHeadAttention(*args)
     return attention_pair(rng, torch_module, rope.RotaryValuePEMultiHeadAttention, args)
 
 
-def attention_pair(rng: np.random.Generator, torch_module, flax_class, args: tuple, s: int = 29, n: int = 31) -> Pair:
+def attention_pair(
+    rng: np.random.Generator, torch_module: Any, flax_class: Any, args: tuple, s: int = 29, n: int = 31
+) -> Pair:
     """An attention on s queries and n keys of width args[1], batch 5, with a mask that hides a third of the keys."""
     mask = rng.random((s, n, 5)) < 2 / 3
-    mask[:, 0] = True  # every query sees something
+    mask[:, 0] = True  # every query sees the first key
     inputs = {
         "query": rng.standard_normal((s, 5, args[1])),
         "key": rng.standard_normal((n, 5, args[1])),
@@ -60,10 +63,11 @@ def real_text(rng: np.random.Generator) -> Pair:
     vocabulary = CharVocabulary.of(text)
     ids = vocabulary.encode(text).reshape(2, 522).T
     pair = pair_of(rng, 521, 2, len(vocabulary), 3 * 14, 3, 71, 2, "rotary")
-    # PyTorch's float64 training takes seconds a step at this length: two, where the shorter cases take ten.
+    # Two steps of training instead of ten: at this length each takes PyTorch seconds.
     return dataclasses.replace(pair, inputs={"ids": ids[:-1]}, labels=ids[1:], steps=2)
 
 
-def pair_of(rng: np.random.Generator, sequence: int, batch: int, *args) -> Pair:
+def pair_of(rng: np.random.Generator, sequence: int, batch: int, *args: Any) -> Pair:
+    """AutoregressiveTransformer on random ids."""
     torch_class, flax_class = torch_transformer.AutoregressiveTransformer, transformer.AutoregressiveTransformer
     return language_model(torch_class, flax_class, rng, sequence, batch, *args)

@@ -39,7 +39,7 @@ def attention(kind: str, rng: np.random.Generator) -> Pair:
     mask[:, 0] = True
     inputs = {name: rng.standard_normal((n, 5, D_MODEL)) for name, n in (("query", 19), ("key", 23), ("value", 23))}
     if "vanilla" not in kind:
-        inputs["key"] = inputs["value"]  # not read; it must still be an argument of the right length
+        inputs["key"] = inputs["value"]  # the kind does not read keys, but the call takes them
     flax_module = nnx.eval_shape(lambda: synthesizer.SynthesizerAttention(*args, rngs=nnx.Rngs(0)))
     zero = (KEY_BIAS,) if "vanilla" in kind else ()
     return Pair(

@@ -1,6 +1,7 @@
 """The parts of a transformer, and the language model with plain and with relative attention."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -14,7 +15,7 @@ from parity.cases.rope import attention_pair, pair_of
 KEY_BIAS = "*key.linear.bias"
 
 
-@case("transformer.attention", "MultiHeadAttention with biases; the key's has no gradient")
+@case("transformer.attention", "MultiHeadAttention with biases; that of the keys has no gradient")
 def attention(rng: np.random.Generator) -> Pair:
     args = (7, 7 * 5, 0.0)
     torch_module = torch_transformer.MultiHeadAttention(*args)
@@ -40,7 +41,7 @@ def feed_forward(rng: np.random.Generator) -> Pair:
 def encoder(rng: np.random.Generator) -> Pair:
     d_model, d_ff, s = 21, 37, 67
 
-    def build(module, **rngs):
+    def build(module: Any, **rngs: nnx.Rngs) -> Any:
         attentions = [
             module.RelativeMultiHeadAttention(3, d_model, 0.0, **rngs),
             module.MultiHeadAttention(7, d_model, 0.0, bias=False, **rngs),

@@ -1,1 +1,1 @@
-"""Running the two modules of a pair on the same weights and inputs."""
+"""The two modules of a comparison, run on the same weights and inputs."""

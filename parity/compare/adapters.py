@@ -1,4 +1,4 @@
-"""Linen modules as NNX ones, so that everything else knows one kind."""
+"""Flax modules of any kind as NNX modules, the one kind that the harness runs."""
 
 import contextlib
 import functools
@@ -11,44 +11,51 @@ from flax import linen, nnx
 from flax.traverse_util import flatten_dict
 
 from jaxmodels.weights.names import Path, dotted, flat_arrays, with_arrays
-from parity.compare.inputs import Inputs, matches
+from parity.compare.inputs import Inputs
+from parity.compare.names import matches
 
-# Flax 0.12 has it; where it is missing, nothing is laid out before it is asked for.
+# Flax has it since 0.12; older versions lay out no array before it is asked for.
 eager_sharding = getattr(nnx, "use_eager_sharding", contextlib.nullcontext)
 
 
-def as_module(flax_module: Any, inputs: Inputs, channels_last: Sequence[str] = ()) -> nnx.Module:
-    """The module, a Linen one as an NNX one; raises ValueError for anything else."""
+def as_module(flax_module: Any, inputs: Inputs | None, channels_last: Sequence[str] = ()) -> nnx.Module:
+    """The module as an NNX one; raises ValueError if it is neither an NNX nor a Linen module.
+
+    A Linen module needs inputs: its arrays have no shapes before it is called.
+    """
     if isinstance(flax_module, linen.Module):
+        if inputs is None:
+            raise ValueError("inputs=None: a Linen module needs inputs, its arrays have no shapes before it is called")
         return as_nnx(flax_module, inputs, tuple(channels_last))
     if not isinstance(flax_module, nnx.Module):
         kind = type(flax_module).__name__
-        raise ValueError(f"flax_module must be a flax.nnx.Module or a flax.linen.Module, got a {kind}")
+        raise ValueError(f"flax_module={kind} must be a flax.nnx.Module or a flax.linen.Module")
     return flax_module
 
 
 def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] = ()) -> nnx.Module:
-    """An abstract NNX module that calls a Linen one; its variables are under the names that Linen gives them.
+    """An abstract NNX module that calls a Linen one; its variables have the names that Linen gives them.
 
-    The module is called as it is, with the inputs alone: what an evaluation needs (train=False, deterministic=True) has
-    to be its default, or one of its fields.
+    The module is called with the inputs alone: arguments for evaluation (train=False, deterministic=True) have to be
+    its defaults, or its fields.
     """
 
     def make() -> nnx.Module:
         values = {n: jnp.moveaxis(v, 1, -1) if matches(n, channels_last) else v for n, v in inputs.named().items()}
-        model = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))
-        inputs.call(lambda *args, **kwargs: nnx.bridge.lazy_init(model, *args, **kwargs), values)
-        model.to_nnx__rngs = None  # drawn once; a call needs none
+        model: Any = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))
+        inputs.call(functools.partial(nnx.bridge.lazy_init, model), values)
+        model.to_nnx__rngs = None  # used once, for the initial values; a call needs none
         return model
 
-    with eager_sharding(False):  # what `with_partitioning` annotates wants a mesh with its axes, and needs none here
+    # Eager sharding would lay out `with_partitioning` arrays on a mesh with their axes, and there is no mesh here.
+    with eager_sharding(False):
         return nnx.eval_shape(make)
 
 
 def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
-    """`as_nnx` with arrays: the variables that the module is bound to; unbound, those that it draws from a seed.
+    """`as_nnx` with arrays: the variables that the module is bound to; if unbound, initial values from a seed.
 
-    Raises ValueError where the bound variables differ, in name or shape, from those that a call with the inputs has.
+    Raises ValueError if the bound variables differ, in name or shape, from those of a call with the inputs.
     """
     if module.scope is None:
         values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
@@ -59,8 +66,8 @@ def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
     arrays: dict[Path, Any] = {}
     for collection in linen.meta.unbox(variables).values():
         arrays |= flatten_dict(collection)
-    wanted, given = ({path: a.shape for path, a in group.items()} for group in (flat_arrays(model), arrays))
-    wrong = sorted({dotted(path) for path, _ in wanted.items() ^ given.items()})
+    expected, given = ({path: a.shape for path, a in group.items()} for group in (flat_arrays(model), arrays))
+    wrong = sorted({dotted(path) for path, _ in expected.items() ^ given.items()})
     if wrong:
         raise ValueError(f"flax_module is bound to other variables than a call with the inputs has: {', '.join(wrong)}")
     return with_arrays(model, arrays)

@@ -1,12 +1,7 @@
-"""What both sides differentiate: one scalar of the outputs, stated once for each framework.
-
-With labels (int, the output's leading shape) it is the mean cross-entropy of the logits; without, the mean squared
-distance to fixed random targets, so that every output gets a gradient of its own.
-"""
+"""Arguments of a call, passed to both modules, and the names of the arrays that a call returns."""
 
 import dataclasses
-from collections.abc import Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +16,12 @@ class Inputs:
 
     @classmethod
     def of(cls, inputs: Any) -> "Inputs":
-        """From one array, a sequence of positional ones, or a mapping of named ones; raises ValueError for the rest."""
+        """Inputs from one array, a sequence of positional ones, or a mapping of named ones.
+
+        Raises ValueError if there are none, or one is empty or not of floats, integers or booleans.
+        """
+        if isinstance(inputs, cls):
+            return inputs
         if hasattr(inputs, "keys"):
             parts = cls((), {name: np.asarray(value) for name, value in inputs.items()})
         elif isinstance(inputs, tuple | list):
@@ -30,49 +30,44 @@ class Inputs:
             parts = cls((np.asarray(inputs),), {})
         bad = [name for name, value in parts.named().items() if value.dtype.kind not in "fiub" or not value.size]
         if bad or not parts.named():
-            raise ValueError(
-                f"inputs must be non-empty arrays of floats, integers or booleans; not so: {bad or 'none given'}"
-            )
+            given = ", ".join(bad) or "no arrays"
+            raise ValueError(f"inputs: got {given}; each must be a non-empty array of floats, integers or booleans")
         return parts
 
     def named(self) -> dict[str, np.ndarray]:
-        """All of them; positional ones are called input 0, input 1, …"""
+        """All arrays by name; positional ones are called input 0, input 1, …"""
         return {f"input {i}": value for i, value in enumerate(self.args)} | self.kwargs
 
-    def call(self, function: Any, values: dict[str, Any]) -> Any:
-        """function(*args, **kwargs) with the values of `named()` replaced."""
+    def call(self, function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        """Call function(*args, **kwargs) with values, which are named as in `named()`, instead of these arrays."""
         args = (values[f"input {i}"] for i in range(len(self.args)))
         return function(*args, **{name: values[name] for name in self.kwargs})
 
+    def replaced(self, values: Mapping[str, np.ndarray]) -> "Inputs":
+        """The same arguments with other arrays, which are named as in `named()`."""
+        args = tuple(values[f"input {i}"] for i in range(len(self.args)))
+        return Inputs(args, {name: values[name] for name in self.kwargs})
+
     def rounded(self, dtype: Any) -> "Inputs":
-        """The same with floating arrays rounded to a narrower dtype, kept in their own."""
-        arrays = {n: a.astype(dtype).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in self.named().items()}
-        args = tuple(arrays[f"input {i}"] for i in range(len(self.args)))
-        return Inputs(args, {name: arrays[name] for name in self.kwargs})
+        """The same arguments with floating arrays rounded to a narrower dtype; they keep their own dtype."""
+        named = self.named().items()
+        return self.replaced({n: a.astype(dtype).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in named})
 
-    def for_decoding(self) -> dict[str, np.ndarray]:
-        """What decoding reads beside the ids: left padding, and RETRO's neighbours."""
-        return {name: self.kwargs[name] for name in ("start", "ret") if name in self.kwargs}
-
-    def batch(self, step: int) -> "Inputs":
+    def varied(self, step: int) -> "Inputs":
         """Other data of the same kind for a training step: integers rolled along their first axis, floats perturbed."""
         rng = np.random.default_rng(step)
 
         def vary(value: np.ndarray) -> np.ndarray:
             if value.dtype.kind == "f":
                 return value + 0.1 * rng.standard_normal(value.shape)
-            return roll(value, step) if value.dtype.kind in "iu" else value
+            return rolled(value, step) if value.dtype.kind in "iu" else value
 
-        return Inputs(tuple(map(vary, self.args)), {name: vary(value) for name, value in self.kwargs.items()})
+        return self.replaced({name: vary(value) for name, value in self.named().items()})
 
 
-def roll(value: np.ndarray, step: int) -> np.ndarray:
+def rolled(value: np.ndarray, step: int) -> np.ndarray:
+    """The array moved `step` places towards the beginning of its first axis, cyclically."""
     return np.roll(value, -step, axis=0)
-
-
-def random_targets(outputs: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(output.shape) for name, output in outputs.items()}
 
 
 def named_leaves(tree: Any, leaf: type) -> dict[str, Any]:
@@ -91,8 +86,3 @@ def named_leaves(tree: Any, leaf: type) -> dict[str, Any]:
 
     walk("output", tree)
     return found
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name is one of the patterns; `*` is any text."""
-    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -1,16 +1,16 @@
-"""Which array of a Flax model a PyTorch tensor becomes, for twins and for anybody's pair of models.
+"""Which array of a Flax model a PyTorch tensor becomes.
 
-Twins name their parts alike: `jaxmodels.convert` carries them across. Others are told apart by *names*, from PyTorch's
-to Flax's, given as one of
+Twins give their parts the same names: `jaxmodels.weights` converts them. For other pairs of models *names* map
+PyTorch's names to Flax's, in one of these forms:
 
-    a mapping   {"wte": "embed", "h.*.attn": "blocks.*.attention"}; the name of a module stands for all inside it, `*`
-                for one word; the key of most words counts; None: has no counterpart
-    pairs       [(r"^h\\.(\\d+)", r"blocks.\\1"), …], regular expressions replaced one after the other
-    a function  of a PyTorch name, that returns Flax's or None
+    mapping     {"wte": "embed", "h.*.attn": "blocks.*.attention"}. The name of a module applies to everything inside;
+                `*` matches one word; of several keys that match, the one of most words applies; None: no counterpart
+    pairs       [(r"^h\\.(\\d+)", r"blocks.\\1"), …]: regular expressions and replacements, applied one after the other
+    function    from a PyTorch name to Flax's name or None
 
 Several Flax names for one tensor split it along its output features (a fused query, key and value); one Flax name for
-several tensors joins them. A word that is a number may be missing in Flax: that array holds all layers. What is left is
-the axes, by kind of layer:
+several tensors joins them. A number in a name may be absent in Flax: that array holds all layers. The axes follow from
+the kind of layer:
 
     Linear          weight [out, in]         <->  kernel [in, out], or [in, heads, d_k], or [heads, d_k, out]
     Conv            weight [out, in, *k]     <->  kernel [*k, in, out]
@@ -23,8 +23,9 @@ the axes, by kind of layer:
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,51 +43,98 @@ from jaxmodels.weights.names import (
     to_torch,
     with_arrays,
 )
-from parity.compare.inputs import matches
 
 Names = Mapping[str, Any] | Sequence[tuple[str, str]] | Callable[[str], Any]
 
 SUFFIXES = {"weight": ("kernel", "embedding", "scale"), "running_mean": ("mean",), "running_var": ("var",)}
-DROPPED = "num_batches_tracked"  # how often BatchNorm averaged; evaluation does not read it
+DROPPED = "num_batches_tracked"  # BatchNorm's count of averaged batches; evaluation does not read it
 
 
+class Parameter(Protocol):
+    """Attributes of a `torch.nn.Parameter` that are read here."""
+
+    @property
+    def requires_grad(self) -> bool:
+        """True if it is trained."""
+
+
+class TorchModule(Protocol):
+    """Methods of a `torch.nn.Module` that are called here; a recording has them too, so that it needs no torch."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors by name."""
+
+    def get_submodule(self, path: str, /) -> Any:
+        """The module at a path; only its type is used."""
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterable[tuple[str, Parameter]]:
+        """Parameters by name; a tied one under each of its names if remove_duplicate is False."""
+
+
+@runtime_checkable
 class Weights(Protocol):
-    """How a PyTorch module's tensors lie in a Flax model."""
+    """Conversion between a PyTorch module's tensors and the arrays of a Flax model."""
 
     def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
-        """A new model, in evaluation mode, with the tensors; raises ConversionError where they do not fit."""
+        """A new model, in evaluation mode, with the tensors; raises ConversionError if they do not fit."""
 
     def read(self, state: Any, prefix: Path = ()) -> dict[str, np.ndarray]:
-        """Arrays of a model, a State or gradients by PyTorch name; `prefix`: where in the model the state is from."""
+        """Arrays of a model, a State or gradients by PyTorch's name; `prefix`: the path in the model of the state."""
 
     def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
         """The paths of arrays whose PyTorch names all match a pattern."""
 
     def module(self, path: str) -> str | None:
-        """The Flax path of a PyTorch sub-module, None where it has none of its own."""
+        """The Flax path of a PyTorch sub-module; None if it has no counterpart."""
 
     def carries(self, key: str) -> bool:
-        """Whether a tensor of the state_dict has a place in the Flax model."""
+        """True if a tensor of the state_dict has a place in the Flax model."""
 
 
 class Twins:
-    """Both sides name their parts alike, see `jaxmodels.weights.names`."""
+    """`Weights` of models that give their parts the same names; see `jaxmodels.weights.names`."""
 
-    def load(self, model, state_dict):
+    def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
         return evaluating(from_torch(model, state_dict))
 
-    def read(self, state, prefix=()):
+    def read(self, state: Any, prefix: Path = ()) -> dict[str, np.ndarray]:
         start = "".join(f"{word}." for word in prefix)
         return {start + name: array for name, array in to_torch(state).items()}
 
-    def held(self, state, frozen):
+    def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
         arrays = flat_arrays(state)
         return set(arrays) - {entry.path for entry in entries(arrays) if not matches(entry.key, frozen)}
 
-    def module(self, path):
+    def module(self, path: str) -> str | None:
         return path
 
-    def carries(self, key):
+    def carries(self, key: str) -> bool:
+        return True
+
+
+class OwnWeights:
+    """`Weights` of a Flax model that is compared with itself: it keeps its arrays, cast to a dtype, and its names."""
+
+    def __init__(self, dtype: Any):
+        self.dtype = dtype
+
+    def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
+        arrays = flat_arrays(model)
+        floats = {path for path, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+        cast = {path: jnp.asarray(a, self.dtype if path in floats else None) for path, a in arrays.items()}
+        return evaluating(with_arrays(model, cast))
+
+    def read(self, state: Any, prefix: Path = ()) -> dict[str, np.ndarray]:
+        arrays = flat_arrays(state).items()
+        return {dotted((*prefix, *path)): np.asarray(array) for path, array in arrays}
+
+    def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
+        return {path for path in flat_arrays(state) if matches(dotted(path), frozen)}
+
+    def module(self, path: str) -> str | None:
+        return path
+
+    def carries(self, key: str) -> bool:
         return True
 
 
@@ -94,7 +142,7 @@ class Twins:
 class Piece:
     """A tensor, or one of several equal parts of its output features, and its place in a Flax array.
 
-    part, slot: (i, n) for the i-th of n parts of the tensor, of the array; layer: of an array that stacks them.
+    part: (i, n) for part i of n of the tensor; slot: the same of the array; layer: index into an array of all layers.
     """
 
     key: str
@@ -105,43 +153,49 @@ class Piece:
     layer: int | None = None
 
     def to_flax(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """This piece of the tensor, in the shape of its place; raises ValueError where it does not fit."""
+        """This piece of the tensor, in the shape of its place; raises ValueError if it does not fit."""
         array = KINDS[self.kind][0](tensor)
         if self.part[1] > 1:
             array = np.split(array, self.part[1], axis=-1)[self.part[0]]
         if array.shape != shape and (array.ndim == len(shape) or array.size != np.prod(shape)):
-            raise ValueError(f"{self.key}: {list(tensor.shape)} gives {list(array.shape)}, the model has {list(shape)}")
+            raise ValueError(
+                f"{self.key}: {list(tensor.shape)} becomes {list(array.shape)}, the model has {list(shape)}"
+            )
         return array.reshape(shape)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of its place in an array of the given shape."""
+        """The shape of its place in an array of a given shape."""
         shape = shape if self.layer is None else shape[1:]
         return (*shape[:-1], shape[-1] // self.slot[1]) if self.slot[1] > 1 else shape
 
     def of(self, array: np.ndarray) -> np.ndarray:
-        """Its values in a Flax array."""
+        """The part of a Flax array at its place."""
         array = array if self.layer is None else array[self.layer]
         return np.split(array, self.slot[1], axis=-1)[self.slot[0]] if self.slot[1] > 1 else array
 
 
 def nothing(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of a shape that takes no memory."""
+    """An array of a given shape that takes no memory."""
     return np.broadcast_to(np.zeros(()), shape)
 
 
 def last_first(array: np.ndarray) -> np.ndarray:
+    """[*k, in, out] -> [out, in, *k]."""
     return array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
 
 
 def first_last(array: np.ndarray) -> np.ndarray:
+    """[out, in, *k] -> [*k, in, out]."""
     return array.transpose(*range(2, array.ndim), 1, 0)
 
 
 def reversed_window(array: np.ndarray) -> np.ndarray:
+    """The array with the axes of a convolution's window, those after the first two, reversed."""
     return np.flip(array, tuple(range(2, array.ndim)))
 
 
-KINDS: dict[str, tuple[Callable, Callable]] = {  # to Flax's axes, and back
+Rearrange = Callable[[np.ndarray], np.ndarray]
+KINDS: dict[str, tuple[Rearrange, Rearrange]] = {  # to Flax's axes, and back
     "same": (np.asarray, np.asarray),
     "linear": (np.transpose, np.transpose),
     "conv": (first_last, last_first),
@@ -153,12 +207,13 @@ KINDS: dict[str, tuple[Callable, Callable]] = {  # to Flax's axes, and back
 
 
 class Mapped:
-    """Both sides name their parts differently; `names` says how. `torch_module` gives kinds of layers and tied weights.
+    """`Weights` of models that give their parts different names, by `names`.
 
-    Raises ConversionError that lists all tensors without a place, arrays without a tensor, and shapes that differ.
+    torch_module gives the kinds of layers and which weights are tied. Raises ConversionError that lists all tensors
+    without a place, arrays without a tensor, and shapes that differ.
     """
 
-    def __init__(self, torch_module: Any, flax_module: Any, names: Names):
+    def __init__(self, torch_module: TorchModule, flax_module: Any, names: Names):
         self.rename = renamer(names)
         tensors = torch_module.state_dict()
         self.tensors = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -173,7 +228,7 @@ class Mapped:
                 continue
             found = [place(lookup, name) for name in renamed]
             places = [spot for spot in found if spot is not None]
-            tied = first.get(key, key) != key  # the same tensor under another name, carried there
+            tied = first.get(key, key) != key  # the same tensor has another name, under which it is converted
             if tied and (len(places) < len(found) or any(p.path == path for p in pieces for path, _ in places)):
                 continue
             if len(places) < len(found):
@@ -200,7 +255,7 @@ class Mapped:
         if any(problems.values()):
             raise ConversionError(problems)
 
-    def load(self, model, state_dict):
+    def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
         leaves = {}
         for path, pieces in grouped(self.pieces, "path").items():
             shape = self.shapes[path]
@@ -211,7 +266,7 @@ class Mapped:
             leaves[path] = jnp.array(layers[0] if pieces[0].layer is None else np.stack(layers), copy=True)
         return evaluating(with_arrays(model, leaves))
 
-    def read(self, state, prefix=()):
+    def read(self, state: Any, prefix: Path = ()) -> dict[str, np.ndarray]:
         arrays = {(*prefix, *path): np.asarray(array) for path, array in flat_arrays(state).items()}
         found = {}
         for key, pieces in grouped(self.pieces, "key").items():
@@ -221,7 +276,7 @@ class Mapped:
         return found
 
     def joined(self, pieces: list[Piece], parts: list[np.ndarray]) -> np.ndarray:
-        """The PyTorch tensor of its parts."""
+        """The PyTorch tensor, joined from its parts."""
         there, back = KINDS[pieces[0].kind]
         *outer, features = there(nothing(self.tensors[pieces[0].key])).shape or (1,)
         if len(parts) > 1:
@@ -229,22 +284,22 @@ class Mapped:
             return back(np.concatenate(parts, axis=-1))
         return back(parts[0].reshape(there(nothing(self.tensors[pieces[0].key])).shape))
 
-    def held(self, state, frozen):
+    def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
         present = set(flat_arrays(state))
         return present - {piece.path for piece in self.pieces if not matches(piece.key, frozen)}
 
-    def module(self, path):
+    def module(self, path: str) -> str | None:
         renamed = self.rename(path)
         return renamed[0] if renamed is not None and len(renamed) == 1 else None
 
-    def carries(self, key):
+    def carries(self, key: str) -> bool:
         return any(piece.key == key for piece in self.pieces)
 
 
 def renamer(names: Names) -> Callable[[str], list[str] | None]:
-    """A function from a PyTorch name to its Flax names; None for what has no counterpart.
+    """A function from a PyTorch name to its Flax names, or None if it has no counterpart.
 
-    Raises ValueError for names that are none of the three forms, or a mapping whose stars do not match.
+    Raises ValueError for names of another form, and for a mapping whose stars do not match.
     """
     if callable(names):
         return lambda name: listed(names(name))
@@ -259,17 +314,16 @@ def renamer(names: Names) -> Callable[[str], list[str] | None]:
             return [name]
 
         return replaced
-    raise ValueError(
-        f"names must be a mapping, pairs of regular expression and replacement, or a function; got {names!r}"
-    )
+    raise ValueError(f"names={names!r} must be a mapping, pairs (regular expression, replacement), or a function")
 
 
 def starred(names: Mapping[str, Any]) -> Callable[[str], list[str] | None]:
+    """`renamer` of a mapping."""
     rules = []
     for given, values in names.items():
         for value in listed(values) or []:
             if value.count("*") > given.count("*"):
-                raise ValueError(f"names[{given!r}] = {value!r} has more stars than the name it stands for")
+                raise ValueError(f"names[{given!r}]={value!r} must not have more stars than its key")
         words = given.split(".") if given else []
         pattern = r"\.".join(r"([^.]+)" if word == "*" else re.escape(word) for word in words)
         rules.append((len(words), re.compile(rf"{pattern}(?:\.|$)" if words else ""), listed(values)))
@@ -291,17 +345,18 @@ def starred(names: Mapping[str, Any]) -> Callable[[str], list[str] | None]:
 
 
 def fill(value: str, words: Sequence[str]) -> str:
-    """The stars of a Flax name, replaced by the words that PyTorch's stood for."""
+    """A Flax name with its stars replaced by the words that the stars of PyTorch's name matched."""
     given = iter(words)
     return ".".join(next(given) if word == "*" else word for word in value.split("."))
 
 
 def listed(value: Any) -> list[str] | None:
+    """A name or several as a list; None stays None."""
     return value if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def place(lookup: Mapping[str, Path], name: str) -> tuple[Path, int | None] | None:
-    """Where a name is among Flax paths: itself, with Flax's word for the array, or as one layer of a stack."""
+    """The path of a name, and its layer: the name itself, with Flax's word for the array, or one layer of a stack."""
     owner, _, last = name.rpartition(".")
     options = [name] + [f"{owner}.{word}" if owner else word for word in SUFFIXES.get(last, ())]
     for option in options:
@@ -317,8 +372,8 @@ def place(lookup: Mapping[str, Path], name: str) -> tuple[Path, int | None] | No
 
 
 def kind_of(owner: Any, tensor: Any, path: Path) -> str:
-    """Which rule of `KINDS` carries a tensor of a PyTorch module to a Flax array."""
-    if path[-1] != "kernel" or type(owner).__name__ == "Conv1D":  # transformers' Conv1D is a Linear stored [in, out]
+    """The key in `KINDS` for a tensor of a PyTorch module and a Flax array."""
+    if path[-1] != "kernel" or type(owner).__name__ == "Conv1D":  # of transformers: a Linear stored as [in, out]
         return "same"
     if type(owner).__name__.startswith("ConvTranspose"):
         return "transposed conv"
@@ -326,9 +381,9 @@ def kind_of(owner: Any, tensor: Any, path: Path) -> str:
 
 
 def slotted(pieces: list[Piece]) -> list[Piece]:
-    """The pieces, those that share a place numbered."""
+    """The pieces, numbered where several share a place."""
     counts = collections.Counter((piece.path, piece.layer) for piece in pieces)
-    used: collections.Counter = collections.Counter()
+    used: collections.Counter[tuple[Path, int | None]] = collections.Counter()
     result = []
     for piece in pieces:
         where = piece.path, piece.layer
@@ -338,14 +393,15 @@ def slotted(pieces: list[Piece]) -> list[Piece]:
 
 
 def grouped(pieces: Sequence[Piece], attribute: str) -> dict[Any, list[Piece]]:
+    """Pieces by the value of an attribute."""
     groups: dict[Any, list[Piece]] = {}
     for piece in pieces:
         groups.setdefault(getattr(piece, attribute), []).append(piece)
     return groups
 
 
-def aliases(torch_module: Any) -> dict[str, str]:
-    """Of every parameter that has several names, each name and the first."""
+def aliases(torch_module: TorchModule) -> dict[str, str]:
+    """Every name of every parameter, with the first of its names: tied weights have several."""
     first: dict[int, str] = {}
     return {
         name: first.setdefault(id(parameter), name)
@@ -354,20 +410,29 @@ def aliases(torch_module: Any) -> dict[str, str]:
 
 
 def evaluating(model: Any) -> Any:
-    """The model with its dropouts off and its running statistics in use; a model of one's own need not know of it."""
+    """The model with dropout off and running statistics in use."""
     if isinstance(model, nnx.Module):
         model.eval()
     return model
 
 
-def weights_of(torch_module: Any, flax_module: Any, names: Names | Weights | None) -> Weights:
-    """The way across: what is given; else `Twins` where all names are alike, and the rules where only axes differ."""
-    if hasattr(names, "load"):
-        return names  # type: ignore[return-value]
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """True if a name matches one of the patterns; `*` matches any text."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def weights_of(torch_module: TorchModule, flax_module: Any, names: Names | Weights | None) -> Weights:
+    """The conversion of a pair of modules.
+
+    It is `names` if those are `Weights`, and `Mapped` if they are names. If omitted: `Twins` if all names are the same,
+    else `Mapped` without names if only axes differ. Raises ConversionError if the weights do not fit.
+    """
+    if isinstance(names, Weights):
+        return names
     if names is not None:
         return Mapped(torch_module, flax_module, names)
     try:
-        with jax.enable_x64(True):  # so that no dtype is in the way
+        with jax.enable_x64(True):  # so that no tensor is refused for its 64 bits
             from_torch(flax_module, torch_module.state_dict())
     except ConversionError as error:
         try:

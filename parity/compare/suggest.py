@@ -1,7 +1,7 @@
-"""`suggest`: which part of a Flax model is which part of a PyTorch module, proposed from shapes, names and order.
+"""`suggest`: proposes names for a pair of models from shapes, names and order of definition.
 
-Only parts whose arrays fit are considered. Among them the assignment with the best sum of scores is taken; a score
-adds up how much alike two names are, whether their numbers are equal, and how far apart they stand in the two models.
+Only parts whose arrays fit are paired. Of the possible assignments the one with the highest sum of scores is chosen; a
+score adds the similarity of two names, the equality of their numbers, and the closeness of their places in the models.
 """
 
 import dataclasses
@@ -15,9 +15,11 @@ from flax import nnx
 from scipy.optimize import linear_sum_assignment
 
 from jaxmodels.weights.names import ConversionError, Path, dotted, flat_arrays
+from parity.compare.adapters import as_module
+from parity.compare.inputs import Inputs
 from parity.compare.names import DROPPED, KINDS, SUFFIXES, Mapped, aliases, kind_of, nothing, starred
 
-# What ports call the same thing.
+# Names that ports use for the same part.
 WORDS = {
     "attention": "attn att self_attn selfattention mha",
     "embed": "emb embedding embeddings wte embed_tokens word_embeddings embed_in tok token src",
@@ -36,15 +38,15 @@ WORDS = {
     "final": "f ln_f last",
 }
 CANONICAL = {word: name for name, words in WORDS.items() for word in (name, *words.split())}
-MARGIN = 0.1  # an exchange that costs less than this is as good
+MARGIN = 0.1  # exchanges that lower the score by less are ambiguous
 
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A proposal for `names=`, and what it is unsure of.
+    """A proposal for `names=`, and its doubts.
 
-    ambiguous: by PyTorch name, the Flax names that would do as well (the order in the models decided). unmatched_*:
-    parts that found no counterpart of fitting shapes. problems: what `parity.check` would still refuse.
+    ambiguous: by PyTorch's name, other Flax names that fit as well; the order in the models decided. unmatched_*: parts
+    without a counterpart of fitting shapes. problems: the error that `parity.check` would raise.
     """
 
     names: dict[str, Any]
@@ -55,12 +57,12 @@ class Suggestion:
 
     @property
     def complete(self) -> bool:
-        """Whether every array has a tensor; ambiguous ones may still be the wrong way round."""
+        """True if every array has a tensor; ambiguous ones may still be exchanged."""
         return not self.problems
 
     def __str__(self) -> str:
         lines = ["names = {", *(f"    {name!r}: {flax!r}," for name, flax in self.names.items()), "}"]
-        lines += [f"ambiguous: {n} may as well be {', '.join(others)}" for n, others in self.ambiguous.items()]
+        lines += [f"ambiguous: {n} could also be {', '.join(others)}" for n, others in self.ambiguous.items()]
         lines += [f"no counterpart in Flax: {name}" for name in self.unmatched_torch]
         lines += [f"no counterpart in PyTorch: {name}" for name in self.unmatched_flax]
         return "\n".join([*lines, *([self.problems] if self.problems else [])])
@@ -68,7 +70,7 @@ class Suggestion:
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A part with arrays of its own: its path, where it stands in the model (0 to 1), and shapes by name."""
+    """A part with arrays of its own: its path, its place in the model's order (0 to 1), and shapes by name."""
 
     path: str
     place: float
@@ -77,19 +79,12 @@ class Owner:
 
 
 def suggest(torch_module: Any, flax_module: Any, inputs: Any = None, channels_last: Sequence[str] = ()) -> Suggestion:
-    """Proposes `names` for `parity.check`. A Linen module needs the `inputs` of the check, to know its shapes.
+    """Proposes `names` for `parity.check`. A Linen module needs the `inputs` of the check, to have shapes.
 
-    Raises ValueError for a Linen module without inputs, and for anything that is no Flax module.
+    Raises ValueError for a Linen module without inputs, and for a module that is no Flax module.
     """
-    from flax import linen
-
-    from parity.compare.adapters import as_module
-    from parity.compare.inputs import Inputs
-
-    if isinstance(flax_module, linen.Module) and inputs is None:
-        raise ValueError("suggest needs inputs=… for a Linen module: its arrays have no shapes before it is called")
-    given = None if inputs is None else Inputs.of(inputs)
-    flax_module = as_module(flax_module, given, channels_last)  # type: ignore[arg-type]
+    # Not a Comparison: that needs the names that are proposed here.
+    flax_module = as_module(flax_module, None if inputs is None else Inputs.of(inputs), channels_last)
     theirs, ours = torch_owners(torch_module), flax_owners(flax_module, layer_counts(torch_module))
     pairs, ambiguous = assigned(theirs, ours)
     found: dict[str, Any] = {a.path: b.path for a, b in pairs}
@@ -118,7 +113,7 @@ def suggest(torch_module: Any, flax_module: Any, inputs: Any = None, channels_la
 
 
 def torch_owners(module: Any) -> list[Owner]:
-    """In the order of definition; a tied parameter belongs to its first owner."""
+    """PyTorch's parts in the order of definition; a tied parameter belongs to its first owner."""
     first = aliases(module)
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, tensor in module.state_dict().items():
@@ -130,7 +125,7 @@ def torch_owners(module: Any) -> list[Owner]:
 
 
 def flax_owners(module: nnx.Module, counts: set[int]) -> list[Owner]:
-    """In the order of definition; one that stacks as many layers as PyTorch lists stands once for each."""
+    """Flax's parts in the order of definition; a stack of as many layers as PyTorch lists counts once for each."""
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, array in flat_arrays(module).items():
         groups.setdefault(dotted(path[:-1]), {})[str(path[-1])] = tuple(array.shape)
@@ -151,12 +146,12 @@ def flax_owners(module: nnx.Module, counts: set[int]) -> list[Owner]:
 
 
 def layer_counts(module: Any) -> set[int]:
-    """The lengths of PyTorch's lists of modules."""
+    """Lengths of PyTorch's lists of modules."""
     return {len(m) for m in module.modules() if type(m).__name__ in ("ModuleList", "Sequential")} - {0, 1}
 
 
 def definition_order(module: nnx.Module) -> dict[str, int]:
-    """Where each sub-module's path comes in the order in which the attributes were set."""
+    """The place of each sub-module's path in the order in which attributes were set."""
     order: dict[str, int] = {}
 
     def walk(path: tuple[str, ...], node: Any) -> None:
@@ -171,28 +166,29 @@ def definition_order(module: nnx.Module) -> dict[str, int]:
 
 
 def is_list(node: Any) -> bool:
+    """True for a list of modules."""
     return isinstance(node, list | tuple | nnx.List)
 
 
 def natural(path: str) -> list[Any]:
+    """A key that sorts numbers in a path by value."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def fits(owner: Owner, other: Owner) -> bool:
-    """Whether every array of one is an array of the other, by its name and its shape."""
+    """True if each array of one is an array of the other, by name and shape."""
     return len(owner.shapes) == len(other.shapes) and all(
-        any(name_fits and shape_fits(owner, name, other, flax) for flax, name_fits in flax_names(name, other))
-        for name in owner.shapes
+        any(shape_fits(owner, name, other, flax) for flax in flax_names(name, other)) for name in owner.shapes
     )
 
 
-def flax_names(name: str, other: Owner) -> Iterator[tuple[str, bool]]:
-    for flax in (name, *SUFFIXES.get(name, ())):
-        if flax in other.shapes:
-            yield flax, True
+def flax_names(name: str, other: Owner) -> Iterator[str]:
+    """Flax's possible names of a tensor that the other part has."""
+    return (flax for flax in (name, *SUFFIXES.get(name, ())) if flax in other.shapes)
 
 
 def shape_fits(owner: Owner, name: str, other: Owner, flax: str, parts: int = 1) -> bool:
+    """True if a tensor, or one of equal parts of it, has the shape of Flax's array."""
     tensor, wanted = nothing(owner.shapes[name]), other.shapes[flax]
     kind = kind_of(owner.module, tensor, (flax,))
     shape = KINDS[kind][0](tensor).shape
@@ -202,7 +198,7 @@ def shape_fits(owner: Owner, name: str, other: Owner, flax: str, parts: int = 1)
 
 
 def assigned(theirs: list[Owner], ours: list[Owner]) -> tuple[list[tuple[Owner, Owner]], dict[str, list[str]]]:
-    """The best pairs, and by PyTorch path what could be exchanged at next to no cost."""
+    """The best pairs, and by PyTorch's path the Flax paths that fit almost as well."""
     impossible = -1e6
     scores = np.array([[score(a, b) if fits(a, b) else impossible for b in ours] for a in theirs], dtype=float)
     if not scores.size:
@@ -224,7 +220,7 @@ def assigned(theirs: list[Owner], ours: list[Owner]) -> tuple[list[tuple[Owner, 
 
 
 def score(owner: Owner, other: Owner) -> float:
-    """How much speaks for a pair: names up to 2, numbers up to 1, order up to 1."""
+    """The score of a pair: names up to 2, numbers up to 1, order up to 1."""
     a, b = tokens(owner.path), tokens(other.path)
     words = [[t for t in ts if not t.isdigit()] for ts in (a, b)]
     numbers = [[t for t in ts if t.isdigit()] for ts in (a, b)]
@@ -234,7 +230,7 @@ def score(owner: Owner, other: Owner) -> float:
 
 
 def tokens(path: str) -> list[str]:
-    """The words of a path in one vocabulary, numbers apart: 'h.3.ln_1' -> layer 3 norm 1."""
+    """The words and numbers of a path in one vocabulary: 'h.3.ln_1' -> layer 3 norm 1."""
     found: list[str] = []
     for word in path.split("."):
         lower = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", word).lower()
@@ -247,7 +243,7 @@ def tokens(path: str) -> list[str]:
 
 
 def split(left: list[Owner], free: list[Owner]) -> Iterator[tuple[Owner, list[Owner]]]:
-    """PyTorch parts that hold several Flax ones side by side (a fused query, key and value); takes them from both."""
+    """PyTorch parts that hold several Flax parts (a fused query, key and value); removes them from both lists."""
     for owner in list(left):
         for first in list(free):
             parent = first.path.rpartition(".")[0]
@@ -257,7 +253,7 @@ def split(left: list[Owner], free: list[Owner]) -> Iterator[tuple[Owner, list[Ow
             if not together or numbers[0] != numbers[1]:
                 continue
             if all(
-                any(shape_fits(owner, n, first, flax, len(group)) for flax, _ in flax_names(n, first))
+                any(shape_fits(owner, n, first, flax, len(group)) for flax in flax_names(n, first))
                 for n in owner.shapes
             ):
                 group.sort(key=lambda b: ("query key value".find(tokens(b.path)[-1]), b.place))
@@ -269,10 +265,10 @@ def split(left: list[Owner], free: list[Owner]) -> Iterator[tuple[Owner, list[Ow
 
 
 def loose(left: list[Owner], free: list[Owner], found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Single parameters whose owners did not fit as wholes, each with the most similar array of its shape."""
+    """Parameters of parts that did not fit as a whole, each with the most similar array of its shape."""
     arrays = {f"{b.path}.{n}".lstrip("."): s for b in free for n, s in b.shapes.items()}
     for owner in left:
-        if "weight" in owner.shapes:  # a layer: half of one is no counterpart
+        if "weight" in owner.shapes:  # a layer, which has a counterpart as a whole or none
             continue
         for name, shape in owner.shapes.items():
             full = f"{owner.path}.{name}".lstrip(".")
@@ -284,7 +280,7 @@ def loose(left: list[Owner], free: list[Owner], found: dict[str, Any]) -> Iterat
 
 
 def containers(module: Any, found: Mapping[str, Any]) -> dict[str, str]:
-    """Parts without arrays of their own, by what their parts are in Flax; each Flax part once, the outermost first."""
+    """Names of parts without arrays of their own, by the names of their parts; each Flax part once, outermost first."""
     names: dict[str, str] = {}
     for path, _ in module.named_modules():
         below = [v for n, v in found.items() if n.startswith(f"{path}.") and path]
@@ -303,7 +299,7 @@ def containers(module: Any, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def compressed(found: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """The same names with as few entries as say them: numbers as stars, and nothing that what encloses it implies."""
+    """The same names with fewer entries: numbers become stars, names that an enclosing part implies go."""
     names: dict[str, Any] = {}
     for name in sorted(found, key=lambda n: (n.count("."), paths.index(n) if n in paths else len(paths))):
         flax = found[name] if isinstance(found[name], list) else [found[name]]

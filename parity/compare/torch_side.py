@@ -1,8 +1,9 @@
-"""The PyTorch half: run, differentiate and train a module, at a chosen precision and on a chosen device."""
+"""The PyTorch side: a module run and differentiated at a chosen precision, on a chosen device."""
 
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 
 from jaxmodels.weights.names import as_numpy
 from parity.compare.inputs import Inputs, named_leaves
+from parity.compare.loss import Batch, Kinds, torch_loss
 
 
 def randomized(module: nn.Module, seed: int) -> nn.Module:
-    """A copy in which every constant parameter (zeros, ones) is perturbed: what is zero hides how it is used.
+    """A copy in which every constant parameter (zeros, ones) is perturbed: a zero hides how it is used.
 
-    So are the running means and variances of a BatchNorm that has averaged nothing yet.
+    The running means and variances of a BatchNorm that has averaged nothing yet are perturbed too.
     """
     module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(seed)
@@ -33,9 +35,9 @@ def randomized(module: nn.Module, seed: int) -> nn.Module:
 
 @contextlib.contextmanager
 def strict_precision() -> Iterator[None]:
-    """No TF32, no reduced-precision matmuls while it is open: float32 means float32."""
+    """Within the block float32 matmuls are in float32: no TF32, no reduced precision."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")  # turns off TF32 in matmuls
+    torch.set_float32_matmul_precision("highest")  # switches off TF32 in matmuls
     torch.backends.cudnn.allow_tf32 = False
     try:
         yield
@@ -51,48 +53,57 @@ class TorchSide:
         self.module = copy.deepcopy(module).to(device=device, dtype=dtype).eval()
         self.dtype, self.device = dtype, device
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights, in this side's dtype."""
+        return self.module.state_dict()
+
     def tensors(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """The inputs as tensors; floating ones in this side's dtype, asking for gradients."""
+        """The inputs as tensors; floating ones in this side's dtype, with gradients."""
         tensors = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.named().items()}
         return {
             name: tensor.to(self.dtype).requires_grad_() if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
         }
 
-    def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        with torch.no_grad():
-            return self.numpy(named_leaves(inputs.call(self.module, self.tensors(inputs)), torch.Tensor))
+    def call(self, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The outputs by name."""
+        return named_leaves(inputs.call(self.module, tensors), torch.Tensor)
 
-    def loss(self, outputs: dict[str, torch.Tensor], labels, targets) -> torch.Tensor:
+    def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """The outputs alone."""
+        with torch.no_grad():
+            return as_arrays(self.call(inputs, self.tensors(inputs)))
+
+    def differentiate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Loss, outputs and input tensors after a backward pass; gradients are in the tensors and parameters."""
+        labels: Any = batch.labels
         if labels is not None:
             labels = torch.as_tensor(labels, device=self.device, dtype=torch.long)
-            (logits,) = outputs.values()
-            return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
-        distances = [
-            (output - torch.as_tensor(targets[name], device=self.device, dtype=self.dtype)).square().mean()
-            for name, output in outputs.items()
-        ]
-        return torch.stack(distances).sum()
-
-    def evaluate(self, inputs: Inputs, labels, targets) -> dict[str, dict[str, np.ndarray]]:
-        """Outputs and the loss's gradients by kind, each tensor under its name."""
-        tensors = self.tensors(inputs)
+        targets = {n: torch.as_tensor(t, device=self.device, dtype=self.dtype) for n, t in batch.targets.items()}
+        tensors = self.tensors(batch.inputs)
         self.module.zero_grad(set_to_none=True)
-        outputs = named_leaves(inputs.call(self.module, tensors), torch.Tensor)
-        self.loss(outputs, labels, targets).backward()
+        outputs = self.call(batch.inputs, tensors)
+        loss = torch_loss(outputs, labels, targets)
+        loss.backward()
+        return loss, outputs, tensors
+
+    def evaluate(self, batch: Batch) -> Kinds:
+        """Outputs, and the loss's gradients of parameters and inputs."""
+        _, outputs, tensors = self.differentiate(batch)
         parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         kinds = {
-            "output": self.numpy(outputs),
-            "parameter gradients": {name: self.gradient(p) for name, p in parameters.items()},
-            "input gradients": {n: self.gradient(t) for n, t in tensors.items() if t.requires_grad},
+            "output": as_arrays(outputs),
+            "parameter gradients": {name: gradient(p) for name, p in parameters.items()},
+            "input gradients": {n: gradient(t) for n, t in tensors.items() if t.requires_grad},
         }
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
 
-    @staticmethod
-    def gradient(tensor: torch.Tensor) -> np.ndarray:
-        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        return as_numpy(gradient)
 
-    @staticmethod
-    def numpy(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        return {name: as_numpy(tensor) for name, tensor in tensors.items()}
+def gradient(tensor: torch.Tensor) -> np.ndarray:
+    """The gradient of a tensor; zero if the loss does not depend on it."""
+    return as_numpy(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
+
+
+def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Tensors as NumPy arrays, by name."""
+    return {name: as_numpy(tensor) for name, tensor in tensors.items()}

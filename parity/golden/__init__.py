@@ -1,1 +1,1 @@
-"""Golden fixtures: recorded PyTorch results, replayed without PyTorch."""
+"""Golden fixtures: results of PyTorch that are recorded once and replayed without it."""

@@ -1,1 +1,1 @@
-"""Finding the sub-module that differs."""
+"""Locates the sub-module in which two models differ."""

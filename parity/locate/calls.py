@@ -1,4 +1,4 @@
-"""Every call of every sub-module on both sides: what went in, what came out, and how to make it again."""
+"""Records every call of every sub-module on both sides: its arguments, its outputs, and how to repeat it."""
 
 import contextlib
 import dataclasses
@@ -14,58 +14,60 @@ from flax import linen, nnx
 from torch.utils import _pytree as torch_tree
 
 from jaxmodels.weights.names import dotted
-from parity.compare.inputs import Inputs, named_leaves
+from parity.compare.inputs import named_leaves
 from parity.compare.jax_side import split
+from parity.compare.loss import Batch
 from parity.compare.torch_side import TorchSide
 from parity.locate.store import Store
 
 CALLS = ("__call__", "plain")
-Key = tuple[str, int]  # a path, and how many times it was called before
+Key = tuple[str, int]  # a path, and the number of its earlier calls
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A tensor among arguments, under its number in the store."""
+    """A tensor among arguments, replaced by its number in the store."""
 
     number: int
 
 
 @dataclasses.dataclass
 class TorchCall:
-    """One call of a PyTorch sub-module. `order`: of completion; numbers in the store stand for tensors."""
+    """One call of a PyTorch sub-module; tensors are numbers in the store. order: in which the calls ended."""
 
     order: int
     args: tuple
     kwargs: dict
     inputs: dict[str, int]
     outputs: list[int]
-    gradients: dict[int, int]  # by output, where the run was differentiated
+    gradients: dict[int, int]  # by output, if the run was differentiated
 
 
 class TorchRun:
-    """One run of a PyTorch module with every call kept; with an objective, the gradients at every output too."""
+    """One run of a PyTorch module with every call recorded; with `gradients`, those at every output too."""
 
-    def __init__(self, side: TorchSide, inputs: Inputs, kept: Store, objective: tuple | None = None):
+    def __init__(self, side: TorchSide, batch: Batch, kept: Store, *, gradients: bool = False):
         self.side, self.kept = side, kept
         self.modules = dict(side.module.named_modules())
         self.calls: dict[Key, TorchCall] = {}
         self.counts: dict[str, int] = {}
         with self.hooked():
-            if objective is None:
-                side.outputs(inputs)
+            if gradients:
+                side.evaluate(batch)
             else:
-                side.evaluate(inputs, *objective)
+                side.outputs(batch.inputs)
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
+        """Within the block every sub-module has hooks that record its calls."""
         open_calls: list[tuple[tuple, dict]] = []
         handles = []
         for path, module in self.modules.items():
-            # The arguments are taken before the call: it may write into them.
-            def before(_, args, kwargs):
+            # Arguments are copied before the call, because it may write into them.
+            def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
                 open_calls.append(torch_tree.tree_map(self.keep, (args, kwargs)))
 
-            def after(module, args, kwargs, output, path=path):
+            def after(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any, path: str = path) -> None:
                 self.record(path, module, open_calls.pop(), output)
 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -77,6 +79,7 @@ class TorchRun:
                 handle.remove()
 
     def record(self, path: str, module: torch.nn.Module, given: tuple[tuple, dict], output: Any) -> None:
+        """Adds a call that has ended, with its arguments already in the store."""
         key = path, self.counts.get(path, 0)
         self.counts[path] = key[1] + 1
         args, kwargs = given
@@ -90,22 +93,30 @@ class TorchRun:
                 tensor.register_hook(lambda gradient, i=i: self.keep_gradient(call, i, gradient))
 
     def keep(self, leaf: Any) -> Any:
+        """A tensor's number in the store; anything else as it is."""
         return Kept(self.kept.put(leaf.detach().cpu().numpy())) if isinstance(leaf, torch.Tensor) else leaf
 
     def keep_gradient(self, call: TorchCall, i: int, gradient: torch.Tensor) -> None:
+        """Adds the gradient at output i of a call."""
         call.gradients[i] = self.keep(gradient).number
 
-    def given(self, key: Key) -> dict[str, np.ndarray]:
-        return {name: self.kept.get(number) for name, number in self.calls[key].inputs.items()}
-
     def outputs(self, key: Key) -> list[np.ndarray]:
+        """The floating outputs of a call."""
         return [self.kept.get(number) for number in self.calls[key].outputs]
 
     def gradients(self, key: Key) -> dict[int, np.ndarray]:
+        """The gradients at the outputs of a call, by the output's number."""
         return {i: self.kept.get(number) for i, number in self.calls[key].gradients.items()}
 
-    def again(self, key: Key, module: torch.nn.Module | None = None, dtype: torch.dtype = torch.float64, grad=False):
-        """The same call once more, of another module or in another dtype: floating outputs, and inputs by name."""
+    def again(
+        self,
+        key: Key,
+        module: torch.nn.Module | None = None,
+        dtype: torch.dtype = torch.float64,
+        *,
+        grad: bool = False,
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Repeats a call, with another module or in another dtype: floating outputs, and floating inputs by name."""
         call = self.calls[key]
         tensors: dict[int, torch.Tensor] = {}
 
@@ -142,7 +153,7 @@ def leaves_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_leaves(arguments: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments, those of the given names replaced."""
+    """The same arguments with the named ones replaced."""
 
     def walk(name: str, node: Any) -> Any:
         if isinstance(node, tuple | list):
@@ -156,22 +167,24 @@ def with_leaves(arguments: dict[str, Any], values: dict[str, Any]) -> dict[str, 
 
 
 class NNXPart:
-    """An NNX sub-module and which of its methods was called."""
+    """An NNX sub-module and the method that was called."""
 
     def __init__(self, module: nnx.Module, method: Any):
         self.method = method
         self.graphdef, self.params, self.rest = split(module)
 
     def call(self, params: Any, args: tuple, kwargs: dict) -> Any:
+        """Calls the method with other parameters."""
         return self.method(nnx.merge(self.graphdef, params, self.rest), *args, **kwargs)
 
     @staticmethod
     def state(gradients: Any) -> nnx.State:
+        """Gradients of the parameters as a State."""
         return gradients
 
 
 class LinenPart:
-    """A Linen sub-module, taken out of the model that called it."""
+    """A Linen sub-module with its variables, outside the model that called it."""
 
     def __init__(self, module: linen.Module):
         self.variables = dict(module.variables)
@@ -179,16 +192,18 @@ class LinenPart:
         self.module = module.clone(parent=None, name=None)
 
     def call(self, params: Any, args: tuple, kwargs: dict) -> Any:
+        """Calls the module with other parameters."""
         return self.module.apply({"params": params, **self.variables}, *args, **kwargs)
 
     @staticmethod
     def state(gradients: Any) -> nnx.State:
+        """Gradients of the parameters as a State."""
         return nnx.State(gradients)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlaxCall:
-    """One call of a Flax sub-module, while it is being recorded."""
+    """One call of a Flax sub-module that is being recorded."""
 
     path: str
     type: str
@@ -197,17 +212,17 @@ class FlaxCall:
     output: Any
 
 
-Record = Callable[[FlaxCall], Any]  # returns the output to go on with
+Record = Callable[[FlaxCall], Any]  # returns the output that the model continues with
 
 
 @contextlib.contextmanager
 def recorded(model: Any, record: Record) -> Iterator[None]:
-    """While open, every call of a part of the model, that is not made by `record` itself, is told to `record`."""
+    """Within the block every call of a sub-module is passed to `record`, but for those that `record` itself makes."""
     busy = False
 
-    def tell(call: FlaxCall) -> Any:
+    def record_once(call: FlaxCall) -> Any:
         nonlocal busy
-        if busy or any(isinstance(leaf, jax.core.Tracer) and no_jvp(leaf) for leaf in jax.tree.leaves(call.output)):
+        if busy or any(is_abstract(leaf) for leaf in jax.tree.leaves(call.output)):
             return call.output
         busy = True
         try:
@@ -217,14 +232,14 @@ def recorded(model: Any, record: Record) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if hasattr(model, "to_nnx__module"):
-            stack.enter_context(linen_calls(tell))
+            stack.enter_context(linen_calls(record_once))
         else:
-            stack.enter_context(nnx_calls(model, tell))
+            stack.enter_context(nnx_calls(model, record_once))
         yield
 
 
-def no_jvp(leaf: Any) -> bool:
-    """Whether a traced value has no concrete one behind it: inside jit or scan there is nothing to read."""
+def is_abstract(leaf: Any) -> bool:
+    """True for a tracer without a value, as inside jit or scan; a tracer of `jax.grad` has one."""
     while isinstance(leaf, jax.core.Tracer):
         if not hasattr(leaf, "primal"):
             return True
@@ -233,24 +248,26 @@ def no_jvp(leaf: Any) -> bool:
 
 
 @contextlib.contextmanager
-def linen_calls(tell: Record) -> Iterator[None]:
+def linen_calls(record: Record) -> Iterator[None]:
+    """Within the block calls of Linen modules are passed to `record`."""
+
     def intercept(proceed: Any, args: tuple, kwargs: dict, context: Any) -> Any:
         output = proceed(*args, **kwargs)
         if context.method_name != "__call__":
             return output
         module = context.module
         arguments = inspect.signature(context.orig_method).bind(*args, **kwargs)
-        return tell(
-            FlaxCall(".".join(module.path), type(module).__name__, lambda: LinenPart(module), arguments, output)
-        )
+        path = ".".join(module.path)
+        return record(FlaxCall(path, type(module).__name__, lambda: LinenPart(module), arguments, output))
 
-    # A scan over layers runs as a loop: its calls are seen, and with values.
+    # Without jit a scan over layers runs as a loop, so that its calls have values.
     with linen.intercept_methods(intercept), jax.disable_jit():
         yield
 
 
 @contextlib.contextmanager
-def nnx_calls(model: nnx.Module, tell: Record) -> Iterator[None]:
+def nnx_calls(model: nnx.Module, record: Record) -> Iterator[None]:
+    """Within the block calls of the sub-modules of an NNX model are passed to `record`."""
     paths = {id(m): dotted(path) for path, m in nnx.iter_modules(model)}
     active: list[Any] = []
 
@@ -258,8 +275,8 @@ def nnx_calls(model: nnx.Module, tell: Record) -> Iterator[None]:
         parameters = list(inspect.signature(original).parameters.values())
         signature = inspect.Signature(parameters[1:])  # without self
 
-        def call(self, *args, **kwargs):
-            if active and active[-1] is self:  # a subclass calling super().__call__: one call, not two
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if active and active[-1] is self:  # a subclass calls super().__call__: one call, not two
                 return original(self, *args, **kwargs)
             active.append(self)
             try:
@@ -270,7 +287,7 @@ def nnx_calls(model: nnx.Module, tell: Record) -> Iterator[None]:
             if path is None:
                 return output
             arguments = signature.bind(*args, **kwargs)
-            return tell(FlaxCall(path, type(self).__name__, lambda: NNXPart(self, original), arguments, output))
+            return record(FlaxCall(path, type(self).__name__, lambda: NNXPart(self, original), arguments, output))
 
         return call
 
@@ -280,10 +297,10 @@ def nnx_calls(model: nnx.Module, tell: Record) -> Iterator[None]:
 
 @contextlib.contextmanager
 def calls_replaced(model: Any, wrapped: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside the block every class of the model's modules has wrapped(method) in the place of each of CALLS."""
+    """Within the block every class of the model's modules has wrapped(method) instead of each method in CALLS."""
     classes = {type(m) for _, m in nnx.iter_modules(model)}
     own = {(cls, name): vars(cls).get(name) for cls in classes for name in CALLS if hasattr(cls, name)}
-    wrappers = {key: wrapped(getattr(*key)) for key in own}  # all taken before any is set: they may inherit
+    wrappers = {key: wrapped(getattr(*key)) for key in own}  # all read before any is set: they may inherit
     try:
         for key, wrapper in wrappers.items():
             setattr(*key, wrapper)
@@ -297,7 +314,7 @@ def calls_replaced(model: Any, wrapped: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def unstacked(model: Any) -> Any:
-    """The model with its layers one by one: inside a scan no call would be seen."""
+    """The model with its layers in a list: inside a scan calls have no values."""
     return model.unstacked() if hasattr(model, "unstacked") else model
 
 

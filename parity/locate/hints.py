@@ -1,7 +1,7 @@
-"""What an error looks like: known mistakes are made on purpose in PyTorch's sub-module.
+"""Hints at the cause of an error: known mistakes are made on purpose in a copy of PyTorch's sub-module.
 
-The one that gives what Flax gave is the hint. Nothing is guessed from a magnitude alone but a narrower precision, which
-leaves nothing else.
+A mistake is the hint if it reproduces Flax's outputs. Only a narrower precision is concluded from the size of an error
+alone, because rounding shows in nothing else.
 """
 
 import contextlib
@@ -19,76 +19,77 @@ from torch.nn import functional
 from parity.locate.calls import Key, TorchRun
 
 EPSILONS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
-EXPLAINED = 1e-3  # of the error may be left
+EXPLAINED = 1e-3  # the largest share of the error that a hint may leave unexplained
 
 Change = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 
 
 def hint(run: TorchRun, key: Key, given: list[np.ndarray], dtype: Any) -> str:
-    """One line on what leaves exactly this error, '' where nothing known does. `given`: Flax's outputs of the call."""
-    truth = run.outputs(key)
+    """One line on the cause of an error, '' if it is unknown; `given` are Flax's outputs of the call."""
+    right = run.outputs(key)
     if not all(np.isfinite(array).all() for array in given):
         return "not finite"
-    if [a.shape for a in given] != [a.shape for a in truth]:
+    if [a.shape for a in given] != [a.shape for a in right]:
         return ""
     for text, change in mistakes(run.modules[key[0]]):
         outputs = repeated(run, key, change)
-        if outputs is not None and explains(outputs, given, truth):
+        if outputs is not None and explains(outputs, given, right):
             return text
-    return shape_of_error(given, truth) or precision(given, truth, dtype)
+    return shape_of_error(given, right) or precision(given, right, dtype)
 
 
 def repeated(run: TorchRun, key: Key, change: Change) -> list[np.ndarray] | None:
-    """PyTorch's outputs of the same call with a mistake made; None where it makes none of it work."""
+    """PyTorch's outputs of the same call with a mistake; None if the module cannot run with that mistake."""
     module = copy.deepcopy(run.modules[key[0]])
     try:
         with change(module):
             outputs, _ = run.again(key, module)
-    except Exception:  # a mistake that does not even run is not the one that was made
+    except Exception:  # Flax's module ran, so this mistake is not the one in it
         return None
     return [output.detach().numpy() for output in outputs]
 
 
-def explains(outputs: list[np.ndarray], given: list[np.ndarray], truth: list[np.ndarray]) -> bool:
-    """Whether Flax's outputs are as good as those of the mistake, measured by how far they are from the truth."""
+def explains(outputs: list[np.ndarray], given: list[np.ndarray], right: list[np.ndarray]) -> bool:
+    """True if the outputs of a mistake are Flax's, up to a small share of Flax's error."""
     if any(a.shape != b.shape for a, b in zip(outputs, given, strict=True)):
         return False
     left = max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(outputs, given, strict=True))
-    error = max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(given, truth, strict=True))
+    error = max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(given, right, strict=True))
     return left < EXPLAINED * error
 
 
 def mistakes(module: nn.Module) -> Iterator[tuple[str, Change]]:
-    """Each known mistake that this module, or what is inside it, gives an occasion for."""
+    """Each known mistake that can be made in this module or inside it, with its hint."""
     yield "GELU: Flax has its tanh approximation, PyTorch the exact one", gelu("tanh")
     yield "GELU: Flax has the exact one, PyTorch its tanh approximation", gelu("none")
     for epsilon in EPSILONS:
         yield f"epsilon: Flax has {epsilon:g}, PyTorch {own_epsilon(module):g}", with_epsilon(epsilon)
     for name, parameter in module.named_parameters():
-        where = name.rpartition(".")[0]
-        beside = f" of {where}" if where else ""
+        owner = name.rpartition(".")[0]
+        where = f" of {owner}" if owner else ""
         if name.endswith("bias"):
-            yield f"missing bias{beside}", with_values(name, torch.zeros_like)
-            yield f"bias added twice{beside}", with_values(name, lambda p: 2 * p)
+            yield f"missing bias{where}", with_values(name, torch.zeros_like)
+            yield f"bias added twice{where}", with_values(name, lambda p: 2 * p)
         if name.endswith("weight") and parameter.ndim == 2 and parameter.shape[0] == parameter.shape[1]:
-            yield f"transposed kernel{beside}", with_values(name, torch.t)
+            yield f"transposed kernel{where}", with_values(name, torch.t)
         if name.endswith("weight") and parameter.ndim == 1:
-            yield f"missing scale{beside}", with_values(name, torch.ones_like)
-            yield f"scale taken as 1 + weight{beside}", with_values(name, lambda p: 1 + p)
+            yield f"missing scale{where}", with_values(name, torch.ones_like)
+            yield f"scale taken as 1 + weight{where}", with_values(name, lambda p: 1 + p)
         if parameter.ndim > 2:
-            yield f"kernel's window reversed{beside}", with_values(name, lambda p: p.flip(tuple(range(2, p.ndim))))
+            yield f"kernel's window reversed{where}", with_values(name, lambda p: p.flip(tuple(range(2, p.ndim))))
     yield "attention without its scale 1/√d", unscaled
-    yield "rotary: Flax turns neighbouring features, PyTorch the two halves", interleaved(split=True)
-    yield "rotary: Flax turns the two halves, PyTorch neighbouring features", interleaved(split=False)
+    yield "rotary: Flax rotates adjacent features, PyTorch the two halves", interleaved(split=True)
+    yield "rotary: Flax rotates the two halves, PyTorch adjacent features", interleaved(split=False)
 
 
 def own_epsilon(module: nn.Module) -> float:
+    """The first epsilon in a module; 0 if it has none."""
     found = [v for m in module.modules() for n, v in vars(m).items() if n in ("eps", "variance_epsilon")]
     return float(found[0] or 0.0) if found else 0.0
 
 
 def gelu(approximate: str) -> Change:
-    """Every GELU of a kind, functional or a module."""
+    """Replaces every GELU, functional or a module, by one of the given approximation."""
     original = functional.gelu
 
     @contextlib.contextmanager
@@ -105,6 +106,8 @@ def gelu(approximate: str) -> Change:
 
 
 def with_epsilon(epsilon: float) -> Change:
+    """Replaces every epsilon."""
+
     @contextlib.contextmanager
     def change(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
@@ -117,6 +120,8 @@ def with_epsilon(epsilon: float) -> Change:
 
 
 def with_values(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """Replaces the values of a parameter by a function of them."""
+
     @contextlib.contextmanager
     def change(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
@@ -129,9 +134,10 @@ def with_values(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 @contextlib.contextmanager
 def unscaled(_: nn.Module) -> Iterator[None]:
+    """Sets the scale of attention scores to 1."""
     original = functional.scaled_dot_product_attention
 
-    def attention(*args, **kwargs):
+    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         return original(*args, **(kwargs | {"scale": 1.0}))
 
     with mock.patch.object(functional, "scaled_dot_product_attention", attention):
@@ -139,15 +145,18 @@ def unscaled(_: nn.Module) -> Iterator[None]:
 
 
 def interleaved(split: bool) -> Change:
-    """Another pairing of features in rotary embeddings: in a module that is one, or a function that applies them."""
+    """Pairs other features in rotary embeddings, in a module or in the function that applies them.
+
+    split: the module rotates the two halves, and the mistake is to rotate adjacent features; otherwise the reverse.
+    """
 
     def order(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         halves = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2)])
         there = halves if split else halves.argsort()
         return there, there.argsort()
 
-    def turned(function: Callable[..., Any], n_features: int | None) -> Callable[..., Any]:
-        def call(*args, **kwargs):
+    def rearranged(function: Callable[..., Any], n_features: int | None) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             n = n_features or args[-1].shape[-1]
             there, back = order(n)
 
@@ -156,7 +165,7 @@ def interleaved(split: bool) -> Change:
                     return x
                 return torch.cat([x[..., :n][..., index], x[..., n:]], dim=-1)
 
-            q_and_k = 1 if n_features else 2  # a module turns one tensor, a function the queries and the keys
+            q_and_k = 1 if n_features else 2  # a module rotates one tensor, the function queries and keys
             given = [arranged(x, there) for x in args[:q_and_k]]
             output = function(*given, *args[q_and_k:], **kwargs)
             return arranged(output, back) if n_features else tuple(arranged(x, back) for x in output)
@@ -169,19 +178,19 @@ def interleaved(split: bool) -> Change:
             for part in list(module.modules()):
                 width = next((v for n, v in vars(part).items() if n in ("d", "dim", "d_rope") and v), None)
                 if "rotary" in type(part).__name__.lower() and isinstance(width, int):
-                    part.forward = turned(part.forward, width)
+                    part.forward = rearranged(part.forward, width)
                 space = vars(sys.modules[type(part).__module__])
                 function = space.get("apply_rotary_pos_emb")
                 if function is not None and not hasattr(function, "mock"):
-                    stack.enter_context(mock.patch.dict(space, apply_rotary_pos_emb=turned(function, None)))
+                    stack.enter_context(mock.patch.dict(space, apply_rotary_pos_emb=rearranged(function, None)))
             yield
 
     return change
 
 
-def shape_of_error(given: list[np.ndarray], truth: list[np.ndarray]) -> str:
-    """What the difference itself says: a factor, one vector everywhere, an axis shifted or reversed, few features."""
-    a, b = given[0], truth[0]
+def shape_of_error(given: list[np.ndarray], right: list[np.ndarray]) -> str:
+    """A pattern in the difference: a factor, one vector everywhere, an axis shifted or reversed, few features."""
+    a, b = given[0], right[0]
     if len(given) > 1 or not b.size:
         return ""
     error = float(np.abs(a - b).max())
@@ -200,17 +209,17 @@ def shape_of_error(given: list[np.ndarray], truth: list[np.ndarray]) -> str:
                 return f"shifted by {by:+d} along axis {axis}"
     offset = (a - b).reshape(-1, a.shape[-1]) if a.ndim else a.reshape(1, 1)
     if len(offset) > 2 and np.abs(offset - offset[0]).max() < EXPLAINED * error:
-        return "one vector is added at every position: a bias too many, or one that is missing"
+        return "one vector is added at every position: an extra bias, or a missing one"
     changed = (np.abs(a - b) > EXPLAINED * error).mean(axis=tuple(range(a.ndim - 1))) if a.ndim > 1 else np.ones(1)
     if 0 < (changed > 0).mean() <= 0.5:
         return f"only {int((changed > 0).sum())} of {changed.size} features differ"
     return ""
 
 
-def precision(given: list[np.ndarray], truth: list[np.ndarray], dtype: Any) -> str:
-    """A narrower type inside, by its signal-to-noise: 24, 11 and 8 bits leave about 140, 65 and 48 dB."""
-    noise = sum(float(np.square(a - b).sum()) for a, b in zip(given, truth, strict=True))
-    signal = sum(float(np.square(b).sum()) for b in truth)
+def precision(given: list[np.ndarray], right: list[np.ndarray], dtype: Any) -> str:
+    """A narrower type inside, by the signal-to-noise ratio: 24, 11 and 8 bits leave about 140, 65 and 48 dB."""
+    noise = sum(float(np.square(a - b).sum()) for a, b in zip(given, right, strict=True))
+    signal = sum(float(np.square(b).sum()) for b in right)
     if not noise or not signal:
         return ""
     snr = 10 * (np.log10(signal) - np.log10(noise))

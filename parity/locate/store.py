@@ -1,4 +1,4 @@
-"""Arrays that are kept in memory up to a limit, and past it in a temporary folder."""
+"""Arrays kept in memory up to a limit, and beyond it in a temporary folder."""
 
 import contextlib
 import tempfile
@@ -11,7 +11,7 @@ DEFAULT_LIMIT = 2**30
 
 
 class Store:
-    """Keeps arrays under growing numbers; `limit`: bytes in memory. Open it with `store(limit)`."""
+    """Arrays by number, counted from 0; at most `limit` bytes are in memory. `store(limit)` opens one."""
 
     def __init__(self, limit: int, folder: Path):
         self.limit, self.folder = limit, folder
@@ -19,7 +19,7 @@ class Store:
         self.in_memory = self.on_disk = 0  # bytes
 
     def put(self, array: np.ndarray) -> int:
-        """The number under which a copy of the array is kept."""
+        """Keeps a copy of the array; returns its number."""
         if self.in_memory + array.nbytes <= self.limit:
             self.kept.append(np.array(array, copy=True))
             self.in_memory += array.nbytes
@@ -31,7 +31,7 @@ class Store:
         return len(self.kept) - 1
 
     def get(self, number: int) -> np.ndarray:
-        """The array, read-only; from disk it is mapped, not read."""
+        """The array, read-only; if on disk it is memory-mapped."""
         kept = self.kept[number]
         array = np.load(kept, mmap_mode="r") if isinstance(kept, Path) else kept.view()
         array.flags.writeable = False
@@ -39,13 +39,13 @@ class Store:
 
 
 def check_limit(memory_limit: int) -> None:
-    """Raises ValueError where it is no number of bytes."""
+    """Raises ValueError for a negative number of bytes."""
     if memory_limit < 0:
         raise ValueError(f"memory_limit={memory_limit} must be at least 0 bytes")
 
 
 @contextlib.contextmanager
 def store(limit: int = DEFAULT_LIMIT) -> Iterator[Store]:
-    """A Store whose folder goes when it closes."""
+    """A Store whose folder is deleted when it closes."""
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         yield Store(limit, Path(folder))

@@ -1,8 +1,8 @@
-"""Where two models part: a tree of their sub-modules, each with how far it is off and whether it is to blame.
+"""The tree of a pair's sub-modules, each with its errors and a verdict.
 
-A sub-module has two readings. *Propagated*: what it gave in the run of the whole model, errors of everything before it
-included. *Isolated*: what it gives when it is fed with exactly what PyTorch's was fed. A culprit errs in isolation and
-has no part that does; a victim is right in isolation and was given something wrong.
+A sub-module has two errors. *Propagated*: of its outputs in the run of the whole model, which includes the errors of
+everything before it. *Isolated*: of its outputs when it is given exactly the inputs of PyTorch's. A culprit errs in
+isolation, and nothing inside it does; a victim is right in isolation and was given wrong inputs.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ DECADES = (-18, 2)  # the histogram's range: log10 of |Δ| over the largest magn
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """How far arrays are from the truth; several arrays of one call are read as one.
+    """Differences Δ of arrays from the reference; several arrays of one call count as one.
 
-    error: max|Δ| / max|truth|, what a limit is held against; infinite where shapes or finiteness differ.
-    ulps: the largest |Δ| in units of the spacing of the truth's values in `dtype`.
-    snr_db: 10·log10(Σ truth² / Σ Δ²), infinite for equal arrays.
-    histogram: elements by the decade of |Δ| / max|truth|, from below 1e-18 to above 1e2; equal elements are left out.
+    error: max|Δ| / max|reference|, the number that has a limit; infinite if a value is not finite.
+    ulps: the largest |Δ| in units of the spacing of the reference's values in `dtype`.
+    snr_db: 10·log10(Σ reference² / Σ Δ²), infinite for equal arrays.
+    histogram: elements by the decade of |Δ| / max|reference|, from below 1e-18 to above 1e2, without equal elements.
     """
 
     error: float
@@ -39,14 +39,14 @@ class Errors:
 
     @classmethod
     def of(
-        cls, result: Sequence[np.ndarray], truth: Sequence[np.ndarray], dtype: Any = np.float64, scale: float = 0.0
+        cls, result: Sequence[np.ndarray], reference: Sequence[np.ndarray], dtype: Any = np.float64, scale: float = 0.0
     ) -> "Errors | None":
-        """Of pairs of arrays, each of a shape that broadcasts to the other's; None where one pair's does not.
+        """Errors of pairs of arrays; None if the shapes of a pair do not broadcast.
 
-        The error is relative to the largest magnitude of its own array, or to `scale` where that is given.
+        The error is relative to the largest magnitude of each array, or to `scale` if that is given.
         """
         try:
-            pairs = [np.broadcast_arrays(a, b) for a, b in zip(result, truth, strict=False)]
+            pairs = [np.broadcast_arrays(a, b) for a, b in zip(result, reference, strict=False)]
         except ValueError:
             return None
         pairs = [(a, b) for a, b in pairs if a.size]
@@ -92,7 +92,7 @@ NOT_FINITE = Errors(*(math.inf,) * 8, snr_db=-math.inf, size=0, histogram=(0,) *
 
 
 def spacing(magnitude: np.ndarray, dtype: Any) -> np.ndarray:
-    """The distance to the next value of a floating dtype, at given magnitudes."""
+    """The distance to the next value of a floating dtype, at each magnitude."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype)
@@ -104,13 +104,12 @@ def spacing(magnitude: np.ndarray, dtype: Any) -> np.ndarray:
 class Part:
     """One sub-module in one direction, and the sub-modules inside it.
 
-    path: PyTorch's ('' is the whole model); flax_path, flax_type: '' where it has no counterpart that was called.
-    order: when it was done, counted from 0 among all calls of its direction; its first call that errs counts, or its
-    first.
-    propagated, isolated: of the worst of its `calls`; None where nothing could be compared. limit: the most that
-    `error` may be. stage 'forward': the errors are of outputs; 'backward': of the gradient that arrives at the output
-    (propagated), and of those with respect to its inputs and its own parameters (isolated).
-    verdict: 'agrees'; 'culprit'; 'encloses' (a culprit); 'victim'; 'unmatched' (nothing to compare).
+    path: PyTorch's ('' is the whole model); flax_path, flax_type: '' if no counterpart was called. order: of its first
+    call that errs, else of its first call, among all calls of its direction. propagated, isolated: errors of the worst
+    of its `calls`; None if nothing could be compared. limit: the largest allowed `error`. stage 'forward': errors of
+    outputs; 'backward': of the gradient that arrives at the output (propagated), and of the gradients of its inputs and
+    own parameters (isolated). verdict: 'agrees'; 'culprit'; 'encloses' (a culprit); 'victim'; 'unmatched' (nothing was
+    compared).
     """
 
     path: str
@@ -139,11 +138,11 @@ class Part:
             yield from child.walk()
 
     def culprits(self) -> list["Part"]:
-        """Those to blame, in the order in which they ran."""
+        """The culprits, in the order in which they ran."""
         return sorted((part for part in self.walk() if part.verdict == "culprit"), key=lambda part: part.order)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; infinities are strings."""
+        """Values that JSON can hold; infinities are strings."""
         return plain(dataclasses.asdict(self))
 
     def __str__(self) -> str:
@@ -151,7 +150,7 @@ class Part:
 
 
 def lines_of(part: Part, depth: int, above: str = "") -> Iterator[str]:
-    """The tree as text, worst part first; parts that agree are counted only."""
+    """The tree as text, worst part first; parts that agree are only counted."""
     name = part.path.removeprefix(above).removeprefix(".") or "the model"
     isolated = f", alone {part.isolated.error:.1e}" if part.isolated else ""
     error = f"{part.propagated.error:.1e}{isolated}" if part.propagated else isolated.removeprefix(", ")
@@ -167,16 +166,17 @@ def lines_of(part: Part, depth: int, above: str = "") -> Iterator[str]:
 
 
 def by_blame(part: Part) -> tuple[float, float]:
-    """Worst first: in isolation, then in the run of the whole model."""
-    return tuple(-e.error if e else 0.0 for e in (part.isolated, part.propagated))  # type: ignore[return-value]
+    """A key that sorts the worst part first: by its isolated error, then by its propagated one."""
+    isolated, propagated = (-e.error if e else 0.0 for e in (part.isolated, part.propagated))
+    return isolated, propagated
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """The first sub-module to blame (path '' is the whole model), and the trees in which it was found.
+    """The first culprit (path '' is the whole model), and the trees in which it was found.
 
-    error: of its output, or of its gradients where stage is 'backward', in isolation. fast_path: the plain path agrees
-    with PyTorch, and the model's own call parts from it.
+    error: of its outputs in isolation, or of its gradients if stage is 'backward'. fast_path: the plain path agrees
+    with PyTorch, and the model's own call differs from it.
     """
 
     path: str
@@ -200,18 +200,18 @@ class Divergence:
         return f"first divergence: {where} ({self.flax_type}), same inputs, {what} differ by {self.error:.1e}{hint}"
 
     def tree(self) -> str:
-        """The parts that differ, worst first, in the direction in which the culprit was found."""
+        """The parts that differ, worst first, in the culprit's direction."""
         part = self.backward if self.stage == "backward" else self.forward
         return "" if part is None else str(part)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; infinities are strings."""
+        """Values that JSON can hold; infinities are strings."""
         return plain(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Both directions' trees in one dtype, and the first divergence in them; backward None where not asked for."""
+    """The trees of both directions in one dtype, and the first divergence in them; backward is None if not traced."""
 
     dtype: str
     forward: Part
@@ -219,7 +219,7 @@ class Trace:
     divergence: Divergence | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; infinities are strings."""
+        """Values that JSON can hold; infinities are strings."""
         return plain(dataclasses.asdict(self))
 
     def __str__(self) -> str:
@@ -230,7 +230,7 @@ class Trace:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: infinities and NaN as strings, tuples as lists."""
+    """A value as JSON can hold it: infinities and NaN as strings, tuples as lists."""
     if isinstance(value, dict):
         return {key: plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

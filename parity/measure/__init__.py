@@ -1,1 +1,1 @@
-"""Readings of a pair: differences and their limits."""
+"""Readings of a comparison: differences, and the limits that they are held to."""

@@ -1,29 +1,28 @@
-"""Training either side of a pair step by step, with one update rule stated in both libraries."""
+"""Optimizers that both libraries have, and training either side with one of them, step by step."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
 from flax import nnx
 
-from parity.compare.inputs import Inputs, matches, named_leaves
-from parity.compare.jax_side import FlaxSide, compiled
-from parity.compare.torch_side import TorchSide
-
-Batch = tuple[Inputs, np.ndarray | None]
-Kinds = dict[str, dict[str, np.ndarray]]
+from parity.compare.jax_side import JaxSide, compiled
+from parity.compare.loss import Batch, Kinds
+from parity.compare.names import matches
+from parity.compare.torch_side import TorchSide, as_arrays, gradient
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """One update rule in both libraries.
 
-    torch(parameters, learning_rate) and optax(learning_rate) make it; moments: by name, where PyTorch's state keeps a
-    moment of a parameter and the field of optax's state with the same.
+    torch(parameters, learning_rate) and optax(learning_rate) make it. moments: by name, the key of a moment in
+    PyTorch's state of a parameter, and the field of optax's state that holds the same.
     """
 
     torch: Callable[[Any, float], torch.optim.Optimizer]
@@ -34,10 +33,10 @@ class Optimizer:
 ADAM = {"first moment": ("exp_avg", "mu"), "second moment": ("exp_avg_sq", "nu")}
 MOMENTUM = {"momentum": ("momentum_buffer", "trace")}
 
-# Where a library's defaults or its place for ε differ, both are told the same. Not here, because their equations are
-# others: NAdam (PyTorch decays the momentum), AMSGrad (the maximum is of v or of v̂), Rprop (optax steps by the last
-# gradient).
-OPTIMIZERS = {
+# Both libraries get the same hyperparameters where their defaults, or their place for ε, differ. Left out, because
+# their equations differ: NAdam (PyTorch decays the momentum), AMSGrad (the maximum is of v or of v̂), Rprop (optax steps
+# by the last gradient).
+OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer(lambda p, lr: torch.optim.SGD(p, lr), lambda lr: optax.sgd(lr), {}),
     "momentum": Optimizer(
         lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), lambda lr: optax.sgd(lr, momentum=0.9), MOMENTUM
@@ -79,82 +78,84 @@ OPTIMIZERS = {
 }
 
 
-def torch_steps(
-    side: TorchSide,
-    batches: Sequence[Batch],
-    targets: Mapping[str, np.ndarray],
-    frozen: Sequence[str],
-    pair: Optimizer,
-    rates: Sequence[float],
-) -> Iterator[Kinds]:
-    """What each step computed, by kind, in the order in which it did; the side itself stays as it is.
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training run for either side: a batch and a learning rate for each step; `frozen` parameters keep their values.
 
-    frozen: patterns of parameters that are not trained. Where none is left there are no steps.
+    frozen: patterns of parameter names.
     """
+
+    optimizer: Optimizer
+    batches: Sequence[Batch]
+    rates: Sequence[float]
+    frozen: tuple[str, ...]
+
+    def steps(self, side: TorchSide | JaxSide) -> Iterator[Kinds]:
+        """What each step computes, by kind, in the order of computing: loss, gradients, moments, parameters.
+
+        The side itself does not change. There are no steps if no parameter is trained.
+        """
+        return torch_steps(side, self) if isinstance(side, TorchSide) else jax_steps(side, self)
+
+    def outcome(self, side: TorchSide | JaxSide) -> Kinds:
+        """The loss of every step, and the parameters after the last; empty if there are no steps."""
+        losses: dict[str, np.ndarray] = {}
+        parameters: dict[str, np.ndarray] = {}
+        for number, kinds in enumerate(self.steps(side)):
+            losses[f"step {number}"], parameters = kinds["loss"]["loss"], kinds["parameters"]
+        return {"training loss": losses, "trained parameters": parameters} if losses else {}
+
+
+def torch_steps(side: TorchSide, training: Training) -> Iterator[Kinds]:
+    """`Training.steps` in PyTorch."""
     side = TorchSide(side.module, side.dtype, side.device)
-    trained = {n: p for n, p in side.module.named_parameters() if p.requires_grad and not matches(n, frozen)}
-    if not (trained and batches):
+    named = side.module.named_parameters()
+    trained = {n: p for n, p in named if p.requires_grad and not matches(n, training.frozen)}
+    if not (trained and training.batches):
         return
-    optimizer = pair.torch(list(trained.values()), rates[0])
-    for (inputs, labels), rate in zip(batches, rates, strict=True):
+    optimizer = training.optimizer.torch(list(trained.values()), training.rates[0])
+    for batch, rate in zip(training.batches, training.rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        loss = side.loss(named_leaves(inputs.call(side.module, side.tensors(inputs)), torch.Tensor), labels, targets)
-        loss.backward()
-        gradients = {name: side.gradient(parameter) for name, parameter in trained.items()}
-        for parameter in trained.values():  # what the loss does not reach has a gradient of zero, as in JAX
+        loss, *_ = side.differentiate(batch)
+        gradients = {name: gradient(parameter) for name, parameter in trained.items()}
+        for parameter in trained.values():  # JAX's gradient is zero, not None, where the loss does not depend on one
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         moments = {
-            kind: side.numpy({name: optimizer.state[p][key] for name, p in trained.items()})
-            for kind, (key, _) in pair.moments.items()
+            kind: as_arrays({name: optimizer.state[p][key] for name, p in trained.items()})
+            for kind, (key, _) in training.optimizer.moments.items()
         }
         found = {
-            "loss": side.numpy({"loss": loss}),
+            "loss": as_arrays({"loss": loss}),
             "gradients": gradients,
             **moments,
-            "parameters": side.numpy(trained),
+            "parameters": as_arrays(trained),
         }
+        # Copies: the arrays share memory with tensors that the next step changes.
         yield {kind: {name: array.copy() for name, array in tensors.items()} for kind, tensors in found.items()}
 
 
-def flax_steps(
-    side: FlaxSide,
-    batches: Sequence[Batch],
-    targets: Mapping[str, np.ndarray],
-    frozen: Sequence[str],
-    pair: Optimizer,
-    rates: Sequence[float],
-) -> Iterator[Kinds]:
-    """The same in JAX, each tensor under its PyTorch name."""
-    held = side.weights.held(side.params, frozen)
-    if not batches or all(path in held for path, _ in nnx.to_flat_state(side.params)):
+def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
+    """`Training.steps` in JAX; each tensor has its PyTorch name."""
+    held = side.weights.held(side.params, training.frozen)
+    if not training.batches or all(path in held for path, _ in nnx.to_flat_state(side.params)):
         return
 
     @compiled
-    def update(params, state, gradients, rate):
-        updates, state = pair.optax(rate).update(gradients, state, params)
+    def update(params: nnx.State, state: Any, gradients: nnx.State, rate: jax.Array) -> tuple[nnx.State, Any]:
+        updates, state = training.optimizer.optax(rate).update(gradients, state, params)
         flat = nnx.to_flat_state(updates)
         still = {path: leaf.replace(jnp.zeros_like(leaf.get_value())) for path, leaf in flat if path in held}
         return optax.apply_updates(params, nnx.from_flat_state(dict(flat) | still)), state
 
     def read(tree: Any) -> dict[str, np.ndarray]:
-        return {name: array for name, array in side.weights.read(tree).items() if not matches(name, frozen)}
+        return {name: array for name, array in side.weights.read(tree).items() if not matches(name, training.frozen)}
 
-    params, state = side.params, pair.optax(rates[0]).init(side.params)
-    for (inputs, labels), rate in zip(batches, rates, strict=True):
-        (loss, _), (gradients, _) = side.value_and_grad(params, *side.arguments(inputs, labels, targets), side.rest)
+    params, state = side.params, training.optimizer.optax(training.rates[0]).init(side.params)
+    for batch, rate in zip(training.batches, training.rates, strict=True):
+        (loss, _), (gradients, _) = side.value_and_grad(params, *side.arguments(batch), side.rest)
         params, state = update(params, state, gradients, jnp.asarray(rate, side.dtype))
-        moments = {kind: read(optax.tree.get(state, key)) for kind, (_, key) in pair.moments.items()}
+        moments = {kind: read(optax.tree.get(state, key)) for kind, (_, key) in training.optimizer.moments.items()}
         yield {"loss": {"loss": np.asarray(loss)}, "gradients": read(gradients), **moments, "parameters": read(params)}
-
-
-def outcome(steps: Iterable[Kinds]) -> Kinds:
-    """What all steps came to: the loss of each, and the parameters after the last; nothing where there were none."""
-    losses: dict[str, np.ndarray] = {}
-    parameters: dict[str, np.ndarray] = {}
-    for number, kinds in enumerate(steps):
-        losses[f"step {number}"], parameters = kinds["loss"]["loss"], kinds["parameters"]
-    return {"training loss": losses, "trained parameters": parameters} if losses else {}

@@ -1,1 +1,1 @@
-"""Mutation testing of the harness: planted mistakes that it must find and name."""
+"""Planted mistakes, and the share of them that the harness finds and names."""

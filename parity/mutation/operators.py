@@ -1,4 +1,4 @@
-"""Porting mistakes that can be made in any sub-module of an NNX model: in its weights, its constants, its calls."""
+"""Porting mistakes that can be planted in any sub-module of an NNX model: in its weights, its constants, its calls."""
 
 import contextlib
 import dataclasses
@@ -13,22 +13,27 @@ from flax import nnx
 
 from parity.locate.calls import calls_replaced
 
+Change = Callable[[nnx.Module], Callable[[], None] | None]
+Call = Callable[..., Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """A mistake: `change` makes it in a Flax sub-module that has its weights; None where it does not apply."""
+    """A mistake. `change` returns a function that makes it in a Flax sub-module; None if it does not apply."""
 
     name: str
     about: str
-    change: Callable[[nnx.Module], Callable[[], None] | None]
+    change: Change
 
 
 OPERATORS: dict[str, Operator] = {}
-CALLED: dict[str, Callable[..., Any]] = {}  # what a planted sub-module does when it is called
+CALLED: dict[str, Call] = {}  # by operator: (original call, args, kwargs) -> wrong output
 
 
-def operator(name: str, about: str) -> Callable:
-    def register(change: Callable) -> Callable:
+def operator(name: str, about: str) -> Callable[[Change], Change]:
+    """Registers a change as an operator."""
+
+    def register(change: Change) -> Change:
         OPERATORS[name] = Operator(name, about, change)
         return change
 
@@ -38,13 +43,13 @@ def operator(name: str, about: str) -> Callable:
 # Mistakes in the weights.
 
 
-def of_array(names: Sequence[str], function: Callable[[jax.Array], jax.Array | None]) -> Callable:
-    """A change to the first of the named arrays that a sub-module has and that the function applies to."""
+def of_array(names: Sequence[str], function: Callable[[jax.Array], jax.Array | None]) -> Change:
+    """A change to the first of the named arrays that a sub-module has and the function applies to."""
 
     def change(module: nnx.Module) -> Callable[[], None] | None:
         for name in names:
             variable = vars(module).get(name)
-            if not isinstance(variable, nnx.Param) or variable.get_value() is None:  # nnx has a bias of None
+            if not isinstance(variable, nnx.Param) or variable.get_value() is None:  # an nnx layer without bias
                 continue
             if jax.eval_shape(function, variable[...]) is not None:
                 return lambda: variable.set_value(function(variable[...]))
@@ -79,11 +84,12 @@ operator("weights in bfloat16", "weights went through bfloat16")(
 
 
 def divisor(n: int) -> int:
-    """The smallest divisor of n but 1, 0 where that is n."""
+    """The smallest divisor of n between 1 and n; 0 if there is none."""
     return next((d for d in range(2, n) if n % d == 0), 0)
 
 
 def mixed(kernel: jax.Array) -> jax.Array:
+    """The kernel with its output features [d, n / d] transposed."""
     d = divisor(kernel.shape[-1])
     return kernel.reshape(*kernel.shape[:-1], d, -1).swapaxes(-1, -2).reshape(kernel.shape)
 
@@ -91,7 +97,9 @@ def mixed(kernel: jax.Array) -> jax.Array:
 # Mistakes in the constants.
 
 
-def of_attribute(names: Sequence[str], function: Callable[[float], float]) -> Callable:
+def of_attribute(names: Sequence[str], function: Callable[[float], float]) -> Change:
+    """A change to the first of the named numbers that a sub-module has."""
+
     def change(module: nnx.Module) -> Callable[[], None] | None:
         for name in names:
             value = vars(module).get(name)
@@ -109,11 +117,13 @@ operator("another scale", "the scores are scaled by 1/d_k instead of its root")(
 )
 
 
-# Mistakes in what a sub-module computes; the sub-module carries the mistake's name, through jit, scan and merge.
+# Mistakes in the call. The sub-module has the operator's name as an attribute, which survives jit, scan and merge.
 
 
-def when_called(name: str, about: str) -> Callable:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+def when_called(name: str, about: str) -> Callable[[Call], Call]:
+    """Registers a function (original call, args, kwargs) -> wrong output as an operator."""
+
+    def register(function: Call) -> Call:
         def change(module: nnx.Module) -> Callable[[], None] | None:
             return lambda: setattr(module, "planted", name)
 
@@ -125,6 +135,8 @@ def when_called(name: str, about: str) -> Callable:
 
 
 def floats(tree: Any, function: Callable[[jax.Array], jax.Array]) -> Any:
+    """The tree with a function applied to its floating arrays."""
+
     def one(leaf: Any) -> Any:
         return function(leaf) if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
@@ -132,17 +144,17 @@ def floats(tree: Any, function: Callable[[jax.Array], jax.Array]) -> Any:
 
 
 @when_called("factor", "the output is a thousandth too large")
-def factor(call, args, kwargs):
+def factor(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), lambda y: 1.001 * y)
 
 
 @when_called("features rolled", "the output's features are rotated by one")
-def features_rolled(call, args, kwargs):
+def features_rolled(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), lambda y: jnp.roll(y, 1, axis=-1))
 
 
 @when_called("positions rolled", "the output is one position late")
-def positions_rolled(call, args, kwargs):
+def positions_rolled(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     def late(y: jax.Array) -> jax.Array:
         return jnp.roll(y, 1, axis=int(np.argmax(y.shape[:-1]))) if y.ndim > 1 else y
 
@@ -150,27 +162,27 @@ def positions_rolled(call, args, kwargs):
 
 
 @when_called("input in float32", "the inputs are rounded to float32 on the way in")
-def rounded_input(call, args, kwargs):
+def rounded_input(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call(*floats(args, lambda x: x.astype(jnp.float32).astype(x.dtype)), **kwargs)
 
 
 @when_called("input in bfloat16", "the inputs are rounded to bfloat16 on the way in")
-def halved_input(call, args, kwargs):
+def halved_input(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call(*floats(args, lambda x: x.astype(jnp.bfloat16).astype(x.dtype)), **kwargs)
 
 
 @when_called("no gradient", "the output is taken for a constant")
-def no_gradient(call, args, kwargs):
+def no_gradient(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), jax.lax.stop_gradient)
 
 
 @when_called("another gradient", "the output is right, its gradient a hundredth too large")
-def another_gradient(call, args, kwargs):
+def another_gradient(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), lambda y: 1.01 * y - jax.lax.stop_gradient(0.01 * y))
 
 
 @when_called("no residual", "what went in is taken off what comes out")
-def no_residual(call, args, kwargs):
+def no_residual(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     def without(y: jax.Array) -> jax.Array:
         x = next((a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array) and a.shape == y.shape), None)
         return y if x is None else y - x
@@ -179,14 +191,14 @@ def no_residual(call, args, kwargs):
 
 
 @when_called("skipped", "the sub-module is left out")
-def skipped(call, args, kwargs):
+def skipped(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     y = call(*args, **kwargs)
     x = next((a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array)), None)
     return x if isinstance(y, jax.Array) and x is not None and (x.shape, x.dtype) == (y.shape, y.dtype) else y
 
 
 @when_called("arguments exchanged", "the first two arrays are given in the other order")
-def exchanged(call, args, kwargs):
+def exchanged(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     values = [*args, *kwargs.values()]
     if len(values) < 2 or not all(isinstance(v, jax.Array) for v in values[:2]) or values[0].shape != values[1].shape:
         return call(*args, **kwargs)
@@ -195,7 +207,7 @@ def exchanged(call, args, kwargs):
 
 
 @when_called("mask ignored", "everything may be seen")
-def mask_ignored(call, args, kwargs):
+def mask_ignored(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     def seen(leaf: Any) -> Any:
         return jnp.ones_like(leaf) if isinstance(leaf, jax.Array) and leaf.dtype == bool else leaf
 
@@ -204,12 +216,12 @@ def mask_ignored(call, args, kwargs):
 
 @contextlib.contextmanager
 def planted_calls(model: nnx.Module) -> Iterator[None]:
-    """While open, a sub-module that carries an operator's name makes that mistake whenever it is called."""
+    """Within the block a sub-module with an operator's name as attribute makes that mistake when it is called."""
     active: list[Any] = []
 
-    def wrapped(original: Callable) -> Callable:
+    def wrapped(original: Call) -> Call:
         @functools.wraps(original)
-        def call(self, *args, **kwargs):
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             mistake = CALLED.get(getattr(self, "planted", ""))
             if mistake is None or (active and active[-1] is self):
                 return original(self, *args, **kwargs)

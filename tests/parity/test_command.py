@@ -97,7 +97,7 @@ def test_checks_before_an_error_are_kept(tmp_path, monkeypatch, capsys):
     def raises(*arguments, **others):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(parity.cases.suite, "sweep", raises)
+    monkeypatch.setattr(parity.cases.suite, "read_sweep", raises)
     assert main(["transformer.feed_forward", "--sweep", "--json", str(tmp_path / "out.json")]) == 2
     (report,) = json.loads((tmp_path / "out.json").read_text())
     assert report["error"]["message"] == "out of memory"

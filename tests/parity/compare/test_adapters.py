@@ -10,6 +10,7 @@ from flax import linen, nnx
 
 import parity
 import parity.compare.adapters
+from parity.compare.inputs import Inputs
 from tests.parity.pairs import mlp
 
 KERNEL = linen.initializers.lecun_normal()
@@ -56,5 +57,5 @@ def linen_side_of_an_older_flax(monkeypatch):
 def test_a_flax_without_eager_sharding_has_nothing_to_switch_off(linen_side_of_an_older_flax):
     assert linen_side_of_an_older_flax.eager_sharding is contextlib.nullcontext
     x = mlp()[2]
-    model = linen_side_of_an_older_flax.as_module(linen.Dense(3), parity.compare.adapters.Inputs.of(x))
+    model = linen_side_of_an_older_flax.as_module(linen.Dense(3), Inputs.of(x))
     assert model.kernel.shape == (5, 3)

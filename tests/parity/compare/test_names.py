@@ -169,12 +169,12 @@ def test_everything_that_does_not_fit_is_listed_at_once():
 
 @pytest.mark.parametrize("names", ["conv", 3, [("a", "b", "c")]])
 def test_names_of_another_form_are_an_error(names):
-    with pytest.raises(ValueError, match="names must be a mapping"):
+    with pytest.raises(ValueError, match=r"names="):
         renamer(names)
 
 
 def test_a_star_too_many_is_an_error():
-    with pytest.raises(ValueError, match="more stars"):
+    with pytest.raises(ValueError, match=r"names\['h.3'\]='blocks\.\*'"):
         renamer({"h.3": "blocks.*"})
 
 
@@ -202,5 +202,5 @@ def test_suggest_says_what_has_no_counterpart():
     suggestion = parity.suggest(Twice(), FlaxVision(rngs=nnx.Rngs(0)))
     assert not suggestion.complete
     assert suggestion.unmatched_torch == ["one", "two"]
-    with pytest.raises(ValueError, match="needs inputs"):
+    with pytest.raises(ValueError, match="inputs=None"):
         parity.suggest(TorchVision(), LinenVision())

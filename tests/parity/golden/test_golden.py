@@ -19,7 +19,8 @@ from parity.cases import SYSTEMS
 from parity.cases.golden import GOLDEN
 from parity.cases.suite import pair_of
 from parity.command import main
-from parity.golden.record import SHIPPED, files_of, read, record, stems
+from parity.golden.fixture import SHIPPED, files_of, read, stems
+from parity.golden.record import record
 from tests.parity.pairs import FlaxMLP, mlp
 
 # torch is not to be had where this runs: importing it is an error there.
@@ -39,10 +40,10 @@ def test_what_was_recorded_is_torch_in_float64(recorded):
     state = {name: torch.tensor(array) for name, array in fixture.state.items()}
     module = torch_module.double()
     module.load_state_dict(state)
-    np.testing.assert_array_equal(fixture.truth["output"]["output"], module(torch.tensor(x)).detach().numpy())
-    assert fixture.truth["output"]["output"].dtype == np.float64
-    assert set(fixture.truth["parameter gradients"]) == set(state)
-    assert fixture.truth["input gradients"]["x"].shape == x.shape
+    np.testing.assert_array_equal(fixture.results["output"]["output"], module(torch.tensor(x)).detach().numpy())
+    assert fixture.results["output"]["output"].dtype == np.float64
+    assert set(fixture.results["parameter gradients"]) == set(state)
+    assert fixture.results["input gradients"]["x"].shape == x.shape
 
 
 def test_a_right_model_agrees_and_a_wrong_one_does_not(recorded):
@@ -59,7 +60,7 @@ def test_a_right_model_agrees_and_a_wrong_one_does_not(recorded):
 
     report = parity.replay(Wrong(rngs=nnx.Rngs(0)), stem)
     assert [c.kind for c in report.checks if not c.passed] == ["output", "parameter gradients", "input gradients"]
-    assert "parity.check tells" in str(report)
+    assert "where they part: " in str(report)
 
 
 def test_float32_alone_where_there_is_no_float64(recorded):
@@ -87,19 +88,19 @@ def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
     flax_module, stem = recorded
     with pytest.raises(ValueError, match="nothing"):
         parity.replay(flax_module, tmp_path / "nothing")
-    with pytest.raises(ValueError, match="pass one to"):
+    with pytest.raises(ValueError, match=r"flax_module=None\b.*an MLP"):
         parity.replay(None, stem)
-    with pytest.raises(ValueError, match="flax_module must be"):
+    with pytest.raises(ValueError, match=r"flax_module="):
         parity.replay(jnp.tanh, stem)
     about = json.loads(stem.with_suffix(".json").read_text())
     stem.with_suffix(".json").write_text(json.dumps(about | {"format": 2}))
-    with pytest.raises(ValueError, match="format 2"):
+    with pytest.raises(ValueError, match=r"mlp\b.*format=2\b.*1"):
         parity.replay(flax_module, stem)
     stem.with_suffix(".json").write_text(json.dumps(about))
     stem.with_suffix(".safetensors").write_bytes(stem.with_suffix(".safetensors").read_bytes()[:-3])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match=r"mlp\b"):
         parity.replay(flax_module, stem)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match=r"stem=.*nowhere"):
         parity.record(*mlp()[::2], tmp_path / "nowhere" / "mlp")
 
 
@@ -117,9 +118,9 @@ def test_the_shipped_fixtures_are_what_torch_computes_now(name, tmp_path):
     record(pair.torch, pair.inputs, tmp_path / name, flax_module=pair.flax, labels=pair.labels, name=name)
     new, old = read(tmp_path / name), read(SHIPPED / name)
     assert new.model == old.model
-    for kind, tensors in new.truth.items():
+    for kind, tensors in new.results.items():
         for key, tensor in tensors.items():
-            np.testing.assert_allclose(old.truth[kind][key], tensor, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(old.results[kind][key], tensor, rtol=0, atol=1e-12)
 
 
 def test_the_command_records_what_can_be_rebuilt(tmp_path, capsys):

@@ -182,7 +182,7 @@ def test_declared_zero_gradients_must_be_zero(pair):
     assert parity.check(torch_module, flax_module, inputs, zero_gradients=["unused"], steps=1).passed
     report = parity.check(torch_module, flax_module, inputs, zero_gradients=["first.*"], steps=1)
     assert [check.kind for check in report.checks if not check.passed] == ["zero gradients"]
-    with pytest.raises(ValueError, match="nothing_like_it"):
+    with pytest.raises(ValueError, match=r"zero_gradients=\['nothing_like_it'\].*first\.bias"):
         parity.check(torch_module, flax_module, inputs, zero_gradients=["nothing_like_it"])
 
 
@@ -195,17 +195,17 @@ def test_weights_that_do_not_fit_are_an_error(pair):
 
 @pytest.mark.parametrize("inputs", [{}, [], {"x": np.array(["text"])}, np.zeros((0, 3))])
 def test_inputs_that_are_no_arrays_are_an_error(pair, inputs):
-    with pytest.raises(ValueError, match="inputs must be"):
+    with pytest.raises(ValueError, match=r"inputs: got (x|input 0|no arrays)\b"):
         parity.check(pair[0], pair[1], inputs)
 
 
 def test_training_batches_vary_and_are_reproducible():
     inputs = Inputs.of({"x": np.zeros((3, 2)), "ids": np.arange(5), "mask": np.array([True, False])})
-    batches = [inputs.batch(step).named() for step in range(3)]
+    batches = [inputs.varied(step).named() for step in range(3)]
     assert not np.array_equal(batches[0]["x"], batches[1]["x"])
     np.testing.assert_array_equal(batches[2]["ids"], [2, 3, 4, 0, 1])
     np.testing.assert_array_equal(batches[1]["mask"], [True, False])
-    np.testing.assert_array_equal(inputs.batch(1).named()["x"], batches[1]["x"])
+    np.testing.assert_array_equal(inputs.varied(1).named()["x"], batches[1]["x"])
 
 
 def test_a_changed_bit_in_the_round_trip_is_seen(pair, monkeypatch):
@@ -239,9 +239,9 @@ def test_outputs_of_other_names_are_an_error(pair):
         def __call__(self, x, hide):
             return super().__call__(x, hide)["y"]
 
-    with pytest.raises(ValueError, match=r"output\[y\]; the Flax module returns output"):
+    with pytest.raises(ValueError, match=r"output\[y\]; .* output\n"):
         parity.check(torch_module, Renamed(rngs=nnx.Rngs(0)), inputs)
-    with pytest.raises(ValueError, match="flax_module must be"):
+    with pytest.raises(ValueError, match=r"flax_module=TorchNet\b"):
         parity.check(torch_module, torch_module, inputs)
 
 

@@ -116,17 +116,17 @@ def test_a_linen_module_is_read_with_the_variables_that_it_is_bound_to():
     found = parity.invariances(LinenMLP().bind(variables), X, batch_axis=0, only=LINEN)
     assert [check.kind for check in found.checks if not check.passed] == ["accumulated / whole batch"]
     del variables["fixed"]
-    with pytest.raises(ValueError, match=r"other variables than a call with the inputs has: mixing$"):
+    with pytest.raises(ValueError, match=r"flax_module\b.*: mixing$"):
         parity.invariances(LinenMLP().bind(variables), X)
-    with pytest.raises(ValueError, match=r"inputs has: Dense_0\.kernel, mixing$"):
+    with pytest.raises(ValueError, match=r"flax_module\b.*: Dense_0\.kernel, mixing$"):
         parity.invariances(LinenMLP().bind(variables), X[:, :3])
 
 
 def test_bad_arguments_are_named(ids):
-    with pytest.raises(ValueError, match="jits"):
+    with pytest.raises(ValueError, match=r"only=\['jits'\]"):
         parity.invariances(language_model("plain"), ids, only=["jits"])
     abstract = nnx.eval_shape(lambda: FlaxMLP(rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="abstract"):
+    with pytest.raises(ValueError, match=r"flax_module=FlaxMLP\b"):
         parity.invariances(abstract, jnp.ones((2, 5)))
-    with pytest.raises(ValueError, match="flax_module must be"):
+    with pytest.raises(ValueError, match=r"flax_module="):
         parity.invariances(jnp.tanh, X)

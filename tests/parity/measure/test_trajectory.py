@@ -64,12 +64,12 @@ def test_what_torch_does_not_train_is_held_still_with_weight_decay_too():
 
 def test_bad_arguments_are_named():
     pair = mlp()
-    with pytest.raises(ValueError, match="adamm"):
+    with pytest.raises(ValueError, match=r"optimizer='adamm'.*adamw"):
         parity.trajectory(*pair, optimizer="adamm")
-    with pytest.raises(ValueError, match="steps=0"):
+    with pytest.raises(ValueError, match=r"steps=0\b.*1"):
         parity.trajectory(*pair, steps=0)
     with pytest.raises(ValueError, match="precision='half'"):
         parity.trajectory(*pair, precision="half")
-    with pytest.raises(ValueError, match="no parameter"):
+    with pytest.raises(ValueError, match="torch_module"):
         parity.trajectory(*pair, zero_gradients=["*"])
     assert jnp.zeros(()).dtype == jnp.float32, "x64 is off again"

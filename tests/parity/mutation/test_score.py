@@ -3,34 +3,36 @@
 import numpy as np
 import pytest
 
-from parity.mutation import mutate
+from parity.mutation import score
+from parity.mutation.mutate import Mutant
+from parity.mutation.operators import OPERATORS
 
 
 def test_planted_errors_are_found_and_named_and_the_unbroken_case_raises_no_alarm(capsys):
-    assert mutate.main(["synthesizer.dense_layer", "--count", "5", "--seeds", "2"]) == 0
+    assert score.main(["synthesizer.dense_layer", "--count", "5", "--seeds", "2"]) == 0
     text = capsys.readouterr().out
     assert "- found: 5 of 5 (100 %)" in text
-    assert "- false alarms: 0, of 1 unbroken cases at 2 seeds each" in text
+    assert "- false alarms: 0 in 1 unbroken cases at 2 seeds each" in text
     assert text.count("| synthesizer.dense_layer |") == 5
 
 
 def test_a_case_of_nothing_is_an_error(capsys):
-    assert mutate.main(["nothing"]) == 2
+    assert score.main(["nothing"]) == 2
     assert "no case is called nothing" in capsys.readouterr().err
 
 
 def test_the_sample_is_even_over_systems_and_follows_the_seed():
     def mutant(system, operator):
-        return mutate.Mutant(system, (), "", mutate.OPERATORS[operator])
+        return Mutant(system, (), "", OPERATORS[operator])
 
     systems = {s: [mutant(s, o) for o in ("factor", "skipped", "missing bias") for _ in range(4)] for s in "ab"}
-    draws = [list(mutate.drawn(systems, np.random.default_rng(seed))) for seed in (0, 0, 1)]
+    draws = [list(score.drawn(systems, np.random.default_rng(seed))) for seed in (0, 0, 1)]
     assert [m.case for m in draws[0][:4]] == ["a", "b", "a", "b"]
     assert len({m.operator.name for m in draws[0][:3]}) == 3
     assert draws[0] == draws[1]
     assert len(draws[0]) == 24
 
 
-@pytest.mark.parametrize("name", sorted(mutate.OPERATORS))
+@pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_every_operator_says_what_it_does(name):
-    assert mutate.OPERATORS[name].about
+    assert OPERATORS[name].about

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import parity
-from parity.measure.dtypes import fast_path
+from parity.measure.precision import fast_path
 from parity.report.charts import color
 from parity.report.results import Check
 from parity.report.stamp import commit

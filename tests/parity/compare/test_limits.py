@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parity.measure import limits
+from parity.compare import limits
 
 
 def test_errors_are_in_units_of_the_largest_tensor_of_the_kind():

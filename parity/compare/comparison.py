@@ -1,0 +1,193 @@
+"""`Comparison`: everything about a pair of modules that is decided before a reading begins, decided once.
+
+    torch          PyTorch's module, a copy with constant parameters perturbed; a recording of one; or None
+    flax           Flax's module, an NNX one whatever was given (`adapters`); or None, while PyTorch is recorded
+    weights        which Flax array is which PyTorch tensor, by `names`
+    inputs         arguments of the call of both modules; `channels_last`: which of them Flax lays out otherwise
+    labels         what the loss compares the outputs with, if not with random targets
+    zero_gradients patterns of parameters whose gradients are zero in exact arithmetic: they are not trained
+    device         where Flax runs; float64: whether it does so in float64
+    seed           of perturbations and targets
+
+Every reading (`parity.measure`, `parity.golden`, `parity.mutation`) takes a Comparison and asks it for its sides.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.weights.names import as_numpy, is_floating
+from parity.compare import jax_side
+from parity.compare.adapters import as_module
+from parity.compare.inputs import Inputs
+from parity.compare.jax_side import JaxSide
+from parity.compare.loss import Batch, Kinds, random_targets
+from parity.compare.names import Names, OwnWeights, TorchModule, Twins, Weights, weights_of
+
+if TYPE_CHECKING:
+    from parity.compare.torch_side import TorchSide
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Both sides in one dtype, and the reference: PyTorch in float64, its weights and inputs rounded to that dtype."""
+
+    inputs: Inputs
+    reference: "TorchSide"
+    torch: "TorchSide"
+    jax: JaxSide
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two modules to compare; see the module's docstring. `Comparison.of` makes one of a user's arguments."""
+
+    torch: TorchModule | None
+    flax: Any
+    weights: Weights
+    inputs: Inputs
+    labels: np.ndarray | None
+    channels_last: tuple[str, ...]
+    zero_gradients: tuple[str, ...]
+    device: jax.Device
+    float64: bool
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        torch_module: TorchModule | None,
+        flax_module: Any,
+        inputs: Any,
+        *,
+        labels: Any = None,
+        names: Names | Weights | None = None,
+        channels_last: Sequence[str] = (),
+        zero_gradients: Sequence[str] = (),
+        device: str | None = None,
+        float64: bool | None = None,
+        randomize: bool = True,
+        seed: int = 0,
+    ) -> "Comparison":
+        """Resolves the arguments of `parity.check`, which documents them.
+
+        Without a PyTorch module the Flax module keeps its own weights; without a Flax module PyTorch runs alone.
+        Raises ValueError for inputs or modules of another kind, ConversionError if the weights do not fit, and
+        RuntimeError if JAX has no such device.
+        """
+        inputs = Inputs.of(inputs)
+        chosen = jax.devices(device)[0]
+        float64 = chosen.platform != "tpu" if float64 is None else float64
+        if torch_module is not None and randomize:
+            from parity.compare.torch_side import randomized
+
+            torch_module = randomized(torch_module, seed)  # type: ignore[arg-type]
+        if flax_module is not None:
+            flax_module = as_module(flax_module, inputs, channels_last)
+        weights: Weights
+        if torch_module is None:
+            weights = OwnWeights(jnp.float64 if float64 else jnp.float32)
+        else:
+            weights = Twins() if flax_module is None else weights_of(torch_module, flax_module, names)
+        return cls(
+            torch_module,
+            flax_module,
+            weights,
+            inputs,
+            None if labels is None else np.asarray(labels),
+            tuple(channels_last),
+            tuple(zero_gradients),
+            chosen,
+            float64,
+            seed,
+        )
+
+    @property
+    def precision(self) -> str:
+        """The widest dtype in which the Flax module runs."""
+        return "float64" if self.float64 else "float32"
+
+    @functools.cached_property
+    def untrained(self) -> frozenset[str]:
+        """Parameters that PyTorch does not train: Flax's gradients of them are not compared."""
+        named = () if self.torch is None else self.torch.named_parameters()
+        return frozenset(name for name, parameter in named if not parameter.requires_grad)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of the parameters that no training step changes, on either side."""
+        return (*self.zero_gradients, *map(glob.escape, sorted(self.untrained)))
+
+    @property
+    def torch_device(self) -> str:
+        """Where PyTorch runs in narrower dtypes: on a GPU if Flax does and PyTorch can."""
+        import torch
+
+        return "cuda" if self.device.platform == "gpu" and torch.cuda.is_available() else "cpu"
+
+    @contextlib.contextmanager
+    def strict_precision(self, float64: bool | None = None) -> Iterator[None]:
+        """Within the block float32 means float32 on both sides, and JAX runs on `device`; float64 is on or off."""
+        with contextlib.ExitStack() as stack:
+            if callable(self.torch):  # a recording is not, and must not need torch
+                from parity.compare import torch_side
+
+                stack.enter_context(torch_side.strict_precision())
+            wide = self.float64 if float64 is None else float64
+            stack.enter_context(jax_side.strict_precision(wide, self.device))
+            yield
+
+    def state_dict(self, dtype: str) -> dict[str, np.ndarray]:
+        """PyTorch's weights, floating ones in a dtype; none if Flax keeps its own."""
+        state = {} if self.torch is None else self.torch.state_dict()
+        arrays = {name: as_numpy(tensor) for name, tensor in state.items()}
+        return {name: a.astype(jnp.dtype(dtype)) if is_floating(a.dtype) else a for name, a in arrays.items()}
+
+    def torch_side(self, dtype: str, device: str = "cpu") -> "TorchSide":
+        """PyTorch's module in a dtype."""
+        import torch
+
+        from parity.compare.torch_side import TorchSide
+
+        assert isinstance(self.torch, torch.nn.Module), "a recording has no module to run"
+        return TorchSide(self.torch, getattr(torch, dtype), device)
+
+    def jax_side(
+        self, dtype: str, state_dict: Mapping[str, Any] | None = None, inputs: Inputs | None = None
+    ) -> JaxSide:
+        """Flax's module with PyTorch's weights in a dtype, or with those of a state_dict."""
+        state_dict = self.state_dict(dtype) if state_dict is None else state_dict
+        module = self.weights.load(self.flax, state_dict)
+        return JaxSide(module, self.weights, inputs or self.inputs, dtype, self.channels_last)
+
+    def sides(self, dtype: str, device: str = "cpu") -> Sides:
+        """Both sides in a dtype, PyTorch's on a device, and the reference for that dtype.
+
+        Rounding weights and inputs to the dtype is no error of computing: the reference has them rounded as well.
+        """
+        import torch
+
+        from parity.compare.torch_side import TorchSide
+
+        inputs = self.inputs.rounded(jnp.dtype(dtype))
+        theirs = self.torch_side(dtype, device)
+        reference = TorchSide(theirs.module, torch.float64, "cpu")
+        return Sides(inputs, reference, theirs, self.jax_side(dtype, theirs.state_dict(), inputs))
+
+    def batch(self, outputs: Mapping[str, np.ndarray], inputs: Inputs | None = None) -> Batch:
+        """The inputs, labels, and random targets for outputs of these shapes."""
+        return Batch(inputs or self.inputs, self.labels, random_targets(outputs, self.seed))
+
+    def evaluated(self, side: "TorchSide", inputs: Inputs | None = None) -> tuple[Batch, Kinds]:
+        """What PyTorch computes, and the batch that it was computed for."""
+        # With labels the loss needs no targets, only their names: one pass gives results and names.
+        outputs = {} if self.labels is not None else side.outputs(inputs or self.inputs)
+        results = side.evaluate(self.batch(outputs, inputs))
+        return self.batch(results["output"], inputs), results

@@ -1,0 +1,108 @@
+"""Decoding through a cache, for any language model that has the methods of `LanguageModel`.
+
+The first input of such a model's call is the token ids. Its other inputs reach decoding in one of two ways:
+
+    an input that `init_cache` takes under the same name is passed to `init_cache` (`start`, where rows are padded)
+    all others are passed to the model's `decoding_inputs` (`ReadsMoreThanIds`), which cuts them into the arguments of
+    `prefill` and of every `decode`; a model that has other inputs and not this method is not decoded
+"""
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parity.compare.inputs import Inputs
+from parity.compare.jax_side import compiled
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A model that decodes; ids are [S, B] for sequence_axis 0, [B, S] for sequence_axis 1."""
+
+    sequence_axis: int
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: Any = None) -> Any:
+        """An empty cache for max_len tokens a row; start int [B]: how many ids of each row are left padding."""
+
+    def prefill(self, ids: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """The first ids in one pass -> logits [B, V] of the last one, and the filled cache."""
+
+    def decode(self, ids: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Further ids -> their logits, and the longer cache."""
+
+
+@runtime_checkable
+class ReadsMoreThanIds(Protocol):
+    """A language model whose `prefill` and `decode` take more than ids and cache."""
+
+    def decoding_inputs(
+        self, inputs: Mapping[str, jax.Array], cuts: Sequence[int]
+    ) -> tuple[dict[str, Any], Sequence[Mapping[str, jax.Array]]]:
+        """Keyword arguments of `init_cache`, and those of `prefill` and of each `decode`.
+
+        inputs: what the call takes besides ids, by the names of its parameters. cuts: the positions between which the
+        text is decoded, from 0 to its length; the first piece is the prefill.
+        """
+
+
+class NotDecodable(Exception):
+    """Why a model cannot be decoded with these inputs."""
+
+
+def decodes(module: Any) -> bool:
+    """True if a module has the methods of `LanguageModel`."""
+    return isinstance(module, LanguageModel)
+
+
+def decoded(model: Any, inputs: Inputs, dtype: Any) -> tuple[int, np.ndarray]:
+    """Logits through the cache, laid out like the ids, from position `first` on: (first, logits).
+
+    The text is read by a prefill, a chunk of five tokens, single tokens, and a chunk again. Raises NotDecodable for
+    inputs whose part in decoding the model does not define.
+    """
+    ids, others = ids_and_others(model, inputs)
+    axis = model.sequence_axis
+    model = model.unstacked() if hasattr(model, "unstacked") else model  # as `jaxmodels.generate` decodes
+    n = ids.shape[axis]
+    prompt = max(1, n - 17)
+    cuts = [c for c in (0, prompt, *range(prompt + 5, prompt + 13)) if c < n] + [n]
+    of_cache, of_calls = arguments(model, others, cuts)
+    pieces = [jnp.asarray(ids.take(range(a, b), axis)) for a, b in itertools.pairwise(cuts)]
+    # New functions at every call: jit remembers by function, and a check must run the code as it is now.
+    prefill = compiled(lambda model, ids, cache, more: model.prefill(ids, cache, **more))
+    decode = compiled(lambda model, ids, cache, more: model.decode(ids, cache, **more))
+    cache = model.init_cache(ids.shape[1 - axis], n, dtype, **of_cache)
+    last, cache = prefill(model, pieces[0], cache, of_calls[0])
+    logits = [jnp.expand_dims(last, axis)]
+    for piece, more in zip(pieces[1:], of_calls[1:], strict=True):
+        further, cache = decode(model, piece, cache, more)
+        logits.append(further)
+    return prompt - 1, np.asarray(jnp.concatenate(logits, axis=axis))
+
+
+def ids_and_others(model: Any, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The token ids, and the other inputs by the names of the call's parameters."""
+    parameters = list(inspect.signature(model).parameters)
+    positions = {f"input {i}": name for i, name in enumerate(parameters)}
+    (_, ids), *others = inputs.named().items()
+    return ids, {positions.get(name, name): value for name, value in others}
+
+
+def arguments(
+    model: Any, others: Mapping[str, np.ndarray], cuts: Sequence[int]
+) -> tuple[dict[str, Any], list[dict[str, jax.Array]]]:
+    """Keyword arguments of `init_cache`, and of `prefill` and each `decode`; see the module's docstring."""
+    known = inspect.signature(model.init_cache).parameters
+    of_cache: dict[str, Any] = {name: value for name, value in others.items() if name in known}
+    rest = {name: jnp.asarray(value) for name, value in others.items() if name not in known}
+    if not rest:
+        return of_cache, [{} for _ in cuts[1:]]
+    if not isinstance(model, ReadsMoreThanIds):
+        raise NotDecodable(f"{type(model).__name__} has no decoding_inputs for {', '.join(rest)}")
+    more, of_calls = model.decoding_inputs(rest, cuts)
+    return of_cache | more, [dict(call) for call in of_calls]

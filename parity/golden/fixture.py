@@ -1,0 +1,131 @@
+"""Golden fixtures: what PyTorch computed, in two files, to judge Flax on machines without torch.
+
+    STEM.safetensors   "state/…"                              the weights, in the module's own dtypes
+                       "inputs/…", "labels", "targets/…"      arguments of the call, and of the loss
+                       "output/…", "parameter gradients/…", "input gradients/…"      the results, in float64
+    STEM.json          {"format": 1, "name": …, and the fields below}
+
+"own errors" are PyTorch's errors in float32 against these results, by kind and tensor. "model" is the name and the
+configuration of which `jaxmodels.models.build` makes the Flax model; null for a class that is not registered.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.safetensors import read_file, write_file
+from parity.compare.inputs import Inputs
+from parity.compare.loss import Kinds
+
+FORMAT = 1
+KINDS = ("output", "parameter gradients", "input gradients")
+SHIPPED = Path(__file__).parent / "fixtures"
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedParameter:
+    """A parameter of the recorded module; a tied one is the same object under all its names."""
+
+    requires_grad: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixture:
+    """One recording; it stands for the PyTorch module where its weights are converted (`names.TorchModule`).
+
+    model: {"model": name, "config": {…}}. results: by kind, by PyTorch's name. layers: types of the modules that own
+    the weights, by path. names: each parameter's name, with the first of its names.
+    """
+
+    name: str
+    model: dict[str, Any] | None
+    inputs: Inputs
+    labels: np.ndarray | None
+    targets: dict[str, np.ndarray]
+    state: dict[str, np.ndarray]
+    results: Kinds
+    own_errors: dict[str, dict[str, float]]
+    zero_gradients: tuple[str, ...]
+    untrained: tuple[str, ...]
+    layers: dict[str, str]
+    names: dict[str, str]
+    torch: str
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The weights."""
+        return self.state
+
+    def get_submodule(self, path: str, /) -> Any:
+        """An object whose type has the name of the module's type."""
+        return type(self.layers[path], (), {})()
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterable[tuple[str, RecordedParameter]]:
+        """Parameters by name; a tied one under each of its names if remove_duplicate is False."""
+        first = {name: RecordedParameter(name not in self.untrained) for name in self.names.values()}
+        return [(n, first[m]) for n, m in self.names.items() if not remove_duplicate or n == m]
+
+
+def files_of(stem: str | os.PathLike) -> tuple[Path, Path]:
+    """STEM.safetensors and STEM.json. A stem may contain dots, and may be the name of either file."""
+    stem = Path(stem)
+    if stem.suffix in (".safetensors", ".json"):
+        stem = stem.with_suffix("")
+    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
+
+
+def write(stem: str | os.PathLike, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Writes both files atomically, the JSON last: a fixture without it does not exist."""
+    tensors_file, about_file = files_of(stem)
+    with atomic_file(about_file) as temporary_about:
+        temporary_about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        with atomic_file(tensors_file) as temporary_tensors:
+            contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+            write_file(temporary_tensors, contiguous)
+
+
+def read(stem: str | os.PathLike) -> Fixture:
+    """The recording; raises ValueError that names the file if one is missing, damaged or of another format."""
+    tensors_file, about_file = files_of(stem)
+    try:
+        about = json.loads(about_file.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise ValueError(f"format={about['format']} must be {FORMAT}")
+        groups: Kinds = {}
+        for key, tensor in read_file(tensors_file).items():
+            kind, _, name = key.partition("/")
+            groups.setdefault(kind, {})[name] = np.array(tensor)
+        named = groups["inputs"]
+        args = tuple(named.pop(f"input {i}") for i in range(about["positional"]))
+        return Fixture(
+            about["name"],
+            about["model"],
+            Inputs(args, named),
+            groups["labels"][""] if "labels" in groups else None,
+            groups.get("targets") or {name: np.zeros(()) for name in groups["output"]},
+            groups.get("state", {}),
+            {kind: groups[kind] for kind in KINDS if kind in groups},
+            about["own errors"],
+            tuple(about["zero gradients"]),
+            tuple(about["untrained"]),
+            about["layers"],
+            about["names"],
+            about["torch"],
+        )
+    except FileNotFoundError:
+        raise ValueError(f"{about_file} does not exist: {stem} is no fixture") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{about_file.with_suffix('')} is no fixture that parity.record wrote: {error}") from error
+
+
+def stems(folder: str | os.PathLike) -> list[Path]:
+    """The fixtures of a folder, sorted; raises ValueError if there are none."""
+    found = sorted(file for file in Path(folder).glob("*.json") if files_of(file)[0].is_file())
+    if not found:
+        raise ValueError(f"{folder} must hold fixtures (STEM.json and STEM.safetensors); it holds no fixtures")
+    return found

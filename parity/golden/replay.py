@@ -1,0 +1,95 @@
+"""`replay`: judges a Flax module by a golden fixture. Needs no torch."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flax import nnx
+
+from jaxmodels.models import build
+from parity.compare.comparison import Comparison
+from parity.compare.decoding import NotDecodable, decodes
+from parity.compare.loss import Batch
+from parity.compare.names import Names
+from parity.golden.fixture import Fixture, read
+from parity.measure.reference import Reference, round_trip
+from parity.report.report import Report
+from parity.report.results import Check
+from parity.report.stamp import environment
+
+NO_TRACE = "a fixture holds no activations; parity.check locates the difference on a machine with torch"
+
+
+def replay(
+    flax_module: Any,
+    stem: str | os.PathLike,
+    *,
+    names: Names | None = None,
+    channels_last: Sequence[str] = (),
+    device: str | None = None,
+    float64: bool | None = None,
+) -> Report:
+    """Compares a Flax module, whose arrays may be abstract, with what `record` wrote.
+
+    flax_module None: the model that the fixture describes. The other arguments are those of `parity.check`. The
+    `Report` has its readings, except training and the first sub-module that differs: outputs and gradients in float64,
+    the same in float32 in units of PyTorch's recorded errors, cached decoding, and the weights' round trip. Raises
+    ValueError if the fixture is damaged, and ConversionError if its weights do not fit.
+    """
+    fixture = read(stem)
+    comparison = Comparison.of(
+        fixture,
+        rebuilt(fixture) if flax_module is None else flax_module,
+        fixture.inputs,
+        labels=fixture.labels,
+        names=names,
+        channels_last=channels_last,
+        zero_gradients=fixture.zero_gradients,
+        device=device,
+        float64=float64,
+        randomize=False,
+    )
+    return read_replay(comparison, fixture)
+
+
+def rebuilt(fixture: Fixture) -> Any:
+    """The abstract Flax model that a fixture describes; raises ValueError if it describes none."""
+    about = fixture.model
+    if about is None:
+        raise ValueError(
+            f"flax_module=None: {fixture.name} does not describe its Flax model, pass one to parity.replay"
+        )
+    return nnx.eval_shape(lambda: build(about["model"], about["config"]))
+
+
+def read_replay(comparison: Comparison, fixture: Fixture) -> Report:
+    """`replay` of a comparison whose PyTorch module is a fixture."""
+    began = time.perf_counter()
+    batch = Batch(fixture.inputs, comparison.labels, fixture.targets)
+    reference = Reference(comparison, batch, fixture.results)
+    skipped: dict[str, str] = {}
+    with comparison.strict_precision():
+        checks = list(readings(reference, fixture, skipped))
+    if not all(check.passed for check in checks):
+        skipped["where they part"] = NO_TRACE
+    stamp = environment(comparison.device, comparison.float64, seed=None) | {"torch": f"{fixture.torch}, recorded"}
+    return Report(fixture.name, checks, time.perf_counter() - began, stamp, skipped=skipped)
+
+
+def readings(reference: Reference, fixture: Fixture, skipped: dict[str, str]) -> Iterator[Check]:
+    """The checks of one fixture; adds to `skipped` what the model cannot do, and why."""
+    comparison = reference.comparison
+    yield round_trip(comparison)
+    for precision in ("float64", "float32") if comparison.float64 else ("float32",):
+        own_errors = None if precision == "float64" else fixture.own_errors
+        side = comparison.jax_side(precision)
+        result = side.evaluate(reference.batch)
+        yield from reference.agreement(result, precision, own_errors)
+        if precision == "float64":
+            yield from reference.zeros(result)
+        if precision == comparison.precision and decodes(side.module):
+            try:
+                yield reference.decoding(side, own_errors)
+            except NotDecodable as reason:
+                skipped["cached decoding"] = str(reason)

@@ -1,0 +1,164 @@
+"""`python -m parity.mutations`: the share of planted mistakes that the harness finds and names.
+
+All mutants that apply are listed, and a sample is drawn by the seed, evenly over systems and operators; one that
+changes nothing is replaced by another. The unbroken cases are judged at many seeds as well: a false alarm is a reading
+that exceeds its limit.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from parity.cases import Make, load_cases, select
+from parity.cases.suite import pair_of
+from parity.compare import jax_side, torch_side
+from parity.compare.inputs import Inputs
+from parity.mutation.mutate import Mutant, Outcome, Subject, false_alarms
+from parity.mutation.operators import OPERATORS
+from parity.report.results import Check
+
+LONGEST = 150  # positions; a case on longer sequences takes longer and shows nothing else
+
+
+def subjects(names: Sequence[str]) -> dict[str, Make]:
+    """The cases of the given names or systems (default: all) that are short enough, by name."""
+    found: dict[str, Make] = {}
+    for name in select(list(names)):
+        make = load_cases()[name][0]
+        try:
+            pair = pair_of(make, 0)
+        except RuntimeError:  # a case that needs transformers, which is not installed
+            continue
+        arrays = Inputs.of(pair.inputs).named().values()
+        if max(max(array.shape, default=0) for array in arrays) <= LONGEST:
+            found[name] = make
+    return found
+
+
+def drawn(mutants: dict[str, list[Mutant]], rng: np.random.Generator) -> Iterator[Mutant]:
+    """All mutants, of all systems in turn; each is one of the operator that was drawn least often so far."""
+    used: dict[str, int] = {}
+    left = {system: list(rng.permutation(np.array(found, object))) for system, found in mutants.items()}
+    while any(left.values()):
+        for found in left.values():
+            if found:
+                mutant = min(found, key=lambda m: used.get(m.operator.name, 0))
+                found.remove(mutant)
+                used[mutant.operator.name] = used.get(mutant.operator.name, 0) + 1
+                yield mutant
+
+
+def sampled(names: Sequence[str], per_system: int, seed: int) -> dict[str, Make]:
+    """At most per_system cases of each system, by name."""
+    found = subjects(names)
+    rng, chosen = np.random.default_rng(seed), []
+    for system in dict.fromkeys(case.partition(".")[0] for case in found):
+        cases = [case for case in found if case.partition(".")[0] == system]
+        chosen += list(rng.permutation(cases)[:per_system])
+    return {case: make for case, make in found.items() if case in chosen}
+
+
+def score(cases: dict[str, Make], count: int, seed: int, say: Callable[[str], None]) -> tuple[list[Outcome], int, int]:
+    """Judges `count` mutants, evenly over the systems: (outcomes, mutants that changed nothing, all mutants)."""
+    found = {}
+    for case, make in cases.items():
+        say(f"preparing {case}")
+        found[case] = Subject(case, make)
+    mutants: dict[str, list[Mutant]] = {}
+    for case, subject in found.items():
+        mutants.setdefault(case.partition(".")[0], []).extend(subject.mutants())
+    outcomes: list[Outcome] = []
+    idle = 0
+    for mutant in drawn(mutants, np.random.default_rng(seed)):
+        if len(outcomes) == count:
+            break
+        say(f"{len(outcomes)} of {count}: {mutant.operator.name} at {mutant.case}, {mutant.culprit or 'the model'}")
+        outcome = found[mutant.case].judge(mutant)
+        idle += outcome is None
+        outcomes += [outcome] if outcome else []
+    return outcomes, idle, sum(map(len, mutants.values()))
+
+
+Alarms = dict[str, list[tuple[int, Check]]]
+
+
+def page(outcomes: list[Outcome], idle: int, total: int, alarms: Alarms, seeds: int, command: str) -> str:
+    """The outcomes as Markdown."""
+    n = len(outcomes)
+    found, named = sum(o.found for o in outcomes), sum(o.named for o in outcomes)
+    false = sum(map(len, alarms.values()))
+    lines = [
+        "# Planted errors, and the harness's verdicts",
+        "",
+        f"Written by `{command}`; `python -m parity.mutations --help` has the options.",
+        "",
+        f"- {n} mutants, drawn from {total} (operators × sub-modules); {idle} more changed no output and no gradient.",
+        f"- found: {found} of {n} ({100 * found / max(n, 1):.0f} %)",
+        f"- culprit named: {named} of {n} ({100 * named / max(n, 1):.0f} %)",
+    ]
+    if seeds:
+        lines.append(f"- false alarms: {false} in {len(alarms)} unbroken cases at {seeds} seeds each")
+    lines += ["", "| case | sub-module | mistake | found by | named | hint |", "|---|---|---|---|---|---|"]
+    for o in sorted(outcomes, key=lambda o: (o.mutant.case, o.mutant.culprit, o.mutant.operator.name)):
+        by = max(o.failed, key=lambda c: c.value, default=None)
+        reading = f"{by.kind} {by.value:.0e}" if by else "**not found**"
+        where = o.divergence
+        verdict = "yes" if o.named else f"**{where.path or 'the model'}**" if where else "**nothing**"
+        hint = where.hint if where else ""
+        culprit = f"`{o.mutant.culprit}`" if o.mutant.culprit else "the model"
+        lines.append(f"| {o.mutant.case} | {culprit} | {o.mutant.operator.name} | {reading} | {verdict} | {hint} |")
+    lines += ["", "## The mistakes", "", "| mistake | change |", "|---|---|"]
+    lines += [f"| {operator.name} | {operator.about} |" for operator in OPERATORS.values()]
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m parity.mutations",
+        description="Plants porting mistakes in the Flax models, one at a time, and prints a Markdown table of those "
+        "that parity finds and names. Exits with 1 if one is not found, if fewer than 90 % are named correctly, or if "
+        "an unbroken model fails.",
+    )
+    arguments.add_argument("names", nargs="*", metavar="NAME", help="a case or a system (default: all short cases)")
+    arguments.add_argument("--count", type=int, default=60, help="mutants to judge (default: 60)")
+    arguments.add_argument("--cases", type=int, default=3, help="cases per system, drawn by the seed (default: 3)")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    arguments.add_argument(
+        "--seeds", type=int, default=20, help="seeds at which unbroken models are judged (default: 20)"
+    )
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    from rich.console import Console
+
+    options = parser().parse_args(argv)
+    console = Console(stderr=True)
+    began = time.perf_counter()
+    jax.config.update("jax_platforms", "cpu")
+    with torch_side.strict_precision(), jax_side.strict_precision(True, jax.devices("cpu")[0]):
+        try:
+            with console.status("") as status:
+                say = status.update if console.is_terminal else console.print  # in a file, one line per stage
+                cases = sampled(options.names, options.cases, options.seed)
+                outcomes, idle, total = score(cases, options.count, options.seed, say)
+                alarms: Alarms = {}
+                for case, make in cases.items() if options.seeds else ():
+                    say(f"{case}: {options.seeds} seeds")
+                    alarms[case] = false_alarms(make, options.seeds)
+        except ValueError as error:
+            print(f"parity.mutations: {error}", file=sys.stderr)
+            return 2
+    command = " ".join(["python -m parity.mutations", *(sys.argv[1:] if argv is None else argv)])
+    text = page(outcomes, idle, total, alarms, options.seeds, command)
+    print(text, end="")
+    print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    named = sum(outcome.named for outcome in outcomes)
+    good = all(o.found for o in outcomes) and named >= 0.9 * len(outcomes) and not any(alarms.values())
+    return 0 if good else 1
