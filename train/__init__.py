@@ -1,1 +1,5 @@
-"""Training: one script per experiment, over one loop."""
+"""Training scripts, one per experiment, and the commands over runs. Needs the extra `train`; run from a checkout."""
+
+from jaxmodels.extras import require
+
+require("train", "grain", "optax", "orbax.checkpoint", "rich", "tyro")

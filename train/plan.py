@@ -1,10 +1,8 @@
-"""`python -m train.plan`: whether and how fast a training step would run on a TPU slice."""
+"""`python -m train.plan`: memory and time of a training step on a TPU slice; see `jaxmodels.training.plan`."""
 
 import sys
 
-from jaxmodels.training.plan.command import PROGRAM, main
-from jaxmodels.training.signals import one_line_errors
+from jaxmodels.training.plan.command import main
 
 if __name__ == "__main__":
-    with one_line_errors(PROGRAM):
-        main(sys.argv[1:])
+    sys.exit(main())

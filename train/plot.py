@@ -2,9 +2,7 @@
 
 import sys
 
-from jaxmodels.training.plot import PROGRAM, main
-from jaxmodels.training.signals import one_line_errors
+from jaxmodels.training.plot import main
 
 if __name__ == "__main__":
-    with one_line_errors(PROGRAM):
-        main(sys.argv[1:])
+    sys.exit(main())

@@ -1,32 +1,32 @@
-"""RETRO on a text, with neighbours from its training part, against a plain decoder: what does retrieval buy?
+"""RETRO on a text, with neighbors from its training part, against a plain decoder: what does retrieval gain?
 
     python -m train.retro --text tiny_shakespeare      # or a FILE; without --text: Python's own language reference
     python -m train.retro --from-decoder runs/retro/plain --out runs/retrofit    # RETROfit: the decoder is frozen
 
-Hardware   2 CPU cores, which test runs were using too; float32
-Time       19 min 31 s by the clock, 23 min 41 s of CPU time over both cores; of it some 2 min for index and neighbours
-Training   1500 steps of 16 sequences of 128 characters (3 epochs of tiny_shakespeare), 2 neighbours of 32 characters
+Hardware   2 CPU cores, shared with test runs; float32
+Time       19 min 31 s by the clock, 23 min 41 s of CPU time over both cores; of it some 2 min for index and neighbors
+Training   1500 steps of 16 sequences of 128 characters (3 epochs of tiny_shakespeare), 2 neighbors of 32 characters
            for every 16; once with retrieval, once the decoder alone
 Result     tiny_shakespeare, seed 0, validation loss in nats per character over the same characters:
            character 4-gram                                1.774
            plain decoder (460,097 parameters)              1.642, after 500 steps 1.843, after 1000 1.692
-           RETRO (684,449), nearest neighbours             1.646, after 500 steps 1.861, after 1000 1.698
+           RETRO (684,449), nearest neighbors              1.646, after 500 steps 1.861, after 1000 1.698
                             none that shares 8 in a row    1.646
-                            random neighbours              1.647
+                            random neighbors               1.647
                             retrieval off                  1.659
-           So retrieval does not win here: random neighbours serve the model as well, it has not learnt to read them.
-           Nothing of its loss is copied.
+           Retrieval does not help here: random neighbors give the same loss, so the model has not learned to use them.
+           None of its gain is copied text.
            RETROfit of that decoder, --steps 250 --warmup 25: 1.636 with the nearest and the filtered, 1.637 with random
-           ones, 1.642 without: what it gains comes from more layers, not from what it retrieves.
+           ones, 1.642 without: the gain comes from more layers, not from retrieval.
 
-RUN/retrieval is the model with neighbours, RUN/plain its decoder alone, trained alike, RUN/index the chunk index. The
-same command goes on where it was stopped. At its end the model is judged four times: with the nearest neighbours; with
-those that share no run of --overlap tokens with the chunk or the text it is to predict, so that what it gains is not
-copied; with random ones; and without.
+RUN/retrieval is the model with neighbors, RUN/plain its decoder alone, trained in the same way, RUN/index the chunk
+index. The same command resumes where it was stopped. At the end the model is evaluated four times: with the nearest
+neighbors; with those that share no --overlap tokens in a row with the chunk or the text to be predicted, so that
+nothing can be copied; with random ones; and without.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,74 +41,85 @@ from rich.table import Table
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import embedder_of
-from jaxmodels.retro.retrieval.examples import Kind, Samples, attach, end_to_end, made_once, with_index, with_skips
+from jaxmodels.retro.retrieval.examples import (
+    Kind,
+    Samples,
+    attach,
+    index_checksum,
+    make_once,
+    nearest_neighbors,
+    samples_of,
+    start_positions,
+)
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.retro.retrieval.live import Retriever, Retrieving
 from jaxmodels.sharding import make_mesh
 from jaxmodels.text import Vocabulary, load_vocabulary
-from jaxmodels.training import experiment
+from jaxmodels.training import script
 from jaxmodels.training.checkpoints import latest_model, open_model
-from jaxmodels.training.config import Options, check_folder, parse
+from jaxmodels.training.config import AdamWConfig
 from jaxmodels.training.data import Example, Task, Windows
-from jaxmodels.training.experiment import Result, as_program, carry_out, start
-from jaxmodels.training.loop import Evaluation
-from jaxmodels.training.signals import Stop, interruptible
+from jaxmodels.training.experiment import Experiment, Interrupted, check_unchanged, never
+from jaxmodels.training.loop import Evaluation, Result
+from jaxmodels.training.run import check_folder
+from jaxmodels.training.script import Session, as_program, parse
+from jaxmodels.training.signals import interruptible
 from jaxmodels.training.step import Batch, Program, State, put
 from jaxmodels.training.tokenize import Tokens
 from jaxmodels.weights.names import dotted, flat_arrays
 
 PROGRAM = "python -m train.retro"
-RETRIEVES = ("encoder.", "cca.", "norm_e.")  # what a plain decoder has not
+RETRIEVES = ("encoder.", "cca.", "norm_e.")  # parameters that a plain decoder does not have
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(experiment.AdamWConfig):
-    """What decides the numbers of a run."""
+class Config(AdamWConfig):
+    """Hyperparameters of a run."""
 
     d_model: int = 96
-    """features of a token"""
+    """features per token"""
     d_ff: int = 384
-    """features of the hidden layer of a feed-forward network"""
+    """hidden features of a feed-forward network"""
     d_k: int | None = None
-    """features of an attention head; none: d_model / heads"""
+    """features of an attention head; if omitted: d_model / heads"""
     chunk_len: int = 16
-    """tokens of a chunk; neighbours are twice as long"""
+    """tokens per chunk; neighbors are twice as long"""
     neighbors: int = 2
-    """neighbours of each chunk"""
+    """neighbors of each chunk"""
     ca_layers: tuple[int, ...] | None = None
-    """layers that attend to them, from 0; none: the middle one and the last"""
+    """layers with cross-attention to the neighbors, from 0; if omitted: the middle and the last one"""
     encoder_layers: int = 1
-    """layers of the encoder of neighbours"""
+    """layers of the neighbor encoder"""
     encoder_ca_layers: tuple[int, ...] | None = None
-    """those of them that see the chunk that the neighbours are for; none: the middle one"""
+    """encoder layers with cross-attention to the neighbors' chunk, from 0; if omitted: the middle one"""
     embedder: str = "ngrams"
-    """what makes chunks comparable: ngrams, ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL or bert:MODEL"""
+    """embedding of chunks: ngrams, ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL or bert:MODEL"""
     factory: str | None = None
-    """FAISS's factory string of the index; none: exact, IVF-PQ for many chunks"""
+    """FAISS factory string of the index; if omitted: exact, or IVF-PQ for many chunks"""
     passes: int = 2
-    """times that the training text is cut into examples, each time elsewhere; neighbours are looked up for all"""
+    """cut the training text into examples this many times, each at other positions; neighbors are looked up for all"""
     overlap: int = 8
-    """a neighbour that shares so many tokens in a row is not among the filtered ones"""
+    """the filtered evaluation excludes neighbors that share this many tokens in a row"""
     from_decoder: str | None = None
-    """folder of a trained decoder, a run's or a model's: it is frozen, encoder and cross-attention are trained"""
+    """folder of a trained decoder, a run or a model: freeze it, and train encoder and cross-attention"""
     index: str = ""
-    """folder of the chunk index; none: RUN/index"""
+    """folder of the chunk index; if omitted: RUN/index"""
     retrieval: tyro.conf.Suppress[bool] = True
 
     steps: int = 1500
-    """steps of the whole run"""
+    """total steps; raise it to extend a finished run (not with schedule=cosine)"""
     warmup: int = 50
     """steps until the schedule's peak"""
     every: int = 500
-    """steps from one validation, greedy sample and checkpoint to the next"""
+    """validate, sample and checkpoint every N steps"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("ca_layers", "encoder_ca_layers"):  # JSON has lists
             given = getattr(self, name)
             object.__setattr__(self, name, None if given is None else tuple(given))
         super().__post_init__()
         if self.dropout:
-            raise ValueError(f"dropout={self.dropout}: RETRO has none, leave it at 0")
+            raise ValueError(f"dropout={self.dropout} must be 0: RETRO has none")
         if self.seq_len < self.chunk_len:
             raise ValueError(f"seq_len={self.seq_len} must be at least chunk_len={self.chunk_len}")
         if self.overlap > 2 * self.chunk_len:
@@ -126,7 +137,7 @@ class Config(experiment.AdamWConfig):
 
     @classmethod
     def original(cls) -> "Config":
-        """The sizes of the original experiment: meant for an accelerator."""
+        """The sizes of the original experiment, for an accelerator."""
         return cls(
             d_model=128,
             d_ff=512,
@@ -147,128 +158,156 @@ class Config(experiment.AdamWConfig):
             steps=15_000,
         )
 
+
+class Retro(Experiment[Config]):
+    config_class = Config
+    retriever: Retriever | None = None  # one object: generation with live retrieval is compiled for it
+
+    @property
+    def standalone(self) -> bool:
+        return not self.config.retrieval  # with retrieval, saved runs need their index
+
     def model(self, n_vocab: int) -> RetroModel:
-        rngs, heads = nnx.Rngs(self.seed), self.heads
-        if self.d_k is None and self.d_model % heads:
-            raise ValueError(f"d_model={self.d_model} is not divisible by heads={heads}; or name d_k")
-        d_k = self.d_k or self.d_model // heads
-        if not self.retrieval:
-            return RetroModel(
-                n_vocab, self.d_model, self.n_layers, (), self.chunk_len, heads, d_k, self.d_ff, rngs=rngs
-            )
-        ca_layers = self.ca_layers or {self.n_layers // 2, self.n_layers - 1}
-        encoder_ca = self.encoder_ca_layers or {self.encoder_layers // 2}
-        encoder_sizes = (self.chunk_len, self.encoder_layers, encoder_ca, self.d_model, heads, d_k, self.d_ff)
+        c, rngs = self.config, nnx.Rngs(self.config.seed)
+        if c.d_k is None and c.d_model % c.heads:
+            raise ValueError(f"d_model={c.d_model} is not divisible by heads={c.heads}; or set d_k")
+        d_k = c.d_k or c.d_model // c.heads
+        if not c.retrieval:
+            return RetroModel(n_vocab, c.d_model, c.n_layers, (), c.chunk_len, c.heads, d_k, c.d_ff, rngs=rngs)
+        ca_layers = c.ca_layers or {c.n_layers // 2, c.n_layers - 1}
+        encoder_ca = c.encoder_ca_layers or {c.encoder_layers // 2}
+        encoder_sizes = (c.chunk_len, c.encoder_layers, encoder_ca, c.d_model, c.heads, d_k, c.d_ff)
         encoder = NearestNeighborEncoder(*encoder_sizes, rngs=rngs)
-        sizes = (n_vocab, self.d_model, self.n_layers, ca_layers, self.chunk_len, heads, d_k, self.d_ff)
+        sizes = (n_vocab, c.d_model, c.n_layers, ca_layers, c.chunk_len, c.heads, d_k, c.d_ff)
         return RetroModel(*sizes, encoder, rngs=rngs)
 
     def initial(self, program: Program, vocabulary: Vocabulary) -> State:
         state = super().initial(program, vocabulary)
-        if self.from_decoder is None:
+        if self.config.from_decoder is None:
             return state
-        decoder = load_decoder(self.from_decoder, program.abstract, vocabulary, program.mesh)
+        decoder = load_decoder(self.config.from_decoder, program.abstract, vocabulary, program.mesh)
         arrays = {dotted(path): array for path, array in flat_arrays(decoder).items()}
         fixed = {name: put(arrays[name].astype(own.dtype), own.sharding) for name, own in state.fixed.items()}
         return dataclasses.replace(state, fixed=fixed)
 
-    def check(self, mesh: Mesh) -> None:
-        """Raises ValueError where text, model, mesh or the decoder to begin with are not there, or do not fit."""
+    def check_inputs(self, mesh: Mesh) -> None:
+        """Raise ValueError if text, model, mesh or decoder are missing or do not fit; done before the long lookup."""
         vocabulary = self.tokens().vocabulary
         program = self.program(len(vocabulary), mesh)
-        if self.from_decoder is not None:
-            load_decoder(self.from_decoder, program.abstract, vocabulary, mesh)
+        if self.config.from_decoder is not None:
+            load_decoder(self.config.from_decoder, program.abstract, vocabulary, mesh)
 
     def trains(self, path: str) -> bool:
-        return self.from_decoder is None or path.startswith(RETRIEVES)
+        return self.config.from_decoder is None or path.startswith(RETRIEVES)
 
     def abstract_batch(self) -> Batch:
-        batch = super().abstract_batch()
-        if not self.retrieval:
+        batch, c = super().abstract_batch(), self.config
+        if not c.retrieval:
             return batch
-        shape = (self.batch_size, self.seq_len // self.chunk_len, self.neighbors, 2 * self.chunk_len)
+        shape = (c.batch_size, c.seq_len // c.chunk_len, c.neighbors, 2 * c.chunk_len)
         return {**batch, "ret": jax.ShapeDtypeStruct(shape, np.int32)}
 
-    def task(self, interrupted: Callable[[], bool] = lambda: False) -> Task:
-        """Examples with their neighbours, which are looked up where that has not been done yet.
+    def task(self, interrupted: Interrupted = never) -> Task:
+        """Build the examples with their neighbors, looking up those that are not in files yet.
 
-        Raises ValueError, before it begins, where a text is too short; KeyboardInterrupt where interrupted() says so.
+        Raises ValueError first if a text is too short, and KeyboardInterrupt if interrupted() during a lookup.
         """
-        tokens = self.tokens()
-        windows = Windows(tokens.train, self.seq_len, "training")
-        validation = self.held_out(tokens, None)
-        train = Samples(windows, with_skips(len(tokens.train), self.seq_len, self.passes, self.seed))
-        sha256 = tokens.sha256
-        if self.retrieval:
-            index = open_index(self, interrupted).index
-            file = Path(self.index) / "training.npz"
-            train = attach(train, index, self.neighbors, file, own=True, interrupted=interrupted)
-            validation = self.held_out(tokens, interrupted=interrupted)
-            sha256 = with_index(sha256, index)
-        n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
-        about = (
-            f"{self.text}: {len(tokens.train):,} {unit}s to train on, {len(tokens.validation):,} to validate, "
-            f"{n:,} different ones" + (f"; {len(index):,} chunks to find" if self.retrieval else "")
-        )
-        order = grain.MapDataset.range(len(train)).seed(self.seed).shuffle().repeat()
+        c, tokens = self.config, self.tokens()
+        windows = Windows(tokens.train, c.seq_len, "training")
+        validation = self.validation(tokens, None)
+        train = Samples(windows, start_positions(len(tokens.train), c.seq_len, c.passes, c.seed))
+        sha256, about = tokens.sha256, self.summary(tokens)
+        if c.retrieval:
+            index = self.open_index(interrupted).index
+            file = Path(c.index) / "training.npz"
+            train = attach(train, index, c.neighbors, file, own=True, interrupted=interrupted)
+            validation = self.validation(tokens, interrupted=interrupted)
+            sha256, about = index_checksum(sha256, index), f"{about}; {len(index):,} chunks to find"
+        order = grain.MapDataset.range(len(train)).seed(c.seed).shuffle().repeat()
         ids = tokens.train, tokens.validation
         return Task(order.map(train.__getitem__), validation, tokens.vocabulary, sha256, about, *ids)
 
-    def held_out(
-        self, tokens: Tokens, kind: Kind | None = "nearest", interrupted: Callable[[], bool] = lambda: False
+    def validation(
+        self, tokens: Tokens, kind: Kind | None = "nearest", interrupted: Interrupted = never
     ) -> Sequence[Example]:
-        """The validation text, with neighbours of a kind or without; raises as `task`."""
-        windows = Windows(tokens.validation, self.seq_len, "validation")
+        """Build the validation examples with neighbors of a kind, or without; raises like `task`."""
+        c = self.config
+        windows = Windows(tokens.validation, c.seq_len, "validation")
         if kind is None:
             return windows
-        run = self.overlap if kind == "filtered" else 0
-        file = Path(self.index) / f"validation_{kind}.npz"
-        index = open_index(self, interrupted).index
-        return attach(end_to_end(windows), index, self.neighbors, file, kind, run=run, interrupted=interrupted)
+        run = c.overlap if kind == "filtered" else 0
+        file = Path(c.index) / f"validation_{kind}.npz"
+        index = self.open_index(interrupted).index
+        return attach(samples_of(windows), index, c.neighbors, file, kind, run=run, interrupted=interrupted)
 
-    def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
-        """What the model writes greedily, looking neighbours up as it goes."""
-        return super().show(Retrieving(model, open_index(self)) if self.retrieval else model, task, interrupted)
+    def open_index(self, interrupted: Interrupted = never) -> Retriever:
+        """Open the index of the training text; the first process builds it if it does not exist.
+
+        Raises KeyboardInterrupt if interrupted() while it is built.
+        """
+        c = self.config
+        if not c.index:
+            raise ValueError("index='' must be the folder of the chunk index")
+        if self.retriever is None:
+            tokens = self.tokens()
+            corpus = Corpus.of(tokens.train, tokens.vocabulary)
+            embedder = embedder_of(c.embedder)
+
+            def build() -> ChunkIndex:
+                return ChunkIndex.build(
+                    c.index, corpus, c.chunk_len, embedder, factory=c.factory, interrupted=interrupted
+                )
+
+            self.retriever = Retriever(make_once(build), c.neighbors)
+        return self.retriever
+
+    def report(self, model: Any, task: Task, interrupted: Interrupted) -> tuple[str, dict[str, float]]:
+        """Sample greedily, looking up neighbors while generating."""
+        model = Retrieving(model, self.open_index()) if self.config.retrieval else model
+        return super().report(model, task, interrupted)
+
+    # Saved runs.
+
+    def saved_index(self, run: Path) -> ChunkIndex:
+        """Load the index that a run was trained with, from its configured folder or from beside the run."""
+        folder = Path(self.config.index)
+        return ChunkIndex.load(folder if folder.exists() else run.absolute().parent / folder.name)
+
+    def held_out(self, run: Path, vocabulary: Vocabulary, sha256: str) -> Sequence[Example]:
+        tokens = self.tokens(vocabulary)
+        now, what = tokens.sha256, f"text={self.config.text!r}"
+        if self.config.retrieval:
+            now, what = index_checksum(now, self.saved_index(run)), f"{what} with its index"
+        check_unchanged(what, run, now=now, then=sha256)
+        return self.examples(tokens.validation, run)
+
+    def examples(self, ids: np.ndarray, run: Path) -> Sequence[Example]:
+        windows = Windows(ids, self.config.seq_len, "given")
+        if not self.config.retrieval:
+            return windows
+        return nearest_neighbors(samples_of(windows), self.saved_index(run), self.config.neighbors)
+
+    def generator(self, model: Any, run: Path) -> Any:
+        if not self.config.retrieval:
+            return model
+        return Retrieving(model, Retriever(self.saved_index(run), self.config.neighbors))
 
 
-OPENED: dict[Config, Retriever] = {}  # the last one: what writes with live retrieval is compiled for this very object
-
-
-def open_index(settings: Config, interrupted: Callable[[], bool] = lambda: False) -> Retriever:
-    """The index of a run's training text, which the first process builds where it is not there yet.
-
-    Raises KeyboardInterrupt where interrupted() says so there.
-    """
-    if not settings.index:
-        raise ValueError("index='' names no folder for the chunk index")
-    if settings not in OPENED:
-        tokens = settings.tokens()
-        corpus = Corpus.of(tokens.train, tokens.vocabulary)
-        embedder, factory = embedder_of(settings.embedder), settings.factory
-
-        def build() -> ChunkIndex:
-            chunk_len = settings.chunk_len
-            return ChunkIndex.build(
-                settings.index, corpus, chunk_len, embedder, factory=factory, interrupted=interrupted
-            )
-
-        OPENED.clear()
-        OPENED[settings] = Retriever(made_once(build), settings.neighbors)
-    return OPENED[settings]
+EXPERIMENT = Retro
 
 
 def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: Mesh) -> RetroModel:
-    """The decoder of a run, or of a folder that `jaxmodels.save` wrote, for a model, which may be abstract.
+    """Load the decoder of a run, or of a folder written by `jaxmodels.save`, for a model, which may be abstract.
 
-    Raises ValueError where it is no plain decoder, or one of other sizes, or of another vocabulary.
+    Raises ValueError if it is not a plain decoder, or if its sizes or vocabulary differ.
     """
     is_run = (Path(folder) / "checkpoints").is_dir()
     decoder = latest_model(Path(folder), mesh)[0] if is_run else open_model(Path(folder), mesh)
     if not isinstance(decoder, RetroModel) or decoder.ca_layers:
-        raise ValueError(f"from_decoder={folder} holds no plain decoder: a RetroModel without ca_layers")
+        raise ValueError(f"from_decoder={folder} holds no plain decoder, which is a RetroModel without ca_layers")
     own = Path(folder) / "vocabulary.json"
     if own.exists() and load_vocabulary(own) != vocabulary:
-        raise ValueError(f"from_decoder={folder} was trained with another vocabulary than the text has")
+        raise ValueError(f"from_decoder={folder} was trained with another vocabulary than the text's")
     ours, theirs = model.config(), decoder.config()
     differing = [name for name in ours if name not in ("encoder", "ca_layers") and ours[name] != theirs[name]]
     if differing:
@@ -277,24 +316,24 @@ def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: M
     return decoder
 
 
-def compare(settings: Config, folder: Path, options: Options, stop: Stop) -> dict[str, float] | None:
-    """Validation losses of a run's model with neighbours of each kind and with none; None where it was ended."""
-    tokens = settings.tokens()
-    program = settings.program(len(tokens.vocabulary), make_mesh(options.mesh))
+def compare(experiment: Retro, folder: Path, session: Session) -> dict[str, float] | None:
+    """Validation losses of a run's model with neighbors of each kind and without; None if it was stopped."""
+    tokens, overlap = experiment.tokens(), experiment.config.overlap
+    program = experiment.program(len(tokens.vocabulary), make_mesh(session.options.mesh))
     state = program.state_of(latest_model(folder, program.mesh)[0])
     kinds: dict[str, Kind | None] = {
-        "nearest neighbours": "nearest",
-        f"no run of {settings.overlap} shared": "filtered",
-        "random neighbours": "random",
+        "nearest neighbors": "nearest",
+        f"no run of {overlap} shared": "filtered",
+        "random neighbors": "random",
         "retrieval off": None,
     }
     losses: dict[str, float] = {}
     for name, kind in kinds.items():
         try:
-            examples = settings.held_out(tokens, kind, stop.__bool__)
+            examples = experiment.judged(experiment.validation(tokens, kind, session.stop.__bool__))
         except KeyboardInterrupt:
             return None
-        loss = Evaluation(program, settings.judged(examples), settings.batch_size, stop)(state)
+        loss = Evaluation(program, examples, experiment.config.batch_size, session.stop)(state)
         if loss is None:
             return None
         losses[name] = loss
@@ -302,44 +341,42 @@ def compare(settings: Config, folder: Path, options: Options, stop: Stop) -> dic
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Trains the model and its plain decoder, and compares them; the exit code. Raises ValueError for bad input."""
+    """Train and compare the model and its plain decoder; returns the exit code. Raises ValueError for bad input."""
     with interruptible() as stop:
-        command = parse(Config, PROGRAM, arguments)
+        given, command = parse(Retro, PROGRAM, arguments)
         if command.resume is not None:
-            return experiment.main(Config, PROGRAM, arguments, stop)
-        given = command.config
-        settings = dataclasses.replace(given, index=given.index or str(command.run / "index"))
-        runs = {"retrieval": settings}
-        if settings.from_decoder is None:
-            runs["plain"] = dataclasses.replace(settings, retrieval=False)
-        for name, config in runs.items():
-            check_folder(config, command.run / name)
-        console = start(command.options)
-        mesh, go_on = make_mesh(command.options.mesh), f"{PROGRAM} and the same flags again"
-        for config in runs.values():
-            config.check(mesh)
+            return script.main(Retro, PROGRAM, arguments, stop)
+        config = dataclasses.replace(given.config, index=given.config.index or str(command.run / "index"))
+        experiments = {"retrieval": Retro(config)}
+        if config.from_decoder is None:
+            experiments["plain"] = Retro(dataclasses.replace(config, retrieval=False))
+        for name, experiment in experiments.items():
+            check_folder(experiment, command.run / name)
+        session = Session(command.options, stop, f"{PROGRAM} and the same flags again")
+        for experiment in experiments.values():
+            experiment.check_inputs(make_mesh(command.options.mesh))
         try:
-            settings.task(stop.__bool__)
+            experiments["retrieval"].task(stop.__bool__)
         except KeyboardInterrupt:
-            console.print(f"stopped while neighbours were looked up; go on with: {go_on}")
+            session.console.print(f"stopped while looking up neighbors; continue with: {session.resume}")
             return stop.exit_code
         results: dict[str, Result] = {}
-        for name, config in runs.items():
-            console.print(f"\n{name}")
-            result = carry_out(config, command.run / name, command.options, stop, console, go_on)
+        for name, experiment in experiments.items():
+            session.console.print(f"\n{name}")
+            result = session.train(experiment, command.run / name)
             if result is None:
                 return stop.exit_code
             results[name] = result
-        losses = compare(settings, command.run / "retrieval", command.options, stop)
+        losses = compare(experiments["retrieval"], command.run / "retrieval", session)
         if losses is None:
             return stop.exit_code
-        console.print(table(results, losses))
-        console.print(f"saved; write text with: python -m train.sample {command.run / 'retrieval'}")
+        session.console.print(table(results, losses))
+        session.console.print(f"saved; write text with: python -m train.sample {command.run / 'retrieval'}")
         return 0
 
 
 def table(results: dict[str, Result], losses: dict[str, float]) -> Table:
-    """A line per way of judging."""
+    """One line per model and kind of neighbors."""
     shown = Table(box=None)
     shown.add_column("")
     for heading in ("parameters", "validation loss"):

@@ -7,8 +7,8 @@ A problem is a question, its sum from the lowest digit up, and the answer, as in
 
     ?x=18+5; 8e0+5e0+0e0==13e0 1e1+0e1+1e1==2e1 x==23
 
-Sequences are such problems, one after the other, made as they are needed. The score is the share of 64 new questions
-whose answer, written greedily after the question, is right.
+Sequences are such problems, one after the other, generated on demand. The score is the share of 64 new questions whose
+answer, written greedily after the question, is right.
 
 Hardware   2 CPU cores, which a test suite and other programs were using too; float32
 Time       20 min by the clock, 12 min of CPU time over both cores
@@ -19,7 +19,8 @@ Result     right answers of 64: 51 after 500 steps, 63 after 1000, 64 after 1500
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import grain
@@ -29,10 +30,12 @@ import tyro
 from flax import nnx
 
 from jaxmodels.generate import generate
-from jaxmodels.text import CharVocabulary
-from jaxmodels.training import experiment
+from jaxmodels.text import CharVocabulary, Vocabulary
+from jaxmodels.training.config import TransformerConfig
 from jaxmodels.training.data import Example, Task
-from jaxmodels.training.sample import whole
+from jaxmodels.training.distributed import to_host
+from jaxmodels.training.experiment import Experiment, Interrupted, never
+from jaxmodels.training.script import run_script
 from jaxmodels.transformer import AutoregressiveTransformer
 
 CHARACTERS = "0123456789xe =\n?+;"
@@ -42,7 +45,7 @@ VALIDATION = 64  # sequences
 
 
 def problem(a: int, b: int) -> str:
-    """A question with its working and its answer, a line."""
+    """One line: a question with its working and its answer."""
     steps, carry, place = [], 0, 0
     x, y = a, b
     while x or y or carry:
@@ -57,13 +60,13 @@ def question(a: int, b: int) -> str:
 
 
 def draw(digits: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Two numbers from 1 on, of up to so many digits: how many is drawn first, else nearly all would be long."""
+    """Draw two numbers of 1 to `digits` digits: their lengths uniformly, or nearly all would have `digits`."""
     a, b = (int(rng.integers(1, 10 ** int(rng.integers(1, digits + 1)))) for _ in range(2))
     return a, b
 
 
 def sequence(digits: int, seq_len: int, rng: np.random.Generator) -> Example:
-    """Problems until there are more than seq_len characters, and of them the first seq_len + 1."""
+    """The first seq_len + 1 characters of random problems in a row."""
     text = ""
     while len(text) <= seq_len:
         text += problem(*draw(digits, rng))
@@ -74,11 +77,11 @@ def answer(
     model: Any,
     questions: Sequence[tuple[int, int]],
     length: int,
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Interrupted = never,
 ) -> list[str]:
-    """What the model writes, greedily, after each question: its line, or `length` characters of it.
+    """Greedy continuation of each question: the rest of its line, or `length` characters of it.
 
-    Fewer are answered where interrupted() says so between some and the next ones.
+    Answers fewer questions if interrupted() between two batches of them.
     """
     prompts = [VOCABULARY.encode(question(*pair)) for pair in questions]
     width = max(map(len, prompts))
@@ -89,32 +92,32 @@ def answer(
     while len(found) < len(questions) and not interrupted():
         some = slice(len(found), len(found) + AT_A_TIME)
         prompt, padding = jnp.asarray(ids[:, some]), jnp.asarray(start[some])
-        written = whole(generate(model, prompt, length, stop_tokens=(end,), start=padding))
+        written = to_host(generate(model, prompt, length, stop_tokens=(end,), start=padding))
         found += [VOCABULARY.decode(column).partition("\n")[0] for column in written.T]
     return found
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(experiment.Config):
-    """What decides the numbers of a run."""
+class Config(TransformerConfig):
+    """Hyperparameters of a run."""
 
     text: tyro.conf.Suppress[str] = "arithmetic"
     digits: int = 3
-    """of the largest numbers that are added"""
+    """digits of the largest numbers to add"""
     attention: Literal["rotary", "rotary_value"] = "rotary_value"
-    """rotary: queries and keys turn with their positions; rotary_value: values too (RoPER)"""
+    """rotary: rotate queries and keys by their positions; rotary_value: values too (RoPER)"""
 
     def positive(self) -> list[str]:
         return [*super().positive(), "digits"]
 
     @classmethod
     def small(cls) -> "Config":
-        """For two CPU cores."""
+        """Minutes on two CPU cores."""
         return cls(schedule="constant", learning_rate=1e-3)
 
     @classmethod
     def original(cls) -> "Config":
-        """The sizes of the original experiment, 20 epochs of 4096 sequences: meant for an accelerator."""
+        """The sizes of the original experiment, 20 epochs of 4096 sequences, for an accelerator."""
         epoch = 4096 // 16
         return cls(
             digits=7,
@@ -127,24 +130,33 @@ class Config(experiment.Config):
             every=epoch,
         )
 
+
+class RopeValue(Experiment[Config]):
+    config_class = Config
+
     def model(self, n_vocab: int) -> AutoregressiveTransformer:
-        sizes = (self.d_model, self.heads, self.d_ff, self.n_layers)
-        return AutoregressiveTransformer(n_vocab, *sizes, self.attention, self.dropout, rngs=nnx.Rngs(self.seed))
+        c = self.config
+        sizes = (c.d_model, c.heads, c.d_ff, c.n_layers)
+        return AutoregressiveTransformer(n_vocab, *sizes, c.attention, c.dropout, rngs=nnx.Rngs(c.seed))
 
     def task(self) -> Task:
-        """Problems without end, and held-out ones that another generator drew."""
-        make = functools.partial(sequence, self.digits, self.seq_len)
-        train = grain.MapDataset.range(1).seed(self.seed).repeat().random_map(lambda _, rng: make(rng))
+        """Endless problems, and held-out ones from another generator."""
+        digits = self.config.digits
+        make = functools.partial(sequence, digits, self.config.seq_len)
+        train = grain.MapDataset.range(1).seed(self.config.seed).repeat().random_map(lambda _, rng: make(rng))
         held_out = [make(np.random.default_rng([1, i])) for i in range(VALIDATION)]
         sha256 = hashlib.sha256(b"".join(example["tokens"].tobytes() for example in held_out)).hexdigest()
-        about = f"addition of numbers of up to {self.digits} digits, {len(VOCABULARY)} different characters"
+        about = f"addition of numbers of up to {digits} digits, {len(VOCABULARY)} different characters"
         return Task(train, held_out, VOCABULARY, sha256, about)
 
-    def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
-        """The first few answers, and the share of right ones, unless it was interrupted before it had them all."""
+    def held_out(self, run: Path, vocabulary: Vocabulary, sha256: str) -> Sequence[Example]:
+        return self.task().validation  # generated, so they cannot have changed
+
+    def report(self, model: Any, task: Task, interrupted: Interrupted) -> tuple[str, dict[str, float]]:
+        """The first few answers, and the share of right ones unless interrupted before all were there."""
         rng = np.random.default_rng(2)
-        questions = [draw(self.digits, rng) for _ in range(QUESTIONS)]
-        largest = 10**self.digits - 1
+        questions = [draw(self.config.digits, rng) for _ in range(QUESTIONS)]
+        largest = 10**self.config.digits - 1
         found = answer(model, questions, len(problem(largest, largest)), interrupted)
         answered = list(zip(questions, found, strict=False))
         right = sum(text.rpartition("x==")[2] == str(a + b) for (a, b), text in answered)
@@ -153,5 +165,7 @@ class Config(experiment.Config):
         return "\n".join([f"{right} of {len(found)} answers right, such as", *first]), score
 
 
+EXPERIMENT = RopeValue
+
 if __name__ == "__main__":
-    experiment.run_script(Config, "python -m train.rope_value")
+    run_script(RopeValue, "python -m train.rope_value")

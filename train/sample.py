@@ -1,10 +1,8 @@
-"""`python -m train.sample`: text written by a trained run; see `jaxmodels.training.sample`."""
+"""`python -m train.sample`: text from a trained run; see `jaxmodels.training.sample`."""
 
 import sys
 
-from jaxmodels.training.sample import PROGRAM, main
-from jaxmodels.training.signals import one_line_errors
+from jaxmodels.training.sample import main
 
 if __name__ == "__main__":
-    with one_line_errors(PROGRAM):
-        main(sys.argv[1:])
+    sys.exit(main())

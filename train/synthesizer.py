@@ -1,9 +1,9 @@
-"""Every kind of Synthesizer on one text, side by side, with attention as they replace it, and a character 4-gram model.
+"""Every kind of Synthesizer on one text, next to the attention that they replace and a character 4-gram model.
 
     python -m train.synthesizer --text tiny_shakespeare    # or a FILE; without --text: Python's own language reference
-    python -m train.synthesizer --attention random+dense   # one of them alone
+    python -m train.synthesizer --attention random+dense   # only one of them
 
-Hardware   2 CPU cores, which test runs were using too; float32
+Hardware   2 CPU cores, shared with test runs; float32
 Time       79 min by the clock for all eight, 112 min of CPU time over both cores
 Training   each kind 2000 steps of 16 sequences of 128 characters (4.1 epochs of tiny_shakespeare)
 Result     tiny_shakespeare, seed 0, validation loss in nats per character over the same characters:
@@ -17,10 +17,11 @@ Result     tiny_shakespeare, seed 0, validation loss in nats per character over 
            vanilla                 810,049         2.043         1.755
            character 4-gram                                      1.774
            fixed_random            677,953         2.423         2.369
-           fixed_random stays above the 4-gram, between a 2-gram (2.486) and a 3-gram (2.049): what it mixes is drawn
-           once and never learnt, so no head can come to look at the characters just before. The others clear it.
+           fixed_random stays above the 4-gram, between a 2-gram (2.486) and a 3-gram (2.049): its attention weights
+           are drawn once and not trained, so that no head can learn to attend to the preceding characters. The others
+           are below it.
 
-Each kind is a run of its own, RUNS/KIND. The same command goes on where it was stopped, and says again what is done.
+Each kind is a separate run, RUNS/KIND. The same command resumes where it was stopped, and prints finished runs again.
 """
 
 import dataclasses
@@ -29,14 +30,17 @@ from collections.abc import Sequence
 from flax import nnx
 from rich.table import Table
 
-from jaxmodels.training import experiment
-from jaxmodels.training.config import check_folder, parse
-from jaxmodels.training.experiment import Result, as_program, carry_out, start
+from jaxmodels.training import script
+from jaxmodels.training.config import TransformerConfig
+from jaxmodels.training.experiment import Experiment
+from jaxmodels.training.loop import Result
+from jaxmodels.training.run import check_folder
+from jaxmodels.training.script import Session, as_program, parse
 from jaxmodels.training.signals import interruptible
 from jaxmodels.transformer import AutoregressiveTransformer
 
 PROGRAM = "python -m train.synthesizer"
-# The last, dot products alone, is what the others stand in for; none of them knows positions but by its table.
+# The last, dot products without positions, is what the others replace.
 KINDS = (
     "dense",
     "random",
@@ -50,55 +54,59 @@ KINDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(experiment.Config):
-    """What decides the numbers of a run."""
+class Config(TransformerConfig):
+    """Hyperparameters of a run."""
 
     warmup: int = 300
     """steps until the schedule's peak"""
     attention: str = "all"
-    """a kind of SynthesizerAttention, or a sum such as random+dense; all: several, one after the other"""
+    """a kind of SynthesizerAttention, or a sum such as random+dense; all: eight of them, one after the other"""
 
     @classmethod
     def small(cls) -> "Config":
-        """For two CPU cores."""
+        """Minutes per kind on two CPU cores."""
         return cls()
 
     @classmethod
     def original(cls) -> "Config":
-        """The sizes of the original character experiments: meant for an accelerator."""
+        """The sizes of the original character experiments, for an accelerator."""
         return cls(heads=16, n_layers=6, seq_len=512, batch_size=4, steps=30_000, warmup=2000)
 
+
+class Synthesizer(Experiment[Config]):
+    config_class = Config
+
     def model(self, n_vocab: int) -> AutoregressiveTransformer:
-        sizes = (self.d_model, self.heads, self.d_ff, self.n_layers)
-        kind = KINDS[0] if self.attention == "all" else self.attention
-        rngs = nnx.Rngs(self.seed)
-        return AutoregressiveTransformer(n_vocab, *sizes, kind, self.dropout, max_len=self.seq_len, rngs=rngs)
+        c = self.config
+        sizes = (c.d_model, c.heads, c.d_ff, c.n_layers)
+        kind = KINDS[0] if c.attention == "all" else c.attention
+        rngs = nnx.Rngs(c.seed)
+        return AutoregressiveTransformer(n_vocab, *sizes, kind, c.dropout, max_len=c.seq_len, rngs=rngs)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Trains one kind, or all and compares them; the exit code. Raises ValueError for bad input."""
+    """Train one kind, or train and compare all; returns the exit code. Raises ValueError for bad input."""
     with interruptible() as stop:
-        command = parse(Config, PROGRAM, arguments)
-        if command.config.attention != "all":
-            return experiment.main(Config, PROGRAM, arguments, stop)
-        runs = {kind: (dataclasses.replace(command.config, attention=kind), command.run / kind) for kind in KINDS}
-        for settings, folder in runs.values():
-            check_folder(settings, folder)
-        console = start(command.options)
+        experiment, command = parse(Synthesizer, PROGRAM, arguments)
+        if experiment.config.attention != "all":
+            return script.main(Synthesizer, PROGRAM, arguments, stop)
+        experiments = {kind: Synthesizer(dataclasses.replace(experiment.config, attention=kind)) for kind in KINDS}
+        for kind, one in experiments.items():
+            check_folder(one, command.run / kind)
+        session = Session(command.options, stop, f"{PROGRAM} and the same flags again")
         results: dict[str, Result] = {}
-        for kind, (settings, folder) in runs.items():
-            console.print(f"\n{kind}")
-            go_on = f"{PROGRAM} and the same flags again"
-            result = carry_out(settings, folder, command.options, stop, console, go_on)
+        for kind, one in experiments.items():
+            session.console.print(f"\n{kind}")
+            result = session.train(one, command.run / kind)
             if result is None:
                 return stop.exit_code
             results[kind] = result
-        console.print(table(results))
+        session.console.print(table(results))
         return 0
 
 
 def table(results: dict[str, Result]) -> Table:
-    """A line per kind, and one for the baseline."""
+    """One line per kind, and one for the baseline."""
     shown = Table(box=None)
     shown.add_column("attention")
     for heading in ("parameters", "validation loss"):
@@ -110,6 +118,8 @@ def table(results: dict[str, Result]) -> Table:
         shown.add_row(baseline[0], "", f"{baseline[1]:.3f}")
     return shown
 
+
+EXPERIMENT = Synthesizer
 
 if __name__ == "__main__":
     as_program(main, PROGRAM)

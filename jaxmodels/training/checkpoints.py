@@ -1,14 +1,14 @@
-"""Checkpoints of a run: everything from which it goes on exactly, written while it trains.
+"""Checkpoints of a run, from which it resumes exactly; written while it trains.
 
 RUN/checkpoints/STEP/
-    model/         `jaxmodels.load` reads it
-    state/         Orbax: optimizer and random key, by path
+    model/         readable by `jaxmodels.load`
+    state/         Orbax: optimizer state and random key, by path
     losses.npy     float32 [STEP], nats per token
     complete.json  {"format": 2, "step": …, "data": {…}, "files": {path: bytes}}; written last
 
-A folder without complete.json is one that a killed run left: the next run removes it. One whose files are not as long
-as complete.json says, or cannot be read, is damaged: it is passed over, with a warning, for the one before it, and set
-aside as STEP.damaged. RUN/.lock is held while a run goes on, so that no other goes on with it at the same time.
+A folder without complete.json was left by a killed run and is removed by the next one. A checkpoint whose files cannot
+be read, or whose sizes differ from complete.json, is damaged: `restore` skips it with a warning, continues from the one
+before, and renames it to STEP.damaged. RUN/.lock is held while a run trains, so that no other process trains there.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 import jaxmodels
 from jaxmodels.io.atomic import atomic_file, flush
 from jaxmodels.io.checkpoint import read_arrays, read_config
-from jaxmodels.models import describe, model_class
+from jaxmodels.models import describe, model_class, names
 from jaxmodels.sharding import placement
 from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.step import Program, State
@@ -39,9 +39,13 @@ MARK = "complete.json"
 LOCK = ".lock"
 
 
+class UnknownModel(ValueError):
+    """A checkpoint's model is of a class that is not registered."""
+
+
 @dataclasses.dataclass
 class Position:
-    """Where a run stands. `losses` has one number per step taken; `data` is the state of the iterator of batches."""
+    """Progress of a run. `losses` has one number per step taken; `data` is the state of the iterator of batches."""
 
     state: State
     data: dict[str, Any]
@@ -53,10 +57,10 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of one run, one being written at a time, in a thread; all processes call everything together.
+    """The checkpoints of one run. All processes call every method together; one thread writes one checkpoint at a time.
 
-    The last `keep` stay, and each whose step is a multiple of keep_every. Raises ValueError where somebody else is
-    writing to the run.
+    Keeps the last `keep` checkpoints and those whose step is a multiple of keep_every. Raises ValueError if another
+    process is training in the run.
     """
 
     def __init__(self, run: Path, program: Program, keep: int, keep_every: int | None = None):
@@ -72,14 +76,14 @@ class Checkpoints:
             except filelock.Timeout:
                 raise ValueError(f"{run} is in use: another process is training there") from None
             except (OSError, NotImplementedError):
-                pass  # a file system without locks: nobody can be kept out
+                pass  # a file system without locks cannot exclude anyone
             for left in self.folder.glob("*"):
                 if left.name.isdecimal() and not (left / MARK).exists():
                     shutil.rmtree(left)
-        agree(False)  # nobody reads or writes before that is done
+        agree(False)  # a barrier: no process reads or writes before the folder is clean
 
     def save(self, position: Position) -> None:
-        """Starts writing; waits only for the one before. The arrays may be used up as soon as this returns."""
+        """Start writing; waits only for the previous checkpoint. The arrays may be donated once this returns."""
         self.wait()
         folder = (self.folder / str(position.step)).absolute()
         if problem(folder) is None:
@@ -91,28 +95,29 @@ class Checkpoints:
         state = position.state
         parts = [
             ocp.save_async(folder / "model" / "params", {**state.params, **state.fixed}),
-            ocp.save_async(folder / "state", beside_the_model(state)),
+            ocp.save_async(folder / "state", training_arrays(state)),
         ]
         losses, about = np.asarray(position.losses, np.float32), {"step": position.step, "data": position.data}
         self.writing = threading.Thread(target=self.finish, args=(folder, parts, losses, about))
         self.writing.start()
 
     def finish(self, folder: Path, parts: list[Any], losses: np.ndarray, about: dict[str, Any]) -> None:
+        """Wait for Orbax and complete the checkpoint; runs in the writing thread."""
         try:
             for part in parts:
                 part.result()
             if is_first():
                 (folder / "model" / "config.json").write_text(describe(self.program.abstract), encoding="utf-8")
                 np.save(folder / "losses.npy", losses)
-                files = {str(file.relative_to(folder)): flushed(file) for file in all_files(folder)}
-                with atomic_file(folder / MARK) as beside:
-                    beside.write_text(json.dumps({"format": FORMAT, **about, "files": files}), encoding="utf-8")
+                files = {str(file.relative_to(folder)): flushed_size(file) for file in all_files(folder)}
+                with atomic_file(folder / MARK) as new:
+                    new.write_text(json.dumps({"format": FORMAT, **about, "files": files}), encoding="utf-8")
                 self.remove_old(about["step"])
         except BaseException as error:
             self.error = error
 
     def wait(self) -> None:
-        """Returns when what is being written is complete; raises what went wrong."""
+        """Wait until the checkpoint that is being written is complete; raises the error if that failed."""
         if self.writing is not None:
             self.writing.join()
             self.writing = None
@@ -121,7 +126,7 @@ class Checkpoints:
             raise error
 
     def close(self) -> None:
-        """`wait`, and lets others write to the run."""
+        """Wait, then let others train in the run."""
         try:
             self.wait()
         finally:
@@ -130,50 +135,50 @@ class Checkpoints:
     def remove_old(self, last: int) -> None:
         for step in [step for step in steps(self.folder) if step <= last][: -self.keep]:
             if not self.keep_every or step % self.keep_every:
-                (self.folder / str(step) / MARK).unlink()  # first: what is half removed is no checkpoint
+                (self.folder / str(step) / MARK).unlink()  # first, so that a half removed folder is no checkpoint
                 shutil.rmtree(self.folder / str(step))
 
     def restore(self) -> Position | None:
-        """The latest position that is whole, placed as the program says; None where none was ever written.
+        """Read the latest whole checkpoint, sharded as the program requires; None if none was ever written.
 
-        A damaged checkpoint is passed over with a warning. Raises ValueError where all of them are damaged, or hold
-        another model or optimizer.
+        Skips a damaged checkpoint with a warning. Raises ValueError if all of them are damaged, or if they hold another
+        model or optimizer.
         """
         found = steps(self.folder)
-        passed_over: list[int] = []
+        skipped: list[int] = []
         for step in reversed(found):
             folder = self.folder / str(step)
             wrong = problem(folder)
-            if not agree(wrong is not None):  # all of them read it, or none begins to
+            if not agree(wrong is not None):  # all processes read it, or none does
                 try:
                     position = self.read(folder)
                 except ValueError as error:
                     wrong = str(error)
                 if not agree(wrong is not None):
-                    self.set_aside(passed_over)
+                    self.set_aside(skipped)
                     return position
             wrong = wrong or "another process cannot read it"
-            print(f"warning: checkpoint {step} is passed over: {wrong}", file=sys.stderr, flush=True)
-            passed_over.append(step)
+            warn_skipped(step, wrong)
+            skipped.append(step)
         if found:
             raise ValueError(f"{self.folder} has no checkpoint that can be read: {wrong}")
         return None
 
     def set_aside(self, damaged: list[int]) -> None:
-        """What was passed over is kept for whoever wants to look at it, and in nobody's way."""
+        """Rename damaged checkpoints, so that they can be inspected and are not read again."""
         for step in damaged if is_first() else ():
             aside = self.folder / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a mounted bucket may not rename folders: then it is written over
+            with contextlib.suppress(OSError):  # a mounted bucket may not rename folders; then it is overwritten
                 (self.folder / str(step)).rename(aside)
 
     def read(self, folder: Path) -> Position:
-        """What is in a checkpoint that `problem` finds whole; raises ValueError where it can't be read."""
+        """Read a checkpoint that `problem` finds whole; raises ValueError if its content cannot be read."""
         about = json.loads((folder / MARK).read_text(encoding="utf-8"))
         abstract = self.program.abstract_state()
         model = {**abstract.params, **abstract.fixed}
         arrays = read_arrays(folder / "model" / "params", {name: (a.shape, a.sharding) for name, a in model.items()})
-        shapes, places = jax.eval_shape(beside_the_model, abstract), jax.tree.map(lambda a: a.sharding, abstract)
+        shapes, places = jax.eval_shape(training_arrays, abstract), jax.tree.map(lambda a: a.sharding, abstract)
         names = ["key", *optimizer_names(abstract)]
         targets = dict(zip(names, [places.key, *jax.tree.leaves(places.optimizer)], strict=True))
         kept = read_arrays(folder / "state", {name: (shapes[name].shape, place) for name, place in targets.items()})
@@ -188,21 +193,21 @@ class Checkpoints:
         return Position(state, about["data"], np.load(folder / "losses.npy").tolist())
 
 
-def beside_the_model(state: State) -> dict[str, jax.Array]:
-    """The arrays of a state that are not the model's, by name: the key and the optimizer's."""
+def training_arrays(state: State) -> dict[str, jax.Array]:
+    """Arrays of a state that are not the model's, by name: the random key and the optimizer state."""
     optimizer = dict(zip(optimizer_names(state), jax.tree.leaves(state.optimizer), strict=True))
     return {"key": jax.random.key_data(state.key), **optimizer}
 
 
 def optimizer_names(state: State) -> list[str]:
-    """The paths of the optimizer's arrays, in the order of its leaves."""
+    """Paths of the optimizer's arrays, in the order of its leaves."""
     return [
         "optimizer" + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.optimizer)
     ]
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps whose checkpoints were finished, first to last."""
+    """Steps of the complete checkpoints in a folder, ascending."""
     return sorted(int(mark.parent.name) for mark in folder.glob(f"*/{MARK}") if mark.parent.name.isdecimal())
 
 
@@ -211,7 +216,7 @@ def all_files(folder: Path) -> list[Path]:
 
 
 def problem(folder: Path) -> str | None:
-    """Why a checkpoint is not whole, or None where each of its files is there and as long as it was."""
+    """Describe why a checkpoint is not whole; None if every file exists with its recorded size."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if mark["format"] != FORMAT:
@@ -225,25 +230,41 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def flushed(file: Path) -> int:
-    """The size of a file that is on the disk, whenever the machine stops."""
+def flushed_size(file: Path) -> int:
+    """Flush a file to disk and return its size."""
     flush(file)
     return file.stat().st_size
 
 
+def warn_skipped(step: int, reason: str) -> None:
+    print(f"warning: checkpoint {step} is skipped: {reason}", file=sys.stderr, flush=True)
+
+
 def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:
-    """The model of a run's last whole checkpoint, on a mesh or one device, and its step; ValueError where none is."""
+    """Load the model of a run's latest whole checkpoint, on a mesh or one device, and its step.
+
+    Raises ValueError if there is none, and UnknownModel if its class is not registered.
+    """
     for step in reversed(steps(run / "checkpoints")):
         folder = run / "checkpoints" / str(step)
         wrong = problem(folder)
         if wrong is None:
             return open_model(folder / "model", mesh), step
-        print(f"warning: checkpoint {step} is passed over: {wrong}", file=sys.stderr, flush=True)
+        warn_skipped(step, wrong)
     raise ValueError(f"{run} holds no whole checkpoint of a training run")
 
 
 def open_model(folder: Path, mesh: Mesh | None = None) -> Any:
-    """`jaxmodels.load`, each device of a mesh reading its part; raises ValueError where it does not fit the mesh."""
+    """Load a model, each device of a mesh reading its own part; raises ValueError if it does not fit the mesh.
+
+    A model whose layers are not stacked (a `stacked` of its config is false) is loaded whole and stacked for a mesh:
+    sharding rules are for stacked layers.
+    """
+    name, config = read_config(folder)
+    if name not in names():
+        raise UnknownModel(f"model={name!r} is not registered")
     if mesh is None or mesh.size == 1:
         return jaxmodels.load(folder)
-    return jaxmodels.load(folder, shardings=placement(model_class(read_config(folder)[0]), mesh))
+    if config.get("stacked") is False:
+        return jaxmodels.load(folder).stacked()
+    return jaxmodels.load(folder, shardings=placement(model_class(name), mesh))

@@ -1,6 +1,6 @@
-"""Training examples: endless, random by position, so that a run goes on where it stopped on any number of processes.
+"""Training examples: an endless random sequence, indexed by position, so that a run resumes on any number of processes.
 
-Axes: B batch, S sequence. An example is a dict of arrays, "tokens" int [S + 1] among them; a batch stacks them.
+Axes: B batch, S sequence. An example is a dict of arrays with "tokens", int [S + 1]; a batch stacks examples.
 """
 
 import dataclasses
@@ -21,26 +21,25 @@ PREFETCHED = 8  # batches; they are small, and the two threads that make them sh
 
 @dataclasses.dataclass(frozen=True)
 class Windows(Sequence[Example]):
-    """A text cut end to end into inputs of S tokens, each with its next token: they predict tokens 1 … n·S once each.
+    """A text cut into consecutive inputs of S tokens, each with its next token: tokens 1 … n·S are predicted once.
 
-    ids: int [N], in memory or memory-mapped. Raises ValueError, with the text's `name`, where not one window fits.
+    ids: int [N], in memory or memory-mapped. Raises ValueError with the text's `name` if not one window fits.
     """
 
     ids: np.ndarray
     seq_len: int
     name: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.ids) <= self.seq_len:
             raise ValueError(
-                f"the {self.name} text has {len(self.ids)} tokens, fewer than one sequence of seq_len={self.seq_len} "
-                "and one"
+                f"{self.name} text has {len(self.ids)} tokens; seq_len={self.seq_len} needs at least {self.seq_len + 1}"
             )
 
     def __len__(self) -> int:
         return (len(self.ids) - 1) // self.seq_len
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
         return self.at(i * self.seq_len)
@@ -49,36 +48,36 @@ class Windows(Sequence[Example]):
         return {"tokens": np.asarray(self.ids[start : start + self.seq_len + 1], np.int32)}
 
     def shifted(self, i: int, rng: np.random.Generator) -> Example:
-        """Window i, a random 0 … S-1 tokens later; less for the last one, where the text ends."""
+        """Window i moved by a random 0 … S-1 tokens; by fewer near the end of the text."""
         start = i * self.seq_len
         room = len(self.ids) - self.seq_len - 1 - start
         return self.at(start + int(rng.integers(0, min(self.seq_len - 1, room), endpoint=True)))
 
 
 def endless(windows: Windows, seed: int) -> grain.MapDataset:
-    """Epoch after epoch, each window once an epoch, in an order and with offsets of its own; the originals' rule."""
+    """Epochs without end, each window once per epoch, in a new order and at new offsets; the originals' rule."""
     dataset = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
     return dataset.random_map(windows.shifted)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What an experiment trains on."""
+    """The data of an experiment."""
 
     train: grain.MapDataset  # endless examples
     validation: Sequence[Example]
     vocabulary: Vocabulary
-    sha256: str  # of everything above; a run goes on with its own data only
+    sha256: str  # of everything above; a run resumes only with its own data
     about: str  # one line
-    train_ids: np.ndarray | None = None  # the text itself, where it is one
+    train_ids: np.ndarray | None = None  # the text itself, if there is one
     validation_ids: np.ndarray | None = None
 
 
 class Batches(Iterator[dict[str, jax.Array]]):
-    """Batches of examples 0 … B-1, B … 2B-1, …, each a global array with its rows over the mesh.
+    """Batches of examples 0 … B-1, B … 2B-1, …, each a global array whose rows are divided over the mesh.
 
-    A process makes the rows that its devices hold and no other. `get_state` counts batches, so it means the same to
-    any number of processes and devices. Examples are made ahead, in threads.
+    A process makes only the rows that its devices hold. `get_state` counts batches, so that it has the same meaning
+    for any number of processes and devices. Examples are made ahead, in threads.
     """
 
     def __init__(self, examples: grain.MapDataset, batch_size: int, mesh: Mesh):
@@ -110,14 +109,14 @@ class Batches(Iterator[dict[str, jax.Array]]):
 def place_rows(
     arrays: Example, own: np.ndarray, batch_size: int, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.Array]:
-    """A global batch, of which this process has the rows `own`, sorted: every block that one of its devices holds."""
+    """Build a global batch from this process's rows `own`, sorted: every block that one of its devices holds."""
 
     def place(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index, "every array has an axis of rows"
             start, stop, _ = index[0].indices(batch_size)
-            place = int(np.searchsorted(own, start))
-            return array[place : place + stop - start]
+            first = int(np.searchsorted(own, start))
+            return array[first : first + stop - start]
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 
@@ -125,11 +124,11 @@ def place_rows(
 
 
 def stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}  # [B, ...]
 
 
 def in_batches(examples: Sequence[Example], batch_size: int, mesh: Mesh) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """A finite sequence in batches of one size, each with how many of its rows count: the last is filled up."""
+    """Iterate over a finite sequence in equal batches, each with the number of rows that count; the last is padded."""
     for first in range(0, len(examples), batch_size):
         rows = stack([examples[i % len(examples)] for i in range(first, first + batch_size)])
         placed = place_rows(rows, np.arange(batch_size), batch_size, batch_sharding(mesh))

@@ -1,62 +1,39 @@
-"""How well a trained model predicts a text.
+"""Loss of a trained model on a text: `jaxmodels evaluate`, or `python -m train.evaluate` in a checkout."""
 
-    python -m train.evaluate runs/rope                     # the held-out part of the text it was trained on
-    python -m train.evaluate runs/rope --text FILE         # a whole text of another file
-    python -m train.evaluate MODEL --text FILE --tokenizer tokenizer.json --seq-len 2048
-
-MODEL is what jaxmodels.save or python -m jaxmodels.convert wrote.
-"""
-
+import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, get_args
 
 import numpy as np
 import optax
-import tyro
 from jax.sharding import Mesh
 
-from jaxmodels.io.checkpoint import read_config
-from jaxmodels.retro.retrieval.examples import of_run, with_index, with_neighbors
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
-from jaxmodels.training import config
-from jaxmodels.training.checkpoints import latest_model, open_model
+from jaxmodels.training.checkpoints import open_model
 from jaxmodels.training.data import Example, Windows
+from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.loop import Evaluation
-from jaxmodels.training.signals import Stop
-from jaxmodels.training.step import Numerics, Precision, Program
-from jaxmodels.training.tokenize import open_tokens
-from train import rope_value
+from jaxmodels.training.run import is_run, open_run, read_about
+from jaxmodels.training.signals import Stop, exit_code
+from jaxmodels.training.step import Numerics, Precision, Program, token_losses
 
-PROGRAM = "python -m train.evaluate"
+EXAMPLES = """\
+examples:
+  jaxmodels evaluate runs/rope                    # the held-out part of the text it was trained on
+  jaxmodels evaluate runs/rope --text FILE        # the whole text of another file
+  jaxmodels evaluate MODEL --text FILE --tokenizer tokenizer.json --seq-len 2048
 
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Loss, perplexity and bits per character and byte of a model on a text."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """folder of a run, whose latest checkpoint is taken, or of a model"""
-    text: str | None = None
-    """python_docs, tiny_shakespeare or a UTF-8 FILE, all of it; none: the held-out part of the run's own text"""
-    tokenizer: Path | None = None
-    """tokenizer.json of a model that is no run; none: the vocabulary.json beside it"""
-    seq_len: int | None = None
-    """tokens of a sequence, each predicted from those before it in its own; none: as in training"""
-    batch_size: int = 16
-    """sequences at a time"""
-    mesh: str = ""
-    """devices along the axes data, fsdp and tensor, as in training"""
-    compute_dtype: Precision = "float32"
-    """what the model computes in"""
+MODEL is a folder written by jaxmodels.save or jaxmodels convert.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement:
-    """tokens are those predicted; the rates are per token, and per character and byte of the text they write."""
+class Scores:
+    """How well a model predicts a text: number of predicted tokens; nats per token, bits per character and byte."""
 
     tokens: int
     nats: float
@@ -66,96 +43,113 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What is judged, and of a run its script, its configuration and what tells its data from any other."""
+    """A model with its vocabulary, and its experiment if it comes from a run."""
 
     model: Any
     vocabulary: Vocabulary
-    script: str | None = None
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    sha256: str | None = None
+    experiment: Experiment[Any] | None = None
 
 
-def open_checkpoint(command: Command, mesh: Mesh) -> Checkpoint:
-    """The latest of a run, or a model; raises ValueError where the folder holds neither."""
-    folder = command.checkpoint
-    if (folder / config.FILE).exists() and (folder / "checkpoints").is_dir():
-        about = config.read_about(folder)
-        model, _ = latest_model(folder, mesh)
-        vocabulary = load_vocabulary(folder / "vocabulary.json")
-        return Checkpoint(model, vocabulary, about["script"], about["config"], about["sha256"])
-    if mesh.size > 1 and read_config(folder)[1].get("stacked") is False:
-        model = open_model(folder).stacked()  # the tables of train/mesh.py are for stacked layers
-    else:
-        model = open_model(folder, mesh)
-    if command.tokenizer is not None:
-        return Checkpoint(model, TokenizerFile.read(command.tokenizer))
-    return Checkpoint(model, load_vocabulary(folder / "vocabulary.json"))
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="jaxmodels evaluate",
+        description="Print loss, perplexity, and bits per character and byte of a model on a text.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = arguments.add_argument
+    add("checkpoint", type=Path, metavar="FOLDER", help="folder of a run (its latest checkpoint), or of a model")
+    add(
+        "--text",
+        help="python_docs, tiny_shakespeare or a UTF-8 file, evaluated whole (default: the held-out part of the "
+        "run's own text)",
+    )
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json of a model (default: its vocabulary.json)")
+    add(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="tokens per sequence, each predicted from those before it in the same sequence (default: as in training)",
+    )
+    add("--batch-size", type=int, default=16, metavar="N", help="sequences per batch (default 16)")
+    add("--mesh", default="", help="devices along the axes data, fsdp and tensor, as in training (default: data=all)")
+    add("--compute-dtype", choices=get_args(Precision), default="float32", help="dtype to compute in (default float32)")
+    add(
+        "--experiment",
+        metavar="MODULE",
+        help="module of the run's experiment, such as my_project.experiment; it is imported, and registers its model",
+    )
+    return arguments
 
 
-def examples_of(command: Command, opened: Checkpoint) -> Sequence[Example]:
-    """What the model is to predict, in windows; one trained with neighbours reads those of its own index.
-
-    Raises ValueError where no text or length is known, and where a run's own text is no longer the one it had.
-    """
-    settings = opened.settings
-    seq_len = settings.get("seq_len") if command.seq_len is None else command.seq_len
-    if seq_len is None:
-        raise ValueError("a model that is no run needs --seq-len")
-    if command.text is not None:
-        ids = opened.vocabulary.encode(load_corpus(command.text))
-    elif opened.script == "train.rope_value":  # which has no text, it makes its problems
-        return rope_value.Config(**{**settings, "seq_len": seq_len}).task().validation
-    elif settings:
-        ids = held_out(command.checkpoint, opened)
-    else:
-        raise ValueError("a model that is no run needs --text")
-    return with_neighbors(Windows(ids, seq_len, "given"), command.checkpoint, settings)
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    return exit_code("evaluate", lambda: print_scores(options))
 
 
-def held_out(run: Path, opened: Checkpoint) -> np.ndarray:
-    """The part of its own text that a run did not train on, in the run's own vocabulary.
-
-    Raises ValueError where the text has changed since: what is held out of it now may have been trained on.
-    """
-    text = opened.settings["text"]
-    tokens, index = open_tokens(text, opened.vocabulary), of_run(run, opened.settings)
-    found = tokens.sha256 if index is None else with_index(tokens.sha256, index)
-    if found != opened.sha256:
-        what = f"text={text!r}" if index is None else f"text={text!r} with its index"
-        raise ValueError(
-            f"{what} has changed since {run} was trained on it: sha256 {found} now, {opened.sha256} then; "
-            "name a text with --text"
-        )
-    return tokens.validation
-
-
-def judge(model: Any, examples: Sequence[Example], vocabulary: Vocabulary, mesh: Mesh, command: Command) -> Judgement:
-    """How well a model predicts each example's tokens but the first."""
-    program = Program(lambda: model, optax.identity(), mesh, Numerics(compute_dtype=command.compute_dtype))
-    nats = Evaluation(program, examples, command.batch_size, Stop())(program.state_of(model))
-    assert nats is not None, "nobody asked it to end"
-    ids = np.concatenate([examples[i]["tokens"][1:] for i in range(len(examples))])
-    written, n = vocabulary.decode(ids), len(ids)
-    n_bytes = n if vocabulary.unit == "byte" else len(written.encode("utf-8"))  # the first may begin in a character
-    bits = n * nats / math.log(2)
-    return Judgement(n, nats, bits / len(written), bits / n_bytes)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Prints the judgement; raises ValueError for bad input."""
-    command = tyro.cli(Command, args=arguments, prog=PROGRAM)
+def print_scores(options: argparse.Namespace) -> None:
+    """Evaluate, from the flags of `parser`, and print; raises ValueError for bad input."""
     for name in ("seq_len", "batch_size"):
-        value = getattr(command, name)
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    mesh = make_mesh(command.mesh)
-    check_batch(mesh, command.batch_size)
-    opened = open_checkpoint(command, mesh)
-    vocabulary, examples = opened.vocabulary, examples_of(command, opened)
-    found = judge(opened.model, examples, vocabulary, mesh, command)
-    what = command.text or f"held-out part of {opened.settings['text']}"
-    print(f"{what}: {found.tokens:,} {vocabulary.unit}s predicted")
-    print(f"    loss                 {found.nats:.4f} nats per {vocabulary.unit}")
+    mesh = make_mesh(options.mesh)
+    check_batch(mesh, options.batch_size)
+    opened = open_checkpoint(options, mesh)
+    examples, unit = examples_of(options, opened), opened.vocabulary.unit
+    found = evaluate(opened, examples, mesh, options.batch_size, options.compute_dtype)
+    text = options.text or f"held-out part of {opened.experiment.config.text if opened.experiment else ''}"
+    print(f"{text}: {found.tokens:,} {unit}s predicted")
+    print(f"    loss                 {found.nats:.4f} nats per {unit}")
     print(f"    perplexity           {math.exp(found.nats):.4f}")
     print(f"    bits per character   {found.bits_per_character:.4f}")
     print(f"    bits per byte        {found.bits_per_byte:.4f}")
+
+
+def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:
+    """Open a run's latest checkpoint or a model; raises ValueError if the folder holds neither."""
+    folder = options.checkpoint
+    if is_run(folder):
+        experiment, model, vocabulary = open_run(folder, options.experiment, mesh)
+        if options.seq_len is not None:
+            config = dataclasses.replace(experiment.config, seq_len=options.seq_len)
+            experiment = type(experiment)(config)
+        return Checkpoint(model, vocabulary, experiment)
+    model = open_model(folder, mesh)
+    if options.tokenizer is not None:
+        return Checkpoint(model, TokenizerFile.read(options.tokenizer))
+    return Checkpoint(model, load_vocabulary(folder / "vocabulary.json"))
+
+
+def examples_of(options: argparse.Namespace, opened: Checkpoint) -> Sequence[Example]:
+    """Cut the text into examples; a run's experiment adds what its model takes besides the tokens.
+
+    Raises ValueError if there is no text or length, or if the run's own text has changed since it was trained.
+    """
+    experiment, run = opened.experiment, options.checkpoint
+    if experiment is None:
+        for flag, value in (("--seq-len", options.seq_len), ("--text", options.text)):
+            if value is None:
+                raise ValueError(f"{flag} is required for a model folder that is not a training run")
+        return Windows(opened.vocabulary.encode(load_corpus(options.text)), options.seq_len, "given")
+    if options.text is None:
+        return experiment.held_out(run, opened.vocabulary, read_about(run).sha256)
+    return experiment.examples(opened.vocabulary.encode(load_corpus(options.text)), run)
+
+
+def evaluate(
+    opened: Checkpoint, examples: Sequence[Example], mesh: Mesh, batch_size: int, compute_dtype: Precision
+) -> Scores:
+    """Measure how well a model predicts every token of the examples except their first."""
+    model, vocabulary = opened.model, opened.vocabulary
+    losses = token_losses if opened.experiment is None else opened.experiment.losses
+    numerics = Numerics(compute_dtype=compute_dtype)
+    program = Program(lambda: model, optax.identity(), mesh, numerics, losses=losses)
+    nats = Evaluation(program, examples, batch_size, Stop())(program.state_of(model))
+    assert nats is not None, "nothing signals this Stop"
+    ids = np.concatenate([examples[i]["tokens"][1:] for i in range(len(examples))])
+    written, n = vocabulary.decode(ids), len(ids)
+    # counted as tokens for bytes: decoding may begin inside a character
+    n_bytes = n if vocabulary.unit == "byte" else len(written.encode("utf-8"))
+    bits = n * nats / math.log(2)
+    return Scores(n, nats, bits / len(written), bits / n_bytes)

@@ -1,333 +1,354 @@
-"""An experiment from its configuration to its result: a language model trained on a text, saved, judged, sampled from.
+"""An experiment: what a training script does with its hyperparameters, from the text to the sample in a report.
 
-Every script of this kind is a `Config` with sizes of its own and a `model`; what happens is here.
+A script is a module with a `Config`, a subclass of `Experiment`, and `EXPERIMENT`, which is that class:
+
+    class MyExperiment(Experiment[Config]):
+        config_class = Config
+
+        def model(self, n_vocab: int) -> MyModel:
+            return MyModel(n_vocab, self.config.d_model, rngs=nnx.Rngs(self.config.seed))
+
+    EXPERIMENT = MyExperiment
+
+    if __name__ == "__main__":
+        run_script(EXPERIMENT, "python -m my_project.experiment")
+
+What a model class must have:
+
+- `jaxmodels.register(NAME)` and `config()`: checkpoints are saved under that name. Required.
+- `sequence_axis`: 0 if its calls take tokens [S, B], 1 if [B, S]. Required unless `losses` is overridden.
+- `sharding_rules`: required on a mesh with an fsdp or tensor axis; see `jaxmodels.sharding`.
+- `init_cache`, `prefill`, `decode`: for samples; see `jaxmodels.cache`. Without them reports have no sample.
 """
 
 import contextlib
-import dataclasses
+import importlib
+import importlib.util
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
+import optax
+from flax import nnx
+from jax.sharding import Mesh
 
-from jaxmodels.allocator import keep_freed_memory
-from jaxmodels.sharding import check_batch, make_mesh
-from jaxmodels.training import config, metrics
-from jaxmodels.training.checkpoints import Checkpoints, Position
-from jaxmodels.training.config import Options, begun, check_folder, parse, read_about, write_about
-from jaxmodels.training.data import Batches, Example, Task, Windows, endless
-from jaxmodels.training.distributed import agree, is_first
-from jaxmodels.training.loop import Evaluation, Loop, Told
+import jaxmodels
+from jaxmodels.generate import generate
+from jaxmodels.models import build, describe, name_of
+from jaxmodels.sharding import check_batch
+from jaxmodels.text import Vocabulary
+from jaxmodels.training.config import Config
+from jaxmodels.training.data import Example, Task, Windows, endless
+from jaxmodels.training.distributed import to_host
 from jaxmodels.training.ngram import NGram
-from jaxmodels.training.optimizers import OptimizerName, ScheduleName
-from jaxmodels.training.plan import flops
-from jaxmodels.training.sample import continue_text
-from jaxmodels.training.signals import Stop, interruptible, one_line_errors
-from jaxmodels.training.step import Program
+from jaxmodels.training.optimizers import adam, adamw, make_schedule
+from jaxmodels.training.step import Batch, Program, State, token_losses
 from jaxmodels.training.tokenize import Tokens, open_tokens
+from jaxmodels.weights.names import dotted, flat_arrays
 
-SAMPLE_FROM, SAMPLE = 30, 100  # tokens of the held-out text, and how many the model writes on
-NGRAM_TOKENS = 50_000_000  # a longer text is not counted: it would take minutes
+# The project's own experiments, scripts of a checkout, by the name that commands take.
+EXPERIMENTS = {
+    "feedback": "train.feedback",
+    "feedback_kv": "train.feedback_kv",
+    "neox": "train.neox",
+    "retro": "train.retro",
+    "rope": "train.rope",
+    "rope_value": "train.rope_value",
+    "synthesizer": "train.synthesizer",
+}
+DECODING = ("init_cache", "prefill", "decode")
+PROMPT_TOKENS, SAMPLE_TOKENS = 30, 100  # of the sample in a report
+NGRAM_TOKENS = 50_000_000  # counting a longer text would take minutes
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+Interrupted = Callable[[], bool]
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(config.Config):
-    """What decides the numbers of a run of a small transformer language model."""
+def never() -> bool:
+    return False
 
-    d_model: int = 128
-    """features of a token"""
-    heads: int = 4
-    """attention heads; each has d_model / heads features"""
-    d_ff: int = 512
-    """features of the hidden layer of a feed-forward network"""
-    n_layers: int = 4
-    """layers"""
-    dropout: float = 0.0
-    """share of features and attention weights dropped in training"""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+class Experiment(Generic[ConfigT]):
+    """A language model trained on a text. A subclass gives `config_class` and `model`; the rest has defaults."""
 
-    def positive(self) -> list[str]:
-        return [*super().positive(), "d_model", "heads", "d_ff", "n_layers"]
+    config_class: ClassVar[type[Config]] = Config
+
+    def __init__(self, config: ConfigT):
+        self.config = config
+
+    @property
+    def standalone(self) -> bool:
+        """True if saved runs can be evaluated and sampled without this class. Saved with each run."""
+        own = ("losses", "tokens", "task", "held_out", "examples", "generator")
+        return all(getattr(type(self), name) is getattr(Experiment, name) for name in own)
+
+    # The model and its training step.
+
+    def model(self, n_vocab: int) -> Any:
+        """Build the initialized model for a vocabulary of n_vocab tokens. It is traced."""
+        raise NotImplementedError
+
+    @property
+    def planned_vocab(self) -> int:
+        """Vocabulary size that `train.plan` assumes by default: that of bytes."""
+        return 256
 
     @property
     def width(self) -> int:
-        return self.d_model
+        """Features per token, by which the Noam schedule scales; raises ValueError if the config has no d_model."""
+        width = getattr(self.config, "d_model", None)
+        if width is None:
+            raise ValueError("schedule='noam' needs a d_model in the config; other schedules are cosine and constant")
+        return width
 
-    def tokens(self) -> Tokens:
-        """The text as ids; raises ValueError where it cannot be read."""
-        return open_tokens(self.text)
+    @property
+    def transformation(self) -> optax.GradientTransformation:
+        """Gradient clipping, optimizer and learning rate schedule."""
+        config = self.config
+        width = self.width if config.schedule == "noam" else 1
+        rate = make_schedule(
+            config.schedule, config.learning_rate, width=width, warmup=config.warmup, steps=config.steps
+        )
+        if config.optimizer == "adamw":
+            return adamw(rate, config.weight_decay, config.clip, b2=config.b2, eps=config.eps)
+        return adam(rate, config.optimizer, config.clip, b2=config.b2, eps=config.eps)
+
+    def losses(self, model: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+        """Loss of each predicted token, whose mean is minimized: nats [B, S]. rng: key for dropout, or None."""
+        return token_losses(model, batch, rng)
+
+    def trains(self, path: str) -> bool:
+        """True if the optimizer updates the parameter with this dotted path."""
+        return True
+
+    def length_at(self, step: int) -> int:
+        """Number of leading tokens of each sequence that step `step`, counted from 0, computes with."""
+        return self.config.seq_len
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and dtypes of a batch."""
+        return {"tokens": jax.ShapeDtypeStruct((self.config.batch_size, self.config.seq_len + 1), np.int32)}
+
+    def program(self, n_vocab: int, mesh: Mesh) -> Program:
+        """Build the training step for a mesh; raises ValueError if they do not fit."""
+        config = self.config
+        check_batch(mesh, config.batch_size, config.accumulate)
+        return Program(
+            lambda: self.model(n_vocab),
+            self.transformation,
+            mesh,
+            config.numerics,
+            losses=self.losses,
+            trains=self.trains,
+            dropout=getattr(config, "dropout", 0) > 0,
+        )
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError if a model, which may be abstract, lacks what a run needs. Called before the first step."""
+        check_config(model)
+        if type(self).losses is Experiment.losses and getattr(model, "sequence_axis", None) not in (0, 1):
+            raise ValueError(
+                f"{type(model).__name__} has sequence_axis={getattr(model, 'sequence_axis', None)}, must be 0 "
+                "(tokens [S, B]) or 1 (tokens [B, S])"
+            )
+
+    def initial(self, program: Program, vocabulary: Vocabulary) -> State:
+        """Build the state before the first step; raises ValueError if a given model does not fit."""
+        return program.make_state(self.config.seed)
+
+    # The data.
+
+    def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
+        """Read the text as token ids, of a saved run's vocabulary if given; raises ValueError if it cannot be read."""
+        return open_tokens(self.config.text, vocabulary)
 
     def task(self) -> Task:
-        """The text in windows; raises ValueError where it is shorter than a sequence."""
-        tokens = self.tokens()
-        train = Windows(tokens.train, self.seq_len, "training")
-        validation = Windows(tokens.validation, self.seq_len, "validation")
-        n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
-        about = (
-            f"{self.text}: {len(tokens.train):,} {unit}s to train on, {len(tokens.validation):,} to validate, "
-            f"{n:,} different ones"
-        )
+        """Cut the text into examples; raises ValueError if it is shorter than a sequence."""
+        tokens, seq_len = self.tokens(), self.config.seq_len
         return Task(
-            endless(train, self.seed),
-            validation,
+            endless(Windows(tokens.train, seq_len, "training"), self.config.seed),
+            Windows(tokens.validation, seq_len, "validation"),
             tokens.vocabulary,
             tokens.sha256,
-            about,
+            self.summary(tokens),
             tokens.train,
             tokens.validation,
         )
 
-    def judged(self, found: Sequence[Example]) -> Sequence[Example]:
-        """Of held-out examples, those that a validation looks at."""
-        n = self.validation_batches
-        return found if n is None else [found[i] for i in range(min(len(found), n * self.batch_size))]
+    def summary(self, tokens: Tokens) -> str:
+        """One line about the text."""
+        n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
+        return (
+            f"{self.config.text}: {len(tokens.train):,} {unit}s to train on, {len(tokens.validation):,} to validate, "
+            f"{n:,} different ones"
+        )
+
+    # Reports while training.
+
+    def judged(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Select the held-out examples that a validation uses."""
+        n = self.config.validation_batches
+        if n is None:
+            return examples
+        return [examples[i] for i in range(min(len(examples), n * self.config.batch_size))]
 
     def baseline(self, task: Task, predicted: int) -> tuple[str, float] | None:
-        """A bar to clear: its name and its loss over the first so many tokens of the validation, or None."""
+        """Name and validation loss of a baseline, over the first `predicted` tokens; None if there is none."""
         if task.train_ids is None or task.validation_ids is None or len(task.train_ids) > NGRAM_TOKENS:
             return None
         nats = NGram(task.train_ids, len(task.vocabulary)).nats(np.asarray(task.validation_ids[: predicted + 1]))
         return f"{task.vocabulary.unit} 4-gram (Witten-Bell)", float(nats[1:].mean())
 
-    def show(self, model: Any, task: Task, interrupted: Callable[[], bool]) -> tuple[str, dict[str, float]]:
-        """What a report prints beside the loss, what the model writes greedily, and numbers for the log."""
-        ids = task.validation[0]["tokens"][:SAMPLE_FROM]
-        n_tokens = len(task.vocabulary)  # a checkpoint's may be padded
-        written = continue_text(model, ids, SAMPLE, self.seq_len, interrupted=interrupted, n_tokens=n_tokens)
+    def report(self, model: Any, task: Task, interrupted: Interrupted) -> tuple[str, dict[str, float]]:
+        """Sample greedily for a report: its text ("" if the model cannot decode), and numbers for the log.
+
+        Stops early if interrupted().
+        """
+        if missing_decoding(model):
+            return "", {}
+        ids = task.validation[0]["tokens"][:PROMPT_TOKENS]
+        n_tokens = len(task.vocabulary)  # a checkpoint's embedding may be padded
+        written = continue_text(
+            model, ids, SAMPLE_TOKENS, self.config.seq_len, interrupted=interrupted, n_tokens=n_tokens
+        )
         return f"{task.vocabulary.decode(ids)}|{task.vocabulary.decode(written)}", {}
 
+    # Saved runs, for `evaluate` and `sample`.
 
-@dataclasses.dataclass(frozen=True)
-class AdamWConfig(Config):
-    """What decides the numbers of a run that trains as one would today, where the originals have Adam with Noam."""
+    def held_out(self, run: Path, vocabulary: Vocabulary, sha256: str) -> Sequence[Example]:
+        """Examples from the part of its text that a run did not train on.
 
-    optimizer: OptimizerName = "adamw"
-    """original: Adam with epsilon before the bias correction, as the original experiments; torch: after it; adamw"""
-    schedule: ScheduleName = "cosine"
-    """of the learning rate: noam; cosine, to a tenth at the last step; or constant"""
-    learning_rate: float = 2e-3
-    """factor of Noam, lr · width^-½ · min(t^-½, t · warmup^-3/2) at step t; the highest rate of the others"""
-    b2: float = 0.95
-    """Adam's memory of squared gradients"""
+        sha256: of the data that the run was trained on. Raises ValueError if the text has changed since: what is held
+        out of it now may have been trained on.
+        """
+        if type(self).task is not Experiment.task:  # data of its own
+            task = self.task()
+            check_unchanged(f"text={self.config.text!r}", run, now=task.sha256, then=sha256)
+            return task.validation
+        tokens = self.tokens(vocabulary)
+        check_unchanged(f"text={self.config.text!r}", run, now=tokens.sha256, then=sha256)
+        return self.examples(tokens.validation, run)
 
+    def examples(self, ids: np.ndarray, run: Path) -> Sequence[Example]:
+        """Cut a text, int [N], into the examples that a run's model is evaluated on."""
+        return Windows(ids, self.config.seq_len, "given")
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run that stands where its folder says, or at its beginning, ready to go on."""
-
-    settings: Config
-    folder: Path
-    task: Task
-    program: Program
-    checkpoints: Checkpoints
-    batches: Batches
-    position: Position
-
-    @classmethod
-    def open(cls, settings: Config, folder: Path, options: Options) -> "Run":
-        """Raises ValueError where configuration, data, mesh and what is in the folder do not fit, before any work."""
-        mesh = make_mesh(options.mesh)
-        check_batch(mesh, settings.batch_size, settings.accumulate)
-        task = settings.task()
-        program = settings.program(len(task.vocabulary), mesh)
-        if begun(folder) and read_about(folder)["sha256"] != task.sha256:
-            raise ValueError(f"{folder} was trained on another text than {settings.text}: go on with its own --text")
-        checkpoints = Checkpoints(folder, program, settings.keep, settings.keep_every)
-        with contextlib.ExitStack() as stack:
-            stack.callback(checkpoints.close)
-            batches = Batches(task.train, settings.batch_size, mesh)
-            stack.callback(batches.close)
-            position = checkpoints.restore()
-            if position is None:
-                position = Position(settings.initial(program, task.vocabulary), batches.get_state())
-            batches.set_state(position.data)
-            agree(False)  # all have looked before one writes
-            if is_first():
-                write_about(folder, settings, task.sha256)
-                task.vocabulary.save(folder / "vocabulary.json")
-            stack.pop_all()  # `train` closes them
-        return cls(settings, folder, task, program, checkpoints, batches, position)
-
-    @property
-    def parameters(self) -> int:
-        return sum(array.size for array in self.program.abstract_state().params.values())
-
-    def held_out(self) -> Sequence[Example]:
-        """What the loss is judged on."""
-        return self.settings.judged(self.task.validation)
-
-    def flops(self) -> int:
-        """Of a step's matrix products: those of the forward pass three times, whatever is computed again."""
-        return 3 * flops.of_forward(self.program, self.settings.abstract_batch())
-
-    def next_report(self) -> int:
-        """The step after which the next report is due."""
-        every = self.settings.every
-        return min(self.settings.steps, self.position.step - self.position.step % every + every)
+    def generator(self, model: Any, run: Path) -> Any:
+        """Wrap a run's model for generating text, if it needs something besides the tokens."""
+        return model
 
 
-def train(run: Run, options: Options, stop: Stop, console: Console) -> float | None:
-    """Goes on to the last step, saving and reporting as it goes: the last validation loss, or None where it was ended.
-
-    Raises ValueError where a loss is not finite.
-    """
-    settings, position, program = run.settings, run.position, run.program
-    with contextlib.ExitStack() as stack:
-        stack.callback(run.batches.close)
-        stack.callback(run.checkpoints.close)
-        log = None
-        if is_first():
-            log = metrics.Log(run.folder, position.losses, tensorboard=options.tensorboard)
-            stack.callback(log.close)
-        known, flops_per_step = flops.peak(jax.devices()[0].device_kind), run.flops()
-        peak = None if known is None else known[0] * program.mesh.size
-        tokens = settings.batch_size * settings.seq_len
-        line = stack.enter_context(metrics.Line(console, settings.steps, position.step, tokens, flops_per_step, peak))
-        evaluation = Evaluation(program, run.held_out(), settings.batch_size, stop)
-
-        def tell(told: Told) -> None:
-            line.advance(told.loss, told.seconds, settings.length_at(told.step - 1) / settings.seq_len)
-            if log is not None:
-                log.step(told.step, told.loss, told.grad_norm, told.seconds)
-
-        def report() -> float | None:
-            loss = evaluation(position.state)
-            if loss is None:
-                return None
-            model = program.model(position.state, settings.compute_dtype)
-            text, numbers = settings.show(model, run.task, lambda: agree(bool(stop)))
-            recent = np.mean(position.losses[-100:])
-            console.print(f"step {position.step}: loss {recent:.3f}, validation loss {loss:.3f}, written greedily:")
-            console.print("    " + text.replace("\n", "\n    "))
-            if log is not None:
-                log.write(position.step, {"validation_loss": loss, **numbers})
-            return loss
-
-        if 0 < position.step < settings.steps and position.step % settings.every == 0:
-            report()  # a run that is ended after it has saved has not made it
-
-        def compiled(length: int, seconds: float) -> None:
-            part = "" if length == settings.seq_len else f" for {length} tokens"
-            console.print(f"the step{part} compiled in {seconds:.1f} s")
-
-        loop = Loop(program, position, run.batches, stop, tell, settings.length_at, compiled)
-        if position.step < settings.steps and not agree(bool(stop)):
-            console.print(f"{flops_per_step / 1e9:,.3g} GFLOP in a step's matrix products")
-            loop.compile(settings.abstract_batch())
-        trace = metrics.Trace(run.folder / "profile", position.step, options.profile)
-        stack.callback(trace.close)
-        while position.step < settings.steps and not agree(bool(stop)):
-            due = run.next_report()
-            goes_on = loop.advance(trace.until(due))
-            trace.at(position.step)
-            if goes_on and position.step < due:
-                continue
-            run.checkpoints.save(position)
-            if position.step < settings.steps and position.step % settings.every == 0:
-                report()
-        run.checkpoints.wait()
-        return report() if position.step >= settings.steps else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run came to: its validation loss, that of a baseline, and how many parameters it trained."""
-
-    loss: float
-    baseline: tuple[str, float] | None
-    parameters: int
-
-
-def carry_out(
-    settings: Config, folder: Path, options: Options, stop: Stop, console: Console, go_on: str
-) -> Result | None:
-    """A run from where its folder stands to its result; None where it was ended, having said how to go on.
-
-    Raises ValueError for bad input, before any work, and where a loss is not finite.
-    """
-    run = Run.open(settings, folder, options)
-    unit = run.task.vocabulary.unit
-    console.print(f"{run.task.about}; {run.parameters:,} parameters")
-    if run.position.step:
-        console.print(f"going on from step {run.position.step}")
-    predicted = len(run.held_out()) * settings.seq_len
-    baseline = settings.baseline(run.task, predicted)
-    if baseline is not None:
-        console.print(f"{baseline[0]}: validation loss {baseline[1]:.3f} nats per {unit}")
-    loss = train(run, options, stop, console)
-    if loss is None:
-        console.print(f"stopped at step {run.position.step}; go on with: {go_on}")
-        return None
-    console.print(f"\nvalidation loss, nats per {unit}, over the same {predicted:,}")
-    if baseline is not None:
-        console.print(f"    {baseline[1]:.3f}  {baseline[0]}")
-    console.print(f"    {loss:.3f}  this model after {run.position.step:,} steps")
-    return Result(loss, baseline, run.parameters)
-
-
-def main(kind: type[Config], program_name: str, arguments: Sequence[str], caught: Stop | None = None) -> int:
-    """Trains; the exit code: 0, or 130 where Ctrl-C ended it early. Raises ValueError for bad input.
-
-    `caught` is what signals are noted in already, where the caller sees to them.
-    """
-    with interruptible() if caught is None else contextlib.nullcontext(caught) as stop:
-        command = parse(kind, program_name, arguments)
-        folder = command.run
-        check_folder(command.config, folder)
-        console = start(command.options)
-        go_on = f"{program_name} --resume {folder}"
-        if carry_out(command.config, folder, command.options, stop, console, go_on) is None:
-            return stop.exit_code
-        console.print(f"saved; write text with: python -m train.sample {folder}")
-        return 0
-
-
-def start(options: Options) -> Console:
-    """Joins the other processes and sets JAX up; what is printed, the first process prints."""
-    options.processes.initialize()
-    agree(False)  # they connect to each other: the first time, some backends wait no longer than 30 seconds for that
-    if options.compile_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-    output = sys.stdout if is_first() else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
-    return Console(file=output, highlight=False, markup=False, soft_wrap=True)
-
-
-def run_script(kind: type[Config], program_name: str) -> None:
-    """`main` as a program."""
-    as_program(lambda arguments: main(kind, program_name, arguments), program_name)
-
-
-def as_program(function: Callable[[Sequence[str]], int], program_name: str) -> None:
-    """Ends with the code of a function of the arguments; bad input is one line on standard error."""
-    with one_line_errors(program_name), together(program_name):
-        sys.exit(function(sys.argv[1:]))
-
-
-@contextlib.contextmanager
-def together(program_name: str) -> Iterator[None]:
-    """Where one of several processes fails, it ends at once: waiting for the others, as JAX would at exit, can hang."""
+def check_config(model: Any) -> None:
+    """Raise ValueError if a model is not registered, or if its `config()` does not rebuild it."""
+    name = name_of(model)
     try:
-        yield
-    except SystemExit:
-        raise
-    except BaseException as error:
-        if not jax.distributed.is_initialized():
-            raise
-        if not isinstance(error, ValueError | OSError | KeyboardInterrupt):  # a mistake of the program's
-            traceback.print_exc()
-        said = "interrupted" if isinstance(error, KeyboardInterrupt) else error
-        print(f"{program_name}: process {jax.process_index()}: {said}", file=sys.stderr, flush=True)
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        describe(model)
+    except TypeError as error:
+        raise ValueError(f"{name}.config() has values that JSON cannot hold: {error}") from None
+    rebuilt = nnx.eval_shape(lambda: build(name, model.config()))
+    ours, theirs = ({dotted(path): a.shape for path, a in flat_arrays(m).items()} for m in (model, rebuilt))
+    differing = sorted(path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path))
+    if differing:
+        path = differing[0]
+        raise ValueError(
+            f"{name}.config() rebuilds another model: {path} is {theirs.get(path, 'missing')} in it and "
+            f"{ours.get(path, 'missing')} in this one"
+        )
+
+
+def check_unchanged(what: str, run: Path, *, now: str, then: str) -> None:
+    """Raise ValueError if a run's data has another checksum than when it was trained."""
+    if now != then:
+        raise ValueError(
+            f"{what} has changed since {run} was trained on it: sha256 {now} now, {then} then; name a text with --text"
+        )
+
+
+def missing_decoding(model: Any) -> list[str]:
+    """Names of the methods and attributes that `generate` needs and a model lacks."""
+    return [name for name in ("sequence_axis", *DECODING) if not hasattr(model, name)]
+
+
+def continue_text(
+    model: Any,
+    ids: np.ndarray,
+    length: int,
+    seq_len: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    interrupted: Interrupted = never,
+    **choice: Any,
+) -> np.ndarray:
+    """Generate the next `length` tokens of a text: ids int [n] -> int32 [length], greedily at temperature 0.
+
+    A model's text degrades beyond the seq_len positions that it was trained on. The text is therefore generated in
+    pieces that end there, each from the last seq_len // 2 tokens so far. Returns fewer tokens if interrupted() between
+    two pieces. choice: top_k, top_p, n_tokens of `generate`; raises ValueError like `generate`.
+    """
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1")
+    missing = missing_decoding(model)
+    if missing:
+        raise ValueError(f"{type(model).__name__} cannot generate text: it has no {', '.join(missing)}")
+    axis = model.sequence_axis
+    written = ids
+    while len(written) < len(ids) + length and not interrupted():
+        context = written[-max(1, seq_len // 2) :]
+        n = min(max(1, seq_len - len(context)), length)
+        rng = jax.random.fold_in(jax.random.key(seed), len(written))
+        prompt = jnp.expand_dims(jnp.asarray(context), 1 - axis)  # [n, 1] or [1, n]
+        piece = generate(model, prompt, n, temperature=temperature, rng=rng, **choice)
+        written = np.concatenate([written, to_host(piece).squeeze(1 - axis)])
+    return written[len(ids) : len(ids) + length]
+
+
+def script_of(kind: type[Experiment]) -> str:
+    """Module that an experiment is saved under: train.rope, also if `python -m` runs it as __main__."""
+    module = sys.modules[kind.__module__]
+    if module.__spec__ is not None:
+        return module.__spec__.name
+    return Path(module.__file__ or kind.__module__).stem  # python FILE.py
+
+
+def experiment_class(name: str) -> type[Experiment]:
+    """Import an experiment by a name of EXPERIMENTS, or by the path of a module that the user named.
+
+    Raises ValueError if there is no such module or it has no EXPERIMENT.
+    """
+    module_name = EXPERIMENTS.get(name, name)
+    if module_name in EXPERIMENTS.values():
+        check_checkout(module_name)
+    elif "." not in name and importlib.util.find_spec(name) is None and not (Path.cwd() / f"{name}.py").exists():
+        raise ValueError(
+            f"experiment={name!r} must be one of {', '.join(EXPERIMENTS)}, or a module such as my_project.experiment"
+        )
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it; a console command has not
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but something that it imports is not
+        raise ValueError(f"experiment={name!r} is not a module that can be imported: {error}") from None
+    kind = getattr(module, "EXPERIMENT", None)
+    if not (isinstance(kind, type) and issubclass(kind, Experiment)):
+        raise ValueError(f"{module_name} has EXPERIMENT={kind!r}, must be a subclass of {Experiment.__name__}")
+    return kind
+
+
+def check_checkout(module: str) -> None:
+    """Raise ValueError unless the package `train` is the one beside this package.
+
+    Many projects have a train.py or a package of that name. A run's config.json must not cause theirs to be imported.
+    """
+    expected, found = Path(jaxmodels.__file__).parents[1] / "train", None
+    with contextlib.suppress(ModuleNotFoundError, ValueError):
+        found = importlib.util.find_spec("train")
+    if found is None or str(expected) not in map(str, found.submodule_search_locations or ()):
+        raise ValueError(f"{module} must be importable: it is a script of the repository, run this from its checkout")

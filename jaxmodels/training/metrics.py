@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a line of progress, RUN/metrics.jsonl, and TensorBoard's files.
+"""Metrics of a run while it trains: the progress line, RUN/metrics.jsonl, TensorBoard files, and profiles.
 
 metrics.jsonl has a line per step, {"step": 7, "loss": …, "grad_norm": …, "seconds": …}, and one per evaluation,
 {"step": 500, "validation_loss": …}. Losses are in nats per token.
@@ -15,14 +15,15 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_file
 
 FILE = "metrics.jsonl"
-TENSORBOARD_EVERY = 10  # steps; its files grow by 50 bytes a number
+TENSORBOARD_EVERY = 10  # steps; its files grow by 50 bytes per number
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, but for one that a kill cut short; raises ValueError where there is none."""
+    """Read the lines of a run's metrics.jsonl, except one truncated by a kill; raises ValueError if it is missing."""
     try:
         text = (run / FILE).read_text(encoding="utf-8")
     except OSError as error:
@@ -35,23 +36,24 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Both files of a run that stands after the steps that `losses` are of; what was written beyond is dropped."""
+    """metrics.jsonl and TensorBoard files of a run that has taken len(losses) steps; drops lines of later steps."""
 
     def __init__(self, run: Path, losses: Sequence[float], *, tensorboard: bool = True):
         run.mkdir(parents=True, exist_ok=True)
         kept = self.lines_until(run, losses)
-        with atomic_file(run / FILE) as beside:
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with atomic_file(run / FILE) as new:
+            new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.file = open(run / FILE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close())
         self.writer = None
         if tensorboard:
+            require("train", "tensorboardX")
             from tensorboardX import SummaryWriter
 
             self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=len(losses) + 1)
 
     @staticmethod
     def lines_until(run: Path, losses: Sequence[float]) -> list[dict[str, Any]]:
-        """A line per step that was taken, and the evaluations before the last of them, which will be made again."""
+        """One line per step taken, and the evaluations before the last step, whose own will be repeated."""
         old = read(run) if (run / FILE).exists() else []
         steps = {line["step"]: line for line in old if "loss" in line}
         evaluations: dict[int, list[dict[str, Any]]] = {}
@@ -65,7 +67,7 @@ class Log:
         return kept
 
     def write(self, step: int, values: dict[str, float], *, every: int = 1) -> None:
-        """One line, and TensorBoard's where the step is a multiple of `every`."""
+        """Write a line, and to TensorBoard if the step is a multiple of `every`."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.writer is not None and step % every == 0:
             for name, value in values.items():
@@ -82,34 +84,37 @@ class Log:
 
 
 class Trace:
-    """A profile of `n` steps, with the reports between them, in a folder.
+    """A profile of `n` steps and the reports between them, written to a folder.
 
-    It begins with the second step that this process takes: the first one warms up.
+    It begins with the second step of this process: the first one warms up.
     """
 
     def __init__(self, folder: Path, step: int, n: int):
         self.folder, self.bounds = folder, [step + 1, step + 1 + n] if n else []
 
     def until(self, step: int) -> int:
-        """Where to stop at the latest on the way to a step."""
+        """The step to stop at next on the way to `step`, so that `at` can be called there."""
         return min([step, *self.bounds])
 
     def at(self, step: int) -> None:
-        """Begins or ends, where this is the step to do so after."""
+        """Start or stop the profile if that is due after this step."""
         if self.bounds[:1] == [step]:
             begins = len(self.bounds) == 2
             del self.bounds[0]
             jax.profiler.start_trace(str(self.folder)) if begins else jax.profiler.stop_trace()
 
     def close(self) -> None:
-        """Ends what has begun."""
+        """Stop the profile if it was started."""
         if len(self.bounds) == 1:
             self.bounds = []
             jax.profiler.stop_trace()
 
 
 class Line:
-    """The live line: steps, loss, tokens per second, share of the peak where it is known, time left."""
+    """The progress line: steps, loss, tokens per second, share of the devices' peak if it is known, time left.
+
+    tokens, flops: of a step. peak: FLOP/s of all devices, or None.
+    """
 
     def __init__(self, console: Console, steps: int, done: int, tokens: int, flops: float, peak: float | None):
         columns = ["step {task.completed}/{task.total}", "loss {task.fields[loss]:.3f}", "{task.fields[speed]}"]
@@ -125,11 +130,11 @@ class Line:
         self.progress.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
     def advance(self, loss: float, seconds: float, share: float = 1.0) -> None:
-        """One more step, which took so long for a share of the tokens; what is shown is smoothed over some twenty."""
+        """Add a step that took so long for a share of the tokens; shows averages over about twenty steps."""
         self.loss = smooth(self.loss, loss)
         self.seconds = smooth(self.seconds, seconds / share)
         self.progress.update(self.task, advance=1, loss=self.loss, speed=self.speed())

@@ -1,9 +1,9 @@
-"""An interpolated character n-gram model (Witten and Bell 1991; Chen and Goodman 1998): the bar to clear.
+"""An interpolated character n-gram model (Witten and Bell 1991; Chen and Goodman 1998): a baseline.
 
     P(c | h) = (N(hc) + T(h) · P(c | h')) / (N(h) + T(h)),    P(c) below the unigrams = 1/V
 
-N counts in the training text, N(h) = Σ_c N(hc); T(h) is how many different characters follow h; h' is h without its
-first character. A context never seen leaves P(c | h').
+N counts occurrences in the training text, N(h) = Σ_c N(hc); T(h) is the number of different characters that follow h;
+h' is h without its first character. For a context that never occurs, P(c | h) = P(c | h').
 """
 
 import dataclasses
@@ -13,29 +13,29 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Counts of all k-grams: hc, of a context h of k-1 characters and a last one c.
+    """Counts of all k-grams hc: a context h of k-1 characters and a last character c.
 
-    Its code is (rank of h)·V + c; a k-gram's rank is the place of its code, so the codes are as small as they can be.
+    The code of a k-gram is (rank of h)·V + c; its rank is the index of its code, which keeps the codes small.
     """
 
-    codes: np.ndarray  # int64 [n], sorted: one per k-gram seen
+    codes: np.ndarray  # int64 [n], sorted: one per k-gram that occurs
     counts: np.ndarray  # N(hc) [n]
     total: np.ndarray  # N(h) [contexts]
     types: np.ndarray  # T(h) [contexts]
 
 
 class NGram:
-    """The model of a text: `order` 4 predicts from the three characters before.
+    """An n-gram model of a text; `order` 4 predicts from the three preceding characters.
 
-    ids: integers in [0, n_vocab), [N]. Raises ValueError where the text is empty.
+    ids: integers in [0, n_vocab), [N]. Raises ValueError if the text is empty.
     """
 
     def __init__(self, ids: np.ndarray, n_vocab: int, order: int = 4):
         if not len(ids):
-            raise ValueError("an n-gram model needs a text that is not empty")
+            raise ValueError("ids has 0 tokens; an n-gram model needs at least 1")
         self.n_vocab = n_vocab
         self.orders: list[Order] = []
-        contexts, ranks = 1, np.zeros(len(ids), np.int64)  # the rank of the k-1 characters before each one
+        contexts, ranks = 1, np.zeros(len(ids), np.int64)  # rank of the k-1 characters before each one
         for k in range(min(order, len(ids))):
             codes, inverse, counts = np.unique(ranks * n_vocab + ids[k:], return_inverse=True, return_counts=True)
             context = codes // n_vocab
@@ -44,9 +44,9 @@ class NGram:
             contexts, ranks = len(codes), inverse[:-1]
 
     def nats(self, ids: np.ndarray) -> np.ndarray:
-        """-log P of each character given those before it, in nats: float64 [N]; the first ones have less before."""
+        """-log P of each character given the preceding ones, in nats: float64 [N]; the first have shorter contexts."""
         p = np.full(len(ids), 1 / self.n_vocab)
-        ranks = np.zeros(len(ids), np.int64)  # -1: never seen
+        ranks = np.zeros(len(ids), np.int64)  # -1: does not occur
         for k, order in enumerate(self.orders[: len(ids)]):
             codes = np.where(ranks < 0, -1, ranks * self.n_vocab + ids[k:])
             places = np.minimum(np.searchsorted(order.codes, codes), len(order.codes) - 1)

@@ -1,52 +1,59 @@
-"""Loss curves of runs as a picture.
+"""Loss curves of runs as a picture: `jaxmodels plot`, or `python -m train.plot` in a checkout."""
 
-python -m train.plot runs/rope runs/synthesizer/* --out curves.png
-"""
-
-import dataclasses
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 
+from jaxmodels.extras import require
 from jaxmodels.training import metrics
+from jaxmodels.training.signals import exit_code
 
-PROGRAM = "python -m train.plot"
-SMOOTHED = 200  # points that a curve of training losses is averaged to
+EXAMPLES = """\
+examples:
+  jaxmodels plot runs/rope runs/synthesizer/* --out curves.png
+"""
+POINTS = 200  # of a curve of training losses, each the mean of several steps
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Draws training losses, averaged, as lines and validation losses as points, in nats per token."""
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="jaxmodels plot",
+        description="Draw training losses as lines and validation losses as points, in nats per token.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    arguments.add_argument(
+        "--out", type=Path, default=Path("curves.png"), metavar="FILE", help="PNG file to write (default curves.png)"
+    )
+    return arguments
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of runs"""
-    out: Path = Path("curves.png")
-    """the picture, a PNG"""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    return exit_code("plot", lambda: draw(options.runs, options.out))
 
 
 def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and losses of training [n, 2], averaged to SMOOTHED points, and of validation [m, 2].
+    """Steps and losses of training [n, 2], averaged to POINTS points, and of validation [m, 2].
 
-    Raises ValueError where the run has none.
+    Raises ValueError if the run has none.
     """
     lines = metrics.read(run)
     train = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
     validation = np.array([(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line])
     if not len(train):
         raise ValueError(f"{run / metrics.FILE} has no losses yet")
-    parts = np.array_split(train, min(len(train), SMOOTHED))
+    parts = np.array_split(train, min(len(train), POINTS))
     return np.array([part.mean(axis=0) for part in parts]), validation.reshape(-1, 2)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Writes the picture; raises ValueError for bad input."""
-    command = tyro.cli(Command, args=arguments, prog=PROGRAM)
-    if not command.runs:
-        raise ValueError("name the folder of at least one run")
-    found = {run: curves(run) for run in command.runs}
+def draw(runs: Sequence[Path], out: Path) -> None:
+    """Write the picture of several runs; raises ValueError if one of them has no losses."""
+    found = {run: curves(run) for run in runs}
+    require("train", "matplotlib")
     import matplotlib
 
     matplotlib.use("agg")  # no window
@@ -59,6 +66,6 @@ def main(arguments: Sequence[str]) -> None:
         axes.plot(*validation.T, "o-", color=line.get_color(), label=f"{run}{last}")
     axes.set(xlabel="step", ylabel="nats per token; line: training, points: validation")
     axes.legend()
-    figure.savefig(command.out, dpi=120)
+    figure.savefig(out, dpi=120)
     pyplot.close(figure)
-    print(f"{command.out}: {len(found)} runs")
+    print(f"{out}: {len(found)} runs")

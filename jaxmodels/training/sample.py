@@ -1,114 +1,87 @@
-"""Text out of a trained run.
+"""Text from a trained run: `jaxmodels sample`, or `python -m train.sample` in a checkout."""
 
-python -m train.sample runs/rope --prompt "KING" --length 500 --temperature 0.8
+import argparse
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxmodels.text import Vocabulary
+from jaxmodels.training.experiment import continue_text
+from jaxmodels.training.run import open_run
+from jaxmodels.training.signals import exit_code
+
+EXAMPLES = """\
+examples:
+  jaxmodels sample runs/rope --prompt "KING" --length 500 --temperature 0.8
 """
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
-
-from jaxmodels.generate import generate
-from jaxmodels.retro.retrieval.examples import retrieving
-from jaxmodels.text import Vocabulary, load_vocabulary
-from jaxmodels.training.checkpoints import latest_model
-from jaxmodels.training.config import read_about
-
-PROGRAM = "python -m train.sample"
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Writes a prompt and its continuation by a trained run's model."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """folder of the run"""
-    prompt: str | None = None
-    """text to continue; its characters must be among those of the training text; none: "The ", or a new line, or the
-    vocabulary's first token, the first of these that the model knows"""
-    length: int = 500
-    """tokens to write: characters, mostly"""
-    temperature: float = 0.8
-    """0 takes the most likely token each time; above it tokens are drawn, the flatter the higher"""
-    top_k: int | None = None
-    """draw from so many most likely tokens only"""
-    top_p: float | None = None
-    """draw from the fewest tokens whose probabilities reach this"""
-    seed: int = 0
-    """of the draws"""
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="jaxmodels sample",
+        description="Print a prompt and its continuation by the model of a run's latest checkpoint.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = arguments.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of the run")
+    add(
+        "--prompt",
+        help="text to continue, in the training text's characters (default: the first of 'The ', a newline, and the "
+        "vocabulary's first token that the vocabulary can encode)",
+    )
+    add("--length", type=int, default=500, metavar="N", help="tokens to generate (default 500)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0: take the most likely token; above 0: draw tokens, more evenly the higher (default 0.8)",
+    )
+    add("--top-k", type=int, metavar="K", help="draw only from the K most likely tokens (default: from all)")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw only from the smallest set of tokens with total probability P (default: from all)",
+    )
+    add("--seed", type=int, default=0, help="seed of the draws (default 0)")
+    add(
+        "--experiment",
+        metavar="MODULE",
+        help="module of the run's experiment, such as my_project.experiment; it is imported, and registers its model",
+    )
+    return arguments
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Prints prompt and continuation; raises ValueError for bad input."""
-    command = tyro.cli(Command, args=arguments, prog=PROGRAM)
-    settings = read_about(command.run)["config"]
-    vocabulary = load_vocabulary(command.run / "vocabulary.json")
-    model = retrieving(latest_model(command.run)[0], command.run, settings)
-    prompt = default_prompt(vocabulary) if command.prompt is None else command.prompt
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    return exit_code("sample", lambda: print(sample(options)))
+
+
+def sample(options: argparse.Namespace) -> str:
+    """Generate a prompt's continuation, from the flags of `parser`; raises ValueError for bad input."""
+    experiment, model, vocabulary = open_run(options.run, options.experiment)
+    prompt = default_prompt(vocabulary) if options.prompt is None else options.prompt
     continuation = continue_text(
-        model,
+        experiment.generator(model, options.run),
         vocabulary.encode(prompt),
-        command.length,
-        settings["seq_len"],
-        temperature=command.temperature,
-        top_k=command.top_k,
-        top_p=command.top_p,
-        seed=command.seed,
+        options.length,
+        experiment.config.seq_len,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
         n_tokens=len(vocabulary),
     )
-    print(prompt + vocabulary.decode(continuation))
+    return prompt + vocabulary.decode(continuation)
 
 
 def default_prompt(vocabulary: Vocabulary) -> str:
-    """The beginning of a text, in what a vocabulary has."""
+    """A text's beginning that a vocabulary can encode."""
     for prompt in ("The ", "\n"):
         with contextlib.suppress(ValueError):
             vocabulary.encode(prompt)
             return prompt
     return vocabulary.decode(np.zeros(1, np.int32))
-
-
-def continue_text(
-    model: Any,
-    ids: np.ndarray,
-    length: int,
-    seq_len: int,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    interrupted: Callable[[], bool] = lambda: False,
-    **choice: Any,
-) -> np.ndarray:
-    """The next `length` tokens of a text: ids int [n] -> int32 [length], greedy at temperature 0.
-
-    Beyond the seq_len positions that a model was trained on its text falls apart. So it is written in pieces that end
-    there, each from the last seq_len // 2 tokens of what is there by then. Fewer come back where interrupted() says so
-    between two pieces. Raises ValueError as `generate` does.
-    """
-    if length < 1:
-        raise ValueError(f"length={length} must be at least 1")
-    axis = model.sequence_axis
-    written = ids
-    while len(written) < len(ids) + length and not interrupted():
-        context = written[-max(1, seq_len // 2) :]
-        n = min(max(1, seq_len - len(context)), length)
-        rng = jax.random.fold_in(jax.random.key(seed), len(written))
-        prompt = jnp.expand_dims(jnp.asarray(context), 1 - axis)
-        piece = generate(model, prompt, n, temperature=temperature, rng=rng, **choice)
-        written = np.concatenate([written, whole(piece).squeeze(1 - axis)])
-    return written[len(ids) : len(ids) + length]
-
-
-def whole(array: jax.Array) -> np.ndarray:
-    """An array on the host, which may lie in parts on the devices of several processes."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    mesh = array.sharding.mesh  # type: ignore[attr-defined]
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return np.asarray(jax.jit(lambda a: a, out_shardings=everywhere)(array))

@@ -1,15 +1,15 @@
-"""What the command lines of all scripts share: errors of one line, flags read ahead, and ends that are asked for."""
+"""SIGTERM and Ctrl-C, and errors that end a program with one line."""
 
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Bad input, which this project reports as ValueError, and an OSError end the program with one line and code 1."""
+    """End the program on ValueError or OSError with one line and code 1, on KeyboardInterrupt with code 130."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -19,18 +19,24 @@ def one_line_errors(program: str) -> Iterator[None]:
         sys.exit(130)
 
 
-def peek(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of a flag that decides the defaults of all others, before they are parsed; None where it is absent."""
-    value = None
-    for i, argument in enumerate(arguments):
-        name, equals, after = argument.partition("=")
-        if name == flag:
-            value = after if equals else next(iter(arguments[i + 1 :]), None)
-    return value
+def exit_code(program: str, work: Callable[[], object]) -> int:
+    """Call a function: 0 when it returns; 2 and one line on standard error if it raises ValueError or OSError.
+
+    130 if it is interrupted.
+    """
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 class Stop:
-    """Whether the program was asked to end, and how: SIGTERM is a wish of the machine's, Ctrl-C one of the user's."""
+    """Set by the first SIGTERM or SIGINT; the loop stops after the current step. `signal` is its number."""
 
     signal: int | None = None
 
@@ -39,20 +45,21 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
+        """130 after Ctrl-C; 0 after SIGTERM, which a scheduler sends."""
         return 130 if self.signal == signal.SIGINT else 0
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Stop]:
-    """SIGTERM and the first Ctrl-C are noted, for the block to end in its own time; a second Ctrl-C interrupts."""
+    """Record SIGTERM and the first Ctrl-C in a Stop instead of interrupting the block; a second Ctrl-C interrupts."""
     stop = Stop()
 
-    def ask(signum: int, frame: Any) -> None:
+    def handle(signum: int, frame: Any) -> None:
         stop.signal = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -1,4 +1,4 @@
-"""What training does to arrays: a pure step and a pure evaluation, each compiled once, for one device or a mesh.
+"""Training as pure functions over arrays: a step and an evaluation, each compiled once, for one device or a mesh.
 
 Axes: B batch, S sequence, V vocabulary. A batch is a dict of arrays whose first axis is B; "tokens" is int [B, S + 1].
 Losses are in nats per token.
@@ -36,35 +36,35 @@ REMAT: dict[Remat, Callable[[Callable], Callable] | None] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that a step changes. Arrays of the model go by their dotted path: encoder.layers.0.norm_ff.scale."""
+    """Everything that a step changes. Arrays of the model are keyed by dotted path: encoder.layers.0.norm_ff.scale."""
 
-    step: jax.Array  # int32: updates taken
-    key: jax.Array  # of dropout; the step is folded in
-    params: Arrays  # what the optimizer changes
-    fixed: Arrays  # what belongs to the model too, and no optimizer touches
+    step: jax.Array  # int32: number of updates so far
+    key: jax.Array  # for dropout; the step is folded in
+    params: Arrays  # updated by the optimizer
+    fixed: Arrays  # the model's other arrays
     optimizer: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """What a step tells."""
+    """Device-side metrics of a step."""
 
     loss: jax.Array  # mean over all tokens
-    squares: jax.Array  # of each gradient's norm, before clipping, in the order of the sorted paths
-    stop: jax.Array  # whether any process was asked to end
+    squares: jax.Array  # squared norm of each gradient before clipping, in the order of the sorted paths
+    stop: jax.Array  # True if any process was signaled to stop
 
 
 def token_losses(model: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    """Cross-entropy of each next token: {"tokens": int [B, S + 1]} -> nats [B, S], in float32 at least.
+    """Cross-entropy of each next token: {"tokens": int [B, S + 1]} -> nats [B, S], in float32 or wider.
 
-    What else a batch has goes to the model's call under its name.
+    Other arrays of the batch are passed to the model's call under their names.
     """
-    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]  # [B, S]
     if model.sequence_axis == 0:
-        inputs, targets = inputs.T, targets.T
+        inputs, targets = inputs.T, targets.T  # [S, B]
     others = {name: array for name, array in batch.items() if name != "tokens"} | ({} if rng is None else {"rng": rng})
-    logits = model(inputs, **others)
+    logits = model(inputs, **others)  # [S, B, V] or [B, S, V]
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return nats.T if model.sequence_axis == 0 else nats
@@ -83,8 +83,8 @@ class Numerics:
 class Program:
     """A model and an optimizer as functions over arrays, placed on a mesh.
 
-    make_model: builds the model, initialised; it is traced. losses(model, batch, rng) -> nats [B, S]. trains: which
-    paths the optimizer changes, of those that are Params. Raises ValueError where the mesh does not fit the model.
+    make_model: builds the initialized model; it is traced. losses(model, batch, rng) -> nats [B, S]. trains(path):
+    selects the Params that the optimizer updates. Raises ValueError if the mesh does not fit the model.
     """
 
     def __init__(
@@ -109,24 +109,29 @@ class Program:
         shapes = {name: variables[path].get_value().shape for name, path in self.paths.items()}
         self.specs = parameter_specs(self.abstract, shapes, mesh)
 
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(array.size for array in self.abstract_state().params.values())
+
     def init(self, seed: jax.Array) -> State:
-        """The state before the first step; a pure function."""
+        """Build the state before the first step; a pure function."""
         arrays = {dotted(path): array for path, array in flat_arrays(self.make_model()).items()}
-        params, fixed = self.parted(cast(arrays, self.numerics.param_dtype))
-        step, key, optimizer = self.beside(params, seed)
+        params, fixed = self.split(cast(arrays, self.numerics.param_dtype))
+        step, key, optimizer = self.init_rest(params, seed)
         return State(step, key, params, fixed, optimizer)
 
-    def parted(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
-        """What the optimizer changes of a model's arrays, and the rest."""
+    def split(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
+        """Split a model's arrays into those that the optimizer updates and the rest."""
         params = {name: arrays[name] for name in sorted(self.trained)}
         return params, {name: array for name, array in arrays.items() if name not in self.trained}
 
-    def beside(self, params: Arrays, seed: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-        """What a state has beside the model before the first step: its number, the random key and the optimizer's."""
+    def init_rest(self, params: Arrays, seed: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        """Step number, random key and optimizer state before the first step."""
         return jnp.zeros((), jnp.int32), jax.random.key(seed), self.transformation.init(params)
 
     def state_of(self, model: Any, seed: int = 0) -> State:
-        """The state before the first step, from a model's own arrays; raises ValueError where it is of other sizes."""
+        """Build the state before the first step from a model's arrays; raises ValueError if its sizes differ."""
         arrays = {dotted(path): array for path, array in flat_arrays(model).items()}
         own = {dotted(path): array.shape for path, array in flat_arrays(self.abstract).items()}
         given = {name: array.shape for name, array in arrays.items()}
@@ -134,25 +139,25 @@ class Program:
         if different:
             name = different[0]
             raise ValueError(
-                f"a model to begin with must have this run's sizes: {name} is {given.get(name, 'missing')} in it and "
+                f"the given model must have this run's sizes: {name} is {given.get(name, 'missing')} in it and "
                 f"{own.get(name, 'missing')} here"
             )
         arrays = {
             name: put(array, NamedSharding(self.mesh, self.specs[name]))
             for name, array in cast(arrays, self.numerics.param_dtype).items()
         }
-        params, fixed = self.parted(arrays)
+        params, fixed = self.split(arrays)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        beside = jax.jit(self.beside, out_shardings=(places.step, places.key, places.optimizer))
-        step, key, optimizer = beside(params, np.uint32(seed))
+        init_rest = jax.jit(self.init_rest, out_shardings=(places.step, places.key, places.optimizer))
+        step, key, optimizer = init_rest(params, np.uint32(seed))
         return State(step, key, params, fixed, optimizer)
 
     def abstract_state(self) -> State:
-        """Shapes, dtypes and places of the state."""
+        """Shapes, dtypes and shardings of the state."""
         shapes = jax.eval_shape(self.init, jax.ShapeDtypeStruct((), jnp.uint32))
 
         def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            # moments lie where their parameters do: what an optimizer keeps by parameter has its name and shape
+            # optimizer moments are placed like their parameters, whose names and shapes they have
             name = getattr(path[-1], "key", "")
             like = shapes.params.get(name) or shapes.fixed.get(name)
             spec = self.specs[name] if like is not None and like.shape == leaf.shape else PartitionSpec()
@@ -161,25 +166,25 @@ class Program:
         return jax.tree_util.tree_map_with_path(placed, shapes)
 
     def make_state(self, seed: int) -> State:
-        """The state before the first step, each shard made where it lies."""
+        """Build the state before the first step, each shard on its own device."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         return jax.jit(self.init, out_shardings=shardings)(np.uint32(seed))
 
     def model(self, state: State, dtype: Precision | None = None) -> Any:
-        """The model with the arrays of a state, cast where a dtype is given."""
+        """Build the model with the arrays of a state, cast to dtype if given."""
         arrays = {**state.params, **state.fixed}
         arrays = arrays if dtype is None else cast(arrays, dtype)
         return with_arrays(self.abstract, {self.paths[name]: array for name, array in arrays.items()})
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Models are traced with activations constrained to the mesh and layers rematerialised as asked."""
+        """Trace models with activations constrained to the mesh, and with layers rematerialized if requested."""
         remat = REMAT[self.numerics.remat]
         with hooks(placement=place(self.mesh) if self.mesh.size > 1 else None, remat=remat):
             yield
 
     def gradients(self, state: State, batch: Batch) -> tuple[jax.Array, Arrays]:
-        """Mean loss and its gradient over a batch, in `accumulate` parts one after the other."""
+        """Mean loss and its gradient over a batch, computed in `accumulate` parts one after the other."""
         rng = jax.random.fold_in(state.key, state.step) if self.dropout else None
 
         def mean_loss(params: Arrays, part: Batch, rng: jax.Array | None) -> jax.Array:
@@ -190,20 +195,20 @@ class Program:
         if n == 1:
             return jax.value_and_grad(mean_loss)(state.params, batch, rng)
 
-        def add(carry, part_and_number):
+        def add(carry: Any, part_and_number: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             part, number = part_and_number
             part_rng = None if rng is None else jax.random.fold_in(rng, number)
             part = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, batch_sharding(self.mesh)), part)
             return jax.tree.map(jnp.add, carry, jax.value_and_grad(mean_loss)(state.params, part, part_rng)), None
 
-        # every n-th row makes a part, so that each device finds its rows of each part on itself
+        # a part is every n-th row, so that each device has its rows of every part already: [B, ...] -> [n, B / n, ...]
         parts = jax.tree.map(lambda a: a.reshape(-1, n, *a.shape[1:]).swapaxes(0, 1), dict(batch))
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(mean_loss, state.params, take(parts, 0), rng))
         sums, _ = jax.lax.scan(add, (zeros, jax.tree.map(jnp.zeros_like, state.params)), (parts, jnp.arange(n)))
         return jax.tree.map(lambda a: a / n, sums)
 
     def step(self, state: State, batch: Batch, stop: jax.Array) -> tuple[State, Metrics]:
-        """One update; a pure function. stop: bool [devices], of each device's process."""
+        """Take one step; a pure function. stop: bool [devices], the flag of each device's process."""
         loss, gradients = self.gradients(state, batch)
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(loss.dtype))) for _, g in sorted(gradients.items())])
         updates, optimizer = self.transformation.update(gradients, state.optimizer, state.params)
@@ -212,9 +217,9 @@ class Program:
         return state, Metrics(loss, squares, stop.any())
 
     def lower_step(self, batch: Batch, length: int | None = None) -> jax.stages.Lowered:
-        """The step, traced for batches of these (abstract) arrays; the state that goes in is used up.
+        """Trace the step for batches of these shapes, which may be abstract. The step donates the state.
 
-        length: tokens of each sequence that are computed with, the first ones; None for all.
+        length: compute with this many leading tokens of each sequence; default all.
         """
 
         def step(state: State, batch: Batch, stop: jax.Array) -> tuple[State, Metrics]:
@@ -224,19 +229,18 @@ class Program:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         with self.tracing():
-            # a function of its own each time: jit would reuse a trace made under other hooks
+            # a new function each time: jit would reuse a trace made under other hooks
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
             return jitted.lower(state, self.abstract_batch(batch), stop)
 
     def lower_evaluation(self, batch: Batch) -> jax.stages.Lowered:
-        """Sums of the losses of each row, without dropout: (State, batch) -> nats [B]."""
+        """Trace the sum of each row's losses, without dropout: (State without optimizer, batch) -> nats [B]."""
         compute = self.numerics.compute_dtype
         with self.tracing():
             rows = jax.jit(
                 lambda state, batch: self.losses(self.model(state, compute), batch, None).sum(axis=1),
                 out_shardings=NamedSharding(self.mesh, PartitionSpec()),
             )
-            # what an evaluation does not read, it is not given
             return rows.lower(without_optimizer(self.abstract_state()), self.abstract_batch(batch))
 
     def abstract_batch(self, batch: Batch) -> Batch:
@@ -256,7 +260,7 @@ def stop_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def shortened(batch: Batch, length: int | None) -> Batch:
-    """A batch with the first `length` tokens of each sequence, and the one that is predicted from them."""
+    """Keep the first `length` tokens of each sequence, and the one predicted from them."""
     return batch if length is None else {**batch, "tokens": batch["tokens"][:, : length + 1]}
 
 
@@ -265,14 +269,14 @@ def take(parts: Batch, i: int) -> Batch:
 
 
 def put(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array where a state has it. One that each process has for itself becomes one that they share."""
+    """Place an array like one of a state. An array that each process holds itself becomes one that they share."""
     if array.is_fully_addressable and not sharding.is_fully_addressable:
         return jax.make_array_from_callback(array.shape, sharding, np.asarray(array).__getitem__)
     return jax.device_put(array, sharding)
 
 
 def cast(arrays: Arrays, dtype: Precision) -> Arrays:
-    """Floating arrays in another dtype; float64, which only tests of the mathematics have, stays."""
+    """Cast floating-point arrays, except float64, which only tests of the mathematics use."""
     return {
         name: array.astype(dtype) if array.dtype in (jnp.float32, jnp.bfloat16) else array
         for name, array in arrays.items()

@@ -1,22 +1,18 @@
-"""Text into tokens, once, for training to map into memory.
+"""Text as tokens, encoded once, which training maps into memory: `jaxmodels tokenize`, or `python -m train.tokenize`.
 
-    python -m train.tokenize FILE TOKENS --kind bytes      # or chars, or --tokenizer tokenizer.json
-    python -m train.rope --text TOKENS
-
-TOKENS/tokens.json                {"format": 1, "train": …, "validation": …, "sha256": …}
-TOKENS/vocabulary.json            characters, bytes or the whole tokenizer; `load_vocabulary` reads it
-TOKENS/train.npy, validation.npy  ids [n], the first 90 % of the text and the rest, in the least unsigned integer
+TOKENS/tokens.json                {"format": 2, "train": …, "validation": …, "sha256": …}
+TOKENS/vocabulary.json            characters, bytes or the whole tokenizer; read by `load_vocabulary`
+TOKENS/train.npy, validation.npy  ids [n], the first 90 % of the text and the rest, in the smallest unsigned integer
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 
 from jaxmodels.io.atomic import atomic_folder, check_target
 from jaxmodels.text import (
@@ -28,14 +24,20 @@ from jaxmodels.text import (
     load_vocabulary,
     split,
 )
+from jaxmodels.training.signals import exit_code
 
-PROGRAM = "python -m train.tokenize"
+EXAMPLES = """\
+examples:
+  jaxmodels tokenize FILE TOKENS --kind bytes
+  jaxmodels tokenize FILE TOKENS --tokenizer tokenizer.json
+  python -m train.rope --text TOKENS
+"""
 FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """A text as ids [n], in memory or mapped, in its two parts; sha256 tells ids and vocabulary from all others."""
+    """A text as ids [n], in memory or memory-mapped, in two parts; sha256 is of the ids and the vocabulary."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -44,9 +46,9 @@ class Tokens:
 
 
 def open_tokens(text: str, vocabulary: Vocabulary | None = None) -> Tokens:
-    """A corpus by name, a UTF-8 file (both in `vocabulary`, or as characters), or a folder that this program wrote.
+    """Open a corpus by name, a UTF-8 file, or a folder written by this command.
 
-    Raises ValueError where it is none of them.
+    vocabulary: of a corpus or file; default its characters. Raises ValueError if the text is none of the three.
     """
     if Path(text).is_dir():
         return read(Path(text))
@@ -57,7 +59,7 @@ def open_tokens(text: str, vocabulary: Vocabulary | None = None) -> Tokens:
 
 
 def fingerprint(train: np.ndarray, validation: np.ndarray, vocabulary: Vocabulary) -> str:
-    """SHA-256 of a text as ids, in whatever dtype, and of what they stand for."""
+    """SHA-256 of ids, independent of their dtype, and of their vocabulary."""
     about = [type(vocabulary).__name__, dataclasses.asdict(vocabulary)]
     found = hashlib.sha256(json.dumps(about).encode())
     for part in (train, validation):
@@ -68,21 +70,21 @@ def fingerprint(train: np.ndarray, validation: np.ndarray, vocabulary: Vocabular
 
 
 def write(folder: Path, text: str, vocabulary: Vocabulary) -> Tokens:
-    """Encodes a text and writes it to a new folder, all of it or nothing."""
+    """Encode a text and write it to a new folder atomically."""
     dtype = np.min_scalar_type(len(vocabulary) - 1)
     train, validation = (vocabulary.encode(part).astype(dtype) for part in split(text))
     sha256 = fingerprint(train, validation, vocabulary)
     about = {"format": FORMAT, "train": len(train), "validation": len(validation), "sha256": sha256}
-    with atomic_folder(folder) as beside:
-        np.save(beside / "train.npy", train)
-        np.save(beside / "validation.npy", validation)
-        vocabulary.save(beside / "vocabulary.json")
-        (beside / "tokens.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    with atomic_folder(folder) as new:
+        np.save(new / "train.npy", train)
+        np.save(new / "validation.npy", validation)
+        vocabulary.save(new / "vocabulary.json")
+        (new / "tokens.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return Tokens(train, validation, vocabulary, sha256)
 
 
 def read(folder: Path) -> Tokens:
-    """What `write` wrote, the ids mapped into memory; raises ValueError where it is not complete."""
+    """Open a folder that `write` wrote, the ids memory-mapped; raises ValueError if it is not complete."""
     file = folder / "tokens.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -90,40 +92,51 @@ def read(folder: Path) -> Tokens:
             raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
         ids = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "validation")]
         if [len(part) for part in ids] != [about["train"], about["validation"]]:
-            raise ValueError("its arrays have other lengths than it says")
+            raise ValueError("its arrays have other lengths than tokens.json says")
         return Tokens(ids[0], ids[1], load_vocabulary(folder / "vocabulary.json"), about["sha256"])
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(f"text={str(folder)!r} is no folder that {PROGRAM} wrote: {error}") from None
+        raise ValueError(f"text={str(folder)!r} is not a folder written by train.tokenize: {error}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Turns a text into a folder of tokens, which --text of the training scripts takes."""
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="jaxmodels tokenize",
+        description="Encode a text to a folder of tokens, which --text of the training scripts takes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("text", metavar="TEXT", help="python_docs, tiny_shakespeare, or a UTF-8 file; read whole")
+    arguments.add_argument("out", type=Path, metavar="TOKENS", help="folder to create")
+    arguments.add_argument(
+        "--kind",
+        choices=("chars", "bytes", "tokenizer"),
+        default="chars",
+        help="tokens: characters of the text, bytes of its UTF-8, or those of --tokenizer (default chars)",
+    )
+    arguments.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json of the tokenizers package; sets --kind tokenizer"
+    )
+    return arguments
 
-    text: Annotated[str, tyro.conf.Positional]
-    """python_docs, tiny_shakespeare, or a UTF-8 FILE; it is read and encoded in memory"""
-    out: Annotated[Path, tyro.conf.Positional]
-    """folder to make"""
-    kind: Literal["chars", "bytes", "tokenizer"] = "chars"
-    """what a token is: a character of the text, a byte of its UTF-8, or what --tokenizer says"""
-    tokenizer: Path | None = None
-    """a tokenizer.json of the tokenizers package; implies --kind tokenizer"""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    return exit_code("tokenize", lambda: tokenize(options.text, options.out, options.kind, options.tokenizer))
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Writes the folder and says what is in it; raises ValueError for bad input."""
-    command = tyro.cli(Command, args=arguments, prog=PROGRAM)
-    if command.kind == "tokenizer" and command.tokenizer is None:
+def tokenize(text: str, out: Path, kind: str = "chars", tokenizer: Path | None = None) -> None:
+    """Write a folder of tokens and print its sizes; raises ValueError for bad input."""
+    if kind == "tokenizer" and tokenizer is None:
         raise ValueError("--kind tokenizer needs --tokenizer FILE")
-    check_target(command.out, overwrite=False)  # before the work
-    text = load_corpus(command.text)
+    check_target(out, overwrite=False)  # before the work
+    content = load_corpus(text)
     vocabulary: Vocabulary
-    if command.tokenizer is not None:
-        vocabulary = TokenizerFile.read(command.tokenizer)
+    if tokenizer is not None:
+        vocabulary = TokenizerFile.read(tokenizer)
     else:
-        vocabulary = ByteVocabulary() if command.kind == "bytes" else CharVocabulary.of(text)
-    tokens = write(command.out, text, vocabulary)
+        vocabulary = ByteVocabulary() if kind == "bytes" else CharVocabulary.of(content)
+    tokens = write(out, content, vocabulary)
     print(
-        f"{command.out}: {len(tokens.train):,} tokens to train on, {len(tokens.validation):,} to validate, "
+        f"{out}: {len(tokens.train):,} tokens to train on, {len(tokens.validation):,} to validate, "
         f"of {len(vocabulary):,} {vocabulary.unit}s"
     )

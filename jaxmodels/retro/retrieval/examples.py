@@ -1,9 +1,9 @@
-"""Training examples with neighbours, which are looked up once for all of them and kept in a file.
+"""Training examples with neighbors, which are looked up once for all examples and kept in a file.
 
 RUN/index/             the chunk index of the training text; see `jaxmodels.retro.retrieval`
-RUN/index/NAME.npz     neighbours of a set of examples: fingerprint, and neighbors int32 [n, C, k], where they begin
+RUN/index/NAME.npz     neighbors of a set of examples: fingerprint, and their positions, neighbors int32 [n, C, k]
 
-Axes: n examples, S tokens of each, C = S // L chunks of L = chunk_len, k neighbours, M = 2·L their tokens.
+Axes: n examples of S tokens, C = S // L chunks of L = chunk_len tokens, k neighbors of M = 2·L tokens.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from jaxmodels.training.distributed import agree, is_first
 
 Made = TypeVar("Made")
 Kind = Literal["nearest", "filtered", "random"]
-SKIPPED = 8  # fewer tokens than these are skipped before an example, so that its chunks are not those of the index
+SKIPPED = 8  # up to one token less is skipped before an example, so that its chunks are not those of the index
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples(Sequence[Example]):
-    """Windows of a text from each start on, with what they read besides: {"tokens": [S + 1]}, and "ret" [C, k, M].
+    """Windows of a text and the neighbors of their chunks: {"tokens": [S + 1], "ret": [C, k, M]}.
 
-    starts: int [n]; neighbors: int [n, C, k], where in the corpus they begin, or None for none. Raises ValueError where
-    a neighbour is outside the corpus.
+    starts: int [n], positions in the text; neighbors: int [n, C, k], positions in the corpus, or None for examples
+    without "ret". Raises ValueError if a neighbor is outside the corpus.
     """
 
     windows: Windows
@@ -41,22 +41,22 @@ class Samples(Sequence[Example]):
     corpus: Corpus | None = None
     length: int = 0  # M
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.neighbors is not None and self.corpus is not None:
             self.corpus.passages(np.array([self.neighbors.min(), self.neighbors.max()]), 1)
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: Any) -> Any:
         example = self.windows.at(int(self.starts[i]))
         if self.neighbors is None or self.corpus is None:
             return example
         return {**example, "ret": self.corpus.passages(self.neighbors[i], self.length)}
 
 
-def with_skips(n: int, seq_len: int, passes: int, seed: int) -> np.ndarray:
-    """Where examples begin in n tokens: one after the other, 0 to 7 skipped before each; so often through the text."""
+def start_positions(n: int, seq_len: int, passes: int, seed: int) -> np.ndarray:
+    """Start of each example in n tokens, int64: consecutive, 0 to 7 tokens skipped before each, `passes` times."""
     rng, starts = np.random.default_rng([seed, 4]), []
     for _ in range(passes):
         start = min(int(rng.integers(SKIPPED)), max(0, n - seq_len - 1))
@@ -66,20 +66,20 @@ def with_skips(n: int, seq_len: int, passes: int, seed: int) -> np.ndarray:
     return np.array(starts, np.int64)
 
 
-def end_to_end(windows: Windows) -> Samples:
-    """The windows themselves, which neighbours can be attached to."""
+def samples_of(windows: Windows) -> Samples:
+    """The windows as samples, so that neighbors can be attached."""
     return Samples(windows, np.arange(len(windows)) * windows.seq_len)
 
 
-def with_index(sha256: str, index: ChunkIndex) -> str:
-    """What tells a text with its index from any other, from what tells the text."""
+def index_checksum(sha256: str, index: ChunkIndex) -> str:
+    """SHA-256 of a text with its index, from that of the text."""
     return hashlib.sha256(f"{sha256}|{index.fingerprint}".encode()).hexdigest()
 
 
-def made_once(make: Callable[[], Made]) -> Made:
-    """What the first process makes and keeps in files, and each of the others from them once it has; all must ask.
+def make_once(make: Callable[[], Made]) -> Made:
+    """Call make() in the first process, which writes files, then in the others, which read them. All must call this.
 
-    Raises KeyboardInterrupt in all of them where making it raised that in the first.
+    Raises KeyboardInterrupt in all processes if make() raised it in the first.
     """
     made = None
     if is_first():
@@ -102,11 +102,11 @@ def attach(
     seed: int = 0,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Samples:
-    """Samples with neighbours out of an index: those in the file, where it is of the same, or new ones that it keeps.
+    """Attach neighbors to samples: those in the file if it fits samples and index, else new ones, saved there.
 
-    own: the samples are from the corpus of the index, and no neighbour may touch its own sample. filtered: nor share
-    `run` tokens in a row with its chunk or the chunk after it, which it is there to predict. Of several processes the
-    first looks them up. Raises KeyboardInterrupt, and keeps nothing, where interrupted() says so there.
+    own: the samples are from the corpus of the index, and no neighbor may overlap its own sample. kind "filtered": nor
+    share `run` tokens in a row with its chunk or the next chunk, which it helps to predict. The first process looks
+    them up. Raises KeyboardInterrupt without writing if interrupted() during the lookup.
     """
     parts = (samples.starts.astype("<i8").tobytes(), np.asarray(samples.windows.ids).astype("<i4").tobytes())
     about = f"{index.fingerprint}|{index.n_probe}|{samples.windows.seq_len}|{k}|{kind}|{own}|{run}|{seed}"
@@ -117,11 +117,11 @@ def attach(
         if neighbors is None:
             found = look_up(samples, index, k, kind, own=own, run=run, seed=seed, interrupted=interrupted)
             neighbors = found.astype(np.int32)
-            with atomic_file(file) as beside, open(beside, "wb") as opened:
+            with atomic_file(file) as new, open(new, "wb") as opened:
                 np.savez(opened, fingerprint=fingerprint, neighbors=neighbors)
         return neighbors
 
-    return dataclasses.replace(samples, neighbors=made_once(kept), corpus=index.corpus, length=2 * index.chunk_len)
+    return dataclasses.replace(samples, neighbors=make_once(kept), corpus=index.corpus, length=2 * index.chunk_len)
 
 
 def look_up(
@@ -135,7 +135,7 @@ def look_up(
     seed: int = 0,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """The neighbours [n, C, k] of all chunks of all samples."""
+    """Look up the neighbors [n, C, k] of all chunks of all samples."""
     ids, seq_len = samples.windows.ids, samples.windows.seq_len
     n, c, length = len(samples), seq_len // index.chunk_len, index.chunk_len
     if kind == "random":
@@ -155,7 +155,7 @@ def look_up(
 
 
 def read(file: Path, fingerprint: str) -> np.ndarray | None:
-    """The neighbours in a file; None where it is not there, not whole, or of something else."""
+    """Read neighbors from a file; None if it is missing, damaged, or of other samples."""
     try:
         with open(file, "rb") as opened, np.load(opened) as kept:
             return kept["neighbors"] if str(kept["fingerprint"]) == fingerprint else None
@@ -163,37 +163,10 @@ def read(file: Path, fingerprint: str) -> np.ndarray | None:
         return None
 
 
-def of_run(run: Path, settings: dict[str, Any]) -> ChunkIndex | None:
-    """The index that a run was trained with, where its configuration says or beside it; None where without one.
-
-    Raises ValueError where it is no longer there.
-    """
-    if not settings.get("index") or not settings.get("retrieval"):
-        return None
-    folder = Path(settings["index"])
-    return ChunkIndex.load(folder if folder.exists() else run.absolute().parent / folder.name)
-
-
-def retrieving(model: Any, run: Path, settings: dict[str, Any]) -> Any:
-    """A run's model as it writes: with live retrieval, where it was trained with neighbours."""
-    index = of_run(run, settings)
-    if index is None:
-        return model
-    from jaxmodels.retro.retrieval.live import Retriever, Retrieving
-
-    return Retrieving(model, Retriever(index, settings["neighbors"]))
-
-
-def with_neighbors(windows: Windows, run: Path, settings: dict[str, Any]) -> Sequence[Example]:
-    """A text's windows with the neighbours that a run's model reads, where it was trained with any.
-
-    Raises ValueError where a window is shorter than a chunk.
-    """
-    index = of_run(run, settings)
-    if index is None:
-        return windows
-    if windows.seq_len < index.chunk_len:
-        raise ValueError(f"seq_len={windows.seq_len} must be at least a chunk of {index.chunk_len}")
-    samples = end_to_end(windows)
-    neighbors = look_up(samples, index, settings["neighbors"], "nearest")
+def nearest_neighbors(samples: Samples, index: ChunkIndex, k: int) -> Samples:
+    """Attach the k nearest neighbors to samples, without a file; raises ValueError if they are shorter than a chunk."""
+    seq_len = samples.windows.seq_len
+    if seq_len < index.chunk_len:
+        raise ValueError(f"seq_len={seq_len} must be at least chunk_len={index.chunk_len}")
+    neighbors = look_up(samples, index, k, "nearest")
     return dataclasses.replace(samples, neighbors=neighbors, corpus=index.corpus, length=2 * index.chunk_len)

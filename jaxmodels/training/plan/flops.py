@@ -1,4 +1,4 @@
-"""Floating point operations of a function, counted in its trace: every matrix product, times the trips of its loops."""
+"""Floating-point operations of a function, counted in its trace: its matrix products, times the trips of its loops."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import jax
 
 from jaxmodels.training.step import Batch, Program
 
-# Of one chip or GPU: bfloat16 matrix products per second, dense, bytes per second from its memory, and, of TPUs, bytes
-# per second over all its links to neighbours together, as the makers state them. Keys begin a device's kind.
+# Per chip or GPU, as its maker states: dense bfloat16 FLOP/s; memory bandwidth in bytes/s; for TPUs, bytes/s over all
+# interconnect links together. A key is a prefix of a device's kind.
 PEAKS = {
     "TPU v4": (275e12, 1228e9, 300e9),
     "TPU v5 lite": (197e12, 819e9, 200e9),
@@ -24,20 +24,20 @@ PEAKS = {
 
 
 def peak(kind: str) -> tuple[float, float, float | None] | None:
-    """(FLOP/s, memory bytes/s, interconnect bytes/s) of a kind of device, or None where it is not known."""
+    """(FLOP/s, memory bytes/s, interconnect bytes/s) of a kind of device; None if it is unknown."""
     return next((numbers for name, numbers in PEAKS.items() if kind.startswith(name)), None)
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> int:
-    """Multiplications and additions in the matrix products of one call; arguments may be abstract.
+    """Count multiplications and additions in the matrix products of one call; arguments may be abstract.
 
-    A loop whose trips are not known when it is traced counts once.
+    The body of a loop counts once if its number of trips is unknown when it is traced.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def of_forward(program: Program, batch: Batch) -> int:
-    """Of a step's forward pass, over all devices."""
+    """Count those of a step's forward pass, over all devices."""
     arguments = program.abstract_state(), program.abstract_batch(batch)
     return count(lambda state, batch: program.losses(program.model(state), batch, None), *arguments)
 
@@ -52,13 +52,13 @@ def _count(jaxpr: Any) -> int:
             continue
         trips = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = [_count(sub) for sub in _jaxprs(equation.params)]
-        # of the branches of a condition one is taken: the largest
+        # one branch of a condition is taken: count the largest
         total += trips * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
     return total
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs among a primitive's parameters; of a custom derivative only the function itself is one."""
+    """Jaxprs among a primitive's parameters; those of a custom derivative are only the function's own."""
     found = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):

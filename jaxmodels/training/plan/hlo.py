@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its text: how many there are, and how many bytes each device moves."""
+"""Collectives of a compiled program, read from its text: their number, and the bytes that each device sends."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-# A TPU's reduce-scatter: a fusion of an all-reduce and the slice that is the device's own. It sends no more than that.
+# Prefix of a TPU's reduce-scatter: a fusion of an all-reduce and the device's own slice. It sends only that slice.
 SCATTERS = "all-reduce-scatter"
 SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of a program: how often it runs, and the bytes that a device sends for it in a ring."""
+    """All collectives of one kind in a program: number of runs, and bytes that a device sends in a ring."""
 
     kind: str
     count: int
@@ -26,14 +26,14 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """By kind, largest first; what stands in a loop counts as often as the loop turns.
+    """Collectives by kind, largest first; one in a loop counts once per iteration.
 
-    The number of turns is the constant that a loop's condition compares with; a loop without one counts once.
+    The number of iterations is the constant that the loop's condition compares with; a loop without one counts once.
     """
     computations, entry = split_computations(text)
     times = repetitions(computations, entry)
-    # An asynchronous collective stands in several computations, its start, its parts and its end, under one channel. It
-    # runs as often as its start: its parts may lie in the turns of a loop, to be done beside what that computes.
+    # An asynchronous collective appears in several computations, its start, its parts and its end, under one channel.
+    # It runs as often as its start: its parts may be inside a loop, to overlap with what that computes.
     found: dict[str, tuple[str, int, float]] = {}
     for name, lines in computations.items():
         for line in lines:
@@ -56,7 +56,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def split_computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by its name, and the name of the first to run."""
+    """Lines of each computation by name, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -71,7 +71,7 @@ def split_computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def repetitions(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs in one run of the program."""
+    """Number of times that each computation runs in one run of the program."""
     times: dict[str, int] = dict.fromkeys(computations, 0)
 
     def visit(name: str, n: int) -> None:
@@ -80,19 +80,20 @@ def repetitions(computations: dict[str, list[str]], entry: str) -> dict[str, int
             called = CALLED.findall(line)
             for branches in BRANCHES.findall(line):
                 called += [branch.strip().lstrip("%") for branch in branches.split(",")]
-            turns = trips(line, computations) if " while(" in line else 1
+            iterations = trips(line, computations) if " while(" in line else 1
             for inner in called:
                 if inner in computations:
-                    visit(inner, n * turns)
+                    visit(inner, n * iterations)
 
     visit(entry, 1)
     return times
 
 
 def trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop turns: from 0 to the constant that its condition compares with, by what its body adds.
+    """Number of iterations of a loop: from 0 to the constant in its condition, by the increment in its body.
 
-    A ring of transfers around a matrix product is such a loop too, its counter unsigned, two turns of it unrolled.
+    A ring of transfers around a matrix product is such a loop too: its counter is unsigned, and two iterations are
+    unrolled.
     """
     known = re.search(r"known_trip_count[^\d]*(\d+)", line)
     if known:
@@ -115,13 +116,13 @@ def trips(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def first_constant(names: list[str], lines: str) -> int | None:
-    """The value of the first of these that is an integer constant."""
+    """Value of the first of these names that is an integer constant."""
     found = (re.search(rf"%{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)", lines) for name in names)
     return next((int(match[1]) for match in found if match), None)
 
 
 def bytes_of(shapes: str) -> int:
-    """Of all arrays in a type: several collectives of one kind become one, whose result is a tuple."""
+    """Bytes of all arrays in a type; XLA combines collectives of one kind into one whose result is a tuple."""
     return sum(
         math.prod(map(int, filter(None, shape.split(",")))) * BITS[kind] // 8
         for kind, shape in SHAPE.findall(shapes)
@@ -130,16 +131,16 @@ def bytes_of(shapes: str) -> int:
 
 
 def result_of_start(kind: str, shapes: str) -> str:
-    """What comes out, in the type of a collective's start: that is (operands, results, contexts…), each may be a tuple.
+    """Results in the type of a collective's start, which is (operands, results, contexts…); each may be a tuple.
 
-    An all-reduce's start has the type of its results alone, unless it is wrapped as any operation can be.
+    An all-reduce's start has the type of its results only, unless it is wrapped in a generic async operation.
     """
     parts = elements(shapes)
     return shapes if len(parts) < 2 or (kind == "all-reduce" and parts[0][0] != "(") else parts[1]
 
 
 def elements(shapes: str) -> list[str]:
-    """Those of a tuple type: "((f32[3], s8[]), f32[3]{0:T(8)})" -> "(f32[3], s8[])", "f32[3]{0:T(8)}"."""
+    """Elements of a tuple type: "((f32[3], s8[]), f32[3]{0:T(8)})" -> "(f32[3], s8[])", "f32[3]{0:T(8)}"."""
     if not shapes.startswith("("):
         return [shapes]
     parts, depth = [""], 0
@@ -153,7 +154,7 @@ def elements(shapes: str) -> list[str]:
 
 
 def group_size(line: str) -> int:
-    """How many devices take part together."""
+    """Number of devices that take part in one collective."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
@@ -165,7 +166,7 @@ def group_size(line: str) -> int:
 
 
 def sent(kind: str, result: int, n: int) -> float:
-    """Bytes that each of n devices sends, in a ring, for a collective with a result of so many bytes."""
+    """Bytes that each of n devices sends in a ring for a collective whose result has `result` bytes."""
     match kind:
         case "all-reduce":
             return 2 * result * (n - 1) / n

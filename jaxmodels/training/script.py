@@ -1,0 +1,158 @@
+"""An experiment as a program: its command line, its process, and how it ends."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+from rich.console import Console
+
+from jaxmodels.allocator import keep_freed_memory
+from jaxmodels.extras import require
+from jaxmodels.training.config import Config, Options
+from jaxmodels.training.distributed import agree, is_first
+from jaxmodels.training.experiment import ConfigT, Experiment
+from jaxmodels.training.loop import Result, Trainer
+from jaxmodels.training.run import check_folder, saved_config
+from jaxmodels.training.signals import Stop, interruptible, one_line_errors
+
+require("train", "tyro")
+import tyro  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Train a model. The same command resumes a run that was stopped or killed."""
+
+    config: Config
+    preset: str
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """folder of the run, new or to be resumed"""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """folder of a run to resume with its own hyperparameters; --steps may be raised (not with schedule=cosine)"""
+    options: Options = dataclasses.field(default_factory=Options)
+
+    @property
+    def run(self) -> Path:
+        return self.resume or self.out
+
+
+def parse(
+    kind: type[Experiment[ConfigT]], program: str, arguments: Sequence[str]
+) -> tuple[Experiment[ConfigT], Command]:
+    """Parse a command line; omitted flags come from --resume's run, else from --preset.
+
+    Raises ValueError if --resume names no run, or for an unknown preset.
+    """
+    resume, preset = peek(arguments, "--resume"), peek(arguments, "--preset")
+    if resume is not None and peek(arguments, "--out") is not None:
+        raise ValueError("--resume continues in the run's own folder; omit --out")
+    saved = None if resume is None else saved_config(kind, Path(resume))
+    chosen = preset or kind.config_class.PRESETS[0]
+    config: Any = saved if saved is not None and preset is None else kind.config_class.of_preset(chosen)
+    folder = Path("runs") / program.rpartition(".")[2]
+    command = parse_flags(with_presets(Command, kind), (config, chosen, folder), arguments, program)
+    return kind(command.config), command
+
+
+def with_presets(command: type, kind: type[Experiment[Any]]) -> Any:
+    """Build a command's dataclass for an experiment: the type of `config`, and the help of --preset, are its own."""
+    config_class = kind.config_class
+    names: Any = Literal.__getitem__(config_class.PRESETS)
+    text = f"defaults of all other flags; {config_class.describe_presets()}"
+    fields: list[Any] = [("config", config_class), ("preset", Annotated[names, tyro.conf.arg(help=text)])]
+    made = dataclasses.make_dataclass(command.__name__, fields, bases=(command,), frozen=True)
+    made.__doc__ = command.__doc__
+    return made
+
+
+def parse_flags(command: Any, defaults: tuple[Any, ...], arguments: Sequence[str], program: str) -> Any:
+    """Parse flags into a dataclass, whose nested dataclasses' fields are flags without a prefix."""
+    return tyro.cli(
+        command, default=command(*defaults), args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def peek(arguments: Sequence[str], flag: str) -> str | None:
+    """Read a flag that determines the defaults of all others before they are parsed; None if it is absent."""
+    value = None
+    for i, argument in enumerate(arguments):
+        name, equals, after = argument.partition("=")
+        if name == flag:
+            value = after if equals else next(iter(arguments[i + 1 :]), None)
+    return value
+
+
+class Session:
+    """A training process, connected to the other processes if there are any. Only the first process prints.
+
+    resume: the command that continues what was stopped.
+    """
+
+    def __init__(self, options: Options, stop: Stop, resume: str):
+        self.options, self.stop, self.resume = options, stop, resume
+        options.processes.initialize()
+        agree(False)  # connects the processes: some backends wait at most 30 seconds for the first connection
+        if options.compile_cache is not None:
+            jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
+        output = sys.stdout if is_first() else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
+        self.console = Console(file=output, highlight=False, markup=False, soft_wrap=True)
+
+    def train(self, experiment: Experiment[Any], folder: Path) -> Result | None:
+        """Train a run to its result; None if it was stopped. Raises ValueError for bad input, before any work."""
+        return Trainer(experiment, folder, self.options).run(self.stop, self.console, self.resume)
+
+
+def main(
+    kind: type[Experiment[Any]], program: str, arguments: Sequence[str] | None = None, caught: Stop | None = None
+) -> int:
+    """Train one run; returns the exit code: 0, or 130 if Ctrl-C stopped it. Raises ValueError for bad input.
+
+    caught: records signals already, if the caller handles them.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with interruptible() if caught is None else contextlib.nullcontext(caught) as stop:
+        experiment, command = parse(kind, program, arguments)
+        folder = command.run
+        check_folder(experiment, folder)
+        session = Session(command.options, stop, f"{program} --resume {folder}")
+        if session.train(experiment, folder) is None:
+            return stop.exit_code
+        session.console.print(f"saved; write text with: python -m train.sample {folder}")
+        return 0
+
+
+def run_script(kind: type[Experiment[Any]], program: str) -> None:
+    """Run `main` as a program."""
+    as_program(lambda arguments: main(kind, program, arguments), program)
+
+
+def as_program(function: Callable[[Sequence[str]], int], program: str) -> None:
+    """Exit with the code that a function of the arguments returns; bad input is one line on standard error."""
+    with one_line_errors(program), together(program):
+        sys.exit(function(sys.argv[1:]))
+
+
+@contextlib.contextmanager
+def together(program: str) -> Iterator[None]:
+    """End at once if one of several processes fails: waiting for the others, as JAX does at exit, can hang."""
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if not isinstance(error, ValueError | OSError | KeyboardInterrupt):  # a bug, not bad input
+            traceback.print_exc()
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+        print(f"{program}: process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
