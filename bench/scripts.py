@@ -1,19 +1,18 @@
 """`python -m bench.scripts`: the training step of every script's model against its PyTorch twin, one after the other.
 
-The Flax step is the very one that the script compiles, at the sizes of a preset, on the first batch's shape. PyTorch's
-has the same sizes, clipping and kind of Adam, eager. Both in one process, in turn; a line for each model.
+The Flax step is the one that the script compiles, at the sizes of a preset. PyTorch's has the same sizes, clipping and
+kind of Adam, in eager mode. Both run in one process, alternating; prints a line per model.
 """
 
 import argparse
 import dataclasses
-import importlib
 import os
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 N_VOCAB = 65
-# Script and the attention it is told; "" where it has none to choose.
+# Script and its --attention, "" if it has no such flag.
 MODELS = [
     ("rope", "rotary"),
     ("rope", "relative"),
@@ -32,8 +31,8 @@ MODELS = [
 
 def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.scripts", description=__doc__)
-    arguments.add_argument("models", nargs="*", metavar="SCRIPT", help="rope, feedback, …; none: all of them")
-    arguments.add_argument("--preset", default="small", help="of the scripts (default small)")
+    arguments.add_argument("models", nargs="*", metavar="SCRIPT", help="rope, feedback, … (default: all of them)")
+    arguments.add_argument("--preset", default="small", help="preset of the scripts (default small)")
     arguments.add_argument("--rounds", type=int, default=7, help="timed steps of each (default 7)")
     arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
     options = arguments.parse_args()
@@ -54,8 +53,9 @@ def main() -> None:
 
     from bench.timing import alternate, stamp
     from jaxmodels.allocator import keep_freed_memory
+    from jaxmodels.training.experiment import experiment_class
 
-    keep_freed_memory()  # as the scripts do; PyTorch gains as well
+    keep_freed_memory()  # as the scripts do; PyTorch becomes faster too
     torch.set_num_threads(options.threads)
     print(stamp(options.threads))
     print(f"\nTraining steps, --preset {options.preset}")
@@ -63,25 +63,26 @@ def main() -> None:
     for script, attention in MODELS:
         if options.models and script not in options.models:
             continue
-        settings = getattr(importlib.import_module(f"train.{script}").Config, options.preset)()
-        settings = settings if not attention else dataclasses.replace(settings, attention=attention)
+        kind = experiment_class(script)
+        config: Any = kind.config_class.of_preset(options.preset)
+        experiment = kind(dataclasses.replace(config, attention=attention) if attention else config)
         rng = np.random.default_rng(0)
-        batch = {name: rng.integers(0, N_VOCAB, a.shape, np.int32) for name, a in settings.abstract_batch().items()}
-        steps = {"Flax": flax_step(settings, batch), "PyTorch": torch_step(settings, batch)}
+        batch = {name: rng.integers(0, N_VOCAB, a.shape, np.int32) for name, a in experiment.abstract_batch().items()}
+        steps = {"Flax": flax_step(experiment, batch), "PyTorch": torch_step(experiment, batch)}
         seconds = alternate(steps, options.rounds)
         ratio = statistics.median(a / b for a, b in zip(seconds["PyTorch"], seconds["Flax"], strict=True))
         ours, theirs = (1e3 * statistics.median(seconds[name]) for name in ("Flax", "PyTorch"))
-        size = f"{settings.batch_size} × {settings.seq_len}"
+        size = f"{config.batch_size} × {config.seq_len}"
         print(f"{' '.join(filter(None, [script, attention])):28}{size:>12}{ours:>9.0f}{theirs:>12.0f}{ratio:>8.2f}")
 
 
-def flax_step(settings: Any, batch: dict[str, Any]) -> Callable[[], None]:
+def flax_step(experiment: Any, batch: dict[str, Any]) -> Callable[[], None]:
     import jax
     import numpy as np
 
     from jaxmodels.sharding import make_mesh
 
-    program = settings.program(N_VOCAB, make_mesh("", jax.devices()[:1]))
+    program = experiment.program(N_VOCAB, make_mesh("", jax.devices()[:1]))
     compiled = program.lower_step(batch).compile()
     state = [program.make_state(0)]
     placed = jax.device_put(batch)
@@ -93,34 +94,34 @@ def flax_step(settings: Any, batch: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-def torch_step(settings: Any, batch: dict[str, Any]) -> Callable[[], None]:
+def torch_step(experiment: Any, batch: dict[str, Any]) -> Callable[[], None]:
     import torch
 
-    module = twin(settings)
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    module, config = twin(experiment), experiment.config
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind(module.parameters(), lr=1e-4)
     tensors = {name: torch.as_tensor(array, dtype=torch.long) for name, array in batch.items()}
     inputs, targets = tensors["tokens"][:, :-1], tensors["tokens"][:, 1:]
     others = {name: tensor for name, tensor in tensors.items() if name != "tokens"}
-    if settings.model(N_VOCAB).sequence_axis == 0:
+    if experiment.model(N_VOCAB).sequence_axis == 0:
         inputs, targets = inputs.T.contiguous(), targets.T.contiguous()
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
         logits = module(inputs, **others)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-        if settings.clip is not None:
-            torch.nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
         optimizer.step()
 
     return run
 
 
-def twin(settings: Any) -> Any:
-    """The PyTorch module of the same class and sizes; the Feedback Transformer's in the original's stack form."""
+def twin(experiment: Any) -> Any:
+    """Build the PyTorch module of the same class and sizes; a Feedback Transformer in the original's stack form."""
     from torch_ref import feedback, feedback_stack, neox, retro, transformer
 
-    model = settings.model(N_VOCAB)
+    model = experiment.model(N_VOCAB)
     name = type(model).__name__
     if name == "NeoX":
         return neox.NeoX(model.settings)

@@ -1,8 +1,8 @@
-"""`python -m bench.train_loop`: what the training loop adds to its steps, at steps of about 50 ms.
+"""`python -m bench.train_loop`: overhead of the training loop over its steps, at steps of about 50 ms.
 
-In one run, in turn: the compiled step alone, over and over on one batch; and the loop that scripts run it in, with
-data, metrics, TensorBoard, the progress line, and a checkpoint a round, which is written while the next round computes.
-Both take as many of the same steps. The limit is 3 %.
+Alternates in one process: the compiled step alone, repeated on one batch; and the loop that scripts run it in, with
+data, metrics, TensorBoard, the progress line, and a checkpoint per round, which is written while the next round
+computes. Both take the same number of the same steps. The limit is 3 %.
 """
 
 import argparse
@@ -36,31 +36,35 @@ def main() -> None:
     from bench.timing import alternate, report, stamp
     from jaxmodels.training import metrics
     from jaxmodels.training.config import Options
-    from jaxmodels.training.experiment import Run
-    from jaxmodels.training.loop import Loop, Told
+    from jaxmodels.training.loop import Loop, StepMetrics, Trainer
     from jaxmodels.training.signals import Stop
     from train import rope
 
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "shown", "w", encoding="utf-8") as shown:
-        settings = rope.Config(batch_size=options.batch, n_layers=2, keep=1)
-        run = Run.open(settings, Path(folder) / "run", Options())
+        config = rope.Config(batch_size=options.batch, n_layers=2, keep=1)
+        experiment = rope.Rope(config)
+        run = Trainer(experiment, Path(folder) / "run", Options())
         log = metrics.Log(run.folder, [])
-        line = metrics.Line(Console(file=shown), 10**6, 0, settings.batch_size * settings.seq_len, 0.0, None)
+        line = metrics.Line(Console(file=shown), 10**6, 0, config.batch_size * config.seq_len, 0.0, None)
 
-        def tell(told: Told) -> None:
-            line.advance(told.loss, told.seconds)
-            log.step(told.step, told.loss, told.grad_norm, told.seconds)
+        class Callbacks:
+            def on_step(self, metrics: StepMetrics) -> None:
+                line.advance(metrics.loss, metrics.seconds)
+                log.step(metrics.step, metrics.loss, metrics.grad_norm, metrics.seconds)
 
-        loop = Loop(run.program, run.position, run.batches, Stop(), tell)
-        loop.compile(settings.abstract_batch())
+            def on_compile(self, length: int, seconds: float) -> None:
+                pass
+
+        loop = Loop(run.program, run.position, run.batches, Stop(), Callbacks())
+        loop.compile(experiment.abstract_batch())
         assert loop.compiled is not None
         step, batch, flags = loop.compiled, next(run.batches), loop.flags[False]
         own = [run.program.make_state(1)]
 
         def alone() -> None:
             for _ in range(options.steps):
-                own[0], told = step(own[0], batch, flags)
-            jax.block_until_ready(told)
+                own[0], last = step(own[0], batch, flags)
+            jax.block_until_ready(last)
 
         def in_the_loop() -> None:
             loop.advance(run.position.step + options.steps)
@@ -69,8 +73,7 @@ def main() -> None:
         print(stamp(options.threads))
         with line:
             seconds = alternate({"steps alone": alone, "in the loop": in_the_loop}, options.rounds)
-        run.checkpoints.close()
-        run.batches.close()
+        run.close()
         log.close()
     report(f"{options.steps} steps, batch {options.batch}, float32", seconds, against="steps alone")
     step = statistics.median(seconds["steps alone"]) / options.steps

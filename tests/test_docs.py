@@ -7,12 +7,11 @@ import shlex
 
 import jax
 import pytest
-import tyro
 
 from jaxmodels.sharding import AXES, check_batch, parse_sizes
-from jaxmodels.training import config
+from jaxmodels.training import config, script
+from jaxmodels.training.experiment import EXPERIMENTS
 from jaxmodels.training.plan import command as plan
-from jaxmodels.training.plan.command import NOT_EXPERIMENTS
 from tests.train_common import ROOT
 
 PAGES = ["docs/tpu.md", "README.md"]
@@ -37,13 +36,15 @@ def fits(settings: config.Config, mesh: str, n_devices: int) -> None:
 def test_a_command_of_a_page_is_one_that_its_program_takes(page, program, flags, monkeypatch):
     arguments, module = shlex.split(flags), importlib.import_module(f"train.{program}")
     if program == "plan":
-        command = plan.parse(arguments)
+        _, command = plan.parse(arguments)
         fits(command.config, command.mesh, math.prod(map(int, command.topology.partition(":")[2].split("x"))))
-    elif program in NOT_EXPERIMENTS:
-        tyro.cli(module.Command, args=arguments)
+    elif program not in EXPERIMENTS:
+        importlib.import_module(f"jaxmodels.training.{program}").parser().parse_args(arguments)
     else:
-        monkeypatch.setattr(config, "saved_config", lambda kind, run: getattr(kind, kind.PRESETS[0])())
-        command = config.parse(module.Config, f"python -m train.{program}", arguments)
+        monkeypatch.setattr(
+            script, "saved_config", lambda kind, run: kind.config_class.of_preset(kind.config_class.PRESETS[0])
+        )
+        _, command = script.parse(module.EXPERIMENT, f"python -m train.{program}", arguments)
         mesh = command.options.mesh  # a page that names one names all of its axes
         fits(command.config, mesh, math.prod(map(int, re.findall(r"\d+", mesh))))
 

@@ -1,4 +1,4 @@
-"""What the tests of training share: a text, a model that is the least a loop can train, scripts as processes."""
+"""Shared by the tests of training: a text, the smallest model that can be trained, scripts as processes."""
 
 import os
 import socket
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import jaxmodels
 from jaxmodels import sharding
 from jaxmodels.layers import Dropout, Embed
 from jaxmodels.training import distributed, step
@@ -25,13 +26,14 @@ V, S, B = 7, 11, 4
 IDS = np.tile(np.array([0, 1, 2, 3, 4, 5, 6, 3, 1], np.int32), 76)
 
 
+@jaxmodels.register("tests.Bigrams")
 class Bigrams(nnx.Module):
-    """The token itself decides the logits of the next. Calls itself what the mesh has a table for."""
+    """The logits of the next token depend on the current token only."""
 
     sequence_axis = 0
 
-    def __init__(self, seed: int = 0):
-        self.src_embed = Embed(V, V, rngs=nnx.Rngs(seed))
+    def __init__(self, seed: int = 0, *, rngs: nnx.Rngs | None = None):
+        self.src_embed = Embed(V, V, rngs=rngs or nnx.Rngs(seed))
         self.dropout = Dropout(0.3)
 
     def __call__(self, ids, rng=None):
@@ -41,20 +43,17 @@ class Bigrams(nnx.Module):
         return {}
 
 
-Bigrams.__name__ = "AutoregressiveTransformer"
-
-
 def program(
     transformation: optax.GradientTransformation | None = None, make=Bigrams, on: str = "", **options
 ) -> step.Program:
     return step.Program(make, transformation or optax.adam(0.1), sharding.make_mesh(on), **options)
 
 
-STARTED: list[subprocess.Popen] = []  # a test that fails leaves none running: see tests/conftest.py
+STARTED: list[subprocess.Popen] = []  # killed after a failed test by tests/conftest.py
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen:
-    """python -m …, in a process of its own."""
+    """Start python -m … in a new process."""
     command = [sys.executable, "-m", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     given = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
@@ -63,7 +62,7 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen:
 
 
 def start_two(module: str, *flags: object, by_variables: bool = False) -> list[subprocess.Popen]:
-    """Two processes that run one command together, and find each other by flags or by variables."""
+    """Start two processes that run one command together, and find each other by flags or by variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxmodels import programs
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
 from jaxmodels.training.checkpoints import open_model
@@ -18,9 +19,10 @@ from jaxmodels.training.data import Example, Windows
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.loop import Evaluation
 from jaxmodels.training.run import is_run, open_run, read_about
-from jaxmodels.training.signals import Stop, exit_code
+from jaxmodels.training.signals import Stop
 from jaxmodels.training.step import Numerics, Precision, Program, token_losses
 
+PROGRAM = "python -m train.evaluate"
 EXAMPLES = """\
 examples:
   jaxmodels evaluate runs/rope                    # the held-out part of the text it was trained on
@@ -50,9 +52,9 @@ class Checkpoint:
     experiment: Experiment[Any] | None = None
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="jaxmodels evaluate",
+        prog=prog,
         description="Print loss, perplexity, and bits per character and byte of a model on a text.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -82,9 +84,10 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    return exit_code("evaluate", lambda: print_scores(options))
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run the command and return its exit code; `prog` is the command as typed."""
+    options = parser(prog).parse_args(argv)
+    return programs.run(lambda: print_scores(options), prog)
 
 
 def print_scores(options: argparse.Namespace) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmodels import programs
 from jaxmodels.extras import require
 from jaxmodels.training import metrics
-from jaxmodels.training.signals import exit_code
 
+PROGRAM = "python -m train.plot"
 EXAMPLES = """\
 examples:
   jaxmodels plot runs/rope runs/synthesizer/* --out curves.png
@@ -17,9 +18,9 @@ examples:
 POINTS = 200  # of a curve of training losses, each the mean of several steps
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="jaxmodels plot",
+        prog=prog,
         description="Draw training losses as lines and validation losses as points, in nats per token.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,9 +32,10 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    return exit_code("plot", lambda: draw(options.runs, options.out))
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run the command and return its exit code; `prog` is the command as typed."""
+    options = parser(prog).parse_args(argv)
+    return programs.run(lambda: draw(options.runs, options.out), prog)
 
 
 def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:

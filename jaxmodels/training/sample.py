@@ -7,20 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmodels import programs
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.experiment import continue_text
 from jaxmodels.training.run import open_run
-from jaxmodels.training.signals import exit_code
 
+PROGRAM = "python -m train.sample"
 EXAMPLES = """\
 examples:
   jaxmodels sample runs/rope --prompt "KING" --length 500 --temperature 0.8
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="jaxmodels sample",
+        prog=prog,
         description="Print a prompt and its continuation by the model of a run's latest checkpoint.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,9 +56,10 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    return exit_code("sample", lambda: print(sample(options)))
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run the command and return its exit code; `prog` is the command as typed."""
+    options = parser(prog).parse_args(argv)
+    return programs.run(lambda: print(sample(options)), prog)
 
 
 def sample(options: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import jax
 from rich.console import Console
 
+from jaxmodels import programs
 from jaxmodels.allocator import keep_freed_memory
 from jaxmodels.extras import require
 from jaxmodels.training.config import Config, Options
@@ -19,7 +20,7 @@ from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.experiment import ConfigT, Experiment
 from jaxmodels.training.loop import Result, Trainer
 from jaxmodels.training.run import check_folder, saved_config
-from jaxmodels.training.signals import Stop, interruptible, one_line_errors
+from jaxmodels.training.signals import Stop, interruptible
 
 require("train", "tyro")
 import tyro  # noqa: E402
@@ -137,8 +138,12 @@ def run_script(kind: type[Experiment[Any]], program: str) -> None:
 
 def as_program(function: Callable[[Sequence[str]], int], program: str) -> None:
     """Exit with the code that a function of the arguments returns; bad input is one line on standard error."""
-    with one_line_errors(program), together(program):
-        sys.exit(function(sys.argv[1:]))
+
+    def joined() -> int:
+        with together(program):
+            return function(sys.argv[1:])
+
+    sys.exit(programs.run(joined, program))
 
 
 @contextlib.contextmanager

@@ -1,38 +1,9 @@
-"""SIGTERM and Ctrl-C, and errors that end a program with one line."""
+"""SIGTERM and Ctrl-C while training."""
 
 import contextlib
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-
-@contextlib.contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """End the program on ValueError or OSError with one line and code 1, on KeyboardInterrupt with code 130."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"{program}: {error}")
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def exit_code(program: str, work: Callable[[], object]) -> int:
-    """Call a function: 0 when it returns; 2 and one line on standard error if it raises ValueError or OSError.
-
-    130 if it is interrupted.
-    """
-    try:
-        work()
-    except (ValueError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    return 0
 
 
 class Stop:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmodels import programs
 from jaxmodels.io.atomic import atomic_folder, check_target
 from jaxmodels.text import (
     ByteVocabulary,
@@ -24,8 +25,8 @@ from jaxmodels.text import (
     load_vocabulary,
     split,
 )
-from jaxmodels.training.signals import exit_code
 
+PROGRAM = "python -m train.tokenize"
 EXAMPLES = """\
 examples:
   jaxmodels tokenize FILE TOKENS --kind bytes
@@ -98,9 +99,9 @@ def read(folder: Path) -> Tokens:
         raise ValueError(f"text={str(folder)!r} is not a folder written by train.tokenize: {error}") from None
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="jaxmodels tokenize",
+        prog=prog,
         description="Encode a text to a folder of tokens, which --text of the training scripts takes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -119,9 +120,10 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    return exit_code("tokenize", lambda: tokenize(options.text, options.out, options.kind, options.tokenizer))
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run the command and return its exit code; `prog` is the command as typed."""
+    options = parser(prog).parse_args(argv)
+    return programs.run(lambda: tokenize(options.text, options.out, options.kind, options.tokenizer), prog)
 
 
 def tokenize(text: str, out: Path, kind: str = "chars", tokenizer: Path | None = None) -> None:

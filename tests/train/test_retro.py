@@ -1,4 +1,4 @@
-"""RETRO's script from text to table, the data it makes, RETROfit, and what reads its runs."""
+"""RETRO's script from text to table, its data, RETROfit, and commands over its runs."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ import pytest
 from jaxmodels.retro.retrieval import examples
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import HashedNGrams
-from jaxmodels.retro.retrieval.examples import Samples, attach, end_to_end, made_once, with_skips
+from jaxmodels.retro.retrieval.examples import Samples, attach, make_once, samples_of, start_positions
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training import evaluate, metrics, sample
@@ -59,19 +59,19 @@ def table(out: str) -> dict[str, float]:
     return {name: float(loss) for name, loss in rows}
 
 
-def test_a_run_compares_with_its_plain_decoder_and_other_neighbours(run_and_output):
+def test_a_run_compares_with_its_plain_decoder_and_other_neighbors(run_and_output):
     run, out = run_and_output
     found = table(out)
     assert list(found) == [
         "character 4-gram (Witten-Bell)",
         "plain decoder, trained alike",
-        "RETRO, nearest neighbours",
+        "RETRO, nearest neighbors",
         "RETRO, no run of 3 shared",
-        "RETRO, random neighbours",
+        "RETRO, random neighbors",
         "RETRO, retrieval off",
     ]
     losses = {name: metrics.read(run / name)[-1]["validation_loss"] for name in ("retrieval", "plain")}
-    assert found["RETRO, nearest neighbours"] == pytest.approx(losses["retrieval"], abs=6e-4)
+    assert found["RETRO, nearest neighbors"] == pytest.approx(losses["retrieval"], abs=6e-4)
     assert found["plain decoder, trained alike"] == pytest.approx(losses["plain"], abs=6e-4)
     assert len(set(found.values())) == 6
     assert {path.name for path in run.iterdir()} == {"index", "plain", "retrieval"}
@@ -80,9 +80,8 @@ def test_a_run_compares_with_its_plain_decoder_and_other_neighbours(run_and_outp
 def test_the_same_command_says_it_again_without_work(run_and_output, flags, monkeypatch):
     run, out = run_and_output
     monkeypatch.setattr(examples, "look_up", None)  # everything was kept
-    retro.OPENED.clear()
     assert table(train(*flags, "--out", run)) == table(out)
-    with pytest.raises(ValueError, match="was trained with overlap=3, not overlap=4"):
+    with pytest.raises(ValueError, match=r"overlap=3, .*overlap=4"):
         retro.main([*map(str, flags), "--out", str(run), "--overlap", "4"])
     other = [
         *map(str, flags),
@@ -93,7 +92,7 @@ def test_the_same_command_says_it_again_without_work(run_and_output, flags, monk
         "--out",
         str(run / "other"),
     ]
-    with pytest.raises(ValueError, match="is stale: its index was made with embedder=ngrams:64:1:3"):
+    with pytest.raises(ValueError, match="embedder=ngrams:64:1:3"):
         retro.main(other)
 
 
@@ -101,18 +100,18 @@ def test_samples_and_their_judgement_come_from_a_run(run_and_output, text, capsy
     run, _ = run_and_output
     for name in ("retrieval", "plain"):
         capsys.readouterr()
-        sample.main([str(run / name), "--prompt", "7", "--length", "17", "--temperature", "0"])
+        assert sample.main([str(run / name), "--prompt", "7", "--length", "17", "--temperature", "0"]) == 0
         assert re.fullmatch(r"7.{17}\n", capsys.readouterr().out, re.S)
     expected = metrics.read(run / "retrieval")[-1]["validation_loss"]
     held_out = TEXT[int(0.9 * len(TEXT)) :][: 5 * 4 * 11 + 1]  # what --validation-batches left of it
     (run / "held_out.txt").write_text(held_out)
     try:
-        evaluate.main([str(run / "retrieval"), "--text", str(run / "held_out.txt")])
+        assert evaluate.main([str(run / "retrieval"), "--text", str(run / "held_out.txt")]) == 0
     finally:
         (run / "held_out.txt").unlink()
     assert f"loss                 {expected:.4f} nats" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="seq_len=3 must be at least a chunk of 4"):
-        evaluate.main([str(run / "retrieval"), "--seq-len", "3"])
+    assert evaluate.main([str(run / "retrieval"), "--seq-len", "3"]) == 2
+    assert re.search("seq_len=3 .*chunk_len=4", capsys.readouterr().err)
 
 
 def test_retrofit_trains_retrieval_alone_and_leaves_the_decoder_as_it_is(run_and_output, flags, tmp_path):
@@ -123,7 +122,7 @@ def test_retrofit_trains_retrieval_alone_and_leaves_the_decoder_as_it_is(run_and
     forward = jax.jit(lambda model, x: model(x))
     np.testing.assert_array_equal(forward(fitted, ids), forward(decoder, ids))  # bit for bit
     fresh = retro.Config(**json.loads((tmp_path / "fit" / "retrieval" / "config.json").read_text())["config"])
-    begun = fresh.model(len(CharVocabulary.of(TEXT)))
+    begun = retro.Retro(fresh).model(len(CharVocabulary.of(TEXT)))
     assert (fitted.cca[0].query.kernel[...] != begun.cca[0].query.kernel[...]).all()
     assert (fitted.encoder.ffw[0].lin1.kernel[...] != begun.encoder.ffw[0].lin1.kernel[...]).any()
     losses = {name: metrics.read(run / name)[-1]["validation_loss"] for name in ("plain",)}
@@ -131,15 +130,15 @@ def test_retrofit_trains_retrieval_alone_and_leaves_the_decoder_as_it_is(run_and
     assert "plain decoder, trained alike" not in table(out)
     (tmp_path / "tea.txt").write_text(TEXT.replace("sea", "qea"))
     other = [*map(str, flags), "--text", str(tmp_path / "tea.txt"), "--out", str(tmp_path / "no")]
-    with pytest.raises(ValueError, match=r"was trained with another vocabulary than the text has"):
+    with pytest.raises(ValueError, match=r"from_decoder=.*plain .*vocabulary"):
         retro.main([*other, "--from-decoder", str(run / "plain")])
-    with pytest.raises(ValueError, match="holds no plain decoder"):
+    with pytest.raises(ValueError, match=r"from_decoder=.*retrieval .*ca_layers"):
         retro.main([*map(str, flags), "--out", str(tmp_path / "no"), "--from-decoder", str(run / "retrieval")])
-    with pytest.raises(ValueError, match=r"from_decoder=.* has d_ff=13, this configuration d_ff=17"):
+    with pytest.raises(ValueError, match=r"from_decoder=.*d_ff=13, .*d_ff=17"):
         retro.main([*map(str, flags), "--out", str(tmp_path / "no"), "--from-decoder", str(run / "plain"), "--d-ff=17"])
 
 
-def test_a_look_up_that_is_to_end_leaves_what_it_can_go_on_from(flags, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_lookup_leaves_an_index_to_resume_from(flags, tmp_path, monkeypatch, capsys):
     original = examples.look_up
 
     def ended(*arguments, **others):
@@ -148,14 +147,14 @@ def test_a_look_up_that_is_to_end_leaves_what_it_can_go_on_from(flags, tmp_path,
 
     monkeypatch.setattr(examples, "look_up", ended)
     assert retro.main([*map(str, flags), "--out", str(tmp_path / "run")]) == 0
-    assert "stopped while neighbours were looked up; go on with: python -m train.retro" in capsys.readouterr().out
+    assert re.search("^stopped while .*: python -m train.retro", capsys.readouterr().out, re.M)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["index"]
     assert {path.suffix for path in (tmp_path / "run" / "index").iterdir()} == {".json", ".npy", ".faiss"}
 
 
-def test_a_comparison_that_is_to_end_is_not_printed(run_and_output, flags, monkeypatch, capsys):
+def test_an_interrupted_comparison_is_not_printed(run_and_output, flags, monkeypatch, capsys):
     run, _ = run_and_output
-    (run / "index" / "validation_filtered.npz").unlink()  # is looked up again, last of all
+    (run / "index" / "validation_filtered.npz").unlink()  # is looked up again, last
     original = examples.look_up
 
     def ended(*arguments, **others):
@@ -169,17 +168,17 @@ def test_a_comparison_that_is_to_end_is_not_printed(run_and_output, flags, monke
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_what_the_first_process_makes_the_others_read(interrupted, monkeypatch):
-    told = []
+def test_the_first_process_makes_files_and_the_others_read_them(interrupted, monkeypatch):
+    events = []
     monkeypatch.setattr(examples, "is_first", lambda: False)
-    monkeypatch.setattr(examples, "agree", lambda flag: told.append(flag) or interrupted)
+    monkeypatch.setattr(examples, "agree", lambda flag: events.append(flag) or interrupted)
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
-            made_once(lambda: told.append("made"))
-        assert told == [False]
+            make_once(lambda: events.append("made"))
+        assert events == [False]
     else:
-        assert made_once(lambda: told.append("made") or 7) == 7
-        assert told == [False, "made"]
+        assert make_once(lambda: events.append("made") or 7) == 7
+        assert events == [False, "made"]
 
 
 def test_two_processes_train_and_compare_as_one(run_and_output, flags, tmp_path):
@@ -200,16 +199,16 @@ def index(tmp_path_factory) -> ChunkIndex:
     return ChunkIndex.build(tmp_path_factory.mktemp("index") / "index", corpus, L, HashedNGrams(64, 1, 3))
 
 
-def samples_of(index: ChunkIndex, starts: np.ndarray) -> Samples:
+def samples_at(index: ChunkIndex, starts: np.ndarray) -> Samples:
     return Samples(Windows(index.corpus.tokens, 11, "training"), starts)
 
 
 def first_of(index: ChunkIndex, n: int) -> Samples:
-    return end_to_end(Windows(index.corpus.tokens[:n], 11, "training"))
+    return samples_of(Windows(index.corpus.tokens[:n], 11, "training"))
 
 
 def test_examples_skip_up_to_seven_tokens_and_cover_the_text_in_every_pass():
-    starts = with_skips(1000, 30, 3, seed=0)
+    starts = start_positions(1000, 30, 3, seed=0)
     passes = np.split(starts, np.nonzero(np.diff(starts) < 0)[0] + 1)
     assert len(passes) == 3
     for one in passes:
@@ -217,15 +216,15 @@ def test_examples_skip_up_to_seven_tokens_and_cover_the_text_in_every_pass():
         assert set(np.diff(one) - 30) <= set(range(8))
         assert one[-1] + 30 < 1000 <= one[-1] + 30 + 40
     assert len({tuple(one) for one in passes}) == 3
-    np.testing.assert_array_equal(starts, with_skips(1000, 30, 3, seed=0))
+    np.testing.assert_array_equal(starts, start_positions(1000, 30, 3, seed=0))
     for n in (31, 30):
         windows = Windows(np.arange(n), 10, "training")
-        covering = end_to_end(windows)
+        covering = samples_of(windows)
         np.testing.assert_array_equal([e["tokens"] for e in covering], [e["tokens"] for e in windows])
 
 
-def test_neighbours_of_training_examples_never_touch_their_own(index, tmp_path):
-    samples = attach(samples_of(index, with_skips(len(TEXT), 11, 1, 0)), index, 2, tmp_path / "n.npz", own=True)
+def test_neighbors_of_training_examples_never_overlap_their_own_example(index, tmp_path):
+    samples = attach(samples_at(index, start_positions(len(TEXT), 11, 1, 0)), index, 2, tmp_path / "n.npz", own=True)
     assert samples.neighbors.shape == (len(samples), 2, 2)
     begin, end = samples.starts[:, None, None], samples.starts[:, None, None] + 12
     assert ((samples.neighbors + 2 * L <= begin) | (samples.neighbors >= end)).all()
@@ -234,7 +233,7 @@ def test_neighbours_of_training_examples_never_touch_their_own(index, tmp_path):
     np.testing.assert_array_equal(example["ret"], index.corpus.passages(samples.neighbors[5], 2 * L))
 
 
-def test_filtered_neighbours_share_no_run_with_what_they_are_to_predict(index, tmp_path):
+def test_filtered_neighbors_share_no_run_with_the_text_to_predict(index, tmp_path):
     samples = first_of(index, 600)
     nearest, filtered = (
         attach(samples, index, 2, tmp_path / f"{kind}.npz", kind, run=3) for kind in ("nearest", "filtered")
@@ -251,10 +250,10 @@ def test_filtered_neighbours_share_no_run_with_what_they_are_to_predict(index, t
         return np.mean(shared)
 
     assert sharing(nearest) > 0.9
-    assert sharing(filtered) < 0.05  # where all share one, there is none: id 0 is what stands there then
+    assert sharing(filtered) < 0.05  # if all neighbors share one, none is left, and id 0 is used
 
 
-def test_kept_neighbours_are_of_the_same_examples_and_inside_the_corpus(index, tmp_path, monkeypatch):
+def test_neighbors_in_a_file_are_of_the_same_examples_and_inside_the_corpus(index, tmp_path, monkeypatch):
     samples, file = first_of(index, 300), tmp_path / "n.npz"
     first = attach(samples, index, 2, file)
     looked_up = []
@@ -269,14 +268,14 @@ def test_kept_neighbours_are_of_the_same_examples_and_inside_the_corpus(index, t
     with np.load(file) as opened:
         kept = dict(opened)
     np.savez(file, **kept | {"neighbors": kept["neighbors"] + len(TEXT)})
-    with pytest.raises(ValueError, match=f"the corpus has 0 to {len(TEXT) - 1}"):
+    with pytest.raises(ValueError, match=f"0 to {len(TEXT) - 1}"):
         attach(first_of(index, 400), index, 2, file)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--dropout 0.1", "RETRO has none"),
+        ("--dropout 0.1", "dropout=0.1"),
         ("--seq-len 8", "seq_len=8 must be at least chunk_len=16"),
         ("--overlap 40", "overlap=40 must be at most 2 · chunk_len = 32"),
         ("--embedder words", "embedder='words' is none of"),
@@ -293,13 +292,13 @@ def test_a_flag_out_of_range_is_a_usage_error(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--text {text} --heads 5", "d_model=96 is not divisible by heads=5"),
-        ("--text {text} --ca-layers 4", r"ca_layers=\[4\] must be layers from 0 to 3"),
-        ("--text {text} --seq-len 6000", "the training text has 4695 tokens|fewer than one sequence"),
-        ("--text {text} --seq-len 600", "the validation text has 522 tokens"),
-        ("--text {text} --accumulate 3", "batch_size=16 does not split into accumulate=3 parts"),
-        ("--text {text} --mesh fsdp=7", "mesh='fsdp=7' takes 7 devices"),
-        ("--text {text} --factory Sideways --seq-len 32", "factory='Sideways' is refused"),
+        ("--text {text} --heads 5", "d_model=96 .*heads=5"),
+        ("--text {text} --ca-layers 4", r"ca_layers=\[4\] .*0 to 3"),
+        ("--text {text} --seq-len 6000", "training text has 4695 .*seq_len=6000"),
+        ("--text {text} --seq-len 600", "validation text has 522 .*seq_len=600"),
+        ("--text {text} --accumulate 3", "batch_size=16 .*accumulate=3"),
+        ("--text {text} --mesh fsdp=7", "mesh='fsdp=7' .*7"),
+        ("--text {text} --factory Sideways --seq-len 32", "factory='Sideways'"),
     ],
 )
 def test_bad_input_is_a_value_error_before_any_training(arguments, message, text, tmp_path, monkeypatch):

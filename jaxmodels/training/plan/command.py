@@ -15,13 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
+from jaxmodels import programs
 from jaxmodels.sharding import make_mesh
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, Experiment, experiment_class
 from jaxmodels.training.plan.table import DoesNotFit, advice, make_plan, table
 from jaxmodels.training.plan.topology import generation_of, topology_devices
 from jaxmodels.training.script import parse_flags, peek, with_presets
-from jaxmodels.training.signals import exit_code
 
 PROGRAM = "python -m train.plan"
 
@@ -41,28 +41,38 @@ class Command:
     another (50432 for the published sizes of neox)"""
 
 
-def parse(arguments: Sequence[str]) -> tuple[Experiment[Any], Command]:
+def parse(arguments: Sequence[str], prog: str = PROGRAM) -> tuple[Experiment[Any], Command]:
     """Parse a command line; raises ValueError for an unknown experiment or preset."""
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
-            f"experiment is missing: {PROGRAM} EXPERIMENT --help, where EXPERIMENT is one of {', '.join(EXPERIMENTS)}, "
+            f"experiment is missing: {prog} EXPERIMENT --help, where EXPERIMENT is one of {', '.join(EXPERIMENTS)}, "
             "or a module such as my_project.experiment"
         )
     kind = experiment_class(arguments[0])
     preset = peek(arguments, "--preset") or kind.config_class.PRESETS[0]
     defaults = (kind.config_class.of_preset(preset), preset)
-    command = parse_flags(with_presets(Command, kind), defaults, arguments[1:], f"{PROGRAM} {arguments[0]}")
+    command = parse_flags(with_presets(Command, kind), defaults, arguments[1:], f"{prog} {arguments[0]}")
     return kind(command.config), command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run the command and return its exit code, 1 if the step does not fit; `prog` is the command as typed."""
     arguments = sys.argv[1:] if argv is None else argv
-    return exit_code(PROGRAM, lambda: plan(arguments))
+
+    def planned() -> int:
+        try:
+            plan(arguments, prog)
+        except DoesNotFit as error:
+            print(f"{prog}: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return programs.run(planned, prog)
 
 
-def plan(arguments: Sequence[str]) -> None:
+def plan(arguments: Sequence[str], prog: str = PROGRAM) -> None:
     """Print the table; raises ValueError for bad input, and DoesNotFit with a suggestion."""
-    experiment, command = parse(arguments)
+    experiment, command = parse(arguments, prog)
     config, generation = experiment.config, generation_of(command.topology)
     mesh = make_mesh(command.mesh, topology_devices(command.topology))
     program = experiment.program(command.n_vocab or experiment.planned_vocab, mesh)

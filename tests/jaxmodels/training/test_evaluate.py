@@ -1,4 +1,4 @@
-"""`python -m train.evaluate`: models of every system, and runs on what they held out, whose model no test trains."""
+"""`python -m train.evaluate`: models of every system, and runs on their held-out data."""
 
 import re
 from pathlib import Path
@@ -13,12 +13,11 @@ from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, Feedbac
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.text import CharVocabulary
-from jaxmodels.training import evaluate
-from jaxmodels.training.config import write_about
+from jaxmodels.training import evaluate, run
 from jaxmodels.training.data import Windows, stack
+from jaxmodels.training.run import write_about
 from jaxmodels.training.step import token_losses
-from jaxmodels.training.tokenize import main as tokenize
-from jaxmodels.training.tokenize import open_tokens
+from jaxmodels.training.tokenize import open_tokens, tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.train_common import TEXT
 from train import rope, rope_value
@@ -58,10 +57,14 @@ MODELS = {
 }
 
 
+def scores(*arguments: object) -> None:
+    evaluate.print_scores(evaluate.parser().parse_args(list(map(str, arguments))))
+
+
 def evaluated(capsys, *arguments: object) -> tuple[str, float]:
     """The first line, and the loss."""
     capsys.readouterr()
-    evaluate.main(list(map(str, arguments)))
+    scores(*arguments)
     out = capsys.readouterr().out
     return out.splitlines()[0], float(re.search(r"loss +([\d.]+) nats per character", out)[1])
 
@@ -72,7 +75,7 @@ def expected_loss(model, ids: np.ndarray, seq_len: int = S) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_saved_model_of_every_system_is_judged_on_one_device(name, tmp_path, capsys):
+def test_a_saved_model_of_every_system_is_evaluated_on_one_device(name, tmp_path, capsys):
     model = MODELS[name]()
     jaxmodels.save(model, tmp_path / "model")
     VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
@@ -85,48 +88,46 @@ def test_a_saved_model_of_every_system_is_judged_on_one_device(name, tmp_path, c
 
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
-    """A run's folder, whose latest model is the one given."""
+    """Makes a run's folder, whose latest model is the given one."""
 
-    def make(settings, vocabulary, sha256: str, model) -> Path:
+    def make(experiment, vocabulary, sha256: str, model) -> Path:
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
         vocabulary.save(tmp_path / "run" / "vocabulary.json")
-        write_about(tmp_path / "run", settings, sha256)
-        monkeypatch.setattr(evaluate, "latest_model", lambda run, mesh: (model, 1))
+        write_about(tmp_path / "run", experiment, sha256)
+        monkeypatch.setattr(run, "latest_model", lambda folder, mesh: (model, 1))
         return tmp_path / "run"
 
     return make
 
 
-def test_a_run_is_judged_in_its_own_vocabulary_and_on_the_text_that_it_had(make_run, tmp_path, capsys):
+def test_a_run_is_evaluated_in_its_own_vocabulary_and_on_its_own_text(make_run, tmp_path, capsys):
     text, model = tmp_path / "sea.txt", transformer()
     text.write_text(TEXT)
     tokens = open_tokens(str(text), VOCABULARY)
-    run = make_run(rope.Config(text=str(text), seq_len=S), VOCABULARY, tokens.sha256, model)
-    line, loss = evaluated(capsys, run)
+    folder = make_run(rope.Rope(rope.Config(text=str(text), seq_len=S)), VOCABULARY, tokens.sha256, model)
+    line, loss = evaluated(capsys, folder)
     assert line.startswith(f"held-out part of {text}: ")
     assert loss == pytest.approx(expected_loss(model, tokens.validation), abs=2e-4)
     text.write_text(TEXT.replace("sea", "tea"))
-    with pytest.raises(
-        ValueError, match=rf"text='{text}' has changed since {run} was .*: sha256 [^d]\w+ now, "
-    ) as told:
-        evaluate.main([str(run)])
-    assert f"{tokens.sha256} then; name a text with --text" in str(told.value)
+    with pytest.raises(ValueError, match=rf"text='{text}' .*{folder} .*sha256 \w+ now, {tokens.sha256} then.*--text"):
+        scores(folder)
 
 
-def test_a_run_on_a_folder_of_tokens_is_judged_on_its_held_out_ones(make_run, tmp_path, capsys):
+def test_a_run_on_a_folder_of_tokens_is_evaluated_on_its_held_out_ones(make_run, tmp_path, capsys):
     (tmp_path / "sea.txt").write_text(TEXT)
-    tokenize([str(tmp_path / "sea.txt"), str(tmp_path / "tokens")])
+    tokenize(str(tmp_path / "sea.txt"), tmp_path / "tokens")
     tokens, model = open_tokens(str(tmp_path / "tokens")), transformer()
-    run = make_run(rope.Config(text=str(tmp_path / "tokens"), seq_len=S), tokens.vocabulary, tokens.sha256, model)
-    _, loss = evaluated(capsys, run)
+    experiment = rope.Rope(rope.Config(text=str(tmp_path / "tokens"), seq_len=S))
+    folder = make_run(experiment, tokens.vocabulary, tokens.sha256, model)
+    _, loss = evaluated(capsys, folder)
     assert loss == pytest.approx(expected_loss(model, tokens.validation), abs=2e-4)
 
 
-def test_a_run_without_a_text_is_judged_on_the_problems_it_held_out(make_run, capsys):
-    settings, model = rope_value.Config(seq_len=S), transformer(n_vocab=len(rope_value.VOCABULARY))
-    task = settings.task()
-    run = make_run(settings, task.vocabulary, task.sha256, model)
-    line, loss = evaluated(capsys, run)
+def test_a_run_without_a_text_is_evaluated_on_its_held_out_problems(make_run, capsys):
+    experiment = rope_value.RopeValue(rope_value.Config(seq_len=S))
+    task, model = experiment.task(), transformer(n_vocab=len(rope_value.VOCABULARY))
+    folder = make_run(experiment, task.vocabulary, task.sha256, model)
+    line, loss = evaluated(capsys, folder)
     assert line == f"held-out part of arithmetic: {len(task.validation) * S} characters predicted"
     expected = jax.jit(token_losses)(model, stack(task.validation)).mean()
     assert loss == pytest.approx(float(expected), abs=2e-4)
@@ -135,5 +136,5 @@ def test_a_run_without_a_text_is_judged_on_the_problems_it_held_out(make_run, ca
 @pytest.mark.parametrize("flag", ["seq-len", "batch-size"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_a_size_below_1_is_refused_first(flag, value):
-    with pytest.raises(ValueError, match=f"^{flag.replace('-', '_')}={value} must be at least 1"):
-        evaluate.main(["nowhere", f"--{flag}={value}"])
+    with pytest.raises(ValueError, match=f"^{flag.replace('-', '_')}={value} .*1"):
+        scores("nowhere", f"--{flag}={value}")

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmodels.training.checkpoints import Position
 from jaxmodels.training.data import Batches, Windows, endless
-from jaxmodels.training.loop import Evaluation, Loop
+from jaxmodels.training.loop import Evaluation, Loop, StepMetrics
 from jaxmodels.training.signals import interruptible
 from jaxmodels.training.step import token_losses
 from tests.train_common import IDS, B, S, program
@@ -19,23 +19,39 @@ TRAIN, HELD_OUT = Windows(IDS, S, "training"), Windows(IDS[5:], S, "validation")
 
 @pytest.fixture(autouse=True)
 def _ctrl_c_interrupts():
-    """Where the tests were started in the background, a shell has SIGINT ignored."""
+    """A shell ignores SIGINT for processes that it started in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
+class Recorder:
+    """Callbacks that record their calls, and call a function after each step."""
+
+    def __init__(self, after_step):
+        self.after_step = after_step
+        self.steps: list[StepMetrics] = []
+        self.compiled: list[int] = []
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+        self.after_step(metrics)
+
+    def on_compile(self, length: int, seconds: float) -> None:
+        self.compiled.append(length)
+
+
 @pytest.fixture
 def make():
-    """A loop that is ready, and what it tells."""
+    """Makes compiled loops, whose callbacks are Recorders."""
     opened = []
 
-    def loop(transformation=None, tell=lambda told: None, stop=None, **options) -> Loop:
+    def loop(transformation=None, after_step=lambda metrics: None, stop=None, **options) -> Loop:
         made = program(transformation, **options)
         batches = Batches(endless(TRAIN, 0), B, made.mesh)
         opened.append(batches)
         position = Position(made.make_state(0), batches.get_state())
-        loop = Loop(made, position, batches, stop, tell)
+        loop = Loop(made, position, batches, stop, Recorder(after_step))
         loop.compile({"tokens": np.zeros((B, S + 1), np.int32)})
         return loop
 
@@ -45,8 +61,7 @@ def make():
 
 
 def test_training_lowers_the_loss_of_the_next_token(make):
-    told = []
-    loop = make(tell=told.append)
+    loop = make()
     evaluation = Evaluation(loop.program, HELD_OUT, B, None)
     before = evaluation(loop.position.state)
     assert loop.advance(60)
@@ -55,7 +70,7 @@ def test_training_lowers_the_loss_of_the_next_token(make):
     assert after < 0.6 * before
     losses = loop.position.losses
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    assert [(t.step, t.loss) for t in told] == list(enumerate(losses, start=1))
+    assert [(m.step, m.loss) for m in loop.callbacks.steps] == list(enumerate(losses, start=1))
     assert loop.position.step == int(loop.position.state.step) == 60
 
 
@@ -75,12 +90,12 @@ def test_steps_in_pieces_are_the_same_steps_and_compile_nothing(make):
 
 
 def test_a_curriculum_takes_the_first_tokens_of_each_sequence_and_compiles_once_a_length(make):
-    lengths, compiled = [3, 3, 5, S, S], []
+    lengths = [3, 3, 5, S, S]
     loop, by_hand = make(), make()
-    loop.length_at, loop.told_compiled = lengths.__getitem__, lambda length, seconds: compiled.append(length)
+    loop.length_at, loop.callbacks.compiled = lengths.__getitem__, []
     assert loop.advance(4)
     assert loop.advance(5)
-    assert compiled == [3, 5, S]
+    assert loop.callbacks.compiled == [3, 5, S]
     state = by_hand.position.state
     for length, loss in zip(lengths, loop.position.losses, strict=True):
         batch = {"tokens": np.asarray(next(by_hand.batches)["tokens"])[:, : length + 1]}
@@ -99,7 +114,7 @@ def test_evaluation_is_the_mean_over_all_windows():
 
 def test_a_loss_that_is_not_finite_names_the_step_and_what_was_not(make):
     loop = make(optax.sgd(float("nan")))
-    with pytest.raises(ValueError, match=r"^step 2: the loss is nan; the gradients of src_embed.embedding are"):
+    with pytest.raises(ValueError, match=r"^step 2: .*nan.*src_embed\.embedding"):
         loop.advance(5)
     assert len(loop.position.losses) == 1
 
@@ -110,14 +125,14 @@ def test_a_gradient_that_is_not_finite_is_found_behind_a_finite_loss(make):
         return nats + (0 * jax.numpy.sqrt(0 * nats.sum()))  # d√x/dx is infinite at 0
 
     loop = make(losses=losses)
-    with pytest.raises(ValueError, match=r"^step 1: the gradients of src_embed.embedding are not finite"):
+    with pytest.raises(ValueError, match=r"^step 1: .*src_embed\.embedding"):
         loop.advance(5)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_ends_between_two_steps(make, number, code):
     with interruptible() as stop:
-        loop = make(stop=stop, tell=lambda told: os.kill(os.getpid(), number) if told.step == 5 else None)
+        loop = make(stop=stop, after_step=lambda metrics: os.kill(os.getpid(), number) if metrics.step == 5 else None)
         assert not loop.advance(1000)
         assert stop
         assert stop.exit_code == code

@@ -23,8 +23,8 @@ from jaxmodels.sharding import check_batch, make_mesh, parameter_specs, parse_si
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training.checkpoints import steps
 from jaxmodels.training.distributed import VARIABLES, Processes
-from jaxmodels.training.experiment import main
 from jaxmodels.training.metrics import read
+from jaxmodels.training.script import main
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
 from tests.train_common import ROOT, TEXT, TINY, program, start, start_two
@@ -147,12 +147,13 @@ import jaxmodels
 from jaxmodels.neox import NeoX
 from jaxmodels.weights.names import flat_arrays
 from jaxmodels.training.checkpoints import open_model
-from jaxmodels.training.evaluate import Command, open_checkpoint
+from jaxmodels.training.evaluate import open_checkpoint, parser
 from jaxmodels.sharding import make_mesh, parameter_specs
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")
 *folders, by_layer = map(Path, sys.argv[1:])
-assert open_checkpoint(Command(by_layer), mesh).model.is_stacked  # the tables are for stacked layers
+options = parser().parse_args([str(by_layer)])
+assert open_checkpoint(options, mesh).model.is_stacked  # sharding rules are for stacked layers
 for folder in folders:
     whole, parts = flat_arrays(jaxmodels.load(folder)), flat_arrays(open_model(folder, mesh))
     shapes = {".".join(map(str, path)): array.shape for path, array in whole.items()}
@@ -211,22 +212,22 @@ def test_processes_are_named_by_flags_or_by_variables_or_not_at_all(monkeypatch)
         (
             {"processes": 2},
             {},
-            r": --coordinator \(or JAX_COORDINATOR_ADDRESS\) and --process \(or JAX_PROCESS_ID\) not",
+            r": --coordinator \(or JAX_COORDINATOR_ADDRESS\) and --process \(or JAX_PROCESS_ID\)$",
         ),
         (
             {},
             {"JAX_COORDINATOR_ADDRESS": "host:1"},
             r"--processes \(or JAX_NUM_PROCESSES\) and --process \(or JAX_PROC",
         ),
-        ({"coordinator": "localhost", "processes": 2, "process": 0}, {}, "^coordinator='localhost' must be HOST:PORT"),
-        ({"coordinator": ":80", "processes": 2, "process": 0}, {}, "^coordinator=':80' must be HOST:PORT"),
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "^process=2 must be from 0 to processes=2 less one"),
+        ({"coordinator": "localhost", "processes": 2, "process": 0}, {}, "^coordinator='localhost'.*HOST:PORT"),
+        ({"coordinator": ":80", "processes": 2, "process": 0}, {}, "^coordinator=':80'.*HOST:PORT"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "^process=2 .*processes=2"),
         (
             {"coordinator": "a:1", "process": 2},
             {"JAX_NUM_PROCESSES": "two"},
-            "^JAX_NUM_PROCESSES='two' must be a whole",
+            "^JAX_NUM_PROCESSES='two'",
         ),
-        ({"peer_timeout": 0}, {}, "^peer_timeout=0 must be at least 1"),
+        ({"peer_timeout": 0}, {}, "^peer_timeout=0 .*1"),
     ],
 )
 def test_processes_that_are_named_in_part_or_wrongly_are_an_error(flags, variables, message, monkeypatch):
@@ -251,7 +252,7 @@ def wait_for_lines(run: Path, n: int, processes: list) -> None:
 
 
 def alone(*flags: object) -> None:
-    assert main(rope.Config, "train.rope", [*TINY, *map(str, flags)]) == 0
+    assert main(rope.Rope, "train.rope", [*TINY, *map(str, flags)]) == 0
 
 
 def told(run: Path, name: str = "loss") -> dict[int, float]:
@@ -268,7 +269,7 @@ def test_two_processes_train_as_one_and_end_as_one_and_one_goes_on_alone(text, t
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     stopped = steps(tmp_path / "run" / "checkpoints")[-1]
-    assert f"stopped at step {stopped}; go on with" in ends[0][0]
+    assert f"stopped at step {stopped};" in ends[0][0]
     assert "validation loss" in ends[0][0]
     assert "validation loss" not in ends[1][0]  # what is printed, the first prints
 
@@ -294,7 +295,7 @@ def test_two_go_on_where_one_stopped_and_when_one_dies_the_other_ends_with_an_er
     out, err = processes[0].communicate(timeout=120)  # no hang
     assert processes[0].returncode != 0
     assert err
-    assert "going on from step 3" in out
+    assert "at step 3\n" in out
     found, expected = told(run), told(straight)
     np.testing.assert_allclose([found[step] for step in (4, 5, 6)], [expected[step] for step in (4, 5, 6)], rtol=1e-5)
 
@@ -306,6 +307,6 @@ def test_two_processes_begin_with_a_model_as_one_does(text, tmp_path):
     processes = start_two("train.feedback", *flags, "--out", tmp_path / "two", "--mesh", "fsdp=2")
     ends = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
-    assert main(feedback.Config, "train.feedback", list(map(str, [*flags, "--out", tmp_path / "one"]))) == 0
+    assert main(feedback.Feedback, "train.feedback", list(map(str, [*flags, "--out", tmp_path / "one"]))) == 0
     found, expected = (list(told(tmp_path / name).values()) for name in ("two", "one"))
     np.testing.assert_allclose(found, expected, rtol=1e-5)

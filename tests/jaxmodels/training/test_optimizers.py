@@ -119,7 +119,7 @@ def test_cosine_rises_linearly_and_falls_to_a_tenth():
     assert expected[warmup] == rate
     np.testing.assert_allclose(expected[steps:], rate / 10)
     assert {float(make_schedule("constant", 0.5, width=D, warmup=9, steps=3)(count)) for count in (0, 7)} == {0.5}
-    with pytest.raises(ValueError, match="schedule=cosine falls from warmup=5 to steps=5"):
+    with pytest.raises(ValueError, match=r"schedule=cosine.*warmup=5\b.*steps=5\b"):
         make_schedule("cosine", rate, width=D, warmup=5, steps=5)
 
 

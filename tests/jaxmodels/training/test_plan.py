@@ -4,10 +4,10 @@ import subprocess
 
 import pytest
 
-from jaxmodels.training.plan import command as plan
-from jaxmodels.training.plan import hlo
+from jaxmodels.training.experiment import EXPERIMENTS, experiment_class
+from jaxmodels.training.plan import command, hlo
 from jaxmodels.training.plan.flops import count
-from tests.train_common import start
+from tests.train_common import ROOT, start
 
 HLO = """
 HloModule jit_step
@@ -109,8 +109,10 @@ ENTRY %main (x: bf16[192,6]) -> bf16[192,6] {
 
 def test_a_ring_around_a_product_turns_by_two_and_counts_unsigned():
     ring = hlo.Collective("collective-permute", 16, 16 * 192 * 6 * 2)
-    beside = hlo.Collective("all-gather", 1, 3 * 20 * 2 * 3 / 4)  # begun before the loop, and done in its turns
-    assert hlo.collectives(RING) == [ring, beside]
+    overlapped = hlo.Collective(
+        "all-gather", 1, 3 * 20 * 2 * 3 / 4
+    )  # starts before the loop, and is done in its iterations
+    assert hlo.collectives(RING) == [ring, overlapped]
 
 
 TPU_REDUCE_SCATTER = """
@@ -142,26 +144,38 @@ def test_products_are_counted_with_the_turns_of_their_loops():
     assert count(f, jnp.ones((3, 5)), jnp.ones((11, 5, 5))) == expected
 
 
-def test_every_script_that_trains_is_an_experiment():
-    found = plan.experiments()
-    assert "rope" in found
-    assert not {"plan", "sample", "tokenize", "loop"} & set(found)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_listed_script_has_an_experiment_with_presets(name):
+    kind = experiment_class(name)
+    assert kind.__module__ == EXPERIMENTS[name]
+    described = kind.config_class.describe_presets()
+    for preset in kind.config_class.PRESETS:
+        assert f"{preset}: " in described
+        experiment = kind(kind.config_class.of_preset(preset))
+        assert type(experiment.config) is kind.config_class
+
+
+def test_every_script_that_trains_is_listed():
+    scripts = {f"train.{file.stem}" for file in (ROOT / "train").glob("*.py") if "EXPERIMENT = " in file.read_text()}
+    assert scripts == set(EXPERIMENTS.values())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name an experiment first"),
-        (["unheard"], "'unheard' is no experiment; there are "),
-        (["rope", "--topology", "v3:2x2"], "topology='v3:2x2' must be one of v4, v5e, v5p, v6e"),
-        (["rope", "--topology", "v5e:axb"], "topology='v5e:axb' must be one of v4, v5e, .*, such as v5e:2x4"),
-        (["rope", "--topology", "v5e:2x"], "topology='v5e:2x' must be one of v4, v5e, .*, such as v5e:2x4"),
-        (["rope", "--preset", "huge"], "--preset huge is none of small, original"),
+        ([], "^experiment is missing.*rope"),
+        (["unheard"], "^experiment='unheard'.*rope"),
+        (["unheard.of"], "^experiment='unheard.of'"),
+        (["jaxmodels.text"], "^jaxmodels.text has EXPERIMENT=None"),
+        (["rope", "--topology", "v3:2x2"], "topology='v3:2x2'.*v4, v5e, v5p, v6e"),
+        (["rope", "--topology", "v5e:axb"], "topology='v5e:axb'.*v5e:2x4"),
+        (["rope", "--topology", "v5e:2x"], "topology='v5e:2x'.*v5e:2x4"),
+        (["rope", "--preset", "huge"], "preset='huge'.*small, original"),
     ],
 )
 def test_bad_input_is_a_value_error(arguments, message):
     with pytest.raises(ValueError, match=message):
-        plan.main(arguments)
+        command.plan(arguments)
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -175,7 +189,7 @@ def planned(experiment: str, *flags: object) -> subprocess.Popen:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("experiment", plan.experiments())
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiments_step_compiles_for_a_v5e(experiment):
     process = planned(experiment, *SMALL, "--topology", "v5e:2x4", "--mesh", "fsdp=4,tensor=2")
     out, err = process.communicate(timeout=600)
@@ -203,7 +217,7 @@ def test_a_step_that_does_not_fit_says_what_to_try():
     _, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert re.fullmatch(
-        r"python -m train.plan: does not fit: it needs [\d.]+ GiB of memory per device, there are 15.75 GiB; "
+        r"python -m train.plan: does not fit: it needs [\d.]+ GiB of memory per device, available 15.75 GiB; "
         r"parameters and optimizer take [\d.e-]+ GiB of it, activations the rest: try remat=layers, .*\n",
         err,
     )

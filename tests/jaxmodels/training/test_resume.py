@@ -15,8 +15,8 @@ import pytest
 from jaxmodels.io.checkpoint import read_arrays
 from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import steps
-from jaxmodels.training.config import parse
-from jaxmodels.training.experiment import Run, main
+from jaxmodels.training.loop import Trainer
+from jaxmodels.training.script import main, parse
 from tests.train_common import TEXT, TINY, start
 from train import rope
 
@@ -36,7 +36,7 @@ def new(tmp_path_factory, compile_cache):
 def finish(*arguments: object) -> str:
     """In this process, which compiles as the others do."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main(rope.Config, "python -m train.rope", list(map(str, arguments))) == 0
+        assert main(rope.Rope, "python -m train.rope", list(map(str, arguments))) == 0
     return out.getvalue()
 
 
@@ -111,7 +111,7 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on_exactly(new, straight, t
     assert (process.returncode, err) == (code, "")
     stopped = int(out.split("stopped at step ")[1].split(";")[0])
     assert steps(run / "checkpoints")[-1:] == ([stopped] if stopped else [])
-    assert f"; go on with: python -m train.rope --resume {run}" in out
+    assert f": python -m train.rope --resume {run}\n" in out
     if number == signal.SIGTERM:
         finish("--resume", run, *new[-3:])
         assert_same(run, straight)
@@ -127,7 +127,7 @@ def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(new, tmp_path):
     process.terminate()
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    assert "stopped at step 5; go on with" in out
+    assert "stopped at step 5;" in out
     assert "step 5: loss" not in out  # what the evaluation would have ended with
 
 
@@ -143,7 +143,7 @@ def test_what_a_kill_leaves_before_there_is_a_configuration_is_no_obstacle(new, 
 def test_a_run_that_saved_nothing_may_begin_anew_with_other_values(new, tmp_path):
     run = tmp_path / "run"
     constant = ["--schedule", "constant", "--clip", "None", "--learning-rate"]
-    with pytest.raises(ValueError, match="not finite; nothing of it is saved; a smaller learning rate may help"):
+    with pytest.raises(ValueError, match=r"^step \d+: .* not finite"):
         finish(*new, "--out", run, "--steps", 4, *constant, "1e30")
     finish(*new, "--out", run, "--steps", 4, *constant, "0.01")
     assert steps(run / "checkpoints") == [4]
@@ -162,12 +162,11 @@ def test_profiling_saves_and_reports_as_ever(new, tmp_path, every):
 
 def test_two_do_not_train_in_one_folder(new, ended, tmp_path):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
-    command = parse(rope.Config, "train.rope", [*new, "--out", str(run)])
-    opened = Run.open(command.config, run, command.options)
-    with pytest.raises(ValueError, match="is in use: another process is training there"):
+    experiment, command = parse(rope.Rope, "train.rope", [*new, "--out", str(run)])
+    opened = Trainer(experiment, run, command.options)
+    with pytest.raises(ValueError, match=f"{run} is in use"):
         finish(*new, "--out", run)
-    opened.batches.close()
-    opened.checkpoints.close()
+    opened.close()
     finish(*new, "--out", run)
 
 
@@ -199,11 +198,10 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(new, ended, tmp_path, capsys
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     damage(next((run / "checkpoints" / "12").glob(name)), how)
     (run / "checkpoints" / "99").mkdir()  # what a kill leaves
-    command = parse(rope.Config, "train.rope", [*new, "--out", str(run)])
-    opened = Run.open(command.config, run, command.options)
-    opened.batches.close()
-    opened.checkpoints.close()
-    assert "warning: checkpoint 12 is passed over: " in capsys.readouterr().err
+    experiment, command = parse(rope.Rope, "train.rope", [*new, "--out", str(run)])
+    opened = Trainer(experiment, run, command.options)
+    opened.close()
+    assert "warning: checkpoint 12 is skipped: " in capsys.readouterr().err
     assert opened.position.step == int(opened.position.state.step) == opened.position.data["next_index"] == 10
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"5", "10", "12.damaged"}
 
@@ -212,8 +210,8 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(new, ended, tmp_pa
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     for step in (5, 10, 12):
         damage(run / "checkpoints" / str(step) / "losses.npy", "cut")
-    with pytest.raises(ValueError, match="has no checkpoint that can be read"):
-        main(rope.Config, "train.rope", [*new, "--out", str(run)])
+    with pytest.raises(ValueError, match=f"{run / 'checkpoints'} has no checkpoint"):
+        main(rope.Rope, "train.rope", [*new, "--out", str(run)])
 
 
 def test_checkpoints_are_kept_as_asked(new, tmp_path):

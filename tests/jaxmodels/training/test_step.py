@@ -102,7 +102,6 @@ def test_only_what_trains_changes():
         def __call__(self, ids, rng=None):
             return super().__call__(ids, rng) * self.table[...] + self.alpha[...]
 
-    WithTable.__name__ = Bigrams.__name__
     made = program(make=WithTable, trains=lambda path: path != "alpha")
     state = made.init(np.uint32(0))
     assert (set(state.params), set(state.fixed)) == ({"src_embed.embedding"}, {"alpha", "table"})

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, load_vocabulary
-from jaxmodels.training.tokenize import main, open_tokens
+from jaxmodels.training.tokenize import open_tokens, parser, tokenize
 from tests.train_common import TEXT
 
 SPICED = TEXT + "ñandú 𝄞\n"
+
+
+def run(arguments: list[str]) -> None:
+    tokenize(**vars(parser().parse_args(arguments)))
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def tokenizer(tmp_path):
 
 
 def test_characters_of_a_folder_are_those_of_the_file(text, tmp_path, capsys):
-    main([text, str(tmp_path / "tokens")])
+    run([text, str(tmp_path / "tokens")])
     assert "tokens to train on" in capsys.readouterr().out
     mapped, read = open_tokens(str(tmp_path / "tokens")), open_tokens(text)
     assert isinstance(mapped.train, np.memmap)
@@ -41,7 +45,7 @@ def test_characters_of_a_folder_are_those_of_the_file(text, tmp_path, capsys):
 
 
 def test_bytes_write_any_text(text, tmp_path):
-    main([text, str(tmp_path / "tokens"), "--kind", "bytes"])
+    run([text, str(tmp_path / "tokens"), "--kind", "bytes"])
     tokens = open_tokens(str(tmp_path / "tokens"))
     ids = np.concatenate([tokens.train, tokens.validation])
     assert bytes(ids) == SPICED.encode()
@@ -51,7 +55,7 @@ def test_bytes_write_any_text(text, tmp_path):
 
 
 def test_a_tokenizer_file_goes_along(text, tmp_path, tokenizer):
-    main([text, str(tmp_path / "tokens"), "--tokenizer", str(tokenizer)])
+    run([text, str(tmp_path / "tokens"), "--tokenizer", str(tokenizer)])
     tokens = open_tokens(str(tmp_path / "tokens"))
     assert len(tokens.vocabulary) == 7
     assert tokens.vocabulary.decode(tokens.train[1:7]) == "men and ? women went to"
@@ -85,27 +89,27 @@ def test_the_same_ids_of_other_characters_have_another_sum(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--kind", "tokenizer"], "--kind tokenizer needs --tokenizer FILE"),
-        (["--tokenizer", "nowhere.json"], "tokenizer nowhere.json cannot be read"),
-        (["--tokenizer", "{text}"], "this is no tokenizer.json"),
+        (["--kind", "tokenizer"], "--kind tokenizer.*--tokenizer"),
+        (["--tokenizer", "nowhere.json"], "tokenizer nowhere.json"),
+        (["--tokenizer", "{text}"], "tokenizer.json"),
     ],
 )
 def test_bad_input_is_an_error_and_leaves_nothing(flags, message, text, tmp_path):
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match=message):
-        main([text, str(tmp_path / "tokens"), *(flag.format(text=text) for flag in flags)])
+        run([text, str(tmp_path / "tokens"), *(flag.format(text=text) for flag in flags)])
     assert not (tmp_path / "tokens").exists()
 
 
 def test_a_folder_is_not_written_over(text, tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
-        main([text, str(tmp_path)])
+        run([text, str(tmp_path)])
 
 
 @pytest.mark.parametrize("how", ["no file", "cut", "other length", "other format"])
 def test_a_damaged_folder_is_an_error(how, text, tmp_path):
     folder = tmp_path / "tokens"
-    main([text, str(folder)])
+    run([text, str(folder)])
     about = json.loads((folder / "tokens.json").read_text())
     match how:
         case "no file":
@@ -116,5 +120,5 @@ def test_a_damaged_folder_is_an_error(how, text, tmp_path):
             (folder / "tokens.json").write_text(json.dumps({**about, "train": 1}))
         case "other format":
             (folder / "tokens.json").write_text(json.dumps({**about, "format": 9}))
-    with pytest.raises(ValueError, match=r"is no folder that python -m train.tokenize wrote: "):
+    with pytest.raises(ValueError, match=f"text='{folder}'.*train.tokenize"):
         open_tokens(str(folder))
