@@ -49,15 +49,16 @@ def program(
     return step.Program(make, transformation or optax.adam(0.1), sharding.make_mesh(on), **options)
 
 
+EIGHT_DEVICES = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
 STARTED: list[subprocess.Popen] = []  # killed after a failed test by tests/conftest.py
 
 
-def start(*arguments: object, **environment: str) -> subprocess.Popen:
+def start(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
     """Start python -m … in a new process."""
     command = [sys.executable, "-m", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     given = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
-    STARTED.append(subprocess.Popen(command, cwd=ROOT, env=given, **pipes))
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=given, **pipes))
     return STARTED[-1]
 
 

@@ -27,11 +27,9 @@ from jaxmodels.training.metrics import read
 from jaxmodels.training.script import main
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
-from tests.train_common import ROOT, TEXT, TINY, program, start, start_two
+from tests.train_common import EIGHT_DEVICES, ROOT, TEXT, TINY, program, start, start_two
 from tests.train_on_meshes import ALSO, MESHES, SYSTEMS
 from train import feedback, rope
-
-EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
 
 
 @pytest.mark.parametrize(
@@ -173,13 +171,13 @@ def test_a_checkpoint_is_opened_with_each_part_on_its_device(tmp_path):
     jaxmodels.save(model.unstacked(), tmp_path / "by_layer")
     CharVocabulary("abc").save(tmp_path / "by_layer" / "vocabulary.json")
     command = [sys.executable, "-c", ON_A_MESH, *(tmp_path / name for name in ("orbax", "safetensors", "by_layer"))]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | EIGHT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | EIGHT_DEVICES, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def losses() -> dict[str, dict[str, list[float]]]:
-    process = start("tests.train_on_meshes", **EIGHT)
+    process = start("tests.train_on_meshes", **EIGHT_DEVICES)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return json.loads(out)
