@@ -294,7 +294,7 @@ def test_a_flag_out_of_range_is_a_usage_error(arguments, message, capsys):
     [
         ("--text {text} --heads 5", "d_model=96 .*heads=5"),
         ("--text {text} --ca-layers 4", r"ca_layers=\[4\] .*0 to 3"),
-        ("--text {text} --seq-len 6000", "training text has 4695 .*seq_len=6000"),
+        ("--text {text} --seq-len 6000", "training text has 4689 .*seq_len=6000"),
         ("--text {text} --seq-len 600", "validation text has 522 .*seq_len=600"),
         ("--text {text} --accumulate 3", "batch_size=16 .*accumulate=3"),
         ("--text {text} --mesh fsdp=7", "mesh='fsdp=7' .*7"),
