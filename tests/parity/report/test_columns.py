@@ -11,7 +11,6 @@ from rich.console import Console
 import parity
 from parity.compare import limits
 from parity.measure.invariances import VARIANTS
-from parity.report import columns
 from parity.report.columns import COUNT, ERROR, RATIO, TABLES, Column, Unit, legend, tables, unit_of
 from parity.report.report import Report
 from parity.report.results import Check
@@ -99,9 +98,8 @@ def test_every_variant_of_the_invariances_has_a_column():
     assert [column.kind for column in TABLES["must not change"]] == list(VARIANTS)
 
 
-def test_titles_are_unique_and_the_legend_states_the_floor_that_is_used():
+def test_titles_are_unique_and_empty_reports_have_no_legend():
     titles = [column.title for listed in TABLES.values() for column in listed]
     assert len(set(titles)) == len(titles)
-    assert f"{limits.RATIO_FLOOR:g}".replace("e-0", "e-") in RATIO.legend
     assert dict(tables([[]])) == {"case": [], "must not change": []}
-    assert columns.legend([[]]) == ""
+    assert legend([[]]) == ""
