@@ -5,7 +5,6 @@ Each subcommand is the `main(argv, prog)` of the module that implements it, whic
 
 import argparse
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -80,8 +79,7 @@ def call(name: str, argv: Sequence[str], prog: str) -> int:
         prepare(name)
         command = COMMANDS[name]
         function: Callable[..., int | None] = importlib.import_module(command.module).main
-        named = {"prog": prog} if "prog" in inspect.signature(function).parameters else {}
-        return function([*command.first, *argv], **named)
+        return function([*command.first, *argv], prog=prog)
 
     return run(imported, prog)
 
@@ -95,5 +93,3 @@ def prepare(name: str) -> None:
 
         jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
         keep_freed_memory()
-    elif name == "plan":  # an experiment may be a module of the user's: `python -m` finds it in the current folder
-        sys.path.append(os.getcwd())

@@ -1,30 +1,85 @@
-"""The commands of the pages, as the programs' own parsers read them: flags that are there, batches that fit a mesh."""
+"""The pages: their commands as the programs' own parsers read them, their imports, their links."""
 
+import ast
 import importlib
+import importlib.util
 import math
 import re
 import shlex
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+from jaxmodels.command import COMMANDS
 from jaxmodels.sharding import AXES, check_batch, parse_sizes
 from jaxmodels.training import config, script
 from jaxmodels.training.experiment import EXPERIMENTS
 from jaxmodels.training.plan import command as plan
-from tests.train_common import ROOT
 
-PAGES = ["docs/tpu.md", "README.md"]
-COMMAND = re.compile(r"python -m train\.(\w+)(?: +([^#'`\n]*))?", re.M)
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")),
+]
+# Anywhere in a page, also inside another command; flags end at a comment, a quote or the line's end.
+TRAIN = re.compile(r"python -m train\.(\w+)(?: +([^#'`\n]*))?", re.M)
+# A line of a code block, or inline code.
+SHELL = re.compile(r"(?:^ *\$ |^|`)((?:python -m |make |jaxmodels |parity )[^`\n]*)", re.M)
+PARSERS = {
+    "jaxmodels": "jaxmodels.command",
+    "jaxmodels.convert": "jaxmodels.convert.command",
+    "jaxmodels.neox.generate": "jaxmodels.neox.generate",
+    "jaxmodels.retro.neighbors": "jaxmodels.retro.retrieval.command",
+    "parity": "parity.command",
+}
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def joined(page: str) -> str:
+    """Text of a page with continued lines as one."""
+    return read(page).replace("\\\n", " ")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, content) of a page's code blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.M | re.S)
 
 
 def commands() -> list[tuple[str, str, str]]:
-    """(page, program, flags) of each, once; what a page leaves out, it writes as …"""
+    """(page, program, flags) of each training command, once; … stands for omitted flags."""
+    found = [(page, *match.groups(default="")) for page in PAGES for match in TRAIN.finditer(joined(page))]
+    return [command for command in dict.fromkeys(found) if "…" not in command[2] and command[1].islower()]
+
+
+def shell_commands() -> list[tuple[str, str]]:
+    """(page, command) of all others, without comments. Inline code may name a command without its arguments."""
     found = []
     for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-        found += [(page, *match.groups(default="")) for match in COMMAND.finditer(text)]
-    return [command for command in dict.fromkeys(found) if "…" not in command[2]]
+        lines = "\n".join(content for language, content in blocks(page) if language in ("", "sh", "bash"))
+        text = lines.replace("\\\n", " ")
+        inline = re.sub(r"^```.*?^```", "", read(page), flags=re.M | re.S).replace("\n", " ")
+        spans = [span for span in re.findall(r"`([^`]+)`", inline) if SHELL.match(span)]
+        found += [(page, command) for command in [*SHELL.findall(text), *spans]]
+    return [c for c in dict.fromkeys(found) if "…" not in c[1] and not c[1].startswith("python -m train.")]
+
+
+def words(command: str) -> list[str]:
+    return shlex.split(command, comments=True)
+
+
+def accepted(parser, arguments: list[str]) -> None:
+    try:
+        parser.parse_args(arguments)
+    except SystemExit as end:
+        if end.code:
+            pytest.fail(f"{parser.prog} does not accept {arguments}")
 
 
 def fits(settings: config.Config, mesh: str, n_devices: int) -> None:
@@ -32,14 +87,41 @@ def fits(settings: config.Config, mesh: str, n_devices: int) -> None:
     check_batch(jax.sharding.AbstractMesh(tuple(sizes.values()), AXES), settings.batch_size, settings.accumulate)
 
 
+def check_plan(arguments: list[str]) -> None:
+    _, command = plan.parse(arguments)
+    fits(command.config, command.mesh, math.prod(map(int, command.topology.partition(":")[2].split("x"))))
+
+
+def check_subcommand(name: str, arguments: list[str]) -> None:
+    """A subcommand of `jaxmodels`."""
+    assert name in COMMANDS
+    if name == "plan":
+        if arguments and arguments[0] in EXPERIMENTS:
+            check_plan(arguments)
+    elif arguments:
+        module = importlib.import_module(COMMANDS[name].module)
+        accepted(module.parser("jaxmodels"), [*COMMANDS[name].first, *arguments])
+
+
+def check_module(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `python -m` command."""
+    assert importlib.util.find_spec(name) is not None
+    if name in PARSERS and arguments:
+        accepted(importlib.import_module(PARSERS[name]).parser("program"), arguments)
+    elif name.startswith("bench."):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        importlib.import_module(name).parse()
+
+
 @pytest.mark.parametrize(("page", "program", "flags"), commands(), ids=lambda part: part[:60])
-def test_a_command_of_a_page_is_one_that_its_program_takes(page, program, flags, monkeypatch):
+def test_a_training_command_of_a_page_is_accepted(page, program, flags, monkeypatch):
     arguments, module = shlex.split(flags), importlib.import_module(f"train.{program}")
     if program == "plan":
-        _, command = plan.parse(arguments)
-        fits(command.config, command.mesh, math.prod(map(int, command.topology.partition(":")[2].split("x"))))
+        if arguments:
+            check_plan(arguments)
     elif program not in EXPERIMENTS:
-        importlib.import_module(f"jaxmodels.training.{program}").parser().parse_args(arguments)
+        if arguments:
+            accepted(importlib.import_module(f"jaxmodels.training.{program}").parser("program"), arguments)
     else:
         monkeypatch.setattr(
             script, "saved_config", lambda kind, run: kind.config_class.of_preset(kind.config_class.PRESETS[0])
@@ -49,8 +131,71 @@ def test_a_command_of_a_page_is_one_that_its_program_takes(page, program, flags,
         fits(command.config, mesh, math.prod(map(int, re.findall(r"\d+", mesh))))
 
 
+@pytest.mark.parametrize(("page", "command"), shell_commands(), ids=lambda part: part[:60])
+def test_a_command_of_a_page_is_accepted(page, command, monkeypatch):
+    program, *arguments = words(command)
+    if program == "make":
+        targets = [argument for argument in arguments if "=" not in argument]
+        variables = [argument.partition("=")[0] for argument in arguments if "=" in argument]
+        makefile = (ROOT / "Makefile").read_text()
+        assert targets
+        assert all(re.search(rf"^{re.escape(target)}:", makefile, re.M) for target in targets)
+        assert all(re.search(rf"^{variable} \?=", makefile, re.M) for variable in variables)
+    elif program == "jaxmodels":
+        check_subcommand(*arguments[:1], arguments[1:])
+    elif program == "parity":
+        accepted(importlib.import_module("parity.command").parser("parity"), arguments)
+    else:
+        check_module(arguments[1], arguments[2:], monkeypatch)
+
+
 def test_the_pages_have_commands():
     found = commands()
-    assert {program for page, program, _ in found if page == PAGES[0]} >= {"plan", "tokenize", "rope", "evaluate"}
+    assert {program for page, program, _ in found if page == "docs/tpu.md"} >= {"plan", "tokenize", "rope", "evaluate"}
     assert len(found) > 15
     assert any("--distributed" in flags and "--mesh fsdp=16 --out" in flags for _, _, flags in found)
+    others = [command for _, command in shell_commands()]
+    assert len(others) > 30
+    for start in (
+        "jaxmodels convert torch --model",
+        "jaxmodels generate ",
+        "parity --device",
+        "make parity TORCH_INDEX=",
+    ):
+        assert any(command.startswith(start) for command in others), start
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_imports_of_a_page_resolve(page):
+    for language, content in blocks(page):
+        if language != "python" or "…" in content:
+            continue
+        for node in ast.walk(ast.parse(content)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    importlib.import_module(alias.name)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if not target.startswith(("http://", "https://")):
+            file, _, anchor = target.partition("#")
+            linked = (ROOT / page).parent / file if file else ROOT / page
+            assert linked.exists(), target
+            headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    """Paths of this repository in inline code, from its root."""
+    if page == "CHANGELOG.md":
+        pytest.skip("names files of earlier versions")
+    inline = re.sub(r"^```.*?^```", "", read(page), flags=re.M | re.S)
+    paths = re.findall(r"`((?:jaxmodels|parity|torch_ref|train|bench|tests|docs|examples)/[\w./]*)`", inline)
+    assert all((ROOT / path).exists() for path in paths if "SYSTEM" not in path), paths
