@@ -29,7 +29,8 @@ from parity.compare.adapters import as_module
 from parity.compare.inputs import Inputs
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds, random_targets
-from parity.compare.names import Names, OwnWeights, TorchModule, Twins, Weights, weights_of
+from parity.compare.names import Names
+from parity.compare.weights import OwnWeights, TorchModule, Twins, Weights, weights_of
 
 if TYPE_CHECKING:
     from parity.compare.torch_side import TorchSide
@@ -86,9 +87,13 @@ class Comparison:
         chosen = jax.devices(device)[0]
         float64 = chosen.platform != "tpu" if float64 is None else float64
         if torch_module is not None and randomize:
+            import torch
+
             from parity.compare.torch_side import randomized
 
-            torch_module = randomized(torch_module, seed)  # type: ignore[arg-type]
+            if not isinstance(torch_module, torch.nn.Module):
+                raise ValueError(f"torch_module={type(torch_module).__name__} must be a torch.nn.Module")
+            torch_module = randomized(torch_module, seed)
         if flax_module is not None:
             flax_module = as_module(flax_module, inputs, channels_last)
         weights: Weights

@@ -12,7 +12,8 @@ from flax import nnx
 
 from parity.compare.inputs import Inputs, named_leaves
 from parity.compare.loss import Batch, Kinds, jax_loss
-from parity.compare.names import Weights, matches
+from parity.compare.names import matches
+from parity.compare.weights import Weights
 
 Arrays = dict[str, jax.Array]
 

@@ -17,7 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from jaxmodels.weights.names import ConversionError, Path, dotted, flat_arrays
 from parity.compare.adapters import as_module
 from parity.compare.inputs import Inputs
-from parity.compare.names import DROPPED, KINDS, SUFFIXES, Mapped, aliases, kind_of, nothing, starred
+from parity.compare.names import starred
+from parity.compare.weights import DROPPED, KINDS, SUFFIXES, Mapped, aliases, kind_of, nothing
 
 # Names that ports use for the same part.
 WORDS = {

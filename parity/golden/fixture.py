@@ -37,7 +37,7 @@ class RecordedParameter:
 
 @dataclasses.dataclass(frozen=True)
 class Fixture:
-    """One recording; it stands for the PyTorch module where its weights are converted (`names.TorchModule`).
+    """One recording; it stands for the PyTorch module where its weights are converted (`weights.TorchModule`).
 
     model: {"model": name, "config": {…}}. results: by kind, by PyTorch's name. layers: types of the modules that own
     the weights, by path. names: each parameter's name, with the first of its names.

@@ -10,7 +10,7 @@ from jaxmodels.models import describe, name_of
 from jaxmodels.weights.names import as_numpy
 from parity.compare import limits
 from parity.compare.comparison import Comparison
-from parity.compare.names import aliases
+from parity.compare.weights import aliases
 from parity.golden.fixture import FORMAT, files_of, write
 
 

@@ -14,8 +14,9 @@ from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch
-from parity.compare.names import Names, Weights
+from parity.compare.names import Names
 from parity.compare.torch_side import TorchSide
+from parity.compare.weights import Weights
 from parity.locate.store import DEFAULT_LIMIT, check_limit
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence

@@ -14,7 +14,7 @@ from parity.cases import Make
 from parity.cases.suite import comparison_of, pair_of
 from parity.compare import limits
 from parity.compare.jax_side import JaxSide
-from parity.compare.names import Weights
+from parity.compare.weights import Weights
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence
 from parity.measure.check import Readings, located

@@ -9,7 +9,8 @@ from flax import linen, nnx
 
 import parity
 from jaxmodels.convert import ConversionError
-from parity.compare.names import Mapped, renamer
+from parity.compare.names import renamer
+from parity.compare.weights import Mapped
 
 
 class TorchVision(torch.nn.Module):

@@ -1,15 +1,13 @@
-"""Sweeps over dtypes, distributions of language models, and what a fast matmul precision costs."""
+"""Sweeps over dtypes, and the distributions of language models."""
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import parity
-from parity.measure.precision import fast_path
 from parity.report.results import Agreement
 from tests.parity.pairs import FlaxMLP, mlp
 
@@ -57,35 +55,6 @@ def test_agreement_is_the_divergence_over_the_whole_vocabulary():
     reversed_ = Agreement.of(-truth, truth)
     assert reversed_.top_1 == 0.0
     assert reversed_.top_k == 0.0
-
-
-class Accelerated(FlaxMLP):
-    """Rounds as an accelerator does: to bfloat16, unless the highest precision is asked for."""
-
-    def __call__(self, x):
-        strict = jax.config.jax_default_matmul_precision == "highest"
-        return super().__call__(x if strict else x.astype(jnp.bfloat16).astype(x.dtype))
-
-
-def test_the_default_precision_costs_what_it_rounds():
-    torch_module, _, x = mlp()
-    found = fast_path(torch_module, Accelerated(rngs=nnx.Rngs(0)), x)
-    output = next(cost for cost in found.costs if cost.kind == "output")
-    assert output.strict < 1e-6 < 1e-4 < output.default < 0.1
-    assert output.torch < 1e-6
-    assert all(check.value == 0 and check.passed for check in found.checks)
-
-
-def test_two_runs_that_differ_are_told():
-    calls = iter(range(10))
-
-    class Restless(FlaxMLP):
-        def __call__(self, x):
-            return super().__call__(x) + 1e-4 * next(calls)  # each compilation another
-
-    torch_module, _, x = mlp()
-    found = fast_path(torch_module, Restless(rngs=nnx.Rngs(0)), x)
-    assert next(check.value for check in found.checks if check.kind == "two runs: output") > 1e-5
 
 
 def test_unknown_dtypes_are_named():
