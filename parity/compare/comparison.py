@@ -132,7 +132,7 @@ class Comparison:
 
     @property
     def torch_device(self) -> str:
-        """Where PyTorch runs in narrower dtypes: on a GPU if Flax does and PyTorch can."""
+        """PyTorch's device for narrower dtypes: a GPU if Flax has one and PyTorch can use it."""
         import torch
 
         return "cuda" if self.device.platform == "gpu" and torch.cuda.is_available() else "cpu"
@@ -191,7 +191,7 @@ class Comparison:
         return Batch(inputs or self.inputs, self.labels, random_targets(outputs, self.seed))
 
     def evaluated(self, side: "TorchSide", inputs: Inputs | None = None) -> tuple[Batch, Kinds]:
-        """What PyTorch computes, and the batch that it was computed for."""
+        """PyTorch's results, after the batch that they are of."""
         # With labels the loss needs no targets, only their names: one pass gives results and names.
         outputs = {} if self.labels is not None else side.outputs(inputs or self.inputs)
         results = side.evaluate(self.batch(outputs, inputs))

@@ -1,4 +1,4 @@
-"""How far two results are apart, and how far they may be.
+"""Differences between two results, and their limits.
 
 float64: for every tensor, max|Δ| ≤ 1e-10 · (the largest magnitude among all tensors of its kind).
 float32, bfloat16, float16: the error against the float64 reference, on that same scale, is at most 4 × PyTorch's own

@@ -23,7 +23,7 @@ class Backward:
     def __init__(self, forward: Forward, batch: Batch, memory_limit: int):
         run = self.run = forward.run
         self.forward, self.side, self.batch = forward, forward.side, batch
-        keys = [key for key in run.calls if key in forward.again and run.calls[key].gradients]
+        keys = [key for key in run.calls if key in forward.repeatable and run.calls[key].gradients]
         self.scale = max((float(np.abs(g).max()) for k in keys for g in run.gradients(k).values()), default=0.0)
         self.readings = {
             path: dataclasses.replace(reading, propagated=None, isolated=None, order=None, evidence=None)
@@ -52,7 +52,7 @@ class Backward:
         group: list[Key] = []
         size = 0
         for key in keys:
-            more = sum(a.size * a.dtype.itemsize for a in self.forward.again[key].outputs)
+            more = sum(a.size * a.dtype.itemsize for a in self.forward.repeatable[key].outputs)
             if group and size + more > limit:
                 yield group
                 group, size = [], 0
@@ -81,7 +81,7 @@ class Backward:
             with recorded(model, add):
                 return jax_loss(self.side.call(getattr(model, "plain", model), floats | others), labels, targets)
 
-        zeros = {key: [jnp.zeros(a.shape, a.dtype) for a in self.forward.again[key].outputs] for key in group}
+        zeros = {key: [jnp.zeros(a.shape, a.dtype) for a in self.forward.repeatable[key].outputs] for key in group}
         of_params, of_outputs = jax.grad(objective, argnums=(0, 1))(params, zeros)
         for key in group:
             right = self.run.gradients(key)
@@ -94,9 +94,9 @@ class Backward:
         given = self.run.gradients(key)
         module = self.run.modules[key[0]]
         module.zero_grad(set_to_none=True)
-        outputs, inputs = self.run.again(key, grad=True)
+        outputs, inputs = self.run.repeated(key, grad=True)
         torch.autograd.backward([outputs[i] for i in given], [torch.tensor(g) for g in given.values()])
-        again, path = self.forward.again[key], self.readings[key[0]].flax_path
+        again, path = self.forward.repeatable[key], self.readings[key[0]].flax_path
         values = again.values(self.run)
         floats = {name: value for name, value in values.items() if numeric(value) == "f"}
         ours, pull = jax.vjp(lambda params, floats: again.call(params, values | floats), again.part.params, floats)

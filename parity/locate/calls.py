@@ -108,7 +108,7 @@ class TorchRun:
         """The gradients at the outputs of a call, by the output's number."""
         return {i: self.kept.get(number) for i, number in self.calls[key].gradients.items()}
 
-    def again(
+    def repeated(
         self,
         key: Key,
         module: torch.nn.Module | None = None,

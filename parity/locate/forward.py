@@ -22,7 +22,7 @@ RERUNS = 3  # calls of one path that are repeated in isolation; a recurrence cal
 
 
 @dataclasses.dataclass
-class Reading:
+class PathErrors:
     """The worst errors of one path so far, over its calls."""
 
     flax_path: str = ""
@@ -47,7 +47,7 @@ Stored = tuple[int, tuple[int, ...], Any]  # number in the store, shape and dtyp
 
 
 @dataclasses.dataclass
-class Again:
+class Repeatable:
     """A Flax call that can be repeated with PyTorch's inputs, which are numbers in the store."""
 
     part: NNXPart | LinenPart
@@ -65,8 +65,8 @@ class Again:
     def call(self, params: Any, values: dict[str, Any]) -> list[jax.Array]:
         """Repeats the call; returns its floating outputs."""
         arguments: Any = with_leaves(self.arguments.arguments, values)
-        again = inspect.BoundArguments(self.arguments.signature, arguments)
-        return floating(self.part.call(params, again.args, again.kwargs))
+        bound = inspect.BoundArguments(self.arguments.signature, arguments)
+        return floating(self.part.call(params, bound.args, bound.kwargs))
 
 
 class Forward:
@@ -77,8 +77,8 @@ class Forward:
         self.model = unstacked(side.module)
         self.exact = side.dtype == np.float64
         self.counts: dict[str, int] = {}
-        self.again: dict[Key, Again] = {}
-        self.readings = {path: Reading() for path, _ in run.calls}
+        self.repeatable: dict[Key, Repeatable] = {}
+        self.readings = {path: PathErrors() for path, _ in run.calls}
         self.wanted = self.counterparts()
         if not self.exact:
             for path, limit in own_errors(run, side.dtype).items():
@@ -115,7 +115,7 @@ class Forward:
         arguments: Any = with_leaves(call.arguments.arguments, dict.fromkeys(paired))
         call.arguments.arguments = arguments
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in floating(call.output)]
-        repeat = self.again[key] = Again(call.part(), call.arguments, paired, shapes)
+        repeat = self.repeatable[key] = Repeatable(call.part(), call.arguments, paired, shapes)
         results: Any = None
         if agree:
             bad_alone, results = reading.worst("isolated", self.errors(floating(call.output), right)), call.output
@@ -185,14 +185,14 @@ def own_errors(run: TorchRun, dtype: Any) -> dict[str, float]:
     allowed = dict.fromkeys((path for path, _ in run.calls), 0.0)
     for key in run.calls:
         if key[1] < RERUNS:
-            outputs, _ = run.again(key, module.get_submodule(key[0]), narrow)
+            outputs, _ = run.repeated(key, module.get_submodule(key[0]), narrow)
             own = Errors.of([output.double().numpy() for output in outputs], run.outputs(key), dtype)
             error = 0.0 if own is None else own.error
             allowed[key[0]] = max(allowed[key[0]], limits.RATIO_LIMIT * (error + limits.RATIO_FLOOR))
     return allowed
 
 
-def grown(path: str, readings: dict[str, Reading], run: TorchRun, stage: str, hint: Callable[[str], str]) -> Part:
+def grown(path: str, readings: dict[str, PathErrors], run: TorchRun, stage: str, hint: Callable[[str], str]) -> Part:
     """The tree below a path; children of a module that is never called (a list) belong to the one that encloses it."""
     below = [p for p in readings if p != path and p.startswith(f"{path}." if path else "")]
     direct = [p for p in below if not any(q != p and p.startswith(f"{q}.") for q in below)]

@@ -43,7 +43,7 @@ def repeated(run: TorchRun, key: Key, change: Change) -> list[np.ndarray] | None
     module = copy.deepcopy(run.modules[key[0]])
     try:
         with change(module):
-            outputs, _ = run.again(key, module)
+            outputs, _ = run.repeated(key, module)
     except Exception:  # Flax's module ran, so this mistake is not the one in it
         return None
     return [output.detach().numpy() for output in outputs]

@@ -1,4 +1,4 @@
-"""A small pair of modules, and what goes into it, for the tests of this folder."""
+"""A small pair of modules with inputs, for the tests of this folder."""
 
 import jax.numpy as jnp
 import numpy as np

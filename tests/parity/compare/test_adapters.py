@@ -1,4 +1,4 @@
-"""Linen modules whose parameters name the axes of a mesh: they are judged without one."""
+"""Linen modules whose parameters name the axes of a mesh: they are compared without one."""
 
 import contextlib
 import importlib
@@ -37,7 +37,7 @@ def test_partitioned_parameters_are_compared_and_the_culprit_is_named():
     assert report.name == "Partitioned"
 
 
-def test_a_bound_module_and_an_unbound_one_are_read():
+def test_a_bound_and_an_unbound_module_are_compared():
     x = mlp()[2]
     only = ["jit / no jit", "accumulated / whole batch"]
     for module in (Partitioned(), Partitioned().bind(Partitioned().init(jax.random.key(0), x))):
@@ -54,7 +54,7 @@ def linen_side_of_an_older_flax(monkeypatch):
     importlib.reload(parity.compare.adapters)
 
 
-def test_a_flax_without_eager_sharding_has_nothing_to_switch_off(linen_side_of_an_older_flax):
+def test_an_older_flax_has_no_eager_sharding_to_switch_off(linen_side_of_an_older_flax):
     assert linen_side_of_an_older_flax.eager_sharding is contextlib.nullcontext
     x = mlp()[2]
     model = linen_side_of_an_older_flax.as_module(linen.Dense(3), Inputs.of(x))

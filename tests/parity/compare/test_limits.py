@@ -1,4 +1,4 @@
-"""The numbers by which the harness judges."""
+"""Errors, ratios and their limits."""
 
 import numpy as np
 import pytest

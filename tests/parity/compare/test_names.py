@@ -1,4 +1,4 @@
-"""Pairs whose parts are named differently: names in all their forms, layers with rules, and `suggest`."""
+"""Pairs with different names of parts: names in all forms, the rules of layers, and `suggest`."""
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,7 @@ class Layer(nnx.Module):
 
 
 class FlaxSplit(nnx.Module):
-    """Its layers are stacked, its projections have heads, its table serves twice."""
+    """Its layers are stacked, its projections have heads, its table is also the read-out."""
 
     def __init__(self, *, rngs):
         self.table = nnx.Param(jnp.zeros((11, 6)))
@@ -141,7 +141,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("names", FORMS.values(), ids=FORMS)
-def test_fused_stacked_and_tied_weights_go_across_and_come_back(names):
+def test_fused_stacked_and_tied_weights_are_converted_and_back(names):
     torch.manual_seed(0)
     ids = np.random.default_rng(0).integers(0, 11, (3, 7))
     report = parity.check(TorchFused(), FlaxSplit(rngs=nnx.Rngs(0)), ids, names=names, labels=ids, steps=1)
@@ -153,7 +153,7 @@ def test_pairs_of_regular_expressions():
     assert rename("h.3.ln_1.weight") == ["blocks.3.norm1.weight"]
 
 
-def test_stars_are_words_and_the_longest_name_counts():
+def test_a_star_is_a_word_and_the_longest_name_applies():
     rename = renamer({"": "model", "h.*": "blocks.*", "h.*.attn": "blocks.*.attention", "h.*.mask": None})
     assert rename("h.3.attn.weight") == ["blocks.3.attention.weight"]
     assert rename("h.3.mlp") == ["blocks.3.mlp"]
@@ -188,7 +188,7 @@ class Twice(torch.nn.Module):
         return self.two(torch.tanh(self.one(x)))
 
 
-def test_what_only_the_order_decides_is_called_ambiguous():
+def test_an_assignment_by_order_alone_is_called_ambiguous():
     class Named(nnx.Module):
         def __init__(self, *, rngs):
             self.apple, self.pear = nnx.Linear(5, 5, rngs=rngs), nnx.Linear(5, 5, rngs=rngs)
@@ -199,7 +199,7 @@ def test_what_only_the_order_decides_is_called_ambiguous():
     assert str(suggestion).startswith("names = {")
 
 
-def test_suggest_says_what_has_no_counterpart():
+def test_suggest_lists_parts_without_a_counterpart():
     suggestion = parity.suggest(Twice(), FlaxVision(rngs=nnx.Rngs(0)))
     assert not suggestion.complete
     assert suggestion.unmatched_torch == ["one", "two"]

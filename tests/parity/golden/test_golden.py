@@ -1,4 +1,4 @@
-"""Fixtures: recorded with torch, replayed without it, refused where they are damaged."""
+"""Fixtures: recorded with torch, replayed without it, rejected if damaged."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from parity.golden.fixture import SHIPPED, files_of, read, stems
 from parity.golden.record import record
 from tests.parity.pairs import FlaxMLP, mlp
 
-# torch is not to be had where this runs: importing it is an error there.
+# In a process that begins so, importing torch is an error.
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
 
 
@@ -34,7 +34,7 @@ def recorded(tmp_path):
     return flax_module, tmp_path / "mlp"
 
 
-def test_what_was_recorded_is_torch_in_float64(recorded):
+def test_a_recording_holds_torchs_results_in_float64(recorded):
     torch_module, _, x = mlp()
     fixture = read(recorded[1])
     state = {name: torch.tensor(array) for name, array in fixture.state.items()}
@@ -63,7 +63,7 @@ def test_a_right_model_agrees_and_a_wrong_one_does_not(recorded):
     assert "where they part: " in str(report)
 
 
-def test_float32_alone_where_there_is_no_float64(recorded):
+def test_float32_alone_on_a_device_without_float64(recorded):
     report = parity.replay(*recorded, float64=False)
     assert report.passed
     assert {c.precision for c in report.checks} == {"bits", "float32"}
@@ -112,8 +112,8 @@ def test_every_system_ships_a_fixture():
 
 
 @pytest.mark.parametrize("name", ["rope.rotary_value", "retro.neighbors", "neox.sequential"])
-def test_the_shipped_fixtures_are_what_torch_computes_now(name, tmp_path):
-    """Recorded again, they are the same but for float64's rounding on another machine."""
+def test_the_shipped_fixtures_are_torchs_results_today(name, tmp_path):
+    """Recorded again, they are equal up to float64's rounding on another machine."""
     pair = pair_of(GOLDEN[name], 0)
     record(pair.torch, pair.inputs, tmp_path / name, flax_module=pair.flax, labels=pair.labels, name=name)
     new, old = read(tmp_path / name), read(SHIPPED / name)
@@ -123,7 +123,7 @@ def test_the_shipped_fixtures_are_what_torch_computes_now(name, tmp_path):
             np.testing.assert_allclose(old.results[kind][key], tensor, rtol=0, atol=1e-12)
 
 
-def test_the_command_records_what_can_be_rebuilt(tmp_path, capsys):
+def test_the_command_records_models_that_can_be_rebuilt(tmp_path, capsys):
     assert main(["rope.embeddings", "synthesizer.dense_language_model", "--record", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "rope.embeddings: skipped" in shown
@@ -143,7 +143,7 @@ def test_a_small_model_is_recorded_alone_by_its_name_and_by_its_system(tmp_path,
     assert "rope.attention" in error
 
 
-def test_shipped_fixtures_replay_where_there_is_no_torch(tmp_path):
+def test_shipped_fixtures_replay_without_torch(tmp_path):
     program = WITHOUT_TORCH + "from parity.__main__ import main; sys.exit(main(sys.argv[1:]))"
     file = tmp_path / "out.json"
     command = [sys.executable, "-c", program, "rope", "retro", "--replay", "--device", "cpu", "--json", str(file)]
@@ -165,7 +165,7 @@ def test_a_damaged_fixture_is_listed_and_the_others_are_replayed(tmp_path, capsy
     assert [(r["name"], r["passed"]) for r in reports] == [("rope.rotary", False), ("transformer.plain", True)]
 
 
-def test_names_of_no_fixture_and_an_empty_folder_are_one_line(tmp_path, capsys):
+def test_an_unknown_name_and_an_empty_folder_are_one_line(tmp_path, capsys):
     assert main(["--replay", str(tmp_path)]) == 2
     assert "no fixtures" in capsys.readouterr().err
     assert main(["nonsense", "--replay"]) == 2

@@ -1,4 +1,4 @@
-"""Traces of small pairs: who is to blame and who is a victim, forward and backward, in a narrow dtype, from disk."""
+"""Traces of small pairs: culprits and victims, forward and backward, in a narrow dtype, from disk."""
 
 import json
 
@@ -31,7 +31,7 @@ class TorchNet(torch.nn.Module):
 
 
 class FlaxNet(nnx.Module):
-    """The same; `wrong` is done to what one of its parts gives."""
+    """The same, with a function `wrong` applied to the output of its last part."""
 
     def __init__(self, wrong=None, *, rngs):
         self.first = layers.Linear(5, 7, rngs=rngs)
@@ -90,7 +90,7 @@ def wrong_gradient(y):
     return 1.01 * y - jax.lax.stop_gradient(0.01 * y)
 
 
-def test_the_first_gradient_that_differs_is_named_where_all_outputs_agree():
+def test_the_first_gradient_that_differs_is_named_if_all_outputs_agree():
     report = report_of(FlaxNet(wrong_gradient, rngs=nnx.Rngs(0)))
     found = report.divergence
     assert (found.path, found.stage) == ("last", "backward"), str(report)
@@ -98,7 +98,7 @@ def test_the_first_gradient_that_differs_is_named_where_all_outputs_agree():
     assert all(part.verdict == "agrees" for part in found.forward.walk())
 
 
-def test_what_only_float32_loses_is_traced_in_float32():
+def test_an_error_in_float32_alone_is_traced_in_float32():
     def narrow(y):
         return y if y.dtype == jnp.float64 else y.astype(jnp.bfloat16).astype(y.dtype)
 
@@ -123,7 +123,7 @@ def test_errors_of_known_arrays():
     assert Errors.of([np.zeros(3)], [np.zeros(4)]) is None
 
 
-def test_past_its_limit_a_trace_lies_on_disk_and_reads_the_same():
+def test_beyond_its_limit_a_trace_is_on_disk_and_has_the_same_arrays():
     torch.manual_seed(0)
     side = TorchSide(TorchNet(), torch.float64, "cpu")
     with store() as memory, store(limit=1000) as disk:
@@ -148,7 +148,7 @@ def written(monkeypatch):
 
 @pytest.mark.parametrize("limit", [0, 1000])
 @pytest.mark.parametrize("wrong", [jnp.negative, wrong_gradient])
-def test_a_check_finds_the_same_whatever_its_memory_limit(wrong, limit, written):
+def test_a_check_finds_the_same_at_every_memory_limit(wrong, limit, written):
     flax_module = FlaxNet(wrong, rngs=nnx.Rngs(0))
     in_memory = report_of(flax_module)
     assert not written
@@ -160,7 +160,7 @@ def test_a_check_finds_the_same_whatever_its_memory_limit(wrong, limit, written)
     assert on_disk.divergence.tree() == in_memory.divergence.tree()
 
 
-def test_a_sweep_keeps_to_its_memory_limit(written):
+def test_a_sweep_observes_its_memory_limit(written):
     torch.manual_seed(0)
     pair = TorchNet(), FlaxNet(rngs=nnx.Rngs(0)), X
     on_disk, in_memory = (parity.sweep(*pair, dtypes=["float32"], **limit) for limit in ({"memory_limit": 0}, {}))
@@ -169,6 +169,6 @@ def test_a_sweep_keeps_to_its_memory_limit(written):
 
 
 @pytest.mark.parametrize("judge", [parity.check, parity.sweep])
-def test_a_negative_memory_limit_is_refused(judge):
+def test_a_negative_memory_limit_is_an_error(judge):
     with pytest.raises(ValueError, match=r"memory_limit=-1\b.*0"):
         judge(TorchNet(), FlaxNet(rngs=nnx.Rngs(0)), X, memory_limit=-1)

@@ -1,4 +1,4 @@
-"""`parity.check` on small pairs of modules written here: what it reads, what it refuses, what it leaves alone."""
+"""`parity.check` on small pairs of modules: its readings, the arguments it rejects, and its lack of side effects."""
 
 import json
 
@@ -52,7 +52,7 @@ def pair():
     return TorchNet(), FlaxNet(rngs=nnx.Rngs(0)), inputs
 
 
-def test_a_pair_of_ones_own_agrees_in_every_reading(pair):
+def test_a_users_pair_agrees_in_every_reading(pair):
     report = parity.check(*pair)
     assert report.passed, str(report)
     readings = {(check.kind, check.precision) for check in report.checks}
@@ -100,7 +100,7 @@ def test_a_wrong_gradient_fails_though_the_output_is_right(pair):
 
 
 class Float32Inside(FlaxNet):
-    """Computes in float32 whatever it is given."""
+    """Rounds its output to float32."""
 
     def __call__(self, x, hide):
         out = super().__call__(x, hide)
@@ -115,7 +115,7 @@ def test_a_hidden_float32_fails_in_float64_alone(pair):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_16_bits_are_read_where_asked(pair, name):
+def test_16_bit_dtypes_are_compared_on_request(pair, name):
     report = parity.check(*pair, half=(name,), steps=0)
     assert report.passed, str(report)
     assert 0 < report.value("output", name) < 4
@@ -123,14 +123,14 @@ def test_16_bits_are_read_where_asked(pair, name):
 
 
 class NarrowInside(FlaxNet):
-    """Loses bits only where it is given 16 of them."""
+    """Rounds its input to 8 bits if that has 16."""
 
     def __call__(self, x, hide):
         narrow = jnp.float8_e4m3fn if x.dtype.itemsize == 2 else x.dtype
         return super().__call__(x.astype(narrow).astype(x.dtype), hide)
 
 
-def test_what_16_bits_alone_lose_fails_there_alone(pair):
+def test_an_error_in_16_bits_alone_fails_there_alone(pair):
     torch_module, _, inputs = pair
     report = parity.check(torch_module, NarrowInside(rngs=nnx.Rngs(0)), inputs, half=("bfloat16",), steps=0)
     assert [c.precision for c in report.checks if not c.passed] == ["bfloat16"]
@@ -151,7 +151,7 @@ def test_nan_fails(pair):
     assert json.loads(text)["passed"] is False
 
 
-def test_without_float64_the_budget_judges_everything(pair):
+def test_without_float64_every_reading_is_in_float32(pair):
     report = parity.check(*pair, float64=False)
     assert report.passed, str(report)
     assert {check.precision for check in report.checks} == {"float32", "bits"}
@@ -161,7 +161,7 @@ def test_without_float64_the_budget_judges_everything(pair):
 
 
 def test_constant_parameters_are_randomized_in_a_copy(pair):
-    """A layer whose use of a zero bias is wrong passes only as long as the bias is zero."""
+    """A layer that ignores its bias agrees as long as the bias is zero."""
     torch_module, _, inputs = pair
     with torch.no_grad():
         torch_module.first.bias.zero_()
@@ -211,7 +211,7 @@ def test_training_batches_vary_and_are_reproducible():
 def test_a_changed_bit_in_the_round_trip_is_seen(pair, monkeypatch):
     torch_module, flax_module, inputs = pair
 
-    def lossy(state):  # a bit is nothing to gradients, which are read the same way
+    def lossy(state):  # gradients are read the same way, where one bit is within the limit
         return {k: np.nextafter(v, np.inf, dtype=v.dtype) for k, v in to_torch(state).items()}
 
     monkeypatch.setattr("parity.compare.weights.to_torch", lossy)
@@ -219,14 +219,14 @@ def test_a_changed_bit_in_the_round_trip_is_seen(pair, monkeypatch):
     assert [check.kind for check in report.checks if not check.passed] == ["round trip"]
 
 
-def test_a_parameter_that_torch_does_not_train_is_held_on_both_sides(pair):
+def test_a_parameter_that_torch_does_not_train_is_frozen_on_both_sides(pair):
     torch_module, flax_module, inputs = pair
     torch_module.first.bias.requires_grad_(False)
     report = parity.check(torch_module, flax_module, inputs, steps=2)
     assert report.passed, str(report)
 
 
-def test_somebodys_dropout_with_a_random_state_is_no_weight(pair):
+def test_the_random_state_of_a_dropout_is_no_weight(pair):
     torch_module, flax_module, inputs = pair
     flax_module.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
     assert parity.check(torch_module, flax_module, inputs, steps=1).passed
@@ -245,7 +245,7 @@ def test_outputs_of_other_names_are_an_error(pair):
         parity.check(torch_module, torch_module, inputs)
 
 
-def test_the_precision_flags_of_torch_are_put_back(pair):
+def test_the_precision_flags_of_torch_are_restored(pair):
     torch.set_float32_matmul_precision("high")
     try:
         parity.check(*pair, steps=0)

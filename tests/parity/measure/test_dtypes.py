@@ -12,7 +12,7 @@ from parity.report.results import Agreement
 from tests.parity.pairs import FlaxMLP, mlp
 
 
-def test_every_dtype_is_held_to_torchs_own_error():
+def test_every_dtype_is_compared_with_torchs_own_error():
     swept = parity.sweep(*mlp(), layers=False)
     assert swept.passed, str(swept.checks)
     assert [row.dtype for row in swept.rows] == ["float64", "float32", "bfloat16", "float16"]
@@ -22,14 +22,14 @@ def test_every_dtype_is_held_to_torchs_own_error():
 
 
 class Narrow(FlaxMLP):
-    """Loses bits where it is given bfloat16, and there alone."""
+    """Rounds its input to 8 bits if that is bfloat16."""
 
     def __call__(self, x):
         narrow = jnp.float8_e4m3fn if x.dtype == jnp.bfloat16 else x.dtype
         return super().__call__(x.astype(narrow).astype(x.dtype))
 
 
-def test_what_one_dtype_loses_fails_there_alone():
+def test_an_error_in_one_dtype_fails_there_alone():
     torch_module, _, x = mlp()
     swept = parity.sweep(torch_module, Narrow(rngs=nnx.Rngs(0)), x, dtypes=["float32", "bfloat16"], layers=False)
     assert {check.precision for check in swept.checks if not check.passed} == {"bfloat16"}

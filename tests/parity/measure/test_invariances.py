@@ -1,4 +1,4 @@
-"""Variants that must not change a model's numbers, and models that each of them changes."""
+"""Variants that must not change a model's numbers, and models with a mistake that one of them finds."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def values(found):
 
 
 def test_a_language_model_has_every_variant_but_devices(ids):
-    """A process of the suite has one device; `python -m parity --invariances` has eight."""
+    """A process of the suite has one device; `parity --invariances` has eight."""
     found = parity.invariances(language_model("rotary", n_layers=1), ids, labels=ids)
     assert found.passed, str(found)
     assert set(values(found)) | set(found.skipped) == set(VARIANTS)
@@ -32,14 +32,14 @@ def test_a_language_model_has_every_variant_but_devices(ids):
 
 
 class Forward(AutoregressiveTransformer):
-    """Sees what comes later."""
+    """Reads later tokens."""
 
     def __call__(self, ids, rng=None):
         return super().__call__(ids) + 1e-6 * ids.mean(axis=0)[:, None]
 
 
 class Jitted(AutoregressiveTransformer):
-    """Computes something else when it is compiled."""
+    """Computes other numbers when it is compiled."""
 
     def __call__(self, ids, rng=None):
         compiled = isinstance(ids, jax.core.Tracer)
@@ -63,13 +63,13 @@ class Batched(AutoregressiveTransformer):
         (Batched, "accumulated / whole batch"),
     ],
 )
-def test_each_variant_finds_what_it_is_for(model, kind, ids):
+def test_each_variant_finds_its_mistake(model, kind, ids):
     broken = filled(lambda: model(23, 12, 3, 17, 1, rngs=nnx.Rngs(0)))
     found = parity.invariances(broken, ids, labels=ids, only=[kind])
     assert not values(found)[kind].passed
 
 
-def test_anybodys_module_needs_its_batch_axis_named(ids):
+def test_a_module_that_is_no_language_model_needs_batch_axis(ids):
     model, x = FlaxMLP(rngs=nnx.Rngs(0)), np.random.default_rng(0).standard_normal((5, 5))
     found = parity.invariances(model, x, only=["accumulated / whole batch", "cached / full", "scanned / unrolled"])
     assert not found.checks
@@ -81,7 +81,7 @@ def test_anybodys_module_needs_its_batch_axis_named(ids):
 
 
 class LinenMLP(linen.Module):
-    """Mixes the elements of a batch, as much as its `mixing` says, which begins at zero."""
+    """Mixes the elements of a batch by its variable `mixing`, which is initially zero."""
 
     @linen.compact
     def __call__(self, x):
@@ -99,7 +99,7 @@ X = np.random.default_rng(0).standard_normal((11, 5))
 LINEN = ["jit / no jit", "accumulated / whole batch"]
 
 
-def test_a_linen_module_has_the_variants_that_are_no_language_models():
+def test_a_linen_module_has_the_variants_of_any_module():
     found = parity.invariances(LinenMLP(), {"x": X}, batch_axis=0)
     assert found.passed, str(found)
     assert set(LINEN) <= set(values(found))
@@ -110,7 +110,7 @@ def test_a_linen_module_has_the_variants_that_are_no_language_models():
     assert not values(found)["scanned / unrolled"].passed
 
 
-def test_a_linen_module_is_read_with_the_variables_that_it_is_bound_to():
+def test_a_bound_linen_module_has_the_variables_that_it_is_bound_to():
     variables = LinenMLP().init(jax.random.key(0), X)
     variables["fixed"]["mixing"] = jnp.asarray(1e-6)
     found = parity.invariances(LinenMLP().bind(variables), X, batch_axis=0, only=LINEN)

@@ -1,4 +1,4 @@
-"""Training compared step by step: every pair of optimizers, and where a wrong one parts."""
+"""Training compared step by step: every optimizer, and the first difference of a wrong one."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests.parity.pairs import FlaxMLP, mlp
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizers_of_one_name_are_the_same_update(optimizer):
+def test_both_libraries_have_the_same_update(optimizer):
     run = parity.trajectory(*mlp(), optimizer=optimizer, steps=5, learning_rate=lambda step: 1e-2 / (1 + step))
     assert run.passed, str(run)
     kinds = run.by_kind()
@@ -31,13 +31,13 @@ def test_a_wrong_update_parts_at_the_first_step_after_right_gradients():
     assert (run.parted.step, run.parted.kind) == (0, "parameters")
 
 
-def test_a_wrong_moment_is_told_from_a_wrong_update():
+def test_a_wrong_moment_is_distinguished_from_a_wrong_update():
     wrong = dataclasses.replace(OPTIMIZERS["adam"], optax=lambda lr: optax.adam(lr, b2=0.99))
     run = parity.trajectory(*mlp(), optimizer=wrong, steps=2)
     assert (run.parted.step, run.parted.kind) == (0, "second moment")
 
 
-def test_a_wrong_gradient_is_told_from_a_wrong_optimizer():
+def test_a_wrong_gradient_is_distinguished_from_a_wrong_optimizer():
     class Wrong(FlaxMLP):
         def __call__(self, x):
             y = super().__call__(x)
@@ -49,13 +49,13 @@ def test_a_wrong_gradient_is_told_from_a_wrong_optimizer():
     assert "first part at step 0: gradients" in str(run)
 
 
-def test_float32_is_held_to_torchs_own_drift_and_only_reports():
+def test_float32_is_compared_with_torchs_own_drift_and_has_no_limit():
     run = parity.trajectory(*mlp(), optimizer="momentum", steps=5, precision="float32")
     assert run.passed, str(run)
     assert all(np.isinf(check.limit) for check in run.checks())
 
 
-def test_what_torch_does_not_train_is_held_still_with_weight_decay_too():
+def test_a_parameter_that_torch_does_not_train_is_frozen_despite_weight_decay():
     torch_module, flax_module, x = mlp()
     torch_module.up.bias.requires_grad_(False)
     run = parity.trajectory(torch_module, flax_module, x, optimizer="adamw", steps=3)

@@ -1,7 +1,7 @@
-"""Planted errors in the Feedback Transformer: the harness must fail on every one and name where it is.
+"""Planted errors in the Feedback Transformer: the harness must find each one and name its place.
 
-What a porter gets wrong in the sums is planted in the plain path and in the fast one alike; what only a scan over
-slots can get wrong is planted there, and the report must say that it is the fast path.
+Mistakes in the equations are planted in the plain and in the fast path; mistakes that only a scan over slots can have
+are planted in the fast path, and the report must name that.
 """
 
 import jax
@@ -36,7 +36,7 @@ def judge(variant: str):
 
 
 def first_step_attends_to_nothing(monkeypatch):
-    """Softmax over no memory is taken for zero, and the output's bias is added all the same."""
+    """Attention to no memory is taken for zero, but the output's bias is added."""
     original = attention.FeedbackTransformerLayer._residual
 
     def residual(self, x, attended, rng):
@@ -99,12 +99,12 @@ def memory_of_the_step_itself_is_visible(monkeypatch):
     monkeypatch.setattr(recurrence, "run_step", run_step)
 
 
-def slots_not_turned(monkeypatch):
+def slots_not_rotated(monkeypatch):
     monkeypatch.setattr(step, "turned", lambda scores, position: scores)
 
 
 def shared_value_with_a_bias(monkeypatch):
-    """As of a checkpoint that came with one: the bias is in no state_dict, the sums have it."""
+    """The bias is added, though it is in no state_dict."""
     original = model.Feedback.__init__
     call = HeadProjection.__call__
 
@@ -124,7 +124,7 @@ MUTATIONS = [
     (input_left_out_of_the_mixture, "transformer"),
     (normed_memory, "transformer"),
     (memory_of_the_step_itself_is_visible, None),
-    (slots_not_turned, None),
+    (slots_not_rotated, None),
 ]
 
 

@@ -1,6 +1,6 @@
-"""Planted errors: the harness must fail on every one and name the sub-module where it is.
+"""Planted errors: the harness must find each one and name its sub-module.
 
-Each mutation patches one function of the Flax side, the way a porting mistake would have been written.
+Each mutation patches one function of the Flax side, as a porting mistake would be written.
 """
 
 import jax
@@ -138,8 +138,8 @@ def swapped_layers(monkeypatch):
     monkeypatch.setattr(transformer.Encoder, "__call__", call)
 
 
-def hidden_layer_of_the_asker(monkeypatch):
-    """W₁ d -> l: only the first l of its outputs exist."""
+def hidden_layer_of_width_l(monkeypatch):
+    """W₁ is d -> l: only the first l of its outputs exist."""
 
     def call(self, x, v):
         n = x.shape[-2]
@@ -162,7 +162,7 @@ def no_residual_around_feed_forward(monkeypatch):
     monkeypatch.setattr(transformer.TransformerLayer, "_residual", residual)
 
 
-def values_not_turned_back(monkeypatch):
+def values_not_rotated_back(monkeypatch):
     monkeypatch.setattr(rope.RotaryValuePEMultiHeadAttention, "restore", lambda self, x, positions: x)
 
 
@@ -192,11 +192,11 @@ MUTATIONS = [
     (table_row_off_by_one, lambda: language_model("relative"), ATTENTION),
     (softmax_over_queries, lambda: language_model("rotary"), ATTENTION),
     (swapped_layers, lambda: language_model("rotary", n_layers=2), "encoder"),
-    (hidden_layer_of_the_asker, dense_synthesizer, ""),
+    (hidden_layer_of_width_l, dense_synthesizer, ""),
     (cut_after_the_softmax, dense_synthesizer, ""),
     (unscaled_scores, lambda: language_model("rotary"), ATTENTION),
     (no_residual_around_feed_forward, lambda: language_model("rotary"), "encoder.layers.0"),
-    (values_not_turned_back, lambda: language_model("rotary_value"), ATTENTION),
+    (values_not_rotated_back, lambda: language_model("rotary_value"), ATTENTION),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Planted errors of a NeoX port, each written as the mistake would be; the harness must name where it is."""
+"""Planted errors of a NeoX port, each written as a porter would; the harness must name its place."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ CONFIG = NeoXConfig(23, 3 * 10, 1, 3, rope_percentage=0.4, n_ff=17)
 
 
 def checked(wrong=None, **fields):
-    """The report of a pair; `wrong` are fields of the configuration that the Flax side is told otherwise."""
+    """The report of a pair; `wrong`: fields of the configuration with other values on the Flax side."""
     config = dataclasses.replace(CONFIG, **fields)
     torch.manual_seed(0)
     ids = np.random.default_rng(0).integers(0, 23, (3, 8))
@@ -46,7 +46,7 @@ def test_a_wrong_configuration_is_found_and_named(fields, wrong, culprit):
 
 
 @pytest.mark.parametrize("broken", ["the ranks' row biases", "transformers' files"])
-def test_a_conversion_that_loses_bits_is_no_case(monkeypatch, broken):
+def test_a_conversion_that_changes_bits_is_an_error(monkeypatch, broken):
     if broken == "the ranks' row biases":
         monkeypatch.setitem(layout.COMBINE, "sum", layout.mean)
         make, message = cases.shards, r"2 model-parallel ranks: 4 of 28 tensors differ: .*bias"
@@ -69,7 +69,7 @@ def final_norm_without_its_epsilon(monkeypatch):
 
 
 def frequencies_of_the_whole_head(monkeypatch):
-    """θ_i = base^(-2i/d_k) where it should be base^(-2i/d), as if the share only cut the table."""
+    """θ_i = base^(-2i/d_k) instead of base^(-2i/d), as if the rotary share only cut the table."""
 
     def tables(positions, d, base, dtype):
         return tuple(table[..., : d // 2] for table in rotary_tables(positions, CONFIG.d_k, base, dtype))
@@ -78,7 +78,7 @@ def frequencies_of_the_whole_head(monkeypatch):
 
 
 def split_without_regard_to_heads(monkeypatch):
-    """All queries, then all keys, then all values, as in most other models."""
+    """All queries, then all keys, then all values, as most other models have them."""
 
     def project(self, x, rotary):
         parts = jnp.split(self.qkv_lin(x), 3, axis=-1)
@@ -99,7 +99,7 @@ def queries_one_position_late(monkeypatch):
 
 
 def row_bias_from_one_rank_of_two(monkeypatch):
-    """Each rank adds its part of the bias before the reduction: a merge that keeps the first has half of it."""
+    """Each rank adds its part of the bias before the reduction: a merge that keeps the first one has half of it."""
     original = model.Linear.__call__
 
     def call(self, x):
@@ -110,7 +110,7 @@ def row_bias_from_one_rank_of_two(monkeypatch):
 
 
 def one_norm_for_both(monkeypatch):
-    """GPT-J's parallel residual: the feed-forward network reads what the attention reads."""
+    """GPT-J's parallel residual: the feed-forward network has the input of the attention."""
 
     def residual(self, x, attended):
         return x + (attended + self.ffn(self.pre_ln_attn(x)))
@@ -141,7 +141,7 @@ def test_the_harness_fails_and_names_the_culprit(monkeypatch, mutate):
     assert report.divergence.path == MUTATIONS[mutate], str(report)
 
 
-def cached_keys_before_they_turn(monkeypatch):
+def cached_keys_before_they_are_rotated(monkeypatch):
     original = model.Attention.decode
 
     def decode(self, x, rotary, cache, positions):
@@ -152,12 +152,12 @@ def cached_keys_before_they_turn(monkeypatch):
     monkeypatch.setattr(model.Attention, "decode", decode)
 
 
-def positions_that_begin_again_at_every_call(monkeypatch):
+def positions_that_restart_at_every_call(monkeypatch):
     original = model.NeoX.embed
     monkeypatch.setattr(model.NeoX, "embed", lambda self, ids, _: original(self, ids, jnp.arange(ids.shape[1])))
 
 
-@pytest.mark.parametrize("mutate", [cached_keys_before_they_turn, positions_that_begin_again_at_every_call])
+@pytest.mark.parametrize("mutate", [cached_keys_before_they_are_rotated, positions_that_restart_at_every_call])
 def test_an_error_of_decoding_alone_is_found_there(monkeypatch, mutate):
     mutate(monkeypatch)
     report = checked()

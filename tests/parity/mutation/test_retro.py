@@ -1,4 +1,4 @@
-"""Planted errors in RETRO, what a porter gets wrong: the harness must fail on every one and name where it is."""
+"""Planted errors in RETRO, as a port may have them: the harness must find each one and name its place."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +28,7 @@ def judge():
 
 
 def chunks_shifted_by_a_whole_chunk(monkeypatch):
-    """Neighbours of a chunk serve from the next chunk's first token on, not from its own last."""
+    """Neighbors of a chunk are used from the next chunk's first token on, not from its own last token."""
     original = attention.ChunkedCrossAttention.__call__
 
     def call(self, h, e):
@@ -38,7 +38,7 @@ def chunks_shifted_by_a_whole_chunk(monkeypatch):
     monkeypatch.setattr(attention.ChunkedCrossAttention, "__call__", call)
 
 
-def each_neighbour_has_a_softmax_of_its_own(monkeypatch):
+def each_neighbor_has_a_softmax_of_its_own(monkeypatch):
     original = attention.ChunkedCrossAttention.__call__
 
     def call(self, h, e):
@@ -48,7 +48,7 @@ def each_neighbour_has_a_softmax_of_its_own(monkeypatch):
     monkeypatch.setattr(attention.ChunkedCrossAttention, "__call__", call)
 
 
-def neighbours_are_causal_too(monkeypatch):
+def neighbors_are_causal_too(monkeypatch):
     def call(self, h):
         return h + self.join(causal_attention(*self.project(h, jnp.arange(h.shape[1]))))
 
@@ -57,8 +57,8 @@ def neighbours_are_causal_too(monkeypatch):
 
 MUTATIONS = [
     (chunks_shifted_by_a_whole_chunk, "cca.0"),
-    (each_neighbour_has_a_softmax_of_its_own, "cca.0"),
-    (neighbours_are_causal_too, "encoder.attn.0"),
+    (each_neighbor_has_a_softmax_of_its_own, "cca.0"),
+    (neighbors_are_causal_too, "encoder.attn.0"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command that plants generated errors: its sample, its table, its exit code."""
+"""The command parity.mutations: its sample, its table, its exit code."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,11 @@ def test_planted_errors_are_found_and_named_and_the_unbroken_case_raises_no_alar
     assert text.count("| synthesizer.dense_layer |") == 5
 
 
-def test_a_case_of_nothing_is_an_error(capsys):
+def test_a_name_that_matches_no_case_is_an_error(capsys):
     assert score.main(["nothing"]) == 2
-    assert "no case is called nothing" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "nothing" in error
+    assert "rope.attention" in error
 
 
 def test_the_sample_is_even_over_systems_and_follows_the_seed():
@@ -34,5 +36,5 @@ def test_the_sample_is_even_over_systems_and_follows_the_seed():
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
-def test_every_operator_says_what_it_does(name):
+def test_every_operator_has_a_description(name):
     assert OPERATORS[name].about
