@@ -96,10 +96,10 @@ class Backward:
         module.zero_grad(set_to_none=True)
         outputs, inputs = self.run.repeated(key, grad=True)
         torch.autograd.backward([outputs[i] for i in given], [torch.tensor(g) for g in given.values()])
-        again, path = self.forward.repeatable[key], self.readings[key[0]].flax_path
-        values = again.values(self.run)
+        call, path = self.forward.repeatable[key], self.readings[key[0]].flax_path
+        values = call.values(self.run)
         floats = {name: value for name, value in values.items() if numeric(value) == "f"}
-        ours, pull = jax.vjp(lambda params, floats: again.call(params, values | floats), again.part.params, floats)
+        ours, pull = jax.vjp(lambda params, floats: call.call(params, values | floats), call.part.params, floats)
         cotangents = [
             jnp.asarray(arranged(given[i], a.shape), a.dtype) if i in given else jnp.zeros_like(a)
             for i, a in enumerate(ours)
@@ -109,9 +109,9 @@ class Backward:
         of_params, of_inputs = pull(cotangents)
         names = {number: name for name, number in self.run.calls[key].inputs.items()}
         found: list[tuple[Any, torch.Tensor | None]] = []
-        found += [(of_inputs[name], inputs[names[again.paired[name][0]]].grad) for name in floats]
+        found += [(of_inputs[name], inputs[names[call.paired[name][0]]].grad) for name in floats]
         prefix = tuple(int(word) if word.isdigit() else word for word in path.split(".") if word)
-        gradients = self.side.weights.read(again.part.state(of_params), prefix)
+        gradients = self.side.weights.read(call.part.state(of_params), prefix)
         theirs = {".".join(filter(None, (key[0], n))): p.grad for n, p in module.named_parameters() if p.requires_grad}
         found += [(gradients[name], gradient) for name, gradient in theirs.items() if name in gradients]
         module.zero_grad(set_to_none=True)
