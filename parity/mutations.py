@@ -2,7 +2,17 @@
 
 import sys
 
-from parity.mutation.score import main
+from jaxmodels.extras import require
+from jaxmodels.programs import run
+
+
+def main() -> int:
+    require("torch", "torch")
+    require("golden", "rich")
+    from parity.mutation import score
+
+    return score.main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, "python -m parity.mutations"))

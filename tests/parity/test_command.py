@@ -208,10 +208,10 @@ def test_a_missing_extra_is_one_line_that_names_it(missing, arguments, extra):
     assert not done.stdout
 
 
-def without(*packages, arguments):
-    """Run `python -m parity` in a process in which packages are not installed."""
+def without(*packages, arguments, module="parity"):
+    """Run `python -m MODULE` in a process in which packages are not installed."""
     program = f"""
-import sys
+import runpy, sys
 
 class Hide:
     def find_spec(self, name, path=None, target=None):
@@ -219,11 +219,17 @@ class Hide:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Hide())
-sys.orig_argv[1:] = ["-m", "parity"]
-from parity.command import main
-sys.exit(main({arguments!r}, prog="python -m parity"))
+sys.orig_argv[1:] = ["-m", {module!r}]
+sys.argv[1:] = {arguments!r}
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_mutations_without_torch_are_one_line():
+    done = without("torch", arguments=[], module="parity.mutations")
+    assert done.returncode == 2
+    assert done.stderr == "python -m parity.mutations: needs torch: pip install 'jaxmodels[torch]'\n"
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):

@@ -98,8 +98,9 @@ def test_every_variant_of_the_invariances_has_a_column():
     assert [column.kind for column in TABLES["must not change"]] == list(VARIANTS)
 
 
-def test_titles_are_unique_and_empty_reports_have_no_legend():
+def test_titles_are_unique_and_the_legend_states_the_floor_that_is_used():
     titles = [column.title for listed in TABLES.values() for column in listed]
     assert len(set(titles)) == len(titles)
+    assert f"{limits.RATIO_FLOOR:g}".replace("e-0", "e-") in RATIO.legend
     assert dict(tables([[]])) == {"case": [], "must not change": []}
     assert legend([[]]) == ""
