@@ -1,0 +1,68 @@
+"""Commands where something is missing: a package of an extra, the repository's scripts, fields of older versions."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxmodels.training.experiment import Experiment
+from jaxmodels.training.run import read_about, saved_experiment, write_about
+from tests.train_common import ROOT, start
+from train import rope, rope_value
+
+WITHOUT = '''
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+'''
+
+
+@pytest.mark.parametrize(
+    ("program", "module"), [("train.rope", "tyro"), ("train.plan", "optax"), ("train.evaluate", "grain")]
+)
+def test_a_missing_package_is_one_line_that_names_the_extra(program, module, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(module=module))
+    process = start(program, "--help", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert re.fullmatch(rf"python -m {program}: .*\b{module}\b.*'jaxmodels\[train\]'\n", err)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """Folder of a run of train.rope_value, without a checkpoint."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    write_about(tmp_path / "run", rope_value.RopeValue(rope_value.Config()), "0" * 64)
+    return tmp_path / "run"
+
+
+def test_the_train_of_another_project_is_not_imported(run, tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('imported')")
+    process = start("jaxmodels", "evaluate", "run", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.fullmatch(r"jaxmodels evaluate: train\.rope_value .*checkout\n", err.replace("python -m ", ""))
+
+
+def test_a_run_needs_its_script_only_if_that_says_how_it_is_evaluated(run, tmp_path):
+    assert read_about(run).standalone is False
+    assert type(saved_experiment(run)) is rope_value.RopeValue
+    write_about(tmp_path, rope.Rope(rope.Config(seq_len=7)), "0" * 64)
+    assert read_about(tmp_path).standalone is True
+    experiment = saved_experiment(tmp_path)
+    assert type(experiment) is Experiment
+    assert experiment.config.seq_len == 7
+
+
+def test_a_run_of_an_older_version_is_read_with_its_script(run):
+    about = json.loads((run / "config.json").read_text())
+    del about["standalone"]
+    (run / "config.json").write_text(json.dumps(about))
+    assert read_about(run).standalone is None
+    assert saved_experiment(run).config == rope_value.Config()
