@@ -1,4 +1,4 @@
-"""Trains each system for a few steps on each mesh of 8 host devices, and prints their losses: a program of its own.
+"""Program that trains each system for a few steps on each mesh of 8 host devices, and prints the losses.
 
 python -m tests.train_on_meshes -> {"rope": {"": [losses of one device], "fsdp=8": [...], ...}, ...}
 """
@@ -53,33 +53,33 @@ SYSTEMS = {
     "retro": retro,
 }
 NEIGHBORS = {"ret": np.random.default_rng(1).integers(0, V, (B, S // CHUNK, 3, 5), np.int32)}
-# what is accumulated and computed again must not depend on the mesh either
+# accumulation and rematerialization must not depend on the mesh either
 NUMERICS = {"rope": Numerics(accumulate=2, remat="layers"), "neox": Numerics(remat="dots")}
 
 
 def losses(make_model, numerics: Numerics, others: dict[str, np.ndarray], meshes: list[str]) -> dict[str, list[float]]:
-    """By mesh; "" is one device. others: what a batch has beside its tokens."""
-    told: dict[str, list[float]] = {sizes: [] for sizes in meshes}
+    """Losses by mesh; "" is one device. others: arrays of a batch besides its tokens."""
+    found: dict[str, list[float]] = {sizes: [] for sizes in meshes}
     tokens = np.random.default_rng(0).integers(0, V, (STEPS, B, S + 1), np.int32)
     first = None
     for sizes in meshes:
         n_devices = math.prod(int(part.partition("=")[2]) for part in sizes.split(",") if part)
         mesh = make_mesh(sizes, jax.devices()[:n_devices])
         program = Program(make_model, optax.adam(1e-2, eps=1e-3), mesh, numerics)
-        first = first or jax.device_get(program.make_state(0))  # made once: to compile it takes as long as the step
-        state = dataclasses.replace(first, key=jax.random.key(0))  # a key is not copied, and a step uses it up
+        first = first or jax.device_get(program.make_state(0))  # once: compiling it takes as long as the step
+        state = dataclasses.replace(first, key=jax.random.key(0))  # a key is not copied, and a step donates it
         state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, program.abstract_state()))
         step = program.lower_step({"tokens": tokens[0], **others}).compile()
         for ids in tokens:
             state, metrics = step(state, {"tokens": ids, **others}, np.zeros(mesh.size, bool))
-            told[sizes].append(float(metrics.loss))
-    return told
+            found[sizes].append(float(metrics.loss))
+    return found
 
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
-    told = {}
+    found = {}
     for name, make in SYSTEMS.items():
         others = NEIGHBORS if name == "retro" else {}
-        told[name] = losses(make, NUMERICS.get(name, Numerics()), others, [*MESHES, *ALSO.get(name, [])])
-    print(json.dumps(told))
+        found[name] = losses(make, NUMERICS.get(name, Numerics()), others, [*MESHES, *ALSO.get(name, [])])
+    print(json.dumps(found))

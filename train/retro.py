@@ -269,7 +269,7 @@ class Retro(Experiment[Config]):
     # Saved runs.
 
     def saved_index(self, run: Path) -> ChunkIndex:
-        """Load the index that a run was trained with, from its configured folder or from beside the run."""
+        """Load the index that a run was trained with, from its configured folder or the one next to the run."""
         folder = Path(self.config.index)
         return ChunkIndex.load(folder if folder.exists() else run.absolute().parent / folder.name)
 

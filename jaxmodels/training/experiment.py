@@ -13,7 +13,7 @@ A script is a module with a `Config`, a subclass of `Experiment`, and `EXPERIMEN
     if __name__ == "__main__":
         run_script(EXPERIMENT, "python -m my_project.experiment")
 
-What a model class must have:
+A model class has:
 
 - `jaxmodels.register(NAME)` and `config()`: checkpoints are saved under that name. Required.
 - `sequence_axis`: 0 if its calls take tokens [S, B], 1 if [B, S]. Required unless `losses` is overridden.
@@ -343,7 +343,7 @@ def experiment_class(name: str) -> type[Experiment]:
 
 
 def check_checkout(module: str) -> None:
-    """Raise ValueError unless the package `train` is the one beside this package.
+    """Raise ValueError unless the package `train` is the one in this package's checkout.
 
     Many projects have a train.py or a package of that name. A run's config.json must not cause theirs to be imported.
     """

@@ -11,7 +11,7 @@ from jaxmodels.training.run import read_about, saved_experiment, write_about
 from tests.train_common import ROOT, start
 from train import rope, rope_value
 
-WITHOUT = '''
+WITHOUT = """
 import sys
 
 class Hidden:
@@ -20,7 +20,7 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Hidden())
-'''
+"""
 
 
 @pytest.mark.parametrize(

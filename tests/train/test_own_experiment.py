@@ -302,6 +302,6 @@ def test_it_is_planned_for_a_tpu(project):
     assert out.rstrip().endswith("fits")
 
 
-def test_planning_refuses_it_only_for_the_topology(project):
+def test_planning_finds_it_and_refuses_an_unknown_topology(project):
     _, err = end(begin(project, "train.plan", "my_project.experiment", "--topology", "v9:1"), 2)
     assert re.fullmatch(r"python -m train.plan: topology='v9:1' .*\n", err)

@@ -59,7 +59,7 @@ def table(out: str) -> dict[str, float]:
     return {name: float(loss) for name, loss in rows}
 
 
-def test_a_run_compares_with_its_plain_decoder_and_other_neighbors(run_and_output):
+def test_a_run_is_compared_with_its_plain_decoder_and_other_neighbors(run_and_output):
     run, out = run_and_output
     found = table(out)
     assert list(found) == [
@@ -77,7 +77,7 @@ def test_a_run_compares_with_its_plain_decoder_and_other_neighbors(run_and_outpu
     assert {path.name for path in run.iterdir()} == {"index", "plain", "retrieval"}
 
 
-def test_the_same_command_says_it_again_without_work(run_and_output, flags, monkeypatch):
+def test_the_same_command_prints_the_comparison_again_without_work(run_and_output, flags, monkeypatch):
     run, out = run_and_output
     monkeypatch.setattr(examples, "look_up", None)  # everything was kept
     assert table(train(*flags, "--out", run)) == table(out)
@@ -96,7 +96,7 @@ def test_the_same_command_says_it_again_without_work(run_and_output, flags, monk
         retro.main(other)
 
 
-def test_samples_and_their_judgement_come_from_a_run(run_and_output, text, capsys):
+def test_a_run_is_sampled_and_evaluated(run_and_output, text, capsys):
     run, _ = run_and_output
     for name in ("retrieval", "plain"):
         capsys.readouterr()
@@ -114,7 +114,7 @@ def test_samples_and_their_judgement_come_from_a_run(run_and_output, text, capsy
     assert re.search("seq_len=3 .*chunk_len=4", capsys.readouterr().err)
 
 
-def test_retrofit_trains_retrieval_alone_and_leaves_the_decoder_as_it_is(run_and_output, flags, tmp_path):
+def test_retrofit_trains_only_retrieval_and_does_not_change_the_decoder(run_and_output, flags, tmp_path):
     run, _ = run_and_output
     out = train(*flags, "--out", tmp_path / "fit", "--from-decoder", run / "plain", "--index", run / "index")
     decoder, fitted = latest_model(run / "plain")[0], latest_model(tmp_path / "fit" / "retrieval")[0]
@@ -181,7 +181,7 @@ def test_the_first_process_makes_files_and_the_others_read_them(interrupted, mon
         assert events == [False, "made"]
 
 
-def test_two_processes_train_and_compare_as_one(run_and_output, flags, tmp_path):
+def test_two_processes_train_and_compare_like_one(run_and_output, flags, tmp_path):
     processes = start_two("train.retro", *flags, "--mesh", "fsdp=2", "--out", tmp_path / "run")
     ends = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends

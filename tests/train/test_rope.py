@@ -58,7 +58,7 @@ def run(run_and_output) -> Path:
     return run_and_output[0]
 
 
-def test_what_a_run_prints_and_leaves(run_and_output):
+def test_a_run_prints_its_result_and_writes_its_files(run_and_output):
     run, out = run_and_output
     assert re.search(r"^step 5: loss \d\.\d+, validation loss \d\.\d+, written greedily:\n    .*\|", out, re.M)
     assert "step 7/7" in out  # the progress bar
@@ -80,7 +80,7 @@ def test_what_a_run_prints_and_leaves(run_and_output):
     assert list((run / "tensorboard").iterdir())
 
 
-def test_a_finished_run_is_judged_again_and_goes_on_with_more_steps(run_and_output, text, tmp_path):
+def test_a_finished_run_is_evaluated_again_and_extended_by_more_steps(run_and_output, text, tmp_path):
     def results(out: str) -> list[str]:
         return out[out.index("\nvalidation loss") :].splitlines()[:4]
 
@@ -179,20 +179,20 @@ def test_sample_continues_the_prompt(run, capsys):
     assert write("--temperature", 0) == write("--top-k", 1)
 
 
-def test_a_long_text_never_reaches_beyond_the_trained_length(run):
+def test_a_long_text_never_exceeds_the_trained_length(run):
     model, step = latest_model(run)
     assert step == 7
     logits = jax.jit(lambda ids: model(ids[:, None])[:, 0])
     ids = CharVocabulary.of(TEXT).encode("5 men and 25 women")
     text = ids
     for _ in range(3):
-        piece = np.resize(text[-5:], 11)  # what lies behind a position does not change its logits
+        piece = np.resize(text[-5:], 11)  # later tokens do not change a position's logits
         for i in range(5, 11):
             piece[i] = logits(piece)[i - 1].argmax()
         text = np.concatenate([text, piece[5:]])
     np.testing.assert_array_equal(continue_text(model, ids, 17, seq_len=11), text[len(ids) :][:17])
-    asked = iter([False, True])
-    assert len(continue_text(model, ids, 17, seq_len=11, interrupted=lambda: next(asked))) == 6
+    interrupted = iter([False, True])
+    assert len(continue_text(model, ids, 17, seq_len=11, interrupted=lambda: next(interrupted))) == 6
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_evaluate_finds_the_loss_that_training_did(run, tmp_path, capsys):
     assert evaluated(capsys, model, "--text", held_out, "--seq-len", 11, "--batch-size", 5) == found
 
 
-def test_bits_per_byte_and_per_character_are_of_the_text_that_was_predicted(run, tmp_path, capsys):
+def test_bits_per_byte_and_per_character_are_of_the_predicted_text(run, tmp_path, capsys):
     tokenize(str(ROOT / "LICENSE"), tmp_path / "tokens", "bytes")
     model = AutoregressiveTransformer(256, 6, 3, 5, 1, rngs=nnx.Rngs(0))
     jaxmodels.save(model, tmp_path / "model")

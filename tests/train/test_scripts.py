@@ -76,13 +76,13 @@ def test_answers_of_prompts_of_different_lengths_end_with_their_line(monkeypatch
     assert [text.rpartition("x==")[2] for text in found] == ["3", "1023", "23"]
 
 
-def test_answering_ends_where_it_is_interrupted(monkeypatch):
+def test_answering_stops_when_interrupted(monkeypatch):
     def generate(model, ids, n, **others):
         return jax.numpy.zeros((n, ids.shape[1]), int)
 
     monkeypatch.setattr(rope_value, "generate", generate)
-    asked = iter([False, False, True])
-    shown, numbers = experiment().report(Oracle(), None, lambda: next(asked))
+    interrupted = iter([False, False, True])
+    shown, numbers = experiment().report(Oracle(), None, lambda: next(interrupted))
     assert shown.startswith("0 of 32 answers right, such as\n?x=")
     assert numbers == {}
     assert experiment().report(Oracle(), None, lambda: True)[1] == {}
@@ -102,7 +102,7 @@ def test_rope_value_scores_its_answers(tiny, tmp_path, capsys):
     assert re.fullmatch(r"\n.{3}\n", capsys.readouterr().out, re.S)
 
 
-def test_a_prompt_is_in_what_the_vocabulary_has():
+def test_the_default_prompt_is_in_the_vocabulary():
     assert sample.default_prompt(CharVocabulary("\n Teh")) == "The "
     assert sample.default_prompt(VOCABULARY) == "\n"
     assert sample.default_prompt(CharVocabulary("äb")) == "ä"
@@ -125,7 +125,7 @@ def test_synthesizers_side_by_side(tiny, tmp_path, capsys, monkeypatch):
         synthesizer.main([*arguments, "--d-ff", "17"])
 
 
-def test_feedback_begins_with_a_parallel_transformer(tmp_path, monkeypatch):
+def test_feedback_starts_from_a_parallel_transformer(tmp_path, monkeypatch):
     vocabulary = CharVocabulary("abc\n ")
     vocabulary.save(tmp_path / "vocabulary.json")
     parallel = AutoregressiveTransformer(len(vocabulary), 8, 2, 11, 1, "relative", rngs=nnx.Rngs(0))
@@ -164,7 +164,7 @@ def saved_neox(folder, n_vocab: int = 61, **others):
     return model
 
 
-def test_neox_tunes_biases_alone(tiny, tmp_path):
+def test_neox_tunes_only_biases(tiny, tmp_path):
     (tmp_path / "sea.txt").write_text(TEXT)
     tokenize(str(tmp_path / "sea.txt"), tmp_path / "tokens")
     before = flat_arrays(saved_neox(tmp_path / "model").stacked())

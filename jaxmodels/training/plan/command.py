@@ -1,4 +1,4 @@
-"""Whether and how fast a training step would run on a TPU slice, computed on a machine without one.
+"""Memory and time of a training step on a TPU slice, computed on a machine without one.
 
     python -m train.plan rope --preset original --topology v5e:2x4 --mesh fsdp=4,tensor=2 --batch-size 64
     python -m train.plan my_project.experiment --topology v5e:2x4

@@ -1,4 +1,4 @@
-"""What a compiled training step needs: its memory, operations and communication, and the table that shows them."""
+"""Needs of a compiled training step: memory, operations and communication, and the table that shows them."""
 
 import dataclasses
 import math

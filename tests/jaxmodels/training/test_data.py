@@ -36,7 +36,7 @@ def test_a_batch_is_windows_of_the_text_and_their_next_tokens(batches):
     np.testing.assert_array_equal(tokens, tokens[:, :1] + np.arange(S + 1))
 
 
-def test_batches_are_the_examples_in_their_order_and_depend_on_the_seed_alone(batches):
+def test_batches_are_the_examples_in_order_and_depend_only_on_the_seed(batches):
     first, again, other = (batches(seed) for seed in (3, 3, 4))
     straight = np.stack([next(first)["tokens"] for _ in range(16)])
     np.testing.assert_array_equal(straight[:, :, 0].ravel(), starts(3, 0, 16 * B))
@@ -44,7 +44,7 @@ def test_batches_are_the_examples_in_their_order_and_depend_on_the_seed_alone(ba
     assert (straight != [next(other)["tokens"] for _ in range(16)]).any()
 
 
-def test_an_iterator_goes_on_where_its_state_says(batches):
+def test_an_iterator_resumes_from_its_state(batches):
     first, second = batches(), batches()
     for _ in range(5):
         next(first)
@@ -54,7 +54,7 @@ def test_an_iterator_goes_on_where_its_state_says(batches):
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 4])
-def test_an_epoch_draws_each_window_once_in_an_order_of_its_own(epoch):
+def test_an_epoch_draws_each_window_once_in_a_new_order(epoch):
     now, later = (starts(3, e * 100, 100) for e in (epoch, epoch + 1))
     assert sorted(now // S) == list(range(100))
     assert (now // S != later // S).any()
@@ -69,7 +69,7 @@ def test_offsets_take_every_value_up_to_the_sequence_length():
     assert set(offsets[:, 2]) == set(range(5))  # the last window stays in the text
 
 
-def test_validation_windows_predict_each_token_once_and_the_last_batch_is_filled_up():
+def test_validation_windows_predict_each_token_once_and_the_last_batch_is_padded():
     tokens = np.stack([WINDOWS[i]["tokens"] for i in range(len(WINDOWS))])
     np.testing.assert_array_equal(tokens[:, 1:].ravel(), np.arange(1, 100 * S + 1))
     with pytest.raises(IndexError):
@@ -85,7 +85,7 @@ def test_a_text_shorter_than_a_sequence_is_an_error():
         Windows(IDS[:S], S, "training")
 
 
-def test_batches_lie_where_the_steps_expect_them(batches):
+def test_batches_have_the_sharding_that_steps_expect(batches):
     batch = next(batches())["tokens"]
     assert isinstance(batch, jax.Array)
     assert batch.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))

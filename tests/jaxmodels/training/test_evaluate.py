@@ -135,6 +135,6 @@ def test_a_run_without_a_text_is_evaluated_on_its_held_out_problems(make_run, ca
 
 @pytest.mark.parametrize("flag", ["seq-len", "batch-size"])
 @pytest.mark.parametrize("value", [0, -3])
-def test_a_size_below_1_is_refused_first(flag, value):
+def test_a_size_below_1_is_refused_before_any_work(flag, value):
     with pytest.raises(ValueError, match=f"^{flag.replace('-', '_')}={value} .*1"):
         scores("nowhere", f"--{flag}={value}")

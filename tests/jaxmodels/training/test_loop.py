@@ -74,7 +74,7 @@ def test_training_lowers_the_loss_of_the_next_token(make):
     assert loop.position.step == int(loop.position.state.step) == 60
 
 
-def test_steps_in_pieces_are_the_same_steps_and_compile_nothing(make):
+def test_advancing_in_pieces_takes_the_same_steps_without_compiling(make):
     whole, pieces = make(), make()
     whole.advance(7)
     compilations = []
@@ -89,7 +89,7 @@ def test_steps_in_pieces_are_the_same_steps_and_compile_nothing(make):
     assert pieces.position.data == whole.position.data
 
 
-def test_a_curriculum_takes_the_first_tokens_of_each_sequence_and_compiles_once_a_length(make):
+def test_a_curriculum_uses_the_first_tokens_and_compiles_once_per_length(make):
     lengths = [3, 3, 5, S, S]
     loop, by_hand = make(), make()
     loop.length_at, loop.callbacks.compiled = lengths.__getitem__, []
@@ -112,14 +112,14 @@ def test_evaluation_is_the_mean_over_all_windows():
     assert Evaluation(made, HELD_OUT, B, None)(state) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_what_was_not(make):
+def test_a_loss_that_is_not_finite_is_an_error_that_names_step_and_gradients(make):
     loop = make(optax.sgd(float("nan")))
     with pytest.raises(ValueError, match=r"^step 2: .*nan.*src_embed\.embedding"):
         loop.advance(5)
     assert len(loop.position.losses) == 1
 
 
-def test_a_gradient_that_is_not_finite_is_found_behind_a_finite_loss(make):
+def test_a_gradient_that_is_not_finite_is_found_with_a_finite_loss(make):
     def losses(model, batch, rng):
         nats = token_losses(model, batch, rng)
         return nats + (0 * jax.numpy.sqrt(0 * nats.sum()))  # d√x/dx is infinite at 0
@@ -130,7 +130,7 @@ def test_a_gradient_that_is_not_finite_is_found_behind_a_finite_loss(make):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_ends_between_two_steps(make, number, code):
+def test_a_signal_stops_the_loop_between_two_steps(make, number, code):
     with interruptible() as stop:
         loop = make(stop=stop, after_step=lambda metrics: os.kill(os.getpid(), number) if metrics.step == 5 else None)
         assert not loop.advance(1000)
@@ -142,7 +142,7 @@ def test_a_signal_ends_between_two_steps(make, number, code):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_evaluation_ends_when_it_is_asked_to():
+def test_a_signal_stops_an_evaluation():
     with interruptible() as stop:
         made = program()
         evaluation = Evaluation(made, HELD_OUT, B, stop)

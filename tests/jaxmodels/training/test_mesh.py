@@ -36,7 +36,7 @@ from train import feedback, rope
     ("text", "n", "expected"),
     [("", 8, (8, 1, 1)), ("fsdp=4", 8, (2, 4, 1)), ("tensor=2,fsdp=3", 6, (1, 3, 2)), ("data=2,fsdp=2", 4, (2, 2, 1))],
 )
-def test_mesh_sizes(text, n, expected):
+def test_mesh_sizes_are_parsed(text, n, expected):
     assert tuple(parse_sizes(text, n).values()) == expected
 
 
@@ -75,7 +75,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "neox", "retro"])
-def test_the_tables_place_every_array_and_divide_every_large_one(make):
+def test_sharding_rules_place_every_array_and_divide_every_large_one(make):
     found = shapes(make)
     specs = parameter_specs(nnx.eval_shape(make), found, abstract_mesh(fsdp=4, tensor=2))
     assert specs.keys() == found.keys()
@@ -84,7 +84,7 @@ def test_the_tables_place_every_array_and_divide_every_large_one(make):
     assert [path for path in large if not any(specs[path])] == []
 
 
-def test_the_tables_refuse_what_they_do_not_know():
+def test_sharding_rules_refuse_unknown_arrays_and_uneven_sizes():
     mesh = abstract_mesh(fsdp=2)
     with pytest.raises(ValueError, match=r"Linear .*sharding_rules.*fsdp=2"):
         parameter_specs(nnx.Linear, {}, mesh)
@@ -94,7 +94,7 @@ def test_the_tables_refuse_what_they_do_not_know():
         parameter_specs(AutoregressiveTransformer, {"a.layer1.kernel": (7, 3), "b.layer1.kernel": (5, 3)}, mesh)
 
 
-def test_one_device_holds_any_model_whole():
+def test_one_device_replicates_any_model():
     found = {"encoder.novelty": (2, 3), "layers.0.readout": ()}
     for model in (nnx.Linear, NeoX):
         assert parameter_specs(model, found, abstract_mesh()) == dict.fromkeys(found, P())
@@ -163,7 +163,7 @@ for folder in folders:
 """
 
 
-def test_a_checkpoint_is_opened_with_each_part_on_its_device(tmp_path):
+def test_a_checkpoint_is_loaded_with_each_shard_on_its_device(tmp_path):
     sizes = {"n_vocab": 32, "n_hidden": 32, "n_layers": 3, "n_heads": 4, "n_ff": 40, "rope_percentage": 0.5}
     model = NeoX(NeoXConfig(**sizes), rngs=nnx.Rngs(0))
     jaxmodels.save(model, tmp_path / "orbax")
@@ -184,7 +184,7 @@ def losses() -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_losses_on_every_mesh_are_those_of_one_device(losses, system):
+def test_losses_on_every_mesh_equal_those_of_one_device(losses, system):
     of_one = losses[system].pop("")
     assert len(set(of_one)) == 4
     assert ["", *losses[system]] == [*MESHES, *ALSO.get(system, [])]
@@ -228,7 +228,7 @@ def test_processes_are_named_by_flags_or_by_variables_or_not_at_all(monkeypatch)
         ({"peer_timeout": 0}, {}, "^peer_timeout=0 .*1"),
     ],
 )
-def test_processes_that_are_named_in_part_or_wrongly_are_an_error(flags, variables, message, monkeypatch):
+def test_processes_named_incompletely_or_wrongly_are_an_error(flags, variables, message, monkeypatch):
     for variable in VARIABLES.values():
         monkeypatch.setenv(variable, variables.get(variable, ""))
     with pytest.raises(ValueError, match=message):
@@ -253,17 +253,17 @@ def alone(*flags: object) -> None:
     assert main(rope.Rope, "train.rope", [*TINY, *map(str, flags)]) == 0
 
 
-def told(run: Path, name: str = "loss") -> dict[int, float]:
-    """By step."""
+def logged(run: Path, name: str = "loss") -> dict[int, float]:
+    """Values by step."""
     return {line["step"]: line[name] for line in read(run) if name in line}
 
 
-def test_two_processes_train_as_one_and_end_as_one_and_one_goes_on_alone(text, tmp_path):
+def test_two_processes_train_and_stop_like_one_and_one_resumes_alone(text, tmp_path):
     flags = [*text, "--every", 10, "--validation-batches", 3]
     here = ["--out", tmp_path / "run", "--mesh", "fsdp=2"]
     processes = start_two("train.rope", *TINY, *flags, *here, "--steps", 10**6, by_variables=True)
     wait_for_lines(tmp_path / "run", 12, processes)
-    processes[1].terminate()  # one is asked, both end
+    processes[1].terminate()  # one is signaled, both stop
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     stopped = steps(tmp_path / "run" / "checkpoints")[-1]
@@ -273,16 +273,16 @@ def test_two_processes_train_as_one_and_end_as_one_and_one_goes_on_alone(text, t
 
     alone("--out", tmp_path / "run", *flags, "--steps", stopped + 5)
     alone("--out", tmp_path / "straight", *flags, "--steps", stopped + 5)
-    found, expected = told(tmp_path / "run"), told(tmp_path / "straight")
+    found, expected = logged(tmp_path / "run"), logged(tmp_path / "straight")
     assert list(found) == list(expected) == list(range(1, stopped + 6))
     # what rounding does to a parameter grows with the steps
     np.testing.assert_allclose(list(found.values())[:35], list(expected.values())[:35], rtol=1e-5)
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
-    judged = [told(tmp_path / name, "validation_loss")[10] for name in ("run", "straight")]
+    judged = [logged(tmp_path / name, "validation_loss")[10] for name in ("run", "straight")]
     np.testing.assert_allclose(*judged, rtol=1e-5)
 
 
-def test_two_go_on_where_one_stopped_and_when_one_dies_the_other_ends_with_an_error(text, tmp_path):
+def test_two_processes_resume_a_run_of_one_and_if_one_dies_the_other_ends_with_an_error(text, tmp_path):
     run, straight, flags = tmp_path / "run", tmp_path / "straight", [*text, "--every", 10**6]
     alone("--out", run, *flags, "--steps", 3)
     shutil.copytree(run, straight)
@@ -294,11 +294,11 @@ def test_two_go_on_where_one_stopped_and_when_one_dies_the_other_ends_with_an_er
     assert processes[0].returncode != 0
     assert err
     assert "at step 3\n" in out
-    found, expected = told(run), told(straight)
+    found, expected = logged(run), logged(straight)
     np.testing.assert_allclose([found[step] for step in (4, 5, 6)], [expected[step] for step in (4, 5, 6)], rtol=1e-5)
 
 
-def test_two_processes_begin_with_a_model_as_one_does(text, tmp_path):
+def test_two_processes_start_from_a_model_like_one(text, tmp_path):
     """A loaded model's arrays are each process's own; those of a state lie on the devices of both."""
     alone("--out", tmp_path / "parallel", *text, "--attention", "relative", "--steps", 2)
     flags = [*TINY, *text, "--from-parallel", tmp_path / "parallel", "--steps", 3]
@@ -306,5 +306,5 @@ def test_two_processes_begin_with_a_model_as_one_does(text, tmp_path):
     ends = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     assert main(feedback.Feedback, "train.feedback", list(map(str, [*flags, "--out", tmp_path / "one"]))) == 0
-    found, expected = (list(told(tmp_path / name).values()) for name in ("two", "one"))
+    found, expected = (list(logged(tmp_path / name).values()) for name in ("two", "one"))
     np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -22,7 +22,7 @@ def gradients(seed: int = 0) -> list[dict[str, np.ndarray]]:
 
 
 def apply(transformation: optax.GradientTransformation, gradients: list, begun: dict | None = None) -> dict:
-    """Parameters after one update per gradient, from zero unless told."""
+    """Parameters after one update per gradient, from zero unless given."""
     parameters = jax.tree.map(jnp.zeros_like, gradients[0]) if begun is None else begun
     state = transformation.init(parameters)
     for gradient in gradients:
@@ -123,7 +123,7 @@ def test_cosine_rises_linearly_and_falls_to_a_tenth():
         make_schedule("cosine", rate, width=D, warmup=5, steps=5)
 
 
-def test_the_originals_epsilon_weighs_more_at_first():
+def test_the_originals_epsilon_has_more_effect_in_the_first_steps():
     original, torch_form = (apply(scale_by_adam(form, eps=EPS), gradients()[:1]) for form in ("original", "torch"))
     assert (np.abs(original["a"]) < 0.5 * np.abs(torch_form["a"])).all()
 

@@ -44,7 +44,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-def test_collectives_are_counted_by_kind_with_the_turns_of_their_loops():
+def test_collectives_are_counted_by_kind_and_loop_iteration():
     found = {collective.kind: (collective.count, collective.moved) for collective in hlo.collectives(HLO)}
     assert found == {
         "all-gather": (44, 44 * 3 * 128 * 2 * 3 / 4),  # once, though its start and its end both name it
@@ -77,7 +77,7 @@ def moved(line: str, n: int = 4) -> float:
         ("(s8[6]{0}, s8[6]{0}, s8[6]{0}, s8[6]{0}) all-to-all(%a, %b, %c, %d)", 24 * 3 / 4),
     ],
 )
-def test_a_collective_of_several_arrays_moves_all_of_them_once(line, expected):
+def test_a_collective_of_several_arrays_moves_each_once(line, expected):
     assert moved(line) == expected
 
 
@@ -107,7 +107,7 @@ ENTRY %main (x: bf16[192,6]) -> bf16[192,6] {
 """
 
 
-def test_a_ring_around_a_product_turns_by_two_and_counts_unsigned():
+def test_a_ring_around_a_product_has_an_unsigned_counter_and_two_unrolled_iterations():
     ring = hlo.Collective("collective-permute", 16, 16 * 192 * 6 * 2)
     overlapped = hlo.Collective(
         "all-gather", 1, 3 * 20 * 2 * 3 / 4
@@ -128,11 +128,11 @@ ENTRY %main (x: f32[28,5]) -> f32[7,5] {
 """
 
 
-def test_a_tpus_fused_reduce_scatter_is_none_of_its_all_reduces():
+def test_a_tpus_fused_reduce_scatter_is_not_counted_as_an_all_reduce():
     assert hlo.collectives(TPU_REDUCE_SCATTER) == [hlo.Collective("reduce-scatter", 1, 28 * 5 * 4 * 3 / 4)]
 
 
-def test_products_are_counted_with_the_turns_of_their_loops():
+def test_matrix_products_are_counted_per_loop_iteration():
     import jax
     import jax.numpy as jnp
 
@@ -203,7 +203,7 @@ def test_every_experiments_step_compiles_for_a_v5e(experiment):
 
 @needs_libtpu
 @pytest.mark.parametrize(("topology", "kind"), [("v5p:2x2x1", "4 × TPU v5: "), ("v6e:1x1", "1 × TPU v6 lite: ")])
-def test_other_generations(topology, kind):
+def test_other_generations_compile(topology, kind):
     process = planned("rope", *SMALL, "--topology", topology)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
@@ -211,7 +211,7 @@ def test_other_generations(topology, kind):
 
 
 @needs_libtpu
-def test_a_step_that_does_not_fit_says_what_to_try():
+def test_a_step_that_does_not_fit_is_refused_with_suggestions():
     flags = ["--n-layers", 1, "--seq-len", 256, "--batch-size", 16_384, "--topology", "v5e:1x1"]
     process = planned("rope", *flags)
     _, err = process.communicate(timeout=600)

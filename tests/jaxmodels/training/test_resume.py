@@ -1,4 +1,4 @@
-"""Runs that are killed or asked to end, as real processes: they go on as if nothing had been, bit for bit."""
+"""Runs that are killed or signaled, as real processes: they resume bit for bit."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory, compile_cache):
-    """What starts a run with dropout and a checkpoint every 5 steps."""
+    """Flags of a run with dropout and a checkpoint every 5 steps."""
     file = tmp_path_factory.mktemp("text") / "sea.txt"
     file.write_text(TEXT)
     flags = [*TINY, "--dropout", 0.1, "--text", file, "--steps", STEPS, "--no-tensorboard"]
@@ -59,7 +59,7 @@ def numbers(run: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def straight(new, tmp_path_factory) -> dict[str, np.ndarray]:
-    """Of a run that nothing stopped."""
+    """Numbers of a run that was not stopped."""
     run = tmp_path_factory.mktemp("straight") / "run"
     finish(*new, "--out", run)
     found = numbers(run)
@@ -75,7 +75,7 @@ def assert_same(run: Path, straight: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_a_run_that_is_killed_at_any_moment_goes_on_exactly(new, straight, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_exactly(new, straight, tmp_path):
     run, rng = tmp_path / "run", np.random.default_rng()
     # as the folder is made, and after so many lines of the curve; and a moment more that is different each time
     for lines in (None, 1, 22):
@@ -100,7 +100,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_exactly(new, straight, tmp_p
         (signal.SIGTERM, 0, "step 5: loss"),  # while it trains, saves, evaluates or samples
     ],
 )
-def test_a_signal_saves_and_ends_the_run_and_it_goes_on_exactly(new, straight, tmp_path, number, code, after):
+def test_a_signal_saves_and_ends_a_run_which_resumes_exactly(new, straight, tmp_path, number, code, after):
     run = tmp_path / "run"
     process = start("train.rope", *new, "--out", run)
     for line in process.stdout:
@@ -131,7 +131,7 @@ def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(new, tmp_path):
     assert "step 5: loss" not in out  # what the evaluation would have ended with
 
 
-def test_what_a_kill_leaves_before_there_is_a_configuration_is_no_obstacle(new, tmp_path):
+def test_leftovers_of_a_kill_before_the_configuration_was_written_do_not_matter(new, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / ".lock").touch()
@@ -140,7 +140,7 @@ def test_what_a_kill_leaves_before_there_is_a_configuration_is_no_obstacle(new, 
     assert steps(run / "checkpoints") == [2]
 
 
-def test_a_run_that_saved_nothing_may_begin_anew_with_other_values(new, tmp_path):
+def test_a_run_without_checkpoint_may_restart_with_other_hyperparameters(new, tmp_path):
     run = tmp_path / "run"
     constant = ["--schedule", "constant", "--clip", "None", "--learning-rate"]
     with pytest.raises(ValueError, match=r"^step \d+: .* not finite"):
@@ -152,7 +152,7 @@ def test_a_run_that_saved_nothing_may_begin_anew_with_other_values(new, tmp_path
 
 
 @pytest.mark.parametrize("every", [1, 5])
-def test_profiling_saves_and_reports_as_ever(new, tmp_path, every):
+def test_profiling_does_not_change_saves_and_reports(new, tmp_path, every):
     run = tmp_path / "run"
     out = finish(*new, "--out", run, "--steps", 3, "--every", every, "--profile", 5)
     assert list((run / "profile").rglob("*.xplane.pb"))
@@ -160,7 +160,7 @@ def test_profiling_saves_and_reports_as_ever(new, tmp_path, every):
     assert out.count(", validation loss ") == (3 if every == 1 else 1)
 
 
-def test_two_do_not_train_in_one_folder(new, ended, tmp_path):
+def test_two_processes_do_not_train_in_one_folder(new, ended, tmp_path):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     experiment, command = parse(rope.Rope, "train.rope", [*new, "--out", str(run)])
     opened = Trainer(experiment, run, command.options)
@@ -188,13 +188,13 @@ def damage(file: Path, how: str) -> None:
             file.write_bytes(bytes(file.stat().st_size))
 
 
-# Orbax leaves tasks behind when a file of its own is damaged; whichever test runs when they are collected is told.
+# Orbax leaves tasks behind if one of its files is damaged; the test that runs when they are collected gets a warning.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("name", "how"),
     [("state/state/d/*", "cut"), ("model/params/state/manifest.ocdbt", "zeros"), ("losses.npy", "gone")],
 )
-def test_a_damaged_checkpoint_is_passed_over_loudly(new, ended, tmp_path, capsys, name, how):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(new, ended, tmp_path, capsys, name, how):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     damage(next((run / "checkpoints" / "12").glob(name)), how)
     (run / "checkpoints" / "99").mkdir()  # what a kill leaves
@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(new, ended, tmp_path, capsys
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"5", "10", "12.damaged"}
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_start_anew(new, ended, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_an_error(new, ended, tmp_path):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     for step in (5, 10, 12):
         damage(run / "checkpoints" / str(step) / "losses.npy", "cut")
@@ -214,6 +214,6 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(new, ended, tmp_pa
         main(rope.Rope, "train.rope", [*new, "--out", str(run)])
 
 
-def test_checkpoints_are_kept_as_asked(new, tmp_path):
+def test_checkpoints_are_kept_by_keep_and_keep_every(new, tmp_path):
     finish(*new, "--out", tmp_path / "run", "--steps", 35, "--keep", 2, "--keep-every", 10)
     assert steps(tmp_path / "run" / "checkpoints") == [10, 20, 30, 35]

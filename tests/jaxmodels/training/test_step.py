@@ -25,7 +25,7 @@ def transformer(seed: int = 0) -> AutoregressiveTransformer:
 
 @pytest.fixture(scope="module")
 def state():
-    """Of the transformer above, before its first step."""
+    """State of the transformer above before its first step."""
     return program(make=transformer).make_state(0)
 
 
@@ -33,7 +33,7 @@ def gradients(made: Program, state: State):
     return jax.jit(lambda state: made.gradients(state, BATCH))(state)
 
 
-def test_losses_are_those_of_the_next_tokens_for_either_layout_of_a_model():
+def test_losses_are_of_the_next_tokens_for_either_layout_of_a_model():
     model = Bigrams()
     logits = jax.nn.log_softmax(model(TOKENS[:, :-1].T))
     expected = -np.take_along_axis(np.asarray(logits), TOKENS[:, 1:].T[..., None], 2)[..., 0].T
@@ -49,7 +49,7 @@ def test_losses_are_those_of_the_next_tokens_for_either_layout_of_a_model():
 
 
 @pytest.mark.usefixtures("x64")
-def test_accumulated_gradients_are_those_of_the_whole_batch(state):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(state):
     wide = {name: np.asarray(array, np.float64) for name, array in state.params.items()}
     wide = dataclasses.replace(state, params=wide)
     loss, whole = gradients(program(make=transformer), wide)
@@ -61,7 +61,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(state):
             np.testing.assert_allclose(summed[name], gradient, rtol=0, atol=1e-13 * np.abs(gradient).max() + 1e-16)
 
 
-def test_what_is_computed_again_is_the_same(state):
+def test_rematerialization_does_not_change_the_gradients(state):
     none, dots, layers = (program(make=transformer, numerics=Numerics(remat=r)) for r in ("none", "dots", "layers"))
     products = {}
     for made in (none, dots, layers):
@@ -78,7 +78,7 @@ def test_what_is_computed_again_is_the_same(state):
         np.testing.assert_allclose(got[name], gradient, atol=1e-6)
 
 
-def test_bfloat16_computes_and_float32_remembers(state):
+def test_bfloat16_computes_and_float32_stores(state):
     made = program(make=transformer, numerics=Numerics(compute_dtype="bfloat16"))
     assert {array.dtype for array in state.params.values()} == {jnp.dtype("float32")}
     assert {array.dtype for array in jax.tree.leaves(state.optimizer)} == {jnp.dtype("float32"), jnp.dtype("int32")}
@@ -92,7 +92,7 @@ def test_bfloat16_computes_and_float32_remembers(state):
     assert "bf16[12,17]" in text
 
 
-def test_only_what_trains_changes():
+def test_only_trained_parameters_change():
     class WithTable(Bigrams):
         def __init__(self):
             super().__init__()
@@ -111,25 +111,25 @@ def test_only_what_trains_changes():
     assert made.model(after).table[...].shape == (V,)
 
 
-def test_dropout_is_another_at_each_step_and_in_each_part_and_the_same_again_for_the_same_key():
+def test_dropout_differs_by_step_part_and_key_and_is_reproducible():
     frozen = optax.sgd(0.0)
 
     def losses(seed: int, **options) -> list[float]:
-        """Of three steps over one batch, without learning from it."""
+        """Losses of three steps over one batch, without learning from it."""
         made = program(frozen, dropout=True, **options)
-        state, told, step = made.make_state(seed), [], jax.jit(made.step)
+        state, found, step = made.make_state(seed), [], jax.jit(made.step)
         for _ in range(3):
             state, metrics = step(state, BATCH, STOP)
-            told.append(float(metrics.loss))
-        return told
+            found.append(float(metrics.loss))
+        return found
 
     assert len(set(losses(0) + losses(1) + losses(0, numerics=Numerics(2)))) == 9
     assert losses(0) == losses(0)
 
 
-def test_the_state_is_used_up_and_keeps_its_places():
+def test_the_state_is_donated_and_keeps_its_shardings():
     made = program(make=transformer)
-    state = made.make_state(0)  # one of its own: it is used up
+    state = made.make_state(0)  # not the fixture's: it is donated
     compiled = made.lower_step(BATCH).compile()
     old = state.params["src_embed.embedding"]
     before = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), state)

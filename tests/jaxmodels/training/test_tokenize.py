@@ -31,7 +31,7 @@ def tokenizer(tmp_path):
     return tmp_path / "tokenizer.json"
 
 
-def test_characters_of_a_folder_are_those_of_the_file(text, tmp_path, capsys):
+def test_a_folder_of_characters_equals_the_text_file(text, tmp_path, capsys):
     run([text, str(tmp_path / "tokens")])
     assert "tokens to train on" in capsys.readouterr().out
     mapped, read = open_tokens(str(tmp_path / "tokens")), open_tokens(text)
@@ -40,7 +40,7 @@ def test_characters_of_a_folder_are_those_of_the_file(text, tmp_path, capsys):
     np.testing.assert_array_equal(mapped.train, read.train)
     np.testing.assert_array_equal(mapped.validation, read.validation)
     assert mapped.vocabulary == read.vocabulary == CharVocabulary.of(SPICED)
-    assert mapped.sha256 == read.sha256  # a run on either goes on with the other
+    assert mapped.sha256 == read.sha256  # a run on either resumes with the other
     assert len(mapped.train) == int(0.9 * len(SPICED))
 
 
@@ -54,7 +54,7 @@ def test_bytes_write_any_text(text, tmp_path):
     assert len(tokens.vocabulary) == 256
 
 
-def test_a_tokenizer_file_goes_along(text, tmp_path, tokenizer):
+def test_a_tokenizer_file_is_copied_into_the_folder(text, tmp_path, tokenizer):
     run([text, str(tmp_path / "tokens"), "--tokenizer", str(tokenizer)])
     tokens = open_tokens(str(tmp_path / "tokens"))
     assert len(tokens.vocabulary) == 7
@@ -71,13 +71,13 @@ def test_a_vocabulary_is_read_as_it_was_saved(kind, tmp_path, request):
     assert load_vocabulary(tmp_path / "vocabulary.json") == vocabulary
 
 
-def test_two_texts_have_two_sums(text, tmp_path):
+def test_different_texts_have_different_checksums(text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(SPICED.replace("ñ", "n"))
     assert open_tokens(text).sha256 != open_tokens(str(other)).sha256
 
 
-def test_the_same_ids_of_other_characters_have_another_sum(tmp_path):
+def test_equal_ids_of_different_vocabularies_have_different_checksums(tmp_path):
     texts = [tmp_path / name for name in ("ab.txt", "cd.txt")]
     for file, characters in zip(texts, ("ab", "cd"), strict=True):
         file.write_text(characters * 10)
@@ -94,14 +94,14 @@ def test_the_same_ids_of_other_characters_have_another_sum(tmp_path):
         (["--tokenizer", "{text}"], "tokenizer.json"),
     ],
 )
-def test_bad_input_is_an_error_and_leaves_nothing(flags, message, text, tmp_path):
+def test_bad_input_is_an_error_and_writes_nothing(flags, message, text, tmp_path):
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match=message):
         run([text, str(tmp_path / "tokens"), *(flag.format(text=text) for flag in flags)])
     assert not (tmp_path / "tokens").exists()
 
 
-def test_a_folder_is_not_written_over(text, tmp_path):
+def test_an_existing_folder_is_not_overwritten(text, tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         run([text, str(tmp_path)])
 
