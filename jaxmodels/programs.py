@@ -20,8 +20,10 @@ def run(main: Callable[[], int | None], command: str) -> int:
     """
     try:
         with interruptible():
-            code = main()
-            sys.stdout.flush()
+            try:
+                code = main()
+            finally:
+                sys.stdout.flush()  # after --help too, which exits by SystemExit
             return code or 0
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)

@@ -3,11 +3,17 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from jaxmodels.extras import MissingExtra
 from jaxmodels.programs import run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -43,11 +49,50 @@ def test_ctrl_c_ends_the_command(capsys):
     assert capsys.readouterr().err == "command: interrupted\n"
 
 
-def test_expected_failures_are_one_line(capsys):
-    def fails():
-        raise ValueError("size=3 must be even")
+def raising(error):
+    def main():
+        raise error
 
-    assert run(fails, "command") == 2
-    assert capsys.readouterr().err == "command: size=3 must be even\n"
-    assert run(lambda: None, "command") == 0
-    assert run(lambda: 1, "command") == 1
+    return main
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_the_code_of_main_is_the_code_of_the_program(returned, code, capsys):
+    assert run(lambda: returned, "command") == code
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("size=3 must be even"), 2, "command: size=3 must be even\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "command: [Errno 2] No such file: 'x'\n"),
+        (MissingExtra("train", ("tyro",)), 2, "command: needs tyro: pip install 'jaxmodels[train]'\n"),
+    ],
+)
+def test_an_expected_failure_is_one_line(error, code, line, capsys):
+    assert run(raising(error), "command") == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("error", [TypeError("a bug"), SystemExit(2)])
+def test_other_exceptions_pass(error):
+    with pytest.raises(type(error)):
+        run(raising(error), "command")
+
+
+@pytest.mark.parametrize("command", ["print('x' * 10**6)", "print('x' * 100); sys.exit(0)"])
+def test_a_closed_pipe_ends_the_program_quietly(command):
+    program = f"import sys\nfrom jaxmodels.programs import run\nsys.exit(run(lambda: exec({command!r}), 'command'))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.wait() == 141
+    assert process.stderr.read() == ""
+    process.stderr.close()
