@@ -54,7 +54,8 @@ def main() -> None:
     import torch
 
     from bench.timing import alternate, report, stamp
-    from jaxmodels.neox import PRESETS, NeoXConfig
+    from jaxmodels.neox import NeoXConfig
+    from jaxmodels.neox.config import PRESETS
 
     unknown = [name for name in options.sizes if name not in PRESETS]
     if unknown:

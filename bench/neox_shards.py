@@ -69,7 +69,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from bench.timing import stamp
-    from jaxmodels.convert.neox import open_neox
+    from jaxmodels.convert.neox.read import open_neox
     from jaxmodels.convert.operations import largest_layer
 
     make(folder / "checkpoint", options)
@@ -201,7 +201,7 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
 
     from jaxmodels.allocator import keep_freed_memory
     from jaxmodels.convert import operations
-    from jaxmodels.convert.neox import open_neox
+    from jaxmodels.convert.neox.read import open_neox
     from jaxmodels.convert.source import abstract
     from jaxmodels.neox import NeoXConfig
 

@@ -10,9 +10,13 @@ __all__ = ["__version__", "load", "register", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    # `import jaxmodels` alone stays instant: JAX, Flax and Orbax come with the first use.
+    # Loaded at first use, so that `import jaxmodels` imports neither JAX nor Flax.
     if name in ("load", "register", "save"):
         from jaxmodels import models
 
         return getattr(models, name)
     raise AttributeError(f"module 'jaxmodels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,9 +1,9 @@
-"""What several systems share: layers with PyTorch's defaults, the projection to heads, the feed-forward network.
+"""Layers shared by several systems: PyTorch's defaults for Linear, LayerNorm, Embedding and Dropout; feed-forward.
 
 Axes: D = d_model = H·d_k features, H heads. Leading axes are free.
 
-Flax's own defaults differ from PyTorch's in every one of these: the distributions of initial weights, LayerNorm's
-epsilon (1e-6 against 1e-5) and its variance (E[x²] - E[x]², which cancels badly when the mean is large).
+Flax's defaults differ from PyTorch's in each of these: the distributions of initial weights, LayerNorm's epsilon
+(1e-6 against 1e-5) and its variance (E[x²] - E[x]², which loses precision if the mean is large).
 """
 
 import contextlib
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-# Where training places the arrays of these modules; see `jaxmodels.sharding`. Vocabularies of characters have any size,
-# 65 for one, so that their axis is never divided.
+# Sharding rules of these modules; see `jaxmodels.sharding`. The vocabulary axis is never divided: a vocabulary of
+# characters has any size, for example 65.
 FEED_FORWARD_RULES = [
     (r"layer1\.kernel", P("fsdp", "tensor")),
     (r"layer1\.bias", P("tensor")),
@@ -38,9 +38,9 @@ def hooks(
     placement: Callable[[jax.Array, str], jax.Array] | None = None,
     remat: Callable[[Callable], Callable] | None = None,
 ) -> Iterator[None]:
-    """What `constrain` and `rematerialised` do to models that are traced inside the block; None: nothing.
+    """Set the functions that `constrain` and `rematerialised` apply in models traced inside the block.
 
-    A function that jit has traced before keeps what it was traced with: trace a function of its own for each.
+    jit caches what it traced: jit a new function for each setting.
     """
     tokens = _placement.set(placement), _remat.set(remat)
     try:
@@ -51,29 +51,42 @@ def hooks(
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """x, placed over devices as its name says: a letter per axis, such as "SBD". The identity where no mesh is set."""
+    """Place an activation on the mesh by the letters of its axes, such as "SBD"; the identity without a mesh."""
     place = _placement.get()
     return x if place is None else place(x, name)
 
 
 def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's call, which the backward pass repeats instead of keeping its inside, where training asks for that."""
+    """Wrap a layer's call so that the backward pass recomputes it, if training asks for that; see `hooks`."""
     wrap = _remat.get()
     return function if wrap is None else wrap(function)
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError, naming the argument, if a size is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+
+
+def check_ids(ids: jax.Array, axes: str = "[S, B]") -> None:
+    """Raises ValueError if ids are not a non-empty matrix of integers."""
+    if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids must be non-empty integers {axes}, got {ids.dtype}{list(ids.shape)}")
+
+
 def uniform(fan_in: int) -> Callable[..., jax.Array]:
-    """PyTorch's default for a Linear's weight and for its bias: U(-1/√fan_in, 1/√fan_in)."""
+    """PyTorch's initializer of a Linear's weight and bias: U(-1/√fan_in, 1/√fan_in)."""
     bound = 1 / math.sqrt(fan_in)
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
 
 
 class Linear(nnx.Linear):
-    """y = xW + b, initialised as `torch.nn.Linear`; `kernel` is torch's `weight` transposed."""
+    """y = xW + b, initialized as `torch.nn.Linear`; `kernel` is torch's `weight` transposed."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool = True, *, rngs: nnx.Rngs):
         init = uniform(d_in)
@@ -81,47 +94,54 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Normalises the last axis as `torch.nn.LayerNorm` does: epsilon 1e-5, the variance in two passes.
+    """LayerNorm over the last axis as `torch.nn.LayerNorm`: epsilon 1e-5, two-pass variance.
 
-    dtype is that of the result, None for the widest of what comes in; the variance is never narrower than float32.
+    dtype: of the result; by default the widest of input and parameters. The variance is float32 at least.
     """
 
-    def __init__(self, d_model: int, epsilon: float = 1e-5, dtype=None, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, epsilon: float = 1e-5, dtype: Any = None, *, rngs: nnx.Rngs):
         super().__init__(d_model, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
 class Embed(nnx.Embed):
-    """A table of n_vocab rows, N(0, 1) as in `torch.nn.Embedding`; an id outside it gives NaN, not a wrong row."""
+    """Embedding table initialized with N(0, std), by default as `torch.nn.Embedding`.
+
+    An id outside the table gives NaN instead of another row.
+    """
 
     def __init__(self, n_vocab: int, d_model: int, std: float = 1.0, *, rngs: nnx.Rngs):
         super().__init__(n_vocab, d_model, embedding_init=jax.nn.initializers.normal(std), rngs=rngs)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
-        # Not Flax's own lookup, which casts to the dtype of the first table: a model made in float32 and given float64
-        # weights would compute, and differentiate, in float32 from here on.
-        table = constrain(self.embedding[...], "VD")  # whole: rows of any device's ids are looked up in it
-        return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        # Not nnx.Embed's lookup, which casts to the dtype of the table at construction: a model made in float32 and
+        # given float64 weights would compute and differentiate in float32 from here on.
+        table = constrain(self.embedding[...], "VD")  # whole on every device: any device may look up any row
+        return table.at[inputs].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)  # [..., D]
 
 
 class Dropout(nnx.Dropout):
-    """Zeroes a share of x and scales up the rest; with `rng=None` it is the identity. Holds no random state."""
+    """Dropout with a key passed to the call; the identity if `rng=None`. Holds no random state.
+
+    Raises ValueError if the rate is not in [0, 1].
+    """
 
     def __init__(self, rate: float):
         if not 0 <= rate <= 1:
             raise ValueError(f"dropout_prob={rate} must be from 0 to 1")
         super().__init__(rate)
 
+    # The signature differs from nnx.Dropout's on purpose: a key is the only source of randomness.
     def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
         return super().__call__(x, deterministic=rng is None, rngs=rng)
 
 
 def split_rng(rng: jax.Array | None, n: int) -> tuple[jax.Array | None, ...]:
-    """n keys out of one, or n times None."""
+    """Split a key into n keys, or return n times None."""
     return (None,) * n if rng is None else tuple(jax.random.split(rng, n))
 
 
 class Fixed(nnx.Variable):
-    """An array that belongs to the model and to its checkpoints, but that no optimizer touches (a torch buffer)."""
+    """Array of a model that is saved with it and that no optimizer changes (a buffer in torch)."""
 
 
 class HeadProjection(nnx.Module):
@@ -145,4 +165,5 @@ class FeedForward(nnx.Module):
         self.dropout = Dropout(dropout_prob)
 
     def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """x [..., D] -> [..., D]."""
         return self.layer2(self.dropout(jax.nn.relu(self.layer1(x)), rng))

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, save_arrays
 from jaxmodels.io.safetensors import is_folder, read_folder
-from jaxmodels.weights.place import Shardings, from_flax_names, placed
+from jaxmodels.weights.place import Shardings, from_flax_names, load_tensors
 
 # Modules of the models of this project, by the name in config.json. Nothing else is imported on a file's word.
 MODULES = {
@@ -124,5 +124,5 @@ def load(folder: str | os.PathLike, *, shardings: Shardings | None = None) -> An
     model = nnx.eval_shape(lambda: build(name, config))
     if is_folder(folder, STEM):
         tensors = from_flax_names(model, read_folder(folder, STEM))
-        return placed(model, tensors, shardings=shardings, what=folder.name)
+        return load_tensors(model, tensors, shardings=shardings, what=folder.name)
     return load_arrays(folder / "params", model, shardings)

@@ -1,51 +1,52 @@
-"""The Synthesizer family (arXiv 2005.00743): attention whose logits need no query-key products.
+"""Synthesizer attention (arXiv 2005.00743): logits without query-key products.
 
-Axes: S queries, N keys, n tokens, B batch, H heads, D = d_model = H·d_k, l = max_len, k rank of a factorisation.
+Axes: S queries, N keys, n tokens, B batch, H heads, D = d_model = H·d_k, l = max_len, k rank of a factorization.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.attention import Attention, dot_product_scores, heads_first
-from jaxmodels.layers import Fixed, HeadProjection, Linear, uniform
+from jaxmodels.layers import Fixed, HeadProjection, Linear, check_sizes, uniform
 
-RANK = 8  # k of factorized random, as in the paper
+RANK = 8  # k of factorized_random, as in the paper
 
 
 class DenseSynthesizer(nnx.Module):
-    """Y = softmax(B) V with B = W₂ relu(W₁ x + b₁) + b₂ for each token; W₁ d -> d, W₂ d -> l; single head.
+    """Single-head Y = softmax(B) V with B = W₂ relu(W₁ x + b₁) + b₂ for each token; W₁ d -> d, W₂ d -> l.
 
-    For n < l tokens the logits are cut to n × n before the softmax.
+    For n < l tokens the logits are cut to n × n before the softmax. Raises ValueError if max_len < 1.
     """
 
     def __init__(self, max_len: int, d_model: int, *, rngs: nnx.Rngs):
-        if max_len < 1:
-            raise ValueError(f"max_len={max_len} must be at least 1")
+        check_sizes(max_len=max_len)
         self.max_len = max_len
         self.linear1 = Linear(d_model, d_model, rngs=rngs)
         self.linear2 = Linear(d_model, max_len, rngs=rngs)
 
     def __call__(self, x: jax.Array, v: jax.Array) -> jax.Array:
-        """x and v [..., n, d] -> [..., n, d]; raises ValueError where n > max_len or the shapes differ before d."""
+        """x and v [..., n, d] -> [..., n, d]; raises ValueError if n > max_len or leading axes differ."""
         if x.ndim < 2 or x.shape[:-1] != v.shape[:-1]:
             raise ValueError(f"x and v must be [..., n, d] with the same n, got {list(x.shape)} and {list(v.shape)}")
         n = x.shape[-2]
         check_length(n, self.max_len)
-        logits = self.linear2(jax.nn.relu(self.linear1(x)))
+        logits = self.linear2(jax.nn.relu(self.linear1(x)))  # [..., n, l]
         return jax.nn.softmax(logits[..., :n], axis=-1) @ v
 
 
 def check_length(n: int, max_len: int) -> None:
+    """Raises ValueError if a sequence of n tokens is longer than max_len."""
     if n > max_len:
         raise ValueError(f"a sequence of {n} tokens is longer than max_len={max_len}")
 
 
 class DenseLogits(nnx.Module):
-    """F(x) = W₂ relu(W₁ x + b₁) + b₂ by head; W₁ D -> H·d_k, W₂ [H, d_k, l]."""
+    """F(x) = W₂ relu(W₁ x + b₁) + b₂ for each head; W₁ D -> H·d_k, W₂ [H, d_k, size]."""
 
     def __init__(self, heads: int, d_model: int, size: int, *, rngs: nnx.Rngs):
         d_k = d_model // heads
@@ -56,28 +57,28 @@ class DenseLogits(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """x [S, B, D] -> [S, B, H, size]."""
-        hidden = jax.nn.relu(self.hidden(x))
+        hidden = jax.nn.relu(self.hidden(x))  # [S, B, H, d_k]
         return jnp.einsum("sbhd,hdl->sbhl", hidden, self.projection[...]) + self.projection_bias[...]
 
 
 def table_rows(table: jax.Array, n: int, positions: jax.Array | None) -> jax.Array:
-    """Rows of a table [H, l, …] at positions [S] or [S, B], or its first n: -> [S, 1 or B, H, …]."""
+    """Rows of a table [H, l, …] at positions [S] or [S, B], default the first n -> [S, 1 or B, H, …]."""
     if positions is None:
         return jnp.moveaxis(table[:, :n], 0, 1)[:, None]
-    rows = jnp.take(table, positions, axis=1, mode="clip")  # padding stands at negative positions
-    rows = jnp.moveaxis(rows, 0, positions.ndim)
+    rows = jnp.take(table, positions, axis=1, mode="clip")  # [H, S, …]; padding has negative positions
+    rows = jnp.moveaxis(rows, 0, positions.ndim)  # [S, H, …] or [S, B, H, …]
     return rows[:, None] if positions.ndim == 1 else rows
 
 
 class RandomLogits(nnx.Module):
-    """A table R [H, l, l] that no token enters; trainable, or fixed: then no optimizer touches it."""
+    """Logits that do not depend on the tokens: a table R [H, l, l], a parameter or fixed."""
 
     def __init__(self, heads: int, max_len: int, trainable: bool, *, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (heads, max_len, max_len), jnp.float32)
         self.table = nnx.Param(table) if trainable else Fixed(table)
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """x [S, B, D], read for its length alone -> [S, 1 or B, H, l]."""
+        """x [S, B, D], of which only the length is used -> [S, 1 or B, H, l]."""
         table = self.table[...]
         if isinstance(self.table, Fixed):
             table = jax.lax.stop_gradient(table)
@@ -85,13 +86,16 @@ class RandomLogits(nnx.Module):
 
 
 def default_factors(max_len: int) -> tuple[int, int]:
-    """a = ⌈√l⌉, b = ⌈l/a⌉."""
+    """Default (a, b) of factorized_dense: a = ⌈√l⌉, b = ⌈l/a⌉."""
     a = math.isqrt(max_len - 1) + 1
     return a, -(-max_len // a)
 
 
 class FactorizedDenseLogits(nnx.Module):
-    """Two short vectors by token, A ∈ R^a and C ∈ R^b; logits B[p·b + q] = A[p]·C[q], cut to l."""
+    """Logits from two short vectors per token, A ∈ R^a and C ∈ R^b: B[p·b + q] = A[p]·C[q], cut to l.
+
+    Raises ValueError if `factors` are not two numbers (a, b) with a·b ≥ l.
+    """
 
     def __init__(self, heads: int, d_model: int, max_len: int, factors: tuple[int, int] | None, *, rngs: nnx.Rngs):
         if factors is not None and len(factors) != 2:
@@ -105,12 +109,12 @@ class FactorizedDenseLogits(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """x [S, B, D] -> [S, B, H, l]."""
-        outer = self.factor_a(x)[..., :, None] * self.factor_c(x)[..., None, :]
+        outer = self.factor_a(x)[..., :, None] * self.factor_c(x)[..., None, :]  # [S, B, H, a, b]
         return outer.reshape(*outer.shape[:-2], -1)[..., : self.max_len]
 
 
 class FactorizedRandomLogits(nnx.Module):
-    """R₁R₂ᵀ by head, both [H, l, k] and trainable; the product has unit variance at the start."""
+    """R₁R₂ᵀ for each head, both parameters [H, l, k], initialized so that the product has unit variance."""
 
     def __init__(self, heads: int, max_len: int, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(RANK**-0.25)
@@ -118,8 +122,8 @@ class FactorizedRandomLogits(nnx.Module):
         self.right = nnx.Param(init(rngs.params(), (heads, max_len, RANK), jnp.float32))
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """x [S, B, D], read for its length alone -> [S, 1 or B, H, l]."""
-        left = table_rows(self.left[...], len(x), positions)
+        """x [S, B, D], of which only the length is used -> [S, 1 or B, H, l]."""
+        left = table_rows(self.left[...], len(x), positions)  # [S, 1 or B, H, k]
         return jnp.einsum("sbhk,hlk->sbhl", left, self.right[...])
 
 
@@ -128,7 +132,8 @@ class SynthesizerAttention(Attention):
 
     `kind` is one of dense, random, fixed_random, factorized_dense, factorized_random, vanilla (QKᵀ/√d_k), or a sum of
     several ('random+dense'), whose logits are added with weights softmax([α, 0]): σ(α) and 1 - σ(α) for two parts,
-    α zero-initialised. `factors` are (a, b) of factorized_dense.
+    α initialized to zero. max_len: l, the longest sequence. factors: (a, b) of factorized_dense. Raises ValueError for
+    an unknown kind, or factors that do not fit it.
     """
 
     def __init__(
@@ -143,8 +148,7 @@ class SynthesizerAttention(Attention):
         rngs: nnx.Rngs,
     ):
         super().__init__(heads, d_model, dropout_prob, rngs=rngs)
-        if max_len < 1:
-            raise ValueError(f"max_len={max_len} must be at least 1")
+        check_sizes(max_len=max_len)
         makers: dict[str, Callable[[], nnx.Module]] = {
             "dense": lambda: DenseLogits(heads, d_model, max_len, rngs=rngs),
             "random": lambda: RandomLogits(heads, max_len, trainable=True, rngs=rngs),
@@ -157,9 +161,9 @@ class SynthesizerAttention(Attention):
         self.parts = tuple(kind.split("+"))
         if len(set(self.parts)) < len(self.parts) or not {*self.parts} <= {*makers, "vanilla"}:
             allowed = ", ".join([*makers, "vanilla"])
-            raise ValueError(f"kind={kind!r} must be one of {allowed}, or a sum of different ones such as random+dense")
+            raise ValueError(f"kind={kind!r} must be one of {allowed}, or a sum of different ones, as in random+dense")
         if factors is not None and "factorized_dense" not in self.parts:
-            raise ValueError(f"factors={factors} belong to factorized_dense, which kind={kind!r} has no part of")
+            raise ValueError(f"factors={factors} are for kind='factorized_dense', not for kind={kind!r}")
         for part in self.parts:
             if part != "vanilla":
                 setattr(self, part, makers[part]())
@@ -173,23 +177,28 @@ class SynthesizerAttention(Attention):
     def check_length(self, n: int) -> None:
         check_length(n, self.max_len)
 
-    def project(self, query, key, value, positions):
+    def project(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array | None
+    ) -> tuple[dict[str, jax.Array], jax.Array | None, jax.Array]:
         synthesized = [part for part in self.parts if part != "vanilla"]
         projected = {part: heads_first(getattr(self, part)(query, positions)) for part in synthesized}
         if self.vanilla:
             projected["vanilla"] = heads_first(self.query(query))
         return projected, heads_first(self.key(key)) if self.vanilla else None, heads_first(self.value(value))
 
-    def get_scores(self, query, key, n, first):
-        logits = [
-            dot_product_scores(query[part], key, self.scale) if part == "vanilla" else query[part][..., :n]
-            for part in self.parts
-        ]
+    def get_scores(self, query: Any, key: jax.Array | None, n: int, first: int | jax.Array) -> jax.Array:
+        logits = []  # of each part, [1 or B, H, S, n]
+        for part in self.parts:
+            if part == "vanilla":
+                assert key is not None
+                logits.append(dot_product_scores(query[part], key, self.scale))
+            else:
+                logits.append(query[part][..., :n])
         if len(logits) == 1:
             return logits[0]
         weights = jax.nn.softmax(jnp.append(self.alpha[...], 0))
         return sum(w * b for w, b in zip(weights, logits, strict=True))
 
-    def init_cache(self, batch, max_len, dtype):
+    def init_cache(self, batch: int, max_len: int, dtype: Any) -> dict[str, jax.Array]:
         cache = super().init_cache(batch, max_len, dtype)
         return cache if self.vanilla else {"value": cache["value"]}

@@ -15,6 +15,8 @@ import numpy as np
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
+TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
+
 
 def load_corpus(name: str) -> str:
     """The text called `name`: 'python_docs', 'tiny_shakespeare', or a path to a UTF-8 file.
@@ -188,6 +190,19 @@ class TokenizerFile:
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps({"tokenizer": self.content}) + "\n", encoding="utf-8")
+
+
+def find_tokenizer(file: Path | None, folder: Path) -> Path:
+    """Path of a tokenizer file: `file` if given, else the one in a checkpoint's folder or its parent folder.
+
+    Raises ValueError if it does not exist.
+    """
+    places = [place / name for place in (folder, folder.absolute().parent) for name in TOKENIZER_NAMES]
+    candidates = places if file is None else [file]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise ValueError(f"tokenizer={file} not found; looked for {', '.join(map(str, candidates))}")
+    return found
 
 
 Vocabulary = CharVocabulary | ByteVocabulary | TokenizerFile

@@ -1,4 +1,4 @@
-"""A pre-norm transformer encoder, sequence-first, and the small autoregressive language model made of it.
+"""Pre-norm transformer, sequence-first: layer, encoder, and the autoregressive language model around them.
 
 Axes: S sequence, B batch, D = d_model, V vocabulary.
 """
@@ -20,6 +20,8 @@ from jaxmodels.layers import (
     FeedForward,
     LayerNorm,
     Linear,
+    check_ids,
+    check_sizes,
     constrain,
     rematerialised,
     split_rng,
@@ -49,7 +51,7 @@ class TransformerLayer(nnx.Module):
         self.dropout = Dropout(dropout_prob)
 
     def __call__(self, x: jax.Array, mask: Mask, rng: jax.Array | None = None) -> jax.Array:
-        """x [S, B, D], mask as in the attention -> [S, B, D]."""
+        """x [S, B, D] -> [S, B, D]; mask: see `Attention`."""
         attn_rng, rng = split_rng(rng, 2)
         z = self.norm_self_attn(x)
         return self._residual(x, self.self_attn(query=z, key=z, value=z, mask=mask, rng=attn_rng), rng)
@@ -57,7 +59,7 @@ class TransformerLayer(nnx.Module):
     def decode(
         self, x: jax.Array, cache: dict[str, jax.Array], positions: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The next S tokens [S, B, D], over the cache and themselves; see `Attention.decode`."""
+        """The next S tokens [S, B, D] over the cache and themselves; see `Attention.decode`."""
         attended, cache = self.self_attn.decode(self.norm_self_attn(x), cache, positions)
         return self._residual(x, attended, None), cache
 
@@ -68,16 +70,16 @@ class TransformerLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Layers one after the other, then a LayerNorm."""
+    """Stack of layers with a final LayerNorm."""
 
     def __init__(self, layers: list[TransformerLayer], d_model: int, *, rngs: nnx.Rngs):
         self.layers = nnx.List(layers)
         self.norm = LayerNorm(d_model, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: Mask, rng: jax.Array | None = None) -> jax.Array:
-        """x [S, B, D], mask as in the attention -> [S, B, D]."""
+        """x [S, B, D] -> [S, B, D]; mask: see `Attention`."""
         for layer, layer_rng in zip(self.layers, split_rng(rng, len(self.layers)), strict=True):
-            # the mask is closed over: 'causal' is no array
+            # the mask is captured instead of passed, because 'causal' is not an array
             x = rematerialised(lambda layer, x, rng: layer(x, mask, rng))(layer, x, layer_rng)
             x = constrain(x, "SBD")
         return self.norm(x)
@@ -85,7 +87,7 @@ class Encoder(nnx.Module):
     def decode(
         self, x: jax.Array, cache: tuple[dict[str, jax.Array], ...], positions: jax.Array | None
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], ...]]:
-        """The next S tokens [S, B, D], over the cache and themselves; see `Attention.decode`."""
+        """The next S tokens [S, B, D] over the cache and themselves; see `Attention.decode`."""
         new = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x, layer_cache = layer.decode(x, layer_cache, positions)
@@ -94,7 +96,7 @@ class Encoder(nnx.Module):
 
 
 class Generator(nnx.Module):
-    """Logits of the next token: [..., D] -> [..., V]."""
+    """Readout to logits: [..., D] -> [..., V]."""
 
     def __init__(self, n_vocab: int, d_model: int, *, rngs: nnx.Rngs):
         self.projection = Linear(d_model, n_vocab, rngs=rngs)
@@ -106,7 +108,7 @@ class Generator(nnx.Module):
 def make_attention(
     attention: str, heads: int, d_model: int, dropout_prob: float, max_len: int | None, *, rngs: nnx.Rngs
 ) -> Attention:
-    """The attention that `AutoregressiveTransformer(attention=…)` names; raises ValueError for an unknown one."""
+    """Build an attention by its name in `AutoregressiveTransformer`; raises ValueError if the name is unknown."""
     match attention:
         case "rotary":
             return RotaryPEMultiHeadAttention(heads, d_model, 1.0, dropout_prob, rngs=rngs)
@@ -118,17 +120,18 @@ def make_attention(
             return MultiHeadAttention(heads, d_model, dropout_prob, rngs=rngs)
     if max_len is None:
         raise ValueError(
-            f"attention={attention!r} is none of rotary, rotary_value, relative, plain; "
-            "a kind of SynthesizerAttention needs max_len, the longest sequence its logits reach"
+            f"attention={attention!r} must be one of rotary, rotary_value, relative, plain; "
+            "a kind of SynthesizerAttention needs max_len, its longest sequence"
         )
     return SynthesizerAttention(attention, heads, d_model, max_len, dropout_prob, rngs=rngs)
 
 
 class AutoregressiveTransformer(nnx.Module):
-    """Token ids to logits of the next token, each position seeing itself and what came before.
+    """Causal language model: token ids to logits of the next token.
 
-    attention: 'rotary' (all of d_k turns), 'rotary_value' (RoPER), 'relative', 'plain' (no positions), or a kind of
-    SynthesizerAttention, which needs max_len. The embedding is not scaled.
+    attention: 'rotary' (all d_k features are rotated), 'rotary_value' (RoPER), 'relative', 'plain' (no positions), or a
+    kind of SynthesizerAttention, which needs max_len. The embedding is not scaled. Raises ValueError if a size is below
+    1, or for an unknown attention.
     """
 
     sequence_axis = 0
@@ -136,7 +139,7 @@ class AutoregressiveTransformer(nnx.Module):
         *SMALL_RULES,
         *ATTENTION_RULES,
         *FEED_FORWARD_RULES,
-        (r"(projection|projection_bias|table|left|right)", P("tensor")),  # a synthesizer's, by head
+        (r"(projection|projection_bias|table|left|right)", P("tensor")),  # of a synthesizer, by head
         (r"alpha", P()),
         (r"generator\.projection\.kernel", P("fsdp")),
         (r"generator\.projection\.bias", P()),
@@ -155,9 +158,7 @@ class AutoregressiveTransformer(nnx.Module):
         max_len: int | None = None,
         rngs: nnx.Rngs,
     ):
-        for name, size in {"n_vocab": n_vocab, "d_model": d_model, "d_ff": d_ff, "n_layers": n_layers}.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+        check_sizes(n_vocab=n_vocab, d_model=d_model, d_ff=d_ff, n_layers=n_layers)
         self.n_vocab, self.d_model, self.heads, self.d_ff, self.n_layers = n_vocab, d_model, heads, d_ff, n_layers
         self.attention, self.dropout_prob, self.max_len = attention, dropout_prob, max_len
         self.src_embed = Embed(n_vocab, d_model, rngs=rngs)
@@ -175,60 +176,55 @@ class AutoregressiveTransformer(nnx.Module):
         self.generator = Generator(n_vocab, d_model, rngs=rngs)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as `config.json` keeps them."""
+        """Arguments of the constructor, as JSON values."""
         names = ["n_vocab", "d_model", "heads", "d_ff", "n_layers", "attention", "dropout_prob", "max_len"]
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """ids [S, B] int -> logits [S, B, V]; raises ValueError where ids have another rank or are too long."""
+        """ids int [S, B] -> logits [S, B, V]; raises ValueError if ids have another rank or exceed the tables."""
         check_ids(ids)
         x = constrain(self.src_embed(ids), "SBD")
         return constrain(self.generator(self.encoder(x, "causal", rng)), "SBV")
 
     def plain(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """The same with the whole score matrix in each attention, as the PyTorch twin computes it.
+        """Same as the call, with the whole score matrix in each attention, as in the PyTorch twin.
 
-        Dropout draws differ from the call's, which draws by block.
+        Dropout masks differ from the call's, which are drawn by block.
         """
         check_ids(ids)
         causal = jnp.tril(jnp.ones((len(ids), len(ids)), bool))[:, :, None]
         return self.generator(self.encoder(self.src_embed(ids), causal, rng))
 
-    def init_cache(self, batch: int, max_len: int, dtype=None, start: jax.Array | None = None) -> Cache:
-        """An empty cache for up to max_len tokens of text a row; dtype None: that of the parameters.
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: jax.Array | None = None) -> Cache:
+        """Empty cache for up to max_len tokens per row.
 
-        start: int [B], how many of the first ids of each row will be left padding. Raises ValueError where max_len is
-        beyond the attention's tables or start is not one integer per row.
+        dtype: of keys and values; default that of the parameters. start: int [B], number of left-padding ids in each
+        row. Raises ValueError if max_len is beyond the attention's tables or start is not one integer per row.
         """
         dtype = self.src_embed.embedding.dtype if dtype is None else dtype
         layers = [layer.self_attn.init_cache(batch, max_len, dtype) for layer in self.encoder.layers]
         return make_cache(layers, batch, start)
 
     def prefill(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """The first S tokens [S, B] in one pass -> the last one's logits [B, V] and the filled cache.
+        """The first S tokens [S, B] in one pass -> logits [B, V] of the last one, and the filled cache.
 
-        Raises ValueError where the cache is not empty or too short; inside a trace the logits are NaN then.
+        Raises ValueError if the cache is not empty or too short; inside a trace the logits are NaN instead.
         """
         check_ids(ids)
         n, batch = ids.shape
         cache.check_room(n, batch, empty=True)
         if cache.start is not None:
             ids = align_left(ids, cache.start)
-        x, layers = self.encoder.decode(self.src_embed(ids), cache.layers, None)
+        x, layers = self.encoder.decode(self.src_embed(ids), cache.layers, None)  # [S, B, D]
         last = x[-1] if cache.start is None else x[n - 1 - cache.start, jnp.arange(batch)]
         return unless_overrun(self.generator(last), cache, n, empty=True), cache.advance(layers, n)
 
     def decode(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """S further tokens [S, B] -> their logits [S, B, V] and the longer cache.
+        """The next S tokens [S, B] -> logits [S, B, V], and the extended cache.
 
-        Raises ValueError where they do not fit; inside a trace, where the length is unknown, the logits are NaN then.
+        Raises ValueError if they do not fit; inside a trace, where the length is unknown, the logits are NaN instead.
         """
         check_ids(ids)
         cache.check_room(*ids.shape)
         x, layers = self.encoder.decode(self.src_embed(ids), cache.layers, cache.positions(len(ids)))
         return unless_overrun(self.generator(x), cache, len(ids)), cache.advance(layers, len(ids))
-
-
-def check_ids(ids: jax.Array, axes: str = "[S, B]") -> None:
-    if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids must be a non-empty batch of integers {axes}, got {ids.dtype}{list(ids.shape)}")

@@ -21,7 +21,8 @@ from typing import ClassVar
 
 from flax import nnx
 
-from jaxmodels.feedback import AutoregressiveModel, from_parallel
+from jaxmodels.feedback import AutoregressiveModel
+from jaxmodels.feedback.parallel import from_parallel
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training.checkpoints import latest_model
 from jaxmodels.training.config import TransformerConfig

@@ -26,8 +26,7 @@ from flax import nnx
 
 from jaxmodels.io.checkpoint import read_config
 from jaxmodels.neox import NeoX, NeoXConfig
-from jaxmodels.neox.generate import find_tokenizer
-from jaxmodels.text import TokenizerFile, Vocabulary
+from jaxmodels.text import TokenizerFile, Vocabulary, find_tokenizer
 from jaxmodels.training.checkpoints import open_model
 from jaxmodels.training.config import AdamWConfig
 from jaxmodels.training.experiment import Experiment

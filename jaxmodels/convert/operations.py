@@ -11,11 +11,11 @@ import numpy as np
 from jaxmodels.convert.arguments import read_json
 from jaxmodels.convert.flax import open_flax, write_flax
 from jaxmodels.convert.hf import open_hf, write_hf
-from jaxmodels.convert.neox import open_neox, write_neox
-from jaxmodels.convert.neox.write import check_ranks
+from jaxmodels.convert.neox.read import open_neox
+from jaxmodels.convert.neox.write import check_ranks, write_neox
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
-from jaxmodels.neox import PRESETS, NeoXConfig
+from jaxmodels.neox.config import PRESETS, NeoXConfig
 from jaxmodels.weights.lazy import nbytes, pieces
 from jaxmodels.weights.progress import progress_bar
 
@@ -39,7 +39,7 @@ def neox(options: argparse.Namespace) -> str:
 
 def inspect(options: argparse.Namespace) -> str:
     """What a checkpoint is."""
-    source = opened(options.source, configured(options.config), options.row_bias)
+    source = open_checkpoint(options.source, read_neox_config(options.config), options.row_bias)
     lines = [f"{options.source}: {source.format} ({source.layout}), {totals(source)}"]
     shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff}
     lines += [f"  {name:18} {value}" for name, value in shown.items() if name not in ("dtype", "remat")]
@@ -50,7 +50,7 @@ def inspect(options: argparse.Namespace) -> str:
 
 def verify(options: argparse.Namespace) -> tuple[bool, str]:
     """Whether SRC and DST are the same model, and the tensors that differ. Where dtypes differ SRC is cast first."""
-    source, target = prepared(options), opened(options.target)
+    source, target = prepared(options), open_checkpoint(options.target)
     config = dataclasses.asdict(source.config)
     different = [
         f"{name}: {config[name]} and {value}"
@@ -91,12 +91,12 @@ def difference(a: Any, b: Any) -> tuple[int, float]:
 
 
 def prepared(options: argparse.Namespace) -> Source:
-    source = opened(options.source, configured(options.config), options.row_bias)
+    source = open_checkpoint(options.source, read_neox_config(options.config), options.row_bias)
     source = source.with_vocabulary(options.vocab) if options.vocab is not None else source
     return source.cast(options.dtype) if options.dtype is not None else source
 
 
-def opened(folder: Path, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
+def open_checkpoint(folder: Path, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
     """A checkpoint of any of the three formats. Raises ValueError where it is none of them."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -112,7 +112,7 @@ def opened(folder: Path, config: NeoXConfig | None = None, row_bias: str | None 
     return open_hf(folder) if isinstance(said, dict) and "model_type" in said else open_flax(folder)
 
 
-def configured(config: str | None) -> NeoXConfig | None:
+def read_neox_config(config: str | None) -> NeoXConfig | None:
     """A configuration from a preset's name, a JSON object or a JSON file."""
     if config is None:
         return None

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.weights.lazy import Cast, Cut, nbytes
 from jaxmodels.weights.names import entries, flat_arrays, is_floating
-from jaxmodels.weights.place import Shardings, placed, tensors_of
+from jaxmodels.weights.place import Shardings, load_tensors, tensors_of
 
 VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row for each token
 
@@ -35,8 +35,8 @@ class Source:
     token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def model(self, dtype: Any = None, shardings: Shardings | None = None) -> NeoX:
-        """The model, its layers stacked; arguments and errors as `placed` has them."""
-        return placed(abstract(self.config), self.tensors, dtype, shardings, self.folder.name)
+        """The model, its layers stacked; arguments and errors as `load_tensors` has them."""
+        return load_tensors(abstract(self.config), self.tensors, dtype, shardings, self.folder.name)
 
     def cast(self, dtype: Any) -> "Source":
         """The same in another dtype."""

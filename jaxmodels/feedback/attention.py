@@ -1,7 +1,7 @@
-"""One step's attention over the memories of the steps before it, and the layer around it.
+"""Feedback attention of one step over the memories of earlier steps, and the layer around it.
 
 Axes: B batch, H heads, D = d_model = H·d_k features, n memories, P rows of a table.
-In einsums: b batch, h head, j memory, d feature. These calls are the plain path; the fast one is in `step`.
+In einsums: b batch, h head, j memory, d feature. These calls are the plain path; the fast path is in `step`.
 """
 
 import math
@@ -15,12 +15,13 @@ from jaxmodels.layers import Dropout, FeedForward, HeadProjection, LayerNorm, Li
 
 
 class FeedbackAttention(nnx.Module):
-    """One step's attention over the memories before it, with learned relative positions.
+    """Attention of one step over the memories of earlier steps, with learned relative positions.
 
     score(j) = (q + u)·k_j + q·E[P - n + j] + b[P - n + j], times d_k^-½; softmax over j = 0 … n-1. Row P - distance of
-    E = key_pos_embeddings [P, H, d_k] and b = key_pos_bias [P, H]; u = query_pos_bias [H, d_k]; all zero-initialised.
-    The query has no bias, the output has one; with `is_kv_precomputed` keys and values come in ready made, else they
-    are projected here, the key without and the value with a bias.
+    E = key_pos_embeddings [P, H, d_k] and b = key_pos_bias [P, H]; u = query_pos_bias [H, d_k]; all start at zero.
+    The output projection has a bias, the query's has none. With `is_kv_precomputed` the call takes projected keys and
+    values; else they are projected here, the value with a bias, the key without. Raises ValueError if d_model is not
+    divisible by heads.
     """
 
     P = 2**12
@@ -49,9 +50,9 @@ class FeedbackAttention(nnx.Module):
         self.query_pos_bias = nnx.Param(jnp.zeros((heads, self.d_k), jnp.float32))
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """query [B, D]; key and value [n, B, D], or [n, B, H, d_k] where they are precomputed -> [B, D].
+        """query [B, D]; key and value [n, B, D], or [n, B, H, d_k] if they are precomputed -> [B, D].
 
-        Raises ValueError where ranks do not fit or n is none or beyond the tables.
+        Raises ValueError if ranks do not fit, or n is 0 or beyond the tables.
         """
         rank = 4 if self.key is None else 3
         if query.ndim != 2 or key.ndim != rank or value.ndim != rank or len(key) != len(value) or not len(key):
@@ -59,24 +60,24 @@ class FeedbackAttention(nnx.Module):
             expected = "[n, B, H, d_k]" if self.key is None else "[n, B, D]"
             raise ValueError(f"query must be [B, D], key and value {expected} with n of at least 1, got {given}")
         if len(key) > self.P:
-            raise ValueError(f"{len(key)} memories given, but the position tables reach back {self.P} at most")
+            raise ValueError(f"{len(key)} memories given; the position tables reach back P={self.P} at most")
         if self.key is not None:
-            key, value = self.key(key), self.value(value)
-        n, q = len(key), self.query(query)
-        scores = jnp.einsum("bhd,jbhd->bhj", q + self.query_pos_bias, key)
+            key, value = self.key(key), self.value(value)  # [n, B, H, d_k]
+        n, q = len(key), self.query(query)  # [B, H, d_k]
+        scores = jnp.einsum("bhd,jbhd->bhj", q + self.query_pos_bias, key)  # [B, H, n]
         scores += jnp.einsum("bhd,jhd->bhj", q, self.key_pos_embeddings[-n:]) + self.key_pos_bias[-n:].T
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) * self.scale
         weights = self.drop(jax.nn.softmax(scores, axis=-1).astype(value.dtype), rng)
-        x = jnp.einsum("bhj,jbhd->bhd", weights, value)
+        x = jnp.einsum("bhj,jbhd->bhd", weights, value)  # [B, H, d_k]
         return self.output(x.reshape(len(x), -1))
 
     def drop(self, weights: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """Dropout on [B, H, n], drawn memory by memory: a memory's draw does not depend on how many slots follow it."""
+        """Dropout on [B, H, n], drawn with the memory axis first, so that a memory's mask does not depend on n."""
         return weights if rng is None else self.dropout(weights.transpose(2, 0, 1), rng).transpose(1, 2, 0)
 
 
 class FeedbackTransformerLayer(nnx.Module):
-    """x ← x + drop(attn(LN x, memory)), left out whole where there is no memory yet; then x ← x + drop(FF(LN x))."""
+    """x ← x + drop(attn(LN x, memory)), skipped at the first step, which has no memory; then x ← x + drop(FF(LN x))."""
 
     def __init__(self, attn: FeedbackAttention, d_model: int, d_ff: int, dropout_prob: float = 0.1, *, rngs: nnx.Rngs):
         self.attn = attn
@@ -88,7 +89,7 @@ class FeedbackTransformerLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, key: jax.Array | None, value: jax.Array | None, rng: jax.Array | None = None
     ) -> jax.Array:
-        """x [B, D]; key and value as in the attention, or None -> [B, D]."""
+        """x [B, D]; key and value as in the attention, or None if there is no memory -> [B, D]."""
         attn_rng, rng = split_rng(rng, 2)
         if key is None or value is None:
             return self._residual(x, None, rng)

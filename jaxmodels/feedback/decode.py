@@ -1,10 +1,10 @@
-"""Decoding with a feedback transformer: state in, state out, one step after the other.
+"""Incremental decoding of a feedback transformer, step by step.
 
 Axes: S new tokens, B batch, H heads, D = d_model, d_k features of a head, N slots.
 
-The state is a `Cache` of the memories' keys and values: one entry for each layer, or one for all where they are shared.
-A step reads all N slots, so a token costs what the cache is long; `generate` lets it grow with the text. With a limited
-memory of M steps it stops growing at M slots, and each new memory takes the place of the oldest.
+The state is a `Cache` of the memories' keys and values: one entry per layer, or one in total if layers share them. A
+step reads all N slots, so that its cost grows with the cache; `generate` therefore grows the cache with the text. With
+memory limited to M steps the cache stops growing at M slots, and a new memory overwrites the oldest.
 """
 
 from typing import Any
@@ -15,34 +15,34 @@ import jax.numpy as jnp
 from jaxmodels.cache import Cache, make_cache, write
 from jaxmodels.feedback.attention import FeedbackAttention
 from jaxmodels.feedback.step import no_memory, reach, step
+from jaxmodels.layers import check_sizes
 
 
 def init_cache(model: Any, batch: int, max_len: int, dtype: Any, start: jax.Array | None = None) -> Cache:
-    """An empty cache for max_len tokens of text a row; for any number where the memory is limited to fewer.
+    """Empty cache for max_len tokens per row; for any number if the model's memory is limited to fewer.
 
-    Raises ValueError where max_len is below 1 or beyond the position tables, or start is not one integer per row.
+    Raises ValueError if max_len is below 1 or beyond the position tables, or start is not one integer per row.
     """
-    if max_len < 1:
-        raise ValueError(f"max_len={max_len} must be at least 1")
+    check_sizes(max_len=max_len)
     slots = max_len if model.memory is None else min(max_len, model.memory)
     if slots > FeedbackAttention.P:
-        raise ValueError(f"max_len={max_len}, but the position tables reach back {FeedbackAttention.P} at most")
+        raise ValueError(f"max_len={max_len}; the position tables reach back P={FeedbackAttention.P} at most")
     layers = [{"key": key, "value": value} for key, value in no_memory(model, batch, slots, dtype)]
     return make_cache(layers, batch, start, model.memory)
 
 
 def advance(model: Any, x_seq: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next S tokens [S, B, D] -> their outputs [S, B, D], before the final norm, and the longer cache.
+    """The next S tokens [S, B, D] -> outputs [S, B, D] before the final norm, and the extended cache.
 
-    A token of left padding leaves no memory; its output is not specified. Raises ValueError for a cache that was made
-    for another model.
+    Left padding writes no memory, and its outputs are unspecified. Raises ValueError if the cache does not fit the
+    model.
     """
     if cache.limit != model.memory:
-        raise ValueError(f"the cache was made for a model with memory={cache.limit}, this one has {model.memory}")
+        raise ValueError(f"the cache was made for memory={cache.limit}, the model has memory={model.memory}")
     check_state(model, [tuple(layer.get(name) for name in ("key", "value")) for layer in cache.layers])
     near, slots = reach(model, cache.max_len), jnp.arange(cache.max_len)
 
-    def body(cache: Cache, x: jax.Array):
+    def body(cache: Cache, x: jax.Array) -> tuple[Cache, jax.Array]:
         positions = cache.positions(1)
         position = positions[0]
         memory = tuple((layer["key"], layer["value"]) for layer in cache.layers)
@@ -60,12 +60,12 @@ def advance(model: Any, x_seq: jax.Array, cache: Cache) -> tuple[jax.Array, Cach
 
 
 def check_state(model: Any, memory: Any) -> None:
-    """Raises ValueError where keys and values [B, H, N, d_k] are not those of this model."""
+    """Raises ValueError if keys and values [B, H, N, d_k] do not fit the model."""
     expected = jax.eval_shape(lambda: no_memory(model, 1, 1, jnp.float32))
     heads, d_k = expected[0][0].shape[1], expected[0][0].shape[3]
     if len(memory) != len(expected):
-        raise ValueError(f"the state has keys and values of {len(memory)} layers, this model has {len(expected)}")
+        raise ValueError(f"the state has keys and values of {len(memory)} layers, the model has {len(expected)}")
     for array in jax.tree.leaves(memory):
         if array.ndim != 4 or (array.shape[1], array.shape[3]) != (heads, d_k):
             shape = list(array.shape)
-            raise ValueError(f"the state holds {shape}, this model's are [B, heads={heads}, slots, d_k={d_k}]")
+            raise ValueError(f"the state has arrays {shape}, the model needs [B, heads={heads}, slots, d_k={d_k}]")

@@ -1,4 +1,4 @@
-"""The Feedback Transformer in its two variants, sequence-first, and the language model around either.
+"""Feedback Transformer in two variants, sequence-first, and the language model around either.
 
 Axes: S sequence, n memories, B batch, H heads, D = d_model = H·d_k features, L layers, V vocabulary.
 """
@@ -17,18 +17,28 @@ from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerL
 from jaxmodels.feedback.recurrence import at_step, recur
 from jaxmodels.feedback.segments import State, init_state, run_segment
 from jaxmodels.feedback.step import no_memory
-from jaxmodels.layers import FEED_FORWARD_RULES, SMALL_RULES, Embed, HeadProjection, LayerNorm, Linear, split_rng
-from jaxmodels.transformer import check_ids
+from jaxmodels.layers import (
+    FEED_FORWARD_RULES,
+    SMALL_RULES,
+    Embed,
+    HeadProjection,
+    LayerNorm,
+    Linear,
+    check_ids,
+    check_sizes,
+    split_rng,
+)
 
 
 class Feedback(nnx.Module):
-    """What both variants share: layers, the mixture of their outputs into a memory, the final norm.
+    """Base class of both variants: layers, the mixture of their outputs into a memory, the final norm.
 
-    Memory of a step: m = Σ_l softmax(w)_l · x^l over l = 0 … L, where x⁰ is the step's input; w starts as ones.
-    `memory` M limits what a step sees to the last M of them. The call is one scan (see `recurrence`), `plain` a loop.
+    Memory of a step: m = Σ_l softmax(w)_l · x^l over l = 0 … L, where x⁰ is the step's input; w is initialized to ones.
+    memory: number M of last memories that a step attends to; default all. The call is one scan (see `recurrence`),
+    `plain` a loop. Raises ValueError if a size is below 1.
     """
 
-    shares_kv = False  # one key and one value projection for all layers
+    shares_kv = False  # True: one key and one value projection for all layers
 
     def __init__(
         self,
@@ -41,11 +51,9 @@ class Feedback(nnx.Module):
         memory: int | None = None,
         rngs: nnx.Rngs,
     ):
-        for name, size in {"d_model": d_model, "heads": heads, "d_ff": d_ff, "n_layers": n_layers}.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+        check_sizes(d_model=d_model, heads=heads, d_ff=d_ff, n_layers=n_layers)
         if memory is not None and (not isinstance(memory, int) or memory < 1):
-            raise ValueError(f"memory={memory} must be a number of steps of at least 1, or None for all")
+            raise ValueError(f"memory={memory} must be an integer of at least 1, or None for all steps")
         self.d_model, self.heads, self.d_ff, self.n_layers = d_model, heads, d_ff, n_layers
         self.dropout_prob, self.memory = dropout_prob, memory
         self.layers = nnx.List(
@@ -65,35 +73,35 @@ class Feedback(nnx.Module):
             self.value = HeadProjection(d_model, heads, d_model // heads, bias=False, rngs=rngs)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Arguments of the constructor, as JSON values."""
         names = ["d_model", "heads", "d_ff", "n_layers", "dropout_prob", "memory"]
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """[S, B, D] -> [S, B, D]; raises ValueError for another shape and for S beyond the position tables."""
+        """x_seq [S, B, D] -> [S, B, D]; raises ValueError if its shape differs or S is beyond the position tables."""
         self.check(x_seq)
         dtype = jnp.result_type(x_seq, self.weights[...])
         nothing = no_memory(self, x_seq.shape[1], 0, dtype)
         return self.norm(recur(self, x_seq, rng, nothing, jnp.int32(0))[0])
 
     def init_state(self, batch: int, dtype: Any = None) -> State:
-        """The state before the first segment of a text; raises ValueError where `memory` is not limited."""
+        """State before the first segment of a text; raises ValueError if `memory` is not limited."""
         return init_state(self, batch, self.weights.dtype if dtype is None else dtype)
 
     def segment(self, x_seq: jax.Array, state: State, rng: jax.Array | None = None) -> tuple[jax.Array, State]:
-        """The next steps [S, B, D] of a text -> their outputs [S, B, D], and the state for the steps after them.
+        """The next S steps [S, B, D] of a text -> outputs [S, B, D], and the state for the next segment.
 
-        Outputs are those of the whole text in one call; gradients end where the segment begins. Raises ValueError as
-        the call does, and for a state of another model or batch.
+        Outputs equal those of the whole text in one call; gradients stop at the start of the segment. Raises ValueError
+        as the call does, and if the state does not fit the model or the batch.
         """
         self.check(x_seq, self.memory or 0)
         outputs, state = run_segment(self, x_seq, state, rng)
         return self.norm(outputs), state
 
     def plain(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """The same as the call, one step after the other, every sub-module called as a module.
+        """Same as the call, as a Python loop over steps in which every sub-module is called as a module.
 
-        With a limited memory its dropout draws differ from the call's, which draws by slot.
+        With limited memory, dropout masks differ from the call's, which are drawn by slot.
         """
         self.check(x_seq)
         outputs: list[jax.Array] = []
@@ -109,34 +117,35 @@ class Feedback(nnx.Module):
         return self.norm(jnp.stack(outputs))
 
     def mix(self, states: list[jax.Array]) -> jax.Array:
-        """The memory of a step's input and its layers' outputs, in their shape."""
+        """Mix a step's input and its layers' outputs, each [..., D], into its memory [..., D]."""
         return jnp.tensordot(jax.nn.softmax(self.weights[...]), jnp.stack(states), 1)
 
     def remember(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What `plain` keeps of a memory: its key and value for the layers' calls."""
+        """Key and value of a memory [B, D], as the layers' calls take them."""
         raise NotImplementedError
 
     def check(self, x_seq: jax.Array, before: int = 0) -> None:
+        """Raises ValueError if x_seq has another shape, or `before` earlier steps and it exceed the tables."""
         if x_seq.ndim != 3 or 0 in x_seq.shape or x_seq.shape[2] != self.d_model:
             raise ValueError(f"x_seq must be a non-empty [S, B, d_model={self.d_model}], got {list(x_seq.shape)}")
         if before + len(x_seq) > FeedbackAttention.P:
-            after = f" after {before} of memory" if before else ""
-            raise ValueError(f"{len(x_seq)} steps given{after}, but the position tables reach {FeedbackAttention.P}")
+            after = f" after memory={before}" if before else ""
+            raise ValueError(f"{len(x_seq)} steps{after} given; the position tables reach back P={FeedbackAttention.P}")
 
 
 class FeedbackTransformer(Feedback):
-    """Each layer makes keys and values of its own from the memories: a key without and a value with a bias."""
+    """Variant in which each layer projects the memories to its own keys (no bias) and values (with bias)."""
 
-    def remember(self, m):
+    def remember(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         return m, m
 
 
 class FeedbackTransformerKV(Feedback):
-    """One key and one value projection, both without bias, make what all layers attend to."""
+    """Variant in which one key and one value projection, both without bias, serve all layers."""
 
     shares_kv = True
 
-    def remember(self, m):
+    def remember(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.key(m), self.value(m)
 
 
@@ -144,7 +153,10 @@ VARIANTS = {cls.__name__: cls for cls in (FeedbackTransformer, FeedbackTransform
 
 
 class AutoregressiveModel(nnx.Module):
-    """Token ids to logits of the next token, around a feedback transformer; its `d_model` is the embedding's width."""
+    """Language model around a feedback transformer, whose `d_model` is the embedding's width.
+
+    Raises ValueError if n_vocab is below 1.
+    """
 
     sequence_axis = 0
     sharding_rules = (
@@ -157,57 +169,59 @@ class AutoregressiveModel(nnx.Module):
     )
 
     def __init__(self, n_vocab: int, transformer: Feedback, *, rngs: nnx.Rngs):
-        if n_vocab < 1:
-            raise ValueError(f"n_vocab={n_vocab} must be at least 1")
+        check_sizes(n_vocab=n_vocab)
         self.n_vocab = n_vocab
         self.src_embed = Embed(n_vocab, transformer.d_model, rngs=rngs)
         self.transformer = transformer
         self.generator = Linear(transformer.d_model, n_vocab, rngs=rngs)
 
     def config(self) -> dict[str, Any]:
-        """The arguments of `from_config`, as `config.json` keeps them."""
+        """Arguments of `from_config`, as JSON values."""
         return {"n_vocab": self.n_vocab, "variant": type(self.transformer).__name__} | self.transformer.config()
 
     @classmethod
     def from_config(cls, n_vocab: int, variant: str, *, rngs: nnx.Rngs, **sizes: Any) -> "AutoregressiveModel":
-        """The model of a `config()`; raises ValueError for a variant of another name."""
+        """Build the model of a `config()`; raises ValueError if a value is out of range.
+
+        variant: name of the transformer's class. sizes: its constructor's arguments.
+        """
         if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is none of {', '.join(VARIANTS)}")
+            raise ValueError(f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
         return cls(n_vocab, VARIANTS[variant](**sizes, rngs=rngs), rngs=rngs)
 
     def __call__(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """ids [S, B] int -> logits [S, B, V]; raises ValueError where ids have another rank or are too long."""
+        """ids int [S, B] -> logits [S, B, V]; raises ValueError if ids have another rank or exceed the tables."""
         check_ids(ids)
         return self.generator(self.transformer(self.src_embed(ids), rng))
 
     def plain(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """The same, one step after the other, every sub-module called as a module."""
+        """Same as the call, as a Python loop over steps; see `Feedback.plain`."""
         check_ids(ids)
         return self.generator(self.transformer.plain(self.src_embed(ids), rng))
 
     def init_state(self, batch: int, dtype: Any = None) -> State:
-        """The state before the first segment of a text; see `Feedback.init_state`."""
+        """State before the first segment of a text; see `Feedback.init_state`."""
         return self.transformer.init_state(batch, dtype)
 
     def segment(self, ids: jax.Array, state: State, rng: jax.Array | None = None) -> tuple[jax.Array, State]:
-        """The next ids [S, B] of a text -> logits [S, B, V], and the next state; see `Feedback.segment`."""
+        """The next S ids [S, B] of a text -> logits [S, B, V], and the next state; see `Feedback.segment`."""
         check_ids(ids)
         x, state = self.transformer.segment(self.src_embed(ids), state, rng)
         return self.generator(x), state
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: jax.Array | None = None) -> Cache:
-        """An empty cache for up to max_len tokens of text a row; dtype None: that of the parameters.
+        """Empty cache for up to max_len tokens per row.
 
-        start: int [B], how many of the first ids of each row will be left padding. Raises ValueError where max_len is
-        beyond the position tables or start is not one integer per row.
+        dtype: of keys and values; default that of the parameters. start: int [B], number of left-padding ids in each
+        row. Raises ValueError if max_len is beyond the position tables or start is not one integer per row.
         """
         dtype = self.src_embed.embedding.dtype if dtype is None else dtype
         return decode.init_cache(self.transformer, batch, max_len, dtype, start)
 
     def prefill(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """The first S tokens [S, B], one after the other -> the last one's logits [B, V] and the filled cache.
+        """The first S tokens [S, B], step by step -> logits [B, V] of the last one, and the filled cache.
 
-        Raises ValueError where the cache is not empty or too short; inside a trace the logits are NaN then.
+        Raises ValueError if the cache is not empty or too short; inside a trace the logits are NaN instead.
         """
         check_ids(ids)
         cache.check_room(*ids.shape, empty=True)
@@ -215,11 +229,11 @@ class AutoregressiveModel(nnx.Module):
         return unless_overrun(self.generator(self.transformer.norm(x[-1])), cache, len(ids), empty=True), filled
 
     def decode(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """S further tokens [S, B] -> their logits [S, B, V] and the longer cache.
+        """The next S tokens [S, B] -> logits [S, B, V], and the extended cache.
 
-        Raises ValueError where they do not fit; inside a trace, where the length is unknown, the logits are NaN then.
+        Raises ValueError if they do not fit; inside a trace, where the length is unknown, the logits are NaN instead.
         """
         check_ids(ids)
         cache.check_room(*ids.shape)
-        x, longer = decode.advance(self.transformer, self.src_embed(ids), cache)
-        return unless_overrun(self.generator(self.transformer.norm(x)), cache, len(ids)), longer
+        x, extended = decode.advance(self.transformer, self.src_embed(ids), cache)
+        return unless_overrun(self.generator(self.transformer.norm(x)), cache, len(ids)), extended

@@ -1,4 +1,4 @@
-"""A Feedback Transformer that starts from a trained parallel transformer (arXiv 2002.09402, section 4.2).
+"""Initialization of a Feedback Transformer from a trained parallel transformer (arXiv 2002.09402, section 4.2).
 
 Axes: P rows of a table, H heads, D = d_model.
 """
@@ -18,48 +18,50 @@ TABLES = ("key_pos_embeddings", "key_pos_bias")
 
 
 class ApproximateWarning(UserWarning):
-    """Weights were combined where they could not be copied."""
+    """Warning that weights were combined because they could not be copied."""
 
 
 def from_parallel(
     model: AutoregressiveTransformer, variant: str = "FeedbackTransformer", *, memory: int | None = None
 ) -> AutoregressiveModel:
-    """A feedback model with the weights of an `AutoregressiveTransformer(attention='relative')`, to be trained on.
+    """Feedback model with the weights of an `AutoregressiveTransformer(attention='relative')`, for further training.
 
-    Everything is copied as it is, of the position tables [2P, H, …] the first P rows; only the mixture of layers is
-    new. For 'FeedbackTransformerKV' the one key and value are the means over the layers, and each layer's value bias,
-    which the shared value has not, goes through its output projection into that one's bias, where it comes to the
-    same; an ApproximateWarning says so. Raises ValueError for another attention or variant.
+    Weights are copied, of the position tables [2P, H, …] the first P rows; only the mixture of layers is new. For
+    'FeedbackTransformerKV' the shared key and value are means over the layers, which emits an ApproximateWarning; each
+    layer's value bias, which the shared value lacks, is moved through the output projection into its bias, which is
+    exact. Raises ValueError for another attention or variant.
     """
     if not isinstance(model, AutoregressiveTransformer) or model.attention != "relative":
         kind = f"{type(model).__name__}, attention={getattr(model, 'attention', None)!r}"
-        raise ValueError(f"model is {kind}; a feedback model starts from AutoregressiveTransformer, 'relative', alone")
+        raise ValueError(f"model is {kind}; it must be an AutoregressiveTransformer with attention='relative'")
     names = ("d_model", "heads", "d_ff", "n_layers", "dropout_prob")
     sizes: dict[str, Any] = {name: getattr(model, name) for name in names} | {"memory": memory}
     target = nnx.eval_shape(lambda: AutoregressiveModel.from_config(model.n_vocab, variant, **sizes, rngs=nnx.Rngs(0)))
     arrays = {renamed(path): array for path, array in flat_arrays(model).items()}
     arrays = {path: array[: FeedbackAttention.P] if path[-1] in TABLES else array for path, array in arrays.items()}
-    arrays = {path: jnp.array(array, copy=True) for path, array in arrays.items()}  # either may be donated
+    arrays = {
+        path: jnp.array(array, copy=True) for path, array in arrays.items()
+    }  # copies, so that either model may be donated
     arrays[("transformer", "weights")] = jnp.ones(model.n_layers + 1, model.src_embed.embedding.dtype)
     if variant == "FeedbackTransformerKV":
         arrays = share_keys_and_values(arrays, model.n_layers)
         warnings.warn(
-            "keys and values that layers share are the means of the parallel model's: approximate, unlike the rest",
+            "the shared key and value are means of the parallel model's layers, an approximation",
             ApproximateWarning,
             stacklevel=2,
         )
-    assert arrays.keys() == flat_arrays(target).keys(), "the twins name their parts alike"
+    assert arrays.keys() == flat_arrays(target).keys(), "the two models name their parts alike"
     return with_arrays(target, arrays)
 
 
 def renamed(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The parallel model's name of an array, in the feedback model."""
+    """Path in the feedback model of an array of the parallel model."""
     words = {"encoder": "transformer", "self_attn": "attn"}
     return tuple(words.get(word, word) if isinstance(word, str) else word for word in path if word != "projection")
 
 
 def share_keys_and_values(arrays: dict[Any, Any], n_layers: int) -> dict[Any, Any]:
-    """One key and one value in place of each layer's own."""
+    """Replace each layer's key and value by one shared key and value."""
     arrays = dict(arrays)
 
     def of_layers(*name: str) -> list[Any]:

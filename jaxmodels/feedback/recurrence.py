@@ -36,31 +36,42 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.feedback.step import Key, Memory, is_table, reach, step
+from jaxmodels.feedback.step import Key, Memory, reach, split_tables, step
 
 MIN_BUCKET = 64  # steps; smaller buckets cost compile time and save nothing
 MAX_BUCKETS = 2  # bounds compile time
 
 
 def recur(model: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array) -> tuple[jax.Array, Memory]:
-    """All steps of a feedback transformer, before its final norm: [T, B, D] -> [T, B, D]; C + T is at most P.
+    """All steps of a feedback transformer: x_seq [T, B, D] -> outputs [T, B, D] before the final norm, and the memory.
 
-    carried: the memory of C steps before, of which the last `known` exist. Also returns the memory of all C + T steps,
-    as numbers: no gradient goes through it.
+    carried: memory of C earlier steps, of which the last `known` exist; C + T is at most P. The returned memory of all
+    C + T steps carries no gradient.
     """
-    graphdef, tables, rest = nnx.split(reach(model, slots_of(carried) + len(x_seq)), is_table, ...)  # type: ignore[misc]
+    graphdef, tables, rest = split_tables(reach(model, slots_of(carried) + len(x_seq)))
     outputs, memory = scan(graphdef, (tables, rest), x_seq, rng, carried, known)
     return outputs, jax.lax.stop_gradient(memory)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan(graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array):
-    """x_seq [T, B, D] -> the last layer's outputs [T, B, D] and the memory of all steps."""
+def scan(
+    graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array
+) -> tuple[jax.Array, Memory]:
+    """x_seq [T, B, D] -> outputs [T, B, D] of the last layer, and the memory of all steps."""
     return forward(graphdef, weights, x_seq, rng, carried, known)[0]
 
 
-def run_step(graphdef: Any, weights: Any, x, memory: Memory, t, rng: Key, first, kept=None):
-    """f above, for the step whose slot is t, over the slots from `first` on."""
+def run_step(
+    graphdef: Any,
+    weights: Any,
+    x: jax.Array,
+    memory: Memory,
+    t: jax.Array,
+    rng: Key,
+    first: jax.Array,
+    kept: list[jax.Array] | None = None,
+) -> tuple[list[jax.Array], Memory]:
+    """The function f above for the step in slot t, over the slots from `first` on."""
     model = nnx.merge(graphdef, *weights)
     slots = jnp.arange(slots_of(memory))
     visible = (slots < t) & (slots >= (first if model.memory is None else jnp.maximum(first, t - model.memory)))
@@ -68,17 +79,19 @@ def run_step(graphdef: Any, weights: Any, x, memory: Memory, t, rng: Key, first,
 
 
 def at_step(rng: Key, t: int | jax.Array) -> Key:
-    """The key of step t, forwards and backwards."""
+    """Dropout key of step t, the same in the forward and the backward pass."""
     return None if rng is None else jax.random.fold_in(rng, t)
 
 
-def forward(graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array):
-    """The results of `scan`, and what the backward pass needs."""
+def forward(
+    graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array
+) -> tuple[tuple[jax.Array, Memory], Any]:
+    """Results of `scan`, and the residuals for the backward pass."""
     c, memory, outputs, states = slots_of(carried), carried, [], []
     for begin, end in buckets(len(x_seq)):
         tables = last_rows(weights[0], c + end)
 
-        def body(memory, inputs):
+        def body(memory: Memory, inputs: tuple[jax.Array, jax.Array]) -> tuple[Memory, list[jax.Array]]:
             t, x = inputs
             states, new = run_step(graphdef, (tables, weights[1]), x, memory, c + t, at_step(rng, t), c - known)  # noqa: B023
             return jax.tree.map(lambda slots, k: slots.at[:, :, c + t].set(k.astype(slots.dtype)), memory, new), states
@@ -86,14 +99,14 @@ def forward(graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Me
         more = [(0, 0), (0, 0), (0, end - begin), (0, 0)]
         memory = jax.tree.map(lambda slots, more=more: jnp.pad(slots, more), memory)
         memory, (*first_layers, last) = jax.lax.scan(body, memory, (jnp.arange(begin, end), x_seq[begin:end]))
-        states.append(first_layers)  # left in buckets: to join them would be another copy
+        states.append(first_layers)  # left in buckets: joining them would be another copy
         outputs.append(last)
     return (jnp.concatenate(outputs), memory), (weights, x_seq, rng, known, memory, states)
 
 
-def backward(graphdef: Any, kept: Any, d_results: Any):
-    """The gradients of weights and x_seq, summed in float32 at least; the carried memory gets none."""
-    (tables, rest), x_seq, rng, known, memory, states = kept
+def backward(graphdef: Any, residuals: Any, d_results: Any) -> tuple[Any, jax.Array, None, None, None]:
+    """Gradients of weights and x_seq, accumulated in float32 at least; the carried memory gets none."""
+    (tables, rest), x_seq, rng, known, memory, states = residuals
     d_outputs, _ = d_results
     c = slots_of(memory) - len(x_seq)
     d_tables, d_rest, d_memory = jax.tree.map(wide_zeros, (tables, rest, memory))
@@ -102,11 +115,11 @@ def backward(graphdef: Any, kept: Any, d_results: Any):
         prefix = jax.tree.map(lambda slots, end=end: slots[:, :, : c + end], memory)
         weights = last_rows(tables, c + end), rest
 
-        def body(sums, inputs):
+        def body(sums: tuple[Any, Memory], inputs: tuple[Any, ...]) -> tuple[tuple[Any, Memory], jax.Array]:
             t, x, known_states, dy = inputs
             d_weights, d_memory = sums
 
-            def f(weights, x, memory):
+            def f(weights: Any, x: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
                 rng_t = at_step(rng, t)
                 states, new = run_step(graphdef, weights, x, memory, c + t, rng_t, c - known, known_states)  # noqa: B023
                 return states[-1], new
@@ -135,13 +148,15 @@ def buckets(n: int) -> list[tuple[int, int]]:
 
 
 def slots_of(memory: Memory) -> int:
+    """Number of slots."""
     return memory[0][0].shape[2]
 
 
 def last_rows(tables: Any, n: int) -> Any:
-    """Of tables [H, N, …], the rows of the distances n … 1."""
+    """Rows of the distances n … 1 of tables [H, N, …]."""
     return jax.tree.map(lambda table: table[:, -n:], tables)
 
 
 def wide_zeros(a: jax.Array) -> jax.Array:
+    """Zeros of the shape of a, in its dtype or float32 if that is wider."""
     return jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""One step of a feedback transformer over slots of memory, as the recurrence and the decoder run it.
+"""One step of a feedback transformer over slots of memory, as run by the recurrence and by decoding.
 
 Axes: D = d_model = H·d_k features, H heads, B batch, N slots, L layers.
 In einsums: b batch, h head, j slot, d feature.
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
 from jaxmodels.layers import FeedForward, Linear, split_rng
 
-Memory = tuple[tuple[jax.Array, jax.Array], ...]  # (key, value) [B, H, N, d_k] for each layer, or once for all of them
+Memory = tuple[tuple[jax.Array, jax.Array], ...]  # (key, value) [B, H, N, d_k] per layer, or once for all
 Key = jax.Array | None
 
 
@@ -26,11 +26,11 @@ def step(
     rng: Key = None,
     known: list[jax.Array] | None = None,
 ) -> tuple[list[jax.Array], Memory]:
-    """One step [B, D] -> the outputs x¹ … x^L of all layers, and its own key and value [B, H, d_k].
+    """One step x [B, D] -> outputs x¹ … x^L of all layers, each [B, D], and the step's keys and values [B, H, d_k].
 
-    The model is one of `reach`. Slot j holds the memory of the last position before this one that is j
-    modulo N; visible: bool [N] or [B, 1, N]; position: int, a scalar or [B]. `known` has the outputs of the first
-    layers where they were computed before: they are not computed again, but differentiated all the same.
+    model: from `reach`. memory: slot j holds the memory of the last position before this one that is j modulo N.
+    visible: bool [N] or [B, 1, N]. position: int, scalar or [B]. known: outputs of the first layers if they have been
+    computed before; they are not computed again, but gradients flow through them.
     """
     states = [x]
     of_layers = memory * (len(model.layers) // len(memory))
@@ -42,7 +42,14 @@ def step(
     return states[1:], tuple((owner.key(m), owner.value(m)) for owner in owners)
 
 
-def run_layer(layer: FeedbackTransformerLayer, x, memory: tuple[jax.Array, jax.Array], visible, position, rng: Key):
+def run_layer(
+    layer: FeedbackTransformerLayer,
+    x: jax.Array,
+    memory: tuple[jax.Array, jax.Array],
+    visible: jax.Array,
+    position: jax.Array,
+    rng: Key,
+) -> jax.Array:
     """x ← x + drop(attn(LN x)), then x ← x + drop(FF(LN x)); [B, D] -> [B, D]."""
     attn_rng, rng = split_rng(rng, 2)
     rng_attn, rng_hidden, rng_ff = split_rng(rng, 3)
@@ -50,63 +57,72 @@ def run_layer(layer: FeedbackTransformerLayer, x, memory: tuple[jax.Array, jax.A
     return x + layer.dropout(feed_forward(layer.feed_forward, layer.norm_ff(x), rng_hidden), rng_ff)
 
 
-def attend(attn: FeedbackAttention, z, key, value, visible, position, rng: Key) -> jax.Array:
-    """Queries from z [B, D] over slots [B, H, N, d_k] -> [B, D]; zero where no slot is visible.
+def attend(
+    attn: FeedbackAttention,
+    z: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: jax.Array,
+    position: jax.Array,
+    rng: Key,
+) -> jax.Array:
+    """Attention with queries from z [B, D] over slots [B, H, N, d_k] -> [B, D]; zero if no slot is visible.
 
-    The mask is finite, so that neither the value nor the gradient of what is thrown away can be NaN.
+    The mask is finite: with -inf, a row without visible slots would have NaN values and gradients.
     """
-    q = attn.query(z)
-    scores = jnp.einsum("bhd,bhjd->bhj", (q + attn.query_pos_bias) * attn.scale, key)
+    q = attn.query(z)  # [B, H, d_k]
+    scores = jnp.einsum("bhd,bhjd->bhj", (q + attn.query_pos_bias) * attn.scale, key)  # [B, H, N]
     by_distance = jnp.einsum("bhd,hjd->bhj", q, attn.key_pos_embeddings[...]) + attn.key_pos_bias[...]
-    scores = scores + turned(by_distance, position)
+    scores = scores + roll_to_slots(by_distance, position)
     scores = jnp.where(visible, scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    x = jnp.einsum("bhj,bhjd->bhd", attn.drop(weights, rng), value)
+    x = jnp.einsum("bhj,bhjd->bhd", attn.drop(weights, rng), value)  # [B, H, d_k]
     return attn.output(x.reshape(z.shape)) * visible.any(axis=-1)
 
 
-def turned(scores: jax.Array, position: jax.Array) -> jax.Array:
-    """Scores [B, H, N] of the distances N … 1, moved to the slots where those distances are: (j - position) mod N."""
+def roll_to_slots(scores: jax.Array, position: jax.Array) -> jax.Array:
+    """Roll scores [B, H, N] of the distances N … 1 to the slots at those distances: (j - position) mod N."""
     if position.ndim:
         return jax.vmap(lambda row, p: jnp.roll(row, p, axis=-1))(scores, position)
     return jnp.roll(scores, position, axis=-1)
 
 
 def feed_forward(layer: FeedForward, z: jax.Array, rng: Key) -> jax.Array:
-    """The layer's own call, in columns."""
-    hidden = jax.nn.relu(linear(layer.layer1, z.T))
+    """Call of the feed-forward layer with tokens in columns; see `product`."""
+    hidden = jax.nn.relu(linear(layer.layer1, z.T))  # [D_ff, B]
     hidden = hidden if rng is None else layer.dropout(hidden.T, rng).T
     return linear(layer.layer2, hidden).T
 
 
 def linear(layer: Linear, x: jax.Array) -> jax.Array:
-    """[D_in, B] -> [D_out, B]."""
-    return product(layer.kernel[...], x) + layer.bias[...][:, None]  # type: ignore[index]
+    """Linear map of columns: [D_in, B] -> [D_out, B]."""
+    assert layer.bias is not None
+    return product(layer.kernel[...], x) + layer.bias[...][:, None]
 
 
-apart = jax.lax.optimization_barrier
+barrier = jax.lax.optimization_barrier
 
 
 @jax.custom_vjp
 def product(kernel: jax.Array, x: jax.Array) -> jax.Array:
     """kernelᵀ x: [D_in, D_out], [D_in, B] -> [D_out, B].
 
-    A step is little else than products of large kernels with a few tokens, and with the tokens in columns these run
-    at two to three times the speed on CPUs. XLA must be kept from folding transpositions into them, where they cost
-    more than that: the kernel's is the same at every step and made once, before the loop; those of the tokens are
-    small. For the same reason the gradients are spelled out.
+    A step consists mostly of products of large kernels with a few tokens, which run two to three times faster on CPUs
+    with tokens in columns. The barriers keep XLA from folding transpositions into the products, which would cost more
+    than that: the kernel's transposition is the same at every step and is hoisted out of the loop, those of the tokens
+    are small. The gradients are written out for the same reason.
     """
-    return apart(apart(kernel.T) @ apart(x))
+    return barrier(barrier(kernel.T) @ barrier(x))
 
 
-def product_forward(kernel: jax.Array, x: jax.Array):
+def product_forward(kernel: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return product(kernel, x), (kernel, x)
 
 
-def product_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array):
-    kernel, x = kept
-    dy = apart(dy)
-    return x @ dy.T, apart(kernel @ dy)
+def product_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    kernel, x = residuals
+    dy = barrier(dy)
+    return x @ dy.T, barrier(kernel @ dy)
 
 
 product.defvjp(product_forward, product_backward)
@@ -114,7 +130,7 @@ product.defvjp(product_forward, product_backward)
 
 @jax.custom_vjp
 def pinned(x: jax.Array, value: jax.Array) -> jax.Array:
-    """`value`, with the gradient of x: where x's value is known, nothing computes it again."""
+    """`value`, with the gradient of x: the known value of x, which is then not computed again."""
     return value
 
 
@@ -122,23 +138,29 @@ pinned.defvjp(lambda x, value: (value, None), lambda _, dy: (dy, None))
 
 
 def reach(model: Any, n: int) -> Any:
-    """The model with tables of the distances n … 1 alone, head-major and scaled: d_k^-½ · [H, n, …] of [P, H, …].
+    """Model with position tables of the distances n … 1 only, head-major and scaled: d_k^-½ · [H, n, …] of [P, H, …].
 
-    A token's decoding calls this in a loop. XLA takes out of it what the loop does not change, but transpositions only
-    with the product that they lead to: without the scale here it transposed at every token, a third of a token's time.
+    Decoding calls this for every token in a loop. XLA hoists loop-invariant transpositions only together with a
+    following product: without the scale here it transposed at every token, a third of a token's time.
     """
-    graphdef, tables, rest = nnx.split(model, is_table, ...)  # type: ignore[misc]
+    graphdef, tables, rest = split_tables(model)
     scale = model.layers[0].attn.scale
     return nnx.merge(graphdef, jax.tree.map(lambda table: jnp.swapaxes(table[-n:], 0, 1) * scale, tables), rest)
 
 
-def is_table(path: Any, _: Any) -> bool:
-    """Of an array by its path: is it a position table?"""
-    return path[-1] in ("key_pos_embeddings", "key_pos_bias")
+def split_tables(model: Any) -> tuple[Any, Any, Any]:
+    """Split a model into its graph, its position tables and its other arrays; `nnx.merge` is the inverse."""
+
+    def is_table(path: tuple[Any, ...], _: Any) -> bool:
+        return path[-1] in ("key_pos_embeddings", "key_pos_bias")
+
+    graphdef, *states = nnx.split(model, is_table, ...)
+    tables, rest = states
+    return graphdef, tables, rest
 
 
 def no_memory(model: Any, batch: int, slots: int, dtype: Any) -> Memory:
-    """Zeroed slots for a model's keys and values."""
+    """Zero slots for a model's keys and values."""
     shape = (batch, model.heads, slots, model.d_model // model.heads)
     entries = 1 if model.shares_kv else len(model.layers)
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(entries))

@@ -1,7 +1,6 @@
 """GPT-NeoX and Pythia (arXiv 2204.06745, 2304.01373)."""
 
-from jaxmodels.neox.config import PRESETS, NeoXConfig
-from jaxmodels.neox.int8 import quantize
-from jaxmodels.neox.model import NeoX
+from jaxmodels.neox.config import NeoXConfig
+from jaxmodels.neox.model import NeoX, quantize
 
-__all__ = ["PRESETS", "NeoX", "NeoXConfig", "quantize"]
+__all__ = ["NeoX", "NeoXConfig", "quantize"]

@@ -1,4 +1,4 @@
-"""What a GPT-NeoX model is made of, and the published ones by name."""
+"""Configuration of a GPT-NeoX model, with the published models as presets."""
 
 import dataclasses
 import math
@@ -12,19 +12,19 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class NeoXConfig:
-    """Sizes and choices of a model; the defaults are GPT-NeoX-20B's, with the exact GELU.
+    """Hyperparameters of a model; the defaults are GPT-NeoX-20B's, but with the exact GELU.
 
     activation: 'gelu' (exact) or 'gelu_tanh'.
     parallel_residual: attention and feed-forward network read the same input.
-    n_ff: the feed-forward network's hidden width, None for 4 · n_hidden (and None where it is given as that).
-    tied: the readout is the embedding's table.
-    max_len: positions that it was trained for; rotary tables have no end, so nothing is limited by it.
-    dtype: what is computed in, whatever the parameters are kept in; None for their own.
-    remat: keep only the layers' inputs for the backward pass, and compute the rest again.
-    Raises ValueError for a value that no model can have.
+    n_ff: hidden width of the feed-forward network; default 4 · n_hidden, which is stored as None.
+    tied: use the embedding table as the readout.
+    max_len: sequence length of training. Not a limit, as rotary tables are computed for any position.
+    dtype: compute dtype; default that of the parameters.
+    remat: save the layers' inputs only, and recompute the rest in the backward pass.
+    Raises ValueError if a value is out of range.
 
-    The presets have the tanh GELU, with which 20B and Pythia were trained (`bias_gelu_fusion`). Converted files of
-    Pythia in transformers' format say exact, which differs by up to 4.7e-4 for each activation.
+    The presets use the tanh GELU, with which 20B and Pythia were trained (`bias_gelu_fusion`). Pythia's files in
+    transformers' format say exact, which differs by up to 4.7e-4 per activation.
     """
 
     n_vocab: int = 50_432
@@ -42,47 +42,47 @@ class NeoXConfig:
     dtype: str | None = None
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ["n_vocab", "n_hidden", "n_layers", "n_heads", "max_len"] + (["n_ff"] if self.n_ff is not None else [])
         for name in sizes:
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+                raise ValueError(f"{name}={size!r} must be an integer of at least 1")
         for name in ("parallel_residual", "tied", "remat"):
             flag = getattr(self, name)
             if not isinstance(flag, bool):
-                raise ValueError(f"{name}={flag!r} is neither True nor False")
+                raise ValueError(f"{name}={flag!r} must be True or False")
         if self.n_ff == 4 * self.n_hidden:
             object.__setattr__(self, "n_ff", None)  # so that equal models have equal configurations
         if self.n_hidden % self.n_heads:
             raise ValueError(f"n_hidden={self.n_hidden} is not divisible by n_heads={self.n_heads}")
         rotary_width("rope_percentage", self.rope_percentage, self.d_k)
         if not 1 < self.rope_base < math.inf:
-            raise ValueError(f"rope_base={self.rope_base} must be above 1")
+            raise ValueError(f"rope_base={self.rope_base} must be above 1 and finite")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
         if not 0 < self.layer_norm_eps < 1:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be between 0 and 1")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
 
     @property
     def d_k(self) -> int:
-        """Features of a head."""
+        """Number of features of a head."""
         return self.n_hidden // self.n_heads
 
     @property
     def d_rope(self) -> int:
-        """Features of a head that turn."""
+        """Number of features of a head that are rotated."""
         return rotary_width("rope_percentage", self.rope_percentage, self.d_k)
 
     @property
     def d_ff(self) -> int:
-        """The feed-forward network's hidden width."""
+        """Hidden width of the feed-forward network."""
         return 4 * self.n_hidden if self.n_ff is None else self.n_ff
 
     def parameters(self) -> int:
-        """How many numbers the model learns."""
+        """Number of parameters."""
         d, d_ff = self.n_hidden, self.d_ff
         layer = 2 * 2 * d + (d + 1) * 3 * d + (d + 1) * d + (d + 1) * d_ff + (d_ff + 1) * d
         return self.n_layers * layer + 2 * d + (1 if self.tied else 2) * self.n_vocab * d
@@ -133,20 +133,23 @@ class NeoXConfig:
 
     @classmethod
     def _pythia(cls, n_layers: int, n_hidden: int, n_heads: int, n_vocab: int = 50_304) -> "NeoXConfig":
-        # The vocabulary's 50,277 tokens, padded to a multiple of 128 times the model-parallel degree of its training.
+        # 50,277 tokens, padded to a multiple of 128 times the model-parallel degree of the training run
         return cls(n_vocab=n_vocab, n_hidden=n_hidden, n_layers=n_layers, n_heads=n_heads, activation="gelu_tanh")
 
 
 PRESETS: dict[str, Callable[[], NeoXConfig]] = {
-    "pythia_14m": NeoXConfig.pythia_14m,
-    "pythia_31m": NeoXConfig.pythia_31m,
-    "pythia_70m": NeoXConfig.pythia_70m,
-    "pythia_160m": NeoXConfig.pythia_160m,
-    "pythia_410m": NeoXConfig.pythia_410m,
-    "pythia_1b": NeoXConfig.pythia_1b,
-    "pythia_1_4b": NeoXConfig.pythia_1_4b,
-    "pythia_2_8b": NeoXConfig.pythia_2_8b,
-    "pythia_6_9b": NeoXConfig.pythia_6_9b,
-    "pythia_12b": NeoXConfig.pythia_12b,
-    "neox_20b": NeoXConfig.neox_20b,
+    name: getattr(NeoXConfig, name)
+    for name in (
+        "pythia_14m",
+        "pythia_31m",
+        "pythia_70m",
+        "pythia_160m",
+        "pythia_410m",
+        "pythia_1b",
+        "pythia_1_4b",
+        "pythia_2_8b",
+        "pythia_6_9b",
+        "pythia_12b",
+        "neox_20b",
+    )
 }

@@ -1,9 +1,11 @@
-"""State_dicts of the original, whose model is one flat `nn.Sequential`, and what they hold beside parameters.
+"""State_dicts of the original implementation, a flat `nn.Sequential`, renamed to the names of the twins.
 
 0.emb.weight                  embedding.emb.weight
 1.pre_ln_attn.weight …        layers.0.pre_ln_attn.weight …
 L+1.ln.weight                 final_norm.ln.weight
 L+2.linear.weight             readout.linear.weight
+
+The names on disk of GPT-NeoX's and Hugging Face's checkpoints are in `jaxmodels.convert.neox.layout`.
 """
 
 import re
@@ -13,21 +15,22 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.neox.config import NeoXConfig
+from jaxmodels.rope import check_frequencies
 from jaxmodels.weights.names import as_numpy
 
 
 def adapted(state_dict: Mapping[str, Any], config: NeoXConfig) -> dict[str, Any]:
-    """The state_dict under the names of the twins, without rotary frequencies and masks.
+    """Rename a state_dict to the twins' names, and leave out rotary frequencies and masks.
 
-    Raises ValueError where one of these says something else than the configuration.
+    Raises ValueError if a frequency or mask contradicts the configuration.
     """
     flat = bool(state_dict) and all(re.match(r"\d+\.", key) for key in state_dict)
-    named = {named_part(key, config.n_layers) if flat else key: tensor for key, tensor in state_dict.items()}
+    named = {twin_name(key, config.n_layers) if flat else key: tensor for key, tensor in state_dict.items()}
     return {key: tensor for key, tensor in named.items() if not is_no_parameter(key, tensor, config)}
 
 
-def named_part(key: str, n_layers: int) -> str:
-    """The twin's name for a key of the flat Sequential."""
+def twin_name(key: str, n_layers: int) -> str:
+    """Name in the twin of a key of the flat Sequential."""
     number, rest = key.split(".", 1)
     i = int(number)
     if 1 <= i <= n_layers:
@@ -36,19 +39,13 @@ def named_part(key: str, n_layers: int) -> str:
 
 
 def is_no_parameter(key: str, tensor: Any, config: NeoXConfig) -> bool:
-    """Whether the key is a known one that holds no parameter; raises ValueError where it contradicts the config."""
+    """True for stored rotary frequencies and causal masks; raises ValueError if they contradict the configuration."""
     if key.endswith(".attention.rotary_emb.inv_freq"):
-        expected = config.rope_base ** (-np.arange(0, config.d_rope, 2) / config.d_rope)
-        given = as_numpy(tensor).astype(np.float64)
-        if given.shape != expected.shape or not np.allclose(given, expected, rtol=1e-2):  # they may be 16 bits wide
-            raise ValueError(
-                f"{key} are not the frequencies of rope_base={config.rope_base} over {config.d_rope} features "
-                f"(rope_percentage={config.rope_percentage})"
-            )
+        check_frequencies(key, as_numpy(tensor), config.d_rope, config.rope_base)
         return True
-    if key.endswith(".attention.bias"):  # the causal mask of transformers' older files
+    if key.endswith(".attention.bias"):  # the causal mask in transformers' older files
         mask = as_numpy(tensor).astype(bool)
         if mask.ndim < 2 or not (mask == np.tri(*mask.shape[-2:]).astype(bool)).all():
-            raise ValueError(f"{key} is no causal mask; it has shape {list(mask.shape)}")
+            raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask")
         return True
     return key.endswith(".attention.masked_bias")

@@ -1,13 +1,5 @@
-"""RETRO (arXiv 2112.04426): the model, and the retrieval that it reads with."""
+"""RETRO (arXiv 2112.04426): the model, and the retrieval of neighbors in `jaxmodels.retro.retrieval`."""
 
-from jaxmodels.retro.attention import ChunkedCrossAttention, CrossAttention, SelfAttention
-from jaxmodels.retro.model import FeedForward, NearestNeighborEncoder, RetroModel
+from jaxmodels.retro.model import NearestNeighborEncoder, RetroModel
 
-__all__ = [
-    "ChunkedCrossAttention",
-    "CrossAttention",
-    "FeedForward",
-    "NearestNeighborEncoder",
-    "RetroModel",
-    "SelfAttention",
-]
+__all__ = ["NearestNeighborEncoder", "RetroModel"]

@@ -1,6 +1,6 @@
-"""RETRO (arXiv 2112.04426), batch-first: a decoder that reads chunks of other text which resemble its own.
+"""RETRO (arXiv 2112.04426), batch-first: a decoder that attends to retrieved neighbors of the chunks of its text.
 
-Axes: B batch, S sequence, C = S // L chunks of L = chunk_len tokens, N neighbours of a chunk, M tokens of a neighbour,
+Axes: B batch, S sequence, C = S // L chunks of L = chunk_len tokens, N neighbors of a chunk, M tokens of a neighbor,
 D = d_model, H heads of d_k features, V vocabulary.
 """
 
@@ -10,15 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxmodels.layers import SMALL_RULES, Embed, LayerNorm, Linear, constrain, rematerialised
+from jaxmodels.layers import SMALL_RULES, Embed, LayerNorm, Linear, check_ids, check_sizes, constrain, rematerialised
 from jaxmodels.retro import decode
 from jaxmodels.retro.attention import ROTARY_BASE, ChunkedCrossAttention, CrossAttention, SelfAttention
 from jaxmodels.retro.decode import RetroCache
-from jaxmodels.transformer import check_ids
+from jaxmodels.rope import check_frequencies
 from jaxmodels.weights.names import as_numpy
 
 
@@ -31,13 +30,14 @@ class FeedForward(nnx.Module):
         self.norm = LayerNorm(d_model, rngs=rngs)
 
     def __call__(self, h: jax.Array) -> jax.Array:
+        """h [..., D] -> [..., D]."""
         return h + self.lin2(jax.nn.relu(self.lin1(self.norm(h))))
 
 
 class NearestNeighborEncoder(nnx.Module):
-    """Neighbours, each by itself and aware of its chunk: self-attention, cross-attention if p ∈ ca_layers, FF.
+    """Encoder of each neighbor: self-attention, cross-attention to the chunk if p ∈ ca_layers, feed-forward.
 
-    ca_layers: any collection of layer numbers. Raises ValueError for sizes below 1 and for a layer that there is not.
+    ca_layers: layer numbers from 0 to n_layers - 1. Raises ValueError for another layer or a size below 1.
     """
 
     def __init__(
@@ -62,18 +62,18 @@ class NearestNeighborEncoder(nnx.Module):
         self.norm_h = LayerNorm(d_model, rngs=rngs)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Arguments of the constructor, as JSON values."""
         names = ["chunk_len", "n_layers", "d_model", "n_heads", "d_k", "d_ff"]
         return {name: getattr(self, name) for name in names} | {"ca_layers": sorted(self.ca_layers)}
 
     def adapted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """What `from_torch` makes of the originals' state_dict; see `without_theta`."""
+        """Prepare a state_dict of the original implementation for `from_torch`; see `without_theta`."""
         return without_theta(state_dict, self.d_k)
 
     def __call__(self, e: jax.Array, h: jax.Array) -> jax.Array:
         """e [B, C, N, M, D], h [B, S, D], S ≥ C·L -> [B, C, N, M, D]."""
         b, c, *_, d = e.shape
-        h = self.norm_h(h[:, : c * self.chunk_len].reshape(b, c, self.chunk_len, d))
+        h = self.norm_h(h[:, : c * self.chunk_len].reshape(b, c, self.chunk_len, d))  # [B, C, L, D]
         ca = iter(self.ca)
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
             e = rematerialised(call)(attn, e.reshape(-1, *e.shape[3:])).reshape(e.shape)
@@ -84,12 +84,12 @@ class NearestNeighborEncoder(nnx.Module):
 
 
 class RetroModel(nnx.Module):
-    """Token ids to logits of the next token, with chunks of other text that resemble what was read.
+    """Language model with retrieval: token ids and the neighbors of their chunks to logits of the next token.
 
-    Layer p: causal self-attention; chunked cross-attention to e if p ∈ ca_layers; feed-forward. At p = min(ca_layers)
-    e = LN_e(encoder(emb(ret), h)), once. No final norm; one embedding for the input and the neighbours. Without
-    ca_layers it is a plain decoder. Raises ValueError for sizes below 1, for a layer that there is not, where ca_layers
-    have no encoder, and for an encoder of another chunk_len or d_model.
+    Layer p: causal self-attention; chunked cross-attention to e if p ∈ ca_layers; feed-forward. e = LN_e(encoder(
+    emb(ret), h)) is computed once, at p = min(ca_layers). No final norm; input and neighbors share one embedding.
+    Without ca_layers it is a plain decoder. Raises ValueError for a size below 1, a layer outside 0 … n_layers - 1,
+    ca_layers without an encoder, or an encoder with another chunk_len or d_model.
     """
 
     sequence_axis = 1
@@ -123,7 +123,7 @@ class RetroModel(nnx.Module):
         self.ca_layers = check_ca_layers(ca_layers, n_layers)
         self.n_heads, self.d_k, self.d_ff = n_heads, d_k, d_ff
         if encoder is None and self.ca_layers:
-            raise ValueError(f"encoder=None, but ca_layers={sorted(self.ca_layers)} attend to what it would encode")
+            raise ValueError(f"encoder=None, but ca_layers={sorted(self.ca_layers)} need an encoder")
         for name, own in {"chunk_len": chunk_len, "d_model": d_model}.items():
             if encoder is not None and getattr(encoder, name) != own:
                 raise ValueError(f"{name}={own}, but the encoder has {name}={getattr(encoder, name)}")
@@ -137,30 +137,31 @@ class RetroModel(nnx.Module):
         self.norm_e = LayerNorm(d_model, rngs=rngs)
 
     def config(self) -> dict[str, Any]:
-        """The arguments of `from_config`, as `config.json` keeps them."""
+        """Arguments of `from_config`, as JSON values."""
         names = ["n_vocab", "d_model", "n_layers", "chunk_len", "n_heads", "d_k", "d_ff"]
         encoder = None if self.encoder is None else self.encoder.config()
         return {name: getattr(self, name) for name in names} | {"ca_layers": sorted(self.ca_layers), "encoder": encoder}
 
     @classmethod
     def from_config(cls, *, encoder: dict[str, Any] | None = None, rngs: nnx.Rngs, **sizes: Any) -> "RetroModel":
-        """The model of a `config()`; raises ValueError for values that no model can have."""
+        """Build the model of a `config()`; raises ValueError if a value is out of range."""
         built = None if encoder is None else NearestNeighborEncoder(**encoder, rngs=rngs)
         return cls(**sizes, encoder=built, rngs=rngs)
 
     def adapted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """What `from_torch` makes of the originals' state_dict; see `without_theta`."""
+        """Prepare a state_dict of the original implementation for `from_torch`; see `without_theta`."""
         return without_theta(state_dict, self.d_k)
 
     def __call__(self, x: jax.Array, ret: jax.Array | None = None) -> jax.Array:
-        """x int [B, S], ret int [B, C, N, M] -> logits [B, S, V]; ret=None, or C = 0, goes without retrieval.
+        """x int [B, S], ret int [B, C, N, M] -> logits [B, S, V].
 
-        Raises ValueError where x has another rank, or ret is not one group of neighbours for each of the S // L chunks.
+        ret: token ids of the neighbors of each chunk; None, or C = 0, for no retrieval. Raises ValueError if x or ret
+        has another shape.
         """
         check_ids(x, "[B, S]")
         self.check_neighbors(x, ret)
-        h, e = constrain(self.emb(x), "BSD"), None
-        neighbors = None if ret is None or ret.shape[1] == 0 or not self.ca_layers else self.emb(ret)
+        h, e = constrain(self.emb(x), "BSD"), None  # [B, S, D]
+        neighbors = None if ret is None or ret.shape[1] == 0 or not self.ca_layers else self.emb(ret)  # [B, C, N, M, D]
         cca = iter(self.cca)
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
             h = rematerialised(call)(attn, h)
@@ -171,12 +172,12 @@ class RetroModel(nnx.Module):
         return constrain(self.read(h), "BSV")
 
     def encode(self, neighbors: jax.Array, h: jax.Array) -> jax.Array:
-        """What the chunks' layers attend to: embedded neighbours [B, C, N, M, D] and h [B, S, D] -> [B, C, N, M, D]."""
-        assert self.encoder is not None, "the constructor saw to it"
+        """Encode embedded neighbors [B, C, N, M, D] with h [B, S, D] -> e [B, C, N, M, D]."""
+        assert self.encoder is not None, "checked by the constructor"
         return self.norm_e(self.encoder(constrain(neighbors, "BCNMD"), h))
 
     def check_neighbors(self, x: jax.Array, ret: jax.Array | None) -> None:
-        """Raises ValueError where ret is not int [B, C, N, M] with C = S // L."""
+        """Raises ValueError if ret is not int [B, C, N, M] with C = S // L."""
         if ret is None:
             return
         b, s = x.shape
@@ -184,8 +185,8 @@ class RetroModel(nnx.Module):
         fits = ret.ndim == 4 and ret.shape[:2] == (b, c) and (c == 0 or 0 not in ret.shape)
         if not fits or not jnp.issubdtype(ret.dtype, jnp.integer):
             raise ValueError(
-                f"ret must be integers [B={b}, C={c}, N, M]: neighbours of {c} chunks of chunk_len={self.chunk_len} in "
-                f"{s} tokens; got {ret.dtype}{list(ret.shape)}"
+                f"ret must be integers [B={b}, C={c}, N, M], as {s} tokens have {c} chunks of "
+                f"chunk_len={self.chunk_len}; got {ret.dtype}{list(ret.shape)}"
             )
 
     def init_cache(
@@ -196,38 +197,40 @@ class RetroModel(nnx.Module):
         start: jax.Array | None = None,
         neighbors: tuple[int, int] | None = None,
     ) -> RetroCache:
-        """An empty cache for up to max_len tokens of text a row; dtype None: that of the parameters.
+        """Empty cache for up to max_len tokens per row.
 
-        start: int [B], how many of the first ids of each row will be left padding. neighbors: (N, M), how many of how
-        many tokens every chunk will have; None: retrieval is off. Raises ValueError where max_len, N or M are not at
-        least 1, start is not one integer per row, or a model without ca_layers is to have neighbours.
+        dtype: of keys and values; default that of the parameters. start: int [B], number of left-padding ids in each
+        row. neighbors: (N, M), number of neighbors of a chunk and tokens of a neighbor; None for no retrieval. Raises
+        ValueError if max_len, N or M is below 1, start is not one integer per row, or the model has no ca_layers for
+        neighbors.
         """
         dtype = self.emb.embedding.dtype if dtype is None else dtype
         return decode.init_cache(self, batch, max_len, dtype, start, neighbors)
 
     def prefill(self, ids: jax.Array, cache: RetroCache, ret: jax.Array | None = None) -> tuple[jax.Array, RetroCache]:
-        """The first S tokens [B, S] in one pass -> the last one's logits [B, V] and the filled cache.
+        """The first S tokens [B, S] in one pass -> logits [B, V] of the last one, and the filled cache.
 
-        ret [B, S // L, N, M], where the cache was made for neighbours; of a row with left padding they belong to the
-        chunks of its own text, and those beyond it may be any tokens. Raises ValueError where the cache is not empty,
-        too short, or made for others; inside a trace the logits are NaN where the ids did not fit.
+        ret: int [B, S // L, N, M], required if the cache was made for neighbors. In a row with left padding, chunks are
+        counted from the first token after it; entries beyond its last chunk are ignored. Raises ValueError if the cache
+        is not empty, too short, or was made for another (N, M); inside a trace the logits are NaN if the ids do not
+        fit.
         """
         check_ids(ids, "[B, S]")
         self.check_neighbors(ids, ret)
         return decode.prefill(self, ids, cache, ret)
 
     def decode(self, ids: jax.Array, cache: RetroCache, ret: jax.Array | None = None) -> tuple[jax.Array, RetroCache]:
-        """S further tokens [B, S] -> their logits [B, S, V] and the longer cache.
+        """The next S tokens [B, S] -> logits [B, S, V], and the extended cache.
 
-        ret [B, S, N, M], where the cache was made for neighbours: of each token, those of the chunk that ends with it.
-        Where none does they may be any tokens. Raises ValueError where something does not fit; inside a trace, where
-        the length is unknown, the logits are NaN then.
+        ret: int [B, S, N, M], required if the cache was made for neighbors: for each token, the neighbors of the chunk
+        that it completes; ignored for a token that completes none. Raises ValueError if ids or ret do not fit; inside a
+        trace, where the length is unknown, the logits are NaN instead.
         """
         check_ids(ids, "[B, S]")
         return decode.decode(self, ids, cache, ret)
 
     def neighbors_by_token(self, ret: jax.Array, s: int) -> jax.Array:
-        """What `decode` takes for all s tokens of a text, from what the call takes: [B, C, N, M] -> [B, s, N, M]."""
+        """Convert the call's `ret` [B, C, N, M] to that of `decode` for all s tokens of a text: [B, s, N, M]."""
         by_token = jnp.repeat(ret, self.chunk_len, axis=1)
         return jnp.pad(by_token, [(0, 0), (0, s - by_token.shape[1]), (0, 0), (0, 0)])
 
@@ -249,17 +252,12 @@ class RetroModel(nnx.Module):
 
 
 def call(module: Any, *arguments: jax.Array) -> jax.Array:
+    """Call a module; a function of its own so that `rematerialised` can wrap it."""
     return module(*arguments)
 
 
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")
-
-
 def check_ca_layers(ca_layers: Iterable[int], n_layers: int) -> frozenset[int]:
-    """The layers with cross-attention as a set; raises ValueError for one that there is not."""
+    """Convert layer numbers to a frozenset; raises ValueError if one is outside 0 … n_layers - 1."""
     layers = frozenset(ca_layers)
     if not layers <= set(range(n_layers)):
         raise ValueError(f"ca_layers={sorted(layers)} must be layers from 0 to {n_layers - 1}")
@@ -267,15 +265,11 @@ def check_ca_layers(ca_layers: Iterable[int], n_layers: int) -> frozenset[int]:
 
 
 def without_theta(state_dict: Mapping[str, Any], d_k: int) -> dict[str, Any]:
-    """A state_dict without the rotary frequencies that the originals keep as `rotary_pe.theta`.
+    """State_dict without the rotary frequencies that the original implementation stores as `rotary_pe.theta`.
 
-    Raises ValueError where they are not those of this base and width.
+    Raises ValueError if they are not those of this base and width.
     """
-    expected = ROTARY_BASE ** (-np.arange(0, d_k, 2) / d_k)
-    for key, tensor in state_dict.items():
-        if not key.endswith("rotary_pe.theta"):
-            continue
-        theta = as_numpy(tensor).astype(np.float64)
-        if theta.shape != expected.shape or not np.allclose(theta, expected, rtol=1e-2):  # they may be 16 bits wide
-            raise ValueError(f"{key} {theta.tolist()} is not base^(-2i/d_k) with base={ROTARY_BASE}, d_k={d_k}")
-    return {key: tensor for key, tensor in state_dict.items() if not key.endswith("rotary_pe.theta")}
+    stored = {key for key in state_dict if key.endswith("rotary_pe.theta")}
+    for key in stored:
+        check_frequencies(key, as_numpy(state_dict[key]), d_k, ROTARY_BASE)
+    return {key: tensor for key, tensor in state_dict.items() if key not in stored}

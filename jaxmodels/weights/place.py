@@ -27,7 +27,7 @@ from jaxmodels.weights.progress import progress_bar
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
-def placed(
+def load_tensors(
     model: Model, tensors: Mapping[str, Any], dtype: Any = None, shardings: Shardings | None = None, what: str = "model"
 ) -> Model:
     """A model with the tensors of a checkpoint, read once: `from_torch` for tensors that are not in memory.

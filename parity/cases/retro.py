@@ -13,6 +13,7 @@ from flax import nnx
 
 import torch_ref.retro
 from jaxmodels import retro
+from jaxmodels.retro import attention
 from jaxmodels.text import CharVocabulary, load_corpus
 from parity.cases import Pair, case
 
@@ -24,7 +25,7 @@ KEY_BIAS = "*c[ac]*.key.bias"
 def chunked_cross_attention(rng: np.random.Generator) -> Pair:
     args = (15, 3, 4, 7)
     inputs = {"h": rng.standard_normal((2, 33, 15)), "e": rng.standard_normal((2, 4, 3, 11, 15))}
-    flax = nnx.eval_shape(lambda: retro.ChunkedCrossAttention(*args, rngs=nnx.Rngs(0)))
+    flax = nnx.eval_shape(lambda: attention.ChunkedCrossAttention(*args, rngs=nnx.Rngs(0)))
     return Pair(torch_ref.retro.ChunkedCrossAttention(*args), flax, inputs, zero_gradients=("key.bias",), steps=0)
 
 

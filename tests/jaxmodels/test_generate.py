@@ -167,7 +167,7 @@ def test_each_row_has_its_own_probabilities():
     ("settings", "match"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5 must be a whole number"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5"),
         ({"temperature": -1.0, "rng": KEY}, "temperature=-1.0"),
         ({"temperature": 1.0}, "rng"),
         ({"top_k": 3}, "temperature"),
@@ -207,9 +207,9 @@ def test_each_step_draws_anew(model, ids):
 @pytest.mark.parametrize("ids", [[[999], [1]], [[-1], [1]]])
 def test_ids_outside_the_vocabulary_are_an_error_not_a_text(ids):
     model = language_model("rotary")
-    with pytest.raises(ValueError, match="outside the vocabulary"):
+    with pytest.raises(ValueError, match=r"ids or stop_tokens \["):
         generate(model, jnp.asarray(ids), 3)
-    with pytest.raises(ValueError, match=r"\[999\] are outside the vocabulary"):
+    with pytest.raises(ValueError, match=r"stop_tokens \[999\]"):
         generate(model, jnp.asarray([[1], [2]]), 3, stop_tokens=[999])
 
 
@@ -224,5 +224,5 @@ def test_tokens_beyond_n_tokens_are_never_written(model, ids):
     assert set(new.ravel()) == {0, 1, 2}
     assert np.asarray(generate(model, ids, N, n_tokens=3)).max() < 3
     for wrong in (0, V + 1):
-        with pytest.raises(ValueError, match=f"n_tokens={wrong} must be from 1 to the vocabulary's {V}"):
+        with pytest.raises(ValueError, match=rf"n_tokens={wrong}\b.*\b{V}\b"):
             generate(model, ids, N, n_tokens=wrong)

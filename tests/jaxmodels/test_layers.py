@@ -100,7 +100,7 @@ def test_dropout(rate):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1])
 def test_dropout_refuses_what_is_no_share(rate):
-    with pytest.raises(ValueError, match="dropout"):
+    with pytest.raises(ValueError, match="dropout_prob="):
         Dropout(rate)
 
 

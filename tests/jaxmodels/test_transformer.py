@@ -122,7 +122,7 @@ def test_every_dropout_draws_its_own():
         ({"attention": "dense"}, r"attention='dense'.*max_len"),
         ({"attention": "dense", "max_len": 0}, r"max_len=0"),
         ({"heads": 5}, r"d_model=12 .*heads=5"),
-        ({"heads": 4}, r"rope_percentage=1.0 turns 3 of d_k=3"),
+        ({"heads": 4}, r"rope_percentage=1\.0 .*3 .*d_k=3\b"),
         ({"n_vocab": 0}, r"n_vocab=0"),
         ({"d_model": 0}, r"d_model=0"),
         ({"d_ff": -1}, r"d_ff=-1"),
@@ -151,7 +151,7 @@ def test_refuses_what_are_no_ids(ids):
     model = language_model("rotary")
     cache = model.init_cache(2, 7)
     for call in (model, model.plain, lambda ids: model.prefill(ids, cache), lambda ids: model.decode(ids, cache)):
-        with pytest.raises(ValueError, match="ids must be"):
+        with pytest.raises(ValueError, match=r"^ids "):
             call(ids)
 
 

@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxmodels
-from jaxmodels.feedback import from_parallel
-from jaxmodels.feedback.parallel import ApproximateWarning
+from jaxmodels.feedback.parallel import ApproximateWarning, from_parallel
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.sharding import make_mesh
 from jaxmodels.text import ByteVocabulary, CharVocabulary

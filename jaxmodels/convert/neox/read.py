@@ -28,7 +28,8 @@ from jaxmodels.convert.neox.layout import (
 from jaxmodels.convert.neox.shards import Shard, Shards, config_files, find_step, open_step
 from jaxmodels.convert.neox.yaml import fields, read_yaml
 from jaxmodels.convert.source import Source, named
-from jaxmodels.neox import PRESETS, NeoX, NeoXConfig
+from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.names import is_no_parameter
 from jaxmodels.weights.lazy import Cut, read
 from jaxmodels.weights.place import Shardings

@@ -14,7 +14,8 @@ from tests.jaxmodels.convert.test_neox_write import limited
 
 from jaxmodels.convert import to_torch
 from jaxmodels.convert.hf import load_hf, open_hf, save_hf, write_hf
-from jaxmodels.convert.neox import load_neox, open_neox
+from jaxmodels.convert.neox import load_neox
+from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.neox import NeoXConfig
 from tests.common import run
 from tests.jaxmodels.convert.originals import CONFIG, write

@@ -85,24 +85,24 @@ def test_a_limited_memory_has_no_longest_text(monkeypatch):
     model, ids = language_model(FeedbackTransformerKV, memory=5), token_ids(0, 3, B)
     assert generate.generate(model, ids, 30).shape == (30, B)
     unlimited = language_model(FeedbackTransformerKV)
-    with pytest.raises(ValueError, match=r"33.*reach back 8"):
+    with pytest.raises(ValueError, match=r"\b33\b.*\b8\b"):
         generate.generate(unlimited, ids, 30)
 
 
 def test_refuses_what_is_not_this_models():
     model, ids = language_model(FeedbackTransformerKV), token_ids(0, S, B)
     own = language_model(FeedbackTransformer, n_layers=2)
-    with pytest.raises(ValueError, match="2 layers, this model has 1"):
+    with pytest.raises(ValueError, match=r"\b2 layers.*\b1\b"):
         model.decode(ids, own.init_cache(B, S))
     with pytest.raises(ValueError, match="heads=3"):
         model.decode(ids, language_model(FeedbackTransformerKV, heads=2).init_cache(B, S))
     limited = language_model(FeedbackTransformerKV, memory=4)
     for reader, writer in ((model, limited), (limited, model)):
-        with pytest.raises(ValueError, match="a model with memory="):
+        with pytest.raises(ValueError, match=r"memory=.*memory="):
             reader.decode(ids, writer.init_cache(B, S))
-    with pytest.raises(ValueError, match="batch of 3, the cache was made for batch=2"):
+    with pytest.raises(ValueError, match=r"batch=3\b.*batch=2\b"):
         model.decode(ids, model.init_cache(2, S))
-    with pytest.raises(ValueError, match="13 tokens do not fit a cache with max_len=12"):
+    with pytest.raises(ValueError, match=r"\b13 .*max_len=12\b"):
         model.decode(ids, model.init_cache(B, 12))
     with pytest.raises(ValueError, match="max_len=0"):
         model.init_cache(B, 0)

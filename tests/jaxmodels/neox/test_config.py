@@ -5,7 +5,8 @@ import jax
 import pytest
 from flax import nnx
 
-from jaxmodels.neox import PRESETS, NeoX, NeoXConfig
+from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.neox.config import PRESETS
 from jaxmodels.weights.names import flat_arrays
 from tests.jaxmodels.neox.common import CONFIG, FORMS
 
@@ -71,13 +72,13 @@ def test_a_config_is_hashable_and_frozen():
         ({"n_heads": 2.0}, r"n_heads=2\.0"),
         ({"max_len": 0}, "max_len=0"),
         ({"n_layers": True}, "n_layers=True"),
-        ({"tied": "no"}, "tied='no' is neither True nor False"),
-        ({"parallel_residual": 1}, "parallel_residual=1 is neither"),
-        ({"remat": None}, "remat=None is neither"),
+        ({"tied": "no"}, "tied='no'"),
+        ({"parallel_residual": 1}, r"parallel_residual=1\b"),
+        ({"remat": None}, "remat=None"),
         ({"n_ff": 0}, "n_ff=0"),
-        ({"n_hidden": 31}, "n_hidden=31 is not divisible by n_heads=3"),
+        ({"n_hidden": 31}, r"n_hidden=31\b.*n_heads=3\b"),
         ({"rope_percentage": 0.1}, r"rope_percentage=0\.1"),
-        ({"rope_percentage": 0.3}, "turns 3 of d_k=10"),
+        ({"rope_percentage": 0.3}, r"rope_percentage=0\.3 .*\b3 .*d_k=10\b"),
         ({"rope_percentage": 1.2}, r"rope_percentage=1\.2"),
         ({"rope_base": 1.0}, r"rope_base=1\.0"),
         ({"rope_base": math.inf}, "rope_base=inf"),

@@ -19,8 +19,9 @@ from jaxmodels.convert.hf import save_hf
 from jaxmodels.convert.neox import save_neox
 from jaxmodels.generate import generate
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
-from jaxmodels.neox.generate import END_OF_TEXT, Stream, Text, main, open_checkpoint, open_tokenizer
-from jaxmodels.text import load_corpus
+from jaxmodels.neox.generate import main, open_checkpoint
+from jaxmodels.stream import END_OF_TEXT, Stream, StreamedText
+from jaxmodels.text import TokenizerFile, find_tokenizer, load_corpus
 from tests.common import filled, language_model
 
 PROMPT = "The statement "
@@ -160,9 +161,9 @@ def test_a_checkpoint_of_int8_weights_stays_as_it_is(tmp_path, checkpoint, model
     jaxmodels.save(quantize(model, 3.0), folder)
     assert open_checkpoint(folder).int8_threshold == 3.0
     assert open_checkpoint(checkpoint, "bfloat16", int8=True).layers[0].ffn.dense_h_h4.bias.dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="cannot be cast to bfloat16"):
+    with pytest.raises(ValueError, match=r"bfloat16 .*int8"):
         open_checkpoint(folder, "bfloat16")
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match=r"threshold=3\.0"):
         open_checkpoint(folder, int8=True)
 
 
@@ -171,9 +172,9 @@ def test_a_text_beyond_the_trained_positions_is_said(checkpoint, capsys, tmp_pat
     short = shutil.copytree(checkpoint, tmp_path / "short")
     (short / "config.json").write_text(config.replace('"max_len": 2048', '"max_len": 7'))
     assert main(command(short)) == 0
-    assert "beyond the 7 positions" in capsys.readouterr().err
+    assert "max_len=7 " in capsys.readouterr().err
     assert main(command(checkpoint)) == 0
-    assert "beyond" not in capsys.readouterr().err
+    assert "max_len" not in capsys.readouterr().err
 
 
 def added(text, tokens):
@@ -182,7 +183,7 @@ def added(text, tokens):
 
 def test_text_comes_in_whole_characters(tokenizer):
     ids = tokenizer.encode("a – é€ b").ids
-    parts = added(Text(tokenizer), ids)
+    parts = added(StreamedText(tokenizer), ids)
     assert "".join(parts) == "a – é€ b"
     assert not any("\ufffd" in part for part in parts)
     assert "" in parts  # a character of several tokens came at its last
@@ -190,25 +191,25 @@ def test_text_comes_in_whole_characters(tokenizer):
 
 def test_what_may_become_a_stop_text_is_held_back(tokenizer):
     ids = tokenizer.encode("abababac").ids
-    text = Text(tokenizer, ["abac"])
+    text = StreamedText(tokenizer, ["abac"])
     assert "".join(added(text, ids)) == "abab"
     assert text.ended
-    text = Text(tokenizer, ["abac"])
+    text = StreamedText(tokenizer, ["abac"])
     shown = "".join(added(text, ids[:-1]))
     assert (shown + text.rest()) == tokenizer.decode(ids[:-1])
     assert not text.ended
-    text = Text(tokenizer, ["xyz"])
+    text = StreamedText(tokenizer, ["xyz"])
     assert "".join(added(text, tokenizer.encode("ab xy").ids)) == "ab "
     assert text.rest() == "xy"
 
 
 def test_the_first_of_several_stop_texts_counts(tokenizer):
-    text = Text(tokenizer, ["cd", "bc"])
+    text = StreamedText(tokenizer, ["cd", "bc"])
     assert "".join(added(text, tokenizer.encode("abcd").ids)) == "a"
 
 
 def test_the_end_of_text_ends_it(tokenizer):
-    text = Text(tokenizer)
+    text = StreamedText(tokenizer)
     assert added(text, [*tokenizer.encode("ab").ids, tokenizer.token_to_id(END_OF_TEXT)])[-1] == ""
     assert text.ended
 
@@ -216,14 +217,14 @@ def test_the_end_of_text_ends_it(tokenizer):
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (["--prompt", ""], "at least one token"),
+        (["--prompt", ""], "--prompt=''"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--top-k", "3"], "temperature"),
         (["--temperature", "-1"], r"temperature=-1\.0"),
-        (["--seed", str(2**70)], r"seed=1180591620717411303424 must be 0 or more, and less than 2³²"),
+        (["--seed", str(2**70)], r"seed=1180591620717411303424\b.*2³²"),
         (["--temperature", "1", "--top-p", "2"], r"top_p=2\.0"),
         (["--stop", ""], "--stop"),
-        (["--tokenizer", "nowhere.json"], "no tokenizer: there is no nowhere.json"),
+        (["--tokenizer", "nowhere.json"], r"tokenizer=nowhere\.json"),
     ],
     ids=" ".join,
 )
@@ -250,20 +251,21 @@ def test_a_folder_without_a_checkpoint_is_one_clear_line(tmp_path, checkpoint, c
 def test_a_tokenizer_that_is_none_or_another_models_is_one_clear_line(tmp_path, checkpoint, tokenizer, capsys):
     (tmp_path / "20B_tokenizer.json").write_text("{}")
     assert main(command(checkpoint, "--tokenizer", str(tmp_path / "20B_tokenizer.json"))) == 2
-    assert "is no tokenizer file" in capsys.readouterr().err
+    assert "20B_tokenizer.json" in capsys.readouterr().err
     larger = Tokenizer.from_str(tokenizer.to_str())
     larger.add_tokens([f"token {i}" for i in range(50)])
     larger.save(str(tmp_path / "larger.json"))
     assert main(command(checkpoint, "--tokenizer", str(tmp_path / "larger.json"))) == 2
-    assert "do not belong together" in capsys.readouterr().err
+    assert re.search(r"350 tokens.*n_vocab=321", capsys.readouterr().err)
 
 
 def test_the_tokenizer_may_lie_beside_the_checkpoint(tmp_path, tokenizer):
     (tmp_path / "global_step7").mkdir()
-    with pytest.raises(ValueError, match="no tokenizer"):
-        open_tokenizer(None, tmp_path / "global_step7")
+    with pytest.raises(ValueError, match="tokenizer=None"):
+        find_tokenizer(None, tmp_path / "global_step7")
     tokenizer.save(str(tmp_path / "20B_tokenizer.json"))
-    assert open_tokenizer(None, tmp_path / "global_step7").get_vocab() == tokenizer.get_vocab()
+    found = TokenizerFile.read(find_tokenizer(None, tmp_path / "global_step7"))
+    assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def test_help_is_there(capsys):

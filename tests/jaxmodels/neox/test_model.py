@@ -107,11 +107,11 @@ def test_an_id_outside_the_vocabulary_is_nan():
     ("arguments", "match"),
     [
         ((jnp.zeros(3, int),), r"\[B, S\]"),
-        ((jnp.zeros((2, 0), int),), "non-empty"),
-        ((jnp.zeros((2, 3)),), "integers"),
+        ((jnp.zeros((2, 0), int),), r"ids .*\[2, 0\]"),
+        ((jnp.zeros((2, 3)),), r"ids .*float"),
         ((ids(), START[1:]), "start"),
-        ((ids(), START.at[1].set(S)), "leave at least one"),
-        ((ids(), START.at[1].set(-1)), "negative"),
+        ((ids(), START.at[1].set(S)), r"start=\["),
+        ((ids(), START.at[1].set(-1)), r"start=\[.*-1"),
         ((ids(), START.astype(jnp.float32)), "start"),
     ],
 )

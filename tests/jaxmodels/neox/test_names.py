@@ -53,10 +53,10 @@ def test_what_is_no_parameter_is_skipped():
 @pytest.mark.parametrize(
     ("buffers", "match"),
     [
-        ({"rotary_emb.inv_freq": 500.0 ** (-np.arange(0, 4, 2) / 4)}, r"rope_base=10000\.0"),
-        ({"rotary_emb.inv_freq": 10_000.0 ** (-np.arange(0, 10, 2) / 10)}, r"rope_percentage=0\.4"),
-        ({"bias": np.ones((1, 1, 9, 9), bool)}, r"layers\.0\.attention\.bias is no causal mask"),
-        ({"bias": np.ones(30, np.float32)}, "no causal mask"),
+        ({"rotary_emb.inv_freq": 500.0 ** (-np.arange(0, 4, 2) / 4)}, r"inv_freq=.*base=10000\.0"),
+        ({"rotary_emb.inv_freq": 10_000.0 ** (-np.arange(0, 10, 2) / 10)}, r"inv_freq=.*\bd=4\b"),
+        ({"bias": np.ones((1, 1, 9, 9), bool)}, r"layers\.0\.attention\.bias\b.*\[1, 1, 9, 9\]"),
+        ({"bias": np.ones(30, np.float32)}, r"layers\.0\.attention\.bias\b.*\[30\]"),
     ],
 )
 def test_a_buffer_that_contradicts_the_configuration_is_refused(buffers, match):
@@ -68,10 +68,10 @@ def test_a_buffer_that_contradicts_the_configuration_is_refused(buffers, match):
 @pytest.mark.parametrize("key", [f"{L + 3}.linear.weight", "17.attention.output.bias", "0.attention.output.bias"])
 def test_a_flat_key_beyond_the_model_is_unexpected(key):
     model = neox()
-    with pytest.raises(ConversionError, match="unexpected"):
+    with pytest.raises(ConversionError, match=r"unexpected \(\d+\)"):
         from_torch(model, flat(to_torch(model)) | {key: np.zeros(3, np.float32)})
 
 
 def test_more_layers_than_the_model_has_are_an_error():
-    with pytest.raises(ConversionError, match="nothing was converted"):
+    with pytest.raises(ConversionError, match=r"missing \(\d+\)"):
         from_torch(neox(), flat(to_torch(neox(n_layers=L + 1))))

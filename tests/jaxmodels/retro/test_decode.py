@@ -83,17 +83,17 @@ def test_refuses_what_the_cache_was_not_made_for():
     retro, x, ret = model(), token_ids(0, B, 9), neighbors(1, B, 2)
     off, on = retro.init_cache(B, 12), retro.init_cache(B, 12, neighbors=(N, M))
     for call, match in [
-        (lambda: retro.prefill(x, off, ret), r"ret has \(N, M\) = \(2, 6\), the cache was made for neighbors=None"),
-        (lambda: retro.prefill(x, on), r"ret has \(N, M\) = None, .* neighbors=\(2, 6\)"),
-        (lambda: retro.prefill(x, on, ret[:, :, :1]), r"\(1, 6\), the cache was made for neighbors=\(2, 6\)"),
+        (lambda: retro.prefill(x, off, ret), r"ret .*\(2, 6\).*neighbors=None"),
+        (lambda: retro.prefill(x, on), r"ret .*None.*neighbors=\(2, 6\)"),
+        (lambda: retro.prefill(x, on, ret[:, :, :1]), r"\(1, 6\).*neighbors=\(2, 6\)"),
         (lambda: retro.prefill(x, on, ret[:, :1]), "C=2"),
-        (lambda: retro.decode(x, on, ret), r"ret must be \[B=3, S=9, N, M\]"),
-        (lambda: retro.decode(token_ids(0, B, 13), off), "13 tokens do not fit a cache with max_len=12"),
-        (lambda: retro.decode(token_ids(0, 2, 3), off), "batch of 2, the cache was made for batch=3"),
+        (lambda: retro.decode(x, on, ret), r"ret .*\[B=3, S=9, N, M\]"),
+        (lambda: retro.decode(token_ids(0, B, 13), off), r"\b13 .*max_len=12\b"),
+        (lambda: retro.decode(token_ids(0, 2, 3), off), r"batch=2\b.*batch=3\b"),
         (lambda: retro.init_cache(B, 0), "max_len=0"),
         (lambda: retro.init_cache(B, 5, neighbors=(0, 3)), r"neighbors=\(0, 3\)"),
-        (lambda: model(ca_layers=()).init_cache(B, 5, neighbors=(2, 3)), "no ca_layers"),
-        (lambda: RetroModel.prefill(retro, x.astype(float), off), "ids must be"),
+        (lambda: model(ca_layers=()).init_cache(B, 5, neighbors=(2, 3)), r"neighbors=\(2, 3\).*ca_layers"),
+        (lambda: RetroModel.prefill(retro, x.astype(float), off), "^ids "),
     ]:
         with pytest.raises(ValueError, match=match):
             call()

@@ -89,7 +89,7 @@ def test_the_originals_state_dict_loads_with_its_frequencies():
 
     other = original | {"attn.2.rotary_pe.theta": 500 ** (-torch.arange(0, 4, 2).float() / 4)}
     for load in (lambda: from_torch(abstract, other), lambda: theirs.load_state_dict(other)):
-        with pytest.raises(ValueError, match=r"attn.2.rotary_pe.theta .* with base=10000, d_k=4"):
+        with pytest.raises(ValueError, match=r"attn\.2\.rotary_pe\.theta\b.*base=10000\b"):
             load()
     with pytest.raises(ConversionError, match=r"missing \(1\):\s+cca.1.norm.bias"):
         from_torch(abstract, {name: t for name, t in original.items() if name != "cca.1.norm.bias"})
@@ -147,28 +147,28 @@ def encoder(**others):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (refused(ca_layers={3}), r"ca_layers=\[3\] must be layers from 0 to 2"),
+        (refused(ca_layers={3}), r"ca_layers=\[3\].*0 to 2\b"),
         (refused(ca_layers={1}), r"encoder=None, but ca_layers=\[1\]"),
-        (refused(d_k=3), "d_k=3 must be even"),
+        (refused(d_k=3), r"d_k=3\b"),
         (refused(n_layers=0), "n_layers=0"),
         (refused(d_model=0), "d_model=0"),
         (
             lambda: refused(ca_layers={1}, encoder=encoder(chunk_len=5))(),
             "chunk_len=4, but the encoder has chunk_len=5",
         ),
-        (lambda: refused(ca_layers={1}, encoder=encoder(d_model=8))(), "d_model=10, but the encoder has d_model=8"),
-        (lambda: encoder(ca_layers={-1}), r"ca_layers=\[-1\] must be layers from 0 to 1"),
-        (lambda: model()(jnp.zeros((2, 9))), r"ids must be .*\[B, S\], got float"),
+        (lambda: refused(ca_layers={1}, encoder=encoder(d_model=8))(), r"d_model=10\b.*d_model=8\b"),
+        (lambda: encoder(ca_layers={-1}), r"ca_layers=\[-1\].*0 to 1\b"),
+        (lambda: model()(jnp.zeros((2, 9))), r"^ids .*\[B, S\].*float"),
         (
             lambda: model()(token_ids(0, 2, 9), neighbors(0, 2, 1)),
             r"C=2, N, M\].* in 9 tokens; got int64\[2, 1, 2, 6\]|int32",
         ),
-        (lambda: model()(token_ids(0, 2, 9), neighbors(0, 1, 2)), r"ret must be integers \[B=2, C=2"),
-        (lambda: model()(token_ids(0, 2, 9), neighbors(0, 2, 2)[..., 0]), "ret must be integers"),
-        (lambda: model()(token_ids(0, 2, 9), jnp.zeros((2, 2, N, M))), "ret must be integers"),
-        (lambda: model()(token_ids(0, 2, 9), neighbors(0, 2, 2)[:, :, :0]), "ret must be integers"),
-        (lambda: twin()(torch.zeros(2, 9, dtype=int), torch.zeros(2, 3, N, M, dtype=int)), "C = 2 chunks"),
-        (lambda: twin(ca_layers=(3,)), "must be layers from 0 to 2"),
+        (lambda: model()(token_ids(0, 2, 9), neighbors(0, 1, 2)), r"ret .*\[B=2, C=2"),
+        (lambda: model()(token_ids(0, 2, 9), neighbors(0, 2, 2)[..., 0]), r"ret .*\[B=2, C=2"),
+        (lambda: model()(token_ids(0, 2, 9), jnp.zeros((2, 2, N, M))), r"ret .*\[B=2, C=2"),
+        (lambda: model()(token_ids(0, 2, 9), neighbors(0, 2, 2)[:, :, :0]), r"ret .*\[B=2, C=2"),
+        (lambda: twin()(torch.zeros(2, 9, dtype=int), torch.zeros(2, 3, N, M, dtype=int)), r"C = 2\b"),
+        (lambda: twin(ca_layers=(3,)), "0 to 2"),
     ],
 )
 def test_refuses_bad_arguments(call, match):

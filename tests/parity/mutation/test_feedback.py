@@ -60,8 +60,8 @@ def table_row_off_by_one(monkeypatch):
         return original(self, index)
 
     monkeypatch.setattr(nnx.Param, "__getitem__", shifted)
-    turned = step.turned
-    monkeypatch.setattr(step, "turned", lambda scores, position: turned(scores, position + 1))
+    roll_to_slots = step.roll_to_slots
+    monkeypatch.setattr(step, "roll_to_slots", lambda scores, position: roll_to_slots(scores, position + 1))
 
 
 def input_left_out_of_the_mixture(monkeypatch):
@@ -100,7 +100,7 @@ def memory_of_the_step_itself_is_visible(monkeypatch):
 
 
 def slots_not_rotated(monkeypatch):
-    monkeypatch.setattr(step, "turned", lambda scores, position: scores)
+    monkeypatch.setattr(step, "roll_to_slots", lambda scores, position: scores)
 
 
 def shared_value_with_a_bias(monkeypatch):

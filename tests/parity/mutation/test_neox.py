@@ -11,7 +11,7 @@ from flax import nnx
 import torch_ref.neox
 from jaxmodels.convert import hf
 from jaxmodels.convert.neox import layout
-from jaxmodels.neox import NeoX, NeoXConfig, model
+from jaxmodels.neox import NeoX, NeoXConfig, block, model
 from jaxmodels.rope import rotary_tables
 from parity import check
 from parity.cases import neox as cases
@@ -59,13 +59,13 @@ def test_a_conversion_that_changes_bits_is_an_error(monkeypatch, broken):
 
 
 def final_norm_without_its_epsilon(monkeypatch):
-    original = model.FinalNorm.__call__
+    original = block.FinalNorm.__call__
 
     def call(self, x):
         self.ln.epsilon = 1e-6
         return original(self, x)
 
-    monkeypatch.setattr(model.FinalNorm, "__call__", call)
+    monkeypatch.setattr(block.FinalNorm, "__call__", call)
 
 
 def frequencies_of_the_whole_head(monkeypatch):
@@ -83,30 +83,30 @@ def split_without_regard_to_heads(monkeypatch):
     def project(self, x, rotary):
         parts = jnp.split(self.qkv_lin(x), 3, axis=-1)
         query, key, value = (part.reshape(*x.shape[:2], self.heads, self.d_k) for part in parts)
-        return model.turn(query, *rotary), model.turn(key, *rotary), value
+        return block.rotate(query, *rotary), block.rotate(key, *rotary), value
 
-    monkeypatch.setattr(model.Attention, "project", project)
+    monkeypatch.setattr(block.Attention, "project", project)
 
 
 def queries_one_position_late(monkeypatch):
-    original = model.Attention.project
+    original = block.Attention.project
 
     def project(self, x, rotary):
         late = tuple(jnp.roll(table, -1, axis=1) for table in rotary)
         return original(self, x, late)[0], *original(self, x, rotary)[1:]
 
-    monkeypatch.setattr(model.Attention, "project", project)
+    monkeypatch.setattr(block.Attention, "project", project)
 
 
 def row_bias_from_one_rank_of_two(monkeypatch):
     """Each rank adds its part of the bias before the reduction: a merge that keeps the first one has half of it."""
-    original = model.Linear.__call__
+    original = block.Linear.__call__
 
     def call(self, x):
         row_parallel = (self.in_features, self.out_features) in ((17, 30), (30, 30))
         return original(self, x) - (0.5 * self.bias[...] if row_parallel else 0)
 
-    monkeypatch.setattr(model.Linear, "__call__", call)
+    monkeypatch.setattr(block.Linear, "__call__", call)
 
 
 def one_norm_for_both(monkeypatch):
@@ -115,7 +115,7 @@ def one_norm_for_both(monkeypatch):
     def residual(self, x, attended):
         return x + (attended + self.ffn(self.pre_ln_attn(x)))
 
-    monkeypatch.setattr(model.Block, "residual", residual)
+    monkeypatch.setattr(block.Block, "residual", residual)
 
 
 def tied_where_it_is_not(monkeypatch):
@@ -142,14 +142,14 @@ def test_the_harness_fails_and_names_the_culprit(monkeypatch, mutate):
 
 
 def cached_keys_before_they_are_rotated(monkeypatch):
-    original = model.Attention.decode
+    original = block.Attention.decode
 
     def decode(self, x, rotary, cache, positions):
         still = (jnp.ones_like(rotary[0]), jnp.zeros_like(rotary[1]))
         y, _ = original(self, x, rotary, cache, positions)
         return y, original(self, x, still, cache, positions)[1]
 
-    monkeypatch.setattr(model.Attention, "decode", decode)
+    monkeypatch.setattr(block.Attention, "decode", decode)
 
 
 def positions_that_restart_at_every_call(monkeypatch):

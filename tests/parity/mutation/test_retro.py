@@ -50,7 +50,7 @@ def each_neighbor_has_a_softmax_of_its_own(monkeypatch):
 
 def neighbors_are_causal_too(monkeypatch):
     def call(self, h):
-        return h + self.join(causal_attention(*self.project(h, jnp.arange(h.shape[1]))))
+        return h + self.join_heads(causal_attention(*self.project(h, jnp.arange(h.shape[1]))))
 
     monkeypatch.setattr(attention.SelfAttention, "__call__", call)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.convert.neox import open_neox
+from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.convert.operations import largest_layer
 from jaxmodels.neox import NeoXConfig
 from tests.jaxmodels.convert.originals import write

@@ -12,7 +12,8 @@ from tests.jaxmodels.convert.test_neox_read import assert_holds
 import jaxmodels
 from jaxmodels.convert.command import main
 from jaxmodels.convert.flax import open_flax
-from jaxmodels.convert.neox import load_neox, open_neox
+from jaxmodels.convert.neox import load_neox
+from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.weights.lazy import read
 from jaxmodels.weights.names import as_tensor
 from tests.jaxmodels.convert.originals import CONFIG, layer_file, write

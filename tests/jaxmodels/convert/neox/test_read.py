@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from jaxmodels.convert import to_torch
-from jaxmodels.convert.neox import InferredWarning, ReplicaDriftWarning, load_neox, open_neox
+from jaxmodels.convert.neox import load_neox
+from jaxmodels.convert.neox.read import InferredWarning, ReplicaDriftWarning, open_neox
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.weights.names import as_tensor
 from tests.jaxmodels.convert import originals

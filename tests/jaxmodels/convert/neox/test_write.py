@@ -11,8 +11,10 @@ import torch
 from flax import nnx
 from tests.jaxmodels.convert.test_neox_read import SEQUENTIAL, TIED, assert_holds
 
-from jaxmodels.convert.neox import load_neox, open_neox, save_neox, write_neox
+from jaxmodels.convert.neox import load_neox, save_neox
 from jaxmodels.convert.neox.layout import share, total
+from jaxmodels.convert.neox.read import open_neox
+from jaxmodels.convert.neox.write import write_neox
 from jaxmodels.layers import Linear
 from jaxmodels.neox import NeoX
 from tests.jaxmodels.convert.originals import CONFIG, layer_file, write

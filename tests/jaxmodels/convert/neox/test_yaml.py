@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from jaxmodels.convert.neox import open_neox
+from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.convert.neox.yaml import fields, read_yaml, settings_of, yaml_text
 from jaxmodels.neox import NeoXConfig
 from tests.jaxmodels.convert.originals import CONFIG, settings, write, write_yaml
