@@ -102,7 +102,7 @@ def flax_calls(
     import jax.numpy as jnp
     from flax import nnx
 
-    from jaxmodels.generate import _continue, capacity
+    from jaxmodels.generate import Loop, _decode_loop, capacity
     from jaxmodels.neox import NeoX
 
     @jax.jit
@@ -118,7 +118,7 @@ def flax_calls(
     def write() -> None:
         # The first token comes from the prompt's logits: one more token makes the number of steps that is counted.
         n = options.tokens + 1
-        _continue(model, logits, cache, None, key, length, n, None, (), config.n_vocab).block_until_ready()
+        _decode_loop(model, logits, cache, None, key, Loop(length, n, config.n_vocab)).block_until_ready()
 
     return lambda: jax.block_until_ready(read(model, prompt)), write
 

@@ -1,29 +1,35 @@
-"""A model on disk: an Orbax checkpoint of its arrays beside the `config.json` that rebuilds the model.
+"""Models on disk: the registry of classes by name, `save` and `load`.
 
 FOLDER/config.json   {"format": 1, "model": "AutoregressiveTransformer", "config": {constructor arguments}}
 FOLDER/params/       Orbax; one entry per array, named by its path (encoder.layers.0.norm_ff.scale)
 
-A model that was converted without ever being in memory has, instead of params/, files that can be written as a stream:
+A model that was converted as a stream, without being in memory, has instead of params/:
 
 FOLDER/params.safetensors, or params-00001-of-000NN.safetensors … and params.safetensors.index.json; one entry per
-array and layer (layers.3.attention.qkv_lin.kernel, where the model has layers.attention.qkv_lin.kernel)
+array and layer (layers.3.attention.output.kernel, if the model's array is layers.attention.output.kernel)
 """
 
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_folder
-from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, save_arrays
+from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, read_json, save_arrays
 from jaxmodels.io.safetensors import is_folder, read_folder
+from jaxmodels.io.steps import latest_step
+from jaxmodels.sharding import placement
+from jaxmodels.weights.names import check_floating, dotted, flat_arrays, is_floating, with_arrays
 from jaxmodels.weights.place import Shardings, from_flax_names, load_tensors
 
-# Modules of the models of this project, by the name in config.json. Nothing else is imported on a file's word.
+# Modules of this project's models, by the name in config.json. A file cannot cause any other import.
 MODULES = {
     "AutoregressiveModel": "jaxmodels.feedback",
     "AutoregressiveTransformer": "jaxmodels.transformer",
@@ -38,8 +44,8 @@ Class = TypeVar("Class", bound=type)
 def register(name: str) -> Callable[[Class], Class]:
     """Decorator that gives a model class the name under which it is saved and loaded.
 
-    The class needs `config()`, which returns the arguments of `from_config` (or of its constructor) as JSON values;
-    both also take `rngs`. Raises ValueError if the class has no `config`, or if the name belongs to another class.
+    The class needs the members of `jaxmodels.protocols.Saved`. Raises ValueError if it has no `config`, or if the name
+    belongs to another class.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name={name!r} must be a non-empty string")
@@ -50,7 +56,7 @@ def register(name: str) -> Callable[[Class], Class]:
         known = REGISTERED.get(name)
         same = known is not None and (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
         if name in MODULES or (known is not None and not same):
-            raise ValueError(f"name={name!r} is taken by another model")
+            raise ValueError(f"name={name!r} belongs to another model")
         REGISTERED[name] = cls
         return cls
 
@@ -63,11 +69,11 @@ def names() -> list[str]:
 
 
 def model_class(name: str) -> Any:
-    """Class of a model by its name; raises ValueError for a name that is not registered."""
+    """Class of a model by its name; raises ValueError if the name is not registered."""
     if isinstance(name, str) and name in REGISTERED:
         return REGISTERED[name]
     if not isinstance(name, str) or name not in MODULES:
-        raise ValueError(f"model={name!r} is not registered; known are {', '.join(names())}")
+        raise ValueError(f"model={name!r} is not registered; registered are {', '.join(names())}")
     return getattr(importlib.import_module(MODULES[name]), name)
 
 
@@ -86,24 +92,25 @@ def name_of(model: Any) -> str:
 
 
 def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
-    """A freshly initialised model of a class by name; raises ValueError where the arguments are not the class's."""
+    """Newly initialized model of a class by name; raises ValueError if `config` does not fit its arguments."""
     cls = model_class(name)
-    make = getattr(cls, "from_config", cls)  # a model around another model is not made of its configuration alone
+    make = getattr(cls, "from_config", cls)
     try:
         return make(**config, rngs=nnx.Rngs(seed))
-    except (TypeError, AttributeError) as error:  # the second: a list where a name belongs
-        raise ValueError(f"the configuration does not fit {name}: {error}") from None
+    except (TypeError, AttributeError) as error:  # AttributeError: a list instead of a string
+        raise ValueError(f"config does not fit {name}: {error}") from None
 
 
 def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Writes a language model (anything with a `config()`) to a folder, all of it or nothing.
+    """Write a model of a registered class to a folder, atomically.
 
-    Raises ValueError where the folder is not empty and `overwrite` is not set, or the model's class is not registered.
+    Raises ValueError if the class is not registered, or if the folder is not empty, unless `overwrite` is set and it
+    holds a checkpoint.
     """
     config = describe(model)
-    with atomic_folder(folder, overwrite=overwrite) as beside:
-        save_arrays(beside / "params", model)
-        (beside / "config.json").write_text(config, encoding="utf-8")
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        save_arrays(temporary / "params", model)
+        (temporary / "config.json").write_text(config, encoding="utf-8")
 
 
 def describe(model: Any) -> str:
@@ -111,18 +118,64 @@ def describe(model: Any) -> str:
     return json.dumps({"format": FORMAT, "model": name_of(model), "config": model.config()}, indent=2) + "\n"
 
 
-def load(folder: str | os.PathLike, *, shardings: Shardings | None = None) -> Any:
-    """The model that `save` or a conversion wrote, each array in the dtype it was saved in.
+def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:
+    """Load a model from a folder written by `save` or by a conversion, or from a training run's last checkpoint.
 
-    shardings: where an array goes, by its path and shape; each device's part is read for itself. None: all of it on the
-    default device. Raises ValueError where the folder holds no such checkpoint, where its arrays are not those of its
-    configuration, and where they are float64 while jax_enable_x64 is off (Orbax reads in threads of its own, which
-    `with jax.enable_x64(True)` does not reach).
+    source: a model's folder, or a run's folder, of which the last complete checkpoint is used.
+    dtype: cast floating arrays; default the dtypes in which they were saved.
+    shardings: a mesh, on which the class's own `sharding_rules` distribute the arrays; or a function of path and shape
+        to a Sharding. Each device's part is read separately. Default: the default device.
+
+    Raises ValueError if the source holds no such checkpoint or is damaged, if its arrays do not fit its configuration,
+    if a value overflows in `dtype`, if the mesh does not fit, and for float64 arrays if jax_enable_x64 is off (set it
+    by jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
     """
-    folder = Path(folder)
+    if dtype is not None:
+        check_floating(dtype)
+    folder = model_folder(Path(source))
     name, config = read_config(folder)
     model = nnx.eval_shape(lambda: build(name, config))
+    place = placement(model_class(name), shardings) if isinstance(shardings, Mesh) else shardings
     if is_folder(folder, STEM):
         tensors = from_flax_names(model, read_folder(folder, STEM))
-        return load_tensors(model, tensors, shardings=shardings, what=folder.name)
-    return load_arrays(folder / "params", model, shardings)
+        return load_tensors(model, tensors, dtype, place, folder.name)
+    model = load_arrays(folder / "params", model, place)
+    return model if dtype is None else cast(model, dtype)
+
+
+def model_folder(source: Path) -> Path:
+    """Folder with the config.json of a model, from the argument of `load`; raises ValueError if there is none.
+
+    Warns if later checkpoints of a run are skipped because they are incomplete.
+    """
+    if not source.is_dir():
+        raise ValueError(f"source={str(source)!r} is not a folder")
+    if (source / "checkpoints").is_dir():
+        step, skipped = latest_step(source)
+        for number, reason in skipped.items():
+            warnings.warn(f"skipped checkpoint {number} of {source}: {reason}", stacklevel=3)
+        return step / "model"
+    file = source / "config.json"
+    if file.is_file():
+        content = read_json(file)
+        if isinstance(content, dict) and "model_type" in content:
+            raise ValueError(
+                f"source={str(source)!r} is in Hugging Face's format (model_type={content['model_type']!r}); "
+                "load it with jaxmodels.convert.hf.load_hf"
+            )
+    elif (source / "latest").is_file() or any(source.glob("global_step*")) or any(source.glob("*_model_states.pt")):
+        raise ValueError(
+            f"source={str(source)!r} holds DeepSpeed shards; load GPT-NeoX's with jaxmodels.convert.neox.load_neox"
+        )
+    return source
+
+
+def cast(model: Any, dtype: Any) -> Any:
+    """Model with its floating arrays cast, on their devices; raises ValueError if a finite value overflows."""
+    arrays = {}
+    for path, array in flat_arrays(model).items():
+        if is_floating(array.dtype):
+            arrays[path] = array.astype(dtype)
+            if jnp.isinf(arrays[path]).sum() > jnp.isinf(array).sum():
+                raise ValueError(f"{dotted(path)} has values that overflow in dtype={jnp.dtype(dtype).name}")
+    return with_arrays(model, arrays)

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxmodels.extras import require
+
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -169,10 +171,9 @@ class TokenizerFile:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The package's own object; raises ValueError where the content is none."""
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ValueError("a tokenizer file needs the package tokenizers: pip install 'jaxmodels[neox]'") from None
+        require("neox", "tokenizers")
+        from tokenizers import Tokenizer
+
         try:
             return Tokenizer.from_str(self.content)
         except Exception as error:  # the package raises bare Exceptions

@@ -1,4 +1,4 @@
-"""The one way a file or a folder is written: under a temporary name beside the target, flushed to disk, then renamed.
+"""Atomic writes of files and folders: under a unique temporary name, flushed to disk, then renamed.
 
 A reader sees the old content or the new content, never a part of it, whenever the process or the machine stops.
 """
@@ -10,51 +10,51 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-# By one of these a folder is known as a checkpoint, of this project or another, which may be overwritten.
+# A folder with one of these is a checkpoint, of this project or another, which may be overwritten.
 CHECKPOINT = ("config.json", "latest", "params", "*.safetensors", "global_step*", "layer_*-model_*.pt")
 
 
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
-    """Raises ValueError where a folder cannot be written.
+    """Raises ValueError if a folder must not be written.
 
-    That is a file; a folder that is not empty, unless `overwrite` is set and it holds a checkpoint; and one that is
-    `source`, which is yet to be read, or around it: both would be deleted together.
+    It must not be a file, nor, unless `overwrite` is set and it holds a checkpoint, a folder that is not empty; and
+    overwriting it must not delete `source`, which is still to be read.
     """
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, not a folder to write to")
+        raise ValueError(f"{target} is a file; expected a folder")
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{target} is not empty; name another folder, or allow overwriting")
+        raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite (--overwrite)")
     if source is not None and source.resolve().is_relative_to(target.resolve()):
-        raise ValueError(f"{target} holds the source {source}, which would be deleted with it; name another folder")
-    if not any(any(target.glob(pattern)) for pattern in CHECKPOINT):
         raise ValueError(
-            f"{target} is not overwritten: it holds no checkpoint ({', '.join(CHECKPOINT)}), and all of it would go"
+            f"{target} contains the source {source}, which overwriting would delete; choose another folder"
         )
+    if not any(any(target.glob(pattern)) for pattern in CHECKPOINT):
+        raise ValueError(f"{target} is not overwritten, as it holds no checkpoint ({', '.join(CHECKPOINT)})")
 
 
 @contextlib.contextmanager
 def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to fill, which takes the target's place once it is complete and vanishes if filling it fails.
+    """Context with a temporary folder to fill, which replaces the target at the end, or is deleted on an exception.
 
-    A symbolic link stays one: what it leads to is replaced. The disk has all of the new folder before the old one goes.
-    Raises ValueError before anything is written where `check_target` does, and OSError that names the target where the
-    new folder cannot take its place.
+    If the target is a symbolic link, the folder it points to is replaced. The new folder is on disk before the old one
+    is deleted. Raises ValueError as `check_target` before anything is written, and OSError naming the target if it
+    cannot be replaced.
     """
     target = Path(target).resolve()
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    old = beside.with_name(beside.name + ".old")
-    beside.mkdir()
+    temporary = temporary_name(target)
+    old = temporary.with_name(temporary.name + ".old")
+    temporary.mkdir()
     try:
-        yield beside
-        for path in (*beside.rglob("*"), beside):
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
             flush(path)
-        replace(target, beside, old)
+        replace(target, temporary, old)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush(target.parent)
     if old.exists():
@@ -63,23 +63,28 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
 
 @contextlib.contextmanager
 def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
-    """A path to write a file to, which takes the target's place once it is complete and vanishes if writing it fails.
+    """Context with a temporary path to write to, which replaces the target at the end, or is deleted on an exception.
 
-    It has the name of no other, so that several processes may write one target: it is the whole file of one of them.
+    Several processes may write one target: it is then the complete file of one of them.
     """
     target = Path(target)
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    temporary = temporary_name(target)
     try:
-        yield beside
-        flush(beside)
-        beside.replace(target)
+        yield temporary
+        flush(temporary)
+        temporary.replace(target)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
+def temporary_name(target: Path) -> Path:
+    """Unique name in the target's folder, hence on its file system."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+
+
 def replace(target: Path, new: Path, old: Path) -> None:
-    """Puts `new` at the target, and what was there at `old`; or nothing changes, and an OSError names the target."""
+    """Rename the target to `old` and `new` to the target; raises OSError naming the target, with nothing changed."""
     try:
         if target.exists():
             target.rename(old)
@@ -95,7 +100,7 @@ def replace(target: Path, new: Path, old: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Returns when the disk has a file, or a folder's list of names."""
+    """Flush a file, or the list of names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

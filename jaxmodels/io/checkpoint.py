@@ -1,4 +1,4 @@
-"""Arrays on disk: an Orbax folder with an entry per array, named by its dotted path, and `config.json` beside it."""
+"""Arrays in an Orbax folder, one entry per array, named by its dotted path; and `config.json` in the parent folder."""
 
 import json
 from collections.abc import Mapping
@@ -15,19 +15,20 @@ STEM = "params"
 
 
 def save_arrays(folder: Path, module: Any) -> None:
-    """Writes every array of a module (a model, an optimizer) with Orbax, each named by its path."""
+    """Write every array of a module (a model, an optimizer) with Orbax, named by its path."""
     from orbax.checkpoint import v1 as ocp
 
     ocp.save(folder.absolute(), {dotted(path): array for path, array in flat_arrays(module).items()})
 
 
 def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -> Any:
-    """The module, which may be abstract, with the arrays that `save_arrays` wrote, in the dtypes they were saved in.
+    """Module with the arrays that `save_arrays` wrote, in the dtypes in which they were saved.
 
-    Raises ValueError where the folder is damaged or holds other arrays, and for float64 as `load` does.
+    module: may be abstract. shardings: by path and shape; default this process's first device. Raises ValueError as
+    `read_arrays`.
     """
     targets = {dotted(path): (path, array) for path, array in flat_arrays(module).items()}
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # of several processes, this one's
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # local: there may be several processes
     place = shardings or (lambda path, shape: device)
     arrays = read_arrays(folder, {key: (array.shape, place(key, array.shape)) for key, (_, array) in targets.items()})
     return with_arrays(module, {path: arrays[key] for key, (path, _) in targets.items()})
@@ -36,16 +37,17 @@ def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -
 def read_arrays(
     folder: Path, targets: Mapping[str, tuple[tuple[int, ...], jax.sharding.Sharding]]
 ) -> dict[str, jax.Array]:
-    """Arrays by name out of an Orbax checkpoint: targets are their shapes and where they shall lie.
+    """Read arrays by name from an Orbax folder; targets are their shapes and shardings.
 
-    Raises ValueError as `load_arrays` does.
+    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, and for float64 arrays if
+    jax_enable_x64 is off (`with jax.enable_x64(True)` does not suffice, as Orbax reads in threads of its own).
     """
     from orbax.checkpoint import v1 as ocp
 
-    folder = folder.absolute()  # Orbax takes no other
+    folder = folder.absolute()  # Orbax accepts no relative path
     try:
         stored = ocp.metadata(folder).metadata
-        if stored is None:  # Orbax only logs what is wrong
+        if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder} is not a complete Orbax checkpoint: {error}") from error
@@ -64,7 +66,7 @@ def read_arrays(
     }
     try:
         arrays = ocp.load(folder, abstract)
-    except Exception as error:  # of many kinds here too
+    except Exception as error:  # many kinds here too
         raise ValueError(f"{folder} is damaged: {error}") from error
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
     if narrowed:
@@ -72,15 +74,23 @@ def read_arrays(
     return arrays
 
 
-def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Class name and constructor arguments from a folder's config.json; raises ValueError where it is not one."""
-    file = folder / "config.json"
+def read_json(file: Path) -> Any:
+    """Content of a JSON file; raises ValueError, naming the file, if it cannot be read or is not JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from None
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Model name and configuration from a folder's config.json; raises ValueError if it is missing or not one."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.json written by jaxmodels.save")
+    content = read_json(file)
+    try:
         if content["format"] != FORMAT:
             raise ValueError(f"{file} has format {content['format']}, this version reads {FORMAT}")
         return content["model"], content["config"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} holds no config.json: it is no checkpoint that jaxmodels.save wrote") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the config.json of a checkpoint: {error!r}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a config.json written by jaxmodels.save: {error!r}") from None

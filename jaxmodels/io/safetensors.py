@@ -1,12 +1,12 @@
-"""Safetensors files: read through the memory map, written as a stream.
+"""Safetensors files, read through a memory map and written as a stream.
 
     8 bytes   N, little-endian
     N bytes   JSON: {"name": {"dtype": "BF16", "shape": [3, 5], "data_offsets": [start, stop]}, ..., "__metadata__": {}}
-    the rest  the tensors' values, row-major, one after the other
+    the rest  values of the tensors, row-major, one after the other
 
-A folder holds STEM.safetensors, or STEM-00001-of-000NN.safetensors … and STEM.safetensors.index.json, which says
-which tensor is in which file: the convention of transformers. The `safetensors` package is not used: it wants a whole
-file's tensors in memory to write one, and copies what it reads.
+A folder holds STEM.safetensors, or STEM-00001-of-000NN.safetensors … and STEM.safetensors.index.json, which maps
+tensors to files, as in transformers. The `safetensors` package is not used, because it needs all tensors of a file in
+memory to write it, and copies what it reads.
 """
 
 import concurrent.futures
@@ -36,24 +36,24 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # what the format allows
+MAX_HEADER = 100_000_000  # limit of the format
 FILE_BYTES = 5_000_000_000
-PIECE_BYTES = 1_000_000  # small enough that the disk's copy of a piece still finds it in the processor's cache
+PIECE_BYTES = 1_000_000  # small enough to be in the processor's cache when it is written
 FLUSH_BYTES = 256_000_000
 
 Progress = Callable[[int], None]
 
 
 def read_file(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of one file by name, memory-mapped and read-only.
+    """Tensors of one file by name, memory-mapped and read-only.
 
-    Raises ValueError, naming the file, where it is missing, truncated or no safetensors file.
+    Raises ValueError, naming the file, if it is missing, truncated or not a safetensors file.
     """
     try:
         data = np.memmap(file, mode="r", dtype=np.uint8)
         size = int.from_bytes(data[:8].tobytes(), "little")
         if len(data) < 8 or size > min(len(data) - 8, MAX_HEADER):
-            raise ValueError(f"a header of {size} bytes in a file of {len(data)}")
+            raise ValueError(f"header of {size} bytes in a file of {len(data)}")
         header = json.loads(data[8 : 8 + size].tobytes())
         header.pop("__metadata__", None)
         tensors = {name: view(data[8 + size :], entry) for name, entry in header.items()}
@@ -65,26 +65,28 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
+        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
 
 
 def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
+    """Tensor of a header's entry in the bytes behind the header; raises ValueError if it does not fit."""
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if not 0 <= start <= stop <= len(data):
         raise ValueError(f"values at {start} to {stop} of {len(data)} bytes")
     if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"a shape of {list(shape)}")
+        raise ValueError(f"shape {list(shape)}")
     return data[start:stop].view(dtype).reshape(shape)
 
 
 def is_folder(folder: Path, stem: str) -> bool:
+    """True if a folder holds STEM.safetensors or its index."""
     return any((folder / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json"))
 
 
 def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
-    """The tensors of a folder by name, from one file or from all that the index names.
+    """Tensors of a folder by name, from one file or from all files of the index.
 
-    Raises ValueError, naming the file, where one is missing or damaged or does not hold what the index says.
+    Raises ValueError, naming the file, if one is missing or damaged or contradicts the index.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
@@ -96,14 +98,14 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not the index of a safetensors folder: {error!r}") from None
     if outside:
-        raise ValueError(f"{index} names {outside[0]!r}, which is no file of this folder")
+        raise ValueError(f"{index} names {outside[0]!r}, which is not a file name in this folder")
     tensors: dict[str, np.ndarray] = {}
     for name in files:
         held = read_file(folder / name)
-        said = {tensor for tensor, place in weight_map.items() if place == name}
-        if held.keys() != said:
-            different = ", ".join(sorted(held.keys() ^ said)[:5])
-            raise ValueError(f"{folder / name} does not hold the tensors that {index.name} says: {different}")
+        listed = {tensor for tensor, place in weight_map.items() if place == name}
+        if held.keys() != listed:
+            different = ", ".join(sorted(held.keys() ^ listed)[:5])
+            raise ValueError(f"{folder / name} differs from {index.name} in the tensors {different}")
         tensors |= held
     return tensors
 
@@ -116,9 +118,9 @@ def write_folder(
     file_bytes: int = FILE_BYTES,
     progress: Progress = lambda n: None,
 ) -> None:
-    """Writes tensors, which may be lazy, in their order; more than one file, and an index, above `file_bytes`.
+    """Write tensors, which may be lazy, in order; in several files with an index if they exceed file_bytes.
 
-    Memory holds a few pieces of 1 MB, or of one row. `progress` is told of bytes as they are written.
+    A few pieces of 1 MB, or of one row, are in memory at a time. progress is called with numbers of bytes written.
     """
     groups: list[dict[str, Any]] = [{}]
     filled = 0
@@ -141,17 +143,17 @@ def write_folder(
 
 
 def write_file(file: Path, tensors: Mapping[str, Any], progress: Progress = lambda n: None) -> None:
-    """Writes one file, and returns when the disk has it. Raises ValueError for a dtype that the format lacks."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    """Write one file and flush it to disk; raises ValueError if the format lacks a dtype."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     offset = 0
     for name, tensor in tensors.items():
         if np.dtype(tensor.dtype) not in NAMES:
-            raise ValueError(f"{name} is {tensor.dtype}, which safetensors files do not have")
+            raise ValueError(f"{name} has dtype={tensor.dtype}, which safetensors files do not support")
         ends = [offset, offset + nbytes(tensor)]
         header[name] = {"dtype": NAMES[np.dtype(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": ends}
         offset = ends[1]
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that every tensor of whole words is aligned
+    text += b" " * (-len(text) % 8)  # align the tensors
 
     def stream(readers: concurrent.futures.Executor) -> Iterator[np.ndarray]:
         yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
@@ -165,9 +167,9 @@ def write_file(file: Path, tensors: Mapping[str, Any], progress: Progress = lamb
 
 
 def write_stream(file: Path, stream: Iterable[np.ndarray]) -> None:
-    """Writes pieces to a file and flushes it to the disk, in threads: the next piece is made meanwhile.
+    """Write pieces to a file and flush it to disk, in threads while the next piece is made.
 
-    Raises OSError that names the file where the disk is full.
+    Raises OSError, naming the file, if the disk is full.
     """
     try:
         with file.open("xb", buffering=0) as out, concurrent.futures.ThreadPoolExecutor(2) as threads:
@@ -177,9 +179,11 @@ def write_stream(file: Path, stream: Iterable[np.ndarray]) -> None:
 
 
 def write_to(out: io.FileIO, threads: concurrent.futures.Executor, stream: Iterable[np.ndarray]) -> None:
+    """Body of `write_stream`."""
+
     def write(piece: np.ndarray) -> int:
         rest = piece.data
-        while rest:  # a disk that fills up takes a part first, and then raises
+        while rest:  # a disk that fills up accepts a part first, and then raises
             rest = rest[out.write(rest) :]
         return piece.nbytes
 
@@ -189,7 +193,7 @@ def write_to(out: io.FileIO, threads: concurrent.futures.Executor, stream: Itera
     for piece in stream:
         unflushed += writing.result()
         writing = threads.submit(write, piece)
-        if unflushed > FLUSH_BYTES and flushing.done():  # the disk works from the beginning on, not only at the end
+        if unflushed > FLUSH_BYTES and flushing.done():  # flush while writing, not only at the end
             flushing.result()
             flushing = threads.submit(os.fsync, out.fileno())
             unflushed = 0

@@ -1,4 +1,4 @@
-"""PyTorch checkpoint files (.pt): read without running anything in them, written whole or not at all."""
+"""PyTorch checkpoint files (.pt), read without running code in them and written atomically."""
 
 import pickle
 import re
@@ -15,10 +15,10 @@ from jaxmodels.weights.names import as_tensor
 
 
 def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
-    """The tensors of a .pt file by name, memory-mapped where the file is a zip (torch ≥ 1.6 writes those).
+    """Tensors of a .pt file by name, memory-mapped if the file is a zip (written by torch ≥ 1.6).
 
-    `key` names the entry that holds them where the file holds more. Raises ValueError, naming the file, where it is
-    missing, truncated, no checkpoint, wants to run code, or holds no tensors at that place.
+    key: entry with the state_dict, if the file holds more. Raises ValueError, naming the file, if it is missing,
+    truncated, not a checkpoint or not a state_dict, or if it contains code.
     """
     require("torch", "torch")
     import torch
@@ -26,19 +26,20 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     content = read_pt(file)
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
-            raise ValueError(f"{file} has no entry {key!r}; it holds {describe(content)}")
+            raise ValueError(f"{file} has no entry key={key!r}; it holds {describe(content)}")
         content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise ValueError(f"{file} is no state_dict; it holds {describe(content)}. Name the entry with --key")
+        raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}; choose an entry with --key")
     if not content:
         raise ValueError(f"{file} holds no tensors")
     return dict(content)
 
 
 def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
-    """What a .pt file holds, memory-mapped where it is a zip. `safe_globals`: what it may name beside tensors.
+    """Content of a .pt file, memory-mapped if it is a zip.
 
-    Raises ValueError, naming the file, where it is missing, truncated, no checkpoint, or wants to run code.
+    safe_globals: classes and functions that it may refer to besides tensors. Raises ValueError, naming the file, if it
+    is missing, truncated or not a checkpoint, or if it contains code.
     """
     require("torch", "torch")
     import torch
@@ -49,26 +50,27 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
         with torch.serialization.safe_globals(list(safe_globals)):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        # torch's own text tells how to run the file after all; what it names is all that is wanted of it.
+        # Only the name is taken from torch's message, which explains how to run the file's code anyway.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        wants = f": it asks for {named[1]}" if named else ""
-        raise ValueError(f"{file} is refused: it is damaged, or more than tensors{wants}") from None
+        refers = f": it refers to {named[1]}" if named else ""
+        raise ValueError(f"{file} is refused, as it is damaged or holds more than tensors{refers}") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} is truncated or no PyTorch checkpoint: {reason}") from None
+        raise ValueError(f"{file} is truncated or not a PyTorch checkpoint: {reason}") from None
 
 
 def describe(content: Any) -> str:
+    """Short description of a file's content for error messages."""
     if isinstance(content, Mapping):
         return "entries " + ", ".join(repr(key) for key in list(content)[:10])
     return f"a {type(content).__name__}"
 
 
 def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as the state_dict that `torch.load` reads, beside the file first and then in its place."""
+    """Write arrays as a state_dict for `torch.load`, atomically."""
     require("torch", "torch")
     import torch
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as beside:
-        torch.save({name: as_tensor(array) for name, array in arrays.items()}, beside)
+    with atomic_file(file) as temporary:
+        torch.save({name: as_tensor(array) for name, array in arrays.items()}, temporary)

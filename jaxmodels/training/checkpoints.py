@@ -29,13 +29,12 @@ from orbax.checkpoint import v1 as ocp
 import jaxmodels
 from jaxmodels.io.atomic import atomic_file, flush
 from jaxmodels.io.checkpoint import read_arrays, read_config
+from jaxmodels.io.steps import FORMAT, MARK, problem, steps
 from jaxmodels.models import describe, model_class, names
 from jaxmodels.sharding import placement
 from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.step import Program, State
 
-FORMAT = 2
-MARK = "complete.json"
 LOCK = ".lock"
 
 
@@ -206,28 +205,8 @@ def optimizer_names(state: State) -> list[str]:
     ]
 
 
-def steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    return sorted(int(mark.parent.name) for mark in folder.glob(f"*/{MARK}") if mark.parent.name.isdecimal())
-
-
 def all_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def problem(folder: Path) -> str | None:
-    """Describe why a checkpoint is not whole; None if every file exists with its recorded size."""
-    try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        if mark["format"] != FORMAT:
-            return f"{folder / MARK} has format {mark['format']}, this version reads {FORMAT}"
-        for name, size in mark["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{folder / name} has {found} bytes of {size}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{folder} is not complete: {error}"
-    return None
 
 
 def flushed_size(file: Path) -> int:

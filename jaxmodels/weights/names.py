@@ -1,6 +1,6 @@
-"""Weights across: a PyTorch state_dict to a Flax model and back, for every model whose twins name their parts alike.
+"""Conversion of a PyTorch state_dict to a Flax model and back, for twins that name their parts alike.
 
-There is no table per model. A Flax path and a PyTorch key are the same words, but for the last one:
+There is no table per model. A Flax path and a PyTorch key are the same words, except for the last one:
 
     kernel [in, out]   <->  weight [out, in]     (Linear)
     embedding          <->  weight               (Embedding)
@@ -10,6 +10,7 @@ There is no table per model. A Flax path and a PyTorch key are the same words, b
 and a stacked `layers`, one array with a leading layer axis, is `layers.0` … `layers.N-1` in PyTorch.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -25,17 +26,17 @@ Path = tuple[str | int, ...]
 
 
 class ConversionError(ValueError):
-    """A state_dict and a model do not fit together; lists every entry that does not, by kind, and none was used."""
+    """State_dict and model do not fit; `problems` lists every entry at fault, by kind. Nothing was converted."""
 
     def __init__(self, problems: Mapping[str, list[str]]):
         self.problems = {kind: entries for kind, entries in problems.items() if entries}
         lines = [f"{kind} ({len(entries)}):\n    " + "\n    ".join(entries) for kind, entries in self.problems.items()]
-        super().__init__("the weights do not fit the model, nothing was converted\n  " + "\n  ".join(lines))
+        super().__init__("weights and model do not fit; nothing was converted\n  " + "\n  ".join(lines))
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one PyTorch tensor lives in a Flax model: its key, the Flax path, and the layer of a stacked array."""
+    """Correspondence of a PyTorch tensor and a Flax array: key, path, layer of a stacked array, transposed or not."""
 
     key: str
     path: Path
@@ -43,22 +44,22 @@ class Entry:
     transposed: bool
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The tensor's shape, from that of the Flax array."""
+        """Shape of the tensor from that of the Flax array."""
         shape = shape if self.layer is None else shape[1:]
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """The tensor's values, out of the Flax array."""
+        """Values of the tensor from the Flax array."""
         array = array if self.layer is None else array[self.layer]
         return array.swapaxes(-1, -2) if self.transposed else array
 
     def to_flax(self, tensor: np.ndarray) -> np.ndarray:
-        """The Flax array's values, or those of its layer, out of the tensor."""
+        """Values of the Flax array, or of its layer, from the tensor."""
         return tensor.swapaxes(-1, -2) if self.transposed else tensor
 
 
 def entries(arrays: Mapping[Path, Any]) -> Iterator[Entry]:
-    """The PyTorch tensors that a model's arrays (by Flax path) correspond to, in the order of the paths."""
+    """Entries of all PyTorch tensors of a model, from its arrays by Flax path, in the order of the paths."""
     for path, array in arrays.items():
         *owner, name = path
         words = [str(word) for word in owner] + [RENAMED.get(str(name), str(name))]
@@ -76,7 +77,7 @@ RENAMED = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 def stacked_at(path: Path) -> int | None:
-    """Where `layers` stands in a path without a layer number behind it: that array holds all layers."""
+    """Index of `layers` in the path of a stacked array, where no layer number follows it; None for other arrays."""
     for i, word in enumerate(path[:-1]):
         if word == "layers" and not isinstance(path[i + 1], int):
             return i
@@ -84,28 +85,30 @@ def stacked_at(path: Path) -> int | None:
 
 
 def dotted(path: Iterable[Any]) -> str:
-    """A path as one word: layers.0.attention.kernel."""
+    """Path as one word: layers.0.attention.kernel."""
     return ".".join(map(str, path))
 
 
 def flat_arrays(model: nnx.Pytree | nnx.State) -> dict[Path, Any]:
-    """Every array of a model (or of its gradients, or of a State) by path, sorted; abstract arrays stay abstract."""
+    """All arrays of a model, its gradients or a State by path, sorted; abstract arrays stay abstract."""
     state = model if isinstance(model, nnx.State) else nnx.state(model)
-    _, state = nnx.split_state(state, nnx.RngState, ...)  # an nnx.Dropout(rngs=…) of somebody's: no weights
-    flat = nnx.to_flat_state(state)
-    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}  # type: ignore[misc]
+    _, state = nnx.split_state(state, nnx.RngState, ...)  # random state of nnx.Dropout(rngs=…) is not a weight
+    flat: Any = nnx.to_flat_state(state)
+    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
 
 
 def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -> Model:
-    """A new model with the weights of a PyTorch state_dict; `model` gives the structure and may be abstract.
+    """New model with the weights of a PyTorch state_dict.
 
-    Values are torch tensors or arrays; they are copied. dtype None keeps each tensor's own; a dtype casts the floating
-    ones. All or nothing: raises ConversionError that lists every missing, unexpected and misshapen entry at once, and
-    every 64-bit one where JAX would narrow it (jax_enable_x64 is off). Raises ValueError for a dtype that is no float.
-    A model whose originals used other names, or kept what is no parameter, brings them into line with `adapted`.
+    model: gives the structure; may be abstract. Its method `adapted(state_dict)`, if there is one, first renames the
+    keys of an original implementation and drops what is no parameter. state_dict: torch tensors or arrays, which are
+    copied. dtype: cast floating tensors; default their own.
+
+    Raises ConversionError listing every missing, unexpected and misshapen entry, and every 64-bit one if jax_enable_x64
+    is off, as JAX would narrow it; ValueError if dtype is not floating.
     """
-    if dtype is not None and not is_floating(dtype):
-        raise ValueError(f"dtype={np.dtype(dtype).name} is no floating type: weights would be cut to whole numbers")
+    if dtype is not None:
+        check_floating(dtype)
     if hasattr(model, "adapted"):
         state_dict = model.adapted(state_dict)
     targets = flat_arrays(model)
@@ -119,17 +122,17 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
     for path, parts in converted.items():
         array = parts[0] if stacked_at(path) is None else np.stack(parts)
         cast = dtype is not None and is_floating(array.dtype)
-        leaves[path] = jnp.array(array, dtype if cast else None, copy=True)  # never an alias of torch's memory
+        leaves[path] = jnp.array(array, dtype if cast else None, copy=True)  # copy: never share torch's memory
     return with_arrays(model, leaves)
 
 
 def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any) -> list[Entry]:
-    """Where each tensor belongs; they and the model's arrays need only have shapes and dtypes.
+    """Entries of all tensors, of which, as of the model's arrays, only shapes and dtypes are used.
 
-    Raises ConversionError that lists all that does not fit, as `from_torch` says.
+    Raises ConversionError as `from_torch`.
     """
     wanted = list(entries(targets))
-    keys = count(entry.key for entry in wanted)
+    keys = collections.Counter(entry.key for entry in wanted)
     problems: dict[str, list[str]] = {
         "ambiguous in the model": [key for key, n in keys.items() if n > 1],
         "missing": [entry.key for entry in wanted if entry.key not in given],
@@ -156,7 +159,7 @@ def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any)
 
 
 def with_arrays(model: Any, arrays: Mapping[Path, Any]) -> Any:
-    """The model again, with other arrays at the given paths; what the model itself holds is left as it is."""
+    """Copy of a model with other arrays at the given paths."""
     graphdef, state = nnx.split(model)
     flat: dict[Any, Any] = dict(nnx.to_flat_state(state))
     flat |= {path: flat[path].replace(array) for path, array in arrays.items()}
@@ -164,19 +167,19 @@ def with_arrays(model: Any, arrays: Mapping[Path, Any]) -> Any:
 
 
 def to_torch(model: nnx.Module | nnx.State) -> dict[str, np.ndarray]:
-    """The state_dict of a model, of its gradients (as `jax.grad` gives them) or of an nnx.State, bit-exact.
+    """State_dict of a model, of its gradients from `jax.grad`, or of an nnx.State, bit-exact.
 
-    Arrays are copies, contiguous and writable, in their own dtype (bfloat16 as ml_dtypes has it).
+    Arrays are copies, contiguous and writable, in their own dtype (bfloat16 as that of ml_dtypes).
     """
     arrays = {path: np.asarray(array) for path, array in flat_arrays(model).items()}
     return {entry.key: np.array(entry.to_torch(arrays[entry.path]), order="C") for entry in entries(arrays)}
 
 
 def load_into_torch(module: Any, model: nnx.Module | nnx.State) -> None:
-    """Copies a model's weights into a PyTorch module, bit-exact.
+    """Copy a model's weights into a PyTorch module, bit-exact.
 
-    All or nothing: raises ConversionError that lists every missing, unexpected and misshapen entry, and every one whose
-    dtype differs (a silent cast would lose bits; `module.to(dtype)` first).
+    Raises ConversionError, before anything is copied, listing every missing, unexpected and misshapen entry, and every
+    entry of another dtype (as a cast would lose bits; call `module.to(dtype)` first).
     """
     import torch
 
@@ -206,9 +209,9 @@ def load_into_torch(module: Any, model: nnx.Module | nnx.State) -> None:
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor or any array as a numpy array, bit for bit; bfloat16 goes through a view as integers.
+    """Convert a torch tensor or any array to a NumPy array, bit-exact; bfloat16 through a view as integers.
 
-    Raises ValueError for a tensor that NumPy has no form of: quantised, 8-bit floating, without values (meta).
+    Raises ValueError if NumPy cannot represent the tensor: quantized, 8-bit floating, without values (meta).
     """
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
@@ -221,13 +224,14 @@ def as_numpy(tensor: Any) -> np.ndarray:
 
 
 def bfloat16_as_numpy(tensor: Any) -> np.ndarray:
+    """Convert a bfloat16 tensor to an array of ml_dtypes.bfloat16."""
     import torch
 
     return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def as_tensor(array: np.ndarray) -> Any:
-    """A writable numpy array as a torch tensor over the same memory; bfloat16 goes through a view as integers."""
+    """Torch tensor that shares the memory of a writable NumPy array; bfloat16 through a view as integers."""
     import torch
 
     if array.dtype == ml_dtypes.bfloat16:
@@ -236,16 +240,16 @@ def as_tensor(array: np.ndarray) -> Any:
 
 
 def torch_dtype(torch: Any, dtype: np.dtype) -> Any:
-    """torch's name of a numpy dtype, None where it has none."""
+    """Torch dtype of a NumPy dtype; None if there is none."""
     return getattr(torch, dtype.name, None)
 
 
+def check_floating(dtype: Any) -> None:
+    """Raises ValueError if a dtype to cast weights to is not floating."""
+    if not is_floating(dtype):
+        raise ValueError(f"dtype={np.dtype(dtype).name} must be a floating type, as weights are fractions")
+
+
 def is_floating(dtype: Any) -> bool:
+    """True for floating dtypes, those of ml_dtypes included."""
     return jnp.issubdtype(dtype, jnp.floating)
-
-
-def count(items: Iterator[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item] = counts.get(item, 0) + 1
-    return counts

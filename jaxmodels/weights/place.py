@@ -1,4 +1,4 @@
-"""Between tensors under PyTorch's names, which may be lazy, and the arrays of a Flax model on its devices."""
+"""Conversion between tensors by PyTorch names, which may be lazy, and a Flax model's arrays on devices."""
 
 import dataclasses
 import functools
@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.weights.lazy import Cast, Index, Layer, Lazy, Stacked, Transposed, bounded, copy, read
+from jaxmodels.weights.lazy import Cast, Index, Layer, Stacked, Transposed, bounded, copy, read
 from jaxmodels.weights.names import (
     ConversionError,
     Entry,
     Model,
     Path,
     check_fit,
+    check_floating,
     dotted,
     entries,
     flat_arrays,
@@ -30,14 +31,15 @@ Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 def load_tensors(
     model: Model, tensors: Mapping[str, Any], dtype: Any = None, shardings: Shardings | None = None, what: str = "model"
 ) -> Model:
-    """A model with the tensors of a checkpoint, read once: `from_torch` for tensors that are not in memory.
+    """Model with the tensors of a checkpoint, each read once: `from_torch` for tensors that are not in memory.
 
-    `shardings` says where an array goes, from its path ("layers.attention.qkv_lin.kernel") and shape: each device's
-    slice is read for itself, and one slice at a time is in the host's memory. None: the default device. Raises as
-    `from_torch`, and ConversionError where the layers of one stacked array differ in dtype and none is given.
+    model: may be abstract. dtype: cast floating tensors; default their own. shardings: function of an array's path
+    ("encoder.layers.0.norm_ff.scale") and shape to its Sharding; each device's slice is read separately, one slice at a
+    time in host memory. Default: the default device. what: name for the progress bar. Raises as `from_torch`, and
+    ConversionError if the layers of a stacked array differ in dtype and `dtype` is None.
     """
-    if dtype is not None and not is_floating(dtype):
-        raise ValueError(f"dtype={np.dtype(dtype).name} is no floating type: weights would be cut to whole numbers")
+    if dtype is not None:
+        check_floating(dtype)
     targets = flat_arrays(model)
     parts: dict[Path, list[Any]] = {path: [] for path in targets}
     for entry in check_fit(targets, tensors, dtype):
@@ -47,7 +49,7 @@ def load_tensors(
         parts[entry.path].append(Transposed(tensor) if entry.transposed else tensor)
     mixed = [dotted(path) for path, same in parts.items() if len({np.dtype(part.dtype) for part in same}) > 1]
     if mixed:
-        raise ConversionError({"of several dtypes (say which with dtype)": mixed})
+        raise ConversionError({"of several dtypes (choose one with dtype)": mixed})
     whole = {path: same[0] if stacked_at(path) is None else Stacked(same) for path, same in parts.items()}
     leaves = {}
     with progress_bar(f"reading {what}", whole.values()) as advance:
@@ -58,15 +60,15 @@ def load_tensors(
 
 
 def on_devices(tensor: Any, sharding: jax.sharding.Sharding | None, advance: Callable[[int], None]) -> jax.Array:
-    """An array on its devices.
+    """Read a tensor into an array on devices; `advance` is called with the bytes that were read.
 
-    Not `jax.make_array_from_callback`, which holds the slices of all devices in the host's memory before it sends one.
+    Not `jax.make_array_from_callback`, which holds the slices of all devices in host memory before it sends one.
     """
     if sharding is None:
         values = read(tensor)
         advance(values.nbytes)
         return jax.device_put(values)
-    slices: dict[Any, jax.Array] = {}  # by index, as several devices may hold the same
+    slices: dict[Any, jax.Array] = {}  # by index, as several devices may hold the same slice
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(tuple(tensor.shape)).items():
         index = bounded(index or (), tensor.shape)
@@ -81,18 +83,18 @@ def on_devices(tensor: Any, sharding: jax.sharding.Sharding | None, advance: Cal
 
 
 def tensors_of(model: Any) -> dict[str, Any]:
-    """The tensors of a model under PyTorch's names, each read from its device when it is needed."""
+    """Tensors of a model by PyTorch names, each read from its device when it is used."""
     arrays = flat_arrays(model)
-    return {entry.key: of_entry(arrays[entry.path], entry) for entry in entries(arrays)}
+    return {entry.key: tensor_of(arrays[entry.path], entry) for entry in entries(arrays)}
 
 
 def flax_name(entry: Entry) -> str:
-    """The name of a tensor as a Flax array, each layer for itself: layers.3.attention.qkv_lin.kernel."""
+    """Flax name of a tensor, with the layer number of stacked arrays: layers.3.attention.output.kernel."""
     return f"{entry.key.rpartition('.')[0]}.{entry.path[-1]}"
 
 
 def from_flax_names(model: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays under Flax's names, each layer for itself, as the tensors of a model; unknown names stay as they are."""
+    """Rename arrays from `flax_name` to PyTorch names; unknown names are kept."""
     left, tensors = dict(stored), {}
     for entry in entries(flat_arrays(model)):
         name = flax_name(entry)
@@ -102,7 +104,8 @@ def from_flax_names(model: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
     return tensors | left
 
 
-def of_entry(array: Any, entry: Entry) -> Any:
+def tensor_of(array: Any, entry: Entry) -> Any:
+    """Lazy tensor of an entry of a Flax array."""
     on_host = isinstance(array, np.ndarray) or all(device.platform == "cpu" for device in array.devices())
     if on_host and getattr(array, "is_fully_addressable", True):
         array = np.asarray(array)  # a view, unless it is sharded
@@ -113,30 +116,32 @@ def of_entry(array: Any, entry: Entry) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class OnDevice(Lazy):
-    """A layer of an array, or all of it, on an accelerator; the one read last stays in the host's memory."""
+class OnDevice:
+    """Array on an accelerator, or one layer of it; the last one that was read is cached in host memory."""
 
     array: jax.Array
     layer: int | None
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         return self.array.shape if self.layer is None else self.array.shape[1:]
 
     @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
+    def dtype(self) -> np.dtype:
         return self.array.dtype
 
-    def fill(self, out: np.ndarray, index: Index) -> None:
+    def read_into(self, out: np.ndarray, index: Index) -> None:
         copy(out, fetched(self)[index])
 
 
 @functools.lru_cache(maxsize=1)
 def fetched(tensor: OnDevice) -> np.ndarray:
+    """Copy a tensor to the host."""
     array = tensor.array if tensor.layer is None else layer_of(tensor.array, tensor.layer)
     return np.asarray(array)
 
 
 @jax.jit
 def layer_of(array: jax.Array, i: int) -> jax.Array:
+    """Entry i of the leading axis; compiled once for all i."""
     return jax.lax.dynamic_index_in_dim(array, i, keepdims=False)

@@ -1,4 +1,4 @@
-"""A progress bar for what takes long."""
+"""Progress bar for reading and writing checkpoints."""
 
 import contextlib
 import sys
@@ -7,12 +7,12 @@ from typing import Any
 
 from jaxmodels.weights.lazy import nbytes
 
-SHOWN_FROM = 500_000_000  # bytes; less is done before anybody looks
+SHOWN_FROM = 500_000_000  # bytes; less takes only seconds
 
 
 @contextlib.contextmanager
 def progress_bar(description: str, tensors: Iterable[Any]) -> Iterator[Callable[[int], None]]:
-    """Gives the function that is told of bytes as they are done. Shown on a terminal, where `rich` is installed."""
+    """Context with a function to call with numbers of bytes done; shown on a terminal if `rich` is installed."""
     total = sum(map(nbytes, tensors))
     if total < SHOWN_FROM or not sys.stderr.isatty():
         yield lambda n: None

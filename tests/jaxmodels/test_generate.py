@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodels.generate import _continue, _prefill, generate, sample
+from jaxmodels.generate import _decode_loop, _prefill, generate, sample
 from tests.common import MAX_LEN, B, V, language_model, token_ids
 
 N, PROMPT = 6, 7
@@ -57,7 +57,7 @@ def test_a_choice_of_one_is_greedy(model, ids, greedy, settings):
 
 
 @pytest.mark.parametrize("attention", ["relative", "random+vanilla"])
-def test_ragged_prompts_continue_as_they_would_alone(attention):
+def test_ragged_prompts_decode_loop_as_they_would_alone(attention):
     model, ids = talkative(attention), np.asarray(token_ids(0, PROMPT, B))
     start = np.array([0, 3, 1, 6, 2])
     ragged = generate(model, ids, N, start=start)
@@ -116,11 +116,11 @@ def test_draws_by_their_key(model, ids, greedy):
 
 def test_one_compilation_for_repeated_calls(model, ids):
     generate(model, ids, N, temperature=0.9, rng=KEY)
-    before = _prefill._cache_size(), _continue._cache_size()
+    before = _prefill._cache_size(), _decode_loop._cache_size()
     for i in range(3):
         prompts = token_ids(i, PROMPT, B)
         generate(language_model("rotary"), prompts, N, temperature=0.5 + i, rng=jax.random.key(i))
-    assert (_prefill._cache_size(), _continue._cache_size()) == before
+    assert (_prefill._cache_size(), _decode_loop._cache_size()) == before
 
 
 LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 1.4, -3.0, 0.0])

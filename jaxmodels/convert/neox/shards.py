@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.torch_files import describe, read_pt
-from jaxmodels.weights.lazy import Index, Lazy, copy
+from jaxmodels.weights.lazy import Index, copy
 from jaxmodels.weights.names import as_numpy, is_floating
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -144,7 +144,7 @@ def opened(file: Path, reader: Reader) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class InOldFile(Lazy):
+class InOldFile:
     """A tensor in a file of the format before torch 1.6."""
 
     file: Path
@@ -153,7 +153,7 @@ class InOldFile(Lazy):
     dtype: np.dtype
     reader: Reader
 
-    def fill(self, out: np.ndarray, index: Index) -> None:
+    def read_into(self, out: np.ndarray, index: Index) -> None:
         copy(out, self.reader(self.file)[self.name][index])
 
 
