@@ -98,7 +98,8 @@ def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
     try:
         return make(**config, rngs=nnx.Rngs(seed))
     except (TypeError, AttributeError) as error:  # AttributeError: a list instead of a string
-        raise ValueError(f"config does not fit {name}: {error}") from None
+        reason = str(error).partition("\n")[0]  # without JAX's note on its traceback
+        raise ValueError(f"config does not fit {name}: {reason}") from None
 
 
 def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False) -> None:

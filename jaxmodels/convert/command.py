@@ -1,14 +1,122 @@
-"""`python -m jaxmodels.convert`: checkpoints between PyTorch and Flax."""
+"""Command `python -m jaxmodels.convert`: its arguments, and the dispatch to `operations`."""
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxmodels import programs
-from jaxmodels.convert.arguments import NAMES, parser, read_json
 
 PROGRAM = "python -m jaxmodels.convert"
+# Values of --model: the class, and the arguments that the name implies. `synthesizer` leaves its kind to --config.
+NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rope": ("AutoregressiveTransformer", {"attention": "rotary"}),
+    "rope_value": ("AutoregressiveTransformer", {"attention": "rotary_value"}),
+    "relative": ("AutoregressiveTransformer", {"attention": "relative"}),
+    "plain": ("AutoregressiveTransformer", {"attention": "plain"}),
+    "synthesizer": ("AutoregressiveTransformer", {}),
+    "feedback": ("AutoregressiveModel", {"variant": "FeedbackTransformer"}),
+    "feedback_kv": ("AutoregressiveModel", {"variant": "FeedbackTransformerKV"}),
+    "retro": ("RetroModel", {}),
+}
+
+TORCH_EXAMPLES = """\
+examples:
+  python -m jaxmodels.convert torch --model rope --config model.json model.pt OUT/
+  python -m jaxmodels.convert torch --model synthesizer model.pt OUT/ \\
+      --config '{"attention": "random+dense", "max_len": 512, "n_vocab": 65, "d_model": 128, "heads": 16,
+                 "d_ff": 512, "n_layers": 6}'
+  python -m jaxmodels.convert torch OUT/ back.pt
+
+OUT/ is an Orbax checkpoint with a config.json, for `jaxmodels.load("OUT/")`.
+"""
+
+NEOX_EXAMPLES = """\
+examples:
+  python -m jaxmodels.convert inspect 20B_checkpoints/
+  python -m jaxmodels.convert neox 20B_checkpoints/ OUT/ --to flax --dtype bfloat16
+  python -m jaxmodels.convert neox 20B_checkpoints/ HF/ --to hf --vocab 50277
+  python -m jaxmodels.convert neox HF/ SHARDS/ --to neox --model-parallel 4
+  python -m jaxmodels.convert neox SHARDS/ OUT/ --to flax --config pythia_70m
+  python -m jaxmodels.convert verify HF/ SHARDS/
+
+OUT/ is for `jaxmodels.load("OUT/")`. The format of SRC is detected.
+"""
+
+OVERWRITE = "replace DST, which must be a checkpoint, with everything in it"
+FLOATS = ["float32", "bfloat16", "float16"]
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    arguments = argparse.ArgumentParser(
+        prog=prog, description="Convert and compare checkpoints of PyTorch and Flax, bit for bit."
+    )
+    formats = arguments.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    pt = formats.add_parser(
+        "torch",
+        help="convert a state_dict in a .pt file to a Flax checkpoint, or back",
+        description="Convert FILE.pt to the folder of a Flax checkpoint, or such a folder to FILE.pt.",
+        epilog=TORCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pt.add_argument("source", type=Path, metavar="SRC", help="FILE.pt, or the folder of a Flax checkpoint")
+    pt.add_argument("target", type=Path, metavar="DST", help="folder to write, or FILE.pt")
+    pt.add_argument("--model", choices=sorted(NAMES), help="model in FILE.pt")
+    pt.add_argument("--config", metavar="JSON", help="arguments of the model: a JSON file, or a JSON object")
+    pt.add_argument("--key", help="entry of FILE.pt with the state_dict, if the file holds more")
+    pt.add_argument("--dtype", choices=FLOATS, help="cast floating tensors (default: keep every bit)")
+    pt.add_argument("--overwrite", action="store_true", help=OVERWRITE)
+    add_neox(formats)
+    return arguments
+
+
+def add_neox(formats: Any) -> None:
+    """Add the subcommands for GPT-NeoX checkpoints."""
+
+    def add(name: str, **texts: str) -> argparse.ArgumentParser:
+        command = formats.add_parser(
+            name, epilog=NEOX_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, **texts
+        )
+        command.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint in any of three formats")
+        command.add_argument(
+            "--config", metavar="CONFIG", help="configuration of SRC without configs/*.yml: name of a preset, or JSON"
+        )
+        command.add_argument(
+            "--row-bias",
+            choices=["sum", "mean", "first"],
+            help="how to merge per-rank biases of row-parallel layers (default: GPT-NeoX's own rule)",
+        )
+        return command
+
+    def add_changes(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--vocab", type=int, metavar="N", help="keep the first N rows of the vocabulary")
+        command.add_argument("--dtype", choices=FLOATS, help="cast the tensors (default: keep every bit)")
+
+    convert = add(
+        "neox",
+        help="convert a GPT-NeoX checkpoint: its own shards, transformers' safetensors, Flax",
+        description="Convert a GPT-NeoX or Pythia checkpoint of any size; at most a few blocks are in memory.",
+    )
+    convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    convert.add_argument("--to", choices=["flax", "hf", "neox"], required=True, help="format of DST")
+    convert.add_argument(
+        "--model-parallel", type=int, default=2, metavar="K", help="number of ranks with --to neox (default: 2)"
+    )
+    convert.add_argument("--overwrite", action="store_true", help=OVERWRITE)
+    add_changes(convert)
+    add(
+        "inspect",
+        help="print the configuration of a GPT-NeoX checkpoint",
+        description="Print the configuration of a checkpoint, and what of it was inferred.",
+    )
+    verify = add(
+        "verify",
+        help="compare two GPT-NeoX checkpoints",
+        description="Compare bit for bit, SRC cast to DST's dtype; the exit code is 1 if a tensor differs.",
+    )
+    verify.add_argument("target", type=Path, metavar="DST", help="checkpoint to compare with")
+    add_changes(verify)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
@@ -24,98 +132,14 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 
 def run(options: argparse.Namespace) -> tuple[bool, str]:
-    """Whether all is well, and what to say."""
-    if options.format == "torch":
-        return True, to_torch_file(options) if options.source.is_dir() else from_torch_file(options)
+    """Run a subcommand; returns its success, and the text to print."""
     from jaxmodels.convert import operations
 
-    with float64_allowed():
+    if options.format == "torch":
+        if options.source.is_dir():
+            return True, operations.to_torch_file(options)
+        return True, operations.from_torch_file(options, NAMES)
+    with operations.float64_allowed():
         if options.format == "verify":
             return operations.verify(options)
         return True, {"neox": operations.neox, "inspect": operations.inspect}[options.format](options)
-
-
-def from_torch_file(options: argparse.Namespace) -> str:
-    """FILE.pt -> folder. Everything is checked before anything is written."""
-    from flax import nnx
-
-    import jaxmodels
-    from jaxmodels.io.atomic import check_target
-    from jaxmodels.io.torch_files import read_state_dict
-    from jaxmodels.models import build
-    from jaxmodels.weights.names import from_torch
-
-    if not options.source.exists():
-        raise ValueError(f"{options.source} does not exist")
-    if options.model is None or options.config is None:
-        raise ValueError(f"{options.source} is a .pt file: say with --model and --config what it holds")
-    check_target(options.target, overwrite=options.overwrite, source=options.source)
-    name, config = configured(options.model, read_json(options.config))
-    with float64_allowed():
-        abstract = nnx.eval_shape(lambda: build(name, config))
-        model = from_torch(abstract, read_state_dict(options.source, options.key), options.dtype)
-        jaxmodels.save(model, options.target, overwrite=options.overwrite)
-        return f"{options.target}: {summary(name, model)}"
-
-
-def to_torch_file(options: argparse.Namespace) -> str:
-    """Folder -> FILE.pt."""
-    import jax
-
-    import jaxmodels
-    from jaxmodels.io.torch_files import write_state_dict
-    from jaxmodels.weights.names import is_floating, to_torch
-
-    if options.target.is_dir():
-        raise ValueError(f"{options.target} is a folder, not a file to write to")
-    if options.target.exists() and not options.overwrite:
-        raise ValueError(f"{options.target} exists; name another file, or pass --overwrite")
-    for flag in ("model", "config", "key"):
-        if getattr(options, flag) is not None:
-            raise ValueError(f"--{flag} says what a .pt file holds; {options.source} is a folder with a config.json")
-    with float64_allowed():
-        model = jaxmodels.load(options.source)
-        arrays = to_torch(model)
-    if options.dtype:
-        arrays = {k: a.astype(jax.numpy.dtype(options.dtype)) if is_floating(a.dtype) else a for k, a in arrays.items()}
-    write_state_dict(options.target, arrays)
-    return f"{options.target}: {summary(type(model).__name__, model)}"
-
-
-def configured(model: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Class and arguments; raises ValueError where the configuration contradicts the model's name.
-
-    The attentions rotary, rotary_value and plain have the same parameters: no shape would tell them apart.
-    """
-    name, said = NAMES[model]
-    if {"model", "config"} <= config.keys():  # a config.json as this tool writes it
-        if config["model"] != name:
-            raise ValueError(f"--config is for {config['model']}, --model {model} is a {name}")
-        config = config["config"]
-    for argument, value in said.items():
-        if config.get(argument, value) != value:
-            raise ValueError(f"--model {model} has {argument}={value!r}, --config says {config[argument]!r}")
-    if model == "synthesizer" and config.get("attention") in (None, "rotary", "rotary_value", "relative", "plain"):
-        raise ValueError(f"--model synthesizer: --config has no synthesizer's attention: {config.get('attention')!r}")
-    return name, said | config
-
-
-@contextlib.contextmanager
-def float64_allowed() -> Iterator[None]:
-    """A float64 checkpoint stays float64; for all threads, as Orbax reads in its own."""
-    import jax
-
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-
-def summary(name: str, model: Any) -> str:
-    from jaxmodels.weights.names import flat_arrays
-
-    arrays = list(flat_arrays(model).values())
-    dtypes = ", ".join(sorted({str(array.dtype) for array in arrays}))
-    return f"{name}, {sum(array.size for array in arrays):,} parameters in {len(arrays)} arrays, {dtypes}"

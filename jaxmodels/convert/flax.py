@@ -1,4 +1,4 @@
-"""Flax checkpoints of GPT-NeoX as a `Source`, and written as a stream; `jaxmodels.io.checkpoint` has the formats."""
+"""Flax checkpoints of GPT-NeoX: opened as a `Source`, and written as a stream. `jaxmodels.models` has the formats."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ from jaxmodels.weights.progress import progress_bar
 
 
 def open_flax(folder: str | os.PathLike) -> Source:
-    """The checkpoint of a NeoX, checked but not read; one that Orbax wrote is read whole, as it was written.
+    """Open the checkpoint of a NeoX; its values are read later, except those written by Orbax.
 
-    Raises ValueError, naming the file, where it is damaged, of another model, or not what its config.json says.
+    Raises ValueError, naming the file, if it is damaged, holds another model, or contradicts its config.json.
     """
     folder = Path(folder)
     name, fields = read_config(folder)
@@ -40,9 +40,9 @@ def open_flax(folder: str | os.PathLike) -> Source:
 def write_flax(
     source: Source, folder: str | os.PathLike, *, overwrite: bool = False, file_bytes: int = FILE_BYTES
 ) -> None:
-    """Writes an open checkpoint for `jaxmodels.load`, all of it or nothing; a few megabytes at a time are in memory.
+    """Write an open checkpoint for `jaxmodels.load`, atomically; a few megabytes at a time are in memory.
 
-    Raises ValueError for a folder that is not empty unless `overwrite` is set.
+    Raises ValueError as `jaxmodels.save`.
     """
     model = abstract(source.config)
     order = {entry.key: entry for entry in entries(flat_arrays(model))}
@@ -50,9 +50,9 @@ def write_flax(
     for key, tensor in source.tensors.items():
         arrays[flax_name(order[key])] = Transposed(tensor) if order[key].transposed else tensor
     with (
-        atomic_folder(folder, overwrite=overwrite) as beside,
+        atomic_folder(folder, overwrite=overwrite) as temporary,
         progress_bar(f"writing {Path(folder).name}", arrays.values()) as advance,
     ):
-        write_folder(beside, arrays, STEM, file_bytes=file_bytes, progress=advance)
+        write_folder(temporary, arrays, STEM, file_bytes=file_bytes, progress=advance)
         config = {"format": FORMAT, "model": "NeoX", "config": model.config()}
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,7 @@
-"""GPT-NeoX as `transformers` has it (GPTNeoXForCausalLM): config.json and safetensors."""
+"""GPT-NeoX checkpoints in the format of `transformers` (GPTNeoXForCausalLM): config.json and safetensors.
+
+Names of tensors are in `jaxmodels.convert.neox.layout`.
+"""
 
 import dataclasses
 import json
@@ -10,34 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import Source, matched, model_source, named
 from jaxmodels.io.atomic import atomic_folder
+from jaxmodels.io.checkpoint import read_json
 from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.names import is_no_parameter
 from jaxmodels.weights.place import Shardings
 from jaxmodels.weights.progress import progress_bar
 
-# The twin's name, and theirs; in blocks behind `layers.N.` and `gpt_neox.layers.N.`
-OUTSIDE = {
-    "embedding.emb.weight": "gpt_neox.embed_in.weight",
-    "final_norm.ln.weight": "gpt_neox.final_layer_norm.weight",
-    "final_norm.ln.bias": "gpt_neox.final_layer_norm.bias",
-    "readout.linear.weight": "embed_out.weight",
-}
-INSIDE = {
-    "pre_ln_attn": "input_layernorm",
-    "pre_ln_ffn": "post_attention_layernorm",
-    "attention.qkv_lin": "attention.query_key_value",
-    "attention.output": "attention.dense",
-    "ffn.dense_h_h4": "mlp.dense_h_to_4h",
-    "ffn.dense_h4_h": "mlp.dense_4h_to_h",
-}
 READOUT = "embed_out.weight"
-READOUT_TOO = "lm_head.weight"  # its name in memory since transformers 5.14
+READOUT_TOO = "lm_head.weight"  # name in memory since transformers 5.14
 NO_PARAMETER = re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$")
 
-# Field of NeoXConfig, key, and what an absent key means to transformers; None: it must be there.
+# Field of NeoXConfig, key, and transformers' default for an absent key; None: the key is required.
 KEYS: tuple[tuple[str, str, Any], ...] = (
     ("n_vocab", "vocab_size", None),
     ("n_hidden", "hidden_size", None),
@@ -63,22 +53,22 @@ END_OF_TEXT = {"bos_token_id": 0, "eos_token_id": 0}  # <|endoftext|>; transform
 def load_hf(
     folder: str | os.PathLike, dtype: Any = None, shardings: Shardings | None = None, layers: Any = None
 ) -> NeoX:
-    """The model of a folder with config.json and safetensors files; arguments as `load_neox` has them.
+    """Load a model from a folder with config.json and safetensors files; arguments as `load_neox`.
 
-    Raises ValueError, naming the file, for one that is missing or damaged, a configuration that is no GPT-NeoX's or
-    that the model here does not have, and for tensors that are not those of the configuration.
+    Raises ValueError, naming the file, if one is missing or damaged, if the configuration is not GPT-NeoX's or is not
+    supported, or if the tensors do not fit it.
     """
     return open_hf(folder).with_layers(layers).model(dtype, shardings)
 
 
 def open_hf(folder: str | os.PathLike) -> Source:
-    """The checkpoint, checked but not read; errors as `load_hf` has them."""
+    """Open a checkpoint without reading its values; raises ValueError as `load_hf`."""
     folder = Path(folder)
-    said = read_json(folder / "config.json")
+    content = read_hf_json(folder / "config.json")
     config, notes = read_config(folder / "config.json")
     if not is_folder(folder, "model"):
         others = ", ".join(sorted(file.name for file in folder.glob("pytorch_model*"))[:3])
-        raise ValueError(f"{folder} has no model.safetensors and no index of one{f', but {others}' if others else ''}")
+        raise ValueError(f"{folder} has neither model.safetensors nor its index{f', but {others}' if others else ''}")
     stored = read_folder(folder)
     if READOUT_TOO in stored and READOUT not in stored:
         stored[READOUT] = stored.pop(READOUT_TOO)
@@ -93,50 +83,42 @@ def open_hf(folder: str | os.PathLike) -> Source:
     twins = {hf_name(key): key for key in named(config)}
     held = {twins.get(name, name): tensor for name, tensor in stored.items()}
     tensors = matched(folder, config, held, hf_name)
-    token_ids = {key: said[key] for key in TOKEN_IDS if key in said}
+    token_ids = {key: content[key] for key in TOKEN_IDS if key in content}
     return Source("hf", folder, config, tensors, "safetensors for transformers", tuple(notes), token_ids=token_ids)
 
 
-def hf_name(key: str) -> str:
-    if key in OUTSIDE:
-        return OUTSIDE[key]
-    _, layer, rest = key.split(".", 2)
-    module, last = rest.rsplit(".", 1)
-    return f"gpt_neox.layers.{layer}.{INSIDE[module]}.{last}"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """What a config.json says; raises ValueError, naming it, for any but a GPT-NeoX's."""
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    if not isinstance(said, dict) or said.get("model_type") != "gpt_neox":
-        kind = said.get("model_type") if isinstance(said, dict) else said
-        raise ValueError(f"{file} is for {kind!r}, not for model_type 'gpt_neox'")
-    return said
+def read_hf_json(file: Path) -> dict[str, Any]:
+    """Content of a config.json; raises ValueError, naming it, if it is not GPT-NeoX's."""
+    content = read_json(file)
+    if not isinstance(content, dict) or content.get("model_type") != "gpt_neox":
+        kind = content.get("model_type") if isinstance(content, dict) else content
+        raise ValueError(f"{file} has model_type {kind!r}; expected 'gpt_neox'")
+    return content
 
 
 def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
-    """A config.json, and a note on its activation. Raises ValueError, naming it, for any but a GPT-NeoX's."""
-    said = read_json(file)
-    found: dict[str, Any] = {field: said.get(key, absent) for field, key, absent in KEYS}
+    """Configuration in a config.json, and a note on its activation.
+
+    Raises ValueError, naming the file, if it is not GPT-NeoX's or has a setting that is not supported.
+    """
+    content = read_hf_json(file)
+    found: dict[str, Any] = {field: content.get(key, absent) for field, key, absent in KEYS}
     missing = [key for field, key, absent in KEYS if absent is None and found[field] is None]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    rope = said.get("rope_parameters") or {}
+    rope = content.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{file} has rope_parameters {rope!r}, which is no JSON object")
-    scaling = said.get("rope_scaling") or rope
+        raise ValueError(f"{file} has rope_parameters {rope!r}, which is not a JSON object")
+    scaling = content.get("rope_scaling") or rope
     if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise ValueError(f"{file} has scaled rotary embeddings ({scaling}); supported is rope_type 'default'")
-    found["rope_percentage"] = rope.get("partial_rotary_factor", said.get("rotary_pct", 0.25))
-    found["rope_base"] = rope.get("rope_theta", said.get("rotary_emb_base", 10_000.0))
-    activation = said.get("hidden_act", "gelu")
+    found["rope_percentage"] = rope.get("partial_rotary_factor", content.get("rotary_pct", 0.25))
+    found["rope_base"] = rope.get("rope_theta", content.get("rotary_emb_base", 10_000.0))
+    activation = content.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{file} has hidden_act {activation!r}; supported are {', '.join(ACTIVATIONS)}")
-    if said.get("attention_bias", True) is not True:
-        raise ValueError(f"{file} has attention_bias {said['attention_bias']!r}; supported is true")
+    if content.get("attention_bias", True) is not True:
+        raise ValueError(f"{file} has attention_bias {content['attention_bias']!r}; supported is true")
     try:
         config = NeoXConfig(**found, activation=ACTIVATIONS[activation])
     except (TypeError, ValueError) as error:
@@ -145,9 +127,9 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
 
 
 def save_hf(model: NeoX, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Writes a model so that `transformers` loads it, all of it or nothing; in files of up to 5 GB, with an index.
+    """Write a model for `transformers`, atomically; in files of up to 5 GB, with an index if there are several.
 
-    Raises ValueError for a folder that is not empty unless `overwrite` is set.
+    Raises ValueError as `jaxmodels.save`, or if the model is quantized.
     """
     write_hf(model_source(model), folder, overwrite=overwrite)
 
@@ -155,22 +137,22 @@ def save_hf(model: NeoX, folder: str | os.PathLike, *, overwrite: bool = False) 
 def write_hf(
     source: Source, folder: str | os.PathLike, *, overwrite: bool = False, file_bytes: int = FILE_BYTES
 ) -> None:
-    """The same for any open checkpoint; a few megabytes at a time are in memory."""
+    """Write an open checkpoint as `save_hf` does; a few megabytes at a time are in memory."""
     tensors = {hf_name(key): tensor for key, tensor in source.tensors.items()}
     with (
-        atomic_folder(folder, overwrite=overwrite) as beside,
+        atomic_folder(folder, overwrite=overwrite) as temporary,
         progress_bar(f"writing {Path(folder).name}", tensors.values()) as advance,
     ):
-        write_folder(beside, tensors, file_bytes=file_bytes, progress=advance)
+        write_folder(temporary, tensors, file_bytes=file_bytes, progress=advance)
         dtype = np.dtype(source.tensors["embedding.emb.weight"].dtype).name
         text = json.dumps(hf_config(source.config, dtype, source.token_ids or END_OF_TEXT), indent=2)
-        (beside / "config.json").write_text(text + "\n", encoding="utf-8")
+        (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def hf_config(config: NeoXConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `read_config`, for older and newer transformers."""
-    said = {key: value for (field, key, _) in KEYS for value in [dataclasses.asdict(config)[field]]}
-    return said | {
+    """Inverse of `read_config`, for older and newer versions of transformers."""
+    settings = {key: value for (field, key, _) in KEYS for value in [dataclasses.asdict(config)[field]]}
+    return settings | {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         "intermediate_size": config.d_ff,

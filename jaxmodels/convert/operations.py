@@ -1,29 +1,130 @@
-"""`neox`, `inspect` and `verify` of the command line: GPT-NeoX checkpoints of three formats."""
+"""Operations of `python -m jaxmodels.convert`, on the arguments that `command` parsed."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
-from jaxmodels.convert.arguments import read_json
+import jaxmodels
 from jaxmodels.convert.flax import open_flax, write_flax
 from jaxmodels.convert.hf import open_hf, write_hf
 from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.convert.neox.write import check_ranks, write_neox
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
-from jaxmodels.neox.config import PRESETS, NeoXConfig
+from jaxmodels.io.checkpoint import read_json
+from jaxmodels.io.torch_files import read_state_dict, write_state_dict
+from jaxmodels.models import build
+from jaxmodels.neox import NeoXConfig
+from jaxmodels.neox.config import PRESETS
 from jaxmodels.weights.lazy import nbytes, pieces
+from jaxmodels.weights.names import flat_arrays, from_torch, is_floating, to_torch
 from jaxmodels.weights.progress import progress_bar
 
 PIECE_BYTES = 8_000_000
+Names = Mapping[
+    str, tuple[str, dict[str, Any]]
+]  # values of --model: the class, and the arguments that the name implies
+
+
+def from_torch_file(options: argparse.Namespace, names: Names) -> str:
+    """Convert FILE.pt to a folder. Everything is checked before anything is written."""
+    if not options.source.exists():
+        raise ValueError(f"{options.source} does not exist")
+    if options.model is None or options.config is None:
+        raise ValueError(f"{options.source} is a .pt file; describe its model with --model and --config")
+    check_target(options.target, overwrite=options.overwrite, source=options.source)
+    name, config = class_and_config(options.model, json_object(options.config), names)
+    with float64_allowed():
+        abstract = nnx.eval_shape(lambda: build(name, config))
+        model = from_torch(abstract, read_state_dict(options.source, options.key), options.dtype)
+        jaxmodels.save(model, options.target, overwrite=options.overwrite)
+        return f"{options.target}: {summary(name, model)}"
+
+
+def to_torch_file(options: argparse.Namespace) -> str:
+    """Convert a folder to FILE.pt."""
+    if options.target.is_dir():
+        raise ValueError(f"{options.target} is a folder; expected a file")
+    if options.target.exists() and not options.overwrite:
+        raise ValueError(f"{options.target} exists; choose another file, or pass --overwrite")
+    for flag in ("model", "config", "key"):
+        if getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} describes a .pt file; {options.source} is a folder with a config.json")
+    with float64_allowed():
+        model = jaxmodels.load(options.source)
+        arrays = to_torch(model)
+    if options.dtype:
+        arrays = {k: a.astype(jax.numpy.dtype(options.dtype)) if is_floating(a.dtype) else a for k, a in arrays.items()}
+    write_state_dict(options.target, arrays)
+    return f"{options.target}: {summary(type(model).__name__, model)}"
+
+
+def class_and_config(model: str, config: dict[str, Any], names: Names) -> tuple[str, dict[str, Any]]:
+    """Class name and arguments for --model and --config; raises ValueError if they contradict each other.
+
+    The check is necessary: rotary, rotary_value and plain have the same parameters, so that no shape tells them apart.
+    """
+    name, implied = names[model]
+    if {"model", "config"} <= config.keys():  # a config.json written by jaxmodels.save
+        if config["model"] != name:
+            raise ValueError(f"--model {model} is a {name}, --config is for {config['model']}")
+        config = config["config"]
+    for argument, value in implied.items():
+        if config.get(argument, value) != value:
+            raise ValueError(f"--model {model} has {argument}={value!r}, --config has {config[argument]!r}")
+    if model == "synthesizer" and config.get("attention") in (None, "rotary", "rotary_value", "relative", "plain"):
+        raise ValueError(
+            f"--model synthesizer needs the attention of a synthesizer in --config, not {config.get('attention')!r}"
+        )
+    return name, implied | config
+
+
+def json_object(config: str) -> dict[str, Any]:
+    """Value of --config: a JSON object, or the name of a file with one; raises ValueError if it is neither."""
+    value: Any
+    if config.lstrip().startswith("{"):
+        try:
+            value = json.loads(config)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config {config} is not JSON: {error}") from None
+    else:
+        try:
+            value = read_json(Path(config))
+        except ValueError as error:
+            raise ValueError(f"--config must be a JSON object or a JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--config {config} must be a JSON object of the model's arguments")
+    return value
+
+
+@contextlib.contextmanager
+def float64_allowed() -> Iterator[None]:
+    """Enable 64-bit types, so that float64 checkpoints stay float64; for all threads, as Orbax uses its own."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def summary(name: str, model: Any) -> str:
+    """Name, size and dtypes of a model in memory."""
+    arrays = list(flat_arrays(model).values())
+    dtypes = ", ".join(sorted({str(array.dtype) for array in arrays}))
+    return f"{name}, {sum(array.size for array in arrays):,} parameters in {len(arrays)} arrays, {dtypes}"
 
 
 def neox(options: argparse.Namespace) -> str:
-    """SRC -> DST, a few megabytes or a block at a time. Everything is checked before anything is written."""
+    """Convert SRC to DST as a stream. Everything is checked before anything is written."""
     check_target(options.target, overwrite=options.overwrite, source=options.source)
     source = prepared(options)
     if options.to == "neox":
@@ -38,7 +139,7 @@ def neox(options: argparse.Namespace) -> str:
 
 
 def inspect(options: argparse.Namespace) -> str:
-    """What a checkpoint is."""
+    """Describe a checkpoint."""
     source = open_checkpoint(options.source, read_neox_config(options.config), options.row_bias)
     lines = [f"{options.source}: {source.format} ({source.layout}), {totals(source)}"]
     shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff}
@@ -49,7 +150,7 @@ def inspect(options: argparse.Namespace) -> str:
 
 
 def verify(options: argparse.Namespace) -> tuple[bool, str]:
-    """Whether SRC and DST are the same model, and the tensors that differ. Where dtypes differ SRC is cast first."""
+    """Compare SRC, cast to DST's dtypes, with DST; returns equality, and a text that lists the differing tensors."""
     source, target = prepared(options), open_checkpoint(options.target)
     config = dataclasses.asdict(source.config)
     different = [
@@ -58,7 +159,7 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
         if config[name] != value and name not in ("dtype", "remat")
     ]
     if different:
-        return False, f"{options.source} and {options.target} are of other configurations: {'; '.join(different)}"
+        return False, f"{options.source} and {options.target} have different configurations: {'; '.join(different)}"
     lines, compared = [], 0
     with progress_bar("comparing", source.tensors.values()) as advance:
         for name, tensor in source.tensors.items():
@@ -78,7 +179,7 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
 
 
 def difference(a: Any, b: Any) -> tuple[int, float]:
-    """How many values of two tensors of one shape and dtype differ in any bit, and the largest difference."""
+    """Number of values of two tensors of one shape and dtype that differ in any bit, and the largest difference."""
     count, largest = 0, 0.0
     for x, y in zip(pieces(a, PIECE_BYTES), pieces(b, PIECE_BYTES), strict=True):
         integer = np.dtype(f"u{x.dtype.itemsize}")
@@ -86,52 +187,51 @@ def difference(a: Any, b: Any) -> tuple[int, float]:
         if unequal.any():
             count += int(unequal.sum())
             far = np.abs(x[unequal].astype(np.float64) - y[unequal].astype(np.float64))
-            largest = float(np.maximum(largest, far.max()))  # and NaN where one of them is
+            largest = float(np.maximum(largest, far.max()))  # NaN if one of the values is
     return count, largest
 
 
 def prepared(options: argparse.Namespace) -> Source:
+    """SRC with the changes of --vocab and --dtype."""
     source = open_checkpoint(options.source, read_neox_config(options.config), options.row_bias)
     source = source.with_vocabulary(options.vocab) if options.vocab is not None else source
     return source.cast(options.dtype) if options.dtype is not None else source
 
 
 def open_checkpoint(folder: Path, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
-    """A checkpoint of any of the three formats. Raises ValueError where it is none of them."""
+    """Open a GPT-NeoX checkpoint of any of the three formats; raises ValueError if it has none of them."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     file = folder / "config.json"
     if not file.is_file():
         return open_neox(folder, config, row_bias)
     if config is not None or row_bias is not None:
-        raise ValueError(f"--config and --row-bias are for GPT-NeoX's own shards; {file} has a configuration")
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    return open_hf(folder) if isinstance(said, dict) and "model_type" in said else open_flax(folder)
+        raise ValueError(f"--config and --row-bias are for GPT-NeoX's shards; {file} has the configuration")
+    content = read_json(file)
+    return open_hf(folder) if isinstance(content, dict) and "model_type" in content else open_flax(folder)
 
 
 def read_neox_config(config: str | None) -> NeoXConfig | None:
-    """A configuration from a preset's name, a JSON object or a JSON file."""
+    """Configuration from --config: name of a preset, a JSON object or a JSON file; None if it is not given."""
     if config is None:
         return None
     if config in PRESETS:
         return PRESETS[config]()
     try:
-        return NeoXConfig(**read_json(config))
+        return NeoXConfig(**json_object(config))
     except TypeError as error:
         raise ValueError(f"--config {config}: {error}; presets are {', '.join(PRESETS)}") from None
 
 
 def totals(source: Source) -> str:
+    """Number of parameters, dtypes and size of a checkpoint."""
     parameters = sum(int(np.prod(tensor.shape)) for tensor in source.tensors.values())
     dtypes = ", ".join(sorted({np.dtype(tensor.dtype).name for tensor in source.tensors.values()}))
     return f"{parameters:,} parameters, {dtypes}, {source.nbytes() / 1e9:,.3f} GB"
 
 
 def largest_layer(source: Source) -> int:
-    """Bytes of the largest of embedding, blocks and readout."""
+    """Size in bytes of the largest among embedding, blocks and readout."""
     layers: dict[tuple[int, int], int] = {}
     for name, tensor in source.tensors.items():
         layers[part(name)] = layers.get(part(name), 0) + nbytes(tensor)

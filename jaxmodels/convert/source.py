@@ -1,4 +1,4 @@
-"""A checkpoint of a GPT-NeoX model that is open, but not read: the same, whatever its format."""
+"""Open checkpoint of a GPT-NeoX model, the same class for every format; values are read when they are used."""
 
 import dataclasses
 import numbers
@@ -14,15 +14,16 @@ from jaxmodels.weights.lazy import Cast, Cut, nbytes
 from jaxmodels.weights.names import entries, flat_arrays, is_floating
 from jaxmodels.weights.place import Shardings, load_tensors, tensors_of
 
-VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row for each token
+VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row per token
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`tensors` are lazy, by the names of the PyTorch twin, in the order of the model's parts.
+    """Configuration and lazy tensors of a checkpoint.
 
-    `layout` says how they lie on disk, `notes` what was inferred rather than read, and `doubts`, all of them among the
-    notes, what may well be wrong. `token_ids` are those of special tokens, for formats that keep them.
+    tensors: by the names of the PyTorch twin, in the order of the model's parts. layout: description of the files.
+    notes: what was inferred rather than read. doubts: those of the notes that may be wrong. token_ids: of special
+    tokens, for formats that store them.
     """
 
     format: str
@@ -35,26 +36,26 @@ class Source:
     token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def model(self, dtype: Any = None, shardings: Shardings | None = None) -> NeoX:
-        """The model, its layers stacked; arguments and errors as `load_tensors` has them."""
+        """Model with stacked layers; arguments and errors as `load_tensors`."""
         return load_tensors(abstract(self.config), self.tensors, dtype, shardings, self.folder.name)
 
     def cast(self, dtype: Any) -> "Source":
-        """The same in another dtype."""
+        """Checkpoint with tensors cast to a dtype."""
         tensors = {name: Cast(tensor, np.dtype(dtype), name) for name, tensor in self.tensors.items()}
         return dataclasses.replace(self, tensors=tensors)
 
     def with_vocabulary(self, n_vocab: int) -> "Source":
-        """The checkpoint without the rows behind n_vocab. Raises ValueError where there are fewer."""
+        """Checkpoint with the first n_vocab rows of the vocabulary; raises ValueError if it has fewer."""
         if not 1 <= n_vocab <= self.config.n_vocab:
-            raise ValueError(f"the vocabulary has {self.config.n_vocab} rows, of which {n_vocab} cannot be kept")
+            raise ValueError(f"n_vocab={n_vocab} must be from 1 to the {self.config.n_vocab} rows of the vocabulary")
         config = dataclasses.replace(self.config, n_vocab=n_vocab)
         cut = {key: Cut(self.tensors[key], 0, 0, n_vocab) for key in VOCABULARY if key in self.tensors}
         return dataclasses.replace(self, config=config, tensors={**self.tensors, **cut})
 
     def with_layers(self, layers: Sequence[int] | None) -> "Source":
-        """The checkpoint of some of the blocks, by number, in that order; embedding, norm and readout stay.
+        """Checkpoint with some of the blocks, by number, in that order; embedding, norm and readout are kept.
 
-        Raises ValueError for a block that is not there, or is named twice.
+        Raises ValueError if a block does not exist or occurs twice.
         """
         if layers is None:
             return self
@@ -62,35 +63,37 @@ class Source:
         given, layers = layers, [] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
         whole = all(isinstance(layer, numbers.Integral) and not isinstance(layer, bool) for layer in layers)
         if not layers or not whole or len(set(layers)) < len(layers) or not all(0 <= layer < n for layer in layers):
-            raise ValueError(f"layers={given!r} must be different whole numbers from 0 to {n - 1}, at least one")
+            raise ValueError(f"layers={given!r} must be different integers from 0 to {n - 1}, at least one")
         config = dataclasses.replace(self.config, n_layers=len(layers))
         tensors = {key: self.tensors[numbered(key, layers)] for key in named(config)}
         return dataclasses.replace(self, config=config, tensors=tensors)
 
     def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
         return sum(map(nbytes, self.tensors.values()))
 
 
 def abstract(config: NeoXConfig) -> NeoX:
-    """The model without values."""
+    """Model without values."""
     return nnx.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0)))
 
 
 def named(config: NeoXConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor's name and shape, in the order of the model's parts: embedding, blocks, final norm, readout."""
+    """Names and shapes of all tensors, in the order of the model's parts: embedding, blocks, final norm, readout."""
     arrays = flat_arrays(abstract(config))
     found = {entry.key: entry.torch_shape(arrays[entry.path].shape) for entry in entries(arrays)}
     return {key: found[key] for key in sorted(found, key=part)}
 
 
 def part(key: str) -> tuple[int, int]:
+    """Sort key of a tensor's name: its part of the model, and its layer."""
     words = key.split(".")
     layer = int(words[1]) if words[0] == "layers" else 0
     return ("embedding", "layers", "final_norm", "readout").index(words[0]), layer
 
 
 def numbered(key: str, layers: Sequence[int]) -> str:
-    """The name of the tensor that becomes `key` when only these blocks are kept."""
+    """Name of the tensor that becomes `key` if only these blocks are kept."""
     words = key.split(".")
     if words[0] == "layers":
         words[1] = str(layers[int(words[1])])
@@ -98,30 +101,31 @@ def numbered(key: str, layers: Sequence[int]) -> str:
 
 
 def matched(
-    folder: Path, config: NeoXConfig, held: Mapping[str, Any], called: Callable[[str], str] = str
+    folder: Path, config: NeoXConfig, held: Mapping[str, Any], disk_name: Callable[[str], str] = str
 ) -> dict[str, Any]:
-    """Exactly the tensors of the configuration, in order; `called` gives a tensor's name on disk.
+    """Tensors of a configuration, in order, from the tensors that a folder holds.
 
-    Raises ValueError that lists every one that is missing, unexpected, misshapen or no floating type.
+    disk_name: function of a tensor's name to that on disk, for error messages. Raises ValueError listing every tensor
+    that is missing, unexpected, misshapen or not floating.
     """
     wanted = named(config)
-    problems = [f"missing {called(key)}" for key in wanted if key not in held]
+    problems = [f"missing {disk_name(key)}" for key in wanted if key not in held]
     problems += [f"unexpected {key}" for key in held if key not in wanted]
     for key in [key for key in wanted if key in held]:
         if tuple(held[key].shape) != wanted[key]:
-            problems.append(f"{called(key)} has shape {list(held[key].shape)}, expected {list(wanted[key])}")
+            problems.append(f"{disk_name(key)} has shape {list(held[key].shape)}, expected {list(wanted[key])}")
         if not is_floating(held[key].dtype):
-            problems.append(f"{called(key)} is {held[key].dtype}, no floating type")
+            problems.append(f"{disk_name(key)} is {held[key].dtype}, which is not floating")
     if problems:
         raise ValueError(f"{folder} does not hold the tensors of its configuration:\n  " + "\n  ".join(problems))
     return {key: held[key] for key in wanted}
 
 
 def model_source(model: NeoX) -> Source:
-    """A model in memory. Raises ValueError where it is none, is quantised, or has not its configuration's blocks."""
+    """Source of a model in memory; raises ValueError if it is not a NeoX, is quantized, or lacks blocks."""
     if not isinstance(model, NeoX):
         raise ValueError(f"model is a {type(model).__name__}, not a NeoX")
     if model.int8_threshold is not None:
-        raise ValueError("the model is quantised: only jaxmodels.save keeps int8 weights; write the one it was made of")
-    folder = Path("the model")
+        raise ValueError("model is quantized; only jaxmodels.save writes int8 weights")
+    folder = Path("model")
     return Source("model", folder, model.settings, matched(folder, model.settings, tensors_of(model)))

@@ -1,4 +1,4 @@
-"""GPT-NeoX's tensors on disk: names, and how the shards of model-parallel ranks make one tensor.
+"""Table of GPT-NeoX's tensors: names in GPT-NeoX's and Hugging Face's files, and how shards of ranks merge.
 
     global_stepN/layer_XX-model_YY-model_states.pt    a state_dict each; YY is the model-parallel rank
     global_stepN/mp_rank_YY_model_states.pt           ["module"]["sequential.XX.NAME"], where there are no layer files
@@ -15,29 +15,34 @@ import numpy as np
 
 from jaxmodels.weights.lazy import Combined, Cut, Joined, read
 
-# How shards merge.
-VOCABULARY = "rows of the vocabulary"  # joined, then cut or padded
-READOUT_COLUMNS = "columns of the readout"  # the same with output_layer_parallelism: row; joined along dim 1
-ROWS = "rows"  # joined along dim 0
-COLUMNS = "columns"  # joined along dim 1
-REPLICA = "replica"  # the same on every rank, but for drift: the mean
-ROW_BIAS = "row bias"  # parallel residual: each rank adds its own before the ranks are summed; sequential: a replica
+# Ways to merge the shards of model-parallel ranks.
+VOCABULARY = "rows of the vocabulary"  # concatenated along axis 0, then cut or padded
+READOUT_COLUMNS = "columns of the readout"  # with output_layer_parallelism: row; concatenated along axis 1
+ROWS = "rows"  # concatenated along axis 0
+COLUMNS = "columns"  # concatenated along axis 1
+REPLICA = "replica"  # equal on all ranks except for drift: the mean
+ROW_BIAS = "row bias"  # parallel residual: each rank adds its own before the sum over ranks; sequential: a replica
 
 
 class Name(NamedTuple):
-    """A tensor of the twin; `disk` has the classic name, which is written, then those of newer versions."""
+    """Row of the table: a tensor of the twin and its names in files.
+
+    disk: GPT-NeoX's classic name, which is written, then those of newer versions. hf: transformers' name; in blocks the
+    classic name after `gpt_neox.layers.N.`.
+    """
 
     twin: str
     merge: str
     disk: tuple[str, ...]
+    hf: str | None = None
 
 
-EMBEDDING = (Name("embedding.emb.weight", VOCABULARY, ("word_embeddings.weight",)),)
+EMBEDDING = (Name("embedding.emb.weight", VOCABULARY, ("word_embeddings.weight",), "gpt_neox.embed_in.weight"),)
 FINAL_NORM = (
-    Name("final_norm.ln.weight", REPLICA, ("norm.weight",)),
-    Name("final_norm.ln.bias", REPLICA, ("norm.bias",)),
+    Name("final_norm.ln.weight", REPLICA, ("norm.weight",), "gpt_neox.final_layer_norm.weight"),
+    Name("final_norm.ln.bias", REPLICA, ("norm.bias",), "gpt_neox.final_layer_norm.bias"),
 )
-READOUT = (Name("readout.linear.weight", VOCABULARY, ("final_linear.weight",)),)
+READOUT = (Name("readout.linear.weight", VOCABULARY, ("final_linear.weight",), "embed_out.weight"),)
 # Second names: newer GPT-NeoX; last names: TransformerEngine.
 BLOCK = (
     Name("pre_ln_attn.weight", REPLICA, ("input_layernorm.weight",)),
@@ -53,14 +58,24 @@ BLOCK = (
     Name("ffn.dense_h4_h.weight", COLUMNS, ("mlp.dense_4h_to_h.weight", "mlp.linear2.weight", "mlp.fc2_weight")),
     Name("ffn.dense_h4_h.bias", ROW_BIAS, ("mlp.dense_4h_to_h.bias", "mlp.linear2.bias", "mlp.fc2_bias")),
 )
-FREQUENCIES = "attention.rotary_emb.inv_freq"  # no parameter: compared with the configuration
-SKIPPED = re.compile(r".*_extra_state$")  # TransformerEngine's own
+FREQUENCIES = "attention.rotary_emb.inv_freq"  # not a parameter; compared with the configuration
+SKIPPED = re.compile(r".*_extra_state$")  # state of TransformerEngine
+
+HF_NAMES = {name.twin: name.hf or name.disk[0] for name in (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)}
 
 Parts = Sequence[Any]  # a tensor of each rank, in order
 
 
+def hf_name(key: str) -> str:
+    """Name of a twin's tensor in transformers' files."""
+    if key in HF_NAMES:
+        return HF_NAMES[key]
+    _, layer, twin = key.split(".", 2)
+    return f"gpt_neox.layers.{layer}.{HF_NAMES[twin]}"
+
+
 def merged(name: Name, parts: Parts, row_bias: str) -> Any:
-    """One tensor out of the ranks' own. `row_bias`: 'sum', 'mean' or 'first'."""
+    """Merge the ranks' tensors into one. row_bias: 'sum', 'mean' or 'first'."""
     if len(parts) == 1:
         return parts[0]
     how = {REPLICA: "mean", ROW_BIAS: row_bias}.get(name.merge)
@@ -70,6 +85,7 @@ def merged(name: Name, parts: Parts, row_bias: str) -> Any:
 
 
 def mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean in float64, rounded once; exact if all vectors are equal."""
     first = vectors[0]
     if all(np.array_equal(vector, first) for vector in vectors):
         return first
@@ -77,6 +93,7 @@ def mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def total(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """Sum in float64, rounded once."""
     wide = vectors[0].astype(np.float64)
     for vector in vectors[1:]:
         wide = wide + vector.astype(np.float64)
@@ -87,9 +104,9 @@ COMBINE: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {"sum": total
 
 
 def split(name: Name, tensor: Any, ranks: int, parallel_residual: bool) -> Parts:
-    """The inverse of `merged`: what each rank holds. The tensor's sizes must be divisible by `ranks`.
+    """Inverse of `merged`: the tensors of each rank. The tensor's sizes must be divisible by `ranks`.
 
-    Bit for bit, but for row biases in float64 under the parallel residual: from 6 ranks on their sum may be rounded.
+    Exact, except for float64 row biases with the parallel residual, whose sum may be rounded from 6 ranks on.
     """
     if ranks == 1 or name.merge == REPLICA or (name.merge == ROW_BIAS and not parallel_residual):
         return [tensor] * ranks
@@ -101,7 +118,7 @@ def split(name: Name, tensor: Any, ranks: int, parallel_residual: bool) -> Parts
 
 
 def share(biases: Sequence[np.ndarray], rank: int, ranks: int) -> np.ndarray:
-    """bias / ranks, rounded; where these would not sum to the bias again, the last rank takes what is left."""
+    """Share of a rank of a row bias: bias / ranks, rounded; the last rank takes the remainder to make the sum exact."""
     bias = biases[0]
     wide = bias.astype(np.float64)
     each = (wide / ranks).astype(bias.dtype).astype(np.float64)
@@ -110,8 +127,8 @@ def share(biases: Sequence[np.ndarray], rank: int, ranks: int) -> np.ndarray:
     return each.astype(bias.dtype)
 
 
-@np.errstate(invalid="ignore")  # a difference of infinities is NaN, and counts as drift
+@np.errstate(invalid="ignore")  # the difference of infinities is NaN, which counts as drift
 def drift(parts: Parts) -> float:
-    """The largest difference between ranks that should hold the same; NaN where one holds it."""
+    """Largest difference between tensors that should be equal on all ranks; NaN if one of them holds NaN."""
     values = np.stack([read(part) for part in parts]).astype(np.float64)
     return float(np.abs(values - values[0]).max(initial=0))

@@ -9,8 +9,6 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from tests.jaxmodels.convert.test_neox_read import TIED, assert_holds
-from tests.jaxmodels.convert.test_neox_write import limited
 
 from jaxmodels.convert import to_torch
 from jaxmodels.convert.hf import load_hf, open_hf, save_hf, write_hf
@@ -18,6 +16,8 @@ from jaxmodels.convert.neox import load_neox
 from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.neox import NeoXConfig
 from tests.common import run
+from tests.jaxmodels.convert.neox.test_read import TIED, assert_holds
+from tests.jaxmodels.convert.neox.test_write import limited
 from tests.jaxmodels.convert.originals import CONFIG, write
 
 TANH = dataclasses.replace(CONFIG, activation="gelu_tanh", parallel_residual=False, layer_norm_eps=1e-3)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,9 +86,9 @@ def test_float64_is_never_narrowed(tmp_path):
 
 def test_refuses_a_folder_with_something_in_it(model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="copy|checkpoint"):
         jaxmodels.save(model, tmp_path)
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="file"):
         jaxmodels.save(model, tmp_path / "notes.txt")
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
@@ -131,7 +132,7 @@ def test_a_rename_that_fails_names_the_target_and_leaves_the_old_one_whole(model
         return rename(path, other)
 
     monkeypatch.setattr("jaxmodels.io.atomic.Path.rename", failing)
-    with pytest.raises(OSError, match=r"busy: it could not be replaced: .*copy"):
+    with pytest.raises(OSError, match=r"busy.*copy"):
         jaxmodels.save(model, copy, overwrite=True)
     assert contents(copy.parent) == before
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
@@ -164,7 +165,7 @@ def test_a_symbolic_link_stays_one(model, copy, tmp_path):
 def test_only_a_checkpoint_is_overwritten(model, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"photos is not overwritten: it holds no checkpoint"):
+    with pytest.raises(ValueError, match=r"photos\b.*global_step"):
         jaxmodels.save(model, tmp_path / "photos", overwrite=True)
     assert contents(tmp_path) == {"photos/one.jpg": b"mine"}
 
@@ -212,9 +213,9 @@ def test_refuses_a_broken_config(copy, content):
         ({"n_layers": 3}, r"missing encoder.layers.2.feed_forward.layer1.bias"),
         ({"n_layers": 1}, r"unexpected encoder.layers.1.feed_forward.layer1.bias"),
         ({"attention": "rotary"}, r"unexpected encoder.layers.0.self_attn.alpha"),
-        ({"attention": ["rotary"]}, r"the configuration does not fit"),
-        ({"n_vocab": "many"}, r"the configuration does not fit"),
-        ({"n_vocab": None}, r"the configuration does not fit"),
+        ({"attention": ["rotary"]}, r"^config does not fit AutoregressiveTransformer: .+$"),
+        ({"n_vocab": "many"}, r"^config does not fit AutoregressiveTransformer: .+$"),
+        ({"n_vocab": None}, r"^config does not fit AutoregressiveTransformer: .+$"),
         ({"d_modell": 12}, r"d_modell"),
         ({"d_model": 0}, r"d_model=0"),
         ({"heads": 5}, r"heads=5"),
@@ -231,10 +232,10 @@ def test_refuses_a_configuration_of_another_model(copy, change, match):
 def test_refuses_what_is_no_checkpoint(copy, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "missing", copy / "config.json"):
-        with pytest.raises(ValueError, match="holds no config"):
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
             jaxmodels.load(folder)
     shutil.rmtree(copy / "params")
-    with pytest.raises(ValueError, match="not a complete Orbax checkpoint"):
+    with pytest.raises(ValueError, match=r"copy.params\b"):
         jaxmodels.load(copy)
 
 

@@ -1,6 +1,7 @@
 """Our reader and writer against the `safetensors` package's."""
 
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_damaged_file_is_named(tmp_path, how):
     write_file(file, ARRAYS)
     read_file(file)
     file.write_bytes(damaged(file.read_bytes(), how))
-    with pytest.raises(ValueError, match=r"a\.safetensors is truncated or no safetensors file"):
+    with pytest.raises(ValueError, match=r"a\.safetensors\b"):
         read_file(file)
 
 
@@ -100,21 +101,21 @@ def test_a_folder_that_is_not_what_its_index_says(tmp_path):
     content = json.loads(index.read_text())
     second = content["weight_map"][list(ARRAYS)[-1]]
     (tmp_path / second).unlink()
-    with pytest.raises(ValueError, match=f"{second} does not exist"):
+    with pytest.raises(ValueError, match=re.escape(second)):
         read_folder(tmp_path)
     write_file(tmp_path / second, {"other": np.zeros(3)})
-    with pytest.raises(ValueError, match=f"{second} does not hold .* other"):
+    with pytest.raises(ValueError, match=rf"{re.escape(second)}\b.*\bother\b"):
         read_folder(tmp_path)
     content["weight_map"]["a"] = "../a.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"names '\.\./a\.safetensors', which is no file of this folder"):
+    with pytest.raises(ValueError, match=r"index\.json .*'\.\./a\.safetensors'"):
         read_folder(tmp_path)
     index.write_text("[]")
-    with pytest.raises(ValueError, match="is not the index"):
+    with pytest.raises(ValueError, match=r"index\.json"):
         read_folder(tmp_path)
 
 
 def test_a_dtype_that_the_format_lacks(tmp_path):
-    with pytest.raises(ValueError, match="a is complex64"):
+    with pytest.raises(ValueError, match=r"^a .*complex64"):
         write_file(tmp_path / "a.safetensors", {"a": np.zeros(3, np.complex64)})
     assert list(tmp_path.iterdir()) == []

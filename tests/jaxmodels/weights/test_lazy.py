@@ -69,7 +69,7 @@ def test_what_is_read_begins_where_jax_wants_it(shape):
 
 def test_a_value_that_does_not_fit_is_an_error_and_infinity_is_not():
     values = np.array([1.0, 7e4, 3.0], np.float32)
-    with pytest.raises(ValueError, match="readout holds values that are infinite in float16"):
+    with pytest.raises(ValueError, match=r"^readout\b.*float16"):
         read(Cast(values, np.dtype(np.float16), "readout"))
     values[1] = np.inf
     assert np.isinf(read(Cast(values, np.dtype(np.float16))))[1]

@@ -109,13 +109,13 @@ def test_a_transposed_square_matrix_cannot_be_told_but_others_can():
     state_dict = torch_language_model("rotary").state_dict()
     key = "encoder.layers.0.feed_forward.layer1.weight"
     state_dict[key] = state_dict[key].T
-    with pytest.raises(ConversionError, match=r"layer1.weight: got \[12, 17\], the model has \[17, 12\]"):
+    with pytest.raises(ConversionError, match=r"layer1\.weight: .*\[12, 17\].*\[17, 12\]"):
         from_torch(abstract("rotary"), state_dict)
 
 
 def test_float64_needs_x64():
     state_dict = torch_language_model("rotary").double().state_dict()
-    with pytest.raises(ConversionError, match="jax_enable_x64 is off") as caught:
+    with pytest.raises(ConversionError, match="jax_enable_x64") as caught:
         from_torch(abstract("rotary"), state_dict)
     assert caught.value.problems == {"64 bits wide while jax_enable_x64 is off": sorted(state_dict)}
     with pytest.raises(ConversionError, match="jax_enable_x64"):

@@ -9,7 +9,6 @@ import torch
 from flax import nnx
 
 import torch_ref.neox
-from jaxmodels.convert import hf
 from jaxmodels.convert.neox import layout
 from jaxmodels.neox import NeoX, NeoXConfig, block, model
 from jaxmodels.rope import rotary_tables
@@ -51,8 +50,9 @@ def test_a_conversion_that_changes_bits_is_an_error(monkeypatch, broken):
         monkeypatch.setitem(layout.COMBINE, "sum", layout.mean)
         make, message = cases.shards, r"2 model-parallel ranks: 4 of 28 tensors differ: .*bias"
     else:
-        monkeypatch.setitem(hf.INSIDE, "pre_ln_attn", "post_attention_layernorm")
-        monkeypatch.setitem(hf.INSIDE, "pre_ln_ffn", "input_layernorm")
+        for kind in ("weight", "bias"):
+            monkeypatch.setitem(layout.HF_NAMES, f"pre_ln_attn.{kind}", f"post_attention_layernorm.{kind}")
+            monkeypatch.setitem(layout.HF_NAMES, f"pre_ln_ffn.{kind}", f"input_layernorm.{kind}")
         make, message = cases.hf_files, r"transformers: 8 of 28 tensors differ: .*pre_ln"
     with pytest.raises(ValueError, match=message):
         make(np.random.default_rng(0))

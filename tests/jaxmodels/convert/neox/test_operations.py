@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from tests.jaxmodels.convert.test_neox_read import assert_holds
 
 import jaxmodels
 from jaxmodels.convert.command import main
@@ -16,6 +15,7 @@ from jaxmodels.convert.neox import load_neox
 from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.weights.lazy import read
 from jaxmodels.weights.names import as_tensor
+from tests.jaxmodels.convert.neox.test_read import assert_holds
 from tests.jaxmodels.convert.originals import CONFIG, layer_file, write
 
 

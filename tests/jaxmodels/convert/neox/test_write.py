@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tests.jaxmodels.convert.test_neox_read import SEQUENTIAL, TIED, assert_holds
 
 from jaxmodels.convert.neox import load_neox, save_neox
 from jaxmodels.convert.neox.layout import share, total
@@ -17,6 +16,7 @@ from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.convert.neox.write import write_neox
 from jaxmodels.layers import Linear
 from jaxmodels.neox import NeoX
+from tests.jaxmodels.convert.neox.test_read import SEQUENTIAL, TIED, assert_holds
 from tests.jaxmodels.convert.originals import CONFIG, layer_file, write
 
 
