@@ -1,4 +1,4 @@
-"""Text to train on, and vocabularies: characters, as in the original experiments, bytes, tokenizer files."""
+"""Text corpora, and vocabularies: characters, as in the original experiments, bytes, tokenizer files."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
 
 
 def load_corpus(name: str) -> str:
-    """The text called `name`: 'python_docs', 'tiny_shakespeare', or a path to a UTF-8 file.
+    """Text of a corpus: 'python_docs', 'tiny_shakespeare', or the path of a UTF-8 file.
 
-    python_docs is the language reference inside every Python, so it needs no network, and differs a little from
-    version to version. Raises ValueError where the name is neither a corpus nor a readable UTF-8 file with text in it.
+    python_docs is the language reference contained in every Python: it needs no network, and differs slightly between
+    versions. Raises ValueError if the name is neither a corpus nor a readable, non-empty UTF-8 file.
     """
     if name == "python_docs":
         return python_docs()
@@ -32,10 +32,10 @@ def load_corpus(name: str) -> str:
         return tiny_shakespeare()
     path = Path(name)
     try:
-        text = path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
+        text = path.read_bytes().decode("utf-8")  # not read_text, which would convert \r\n to \n
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"text={name!r} is not python_docs, tiny_shakespeare or a readable UTF-8 file: {error}"
+            f"text={name!r} must be python_docs, tiny_shakespeare or a readable UTF-8 file: {error}"
         ) from None
     if not text:
         raise ValueError(f"text={name!r} is an empty file")
@@ -43,21 +43,21 @@ def load_corpus(name: str) -> str:
 
 
 def python_docs() -> str:
-    """The topics of `help()`, sorted by name and joined."""
+    """Topics of `help()`, sorted by name and joined."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def tiny_shakespeare() -> str:
-    """1,115,394 characters of Shakespeare; downloaded once to the user's cache, its sha256 checked at every use.
+    """1,115,394 characters of Shakespeare, downloaded once to the user's cache; the sha256 is checked at every use.
 
-    Raises ValueError where the download fails or gives another text.
+    Raises ValueError if the download fails or the sha256 differs.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
     advice = f"download {TINY_SHAKESPEARE_URL} yourself and pass the file as the text"
     if not cache.exists():
-        from jaxmodels.io.atomic import atomic_file  # imports JAX, which a vocabulary needs not
+        from jaxmodels.io.atomic import atomic_file  # late: only the download needs it
 
         try:
             with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as response:
@@ -66,65 +66,69 @@ def tiny_shakespeare() -> str:
             raise ValueError(f"tiny_shakespeare could not be downloaded ({error}); {advice}") from None
         check_sha256(content, advice)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(cache) as beside:
-            beside.write_bytes(content)
+        with atomic_file(cache) as temporary:
+            temporary.write_bytes(content)
     content = cache.read_bytes()
     check_sha256(content, f"delete {cache}, or {advice}")
     return content.decode("utf-8")
 
 
 def check_sha256(content: bytes, advice: str) -> None:
+    """Raises ValueError, ending with `advice`, if the content is not tiny_shakespeare."""
     found = hashlib.sha256(content).hexdigest()
     if found != TINY_SHAKESPEARE_SHA256:
         raise ValueError(f"tiny_shakespeare has sha256 {found}, expected {TINY_SHAKESPEARE_SHA256}; {advice}")
 
 
 def split(text: str) -> tuple[str, str]:
-    """Training and validation text: the first int(0.9·n) characters and the rest."""
+    """Split into training and validation text: the first int(0.9·n) characters, and the rest."""
     cut = int(0.9 * len(text))
     return text[:cut], text[cut:]
 
 
 @dataclasses.dataclass(frozen=True)
 class CharVocabulary:
-    """One token per character: id = the character's place in `characters`."""
+    """One token per character; its id is the index in `characters`."""
 
     characters: str
     unit: ClassVar[str] = "character"
 
     @classmethod
     def of(cls, text: str) -> "CharVocabulary":
-        """The sorted characters of a text."""
+        """Vocabulary of the sorted characters of a text."""
         return cls("".join(sorted(set(text))))
 
     def __len__(self) -> int:
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids [len(text)]; raises ValueError that lists the characters which the vocabulary lacks."""
+        """Encode a text to int32 ids [len(text)]; raises ValueError listing unknown characters."""
         ids = {character: i for i, character in enumerate(self.characters)}
         unknown = sorted(set(text) - ids.keys())
         if unknown:
-            raise ValueError(f"characters {''.join(unknown)!r} are not among the {len(self)} of the vocabulary")
+            raise ValueError(
+                f"text has characters {''.join(unknown)!r}, which are not among the {len(self)} of the vocabulary"
+            )
         return np.fromiter((ids[character] for character in text), np.int32, len(text))
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of ids [n]; raises ValueError for one outside the vocabulary."""
+        """Decode ids [n] to text; raises ValueError if one is outside the vocabulary."""
         ids = np.asarray(ids)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
-            raise ValueError(f"ids from {ids.min()} to {ids.max()} given, the vocabulary has 0 to {len(self) - 1}")
+            raise ValueError(f"ids from {ids.min()} to {ids.max()} must be from 0 to {len(self) - 1}")
         return "".join(self.characters[i] for i in ids.tolist())
 
     def save(self, file: Path) -> None:
+        """Write a file for `load_vocabulary`."""
         file.write_text(json.dumps({"characters": self.characters}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, file: Path) -> "CharVocabulary":
-        """What `save` wrote; raises ValueError where the file is missing or holds something else."""
+        """Load a file written by `save`; raises ValueError if it is missing or not one."""
         try:
             characters = json.loads(file.read_text(encoding="utf-8"))["characters"]
             if not isinstance(characters, str) or len(set(characters)) < len(characters):
-                raise ValueError("characters must be a string in which none comes twice")
+                raise ValueError("characters must be a string without repetitions")
             return cls(characters)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a character vocabulary: {error!r}") from None
@@ -132,7 +136,7 @@ class CharVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class ByteVocabulary:
-    """One token per byte of UTF-8, 256 of them: any text can be written, and no table is needed."""
+    """One token per byte of UTF-8, 256 in total; encodes any text."""
 
     unit: ClassVar[str] = "byte"
 
@@ -140,56 +144,59 @@ class ByteVocabulary:
         return 256
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids [number of bytes]."""
+        """Encode a text to int32 ids [number of bytes]."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of ids [n]; bytes that are no UTF-8, as a piece of text may begin and end with, become �."""
+        """Decode ids [n] to text; invalid UTF-8, as at the ends of a piece of text, becomes �."""
         return bytes(np.asarray(ids).tolist()).decode("utf-8", errors="replace")
 
     def save(self, file: Path) -> None:
+        """Write a file for `load_vocabulary`."""
         file.write_text(json.dumps({"bytes": 256}) + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFile:
-    """The vocabulary of a `tokenizers` file (tokenizer.json), whose text is `content`; needs that package."""
+    """Vocabulary of a tokenizer.json, whose text is `content`; needs the package tokenizers."""
 
     content: str
     unit: ClassVar[str] = "token"
 
     @classmethod
     def read(cls, file: str | os.PathLike) -> "TokenizerFile":
-        """Raises ValueError where the file is missing or no tokenizer."""
+        """Read a tokenizer.json; raises ValueError, naming it, if it is missing or not one."""
         try:
             vocabulary = cls(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"tokenizer {file} cannot be read: {error}") from None
-        len(vocabulary)
+            len(vocabulary)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer={file} cannot be read: {error}") from None
         return vocabulary
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The package's own object; raises ValueError where the content is none."""
+        """`tokenizers.Tokenizer` of the content; raises ValueError if it is not a tokenizer's."""
         require("neox", "tokenizers")
         from tokenizers import Tokenizer
 
         try:
             return Tokenizer.from_str(self.content)
         except Exception as error:  # the package raises bare Exceptions
-            raise ValueError(f"this is no tokenizer.json: {error}") from None
+            raise ValueError(f"not a tokenizer.json: {error}") from None
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids, without the special tokens that some tokenizers put around a text."""
+        """Encode a text to int32 ids, without the special tokens that some tokenizers add around it."""
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
+        """Decode ids [n] to text, special tokens included."""
         return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     def save(self, file: Path) -> None:
+        """Write a file for `load_vocabulary`."""
         file.write_text(json.dumps({"tokenizer": self.content}) + "\n", encoding="utf-8")
 
 
@@ -210,7 +217,7 @@ Vocabulary = CharVocabulary | ByteVocabulary | TokenizerFile
 
 
 def load_vocabulary(file: Path) -> Vocabulary:
-    """What any vocabulary's `save` wrote; raises ValueError where the file is missing or holds something else."""
+    """Load a vocabulary of any class from the file that `save` wrote; raises ValueError if it is missing or not one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

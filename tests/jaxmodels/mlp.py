@@ -23,7 +23,7 @@ class MLPLanguageModel(nnx.Module):
         (r"embed\.embedding", P(None, "fsdp")),
         (r"hidden\.kernel", P("fsdp", "tensor")),
         (r"hidden\.bias", P("tensor")),
-        (r"out\.kernel", P("tensor", "fsdp")),
+        (r"out\.kernel", P("tensor")),
         (r"out\.bias", P()),
     )
 

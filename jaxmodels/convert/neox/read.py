@@ -1,4 +1,4 @@
-"""A GPT-NeoX checkpoint as a `Source`: configuration found and checked, shards merged when they are read."""
+"""GPT-NeoX checkpoints as a `Source`: the configuration is found and checked, shards are merged when they are read."""
 
 import dataclasses
 import json
@@ -36,19 +36,19 @@ from jaxmodels.weights.place import Shardings
 
 MAX_DRIFT = 1e-2
 DIVISIBLE_BY = 128
-RANKS = 8  # a vocabulary padded for up to so many ranks is recognised whatever the rank count on disk
+RANKS = 8  # a vocabulary padded for up to this many ranks is recognized, whatever the number of ranks on disk
 ROW_BIASES = ("sum", "mean", "first")
-# Beside the YAML files; GPT-NeoX reads those it is given by name, and takes no keys there that are not its own.
+# In the folder of the YAML files, but not in them: GPT-NeoX refuses unknown keys in its YAML files.
 VOCABULARY_FILE = "vocabulary.json"
-SIZES = ("n_layers", "n_hidden", "n_ff", "tied")  # what the shapes tell
+SIZES = ("n_layers", "n_hidden", "n_ff", "tied")  # fields that follow from the tensors' shapes
 
 
 class ReplicaDriftWarning(UserWarning):
-    """Ranks disagree by more than 1e-2 on what should be the same tensor; their mean was taken."""
+    """Warning that ranks differ by more than 1e-2 in a tensor that should be equal; their mean was taken."""
 
 
 class InferredWarning(UserWarning):
-    """A configuration was guessed from sizes, or contradicts what the vocabulary's rows look like."""
+    """Warning that a configuration was inferred from sizes, or contradicts the rows of the vocabulary."""
 
 
 def load_neox(
@@ -59,17 +59,19 @@ def load_neox(
     layers: Any = None,
     row_bias: str | None = None,
 ) -> NeoX:
-    """The model of a GPT-NeoX checkpoint, of any model-parallel degree.
+    """Load the model of a GPT-NeoX checkpoint of any model-parallel degree.
 
-    folder: the one with `latest`, or a step's own. config: None for what its YAML files say, or, without them, the
-    preset of the same sizes. dtype: None keeps what the files have. shardings: a function of path and shape, so that
-    each device's slice is read straight from the memory-mapped shards. layers: only these blocks, by number.
-    row_bias: 'sum', 'mean' or 'first' of the ranks' biases where GPT-NeoX's own rule (sum with the parallel residual,
-    else first) is not what the checkpoint needs.
+    folder: the folder with `latest`, or that of a step.
+    config: default that of the YAML files, or, without them, of the preset with the same sizes.
+    dtype: cast the tensors; default their own dtype.
+    shardings: function of path and shape; each device's slice is read directly from the memory-mapped shards.
+    layers: numbers of the blocks to keep; default all.
+    row_bias: how to merge per-rank biases of row-parallel layers, 'sum', 'mean' or 'first'; default GPT-NeoX's own
+        rule, sum with the parallel residual, else first.
 
-    Raises ValueError, naming the file, for a shard that is missing, damaged, misshapen or wants to run code, and for a
-    configuration that is incomplete or contradicts the tensors; warns with ReplicaDriftWarning, and with
-    InferredWarning where a preset was taken or n_vocab cuts rows that are not zero.
+    Raises ValueError, naming the file, if a shard is missing, damaged or misshapen or contains code, or if the
+    configuration is incomplete or contradicts the tensors. Emits ReplicaDriftWarning, and InferredWarning if a preset
+    was used or n_vocab cuts rows that are not zero.
     """
     source = open_neox(folder, config, row_bias)
     for doubt in source.doubts:
@@ -78,18 +80,18 @@ def load_neox(
 
 
 def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
-    """The checkpoint, checked but not read; arguments and errors as `load_neox` has them."""
+    """Open a checkpoint without reading its values; arguments and errors as `load_neox`."""
     if row_bias is not None and row_bias not in ROW_BIASES:
-        raise ValueError(f"row_bias={row_bias!r} is none of {', '.join(ROW_BIASES)}")
+        raise ValueError(f"row_bias={row_bias!r} must be one of {', '.join(ROW_BIASES)}")
     folder = Path(folder)
     shards = open_step(find_step(folder))
     files = config_files(folder, shards.step)
     settings = read_yaml(files) if files else {}
     parts = by_name(shards)
     rows, padding = vocabulary(shards, parts, settings)
-    said_vocab = read_vocabulary(files[0].parent / VOCABULARY_FILE, rows) if files else None
+    written_vocab = read_vocabulary(files[0].parent / VOCABULARY_FILE, rows) if files else None
     preset = config is None and not files
-    n_vocab = rows - padding if said_vocab is None else said_vocab
+    n_vocab = rows - padding if written_vocab is None else written_vocab
     config, notes = resolved(shards, parts, n_vocab, config, settings, files)
     doubts = notes[:] if preset else []
     check_vocabulary(shards, config, rows, settings)
@@ -111,29 +113,29 @@ def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_b
     if problems:
         raise ValueError(f"{shards.step} contradicts its configuration:\n  " + "\n  ".join(problems))
     notes += drifting(parts, row_bias, shards)
-    if config.n_vocab == said_vocab != rows:
-        notes.append(f"{rows - said_vocab} of {rows} rows of the vocabulary are padding, and left off")
+    if config.n_vocab == written_vocab != rows:
+        notes.append(f"{rows - written_vocab} of {rows} rows of the vocabulary are padding and were left out")
     elif padding and config.n_vocab == rows - padding:
-        notes.append(f"{padding} of {rows} rows of the vocabulary are padding (zero), and left off")
+        notes.append(f"{padding} of {rows} rows of the vocabulary are padding (zero) and were left out")
     elif config.n_vocab != rows:
         change = "cut" if config.n_vocab < rows else "padded"
         notes.append(f"the vocabulary's {rows} rows are {change} to {config.n_vocab}")
         lost = int((~zero_rows(parts, min(rows, config.n_vocab))).sum())
         if lost:
-            notes[-1] += f"; {lost} of those left off are not zero"
+            notes[-1] += f"; {lost} of the rows left out are not zero"
             doubts.append(notes[-1])
-    said = settings.get("model_parallel_size", shards.ranks)
-    if said != shards.ranks:
-        notes.append(f"the configuration says {said} model-parallel ranks, the files are of {shards.ranks}")
+    ranks = settings.get("model_parallel_size", shards.ranks)
+    if ranks != shards.ranks:
+        notes.append(f"the configuration has model_parallel_size={ranks}, the files are of {shards.ranks} ranks")
     layout = f"{shards.layout} of {shards.ranks} model-parallel rank{'s'[: shards.ranks > 1]} in {shards.step.name}"
     return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts))
 
 
-Parts = Mapping[str, tuple[Name, list[Any], list[Shard]]]  # by the twin's name: each rank's tensor, and where it was
+Parts = Mapping[str, tuple[Name, list[Any], list[Shard]]]  # by the twin's name: the tensor of each rank, and its file
 
 
 def by_name(shards: Shards) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
-    """Every tensor under the twin's name. Raises ValueError that lists all that is missing, unexpected or uneven."""
+    """All tensors by the twin's names; raises ValueError listing what is missing, unexpected or unequal."""
     problems: list[str] = []
     found: dict[str, tuple[Name, list[Any], list[Shard]]] = {}
     for layer, names in tables(shards).items():
@@ -143,8 +145,8 @@ def by_name(shards: Shards) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
             if all(name.twin in held for held in known):
                 parts = [held[name.twin] for held in known]
                 if len({(tuple(part.shape), str(part.dtype)) for part in parts}) > 1:
-                    said = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
-                    problems.append(f"{ranks[0].file.name}: {name.disk[0]} differs between ranks: {said}")
+                    kinds = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
+                    problems.append(f"{ranks[0].file.name}: {name.disk[0]} differs between ranks: {kinds}")
                 key = name.twin if names is not BLOCK else f"layers.{layer - 2}.{name.twin}"
                 found[key] = (name, parts, ranks)
     if problems:
@@ -158,10 +160,12 @@ def by_name(shards: Shards) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
 
 
 def tables(shards: Shards) -> dict[int, tuple[Name, ...]]:
-    """The names of each layer number. Raises ValueError where a number in between is missing, or one is too many."""
+    """Rows of the table for each layer number; raises ValueError if a number is missing or unexpected."""
     norms = [layer for layer, ranks in shards.layers.items() if FINAL_NORM[0].disk[0] in ranks[0].tensors]
     if len(norms) != 1 or norms[0] < 4:
-        raise ValueError(f"{shards.step} must have one layer with {FINAL_NORM[0].disk[0]}, from number 4 on: {norms}")
+        raise ValueError(
+            f"{shards.step} must have {FINAL_NORM[0].disk[0]} in one layer from number 4 on, not in {norms}"
+        )
     norm = norms[0]
     expected: dict[int, tuple[Name, ...]] = (
         {0: EMBEDDING} | dict.fromkeys(range(2, norm - 1), BLOCK) | {norm: FINAL_NORM}
@@ -175,13 +179,13 @@ def tables(shards: Shards) -> dict[int, tuple[Name, ...]]:
         )
     if extra:
         raise ValueError(
-            f"{shards.step} has layer {', '.join(f'{layer:02}' for layer in extra)}, and the norm is {norm:02}"
+            f"{shards.step} has layer {', '.join(f'{layer:02}' for layer in extra)}; the final norm is {norm:02}"
         )
     return expected
 
 
 def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[str, Any]:
-    """A shard's tensors under the twin's names; what is missing or unexpected goes to `problems`."""
+    """Tensors of a shard by the twin's names; appends what is missing or unexpected to `problems`."""
     left = {name: tensor for name, tensor in shard.tensors.items() if not SKIPPED.fullmatch(name)}
     left.pop(FREQUENCIES, None)
     held = {}
@@ -196,23 +200,25 @@ def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[
 
 
 def vocabulary(shards: Shards, parts: Parts, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows on disk, and how many at their end are padding that `save_neox` added: zero in embedding and readout."""
+    """Number of rows on disk, and how many at their end are padding: zero in embedding and readout."""
     tables = vocabulary_tables(parts)
     rows = tables[0].shape[0]
     if tables[-1].shape[0] != rows:
-        raise ValueError(f"{shards.step}: the embedding has {rows} rows and the readout {tables[-1].shape[0]}")
-    behind = min(rows, shards.ranks * divisible_by(settings)) - 1  # padding is never longer
-    zero = zero_rows(parts, rows - behind)
-    return rows, behind if zero.all() else int(zero[::-1].argmin())
+        raise ValueError(
+            f"{shards.step}: the embedding has {rows} rows, the readout {tables[-1].shape[0]}; they must be equal"
+        )
+    limit = min(rows, shards.ranks * divisible_by(settings)) - 1  # padding is never longer
+    zero = zero_rows(parts, rows - limit)
+    return rows, limit if zero.all() else int(zero[::-1].argmin())
 
 
 def vocabulary_tables(parts: Parts) -> list[Any]:
-    """Embedding and, unless it is tied, readout: a row for each token."""
+    """Tables with a row per token: embedding and, unless it is tied, readout."""
     return [merged(*parts[key][:2], "sum") for key in ("embedding.emb.weight", "readout.linear.weight") if key in parts]
 
 
 def zero_rows(parts: Parts, start: int) -> np.ndarray:
-    """Of the rows of the vocabulary from `start` on, which are zero in embedding and readout."""
+    """Mask of the vocabulary's rows from `start` on that are zero in embedding and readout."""
     tables = vocabulary_tables(parts)
     zero = np.ones(tables[0].shape[0] - start, bool)
     for table in tables:
@@ -221,33 +227,34 @@ def zero_rows(parts: Parts, start: int) -> np.ndarray:
 
 
 def read_vocabulary(file: Path, rows: int) -> int | None:
-    """The n_vocab that `save_neox` wrote beside its YAML file; None where there is no such file.
+    """The n_vocab that `save_neox` wrote to a file of its own; None if there is no such file.
 
-    Raises ValueError, naming it, where it says no number of 1 to the rows on disk.
+    Raises ValueError, naming it, if n_vocab is not from 1 to the number of rows on disk.
     """
     if not file.is_file():
         return None
     try:
         n_vocab = json.loads(file.read_text(encoding="utf-8"))["n_vocab"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} does not say n_vocab: {error!r}") from None
+        raise ValueError(f"{file} must hold n_vocab: {error!r}") from None
     if not isinstance(n_vocab, int) or isinstance(n_vocab, bool) or not 1 <= n_vocab <= rows:
-        raise ValueError(f"{file} says n_vocab={n_vocab!r}, and the vocabulary has {rows} rows")
+        raise ValueError(f"{file} has n_vocab={n_vocab!r}; it must be from 1 to the vocabulary's {rows} rows")
     return n_vocab
 
 
 def divisible_by(settings: Mapping[str, Any]) -> int:
+    """The multiple per rank to which the vocabulary was padded."""
     value = settings.get("make_vocab_size_divisible_by", DIVISIBLE_BY)
     return value if isinstance(value, int) and value > 0 else DIVISIBLE_BY
 
 
 def check_vocabulary(shards: Shards, config: NeoXConfig, rows: int, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError where n_vocab differs from the rows by more than padding can."""
+    """Raises ValueError if n_vocab differs from the number of rows by more than padding can explain."""
     padding = divisible_by(settings) * max(shards.ranks, RANKS)
     if abs(rows - config.n_vocab) >= padding:
         raise ValueError(
-            f"{shards.step} has a vocabulary of {rows} rows and n_vocab={config.n_vocab}; "
-            f"padding makes a difference of less than {padding}"
+            f"{shards.step} has {rows} rows of vocabulary and n_vocab={config.n_vocab}; "
+            f"padding explains a difference of less than {padding}"
         )
 
 
@@ -259,7 +266,7 @@ def resolved(
     settings: Mapping[str, Any],
     files: list[Path],
 ) -> tuple[NeoXConfig, list[str]]:
-    """The configuration, and notes on what it was taken from."""
+    """Configuration of a checkpoint, and notes on its origin; raises ValueError if it contradicts the shapes."""
     sizes: dict[str, Any] = {
         "n_layers": sum(key.endswith(".attention.output.bias") for key in parts),
         "n_hidden": parts["final_norm.ln.weight"][1][0].shape[0],
@@ -267,15 +274,17 @@ def resolved(
         "tied": "readout.linear.weight" not in parts,
     }
     if config is not None:
-        said = dataclasses.asdict(config) | {"n_ff": config.d_ff}
-        contradicted(sizes, said, f"{shards.step} contradicts the configuration given")
+        given = dataclasses.asdict(config) | {"n_ff": config.d_ff}
+        check_sizes_match(sizes, given, f"{shards.step} contradicts config")
         return config, []
     if files:
         where = ", ".join(file.name for file in files)
         found = fields(settings, str(files[0]) if len(files) == 1 else f"{files[0].parent} ({where})")
         if "n_heads" not in found:
-            raise ValueError(f"{files[0].parent}: num_attention_heads is missing in {where}, and in no tensor's shape")
-        contradicted(sizes, found, f"{shards.step} contradicts {where}")
+            raise ValueError(
+                f"{files[0].parent}: num_attention_heads is missing in {where}, and does not follow from shapes"
+            )
+        check_sizes_match(sizes, found, f"{shards.step} contradicts {where}")
         try:
             return NeoXConfig(**found | sizes, n_vocab=n_vocab), [f"configuration from {where}"]
         except ValueError as error:
@@ -284,30 +293,30 @@ def resolved(
         known = preset()
         if sizes == {"n_layers": known.n_layers, "n_hidden": known.n_hidden, "n_ff": known.d_ff, "tied": known.tied}:
             notes = [
-                f"no configs/*.yml: the sizes are those of {name}, and heads ({known.n_heads}), rotary share "
-                f"({known.rope_percentage}), activation ({known.activation}), residual and epsilon are taken from it"
+                f"no configs/*.yml: the sizes match {name}, of which n_heads={known.n_heads}, rope_percentage="
+                f"{known.rope_percentage}, activation={known.activation}, residual and epsilon were used"
             ]
             return dataclasses.replace(known, n_vocab=n_vocab), notes
     shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
     raise ValueError(
-        f"{shards.step} has no configs/*.yml, and no preset has its sizes ({shown}): missing are n_heads, "
-        "rope_percentage, rope_base, activation, parallel_residual and layer_norm_eps, which are in no tensor's shape; "
-        "pass a NeoXConfig"
+        f"{shards.step} has no configs/*.yml, and no preset has its sizes ({shown}); pass config with n_heads, "
+        "rope_percentage, rope_base, activation, parallel_residual, layer_norm_eps, which do not follow from shapes"
     )
 
 
-def contradicted(sizes: Mapping[str, Any], said: Mapping[str, Any], what: str) -> None:
+def check_sizes_match(sizes: Mapping[str, Any], given: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError, beginning with `what`, if sizes of the tensors differ from given ones."""
     wrong = [
-        f"{name} is {sizes[name]}, said to be {said[name]}"
+        f"{name} is {sizes[name]}, expected {given[name]}"
         for name in SIZES
-        if said.get(name, sizes[name]) != sizes[name]
+        if given.get(name, sizes[name]) != sizes[name]
     ]
     if wrong:
         raise ValueError(f"{what}: {'; '.join(wrong)}")
 
 
 def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
-    """Raises ValueError, naming the file, where stored rotary frequencies are not those of the configuration."""
+    """Raises ValueError, naming the file, if stored rotary frequencies contradict the configuration."""
     tensor = shard.tensors.get(FREQUENCIES)
     if tensor is None:
         return
@@ -318,15 +327,15 @@ def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
 
 
 def drifting(parts: Parts, row_bias: str, shards: Shards) -> list[str]:
-    """A note on the replicas, and a warning where one has drifted."""
+    """Notes on differences between replicas; emits ReplicaDriftWarning if one is large."""
     replicated = {REPLICA} | ({ROW_BIAS} if row_bias == "first" else set())
     found = {key: drift(held) for key, (name, held, _) in parts.items() if name.merge in replicated and len(held) > 1}
     far = {key: value for key, value in found.items() if not value <= MAX_DRIFT}
     if far:
         worst = max(far, key=far.__getitem__)
         warnings.warn(
-            f"{shards.step}: {len(far)} tensors that all ranks should share differ by more than {MAX_DRIFT}, "
-            f"{worst} by {far[worst]:.3g}; norms become the mean, and the model is not what any rank computed with",
+            f"{shards.step}: {len(far)} tensors that should be equal on all ranks differ by more than {MAX_DRIFT}, "
+            f"{worst} by {far[worst]:.3g}; norms are averaged, so that the model differs from that of every rank",
             ReplicaDriftWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The files of a GPT-NeoX checkpoint: found, complete, and opened without reading their values."""
+"""Files of a GPT-NeoX checkpoint: find them, check that they are complete, open them without reading values."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ SEQUENTIAL = re.compile(r"sequential\.(\d+)\.(.+)")
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What one rank has of one layer: tensors by their name on disk."""
+    """Tensors of one rank and layer, by their names on disk."""
 
     file: Path
     tensors: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """All of a step: `layers[XX][rank]`."""
+    """All shards of a step, as `layers[XX][rank]`."""
 
     step: Path
     layout: str
@@ -37,11 +37,12 @@ class Shards:
 
     @property
     def ranks(self) -> int:
+        """Number of model-parallel ranks."""
         return len(next(iter(self.layers.values())))
 
 
 def find_step(folder: Path) -> Path:
-    """The folder of a step: the one that `latest` names, or `folder` itself. Raises ValueError where there is none."""
+    """Folder of a step: the one that `latest` names, or `folder` itself; raises ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     latest = folder / "latest"
@@ -51,23 +52,24 @@ def find_step(folder: Path) -> Path:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{latest} cannot be read: {error}") from None
         if not name or Path(name).name != name or not (folder / name).is_dir():
-            raise ValueError(f"{latest} names {name!r}, which is no folder beside it")
+            raise ValueError(f"{latest} names {name!r}, which is not a folder in {folder}")
         return folder / name
     if has_shards(folder):
         return folder
     steps = sorted(step.name for step in folder.glob("global_step*") if step.is_dir())
     if len(steps) == 1:
         return folder / steps[0]
-    several = f"; it has {', '.join(steps)}: name one" if steps else ""
+    several = f"; choose one of {', '.join(steps)}" if steps else ""
     raise ValueError(f"{folder} holds neither `latest` nor shards (layer_*-model_*-model_states.pt){several}")
 
 
 def has_shards(folder: Path) -> bool:
+    """True if a folder holds shards."""
     return any(LAYER_FILE.fullmatch(file.name) or RANK_FILE.fullmatch(file.name) for file in folder.glob("*.pt"))
 
 
 def config_files(folder: Path, step: Path) -> list[Path]:
-    """The YAML files of a step, else those beside `latest`."""
+    """YAML files in the `configs` of a step, else of the checkpoint."""
     for configs in (step / "configs", folder / "configs", step.parent / "configs"):
         files = sorted(file for file in configs.glob("*") if file.suffix in (".yml", ".yaml"))
         if files:
@@ -76,14 +78,14 @@ def config_files(folder: Path, step: Path) -> list[Path]:
 
 
 def open_step(step: Path) -> Shards:
-    """Opens every file of a step. Raises ValueError, naming files, where one is missing, damaged or no shard."""
+    """Open every file of a step; raises ValueError, naming files, if one is missing, damaged or not a shard."""
     found = matching(step, LAYER_FILE)
     if found:
         ranks = 1 + max(rank for _, rank in found)
         layers = sorted({layer for layer, _ in found})
         absent = [layer_file(layer, rank) for layer in layers for rank in range(ranks) if (layer, rank) not in found]
         if absent:
-            raise ValueError(f"{step} has files of {ranks} model-parallel ranks, but not {', '.join(absent[:5])}")
+            raise ValueError(f"{step} has files of {ranks} model-parallel ranks, but lacks {', '.join(absent[:5])}")
         cached = functools.lru_cache(maxsize=ranks)(tensors_in)
         shards = {
             layer: [Shard(found[layer, r], opened(found[layer, r], cached)) for r in range(ranks)] for layer in layers
@@ -101,7 +103,7 @@ def open_step(step: Path) -> Shards:
         for name, tensor in opened(file, cached).items():
             match = SEQUENTIAL.fullmatch(name)
             if match is None:
-                raise ValueError(f"{file} has {name!r} in its module, which is not sequential.XX.NAME")
+                raise ValueError(f"{file} has {name!r} in its module; expected sequential.XX.NAME")
             split.setdefault(int(match[1]), {})[match[2]] = tensor
         for layer, tensors in split.items():
             by_layer.setdefault(layer, []).append(Shard(file, tensors))
@@ -111,11 +113,12 @@ def open_step(step: Path) -> Shards:
 
 
 def layer_file(layer: int, rank: int) -> str:
+    """Name of a layer file."""
     return f"layer_{layer:02}-model_{rank:02}-model_states.pt"
 
 
 def matching(step: Path, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path]:
-    """Files by the numbers in their names; raises ValueError where two have the same."""
+    """Files by the numbers in their names; raises ValueError if two have the same numbers."""
     found: dict[tuple[int, ...], Path] = {}
     for file in sorted(step.iterdir()):
         match = pattern.fullmatch(file.name)
@@ -132,8 +135,10 @@ Reader = Callable[[Path], Mapping[str, Any]]
 
 
 def opened(file: Path, reader: Reader) -> dict[str, Any]:
-    """The tensors of a file: arrays over the memory map, or, where it is no zip and cannot be mapped, ones that read
-    the file again (`reader` keeps the last files, one for each rank)."""
+    """Tensors of a file, over its memory map; if it is not a zip and cannot be mapped, lazy ones that read it again.
+
+    reader: caches the last files, one per rank.
+    """
     tensors = reader(file)
     if zipfile.is_zipfile(file):
         return dict(tensors)
@@ -145,7 +150,7 @@ def opened(file: Path, reader: Reader) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InOldFile:
-    """A tensor in a file of the format before torch 1.6."""
+    """Lazy tensor in a file of the format before torch 1.6."""
 
     file: Path
     name: str
@@ -158,27 +163,27 @@ class InOldFile:
 
 
 def tensors_in(file: Path) -> dict[str, Any]:
-    """The state_dict that a layer file is."""
+    """Arrays of a layer file, which is a state_dict."""
     return as_arrays(file, read_pt(file))
 
 
 def module_in(file: Path) -> dict[str, Any]:
-    """The state_dict under "module"; beside it such a file has NumPy's random state."""
+    """Arrays of the state_dict under "module" in an mp_rank file, which also holds NumPy's random state."""
     content = read_pt(file, numpy_globals())
     if not isinstance(content, Mapping) or "module" not in content:
-        raise ValueError(f"{file} has no 'module'; it holds {describe(content)}")
+        raise ValueError(f"{file} has no entry 'module'; it holds {describe(content)}")
     return as_arrays(file, content["module"])
 
 
 def as_arrays(file: Path, content: Any) -> dict[str, Any]:
-    """Arrays of a state_dict, None for what is no tensor of numbers (TransformerEngine's extra state).
+    """Arrays of a state_dict; None for what is not a floating tensor (TransformerEngine's extra state).
 
-    Raises ValueError, naming the file, for a tensor that NumPy has no form of.
+    Raises ValueError, naming the file, if NumPy cannot represent a tensor.
     """
     import torch
 
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{file} is no state_dict; it holds {describe(content)}")
+        raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}")
     arrays = {}
     for name, tensor in content.items():
         kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
@@ -191,7 +196,7 @@ def as_arrays(file: Path, content: Any) -> dict[str, Any]:
 
 
 def numpy_globals() -> list[Any]:
-    """What NumPy's random state names in a pickle, and nothing else; older and newer NumPy call it differently."""
+    """Classes that NumPy's random state refers to in a pickle, under the names of older and newer NumPy."""
     from numpy._core.multiarray import _reconstruct
 
     return [

@@ -1,7 +1,7 @@
-"""GPT-NeoX's YAML files: what they say about the model, and what an absent key means.
+"""GPT-NeoX's YAML files: conversion to and from the fields of NeoXConfig.
 
-Keys have dashes or underscores, in one file both. Absent keys have GPT-NeoX's own defaults, which are not those of its
-published models: a file that leaves `rotary_pct` out means 1.0.
+Keys have dashes or underscores, which may be mixed. Absent keys have GPT-NeoX's own defaults, which differ from those
+of its published models: the default of `rotary_pct`, for example, is 1.0.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmodels.neox import NeoXConfig
 
-# Field of NeoXConfig, key, and what an absent key means; None: the tensors must say it, or it is missing.
+# Field of NeoXConfig, key, and default of an absent key; None: the field follows from the tensors, or is required.
 KEYS: tuple[tuple[str, str, Any], ...] = (
     ("n_layers", "num_layers", None),
     ("n_hidden", "hidden_size", None),
@@ -24,7 +24,7 @@ KEYS: tuple[tuple[str, str, Any], ...] = (
 )
 WHOLE = ("n_layers", "n_hidden", "n_heads", "n_ff", "max_len")
 
-# What the model here has: any other value is refused. Absent means the first.
+# Supported values; the first is the default of an absent key. Any other value is refused.
 REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("gpt_j_tied", (False,)),
     ("norm", ("layernorm", "te_layernorm")),
@@ -40,15 +40,15 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("use_mup", (False,)),
     ("sliding_window_width", (None,)),
 )
-ATTENTION = ("global", "flash")  # two ways to compute the same; others leave positions out, or are no attention
-# Where the key is absent GPT-NeoX has learned positions, which are not supported either: the file must say rotary.
-MUST_SAY = ("pos_emb",)
+ATTENTION = ("global", "flash")  # two ways to compute the same; other kinds are not supported
+# Required, as GPT-NeoX's default of an absent key is learned positions, which are not supported.
+EXPLICIT = ("pos_emb",)
 
 
 def read_yaml(files: list[Path]) -> dict[str, Any]:
-    """The settings of all files together, keys with underscores.
+    """Settings of all files together, with underscores in keys.
 
-    Raises ValueError, naming the file, where one is no YAML mapping or says something else than one before it.
+    Raises ValueError, naming the file, if one is not a YAML mapping or contradicts an earlier one.
     """
     try:
         import yaml
@@ -59,83 +59,89 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-            raise ValueError(f"{file} is no YAML file: {error}") from None
+            raise ValueError(f"{file} is not a YAML file: {error}") from None
         if content is None:
             continue
         if not isinstance(content, Mapping):
-            raise ValueError(f"{file} is no mapping of settings, but a {type(content).__name__}")
+            raise ValueError(f"{file} must be a mapping of settings, not a {type(content).__name__}")
         for key, value in content.items():
             key = str(key).replace("-", "_")
             if settings.get(key, value) != value:
-                raise ValueError(f"{file} says {key}: {value!r}, and before it was {settings[key]!r}")
+                raise ValueError(f"{file} has {key}: {value!r}, but an earlier file has {settings[key]!r}")
             settings[key] = value
     return settings
 
 
 def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of NeoXConfig from settings; sizes only where they say them, never `n_vocab`.
+    """Fields of NeoXConfig from settings, without `n_vocab` and absent sizes.
 
-    Raises ValueError that names `where` for a setting that the model here does not have.
+    Raises ValueError, beginning with `where`, if a setting is not supported.
     """
     for key, allowed in REQUIRED:
-        value = settings.get(key, None if key in MUST_SAY else allowed[0])
+        value = settings.get(key, None if key in EXPLICIT else allowed[0])
         if value not in allowed:
-            said = f"{key}: {value!r}" if value is not None else f"no {key}"
-            raise ValueError(f"{where} has {said}; supported is {' or '.join(map(repr, allowed))}")
-    kinds = words(settings.get("attention_config"))
+            setting = f"{key}: {value!r}" if value is not None else f"no {key}"
+            raise ValueError(f"{where} has {setting}; supported is {' or '.join(map(repr, allowed))}")
+    kinds = kinds_in(settings.get("attention_config"))
     if not kinds <= set(ATTENTION):
         other = ", ".join(sorted(kinds - set(ATTENTION)))
         raise ValueError(f"{where} has attention_config of {other}; supported is {' or '.join(map(repr, ATTENTION))}")
     prompt = settings.get("soft_prompt_tuning")
     if prompt is not None and not (isinstance(prompt, Mapping) and prompt.get("enabled") is False):
-        raise ValueError(f"{where} has soft_prompt_tuning: {prompt!r}; supported is none, or one with enabled: false")
+        raise ValueError(f"{where} has soft_prompt_tuning: {prompt!r}; supported is enabled: false")
     heads, kv_heads = settings.get("num_attention_heads"), settings.get("num_kv_heads")
     if kv_heads is not None and kv_heads != heads:
-        raise ValueError(f"{where} has num_kv_heads: {kv_heads!r} and num_attention_heads: {heads!r}; supported is one")
+        raise ValueError(
+            f"{where} has num_kv_heads: {kv_heads!r} and num_attention_heads: {heads!r}; they must be equal"
+        )
     found: dict[str, Any] = {}
     for field, key, absent in KEYS:
         value = settings.get(key)
         value = absent if value is None else value
         if value is not None:
             found[field] = checked(field, key, value, where)
-    # GPT-NeoX's fused kernel of bias and GELU has the tanh form, its plain one the exact.
+    # GPT-NeoX's fused kernel of bias and GELU uses the tanh form, its unfused one the exact form.
     found["activation"] = "gelu_tanh" if checked_flag("bias_gelu_fusion", settings, where) else "gelu"
     found["tied"] = not checked_flag("no_weight_tying", settings, where)
     return found
 
 
-def words(value: Any) -> set[str]:
-    """The kinds of attention in [[["global", "flash"], 12], ...] or ["global", ...]; "all" only says how often."""
+def kinds_in(value: Any) -> set[str]:
+    """Kinds of attention in [[["global", "flash"], 12], ...] or ["global", ...]; "all" is a number of repetitions."""
     if isinstance(value, list):
-        return set().union(*map(words, value))
+        return set().union(*map(kinds_in, value))
     return {str(value)} if value not in (None, "all") and not isinstance(value, int) else set()
 
 
 def checked(field: str, key: str, value: Any, where: str) -> Any:
+    """Convert a setting to the type of its field; raises ValueError if it has another type."""
     if field == "parallel_residual":
         return checked_flag(key, {key: value}, where)
     try:
-        # `1e-5` without a point is a string to YAML 1.1.
+        # YAML 1.1 reads `1e-5`, without a point, as a string.
         number = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError):
         number = None
     if number is None or (field in WHOLE and not number.is_integer()):
-        raise ValueError(f"{where} has {key}: {value!r}, which is no {'whole ' if field in WHOLE else ''}number")
+        raise ValueError(
+            f"{where} has {key}: {value!r}, which must be {'an integer' if field in WHOLE else 'a number'}"
+        )
     return int(number) if field in WHOLE else number
 
 
 def checked_flag(key: str, settings: Mapping[str, Any], where: str) -> bool:
+    """Value of a flag, default False; raises ValueError if it is not a boolean."""
     value = settings.get(key, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{where} has {key}: {value!r}, which is neither true nor false")
+        raise ValueError(f"{where} has {key}: {value!r}, which must be true or false")
     return value
 
 
 def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> dict[str, Any]:
-    """The inverse of `fields`: settings that say the same, for GPT-NeoX itself too."""
+    """Inverse of `fields`: settings that GPT-NeoX reads as well."""
     settings: dict[str, Any] = {key: getattr(config, field) for field, key, _ in KEYS}
     if config.rope_base == int(config.rope_base):
-        settings["rotary_emb_base"] = int(config.rope_base)  # GPT-NeoX checks types, and takes no other
+        settings["rotary_emb_base"] = int(config.rope_base)  # GPT-NeoX requires an integer
     return settings | {
         "intermediate_size": config.d_ff,
         "activation": "gelu",
@@ -152,7 +158,7 @@ def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> d
 
 
 def yaml_text(settings: Mapping[str, Any]) -> str:
-    """A YAML mapping of numbers, flags and words, each as JSON has it, but for 1e-05, where YAML wants a point."""
+    """YAML text of a mapping to numbers, flags and strings; 1e-05 is written with a point, which YAML requires."""
     words = {True: "true", False: "false"}
     lines = []
     for key, value in settings.items():

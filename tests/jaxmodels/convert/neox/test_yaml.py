@@ -70,34 +70,34 @@ def test_several_files_are_one(tmp_path):
         tmp_path, '{"pos-emb": "rotary", "num-layers": 3,}', "# nothing\n", "num_layers: 3\nhidden_size: 7\n"
     )
     assert (found["n_layers"], found["n_hidden"]) == (3, 7)
-    with pytest.raises(ValueError, match=r"1\.yml says num_layers: 4, and before it was 3"):
+    with pytest.raises(ValueError, match=r"1\.yml\b.*num_layers: 4\b.*\b3\b"):
         parsed(tmp_path, "num-layers: 3", "num_layers: 4")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gpt_j_tied: true", "has gpt_j_tied: True"),
-        ("norm: rmsnorm", "has norm: 'rmsnorm'; supported is 'layernorm'"),
-        ("pos-emb: learned", "has pos_emb: 'learned'; supported is 'rotary'"),
-        ("activation: geglu", "has activation: 'geglu'"),
+        ("gpt_j_tied: true", "gpt_j_tied: True"),
+        ("norm: rmsnorm", "norm: 'rmsnorm'"),
+        ("pos-emb: learned", "pos_emb: 'learned'"),
+        ("activation: geglu", "activation: 'geglu'"),
         ("num-attention-heads: 8\nnum-kv-heads: 2", "num_kv_heads: 2 and num_attention_heads: 8"),
-        ("rotary-interleaved: true", "has rotary_interleaved: True"),
-        ("use_bias_in_attn_linear: false", "has use_bias_in_attn_linear: False"),
-        ("use_bias_in_mlp: false", "has use_bias_in_mlp: False"),
-        ("use_mup: true", "has use_mup: True; supported is False"),
-        ("sliding-window-width: 256", "has sliding_window_width: 256; supported is None"),
-        ('attention-config: [[["local", "global"], "all"]]', "has attention_config of local; supported is 'global'"),
-        ('attention_config: ["rwkv", "flash", "mamba"]', "has attention_config of mamba, rwkv; supported is 'global'"),
-        ('soft-prompt-tuning: {"num_tokens": 10}', "has soft_prompt_tuning: {'num_tokens': 10}; supported is none"),
-        ("num-layers: many", "num_layers: 'many', which is no whole number"),
-        ("num-layers: 3.5", "num_layers: 3.5, which is no whole number"),
-        ("rotary-pct: true", "rotary_pct: True, which is no number"),
-        ("no-weight-tying: 1", "no_weight_tying: 1, which is neither true nor false"),
+        ("rotary-interleaved: true", "rotary_interleaved: True"),
+        ("use_bias_in_attn_linear: false", "use_bias_in_attn_linear: False"),
+        ("use_bias_in_mlp: false", "use_bias_in_mlp: False"),
+        ("use_mup: true", "use_mup: True"),
+        ("sliding-window-width: 256", "sliding_window_width: 256"),
+        ('attention-config: [[["local", "global"], "all"]]', "attention_config of local"),
+        ('attention_config: ["rwkv", "flash", "mamba"]', "attention_config of mamba, rwkv"),
+        ('soft-prompt-tuning: {"num_tokens": 10}', "soft_prompt_tuning: {'num_tokens': 10}"),
+        ("num-layers: many", "num_layers: 'many'"),
+        ("num-layers: 3.5", "num_layers: 3.5"),
+        ("rotary-pct: true", "rotary_pct: True"),
+        ("no-weight-tying: 1", "no_weight_tying: 1"),
     ],
 )
 def test_what_the_model_here_does_not_have_is_refused(tmp_path, text, message):
-    with pytest.raises(ValueError, match=f"here .*{re.escape(message.removeprefix('has '))}"):
+    with pytest.raises(ValueError, match=f"here .*{re.escape(message)}"):
         parsed(tmp_path, text if "pos-emb" in text else f"pos-emb: rotary\n{text}")
 
 
@@ -108,7 +108,7 @@ def test_settings_that_change_nothing_are_taken(tmp_path):
 
 
 def test_a_file_must_say_that_positions_are_rotary(tmp_path):
-    with pytest.raises(ValueError, match="here has no pos_emb; supported is 'rotary'"):
+    with pytest.raises(ValueError, match=r"here .*pos_emb\b.*'rotary'"):
         parsed(tmp_path, "num-layers: 3")
 
 
@@ -116,7 +116,7 @@ def test_a_file_must_say_that_positions_are_rotary(tmp_path):
 def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
     file = tmp_path / "model.yml"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.yml is no (YAML file|mapping)"):
+    with pytest.raises(ValueError, match=r"model\.yml\b"):
         read_yaml([file])
 
 
@@ -134,18 +134,18 @@ def test_a_file_that_leaves_out_the_heads(tmp_path):
     write(tmp_path, yaml=False)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "a.yml").write_text("pos-emb: rotary\nno-weight-tying: true")
-    with pytest.raises(ValueError, match=r"configs: num_attention_heads is missing in a\.yml"):
+    with pytest.raises(ValueError, match=r"configs: num_attention_heads .*a\.yml"):
         open_neox(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num-layers", 4, r"contradicts model\.yml, rest\.yml: n_layers is 3, said to be 4"),
-        ("hidden-size", 60, "n_hidden is 120, said to be 60"),
-        ("no-weight-tying", False, "tied is False, said to be True"),
-        ("num-attention-heads", 7, "n_hidden=120 is not divisible by n_heads=7"),
-        ("num-attention-heads", 20, "not the frequencies"),
+        ("num-layers", 4, r"model\.yml, rest\.yml: n_layers .*\b3\b.*\b4\b"),
+        ("hidden-size", 60, r"n_hidden .*\b120\b.*\b60\b"),
+        ("no-weight-tying", False, r"tied .*\bFalse\b.*\bTrue\b"),
+        ("num-attention-heads", 7, r"n_hidden=120\b.*n_heads=7\b"),
+        ("num-attention-heads", 20, r"inv_freq="),
     ],
 )
 def test_files_that_contradict_the_tensors(tmp_path, key, value, message):
