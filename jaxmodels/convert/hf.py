@@ -90,9 +90,10 @@ def open_hf(folder: str | os.PathLike) -> Source:
 def read_hf_json(file: Path) -> dict[str, Any]:
     """Content of a config.json; raises ValueError, naming it, if it is not GPT-NeoX's."""
     content = read_json(file)
-    if not isinstance(content, dict) or content.get("model_type") != "gpt_neox":
-        kind = content.get("model_type") if isinstance(content, dict) else content
-        raise ValueError(f"{file} has model_type {kind!r}; expected 'gpt_neox'")
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {content!r}; expected a JSON object")
+    if content.get("model_type") != "gpt_neox":
+        raise ValueError(f"{file} has model_type {content.get('model_type')!r}; expected 'gpt_neox'")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The public name of `jaxmodels.retro.retrieval.corpus`."""
+"""Public name of `jaxmodels.retro.retrieval.corpus`."""
 
 from jaxmodels.retro.retrieval.corpus import Corpus
 

@@ -1,4 +1,4 @@
-"""The public name of `jaxmodels.retro.retrieval.live`."""
+"""Public name of `jaxmodels.retro.retrieval.live`."""
 
 from jaxmodels.retro.retrieval.live import Retriever, Retrieving
 

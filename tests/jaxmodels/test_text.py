@@ -33,7 +33,7 @@ def test_vocabulary_of_nothing():
 
 
 def test_vocabulary_refuses_unknown_characters():
-    with pytest.raises(ValueError, match=r"'xz' are not among the 3"):
+    with pytest.raises(ValueError, match=r"'xz'.*\b3\b"):
         CharVocabulary.of("abc").encode("azaxxb")
 
 
@@ -43,14 +43,14 @@ def test_vocabulary_refuses_unknown_characters():
 def test_vocabulary_refuses_another_file(tmp_path, content):
     file = tmp_path / "vocabulary.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match="json is not a character vocabulary"):
+    with pytest.raises(ValueError, match=r"\.json\b"):
         CharVocabulary.load(file)
 
 
 def test_vocabulary_refuses_a_missing_or_binary_file(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for name in ("missing", "binary"):
-        with pytest.raises(ValueError, match=f"{name} is not a character vocabulary"):
+        with pytest.raises(ValueError, match=rf"{name}\b"):
             CharVocabulary.load(tmp_path / name)
 
 
@@ -81,7 +81,7 @@ def test_refuses_a_bad_file(tmp_path):
     for name in ("latin", "empty", "missing", "."):
         with pytest.raises(ValueError, match="text="):
             load_corpus(str(tmp_path / name))
-    with pytest.raises(ValueError, match=r"'shakespear' is not python_docs, tiny_shakespeare or a readable UTF-8 file"):
+    with pytest.raises(ValueError, match=r"text='shakespear'.*python_docs, tiny_shakespeare"):
         load_corpus("shakespear")
 
 
@@ -112,14 +112,14 @@ def serve(monkeypatch, answer):
 )
 def test_shakespeare_says_what_to_do_when_the_download_fails(cache, monkeypatch, error):
     serve(monkeypatch, error)
-    with pytest.raises(ValueError, match=r"could not be downloaded.*https://.* pass the file as the text"):
+    with pytest.raises(ValueError, match=r"tiny_shakespeare .*https://"):
         load_corpus("tiny_shakespeare")
     assert not cache.exists()
 
 
 def test_shakespeare_refuses_another_text(cache, monkeypatch):
     serve(monkeypatch, b"captive portal")
-    with pytest.raises(ValueError, match=r"sha256 .* expected .* pass the file as the text"):
+    with pytest.raises(ValueError, match=r"sha256 .*https://"):
         load_corpus("tiny_shakespeare")
     assert not cache.exists()
 
@@ -132,7 +132,7 @@ def test_shakespeare_is_downloaded_once_and_checked_each_time(cache, monkeypatch
     assert asked == [text.TINY_SHAKESPEARE_URL]
     assert list(cache.parent.iterdir()) == [cache]
     cache.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=f"sha256.*delete {cache}"):
+    with pytest.raises(ValueError, match=f"sha256.*{cache}"):
         load_corpus("tiny_shakespeare")
 
 

@@ -1,4 +1,4 @@
-"""Retrieval for RETRO: the corpus, embedders, the chunk index, and generation that looks neighbors up as it goes."""
+"""Retrieval for RETRO: corpus, embedders, chunk index, and generation with live retrieval."""
 
 from jaxmodels.retro.retrieval.index import ChunkIndex
 

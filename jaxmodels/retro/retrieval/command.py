@@ -1,4 +1,4 @@
-"""`python -m jaxmodels.retro.neighbors`: what an index finds for a text, chunk by chunk, for people to look at."""
+"""Command `python -m jaxmodels.retro.neighbors`: print the neighbors that an index finds for the chunks of a text."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,22 +15,23 @@ examples:
   python -m jaxmodels.retro.neighbors runs/retro/index --prompt "ROMEO: O, she doth teach the torches"
   python -m jaxmodels.retro.neighbors runs/retro/index --text FILE --k 4
 
-INDEX is what `python -m train.retro` built. A chunk is shown before the bar, what follows it in the corpus behind it.
+INDEX is built by `python -m train.retro`. A bar separates each chunk from what follows it in the corpus.
 """
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
+    """Arguments of the command."""
     arguments = argparse.ArgumentParser(
         prog=prog,
-        description="Prints the nearest chunks of a corpus, with what follows them, for every whole chunk of a text.",
+        description="Print, for every complete chunk of a text, the nearest chunks of a corpus and what follows them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_argument("index", type=Path, metavar="INDEX", help="folder of a chunk index")
     given = arguments.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", help="the text itself")
-    given.add_argument("--text", metavar="FILE", help="a UTF-8 file, or python_docs, tiny_shakespeare")
-    arguments.add_argument("--k", type=int, default=2, help="neighbours of each chunk (default 2)")
+    given.add_argument("--prompt", help="text to look up")
+    given.add_argument("--text", metavar="FILE", help="UTF-8 file to look up, or python_docs, tiny_shakespeare")
+    arguments.add_argument("--k", type=int, default=2, help="number of neighbors of a chunk (default: 2)")
     return arguments
 
 
@@ -48,11 +49,11 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 
 def show(index: ChunkIndex, text: str, k: int) -> None:
-    """Prints the neighbours of a text's whole chunks; raises ValueError where it has none, or unknown characters."""
+    """Print the neighbors of a text's complete chunks; raises ValueError if it has none, or unknown characters."""
     corpus, length = index.corpus, index.chunk_len
     ids = corpus.vocabulary.encode(text)
     if len(ids) < length:
-        raise ValueError(f"the text has {len(ids)} {corpus.vocabulary.unit}s, fewer than a chunk of {length}")
+        raise ValueError(f"text has {len(ids)} {corpus.vocabulary.unit}s; a chunk needs chunk_len={length}")
     chunks = ids[: len(ids) // length * length].reshape(-1, length)
     for number, (chunk, starts) in enumerate(zip(chunks, index.neighbors(chunks, k), strict=True)):
         print(f"{number * length:8}  {corpus.vocabulary.decode(chunk)!r}")

@@ -1,4 +1,4 @@
-"""A corpus as retrieval has it: token ids, cut into chunks document by document, and the passages that begin at them.
+"""Corpus of retrieval: token ids, the chunks of its documents, and the passages that begin at chunks.
 
 Axes: T tokens of the corpus, n texts, r rows with f candidates each.
 """
@@ -16,9 +16,9 @@ Refuse = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (rows, starts [r, f])
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token ids [T] and where their documents begin, [number + 1], the last one T.
+    """Token ids [T], and the starts of documents [number + 1], of which the last is T.
 
-    Raises ValueError where there are no tokens, or the documents are not in order from 0 to T.
+    Raises ValueError if there are no tokens, or the starts do not increase from 0 to T.
     """
 
     tokens: np.ndarray
@@ -27,22 +27,20 @@ class Corpus:
 
     @classmethod
     def of(cls, tokens: np.ndarray, vocabulary: Vocabulary, documents: Sequence[int] | None = None) -> "Corpus":
-        """documents: where each begins, the first at 0; None: all is one."""
+        """Corpus of tokens int [T]; documents: start of each, the first at 0; default one document."""
         return cls(tokens, vocabulary, np.asarray([*([0] if documents is None else documents), len(tokens)], np.int64))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or not len(self.tokens) or self.tokens.dtype.kind not in "iu":
-            raise ValueError(
-                f"tokens must be integers [T], not empty, got {self.tokens.dtype}{list(self.tokens.shape)}"
-            )
+            raise ValueError(f"tokens must be non-empty integers [T], got {self.tokens.dtype}{list(self.tokens.shape)}")
         if self.documents[0] != 0 or (np.diff(self.documents) <= 0).any():
             raise ValueError(
-                f"documents must begin at 0 and each after the one before, below the {len(self.tokens)} tokens; "
-                f"got {self.documents[:-1].tolist()[:10]}"
+                f"documents={self.documents[:-1].tolist()[:10]} must increase from 0 and stay below the number of "
+                f"tokens, {len(self.tokens)}"
             )
 
     def chunks(self, chunk_len: int) -> np.ndarray:
-        """Where the whole chunks of all documents begin, int64 [n]; raises ValueError where there are none."""
+        """Starts of the complete chunks of all documents, int64 [n]; raises ValueError if there are none."""
         if chunk_len < 1:
             raise ValueError(f"chunk_len={chunk_len} must be at least 1")
         ranges = [
@@ -52,18 +50,18 @@ class Corpus:
         starts = np.concatenate(ranges)
         if not len(starts):
             longest = int(np.diff(self.documents).max())
-            raise ValueError(f"the corpus has no document as long as chunk_len={chunk_len}; the longest has {longest}")
+            raise ValueError(f"no document has chunk_len={chunk_len} tokens; the longest has {longest}")
         return starts.astype(np.int64)
 
     def passages(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """int32 [..., length]: the tokens from each start on; id 0 behind the end of its document, and for start -1.
+        """Tokens from each start on, int32 [..., length]; 0 beyond the end of the document, and for start -1.
 
-        Raises ValueError for a start outside the corpus.
+        Raises ValueError if a start is outside the corpus.
         """
         starts = np.asarray(starts)
         if starts.size and not -1 <= starts.min() <= starts.max() < len(self.tokens):
             raise ValueError(
-                f"neighbours at {starts.min()} to {starts.max()}: the corpus has 0 to {len(self.tokens) - 1}"
+                f"starts from {starts.min()} to {starts.max()} must be from 0 to {len(self.tokens) - 1}, or -1"
             )
         ends = self.documents[np.searchsorted(self.documents[:-1], np.maximum(starts, 0), side="right")]
         places = starts[..., None] + np.arange(length)
@@ -71,12 +69,12 @@ class Corpus:
         return np.where(inside, self.tokens[np.where(inside, places, 0)], 0).astype(np.int32)
 
     def text(self, start: int, length: int) -> str:
-        """What stands from a start on, to the end of its document at most."""
+        """Text of `length` tokens from a start on, to the end of the document at most."""
         end = int(self.documents[np.searchsorted(self.documents[:-1], start, side="right")])
         return self.vocabulary.decode(np.asarray(self.tokens[start : min(start + length, end)]))
 
     def fingerprint(self, chunk_len: int, embedder: str) -> str:
-        """sha256 of all that an index is made of."""
+        """sha256 of everything that an index depends on."""
         sha256 = hashlib.sha256(f"1|{chunk_len}|{embedder}|{self.vocabulary!r}|".encode())
         sha256.update(self.documents.astype("<i8").tobytes())
         for first in range(0, len(self.tokens), 2**22):
@@ -85,20 +83,20 @@ class Corpus:
 
 
 def sharing(corpus: Corpus, texts: np.ndarray, run: int, length: int) -> Refuse:
-    """Refuses passages of so many tokens that share `run` tokens in a row with that row's text: texts int [n, W].
+    """Function that refuses passages of `length` tokens that share `run` consecutive tokens with the row's text.
 
-    Raises ValueError where run is below 1 or above what a text has.
+    texts: int [n, W]. Raises ValueError if run is not from 1 to W.
     """
     if not 1 <= run <= texts.shape[1]:
-        raise ValueError(f"a run of {run} tokens must be at least 1, and at most the {texts.shape[1]} of a text")
+        raise ValueError(f"run={run} must be from 1 to the {texts.shape[1]} tokens of a text")
 
     def refuse(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
         passages = corpus.passages(starts, length)  # [r, f, length]
         shared = np.zeros(starts.shape, bool)
-        for shift in range(run - length, texts.shape[1] - run + 1):  # of the passage against the text
+        for shift in range(run - length, texts.shape[1] - run + 1):  # of the passage relative to the text
             text = texts[rows, max(0, shift) : shift + length]
             passage = passages[..., max(0, -shift) :][..., : text.shape[1]]
-            # a run of equal tokens: as many in a window as it is long
+            # A run of equal tokens is a window that contains as many as it is long.
             equal = np.cumsum(passage == text[:, None], axis=-1, dtype=np.int32)
             counts = equal[..., run - 1 :] - np.pad(equal, [(0, 0), (0, 0), (1, 0)])[..., : equal.shape[-1] - run + 1]
             shared |= (counts == run).any(axis=-1)

@@ -1,7 +1,7 @@
-"""What makes chunks of text comparable: texts in, vectors out, so that near vectors are texts alike.
+"""Embedders: texts to vectors, so that similar texts have near vectors.
 
-An embedder has a `width`, a `name` that says everything its vectors depend on (an index remembers it), and
-`embed(texts) -> float32 [n, width]`, each row of length 1 or 0: an inner product is then the cosine.
+An embedder has a `width`, a `name` that contains everything its vectors depend on (and is stored with an index), and
+`embed(texts) -> float32 [n, width]`, with rows of norm 1 or 0, so that an inner product is the cosine.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Embedder(Protocol):
-    """Anything of this form can be given to an index."""
+    """Protocol of embedders for an index."""
 
     @property
     def name(self) -> str: ...
@@ -26,20 +26,20 @@ class Embedder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class HashedNGrams:
-    """Counts of character n-grams, hashed to `width` features with signs: no training, no download, the same anywhere.
+    """Counts of character n-grams, hashed with signs to `width` features; needs no training and no download.
 
-    shortest and longest are the n-grams' lengths. Needs scikit-learn. Raises ValueError for sizes that cannot be.
+    shortest, longest: lengths of the n-grams. Needs scikit-learn. Raises ValueError if a size is out of range.
     """
 
     width: int = 512
     shortest: int = 2
     longest: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.width < 1 or not 1 <= self.shortest <= self.longest:
             raise ValueError(
-                f"width={self.width}, shortest={self.shortest}, longest={self.longest}: all must be at least 1, and "
-                "shortest not above longest"
+                f"width={self.width}, shortest={self.shortest}, longest={self.longest} must be at least 1, and "
+                "shortest at most longest"
             )
 
     @property
@@ -56,13 +56,13 @@ class HashedNGrams:
         return HashingVectorizer(analyzer="char", ngram_range=lengths, n_features=self.width, dtype=np.float32)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, width]; a text shorter than the shortest n-gram is the zero vector."""
+        """Embed texts to float32 [n, width]; a text shorter than the shortest n-gram becomes the zero vector."""
         return self.vectorizer.transform(texts).toarray()
 
 
 @dataclasses.dataclass(frozen=True)
 class SentenceTransformer:
-    """A model of the sentence-transformers package, by name or folder; needs the package and the weights."""
+    """Model of the package sentence-transformers, by name or folder; needs the package and the weights."""
 
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -94,10 +94,10 @@ class SentenceTransformer:
 
 @dataclasses.dataclass(frozen=True)
 class BertMean:
-    """The mean of BERT's last hidden states over a text's tokens, as in the original's scripts; by name or folder.
+    """Mean of BERT's last hidden states over a text's tokens, as in the original implementation; by name or folder.
 
-    A chunk's first and last word, which may be cut, are left out where there are others. Needs transformers, torch and
-    the weights.
+    The first and last word of a chunk, which may be cut, are left out if there are others. Needs transformers, torch
+    and the weights.
     """
 
     model: str = "bert-base-uncased"
@@ -133,15 +133,15 @@ class BertMean:
 
 
 def whole_words(text: str) -> str:
-    """A text without its first and last word, where it has more than these."""
+    """Text without its first and last word, if it has more than two."""
     words = text.split()
     return " ".join(words[1:-1]) if len(words) > 2 else text.strip()
 
 
 def embedder_of(name: str) -> Embedder:
-    """The embedder with a name: ngrams (with its defaults), ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL, bert:MODEL.
+    """Embedder by name: ngrams (with default sizes), ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL, bert:MODEL.
 
-    Raises ValueError for another name.
+    Raises ValueError if the name has another form.
     """
     kind, _, rest = name.partition(":")
     match kind:
@@ -153,4 +153,4 @@ def embedder_of(name: str) -> Embedder:
             return SentenceTransformer(rest) if rest else SentenceTransformer()
         case "bert":
             return BertMean(rest) if rest else BertMean()
-    raise ValueError(f"embedder={name!r} is none of ngrams, ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL, bert:MODEL")
+    raise ValueError(f"embedder={name!r} must be ngrams, ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL or bert:MODEL")

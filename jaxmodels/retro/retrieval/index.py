@@ -1,15 +1,15 @@
-"""The chunk index: which chunks of a corpus are nearest to a chunk, and what stands there.
+"""Chunk index: search for the chunks of a corpus that are nearest to a chunk.
 
-A corpus is token ids, cut into chunks of L = chunk_len, document by document. A chunk is found by the embedding of its
-text; what is retrieved are its L tokens and the L that follow, its continuation (arXiv 2112.04426, section 2.2). FAISS
-does the search: exact for small corpora, inverted lists of product-quantised vectors (IVF-PQ) beyond.
+The documents of a corpus are cut into chunks of L = chunk_len tokens. Chunks are compared by embeddings of their texts;
+a neighbor consists of a chunk's L tokens and the L that follow, its continuation (arXiv 2112.04426, section 2.2). FAISS
+does the search: exact for small corpora, inverted lists of product-quantized vectors (IVF-PQ) for larger ones.
 
 FOLDER/about.json              {"format": 1, "fingerprint": …, "chunks": …, "added": …, "index": "index-….faiss", …}
-FOLDER/tokens.npy              ids [T];  documents.npy: where each document begins, and T
+FOLDER/tokens.npy              ids [T];  documents.npy: start of each document, and T
 FOLDER/vocabulary.json         `jaxmodels.text.load_vocabulary` reads it
-FOLDER/index-0000062500.faiss  FAISS's own file, after so many chunks
+FOLDER/index-0000062500.faiss  FAISS's own file, after that many chunks
 
-A build that was stopped goes on after the last batch that was saved. One process at a time may build in a folder.
+An interrupted build continues after the last batch that was saved. One process at a time may build in a folder.
 """
 
 import json
@@ -27,14 +27,14 @@ from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder
 from jaxmodels.text import load_vocabulary
 
 FORMAT = 1
-EXACT_UP_TO = 200_000  # chunks; with 512 features they take 0.4 GB, and a query some 10 ms
-BATCH = 4096  # chunks that are embedded and added, or looked up, at a time
+EXACT_UP_TO = 200_000  # chunks; with 512 features they take 0.4 GB, and a query about 10 ms
+BATCH = 4096  # chunks that are embedded and added, or searched for, at a time
 SAVE_EVERY = 64  # batches
-TRAIN_PER_CELL = 64  # vectors that k-means sees for each cell of an IVF index
+TRAIN_PER_CELL = 64  # vectors for k-means per cell of an IVF index
 
 
 def default_factory(chunks: int, width: int) -> str:
-    """FAISS's name of the index for so many chunks: exact, or IVF-PQ with codes of 64 bytes and 4·√n cells or so."""
+    """FAISS factory string for a number of chunks: exact, or IVF-PQ with codes of 64 bytes and about 4·√n cells."""
     if chunks <= EXACT_UP_TO:
         return "Flat"
     cells = 2 ** round(np.log2(np.clip(4 * np.sqrt(chunks), 256, 65536)))
@@ -43,9 +43,9 @@ def default_factory(chunks: int, width: int) -> str:
 
 
 class ChunkIndex:
-    """A corpus whose chunks can be looked up. `build` makes one in a folder, `load` opens it.
+    """Corpus with an index of its chunks; `build` makes one in a folder, `load` opens it.
 
-    n_probe: cells of an IVF index that a query looks into.
+    n_probe: number of cells of an IVF index that a query searches.
     """
 
     def __init__(self, corpus: Corpus, chunk_len: int, embedder: Embedder, searcher: Any, about: dict[str, Any]):
@@ -59,7 +59,7 @@ class ChunkIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Of the corpus, chunk_len, the embedder and FAISS's index: what neighbours depend on."""
+        """Fingerprint of what neighbors depend on: corpus, chunk_len, embedder and FAISS's index."""
         return f"{self.about['fingerprint']}:{self.about['factory']}"
 
     @classmethod
@@ -74,11 +74,12 @@ class ChunkIndex:
         progress: bool = True,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> "ChunkIndex":
-        """The index in a folder: a new one, one that a stopped build left unfinished, or the one that is there.
+        """Build the index in a folder, continue an interrupted build, or open a finished one.
 
-        factory: FAISS's factory string; None: `default_factory`. Raises ValueError where the corpus is shorter than a
-        chunk, the folder holds an index of something else or no index, and for a factory that FAISS refuses;
-        KeyboardInterrupt, once what was added is saved, where interrupted() says so between two batches.
+        embedder: default HashedNGrams. factory: FAISS's factory string; default `default_factory`. progress: show a
+        progress bar. interrupted: checked between batches; if it returns True, what was added is saved and
+        KeyboardInterrupt is raised. Raises ValueError if the corpus is shorter than a chunk, if the folder holds an
+        index of something else or other files, or if FAISS refuses the factory.
         """
         folder, embedder = Path(folder), embedder or HashedNGrams()
         starts = corpus.chunks(chunk_len)
@@ -90,8 +91,8 @@ class ChunkIndex:
             check_same(folder, about, wanted)
         else:
             if folder.exists() and any(folder.iterdir()):
-                raise ValueError(f"{folder} is there and holds no chunk index: name another folder")
-            searcher = make_searcher(factory, embedder.width)  # refuses what FAISS does, before anything is written
+                raise ValueError(f"{folder} is not empty and holds no chunk index; choose another folder")
+            searcher = make_searcher(factory, embedder.width)  # raises if FAISS refuses it, before anything is written
             about = {"format": FORMAT, **wanted, "chunks": len(starts), "added": 0, "index": None}
             folder.mkdir(parents=True, exist_ok=True)
             write_about(folder, about)
@@ -115,13 +116,13 @@ class ChunkIndex:
         return index
 
     def save(self, folder: Path) -> None:
-        """Writes what has been added; the files before are whole until these are."""
+        """Save what has been added, atomically."""
         import faiss
 
         added, before = self.searcher.ntotal, self.about["index"]
         name = f"index-{added:010}.faiss"
-        with atomic_file(folder / name) as beside:
-            faiss.write_index(self.searcher, str(beside))
+        with atomic_file(folder / name) as temporary:
+            faiss.write_index(self.searcher, str(temporary))
         self.about |= {"added": added, "index": name}
         write_about(folder, self.about)
         if before not in (None, name):
@@ -136,27 +137,27 @@ class ChunkIndex:
         chunk_len: int | None = None,
         embedder: Embedder | None = None,
     ) -> "ChunkIndex":
-        """The finished index in a folder; what is given must be what it was made of.
+        """Open the finished index in a folder.
 
-        Raises ValueError where there is no finished index, its files do not fit its fingerprint, or it is of another
-        corpus, chunk_len or embedder than given.
+        Raises ValueError if there is none, if its files do not fit its fingerprint, or if a given corpus, chunk_len or
+        embedder is not the one it was built with.
         """
         folder = Path(folder)
         about = read_about(folder)
         own = read_corpus(folder)
         if own.fingerprint(about["chunk_len"], about["embedder"]) != about["fingerprint"]:
-            raise ValueError(f"{folder} is stale: its tokens or vocabulary are not those that its index was made of")
+            raise ValueError(f"{folder} is stale: its tokens or vocabulary are not those of its index")
         wanted: dict[str, Any] = {"chunk_len": chunk_len or about["chunk_len"]}
         wanted["embedder"] = about["embedder"] if embedder is None else embedder.name
         wanted["fingerprint"] = (corpus or own).fingerprint(wanted["chunk_len"], wanted["embedder"])
         check_same(folder, about, wanted)
         if about["added"] < about["chunks"]:
-            raise ValueError(f"{folder} has {about['added']} of {about['chunks']} chunks: build it again to go on")
+            raise ValueError(f"{folder} has {about['added']} of {about['chunks']} chunks; build it again to continue")
         embedder = embedder or embedder_of(about["embedder"])
         return cls(own, about["chunk_len"], embedder, read_searcher(folder, about), about)
 
     def embed(self, chunks: np.ndarray) -> np.ndarray:
-        """Vectors float32 [n, width] of chunks of ids [n, L]."""
+        """Embed chunks of ids [n, L] to float32 [n, width]."""
         return np.ascontiguousarray(self.embedder.embed([self.corpus.vocabulary.decode(c) for c in chunks]), np.float32)
 
     def neighbors(
@@ -169,18 +170,19 @@ class ChunkIndex:
         progress: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> np.ndarray:
-        """Where the k nearest passages begin, nearest first: ids [n, L] -> int64 [n, k].
+        """Starts of the k nearest passages, nearest first: chunks int [n, L] -> int64 [n, k].
 
-        own [n, 2]: the span, from … to, of the corpus that each chunk is part of; no passage of 2·L tokens that touches
-        it is taken. refuse(rows, starts): bool like starts [r, f], which candidates not to take for those rows of
-        `chunks`. More is fetched until k are left. Where the corpus has fewer the nearest is repeated, which alone
-        changes nothing for the model; where it has none they are -1. Raises ValueError for chunks of another length,
-        KeyboardInterrupt where interrupted() says so before a batch of them.
+        own: int [n, 2], the span of the corpus that each chunk belongs to; passages of 2·L tokens that overlap it are
+        not returned. refuse: function of rows of `chunks` [r] and candidate starts [r, f] to bool [r, f], the
+        candidates not to return. More candidates are fetched until k are left. If the corpus has fewer, the nearest is
+        repeated, which alone changes nothing for the model; if it has none, they are -1. interrupted: checked before
+        each batch; if it returns True, KeyboardInterrupt is raised. Raises ValueError if chunks have another length or
+        k < 1.
         """
         chunks = np.asarray(chunks)
         if chunks.ndim != 2 or chunks.shape[1] != self.chunk_len or k < 1:
             raise ValueError(
-                f"chunks {list(chunks.shape)} and k={k}: must be [n, chunk_len={self.chunk_len}], at least 1"
+                f"chunks {list(chunks.shape)} must be [n, chunk_len={self.chunk_len}], and k={k} at least 1"
             )
         found = np.full((len(chunks), k), -1, np.int64)
         for first in shown(range(0, len(chunks), BATCH), "looking up", progress):
@@ -193,14 +195,14 @@ class ChunkIndex:
     def look_up(
         self, found: np.ndarray, chunks: np.ndarray, rows: np.ndarray, own: np.ndarray | None, refuse: Refuse | None
     ) -> None:
-        """Fills some rows of `found`."""
+        """Fill some rows of `found`."""
         k = found.shape[1]
         vectors = self.embed(chunks[rows])
         set_n_probe(self.searcher, self.n_probe)
         fetch = min(4 * k + 8, len(self))
         while True:
             places = self.searcher.search(vectors, fetch)[1]
-            starts = np.where(places < 0, -1, self.starts[places])  # FAISS says -1 for none
+            starts = np.where(places < 0, -1, self.starts[places])  # FAISS returns -1 for none
             good = starts >= 0
             if own is not None:
                 good &= (starts + 2 * self.chunk_len <= own[rows, :1]) | (starts >= own[rows, 1:])
@@ -216,7 +218,7 @@ class ChunkIndex:
 
 
 def make_searcher(factory: str, width: int) -> Any:
-    """An empty FAISS index that compares by inner product; raises ValueError for a factory that FAISS refuses."""
+    """Empty FAISS index with inner products; raises ValueError if FAISS refuses the factory string."""
     faiss = import_faiss()
     try:
         return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
@@ -225,7 +227,7 @@ def make_searcher(factory: str, width: int) -> Any:
 
 
 def train(searcher: Any, corpus: Corpus, starts: np.ndarray, chunk_len: int, embedder: Embedder, factory: str) -> None:
-    """k-means of an index that needs it, over a sample of the chunks; raises ValueError where they are too few."""
+    """Train an index that needs k-means on a sample of the chunks; raises ValueError if they are too few."""
     if searcher.is_trained:
         return
     cells = getattr(searcher, "nlist", 256)
@@ -239,22 +241,25 @@ def train(searcher: Any, corpus: Corpus, starts: np.ndarray, chunk_len: int, emb
 
 
 def set_n_probe(searcher: Any, n_probe: int) -> None:
+    """Set the number of cells to search, if the index has cells."""
     if hasattr(searcher, "nprobe"):
         searcher.nprobe = n_probe
 
 
 def read_searcher(folder: Path, about: dict[str, Any]) -> Any:
+    """FAISS index of a folder; raises ValueError if it is damaged or contradicts about.json."""
     faiss, file = import_faiss(), folder / str(about["index"])
     try:
         searcher = faiss.read_index(str(file))
     except RuntimeError as error:
         raise ValueError(f"{file} cannot be read: {reason(error)}") from None
     if searcher.ntotal != about["added"]:
-        raise ValueError(f"{file} has {searcher.ntotal} chunks, about.json says {about['added']}")
+        raise ValueError(f"{file} has {searcher.ntotal} chunks, about.json has {about['added']}")
     return searcher
 
 
 def import_faiss() -> Any:
+    """Module faiss; raises ValueError, naming the extra, if it is not installed."""
     try:
         import faiss
     except ModuleNotFoundError:
@@ -263,12 +268,12 @@ def import_faiss() -> Any:
 
 
 def reason(error: RuntimeError) -> str:
-    """What FAISS says, without its C++."""
+    """FAISS's message without the C++ expression."""
     return str(error).strip().splitlines()[0].rpartition(": ")[2] or "no reason given"
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """The corpus of an index, its tokens mapped into memory; raises ValueError where it is not complete."""
+    """Corpus of an index, with memory-mapped tokens; raises ValueError if it is incomplete."""
     try:
         tokens, documents = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents"))
         return Corpus(tokens, load_vocabulary(folder / "vocabulary.json"), np.asarray(documents))
@@ -277,6 +282,7 @@ def read_corpus(folder: Path) -> Corpus:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
+    """Content of about.json; raises ValueError if the folder holds no index."""
     file = folder / "about.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -289,22 +295,25 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    with atomic_file(folder / "about.json") as beside:
-        beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    """Write about.json, atomically."""
+    with atomic_file(folder / "about.json") as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ValueError that names what an index was made of and what is wanted, where they differ."""
+    """Raises ValueError, with both values, if an index was built with other settings or another corpus than wanted."""
     differing = [name for name in wanted if name != "fingerprint" and wanted[name] != about[name]]
     if differing:
         was, now = (", ".join(f"{name}={values[name]}" for name in differing) for values in (about, wanted))
-        raise ValueError(f"{folder} is stale: its index was made with {was}, not {now}; build another, or delete it")
+        raise ValueError(
+            f"{folder} is stale: its index was built with {was}, not {now}; delete it or choose another folder"
+        )
     if wanted["fingerprint"] != about["fingerprint"]:
-        raise ValueError(f"{folder} is stale: its index is of another corpus; build another, or delete it")
+        raise ValueError(f"{folder} is stale: its index is of another corpus; delete it or choose another folder")
 
 
 def shown(batches: Iterable[int], what: str, progress: bool) -> Iterator[int]:
-    """Batches with a progress bar on standard error, where that is a terminal and `rich` is installed."""
+    """Iterate over batches with a progress bar, if standard error is a terminal and `rich` is installed."""
     if not progress or not sys.stderr.isatty():
         return iter(batches)
     try:

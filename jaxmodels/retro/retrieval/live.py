@@ -1,6 +1,6 @@
-"""Writing with live retrieval: neighbours are looked up as each chunk is completed.
+"""Generation with live retrieval: neighbors are looked up when a chunk is complete.
 
-Axes: B batch, S tokens, L = chunk_len, N neighbours of M = 2·L tokens, V vocabulary.
+Axes: B batch, S tokens, L = chunk_len, N neighbors of M = 2·L tokens, V vocabulary.
 """
 
 import dataclasses
@@ -19,17 +19,18 @@ from jaxmodels.retro.retrieval.index import ChunkIndex
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Retriever:
-    """Chunks in, the tokens of their k nearest passages out. Equal to itself alone: compiled code refers to it."""
+    """Function of chunks to the tokens of their k nearest passages. Hashed by identity: jit captures the instance."""
 
     index: ChunkIndex
     k: int = 2
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(N, M) of the neighbors."""
         return self.k, 2 * self.index.chunk_len
 
     def __call__(self, chunks: np.ndarray) -> np.ndarray:
-        """int [..., L] -> int32 [..., N, M]."""
+        """Chunks int [..., L] -> neighbors int32 [..., N, M]."""
         chunks = np.asarray(chunks)
         starts = self.index.neighbors(chunks.reshape(-1, chunks.shape[-1]), self.k)
         passages = self.index.corpus.passages(starts, 2 * self.index.chunk_len)
@@ -37,10 +38,10 @@ class Retriever:
 
 
 class Retrieving(nnx.Module):
-    """A RetroModel with its index, as a language model: `jaxmodels.generate` writes with it as with any other.
+    """Language model of a RetroModel with an index, for `jaxmodels.generate`.
 
-    The device asks the host for neighbours when a chunk is complete, the prompt's chunks all at once. Raises ValueError
-    where chunk lengths or vocabularies differ.
+    The device asks the host for neighbors when a chunk is complete, for the prompt's chunks all at once. Raises
+    ValueError if chunk lengths or vocabularies differ.
     """
 
     sequence_axis = 1
@@ -48,20 +49,20 @@ class Retrieving(nnx.Module):
     def __init__(self, model: RetroModel, retriever: Retriever):
         index = retriever.index
         if model.chunk_len != index.chunk_len:
-            raise ValueError(f"the model has chunk_len={model.chunk_len}, the index chunk_len={index.chunk_len}")
+            raise ValueError(f"model has chunk_len={model.chunk_len}, the index chunk_len={index.chunk_len}")
         if model.n_vocab < len(index.corpus.vocabulary):
             raise ValueError(
-                f"the index has {len(index.corpus.vocabulary)} different tokens, the model {model.n_vocab}"
+                f"index has {len(index.corpus.vocabulary)} different tokens, the model n_vocab={model.n_vocab}"
             )
         self.model, self.retriever = model, retriever
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: jax.Array | None = None) -> RetroCache:
-        """As `RetroModel.init_cache`, for this index's neighbours."""
+        """Same as `RetroModel.init_cache`, for this index's neighbors."""
         cache = self.model.init_cache(batch, max_len, dtype, start, neighbors=self.retriever.shape)
         return dataclasses.replace(cache, ids=jnp.zeros((batch, self.model.chunk_len), jnp.int32))
 
     def prefill(self, ids: jax.Array, cache: RetroCache) -> tuple[jax.Array, RetroCache]:
-        """As `RetroModel.prefill`, with the neighbours of the prompt's chunks."""
+        """Same as `RetroModel.prefill`, with the neighbors of the prompt's chunks."""
         (batch, n), length = ids.shape, self.model.chunk_len
         text = ids if cache.start is None else align_left(ids.T, cache.start).T
         written = n - (jnp.zeros(batch, jnp.int32) if cache.start is None else cache.start)
@@ -72,13 +73,14 @@ class Retrieving(nnx.Module):
         return logits, dataclasses.replace(cache, ids=unfinished.astype(jnp.int32))
 
     def decode(self, ids: jax.Array, cache: RetroCache) -> tuple[jax.Array, RetroCache]:
-        """As `RetroModel.decode`, token by token, with the neighbours of each chunk that ends."""
+        """Same as `RetroModel.decode`, token by token, with the neighbors of each chunk that is completed."""
         cache.check_room(ids.shape[1], ids.shape[0])
 
         def one(cache: RetroCache, token: jax.Array) -> tuple[RetroCache, jax.Array]:
             position = cache.positions(1)[0]
             place = jnp.broadcast_to(position % self.model.chunk_len, token.shape)
-            chunk = cache.ids.at[jnp.arange(len(token)), place].set(token.astype(jnp.int32))  # type: ignore[union-attr]
+            assert cache.ids is not None, "made by init_cache"
+            chunk = cache.ids.at[jnp.arange(len(token)), place].set(token.astype(jnp.int32))  # [B, L]
             nothing = jnp.zeros((len(token), *self.retriever.shape), jnp.int32)
             ends = (place == self.model.chunk_len - 1) & (position >= 0)
             ret = jax.lax.cond(ends.any(), lambda: self.look_up(chunk), lambda: nothing)
@@ -92,7 +94,7 @@ class Retrieving(nnx.Module):
         return stacked.swapaxes(0, 1), cache
 
     def look_up(self, chunks: jax.Array) -> jax.Array:
-        """The host's answer: int [..., L] -> int32 [..., N, M]."""
+        """Retrieve on the host: chunks int [..., L] -> neighbors int32 [..., N, M]."""
         shape = jax.ShapeDtypeStruct((*chunks.shape[:-1], *self.retriever.shape), jnp.int32)
         if 0 in shape.shape:
             return jnp.zeros(shape.shape, jnp.int32)

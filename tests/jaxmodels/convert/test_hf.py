@@ -152,7 +152,7 @@ def test_masks_and_frequencies_of_older_files_are_skipped(tmp_path):
     edit_tensors(tmp_path / "hf", lambda tensors: tensors | extra)
     assert_holds(load_hf(tmp_path / "hf"), state)
     edit_tensors(tmp_path / "hf", lambda tensors: tensors | {f"{at}rotary_emb.inv_freq": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"hf: .*inv_freq are not the frequencies of rope_base=9000"):
+    with pytest.raises(ValueError, match=r"hf: .*inv_freq=.*base=9000\b"):
         load_hf(tmp_path / "hf")
 
 
@@ -168,22 +168,22 @@ def test_a_tied_readout_that_is_stored_must_be_the_embedding(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "llama"}, "config.json is for 'llama', not for model_type 'gpt_neox'"),
+        ({"model_type": "llama"}, "config.json has model_type 'llama'"),
         ({"vocab_size": None}, "config.json lacks vocab_size"),
-        ({"hidden_act": "relu"}, "config.json has hidden_act 'relu'; supported are gelu, "),
+        ({"hidden_act": "relu"}, "config.json has hidden_act 'relu'"),
         ({"attention_bias": False}, "config.json has attention_bias False"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
-        ({"rope_parameters": "default"}, "config.json has rope_parameters 'default', which is no JSON object"),
+        ({"rope_parameters": "default"}, "config.json has rope_parameters 'default'"),
         ({"rope_parameters": {"rope_theta": "many"}}, "config.json: "),
         ({"hidden_act": ["gelu"]}, "config.json has hidden_act ['gelu']"),
         ({"hidden_act": {"gelu": 1}}, "config.json has hidden_act {'gelu': 1}"),
-        ({"hidden_size": {"a": 1}}, "config.json: n_hidden={'a': 1} must be"),
-        ({"hidden_size": [120]}, "config.json: n_hidden=[120] must be"),
-        ({"hidden_size": "120"}, "config.json: n_hidden='120' must be"),
-        ({"num_hidden_layers": True}, "config.json: n_layers=True must be"),
-        ({"tie_word_embeddings": "false"}, "config.json: tied='false' is neither True nor False"),
-        ({"num_attention_heads": 7}, "config.json: n_hidden=120 is not divisible by n_heads=7"),
+        ({"hidden_size": {"a": 1}}, "config.json: n_hidden={'a': 1}"),
+        ({"hidden_size": [120]}, "config.json: n_hidden=[120]"),
+        ({"hidden_size": "120"}, "config.json: n_hidden='120'"),
+        ({"num_hidden_layers": True}, "config.json: n_layers=True"),
+        ({"tie_word_embeddings": "false"}, "config.json: tied='false'"),
+        ({"num_attention_heads": 7}, "config.json: n_hidden=120"),
         ({"num_hidden_layers": 4}, "missing gpt_neox.layers.3.input_layernorm.weight"),
         ({"num_hidden_layers": 2}, "unexpected gpt_neox.layers.2.input_layernorm.weight"),
         ({"vocab_size": 85}, "gpt_neox.embed_in.weight has shape [84, 120], expected [85, 120]"),
@@ -193,7 +193,7 @@ def test_a_tied_readout_that_is_stored_must_be_the_embedding(tmp_path):
 def test_a_configuration_that_does_not_fit(tmp_path, values, message):
     folder = hf_folder(tmp_path)
     edit_config(folder, **values)
-    with pytest.raises(ValueError, match=f"hf.*{re.escape(message)}|(?s:hf does not hold.*{re.escape(message)})"):
+    with pytest.raises(ValueError, match=f"(?s:hf.*{re.escape(message)})"):
         open_hf(folder)
 
 
@@ -201,21 +201,21 @@ def test_a_configuration_that_does_not_fit(tmp_path, values, message):
 def test_a_configuration_that_is_none(tmp_path, content):
     folder = hf_folder(tmp_path)
     (folder / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json (cannot be read|is for)"):
+    with pytest.raises(ValueError, match=r"config\.json\b"):
         open_hf(folder)
 
 
 def test_a_folder_without_safetensors_says_what_it_has(tmp_path):
     folder = hf_folder(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"hf has no model\.safetensors and no index of one, but pytorch_model\.bin"):
+    with pytest.raises(ValueError, match=r"hf .*model\.safetensors.*pytorch_model\.bin"):
         open_hf(folder)
 
 
 def test_whole_numbers_are_no_weights(tmp_path):
     folder = hf_folder(tmp_path)
     edit_tensors(folder, lambda tensors: tensors | {"embed_out.weight": torch.zeros(84, 120, dtype=torch.int8)})
-    with pytest.raises(ValueError, match=r"embed_out\.weight is int8, no floating type"):
+    with pytest.raises(ValueError, match=r"embed_out\.weight .*int8"):
         open_hf(folder)
 
 

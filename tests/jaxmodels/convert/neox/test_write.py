@@ -105,7 +105,7 @@ def test_tokens_that_are_zero_are_no_padding(tmp_path):
         state[name][-4:] = 0
     save_neox(load_neox(tmp_path / "source", CONFIG), tmp_path / "out", 2)
     assert_holds(load_neox(tmp_path / "out"), state)
-    assert "172 of 256 rows of the vocabulary are padding, and left off" in open_neox(tmp_path / "out").notes
+    assert any(note.startswith("172 of 256 rows") for note in open_neox(tmp_path / "out").notes)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"n_vocab": 257}', '{"n_vocab": 0}', '{"n_vocab": "84"}'])
@@ -113,16 +113,16 @@ def test_a_vocabulary_file_that_says_nothing(tmp_path, text):
     write(tmp_path / "source")
     save_neox(load_neox(tmp_path / "source"), tmp_path / "out", 2)
     (tmp_path / "out" / "configs" / "vocabulary.json").write_text(text)
-    with pytest.raises(ValueError, match=r"vocabulary\.json (does not say n_vocab|says n_vocab=.* has 256 rows)"):
+    with pytest.raises(ValueError, match=r"vocabulary\.json .*n_vocab"):
         load_neox(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        (5, "n_heads=12 is not divisible by model_parallel=5"),
-        (0, "model_parallel=0 must be"),
-        (1.5, "model_parallel=1.5"),
+        (5, r"n_heads=12\b.*model_parallel=5\b"),
+        (0, r"model_parallel=0\b"),
+        (1.5, r"model_parallel=1\.5"),
     ],
 )
 def test_ranks_that_do_not_fit(tmp_path, ranks, message):
@@ -133,12 +133,12 @@ def test_ranks_that_do_not_fit(tmp_path, ranks, message):
 
 
 def test_a_model_that_is_none_or_has_other_parts(tmp_path):
-    with pytest.raises(ValueError, match="model is a Linear, not a NeoX"):
+    with pytest.raises(ValueError, match=r"model .*\bLinear\b"):
         save_neox(Linear(3, 5, rngs=nnx.Rngs(0)), tmp_path / "out")
     model = NeoX(dataclasses.replace(CONFIG, n_layers=1), rngs=nnx.Rngs(0))
     kernel = model.layers.ffn.dense_h_h4.kernel
     model.layers.ffn.dense_h_h4.kernel = nnx.Param(jnp.zeros(kernel.shape, jnp.int8))
-    with pytest.raises(ValueError, match=r"layers\.0\.ffn\.dense_h_h4\.weight is int8, no floating type"):
+    with pytest.raises(ValueError, match=r"layers\.0\.ffn\.dense_h_h4\.weight .*int8"):
         save_neox(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +147,7 @@ def test_nothing_is_replaced_unasked_and_all_of_it_when_asked(tmp_path):
     write(tmp_path / "source")
     state = write(tmp_path / "target", 1)
     model = load_neox(tmp_path / "source")
-    with pytest.raises(ValueError, match="target is not empty"):
+    with pytest.raises(ValueError, match=r"\btarget\b"):
         save_neox(model, tmp_path / "target")
     assert_holds(load_neox(tmp_path / "target"), state)
     save_neox(model, tmp_path / "target", 4, overwrite=True)
@@ -168,7 +168,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path):
     source = open_neox(tmp_path / "source")
     with (
         limited(100_000),
-        pytest.raises(OSError, match=r"layer_02-model_00-model_states\.pt could not be written.*too large"),
+        pytest.raises(OSError, match=r"layer_02-model_00-model_states\.pt\b.*too large"),
     ):
         write_neox(source, tmp_path / "source", 1, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == before

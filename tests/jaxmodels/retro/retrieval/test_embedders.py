@@ -93,5 +93,5 @@ def test_a_missing_package_is_named(missing, embedder, advice, monkeypatch):
 
 def test_weights_that_are_not_there_are_a_value_error(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(ValueError, match=r"embedder bert:.*nothing cannot be loaded"):
+    with pytest.raises(ValueError, match=r"embedder bert:.*nothing\b"):
         BertMean(str(tmp_path / "nothing")).embed(TEXTS)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_a_stopped_build_goes_on_after_what_was_saved(tmp_path, monkeypatch):
     folder = tmp_path / "index"
     with pytest.raises(KeyboardInterrupt):
         ChunkIndex.build(folder, corpus(), L, Stopping(64, 1, 3))
-    with pytest.raises(ValueError, match=r"has 160 of \d+ chunks: build it again to go on"):
+    with pytest.raises(ValueError, match=r"\b160 of \d+ chunks"):
         ChunkIndex.load(folder)
     calls.clear()
     calls.extend([0] * 6)
@@ -165,30 +166,30 @@ def test_exact_for_small_corpora_and_ivf_pq_beyond():
 OTHERS = {
     "another corpus": (
         lambda folder: ChunkIndex.load(folder, corpus=corpus(TEXT[1:])),
-        "its index is of another corpus",
+        "another corpus",
     ),
-    "chunk_len": (lambda folder: ChunkIndex.load(folder, chunk_len=6), "made with chunk_len=5, not chunk_len=6"),
+    "chunk_len": (lambda folder: ChunkIndex.load(folder, chunk_len=6), r"chunk_len=5\b.*chunk_len=6\b"),
     "embedder": (
         lambda folder: ChunkIndex.load(folder, embedder=HashedNGrams()),
-        "embedder=ngrams:64:1:3, not embedder=",
+        "embedder=ngrams:64:1:3.*embedder=",
     ),
-    "factory": (lambda folder: build(folder, factory="IVF4,Flat"), "factory=Flat, not factory=IVF4"),
-    "no index": (lambda folder: build(folder.parent), "holds no chunk index: name another"),
-    "nothing": (lambda folder: ChunkIndex.load(folder.parent), "holds no chunk index"),
+    "factory": (lambda folder: build(folder, factory="IVF4,Flat"), "factory=Flat.*factory=IVF4"),
+    "no index": (lambda folder: build(folder.parent), "chunk index"),
+    "nothing": (lambda folder: ChunkIndex.load(folder.parent), "chunk index"),
 }
 REFUSED = {
-    "factory": (lambda index, folder: build(folder / "new", factory="Sideways"), "factory='Sideways' is refused"),
-    "few": (lambda index, folder: build(folder / "few", factory="PQ8x12"), "cannot be trained on"),
-    "short": (lambda index, folder: build(folder / "new", corpus("men")), "as long as chunk_len=5; the longest has 3"),
-    "empty": (lambda index, folder: corpus(""), "tokens must be integers"),
-    "documents": (lambda index, folder: corpus(TEXT, [0, 9, 9]), "documents must begin at 0 and each after"),
-    "first": (lambda index, folder: corpus(TEXT, [3]), "documents must begin at 0"),
+    "factory": (lambda index, folder: build(folder / "new", factory="Sideways"), "factory='Sideways'"),
+    "few": (lambda index, folder: build(folder / "few", factory="PQ8x12"), "factory='PQ8x12'"),
+    "short": (lambda index, folder: build(folder / "new", corpus("men")), r"chunk_len=5\b.*\b3\b"),
+    "empty": (lambda index, folder: corpus(""), r"^tokens .*\[0\]"),
+    "documents": (lambda index, folder: corpus(TEXT, [0, 9, 9]), r"documents=\[0, 9, 9\]"),
+    "first": (lambda index, folder: corpus(TEXT, [3]), r"documents=\[3\]"),
     "chunk_len": (lambda index, folder: index.corpus.chunks(0), "chunk_len=0"),
     "behind": (lambda index, folder: index.corpus.passages(np.array([len(TEXT)]), 3), f"0 to {len(TEXT) - 1}"),
-    "before": (lambda index, folder: index.corpus.passages(np.array([-2]), 3), "neighbours at -2"),
-    "width": (lambda index, folder: index.neighbors(np.zeros((3, L + 1), int)), r"\[3, 6\] and k=2: .*chunk_len=5\]"),
+    "before": (lambda index, folder: index.corpus.passages(np.array([-2]), 3), r"-2 .*0 to \d+"),
+    "width": (lambda index, folder: index.neighbors(np.zeros((3, L + 1), int)), r"\[3, 6\] .*chunk_len=5\].*k=2\b"),
     "k": (lambda index, folder: index.neighbors(np.zeros((3, L), int), 0), "k=0"),
-    "run": (lambda index, folder: sharing(index.corpus, np.zeros((1, 4), int), 5, 10), "a run of 5 tokens"),
+    "run": (lambda index, folder: sharing(index.corpus, np.zeros((1, 4), int), 5, 10), r"run=5\b.*\b4\b"),
 }
 
 
@@ -215,24 +216,24 @@ def test_a_damaged_or_exchanged_index_is_refused(tmp_path):
     folder = tmp_path / "index"
     ChunkIndex.build(folder, corpus(), L, NGRAMS)
     np.save(folder / "tokens.npy", VOCABULARY.encode(TEXT[::-1]))
-    with pytest.raises(ValueError, match="is stale: its tokens or vocabulary are not those"):
+    with pytest.raises(ValueError, match="stale"):
         ChunkIndex.load(folder)
     np.save(folder / "tokens.npy", VOCABULARY.encode(TEXT))
     file = next(folder.glob("*.faiss"))
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
-    with pytest.raises(ValueError, match=r"index-\d+.faiss cannot be read"):
+    with pytest.raises(ValueError, match=r"index-\d+\.faiss\b"):
         ChunkIndex.load(folder)
     file.write_bytes(whole)
     about = json.loads((folder / "about.json").read_text())
     (folder / "about.json").write_text(json.dumps(about | {"added": 7, "chunks": 7}))
-    with pytest.raises(ValueError, match=r"about.json says 7"):
+    with pytest.raises(ValueError, match=r"about\.json .*\b7\b"):
         ChunkIndex.load(folder)
     (folder / "about.json").write_text(json.dumps(about | {"format": 2}))
-    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+    with pytest.raises(ValueError, match=r"format 2\b"):
         ChunkIndex.load(folder)
     shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="holds no chunk index"):
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
         ChunkIndex.load(folder)
 
 

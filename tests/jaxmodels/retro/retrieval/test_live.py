@@ -58,9 +58,9 @@ def test_several_tokens_at_once_are_as_one_by_one(retriever):
 def test_a_model_of_other_chunks_or_tokens_is_refused(retriever):
     retro = model()
     retro.chunk_len = 7
-    with pytest.raises(ValueError, match="the model has chunk_len=7, the index chunk_len=4"):
+    with pytest.raises(ValueError, match=r"chunk_len=7\b.*chunk_len=4\b"):
         Retrieving(retro, retriever)
     retro = model()
     retro.n_vocab = 5
-    with pytest.raises(ValueError, match="the index has 23 different tokens, the model 5"):
+    with pytest.raises(ValueError, match=r"\b23 .*n_vocab=5\b"):
         Retrieving(retro, retriever)
