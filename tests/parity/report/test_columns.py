@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 import parity
+from parity.compare import limits
 from parity.measure.invariances import VARIANTS
 from parity.report.columns import COUNT, ERROR, RATIO, TABLES, Column, Unit, legend, tables, unit_of
 from parity.report.report import Report
