@@ -34,6 +34,7 @@ def test_a_case_runs_and_is_reported_everywhere(tmp_path, capsys):
     assert not re.search(r"(src|href)\s*=|url\(|@import|<script", html), "the page must be self-contained"
 
 
+@pytest.mark.slow
 def test_reports_of_two_processes_keep_the_order_of_the_cases(tmp_path):
     names = ["transformer.feed_forward", "rope.embeddings"]
     assert main([*names, "--workers", "2", "--json", str(tmp_path / "out.json")]) == 0
@@ -60,6 +61,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_case_that_raises_is_reported_with_its_error_and_the_others_still_run(tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

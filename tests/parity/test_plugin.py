@@ -82,6 +82,7 @@ def port(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_test_fails_if_its_pair_differs_and_every_report_is_written(port, tmp_path):
     files = ["--parity-json=out.json", "--parity-junit=out.xml", "--parity-report=out.html"]
     done = port(*files)

@@ -172,6 +172,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics.read(run) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_it_trains_alike_on_one_device_and_on_eight(runs):
     folder, out = runs
     assert re.search(r"^step 3: loss \d\.\d+, validation loss \d\.\d+, written greedily:\n    .*\|", out, re.M)
@@ -183,6 +184,7 @@ def test_it_trains_alike_on_one_device_and_on_eight(runs):
     assert json.loads(saved.read_text())["model"] == "my_project.MLP"
 
 
+@pytest.mark.slow
 def test_it_resumes_on_other_devices(runs, project):
     run = Path(shutil.copytree(runs[0] / "one", runs[0] / "resumed"))
     flags = ["--resume", run, "--steps", 8, "--mesh", MESH, "--no-tensorboard"]
@@ -192,6 +194,7 @@ def test_it_resumes_on_other_devices(runs, project):
     assert len(losses(run)) == 8
 
 
+@pytest.mark.slow
 def test_commands_read_its_runs_if_its_module_is_named(runs, project):
     sampled = begin(project, "train.sample", "runs/one", *NAMED, "--prompt", "7 men", "--length", 20)
     evaluated = begin(project, "train.evaluate", "runs/one", *NAMED)
@@ -200,6 +203,7 @@ def test_commands_read_its_runs_if_its_module_is_named(runs, project):
     assert float(loss) == pytest.approx(metrics.read(runs[0] / "one")[-1]["validation_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_no_module_is_imported_only_because_a_file_names_it(runs, project):
     _, err = end(begin(project, "train.sample", "runs/one"), 2)
     assert re.fullmatch(r".*my_project\.MLP.*--experiment my_project\.experiment\n", err)
@@ -294,6 +298,7 @@ def test_a_model_that_cannot_decode_trains_without_samples(own, tmp_path, capsys
         sample.sample(sample.parser().parse_args([str(run)]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu (extra plan)")
 def test_it_is_planned_for_a_tpu(project):
     flags = ["my_project.experiment", "--topology", "v5e:2x4", "--mesh", MESH]
@@ -302,6 +307,7 @@ def test_it_is_planned_for_a_tpu(project):
     assert out.rstrip().endswith("fits")
 
 
+@pytest.mark.slow
 def test_planning_finds_it_and_refuses_an_unknown_topology(project):
     _, err = end(begin(project, "train.plan", "my_project.experiment", "--topology", "v9:1"), 2)
     assert re.fullmatch(r"python -m train.plan: topology='v9:1' .*\n", err)

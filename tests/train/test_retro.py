@@ -114,6 +114,7 @@ def test_a_run_is_sampled_and_evaluated(run_and_output, text, capsys):
     assert re.search("seq_len=3 .*chunk_len=4", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_retrofit_trains_only_retrieval_and_does_not_change_the_decoder(run_and_output, flags, tmp_path):
     run, _ = run_and_output
     out = train(*flags, "--out", tmp_path / "fit", "--from-decoder", run / "plain", "--index", run / "index")
@@ -181,6 +182,7 @@ def test_the_first_process_makes_files_and_the_others_read_them(interrupted, mon
         assert events == [False, "made"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_compare_like_one(run_and_output, flags, tmp_path):
     processes = start_two("train.retro", *flags, "--mesh", "fsdp=2", "--out", tmp_path / "run")
     ends = [process.communicate(timeout=600) for process in processes]

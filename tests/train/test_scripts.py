@@ -108,6 +108,7 @@ def test_the_default_prompt_is_in_the_vocabulary():
     assert sample.default_prompt(ByteVocabulary()) == "The "
 
 
+@pytest.mark.slow
 def test_synthesizers_side_by_side(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "sea.txt").write_text(TEXT)
     monkeypatch.setattr(synthesizer, "KINDS", ("fixed_random", "random+vanilla"))

@@ -139,6 +139,7 @@ for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(sharded)):
 """
 
 
+@pytest.mark.slow
 def test_a_batch_sharded_over_eight_devices():
     root = Path(__file__).parents[3]
     eight = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

@@ -163,6 +163,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_loaded_with_each_shard_on_its_device(tmp_path):
     sizes = {"n_vocab": 32, "n_hidden": 32, "n_layers": 3, "n_heads": 4, "n_ff": 40, "rope_percentage": 0.5}
     model = NeoX(NeoXConfig(**sizes), rngs=nnx.Rngs(0))
@@ -183,6 +184,7 @@ def losses() -> dict[str, dict[str, list[float]]]:
     return json.loads(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_losses_on_every_mesh_equal_those_of_one_device(losses, system):
     of_one = losses[system].pop("")
@@ -258,6 +260,7 @@ def logged(run: Path, name: str = "loss") -> dict[int, float]:
     return {line["step"]: line[name] for line in read(run) if name in line}
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_stop_like_one_and_one_resumes_alone(text, tmp_path):
     flags = [*text, "--every", 10, "--validation-batches", 3]
     here = ["--out", tmp_path / "run", "--mesh", "fsdp=2"]
@@ -282,6 +285,7 @@ def test_two_processes_train_and_stop_like_one_and_one_resumes_alone(text, tmp_p
     np.testing.assert_allclose(*judged, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_a_run_of_one_and_if_one_dies_the_other_ends_with_an_error(text, tmp_path):
     run, straight, flags = tmp_path / "run", tmp_path / "straight", [*text, "--every", 10**6]
     alone("--out", run, *flags, "--steps", 3)
@@ -298,6 +302,7 @@ def test_two_processes_resume_a_run_of_one_and_if_one_dies_the_other_ends_with_a
     np.testing.assert_allclose([found[step] for step in (4, 5, 6)], [expected[step] for step in (4, 5, 6)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_start_from_a_model_like_one(text, tmp_path):
     """A loaded model's arrays are each process's own; those of a state lie on the devices of both."""
     alone("--out", tmp_path / "parallel", *text, "--attention", "relative", "--steps", 2)

@@ -188,6 +188,7 @@ def planned(experiment: str, *flags: object) -> subprocess.Popen:
     return start("train.plan", experiment, *flags)
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiments_step_compiles_for_a_v5e(experiment):
@@ -201,6 +202,7 @@ def test_every_experiments_step_compiles_for_a_v5e(experiment):
     assert out.rstrip().endswith("fits")
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(("topology", "kind"), [("v5p:2x2x1", "4 × TPU v5: "), ("v6e:1x1", "1 × TPU v6 lite: ")])
 def test_other_generations_compile(topology, kind):
@@ -210,6 +212,7 @@ def test_other_generations_compile(topology, kind):
     assert kind in out
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_step_that_does_not_fit_is_refused_with_suggestions():
     flags = ["--n-layers", 1, "--seq-len", 256, "--batch-size", 16_384, "--topology", "v5e:1x1"]

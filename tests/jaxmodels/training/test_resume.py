@@ -75,6 +75,7 @@ def assert_same(run: Path, straight: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_exactly(new, straight, tmp_path):
     run, rng = tmp_path / "run", np.random.default_rng()
     # as the folder is made, and after so many lines of the curve; and a moment more that is different each time
@@ -93,6 +94,7 @@ def test_a_run_killed_at_any_moment_resumes_exactly(new, straight, tmp_path):
     assert_same(run, straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "after"),
     [
@@ -117,6 +119,7 @@ def test_a_signal_saves_and_ends_a_run_which_resumes_exactly(new, straight, tmp_
         assert_same(run, straight)
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(new, tmp_path):
     run, long = tmp_path / "run", tmp_path / "long.txt"
     long.write_text(TEXT * 400)  # thousands of batches to validate
@@ -140,6 +143,7 @@ def test_leftovers_of_a_kill_before_the_configuration_was_written_do_not_matter(
     assert steps(run / "checkpoints") == [2]
 
 
+@pytest.mark.slow
 def test_a_run_without_checkpoint_may_restart_with_other_hyperparameters(new, tmp_path):
     run = tmp_path / "run"
     constant = ["--schedule", "constant", "--clip", "None", "--learning-rate"]
@@ -151,6 +155,7 @@ def test_a_run_without_checkpoint_may_restart_with_other_hyperparameters(new, tm
         finish(*new, "--out", run, "--steps", 4, *constant, "0.1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 5])
 def test_profiling_does_not_change_saves_and_reports(new, tmp_path, every):
     run = tmp_path / "run"
@@ -160,6 +165,7 @@ def test_profiling_does_not_change_saves_and_reports(new, tmp_path, every):
     assert out.count(", validation loss ") == (3 if every == 1 else 1)
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(new, ended, tmp_path):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     experiment, command = parse(rope.Rope, "train.rope", [*new, "--out", str(run)])

@@ -143,6 +143,7 @@ def test_a_small_model_is_recorded_alone_by_its_name_and_by_its_system(tmp_path,
     assert "rope.attention" in error
 
 
+@pytest.mark.slow
 def test_shipped_fixtures_replay_without_torch(tmp_path):
     program = WITHOUT_TORCH + "from parity.__main__ import main; sys.exit(main(sys.argv[1:]))"
     file = tmp_path / "out.json"

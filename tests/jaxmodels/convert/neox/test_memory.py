@@ -98,6 +98,7 @@ def measured(program, *arguments, env=None):
     return json.loads(re.findall(r"^\{.*\}$", done.stdout, re.MULTILINE)[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [["flax"], ["hf"], ["neox", "--model-parallel", "1"], ["neox", "--model-parallel", "4"]])
 def test_a_conversion_keeps_less_than_three_layers(checkpoint, tmp_path, to):
     folder, _ = checkpoint
@@ -106,6 +107,7 @@ def test_a_conversion_keeps_less_than_three_layers(checkpoint, tmp_path, to):
     assert 0 < found["peak"] < 3 * layer
 
 
+@pytest.mark.slow
 def test_no_host_holds_the_whole(checkpoint):
     """Four devices, all of them this host's memory: what is on them, and one device's slice of one array, no more."""
     folder, state = checkpoint
