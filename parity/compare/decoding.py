@@ -2,7 +2,7 @@
 
 The first input of such a model's call is the token ids. Its other inputs reach decoding in one of two ways:
 
-    an input that `init_cache` takes under the same name is passed to `init_cache` (`start`, where rows are padded)
+    an input that `init_cache` takes under the same name, such as `start`, is passed to `init_cache`
     all others are passed to the model's `decoding_inputs` (`ReadsMoreThanIds`), which cuts them into the arguments of
     `prefill` and of every `decode`; a model that has other inputs and not this method is not decoded
 """

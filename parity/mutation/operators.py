@@ -59,14 +59,14 @@ def of_array(names: Sequence[str], function: Callable[[jax.Array], jax.Array | N
 
 
 KERNELS = ("kernel", "embedding")
-operator("transposed kernel", "a square kernel is stored the other way round")(
+operator("transposed kernel", "a square kernel is transposed")(
     of_array(["kernel"], lambda k: k.swapaxes(-1, -2) if k.ndim > 1 and k.shape[-1] == k.shape[-2] else None)
 )
 operator("missing bias", "a bias is not added")(of_array(["bias"], jnp.zeros_like))
-operator("bias added twice", "as when two ranks add it each")(of_array(["bias"], lambda b: 2 * b))
-operator("missing scale", "a norm's scale is taken for one")(of_array(["scale"], jnp.ones_like))
-operator("scale plus one", "a norm's scale is stored as what is added to one")(of_array(["scale"], lambda s: 1 + s))
-operator("exchanged outputs", "two output features stand in each other's place")(
+operator("bias added twice", "a bias is added twice, as if by each of two ranks")(of_array(["bias"], lambda b: 2 * b))
+operator("missing scale", "a norm's scale is replaced by ones")(of_array(["scale"], jnp.ones_like))
+operator("scale plus one", "a norm multiplies by 1 + scale")(of_array(["scale"], lambda s: 1 + s))
+operator("exchanged outputs", "the first two output features are swapped")(
     of_array(["kernel"], lambda k: k.at[..., 0].set(k[..., 1]).at[..., 1].set(k[..., 0]) if k.shape[-1] > 1 else None)
 )
 operator("features before heads", "the output features are laid out [d_k, heads] instead of [heads, d_k]")(
@@ -75,10 +75,10 @@ operator("features before heads", "the output features are laid out [d_k, heads]
 operator("rows off by one", "an embedding or a table is read one row too early")(
     of_array(["embedding", "key_pos_embeddings", "key_pos_bias"], lambda e: jnp.roll(e, 1, axis=0))
 )
-operator("one weight", "one number is off by a thousandth of the largest")(
+operator("one weight", "one number is changed by a thousandth of the largest")(
     of_array([*KERNELS, "scale", "weights"], lambda k: k.at[(0,) * k.ndim].add(1e-3 * jnp.abs(k).max()))
 )
-operator("weights in bfloat16", "weights went through bfloat16")(
+operator("weights in bfloat16", "weights are rounded to bfloat16")(
     of_array(KERNELS, lambda k: k.astype(jnp.bfloat16).astype(k.dtype))
 )
 
@@ -110,11 +110,9 @@ def of_attribute(names: Sequence[str], function: Callable[[float], float]) -> Ch
     return change
 
 
-operator("another epsilon", "ten times the norm's epsilon")(of_attribute(["epsilon"], lambda e: 10 * e))
+operator("another epsilon", "a norm's epsilon is multiplied by ten")(of_attribute(["epsilon"], lambda e: 10 * e))
 operator("another base", "the rotary angles' base is doubled")(of_attribute(["base", "rope_base"], lambda b: 2 * b))
-operator("another scale", "the scores are scaled by 1/d_k instead of its root")(
-    of_attribute(["scale"], lambda s: s * s)
-)
+operator("another scale", "scores are scaled by 1/d_k instead of 1/√d_k")(of_attribute(["scale"], lambda s: s * s))
 
 
 # Mistakes in the call. The sub-module has the operator's name as an attribute, which survives jit, scan and merge.
@@ -143,17 +141,17 @@ def floats(tree: Any, function: Callable[[jax.Array], jax.Array]) -> Any:
     return jax.tree.map(one, tree)
 
 
-@when_called("factor", "the output is a thousandth too large")
+@when_called("factor", "the output is multiplied by 1.001")
 def factor(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), lambda y: 1.001 * y)
 
 
-@when_called("features rolled", "the output's features are rotated by one")
+@when_called("features rolled", "the output's features are shifted cyclically by one")
 def features_rolled(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), lambda y: jnp.roll(y, 1, axis=-1))
 
 
-@when_called("positions rolled", "the output is one position late")
+@when_called("positions rolled", "the output is shifted cyclically by one position")
 def positions_rolled(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     def late(y: jax.Array) -> jax.Array:
         return jnp.roll(y, 1, axis=int(np.argmax(y.shape[:-1]))) if y.ndim > 1 else y
@@ -161,27 +159,27 @@ def positions_rolled(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), late)
 
 
-@when_called("input in float32", "the inputs are rounded to float32 on the way in")
+@when_called("input in float32", "the inputs are rounded to float32")
 def rounded_input(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call(*floats(args, lambda x: x.astype(jnp.float32).astype(x.dtype)), **kwargs)
 
 
-@when_called("input in bfloat16", "the inputs are rounded to bfloat16 on the way in")
+@when_called("input in bfloat16", "the inputs are rounded to bfloat16")
 def halved_input(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call(*floats(args, lambda x: x.astype(jnp.bfloat16).astype(x.dtype)), **kwargs)
 
 
-@when_called("no gradient", "the output is taken for a constant")
+@when_called("no gradient", "the output has no gradient")
 def no_gradient(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), jax.lax.stop_gradient)
 
 
-@when_called("another gradient", "the output is right, its gradient a hundredth too large")
+@when_called("another gradient", "the output is right, and its gradient is multiplied by 1.01")
 def another_gradient(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), lambda y: 1.01 * y - jax.lax.stop_gradient(0.01 * y))
 
 
-@when_called("no residual", "what went in is taken off what comes out")
+@when_called("no residual", "the input is subtracted from the output")
 def no_residual(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     def without(y: jax.Array) -> jax.Array:
         x = next((a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array) and a.shape == y.shape), None)
@@ -197,7 +195,7 @@ def skipped(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return x if isinstance(y, jax.Array) and x is not None and (x.shape, x.dtype) == (y.shape, y.dtype) else y
 
 
-@when_called("arguments exchanged", "the first two arrays are given in the other order")
+@when_called("arguments exchanged", "the first two arrays are swapped")
 def exchanged(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     values = [*args, *kwargs.values()]
     if len(values) < 2 or not all(isinstance(v, jax.Array) for v in values[:2]) or values[0].shape != values[1].shape:
@@ -206,7 +204,7 @@ def exchanged(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
 
-@when_called("mask ignored", "everything may be seen")
+@when_called("mask ignored", "every position of a mask is visible")
 def mask_ignored(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     def seen(leaf: Any) -> Any:
         return jnp.ones_like(leaf) if isinstance(leaf, jax.Array) and leaf.dtype == bool else leaf

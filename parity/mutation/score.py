@@ -92,9 +92,9 @@ def page(outcomes: list[Outcome], idle: int, total: int, alarms: Alarms, seeds: 
     found, named = sum(o.found for o in outcomes), sum(o.named for o in outcomes)
     false = sum(map(len, alarms.values()))
     lines = [
-        "# Planted errors, and the harness's verdicts",
+        "# Planted errors, and the verdicts of the harness",
         "",
-        f"Written by `{command}`; `python -m parity.mutations --help` has the options.",
+        f"Written by `{command}`; `python -m parity.mutations --help` lists its options.",
         "",
         f"- {n} mutants, drawn from {total} (operators × sub-modules); {idle} more changed no output and no gradient.",
         f"- found: {found} of {n} ({100 * found / max(n, 1):.0f} %)",
