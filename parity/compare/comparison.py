@@ -1,15 +1,16 @@
-"""`Comparison`: everything about a pair of modules that is decided before a reading begins, decided once.
+"""`Comparison`: a pair of modules with everything that all readings share, resolved once.
 
-    torch          PyTorch's module, a copy with constant parameters perturbed; a recording of one; or None
-    flax           Flax's module, an NNX one whatever was given (`adapters`); or None, while PyTorch is recorded
-    weights        which Flax array is which PyTorch tensor, by `names`
-    inputs         arguments of the call of both modules; `channels_last`: which of them Flax lays out otherwise
-    labels         what the loss compares the outputs with, if not with random targets
-    zero_gradients patterns of parameters whose gradients are zero in exact arithmetic: they are not trained
-    device         where Flax runs; float64: whether it does so in float64
-    seed           of perturbations and targets
+    torch           PyTorch's module, a copy with perturbed constant parameters; a recording of one; or None
+    flax            Flax's module as an NNX module (`adapters`); None while PyTorch is recorded
+    weights         the conversion of PyTorch's tensors to Flax's arrays, by `names`
+    inputs          the arguments of both modules' calls
+    channels_last   patterns of inputs and outputs that have another layout in Flax
+    labels          targets of a cross-entropy; None: random targets of a squared distance
+    zero_gradients  patterns of parameters whose gradients are zero in exact arithmetic; they are not trained
+    device, float64 JAX's device, and whether Flax runs in float64 there
+    seed            of perturbations and random targets
 
-Every reading (`parity.measure`, `parity.golden`, `parity.mutation`) takes a Comparison and asks it for its sides.
+Every reading (`parity.measure`, `parity.golden`, `parity.mutation`) takes a Comparison and gets its sides from it.
 """
 
 import contextlib
@@ -46,9 +47,9 @@ class Sides:
     jax: JaxSide
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two modules to compare; see the module's docstring. `Comparison.of` makes one of a user's arguments."""
+    """Two modules to compare; the fields are documented above. `Comparison.of` resolves a user's arguments."""
 
     torch: TorchModule | None
     flax: Any
@@ -102,16 +103,16 @@ class Comparison:
         else:
             weights = Twins() if flax_module is None else weights_of(torch_module, flax_module, names)
         return cls(
-            torch_module,
-            flax_module,
-            weights,
-            inputs,
-            None if labels is None else np.asarray(labels),
-            tuple(channels_last),
-            tuple(zero_gradients),
-            chosen,
-            float64,
-            seed,
+            torch=torch_module,
+            flax=flax_module,
+            weights=weights,
+            inputs=inputs,
+            labels=None if labels is None else np.asarray(labels),
+            channels_last=tuple(channels_last),
+            zero_gradients=tuple(zero_gradients),
+            device=chosen,
+            float64=float64,
+            seed=seed,
         )
 
     @property
@@ -175,7 +176,7 @@ class Comparison:
     def sides(self, dtype: str, device: str = "cpu") -> Sides:
         """Both sides in a dtype, PyTorch's on a device, and the reference for that dtype.
 
-        Rounding weights and inputs to the dtype is no error of computing: the reference has them rounded as well.
+        The reference has rounded weights and inputs too: rounding them is not an error of the computation.
         """
         import torch
 

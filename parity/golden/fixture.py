@@ -35,12 +35,12 @@ class RecordedParameter:
     requires_grad: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Fixture:
-    """One recording; it stands for the PyTorch module where its weights are converted (`weights.TorchModule`).
+    """One recording; has the methods of `weights.TorchModule`, so that it can replace the PyTorch module.
 
     model: {"model": name, "config": {…}}. results: by kind, by PyTorch's name. layers: types of the modules that own
-    the weights, by path. names: each parameter's name, with the first of its names.
+    the weights, by path. names: each parameter's name, with the first of its names. torch: its version.
     """
 
     name: str
@@ -103,19 +103,19 @@ def read(stem: str | os.PathLike) -> Fixture:
         named = groups["inputs"]
         args = tuple(named.pop(f"input {i}") for i in range(about["positional"]))
         return Fixture(
-            about["name"],
-            about["model"],
-            Inputs(args, named),
-            groups["labels"][""] if "labels" in groups else None,
-            groups.get("targets") or {name: np.zeros(()) for name in groups["output"]},
-            groups.get("state", {}),
-            {kind: groups[kind] for kind in KINDS if kind in groups},
-            about["own errors"],
-            tuple(about["zero gradients"]),
-            tuple(about["untrained"]),
-            about["layers"],
-            about["names"],
-            about["torch"],
+            name=about["name"],
+            model=about["model"],
+            inputs=Inputs(args, named),
+            labels=groups["labels"][""] if "labels" in groups else None,
+            targets=groups.get("targets") or {name: np.zeros(()) for name in groups["output"]},
+            state=groups.get("state", {}),
+            results={kind: groups[kind] for kind in KINDS if kind in groups},
+            own_errors=about["own errors"],
+            zero_gradients=tuple(about["zero gradients"]),
+            untrained=tuple(about["untrained"]),
+            layers=about["layers"],
+            names=about["names"],
+            torch=about["torch"],
         )
     except FileNotFoundError:
         raise ValueError(f"{about_file} does not exist: {stem} is no fixture") from None

@@ -1,7 +1,7 @@
 """`sweep`: a pair in every floating dtype, with PyTorch's own errors in that dtype beside Flax's.
 
-The reference for a dtype is PyTorch in float64 with weights and inputs that the dtype can hold: rounding those is no
-error of computing. Flax's worst tensor is compared with PyTorch's worst, not tensor by tensor: in 16 bits the gradient
+The reference for a dtype is PyTorch in float64 with weights and inputs rounded to that dtype: rounding them is not an
+error of the computation. Flax's worst tensor is compared with PyTorch's worst, not tensor by tensor: in 16 bits the gradient
 of a single bias depends on where its sum was rounded, which differs between the libraries. Language models are judged
 by their distributions too: KL(reference ‖ model), and the most likely tokens.
 """

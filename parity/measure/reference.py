@@ -1,6 +1,6 @@
-"""`Reference`: what PyTorch computes in float64, now or when it was recorded, and the checks of Flax against it.
+"""`Reference`: PyTorch's results in float64, computed or recorded, and the checks that compare Flax with them.
 
-Nothing here needs torch, so that recordings are judged without it by the same code.
+This module does not import torch: recordings are compared by the same code on machines without it.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Reference:
     kinds: Kinds
 
     def agreement(self, result: Kinds, precision: str, own_errors: OwnErrors | None = None) -> Iterator[Check]:
-        """A check of each kind; of its errors in units of own_errors in narrower dtypes."""
+        """A check of each kind. own_errors: PyTorch's in a narrower dtype, the units of Flax's errors."""
         for kind, tensors in self.kinds.items():
             errors = limits.errors(self.compared(result, kind), tensors)
             values = errors if own_errors is None else limits.in_units_of(errors, own_errors[kind])
