@@ -1,9 +1,9 @@
 """`sweep`: a pair in every floating dtype, with PyTorch's own errors in that dtype beside Flax's.
 
 The reference for a dtype is PyTorch in float64 with weights and inputs rounded to that dtype: rounding them is not an
-error of the computation. Flax's worst tensor is compared with PyTorch's worst, not tensor by tensor: in 16 bits the gradient
-of a single bias depends on where its sum was rounded, which differs between the libraries. Language models are judged
-by their distributions too: KL(reference ‖ model), and the most likely tokens.
+error of the computation. Flax's worst tensor is compared with PyTorch's worst, not tensor by tensor: in 16 bits the
+gradient of a single bias depends on where its sum was rounded, which differs between the libraries. Language models are
+compared by their distributions too: KL(reference ‖ model), and the most likely tokens.
 """
 
 import time
