@@ -71,8 +71,8 @@ def interleaved_pairs(monkeypatch):
         cos, sin = rope.rotary_tables(positions, self.d, self.base, x.dtype)
         cos, sin = cos[:, None, None, :], sin[:, None, None, :]
         x1, x2 = x[..., 0 : self.d : 2], x[..., 1 : self.d : 2]
-        turned = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(*x.shape[:-1], self.d)
-        return jnp.concatenate([turned, x[..., self.d :]], axis=-1)
+        rotated = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(*x.shape[:-1], self.d)
+        return jnp.concatenate([rotated, x[..., self.d :]], axis=-1)
 
     monkeypatch.setattr(rope.RotaryPositionalEmbeddings, "__call__", call)
 
