@@ -261,7 +261,7 @@ def test_the_pytest_plugin_judges_a_test_of_the_user(run):
             "torch",
             "torch",
         ),
-        ("jaxmodels generate folder --prompt x", "neox", "tokenizers"),
+        ("jaxmodels generate folder --prompt x --tokenizer any.pt", "neox", "tokenizers"),
         ("jaxmodels neighbors index --prompt x", "retro", "faiss"),
         ("jaxmodels evaluate run", "train", "grain"),
         ("jaxmodels sample run", "train", "grain"),
