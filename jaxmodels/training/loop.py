@@ -126,8 +126,8 @@ class Loop:
         step = self.position.step + 1
         norm = math.sqrt(squares.astype(np.float64).sum())
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise ValueError(f"step {step}: {self.not_finite(loss, squares)}; nothing of it is saved; try a smaller "
-                             "learning rate")  # fmt: skip
+            what = self.not_finite(loss, squares)
+            raise ValueError(f"step {step}: {what}; the step is not saved; try a smaller learning rate")
         now = time.perf_counter()
         self.position.losses.append(float(loss))
         self.callbacks.on_step(StepMetrics(step, float(loss), norm, now - self.clock))

@@ -109,7 +109,8 @@ class Session:
 
     def train(self, experiment: Experiment[Any], folder: Path) -> Result | None:
         """Train a run to its result; None if it was stopped. Raises ValueError for bad input, before any work."""
-        return Trainer(experiment, folder, self.options).run(self.stop, self.console, self.resume)
+        with contextlib.closing(Trainer(experiment, folder, self.options)) as trainer:
+            return trainer.run(self.stop, self.console, self.resume)
 
 
 def main(
