@@ -29,9 +29,8 @@ from orbax.checkpoint import v1 as ocp
 import jaxmodels
 from jaxmodels.io.atomic import atomic_file, flush
 from jaxmodels.io.checkpoint import read_arrays, read_config
-from jaxmodels.io.steps import FORMAT, MARK, problem, steps
-from jaxmodels.models import describe, model_class, names
-from jaxmodels.sharding import placement
+from jaxmodels.io.steps import FORMAT, MARK, latest_step, problem, steps
+from jaxmodels.models import describe, names
 from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.step import Program, State
 
@@ -224,13 +223,10 @@ def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:
 
     Raises ValueError if there is none, and UnknownModel if its class is not registered.
     """
-    for step in reversed(steps(run / "checkpoints")):
-        folder = run / "checkpoints" / str(step)
-        wrong = problem(folder)
-        if wrong is None:
-            return open_model(folder / "model", mesh), step
-        warn_skipped(step, wrong)
-    raise ValueError(f"{run} holds no whole checkpoint of a training run")
+    folder, skipped = latest_step(run)
+    for step, reason in skipped.items():
+        warn_skipped(step, reason)
+    return open_model(folder / "model", mesh), int(folder.name)
 
 
 def open_model(folder: Path, mesh: Mesh | None = None) -> Any:
@@ -246,4 +242,4 @@ def open_model(folder: Path, mesh: Mesh | None = None) -> Any:
         return jaxmodels.load(folder)
     if config.get("stacked") is False:
         return jaxmodels.load(folder).stacked()
-    return jaxmodels.load(folder, shardings=placement(model_class(name), mesh))
+    return jaxmodels.load(folder, shardings=mesh)

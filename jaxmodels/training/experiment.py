@@ -17,8 +17,10 @@ A model class has:
 
 - `jaxmodels.register(NAME)` and `config()`: checkpoints are saved under that name. Required.
 - `sequence_axis`: 0 if its calls take tokens [S, B], 1 if [B, S]. Required unless `losses` is overridden.
-- `sharding_rules`: required on a mesh with an fsdp or tensor axis; see `jaxmodels.sharding`.
-- `init_cache`, `prefill`, `decode`: for samples; see `jaxmodels.cache`. Without them reports have no sample.
+- `sharding_rules`: required on a mesh with an fsdp or tensor axis.
+- `init_cache`, `prefill`, `decode`: for samples. Without them reports have no sample.
+
+`jaxmodels.protocols` describes them.
 """
 
 import contextlib
@@ -40,6 +42,7 @@ from jax.sharding import Mesh
 import jaxmodels
 from jaxmodels.generate import generate
 from jaxmodels.models import build, describe, name_of
+from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.config import Config
@@ -61,7 +64,6 @@ EXPERIMENTS = {
     "rope_value": "train.rope_value",
     "synthesizer": "train.synthesizer",
 }
-DECODING = ("init_cache", "prefill", "decode")
 PROMPT_TOKENS, SAMPLE_TOKENS = 30, 100  # of the sample in a report
 NGRAM_TOKENS = 50_000_000  # counting a longer text would take minutes
 
@@ -270,8 +272,8 @@ def check_unchanged(what: str, run: Path, *, now: str, then: str) -> None:
 
 
 def missing_decoding(model: Any) -> list[str]:
-    """Names of the methods and attributes that `generate` needs and a model lacks."""
-    return [name for name in ("sequence_axis", *DECODING) if not hasattr(model, name)]
+    """Names of the members that `generate` needs and a model lacks."""
+    return [name for name in DECODING if not hasattr(model, name)]
 
 
 def continue_text(
@@ -293,9 +295,7 @@ def continue_text(
     """
     if length < 1:
         raise ValueError(f"length={length} must be at least 1")
-    missing = missing_decoding(model)
-    if missing:
-        raise ValueError(f"{type(model).__name__} cannot generate text: it has no {', '.join(missing)}")
+    check_decoding(model)
     axis = model.sequence_axis
     written = ids
     while len(written) < len(ids) + length and not interrupted():

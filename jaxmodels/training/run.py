@@ -12,8 +12,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.steps import steps
 from jaxmodels.text import Vocabulary, load_vocabulary
-from jaxmodels.training.checkpoints import LOCK, UnknownModel, latest_model, steps
+from jaxmodels.training.checkpoints import LOCK, UnknownModel, latest_model
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, experiment_class, script_of
 

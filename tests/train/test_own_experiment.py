@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
+from jaxmodels.io.steps import steps
 from jaxmodels.sharding import AXES
 from jaxmodels.training import metrics, sample
-from jaxmodels.training.checkpoints import steps
 from jaxmodels.training.run import read_about, saved_experiment
 from jaxmodels.training.script import main
 from tests.train_common import EIGHT_DEVICES, ROOT, TEXT, start
@@ -294,7 +294,7 @@ def test_a_model_that_cannot_decode_trains_without_samples(own, tmp_path, capsys
     from my_project.model import MLP
 
     monkeypatch.delattr(MLP, "init_cache")
-    with pytest.raises(ValueError, match=r"^MLP .*init_cache"):
+    with pytest.raises(ValueError, match=r"MLP .*init_cache"):
         sample.sample(sample.parser().parse_args([str(run)]))
 
 

@@ -16,12 +16,12 @@ import jaxmodels
 from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.source import model_source
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
+from jaxmodels.io.steps import steps
 from jaxmodels.layers import constrain, hooks
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.sharding import check_batch, make_mesh, parameter_specs, parse_sizes
 from jaxmodels.text import CharVocabulary
-from jaxmodels.training.checkpoints import steps
 from jaxmodels.training.distributed import VARIABLES, Processes
 from jaxmodels.training.metrics import read
 from jaxmodels.training.script import main

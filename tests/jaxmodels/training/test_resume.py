@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from jaxmodels.io.checkpoint import read_arrays
+from jaxmodels.io.steps import steps
 from jaxmodels.training import metrics
-from jaxmodels.training.checkpoints import steps
 from jaxmodels.training.loop import Trainer
 from jaxmodels.training.script import main, parse
 from tests.train_common import TEXT, TINY, start
