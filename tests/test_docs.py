@@ -165,6 +165,18 @@ def test_the_pages_have_commands():
         assert any(command.startswith(start) for command in others), start
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_in_a_commands_help_are_accepted(name):
+    module = importlib.import_module(COMMANDS[name].module)
+    examples = "\n".join(text for variable, text in vars(module).items() if variable.endswith("EXAMPLES"))
+    whole_lines = re.sub(r"\\?\n {3,}", " ", examples)
+    found = re.findall(r"^  jaxmodels (.*)", whole_lines, re.M)
+    assert found or name == "plan"
+    for line in found:
+        command, *arguments = shlex.split(line.replace("$'", "'"), comments=True)
+        check_subcommand(command, arguments)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_imports_of_a_page_resolve(page):
     for language, content in blocks(page):

@@ -1,4 +1,4 @@
-"""Command `python -m jaxmodels.convert`: its arguments, and the dispatch to `operations`."""
+"""Command `jaxmodels convert`: its arguments, and the dispatch to `operations`."""
 
 import argparse
 from collections.abc import Sequence
@@ -22,23 +22,23 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 TORCH_EXAMPLES = """\
 examples:
-  python -m jaxmodels.convert torch --model rope --config model.json model.pt OUT/
-  python -m jaxmodels.convert torch --model synthesizer model.pt OUT/ \\
+  jaxmodels convert torch --model rope --config model.json model.pt OUT/
+  jaxmodels convert torch --model synthesizer model.pt OUT/ \\
       --config '{"attention": "random+dense", "max_len": 512, "n_vocab": 65, "d_model": 128, "heads": 16,
                  "d_ff": 512, "n_layers": 6}'
-  python -m jaxmodels.convert torch OUT/ back.pt
+  jaxmodels convert torch OUT/ back.pt
 
 OUT/ is an Orbax checkpoint with a config.json, for `jaxmodels.load("OUT/")`.
 """
 
 NEOX_EXAMPLES = """\
 examples:
-  python -m jaxmodels.convert inspect 20B_checkpoints/
-  python -m jaxmodels.convert neox 20B_checkpoints/ OUT/ --to flax --dtype bfloat16
-  python -m jaxmodels.convert neox 20B_checkpoints/ HF/ --to hf --vocab 50277
-  python -m jaxmodels.convert neox HF/ SHARDS/ --to neox --model-parallel 4
-  python -m jaxmodels.convert neox SHARDS/ OUT/ --to flax --config pythia_70m
-  python -m jaxmodels.convert verify HF/ SHARDS/
+  jaxmodels inspect 20B_checkpoints/
+  jaxmodels convert neox 20B_checkpoints/ OUT/ --to flax --dtype bfloat16
+  jaxmodels convert neox 20B_checkpoints/ HF/ --to hf --vocab 50277
+  jaxmodels convert neox HF/ SHARDS/ --to neox --model-parallel 4
+  jaxmodels convert neox SHARDS/ OUT/ --to flax --config pythia_70m
+  jaxmodels verify HF/ SHARDS/
 
 OUT/ is for `jaxmodels.load("OUT/")`. The format of SRC is detected.
 """

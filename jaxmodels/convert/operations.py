@@ -1,4 +1,4 @@
-"""Operations of `python -m jaxmodels.convert`, on the arguments that `command` parsed."""
+"""Operations of `jaxmodels convert`, on the arguments that `command` parsed."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""Command `python -m jaxmodels.neox.generate`: continue a prompt with a GPT-NeoX checkpoint. Nothing imports it."""
+"""Command `jaxmodels generate`: continue a prompt with a GPT-NeoX checkpoint. Nothing imports it."""
 
 import argparse
 import sys
@@ -12,8 +12,8 @@ from jaxmodels import programs
 PROGRAM = "python -m jaxmodels.neox.generate"
 EXAMPLES = """\
 examples:
-  python -m jaxmodels.neox.generate pythia-70m/ --prompt "The capital of France is"
-  python -m jaxmodels.neox.generate pythia-70m/ --prompt "def f(" --temperature 0.8 --top-p 0.95 --stop $'\\n\\n'
+  jaxmodels generate pythia-70m/ --prompt "The capital of France is"
+  jaxmodels generate pythia-70m/ --prompt "def f(" --temperature 0.8 --top-p 0.95 --stop $'\\n\\n'
 
 The text is printed to standard output, the speed, without compilation, to standard error.
 """

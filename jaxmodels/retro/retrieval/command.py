@@ -1,4 +1,4 @@
-"""Command `python -m jaxmodels.retro.neighbors`: print the neighbors that an index finds for the chunks of a text."""
+"""Command `jaxmodels neighbors`: print the neighbors that an index finds for the chunks of a text."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from jaxmodels.text import load_corpus
 PROGRAM = "python -m jaxmodels.retro.neighbors"
 EXAMPLES = """\
 examples:
-  python -m jaxmodels.retro.neighbors runs/retro/index --prompt "ROMEO: O, she doth teach the torches"
-  python -m jaxmodels.retro.neighbors runs/retro/index --text FILE --k 4
+  jaxmodels neighbors runs/retro/index --prompt "ROMEO: O, she doth teach the torches"
+  jaxmodels neighbors runs/retro/index --text FILE --k 4
 
 INDEX is built by `python -m train.retro`. A bar separates each chunk from what follows it in the corpus.
 """
