@@ -186,7 +186,7 @@ def own_errors(run: TorchRun, dtype: Any) -> dict[str, float]:
     for key in run.calls:
         if key[1] < RERUNS:
             outputs, _ = run.repeated(key, module.get_submodule(key[0]), narrow)
-            own = Errors.of([output.double().numpy() for output in outputs], run.outputs(key), dtype)
+            own = Errors.of([output.detach().double().numpy() for output in outputs], run.outputs(key), dtype)
             error = 0.0 if own is None else own.error
             allowed[key[0]] = max(allowed[key[0]], limits.RATIO_LIMIT * (error + limits.RATIO_FLOOR))
     return allowed

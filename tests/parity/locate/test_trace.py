@@ -172,3 +172,45 @@ def test_a_sweep_observes_its_memory_limit(written):
 def test_a_negative_memory_limit_is_an_error(judge):
     with pytest.raises(ValueError, match=r"memory_limit=-1\b.*0"):
         judge(TorchNet(), FlaxNet(rngs=nnx.Rngs(0)), X, memory_limit=-1)
+
+
+class TorchTable(torch.nn.Module):
+    """A part that returns its parameter itself, which requires a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(11, 5))
+
+    def forward(self, x):
+        return self.weight
+
+
+class TorchTabled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = TorchTable()
+
+    def forward(self, x):
+        return x * self.table(x)
+
+
+class FlaxTable(nnx.Module):
+    def __init__(self):
+        self.weight = nnx.Param(jnp.zeros((11, 5)))
+
+    def __call__(self, x):
+        return self.weight[...]
+
+
+class FlaxTabled(nnx.Module):
+    def __init__(self):
+        self.table = FlaxTable()
+
+    def __call__(self, x):
+        return x * self.table(x)
+
+
+def test_a_part_that_returns_its_parameter_is_traced_in_a_narrow_dtype():
+    torch.manual_seed(0)
+    swept = parity.sweep(TorchTabled(), FlaxTabled(), X, dtypes=["float32"])
+    assert {part.path for part in swept.rows[0].parts.walk()} == {"", "table"}
