@@ -60,7 +60,7 @@ def select(names: Sequence[str], known: Collection[str] | None = None, kind: str
     known = load_cases() if known is None else known
     unknown = [name for name in names if not matching(name, known)]
     if unknown:
-        raise ValueError(f"no {kind} is called {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ValueError(f"unknown {kind}: {', '.join(unknown)}; choose from {', '.join(known)}")
     chosen = {one for name in names for one in matching(name, known)}
     return [one for one in known if one in chosen or not names]
 
