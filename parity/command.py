@@ -17,7 +17,7 @@ from parity.cases.processes import default_workers, examine_in_processes, prepar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from parity.cases.suite import Wanted
+    from parity.cases.suite import Selection
     from parity.report.report import Report
 
 EXAMPLES = """\
@@ -172,16 +172,16 @@ def print_cases(names: Sequence[str]) -> int:
     return 0
 
 
-def wanted_of(options: argparse.Namespace) -> "Wanted":
+def selection_of(options: argparse.Namespace) -> "Selection":
     """The checks that the options ask for. Raises ValueError for an unknown optimizer."""
-    from parity.cases.suite import Wanted
+    from parity.cases.suite import Selection
     from parity.measure.optimizers import OPTIMIZERS
 
     unknown = [name for name in options.trajectory if name not in OPTIMIZERS]
     if unknown:
         raise ValueError(f"--trajectory {' '.join(unknown)}: choose from {', '.join(OPTIMIZERS)}")
     every = options.all
-    return Wanted(
+    return Selection(
         invariances=every or options.invariances,
         sweep=every or options.sweep,
         trajectories=tuple(dict.fromkeys(options.trajectory or (["adam"] if every else []))),
@@ -199,14 +199,14 @@ def compare(options: argparse.Namespace, console: "Console") -> list["Report"]:
     from parity.cases.suite import examine
     from parity.report.terminal import print_failure, progress_bar
 
-    names, wanted = select(options.names), wanted_of(options)
+    names, selection = select(options.names), selection_of(options)
     workers = options.workers or default_workers(len(names), options.device or jax.default_backend())
     common = {"device": options.device, "seed": options.seed}
-    prepare = functools.partial(prepare_jax, options.device, eight=wanted.invariances)
-    remote = examine_in_processes(names, wanted, **common, workers=workers, prepare=prepare)
+    prepare = functools.partial(prepare_jax, options.device, eight=selection.invariances)
+    remote = examine_in_processes(names, selection, **common, workers=workers, prepare=prepare)
     cases, reports = load_cases(), []
     for name, stage in progress_bar(names, console):
-        report = next(remote) if workers > 1 else examine(cases[name][0], name, wanted, **common, progress=stage)
+        report = next(remote) if workers > 1 else examine(cases[name][0], name, selection, **common, progress=stage)
         print_failure(report, console)
         reports.append(report)
     return reports

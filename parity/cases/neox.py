@@ -90,16 +90,16 @@ CONVERTED = NeoXConfig(37, 4 * 10, 2, 4, n_ff=68, rope_percentage=0.6, rope_base
 
 def same_bits(what: str, given: Any, module: nn.Module) -> None:
     """Raises ValueError that names the tensors of `given` that differ from the module's."""
-    wanted = {name: as_numpy(tensor) for name, tensor in module.state_dict().items()}
-    wrong = sorted(wanted.keys() ^ given.keys())
+    expected = {name: as_numpy(tensor) for name, tensor in module.state_dict().items()}
+    wrong = sorted(expected.keys() ^ given.keys())
     wrong += [
         name
-        for name in wanted.keys() & given.keys()
-        if as_numpy(given[name]).dtype != wanted[name].dtype
-        or as_numpy(given[name]).tobytes() != wanted[name].tobytes()
+        for name in expected.keys() & given.keys()
+        if as_numpy(given[name]).dtype != expected[name].dtype
+        or as_numpy(given[name]).tobytes() != expected[name].tobytes()
     ]
     if wrong:
-        raise ValueError(f"{what}: {len(wrong)} of {len(wanted)} tensors differ: {', '.join(wrong)}")
+        raise ValueError(f"{what}: {len(wrong)} of {len(expected)} tensors differ: {', '.join(wrong)}")
 
 
 def pair_of(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported late: JAX only after `prepare_jax`, torch only in a process that needs it
-    from parity.cases.suite import Wanted
+    from parity.cases.suite import Selection
     from parity.report.report import Report
 
 MIN_CASES = 8  # fewer cases finish before new processes have imported JAX and PyTorch
@@ -36,7 +36,7 @@ def default_workers(cases: int, device: str | None) -> int:
 
 def examine_in_processes(
     names: Sequence[str],
-    wanted: "Wanted",
+    selection: "Selection",
     *,
     device: str | None,
     seed: int,
@@ -52,7 +52,7 @@ def examine_in_processes(
     context = multiprocessing.get_context("spawn")  # a forked process would lack JAX's threads
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_process, (prepare, workers))
     try:
-        pending = [pool.submit(examine_case, name, wanted, device, seed) for name in names]
+        pending = [pool.submit(examine_case, name, selection, device, seed) for name in names]
         for name, future in zip(names, pending, strict=True):
             yield Report.gathered(name, map(concurrent.futures.Future.result, [future]))
     finally:
@@ -68,8 +68,8 @@ def start_process(prepare: Callable[[], None], workers: int) -> None:
     prepare()
 
 
-def examine_case(name: str, wanted: "Wanted", device: str | None, seed: int) -> "Report":
+def examine_case(name: str, selection: "Selection", device: str | None, seed: int) -> "Report":
     from parity.cases import load_cases
     from parity.cases.suite import examine
 
-    return examine(load_cases()[name][0], name, wanted, device=device, seed=seed)
+    return examine(load_cases()[name][0], name, selection, device=device, seed=seed)

@@ -17,7 +17,7 @@ from parity.report.report import Report, Result
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class Selection:
     """Readings in addition to the check.
 
     trajectories: names of optimizers; steps: of each. fast: the errors and determinism of the default matmul precision,
@@ -35,19 +35,19 @@ class Wanted:
 def examine(
     make: Make,
     name: str,
-    wanted: Wanted,
+    selection: Selection,
     *,
     device: str | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """The report of a case: its check and all further readings; an exception ends them and is in the report."""
-    return Report.gathered(name, readings(make, wanted, device, seed, progress))
+    return Report.gathered(name, readings(make, selection, device, seed, progress))
 
 
 def readings(
     make: Make,
-    wanted: Wanted,
+    selection: Selection,
     device: str | None,
     seed: int,
     progress: Callable[[str], None],
@@ -56,18 +56,18 @@ def readings(
     pair = pair_of(make, seed)
     comparison = comparison_of(pair, device=device, seed=seed)
     yield read_check(comparison, half=pair.half, steps=pair.steps, progress=progress)
-    if wanted.invariances:
+    if selection.invariances:
         progress("invariances")
         yield read_invariances(comparison)
-    if wanted.sweep:
+    if selection.sweep:
         yield read_sweep(comparison, progress=progress)
-    for optimizer in wanted.trajectories if trains(pair) else ():
+    for optimizer in selection.trajectories if trains(pair) else ():
         for precision in ("float64", "float32") if comparison.float64 else ("float32",):
             progress(f"{optimizer}, {precision}")
-            yield read_trajectory(comparison, optimizer=optimizer, steps=wanted.steps, precision=precision)
-    if wanted.fast:
+            yield read_trajectory(comparison, optimizer=optimizer, steps=selection.steps, precision=precision)
+    if selection.fast:
         progress("default precision")
-        yield read_fast_path(comparison, matmul_precision=wanted.matmul_precision)
+        yield read_fast_path(comparison, matmul_precision=selection.matmul_precision)
 
 
 def pair_of(make: Make, seed: int) -> Pair:

@@ -190,12 +190,12 @@ def flax_names(name: str, other: Owner) -> Iterator[str]:
 
 def shape_fits(owner: Owner, name: str, other: Owner, flax: str, parts: int = 1) -> bool:
     """True if a tensor, or one of equal parts of it, has the shape of Flax's array."""
-    tensor, wanted = nothing(owner.shapes[name]), other.shapes[flax]
+    tensor, expected = nothing(owner.shapes[name]), other.shapes[flax]
     kind = kind_of(owner.module, tensor, (flax,))
     shape = KINDS[kind][0](tensor).shape
     if parts > 1:
         shape = (*shape[:-1], shape[-1] / parts) if shape else shape
-    return shape == wanted or (len(shape) != len(wanted) and np.prod(shape) == np.prod(wanted))
+    return shape == expected or (len(shape) != len(expected) and np.prod(shape) == np.prod(expected))
 
 
 def assigned(theirs: list[Owner], ours: list[Owner]) -> tuple[list[tuple[Owner, Owner]], dict[str, list[str]]]:

@@ -67,7 +67,7 @@ class Backward:
         """
         floats, others, labels, targets = self.side.arguments(self.batch)
         graphdef, params, rest = split(self.forward.model)
-        keys = {flax: key for flax, key in self.forward.wanted.items() if key in group}
+        keys = {flax: key for flax, key in self.forward.pairs.items() if key in group}
 
         def objective(params: nnx.State, zeros: dict[Key, list[jax.Array]]) -> jax.Array:
             counts: dict[str, int] = {}

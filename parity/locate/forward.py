@@ -79,30 +79,30 @@ class Forward:
         self.counts: dict[str, int] = {}
         self.repeatable: dict[Key, Repeatable] = {}
         self.readings = {path: PathErrors() for path, _ in run.calls}
-        self.wanted = self.counterparts()
+        self.pairs = self.counterparts()
         if not self.exact:
             for path, limit in own_errors(run, side.dtype).items():
                 self.readings[path].limit = limit
 
     def counterparts(self) -> dict[Key, Key]:
         """PyTorch's call by Flax's; layer 3 of a scanned stack is the fourth call of its one module."""
-        wanted: dict[Key, Key] = {}
+        pairs: dict[Key, Key] = {}
         stacked: dict[Key, Key] = {}
         for path, n in self.run.calls:
             name = self.side.weights.module(path)
             if name is None:
                 continue
-            wanted[name, n] = path, n
+            pairs[name, n] = path, n
             words = name.split(".")
             for i, word in enumerate(words):
                 if word.isdigit() and n == 0:
                     stacked[".".join(words[:i] + words[i + 1 :]), int(word)] = path, n
-        return stacked | wanted
+        return stacked | pairs
 
     def record(self, call: FlaxCall) -> Any:
         """Compares a call that was just made with its counterpart."""
         n = self.counts[call.path] = self.counts.get(call.path, -1) + 1
-        key = self.wanted.get((call.path, n))
+        key = self.pairs.get((call.path, n))
         if key is None:
             return call.output
         reading = self.readings[key[0]]
