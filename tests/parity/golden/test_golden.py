@@ -103,6 +103,24 @@ def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
         parity.record(*mlp()[::2], tmp_path / "nowhere" / "mlp")
 
 
+def test_a_recording_that_fails_leaves_the_old_one(recorded, tmp_path, monkeypatch):
+    """The JSON is written last: without it there is no fixture."""
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    torch_module, _, x = mlp()
+
+    def full(file, tensors):
+        file.write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("parity.golden.fixture.write_file", full)
+    with pytest.raises(OSError, match="No space"):
+        parity.record(torch_module, {"x": 2 * x}, recorded[1])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with pytest.raises(OSError, match="No space"):
+        parity.record(torch_module, {"x": x}, tmp_path / "new")
+    assert {file.name for file in tmp_path.iterdir()} == set(before)
+
+
 def test_every_system_ships_a_fixture():
     shipped = {file.stem for file in stems(SHIPPED)}
     assert shipped == set(GOLDEN)
