@@ -17,17 +17,17 @@ def example():
     return module
 
 
-def test_the_names_are_suggested_but_for_the_order_of_a_fused_projection(example, capsys):
+def test_suggest_finds_all_names_and_marks_the_order_of_fused_projections_as_ambiguous(example, capsys):
     assert example.main(["--suggest"]) == 0
-    said = capsys.readouterr().out
-    assert "no counterpart" not in said
-    assert "'model.transformer.h.*.mlp.c_fc': 'blocks.*.up'" in said
-    assert said.count("ambiguous") == 2
+    output = capsys.readouterr().out
+    assert "no counterpart" not in output
+    assert "'model.transformer.h.*.mlp.c_fc': 'blocks.*.up'" in output
+    assert output.count("ambiguous") == 2
 
 
-def test_the_port_as_it_was_is_found_out_and_the_fixed_one_agrees(example, capsys):
+def test_the_bug_is_located_and_the_fixed_port_agrees(example, capsys):
     assert example.main(["--bug"]) == 1
-    said = capsys.readouterr().out
-    assert "first divergence: model.transformer.h.0.ln_1" in said
-    assert "epsilon: Flax has 1e-06, PyTorch 1e-05" in said
+    output = capsys.readouterr().out
+    assert "first divergence: model.transformer.h.0.ln_1" in output
+    assert "epsilon: Flax has 1e-06, PyTorch 1e-05" in output
     assert example.main([]) == 0

@@ -179,6 +179,8 @@ def test_the_installed_packages_are_those_of_the_wheel(run, environment):
     code, out, _ = run("python", "-c", "import jaxmodels; print(jaxmodels.__version__, *dir(jaxmodels))")
     assert out.split()[0] == "0.2.0"
     assert {"load", "save", "register"} <= set(out.split())
+    code, out, _ = run("python", "-c", "import parity; print(*dir(parity))")
+    assert {"check", "suggest", "sweep", "trajectory", "replay"} <= set(out.split())
 
 
 def test_train_is_the_users_own(run):
