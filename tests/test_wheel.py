@@ -203,10 +203,16 @@ def test_the_command_says_its_version_and_its_subcommands(run):
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_each_subcommand_has_help_under_the_name_it_was_called_by(run, name):
-    experiment = ["my_experiment"] if name == "plan" else []
-    code, out, err = run("jaxmodels", name, *experiment, "--help")
+    code, out, err = run("jaxmodels", name, "--help")
     assert (code, err) == (0, "")
-    assert out.lower().startswith(" ".join(["usage: jaxmodels", name, *experiment, ""]))
+    assert out.startswith(f"usage: jaxmodels {name} ")
+
+
+def test_the_planner_finds_an_experiment_in_the_current_folder(run):
+    code, out, err = run("jaxmodels", "plan", "my_experiment", "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: jaxmodels plan my_experiment ")
+    assert "--d-model" in out
 
 
 def test_the_planner_does_not_run_the_train_of_the_user(run):

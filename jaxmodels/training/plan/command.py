@@ -7,6 +7,7 @@ Compiles the same step that training runs, for the topology, and reads memory an
 program. Needs libtpu: pip install 'jaxmodels[train,plan]'.
 """
 
+import argparse
 import dataclasses
 import math
 import sys
@@ -24,6 +25,14 @@ from jaxmodels.training.plan.topology import generation_of, topology_devices
 from jaxmodels.training.script import parse_flags, peek, with_presets
 
 PROGRAM = "python -m train.plan"
+EXAMPLES = """\
+Experiments of a checkout: {names}. Any other is given by its module.
+`{prog} EXPERIMENT --help` lists the options.
+
+examples:
+  {prog} rope --preset original --topology v5e:2x4 --mesh fsdp=4,tensor=2 --batch-size 64
+  {prog} my_project.experiment --topology v5e:2x4
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +50,23 @@ class Command:
     another (50432 for the published sizes of neox)"""
 
 
+def overview(prog: str) -> argparse.ArgumentParser:
+    """Parser of `--help` before an experiment is named, whose flags depend on it."""
+    arguments = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [-h] EXPERIMENT …",
+        description="Compile a training step for a TPU slice, without a TPU, and print its memory and speed.",
+        epilog=EXAMPLES.format(prog=prog, names=", ".join(EXPERIMENTS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("experiment", metavar="EXPERIMENT", help="name or module of an experiment")
+    return arguments
+
+
 def parse(arguments: Sequence[str], prog: str = PROGRAM) -> tuple[Experiment[Any], Command]:
     """Parse a command line; raises ValueError for an unknown experiment or preset."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        overview(prog).parse_args(arguments[:1])
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
             f"experiment is missing: {prog} EXPERIMENT --help, where EXPERIMENT is one of {', '.join(EXPERIMENTS)}, "

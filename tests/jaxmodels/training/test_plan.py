@@ -224,3 +224,13 @@ def test_a_step_that_does_not_fit_is_refused_with_suggestions():
         r"parameters and optimizer take [\d.e-]+ GiB of it, activations the rest: try remat=layers, .*\n",
         err,
     )
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_before_an_experiment_lists_them(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main([flag], prog="jaxmodels plan")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: jaxmodels plan ")
+    assert all(name in shown for name in EXPERIMENTS)
