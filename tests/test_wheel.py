@@ -232,7 +232,7 @@ def test_parity_has_help_a_version_and_its_cases(run):
 
 
 def test_parity_replays_a_fixture_of_the_package(run):
-    code, out, err = run("parity", "rope.rotary", "--replay", blocked=["torch"])
+    code, out, err = run("parity", "rope.rotary", "--replay", blocked=OPTIONAL)
     assert code == 0, err
     assert "rope.rotary" in out
 
