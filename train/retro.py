@@ -43,6 +43,7 @@ from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import embedder_of
 from jaxmodels.retro.retrieval.examples import (
     Kind,
+    Lookup,
     Samples,
     attach,
     index_checksum,
@@ -220,7 +221,7 @@ class Retro(Experiment[Config]):
         if c.retrieval:
             index = self.open_index(interrupted).index
             file = Path(c.index) / "training.npz"
-            train = attach(train, index, c.neighbors, file, own=True, interrupted=interrupted)
+            train = attach(train, index, Lookup(c.neighbors, own=True), file, interrupted)
             validation = self.validation(tokens, interrupted=interrupted)
             sha256, about = index_checksum(sha256, index), f"{about}; {len(index):,} chunks to find"
         order = grain.MapDataset.range(len(train)).seed(c.seed).shuffle().repeat()
@@ -235,10 +236,10 @@ class Retro(Experiment[Config]):
         windows = Windows(tokens.validation, c.seq_len, "validation")
         if kind is None:
             return windows
-        run = c.overlap if kind == "filtered" else 0
+        lookup = Lookup(c.neighbors, kind, run=c.overlap if kind == "filtered" else 0)
         file = Path(c.index) / f"validation_{kind}.npz"
         index = self.open_index(interrupted).index
-        return attach(samples_of(windows), index, c.neighbors, file, kind, run=run, interrupted=interrupted)
+        return attach(samples_of(windows), index, lookup, file, interrupted)
 
     def open_index(self, interrupted: Interrupted = never) -> Retriever:
         """Open the index of the training text; the first process builds it if it does not exist.

@@ -15,7 +15,7 @@ import pytest
 from jaxmodels.retro.retrieval import examples
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import HashedNGrams
-from jaxmodels.retro.retrieval.examples import Samples, attach, make_once, samples_of, start_positions
+from jaxmodels.retro.retrieval.examples import Lookup, Samples, attach, make_once, samples_of, start_positions
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training import evaluate, metrics, sample
@@ -226,7 +226,9 @@ def test_examples_skip_up_to_seven_tokens_and_cover_the_text_in_every_pass():
 
 
 def test_neighbors_of_training_examples_never_overlap_their_own_example(index, tmp_path):
-    samples = attach(samples_at(index, start_positions(len(TEXT), 11, 1, 0)), index, 2, tmp_path / "n.npz", own=True)
+    samples = attach(
+        samples_at(index, start_positions(len(TEXT), 11, 1, 0)), index, Lookup(2, own=True), tmp_path / "n.npz"
+    )
     assert samples.neighbors.shape == (len(samples), 2, 2)
     begin, end = samples.starts[:, None, None], samples.starts[:, None, None] + 12
     assert ((samples.neighbors + 2 * L <= begin) | (samples.neighbors >= end)).all()
@@ -238,7 +240,7 @@ def test_neighbors_of_training_examples_never_overlap_their_own_example(index, t
 def test_filtered_neighbors_share_no_run_with_the_text_to_predict(index, tmp_path):
     samples = first_of(index, 600)
     nearest, filtered = (
-        attach(samples, index, 2, tmp_path / f"{kind}.npz", kind, run=3) for kind in ("nearest", "filtered")
+        attach(samples, index, Lookup(2, kind, run=3), tmp_path / f"{kind}.npz") for kind in ("nearest", "filtered")
     )
 
     def sharing(found: Samples) -> float:
@@ -257,21 +259,21 @@ def test_filtered_neighbors_share_no_run_with_the_text_to_predict(index, tmp_pat
 
 def test_neighbors_in_a_file_are_of_the_same_examples_and_inside_the_corpus(index, tmp_path, monkeypatch):
     samples, file = first_of(index, 300), tmp_path / "n.npz"
-    first = attach(samples, index, 2, file)
+    first = attach(samples, index, Lookup(2), file)
     looked_up = []
     original = examples.look_up
     monkeypatch.setattr(examples, "look_up", lambda *a, **k: looked_up.append(1) or original(*a, **k))
-    np.testing.assert_array_equal(attach(samples, index, 2, file).neighbors, first.neighbors)
+    np.testing.assert_array_equal(attach(samples, index, Lookup(2), file).neighbors, first.neighbors)
     assert not looked_up
-    attach(first_of(index, 400), index, 2, file)
+    attach(first_of(index, 400), index, Lookup(2), file)
     file.write_bytes(file.read_bytes()[:200])
-    attach(first_of(index, 400), index, 2, file)
+    attach(first_of(index, 400), index, Lookup(2), file)
     assert len(looked_up) == 2
     with np.load(file) as opened:
         kept = dict(opened)
     np.savez(file, **kept | {"neighbors": kept["neighbors"] + len(TEXT)})
     with pytest.raises(ValueError, match=f"0 to {len(TEXT) - 1}"):
-        attach(first_of(index, 400), index, 2, file)
+        attach(first_of(index, 400), index, Lookup(2), file)
 
 
 @pytest.mark.parametrize(

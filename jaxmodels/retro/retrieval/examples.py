@@ -90,33 +90,37 @@ def make_once(make: Callable[[], Made]) -> Made:
     return make() if made is None else made
 
 
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """The neighbors to look up for each chunk: the k nearest, the k nearest that pass a filter, or k random ones.
+
+    own: the samples are from the corpus of the index, and no neighbor may overlap its own sample. kind "filtered": nor
+    share `run` tokens in a row with its chunk or the next chunk, which it helps to predict. seed: of the random ones.
+    """
+
+    k: int
+    kind: Kind = "nearest"
+    own: bool = False
+    run: int = 0
+    seed: int = 0
+
+
 def attach(
-    samples: Samples,
-    index: ChunkIndex,
-    k: int,
-    file: Path,
-    kind: Kind = "nearest",
-    *,
-    own: bool = False,
-    run: int = 0,
-    seed: int = 0,
-    interrupted: Callable[[], bool] = lambda: False,
+    samples: Samples, index: ChunkIndex, lookup: Lookup, file: Path, interrupted: Callable[[], bool] = lambda: False
 ) -> Samples:
     """Attach neighbors to samples: those in the file if it fits samples and index, else new ones, saved there.
 
-    own: the samples are from the corpus of the index, and no neighbor may overlap its own sample. kind "filtered": nor
-    share `run` tokens in a row with its chunk or the next chunk, which it helps to predict. The first process looks
-    them up. Raises KeyboardInterrupt without writing if interrupted() during the lookup.
+    The first process looks them up. Raises KeyboardInterrupt without writing if interrupted() during the lookup.
     """
     parts = (samples.starts.astype("<i8").tobytes(), np.asarray(samples.windows.ids).astype("<i4").tobytes())
-    about = f"{index.fingerprint}|{index.n_probe}|{samples.windows.seq_len}|{k}|{kind}|{own}|{run}|{seed}"
+    searched = "|".join(map(str, dataclasses.astuple(lookup)))
+    about = f"{index.fingerprint}|{index.n_probe}|{samples.windows.seq_len}|{searched}"
     fingerprint = hashlib.sha256(b"|".join([about.encode(), *parts])).hexdigest()
 
     def kept() -> np.ndarray:
         neighbors = read(file, fingerprint)
         if neighbors is None:
-            found = look_up(samples, index, k, kind, own=own, run=run, seed=seed, interrupted=interrupted)
-            neighbors = found.astype(np.int32)
+            neighbors = look_up(samples, index, lookup, interrupted).astype(np.int32)
             with atomic_file(file) as new, open(new, "wb") as opened:
                 np.savez(opened, fingerprint=fingerprint, neighbors=neighbors)
         return neighbors
@@ -125,33 +129,26 @@ def attach(
 
 
 def look_up(
-    samples: Samples,
-    index: ChunkIndex,
-    k: int,
-    kind: Kind,
-    *,
-    own: bool = False,
-    run: int = 0,
-    seed: int = 0,
-    interrupted: Callable[[], bool] = lambda: False,
+    samples: Samples, index: ChunkIndex, lookup: Lookup, interrupted: Callable[[], bool] = lambda: False
 ) -> np.ndarray:
     """Look up the neighbors [n, C, k] of all chunks of all samples."""
     ids, seq_len = samples.windows.ids, samples.windows.seq_len
     n, c, length = len(samples), seq_len // index.chunk_len, index.chunk_len
-    if kind == "random":
-        return np.random.default_rng([seed, 5]).choice(index.starts, (n, c, k))
+    if lookup.kind == "random":
+        return np.random.default_rng([lookup.seed, 5]).choice(index.starts, (n, c, lookup.k))
     places = samples.starts[:, None] + length * np.arange(c)  # [n, C]
     chunks = ids[places[..., None] + np.arange(length)].reshape(n * c, length)
-    spans = np.stack([samples.starts, samples.starts + seq_len + 1], axis=1) if own else None
-    refuse = None
-    if kind == "filtered":
-        around = places.reshape(-1, 1) + np.arange(2 * length)
+    own = refuse = None
+    if lookup.own:
+        spans = np.stack([samples.starts, samples.starts + seq_len + 1], axis=1)  # [n, 2]
+        own = np.repeat(spans, c, axis=0)  # [n·C, 2]
+    if lookup.kind == "filtered":
+        around = places.reshape(-1, 1) + np.arange(2 * length)  # [n·C, 2·L]
         known = around < len(ids)
         texts = np.where(known, ids[np.where(known, around, 0)].astype(np.int64), -1)
-        refuse = sharing(index.corpus, texts, run, 2 * length)
-    spans = None if spans is None else np.repeat(spans, c, axis=0)
-    found = index.neighbors(chunks, k, own=spans, refuse=refuse, progress=True, interrupted=interrupted)
-    return found.reshape(n, c, k)
+        refuse = sharing(index.corpus, texts, lookup.run, 2 * length)
+    found = index.neighbors(chunks, lookup.k, own=own, refuse=refuse, progress=True, interrupted=interrupted)
+    return found.reshape(n, c, lookup.k)
 
 
 def read(file: Path, fingerprint: str) -> np.ndarray | None:
@@ -168,5 +165,5 @@ def nearest_neighbors(samples: Samples, index: ChunkIndex, k: int) -> Samples:
     seq_len = samples.windows.seq_len
     if seq_len < index.chunk_len:
         raise ValueError(f"seq_len={seq_len} must be at least chunk_len={index.chunk_len}")
-    neighbors = look_up(samples, index, k, "nearest")
+    neighbors = look_up(samples, index, Lookup(k))
     return dataclasses.replace(samples, neighbors=neighbors, corpus=index.corpus, length=2 * index.chunk_len)
