@@ -1,4 +1,4 @@
-"""The systems in plain PyTorch: what the Flax twins in `jaxmodels` are measured against.
+"""The systems in plain PyTorch: references for the Flax twins in `jaxmodels`.
 
 Clarity before speed: no fused kernels, no custom autograd, one score matrix per attention. Attribute names are the
 originals', so a checkpoint trained with them loads as it is.

@@ -5,6 +5,7 @@ In einsums: i query, j key, b batch, h head, d feature.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch_ref.layers import HeadProjection
 
 
 class Attention(nn.Module):
-    """What every attention here shares: scores -> mask -> softmax over keys -> dropout -> weighted values -> output.
+    """Base class of the attentions: scores -> mask -> softmax over keys -> dropout -> weighted values -> output.
 
     A subclass fills `project` (tokens to per-head queries, keys and values) and `get_scores`.
     """
@@ -29,22 +30,32 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout_prob)
         self.scale = 1 / math.sqrt(self.d_k)
 
-    def project(self, query, key, value, offset: int):
-        """Queries, keys and values by head; `offset` is the position of the first token given."""
+    def project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int
+    ) -> tuple[Any, Any, torch.Tensor]:
+        """Queries, keys and values by head, as `get_scores` takes them; `offset`: position of the first token."""
         raise NotImplementedError
 
-    def get_scores(self, query, key, value) -> torch.Tensor:
+    def get_scores(self, query: Any, key: Any, value: torch.Tensor) -> torch.Tensor:
         """Logits [S, N, B, H] before the mask."""
         raise NotImplementedError
 
     def restore(self, x: torch.Tensor, offset: int) -> torch.Tensor:
-        """What is done to the weighted sum [S, B, H, d_k] before the output projection: nothing."""
+        """Undo what `project` did to the values, on the weighted sum [S, B, H, d_k]; the identity by default."""
         return x
 
-    def forward(self, *, query, key, value, mask=None, cache: dict | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        *,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
         """query [S, B, D], key and value [N, B, D] -> [S, B, D].
 
-        mask [S or 1, N, 1 or B] bool, True = may attend. `cache`, when given, is a dict that keeps this layer's keys
+        mask [S or 1, N, 1 or B] bool, True = may attend. `cache` is a dict that keeps this layer's keys
         and values between calls: the tokens given are appended to it, and all of it is attended to.
         """
         offset = len(cache["value"]) if cache else 0
@@ -71,10 +82,12 @@ class MultiHeadAttention(Attention):
         self.query = HeadProjection(d_model, heads, self.d_k, bias=bias)
         self.key = HeadProjection(d_model, heads, self.d_k, bias=bias)
 
-    def project(self, query, key, value, offset):
+    def project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int
+    ) -> tuple[Any, Any, torch.Tensor]:
         return self.query(query), self.key(key), self.value(value)
 
-    def get_scores(self, query, key, value):
+    def get_scores(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.einsum("ibhd,jbhd->ijbh", query, key) * self.scale
 
 
@@ -93,7 +106,7 @@ class RelativeMultiHeadAttention(MultiHeadAttention):
         self.key_pos_bias = nn.Parameter(torch.zeros(2 * self.P, heads))
         self.query_pos_bias = nn.Parameter(torch.zeros(heads, self.d_k))
 
-    def get_scores(self, query, key, value):
+    def get_scores(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         s, n = len(query), len(key)
         if n > self.P:
             raise ValueError(f"{n} keys given, but the relative position tables reach back {self.P} at most")

@@ -39,7 +39,7 @@ class FeedbackAttention(nn.Module):
         self.query_pos_bias = nn.Parameter(torch.zeros(heads, self.d_k))
 
     def forward(self, *, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query [B, D]; key and value [n, B, D], or [n, B, H, d_k] where they are precomputed -> [B, D]."""
+        """query [B, D]; key and value [n, B, D], or [n, B, H, d_k] if they are precomputed -> [B, D]."""
         n = len(key)
         if n > self.P:
             raise ValueError(f"{n} memories given, but the position tables reach back {self.P} at most")
@@ -54,7 +54,7 @@ class FeedbackAttention(nn.Module):
 
 
 class FeedbackTransformerLayer(nn.Module):
-    """x ← x + drop(attn(LN x, memory)), left out whole where there is no memory yet; then x ← x + drop(FF(LN x))."""
+    """x ← x + drop(attn(LN x, memory)), which is skipped while there is no memory; then x ← x + drop(FF(LN x))."""
 
     def __init__(self, attn: FeedbackAttention, d_model: int, d_ff: int, dropout_prob: float = 0.1):
         super().__init__()
@@ -72,7 +72,7 @@ class FeedbackTransformerLayer(nn.Module):
 
 
 class Feedback(nn.Module):
-    """What both variants share: layers, the mixture of their outputs into a memory, the final norm.
+    """Base class of both variants: layers, the mixture of their outputs into a memory, the final norm.
 
     Memory of a step: m = Σ_l softmax(w)_l · x^l over l = 0 … L, where x⁰ is the step's input; w starts as ones.
     `memory` M limits what a step sees to the last M of them.
@@ -110,7 +110,9 @@ class Feedback(nn.Module):
             self.key = HeadProjection(d_model, heads, d_model // heads, bias=False)
             self.value = HeadProjection(d_model, heads, d_model // heads, bias=False)
 
-    def step(self, x: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None):
+    def step(
+        self, x: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step: x [B, D] -> the last layer's output and the step's memory, both [B, D]."""
         outputs = [x]
         for layer in self.layers:
@@ -119,13 +121,13 @@ class Feedback(nn.Module):
         return x, torch.einsum("lbd,l->bd", torch.stack(outputs), self.weights.softmax(dim=0))
 
     def last(self, memories: list[torch.Tensor]) -> torch.Tensor | None:
-        """The memories that a step sees, stacked [n, …]; None where there are none."""
+        """Stack the memories that a step sees: [n, …]; None if there are none."""
         memories = memories if self.memory is None else memories[-self.memory :]
         return torch.stack(memories) if memories else None
 
 
 class FeedbackTransformer(Feedback):
-    """Each layer makes keys and values of its own from the memories."""
+    """Each layer projects the memories to its own keys and values."""
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[S, B, D] -> [S, B, D]."""
@@ -140,7 +142,7 @@ class FeedbackTransformer(Feedback):
 
 
 class FeedbackTransformerKV(Feedback):
-    """One key and one value projection, both without bias, make what all layers attend to."""
+    """All layers attend to the same keys and values, made by one key and one value projection without bias."""
 
     shares_kv = True
 

@@ -20,7 +20,7 @@ from torch_ref.feedback import FeedbackTransformerKV as PlainFeedbackTransformer
 
 
 class View(torch.autograd.Function):
-    """The memory's first rows, the last of which is `newest`; see the module's docstring."""
+    """First rows of the memory, of which `newest` is the last; see the module's docstring."""
 
     @staticmethod
     def forward(ctx: Any, newest: torch.Tensor, memory: torch.Tensor, gradient: torch.Tensor, n: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ class Stack:
         self.n = 0
 
     def clear(self, length: int, like: torch.Tensor) -> None:
-        """Room for `length` rows, none taken."""
+        """Empty the stack, with room for `length` rows."""
         self.n = 0
         if self.memory.shape == (length, *like.shape) and self.memory.dtype == like.dtype:
             self.gradient.zero_()
@@ -49,8 +49,8 @@ class Stack:
             self.memory, self.gradient = (like.new_zeros(length, *like.shape) for _ in range(2))
 
     def append(self, row: torch.Tensor) -> torch.Tensor:
-        """Writes a row behind the others -> all rows so far, to be differentiated once."""
-        self.memory.data[self.n] = row.detach()  # through .data: autograd must not notice
+        """Append a row and return all rows so far, which may be differentiated once."""
+        self.memory.data[self.n] = row.detach()  # through .data, so that autograd does not record the write
         self.n += 1
         return View.apply(row, self.memory, self.gradient, self.n)
 

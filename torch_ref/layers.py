@@ -1,4 +1,4 @@
-"""What several systems share: the projection to heads and the feed-forward network."""
+"""Layers that several systems share: the projection to heads and the feed-forward network."""
 
 import torch
 from torch import nn

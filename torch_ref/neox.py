@@ -6,17 +6,18 @@ vocabulary. In einsums: b batch, i query, j key, h head, d feature. A config is 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from torch_ref.rope import rotary_tables, rotary_width, turn
+from torch_ref.rope import rotary_tables, rotary_width, rotate
 
 
 class Embedding(nn.Module):
     """ids [B, S] -> [B, S, D]."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.emb = nn.Embedding(config.n_vocab, config.n_hidden)
 
@@ -27,7 +28,7 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Rotary attention over H heads; each head's query, key and value lie side by side in `qkv_lin`'s output."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.heads, self.d_k = config.n_heads, config.n_hidden // config.n_heads
         self.d_rope = rotary_width("rope_percentage", config.rope_percentage, self.d_k)
@@ -40,8 +41,8 @@ class Attention(nn.Module):
         qkv = self.qkv_lin(x).unflatten(-1, (self.heads, 3 * self.d_k))
         q, k, v = qkv.split(self.d_k, dim=-1)  # [B, S, H, d_k]
         cos, sin = rotary_tables(positions, self.d_rope, self.base, torch.promote_types(x.dtype, torch.float32))
-        q, k = (turn(a, cos[:, :, None], sin[:, :, None]) for a in (q, k))
-        dtype = torch.promote_types(x.dtype, torch.float32)  # float16 ends at 65,504
+        q, k = (rotate(a, cos[:, :, None], sin[:, :, None]) for a in (q, k))
+        dtype = torch.promote_types(x.dtype, torch.float32)  # the largest float16 is 65,504
         scores = torch.einsum("bihd,bjhd->bhij", q.to(dtype), k.to(dtype)) / math.sqrt(self.d_k)
         weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(dim=-1).to(x.dtype)
         return self.output(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
@@ -50,7 +51,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """W₂ gelu(W₁ x + b₁) + b₂."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         width = 4 * config.n_hidden if config.n_ff is None else config.n_ff
         self.dense_h_h4 = nn.Linear(config.n_hidden, width)
@@ -64,7 +65,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attn(LN₁ x) + ffn(LN₂ x); with the sequential residual x ← x + attn(LN₁ x), then x + ffn(LN₂ x)."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.parallel_residual = config.parallel_residual
         self.pre_ln_attn = nn.LayerNorm(config.n_hidden, eps=config.layer_norm_eps)
@@ -83,7 +84,7 @@ class Block(nn.Module):
 class FinalNorm(nn.Module):
     """The last LayerNorm."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.ln = nn.LayerNorm(config.n_hidden, eps=config.layer_norm_eps)
 
@@ -94,7 +95,7 @@ class FinalNorm(nn.Module):
 class Readout(nn.Module):
     """[B, S, D] -> logits [B, S, V], without a bias."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.linear = nn.Linear(config.n_hidden, config.n_vocab, bias=False)
 
@@ -105,7 +106,7 @@ class Readout(nn.Module):
 class NeoX(nn.Module):
     """Token ids to logits of the next token; tied, the readout is the embedding's table."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.embedding = Embedding(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -116,7 +117,7 @@ class NeoX(nn.Module):
         self.initialise(config)
 
     @torch.no_grad()
-    def initialise(self, config) -> None:
+    def initialise(self, config: Any) -> None:
         """N(0, √(2/5D)), for what writes into the residual stream N(0, 2/(L·√D)); biases 0."""
         wide, narrow = math.sqrt(2 / (5 * config.n_hidden)), 2 / (config.n_layers * math.sqrt(config.n_hidden))
         for name, parameter in self.named_parameters():
@@ -131,7 +132,7 @@ class NeoX(nn.Module):
         start = torch.zeros(len(ids), dtype=torch.long, device=ids.device) if start is None else start
         text = s >= start[:, None]  # [B, S]
         causal = s[:, None] >= s
-        mask = (causal & text[:, None]) | (s[:, None] == s)  # padding sees itself, to stay finite
+        mask = (causal & text[:, None]) | (s[:, None] == s)  # padding attends to itself, so that its softmax is finite
         positions = (s - start[:, None]).clamp(min=0)
         x = self.embedding(torch.where(text, ids, 0))
         for layer in self.layers:

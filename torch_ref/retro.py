@@ -1,7 +1,7 @@
 """RETRO (arXiv 2112.04426), batch-first, with the attribute names of the original's layers.
 
-Axes: B batch, S sequence, C = S // chunk_len chunks, N neighbours of a chunk, M tokens of a neighbour, D = d_model, H
-heads of d_k features (H·d_k need not be D), V vocabulary. In einsums: b batch, c chunk, n neighbour, i query, j key, h
+Axes: B batch, S sequence, C = S // chunk_len chunks, N neighbors of a chunk, M tokens of a neighbor, D = d_model, H
+heads of d_k features (H·d_k need not be D), V vocabulary. In einsums: b batch, c chunk, n neighbor, i query, j key, h
 head, d feature.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from torch_ref.rope import rotary_tables, turn
+from torch_ref.rope import rotary_tables, rotate
 
 ROTARY_BASE = 10_000
 
 
 class Attention(nn.Module):
-    """What the three attentions share: a norm of what asks, biased projections to heads and back."""
+    """Base class of the three attentions: a norm of the queries' input, biased projections to heads and back."""
 
     def __init__(self, d_model: int, n_heads: int, d_k: int):
         super().__init__()
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """h + W_o softmax(QKᵀ/√d_k) V of LN(h), all of d_k turned by the positions; causal, or seeing everything.
+    """h + W_o softmax(QKᵀ/√d_k) V of LN(h), all d_k features rotated by the positions; causal or not.
 
     The originals' checkpoints have the rotary frequencies as `rotary_pe.theta`: they are compared and dropped.
     """
@@ -44,7 +44,7 @@ class SelfAttention(Attention):
     def __init__(self, d_model: int, n_heads: int, d_k: int, is_causal: bool):
         super().__init__(d_model, n_heads, d_k)
         if d_k < 2 or d_k % 2:
-            raise ValueError(f"d_k={d_k} must be even and at least 2: all of it turns with the position")
+            raise ValueError(f"d_k={d_k} must be even and at least 2: all of it is rotated")
         self.is_causal = is_causal
         self.register_load_state_dict_pre_hook(drop_theta)
 
@@ -53,7 +53,7 @@ class SelfAttention(Attention):
         s, z = h.shape[1], self.norm(h)
         dtype = torch.promote_types(h.dtype, torch.float32)
         cos, sin = rotary_tables(torch.arange(s, device=h.device), self.d_k, ROTARY_BASE, dtype)
-        q, k = (turn(self.heads(linear(z)), cos[:, None], sin[:, None]) for linear in (self.query, self.key))
+        q, k = (rotate(self.heads(linear(z)), cos[:, None], sin[:, None]) for linear in (self.query, self.key))
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * self.scale
         if self.is_causal:
             later = torch.ones(s, s, dtype=torch.bool, device=h.device).triu(1)
@@ -62,8 +62,8 @@ class SelfAttention(Attention):
         return h + self.output(x.flatten(2))
 
 
-def drop_theta(module: SelfAttention, state_dict, prefix: str, *_) -> None:
-    """Takes the originals' frequencies out of a state_dict; raises ValueError where they are of another base."""
+def drop_theta(module: SelfAttention, state_dict: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    """Remove the originals' frequencies from a state_dict; raises ValueError if they have another base."""
     key = f"{prefix}rotary_pe.theta"
     if key not in state_dict:
         return
@@ -74,7 +74,7 @@ def drop_theta(module: SelfAttention, state_dict, prefix: str, *_) -> None:
 
 
 class CrossAttention(Attention):
-    """Neighbours' tokens attend to the chunk that they were retrieved for: e + W_o softmax(QKᵀ/√d_k) V, Q of LN(e)."""
+    """Neighbors' tokens attend to the chunk that they were retrieved for: e + W_o softmax(QKᵀ/√d_k) V, Q of LN(e)."""
 
     def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """e [B, C, N, M, D], h [B, C, chunk_len, D] (normed already) -> [B, C, N, M, D]."""
@@ -85,9 +85,9 @@ class CrossAttention(Attention):
 
 
 class ChunkedCrossAttention(Attention):
-    """Each position attends to all tokens of the neighbours of the last chunk that ends at it or before it.
+    """Each position attends to all tokens of the neighbors of the last chunk that ends at it or before it.
 
-    h + W_o softmax(QKᵀ/√d_k) V, Q of LN(h), the softmax over neighbours and their tokens together. The neighbours of
+    h + W_o softmax(QKᵀ/√d_k) V, Q of LN(h), the softmax over neighbors and their tokens together. The neighbors of
     chunk u serve positions (u+1)·chunk_len - 1 … (u+2)·chunk_len - 2; before the first of them h passes.
     """
 
@@ -124,7 +124,7 @@ class FeedForward(nn.Module):
 
 
 class NearestNeighborEncoder(nn.Module):
-    """Neighbours, each by itself and aware of its chunk: self-attention, cross-attention if p ∈ ca_layers, FF."""
+    """Encoder of neighbors, each seeing itself and its chunk: self-attention, cross-attention if p ∈ ca_layers, FF."""
 
     def __init__(
         self, chunk_len: int, n_layers: int, ca_layers: Iterable[int], d_model: int, n_heads: int, d_k: int, d_ff: int
@@ -154,7 +154,7 @@ class RetroModel(nn.Module):
     """Token ids to logits of the next token, with chunks of other text that resemble what was read.
 
     Layer p: causal self-attention; chunked cross-attention to e if p ∈ ca_layers; feed-forward. At p = min(ca_layers)
-    e = LN_e(encoder(emb(ret), h)), once. No final norm; one embedding for the input and the neighbours.
+    e = LN_e(encoder(emb(ret), h)), once. No final norm; one embedding for the input and the neighbors.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class RetroModel(nn.Module):
     def forward(self, x: torch.Tensor, ret: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S], ret [B, C, N, M] of ids -> logits [B, S, V]; ret=None, or C = 0, goes without retrieval.
 
-        Raises ValueError where there are not C = S // chunk_len chunks of neighbours.
+        Raises ValueError unless ret has C = S // chunk_len chunks of neighbors.
         """
         if ret is not None and (ret.ndim != 4 or ret.shape[1] != x.shape[1] // self.chunk_len):
             raise ValueError(
@@ -208,7 +208,7 @@ class RetroModel(nn.Module):
 
 
 def check_ca_layers(ca_layers: Iterable[int], n_layers: int) -> frozenset[int]:
-    """The layers with cross-attention as a set; raises ValueError for one that there is not."""
+    """The layers with cross-attention as a set; raises ValueError for a layer that does not exist."""
     layers = frozenset(ca_layers)
     if not layers <= set(range(n_layers)):
         raise ValueError(f"ca_layers={sorted(layers)} must be layers from 0 to {n_layers - 1}")

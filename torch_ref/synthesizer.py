@@ -4,6 +4,7 @@ Axes: S queries, N keys, n tokens, B batch, H heads, D = d_model = H·d_k, l = m
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,14 +150,16 @@ class SynthesizerAttention(Attention):
         if len(self.parts) > 1:
             self.alpha = nn.Parameter(torch.zeros(len(self.parts) - 1))
 
-    def project(self, query, key, value, offset):
+    def project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int
+    ) -> tuple[Any, Any, torch.Tensor]:
         check_length(offset + max(len(query), len(value)), self.max_len)
         rows = [None if part == "vanilla" else getattr(self, part)(query, offset) for part in self.parts]
         vanilla = "vanilla" in self.parts
         projected = (self.query(query), rows) if vanilla else (None, rows)
         return projected, self.key(key) if vanilla else None, self.value(value)
 
-    def get_scores(self, query, key, value):
+    def get_scores(self, query: Any, key: Any, value: torch.Tensor) -> torch.Tensor:
         query, rows = query
         logits = []
         for row in rows:

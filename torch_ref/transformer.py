@@ -76,7 +76,7 @@ def make_attention(attention: str, heads: int, d_model: int, dropout_prob: float
 class AutoregressiveTransformer(nn.Module):
     """Token ids to logits of the next token, each position seeing itself and what came before.
 
-    attention: 'rotary' (all of d_k turns), 'rotary_value' (RoPER), 'relative', 'plain' (no positions), or a kind of
+    attention: 'rotary' (over all of d_k), 'rotary_value' (RoPER), 'relative', 'plain' (no positions), or a kind of
     SynthesizerAttention, which needs max_len. The embedding is not scaled.
     """
 
