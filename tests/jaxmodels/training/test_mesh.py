@@ -88,9 +88,9 @@ def test_sharding_rules_refuse_unknown_arrays_and_uneven_sizes():
     mesh = abstract_mesh(fsdp=2)
     with pytest.raises(ValueError, match=r"Linear .*sharding_rules.*fsdp=2"):
         parameter_specs(nnx.Linear, {}, mesh)
-    with pytest.raises(ValueError, match=r"no rule for encoder.novelty "):
+    with pytest.raises(ValueError, match=r"encoder\.novelty \[2\]"):
         parameter_specs(AutoregressiveTransformer, {"encoder.novelty": (2,)}, mesh)
-    with pytest.raises(ValueError, match=r"fsdp=2 does not divide 7 of a.layer1.kernel \[7, 3\], nor 1 more"):
+    with pytest.raises(ValueError, match=r"fsdp=2 .*7 of a\.layer1\.kernel \[7, 3\]"):
         parameter_specs(AutoregressiveTransformer, {"a.layer1.kernel": (7, 3), "b.layer1.kernel": (5, 3)}, mesh)
 
 
@@ -116,9 +116,9 @@ def test_neox_rules_divide_its_stacked_layers():
 def test_a_batch_that_does_not_split_is_an_error():
     mesh = abstract_mesh(data=2, fsdp=2, tensor=2)
     check_batch(mesh, 12, 3)
-    with pytest.raises(ValueError, match="batch_size=6 does not split over data·fsdp = 4 devices; see --mesh"):
+    with pytest.raises(ValueError, match=r"batch_size=6\b.*4"):
         check_batch(mesh, 6)
-    with pytest.raises(ValueError, match="batch_size=12 / accumulate=2 does not split over data·fsdp = 4"):
+    with pytest.raises(ValueError, match=r"batch_size=12 .*accumulate=2\b.*4"):
         check_batch(mesh, 12, 2)
 
 
@@ -133,7 +133,7 @@ def test_constrain_is_the_identity_unless_a_mesh_is_set():
         assert constrain(x, "SB") is x  # one device
     from jaxmodels.sharding import place
 
-    with pytest.raises(ValueError, match=r"'SBD' names 3 axes, the array has \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"'SBD' .*3.*\[2, 3\]"):
         place(make_mesh())(x, "SBD")
 
 
