@@ -1,4 +1,4 @@
-"""The allocator keeps what it was told to keep: pages that were touched once are not cleared again."""
+"""keep_freed_memory: pages that were touched once are not cleared again."""
 
 import json
 import platform

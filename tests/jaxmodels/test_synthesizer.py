@@ -35,7 +35,7 @@ def dense_logits(dense, x):
 
 
 def logits_of(attention, part, x, max_len):
-    """What each kind's sentence in the paper says: [B or 1, H, S, l] (vanilla: [B, H, S, N])."""
+    """Logits of each kind by its definition in the paper: [B or 1, H, S, l] (vanilla: [B, H, S, N])."""
     match part:
         case "vanilla":
             q, k = by_head(attention.query, x), by_head(attention.key, x)

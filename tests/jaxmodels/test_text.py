@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmodels import text
-from jaxmodels.text import CharVocabulary, load_corpus, split
+from jaxmodels.text import CharVocabulary, TokenizerFile, find_tokenizer, load_corpus, split
+from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared/data/tiny_shakespeare.txt"
 
@@ -149,3 +150,13 @@ def test_the_sha256_is_that_of_tiny_shakespeare():
 def test_vocabulary_file_is_json(tmp_path):
     CharVocabulary("ab").save(tmp_path / "v.json")
     assert json.loads((tmp_path / "v.json").read_text()) == {"characters": "ab"}
+
+
+def test_a_tokenizer_is_found_in_the_parent_folder_of_a_checkpoint(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    (tmp_path / "global_step7").mkdir()
+    with pytest.raises(ValueError, match="tokenizer=None"):
+        find_tokenizer(None, tmp_path / "global_step7")
+    tokenizer.save(str(tmp_path / "20B_tokenizer.json"))
+    found = TokenizerFile.read(find_tokenizer(None, tmp_path / "global_step7"))
+    assert found.tokenizer.get_vocab() == tokenizer.get_vocab()

@@ -152,7 +152,7 @@ def test_a_bad_file_is_one_clear_error_and_nothing_is_written(pt, tmp_path, monk
         ({**CONFIG, "n_layers": 3}, "missing (16)"),
         ({**CONFIG, "d_ff": 19}, "misshapen"),
         ({**CONFIG, "heads": 5}, "d_model=12"),
-        ({**CONFIG, "colour": 1}, "colour"),
+        ({**CONFIG, "color": 1}, "color"),
         ({**CONFIG, "attention": "rotten"}, "rotten"),
     ],
 )

@@ -16,7 +16,7 @@ def transformer(variant, **others):
 
 
 def naive(model, x_seq: jax.Array) -> jax.Array:
-    """What the paper's equations say, in one expression per equation: [S, B, D] -> [S, B, D]."""
+    """The paper's equations, one expression per equation: [S, B, D] -> [S, B, D]."""
     n, batch, d = x_seq.shape
     weights = jax.nn.softmax(model.weights[...])
 

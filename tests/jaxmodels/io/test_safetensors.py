@@ -1,4 +1,4 @@
-"""Our reader and writer against the `safetensors` package's."""
+"""Reader and writer of safetensors files, compared with the package `safetensors`."""
 
 import json
 import re
@@ -42,14 +42,14 @@ def test_we_read_what_the_package_writes(tmp_path):
 
 
 def test_large_folders_have_an_index(tmp_path):
-    told = []
-    write_folder(tmp_path, ARRAYS, file_bytes=300, progress=told.append)
+    written = []
+    write_folder(tmp_path, ARRAYS, file_bytes=300, progress=written.append)
     names = sorted(file.name for file in tmp_path.iterdir())
     n = len(names) - 1
     assert n > 2
     assert names[:-1] == [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(told) == sum(array.nbytes for array in ARRAYS.values())
+    assert index["metadata"]["total_size"] == sum(written) == sum(array.nbytes for array in ARRAYS.values())
     for name, array in read_folder(tmp_path).items():
         np.testing.assert_array_equal(array, ARRAYS[name])
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 import jaxmodels
 from jaxmodels.convert.hf import save_hf
@@ -20,9 +20,9 @@ from jaxmodels.convert.neox import save_neox
 from jaxmodels.generate import generate
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.neox.generate import main, open_checkpoint
-from jaxmodels.stream import END_OF_TEXT, Stream, StreamedText
-from jaxmodels.text import TokenizerFile, find_tokenizer, load_corpus
+from jaxmodels.stream import Stream
 from tests.common import filled, language_model
+from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
 PROMPT = "The statement "
 N = 12
@@ -30,15 +30,7 @@ N = 12
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([load_corpus("python_docs")[:20_000]], trainer)
-    return tokenizer
+    return byte_level_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def cut(model, tokenizer):
-    """The model without its padding rows: what `generate` is asked for the truth."""
+    """The model without its padding rows, on which `generate` gives the expected tokens."""
     kernel = model.readout.linear.kernel[:, : tokenizer.get_vocab_size()]
     cut = model.unstacked()
     cut.readout.linear.kernel = nnx.Param(kernel)
@@ -105,18 +97,21 @@ def test_a_stream_is_what_generate_returns_at_once(model, cut, tokenizer, settin
 
 
 def test_every_format_of_a_checkpoint_generates_the_same(tmp_path, checkpoint, model, tokenizer, new, capsys):
-    beside = ["--tokenizer", str(checkpoint / "tokenizer.json")]
+    tokenizer_flag = ["--tokenizer", str(checkpoint / "tokenizer.json")]
     save_hf(model, tmp_path / "hf")
     save_neox(model, tmp_path / "shards", model_parallel=3)
     whole = PROMPT + tokenizer.decode(new).rstrip("\ufffd") + "\n"
     for name in ("hf", "shards"):
-        assert main(command(tmp_path / name, *beside)) == 0
+        assert main(command(tmp_path / name, *tokenizer_flag)) == 0
         assert capsys.readouterr().out == whole
     for file in (tmp_path / "shards").rglob("*.yml"):
         file.unlink()
-    assert main(command(tmp_path / "shards", *beside)) == 2
+    assert main(command(tmp_path / "shards", *tokenizer_flag)) == 2
     capsys.readouterr()
-    assert main(command(tmp_path / "shards", *beside, "--config", json.dumps(dataclasses.asdict(model.settings)))) == 0
+    assert (
+        main(command(tmp_path / "shards", *tokenizer_flag, "--config", json.dumps(dataclasses.asdict(model.settings))))
+        == 0
+    )
     assert capsys.readouterr().out == whole
 
 
@@ -148,12 +143,12 @@ def test_weights_are_cast_where_asked(checkpoint, model):
     assert {array.dtype for array in jax.tree.leaves(open_checkpoint(checkpoint))} == {jnp.dtype("float32")}
 
 
-def test_int8_writes_what_the_quantised_model_generates(checkpoint, cut, tokenizer, new, capsys):
+def test_int8_writes_what_the_quantized_model_generates(checkpoint, cut, tokenizer, new, capsys):
     ids = jnp.asarray([tokenizer.encode(PROMPT).ids])
-    quantised = np.asarray(generate(quantize(cut), ids, N))[0].tolist()
-    assert quantised != new  # random weights: their likeliest tokens are near each other
+    quantized = np.asarray(generate(quantize(cut), ids, N))[0].tolist()
+    assert quantized != new  # random weights: their likeliest tokens are near each other
     assert main(command(checkpoint, "--int8")) == 0
-    assert capsys.readouterr().out == PROMPT + tokenizer.decode(quantised).rstrip("\ufffd") + "\n"
+    assert capsys.readouterr().out == PROMPT + tokenizer.decode(quantized).rstrip("\ufffd") + "\n"
 
 
 def test_a_checkpoint_of_int8_weights_stays_as_it_is(tmp_path, checkpoint, model):
@@ -175,43 +170,6 @@ def test_a_text_beyond_the_trained_positions_is_said(checkpoint, capsys, tmp_pat
     assert "max_len=7 " in capsys.readouterr().err
     assert main(command(checkpoint)) == 0
     assert "max_len" not in capsys.readouterr().err
-
-
-def added(text, tokens):
-    return [text.add(token) for token in tokens if not text.ended]
-
-
-def test_text_comes_in_whole_characters(tokenizer):
-    ids = tokenizer.encode("a – é€ b").ids
-    parts = added(StreamedText(tokenizer), ids)
-    assert "".join(parts) == "a – é€ b"
-    assert not any("\ufffd" in part for part in parts)
-    assert "" in parts  # a character of several tokens came at its last
-
-
-def test_what_may_become_a_stop_text_is_held_back(tokenizer):
-    ids = tokenizer.encode("abababac").ids
-    text = StreamedText(tokenizer, ["abac"])
-    assert "".join(added(text, ids)) == "abab"
-    assert text.ended
-    text = StreamedText(tokenizer, ["abac"])
-    shown = "".join(added(text, ids[:-1]))
-    assert (shown + text.rest()) == tokenizer.decode(ids[:-1])
-    assert not text.ended
-    text = StreamedText(tokenizer, ["xyz"])
-    assert "".join(added(text, tokenizer.encode("ab xy").ids)) == "ab "
-    assert text.rest() == "xy"
-
-
-def test_the_first_of_several_stop_texts_counts(tokenizer):
-    text = StreamedText(tokenizer, ["cd", "bc"])
-    assert "".join(added(text, tokenizer.encode("abcd").ids)) == "a"
-
-
-def test_the_end_of_text_ends_it(tokenizer):
-    text = StreamedText(tokenizer)
-    assert added(text, [*tokenizer.encode("ab").ids, tokenizer.token_to_id(END_OF_TEXT)])[-1] == ""
-    assert text.ended
 
 
 @pytest.mark.parametrize(
@@ -257,15 +215,6 @@ def test_a_tokenizer_that_is_none_or_another_models_is_one_clear_line(tmp_path, 
     larger.save(str(tmp_path / "larger.json"))
     assert main(command(checkpoint, "--tokenizer", str(tmp_path / "larger.json"))) == 2
     assert re.search(r"350 tokens.*n_vocab=321", capsys.readouterr().err)
-
-
-def test_the_tokenizer_may_lie_beside_the_checkpoint(tmp_path, tokenizer):
-    (tmp_path / "global_step7").mkdir()
-    with pytest.raises(ValueError, match="tokenizer=None"):
-        find_tokenizer(None, tmp_path / "global_step7")
-    tokenizer.save(str(tmp_path / "20B_tokenizer.json"))
-    found = TokenizerFile.read(find_tokenizer(None, tmp_path / "global_step7"))
-    assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def test_help_is_there(capsys):

@@ -1,4 +1,4 @@
-"""Quantised models against the arithmetic of LLM.int8 written out in NumPy, and what they are for."""
+"""Quantized models against the arithmetic of LLM.int8 written out in NumPy, and what they are for."""
 
 import dataclasses
 import itertools
@@ -79,10 +79,10 @@ def test_weights_are_rounded_as_stated():
     linear = Linear(IN, OUT, rngs=nnx.Rngs(0))
     linear.kernel[...] = kernel
     q, absmax = weights_in_8_bits(kernel)
-    quantised = Int8Linear(linear, 6.0)
-    assert (quantised.kernel.dtype, quantised.absmax.dtype) == (jnp.int8, jnp.float16)
-    np.testing.assert_array_equal(quantised.kernel[...], q)
-    np.testing.assert_array_equal(quantised.absmax[...], absmax)
+    quantized = Int8Linear(linear, 6.0)
+    assert (quantized.kernel.dtype, quantized.absmax.dtype) == (jnp.int8, jnp.float16)
+    np.testing.assert_array_equal(quantized.kernel[...], q)
+    np.testing.assert_array_equal(quantized.absmax[...], absmax)
     assert q[1:4, 0].tolist() == [0, -2, 2]
     assert np.abs(np.delete(q, 5, axis=1)).max(0).tolist() == [127] * (OUT - 1)
 
@@ -161,7 +161,7 @@ def test_nothing_is_divided_by_zero():
 
 
 def test_rows_share_their_outlier_features_and_nothing_else():
-    """Why a token through the cache, where it is alone, is rounded otherwise than in a forward pass over the text."""
+    """The outliers of a call depend on all its rows: a token decoded alone is rounded differently than in its text."""
     x = rows(1)  # an outlier in row (0, 0) alone
     apart, none = int8_linear(6.0), int8_linear(0.0)
     assert (run(apart, x)[1] != run(apart, x[1])).any()
@@ -209,17 +209,17 @@ def test_a_model_is_the_statement_in_all_its_linear_maps(x64, form):
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_scanned_listed_and_plain_layers_agree(x64, threshold):
     model, start = neox(), START
-    quantised = quantize(model, threshold)
-    chex.assert_trees_all_equal(quantize(model.unstacked(), threshold), quantised.unstacked())
-    chex.assert_trees_all_equal(quantised.unstacked().stacked(), quantised)
-    expected = run(quantised, ids(), start)
+    quantized = quantize(model, threshold)
+    chex.assert_trees_all_equal(quantize(model.unstacked(), threshold), quantized.unstacked())
+    chex.assert_trees_all_equal(quantized.unstacked().stacked(), quantized)
+    expected = run(quantized, ids(), start)
     lost = float(jnp.abs(expected - run(model, ids(), start)).max())
     assert 1e-3 < lost < 1
     # The outliers' products are summed in float32, in an order that each program has for itself; now and then that
     # turns a rounding to float16. Without them all sums are of whole numbers.
     limit = 1e-3 * lost if threshold else 1e-12
     plain = jax.jit(lambda model, ids, start: model.plain(ids, start))
-    for found in (run(quantised.unstacked(), ids(), start), plain(quantised, ids(), start)):
+    for found in (run(quantized.unstacked(), ids(), start), plain(quantized, ids(), start)):
         assert float(jnp.abs(found - expected).max()) < limit
 
 
@@ -246,9 +246,9 @@ def test_at_threshold_0_cached_equals_uncached_ragged_too(x64, stacked):
 
 def test_with_outliers_cached_is_near_uncached(x64):
     model = neox(stacked=False)
-    quantised = quantize(model, 2.0)
-    full, exact = run(quantised, ids())[:, 6:], run(model, ids())[:, 6:]
-    cached = through_cache(quantised)
+    quantized = quantize(model, 2.0)
+    full, exact = run(quantized, ids())[:, 6:], run(model, ids())[:, 6:]
+    cached = through_cache(quantized)
     assert 1e-6 < float(jnp.abs(cached - full).max()) < 3 * float(jnp.abs(full - exact).max())
 
 
@@ -271,17 +271,17 @@ def test_blocks_keep_under_55_percent_of_their_bfloat16_bytes():
     assert block_bytes(quantize(half)) < 0.55 * block_bytes(half)
     for preset in (NeoXConfig.pythia_70m(), NeoXConfig.neox_20b()):
         whole = nnx.eval_shape(lambda preset=preset: NeoX(preset, rngs=nnx.Rngs(0)))
-        quantised = nnx.eval_shape(quantize, whole)
-        assert block_bytes(quantised) < 0.55 * block_bytes(whole) / 2  # its biases stay in float32
+        quantized = nnx.eval_shape(quantize, whole)
+        assert block_bytes(quantized) < 0.55 * block_bytes(whole) / 2  # its biases stay in float32
 
 
-def test_the_model_that_was_quantised_is_left_as_it_was():
+def test_the_model_that_was_quantized_is_left_as_it_was():
     model = neox()
     before = jax.tree.map(np.asarray, nnx.state(model))
-    quantised = quantize(model)
+    quantized = quantize(model)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, nnx.state(model)), before)
-    assert (model.int8_threshold, quantised.int8_threshold) == (None, 6.0)
-    assert quantised.is_stacked
+    assert (model.int8_threshold, quantized.int8_threshold) == (None, 6.0)
+    assert quantized.is_stacked
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -316,7 +316,7 @@ def test_other_formats_refuse_int8_weights(tmp_path):
         from_torch(model, to_torch(neox()))
 
 
-def test_what_cannot_be_quantised_is_refused():
+def test_what_cannot_be_quantized_is_refused():
     model = neox()
     for threshold in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"threshold={threshold}"):

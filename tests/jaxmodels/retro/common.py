@@ -1,4 +1,4 @@
-"""A small RETRO with random weights, its twin, and neighbours for its chunks."""
+"""A small RETRO with random weights, its twin, and neighbors for its chunks."""
 
 import torch
 from flax import nnx
@@ -7,7 +7,7 @@ import torch_ref.retro
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from tests.common import V, filled, randomised_torch, token_ids
 
-L, N, M = 4, 2, 6  # chunk_len, neighbours, tokens of one
+L, N, M = 4, 2, 6  # chunk_len, neighbors, tokens of one
 SIZES = {"d_model": 10, "n_heads": 3, "d_k": 4, "d_ff": 7}
 
 

@@ -63,7 +63,7 @@ def test_rows_of_different_lengths_are_as_if_alone():
 
 
 @pytest.mark.usefixtures("x64")
-def test_without_neighbours_it_decodes_as_a_plain_decoder():
+def test_without_neighbors_it_decodes_as_a_plain_decoder():
     retro, x = model(), token_ids(0, B, S)
     full = forward(retro, x)
     last, cache = prefill(retro, x[:, :9], retro.init_cache(B, S))

@@ -47,7 +47,7 @@ def test_no_logit_sees_a_later_token():
 
 
 @pytest.mark.usefixtures("x64")
-def test_neighbours_of_a_chunk_first_reach_the_logits_of_its_last_token():
+def test_neighbors_of_a_chunk_first_reach_the_logits_of_its_last_token():
     retro, x, ret = model(), token_ids(0, B, S), neighbors(1, B, 3)
     logits = forward(retro, x, ret)
     for u in range(3):
@@ -58,7 +58,7 @@ def test_neighbours_of_a_chunk_first_reach_the_logits_of_its_last_token():
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_order_of_neighbours_changes_nothing_and_a_lone_one_may_be_repeated():
+def test_the_order_of_neighbors_changes_nothing_and_a_lone_one_may_be_repeated():
     retro, x, ret = model(), token_ids(0, B, S), neighbors(1, B, 3, n=3)
     logits = forward(retro, x, ret)
     assert_close(forward(retro, x, ret[:, :, jnp.array([2, 0, 1])]), logits)

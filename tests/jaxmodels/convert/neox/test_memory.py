@@ -1,4 +1,4 @@
-"""What a conversion, and a sharded load, keep in memory: measured in processes of their own."""
+"""Memory of a conversion and of a sharded load, measured in processes of their own."""
 
 import json
 import re

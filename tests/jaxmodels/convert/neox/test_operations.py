@@ -122,8 +122,8 @@ def test_a_configuration_for_shards_without_one(tmp_path, capsys):
     assert jaxmodels.load(tmp_path / "out").settings == CONFIG
     assert command("inspect", tmp_path / "source", "--config", "pythia_70m") == 2
     assert re.search(r"n_layers .*\b3\b.*\b6\b", capsys.readouterr().err)
-    assert command("inspect", tmp_path / "source", "--config", '{"colour": 1}') == 2
-    assert "colour" in capsys.readouterr().err
+    assert command("inspect", tmp_path / "source", "--config", '{"color": 1}') == 2
+    assert "color" in capsys.readouterr().err
     assert command("inspect", tmp_path / "out", "--config", config) == 2
     assert "--config and --row-bias" in capsys.readouterr().err
 
@@ -179,7 +179,7 @@ def test_a_value_that_overflows_leaves_nothing_behind(tmp_path, capsys):
             "AutoregressiveTransformer",
         ),
         (lambda config: config | {"config": {"n_vocab": -1}}, "config.json: n_vocab=-1"),
-        (lambda config: config | {"config": {"colour": 1}}, "colour"),
+        (lambda config: config | {"config": {"color": 1}}, "color"),
         (lambda config: config | {"config": config["config"] | {"n_layers": 4}}, "missing layers.3.pre_ln_attn.weight"),
         (lambda config: config | {"config": config["config"] | {"n_ff": 157}}, "has shape [156], expected [157]"),
     ],

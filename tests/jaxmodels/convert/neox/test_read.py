@@ -294,7 +294,7 @@ def eight_bits(folder):
     edit(folder, 3, 1, lambda t: t | {"attention.dense.weight": torch.zeros(120, 60).to(torch.float8_e4m3fn)})
 
 
-def quantised(folder):
+def quantized(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch is about to drop them
         dense = torch.quantize_per_tensor(torch.zeros(120, 60), 0.1, 0, torch.qint8)
@@ -357,7 +357,7 @@ def latest_is_binary(folder):
     (folder / "latest").write_bytes(b"\xff\xfe")
 
 
-@pytest.mark.filterwarnings("ignore:TypedStorage")  # torch, of its own reading of quantised tensors
+@pytest.mark.filterwarnings("ignore:TypedStorage")  # torch, of its own reading of quantized tensors
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -380,7 +380,7 @@ def latest_is_binary(folder):
         (whole_numbers, r"layer_03-model_01-.*missing attention\.dense\.weight"),
         (eight_bits, r"layer_03-model_01-.*'attention\.dense\.weight': a tensor of torch\.float8_e4m3fn"),
         (
-            quantised,
+            quantized,
             r"layer_03-model_01-.*'attention\.dense\.weight': a tensor of torch\.qint8",
         ),
         (without_values, r"layer_03-model_01-.*'attention\.dense\.weight': a tensor of torch\.float32 on meta"),

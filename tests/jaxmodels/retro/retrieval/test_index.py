@@ -38,7 +38,7 @@ def similarities(index: ChunkIndex, chunks: np.ndarray, found: np.ndarray) -> np
     return np.einsum("nd,nkd->nk", index.embed(chunks), vectors)
 
 
-def test_neighbours_are_the_nearest_outside_their_own_span(index):
+def test_neighbors_are_the_nearest_outside_their_own_span(index):
     places = np.arange(3, 200, 7)
     chunks = index.corpus.passages(places, L)
     own = np.stack([places - 4, places + 13], axis=1)
@@ -145,7 +145,7 @@ def test_an_interrupted_build_keeps_what_it_has_added_and_a_look_up_ends(tmp_pat
         index.neighbors(index.corpus.passages(index.starts, L), interrupted=lambda: next(asked))
 
 
-def test_inverted_lists_of_quantised_vectors_find_most_of_the_nearest(tmp_path, index):
+def test_inverted_lists_of_quantized_vectors_find_most_of_the_nearest(tmp_path, index):
     rough = ChunkIndex.build(tmp_path / "index", corpus(), L, NGRAMS, factory="IVF4,PQ32x4")
     chunks = index.corpus.passages(np.arange(1, 900, 13), L)
     exact, found = index.neighbors(chunks, 2), rough.neighbors(chunks, 2)

@@ -1,0 +1,22 @@
+"""Byte-level tokenizer for tests, trained here."""
+
+import functools
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from jaxmodels.stream import END_OF_TEXT
+from jaxmodels.text import load_corpus
+
+
+@functools.cache
+def byte_level_tokenizer() -> Tokenizer:
+    """Tokenizer of 300 tokens with <|endoftext|>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([load_corpus("python_docs")[:20_000]], trainer)
+    return tokenizer
