@@ -38,7 +38,7 @@ def hooks(
     placement: Callable[[jax.Array, str], jax.Array] | None = None,
     remat: Callable[[Callable], Callable] | None = None,
 ) -> Iterator[None]:
-    """Set the functions that `constrain` and `rematerialised` apply in models traced inside the block.
+    """Set the functions that `constrain` and `rematerialized` apply in models traced inside the block.
 
     jit caches what it traced: jit a new function for each setting.
     """
@@ -56,7 +56,7 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
     return x if place is None else place(x, name)
 
 
-def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
+def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a layer's call so that the backward pass recomputes it, if training asks for that; see `hooks`."""
     wrap = _remat.get()
     return function if wrap is None else wrap(function)

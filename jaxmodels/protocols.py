@@ -3,13 +3,14 @@
 A class need not inherit from these; it needs their members. Functions that require them check before any work.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import PartitionSpec
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """Model that `jaxmodels.generate.generate` can decode.
 
@@ -26,6 +27,20 @@ class LanguageModel(Protocol):
 
     def decode(self, ids: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """Next tokens of each row -> logits with the axes of ids and V, and the extended cache."""
+
+
+@runtime_checkable
+class ReadsMoreThanIds(Protocol):
+    """Language model whose `prefill` and `decode` take more than ids and cache."""
+
+    def decoding_inputs(
+        self, inputs: Mapping[str, jax.Array], cuts: Sequence[int]
+    ) -> tuple[dict[str, Any], Sequence[Mapping[str, jax.Array]]]:
+        """Keyword arguments of `init_cache`, and those of `prefill` and of each `decode`.
+
+        inputs: arguments of the call besides ids, by the names of its parameters. cuts: positions at which the text is
+        divided, from 0 to its length; the first piece is the prefill.
+        """
 
 
 class Saved(Protocol):

@@ -23,7 +23,7 @@ from jaxmodels.layers import (
     check_ids,
     check_sizes,
     constrain,
-    rematerialised,
+    rematerialized,
     split_rng,
 )
 from jaxmodels.rope import RotaryPEMultiHeadAttention, RotaryValuePEMultiHeadAttention
@@ -80,7 +80,7 @@ class Encoder(nnx.Module):
         """x [S, B, D] -> [S, B, D]; mask: see `Attention`."""
         for layer, layer_rng in zip(self.layers, split_rng(rng, len(self.layers)), strict=True):
             # the mask is captured instead of passed, because 'causal' is not an array
-            x = rematerialised(lambda layer, x, rng: layer(x, mask, rng))(layer, x, layer_rng)
+            x = rematerialized(lambda layer, x, rng: layer(x, mask, rng))(layer, x, layer_rng)
             x = constrain(x, "SBD")
         return self.norm(x)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels.cache import Cache, align_left, make_cache, unless_overrun
-from jaxmodels.layers import check_ids, check_sizes, constrain, rematerialised
+from jaxmodels.layers import check_ids, check_sizes, constrain, rematerialized
 from jaxmodels.neox.block import BLOCK_RULES, Block, Embedding, FinalNorm, Readout, Tables, stack, unstack
 from jaxmodels.neox.config import NeoXConfig
 from jaxmodels.neox.int8 import int8_block
@@ -128,7 +128,7 @@ class NeoX(nnx.Module):
             return constrain(layer(x, rotary, plain), "BSD"), None
 
         if not plain:  # the plain path is traced by the parity harness, which does not look inside jax.checkpoint
-            body = jax.checkpoint(body, prevent_cse=False) if self.settings.remat else rematerialised(body)
+            body = jax.checkpoint(body, prevent_cse=False) if self.settings.remat else rematerialized(body)
         if self.is_stacked:
             x, _ = jax.lax.scan(body, x, self.layers)
         else:

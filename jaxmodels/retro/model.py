@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxmodels.layers import SMALL_RULES, Embed, LayerNorm, Linear, check_ids, check_sizes, constrain, rematerialised
+from jaxmodels.layers import SMALL_RULES, Embed, LayerNorm, Linear, check_ids, check_sizes, constrain, rematerialized
 from jaxmodels.retro import decode
 from jaxmodels.retro.attention import ROTARY_BASE, ChunkedCrossAttention, CrossAttention, SelfAttention
 from jaxmodels.retro.decode import RetroCache
@@ -76,10 +76,10 @@ class NearestNeighborEncoder(nnx.Module):
         h = self.norm_h(h[:, : c * self.chunk_len].reshape(b, c, self.chunk_len, d))  # [B, C, L, D]
         ca = iter(self.ca)
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
-            e = rematerialised(call)(attn, e.reshape(-1, *e.shape[3:])).reshape(e.shape)
+            e = rematerialized(call)(attn, e.reshape(-1, *e.shape[3:])).reshape(e.shape)
             if p in self.ca_layers:
-                e = rematerialised(call)(next(ca), e, h)
-            e = constrain(rematerialised(call)(ffw, e), "BCNMD")
+                e = rematerialized(call)(next(ca), e, h)
+            e = constrain(rematerialized(call)(ffw, e), "BCNMD")
         return e
 
 
@@ -164,11 +164,11 @@ class RetroModel(nnx.Module):
         neighbors = None if ret is None or ret.shape[1] == 0 or not self.ca_layers else self.emb(ret)  # [B, C, N, M, D]
         cca = iter(self.cca)
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
-            h = rematerialised(call)(attn, h)
+            h = rematerialized(call)(attn, h)
             if p in self.ca_layers and neighbors is not None:
                 e = self.encode(neighbors, h) if e is None else e
-                h = rematerialised(call)(next(cca), h, e)
-            h = constrain(rematerialised(call)(ffw, h), "BSD")
+                h = rematerialized(call)(next(cca), h, e)
+            h = constrain(rematerialized(call)(ffw, h), "BSD")
         return constrain(self.read(h), "BSV")
 
     def encode(self, neighbors: jax.Array, h: jax.Array) -> jax.Array:
@@ -252,7 +252,7 @@ class RetroModel(nnx.Module):
 
 
 def call(module: Any, *arguments: jax.Array) -> jax.Array:
-    """Call a module; a function of its own so that `rematerialised` can wrap it."""
+    """Call a module; a function of its own so that `rematerialized` can wrap it."""
     return module(*arguments)
 
 

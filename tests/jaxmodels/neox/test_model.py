@@ -34,7 +34,7 @@ def test_scanned_listed_and_plain_layers_agree(x64, form, start):
     assert_close(run(model.unstacked(), ids(), start), expected)
 
 
-def test_gradients_of_scanned_listed_and_rematerialised_layers_agree(x64):
+def test_gradients_of_scanned_listed_and_rematerialized_layers_agree(x64):
     expected = gradients(neox(), lambda model, ids: model.plain(ids))
     assert_close(gradients(neox()), expected)
     assert_close(gradients(neox(stacked=False)), expected)
