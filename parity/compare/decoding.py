@@ -1,4 +1,4 @@
-"""Decoding through a cache, for any language model that has the methods of `LanguageModel`.
+"""Decoding through a cache, for any language model that has the methods of `jaxmodels.protocols.LanguageModel`.
 
 The first input of such a model's call is the token ids. Its other inputs reach decoding in one of two ways:
 
@@ -10,44 +10,15 @@ The first input of such a model's call is the token ids. Its other inputs reach 
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.protocols import LanguageModel, ReadsMoreThanIds
 from parity.compare.inputs import Inputs
 from parity.compare.jax_side import compiled
-
-
-@runtime_checkable
-class LanguageModel(Protocol):
-    """A model that decodes; ids are [S, B] for sequence_axis 0, [B, S] for sequence_axis 1."""
-
-    sequence_axis: int
-
-    def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: Any = None) -> Any:
-        """An empty cache for max_len tokens a row; start int [B]: how many ids of each row are left padding."""
-
-    def prefill(self, ids: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """The first ids in one pass -> logits [B, V] of the last one, and the filled cache."""
-
-    def decode(self, ids: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """Further ids -> their logits, and the longer cache."""
-
-
-@runtime_checkable
-class ReadsMoreThanIds(Protocol):
-    """A language model whose `prefill` and `decode` take more than ids and cache."""
-
-    def decoding_inputs(
-        self, inputs: Mapping[str, jax.Array], cuts: Sequence[int]
-    ) -> tuple[dict[str, Any], Sequence[Mapping[str, jax.Array]]]:
-        """Keyword arguments of `init_cache`, and those of `prefill` and of each `decode`.
-
-        inputs: what the call takes besides ids, by the names of its parameters. cuts: the positions between which the
-        text is decoded, from 0 to its length; the first piece is the prefill.
-        """
 
 
 class NotDecodable(Exception):

@@ -11,7 +11,8 @@ from flax import nnx
 
 import parity
 from jaxmodels import layers
-from parity.compare.decoding import LanguageModel, NotDecodable, decoded, decodes
+from jaxmodels.protocols import LanguageModel
+from parity.compare.decoding import NotDecodable, decoded, decodes
 from parity.compare.inputs import Inputs
 from parity.golden.record import record
 from tests.parity.pairs import FlaxMLP
