@@ -166,6 +166,7 @@ class TokenizerFile:
     @classmethod
     def read(cls, file: str | os.PathLike) -> "TokenizerFile":
         """Read a tokenizer.json; raises ValueError, naming it, if it is missing or not one."""
+        require("neox", "tokenizers")
         try:
             vocabulary = cls(Path(file).read_text(encoding="utf-8"))
             len(vocabulary)

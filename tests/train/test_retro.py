@@ -282,7 +282,7 @@ def test_neighbors_in_a_file_are_of_the_same_examples_and_inside_the_corpus(inde
         ("--dropout 0.1", "dropout=0.1"),
         ("--seq-len 8", "seq_len=8 must be at least chunk_len=16"),
         ("--overlap 40", "overlap=40 must be at most 2 · chunk_len = 32"),
-        ("--embedder words", "embedder='words' is none of"),
+        ("--embedder words", "embedder='words'"),
         ("--chunk-len 0", "chunk_len=0"),
     ],
 )

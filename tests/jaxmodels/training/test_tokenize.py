@@ -90,7 +90,7 @@ def test_equal_ids_of_different_vocabularies_have_different_checksums(tmp_path):
     ("flags", "message"),
     [
         (["--kind", "tokenizer"], "--kind tokenizer.*--tokenizer"),
-        (["--tokenizer", "nowhere.json"], "tokenizer nowhere.json"),
+        (["--tokenizer", "nowhere.json"], "tokenizer=nowhere.json"),
         (["--tokenizer", "{text}"], "tokenizer.json"),
     ],
 )
