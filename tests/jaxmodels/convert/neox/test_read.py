@@ -198,7 +198,7 @@ def test_zero_rows_at_the_end_are_padding_only_in_both_tables(tmp_path):
     edit(tmp_path, 6 + 1, 1, lambda tensors: tensors["final_linear.weight"][-3:].zero_())
     source = open_neox(tmp_path)
     assert source.config.n_vocab == 81
-    assert "3 of 84 rows of the vocabulary are padding (zero), and left off" in source.notes
+    assert any(note.startswith("3 of 84 rows") for note in source.notes)
     assert load_neox(tmp_path, CONFIG).settings.n_vocab == 84
 
 
