@@ -324,18 +324,17 @@ def experiment_class(name: str) -> type[Experiment]:
     module_name = EXPERIMENTS.get(name, name)
     if module_name in EXPERIMENTS.values():
         check_checkout(module_name)
-    elif "." not in name and importlib.util.find_spec(name) is None and not (Path.cwd() / f"{name}.py").exists():
-        raise ValueError(
-            f"experiment={name!r} must be one of {', '.join(EXPERIMENTS)}, or a module such as my_project.experiment"
-        )
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` has it; a console command has not
+    elif os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # `python -m` finds modules there, a console command does not
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but something that it imports is not
-        raise ValueError(f"experiment={name!r} is not a module that can be imported: {error}") from None
+            raise  # the module exists, but something that it imports does not
+        raise ValueError(
+            f"experiment={name!r} must be one of {', '.join(EXPERIMENTS)}, or a module that can be imported, such as "
+            f"my_project.experiment: {error}"
+        ) from None
     kind = getattr(module, "EXPERIMENT", None)
     if not (isinstance(kind, type) and issubclass(kind, Experiment)):
         raise ValueError(f"{module_name} has EXPERIMENT={kind!r}, must be a subclass of {Experiment.__name__}")
