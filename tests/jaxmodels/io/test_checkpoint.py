@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 
 import jaxmodels
-from jaxmodels.io.atomic import atomic_file
 from jaxmodels.layers import Fixed, Linear
 from jaxmodels.transformer import AutoregressiveTransformer
 from jaxmodels.weights.names import flat_arrays
@@ -277,21 +276,3 @@ def test_refuses_damaged_arrays(saved, tmp_path):
 def test_other_files_may_lie_beside(copy, model):
     (copy / "vocabulary.json").write_text("{}")  # what a training script keeps with a model
     assert_same_model(jaxmodels.load(copy), model)
-
-
-def test_a_file_is_whole_whoever_writes_it(tmp_path):
-    file = tmp_path / "about.json"
-    with atomic_file(file) as one, atomic_file(file) as other:
-        one.write_text("one")
-        other.write_text("other")
-    assert file.read_text() == "one"  # the last that was complete
-
-    def interrupted():
-        with atomic_file(file) as half:
-            half.write_text("ha")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
-    assert file.read_text() == "one"
