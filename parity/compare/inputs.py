@@ -66,7 +66,7 @@ class Inputs:
 
 
 def rolled(value: np.ndarray, step: int) -> np.ndarray:
-    """The array moved `step` places towards the beginning of its first axis, cyclically."""
+    """The array moved `step` places toward the beginning of its first axis, cyclically."""
     return np.roll(value, -step, axis=0)
 
 

@@ -72,7 +72,7 @@ def read_replay(comparison: Comparison, fixture: Fixture) -> Report:
     with comparison.strict_precision():
         checks = list(readings(reference, fixture, skipped))
     if not all(check.passed for check in checks):
-        skipped["where they part"] = NO_TRACE
+        skipped["first divergence"] = NO_TRACE
     stamp = environment(comparison.device, comparison.float64, seed=None) | {"torch": f"{fixture.torch}, recorded"}
     return Report(fixture.name, checks, time.perf_counter() - began, stamp, skipped=skipped)
 

@@ -106,7 +106,7 @@ def read_check(
             divergence = located(comparison, readings.side, readings.reference.batch, failed, memory_limit)
     skipped = dict(readings.skipped)
     if failed and divergence is None:
-        skipped["where they part"] = NOWHERE
+        skipped["first divergence"] = NOWHERE
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
     return Report(name, checks, time.perf_counter() - began, stamp, divergence, skipped=skipped)
 
