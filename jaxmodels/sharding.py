@@ -24,8 +24,6 @@ BATCH = ("data", "fsdp")  # both divide the rows of a batch
 # Axes with other letters are not divided.
 ACTIVATIONS = {"B": BATCH, "H": "tensor", "F": "tensor"}
 
-Rules = Sequence[tuple[str, PartitionSpec]]
-
 
 def parse_sizes(text: str, n_devices: int) -> dict[str, int]:
     """Parse "fsdp=4,tensor=2" to the number of devices along each axis; by default `data` takes the remaining devices.
