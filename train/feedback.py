@@ -35,6 +35,8 @@ from jaxmodels.training.step import Program, State
 class Config(TransformerConfig):
     """Hyperparameters of a run."""
 
+    PRESETS = ("small", "original")
+
     n_layers: int = 2
     """layers"""
     seq_len: int = 64

@@ -77,6 +77,8 @@ RETRIEVES = ("encoder.", "cca.", "norm_e.")  # parameters that a plain decoder d
 class Config(AdamWConfig):
     """Hyperparameters of a run."""
 
+    PRESETS = ("small", "original")
+
     d_model: int = 96
     """features per token"""
     d_ff: int = 384

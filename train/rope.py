@@ -26,6 +26,8 @@ from jaxmodels.transformer import AutoregressiveTransformer
 class Config(TransformerConfig):
     """Hyperparameters of a run."""
 
+    PRESETS = ("small", "original")
+
     attention: Literal["rotary", "rotary_value", "relative"] = "rotary"
     """rotary: rotate queries and keys by their positions; rotary_value: values too (RoPER); relative: learned for each
     distance, as --from-parallel of train.feedback needs it"""

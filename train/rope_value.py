@@ -101,6 +101,8 @@ def answer(
 class Config(TransformerConfig):
     """Hyperparameters of a run."""
 
+    PRESETS = ("small", "original")
+
     text: tyro.conf.Suppress[str] = "arithmetic"
     digits: int = 3
     """digits of the largest numbers to add"""

@@ -57,6 +57,8 @@ KINDS = (
 class Config(TransformerConfig):
     """Hyperparameters of a run."""
 
+    PRESETS = ("small", "original")
+
     warmup: int = 300
     """steps until the schedule's peak"""
     attention: str = "all"

@@ -17,10 +17,11 @@ from jaxmodels.training.step import Numerics, Precision, Remat
 class Config:
     """Hyperparameters of a run. An experiment adds the sizes of its model.
 
-    PRESETS are names of classmethods, each with a docstring of one line; the first is the default.
+    PRESETS are names of classmethods, each with a docstring of one line; the first is the default. A subclass
+    that names none has one, `default`: the fields' own defaults.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("small", "original")
+    PRESETS: ClassVar[tuple[str, ...]] = ("default",)
 
     text: str = "python_docs"
     """python_docs (the language reference inside every Python), tiny_shakespeare (downloaded once), a UTF-8 FILE, or a
@@ -94,6 +95,11 @@ class Config:
     @property
     def numerics(self) -> Numerics:
         return Numerics(self.accumulate, self.compute_dtype, self.param_dtype, self.remat)
+
+    @classmethod
+    def default(cls) -> Self:
+        """The defaults of all flags."""
+        return cls()
 
     @classmethod
     def of_preset(cls, name: str) -> Self:
