@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -62,10 +63,19 @@ def examine_in_processes(
 def start_process(prepare: Callable[[], None], workers: int) -> None:
     """Initialize a process: PyTorch's threads are shared among all of them."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a traceback
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     prepare()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent has ended: one that is killed cannot shut its pool down."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def examine_case(name: str, selection: "Selection", device: str | None, seed: int) -> "Report":

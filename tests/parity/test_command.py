@@ -1,11 +1,14 @@
 """The command `parity` and `python -m parity`."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,50 @@ def test_reports_of_two_processes_keep_the_order_of_the_cases(tmp_path):
     reports = json.loads((tmp_path / "out.json").read_text())
     assert [report["name"] for report in reports] == select(names)
     assert all(report["passed"] and report["checks"] for report in reports)
+
+
+WAITING = """
+import pathlib, sys, time
+from parity.command import main
+from parity.cases import case
+
+@case("waiting.case", "waits")
+def waiting(rng):
+    pathlib.Path("started").touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to list processes")
+def test_processes_end_if_the_command_is_killed(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MARKER": str(tmp_path)}
+    command = [sys.executable, "waiting.py", "waiting.case", "rope.embeddings", "--workers", "2"]
+
+    def running() -> int:
+        """Number of processes with this test's environment."""
+        found = 0
+        for file in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                found += f"MARKER={tmp_path}".encode() in file.read_bytes().split(b"\0")
+        return found
+
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+        wait_until((tmp_path / "started").exists, 120)
+        assert running() >= 3
+        process.kill()
+    wait_until(lambda: running() == 0, 20)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
 
 
 BROKEN = """
