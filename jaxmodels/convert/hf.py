@@ -19,7 +19,7 @@ from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.checkpoint import read_json
 from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
 from jaxmodels.neox import NeoX, NeoXConfig
-from jaxmodels.neox.names import is_no_parameter
+from jaxmodels.neox.sequential import is_no_parameter
 from jaxmodels.weights.place import Shardings
 from jaxmodels.weights.progress import progress_bar
 

@@ -19,7 +19,7 @@ from jaxmodels.layers import check_ids, check_sizes, constrain, rematerialized
 from jaxmodels.neox.block import BLOCK_RULES, Block, Embedding, FinalNorm, Readout, Tables, stack, unstack
 from jaxmodels.neox.config import NeoXConfig
 from jaxmodels.neox.int8 import int8_block
-from jaxmodels.neox.names import adapted
+from jaxmodels.neox.sequential import adapted
 from jaxmodels.rope import rotary_tables
 
 
@@ -71,7 +71,7 @@ class NeoX(nnx.Module):
         return model if int8_threshold is None else quantize(model, int8_threshold)
 
     def adapted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Rename a state_dict of the original implementation for `from_torch`; see `jaxmodels.neox.names`."""
+        """Rename a state_dict of the original implementation for `from_torch`; see `jaxmodels.neox.sequential`."""
         return adapted(state_dict, self.settings)
 
     @property

@@ -30,7 +30,7 @@ from jaxmodels.convert.neox.yaml import fields, read_yaml
 from jaxmodels.convert.source import Source, named
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import PRESETS
-from jaxmodels.neox.names import is_no_parameter
+from jaxmodels.neox.sequential import is_no_parameter
 from jaxmodels.weights.lazy import Cut, read
 from jaxmodels.weights.place import Shardings
 

@@ -211,7 +211,7 @@ def test_the_command_itself_and_its_help(source, tmp_path):
     assert "layer files of 2 model-parallel ranks" in done.stdout
     for name in ("neox", "inspect", "verify"):
         helped = subprocess.run([*run, name, "--help"], capture_output=True, text=True, check=True)
-        assert "python -m jaxmodels.convert verify HF/ SHARDS/" in helped.stdout
+        assert "jaxmodels verify HF/ SHARDS/" in helped.stdout
 
 
 def test_long_work_has_a_progress_bar_on_a_terminal(source, tmp_path, monkeypatch):
