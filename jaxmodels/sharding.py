@@ -3,8 +3,8 @@
 data: divides the rows of a batch. fsdp: divides them too, and shards parameters and optimizer state, which are gathered
 when a layer needs them. tensor: divides heads and hidden features, with the computation on them.
 
-`shardings(model, mesh)` places a model; `jaxmodels.load(folder, shardings=mesh)` reads one from disk, each device its own
-part. The rules are the attribute `sharding_rules` of the model's class.
+`shardings(model, mesh)` places a model; `jaxmodels.load(folder, shardings=mesh)` reads one from disk, each device its
+own part. The rules are the attribute `sharding_rules` of the model's class.
 """
 
 import math
