@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxmodels.extras import require
+from jaxmodels.io.atomic import atomic_file
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -57,8 +58,6 @@ def tiny_shakespeare() -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
     advice = f"download {TINY_SHAKESPEARE_URL} yourself and pass the file as the text"
     if not cache.exists():
-        from jaxmodels.io.atomic import atomic_file  # late: only the download needs it
-
         try:
             with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as response:
                 content = response.read()
@@ -84,6 +83,11 @@ def split(text: str) -> tuple[str, str]:
     """Split into training and validation text: the first int(0.9·n) characters, and the rest."""
     cut = int(0.9 * len(text))
     return text[:cut], text[cut:]
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,7 @@ class CharVocabulary:
 
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""
-        file.write_text(json.dumps({"characters": self.characters}) + "\n", encoding="utf-8")
+        write_json(file, {"characters": self.characters})
 
     @classmethod
     def load(cls, file: Path) -> "CharVocabulary":
@@ -153,7 +157,7 @@ class ByteVocabulary:
 
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""
-        file.write_text(json.dumps({"bytes": 256}) + "\n", encoding="utf-8")
+        write_json(file, {"bytes": 256})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +202,7 @@ class TokenizerFile:
 
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""
-        file.write_text(json.dumps({"tokenizer": self.content}) + "\n", encoding="utf-8")
+        write_json(file, {"tokenizer": self.content})
 
 
 def find_tokenizer(file: Path | None, folder: Path) -> Path:

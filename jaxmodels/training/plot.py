@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmodels import programs
 from jaxmodels.extras import require
+from jaxmodels.io.atomic import atomic_file
 from jaxmodels.training import metrics
 
 PROGRAM = "python -m train.plot"
@@ -68,6 +69,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         axes.plot(*validation.T, "o-", color=line.get_color(), label=f"{run}{last}")
     axes.set(xlabel="step", ylabel="nats per token; line: training, points: validation")
     axes.legend()
-    figure.savefig(out, dpi=120)
+    with atomic_file(out) as temporary:
+        figure.savefig(temporary, format=out.suffix.removeprefix(".") or "png", dpi=120)
     pyplot.close(figure)
     print(f"{out}: {len(found)} runs")

@@ -99,8 +99,9 @@ class ChunkIndex:
         if about["added"]:
             searcher = read_searcher(folder, about)
         else:
-            np.save(folder / "tokens.npy", corpus.tokens)
-            np.save(folder / "documents.npy", corpus.documents)
+            for name, array in (("tokens.npy", corpus.tokens), ("documents.npy", corpus.documents)):
+                with atomic_file(folder / name) as temporary, open(temporary, "wb") as opened:
+                    np.save(opened, array)
             corpus.vocabulary.save(folder / "vocabulary.json")
             searcher = make_searcher(factory, embedder.width)
             train(searcher, corpus, starts, chunk_len, embedder, factory)
