@@ -1,4 +1,4 @@
-"""What several test files share. Sizes are prime or at least unequal, so that no transposed axis can pass."""
+"""Helpers shared by test files. Sizes are prime, or at least unequal, so that a transposed axis cannot pass."""
 
 import chex
 import jax

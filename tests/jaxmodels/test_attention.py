@@ -1,3 +1,5 @@
+"""Attention layers: formulas, masks, blocks, dropout, gradients."""
+
 import itertools
 
 import chex

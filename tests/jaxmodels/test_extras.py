@@ -1,4 +1,4 @@
-"""What a missing extra says: one line and exit code 2 from a command, an exception from an import."""
+"""Errors for a missing extra: one line and exit code 2 from a command, an exception from an import."""
 
 import pickle
 import subprocess

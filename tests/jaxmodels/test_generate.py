@@ -1,3 +1,5 @@
+"""Sampling and the decoding loop."""
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -1,3 +1,5 @@
+"""Layers against PyTorch: initial distributions, numerics, dropout."""
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,12 @@
-"""`register`, `save` and `load` for a class of somebody else, and the sources that `load` takes."""
+"""`save`, `load` and `register`: round trips, atomic folders, damaged files, users' classes, sources of `load`."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -18,16 +23,48 @@ from jaxmodels.convert.neox import save_neox
 from jaxmodels.convert.source import model_source
 from jaxmodels.generate import generate
 from jaxmodels.io.steps import latest_step, problem, steps
+from jaxmodels.layers import Fixed, Linear
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.sharding import make_mesh
+from jaxmodels.transformer import AutoregressiveTransformer
 from jaxmodels.weights.names import flat_arrays
+from tests.common import language_model
 from tests.jaxmodels.mlp import MLPLanguageModel, mlp
 
+ROOT = Path(__file__).parents[2]
+ATTENTION = "fixed_random+vanilla+factorized_dense"
 V, B, S = 23, 3, 7
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def model():
+    return language_model(ATTENTION)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+    jaxmodels.save(model, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def assert_same_model(a, b):
+    assert nnx.graphdef(a) == nnx.graphdef(b)
+    chex.assert_trees_all_equal_shapes_and_dtypes(flat_arrays(a), flat_arrays(b))
+    chex.assert_trees_all_equal(flat_arrays(a), flat_arrays(b))
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mlp") / "model"
     jaxmodels.save(mlp(), folder)
     return folder
@@ -47,6 +84,235 @@ def checkpoint(run, step, model):
     return folder
 
 
+def test_round_trip(model, saved):
+    loaded = jaxmodels.load(saved)
+    assert isinstance(loaded, AutoregressiveTransformer)
+    assert_same_model(loaded, model)
+    table = loaded.encoder.layers[0].self_attn.fixed_random.table
+    assert isinstance(table, Fixed)
+    assert json.loads((saved / "config.json").read_text()) == {
+        "format": 1,
+        "model": "AutoregressiveTransformer",
+        "config": model.config(),
+    }
+
+
+def test_dtypes_are_kept(model, tmp_path):
+    model = nnx.clone(model)
+    model.generator.projection.kernel = nnx.Param(model.generator.projection.kernel[...].astype(jnp.bfloat16))
+    model.generator.projection.bias = nnx.Param(model.generator.projection.bias[...].astype(jnp.float16))
+    jaxmodels.save(model, str(tmp_path / "checkpoint"))
+    assert_same_model(jaxmodels.load(str(tmp_path / "checkpoint")), model)
+
+
+def test_float64_is_never_narrowed(tmp_path):
+    jax.config.update("jax_enable_x64", True)
+    try:
+        model = language_model("plain")
+        jaxmodels.save(model, tmp_path / "checkpoint")
+        assert_same_model(jaxmodels.load(tmp_path / "checkpoint"), model)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    for on in (False, True):
+        with jax.enable_x64(on), pytest.raises(ValueError, match=r"jax_enable_x64.* src_embed.embedding"):
+            jaxmodels.load(tmp_path / "checkpoint")
+
+
+def test_refuses_a_folder_with_something_in_it(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        jaxmodels.save(model, tmp_path)
+    with pytest.raises(ValueError, match="file"):
+        jaxmodels.save(model, tmp_path / "notes.txt")
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_an_empty_folder_will_do(model, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    jaxmodels.save(model, tmp_path / "checkpoint")
+    assert_same_model(jaxmodels.load(tmp_path / "checkpoint"), model)
+
+
+def test_overwrite(copy):
+    other = language_model("plain")
+    jaxmodels.save(other, copy, overwrite=True)
+    assert_same_model(jaxmodels.load(copy), other)
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_a_failure_leaves_nothing_behind_and_the_old_one_whole(model, copy, monkeypatch, error):
+    def write_text(path, *_, **__):
+        assert path.name == "config.json"
+        assert (path.parent / "params").exists()  # the arrays have been written
+        raise error
+
+    before = contents(copy.parent)
+    monkeypatch.setattr("jaxmodels.models.Path.write_text", write_text)
+    for folder in (copy, copy.parent / "new"):
+        with pytest.raises(type(error)):
+            jaxmodels.save(model, folder, overwrite=True)
+    assert contents(copy.parent) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("fails", ["old", "new"])
+def test_a_rename_that_fails_names_the_target_and_leaves_the_old_one_whole(model, copy, monkeypatch, fails):
+    before, rename = contents(copy.parent), Path.rename
+
+    def failing(path, other):
+        if (str(other).endswith(".old")) == (fails == "old") and not str(path).endswith(".old"):
+            raise OSError(16, "busy")
+        return rename(path, other)
+
+    monkeypatch.setattr("jaxmodels.io.atomic.Path.rename", failing)
+    with pytest.raises(OSError, match=r"busy.*copy"):
+        jaxmodels.save(model, copy, overwrite=True)
+    assert contents(copy.parent) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_the_disk_has_everything_before_the_old_one_goes(model, copy, monkeypatch):
+    """Files and folders are flushed before the rename, the parent folder after it; then the old one is removed."""
+    events, fsync, rename, rmtree = [], os.fsync, Path.rename, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd))[1])
+    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append("rename"), rename(a, b))[1])
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (events.append("removal"), rmtree(*a, **k))[1])
+    jaxmodels.save(model, copy, overwrite=True)
+    monkeypatch.undo()
+    last = len(events) - 1 - events[::-1].index("rename")
+    assert {path.stat().st_ino for path in (copy, *copy.rglob("*"))} <= set(events[:last])
+    assert events[last + 1 :] == [copy.parent.stat().st_ino, "removal"]
+
+
+def test_a_symbolic_link_stays_one(model, copy, tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link"
+    link.symlink_to(copy)
+    other = language_model("plain")
+    jaxmodels.save(other, link, overwrite=True)
+    assert link.is_symlink()
+    assert_same_model(jaxmodels.load(copy), other)
+    assert [path.name for path in link.parent.iterdir()] == ["link"]
+
+
+def test_only_a_checkpoint_is_overwritten(model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"photos\b.*global_step"):
+        jaxmodels.save(model, tmp_path / "photos", overwrite=True)
+    assert contents(tmp_path) == {"photos/one.jpg": b"mine"}
+
+
+def test_refuses_a_model_it_could_not_rebuild(tmp_path):
+    with pytest.raises(ValueError, match=r"jaxmodels\.layers\.Linear.*jaxmodels\.register"):
+        jaxmodels.save(Linear(3, 5, rngs=nnx.Rngs(0)), tmp_path / "checkpoint")
+    namesake = type("AutoregressiveTransformer", (nnx.Module,), {})
+    with pytest.raises(ValueError, match=r"AutoregressiveTransformer.*jaxmodels\.register"):
+        jaxmodels.save(namesake(), tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"null",
+        b"[]",
+        b"{}",
+        b"[" * 100_000,
+        b'{"format": 1}',
+        b'{"format": 1, "model": "AutoregressiveTransformer"}',
+        b'{"format": 2, "model": "AutoregressiveTransformer", "config": {}}',
+        b'{"format": 1, "model": "AutoregressiveTransformer", "config": {}}',
+        b'{"format": 1, "model": "AutoregressiveTransformer", "config": null}',
+        b'{"format": 1, "model": "AutoregressiveTransformer", "config": [1, 2]}',
+        b'{"format": 1, "model": "os.system", "config": {}}',
+        b'{"format": 1, "model": ["AutoregressiveTransformer"], "config": {}}',
+    ],
+    ids=lambda content: content.decode("latin-1")[-50:] or "empty",
+)
+def test_refuses_a_broken_config(copy, content):
+    (copy / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config|format|model="):
+        jaxmodels.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"n_vocab": 29}, r"generator.projection.bias has shape \[23\], expected \[29\]"),
+        ({"n_layers": 3}, r"missing encoder.layers.2.feed_forward.layer1.bias"),
+        ({"n_layers": 1}, r"unexpected encoder.layers.1.feed_forward.layer1.bias"),
+        ({"attention": "rotary"}, r"unexpected encoder.layers.0.self_attn.alpha"),
+        ({"attention": ["rotary"]}, r"^config does not fit AutoregressiveTransformer: .+"),
+        ({"n_vocab": "many"}, r"^config does not fit AutoregressiveTransformer: .+"),
+        ({"n_vocab": None}, r"^config does not fit AutoregressiveTransformer: .+"),
+        ({"d_modell": 12}, r"d_modell"),
+        ({"d_model": 0}, r"d_model=0"),
+        ({"heads": 5}, r"heads=5"),
+    ],
+)
+def test_refuses_a_configuration_of_another_model(copy, change, match):
+    content = json.loads((copy / "config.json").read_text())
+    content["config"] |= change
+    (copy / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=match):
+        jaxmodels.load(copy)
+
+
+def test_refuses_what_is_no_checkpoint(copy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "missing", copy / "config.json"):
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
+            jaxmodels.load(folder)
+    shutil.rmtree(copy / "params")
+    with pytest.raises(ValueError, match=r"copy.params\b"):
+        jaxmodels.load(copy)
+
+
+LOAD_EACH = """
+import sys
+import jaxmodels
+for folder in sys.argv[1:]:
+    try:
+        jaxmodels.load(folder)
+    except ValueError as error:
+        print("refused", "params" in str(error))
+    else:
+        print("loaded")
+"""
+
+
+def test_refuses_damaged_arrays(saved, tmp_path):
+    """In a separate process: Orbax leaves coroutines behind that would fail in the next test."""
+    folders = []
+    for pattern in ("_METADATA", "manifest.ocdbt", "d/*", "ocdbt.process_0"):
+        for remove in (False, True):
+            folder = shutil.copytree(saved, tmp_path / str(len(folders)))
+            folders.append(str(folder))
+            damaged = list((folder / "params").rglob(pattern))
+            assert damaged
+            for path in damaged:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif remove:
+                    path.unlink()
+                else:
+                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_EACH, *folders, str(saved)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.split("\n") == ["refused True"] * len(folders) + ["loaded", ""]
+
+
+def test_a_checkpoint_may_contain_other_files(copy, model):
+    (copy / "vocabulary.json").write_text("{}")  # saved with the model by training scripts
+    assert_same_model(jaxmodels.load(copy), model)
+
+
 def test_the_package_lists_its_contract():
     assert dir(jaxmodels) == ["__version__", "load", "register", "save"]
     assert jaxmodels.load is models.load
@@ -54,17 +320,17 @@ def test_the_package_lists_its_contract():
         _ = jaxmodels.lode
 
 
-def test_a_registered_class_is_saved_and_loaded(saved, ids):
-    content = json.loads((saved / "config.json").read_text())
+def test_a_registered_class_is_saved_and_loaded(registered, ids):
+    content = json.loads((registered / "config.json").read_text())
     assert content["model"] == "tests.MLPLanguageModel"
-    loaded = jaxmodels.load(saved)
+    loaded = jaxmodels.load(registered)
     assert isinstance(loaded, MLPLanguageModel)
     chex.assert_trees_all_equal(flat_arrays(loaded), flat_arrays(mlp()))
     np.testing.assert_array_equal(loaded(ids), mlp()(ids))
 
 
-def test_a_registered_class_generates(saved, ids):
-    model = jaxmodels.load(saved)
+def test_a_registered_class_generates(registered, ids):
+    model = jaxmodels.load(registered)
     new = generate(model, ids, 5)
     text = ids
     for token in new:
@@ -99,20 +365,20 @@ def test_register_refuses_what_it_could_not_rebuild():
     assert jaxmodels.register("tests.MLPLanguageModel")(MLPLanguageModel) is MLPLanguageModel
 
 
-def test_load_names_a_class_that_is_not_registered(saved, tmp_path):
-    folder = shutil.copytree(saved, tmp_path / "copy")
+def test_load_names_a_class_that_is_not_registered(registered, tmp_path):
+    folder = shutil.copytree(registered, tmp_path / "copy")
     (folder / "config.json").write_text(json.dumps({"format": 1, "model": "tests.Unknown", "config": {}}))
     with pytest.raises(ValueError, match=r"model='tests\.Unknown'.*AutoregressiveTransformer.*tests\.MLPLanguageModel"):
         jaxmodels.load(folder)
 
 
-def test_dtype_casts_floating_arrays(saved):
-    loaded = jaxmodels.load(saved, dtype="bfloat16")
+def test_dtype_casts_floating_arrays(registered):
+    loaded = jaxmodels.load(registered, dtype="bfloat16")
     expected = jax.tree.map(lambda a: a.astype(jnp.bfloat16), flat_arrays(mlp()))
     chex.assert_trees_all_equal(flat_arrays(loaded), expected)
     chex.assert_trees_all_equal_dtypes(flat_arrays(loaded), expected)
     with pytest.raises(ValueError, match="dtype=int8"):
-        jaxmodels.load(saved, dtype=jnp.int8)
+        jaxmodels.load(registered, dtype=jnp.int8)
 
 
 def test_dtype_refuses_a_value_that_overflows(tmp_path):
@@ -134,7 +400,7 @@ def test_dtype_and_mesh_for_a_streamed_checkpoint(tmp_path):
     chex.assert_trees_all_equal(flat_arrays(loaded), jax.tree.map(lambda a: a.astype(jnp.bfloat16), flat_arrays(model)))
 
 
-def test_shardings_are_a_mesh_or_a_function(saved):
+def test_shardings_are_a_mesh_or_a_function(registered):
     mesh = make_mesh("", jax.devices()[:1])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     asked = {}
@@ -144,7 +410,7 @@ def test_shardings_are_a_mesh_or_a_function(saved):
         return sharding
 
     for shardings in (mesh, place):
-        loaded = jaxmodels.load(saved, shardings=shardings)
+        loaded = jaxmodels.load(registered, shardings=shardings)
         assert all(array.sharding == sharding for array in flat_arrays(loaded).values())
         chex.assert_trees_all_equal(flat_arrays(loaded), flat_arrays(mlp()))
     assert asked["hidden.kernel"] == (48, 40)

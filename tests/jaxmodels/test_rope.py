@@ -1,3 +1,5 @@
+"""Rotary embeddings and the attentions that use them."""
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -1,3 +1,5 @@
+"""Synthesizer attention: each kind against its definition, factors, lengths."""
+
 import math
 
 import chex

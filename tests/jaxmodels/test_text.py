@@ -1,3 +1,5 @@
+"""Vocabularies, tokenizers and corpora."""
+
 import hashlib
 import http.client
 import io

@@ -1,3 +1,5 @@
+"""Transformer layers, encoder and language model."""
+
 import json
 
 import chex

@@ -1,3 +1,5 @@
+"""The stack form of the Feedback Transformer against its plain form."""
+
 import pytest
 import torch
 

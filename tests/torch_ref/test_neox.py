@@ -1,3 +1,5 @@
+"""The PyTorch GPT-NeoX against transformers."""
+
 import dataclasses
 import math
 

@@ -1,3 +1,5 @@
+"""The PyTorch transformers: names, decoding, attention."""
+
 import numpy as np
 import pytest
 import torch

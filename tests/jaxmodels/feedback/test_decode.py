@@ -1,3 +1,5 @@
+"""Cached decoding of the Feedback Transformer against its full forward pass."""
+
 import json
 
 import jax

@@ -1,3 +1,5 @@
+"""The Feedback Transformer and its language model: fast path, PyTorch twin, dropout, causality, conversion."""
+
 import json
 
 import chex

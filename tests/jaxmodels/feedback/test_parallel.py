@@ -1,3 +1,5 @@
+"""Initialization of a Feedback Transformer from a parallel transformer."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest

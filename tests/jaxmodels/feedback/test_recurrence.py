@@ -1,3 +1,5 @@
+"""The recurrence with its custom backward pass against a plain scan."""
+
 import os
 import subprocess
 import sys

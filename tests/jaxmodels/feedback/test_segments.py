@@ -1,3 +1,5 @@
+"""Long texts in segments: outputs, truncated gradients, compilation."""
+
 import itertools
 
 import jax

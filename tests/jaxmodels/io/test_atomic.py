@@ -1,4 +1,4 @@
-"""Atomic files; atomic folders are tested with the models they hold, in `test_checkpoint.py`."""
+"""Atomic files. Atomic folders are tested with saved models, in `tests/jaxmodels/test_models.py`."""
 
 import pytest
 

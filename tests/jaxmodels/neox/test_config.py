@@ -1,3 +1,5 @@
+"""NeoXConfig: presets, parameter counts, defaults, validation."""
+
 import dataclasses
 import math
 

@@ -1,3 +1,5 @@
+"""Cached decoding of GPT-NeoX against its full forward pass."""
+
 import itertools
 
 import chex

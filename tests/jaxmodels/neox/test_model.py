@@ -1,3 +1,5 @@
+"""GPT-NeoX: scanned, listed and plain layers, gradients, rematerialization, conversion."""
+
 import dataclasses
 
 import chex

@@ -1,3 +1,5 @@
+"""Loading of state dicts with the original GPT-NeoX names."""
+
 import numpy as np
 import pytest
 

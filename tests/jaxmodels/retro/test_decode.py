@@ -1,3 +1,5 @@
+"""Cached decoding of RETRO against its full forward pass."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,3 +1,5 @@
+"""RETRO: PyTorch twin, causality, neighbors, conversion."""
+
 import json
 
 import chex

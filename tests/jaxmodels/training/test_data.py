@@ -1,3 +1,5 @@
+"""Batches of training windows: contents, order, resuming."""
+
 import jax
 import numpy as np
 import pytest

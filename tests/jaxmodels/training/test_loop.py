@@ -1,3 +1,5 @@
+"""The training loop: steps, evaluation, curriculum, signals."""
+
 import os
 import signal
 import threading

@@ -1,3 +1,5 @@
+"""Training on device meshes and in several processes."""
+
 import json
 import os
 import shutil

@@ -1,3 +1,5 @@
+"""The Witten-Bell n-gram baseline."""
+
 from collections import Counter
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Optimizers and schedules against closed forms and PyTorch."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

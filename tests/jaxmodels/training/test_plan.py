@@ -1,3 +1,5 @@
+"""The planner: collectives, FLOPs, memory, errors."""
+
 import importlib.util
 import re
 import subprocess

@@ -1,3 +1,5 @@
+"""The training step: losses, accumulation, rematerialization, mixed precision."""
+
 import dataclasses
 
 import jax

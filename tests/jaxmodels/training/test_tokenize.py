@@ -1,3 +1,5 @@
+"""The tokenize command and its folders."""
+
 import json
 
 import numpy as np

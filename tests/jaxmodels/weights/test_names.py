@@ -1,3 +1,5 @@
+"""Conversion between PyTorch state dicts and Flax arrays."""
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -1,3 +1,5 @@
+"""Embedders of text chunks: hashed n-grams, BERT, sentence-transformers."""
+
 import sys
 from typing import Any
 

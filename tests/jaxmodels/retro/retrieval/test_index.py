@@ -1,3 +1,5 @@
+"""ChunkIndex: nearest neighbors, excluded passages, files, errors."""
+
 import json
 import re
 import shutil

@@ -1,3 +1,5 @@
+"""Retrieval during generation."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
