@@ -1,1 +1,1 @@
-"""Benchmarks. Each reports ratios to something timed in the same run; none of them is a test."""
+"""Benchmarks. Each reports ratios to something timed in the same run. They are not tests."""

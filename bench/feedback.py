@@ -3,7 +3,7 @@
 Alternates in one run between the Flax model, whose recurrence is one scan with a custom backward pass, and the
 original's stack design in PyTorch. For each size, forward and backward: times and their ratio, XLA's temporaries, and
 the share of the Flax time that the unavoidable matrix products take. Then the growth of time and temporaries with the
-number of steps, beyond the 512 that the stack reaches; decoding; and the time to compile a training step.
+number of steps, beyond the 512 of the comparison with the stack; decoding; and the time to compile a training step.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.feedback", description=__doc__)
     arguments.add_argument("--rounds", type=int, default=3, help="timed calls of each (default 3)")
     arguments.add_argument("--threads", type=int, default=1, help="CPU threads for both frameworks (default 1)")
-    arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where both run (default cpu)")
+    arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="device for both (default cpu)")
     arguments.add_argument(
         "--sizes",
         type=Size.of,
@@ -60,8 +60,14 @@ def parse() -> argparse.Namespace:
         metavar="DxT",
         help="features x steps [x layers x batch]; default: 128 and 256 by 64 to 512, and the original's 512x128x6x64",
     )
-    arguments.add_argument("--growth", type=int, default=2048, metavar="T", help="longest text for growth (0: none)")
-    arguments.add_argument("--tokens", type=int, default=512, help="tokens to decode (0: none)")
+    arguments.add_argument(
+        "--growth",
+        type=int,
+        default=2048,
+        metavar="T",
+        help="longest text of the growth part (default 2048; 0: skip it)",
+    )
+    arguments.add_argument("--tokens", type=int, default=512, help="tokens to decode (default 512; 0: skip decoding)")
     return arguments.parse_args()
 
 

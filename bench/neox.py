@@ -23,13 +23,19 @@ Seconds = dict[str, list[float]]
 
 def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.neox", description=__doc__)
-    arguments.add_argument("--sizes", nargs="+", default=["pythia_70m", "pythia_160m", "pythia_410m"], metavar="NAME")
+    arguments.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["pythia_70m", "pythia_160m", "pythia_410m"],
+        metavar="NAME",
+        help="presets of NeoXConfig (default pythia_70m pythia_160m pythia_410m)",
+    )
     arguments.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="B", help="rows (default 1 16)")
     arguments.add_argument("--prompt", type=int, default=128, metavar="S", help="tokens of the prompt (default 128)")
     arguments.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
     arguments.add_argument("--rounds", type=int, default=9, help="timed calls of each (default 9)")
     arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
-    arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="device for both (default cpu)")
     arguments.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -59,7 +65,9 @@ def main() -> None:
 
     unknown = [name for name in options.sizes if name not in PRESETS]
     if unknown:
-        raise SystemExit(f"bench.neox: unknown sizes {', '.join(unknown)}; choose from {', '.join(PRESETS)}")
+        raise SystemExit(
+            f"python -m bench.neox: unknown --sizes {', '.join(unknown)}; choose from {', '.join(PRESETS)}"
+        )
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     print(stamp(options.threads))
@@ -116,7 +124,7 @@ def flax_calls(
     logits, cache = read(model, prompt)
 
     def write() -> None:
-        # The first token comes from the prompt's logits: one more token makes the number of steps that is counted.
+        # The first token comes from the prompt's logits, so N decoding steps write N + 1 tokens.
         n = options.tokens + 1
         _decode_loop(model, logits, cache, None, key, Loop(length, n, config.n_vocab)).block_until_ready()
 
@@ -126,7 +134,7 @@ def flax_calls(
 def torch_calls(
     config: "NeoXConfig", ids: "np.ndarray", options: argparse.Namespace
 ) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
-    """The same with transformers and its default attention; the decoding calls by name."""
+    """The same with transformers and its default attention: the prefill, and the decoding calls by name."""
     import copy
 
     import torch
@@ -192,7 +200,7 @@ def torch_calls(
 
 
 def large_product(config: "NeoXConfig", tokens: int, dtype: str) -> tuple[Callable[[], object], float]:
-    """One large matrix product, and the share of its operations that the prefill of so many tokens needs."""
+    """One large matrix product, and the prefill's number of operations as a multiple of the product's."""
     import jax
 
     n = 2048 if jax.default_backend() == "cpu" else 8192

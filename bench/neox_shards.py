@@ -36,12 +36,16 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_argument("--gigabytes", type=float, default=6, help="size of the checkpoint (default 6)")
-    arguments.add_argument("--hidden", type=int, default=HIDDEN, help=f"width (default {HIDDEN})")
+    arguments.add_argument("--hidden", type=int, default=HIDDEN, help=f"hidden size (default {HIDDEN})")
     arguments.add_argument("--heads", type=int, default=HEADS, help=f"attention heads (default {HEADS})")
-    arguments.add_argument("--vocabulary", type=int, default=VOCABULARY, help=f"rows (default {VOCABULARY})")
+    arguments.add_argument(
+        "--vocabulary", type=int, default=VOCABULARY, help=f"rows of the embedding (default {VOCABULARY})"
+    )
     arguments.add_argument("--model-parallel", type=int, default=2, help="ranks of the checkpoint (default 2)")
-    arguments.add_argument("--ranks-written", type=int, default=4, help="ranks of the target neox (default 4)")
-    arguments.add_argument("--rounds", type=int, default=3, help="conversions to each target (default 3)")
+    arguments.add_argument(
+        "--ranks-written", type=int, default=4, help="model-parallel ranks of the format neox (default 4)"
+    )
+    arguments.add_argument("--rounds", type=int, default=3, help="conversions to each format (default 3)")
     arguments.add_argument("--to", choices=TARGETS, action="append", help="convert only to this format; repeatable")
     arguments.add_argument("--folder", type=Path, help="folder for all files (default: the system's temporary folder)")
     arguments.add_argument("--make-only", action="store_true", help="create FOLDER/checkpoint, keep it, and stop")
@@ -192,10 +196,10 @@ def watched(source: Path, target: Path, to: str, ranks: int) -> Round:
 
 
 def convert(source: str, target: str, to: str, ranks: int) -> None:
-    """Body of the separate process: print its memory, convert between two plain writes, print how long they took.
+    """Body of the separate process: print its memory, convert between two plain writes, print the times.
 
     A virtual machine returns freed memory to its host after about two seconds, and writing to it again is several times
-    slower. Therefore the three follow each other immediately, after one more write to warm up.
+    slower. Therefore conversion and writes follow each other immediately, after one more write to warm up.
     """
     import torch  # noqa: F401
 

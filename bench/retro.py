@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported by `main` once the processors are set
 
 N_VOCAB, D_MODEL, HEADS, D_K, D_FF, N_LAYERS, CHUNK_LEN = 65, 128, 16, 16, 512, 6, 16  # the originals' experiment
 QUERIES = 2000
-N_PROBES = (8, 32)  # the originals' is the first
+N_PROBES = (8, 32)  # cells searched; the originals use 8
 
 
 def parse() -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
     arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
     arguments.add_argument("--chunks", type=int, default=32, help="chunks of a sample (default 32)")
-    arguments.add_argument("--batch", type=int, default=4)
+    arguments.add_argument("--batch", type=int, default=4, help="samples of a step (default 4)")
     arguments.add_argument("--text", default="python_docs", help="text to index: python_docs, tiny_shakespeare or FILE")
     arguments.add_argument("--only", choices=["step", "index"], help="run only this part")
     return arguments.parse_args()

@@ -22,8 +22,8 @@ def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.rope", description=__doc__)
     arguments.add_argument("--rounds", type=int, default=9, help="timed steps of each (default 9)")
     arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
-    arguments.add_argument("--sequence", type=int, default=512)
-    arguments.add_argument("--batch", type=int, default=4)
+    arguments.add_argument("--sequence", type=int, default=512, help="tokens of a sequence (default 512)")
+    arguments.add_argument("--batch", type=int, default=4, help="sequences of a step (default 4)")
     arguments.add_argument("--no-compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     return arguments.parse_args()
 

@@ -1,7 +1,7 @@
-"""`python -m bench.scripts`: the training step of every script's model against its PyTorch twin, one after the other.
+"""`python -m bench.scripts`: the training step of every script, compared with its PyTorch twin.
 
-The Flax step is the one that the script compiles, at the sizes of a preset. PyTorch's has the same sizes, clipping and
-kind of Adam, in eager mode. Both run in one process, alternating; prints a line per model.
+The Flax step is the one that the script compiles, at the sizes of a preset. PyTorch's step has the same sizes, clipping
+and variant of Adam, in eager mode. Both alternate in one process; prints one line per model.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 N_VOCAB = 65
-# Script and its --attention, "" if it has no such flag.
+# Script and its --attention; "" if it has no such flag.
 MODELS = [
     ("rope", "rotary"),
     ("rope", "relative"),
@@ -38,13 +38,13 @@ def parse() -> argparse.Namespace:
     options = arguments.parse_args()
     unknown = sorted(set(options.models) - {script for script, _ in MODELS})
     if unknown:
-        arguments.error(f"{unknown[0]} is none of {', '.join(dict(MODELS))}")
+        arguments.error(f"unknown SCRIPT {', '.join(unknown)}; choose from {', '.join(dict(MODELS))}")
     return options
 
 
 def main() -> None:
     options = parse()
-    # XLA sizes its thread pool by the processors it may use, once, when it starts.
+    # XLA sizes its thread pool once, at start, by the number of processors it may use.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
 

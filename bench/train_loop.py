@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    # XLA sizes its thread pool by the processors it may use, once, when it starts.
+    # XLA sizes its thread pool once, at start, by the number of processors it may use.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
 

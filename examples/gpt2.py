@@ -1,7 +1,7 @@
 """A port of GPT-2 checked against transformers: `python examples/gpt2.py`; `--bug` restores its first bug.
 
 The port has its own names, separate projections for query, key and value instead of transformers' fused one, and no
-readout, because that is tied to the embedding. Weights are random: nothing is downloaded.
+readout of its own, because that is tied to the embedding. Weights are random: nothing is downloaded.
 
 Axes: B batch, S sequence, H heads, D = H·d_k features, V vocabulary.
 """
@@ -57,9 +57,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm1(x))
-        return x + self.down(
-            jax.nn.gelu(self.up(self.norm2(x)), approximate=True)
-        )  # "gelu_new" is the tanh approximation
+        hidden = jax.nn.gelu(self.up(self.norm2(x)), approximate=True)  # GPT-2's "gelu_new" is the tanh approximation
+        return x + self.down(hidden)
 
 
 class GPT2(nnx.Module):
@@ -67,7 +66,7 @@ class GPT2(nnx.Module):
 
     def __init__(self, bug: bool, *, rngs: nnx.Rngs):
         def norm(rngs: nnx.Rngs) -> nnx.LayerNorm:
-            if bug:  # Flax's defaults, with an epsilon of 1e-6
+            if bug:  # Flax's default epsilon, 1e-6
                 return nnx.LayerNorm(WIDTH, rngs=rngs)
             return nnx.LayerNorm(WIDTH, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
@@ -125,10 +124,10 @@ NAMES = {
 def main(argv: list[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     arguments.add_argument(
-        "--bug", action="store_true", help="use Flax's default epsilon in the norms, as in the first version"
+        "--bug", action="store_true", help="use Flax's default epsilon in the norms: the port's first bug"
     )
     arguments.add_argument(
-        "--suggest", action="store_true", help="print the mapping of names that parity.suggest infers, and stop"
+        "--suggest", action="store_true", help="print the mapping of names that parity.suggest infers, and exit"
     )
     options = arguments.parse_args(argv)
     torch.manual_seed(0)

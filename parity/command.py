@@ -1,6 +1,7 @@
 """The console command `parity`, also `python -m parity`: compare the project's models with PyTorch and print a table.
 
-Imports the standard library first, so that --help and --version need no extra, and JAX only after its options are set.
+Optional packages and JAX are imported inside functions: --help and --version need no extra, and options that configure
+JAX are set before its first use.
 """
 
 import argparse
@@ -146,7 +147,7 @@ def dispatch(options: argparse.Namespace) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that no case can run with."""
+    """Raise ValueError for options that are invalid for every case."""
     import jax
 
     for flag in ("workers", "steps"):
@@ -213,9 +214,9 @@ def compare(options: argparse.Namespace, console: "Console") -> list["Report"]:
 
 
 def record_all(options: argparse.Namespace, console: "Console") -> int:
-    """Record fixtures: of all small models, or of those named; a name that no small model has is a case's.
+    """Record fixtures of all small models, or of the named ones; a name that no small model has is looked up as a case.
 
-    Skips pairs whose Flax model cannot be rebuilt from a configuration, and prints their names.
+    Pairs whose Flax model cannot be rebuilt from a configuration are skipped and named.
     """
     from parity.cases import load_cases, matching, select
     from parity.cases.golden import GOLDEN
@@ -250,7 +251,7 @@ def record_all(options: argparse.Namespace, console: "Console") -> int:
 
 
 def replay_all(options: argparse.Namespace, console: "Console") -> list["Report"]:
-    """One report per fixture: all of the folder, or those named."""
+    """One report per fixture of the folder, or per named fixture."""
     from parity.cases import select
     from parity.golden.fixture import SHIPPED, stems
     from parity.golden.replay import replay

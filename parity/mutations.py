@@ -1,4 +1,4 @@
-"""`python -m parity.mutations`: the share of planted mistakes that the harness finds and names."""
+"""`python -m parity.mutations`: measure the share of planted mistakes that the harness finds and names."""
 
 import sys
 

@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a marked test and call the function of each of its markers with what it returns."""
+    """Run a marked test and call the function of each of its markers with its return value."""
     markers = {name: marker for name in MARKERS if (marker := pyfuncitem.get_closest_marker(name)) is not None}
     if not markers:
         return None
@@ -81,7 +81,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def values_for(marker: str, returned: Any) -> tuple[Any, ...]:
-    """Positional arguments of a marker's function. Raises ValueError if the test returned anything else."""
+    """Positional arguments of a marker's function. Raises ValueError for any other return value of the test."""
     n = len(returned) if isinstance(returned, tuple | list) else 0
     if marker == "parity_invariances" and n in (2, 3):
         return tuple(returned[-2:])
@@ -126,7 +126,7 @@ def fixture_of(function: str) -> Any:
 
     @pytest.fixture(name=f"parity_{function}")
     def fixture(request: pytest.FixtureRequest) -> Callable[..., Any]:
-        """The function; beyond a limit it fails the test, and its result is in the session's report."""
+        """Call the function; fail the test if a limit is exceeded, and add the result to the session's report."""
 
         def wrapped(*values: Any, **arguments: Any) -> Any:
             one = functools.partial(call, request.node, function, *values, **arguments)

@@ -55,6 +55,13 @@ def test_files_that_workflows_name_exist():
     assert all((ROOT / file).is_file() for file in files)
 
 
+def test_the_released_wheel_is_tried_with_the_extra_that_its_commands_need():
+    (script,) = (
+        step["run"] for step in steps(ROOT / ".github/workflows/release.yml") if "--replay" in step.get("run", "")
+    )
+    assert re.search(r"pip install .*\.whl\)\[golden\]", script)
+
+
 def test_make_alone_lists_every_target():
     done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.findall(r"^make ([a-z-]+) ", done.stdout, re.M) == re.findall(

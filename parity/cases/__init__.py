@@ -1,4 +1,4 @@
-"""The project's own parity cases: one function each, which returns a pair of modules and their inputs.
+"""The project's own parity cases: functions that return a pair of modules and their inputs.
 
 Sizes are prime and unequal, so that a transposed or mixed-up axis cannot pass. A case is named `system.part`.
 """
@@ -15,7 +15,7 @@ SYSTEMS = ("rope", "transformer", "synthesizer", "feedback", "retro", "neox")
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two modules and the arguments of `parity.check` for them; steps: of training."""
+    """Two modules and the arguments of `parity.check` for them; steps: number of training steps."""
 
     torch: Any
     flax: Any
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Make, str]] = {}
 
 
 def case(name: str, about: str) -> Callable[[Make], Make]:
-    """Registers a function as the case `name`; `about` is its line in `--list`."""
+    """Register a function as the case `name`; `about` is its line in `--list`."""
 
     def register(make: Make) -> Make:
         CASES[name] = (make, about)
@@ -48,7 +48,7 @@ def load_cases() -> dict[str, tuple[Make, str]]:
 
 
 def matching(name: str, known: Iterable[str]) -> list[str]:
-    """Names in `known` that are equal to a name, or belong to the system of that name."""
+    """Names in `known` that equal a name or belong to the system of that name."""
     return [one for one in known if one == name or one.startswith(f"{name}.")]
 
 

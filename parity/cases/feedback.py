@@ -13,7 +13,7 @@ from jaxmodels.text import CharVocabulary, load_corpus
 from parity.cases import Pair, case
 
 
-@case("feedback.attention", "FeedbackAttention over 31 memories that it projects itself")
+@case("feedback.attention", "FeedbackAttention with its own key and value projections, 31 memories")
 def attention(rng: np.random.Generator) -> Pair:
     args = (3, 3 * 7, 0.0)
     memory = rng.standard_normal((31, 5, 21))
@@ -22,7 +22,7 @@ def attention(rng: np.random.Generator) -> Pair:
     return Pair(torch_feedback.FeedbackAttention(*args), flax, inputs)
 
 
-@case("feedback.layer", "FeedbackTransformerLayer over 29 keys and values that are given")
+@case("feedback.layer", "FeedbackTransformerLayer with 29 precomputed keys and values")
 def layer(rng: np.random.Generator) -> Pair:
     def build(module: Any, **rngs: nnx.Rngs) -> Any:
         attention = module.FeedbackAttention(5, 5 * 6, 0.0, is_kv_precomputed=True, **rngs)
@@ -57,7 +57,7 @@ def shared(rng: np.random.Generator) -> Pair:
     return language_model(rng, "FeedbackTransformerKV", 41, 3, 37, 5 * 4, 5, 31, 2)
 
 
-@case("feedback.limited_language_model", "FeedbackTransformerKV that sees its last 13 steps, 41 tokens")
+@case("feedback.limited_language_model", "FeedbackTransformerKV with a memory of 13 steps, 41 tokens")
 def limited(rng: np.random.Generator) -> Pair:
     return language_model(rng, "FeedbackTransformerKV", 41, 3, 37, 5 * 4, 5, 31, 1, memory=13)
 

@@ -1,4 +1,4 @@
-"""The models of the shipped fixtures: every language model of the project, smaller than in its cases.
+"""Models of the fixtures in the package: every language model of the project, smaller than in its cases.
 
 Only language models can be rebuilt from a configuration, without torch. Relative attention is left out: its tables have
 8192 rows. A new model needs one entry in GOLDEN; `python -m parity --record parity/golden/fixtures NAME` writes its

@@ -44,7 +44,7 @@ def sequential(rng: np.random.Generator) -> Pair:
     return pair_of(rng, config, torch_ref.neox.NeoX(config), 73, 3)
 
 
-@case("neox.transformers", "GPTNeoXForCausalLM, 521 characters of the Python documentation; 16 bits too")
+@case("neox.transformers", "GPTNeoXForCausalLM, 521 characters of the Python documentation; also in 16 bits")
 def real_text(rng: np.random.Generator) -> Pair:
     text = load_corpus("python_docs")[:522]
     vocabulary = CharVocabulary.of(text)
@@ -61,7 +61,7 @@ def ragged(rng: np.random.Generator) -> Pair:
     return pair_of(rng, config, Transformers(config), 73, 3, start=np.array([17, 0, 41]))
 
 
-@case("neox.shards", "NeoX, written as GPT-NeoX's own shards of 1, 2 and 4 ranks and read again, bit for bit")
+@case("neox.shards", "NeoX after writing and reading GPT-NeoX shards of 1, 2 and 4 ranks, bit for bit")
 def shards(rng: np.random.Generator) -> Pair:
     config, module = CONVERTED, randomized(torch_ref.neox.NeoX(CONVERTED), 0)
     model = from_torch(abstract(config), module.state_dict())
@@ -73,7 +73,7 @@ def shards(rng: np.random.Generator) -> Pair:
     return pair_of(rng, config, module, 17, 3, flax=model, steps=0)
 
 
-@case("neox.hf_files", "transformers on the folder that save_hf writes, and load_hf on the same")
+@case("neox.hf_files", "GPTNeoXForCausalLM and load_hf on a folder written by save_hf")
 def hf_files(rng: np.random.Generator) -> Pair:
     config, module = CONVERTED, randomized(torch_ref.neox.NeoX(CONVERTED), 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,12 +84,12 @@ def hf_files(rng: np.random.Generator) -> Pair:
     return pair_of(rng, config, theirs, 17, 3, flax=model, steps=0)
 
 
-# 4 heads, for 4 ranks; values other than the defaults, which the files have to preserve.
+# 4 heads, for 4 ranks; no default values, because the files have to preserve them.
 CONVERTED = NeoXConfig(37, 4 * 10, 2, 4, n_ff=68, rope_percentage=0.6, rope_base=500.0, layer_norm_eps=1e-3)
 
 
 def same_bits(what: str, given: Any, module: nn.Module) -> None:
-    """Raises ValueError that names the tensors of `given` that differ from the module's."""
+    """Raise ValueError that names the tensors of `given` that differ from the module's."""
     expected = {name: as_numpy(tensor) for name, tensor in module.state_dict().items()}
     wrong = sorted(expected.keys() ^ given.keys())
     wrong += [
@@ -126,7 +126,7 @@ def abstract(config: NeoXConfig) -> NeoX:
 class Transformers(nn.Module):
     """transformers' GPTNeoXForCausalLM, with parts and arguments named as in the twins.
 
-    Its weights are random; with a folder, transformers reads weights and configuration there. Raises RuntimeError if
+    Its weights are random; with a folder, weights and configuration are read from there. Raises RuntimeError if
     transformers is not installed.
     """
 
@@ -134,7 +134,7 @@ class Transformers(nn.Module):
         super().__init__()
         model = gpt_neox(config, folder)
         self.model: Any
-        self.__dict__["model"] = model  # not a sub-module: every parameter would have two names
+        self.__dict__["model"] = model  # not as a sub-module: every parameter would have two names
         part = nn.ModuleDict
         self.embedding = part({"emb": model.gpt_neox.embed_in})
         self.layers = nn.ModuleList(
@@ -191,7 +191,7 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None) -> Any:
     if folder is None:
         model = GPTNeoXForCausalLM(theirs).eval()
     else:
-        logging.disable_progress_bar()  # its bar for loading weights would mix with our output
+        logging.disable_progress_bar()  # its progress bar would mix with our output
         try:
             model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=sdpa).eval()
         finally:

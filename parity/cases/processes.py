@@ -24,12 +24,12 @@ def prepare_jax(device: str | None, *, eight: bool) -> None:
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if eight:
-        with contextlib.suppress(RuntimeError):  # JAX is running already: the check is then skipped, with this reason
+        with contextlib.suppress(RuntimeError):  # JAX has already started: the check is then skipped, with this reason
             jax.config.update("jax_num_cpu_devices", 8)
 
 
 def default_workers(cases: int, device: str | None) -> int:
-    """Number of processes if the user names none; 1 on an accelerator, which a single process occupies."""
+    """Default number of processes; 1 on an accelerator, which only one process can use."""
     if cases < MIN_CASES or device != "cpu":
         return 1
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -1,7 +1,7 @@
 """RETRO: chunked cross-attention, and the model on random tokens and on real text.
 
-XLA takes seconds to compile a case of five attentions: more sets of `ca_layers`, fewer chunks and no neighbors are in
-`tests/jaxmodels/retro/test_model.py`, in float64 too.
+Compiling a case with five attentions takes seconds. More sets of `ca_layers`, fewer chunks and no neighbors are tested
+in `tests/jaxmodels/retro/test_model.py`, also in float64.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""One case of the project, with every reading that was requested."""
+"""Run one case of the project with all requested readings."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ from parity.report.report import Report, Result
 class Selection:
     """Readings in addition to the check.
 
-    trajectories: names of optimizers; steps: of each. fast: the errors and determinism of the default matmul precision,
-    or of `matmul_precision`.
+    trajectories: names of optimizers; steps: their number of steps. fast: errors and determinism at the default matmul
+    precision, or at `matmul_precision`.
     """
 
     invariances: bool = False
@@ -41,7 +41,7 @@ def examine(
     seed: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """The report of a case: its check and all further readings; an exception ends them and is in the report."""
+    """The report of a case: its check and the selected readings; an exception ends them and is recorded."""
     return Report.gathered(name, readings(make, selection, device, seed, progress))
 
 

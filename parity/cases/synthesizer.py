@@ -1,4 +1,4 @@
-"""The Synthesizer family: the seed's single-head layer, every kind multi-head, and as a language model's attention."""
+"""The Synthesizer family: the original single-head layer, every kind with several heads, and language models."""
 
 import dataclasses
 from functools import partial
@@ -39,7 +39,7 @@ def attention(kind: str, rng: np.random.Generator) -> Pair:
     mask[:, 0] = True
     inputs = {name: rng.standard_normal((n, 5, D_MODEL)) for name, n in (("query", 19), ("key", 23), ("value", 23))}
     if "vanilla" not in kind:
-        inputs["key"] = inputs["value"]  # the kind does not read keys, but the call takes them
+        inputs["key"] = inputs["value"]  # this kind ignores keys, but the call takes them
     flax_module = nnx.eval_shape(lambda: synthesizer.SynthesizerAttention(*args, rngs=nnx.Rngs(0)))
     zero = (KEY_BIAS,) if "vanilla" in kind else ()
     return Pair(

@@ -15,7 +15,7 @@ from parity.cases.rope import attention_pair, pair_of
 KEY_BIAS = "*key.linear.bias"
 
 
-@case("transformer.attention", "MultiHeadAttention with biases; that of the keys has no gradient")
+@case("transformer.attention", "MultiHeadAttention with biases; the key bias has no gradient")
 def attention(rng: np.random.Generator) -> Pair:
     args = (7, 7 * 5, 0.0)
     torch_module = torch_transformer.MultiHeadAttention(*args)

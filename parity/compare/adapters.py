@@ -1,4 +1,4 @@
-"""Flax modules of any kind as NNX modules, the one kind that the harness runs."""
+"""Adapt Flax modules to NNX, the only kind that the harness runs."""
 
 import contextlib
 import functools
@@ -14,18 +14,20 @@ from jaxmodels.weights.names import Path, dotted, flat_arrays, with_arrays
 from parity.compare.inputs import Inputs
 from parity.compare.names import matches
 
-# Flax has it since 0.12; older versions lay out no array before it is asked for.
+# Added in Flax 0.12; older versions do not shard arrays eagerly.
 eager_sharding = getattr(nnx, "use_eager_sharding", contextlib.nullcontext)
 
 
 def as_module(flax_module: Any, inputs: Inputs | None, channels_last: Sequence[str] = ()) -> nnx.Module:
-    """The module as an NNX one; raises ValueError if it is neither an NNX nor a Linen module.
+    """Convert a Flax module to NNX. Raises ValueError if it is neither an NNX nor a Linen module.
 
-    A Linen module needs inputs: its arrays have no shapes before it is called.
+    A Linen module needs inputs: its arrays have no shapes before the first call.
     """
     if isinstance(flax_module, linen.Module):
         if inputs is None:
-            raise ValueError("inputs=None: a Linen module needs inputs, its arrays have no shapes before it is called")
+            raise ValueError(
+                "inputs=None: a Linen module needs inputs; its arrays have no shapes before the first call"
+            )
         return as_nnx(flax_module, inputs, tuple(channels_last))
     if not isinstance(flax_module, nnx.Module):
         kind = type(flax_module).__name__
@@ -34,28 +36,28 @@ def as_module(flax_module: Any, inputs: Inputs | None, channels_last: Sequence[s
 
 
 def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] = ()) -> nnx.Module:
-    """An abstract NNX module that calls a Linen one; its variables have the names that Linen gives them.
+    """Wrap a Linen module as an abstract NNX module; variables keep their Linen names.
 
-    The module is called with the inputs alone: arguments for evaluation (train=False, deterministic=True) have to be
-    its defaults, or its fields.
+    The module is called with the inputs only: evaluation flags (train=False, deterministic=True) must be defaults or
+    fields.
     """
 
     def make() -> nnx.Module:
         values = {n: jnp.moveaxis(v, 1, -1) if matches(n, channels_last) else v for n, v in inputs.named().items()}
         model: Any = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))
         inputs.call(functools.partial(nnx.bridge.lazy_init, model), values)
-        model.to_nnx__rngs = None  # used once, for the initial values; a call needs none
+        model.to_nnx__rngs = None  # only needed for the initial values
         return model
 
-    # Eager sharding would lay out `with_partitioning` arrays on a mesh with their axes, and there is no mesh here.
+    # Eager sharding would place `with_partitioning` arrays on a mesh with their axes, and no mesh is set here.
     with eager_sharding(False):
         return nnx.eval_shape(make)
 
 
 def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
-    """`as_nnx` with arrays: the variables that the module is bound to; if unbound, initial values from a seed.
+    """`as_nnx` with arrays: the bound variables of the module or, if it is unbound, initial values from a seed.
 
-    Raises ValueError if the bound variables differ, in name or shape, from those of a call with the inputs.
+    Raises ValueError if bound variables differ in name or shape from those of a call with the inputs.
     """
     if module.scope is None:
         values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
@@ -69,5 +71,7 @@ def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
     expected, given = ({path: a.shape for path, a in group.items()} for group in (flat_arrays(model), arrays))
     wrong = sorted({dotted(path) for path, _ in expected.items() ^ given.items()})
     if wrong:
-        raise ValueError(f"flax_module is bound to other variables than a call with the inputs has: {', '.join(wrong)}")
+        raise ValueError(
+            f"flax_module: bound variables must equal those of a call with the inputs; {', '.join(wrong)} differ"
+        )
     return with_arrays(model, arrays)

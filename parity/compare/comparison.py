@@ -1,4 +1,4 @@
-"""`Comparison`: a pair of modules with everything that all readings share, resolved once.
+"""`Comparison`: a pair of modules and the settings that all readings share, resolved once.
 
     torch           PyTorch's module, a copy with perturbed constant parameters; a recording of one; or None
     flax            Flax's module as an NNX module (`adapters`); None while PyTorch is recorded
@@ -78,7 +78,7 @@ class Comparison:
         randomize: bool = True,
         seed: int = 0,
     ) -> "Comparison":
-        """Resolves the arguments of `parity.check`, which documents them.
+        """Resolve the arguments of `parity.check`, which documents them.
 
         Without a PyTorch module the Flax module keeps its own weights; without a Flax module PyTorch runs alone.
         Raises ValueError for inputs or modules of another kind, ConversionError if the weights do not fit, and
@@ -133,14 +133,14 @@ class Comparison:
 
     @property
     def torch_device(self) -> str:
-        """PyTorch's device for narrower dtypes: a GPU if Flax has one and PyTorch can use it."""
+        """PyTorch's device for narrower dtypes: a GPU if Flax runs on one and PyTorch supports it."""
         import torch
 
         return "cuda" if self.device.platform == "gpu" and torch.cuda.is_available() else "cpu"
 
     @contextlib.contextmanager
     def strict_precision(self, float64: bool | None = None) -> Iterator[None]:
-        """Within the block float32 means float32 on both sides, and JAX runs on `device`; float64 is on or off."""
+        """Run the block without TF32 or bfloat16 matmuls on either side, JAX on `device`, with float64 on or off."""
         with contextlib.ExitStack() as stack:
             if callable(self.torch):  # a recording is not, and must not need torch
                 from parity.compare import torch_side
@@ -151,7 +151,7 @@ class Comparison:
             yield
 
     def state_dict(self, dtype: str) -> dict[str, np.ndarray]:
-        """PyTorch's weights, floating ones in a dtype; none if Flax keeps its own."""
+        """PyTorch's weights, floating ones cast to a dtype; empty if Flax keeps its own weights."""
         state = {} if self.torch is None else self.torch.state_dict()
         arrays = {name: as_numpy(tensor) for name, tensor in state.items()}
         return {name: a.astype(jnp.dtype(dtype)) if is_floating(a.dtype) else a for name, a in arrays.items()}
@@ -192,7 +192,7 @@ class Comparison:
         return Batch(inputs or self.inputs, self.labels, random_targets(outputs, self.seed))
 
     def evaluated(self, side: "TorchSide", inputs: Inputs | None = None) -> tuple[Batch, Kinds]:
-        """PyTorch's results, after the batch that they are of."""
+        """The batch, and PyTorch's results on it."""
         # With labels the loss needs no targets, only their names: one pass gives results and names.
         outputs = {} if self.labels is not None else side.outputs(inputs or self.inputs)
         results = side.evaluate(self.batch(outputs, inputs))

@@ -4,7 +4,7 @@ The first input of such a model's call is the token ids. Its other inputs reach 
 
     an input that `init_cache` takes under the same name, such as `start`, is passed to `init_cache`
     all others are passed to the model's `decoding_inputs` (`ReadsMoreThanIds`), which cuts them into the arguments of
-    `prefill` and of every `decode`; a model that has other inputs and not this method is not decoded
+    `prefill` and of every `decode`; a model with other inputs but without this method is not decoded
 """
 
 import inspect
@@ -22,7 +22,7 @@ from parity.compare.jax_side import compiled
 
 
 class NotDecodable(Exception):
-    """Why a model cannot be decoded with these inputs."""
+    """Raised if a model cannot be decoded with the inputs; the message is the reason."""
 
 
 def decodes(module: Any) -> bool:
@@ -33,8 +33,8 @@ def decodes(module: Any) -> bool:
 def decoded(model: Any, inputs: Inputs, dtype: Any) -> tuple[int, np.ndarray]:
     """Logits through the cache, laid out like the ids, from position `first` on: (first, logits).
 
-    The text is read by a prefill, a chunk of five tokens, single tokens, and a chunk again. Raises NotDecodable for
-    inputs whose part in decoding the model does not define.
+    The text is read by a prefill, a chunk of five tokens, single tokens, and a chunk again. Raises NotDecodable if
+    the model does not define how an input reaches decoding.
     """
     ids, others = ids_and_others(model, inputs)
     axis = model.sequence_axis
@@ -44,7 +44,7 @@ def decoded(model: Any, inputs: Inputs, dtype: Any) -> tuple[int, np.ndarray]:
     cuts = [c for c in (0, prompt, *range(prompt + 5, prompt + 13)) if c < n] + [n]
     of_cache, of_calls = arguments(model, others, cuts)
     pieces = [jnp.asarray(ids.take(range(a, b), axis)) for a, b in itertools.pairwise(cuts)]
-    # New functions at every call: jit remembers by function, and a check must run the code as it is now.
+    # New functions at every call: jit caches by function, and a check must run the current code.
     prefill = compiled(lambda model, ids, cache, more: model.prefill(ids, cache, **more))
     decode = compiled(lambda model, ids, cache, more: model.decode(ids, cache, **more))
     cache = model.init_cache(ids.shape[1 - axis], n, dtype, **of_cache)

@@ -18,7 +18,7 @@ class Inputs:
     def of(cls, inputs: Any) -> "Inputs":
         """Inputs from one array, a sequence of positional ones, or a mapping of named ones.
 
-        Raises ValueError if there are none, or one is empty or not of floats, integers or booleans.
+        Raises ValueError if there are none, or if one is empty or not of floats, integers or booleans.
         """
         if isinstance(inputs, cls):
             return inputs
@@ -39,12 +39,12 @@ class Inputs:
         return {f"input {i}": value for i, value in enumerate(self.args)} | self.kwargs
 
     def call(self, function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-        """Call function(*args, **kwargs) with values, which are named as in `named()`, instead of these arrays."""
+        """Call function(*args, **kwargs) with other values, named as in `named()`."""
         args = (values[f"input {i}"] for i in range(len(self.args)))
         return function(*args, **{name: values[name] for name in self.kwargs})
 
     def replaced(self, values: Mapping[str, np.ndarray]) -> "Inputs":
-        """The same arguments with other arrays, which are named as in `named()`."""
+        """The same arguments with other arrays, named as in `named()`."""
         args = tuple(values[f"input {i}"] for i in range(len(self.args)))
         return Inputs(args, {name: values[name] for name in self.kwargs})
 
@@ -66,7 +66,7 @@ class Inputs:
 
 
 def rolled(value: np.ndarray, step: int) -> np.ndarray:
-    """The array moved `step` places toward the beginning of its first axis, cyclically."""
+    """The array shifted cyclically by -step along its first axis."""
     return np.roll(value, -step, axis=0)
 
 

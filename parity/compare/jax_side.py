@@ -20,14 +20,14 @@ Arrays = dict[str, jax.Array]
 
 @contextlib.contextmanager
 def strict_precision(float64: bool, device: jax.Device) -> Iterator[None]:
-    """Within the block float32 matmuls are in float32 (not TF32 or bfloat16), on one device; float64 is on or off."""
+    """Run the block with full float32 matmuls (no TF32 or bfloat16), on one device, with float64 on or off."""
     with jax.enable_x64(float64), jax.default_matmul_precision("highest"), jax.default_device(device):
         yield
 
 
 @contextlib.contextmanager
 def default_precision(precision: str | None, device: jax.Device) -> Iterator[None]:
-    """Within the block float32 matmuls have a named precision (None: the device's default), on one device."""
+    """Run the block with float32 matmuls at a named precision (None: the device's default), on one device."""
     with jax.enable_x64(False), jax.default_matmul_precision(precision), jax.default_device(device):
         yield
 
@@ -39,7 +39,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def current_device() -> jax.Device:
-    """The device that `jax.default_device` has set, else JAX's first."""
+    """The device set by `jax.default_device`, or JAX's first device."""
     config: Any = jax.config  # its type does not list the settings
     return config.jax_default_device or jax.devices()[0]
 
@@ -52,9 +52,9 @@ def split(module: Any) -> tuple[Any, nnx.State, nnx.State]:
 
 
 class JaxSide:
-    """A Flax module that has its weights, in one dtype. Its tensors have PyTorch's names.
+    """A Flax module with its weights in one dtype. Its tensors have PyTorch's names.
 
-    `inputs` give the form of a call: what is passed by position, and what by name. `channels_last`: patterns of inputs
+    inputs: define which arguments of a call are positional and which are keywords. channels_last: patterns of inputs
     and outputs that have their channels last here and second in PyTorch.
     """
 
@@ -65,13 +65,13 @@ class JaxSide:
         self.value_and_grad = compiled(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
 
     def call(self, module: Callable[..., Any], values: Mapping[str, Any]) -> Arrays:
-        """The outputs by name, laid out as PyTorch's, of this module or another with the same arguments."""
+        """Call this module, or another with the same arguments; returns outputs by name in PyTorch's layout."""
         values = {n: jnp.moveaxis(v, 1, -1) if matches(n, self.channels_last) else v for n, v in values.items()}
         outputs = named_leaves(self.inputs.call(module, values), jax.Array)
         return {n: jnp.moveaxis(v, -1, 1) if matches(n, self.channels_last) else v for n, v in outputs.items()}
 
     def loaded(self, state_dict: Mapping[str, Any]) -> "JaxSide":
-        """The same module with other weights; it is not compiled again."""
+        """The same module with other weights; nothing is recompiled."""
         side = copy.copy(self)
         side.module = self.weights.load(self.module, state_dict)
         _, side.params, side.rest = split(side.module)
@@ -94,7 +94,7 @@ class JaxSide:
         return floats, {name: array for name, array in arrays.items() if name not in floats}
 
     def arguments(self, batch: Batch) -> tuple[Arrays, Arrays, Any, Arrays]:
-        """Floating inputs, other inputs, labels and targets: what `value_and_grad` takes after the parameters."""
+        """Arguments of `value_and_grad` after the parameters: floating inputs, other inputs, labels, targets."""
         targets = {name: jnp.asarray(target, self.dtype) for name, target in batch.targets.items()}
         return *self.values(batch.inputs), batch.labels, targets
 

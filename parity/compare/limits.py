@@ -48,11 +48,11 @@ def in_units_of(flax: Mapping[str, float], own: Mapping[str, float]) -> dict[str
     """Errors by name in units of PyTorch's own errors (plus RATIO_FLOOR)."""
     allowed = {name: own.get(name, 0.0) + RATIO_FLOOR for name in flax}
     return {
-        name: error / allowed[name] if np.isfinite(allowed[name]) else np.inf  # a NaN in PyTorch's run excuses nothing
+        name: error / allowed[name] if np.isfinite(allowed[name]) else np.inf  # a NaN in PyTorch's run must not pass
         for name, error in flax.items()
     }
 
 
 def worst(values: Mapping[str, float]) -> tuple[str, float]:
-    """Name and value of the largest; NaN counts as the largest of all."""
+    """Name and value of the largest; NaN counts as the largest."""
     return max(values.items(), key=lambda item: np.inf if np.isnan(item[1]) else item[1])

@@ -24,7 +24,7 @@ Kinds = dict[str, dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Inputs of one call, and what the loss compares its outputs with.
+    """Inputs of one call, with the labels or targets of its loss.
 
     targets: by output name; with labels only their names are used.
     """
@@ -46,7 +46,7 @@ def random_targets(outputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np
 
 
 def jax_loss(outputs: Mapping[str, jax.Array], labels: Any, targets: Mapping[str, jax.Array]) -> jax.Array:
-    """The loss in JAX; raises ValueError if the outputs are not named as the targets."""
+    """The loss in JAX; raises ValueError if the names of outputs and targets differ."""
     if outputs.keys() != targets.keys():
         raise ValueError(f"PyTorch returns {', '.join(targets)}; the Flax module returns {', '.join(outputs)}")
     if labels is not None:
@@ -58,7 +58,7 @@ def jax_loss(outputs: Mapping[str, jax.Array], labels: Any, targets: Mapping[str
 def torch_loss(
     outputs: "Mapping[str, torch.Tensor]", labels: "torch.Tensor | None", targets: "Mapping[str, torch.Tensor]"
 ) -> "torch.Tensor":
-    """The same in PyTorch."""
+    """The same loss in PyTorch."""
     import torch  # not at the top: recordings are replayed where torch is not installed
 
     if labels is not None:

@@ -3,7 +3,7 @@
 It has one of these forms:
 
     mapping     {"wte": "embed", "h.*.attn": "blocks.*.attention"}. The name of a module applies to everything inside;
-                `*` matches one word; of several keys that match, the one of most words applies; None: no counterpart
+                `*` matches one word; the matching key with the most words applies; None: no counterpart
     pairs       [(r"^h\\.(\\d+)", r"blocks.\\1"), …]: regular expressions and replacements, applied one after the other
     function    from a PyTorch name to Flax's name or None
 
@@ -21,7 +21,7 @@ Names = Mapping[str, Any] | Sequence[tuple[str, str]] | Callable[[str], Any]
 def renamer(names: Names) -> Callable[[str], list[str] | None]:
     """A function from a PyTorch name to its Flax names, or None if it has no counterpart.
 
-    Raises ValueError for names of another form, and for a mapping whose stars do not match.
+    Raises ValueError for names of another form, and for a mapping with more `*` in a value than in its key.
     """
     if callable(names):
         return lambda name: listed(names(name))
@@ -45,7 +45,7 @@ def starred(names: Mapping[str, Any]) -> Callable[[str], list[str] | None]:
     for given, values in names.items():
         for value in listed(values) or []:
             if value.count("*") > given.count("*"):
-                raise ValueError(f"names[{given!r}]={value!r} must not have more stars than its key")
+                raise ValueError(f"names[{given!r}]={value!r} must not have more * than its key")
         words = given.split(".") if given else []
         pattern = r"\.".join(r"([^.]+)" if word == "*" else re.escape(word) for word in words)
         rules.append((len(words), re.compile(rf"{pattern}(?:\.|$)" if words else ""), listed(values)))
@@ -67,7 +67,7 @@ def starred(names: Mapping[str, Any]) -> Callable[[str], list[str] | None]:
 
 
 def fill(value: str, words: Sequence[str]) -> str:
-    """A Flax name with its stars replaced by the words that the stars of PyTorch's name matched."""
+    """Replace each `*` of a Flax name by the word that the `*` of the PyTorch name matched."""
     given = iter(words)
     return ".".join(next(given) if word == "*" else word for word in value.split("."))
 

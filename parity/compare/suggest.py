@@ -1,4 +1,4 @@
-"""`suggest`: proposes names for a pair of models from shapes, names and order of definition.
+"""`suggest`: propose names for a pair of models from shapes, names and order of definition.
 
 Only parts whose arrays fit are paired. Of the possible assignments the one with the highest sum of scores is chosen; a
 score adds the similarity of two names, the equality of their numbers, and the closeness of their places in the models.
@@ -18,7 +18,7 @@ from jaxmodels.weights.names import ConversionError, Path, dotted, flat_arrays
 from parity.compare.adapters import as_module
 from parity.compare.inputs import Inputs
 from parity.compare.names import starred
-from parity.compare.weights import DROPPED, KINDS, SUFFIXES, Mapped, aliases, kind_of, nothing
+from parity.compare.weights import DROPPED, KINDS, SUFFIXES, Mapped, aliases, kind_of, placeholder
 
 # Names that ports use for the same part.
 WORDS = {
@@ -39,15 +39,15 @@ WORDS = {
     "final": "f ln_f last",
 }
 CANONICAL = {word: name for name, words in WORDS.items() for word in (name, *words.split())}
-MARGIN = 0.1  # exchanges that lower the score by less are ambiguous
+MARGIN = 0.1  # swaps that lower the score by less are ambiguous
 
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A proposal for `names=`, and its doubts.
+    """A proposal for `names=`, with its ambiguities.
 
-    ambiguous: by PyTorch's name, other Flax names that fit as well; the order in the models decided. unmatched_*: parts
-    without a counterpart of fitting shapes. problems: the error that `parity.check` would raise.
+    ambiguous: by PyTorch's name, other Flax names that fit equally well; the order of definition decided. unmatched_*:
+    parts without a counterpart of fitting shapes. problems: the error that `parity.check` would raise.
     """
 
     names: dict[str, Any]
@@ -58,7 +58,7 @@ class Suggestion:
 
     @property
     def complete(self) -> bool:
-        """True if every array has a tensor; ambiguous ones may still be exchanged."""
+        """True if every array has a tensor; ambiguous ones may still be swapped."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -80,11 +80,11 @@ class Owner:
 
 
 def suggest(torch_module: Any, flax_module: Any, inputs: Any = None, channels_last: Sequence[str] = ()) -> Suggestion:
-    """Proposes `names` for `parity.check`. A Linen module needs the `inputs` of the check, to have shapes.
+    """Propose `names` for `parity.check`. A Linen module needs the `inputs` of the check for its shapes.
 
-    Raises ValueError for a Linen module without inputs, and for a module that is no Flax module.
+    Raises ValueError for a Linen module without inputs, and for a module that is not a Flax module.
     """
-    # Not a Comparison: that needs the names that are proposed here.
+    # Not a Comparison, which needs the names that are proposed here.
     flax_module = as_module(flax_module, None if inputs is None else Inputs.of(inputs), channels_last)
     theirs, ours = torch_owners(torch_module), flax_owners(flax_module, layer_counts(torch_module))
     pairs, ambiguous = assigned(theirs, ours)
@@ -126,7 +126,7 @@ def torch_owners(module: Any) -> list[Owner]:
 
 
 def flax_owners(module: nnx.Module, counts: set[int]) -> list[Owner]:
-    """Flax's parts in the order of definition; a stack of as many layers as PyTorch lists counts once for each."""
+    """Flax's parts in the order of definition; a stack as long as a PyTorch list counts once per layer."""
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, array in flat_arrays(module).items():
         groups.setdefault(dotted(path[:-1]), {})[str(path[-1])] = tuple(array.shape)
@@ -190,7 +190,7 @@ def flax_names(name: str, other: Owner) -> Iterator[str]:
 
 def shape_fits(owner: Owner, name: str, other: Owner, flax: str, parts: int = 1) -> bool:
     """True if a tensor, or one of equal parts of it, has the shape of Flax's array."""
-    tensor, expected = nothing(owner.shapes[name]), other.shapes[flax]
+    tensor, expected = placeholder(owner.shapes[name]), other.shapes[flax]
     kind = kind_of(owner.module, tensor, (flax,))
     shape = KINDS[kind][0](tensor).shape
     if parts > 1:
@@ -281,7 +281,7 @@ def loose(left: list[Owner], free: list[Owner], found: dict[str, Any]) -> Iterat
 
 
 def containers(module: Any, found: Mapping[str, Any]) -> dict[str, str]:
-    """Names of parts without arrays of their own, by the names of their parts; each Flax part once, outermost first."""
+    """Names of containers, inferred from the names of their parts; each Flax part once, outermost first."""
     names: dict[str, str] = {}
     for path, _ in module.named_modules():
         below = [v for n, v in found.items() if n.startswith(f"{path}.") and path]
@@ -300,7 +300,7 @@ def containers(module: Any, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def compressed(found: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """The same names with fewer entries: numbers become stars, names that an enclosing part implies go."""
+    """The same names with fewer entries: numbers become `*`; names implied by an enclosing part are left out."""
     names: dict[str, Any] = {}
     for name in sorted(found, key=lambda n: (n.count("."), paths.index(n) if n in paths else len(paths))):
         flax = found[name] if isinstance(found[name], list) else [found[name]]

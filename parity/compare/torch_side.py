@@ -17,7 +17,7 @@ from parity.compare.loss import Batch, Kinds, torch_loss
 def randomized(module: nn.Module, seed: int) -> nn.Module:
     """A copy in which every constant parameter (zeros, ones) is perturbed: a zero hides how it is used.
 
-    The running means and variances of a BatchNorm that has averaged nothing yet are perturbed too.
+    Running means and variances of a BatchNorm that still have their initial values are perturbed too.
     """
     module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +35,7 @@ def randomized(module: nn.Module, seed: int) -> nn.Module:
 
 @contextlib.contextmanager
 def strict_precision() -> Iterator[None]:
-    """Within the block float32 matmuls are in float32: no TF32, no reduced precision."""
+    """Run the block with full float32 matmuls: no TF32, no reduced precision."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")  # switches off TF32 in matmuls
     torch.backends.cudnn.allow_tf32 = False

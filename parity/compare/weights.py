@@ -1,4 +1,4 @@
-"""`Weights`: which array of a Flax model a PyTorch tensor becomes, and the conversion both ways.
+"""`Weights`: map PyTorch tensors to the arrays of a Flax model, and convert them in both directions.
 
 Twins give their parts the same names: `jaxmodels.weights` converts them. For other pairs of models `Mapped` renames
 (see `parity.compare.names`). Several Flax names for one tensor split it along its output features (a fused query, key
@@ -49,7 +49,7 @@ class Parameter(Protocol):
 
 
 class TorchModule(Protocol):
-    """Methods of a `torch.nn.Module` that are called here; a recording has them too, so that it needs no torch."""
+    """Methods of a `torch.nn.Module` that are called here; a recording has them too and needs no torch."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """Tensors by name."""
@@ -143,13 +143,13 @@ class Piece:
     layer: int | None = None
 
     def to_flax(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """This piece of the tensor, in the shape of its place; raises ValueError if it does not fit."""
+        """Extract this piece of a tensor, in the shape of its place; raises ValueError if it does not fit."""
         array = KINDS[self.kind][0](tensor)
         if self.part[1] > 1:
             array = np.split(array, self.part[1], axis=-1)[self.part[0]]
         if array.shape != shape and (array.ndim == len(shape) or array.size != np.prod(shape)):
             raise ValueError(
-                f"{self.key}: {list(tensor.shape)} becomes {list(array.shape)}, the model has {list(shape)}"
+                f"{self.key}: {list(tensor.shape)} becomes {list(array.shape)}; the model has {list(shape)}"
             )
         return array.reshape(shape)
 
@@ -159,12 +159,12 @@ class Piece:
         return (*shape[:-1], shape[-1] // self.slot[1]) if self.slot[1] > 1 else shape
 
     def of(self, array: np.ndarray) -> np.ndarray:
-        """The part of a Flax array at its place."""
+        """Extract this piece of a Flax array."""
         array = array if self.layer is None else array[self.layer]
         return np.split(array, self.slot[1], axis=-1)[self.slot[0]] if self.slot[1] > 1 else array
 
 
-def nothing(shape: tuple[int, ...]) -> np.ndarray:
+def placeholder(shape: tuple[int, ...]) -> np.ndarray:
     """An array of a given shape that takes no memory."""
     return np.broadcast_to(np.zeros(()), shape)
 
@@ -218,7 +218,7 @@ class Mapped:
                 continue
             found = [place(lookup, name) for name in renamed]
             places = [spot for spot in found if spot is not None]
-            tied = first.get(key, key) != key  # the same tensor has another name, under which it is converted
+            tied = first.get(key, key) != key  # the same tensor is converted under its first name
             if tied and (len(places) < len(found) or any(p.path == path for p in pieces for path, _ in places)):
                 continue
             if len(places) < len(found):
@@ -234,7 +234,7 @@ class Mapped:
         misshapen = []
         for piece in self.pieces:
             try:
-                piece.to_flax(nothing(self.tensors[piece.key]), piece.shape(self.shapes[piece.path]))
+                piece.to_flax(placeholder(self.tensors[piece.key]), piece.shape(self.shapes[piece.path]))
             except ValueError as error:
                 misshapen.append(str(error) if piece.key in str(error) else f"{piece.key}: {error}")
         problems = {
@@ -268,11 +268,11 @@ class Mapped:
     def joined(self, pieces: list[Piece], parts: list[np.ndarray]) -> np.ndarray:
         """The PyTorch tensor, joined from its parts."""
         there, back = KINDS[pieces[0].kind]
-        *outer, features = there(nothing(self.tensors[pieces[0].key])).shape or (1,)
+        *outer, features = there(placeholder(self.tensors[pieces[0].key])).shape or (1,)
         if len(parts) > 1:
             parts = [part.reshape(*outer, features // len(parts)) for part in parts]
             return back(np.concatenate(parts, axis=-1))
-        return back(parts[0].reshape(there(nothing(self.tensors[pieces[0].key])).shape))
+        return back(parts[0].reshape(there(placeholder(self.tensors[pieces[0].key])).shape))
 
     def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
         present = set(flat_arrays(state))
@@ -312,7 +312,7 @@ def kind_of(owner: Any, tensor: Any, path: Path) -> str:
 
 
 def slotted(pieces: list[Piece]) -> list[Piece]:
-    """The pieces, numbered where several share a place."""
+    """The pieces with `slot` set: numbered among those that share a place."""
     counts = collections.Counter((piece.path, piece.layer) for piece in pieces)
     used: collections.Counter[tuple[Path, int | None]] = collections.Counter()
     result = []
@@ -358,7 +358,7 @@ def weights_of(torch_module: TorchModule, flax_module: Any, names: Names | Weigh
     if names is not None:
         return Mapped(torch_module, flax_module, names)
     try:
-        with jax.enable_x64(True):  # so that no tensor is refused for its 64 bits
+        with jax.enable_x64(True):  # 64-bit tensors are refused without it
             from_torch(flax_module, torch_module.state_dict())
     except ConversionError as error:
         try:

@@ -1,1 +1,1 @@
-"""Golden fixtures: results of PyTorch that are recorded once and replayed without it."""
+"""Golden fixtures: PyTorch's results, recorded once and replayed without torch."""

@@ -1,4 +1,4 @@
-"""Golden fixtures: what PyTorch computed, in two files, to judge Flax on machines without torch.
+"""Golden fixtures: PyTorch's results in two files, to check Flax on machines without torch.
 
     STEM.safetensors   "state/…"                              the weights, in the module's own dtypes
                        "inputs/…", "labels", "targets/…"      arguments of the call, and of the loss
@@ -6,7 +6,7 @@
     STEM.json          {"format": 1, "name": …, and the fields below}
 
 "own errors" are PyTorch's errors in float32 against these results, by kind and tensor. "model" is the name and the
-configuration of which `jaxmodels.models.build` makes the Flax model; null for a class that is not registered.
+configuration from which `jaxmodels.models.build` builds the Flax model; null for a class that is not registered.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ class RecordedParameter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fixture:
-    """One recording; has the methods of `weights.TorchModule`, so that it can replace the PyTorch module.
+    """One recording; it has the methods of `weights.TorchModule`, so that it can replace the PyTorch module.
 
     model: {"model": name, "config": {…}}. results: by kind, by PyTorch's name. layers: types of the modules that own
-    the weights, by path. names: each parameter's name, with the first of its names. torch: its version.
+    the weights, by path. names: each parameter name, with the first name of the same parameter. torch: its version.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Fixture:
 
 
 def files_of(stem: str | os.PathLike) -> tuple[Path, Path]:
-    """STEM.safetensors and STEM.json. A stem may contain dots, and may be the name of either file."""
+    """STEM.safetensors and STEM.json. A stem may contain dots; it may also be the name of either file."""
     stem = Path(stem)
     if stem.suffix in (".safetensors", ".json"):
         stem = stem.with_suffix("")
@@ -80,7 +80,7 @@ def files_of(stem: str | os.PathLike) -> tuple[Path, Path]:
 
 
 def write(stem: str | os.PathLike, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Writes both files atomically, the JSON last: a fixture without it does not exist."""
+    """Write both files atomically, the JSON last: without it there is no fixture."""
     tensors_file, about_file = files_of(stem)
     with atomic_file(about_file) as temporary_about:
         temporary_about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -90,7 +90,7 @@ def write(stem: str | os.PathLike, tensors: Mapping[str, np.ndarray], about: Map
 
 
 def read(stem: str | os.PathLike) -> Fixture:
-    """The recording; raises ValueError that names the file if one is missing, damaged or of another format."""
+    """Read a recording; raises ValueError that names the file if one is missing, damaged or of another format."""
     tensors_file, about_file = files_of(stem)
     try:
         about = json.loads(about_file.read_text(encoding="utf-8"))
@@ -118,14 +118,16 @@ def read(stem: str | os.PathLike) -> Fixture:
             torch=about["torch"],
         )
     except FileNotFoundError:
-        raise ValueError(f"{about_file} does not exist: {stem} is no fixture") from None
+        raise ValueError(f"stem={stem} is not a fixture: {about_file} or {tensors_file} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{about_file.with_suffix('')} is no fixture that parity.record wrote: {error}") from error
+        raise ValueError(
+            f"stem={about_file.with_suffix('')} is not a fixture written by parity.record: {error}"
+        ) from error
 
 
 def stems(folder: str | os.PathLike) -> list[Path]:
     """The fixtures of a folder, sorted; raises ValueError if there are none."""
     found = sorted(file for file in Path(folder).glob("*.json") if files_of(file)[0].is_file())
     if not found:
-        raise ValueError(f"{folder} must hold fixtures (STEM.json and STEM.safetensors); it holds no fixtures")
+        raise ValueError(f"folder {folder} contains no fixture; it must contain STEM.json and STEM.safetensors")
     return found

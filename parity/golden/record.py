@@ -1,4 +1,4 @@
-"""`record`: writes a golden fixture of a PyTorch module. Needs torch."""
+"""`record`: write a golden fixture of a PyTorch module. Needs torch."""
 
 import importlib.metadata
 import json
@@ -26,15 +26,15 @@ def record(
     seed: int = 0,
     name: str = "",
 ) -> None:
-    """Writes STEM.safetensors and STEM.json: a module's weights, inputs, outputs and gradients, computed in float64.
+    """Write STEM.safetensors and STEM.json: a module's weights, inputs, outputs and gradients, computed in float64.
 
-    inputs, labels, zero_gradients and randomize are those of `parity.check`. With a flax_module of a registered class
-    (one that `jaxmodels.save` takes) the fixture says how to build it. Raises ValueError for inputs that are no arrays,
-    and if the folder does not exist.
+    inputs, labels, zero_gradients and randomize are those of `parity.check`. If flax_module has a registered class
+    (one that `jaxmodels.save` takes), the fixture describes how to build it. Raises ValueError for inputs that are not
+    arrays, and if the folder does not exist.
     """
     folder = files_of(stem)[0].parent
     if not folder.is_dir():
-        raise ValueError(f"stem={stem} cannot be written: there is no folder {folder}")
+        raise ValueError(f"stem={stem}: folder {folder} does not exist")
     model = description(flax_module)
     comparison = Comparison.of(
         torch_module,
@@ -52,9 +52,9 @@ def record(
 def write_recording(
     comparison: Comparison, stem: str | os.PathLike, *, name: str = "", model: dict[str, Any] | None = None
 ) -> None:
-    """`record` of the PyTorch module of a comparison; model: how to build the Flax model."""
+    """`record` on a resolved comparison; model: how to build the Flax model."""
     module = comparison.torch
-    assert module is not None, "a recording has no module to run"
+    assert module is not None, "only a PyTorch module can be recorded"
     with comparison.strict_precision():
         batch, results = comparison.evaluated(comparison.torch_side("float64"))
         own = comparison.torch_side("float32").evaluate(batch)

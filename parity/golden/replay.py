@@ -1,4 +1,4 @@
-"""`replay`: judges a Flax module by a golden fixture. Needs no torch."""
+"""`replay`: check a Flax module against a golden fixture. Needs no torch."""
 
 import os
 import time
@@ -30,12 +30,12 @@ def replay(
     device: str | None = None,
     float64: bool | None = None,
 ) -> Report:
-    """Compares a Flax module, whose arrays may be abstract, with what `record` wrote.
+    """Compare a Flax module, whose arrays may be abstract, with a fixture written by `record`.
 
-    flax_module None: the model that the fixture describes. The other arguments are those of `parity.check`. The
-    `Report` has its readings, except training and the first sub-module that differs: outputs and gradients in float64,
-    the same in float32 in units of PyTorch's recorded errors, cached decoding, and the weights' round trip. Raises
-    ValueError if the fixture is damaged, and ConversionError if its weights do not fit.
+    If flax_module is None, the model that the fixture describes is built. The other arguments are those of
+    `parity.check`. The `Report` has the readings of a check except training, and no first divergence: outputs and
+    gradients in float64, the same in float32 in units of PyTorch's recorded errors, cached decoding, and the weights'
+    round trip. Raises ValueError if the fixture is damaged, and ConversionError if its weights do not fit.
     """
     fixture = read(stem)
     comparison = Comparison.of(
@@ -54,17 +54,17 @@ def replay(
 
 
 def rebuilt(fixture: Fixture) -> Any:
-    """The abstract Flax model that a fixture describes; raises ValueError if it describes none."""
+    """Build the abstract Flax model that a fixture describes; raises ValueError if it describes none."""
     about = fixture.model
     if about is None:
         raise ValueError(
-            f"flax_module=None: {fixture.name} does not describe its Flax model, pass one to parity.replay"
+            f"flax_module=None: {fixture.name} does not describe its Flax model; pass one to parity.replay"
         )
     return nnx.eval_shape(lambda: build(about["model"], about["config"]))
 
 
 def read_replay(comparison: Comparison, fixture: Fixture) -> Report:
-    """`replay` of a comparison whose PyTorch module is a fixture."""
+    """`replay` on a resolved comparison whose PyTorch module is a fixture."""
     began = time.perf_counter()
     batch = Batch(fixture.inputs, comparison.labels, fixture.targets)
     reference = Reference(comparison, batch, fixture.results)
@@ -78,7 +78,7 @@ def read_replay(comparison: Comparison, fixture: Fixture) -> Report:
 
 
 def readings(reference: Reference, fixture: Fixture, skipped: dict[str, str]) -> Iterator[Check]:
-    """The checks of one fixture; adds to `skipped` what the model cannot do, and why."""
+    """The checks of one fixture; adds those that do not apply to `skipped`, with the reason."""
     comparison = reference.comparison
     yield round_trip(comparison)
     for precision in ("float64", "float32") if comparison.float64 else ("float32",):

@@ -1,4 +1,4 @@
-"""The backward pass: gradients that arrive at every output, and those of every sub-module alone."""
+"""The backward pass: gradients at every output in the run of the model, and of every sub-module alone."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -32,17 +32,17 @@ class Backward:
         for group in self.groups(keys, memory_limit):
             self.gradients = self.propagated(group)
         for key in keys:
-            if key[1] in (0, run.counts[key[0]] - 1):  # a recurrence calls its parts in the same way in between
+            if key[1] in (0, run.counts[key[0]] - 1):  # the calls of a recurrence in between are alike
                 self.read(key, "isolated", self.isolated(key))
         for path, reading in self.readings.items():
             reading.order = self.order(path, run.counts[path] - 1) if reading.order is None else reading.order
 
     def order(self, *key: Any) -> int:
-        """The order of a call backwards: the last call comes first."""
+        """The order of a call in the backward pass: the last call comes first."""
         return len(self.run.calls) - 1 - self.run.calls[key].order
 
     def read(self, key: Key, kind: str, errors: Errors | None) -> None:
-        """Keeps errors of a call if they are the worst of its path."""
+        """Record the errors of a call if they are the worst of its path."""
         reading = self.readings[key[0]]
         if reading.worst(kind, errors) and (reading.order is None or self.order(*key) < reading.order):
             reading.order = self.order(*key)
@@ -61,7 +61,7 @@ class Backward:
         yield group
 
     def propagated(self, group: list[Key]) -> dict[str, np.ndarray]:
-        """Compares the gradients at the outputs of some calls; returns those of all parameters by PyTorch's name.
+        """Compare the gradients at the outputs of some calls; return those of all parameters by PyTorch's name.
 
         A zero is added to every output, and the loss of the whole model is differentiated with respect to it.
         """
@@ -105,7 +105,7 @@ class Backward:
             for i, a in enumerate(ours)
         ]
         if any(np.shape(cotangent) != a.shape for cotangent, a in zip(cotangents, ours, strict=True)):
-            return None  # another layout, as attention weights may have; the module that encloses it is comparable
+            return None  # another layout, e.g. of attention weights; the enclosing module is compared
         of_params, of_inputs = pull(cotangents)
         names = {number: name for name, number in self.run.calls[key].inputs.items()}
         found: list[tuple[Any, torch.Tensor | None]] = []
@@ -116,7 +116,7 @@ class Backward:
         found += [(gradients[name], gradient) for name, gradient in theirs.items() if name in gradients]
         module.zero_grad(set_to_none=True)
         pairs = [(np.asarray(a, np.float64), np.zeros(np.shape(a)) if b is None else b.numpy()) for a, b in found]
-        # A gradient that is zero in exact arithmetic is noise: its scale is that of the gradients it is computed from.
+        # A gradient that is zero in exact arithmetic is rounding noise, relative to the gradients it is computed from.
         scale = max(float(np.abs(b).max(initial=0.0)) for b in [*(b for _, b in pairs), *given.values()])
         return self.errors([a for a, _ in pairs], [b for _, b in pairs], scale)
 
@@ -131,7 +131,7 @@ class Backward:
 
 
 def added(output: Any, zeros: list[jax.Array]) -> Any:
-    """The output with an array added to each of its floating arrays."""
+    """Add an array to each floating array of an output."""
     named = {n: leaf for n, leaf in leaves_of({"output": output}).items() if numeric(leaf) == "f"}
     values = {name: leaf + zero for (name, leaf), zero in zip(named.items(), zeros, strict=True)}
     return with_leaves({"output": output}, values)["output"]

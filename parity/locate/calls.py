@@ -1,4 +1,4 @@
-"""Records every call of every sub-module on both sides: its arguments, its outputs, and how to repeat it."""
+"""Record every call of every sub-module on both sides: its arguments, its outputs, and how to repeat it."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ class Kept:
 
 @dataclasses.dataclass
 class TorchCall:
-    """One call of a PyTorch sub-module; tensors are numbers in the store. order: in which the calls ended."""
+    """One call of a PyTorch sub-module; tensors are numbers in the store. order: by the end of the call."""
 
     order: int
     args: tuple
@@ -44,7 +44,7 @@ class TorchCall:
 
 
 class TorchRun:
-    """One run of a PyTorch module with every call recorded; with `gradients`, those at every output too."""
+    """One run of a PyTorch module with every call recorded; `gradients`: also the gradients at every output."""
 
     def __init__(self, side: TorchSide, batch: Batch, kept: Store, *, gradients: bool = False):
         self.side, self.kept = side, kept
@@ -59,7 +59,7 @@ class TorchRun:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
-        """Within the block every sub-module has hooks that record its calls."""
+        """Hook every sub-module, so that its calls within the block are recorded."""
         open_calls: list[tuple[tuple, dict]] = []
         handles = []
         for path, module in self.modules.items():
@@ -79,7 +79,7 @@ class TorchRun:
                 handle.remove()
 
     def record(self, path: str, module: torch.nn.Module, given: tuple[tuple, dict], output: Any) -> None:
-        """Adds a call that has ended, with its arguments already in the store."""
+        """Record a call that has ended; its arguments are already in the store."""
         key = path, self.counts.get(path, 0)
         self.counts[path] = key[1] + 1
         args, kwargs = given
@@ -93,11 +93,11 @@ class TorchRun:
                 tensor.register_hook(lambda gradient, i=i: self.keep_gradient(call, i, gradient))
 
     def keep(self, leaf: Any) -> Any:
-        """A tensor's number in the store; anything else as it is."""
+        """Put a tensor in the store and return its number; return anything else unchanged."""
         return Kept(self.kept.put(leaf.detach().cpu().numpy())) if isinstance(leaf, torch.Tensor) else leaf
 
     def keep_gradient(self, call: TorchCall, i: int, gradient: torch.Tensor) -> None:
-        """Adds the gradient at output i of a call."""
+        """Record the gradient at output i of a call."""
         call.gradients[i] = self.keep(gradient).number
 
     def outputs(self, key: Key) -> list[np.ndarray]:
@@ -116,7 +116,7 @@ class TorchRun:
         *,
         grad: bool = False,
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """Repeats a call, with another module or in another dtype: floating outputs, and floating inputs by name."""
+        """Repeat a call, optionally with another module or dtype: floating outputs, and floating inputs by name."""
         call = self.calls[key]
         tensors: dict[int, torch.Tensor] = {}
 
@@ -135,7 +135,7 @@ class TorchRun:
 
 
 def leaves_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Everything in nested arguments by name: 'x', 'states[0]', …"""
+    """Leaves of nested arguments by name: 'x', 'states[0]', …"""
     found: dict[str, Any] = {}
 
     def walk(name: str, node: Any) -> None:
@@ -153,7 +153,7 @@ def leaves_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_leaves(arguments: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments with the named ones replaced."""
+    """The same arguments with the named leaves replaced."""
 
     def walk(name: str, node: Any) -> Any:
         if isinstance(node, tuple | list):
@@ -174,7 +174,7 @@ class NNXPart:
         self.graphdef, self.params, self.rest = split(module)
 
     def call(self, params: Any, args: tuple, kwargs: dict) -> Any:
-        """Calls the method with other parameters."""
+        """Call the method with other parameters."""
         return self.method(nnx.merge(self.graphdef, params, self.rest), *args, **kwargs)
 
     @staticmethod
@@ -192,7 +192,7 @@ class LinenPart:
         self.module = module.clone(parent=None, name=None)
 
     def call(self, params: Any, args: tuple, kwargs: dict) -> Any:
-        """Calls the module with other parameters."""
+        """Call the module with other parameters."""
         return self.module.apply({"params": params, **self.variables}, *args, **kwargs)
 
     @staticmethod
@@ -217,7 +217,7 @@ Record = Callable[[FlaxCall], Any]  # returns the output that the model continue
 
 @contextlib.contextmanager
 def recorded(model: Any, record: Record) -> Iterator[None]:
-    """Within the block every call of a sub-module is passed to `record`, but for those that `record` itself makes."""
+    """Pass every call of a sub-module within the block to `record`, except those that `record` itself makes."""
     busy = False
 
     def record_once(call: FlaxCall) -> Any:
@@ -249,7 +249,7 @@ def is_abstract(leaf: Any) -> bool:
 
 @contextlib.contextmanager
 def linen_calls(record: Record) -> Iterator[None]:
-    """Within the block calls of Linen modules are passed to `record`."""
+    """Pass calls of Linen modules within the block to `record`."""
 
     def intercept(proceed: Any, args: tuple, kwargs: dict, context: Any) -> Any:
         output = proceed(*args, **kwargs)
@@ -267,7 +267,7 @@ def linen_calls(record: Record) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nnx_calls(model: nnx.Module, record: Record) -> Iterator[None]:
-    """Within the block calls of the sub-modules of an NNX model are passed to `record`."""
+    """Pass calls of the sub-modules of an NNX model within the block to `record`."""
     paths = {id(m): dotted(path) for path, m in nnx.iter_modules(model)}
     active: list[Any] = []
 
@@ -297,10 +297,12 @@ def nnx_calls(model: nnx.Module, record: Record) -> Iterator[None]:
 
 @contextlib.contextmanager
 def calls_replaced(model: Any, wrapped: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block every class of the model's modules has wrapped(method) instead of each method in CALLS."""
+    """Replace each method in CALLS of the classes of the model's modules by wrapped(method) within the block."""
     classes = {type(m) for _, m in nnx.iter_modules(model)}
     own = {(cls, name): vars(cls).get(name) for cls in classes for name in CALLS if hasattr(cls, name)}
-    wrappers = {key: wrapped(getattr(*key)) for key in own}  # all read before any is set: they may inherit
+    wrappers = {
+        key: wrapped(getattr(*key)) for key in own
+    }  # read all before setting any: classes may inherit from each other
     try:
         for key, wrapper in wrappers.items():
             setattr(*key, wrapper)
@@ -314,7 +316,7 @@ def calls_replaced(model: Any, wrapped: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def unstacked(model: Any) -> Any:
-    """The model with its layers in a list: inside a scan calls have no values."""
+    """The model with its layers in a list: calls inside a scan have no concrete values."""
     return model.unstacked() if hasattr(model, "unstacked") else model
 
 

@@ -1,4 +1,4 @@
-"""The forward pass: a Flax model's calls compared with PyTorch's, as they are and repeated with PyTorch's inputs."""
+"""The forward pass: compare a Flax model's calls with PyTorch's, as made and repeated with PyTorch's inputs."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from parity.locate.calls import FlaxCall, Key, LinenPart, NNXPart, TorchRun, lea
 from parity.locate.hints import hint
 from parity.locate.tree import Errors, Part
 
-RERUNS = 3  # calls of one path that are repeated in isolation; a recurrence calls its parts at every step
+RERUNS = 3  # of one path in isolation, at most: a recurrence calls its parts at every step
 
 
 @dataclasses.dataclass
@@ -28,15 +28,15 @@ class PathErrors:
     flax_path: str = ""
     flax_type: str = ""
     calls: int = 0
-    order: int | None = None  # of the first call that errs
+    order: int | None = None  # of the first call beyond the limit
     propagated: Errors | None = None
     isolated: Errors | None = None
     isolations: int = 0
     limit: float = limits.FLOAT64_LIMIT
-    evidence: tuple[Key, list[np.ndarray]] | None = None  # a call that errs in isolation, and Flax's outputs of it
+    evidence: tuple[Key, list[np.ndarray]] | None = None  # a call beyond the limit in isolation, and Flax's outputs
 
     def worst(self, kind: str, errors: Errors | None) -> bool:
-        """Keeps errors if they are the worst; True if they exceed the limit."""
+        """Record errors if they are the worst; returns True if they exceed the limit."""
         known = getattr(self, kind)
         if errors is not None and (known is None or errors.error > known.error):
             setattr(self, kind, errors)
@@ -63,7 +63,7 @@ class Repeatable:
         }
 
     def call(self, params: Any, values: dict[str, Any]) -> list[jax.Array]:
-        """Repeats the call; returns its floating outputs."""
+        """Repeat the call; returns its floating outputs."""
         arguments: Any = with_leaves(self.arguments.arguments, values)
         bound = inspect.BoundArguments(self.arguments.signature, arguments)
         return floating(self.part.call(params, bound.args, bound.kwargs))
@@ -85,7 +85,7 @@ class Forward:
                 self.readings[path].limit = limit
 
     def counterparts(self) -> dict[Key, Key]:
-        """PyTorch's call by Flax's; layer 3 of a scanned stack is the fourth call of its one module."""
+        """Map Flax calls to PyTorch calls; layer 3 of a scanned stack is the fourth call of its single module."""
         pairs: dict[Key, Key] = {}
         stacked: dict[Key, Key] = {}
         for path, n in self.run.calls:
@@ -100,7 +100,7 @@ class Forward:
         return stacked | pairs
 
     def record(self, call: FlaxCall) -> Any:
-        """Compares a call that was just made with its counterpart."""
+        """Compare a call with its counterpart in PyTorch; returns its output."""
         n = self.counts[call.path] = self.counts.get(call.path, -1) + 1
         key = self.pairs.get((call.path, n))
         if key is None:
@@ -111,7 +111,7 @@ class Forward:
         right = self.run.outputs(key)
         bad = reading.worst("propagated", self.errors(floating(call.output), right))
         agree, paired = self.pair(call, key)
-        # Arrays that are in the store are not kept alive here as well.
+        # Do not keep arrays alive that are in the store.
         arguments: Any = with_leaves(call.arguments.arguments, dict.fromkeys(paired))
         call.arguments.arguments = arguments
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in floating(call.output)]
@@ -133,16 +133,16 @@ class Forward:
         return call.output
 
     def errors(self, results: Sequence[Any], right: list[np.ndarray]) -> Errors | None:
-        """Errors in PyTorch's layout; None if shapes differ, which is no error inside a model."""
+        """Errors in PyTorch's layout; None if shapes differ, which is allowed inside a model."""
         given = [arranged_back(np.asarray(a, np.float64), b.shape) for a, b in zip(results, right, strict=False)]
         return Errors.of(given, right, self.side.dtype)
 
     def pair(self, call: FlaxCall, key: Key) -> tuple[bool, dict[str, Stored]]:
-        """(True if a call had the inputs of PyTorch's, PyTorch's counterparts of its arguments by name)."""
+        """Match a call's arguments with PyTorch's: (True if they are equal, PyTorch's counterparts by name)."""
         ours = {name: leaf for name, leaf in leaves_of(call.arguments.arguments).items() if numeric(leaf)}
         theirs = self.run.calls[key].inputs
         kept = {name: self.run.kept.get(number) for name, number in theirs.items()}
-        # Arguments of one name belong together; the rest are matched in order, floats with floats.
+        # Match arguments by name; then the rest in order, floats with floats.
         partner = {n: n for n in ours if n in kept and numeric(ours[n]) == numeric(kept[n])}
         left = [n for n in kept if n not in partner]
         for name in ours:
@@ -193,7 +193,7 @@ def own_errors(run: TorchRun, dtype: Any) -> dict[str, float]:
 
 
 def grown(path: str, readings: dict[str, PathErrors], run: TorchRun, stage: str, hint: Callable[[str], str]) -> Part:
-    """The tree below a path; children of a module that is never called (a list) belong to the one that encloses it."""
+    """The tree below a path; children of a module that is never called (a list) belong to the enclosing module."""
     below = [p for p in readings if p != path and p.startswith(f"{path}." if path else "")]
     direct = [p for p in below if not any(q != p and p.startswith(f"{q}.") for q in below)]
     children = tuple(grown(p, readings, run, stage, hint) for p in direct)
@@ -232,17 +232,17 @@ def floating(output: Any) -> list[Any]:
 
 
 def arranged(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """PyTorch's array in a shape of Flax's, if only channels are last there, or heads an axis of their own."""
+    """Rearrange PyTorch's array to Flax's shape, if only the channel axis or separate heads differ."""
     return laid_out(array, shape, lambda a: np.moveaxis(a, 1, -1))
 
 
 def arranged_back(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Flax's array in a shape of PyTorch's: the inverse of `arranged`."""
+    """Rearrange Flax's array to PyTorch's shape: the inverse of `arranged`."""
     return laid_out(array, shape, lambda a: np.moveaxis(a, -1, 1))
 
 
 def laid_out(array: np.ndarray, shape: tuple[int, ...], moved: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The array in a shape, its channels moved or axes split if that gives it; else as it is."""
+    """Move channels or split axes if that gives the shape; otherwise return the array unchanged."""
     if array.shape != tuple(shape) and array.ndim > 2 and moved(array).shape == tuple(shape):
         return moved(array)
     return array.reshape(shape) if array.ndim != len(shape) and array.size == np.prod(shape) else array

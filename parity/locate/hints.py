@@ -1,7 +1,7 @@
-"""Hints at the cause of an error: known mistakes are made on purpose in a copy of PyTorch's sub-module.
+"""Hints at the cause of an error, found by making known mistakes in a copy of PyTorch's sub-module.
 
-A mistake is the hint if it reproduces Flax's outputs. Only a narrower precision is concluded from the size of an error
-alone, because rounding shows in nothing else.
+A mistake is the hint if it reproduces Flax's outputs. Only a narrower precision is inferred from the size of the error
+alone, because rounding leaves no other trace.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def repeated(run: TorchRun, key: Key, change: Change) -> list[np.ndarray] | None
 
 
 def explains(outputs: list[np.ndarray], given: list[np.ndarray], right: list[np.ndarray]) -> bool:
-    """True if the outputs of a mistake are Flax's, up to a small share of Flax's error."""
+    """True if the outputs of a mistake equal Flax's up to a small share of Flax's error."""
     if any(a.shape != b.shape for a, b in zip(outputs, given, strict=True)):
         return False
     left = max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(outputs, given, strict=True))
@@ -89,7 +89,7 @@ def own_epsilon(module: nn.Module) -> float:
 
 
 def gelu(approximate: str) -> Change:
-    """Replaces every GELU, functional or a module, by one of the given approximation."""
+    """Replace every GELU, function or module, by one with the given approximation."""
     original = functional.gelu
 
     @contextlib.contextmanager
@@ -106,7 +106,7 @@ def gelu(approximate: str) -> Change:
 
 
 def with_epsilon(epsilon: float) -> Change:
-    """Replaces every epsilon."""
+    """Replace every epsilon."""
 
     @contextlib.contextmanager
     def change(module: nn.Module) -> Iterator[None]:
@@ -120,7 +120,7 @@ def with_epsilon(epsilon: float) -> Change:
 
 
 def with_values(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Change:
-    """Replaces the values of a parameter by a function of them."""
+    """Replace the values of a parameter by a function of them."""
 
     @contextlib.contextmanager
     def change(module: nn.Module) -> Iterator[None]:
@@ -134,7 +134,7 @@ def with_values(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 @contextlib.contextmanager
 def unscaled(_: nn.Module) -> Iterator[None]:
-    """Sets the scale of attention scores to 1."""
+    """Set the scale of attention scores to 1."""
     original = functional.scaled_dot_product_attention
 
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -145,7 +145,7 @@ def unscaled(_: nn.Module) -> Iterator[None]:
 
 
 def interleaved(split: bool) -> Change:
-    """Pairs other features in rotary embeddings, in a module or in the function that applies them.
+    """Change which features rotary embeddings pair, in a module or in the function that applies them.
 
     split: the module rotates the two halves, and the mistake is to rotate adjacent features; otherwise the reverse.
     """

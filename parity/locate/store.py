@@ -19,7 +19,7 @@ class Store:
         self.in_memory = self.on_disk = 0  # bytes
 
     def put(self, array: np.ndarray) -> int:
-        """Keeps a copy of the array; returns its number."""
+        """Store a copy of the array; returns its number."""
         if self.in_memory + array.nbytes <= self.limit:
             self.kept.append(np.array(array, copy=True))
             self.in_memory += array.nbytes
@@ -39,7 +39,7 @@ class Store:
 
 
 def check_limit(memory_limit: int) -> None:
-    """Raises ValueError for a negative number of bytes."""
+    """Raise ValueError for a negative number of bytes."""
     if memory_limit < 0:
         raise ValueError(f"memory_limit={memory_limit} must be at least 0 bytes")
 

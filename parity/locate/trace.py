@@ -1,8 +1,8 @@
-"""`trace`: two models run together, and the errors of every sub-module: propagated and isolated, forward and backward.
+"""`trace`: errors of every sub-module of a pair, propagated and isolated, forward and backward.
 
 PyTorch runs first, in float64, and the inputs and outputs of every call are kept, on disk beyond a limit. Then the
-Flax side runs its `plain` form if it has one, so that every sub-module is called as a module; each call is compared as
-it happens, and repeated with the inputs of PyTorch's call.
+Flax side runs its `plain` form if it has one, so that every sub-module is called as a module. Each call is compared
+when it is made, and repeated with the inputs of PyTorch's call.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ def trace(
     gradients: bool = False,
     memory_limit: int = DEFAULT_LIMIT,
 ) -> Trace:
-    """The trees of a Flax model against PyTorch's in float64: forward, and with `gradients` backward too.
+    """Trace a Flax model against PyTorch in float64: forward, and with `gradients` backward too.
 
-    Call it with x64 enabled if the side is in float64. A sub-module of a narrower side may err as PyTorch's own
-    sub-module does in that dtype.
+    Call it with x64 enabled if the side is in float64. In a narrower dtype a sub-module's limit is a multiple of the
+    error of PyTorch's own sub-module in that dtype.
     """
     dtype = side.dtype.name
     with store(memory_limit) as kept:
@@ -53,7 +53,7 @@ def trace(
 
 
 def first_divergence(trees: dict[str, Part]) -> Divergence | None:
-    """The first culprit; if there is none the first victim, whose inputs could not be compared."""
+    """The first culprit; if there is none, the first victim, whose inputs could not be compared."""
     for stage, tree in trees.items():
         victims = sorted((p for p in tree.walk() if p.verdict == "victim"), key=lambda part: part.order)
         for part in (*tree.culprits(), *victims):
@@ -64,7 +64,7 @@ def first_divergence(trees: dict[str, Part]) -> Divergence | None:
 def fast_path(
     side: JaxSide, batch: Batch, outputs: dict[str, np.ndarray], gradients: dict[str, np.ndarray] | None
 ) -> Divergence | None:
-    """The divergence of the model's own call from its plain form, whose results are given."""
+    """Divergence of the model's own call from its plain form, whose results are given."""
     limit = limits.FLOAT64_LIMIT if side.dtype == np.float64 else FAST_PATH_LIMIT
     name = type(side.module).__name__
     error = limits.worst(limits.errors(side.outputs(batch.inputs), outputs))[1]

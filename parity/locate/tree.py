@@ -1,8 +1,8 @@
 """The tree of a pair's sub-modules, each with its errors and a verdict.
 
-A sub-module has two errors. *Propagated*: of its outputs in the run of the whole model, which includes the errors of
-everything before it. *Isolated*: of its outputs when it is given exactly the inputs of PyTorch's. A culprit errs in
-isolation, and nothing inside it does; a victim is right in isolation and was given wrong inputs.
+A sub-module has two errors. *Propagated*: of its outputs in the run of the whole model, including the errors of
+everything before it. *Isolated*: of its outputs given exactly the inputs of PyTorch's call. A culprit exceeds its limit
+in isolation, and no sub-module inside it does; a victim is within its limit in isolation but received wrong inputs.
 """
 
 import dataclasses
@@ -104,12 +104,15 @@ def spacing(magnitude: np.ndarray, dtype: Any) -> np.ndarray:
 class Part:
     """One sub-module in one direction, and the sub-modules inside it.
 
-    path: PyTorch's ('' is the whole model); flax_path, flax_type: '' if no counterpart was called. order: of its first
-    call that errs, else of its first call, among all calls of its direction. propagated, isolated: errors of the worst
-    of its `calls`; None if nothing could be compared. limit: the largest allowed `error`. stage 'forward': errors of
-    outputs; 'backward': of the gradient that arrives at the output (propagated), and of the gradients of its inputs and
-    own parameters (isolated). verdict: 'agrees'; 'culprit'; 'encloses' (a culprit); 'victim'; 'unmatched' (nothing was
-    compared).
+    path: PyTorch's path ('' is the whole model)
+    flax_path, flax_type: of the counterpart; '' if none was called
+    stage: 'forward' or 'backward'
+    order: of its first call beyond the limit, else of its first call, among all calls of its direction
+    propagated, isolated: errors of the worst of its `calls`, None if nothing could be compared. Forward: of outputs.
+        Backward: of the gradient that arrives at the output (propagated), and of the gradients of its inputs and own
+        parameters (isolated)
+    limit: the largest allowed `error`
+    verdict: 'agrees', 'culprit', 'encloses' (a culprit), 'victim', or 'unmatched' (nothing was compared)
     """
 
     path: str

@@ -1,1 +1,1 @@
-"""Readings of a comparison: differences, and the limits that they are held to."""
+"""Readings of a comparison: differences and their limits."""

@@ -1,4 +1,4 @@
-"""`check`: the readings that decide whether a Flax module computes what a PyTorch module computes."""
+"""`check`: the readings that decide if a Flax module computes the same as a PyTorch module."""
 
 import dataclasses
 import time
@@ -50,22 +50,28 @@ def check(
     memory_limit: int = DEFAULT_LIMIT,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """Compares a Flax module, NNX or Linen, with a PyTorch module: outputs, gradients, decoding, training.
+    """Compare a Flax module, NNX or Linen, with a PyTorch module: outputs, gradients, decoding, training.
 
-    Neither module is changed: both sides get their weights from copies of the PyTorch module. inputs are NumPy arrays:
-    one, a sequence of positional ones, or a mapping of named ones.
+    Neither module is changed: both sides get their weights from copies of the PyTorch module. inputs: a NumPy array, a
+    sequence of positional arrays, or a mapping of named ones.
 
-    names: Flax's names of the parts that PyTorch names differently, see `parity.compare.names`; `parity.suggest`
-    proposes them. channels_last: patterns of inputs and outputs ('x', 'input 0', 'output') that have their channels
-    last in Flax and second in PyTorch. labels (int, the logits' leading shape): the loss is the cross-entropy; if
-    omitted, the squared distance to random targets. zero_gradients: patterns of parameters whose gradients are zero in
-    exact arithmetic; they are checked to be ~0 and not trained. half: 16-bit dtypes ('bfloat16', 'float16') in which
-    outputs are compared too. steps: of training with Adam. device: 'cpu', 'gpu' or 'tpu' (default: JAX's own). float64:
-    run Flax in float64 (default: if the device has it). randomize: perturb constant parameters (zeros, ones) first.
+    names: Flax's names of parts that PyTorch names differently, see `parity.compare.names`; `parity.suggest` proposes
+        them
+    channels_last: patterns of inputs and outputs ('x', 'input 0', 'output') that have their channels last in Flax and
+        second in PyTorch
+    labels: int, of the logits' leading shape: the loss is the cross-entropy (default: the squared distance to random
+        targets)
+    zero_gradients: patterns of parameters whose gradients are zero in exact arithmetic; the gradients are checked to be
+        ~0, and the parameters are not trained
+    half: 16-bit dtypes ('bfloat16', 'float16') in which outputs are also compared
+    steps: number of training steps with Adam
+    device: 'cpu', 'gpu' or 'tpu' (default: JAX's own)
+    float64: run Flax in float64 (default: if the device supports it)
+    randomize: perturb constant parameters (zeros, ones) first
 
-    If a reading fails, the first sub-module that differs is located at once, see `Report.divergence`; memory_limit is
-    how many bytes of PyTorch's activations stay in memory then, the rest goes to a temporary folder. Raises ValueError
-    for inputs that are no arrays and for a negative limit, and ConversionError if the weights do not fit.
+    If a reading fails, the first sub-module that differs is located, see `Report.divergence`. memory_limit: bytes of
+    PyTorch's activations kept in memory for that; the rest is written to a temporary folder. Raises ValueError for
+    inputs that are not arrays and for a negative limit, and ConversionError if the weights do not fit.
     """
     check_limit(memory_limit)
     comparison = Comparison.of(
@@ -94,7 +100,7 @@ def read_check(
     memory_limit: int = DEFAULT_LIMIT,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """`check` of a comparison."""
+    """`check` on a resolved comparison."""
     began = time.perf_counter()
     divergence = None
     with comparison.strict_precision():
@@ -125,7 +131,7 @@ class Readings:
         self.training = Training(ADAM, batches, [LEARNING_RATE] * steps, comparison.frozen)
 
     def all(self) -> Iterator[Check]:
-        """Every reading in the precisions that the device has."""
+        """Every reading in the precisions that the device supports."""
         yield round_trip(self.comparison)
         if self.comparison.float64:
             yield from self.exact()
@@ -180,7 +186,7 @@ class Readings:
 def located(
     comparison: Comparison, side: TorchSide, batch: Batch, failed: Sequence[Check], memory_limit: int = DEFAULT_LIMIT
 ) -> Divergence | None:
-    """The first sub-module that differs, traced in float64 on the CPU whatever the device.
+    """The first sub-module that differs, traced in float64 on the CPU, independent of the device.
 
     Gradients are traced if all outputs agree, and a narrower dtype if only that one failed.
     """

@@ -1,4 +1,4 @@
-"""`sweep`: a pair in every floating dtype, with PyTorch's own errors in that dtype beside Flax's.
+"""`sweep`: compare a pair in every floating dtype; Flax's errors are limited by PyTorch's own in that dtype.
 
 The reference for a dtype is PyTorch in float64 with weights and inputs rounded to that dtype: rounding them is not an
 error of the computation. Flax's worst tensor is compared with PyTorch's worst, not tensor by tensor: in 16 bits the
@@ -26,7 +26,7 @@ from parity.report.stamp import environment
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 KINDS = ("output", "parameter gradients")
-KL_LIMIT = 1e-7  # of √KL in float64: KL itself is rounded at 1e-16
+KL_LIMIT = 1e-7  # of √KL in float64: KL has a rounding error of 1e-16
 
 
 def sweep(
@@ -76,7 +76,7 @@ def read_sweep(
     memory_limit: int = DEFAULT_LIMIT,
     progress: Callable[[str], None] = lambda dtype: None,
 ) -> Sweep:
-    """`sweep` of a comparison."""
+    """`sweep` on a resolved comparison."""
     began = time.perf_counter()
     rows: list[Row] = []
     checks: list[Check] = []
@@ -106,7 +106,7 @@ def read_sweep(
 
 def worst_errors(kind: str, result: Kinds, own: Kinds, reference: Kinds) -> tuple[str, float, float]:
     """The name of Flax's worst tensor, its error, and that of PyTorch's worst tensor."""
-    # PyTorch has no gradients of parameters that it does not train; an output that it does not have is an error.
+    # PyTorch has no gradients of untrained parameters; an output that it does not have is an error.
     known = result[kind].keys() if kind == "output" else reference[kind].keys()
     compared = {key: tensor for key, tensor in result[kind].items() if key in known}
     name, error = limits.worst(limits.errors(compared, reference[kind]))
@@ -121,7 +121,7 @@ def error_check(dtype: str, kind: str, name: str, error: float, own: float) -> C
 
 
 def distribution_check(dtype: str, ours: Agreement, theirs: Agreement) -> Check:
-    """√KL of Flax; it grows as the error of logits does (KL ≈ half its variance) and so has the same limits."""
+    """√KL of Flax; proportional to the error of the logits (KL ≈ half its variance), so it has the same limits."""
     value, own = (float(np.sqrt(agreement.kl_mean)) for agreement in (ours, theirs))
     if dtype == "float64":
         return Check("sweep: √KL", dtype, "logits", value, KL_LIMIT)

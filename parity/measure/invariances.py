@@ -28,15 +28,15 @@ from parity.report.results import Check, Invariances
 from parity.report.stamp import environment
 
 DEVICES = 8
-FLOAT32_LIMIT = 1e-5  # without float64: some hundred roundings, and smaller than any wrong term
+FLOAT32_LIMIT = 1e-5  # without float64: a few hundred rounding errors; smaller than any wrong term
 PADDING = 7
 
 BatchAxis = int | Mapping[str, int | None] | None
-Pairs = Iterator[tuple[Kinds, Kinds]]  # results, and what they must equal
+Pairs = Iterator[tuple[Kinds, Kinds]]  # results, and the results they must equal
 
 
 class NotApplicable(Exception):
-    """Why a variant does not exist for a model."""
+    """Raised if a variant does not apply to a model; the message is the reason."""
 
 
 def invariances(
@@ -50,13 +50,13 @@ def invariances(
     float64: bool | None = None,
     seed: int = 0,
 ) -> Invariances:
-    """Compares every variant in VARIANTS, or those in `only`, that a Flax module has. Needs no torch.
+    """Compare a Flax module with its variants: all in VARIANTS that apply, or those in `only`. Needs no torch.
 
-    A Linen module has the weights that it is bound to (`module.bind(variables)`), an unbound one initial values drawn
-    from the seed. inputs, labels, device and float64 are those of `parity.check`. batch_axis: of all inputs and
-    outputs, or by the input's name (None: it has none); not needed for models with a `sequence_axis`. '1 / 8 devices'
-    needs eight: on a CPU `jax.config.update('jax_num_cpu_devices', 8)` before JAX starts. Raises ValueError for unknown
-    variants, for a module whose arrays are abstract, and for one that is bound to the variables of another.
+    A bound Linen module (`module.bind(variables)`) is used with its variables, an unbound one is initialized from the
+    seed. inputs, labels, device and float64 are those of `parity.check`. batch_axis: the batch axis of all inputs and
+    outputs, or a mapping by input name (None: no batch axis); not needed for models with a `sequence_axis`. '1 / 8
+    devices' needs eight devices: on a CPU call `jax.config.update('jax_num_cpu_devices', 8)` before JAX starts. Raises
+    ValueError for unknown variants, for abstract modules, and for bound variables that do not fit the inputs.
     """
     unknown = set(only or ()) - VARIANTS.keys()
     if unknown:
@@ -65,14 +65,14 @@ def invariances(
         flax_module = with_weights(flax_module, Inputs.of(inputs), seed)
     comparison = Comparison.of(None, flax_module, inputs, labels=labels, device=device, float64=float64, seed=seed)
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in flat_arrays(comparison.flax).values()):
-        raise ValueError(f"flax_module={type(flax_module).__name__} must have arrays: it is abstract, with shapes only")
+        raise ValueError(f"flax_module={type(flax_module).__name__} is abstract (shapes only); it must have arrays")
     return read_invariances(comparison, batch_axis=batch_axis, only=only)
 
 
 def read_invariances(
     comparison: Comparison, *, batch_axis: BatchAxis = None, only: Sequence[str] | None = None
 ) -> Invariances:
-    """`invariances` of the Flax module of a comparison."""
+    """`invariances` on a resolved comparison."""
     began = time.perf_counter()
     limit = limits.FLOAT64_LIMIT if comparison.float64 else FLOAT32_LIMIT
     checks, skipped = [], {}
@@ -104,9 +104,9 @@ def worst_errors(pairs: Pairs) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model with its weights, a batch, and its results when compiled, with which the variants are compared.
+    """A model with its weights, a batch, and the compiled results that its variants are compared with.
 
-    axes: of the batch, by input; 'output' for outputs, labels and targets; empty if unknown.
+    axes: the batch axis by input name, and 'output' for outputs, labels and targets; empty if unknown.
     """
 
     side: JaxSide
@@ -122,9 +122,9 @@ class Subject:
         return cls(side, batch, batch_axes(side, batch_axis), parts(side.evaluate(batch)))
 
     def ids(self) -> tuple[str, np.ndarray]:
-        """Name and value of a language model's token ids; raises NotApplicable for another model."""
+        """Name and value of a language model's token ids; raises NotApplicable if it is no language model."""
         if not hasattr(self.side.module, "sequence_axis"):
-            raise NotApplicable("no language model: it has no sequence_axis")
+            raise NotApplicable("not a language model: it has no sequence_axis")
         return next(iter(self.batch.inputs.named().items()))
 
     def evaluate(self, function: Callable[[Any, Arrays], Arrays], *, fast: bool = True) -> Kinds:
@@ -186,12 +186,12 @@ def batch_axes(side: JaxSide, given: BatchAxis) -> dict[str, int | None]:
 
 
 def parts(kinds: Kinds) -> Kinds:
-    """Outputs and parameter gradients, which are what variants are compared by."""
+    """Outputs and parameter gradients, the kinds that are compared."""
     return {kind: kinds[kind] for kind in ("output", "parameter gradients") if kind in kinds}
 
 
 def uncompiled(subject: Subject) -> Pairs:
-    """Operation by operation."""
+    """Without jit, operation by operation."""
     yield subject.evaluate(subject.side.call, fast=False), subject.base
 
 
@@ -207,7 +207,7 @@ def unrolled(subject: Subject) -> Pairs:
 
 
 def sharded(subject: Subject) -> Pairs:
-    """The batch over half of the devices, repeated to be large enough, and every array over pairs of them."""
+    """The batch, repeated to be large enough, over half of the devices, and every array over pairs of devices."""
     side = subject.side
     devices = jax.devices(current_device().platform)[:DEVICES]
     if len(devices) < DEVICES:
@@ -245,7 +245,7 @@ def cached(subject: Subject) -> Pairs:
 
 
 def padded(subject: Subject) -> Pairs:
-    """Rows with left padding of other ids, through the cache and a call that takes `start`; and rows cut off."""
+    """Rows with left padding of other ids, through the cache and a call with `start`; and truncated rows."""
     name, ids = subject.ids()
     if len(subject.batch.inputs.named()) > 1:
         raise NotApplicable("it has inputs other than ids")
@@ -259,7 +259,7 @@ def padded(subject: Subject) -> Pairs:
     right = np.moveaxis(logits, axis, 0)
 
     def compared(result: np.ndarray, first: int) -> tuple[Kinds, Kinds]:
-        """The positions of each row that hold text."""
+        """Results and references at the positions of each row that are not padding."""
         result = np.moveaxis(result, axis, 0)
         ours, base = {}, {}
         for b in range(batch):

@@ -1,4 +1,4 @@
-"""Optimizers that both libraries have, and training either side with one of them, step by step."""
+"""Optimizers that both libraries implement, and step-by-step training of either side with one of them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ class Optimizer:
     """One update rule in both libraries.
 
     torch(parameters, learning_rate) and optax(learning_rate) make it. moments: by name, the key of a moment in
-    PyTorch's state of a parameter, and the field of optax's state that holds the same.
+    PyTorch's state of a parameter, and the corresponding field of optax's state.
     """
 
     torch: Callable[[Any, float], torch.optim.Optimizer]
@@ -33,8 +33,8 @@ class Optimizer:
 ADAM = {"first moment": ("exp_avg", "mu"), "second moment": ("exp_avg_sq", "nu")}
 MOMENTUM = {"momentum": ("momentum_buffer", "trace")}
 
-# Both libraries get the same hyperparameters where their defaults, or their place for ε, differ. Left out, because
-# their equations differ: NAdam (PyTorch decays the momentum), AMSGrad (the maximum is of v or of v̂), Rprop (optax steps
+# Both libraries get the same hyperparameters if their defaults, or where they add ε, differ. Not included because
+# the equations differ: NAdam (PyTorch decays the momentum), AMSGrad (the maximum is of v or of v̂), Rprop (optax steps
 # by the last gradient).
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer(lambda p, lr: torch.optim.SGD(p, lr), lambda lr: optax.sgd(lr), {}),
@@ -119,7 +119,7 @@ def torch_steps(side: TorchSide, training: Training) -> Iterator[Kinds]:
             group["lr"] = rate
         loss, *_ = side.differentiate(batch)
         gradients = {name: gradient(parameter) for name, parameter in trained.items()}
-        for parameter in trained.values():  # JAX's gradient is zero, not None, where the loss does not depend on one
+        for parameter in trained.values():  # JAX's gradient is zero, not None, if the loss does not depend on it
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

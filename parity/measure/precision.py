@@ -1,4 +1,4 @@
-"""Flax as users run it, at the device's default matmul precision: its errors, and whether two runs give equal bits."""
+"""Errors and run-to-run determinism of Flax at the device's default matmul precision."""
 
 import time
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ def fast_path(
     randomize: bool = True,
     seed: int = 0,
 ) -> FastPath:
-    """Runs the Flax module again at the device's default matmul precision (TF32, bfloat16), twice.
+    """Run the Flax module twice at the device's default matmul precision (TF32, bfloat16).
 
-    matmul_precision: another precision of `jax.default_matmul_precision` instead. The checks compare the two runs: 0 if
-    every bit is equal. The other arguments are those of `parity.check`.
+    matmul_precision: a precision of `jax.default_matmul_precision` to use instead. The checks compare the two runs: 0
+    if every bit is equal. The other arguments are those of `parity.check`.
     """
     comparison = Comparison.of(
         torch_module,
@@ -50,7 +50,7 @@ def fast_path(
 
 
 def read_fast_path(comparison: Comparison, *, matmul_precision: str | None = None) -> FastPath:
-    """`fast_path` of a comparison."""
+    """`fast_path` on a resolved comparison."""
     began = time.perf_counter()
     with torch_side.strict_precision():
         batch, reference = comparison.evaluated(comparison.torch_side("float64"))

@@ -23,13 +23,13 @@ OwnErrors = Mapping[str, Mapping[str, float]]
 
 
 def limited(kind: str, precision: str, values: Mapping[str, float]) -> Check:
-    """The worst of some values by tensor: errors in float64, in narrower dtypes their ratios to PyTorch's."""
+    """A check of the worst tensor: by error in float64, by ratio to PyTorch's error in narrower dtypes."""
     limit = limits.FLOAT64_LIMIT if precision == "float64" else limits.RATIO_LIMIT
     return Check(kind, precision, *limits.worst(values), limit)
 
 
 def round_trip(comparison: Comparison) -> Check:
-    """PyTorch -> Flax -> PyTorch in the module's own dtypes: counts tensors of which a bit changed."""
+    """PyTorch -> Flax -> PyTorch in the module's own dtypes: count the tensors that changed in any bit."""
     assert comparison.torch is not None, "the weights come from PyTorch"
     weights, state = comparison.weights, comparison.torch.state_dict()
     with jax.enable_x64(True):
@@ -53,7 +53,7 @@ class Reference:
     kinds: Kinds
 
     def agreement(self, result: Kinds, precision: str, own_errors: OwnErrors | None = None) -> Iterator[Check]:
-        """A check of each kind. own_errors: PyTorch's in a narrower dtype, the units of Flax's errors."""
+        """A check of each kind. own_errors: PyTorch's errors in a narrower dtype, the units of Flax's errors."""
         for kind, tensors in self.kinds.items():
             errors = limits.errors(self.compared(result, kind), tensors)
             values = errors if own_errors is None else limits.in_units_of(errors, own_errors[kind])

@@ -1,7 +1,7 @@
-"""Training on both sides from the same state, compared after every step: when do they part, and in what?
+"""`trajectory`: train both sides from the same state and compare them after every step.
 
 A step computes, in this order, the loss, its gradients, the optimizer's moments and the new parameters. The first of
-these that exceeds its limit tells a wrong backward pass from a wrong update.
+these that exceeds its limit distinguishes a wrong backward pass from a wrong update.
 """
 
 import time
@@ -37,14 +37,15 @@ def trajectory(
     seed: int = 0,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Trajectory:
-    """Trains both modules from the same weights on the same batches, and compares them after every step.
+    """Train both modules from the same weights on the same batches, and compare them after every step.
 
     Batches are variations of the inputs (see `Inputs.varied`). optimizer: a name in OPTIMIZERS, or an `Optimizer`;
-    learning_rate may be a function of the step. precision 'float64' holds errors to float64's limit. 'float32' divides
-    Flax's distance from PyTorch in float64 by that of PyTorch in float32, step by step: two runs that round differently
-    drift apart, and PyTorch's own drift is the measure. It may blame a library: optax computes Adam's 1 - β₂ᵗ in
-    float32 (an error of 1.3e-5 at the first step), PyTorch in float64. The other arguments are those of `parity.check`.
-    Raises ValueError for an optimizer, precision or number of steps out of range, and if no parameter is trained.
+    learning_rate may be a function of the step. precision 'float64' uses the limit of float64. 'float32' divides Flax's
+    distance from PyTorch in float64 by that of PyTorch in float32, step by step: two runs that round differently drift
+    apart, and PyTorch's own drift is the unit. It also shows differences between the libraries: optax computes Adam's
+    1 - β₂ᵗ in float32 (an error of 1.3e-5 at the first step), PyTorch in float64. The other arguments are
+    those of `parity.check`. Raises ValueError for an optimizer, precision or number of steps out of range, and if no
+    parameter is trained.
     """
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
@@ -83,11 +84,14 @@ def read_trajectory(
     precision: str = "float64",
     progress: Callable[[int], None] = lambda step: None,
 ) -> Trajectory:
-    """`trajectory` of a comparison; raises ValueError if no parameter is trained."""
+    """`trajectory` on a resolved comparison; raises ValueError if no parameter is trained."""
     began = time.perf_counter()
     assert comparison.torch is not None, "a recording does not train"
     if all(matches(name, comparison.frozen) for name, _ in comparison.torch.named_parameters()):
-        raise ValueError("torch_module must have a parameter that is trained")
+        raise ValueError(
+            f"torch_module={type(comparison.torch).__name__} has no trained parameter; at least one must require "
+            "gradients and not match zero_gradients"
+        )
     name, rule = (optimizer, OPTIMIZERS[optimizer]) if isinstance(optimizer, str) else ("own", optimizer)
     exact = precision == "float64"
     limit = limits.FLOAT64_LIMIT if exact else limits.RATIO_LIMIT

@@ -1,7 +1,7 @@
-"""Plants porting mistakes in the Flax models, one at a time, and judges each as `parity.check` would in float64.
+"""Plant porting mistakes in the Flax models, one at a time, and judge each as `parity.check` does in float64.
 
 A mutant is an operator at one sub-module of one case. It is *found* if a reading exceeds its limit, and *named* if the
-first divergence is at its path. A mutant that changes no output and no gradient of the Flax model is no mistake.
+first divergence is at its path. A mutant that changes no output and no gradient of the Flax model does not count.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ EFFECT = 10 * limits.FLOAT64_LIMIT
 
 
 class Planted:
-    """`Weights` that make a mistake in one sub-module as they are loaded."""
+    """`Weights` that plant a mistake in one sub-module when they are loaded."""
 
     def __init__(self, inner: Weights, path: tuple[Any, ...], operator: Operator):
         self.inner, self.path, self.operator = inner, path, operator
@@ -35,7 +35,7 @@ class Planted:
         """The model with its weights and the mistake."""
         model = self.inner.load(model, state_dict)
         make = self.operator.change(dict(nnx.iter_modules(model))[self.path])
-        assert make is not None, "mutants are made of operators that apply"
+        assert make is not None, "a mutant has an operator that applies to its sub-module"
         make()
         return model
 
@@ -44,7 +44,7 @@ class Planted:
 class Mutant:
     """One operator at one sub-module of a case.
 
-    culprit: PyTorch's path of the sub-module, or of the one that encloses it and is called.
+    culprit: PyTorch's path of the sub-module or, if that is never called, of the nearest enclosing one that is.
     """
 
     case: str
@@ -121,7 +121,7 @@ class Subject:
 
 
 def false_alarms(make: Make, seeds: int) -> list[tuple[int, Check]]:
-    """Readings of an unbroken pair that exceed their limits, at each seed; each of its two precisions compiles once."""
+    """Readings of an unbroken pair that exceed their limits, by seed; each of the two precisions compiles once."""
     alarms: list[tuple[int, Check]] = []
     sides: dict[str, JaxSide] = {}
     for seed in range(seeds):

@@ -1,4 +1,4 @@
-"""Porting mistakes that can be planted in any sub-module of an NNX model: in its weights, its constants, its calls."""
+"""Porting mistakes that can be planted in any sub-module of an NNX model: in weights, constants and calls."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ CALLED: dict[str, Call] = {}  # by operator: (original call, args, kwargs) -> wr
 
 
 def operator(name: str, about: str) -> Callable[[Change], Change]:
-    """Registers a change as an operator."""
+    """Register a change as an operator."""
 
     def register(change: Change) -> Change:
         OPERATORS[name] = Operator(name, about, change)
@@ -66,16 +66,16 @@ operator("missing bias", "a bias is not added")(of_array(["bias"], jnp.zeros_lik
 operator("bias added twice", "a bias is added twice, as if by each of two ranks")(of_array(["bias"], lambda b: 2 * b))
 operator("missing scale", "a norm's scale is replaced by ones")(of_array(["scale"], jnp.ones_like))
 operator("scale plus one", "a norm multiplies by 1 + scale")(of_array(["scale"], lambda s: 1 + s))
-operator("exchanged outputs", "the first two output features are swapped")(
+operator("swapped outputs", "the first two output features are swapped")(
     of_array(["kernel"], lambda k: k.at[..., 0].set(k[..., 1]).at[..., 1].set(k[..., 0]) if k.shape[-1] > 1 else None)
 )
 operator("features before heads", "the output features are laid out [d_k, heads] instead of [heads, d_k]")(
     of_array(["kernel"], lambda k: mixed(k) if divisor(k.shape[-1]) else None)
 )
-operator("rows off by one", "an embedding or a table is read one row too early")(
+operator("rows off by one", "rows of an embedding or table are shifted by one")(
     of_array(["embedding", "key_pos_embeddings", "key_pos_bias"], lambda e: jnp.roll(e, 1, axis=0))
 )
-operator("one weight", "one number is changed by a thousandth of the largest")(
+operator("one weight changed", "one weight is changed by a thousandth of the largest magnitude")(
     of_array([*KERNELS, "scale", "weights"], lambda k: k.at[(0,) * k.ndim].add(1e-3 * jnp.abs(k).max()))
 )
 operator("weights in bfloat16", "weights are rounded to bfloat16")(
@@ -110,16 +110,16 @@ def of_attribute(names: Sequence[str], function: Callable[[float], float]) -> Ch
     return change
 
 
-operator("another epsilon", "a norm's epsilon is multiplied by ten")(of_attribute(["epsilon"], lambda e: 10 * e))
-operator("another base", "the rotary angles' base is doubled")(of_attribute(["base", "rope_base"], lambda b: 2 * b))
-operator("another scale", "scores are scaled by 1/d_k instead of 1/√d_k")(of_attribute(["scale"], lambda s: s * s))
+operator("wrong epsilon", "a norm's epsilon is multiplied by ten")(of_attribute(["epsilon"], lambda e: 10 * e))
+operator("wrong base", "the rotary angles' base is doubled")(of_attribute(["base", "rope_base"], lambda b: 2 * b))
+operator("wrong scale", "scores are scaled by 1/d_k instead of 1/√d_k")(of_attribute(["scale"], lambda s: s * s))
 
 
-# Mistakes in the call. The sub-module has the operator's name as an attribute, which survives jit, scan and merge.
+# Mistakes in the call. The operator's name is an attribute of the sub-module, which survives jit, scan and merge.
 
 
 def when_called(name: str, about: str) -> Callable[[Call], Call]:
-    """Registers a function (original call, args, kwargs) -> wrong output as an operator."""
+    """Register a function (original call, args, kwargs) -> wrong output as an operator."""
 
     def register(function: Call) -> Call:
         def change(module: nnx.Module) -> Callable[[], None] | None:
@@ -133,7 +133,7 @@ def when_called(name: str, about: str) -> Callable[[Call], Call]:
 
 
 def floats(tree: Any, function: Callable[[jax.Array], jax.Array]) -> Any:
-    """The tree with a function applied to its floating arrays."""
+    """Apply a function to the floating arrays of a tree."""
 
     def one(leaf: Any) -> Any:
         return function(leaf) if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -160,22 +160,22 @@ def positions_rolled(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 @when_called("input in float32", "the inputs are rounded to float32")
-def rounded_input(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+def input_in_float32(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call(*floats(args, lambda x: x.astype(jnp.float32).astype(x.dtype)), **kwargs)
 
 
 @when_called("input in bfloat16", "the inputs are rounded to bfloat16")
-def halved_input(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+def input_in_bfloat16(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call(*floats(args, lambda x: x.astype(jnp.bfloat16).astype(x.dtype)), **kwargs)
 
 
-@when_called("no gradient", "the output has no gradient")
+@when_called("no gradient", "the output is unchanged, but its gradient is stopped")
 def no_gradient(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), jax.lax.stop_gradient)
 
 
-@when_called("another gradient", "the output is right, and its gradient is multiplied by 1.01")
-def another_gradient(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+@when_called("wrong gradient", "the output is unchanged, but its gradient is multiplied by 1.01")
+def wrong_gradient(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), lambda y: 1.01 * y - jax.lax.stop_gradient(0.01 * y))
 
 
@@ -188,15 +188,15 @@ def no_residual(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return floats(call(*args, **kwargs), without)
 
 
-@when_called("skipped", "the sub-module is left out")
+@when_called("skipped", "the sub-module returns its input")
 def skipped(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     y = call(*args, **kwargs)
     x = next((a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array)), None)
     return x if isinstance(y, jax.Array) and x is not None and (x.shape, x.dtype) == (y.shape, y.dtype) else y
 
 
-@when_called("arguments exchanged", "the first two arrays are swapped")
-def exchanged(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+@when_called("arguments swapped", "the first two array arguments are swapped")
+def arguments_swapped(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     values = [*args, *kwargs.values()]
     if len(values) < 2 or not all(isinstance(v, jax.Array) for v in values[:2]) or values[0].shape != values[1].shape:
         return call(*args, **kwargs)
@@ -204,7 +204,7 @@ def exchanged(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     return call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
 
-@when_called("mask ignored", "every position of a mask is visible")
+@when_called("mask ignored", "masks are ignored: every position is visible")
 def mask_ignored(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
     def seen(leaf: Any) -> Any:
         return jnp.ones_like(leaf) if isinstance(leaf, jax.Array) and leaf.dtype == bool else leaf
@@ -214,7 +214,7 @@ def mask_ignored(call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def planted_calls(model: nnx.Module) -> Iterator[None]:
-    """Within the block a sub-module with an operator's name as attribute makes that mistake when it is called."""
+    """Within the block, calls of a sub-module with an operator's name as attribute `planted` make that mistake."""
     active: list[Any] = []
 
     def wrapped(original: Call) -> Call:

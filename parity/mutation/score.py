@@ -1,8 +1,8 @@
 """`python -m parity.mutations`: the share of planted mistakes that the harness finds and names.
 
-All mutants that apply are listed, and a sample is drawn by the seed, evenly over systems and operators; one that
-changes nothing is replaced by another. The unbroken cases are judged at many seeds as well: a false alarm is a reading
-that exceeds its limit.
+A sample of all mutants that apply is drawn by the seed, evenly over systems and operators; a mutant that changes
+nothing is replaced by another. The unbroken cases are judged at many seeds too: a reading that exceeds its limit there
+is a false alarm.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from parity.mutation.mutate import Mutant, Outcome, Subject, false_alarms
 from parity.mutation.operators import OPERATORS
 from parity.report.results import Check
 
-LONGEST = 150  # positions; a case on longer sequences takes longer and shows nothing else
+LONGEST = 150  # positions; longer sequences take more time and show nothing new
 
 
 def subjects(names: Sequence[str]) -> dict[str, Make]:
@@ -40,7 +40,7 @@ def subjects(names: Sequence[str]) -> dict[str, Make]:
 
 
 def drawn(mutants: dict[str, list[Mutant]], rng: np.random.Generator) -> Iterator[Mutant]:
-    """All mutants, of all systems in turn; each is one of the operator that was drawn least often so far."""
+    """All mutants, alternating between systems; each time one of the operator that was drawn least often."""
     used: dict[str, int] = {}
     left = {system: list(rng.permutation(np.array(found, object))) for system, found in mutants.items()}
     while any(left.values()):
@@ -63,7 +63,7 @@ def sampled(names: Sequence[str], per_system: int, seed: int) -> dict[str, Make]
 
 
 def score(cases: dict[str, Make], count: int, seed: int, say: Callable[[str], None]) -> tuple[list[Outcome], int, int]:
-    """Judges `count` mutants, evenly over the systems: (outcomes, mutants that changed nothing, all mutants)."""
+    """Judge `count` mutants, evenly over the systems: (outcomes, mutants that changed nothing, all mutants)."""
     found = {}
     for case, make in cases.items():
         say(f"preparing {case}")
@@ -120,9 +120,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser(
         prog="python -m parity.mutations",
-        description="Plants porting mistakes in the Flax models, one at a time, and prints a Markdown table of those "
-        "that parity finds and names. Exits with 1 if one is not found, if fewer than 90 % are named correctly, or if "
-        "an unbroken model fails.",
+        description="Plant porting mistakes in the Flax models, one at a time, and print a Markdown table of those "
+        "that parity finds and names. Exit code: 1 if one is not found, if fewer than 90 % are named correctly, or if "
+        "an unbroken model fails; else 0.",
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case or a system (default: all short cases)")
     arguments.add_argument("--count", type=int, default=60, help="mutants to judge (default: 60)")
@@ -135,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command; returns its exit code."""
     from rich.console import Console
 
     options = parser().parse_args(argv)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
                     say(f"{case}: {options.seeds} seeds")
                     alarms[case] = false_alarms(make, options.seeds)
         except ValueError as error:
-            print(f"parity.mutations: {error}", file=sys.stderr)
+            print(f"python -m parity.mutations: {error}", file=sys.stderr)
             return 2
     command = " ".join(["python -m parity.mutations", *(sys.argv[1:] if argv is None else argv)])
     text = page(outcomes, idle, total, alarms, options.seeds, command)

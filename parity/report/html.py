@@ -73,7 +73,7 @@ def summary_cell(report: Report, column: Column) -> str:
 
 
 def section(report: Report) -> str:
-    """One report: a line to open, with its checks and charts; open if it failed."""
+    """One report as a collapsible section with its checks and charts; expanded if it failed."""
     verdict = f'<span class="{"good" if report.passed else "bad"}">{report.verdict.lower()}</span>'
     rows = "".join(map(row, report.checks))
     skipped = "".join(f'<p class="dim">– {escape(kind)}: {escape(why)}</p>' for kind, why in report.skipped.items())

@@ -73,7 +73,7 @@ class Report:
         twice = [f"{kind} ({precision})" for (kind, precision), n in counts.items() if n > 1]
         sweeps = [part.sweep for part in parts if part.sweep is not None]
         if twice or len(sweeps) > 1:
-            raise ValueError(f"results contain twice: {', '.join(twice) or 'sweep'}; make one report of each")
+            raise ValueError(f"results: {', '.join(twice) or 'sweep'} given twice; a report takes each check once")
         return cls(
             name,
             [check for part in parts for check in part.checks],

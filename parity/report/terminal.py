@@ -91,7 +91,7 @@ def row(report: Report, columns: Sequence[Column]) -> Iterator[str]:
 
 
 def details(reports: Sequence[Report], console: Console) -> None:
-    """Print what has no column: costs of the default precision, determinism, sweeps and trajectories."""
+    """Print results without a column: costs of the default precision, determinism, sweeps, trajectories."""
     for report in reports:
         repeated = (check for check in report.checks if check.kind.startswith("two runs"))
         measured = (report.sweep, *report.trajectories)
