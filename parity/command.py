@@ -150,10 +150,10 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for options that are invalid for every case."""
     import jax
 
-    for flag in ("workers", "steps"):
+    for flag, least in (("workers", 1), ("steps", 1), ("seed", 0)):
         value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} {value} must be at least 1")
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value} must be at least {least}")
     try:
         jax.devices(options.device)
     except RuntimeError as error:

@@ -81,9 +81,11 @@ class Comparison:
         """Resolve the arguments of `parity.check`, which documents them.
 
         Without a PyTorch module the Flax module keeps its own weights; without a Flax module PyTorch runs alone.
-        Raises ValueError for inputs or modules of another kind, ConversionError if the weights do not fit, and
-        RuntimeError if JAX has no such device.
+        Raises ValueError for a negative seed and for inputs or modules of another kind, ConversionError if the weights
+        do not fit, and RuntimeError if JAX has no such device.
         """
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
         inputs = Inputs.of(inputs)
         chosen = jax.devices(device)[0]
         float64 = chosen.platform != "tpu" if float64 is None else float64

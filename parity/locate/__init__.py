@@ -1,1 +1,1 @@
-"""Locates the sub-module in which two models differ."""
+"""Locate the sub-module in which two models differ."""

@@ -18,7 +18,7 @@ from parity.locate.tree import Errors, Part
 
 
 class Backward:
-    """Compares the gradients of a Flax model with those of PyTorch's run that `forward` has compared."""
+    """Compare gradients of a Flax model with those of the PyTorch run that `forward` has compared."""
 
     def __init__(self, forward: Forward, batch: Batch, memory_limit: int):
         run = self.run = forward.run

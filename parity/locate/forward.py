@@ -70,7 +70,7 @@ class Repeatable:
 
 
 class Forward:
-    """Compares the calls of one run of a Flax model with those of PyTorch's."""
+    """Compare the calls of one run of a Flax model with those of PyTorch's."""
 
     def __init__(self, run: TorchRun, side: JaxSide):
         self.run, self.side = run, side

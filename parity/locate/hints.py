@@ -170,6 +170,7 @@ def interleaved(split: bool) -> Change:
             output = function(*given, *args[q_and_k:], **kwargs)
             return arranged(output, back) if n_features else tuple(arranged(x, back) for x in output)
 
+        call.rearranged = True  # type: ignore[attr-defined]
         return call
 
     @contextlib.contextmanager
@@ -181,7 +182,7 @@ def interleaved(split: bool) -> Change:
                     part.forward = rearranged(part.forward, width)
                 space = vars(sys.modules[type(part).__module__])
                 function = space.get("apply_rotary_pos_emb")
-                if function is not None and not hasattr(function, "mock"):
+                if function is not None and not hasattr(function, "rearranged"):
                     stack.enter_context(mock.patch.dict(space, apply_rotary_pos_emb=rearranged(function, None)))
             yield
 

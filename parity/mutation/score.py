@@ -144,6 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")
     with torch_side.strict_precision(), jax_side.strict_precision(True, jax.devices("cpu")[0]):
         try:
+            for flag, least in (("count", 1), ("cases", 1), ("seed", 0), ("seeds", 0)):
+                if getattr(options, flag) < least:
+                    raise ValueError(f"--{flag} {getattr(options, flag)} must be at least {least}")
             with console.status("") as status:
                 say = status.update if console.is_terminal else console.print  # in a file, one line per stage
                 cases = sampled(options.names, options.cases, options.seed)

@@ -157,7 +157,7 @@ def test_checks_before_an_error_are_kept(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--steps 0", "--workers 0", "--matmul-precision x"],
+    ["--steps 0", "--workers 0", "--seed -1", "--matmul-precision x"],
 )
 def test_options_that_no_case_can_run_with_are_refused_before_any_case_runs(arguments, capsys):
     assert main(["transformer.feed_forward", *arguments.split()]) == 2

@@ -65,3 +65,8 @@ def test_modules_of_another_kind_are_named():
         Comparison.of(FlaxMLP(rngs=nnx.Rngs(0)), flax_module, x)
     with pytest.raises(ValueError, match=r"flax_module=TorchMLP\b"):
         Comparison.of(torch_module, torch_module, x)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed=-1"):
+        Comparison.of(*mlp(), seed=-1)

@@ -23,6 +23,12 @@ def test_a_name_that_matches_no_case_is_an_error(capsys):
     assert "rope.attention" in error
 
 
+@pytest.mark.parametrize("option", ["--count 0", "--cases 0", "--seed -1", "--seeds -1"])
+def test_a_number_out_of_range_is_an_error(option, capsys):
+    assert score.main(["synthesizer.dense_layer", *option.split()]) == 2
+    assert option in capsys.readouterr().err
+
+
 def test_the_sample_is_even_over_systems_and_follows_the_seed():
     def mutant(system, operator):
         return Mutant(system, (), "", OPERATORS[operator])
