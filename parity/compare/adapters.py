@@ -72,6 +72,6 @@ def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
     wrong = sorted({dotted(path) for path, _ in expected.items() ^ given.items()})
     if wrong:
         raise ValueError(
-            f"flax_module: bound variables must equal those of a call with the inputs; {', '.join(wrong)} differ"
+            f"flax_module: bound variables must equal those of a call with the inputs; different: {', '.join(wrong)}"
         )
     return with_arrays(model, arrays)
