@@ -25,13 +25,12 @@ from jaxmodels.models import build
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.weights.lazy import nbytes, pieces
-from jaxmodels.weights.names import flat_arrays, from_torch, is_floating, to_torch
+from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
 from jaxmodels.weights.progress import progress_bar
 
 PIECE_BYTES = 8_000_000
-Names = Mapping[
-    str, tuple[str, dict[str, Any]]
-]  # values of --model: the class, and the arguments that the name implies
+# Values of --model: the class, and the arguments that the name implies.
+Names = Mapping[str, tuple[str, dict[str, Any]]]
 
 
 def from_torch_file(options: argparse.Namespace, names: Names) -> str:
@@ -59,18 +58,15 @@ def to_torch_file(options: argparse.Namespace) -> str:
         if getattr(options, flag) is not None:
             raise ValueError(f"--{flag} describes a .pt file; {options.source} is a folder with a config.json")
     with float64_allowed():
-        model = jaxmodels.load(options.source)
-        arrays = to_torch(model)
-    if options.dtype:
-        arrays = {k: a.astype(jax.numpy.dtype(options.dtype)) if is_floating(a.dtype) else a for k, a in arrays.items()}
-    write_state_dict(options.target, arrays)
+        model = jaxmodels.load(options.source, dtype=options.dtype)
+        write_state_dict(options.target, to_torch(model))
     return f"{options.target}: {summary(type(model).__name__, model)}"
 
 
 def class_and_config(model: str, config: dict[str, Any], names: Names) -> tuple[str, dict[str, Any]]:
     """Class name and arguments for --model and --config; raises ValueError if they contradict each other.
 
-    The check is necessary: rotary, rotary_value and plain have the same parameters, so that no shape tells them apart.
+    Shapes cannot show a contradiction: rotary, rotary_value and plain have the same parameters.
     """
     name, implied = names[model]
     if {"model", "config"} <= config.keys():  # a config.json written by jaxmodels.save
@@ -150,7 +146,7 @@ def inspect(options: argparse.Namespace) -> str:
 
 
 def verify(options: argparse.Namespace) -> tuple[bool, str]:
-    """Compare SRC, cast to DST's dtypes, with DST; returns equality, and a text that lists the differing tensors."""
+    """Compare SRC, cast to DST's dtypes, with DST; returns True if they are equal, and the text to print."""
     source, target = prepared(options), open_checkpoint(options.target)
     config = dataclasses.asdict(source.config)
     different = [
@@ -192,14 +188,14 @@ def difference(a: Any, b: Any) -> tuple[int, float]:
 
 
 def prepared(options: argparse.Namespace) -> Source:
-    """SRC with the changes of --vocab and --dtype."""
+    """Open SRC and apply --vocab and --dtype."""
     source = open_checkpoint(options.source, read_neox_config(options.config), options.row_bias)
     source = source.with_vocabulary(options.vocab) if options.vocab is not None else source
     return source.cast(options.dtype) if options.dtype is not None else source
 
 
 def open_checkpoint(folder: Path, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
-    """Open a GPT-NeoX checkpoint of any of the three formats; raises ValueError if it has none of them."""
+    """Open a GPT-NeoX checkpoint of any of the three formats; raises ValueError if it is in none of them."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     file = folder / "config.json"

@@ -1,4 +1,4 @@
-"""Arrays in an Orbax folder, one entry per array, named by its dotted path; and `config.json` in the parent folder."""
+"""Arrays in an Orbax folder, one entry per array, named by its dotted path; and the `config.json` next to it."""
 
 import json
 from collections.abc import Mapping
@@ -39,8 +39,8 @@ def read_arrays(
 ) -> dict[str, jax.Array]:
     """Read arrays by name from an Orbax folder; targets are their shapes and shardings.
 
-    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, and for float64 arrays if
-    jax_enable_x64 is off (`with jax.enable_x64(True)` does not suffice, as Orbax reads in threads of its own).
+    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, or if arrays are float64 and
+    jax_enable_x64 is off (`with jax.enable_x64(True)` does not reach Orbax's threads).
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -83,7 +83,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Model name and configuration from a folder's config.json; raises ValueError if it is missing or not one."""
+    """Model name and configuration from a folder's config.json; raises ValueError if it is missing or damaged."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no config.json written by jaxmodels.save")
@@ -91,6 +91,9 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"{file} has format {content['format']}, this version reads {FORMAT}")
-        return content["model"], content["config"]
+        name, config = content["model"], content["config"]
+        if not isinstance(config, dict):
+            raise TypeError(f"config is {config!r}, must be an object")
+        return name, config
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a config.json written by jaxmodels.save: {error!r}") from None

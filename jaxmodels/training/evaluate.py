@@ -35,7 +35,7 @@ MODEL is a folder written by jaxmodels.save or jaxmodels convert.
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How well a model predicts a text: number of predicted tokens; nats per token, bits per character and byte."""
+    """Scores of a model on a text: number of predicted tokens; nats per token, bits per character and byte."""
 
     tokens: int
     nats: float
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 
 def print_scores(options: argparse.Namespace) -> None:
-    """Evaluate, from the flags of `parser`, and print; raises ValueError for bad input."""
+    """Evaluate a checkpoint with the flags of `parser` and print the scores; raises ValueError for bad input."""
     for name in ("seq_len", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -125,7 +125,7 @@ def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:
 
 
 def examples_of(options: argparse.Namespace, opened: Checkpoint) -> Sequence[Example]:
-    """Cut the text into examples; a run's experiment adds what its model takes besides the tokens.
+    """Cut the text into examples; a run's experiment adds the model's inputs other than tokens.
 
     Raises ValueError if there is no text or length, or if the run's own text has changed since it was trained.
     """
@@ -143,16 +143,21 @@ def examples_of(options: argparse.Namespace, opened: Checkpoint) -> Sequence[Exa
 def evaluate(
     opened: Checkpoint, examples: Sequence[Example], mesh: Mesh, batch_size: int, compute_dtype: Precision
 ) -> Scores:
-    """Measure how well a model predicts every token of the examples except their first."""
+    """Score a model on every token of the examples except their first; raises ValueError if the loss is NaN."""
     model, vocabulary = opened.model, opened.vocabulary
     losses = token_losses if opened.experiment is None else opened.experiment.losses
     numerics = Numerics(compute_dtype=compute_dtype)
     program = Program(lambda: model, optax.identity(), mesh, numerics, losses=losses)
     nats = Evaluation(program, examples, batch_size, Stop())(program.state_of(model))
-    assert nats is not None, "nothing signals this Stop"
+    assert nats is not None, "this Stop is never set"
+    if math.isnan(nats):
+        raise ValueError(
+            f"loss is nan over {len(examples)} sequences; weights must be finite, and the model's vocabulary must "
+            f"have at least the {len(vocabulary)} {vocabulary.unit}s of the given one"
+        )
     ids = np.concatenate([examples[i]["tokens"][1:] for i in range(len(examples))])
     written, n = vocabulary.decode(ids), len(ids)
-    # counted as tokens for bytes: decoding may begin inside a character
+    # For bytes, count the tokens: the text may begin inside a character, which does not decode.
     n_bytes = n if vocabulary.unit == "byte" else len(written.encode("utf-8"))
     bits = n * nats / math.log(2)
     return Scores(n, nats, bits / len(written), bits / n_bytes)

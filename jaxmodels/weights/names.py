@@ -1,4 +1,4 @@
-"""Conversion of a PyTorch state_dict to a Flax model and back, for twins that name their parts alike.
+"""Conversion of a PyTorch state_dict to a Flax model and back, for twins whose parts have the same names.
 
 There is no table per model. A Flax path and a PyTorch key are the same words, except for the last one:
 
@@ -23,6 +23,9 @@ from flax import nnx
 
 Model = TypeVar("Model", bound=nnx.Module)
 Path = tuple[str | int, ...]
+
+RENAMED = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # last word of a path: Flax -> PyTorch
+NARROWED = "64 bits wide while jax_enable_x64 is off"
 
 
 class ConversionError(ValueError):
@@ -72,12 +75,8 @@ def entries(arrays: Mapping[Path, Any]) -> Iterator[Entry]:
             yield Entry(".".join([*words[: stack + 1], str(layer), *words[stack + 1 :]]), path, layer, transposed)
 
 
-NARROWED = "64 bits wide while jax_enable_x64 is off"
-RENAMED = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-
-
 def stacked_at(path: Path) -> int | None:
-    """Index of `layers` in the path of a stacked array, where no layer number follows it; None for other arrays."""
+    """Index of `layers` in the path of a stacked array (no layer number follows it); None for other arrays."""
     for i, word in enumerate(path[:-1]):
         if word == "layers" and not isinstance(path[i + 1], int):
             return i
@@ -100,12 +99,12 @@ def flat_arrays(model: nnx.Pytree | nnx.State) -> dict[Path, Any]:
 def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -> Model:
     """New model with the weights of a PyTorch state_dict.
 
-    model: gives the structure; may be abstract. Its method `adapted(state_dict)`, if there is one, first renames the
-    keys of an original implementation and drops what is no parameter. state_dict: torch tensors or arrays, which are
-    copied. dtype: cast floating tensors; default their own.
+    model: gives the structure; may be abstract. If it has a method `adapted(state_dict)`, that is called first, to
+    rename the keys of an original implementation and drop entries that are not parameters. state_dict: torch tensors or
+    arrays, which are copied. dtype: cast floating tensors; default their own.
 
     Raises ConversionError listing every missing, unexpected and misshapen entry, and every 64-bit one if jax_enable_x64
-    is off, as JAX would narrow it; ValueError if dtype is not floating.
+    is off, as JAX would narrow it; ValueError if dtype is not floating, or if a finite value overflows in it.
     """
     if dtype is not None:
         check_floating(dtype)
@@ -122,14 +121,17 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
     for path, parts in converted.items():
         array = parts[0] if stacked_at(path) is None else np.stack(parts)
         cast = dtype is not None and is_floating(array.dtype)
-        leaves[path] = jnp.array(array, dtype if cast else None, copy=True)  # copy: never share torch's memory
+        with np.errstate(over="ignore"):  # reported below, with the array's name
+            leaves[path] = jnp.array(array, dtype if cast else None, copy=True)  # copy: never share torch's memory
+        if cast and jnp.isinf(leaves[path]).sum() > np.isinf(array).sum():
+            raise ValueError(f"{dotted(path)} has values that overflow in dtype={np.dtype(dtype).name}")
     return with_arrays(model, leaves)
 
 
 def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any) -> list[Entry]:
-    """Entries of all tensors, of which, as of the model's arrays, only shapes and dtypes are used.
+    """Entries of all tensors of a model, after comparing the given shapes and dtypes with the model's.
 
-    Raises ConversionError as `from_torch`.
+    Raises ConversionError like `from_torch`.
     """
     wanted = list(entries(targets))
     keys = collections.Counter(entry.key for entry in wanted)

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 import jaxmodels
+from jaxmodels.io.checkpoint import read_config
 from jaxmodels import models
 from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.hf import save_hf
@@ -238,6 +239,13 @@ def test_refuses_a_broken_config(copy, content):
     (copy / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config|format|model="):
         jaxmodels.load(copy)
+
+
+@pytest.mark.parametrize("config", ["null", "[1, 2]", "7"])
+def test_a_config_that_is_no_object_is_refused_before_it_is_used(tmp_path, config):
+    (tmp_path / "config.json").write_text(f'{{"format": 1, "model": "NeoX", "config": {config}}}')
+    with pytest.raises(ValueError, match=r"config\.json is not .*must be an object"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

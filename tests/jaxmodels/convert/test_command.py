@@ -86,6 +86,28 @@ def test_a_dtype_casts(pt, tmp_path):
     assert {str(a.dtype) for a in jax.tree.leaves(jaxmodels.load(tmp_path / "out"))} == {"bfloat16"}
 
 
+def test_a_dtype_casts_on_the_way_back(pt, tmp_path, capsys):
+    file, module = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    assert convert(tmp_path / "out", tmp_path / "back.pt", "--dtype", "bfloat16") == 0
+    assert capsys.readouterr().out.endswith("bfloat16\n")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert all(torch.equal(back[name], tensor.bfloat16()) for name, tensor in module.state_dict().items())
+
+
+def test_a_dtype_that_overflows_is_refused_both_ways(pt, tmp_path, capsys):
+    file, module = pt
+    state_dict = module.state_dict()
+    state_dict["generator.projection.bias"][3] = 1e5
+    torch.save(state_dict, file)
+    assert to_flax(file, tmp_path / "half", "--dtype", "float16") == 2
+    assert to_flax(file, tmp_path / "out") == 0
+    assert convert(tmp_path / "out", tmp_path / "back.pt", "--dtype", "float16") == 2
+    assert capsys.readouterr().err.count("generator.projection.bias has values that overflow in dtype=float16") == 2
+    assert not (tmp_path / "half").exists()
+    assert not (tmp_path / "back.pt").exists()
+
+
 def test_an_entry_of_a_larger_checkpoint(pt, tmp_path, capsys):
     file, module = pt
     torch.save({"model": module.state_dict(), "step": 3}, file)

@@ -86,6 +86,14 @@ def test_a_saved_model_of_every_system_is_evaluated_on_one_device(name, tmp_path
     assert loss == pytest.approx(expected_loss(model, VOCABULARY.encode(TEXT[: 4 * S + 1])), abs=2e-4)
 
 
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
+    jaxmodels.save(transformer(n_vocab=3), tmp_path / "model")
+    VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
+    (tmp_path / "text").write_text(TEXT[: 4 * S + 1])
+    with pytest.raises(ValueError, match=f"loss is nan over 4 sequences.*{V} characters"):
+        scores(tmp_path / "model", "--text", tmp_path / "text", "--seq-len", S)
+
+
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
     """Makes a run's folder, whose latest model is the given one."""

@@ -134,6 +134,15 @@ def test_dtype_casts(dtype):
     assert_same_bits(to_torch(from_torch(abstract("rotary"), state_dict, dtype=dtype)), expected)
 
 
+def test_dtype_refuses_a_value_that_overflows():
+    state_dict = torch_language_model("rotary").state_dict()
+    state_dict["generator.projection.bias"][3] = 1e5
+    with pytest.raises(ValueError, match=r"generator\.projection\.bias has values that overflow in dtype=float16"):
+        from_torch(abstract("rotary"), state_dict, dtype="float16")
+    state_dict["generator.projection.bias"][3] = float("inf")
+    from_torch(abstract("rotary"), state_dict, dtype="float16")
+
+
 def test_the_result_is_a_copy():
     module = torch_language_model("rotary")
     model = from_torch(abstract("rotary"), module.state_dict())
