@@ -8,7 +8,7 @@ from typing import Any
 from jaxmodels import programs
 
 PROGRAM = "python -m jaxmodels.convert"
-# Values of --model: the class, and the arguments that the name implies. `synthesizer` leaves its kind to --config.
+# Values of --model: the class, and the arguments that the name implies. For `synthesizer`, --config gives the kind.
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "rope": ("AutoregressiveTransformer", {"attention": "rotary"}),
     "rope_value": ("AutoregressiveTransformer", {"attention": "rotary_value"}),
@@ -78,9 +78,11 @@ def add_neox(formats: Any) -> None:
         command = formats.add_parser(
             name, epilog=NEOX_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, **texts
         )
-        command.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint in any of three formats")
+        command.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint; the format is detected")
         command.add_argument(
-            "--config", metavar="CONFIG", help="configuration of SRC without configs/*.yml: name of a preset, or JSON"
+            "--config",
+            metavar="CONFIG",
+            help="configuration of shards without configs/*.yml: name of a preset, or JSON",
         )
         command.add_argument(
             "--row-bias",
@@ -101,14 +103,18 @@ def add_neox(formats: Any) -> None:
     convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
     convert.add_argument("--to", choices=["flax", "hf", "neox"], required=True, help="format of DST")
     convert.add_argument(
-        "--model-parallel", type=int, default=2, metavar="K", help="number of ranks with --to neox (default: 2)"
+        "--model-parallel",
+        type=int,
+        default=2,
+        metavar="K",
+        help="number of model-parallel ranks, for --to neox (default: 2)",
     )
     convert.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     add_changes(convert)
     add(
         "inspect",
         help="print the configuration of a GPT-NeoX checkpoint",
-        description="Print the configuration of a checkpoint, and what of it was inferred.",
+        description="Print the configuration of a checkpoint, and which of its values were inferred.",
     )
     verify = add(
         "verify",

@@ -18,7 +18,7 @@ from jaxmodels.weights.progress import progress_bar
 
 
 def open_flax(folder: str | os.PathLike) -> Source:
-    """Open the checkpoint of a NeoX; its values are read later, except those written by Orbax.
+    """Open the checkpoint of a NeoX; safetensors are read when they are used, Orbax arrays at once.
 
     Raises ValueError, naming the file, if it is damaged, holds another model, or contradicts its config.json.
     """
@@ -42,7 +42,7 @@ def write_flax(
 ) -> None:
     """Write an open checkpoint for `jaxmodels.load`, atomically; a few megabytes at a time are in memory.
 
-    Raises ValueError as `jaxmodels.save`.
+    Raises ValueError like `jaxmodels.save`.
     """
     model = abstract(source.config)
     order = {entry.key: entry for entry in entries(flat_arrays(model))}

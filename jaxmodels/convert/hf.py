@@ -19,15 +19,15 @@ from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.checkpoint import read_json
 from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
 from jaxmodels.neox import NeoX, NeoXConfig
-from jaxmodels.neox.sequential import is_no_parameter
+from jaxmodels.neox.sequential import is_buffer
 from jaxmodels.weights.place import Shardings
 from jaxmodels.weights.progress import progress_bar
 
 READOUT = "embed_out.weight"
-READOUT_TOO = "lm_head.weight"  # name in memory since transformers 5.14
-NO_PARAMETER = re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$")
+READOUT_ALIAS = "lm_head.weight"  # its name in memory since transformers 5.14
+BUFFER = re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$")
 
-# Field of NeoXConfig, key, and transformers' default for an absent key; None: the key is required.
+# Field of NeoXConfig, key, and transformers' default of an absent key; None: the key is required.
 KEYS: tuple[tuple[str, str, Any], ...] = (
     ("n_vocab", "vocab_size", None),
     ("n_hidden", "hidden_size", None),
@@ -62,7 +62,7 @@ def load_hf(
 
 
 def open_hf(folder: str | os.PathLike) -> Source:
-    """Open a checkpoint without reading its values; raises ValueError as `load_hf`."""
+    """Open a checkpoint without reading its values; raises ValueError like `load_hf`."""
     folder = Path(folder)
     content = read_hf_json(folder / "config.json")
     config, notes = read_config(folder / "config.json")
@@ -70,14 +70,14 @@ def open_hf(folder: str | os.PathLike) -> Source:
         others = ", ".join(sorted(file.name for file in folder.glob("pytorch_model*"))[:3])
         raise ValueError(f"{folder} has neither model.safetensors nor its index{f', but {others}' if others else ''}")
     stored = read_folder(folder)
-    if READOUT_TOO in stored and READOUT not in stored:
-        stored[READOUT] = stored.pop(READOUT_TOO)
+    if READOUT_ALIAS in stored and READOUT not in stored:
+        stored[READOUT] = stored.pop(READOUT_ALIAS)
     table = stored.get(hf_name("embedding.emb.weight"))
     if config.tied and table is not None and READOUT in stored and np.array_equal(stored[READOUT], table):
         stored.pop(READOUT)
-    for name in [name for name in stored if NO_PARAMETER.fullmatch(name)]:
+    for name in [name for name in stored if BUFFER.fullmatch(name)]:
         try:
-            is_no_parameter(name, stored.pop(name), config)
+            is_buffer(name, stored.pop(name), config)  # raises if it contradicts the configuration
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
     twins = {hf_name(key): key for key in named(config)}
@@ -130,7 +130,7 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
 def save_hf(model: NeoX, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Write a model for `transformers`, atomically; in files of up to 5 GB, with an index if there are several.
 
-    Raises ValueError as `jaxmodels.save`, or if the model is quantized.
+    Raises ValueError like `jaxmodels.save`, or if the model is quantized.
     """
     write_hf(model_source(model), folder, overwrite=overwrite)
 
@@ -151,7 +151,7 @@ def write_hf(
 
 
 def hf_config(config: NeoXConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `read_config`, for older and newer versions of transformers."""
+    """Inverse of `read_config`; rotary settings are written under the keys of older and newer transformers."""
     settings = {key: value for (field, key, _) in KEYS for value in [dataclasses.asdict(config)[field]]}
     return settings | {
         "architectures": ["GPTNeoXForCausalLM"],

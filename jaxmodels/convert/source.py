@@ -1,4 +1,4 @@
-"""Open checkpoint of a GPT-NeoX model, the same class for every format; values are read when they are used."""
+"""`Source`: an opened GPT-NeoX checkpoint of any format, whose values are read when they are used."""
 
 import dataclasses
 import numbers
@@ -22,8 +22,8 @@ class Source:
     """Configuration and lazy tensors of a checkpoint.
 
     tensors: by the names of the PyTorch twin, in the order of the model's parts. layout: description of the files.
-    notes: what was inferred rather than read. doubts: those of the notes that may be wrong. token_ids: of special
-    tokens, for formats that store them.
+    notes: statements for the user, e.g. about inferred values. doubts: the notes that may be wrong. token_ids: ids of
+    special tokens, for formats that store them.
     """
 
     format: str
@@ -36,7 +36,7 @@ class Source:
     token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def model(self, dtype: Any = None, shardings: Shardings | None = None) -> NeoX:
-        """Model with stacked layers; arguments and errors as `load_tensors`."""
+        """Model with stacked layers; arguments and errors are those of `load_tensors`."""
         return load_tensors(abstract(self.config), self.tensors, dtype, shardings, self.folder.name)
 
     def cast(self, dtype: Any) -> "Source":
@@ -61,8 +61,8 @@ class Source:
             return self
         n = self.config.n_layers
         given, layers = layers, [] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
-        whole = all(isinstance(layer, numbers.Integral) and not isinstance(layer, bool) for layer in layers)
-        if not layers or not whole or len(set(layers)) < len(layers) or not all(0 <= layer < n for layer in layers):
+        integers = all(isinstance(layer, numbers.Integral) and not isinstance(layer, bool) for layer in layers)
+        if not layers or not integers or len(set(layers)) < len(layers) or not all(0 <= layer < n for layer in layers):
             raise ValueError(f"layers={given!r} must be different integers from 0 to {n - 1}, at least one")
         config = dataclasses.replace(self.config, n_layers=len(layers))
         tensors = {key: self.tensors[numbered(key, layers)] for key in named(config)}
@@ -74,7 +74,7 @@ class Source:
 
 
 def abstract(config: NeoXConfig) -> NeoX:
-    """Model without values."""
+    """Abstract model: shapes and dtypes without values."""
     return nnx.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0)))
 
 

@@ -20,11 +20,11 @@ class NeoXConfig:
     tied: use the embedding table as the readout.
     max_len: sequence length of training. Not a limit, as rotary tables are computed for any position.
     dtype: compute dtype; default that of the parameters.
-    remat: save the layers' inputs only, and recompute the rest in the backward pass.
+    remat: store only each layer's input, and recompute the rest in the backward pass.
     Raises ValueError if a value is out of range.
 
-    The presets use the tanh GELU, with which 20B and Pythia were trained (`bias_gelu_fusion`). Pythia's files in
-    transformers' format say exact, which differs by up to 4.7e-4 per activation.
+    The presets use the tanh GELU, with which 20B and Pythia were trained (`bias_gelu_fusion`). Pythia's config.json in
+    transformers' format names the exact GELU, which differs by up to 4.7e-4 per activation.
     """
 
     n_vocab: int = 50_432

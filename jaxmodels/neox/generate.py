@@ -1,4 +1,7 @@
-"""Command `jaxmodels generate`: continue a prompt with a GPT-NeoX checkpoint. Nothing imports it."""
+"""Command `jaxmodels generate`: continue a prompt with a GPT-NeoX checkpoint.
+
+No module imports this one; it alone in this package may import `jaxmodels.convert`.
+"""
 
 import argparse
 import sys
@@ -15,7 +18,7 @@ examples:
   jaxmodels generate pythia-70m/ --prompt "The capital of France is"
   jaxmodels generate pythia-70m/ --prompt "def f(" --temperature 0.8 --top-p 0.95 --stop $'\\n\\n'
 
-The text is printed to standard output, the speed, without compilation, to standard error.
+Prints the text to standard output, and the speed (without compilation time) to standard error.
 """
 
 
@@ -65,7 +68,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="default: tokenizer.json or 20B_tokenizer.json in CHECKPOINT or its parent folder",
+        help="tokenizer.json (default: tokenizer.json or 20B_tokenizer.json in CHECKPOINT or its parent folder)",
     )
     return arguments
 
@@ -99,7 +102,9 @@ def run(options: argparse.Namespace) -> None:
     model = open_checkpoint(options.checkpoint, options.dtype, options.config, options.int8)
     n_vocab, n_tokens = model.settings.n_vocab, 1 + max(tokenizer.get_vocab().values())
     if n_tokens > n_vocab:
-        raise ValueError(f"the tokenizer has {n_tokens} tokens, the model n_vocab={n_vocab}; pass the model's own")
+        raise ValueError(
+            f"the tokenizer has {n_tokens} tokens, the model n_vocab={n_vocab}; pass the model's own with --tokenizer"
+        )
     if len(ids) + options.max_new_tokens > model.settings.max_len:
         print(
             f"generate: warning: the text may exceed the max_len={model.settings.max_len} tokens of training",
@@ -128,11 +133,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def open_checkpoint(folder: Path, dtype: str | None = None, config: str | None = None, int8: bool = False) -> Any:
-    """Load a NeoX model from a folder in any of the three formats, with listed layers.
+    """Load a NeoX model from a folder in any of the three formats, with a list of layers.
 
     dtype: cast the weights while reading. config: name of a preset, or JSON, for shards without a YAML file. int8:
-    quantize after the cast. Raises ValueError if the folder holds no GPT-NeoX model, or if a model that was saved
-    quantized is to be cast or quantized.
+    quantize after the cast. Raises ValueError if the folder holds no GPT-NeoX model, or if dtype or int8 is given for a
+    model that was saved quantized.
     """
     from flax import nnx
 

@@ -3,7 +3,7 @@
 Axes: R rows of a call (all leading axes), I input features, O output features; stacked layers' weights have a leading
 layer axis.
 
-Quantization saves memory. Whether it saves time depends on the hardware: int8 products are fast where it has them.
+Quantization saves memory. It saves time only on hardware with fast int8 matrix products.
 
 For inference only, as integer weights have no gradient. `jax.grad` over the model's arrays raises TypeError, and so
 does differentiating through one of the products.
@@ -20,7 +20,7 @@ from jaxmodels.layers import Fixed
 from jaxmodels.neox.block import Block
 
 LINEARS = (("attention", "qkv_lin"), ("attention", "output"), ("ffn", "dense_h_h4"), ("ffn", "dense_h4_h"))
-GATHERED = 64  # up to this many outlier features, only their columns are computed in 16 bits; beyond, all columns
+GATHERED = 64  # up to this many outlier features are gathered for the 16-bit product; with more it takes all features
 
 
 class Int8Linear(nnx.Module):
@@ -57,12 +57,12 @@ class Int8Linear(nnx.Module):
 
 @jax.jit
 def quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights [..., I, O] -> int8 [..., I, O], and the magnitude [..., O] that 127 stands for, float16."""
+    """Weights [..., I, O] -> int8 [..., I, O], and float16 [..., O], the magnitude that 127 represents."""
     return rounded(kernel.astype(jnp.float16), axis=-2)
 
 
 def rounded(x: jax.Array, axis: int, counted: jax.Array | bool = True) -> tuple[jax.Array, jax.Array]:
-    """Round float16 x to int8 by the largest magnitude along an axis, which is returned too.
+    """Round float16 x to int8, scaled by the largest magnitude along an axis; returns both.
 
     counted: mask of the elements to use; the others become 0.
     """
@@ -79,7 +79,7 @@ def product(x: jax.Array, kernel: jax.Array, absmax: jax.Array, threshold: float
     x = x.astype(jnp.float16)
     if not threshold:
         return int8_product(*rounded(x, -1), kernel, absmax)
-    large = jnp.abs(x).astype(jnp.float32) >= threshold
+    large = jnp.abs(x).astype(jnp.float32) >= threshold  # [..., I]
     features = large.any(range(x.ndim - 1))  # [I]
     q, row_absmax = rounded(x, -1, ~large)
     q = jnp.where(features, 0, q)
@@ -100,9 +100,9 @@ def int8_product(q: jax.Array, row_absmax: jax.Array, kernel: jax.Array, absmax:
 def outliers(x: jax.Array, features: jax.Array, kernel: jax.Array, absmax: jax.Array) -> jax.Array:
     """Contribution of the outlier features: x float16 [..., I], features bool [I] -> float32 [..., O].
 
-    Their number is known on the device only, which selects one of three branches: none, the common case in small
-    models; few, as in large ones (about 0.1 %), whose columns are gathered into a buffer of GATHERED; many, a product
-    with the whole weights, which is correct but slow.
+    Their number is known on the device only, which selects one of three branches. None: common in small models. Few, as
+    in large models (about 0.1 %): gathered into a buffer of GATHERED features. Many: a product with all weights, which
+    is slow.
     """
     n, size = features.sum(), min(GATHERED, features.size)
 

@@ -24,7 +24,7 @@ from jaxmodels.rope import rotary_tables
 
 
 class NeoX(nnx.Module):
-    """Language model: token ids to logits of the next token.
+    """Causal language model: token ids to logits of the next token.
 
     `layers` is one Block whose arrays have a leading layer axis. The call scans over it, so that compile time does not
     grow with L. With `stacked=False`, or after `unstacked()`, it is a list of L blocks, which decoding needs: a scan
@@ -99,7 +99,7 @@ class NeoX(nnx.Module):
 
     def with_layers(self, layers: Any) -> "NeoX":
         """Model with other layers; all other arrays are shared with this one."""
-        model = jax.tree.map(lambda array: array, self)  # a copy: inside a trace, modules from outside can't be changed
+        model = jax.tree.map(lambda array: array, self)  # a copy: a trace must not mutate modules from outside it
         model.layers = layers
         return model
 
@@ -119,7 +119,7 @@ class NeoX(nnx.Module):
         """Body of the call and of `plain`."""
         check_ids(ids, "[B, S]")
         s = ids.shape[1]
-        if start is not None:  # shift rows to position 0: then the causal mask hides the padding
+        if start is not None:  # shift rows to position 0, so that the causal mask excludes the padding
             start = checked_start(start, *ids.shape)
             ids = align_left(ids.T, start).T
         x, rotary = self.embed(ids, jnp.arange(s))  # [B, S, D]
@@ -127,14 +127,14 @@ class NeoX(nnx.Module):
         def body(x: jax.Array, layer: Block) -> tuple[jax.Array, None]:
             return constrain(layer(x, rotary, plain), "BSD"), None
 
-        if not plain:  # the plain path is traced by the parity harness, which does not look inside jax.checkpoint
+        if not plain:  # the plain path calls every sub-module as a module; jax.checkpoint would hide the calls
             body = jax.checkpoint(body, prevent_cse=False) if self.settings.remat else rematerialized(body)
         if self.is_stacked:
             x, _ = jax.lax.scan(body, x, self.layers)
         else:
             for layer in self.layers:
                 x, _ = body(x, layer)
-        x = self.final_norm(x)
+        x = self.final_norm(x)  # [B, S, D]
         return self.read(x if start is None else move_right(x, start))
 
     def embed(self, ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, Tables]:

@@ -26,7 +26,7 @@ def adapted(state_dict: Mapping[str, Any], config: NeoXConfig) -> dict[str, Any]
     """
     flat = bool(state_dict) and all(re.match(r"\d+\.", key) for key in state_dict)
     named = {twin_name(key, config.n_layers) if flat else key: tensor for key, tensor in state_dict.items()}
-    return {key: tensor for key, tensor in named.items() if not is_no_parameter(key, tensor, config)}
+    return {key: tensor for key, tensor in named.items() if not is_buffer(key, tensor, config)}
 
 
 def twin_name(key: str, n_layers: int) -> str:
@@ -38,7 +38,7 @@ def twin_name(key: str, n_layers: int) -> str:
     return {0: "embedding", n_layers + 1: "final_norm", n_layers + 2: "readout"}.get(i, number) + f".{rest}"
 
 
-def is_no_parameter(key: str, tensor: Any, config: NeoXConfig) -> bool:
+def is_buffer(key: str, tensor: Any, config: NeoXConfig) -> bool:
     """True for stored rotary frequencies and causal masks; raises ValueError if they contradict the configuration."""
     if key.endswith(".attention.rotary_emb.inv_freq"):
         check_frequencies(key, as_numpy(tensor), config.d_rope, config.rope_base)

@@ -1,7 +1,7 @@
 """Table of GPT-NeoX's tensors: names in GPT-NeoX's and Hugging Face's files, and how shards of ranks merge.
 
     global_stepN/layer_XX-model_YY-model_states.pt    a state_dict each; YY is the model-parallel rank
-    global_stepN/mp_rank_YY_model_states.pt           ["module"]["sequential.XX.NAME"], where there are no layer files
+    global_stepN/mp_rank_YY_model_states.pt           ["module"]["sequential.XX.NAME"], if there are no layer files
 
 XX is 00 for the embedding, 02 … L+1 for the blocks, L+3 for the final norm, L+4 for the readout (absent when tied).
 """
@@ -21,14 +21,14 @@ READOUT_COLUMNS = "columns of the readout"  # with output_layer_parallelism: row
 ROWS = "rows"  # concatenated along axis 0
 COLUMNS = "columns"  # concatenated along axis 1
 REPLICA = "replica"  # equal on all ranks except for drift: the mean
-ROW_BIAS = "row bias"  # parallel residual: each rank adds its own before the sum over ranks; sequential: a replica
+ROW_BIAS = "row bias"  # parallel residual: ranks' biases add up in the all-reduce; sequential residual: a replica
 
 
 class Name(NamedTuple):
     """Row of the table: a tensor of the twin and its names in files.
 
-    disk: GPT-NeoX's classic name, which is written, then those of newer versions. hf: transformers' name; in blocks the
-    classic name after `gpt_neox.layers.N.`.
+    disk: GPT-NeoX's classic name, which is written, then those of newer versions. hf: transformers' name; None in
+    blocks, where it is `gpt_neox.layers.N.` and the classic name.
     """
 
     twin: str

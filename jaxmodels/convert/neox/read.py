@@ -30,15 +30,15 @@ from jaxmodels.convert.neox.yaml import fields, read_yaml
 from jaxmodels.convert.source import Source, named
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import PRESETS
-from jaxmodels.neox.sequential import is_no_parameter
+from jaxmodels.neox.sequential import is_buffer
 from jaxmodels.weights.lazy import Cut, read
 from jaxmodels.weights.place import Shardings
 
 MAX_DRIFT = 1e-2
 DIVISIBLE_BY = 128
-RANKS = 8  # a vocabulary padded for up to this many ranks is recognized, whatever the number of ranks on disk
+RANKS = 8  # accept the vocabulary padding of up to this many ranks, also if the files are of fewer
 ROW_BIASES = ("sum", "mean", "first")
-# In the folder of the YAML files, but not in them: GPT-NeoX refuses unknown keys in its YAML files.
+# A file of its own next to the YAML files, because GPT-NeoX refuses unknown keys in those.
 VOCABULARY_FILE = "vocabulary.json"
 SIZES = ("n_layers", "n_hidden", "n_ff", "tied")  # fields that follow from the tensors' shapes
 
@@ -62,7 +62,7 @@ def load_neox(
     """Load the model of a GPT-NeoX checkpoint of any model-parallel degree.
 
     folder: the folder with `latest`, or that of a step.
-    config: default that of the YAML files, or, without them, of the preset with the same sizes.
+    config: default from the YAML files, or, without them, the preset with the same sizes.
     dtype: cast the tensors; default their own dtype.
     shardings: function of path and shape; each device's slice is read directly from the memory-mapped shards.
     layers: numbers of the blocks to keep; default all.
@@ -80,7 +80,7 @@ def load_neox(
 
 
 def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
-    """Open a checkpoint without reading its values; arguments and errors as `load_neox`."""
+    """Open a checkpoint without reading its values; arguments and errors are those of `load_neox`."""
     if row_bias is not None and row_bias not in ROW_BIASES:
         raise ValueError(f"row_bias={row_bias!r} must be one of {', '.join(ROW_BIASES)}")
     folder = Path(folder)
@@ -201,11 +201,11 @@ def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[
 
 def vocabulary(shards: Shards, parts: Parts, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Number of rows on disk, and how many at their end are padding: zero in embedding and readout."""
-    tables = vocabulary_tables(parts)
-    rows = tables[0].shape[0]
-    if tables[-1].shape[0] != rows:
+    embedding, *readout = vocabulary_tables(parts)
+    rows = embedding.shape[0]
+    if any(table.shape[0] != rows for table in readout):
         raise ValueError(
-            f"{shards.step}: the embedding has {rows} rows, the readout {tables[-1].shape[0]}; they must be equal"
+            f"{shards.step}: the embedding has {rows} rows, the readout {readout[0].shape[0]}; they must be equal"
         )
     limit = min(rows, shards.ranks * divisible_by(settings)) - 1  # padding is never longer
     zero = zero_rows(parts, rows - limit)
@@ -219,15 +219,15 @@ def vocabulary_tables(parts: Parts) -> list[Any]:
 
 def zero_rows(parts: Parts, start: int) -> np.ndarray:
     """Mask of the vocabulary's rows from `start` on that are zero in embedding and readout."""
-    tables = vocabulary_tables(parts)
-    zero = np.ones(tables[0].shape[0] - start, bool)
-    for table in tables:
+    found = vocabulary_tables(parts)
+    zero = np.ones(found[0].shape[0] - start, bool)
+    for table in found:
         zero &= ~read(table, (slice(start, table.shape[0]), slice(0, table.shape[1]))).any(axis=1)
     return zero
 
 
 def read_vocabulary(file: Path, rows: int) -> int | None:
-    """The n_vocab that `save_neox` wrote to a file of its own; None if there is no such file.
+    """Read the n_vocab that `save_neox` wrote; None if there is no such file.
 
     Raises ValueError, naming it, if n_vocab is not from 1 to the number of rows on disk.
     """
@@ -243,7 +243,7 @@ def read_vocabulary(file: Path, rows: int) -> int | None:
 
 
 def divisible_by(settings: Mapping[str, Any]) -> int:
-    """The multiple per rank to which the vocabulary was padded."""
+    """Multiple, per rank, to which the vocabulary was padded."""
     value = settings.get("make_vocab_size_divisible_by", DIVISIBLE_BY)
     return value if isinstance(value, int) and value > 0 else DIVISIBLE_BY
 
@@ -321,7 +321,7 @@ def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
     if tensor is None:
         return
     try:
-        is_no_parameter(f"layers.{FREQUENCIES}", read(tensor), config)
+        is_buffer(f"layers.{FREQUENCIES}", read(tensor), config)
     except ValueError as error:
         raise ValueError(f"{shard.file}: {error}") from None
 

@@ -135,9 +135,9 @@ Reader = Callable[[Path], Mapping[str, Any]]
 
 
 def opened(file: Path, reader: Reader) -> dict[str, Any]:
-    """Tensors of a file, over its memory map; if it is not a zip and cannot be mapped, lazy ones that read it again.
+    """Tensors of a file: memory-mapped, or lazy ones that read it again if it is not a zip and cannot be mapped.
 
-    reader: caches the last files, one per rank.
+    reader: function that reads a file, with a cache of one file per rank.
     """
     tensors = reader(file)
     if zipfile.is_zipfile(file):
@@ -150,7 +150,7 @@ def opened(file: Path, reader: Reader) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InOldFile:
-    """Lazy tensor in a file of the format before torch 1.6."""
+    """Lazy tensor in a file of the format before torch 1.6, which cannot be memory-mapped."""
 
     file: Path
     name: str

@@ -86,7 +86,7 @@ def write_shards(step: Path, files: Iterable[tuple[str, dict[str, Any]]], ranks:
 
         def write(file: Path, arrays: dict[str, Any]) -> concurrent.futures.Future[None]:
             write_pt(file, arrays)
-            arrays.clear()  # free them now: the future of this call keeps its arguments
+            arrays.clear()  # free the memory now: the future keeps a reference to its arguments
             return disk.submit(flush, file)
 
         written: list[concurrent.futures.Future[concurrent.futures.Future[None]]] = []
@@ -118,13 +118,15 @@ def parts(config: NeoXConfig) -> list[tuple[int, str, tuple[Name, ...]]]:
 
 
 def write_pt(file: Path, content: dict[str, Any]) -> None:
-    """`torch.save`; raises OSError, naming the file, if the disk is full."""
+    """Write a file with `torch.save`; raises OSError, naming the file, e.g. if the disk is full."""
     require("torch", "torch")
     import torch
 
     tensors = {key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}
-    with contextlib.suppress(RuntimeError):  # torch's error does not give the reason
-        torch.save(tensors, file)  # by name: torch holds the interpreter's lock while it writes to a Python file
+    # By name first: torch holds the GIL while it writes to a Python file. If that fails, its error does not say why, so
+    # the file is written again through Python.
+    with contextlib.suppress(RuntimeError):
+        torch.save(tensors, file)
         return
     try:
         with file.open("wb") as out:

@@ -40,7 +40,7 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("use_mup", (False,)),
     ("sliding_window_width", (None,)),
 )
-ATTENTION = ("global", "flash")  # two ways to compute the same; other kinds are not supported
+ATTENTION = ("global", "flash")  # two implementations of full attention; other kinds are not supported
 # Required, as GPT-NeoX's default of an absent key is learned positions, which are not supported.
 EXPLICIT = ("pos_emb",)
 
@@ -158,7 +158,7 @@ def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> d
 
 
 def yaml_text(settings: Mapping[str, Any]) -> str:
-    """YAML text of a mapping to numbers, flags and strings; 1e-05 is written with a point, which YAML requires."""
+    """YAML text of a mapping to numbers, flags and strings; 1e-05 is written as 1.0e-05, which YAML 1.1 requires."""
     words = {True: "true", False: "false"}
     lines = []
     for key, value in settings.items():
