@@ -3,7 +3,7 @@
 Axes: S new tokens, B batch, H heads, D = d_model, d_k features of a head, N slots.
 
 The state is a `Cache` of the memories' keys and values: one entry per layer, or one in total if layers share them. A
-step reads all N slots, so that its cost grows with the cache; `generate` therefore grows the cache with the text. With
+step reads all N slots, so its cost is proportional to the cache, and `generate` grows the cache with the text. With
 memory limited to M steps the cache stops growing at M slots, and a new memory overwrites the oldest.
 """
 
@@ -19,7 +19,7 @@ from jaxmodels.layers import check_sizes
 
 
 def init_cache(model: Any, batch: int, max_len: int, dtype: Any, start: jax.Array | None = None) -> Cache:
-    """Empty cache for max_len tokens per row; for any number if the model's memory is limited to fewer.
+    """Empty cache for max_len tokens per row; for any number of tokens if max_len is at least the model's memory.
 
     Raises ValueError if max_len is below 1 or beyond the position tables, or start is not one integer per row.
     """
@@ -44,9 +44,9 @@ def advance(model: Any, x_seq: jax.Array, cache: Cache) -> tuple[jax.Array, Cach
 
     def body(cache: Cache, x: jax.Array) -> tuple[Cache, jax.Array]:
         positions = cache.positions(1)
-        position = positions[0]
+        position = positions[0]  # scalar, or [B] with left padding
         memory = tuple((layer["key"], layer["value"]) for layer in cache.layers)
-        visible = slots < (position[:, None, None] if position.ndim else position)
+        visible = slots < (position[:, None, None] if position.ndim else position)  # [N] or [B, 1, N]
         states, new = step(near, x, memory, visible, position)
         at = jnp.where(positions < 0, positions, positions % cache.max_len)
         layers = tuple(

@@ -153,7 +153,7 @@ VARIANTS = {cls.__name__: cls for cls in (FeedbackTransformer, FeedbackTransform
 
 
 class AutoregressiveModel(nnx.Module):
-    """Language model around a feedback transformer, whose `d_model` is the embedding's width.
+    """Causal language model around a feedback transformer: token ids to logits of the next token.
 
     Raises ValueError if n_vocab is below 1.
     """

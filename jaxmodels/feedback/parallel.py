@@ -26,10 +26,10 @@ def from_parallel(
 ) -> AutoregressiveModel:
     """Feedback model with the weights of an `AutoregressiveTransformer(attention='relative')`, for further training.
 
-    Weights are copied, of the position tables [2P, H, …] the first P rows; only the mixture of layers is new. For
-    'FeedbackTransformerKV' the shared key and value are means over the layers, which emits an ApproximateWarning; each
-    layer's value bias, which the shared value lacks, is moved through the output projection into its bias, which is
-    exact. Raises ValueError for another attention or variant.
+    Weights are copied; of the position tables [2P, H, …], the first P rows. Only the mixture of layers is new. For
+    'FeedbackTransformerKV' the shared key and value are means over the layers, which emits an ApproximateWarning. The
+    shared value has no bias: each layer's value bias is multiplied by the output kernel and added to the output bias,
+    which is exact. Raises ValueError for another attention or variant.
     """
     if not isinstance(model, AutoregressiveTransformer) or model.attention != "relative":
         kind = f"{type(model).__name__}, attention={getattr(model, 'attention', None)!r}"
@@ -39,9 +39,8 @@ def from_parallel(
     target = nnx.eval_shape(lambda: AutoregressiveModel.from_config(model.n_vocab, variant, **sizes, rngs=nnx.Rngs(0)))
     arrays = {renamed(path): array for path, array in flat_arrays(model).items()}
     arrays = {path: array[: FeedbackAttention.P] if path[-1] in TABLES else array for path, array in arrays.items()}
-    arrays = {
-        path: jnp.array(array, copy=True) for path, array in arrays.items()
-    }  # copies, so that either model may be donated
+    # Copies, so that either model may be donated.
+    arrays = {path: jnp.array(array, copy=True) for path, array in arrays.items()}
     arrays[("transformer", "weights")] = jnp.ones(model.n_layers + 1, model.src_embed.embedding.dtype)
     if variant == "FeedbackTransformerKV":
         arrays = share_keys_and_values(arrays, model.n_layers)
@@ -50,7 +49,7 @@ def from_parallel(
             ApproximateWarning,
             stacklevel=2,
         )
-    assert arrays.keys() == flat_arrays(target).keys(), "the two models name their parts alike"
+    assert arrays.keys() == flat_arrays(target).keys(), "the two models' parts have the same names"
     return with_arrays(target, arrays)
 
 

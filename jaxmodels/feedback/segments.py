@@ -18,10 +18,10 @@ from jaxmodels.layers import check_ids, check_sizes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """State passed from a segment to the next: the memory of the last M steps.
+    """State passed from one segment to the next: the memory of the last M steps.
 
     memory: (key, value) [B, H, M, d_k] per layer, or once if layers share them, the latest step last.
-    length: int32 scalar, number of memories so far, M at most. The state carries no gradient.
+    length: int32 scalar, number of valid memories, at most M. The state carries no gradient.
     """
 
     memory: Memory
@@ -54,7 +54,7 @@ def run_segment(model: Any, x_seq: jax.Array, state: State, rng: jax.Array | Non
 
 
 def bucket(n: int) -> int:
-    """Length to compile for n steps: the next of 1, 2, 3, 4, 6, 8, … 2^k, 3·2^(k-1); less than 1/3 of it is padding."""
+    """Length to compile for n steps: the next of 1, 2, 3, 4, 6, 8, … 2^k, 3·2^(k-1); less than 1/3 is padding."""
     check_sizes(n=n)
     power = 1 << (n - 1).bit_length()
     return power * 3 // 4 if n <= power * 3 // 4 else power
@@ -68,7 +68,7 @@ def pad_to_bucket(ids: jax.Array) -> jax.Array:
 def logits_at_any_length(model: Any, ids: jax.Array) -> jax.Array:
     """`model(ids)`, compiled once per bucket instead of once per length; for causal models.
 
-    ids [S, B] -> [S, B, V]; raises ValueError as the model does.
+    ids [S, B] -> [S, B, V]; raises ValueError like the model.
     """
     check_ids(ids)
     return _logits(model, pad_to_bucket(ids))[: len(ids)]

@@ -28,12 +28,12 @@ def step(
 ) -> tuple[list[jax.Array], Memory]:
     """One step x [B, D] -> outputs x¹ … x^L of all layers, each [B, D], and the step's keys and values [B, H, d_k].
 
-    model: from `reach`. memory: slot j holds the memory of the last position before this one that is j modulo N.
+    model: from `reach`. memory: slot j holds the latest earlier position p with p mod N = j.
     visible: bool [N] or [B, 1, N]. position: int, scalar or [B]. known: outputs of the first layers if they have been
     computed before; they are not computed again, but gradients flow through them.
     """
     states = [x]
-    of_layers = memory * (len(model.layers) // len(memory))
+    of_layers = memory * (len(model.layers) // len(memory))  # one entry per layer, also if they share one
     for i, (layer, layer_rng) in enumerate(zip(model.layers, split_rng(rng, len(model.layers)), strict=True)):
         y = run_layer(layer, states[-1], of_layers[i], visible, position, layer_rng)
         states.append(pinned(y, known[i]) if known and i < len(known) else y)
@@ -68,11 +68,11 @@ def attend(
 ) -> jax.Array:
     """Attention with queries from z [B, D] over slots [B, H, N, d_k] -> [B, D]; zero if no slot is visible.
 
-    The mask is finite: with -inf, a row without visible slots would have NaN values and gradients.
+    Masked scores are finite: with -inf, a row without visible slots would have NaN outputs and gradients.
     """
     q = attn.query(z)  # [B, H, d_k]
     scores = jnp.einsum("bhd,bhjd->bhj", (q + attn.query_pos_bias) * attn.scale, key)  # [B, H, N]
-    by_distance = jnp.einsum("bhd,hjd->bhj", q, attn.key_pos_embeddings[...]) + attn.key_pos_bias[...]
+    by_distance = jnp.einsum("bhd,hjd->bhj", q, attn.key_pos_embeddings[...]) + attn.key_pos_bias[...]  # [B, H, N]
     scores = scores + roll_to_slots(by_distance, position)
     scores = jnp.where(visible, scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)

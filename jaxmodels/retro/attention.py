@@ -99,7 +99,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention of neighbors' tokens to the chunk they were retrieved for: e + W_o softmax(QKᵀ/√d_k) V, Q of LN(e)."""
+    """e + W_o softmax(QKᵀ/√d_k) V, Q of LN(e): a neighbor's tokens attend to the chunk that it was retrieved for."""
 
     def __call__(self, e: jax.Array, h: jax.Array) -> jax.Array:
         """e [B, C, N, M, D], h [B, C, L, D] (already normalized) -> [B, C, N, M, D]."""
@@ -110,7 +110,7 @@ class CrossAttention(Attention):
 
 
 class ChunkedCrossAttention(Attention):
-    """Attention of each position to all tokens of the neighbors of the last chunk that ends at or before it.
+    """Attention of each position to all neighbors' tokens of the last chunk that ends at or before the position.
 
     h + W_o softmax(QKᵀ/√d_k) V, Q of LN(h), the softmax over neighbors and their tokens together. The neighbors of
     chunk u serve positions (u+1)·L - 1 … (u+2)·L - 2; positions before the first of them are left unchanged.
@@ -139,5 +139,5 @@ class ChunkedCrossAttention(Attention):
     def decode(self, h: jax.Array, neighbors: dict[str, jax.Array], positions: jax.Array) -> jax.Array:
         """One more token [B, 1, D] at positions [1] or [1, B], over the last chunk's neighbors [B, H, N·M, d_k]."""
         x = self.attend(self.split_heads(self.query(self.norm(h))), neighbors["key"], neighbors["value"])
-        served = (positions[0] >= self.chunk_len - 1).reshape(-1, 1, 1)
+        served = (positions[0] >= self.chunk_len - 1).reshape(-1, 1, 1)  # [1 or B, 1, 1]
         return h + jnp.where(served, x, 0)

@@ -1,7 +1,7 @@
 """Incremental decoding of RETRO with neighbors: the cache, and the steps that extend it.
 
-Beside keys and values of self-attention the cache holds h of the chunk being written, which the encoder reads once the
-chunk is complete, and the encoded neighbors of the last complete chunk. Earlier neighbors are not needed again.
+In addition to the keys and values of self-attention, the cache holds h of the current chunk, which the encoder reads
+when the chunk is complete, and the encoded neighbors of the last complete chunk. Earlier neighbors are not needed.
 
 Axes: B batch, S new tokens, L = chunk_len, N neighbors of M tokens, D = d_model, H heads of d_k features, V
 vocabulary.
@@ -41,7 +41,7 @@ class Decoder(Protocol):
 class RetroCache(Cache):
     """Cache of a RetroModel; `shape` is (N, M), or None if retrieval is off."""
 
-    chunk: jax.Array | None = None  # [B, L, D]: h at layer min(ca_layers) of the chunk being written
+    chunk: jax.Array | None = None  # [B, L, D]: h at layer min(ca_layers) of the current chunk
     neighbors: tuple[dict[str, jax.Array], ...] = ()  # of each chunked cross-attention, [B, H, N·M, d_k]
     ids: jax.Array | None = None  # int32 [B, L]: ids of that chunk, if its neighbors are retrieved live
     shape: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
@@ -143,15 +143,15 @@ def step(model: Decoder, ids: jax.Array, cache: RetroCache, ret: jax.Array | Non
 def extend_chunk(
     model: Decoder, h: jax.Array, ret: jax.Array, positions: jax.Array, cache: RetroCache
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], ...]]:
-    """Add a token h [B, 1, D] to the chunk; encode its neighbors `ret` in rows where the token completes it."""
+    """Add a token h [B, 1, D] to the chunk; encode its neighbors `ret` in rows in which the token completes it."""
     length = model.chunk_len
     assert cache.chunk is not None, "made by init_cache if there are neighbors"
     place = jnp.broadcast_to(positions[0] % length, len(h))  # [B]; padding is overwritten before the chunk is complete
     chunk = cache.chunk.at[jnp.arange(len(h)), place].set(h[:, 0].astype(cache.chunk.dtype))
-    ends = (place == length - 1) & (positions[0] >= 0)
+    ends = (place == length - 1) & (positions[0] >= 0)  # [B]
 
     def encoded() -> tuple[dict[str, jax.Array], ...]:
-        e = model.encode(model.emb(ret), chunk.astype(h.dtype))[:, 0]
+        e = model.encode(model.emb(ret), chunk.astype(h.dtype))[:, 0]  # [B, N, M, D]
         new = like(cache.neighbors, tuple(encoded_pair(cross, e) for cross in model.cca))
         return jax.tree.map(lambda a, b: jnp.where(ends[:, None, None, None], a, b), new, cache.neighbors)
 

@@ -84,7 +84,7 @@ class NearestNeighborEncoder(nnx.Module):
 
 
 class RetroModel(nnx.Module):
-    """Language model with retrieval: token ids and the neighbors of their chunks to logits of the next token.
+    """Causal language model with retrieval: token ids and their chunks' neighbors to logits of the next token.
 
     Layer p: causal self-attention; chunked cross-attention to e if p ∈ ca_layers; feed-forward. e = LN_e(encoder(
     emb(ret), h)) is computed once, at p = min(ca_layers). No final norm; input and neighbors share one embedding.
@@ -231,13 +231,13 @@ class RetroModel(nnx.Module):
 
     def neighbors_by_token(self, ret: jax.Array, s: int) -> jax.Array:
         """Convert the call's `ret` [B, C, N, M] to that of `decode` for all s tokens of a text: [B, s, N, M]."""
-        by_token = jnp.repeat(ret, self.chunk_len, axis=1)
+        by_token = jnp.repeat(ret, self.chunk_len, axis=1)  # [B, C·L, N, M]
         return jnp.pad(by_token, [(0, 0), (0, s - by_token.shape[1]), (0, 0), (0, 0)])
 
     def decoding_inputs(
         self, inputs: Mapping[str, jax.Array], cuts: Sequence[int]
     ) -> tuple[dict[str, Any], list[dict[str, jax.Array]]]:
-        """Arguments for decoding a text that a call reads at once: of `init_cache`, and of `prefill` and each `decode`.
+        """Keyword arguments of `init_cache`, and those of `prefill` and of each `decode`, from the call's.
 
         inputs: the call's arguments other than the ids, {"ret": [B, C, N, M]} or nothing. cuts: 0, the length of the
         prefill, the end of each further piece, the length of the text.
@@ -252,7 +252,7 @@ class RetroModel(nnx.Module):
 
 
 def call(module: Any, *arguments: jax.Array) -> jax.Array:
-    """Call a module; a function of its own so that `rematerialized` can wrap it."""
+    """Call a module: a function for `rematerialized` to wrap, with the weights as arguments."""
     return module(*arguments)
 
 

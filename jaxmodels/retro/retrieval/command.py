@@ -1,4 +1,4 @@
-"""Command `jaxmodels neighbors`: print the neighbors that an index finds for the chunks of a text."""
+"""Command `jaxmodels neighbors`: print the nearest passages of an index for each chunk of a text."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ examples:
   jaxmodels neighbors runs/retro/index --prompt "ROMEO: O, she doth teach the torches"
   jaxmodels neighbors runs/retro/index --text FILE --k 4
 
-INDEX is built by `python -m train.retro`. A bar separates each chunk from what follows it in the corpus.
+INDEX is built by `python -m train.retro`. A bar separates each chunk from its continuation.
 """
 
 
@@ -23,7 +23,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """Arguments of the command."""
     arguments = argparse.ArgumentParser(
         prog=prog,
-        description="Print, for every complete chunk of a text, the nearest chunks of a corpus and what follows them.",
+        description="Print the nearest chunks of a corpus, with their continuations, for each chunk of a text.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -16,7 +16,7 @@ Refuse = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (rows, starts [r, f])
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token ids [T], and the starts of documents [number + 1], of which the last is T.
+    """Token ids [T] and document boundaries: the start of each document, then T.
 
     Raises ValueError if there are no tokens, or the starts do not increase from 0 to T.
     """
@@ -74,7 +74,7 @@ class Corpus:
         return self.vocabulary.decode(np.asarray(self.tokens[start : min(start + length, end)]))
 
     def fingerprint(self, chunk_len: int, embedder: str) -> str:
-        """sha256 of everything that an index depends on."""
+        """SHA-256 of everything that an index depends on."""
         sha256 = hashlib.sha256(f"1|{chunk_len}|{embedder}|{self.vocabulary!r}|".encode())
         sha256.update(self.documents.astype("<i8").tobytes())
         for first in range(0, len(self.tokens), 2**22):
@@ -93,10 +93,10 @@ def sharing(corpus: Corpus, texts: np.ndarray, run: int, length: int) -> Refuse:
     def refuse(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
         passages = corpus.passages(starts, length)  # [r, f, length]
         shared = np.zeros(starts.shape, bool)
-        for shift in range(run - length, texts.shape[1] - run + 1):  # of the passage relative to the text
+        for shift in range(run - length, texts.shape[1] - run + 1):  # offset of the passage in the text
             text = texts[rows, max(0, shift) : shift + length]
             passage = passages[..., max(0, -shift) :][..., : text.shape[1]]
-            # A run of equal tokens is a window that contains as many as it is long.
+            # A shared run is a window of `run` positions that are all equal: compare windowed sums with `run`.
             equal = np.cumsum(passage == text[:, None], axis=-1, dtype=np.int32)
             counts = equal[..., run - 1 :] - np.pad(equal, [(0, 0), (0, 0), (1, 0)])[..., : equal.shape[-1] - run + 1]
             shared |= (counts == run).any(axis=-1)

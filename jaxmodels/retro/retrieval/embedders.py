@@ -1,4 +1,4 @@
-"""Embedders: texts to vectors, so that similar texts have near vectors.
+"""Embedders: functions of texts to vectors, of which similar texts have near ones.
 
 An embedder has a `width`, a `name` that contains everything its vectors depend on (and is stored with an index), and
 `embed(texts) -> float32 [n, width]`, with rows of norm 1 or 0, so that an inner product is the cosine.

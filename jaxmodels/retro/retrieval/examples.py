@@ -1,4 +1,4 @@
-"""Training examples with neighbors, which are looked up once for all examples and kept in a file.
+"""Training examples with neighbors, which are looked up once and cached in a file.
 
 RUN/index/             the chunk index of the training text; see `jaxmodels.retro.retrieval`
 RUN/index/NAME.npz     neighbors of a set of examples: fingerprint, and their positions, neighbors int32 [n, C, k]
@@ -24,7 +24,7 @@ from jaxmodels.training.distributed import agree, is_first
 
 Made = TypeVar("Made")
 Kind = Literal["nearest", "filtered", "random"]
-SKIPPED = 8  # up to one token less is skipped before an example, so that its chunks are not those of the index
+SKIPPED = 8  # before each example, 0 to 7 tokens are skipped, so that its chunks are not those of the index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def start_positions(n: int, seq_len: int, passes: int, seed: int) -> np.ndarray:
 
 
 def samples_of(windows: Windows) -> Samples:
-    """The windows as samples, so that neighbors can be attached."""
+    """Convert windows to samples, to which neighbors can be attached."""
     return Samples(windows, np.arange(len(windows)) * windows.seq_len)
 
 
@@ -92,10 +92,11 @@ def make_once(make: Callable[[], Made]) -> Made:
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """The neighbors to look up for each chunk: the k nearest, the k nearest that pass a filter, or k random ones.
+    """Neighbors to look up for each chunk: the k nearest, the k nearest that pass a filter, or k random ones.
 
-    own: the samples are from the corpus of the index, and no neighbor may overlap its own sample. kind "filtered": nor
-    share `run` tokens in a row with its chunk or the next chunk, which it helps to predict. seed: of the random ones.
+    own: the samples are from the index's corpus; exclude neighbors that overlap their own sample. run: of kind
+    "filtered", exclude neighbors that share this many consecutive tokens with the chunk or the next one, which they
+    help to predict. seed: of kind "random".
     """
 
     k: int
@@ -108,7 +109,7 @@ class Lookup:
 def attach(
     samples: Samples, index: ChunkIndex, lookup: Lookup, file: Path, interrupted: Callable[[], bool] = lambda: False
 ) -> Samples:
-    """Attach neighbors to samples: those in the file if it fits samples and index, else new ones, saved there.
+    """Attach neighbors to samples, from the file if its fingerprint fits; otherwise look them up and save them there.
 
     The first process looks them up. Raises KeyboardInterrupt without writing if interrupted() during the lookup.
     """

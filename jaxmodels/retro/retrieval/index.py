@@ -59,7 +59,7 @@ class ChunkIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of what neighbors depend on: corpus, chunk_len, embedder and FAISS's index."""
+        """Fingerprint of everything that neighbors depend on: corpus, chunk_len, embedder and FAISS's index."""
         return f"{self.about['fingerprint']}:{self.about['factory']}"
 
     @classmethod
@@ -77,9 +77,9 @@ class ChunkIndex:
         """Build the index in a folder, continue an interrupted build, or open a finished one.
 
         embedder: default HashedNGrams. factory: FAISS's factory string; default `default_factory`. progress: show a
-        progress bar. interrupted: checked between batches; if it returns True, what was added is saved and
-        KeyboardInterrupt is raised. Raises ValueError if the corpus is shorter than a chunk, if the folder holds an
-        index of something else or other files, or if FAISS refuses the factory.
+        progress bar. interrupted: checked between batches; if it returns True, the chunks added so far are saved and
+        KeyboardInterrupt is raised. Raises ValueError if the corpus is shorter than a chunk, if the folder holds
+        another index or other files, or if FAISS refuses the factory.
         """
         folder, embedder = Path(folder), embedder or HashedNGrams()
         starts = corpus.chunks(chunk_len)
@@ -117,7 +117,7 @@ class ChunkIndex:
         return index
 
     def save(self, folder: Path) -> None:
-        """Save what has been added, atomically."""
+        """Save the chunks added so far, atomically."""
         import faiss
 
         added, before = self.searcher.ntotal, self.about["index"]
@@ -176,9 +176,9 @@ class ChunkIndex:
         own: int [n, 2], the span of the corpus that each chunk belongs to; passages of 2·L tokens that overlap it are
         not returned. refuse: function of rows of `chunks` [r] and candidate starts [r, f] to bool [r, f], the
         candidates not to return. More candidates are fetched until k are left. If the corpus has fewer, the nearest is
-        repeated, which alone changes nothing for the model; if it has none, they are -1. interrupted: checked before
-        each batch; if it returns True, KeyboardInterrupt is raised. Raises ValueError if chunks have another length or
-        k < 1.
+        repeated; a single one, repeated, has the same effect on the model. If it has none, they are -1. interrupted:
+        checked before each batch; if it returns True, KeyboardInterrupt is raised. Raises ValueError if chunks have
+        another length or k < 1.
         """
         chunks = np.asarray(chunks)
         if chunks.ndim != 2 or chunks.shape[1] != self.chunk_len or k < 1:
@@ -209,7 +209,7 @@ class ChunkIndex:
                 good &= (starts + 2 * self.chunk_len <= own[rows, :1]) | (starts >= own[rows, 1:])
             if refuse is not None:
                 good &= ~refuse(rows, starts)
-            rank = good.cumsum(axis=1)
+            rank = good.cumsum(axis=1)  # [r, f], from 1
             row, column = np.nonzero(good & (rank <= k))
             found[rows[row], rank[row, column] - 1] = starts[row, column]
             short = rank[:, -1] < k

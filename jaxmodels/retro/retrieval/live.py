@@ -38,10 +38,10 @@ class Retriever:
 
 
 class Retrieving(nnx.Module):
-    """Language model of a RetroModel with an index, for `jaxmodels.generate`.
+    """RetroModel with an index, as a language model for `jaxmodels.generate`.
 
-    The device asks the host for neighbors when a chunk is complete, for the prompt's chunks all at once. Raises
-    ValueError if chunk lengths or vocabularies differ.
+    A callback looks up neighbors on the host: once for all chunks of the prompt, then whenever a chunk is complete.
+    Raises ValueError if chunk lengths or vocabularies do not fit.
     """
 
     sequence_axis = 1
@@ -66,8 +66,8 @@ class Retrieving(nnx.Module):
         (batch, n), length = ids.shape, self.model.chunk_len
         text = ids if cache.start is None else align_left(ids.T, cache.start).T
         written = n - (jnp.zeros(batch, jnp.int32) if cache.start is None else cache.start)
-        chunks = text[:, : n // length * length].reshape(batch, n // length, length)
-        rows = (written // length * length)[:, None] + jnp.arange(length)
+        chunks = text[:, : n // length * length].reshape(batch, n // length, length)  # [B, C, L]
+        rows = (written // length * length)[:, None] + jnp.arange(length)  # [B, L]
         unfinished = jnp.take_along_axis(text, jnp.minimum(rows, n - 1), axis=1)
         logits, cache = self.model.prefill(ids, cache, self.look_up(chunks))
         return logits, dataclasses.replace(cache, ids=unfinished.astype(jnp.int32))
