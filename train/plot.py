@@ -1,4 +1,4 @@
-"""`python -m train.plot`: loss curves of runs as a picture; see `jaxmodels.training.plot`."""
+"""`python -m train.plot`: loss curves of runs as a PNG file; see `jaxmodels.training.plot`."""
 
 import sys
 

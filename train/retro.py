@@ -164,7 +164,7 @@ class Config(AdamWConfig):
 
 class Retro(Experiment[Config]):
     config_class = Config
-    retriever: Retriever | None = None  # one object: generation with live retrieval is compiled for it
+    retriever: Retriever | None = None  # opened once: jit captures it, and would compile again for another one
 
     @property
     def standalone(self) -> bool:
@@ -194,7 +194,7 @@ class Retro(Experiment[Config]):
         return dataclasses.replace(state, fixed=fixed)
 
     def check_inputs(self, mesh: Mesh) -> None:
-        """Raise ValueError if text, model, mesh or decoder are missing or do not fit; done before the long lookup."""
+        """Raise ValueError if text, model, mesh or decoder do not fit; called before the long lookup."""
         vocabulary = self.tokens().vocabulary
         program = self.program(len(vocabulary), mesh)
         if self.config.from_decoder is not None:
@@ -211,7 +211,7 @@ class Retro(Experiment[Config]):
         return {**batch, "ret": jax.ShapeDtypeStruct(shape, np.int32)}
 
     def task(self, interrupted: Interrupted = never) -> Task:
-        """Build the examples with their neighbors, looking up those that are not in files yet.
+        """Build the examples with their neighbors; looks up those that are not in files yet.
 
         Raises ValueError first if a text is too short, and KeyboardInterrupt if interrupted() during a lookup.
         """
@@ -333,7 +333,7 @@ def compare(experiment: Retro, folder: Path, session: Session) -> dict[str, floa
     losses: dict[str, float] = {}
     for name, kind in kinds.items():
         try:
-            examples = experiment.judged(experiment.validation(tokens, kind, session.stop.__bool__))
+            examples = experiment.validation_subset(experiment.validation(tokens, kind, session.stop.__bool__))
         except KeyboardInterrupt:
             return None
         loss = Evaluation(program, examples, experiment.config.batch_size, session.stop)(state)

@@ -60,13 +60,13 @@ def question(a: int, b: int) -> str:
 
 
 def draw(digits: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw two numbers of 1 to `digits` digits: their lengths uniformly, or nearly all would have `digits`."""
+    """Draw two numbers of 1 to `digits` digits. Lengths are uniform; otherwise nearly all would have `digits`."""
     a, b = (int(rng.integers(1, 10 ** int(rng.integers(1, digits + 1)))) for _ in range(2))
     return a, b
 
 
 def sequence(digits: int, seq_len: int, rng: np.random.Generator) -> Example:
-    """The first seq_len + 1 characters of random problems in a row."""
+    """Concatenate random problems, cut to seq_len + 1 characters."""
     text = ""
     while len(text) <= seq_len:
         text += problem(*draw(digits, rng))
@@ -79,7 +79,7 @@ def answer(
     length: int,
     interrupted: Interrupted = never,
 ) -> list[str]:
-    """Greedy continuation of each question: the rest of its line, or `length` characters of it.
+    """Continue each question greedily, to the end of the line or for `length` characters.
 
     Answers fewer questions if interrupted() between two batches of them.
     """
@@ -155,7 +155,7 @@ class RopeValue(Experiment[Config]):
         return self.task().validation  # generated, so they cannot have changed
 
     def report(self, model: Any, task: Task, interrupted: Interrupted) -> tuple[str, dict[str, float]]:
-        """The first few answers, and the share of right ones unless interrupted before all were there."""
+        """First three answers, and the share of right ones (only if all questions were answered)."""
         rng = np.random.default_rng(2)
         questions = [draw(self.config.digits, rng) for _ in range(QUESTIONS)]
         largest = 10**self.config.digits - 1

@@ -40,7 +40,7 @@ from jaxmodels.training.signals import interruptible
 from jaxmodels.transformer import AutoregressiveTransformer
 
 PROGRAM = "python -m train.synthesizer"
-# The last, dot products without positions, is what the others replace.
+# The last one is the baseline that the others replace: dot products, without positions.
 KINDS = (
     "dense",
     "random",

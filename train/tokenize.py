@@ -1,4 +1,4 @@
-"""`python -m train.tokenize`: a text as tokens, which training maps into memory; see `jaxmodels.training.tokenize`."""
+"""`python -m train.tokenize`: encode a text once, to memory-mapped tokens; see `jaxmodels.training.tokenize`."""
 
 import sys
 

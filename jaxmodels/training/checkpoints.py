@@ -1,4 +1,4 @@
-"""Checkpoints of a run, from which it resumes exactly; written while it trains.
+"""Checkpoints of a training run: asynchronous writes, exact resumption.
 
 RUN/checkpoints/STEP/
     model/         readable by `jaxmodels.load`
@@ -55,7 +55,7 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of one run. All processes call every method together; one thread writes one checkpoint at a time.
+    """Checkpoints of one run. All processes call every method together; one thread writes one checkpoint at a time.
 
     Keeps the last `keep` checkpoints and those whose step is a multiple of keep_every. Raises ValueError if another
     process is training in the run.
@@ -81,7 +81,7 @@ class Checkpoints:
         agree(False)  # a barrier: no process reads or writes before the folder is clean
 
     def save(self, position: Position) -> None:
-        """Start writing; waits only for the previous checkpoint. The arrays may be donated once this returns."""
+        """Start writing, after the previous checkpoint is complete. The arrays may be donated once this returns."""
         self.wait()
         folder = (self.folder / str(position.step)).absolute()
         if problem(folder) is None:
@@ -115,7 +115,7 @@ class Checkpoints:
             self.error = error
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is complete; raises the error if that failed."""
+        """Wait until the checkpoint that is being written is complete; raises the writing thread's error."""
         if self.writing is not None:
             self.writing.join()
             self.writing = None
@@ -124,7 +124,7 @@ class Checkpoints:
             raise error
 
     def close(self) -> None:
-        """Wait, then let others train in the run."""
+        """Wait for the current write, then release the run's lock."""
         try:
             self.wait()
         finally:
@@ -133,11 +133,11 @@ class Checkpoints:
     def remove_old(self, last: int) -> None:
         for step in [step for step in steps(self.folder) if step <= last][: -self.keep]:
             if not self.keep_every or step % self.keep_every:
-                (self.folder / str(step) / MARK).unlink()  # first, so that a half removed folder is no checkpoint
+                (self.folder / str(step) / MARK).unlink()  # first: a partly deleted folder is not a checkpoint
                 shutil.rmtree(self.folder / str(step))
 
     def restore(self) -> Position | None:
-        """Read the latest whole checkpoint, sharded as the program requires; None if none was ever written.
+        """Read the latest complete checkpoint, sharded as the program requires; None if there is none.
 
         Skips a damaged checkpoint with a warning. Raises ValueError if all of them are damaged, or if they hold another
         model or optimizer.
@@ -147,7 +147,7 @@ class Checkpoints:
         for step in reversed(found):
             folder = self.folder / str(step)
             wrong = problem(folder)
-            if not agree(wrong is not None):  # all processes read it, or none does
+            if not agree(wrong is not None):  # either all processes read it, or none
                 try:
                     position = self.read(folder)
                 except ValueError as error:
@@ -167,11 +167,11 @@ class Checkpoints:
         for step in damaged if is_first() else ():
             aside = self.folder / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a mounted bucket may not rename folders; then it is overwritten
+            with contextlib.suppress(OSError):  # mounted buckets may not rename folders; it is overwritten later
                 (self.folder / str(step)).rename(aside)
 
     def read(self, folder: Path) -> Position:
-        """Read a checkpoint that `problem` finds whole; raises ValueError if its content cannot be read."""
+        """Read a checkpoint without a `problem`; raises ValueError if its content cannot be read."""
         about = json.loads((folder / MARK).read_text(encoding="utf-8"))
         abstract = self.program.abstract_state()
         model = {**abstract.params, **abstract.fixed}
@@ -219,7 +219,7 @@ def warn_skipped(step: int, reason: str) -> None:
 
 
 def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:
-    """Load the model of a run's latest whole checkpoint, on a mesh or one device, and its step.
+    """Load the model of a run's latest complete checkpoint, on a mesh or one device; returns it and its step.
 
     Raises ValueError if there is none, and UnknownModel if its class is not registered.
     """
@@ -230,10 +230,9 @@ def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:
 
 
 def open_model(folder: Path, mesh: Mesh | None = None) -> Any:
-    """Load a model, each device of a mesh reading its own part; raises ValueError if it does not fit the mesh.
+    """Load a model; on a mesh, each device reads its own part. Raises ValueError if the model does not fit the mesh.
 
-    A model whose layers are not stacked (a `stacked` of its config is false) is loaded whole and stacked for a mesh:
-    sharding rules are for stacked layers.
+    On a mesh, a model with a list of layers (`stacked` is false in its config) is loaded to one device and stacked.
     """
     name, config = read_config(folder)
     if name not in names():

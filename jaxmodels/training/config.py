@@ -1,6 +1,6 @@
-"""Hyperparameters of a run (`Config`), and where and how it is computed (`Options`): data, without behavior.
+"""Hyperparameters (`Config`) and execution options (`Options`) of a run.
 
-A `Config` determines the numbers of a run and is saved with it. `Options` may differ when a run is resumed. A string
+A `Config` determines the numbers of a run and is saved with it. `Options` may differ when a run is resumed. The string
 below a field is its text in --help.
 """
 
@@ -17,8 +17,8 @@ from jaxmodels.training.step import Numerics, Precision, Remat
 class Config:
     """Hyperparameters of a run. An experiment adds the sizes of its model.
 
-    PRESETS are names of classmethods, each with a docstring of one line; the first is the default. A subclass
-    that names none has one, `default`: the fields' own defaults.
+    PRESETS are names of classmethods, each with a docstring of one line; the first is the default. If a subclass names
+    none, its only preset is `default`, the fields' own defaults.
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("default",)
@@ -84,7 +84,7 @@ class Config:
             raise ValueError(f"weight_decay={self.weight_decay} must be at least 0")
         if not 0 <= self.b2 < 1:
             raise ValueError(f"b2={self.b2} must be at least 0 and below 1")
-        # a cosine may not fit the steps; the width matters only to the rates, not to whether they exist
+        # Raises if a cosine does not fit the steps; any width will do, as it only scales the rates.
         make_schedule(self.schedule, self.learning_rate, width=1, warmup=self.warmup, steps=self.steps)
 
     def positive(self) -> list[str]:
@@ -98,7 +98,7 @@ class Config:
 
     @classmethod
     def default(cls) -> Self:
-        """The defaults of all flags."""
+        """Defaults of all flags."""
         return cls()
 
     @classmethod
@@ -147,7 +147,7 @@ class TransformerConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class AdamWConfig(TransformerConfig):
-    """Hyperparameters of a run with today's usual optimizer instead of the originals' Adam with Noam schedule."""
+    """Hyperparameters of a run with AdamW and a cosine schedule, instead of the originals' Adam and Noam schedule."""
 
     optimizer: OptimizerName = "adamw"
     """original: Adam with epsilon added before bias correction, as the original experiments; torch: after it; adamw"""
@@ -161,7 +161,7 @@ class AdamWConfig(TransformerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Where and how a run is computed."""
+    """Execution options of a run: devices, processes, compile cache, profile, logs."""
 
     mesh: str = ""
     """devices along the axes data, fsdp and tensor, e.g. fsdp=4,tensor=2; data takes the remaining ones"""

@@ -16,7 +16,7 @@ from jaxmodels.sharding import batch_sharding
 from jaxmodels.text import Vocabulary
 
 Example = Mapping[str, np.ndarray]
-PREFETCHED = 8  # batches; they are small, and the two threads that make them share the interpreter with the loop
+PREFETCHED = 8  # batches; they take little memory, and the loader threads compete with the loop for the GIL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +55,26 @@ class Windows(Sequence[Example]):
 
 
 def endless(windows: Windows, seed: int) -> grain.MapDataset:
-    """Epochs without end, each window once per epoch, in a new order and at new offsets; the originals' rule."""
+    """Endless epochs: each window once per epoch, in a new order and at new offsets, as in the original experiments."""
     dataset = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
     return dataset.random_map(windows.shifted)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The data of an experiment."""
+    """Data of an experiment."""
 
     train: grain.MapDataset  # endless examples
     validation: Sequence[Example]
     vocabulary: Vocabulary
-    sha256: str  # of everything above; a run resumes only with its own data
-    about: str  # one line
-    train_ids: np.ndarray | None = None  # the text itself, if there is one
+    sha256: str  # of the data and vocabulary; a run resumes only with its own data
+    about: str  # one line to print
+    train_ids: np.ndarray | None = None  # ids of the text, if there is one
     validation_ids: np.ndarray | None = None
 
 
 class Batches(Iterator[dict[str, jax.Array]]):
-    """Batches of examples 0 … B-1, B … 2B-1, …, each a global array whose rows are divided over the mesh.
+    """Iterator over batches of examples 0 … B-1, B … 2B-1, …: global arrays whose rows are divided over the mesh.
 
     A process makes only the rows that its devices hold. `get_state` counts batches, so that it has the same meaning
     for any number of processes and devices. Examples are made ahead, in threads.
@@ -109,7 +109,7 @@ class Batches(Iterator[dict[str, jax.Array]]):
 def place_rows(
     arrays: Example, own: np.ndarray, batch_size: int, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.Array]:
-    """Build a global batch from this process's rows `own`, sorted: every block that one of its devices holds."""
+    """Build a global batch from this process's rows; own: their sorted indices in the batch."""
 
     def place(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -128,7 +128,7 @@ def stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
 
 
 def in_batches(examples: Sequence[Example], batch_size: int, mesh: Mesh) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Iterate over a finite sequence in equal batches, each with the number of rows that count; the last is padded."""
+    """Iterate over a finite sequence in equal batches, each with its number of valid rows; the last is padded."""
     for first in range(0, len(examples), batch_size):
         rows = stack([examples[i % len(examples)] for i in range(first, first + batch_size)])
         placed = place_rows(rows, np.arange(batch_size), batch_size, batch_sharding(mesh))

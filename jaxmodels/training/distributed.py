@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they find each other, and what they agree on."""
+"""Multi-process training: initialization, and agreement between processes."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PRO
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How several processes find each other. The defaults are for a single process."""
+    """Flags that connect several processes. The defaults are for a single process."""
 
     distributed: bool = False
     """this is one of several processes, which JAX discovers itself (TPU pod, Slurm, …)"""
@@ -27,7 +27,7 @@ class Processes:
     """seconds without a heartbeat after which a process counts as dead and the others end with an error"""
 
     def initialize(self) -> None:
-        """Join the other processes if flags or variables name any; raises ValueError like `named`."""
+        """Connect to the other processes if flags or variables name any; raises ValueError like `named`."""
         if self.peer_timeout < 1:
             raise ValueError(f"peer_timeout={self.peer_timeout} must be at least 1")
         coordinator, processes, process = self.named()
@@ -72,7 +72,7 @@ def as_number(name: str, given: str | int | None) -> int:
 
 
 def is_first() -> bool:
-    """True in the process that writes what is written once."""
+    """True in process 0, the only one that prints and writes shared files."""
     return jax.process_index() == 0
 
 
@@ -86,7 +86,7 @@ def agree(flag: bool) -> bool:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """Copy an array to the host, also if its shards are on the devices of several processes; all must call this."""
+    """Copy an array to the host. Its shards may be on devices of several processes; all must call this."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     assert isinstance(array.sharding, jax.sharding.NamedSharding), "arrays of several processes are placed on a mesh"

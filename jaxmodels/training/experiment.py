@@ -1,4 +1,4 @@
-"""An experiment: what a training script does with its hyperparameters, from the text to the sample in a report.
+"""Base class of experiments: the model, data, optimizer and reports of a training script.
 
 A script is a module with a `Config`, a subclass of `Experiment`, and `EXPERIMENT`, which is that class:
 
@@ -92,7 +92,7 @@ class Experiment(Generic[ConfigT]):
     # The model and its training step.
 
     def model(self, n_vocab: int) -> Any:
-        """Build the initialized model for a vocabulary of n_vocab tokens. It is traced."""
+        """Build the initialized model for a vocabulary of n_vocab tokens. Called inside jit."""
         raise NotImplementedError
 
     @property
@@ -129,7 +129,7 @@ class Experiment(Generic[ConfigT]):
         return True
 
     def length_at(self, step: int) -> int:
-        """Number of leading tokens of each sequence that step `step`, counted from 0, computes with."""
+        """Number of leading tokens of each sequence that a step, counted from 0, uses."""
         return self.config.seq_len
 
     def abstract_batch(self) -> Batch:
@@ -166,7 +166,7 @@ class Experiment(Generic[ConfigT]):
     # The data.
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
-        """Read the text as token ids, of a saved run's vocabulary if given; raises ValueError if it cannot be read."""
+        """Read the text as token ids, in a saved run's vocabulary if given; raises ValueError if it cannot be read."""
         return open_tokens(self.config.text, vocabulary)
 
     def task(self) -> Task:
@@ -192,7 +192,7 @@ class Experiment(Generic[ConfigT]):
 
     # Reports while training.
 
-    def judged(self, examples: Sequence[Example]) -> Sequence[Example]:
+    def validation_subset(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Select the held-out examples that a validation uses."""
         n = self.config.validation_batches
         if n is None:
@@ -207,7 +207,7 @@ class Experiment(Generic[ConfigT]):
         return f"{task.vocabulary.unit} 4-gram (Witten-Bell)", float(nats[1:].mean())
 
     def report(self, model: Any, task: Task, interrupted: Interrupted) -> tuple[str, dict[str, float]]:
-        """Sample greedily for a report: its text ("" if the model cannot decode), and numbers for the log.
+        """Sample greedily for a report: returns text ("" if the model cannot decode), and numbers for the log.
 
         Stops early if interrupted().
         """
@@ -220,15 +220,15 @@ class Experiment(Generic[ConfigT]):
         )
         return f"{task.vocabulary.decode(ids)}|{task.vocabulary.decode(written)}", {}
 
-    # Saved runs, for `evaluate` and `sample`.
+    # Saved runs: for `evaluate` and `sample`.
 
     def held_out(self, run: Path, vocabulary: Vocabulary, sha256: str) -> Sequence[Example]:
         """Examples from the part of its text that a run did not train on.
 
-        sha256: of the data that the run was trained on. Raises ValueError if the text has changed since: what is held
-        out of it now may have been trained on.
+        sha256: of the data that the run was trained on. Raises ValueError if the text has changed since then: its
+        held-out part may contain training data.
         """
-        if type(self).task is not Experiment.task:  # data of its own
+        if type(self).task is not Experiment.task:  # the experiment makes its own data
             task = self.task()
             check_unchanged(f"text={self.config.text!r}", run, now=task.sha256, then=sha256)
             return task.validation
@@ -264,7 +264,7 @@ def check_config(model: Any) -> None:
 
 
 def check_unchanged(what: str, run: Path, *, now: str, then: str) -> None:
-    """Raise ValueError if a run's data has another checksum than when it was trained."""
+    """Raise ValueError if the checksum of a run's data is not that of its training."""
     if now != then:
         raise ValueError(
             f"{what} has changed since {run} was trained on it: sha256 {now} now, {then} then; name a text with --text"
@@ -309,7 +309,7 @@ def continue_text(
 
 
 def script_of(kind: type[Experiment]) -> str:
-    """Module that an experiment is saved under: train.rope, also if `python -m` runs it as __main__."""
+    """Module name that an experiment is saved under, e.g. train.rope, also if `python -m` runs it as __main__."""
     module = sys.modules[kind.__module__]
     if module.__spec__ is not None:
         return module.__spec__.name
@@ -330,7 +330,7 @@ def experiment_class(name: str) -> type[Experiment]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but something that it imports does not
+            raise  # the module exists, but one of its imports does not
         raise ValueError(
             f"experiment={name!r} must be one of {', '.join(EXPERIMENTS)}, or a module that can be imported, such as "
             f"my_project.experiment: {error}"
@@ -344,7 +344,7 @@ def experiment_class(name: str) -> type[Experiment]:
 def check_checkout(module: str) -> None:
     """Raise ValueError unless the package `train` is the one in this package's checkout.
 
-    Many projects have a train.py or a package of that name. A run's config.json must not cause theirs to be imported.
+    Many projects have a train.py or a package of that name; a run's config.json must not cause it to be imported.
     """
     expected, found = Path(jaxmodels.__file__).parents[1] / "train", None
     with contextlib.suppress(ModuleNotFoundError, ValueError):

@@ -1,7 +1,7 @@
-"""The training loop: steps that do not wait for their losses, evaluation, and a run from its folder to its result.
+"""Training loop with asynchronous dispatch, evaluation, and the `Trainer` of a run.
 
-A step is dispatched before the loss of the previous one is fetched, so that the device never waits for Python. Nothing
-is saved or reported before every loss up to there was checked.
+A step is dispatched before the loss of the previous one is fetched, so that the device never waits for Python. All
+losses are checked before a checkpoint is saved or a report is printed.
 """
 
 import contextlib
@@ -50,10 +50,10 @@ class Callbacks(Protocol):
 
 
 class Loop:
-    """Takes steps from `position` on, and keeps it up to date.
+    """Loop that takes steps from `position` on and updates it.
 
-    length_at(step): number of leading tokens of each sequence that a step computes with; None for all. A step is
-    compiled once per length.
+    length_at(step): number of leading tokens of each sequence that a step uses; None for all. A step is compiled when
+    its length changes.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Loop:
             if self.length_at(step) != self.length:
                 self.compile(self.batch)
             change = next((later for later in range(step, until) if self.length_at(later) != self.length), until)
-            if not self.advance_alike(change):
+            if not self.advance_same_length(change):
                 return False
         return True
 
-    def advance_alike(self, until: int) -> bool:
-        """Do the same as `advance` for steps of one length."""
+    def advance_same_length(self, until: int) -> bool:
+        """Body of `advance` for steps of one length."""
         assert self.compiled is not None
         pending: Metrics | None = None
         stopping = False
@@ -135,7 +135,7 @@ class Loop:
         return bool(stop)
 
     def not_finite(self, loss: np.ndarray, squares: np.ndarray) -> str:
-        """Name what is not finite in a step: its loss, and the first three of its gradients."""
+        """Describe the values of a step that are not finite: the loss, and the first three gradients."""
         names = sorted(self.program.trained)
         wrong = [name for name, square in zip(names, squares, strict=True) if not np.isfinite(square)]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -153,7 +153,7 @@ class Evaluation:
 
     def __call__(self, state: State) -> float | None:
         """Nats per token, each counted once; None if any process was signaled to stop."""
-        if agree(bool(self.stop)):  # before it compiles
+        if agree(bool(self.stop)):  # before compiling
             return None
         if self.compiled is None:
             batch = stack([self.examples[0]] * self.batch_size)
@@ -186,7 +186,7 @@ class Result:
 
 
 class Trainer:
-    """A run that continues from its folder, or begins: its task, program, checkpoints, batches and position.
+    """A run, new or resumed from its folder: its task, program, checkpoints, batches and position.
 
     Raises ValueError before any work if the configuration, data, mesh and folder do not fit together, or if the model
     lacks what the run needs. `train` closes it.
@@ -214,19 +214,19 @@ class Trainer:
                 position = Position(initial, self.batches.get_state())
             self.position = position
             self.batches.set_state(position.data)
-            agree(False)  # a barrier: every process has read before one writes
+            agree(False)  # a barrier: every process reads before one writes
             if is_first():
                 write_about(folder, experiment, self.task.sha256)
                 self.task.vocabulary.save(folder / "vocabulary.json")
             self.stack = stack.pop_all()
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written, and let others train in the run."""
+        """Wait for the checkpoint that is being written, and release the run's lock."""
         self.stack.close()
 
     def held_out(self) -> Sequence[Example]:
-        """The examples of a validation."""
-        return self.experiment.judged(self.task.validation)
+        """Examples of a validation."""
+        return self.experiment.validation_subset(self.task.validation)
 
     def train(self, stop: Stop, console: Console) -> float | None:
         """Train to the last step, saving and reporting: returns the last validation loss, or None if it was stopped.
@@ -243,7 +243,7 @@ class Trainer:
             flops_per_step = 3 * flops.of_forward(self.program, self.experiment.abstract_batch())  # backward is twice
             self.line = self.stack.enter_context(self.progress_line(flops_per_step))
             if self.position.step and self.is_due():
-                self.report()  # a run that was stopped after saving has not reported
+                self.report()  # the run was stopped between saving and reporting
             loop = Loop(self.program, self.position, self.batches, stop, self, self.experiment.length_at)
             if not self.is_done() and not agree(bool(stop)):
                 console.print(f"{flops_per_step / 1e9:,.3g} GFLOP in a step's matrix products")
@@ -272,11 +272,11 @@ class Trainer:
         return self.position.step >= self.config.steps
 
     def is_due(self) -> bool:
-        """True after a step whose report comes before the last one."""
+        """True if a report is due at this step; the one of the last step is made by `train`."""
         return not self.is_done() and self.position.step % self.config.every == 0
 
     def next_report(self) -> int:
-        """The step after which the next report is due."""
+        """Step after which the next report is due."""
         every = self.config.every
         return min(self.config.steps, self.position.step - self.position.step % every + every)
 
@@ -306,7 +306,7 @@ class Trainer:
         self.console.print(f"the step{part} compiled in {seconds:.1f} s")
 
     def run(self, stop: Stop, console: Console, resume: str) -> Result | None:
-        """Train to the result and print it; None if it was stopped, after printing `resume`, the command to continue.
+        """Train to the last step and print the result; None if stopped, after printing `resume`, the command to go on.
 
         Raises ValueError if a loss is not finite.
         """

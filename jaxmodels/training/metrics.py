@@ -19,7 +19,7 @@ from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_file
 
 FILE = "metrics.jsonl"
-TENSORBOARD_EVERY = 10  # steps; its files grow by 50 bytes per number
+TENSORBOARD_EVERY = 10  # steps; each number takes 50 bytes
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ class Log:
 
     @staticmethod
     def lines_until(run: Path, losses: Sequence[float]) -> list[dict[str, Any]]:
-        """One line per step taken, and the evaluations before the last step, whose own will be repeated."""
+        """Lines to keep: one per step taken, and evaluations before the last step, which is evaluated again."""
         old = read(run) if (run / FILE).exists() else []
         steps = {line["step"]: line for line in old if "loss" in line}
         evaluations: dict[int, list[dict[str, Any]]] = {}
@@ -84,20 +84,20 @@ class Log:
 
 
 class Trace:
-    """A profile of `n` steps and the reports between them, written to a folder.
+    """Profile of `n` steps and the reports between them, written to a folder.
 
-    It begins with the second step of this process: the first one warms up.
+    It begins with the second step of this process; the first one is for warm-up.
     """
 
     def __init__(self, folder: Path, step: int, n: int):
         self.folder, self.bounds = folder, [step + 1, step + 1 + n] if n else []
 
     def until(self, step: int) -> int:
-        """The step to stop at next on the way to `step`, so that `at` can be called there."""
+        """Next step, at most `step`, after which `at` must be called."""
         return min([step, *self.bounds])
 
     def at(self, step: int) -> None:
-        """Start or stop the profile if that is due after this step."""
+        """Start or stop the profile if it is due after this step."""
         if self.bounds[:1] == [step]:
             begins = len(self.bounds) == 2
             del self.bounds[0]
@@ -111,7 +111,7 @@ class Trace:
 
 
 class Line:
-    """The progress line: steps, loss, tokens per second, share of the devices' peak if it is known, time left.
+    """Progress line: steps, loss, tokens per second, share of the devices' peak if it is known, time left.
 
     tokens, flops: of a step. peak: FLOP/s of all devices, or None.
     """
@@ -134,7 +134,7 @@ class Line:
         self.progress.stop()
 
     def advance(self, loss: float, seconds: float, share: float = 1.0) -> None:
-        """Add a step that took so long for a share of the tokens; shows averages over about twenty steps."""
+        """Add a step; shows averages over about twenty. share: part of a full step's tokens that it used."""
         self.loss = smooth(self.loss, loss)
         self.seconds = smooth(self.seconds, seconds / share)
         self.progress.update(self.task, advance=1, loss=self.loss, speed=self.speed())

@@ -44,7 +44,7 @@ class NGram:
             contexts, ranks = len(codes), inverse[:-1]
 
     def nats(self, ids: np.ndarray) -> np.ndarray:
-        """-log P of each character given the preceding ones, in nats: float64 [N]; the first have shorter contexts."""
+        """Surprisal -log P of each character given the preceding ones, in nats: float64 [N]."""
         p = np.full(len(ids), 1 / self.n_vocab)
         ranks = np.zeros(len(ids), np.int64)  # -1: does not occur
         for k, order in enumerate(self.orders[: len(ids)]):

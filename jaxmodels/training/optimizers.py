@@ -42,10 +42,8 @@ def scale_by_adam(
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        mu, nu = (
-            optax.tree.zeros_like(params),
-            optax.tree.zeros_like(params),
-        )  # two calls, two buffers: a step donates both
+        # Separate buffers, because a step donates both.
+        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
         return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -93,7 +91,7 @@ def adamw(
 
 
 def only_kernels(params: dict[str, Any]) -> dict[str, bool]:
-    """Mask of the arrays that decay: matrices, not biases, norms and embeddings."""
+    """Mask of the arrays with weight decay: kernels, not biases, norms and embeddings."""
     return {path: path.split(".")[-1] == "kernel" for path in params}
 
 

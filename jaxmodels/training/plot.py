@@ -1,4 +1,4 @@
-"""Loss curves of runs as a picture: `jaxmodels plot`, or `python -m train.plot` in a checkout."""
+"""Loss curves of runs as a PNG file: `jaxmodels plot`, or `python -m train.plot` in a checkout."""
 
 import argparse
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(runs: Sequence[Path], out: Path) -> None:
-    """Write the picture of several runs; raises ValueError if one of them has no losses."""
+    """Plot several runs to a PNG file; raises ValueError if one of them has no losses."""
     found = {run: curves(run) for run in runs}
     require("train", "matplotlib")
     import matplotlib

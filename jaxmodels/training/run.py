@@ -1,4 +1,4 @@
-"""A run's folder: its configuration in config.json, and whether a command may continue there.
+"""A run's folder: its configuration in config.json, and the check that a command may continue it.
 
 RUN/config.json     {"format": 3, "script": "train.rope", "standalone": true, "config": {…}, "sha256": …}
 RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/profile/, RUN/.lock
@@ -20,8 +20,8 @@ from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, expe
 
 FORMAT = 3
 FILE = "config.json"
-# Fields that may differ when a run is resumed. The text, and the index of it, are compared by content. A run with a
-# cosine must keep its steps: with others it would have had another schedule.
+# Fields that may differ when a run is resumed; text and index are compared by content. `steps` may change too, except
+# with a cosine schedule, which depends on it.
 MAY_CHANGE = {"text", "index", "every", "validation_batches", "keep", "keep_every"}
 
 
@@ -83,8 +83,8 @@ def saved_experiment(run: Path, named: str | None = None) -> Experiment[Any]:
     """Rebuild the experiment of a run.
 
     named: name or module path of the experiment, from the user; its module is imported. If omitted, the run's own
-    script is imported only if it is one of EXPERIMENTS and the run needs it; no module is imported only because a file
-    names it. Raises ValueError if the script is needed and cannot be imported, or is not the named one.
+    script is imported only if the run needs it and it is one of EXPERIMENTS: a file must not cause any other import.
+    Raises ValueError if the script is needed and cannot be imported, or is not the named one.
     """
     about = read_about(run)
     if named is not None:
@@ -99,7 +99,7 @@ def saved_experiment(run: Path, named: str | None = None) -> Experiment[Any]:
 
 
 def open_run(run: Path, named: str | None = None, mesh: Mesh | None = None) -> tuple[Experiment[Any], Any, Vocabulary]:
-    """Open a run: its experiment, the model of its latest whole checkpoint, on a mesh if given, and its vocabulary.
+    """Open a run: its experiment, the model of its latest complete checkpoint, on a mesh if given, and its vocabulary.
 
     Raises ValueError like `saved_experiment`, and if the model is of a class that is not registered.
     """
@@ -116,7 +116,7 @@ def open_run(run: Path, named: str | None = None, mesh: Mesh | None = None) -> t
 def check_folder(experiment: Experiment[Any], run: Path) -> None:
     """Raise ValueError if a folder holds something other than a run, or a run with other hyperparameters.
 
-    A run that has no checkpoint yet may start again with any.
+    A run without a checkpoint may start again with any hyperparameters.
     """
     if not (run / FILE).exists():
         if run.exists() and (not run.is_dir() or any(not is_leftover(file) for file in run.iterdir())):

@@ -38,7 +38,7 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         "--temperature",
         type=float,
         default=0.8,
-        help="0: take the most likely token; above 0: draw tokens, more evenly the higher (default 0.8)",
+        help="0: take the most likely token; above 0: sampling temperature (default 0.8)",
     )
     add("--top-k", type=int, metavar="K", help="draw only from the K most likely tokens (default: from all)")
     add(
@@ -81,7 +81,7 @@ def sample(options: argparse.Namespace) -> str:
 
 
 def default_prompt(vocabulary: Vocabulary) -> str:
-    """A text's beginning that a vocabulary can encode."""
+    """Default prompt that a vocabulary can encode; see --prompt."""
     for prompt in ("The ", "\n"):
         with contextlib.suppress(ValueError):
             vocabulary.encode(prompt)

@@ -1,4 +1,4 @@
-"""An experiment as a program: its command line, its process, and how it ends."""
+"""Entry point of training scripts: command line, process setup, exit code."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ def parse(
 
 
 def with_presets(command: type, kind: type[Experiment[Any]]) -> Any:
-    """Build a command's dataclass for an experiment: the type of `config`, and the help of --preset, are its own."""
+    """Build a command's dataclass for an experiment, with its type of `config` and its presets in --preset's help."""
     config_class = kind.config_class
     names: Any = Literal.__getitem__(config_class.PRESETS)
     text = f"defaults of all other flags; {config_class.describe_presets()}"
@@ -73,14 +73,14 @@ def with_presets(command: type, kind: type[Experiment[Any]]) -> Any:
 
 
 def parse_flags(command: Any, defaults: tuple[Any, ...], arguments: Sequence[str], program: str) -> Any:
-    """Parse flags into a dataclass, whose nested dataclasses' fields are flags without a prefix."""
+    """Parse flags into a dataclass; fields of nested dataclasses are flags without a prefix."""
     return tyro.cli(
         command, default=command(*defaults), args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,)
     )
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:
-    """Read a flag that determines the defaults of all others before they are parsed; None if it is absent."""
+    """Read one flag before the others are parsed, whose defaults depend on it; None if it is absent."""
     value = None
     for i, argument in enumerate(arguments):
         name, equals, after = argument.partition("=")
@@ -90,9 +90,9 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
 
 
 class Session:
-    """A training process, connected to the other processes if there are any. Only the first process prints.
+    """Training process, connected to the other processes if there are any. Only the first process prints.
 
-    resume: the command that continues what was stopped.
+    resume: command that continues a stopped run.
     """
 
     def __init__(self, options: Options, stop: Stop, resume: str):
@@ -118,7 +118,7 @@ def main(
 ) -> int:
     """Train one run; returns the exit code: 0, or 130 if Ctrl-C stopped it. Raises ValueError for bad input.
 
-    caught: records signals already, if the caller handles them.
+    caught: the caller's Stop, if it handles signals itself.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     with interruptible() if caught is None else contextlib.nullcontext(caught) as stop:
@@ -149,7 +149,7 @@ def as_program(function: Callable[[Sequence[str]], int], program: str) -> None:
 
 @contextlib.contextmanager
 def together(program: str) -> Iterator[None]:
-    """End at once if one of several processes fails: waiting for the others, as JAX does at exit, can hang."""
+    """Exit at once if one of several processes fails: JAX waits for the others at exit, which can hang."""
     try:
         yield
     except SystemExit:

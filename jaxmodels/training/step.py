@@ -1,4 +1,4 @@
-"""Training as pure functions over arrays: a step and an evaluation, each compiled once, for one device or a mesh.
+"""Training step and evaluation as pure functions over arrays, for one device or a mesh.
 
 Axes: B batch, S sequence, V vocabulary. A batch is a dict of arrays whose first axis is B; "tokens" is int [B, S + 1].
 Losses are in nats per token.
@@ -36,7 +36,7 @@ REMAT: dict[Remat, Callable[[Callable], Callable] | None] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Everything that a step changes. Arrays of the model are keyed by dotted path: encoder.layers.0.norm_ff.scale."""
+    """Training state. Arrays of the model are keyed by dotted path: encoder.layers.0.norm_ff.scale."""
 
     step: jax.Array  # int32: number of updates so far
     key: jax.Array  # for dropout; the step is folded in
@@ -72,7 +72,7 @@ def token_losses(model: Any, batch: Batch, rng: jax.Array | None = None) -> jax.
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """How a step computes, without changing what it computes."""
+    """Numerical settings of a step: accumulation, dtypes, rematerialization."""
 
     accumulate: int = 1
     compute_dtype: Precision = "float32"
@@ -157,7 +157,7 @@ class Program:
         shapes = jax.eval_shape(self.init, jax.ShapeDtypeStruct((), jnp.uint32))
 
         def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            # optimizer moments are placed like their parameters, whose names and shapes they have
+            # Optimizer moments have the names and shapes of their parameters, and are placed like them.
             name = getattr(path[-1], "key", "")
             like = shapes.params.get(name) or shapes.fixed.get(name)
             spec = self.specs[name] if like is not None and like.shape == leaf.shape else PartitionSpec()
@@ -201,7 +201,7 @@ class Program:
             part = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, batch_sharding(self.mesh)), part)
             return jax.tree.map(jnp.add, carry, jax.value_and_grad(mean_loss)(state.params, part, part_rng)), None
 
-        # a part is every n-th row, so that each device has its rows of every part already: [B, ...] -> [n, B / n, ...]
+        # A part is every n-th row, so that each device already holds its rows of it: [B, ...] -> [n, B / n, ...]
         parts = jax.tree.map(lambda a: a.reshape(-1, n, *a.shape[1:]).swapaxes(0, 1), dict(batch))
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(mean_loss, state.params, take(parts, 0), rng))
         sums, _ = jax.lax.scan(add, (zeros, jax.tree.map(jnp.zeros_like, state.params)), (parts, jnp.arange(n)))
@@ -229,7 +229,7 @@ class Program:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         with self.tracing():
-            # a new function each time: jit would reuse a trace made under other hooks
+            # A new function each time: jit would reuse a trace made under other hooks.
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
             return jitted.lower(state, self.abstract_batch(batch), stop)
 
@@ -269,7 +269,7 @@ def take(parts: Batch, i: int) -> Batch:
 
 
 def put(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Place an array like one of a state. An array that each process holds itself becomes one that they share."""
+    """Place an array on a mesh. An array that every process holds becomes one global array."""
     if array.is_fully_addressable and not sharding.is_fully_addressable:
         return jax.make_array_from_callback(array.shape, sharding, np.asarray(array).__getitem__)
     return jax.device_put(array, sharding)

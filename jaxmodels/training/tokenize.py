@@ -1,4 +1,4 @@
-"""Text as tokens, encoded once, which training maps into memory: `jaxmodels tokenize`, or `python -m train.tokenize`.
+"""Encode a text once, to memory-mapped tokens: `jaxmodels tokenize`, or `python -m train.tokenize` in a checkout.
 
 TOKENS/tokens.json                {"format": 2, "train": …, "validation": …, "sha256": …}
 TOKENS/vocabulary.json            characters, bytes or the whole tokenizer; read by `load_vocabulary`
@@ -49,7 +49,7 @@ class Tokens:
 def open_tokens(text: str, vocabulary: Vocabulary | None = None) -> Tokens:
     """Open a corpus by name, a UTF-8 file, or a folder written by this command.
 
-    vocabulary: of a corpus or file; default its characters. Raises ValueError if the text is none of the three.
+    vocabulary: of a corpus or file; default its characters. Raises ValueError if the text is none of these.
     """
     if Path(text).is_dir():
         return read(Path(text))
@@ -93,7 +93,7 @@ def read(folder: Path) -> Tokens:
             raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
         ids = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "validation")]
         if [len(part) for part in ids] != [about["train"], about["validation"]]:
-            raise ValueError("its arrays have other lengths than tokens.json says")
+            raise ValueError(f"lengths of its arrays are {[len(part) for part in ids]}, not those in tokens.json")
         return Tokens(ids[0], ids[1], load_vocabulary(folder / "vocabulary.json"), about["sha256"])
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"text={str(folder)!r} is not a folder written by train.tokenize: {error}") from None

@@ -37,7 +37,7 @@ examples:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Compile an experiment's training step for a TPU topology and print what it needs."""
+    """Compile an experiment's training step for a TPU topology and print its memory and time."""
 
     config: Config
     preset: str
@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str], prog: str = PROGRAM) -> tuple[Experiment[Any
         overview(prog).parse_args(arguments[:1])
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
-            f"experiment is missing: {prog} EXPERIMENT --help, where EXPERIMENT is one of {', '.join(EXPERIMENTS)}, "
+            f"experiment is missing: {prog} EXPERIMENT --help; EXPERIMENT is one of {', '.join(EXPERIMENTS)}, "
             "or a module such as my_project.experiment"
         )
     kind = experiment_class(arguments[0])

@@ -1,4 +1,4 @@
-"""Floating-point operations of a function, counted in its trace: its matrix products, times the trips of its loops."""
+"""FLOPs of a function's matrix products, counted in its jaxpr."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import jax
 
 from jaxmodels.training.step import Batch, Program
 
-# Per chip or GPU, as its maker states: dense bfloat16 FLOP/s; memory bandwidth in bytes/s; for TPUs, bytes/s over all
-# interconnect links together. A key is a prefix of a device's kind.
+# Vendors' figures per chip or GPU: dense bfloat16 FLOP/s; memory bandwidth in bytes/s; for TPUs, bytes/s over all
+# interconnect links together. A key is a prefix of `device_kind`.
 PEAKS = {
     "TPU v4": (275e12, 1228e9, 300e9),
     "TPU v5 lite": (197e12, 819e9, 200e9),
@@ -31,13 +31,13 @@ def peak(kind: str) -> tuple[float, float, float | None] | None:
 def count(function: Callable[..., Any], *arguments: Any) -> int:
     """Count multiplications and additions in the matrix products of one call; arguments may be abstract.
 
-    The body of a loop counts once if its number of trips is unknown when it is traced.
+    The body of a scan counts once per iteration; that of a while-loop, whose number of iterations is unknown, once.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def of_forward(program: Program, batch: Batch) -> int:
-    """Count those of a step's forward pass, over all devices."""
+    """Count the FLOPs of a step's forward pass, over all devices."""
     arguments = program.abstract_state(), program.abstract_batch(batch)
     return count(lambda state, batch: program.losses(program.model(state), batch, None), *arguments)
 
@@ -52,7 +52,7 @@ def _count(jaxpr: Any) -> int:
             continue
         trips = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = [_count(sub) for sub in _jaxprs(equation.params)]
-        # one branch of a condition is taken: count the largest
+        # Only one branch of a cond runs: count the largest.
         total += trips * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
     return total
 

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its text: their number, and the bytes that each device sends."""
+"""Collectives of a compiled program, parsed from its HLO text: their number, and the bytes that each device sends."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-# Prefix of a TPU's reduce-scatter: a fusion of an all-reduce and the device's own slice. It sends only that slice.
+# Name of the computation of a TPU's reduce-scatter: a fusion of an all-reduce and a slice; only the slice is sent.
 SCATTERS = "all-reduce-scatter"
 SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 

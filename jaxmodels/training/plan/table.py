@@ -1,4 +1,4 @@
-"""Needs of a compiled training step: memory, operations and communication, and the table that shows them."""
+"""Memory, FLOPs, communication and least time of a compiled training step, and their table."""
 
 import dataclasses
 import math
@@ -20,12 +20,12 @@ EXHAUSTED = (r"Used ([\d.]+)G of ([\d.]+)G hbm", r"temporaries \(([\d.]+)G\) exc
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Needs of a compiled step, per device; times are in seconds and are lower bounds."""
+    """Memory and lower bounds of time (seconds) of a compiled step, per device."""
 
     arguments: int  # bytes: parameters, optimizer, batch
     temporaries: int  # bytes: activations, gradients, program
     limit: float  # bytes
-    flops: float  # of the matrix products on all devices, without what is recomputed
+    flops: float  # of the matrix products on all devices, without recomputation
     collectives: list[hlo.Collective]
     compute: float
     memory: float
@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def bound(self) -> tuple[str, float]:
-        """Name and time of what takes longest."""
+        """Name and time of the largest lower bound."""
         times = {"matrix products": self.compute, "memory": self.memory, "communication": self.network}
         name = max(times, key=lambda name: times[name])
         return name, times[name]
@@ -45,7 +45,7 @@ class DoesNotFit(ValueError):
 
 
 def make_plan(program: Program, batch: Batch, generation: str) -> Plan:
-    """Compile a step for its mesh of a topology's devices; raises DoesNotFit if the compiler finds no room."""
+    """Compile a step for its mesh of a topology's devices; raises DoesNotFit if the compiler runs out of memory."""
     lowered = program.lower_step(batch)
     began = time.perf_counter()
     try:
