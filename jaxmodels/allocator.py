@@ -11,13 +11,13 @@ def keep_freed_memory() -> bool:
     """Tell glibc's malloc not to return freed memory to the OS; returns False if the C library is not glibc.
 
     XLA on a CPU allocates a step's temporaries with malloc and frees them after it. By default glibc returns such large
-    blocks to the kernel, which clears every page again in the next step: a sixth of the time of a small model's step.
+    blocks to the kernel, which clears every page again in the next step; this takes a sixth of a small model's step.
     The same applies to the tensors of a conversion.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    # Allocate from the main heap, never trim it, and use no arenas of other threads, which hold 64 MB at most.
+    # Allocate from the main heap, never trim it, and use no per-thread arenas, which hold at most 64 MB each.
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}
     done = [mallopt(name, value) for name, value in settings.items()]
     return all(done)

@@ -142,7 +142,8 @@ class Attention(nnx.Module):
         if positions is None:
             return self.finish(self.attend_in_blocks(q, k, v, None), None), cache
         n = cache["value"].shape[2]
-        scores = self.get_scores(q, cache.get("key"), n, positions[0])  # [B, H, S, N]
+        first = positions[0]  # scalar, or [B] for ragged rows
+        scores = self.get_scores(q, cache.get("key"), n, first)  # [B, H, S, N]
         x = attend(scores, cache["value"], visible(positions, n), self.dropout, None)
         return self.finish(x, positions), cache
 
@@ -179,7 +180,7 @@ def attend(
     dropout: Callable[[jax.Array, jax.Array | None], jax.Array] = without_dropout,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(scores masked) · value: [B or 1, H, S, N], [B, H, N, d_k] -> [B, H, S, d_k].
+    """softmax(masked scores) · value: [B or 1, H, S, N], [B, H, N, d_k] -> [B, H, S, d_k].
 
     The division by the softmax's sum comes after the product, where it takes S·d_k operations instead of S·N. Scores
     are exponentiated in float32 at least. A row that may attend to nothing is NaN, as in PyTorch.
@@ -189,7 +190,7 @@ def attend(
         scores = jnp.where(mask, scores, -jnp.inf)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
-    if rng is not None:  # if rows of the batch share scores, each still needs its own dropout mask
+    if rng is not None:  # rows that share scores still need dropout masks of their own
         weights = jnp.broadcast_to(weights, (*value.shape[:2], *weights.shape[2:]))
     x = jnp.matmul(dropout(weights, rng).astype(value.dtype), value, preferred_element_type=scores.dtype)
     return (x / total).astype(value.dtype)
@@ -198,8 +199,8 @@ def attend(
 def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Causal self-attention, batch-first: three [B, S, H, d_k] -> [B, S, H, d_k].
 
-    Uses cuDNN's fused kernel on CUDA devices if it supports dtype and d_k, else blocks of queries: XLA has no fused
-    kernel on CPUs, and computing masked scores would be half of the cost.
+    Uses cuDNN's fused kernel on CUDA devices if it supports dtype and d_k. Otherwise computes blocks of queries: XLA
+    has no fused kernel on CPUs, and masked scores would be half of the work.
     """
     if cudnn_supports(query):
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
@@ -288,8 +289,9 @@ class RelativeMultiHeadAttention(MultiHeadAttention):
         s = query.shape[2]
         low = self.P - first - s + 1
         if isinstance(low, int):
+            # [S + N - 1, H, d_k] and [S + N - 1, H]
             table, bias = (t[low : low + s + n - 1] for t in (self.key_pos_embeddings, self.key_pos_bias))
-        else:  # rows that are clipped belong to keys after the query, which are masked
+        else:  # clipped rows belong to keys after the query, which are masked
             rows = low + jnp.arange(s + n - 1)
             table, bias = (jnp.take(t[...], rows, 0, mode="clip") for t in (self.key_pos_embeddings, self.key_pos_bias))
         return shear(jnp.einsum("bhid,rhd->bhir", query, table) + bias.T[:, None], n)

@@ -44,13 +44,13 @@ class Cache:
         return self.max_len == self.limit
 
     def grown(self, max_len: int) -> "Cache":
-        """Cache with min(max_len, limit) slots, or itself if it has more."""
+        """Cache padded to min(max_len, limit) slots; unchanged if it has as many or more."""
         more = min(max_len, self.limit or max_len) - self.max_len
         pads = [(0, 0), (0, 0), (0, max(0, more)), (0, 0)]
         return dataclasses.replace(self, layers=jax.tree.map(lambda a: jnp.pad(a, pads), self.layers))
 
     def packed(self) -> "Cache":
-        """Cache without the batch axis if the batch is one row without padding; for carrying through a loop.
+        """Cache to carry through a loop: without the batch axis if the batch is one row without padding.
 
         With that axis, XLA on a CPU copies every buffer four times per token instead of updating it in place.
         """
@@ -72,7 +72,7 @@ class Cache:
         return dataclasses.replace(self, layers=layers, length=self.length + n)
 
     def check_room(self, n: int, batch: int, *, empty: bool = False) -> None:
-        """Raises ValueError if n more tokens do not fit; inside a trace only as far as shapes tell.
+        """Raises ValueError if n more tokens do not fit; inside a trace only shapes are checked.
 
         empty: also raise if the cache is not empty, or a row would hold padding only.
         """
@@ -95,7 +95,7 @@ class Cache:
 
 
 def unless_overrun(logits: jax.Array, cache: Cache, n: int, *, empty: bool = False) -> jax.Array:
-    """Set logits [..., B, V] of n tokens to NaN in rows where they did not fit, unknown to `check_room` in a trace."""
+    """Set logits [..., B, V] to NaN in rows whose n tokens do not fit; inside a trace `check_room` cannot raise."""
     text = cache.length + n if cache.start is None else cache.length + n - cache.start
     fits = jnp.logical_or(cache.is_ring, text <= cache.max_len)
     if empty:
@@ -131,22 +131,22 @@ def write(buffer: jax.Array, new: jax.Array, positions: jax.Array | None) -> jax
     if positions is None:
         return buffer.at[:, :, : new.shape[2]].set(new)
     if positions.ndim == 1:
-        alone = len(buffer) == 1  # see Cache.packed
-        buffer, new = (without_batch(a) if alone else a for a in (buffer, new))
+        single = len(buffer) == 1  # see Cache.packed
+        buffer, new = (without_batch(a) if single else a for a in (buffer, new))
         buffer = jax.lax.dynamic_update_slice_in_dim(buffer, new, positions[0], axis=buffer.ndim - 2)
         buffer = jax.lax.optimization_barrier(buffer)  # keep XLA from repeating the update for each reader
-        return buffer[None] if alone else buffer
+        return buffer[None] if single else buffer
     slots = jnp.where(positions < 0, buffer.shape[2], positions).T  # [B, S]; N is out of range and dropped
     return jax.vmap(lambda b, n, s: b.at[:, s].set(n, mode="drop"))(buffer, new, slots)
 
 
 def visible(positions: jax.Array, n_slots: int) -> jax.Array:
-    """Causal mask bool [1 or B, 1, S, N] of positions [S] or [S, B]; padding sees slot 0, so that it stays finite."""
-    rows = positions[None] if positions.ndim == 1 else positions.T
+    """Causal mask bool [1 or B, 1, S, N] of positions [S] or [S, B]; padding attends to slot 0, which avoids NaN."""
+    rows = positions[None] if positions.ndim == 1 else positions.T  # [1 or B, S]
     return (jnp.arange(n_slots) <= jnp.maximum(rows, 0)[..., None])[:, None]
 
 
 def align_left(ids: jax.Array, start: jax.Array) -> jax.Array:
     """Shift left-padded ids [S, B] to position 0; ids after the end of a row's text are unspecified."""
-    rows = jnp.arange(ids.shape[0])[:, None] + start
+    rows = jnp.arange(ids.shape[0])[:, None] + start  # [S, B]
     return jnp.take_along_axis(ids, jnp.minimum(rows, ids.shape[0] - 1), axis=0)

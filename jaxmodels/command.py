@@ -39,7 +39,7 @@ COMMANDS = {
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The parser of what stands before a subcommand, and the text of --help."""
+    """Parser of the options before a subcommand, with the text of --help."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
     arguments = argparse.ArgumentParser(
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jaxmodels") -> int:
 
 
 def dispatch(argv: Sequence[str], prog: str) -> int:
-    """Find the subcommand and call it. Raises ValueError if there is none of that name."""
+    """Find the subcommand and call it; raises ValueError if it is missing or unknown."""
     if not argv or argv[0].startswith("-"):
         parser(prog).parse_args(argv)  # exits after --help, --version and unknown options
         raise ValueError(f"a command is required: {', '.join(COMMANDS)}")
@@ -86,7 +86,7 @@ def call(name: str, argv: Sequence[str], prog: str) -> int:
 
 def prepare(name: str) -> None:
     """Set the process up for a subcommand, before it uses JAX."""
-    if name in ("convert", "inspect", "verify"):  # need no accelerator, which another process may hold
+    if name in ("convert", "inspect", "verify"):  # run on the CPU: another process may hold the accelerator
         import jax
 
         from jaxmodels.allocator import keep_freed_memory

@@ -21,7 +21,7 @@ SCRIPTS = ("jaxmodels", "parity")  # console commands
 class MissingExtra(ModuleNotFoundError):
     """Packages of an extra are not installed.
 
-    extra: the extra's name, as in `pip install 'jaxmodels[extra]'`. modules: those that cannot be found.
+    extra: name of the extra, as in `pip install 'jaxmodels[extra]'`. modules: import names that cannot be found.
     """
 
     def __init__(self, extra: str, modules: tuple[str, ...]):
@@ -35,10 +35,9 @@ class MissingExtra(ModuleNotFoundError):
 def require(extra: str, *modules: str) -> None:
     """Check that modules of an extra can be imported, without importing them.
 
-    If some cannot be found and this process runs one of the project's own commands (`python -m train.rope`,
-    `python -m parity`, `jaxmodels`, …), ends it: one line on standard error, "COMMAND: needs MODULE: pip install
-    'jaxmodels[EXTRA]'", and exit code 2. Otherwise, where a user's program or a test imports the package, raises
-    MissingExtra, a ModuleNotFoundError, with the same text.
+    If one cannot be found, raises MissingExtra, a ModuleNotFoundError. In a process that runs one of the project's own
+    commands (`python -m train.rope`, `python -m parity`, `jaxmodels`, …), instead prints one line to standard error,
+    "COMMAND: needs MODULE: pip install 'jaxmodels[EXTRA]'", and exits with code 2.
 
     extra: a name under [project.optional-dependencies] in pyproject.toml. modules: import names, such as "sklearn".
     """
@@ -79,7 +78,7 @@ def running_command() -> str | None:
                 return f"python -m {module}" if module.split(".")[0] in PROGRAMS else None
             if letter == "c":
                 return None
-            if letter in "WX":  # the rest, or the next argument, is its value
+            if letter in "WX":  # options with a value: the rest of the argument, or the next one
                 if not argument[i:]:
                     next(arguments, None)
                 break

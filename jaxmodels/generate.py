@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmodels.protocols import LanguageModel, check_decoding
 
-MIN_SLOTS = 256  # each cache size is a loop to compile; smaller caches save less than that costs
+MIN_SLOTS = 256  # each cache size compiles another loop, which costs more than a smaller cache saves
 
 
 class Loop(NamedTuple):
@@ -56,13 +56,14 @@ def generate(
     check_decoding(model)
     ids = jnp.asarray(ids)
     check(ids, max_new_tokens, temperature, top_k, top_p, rng)
-    model = model.unstacked() if hasattr(model, "unstacked") else model  # a scan over layers copies weights every token
+    # A scan over stacked layers would copy each layer's weights for every token.
+    model = model.unstacked() if hasattr(model, "unstacked") else model
     axis = model.sequence_axis
     length, batch = ids.shape[axis], ids.shape[1 - axis]
     total = length + max_new_tokens
     jax.eval_shape(lambda: model.init_cache(batch, total))  # raises if the total exceeds the model's tables
     cache = model.init_cache(batch, min(total, capacity(length + 1)), start=start)
-    cache.check_room(length, batch, empty=True)  # here, as inside jit the values of start are unknown
+    cache.check_room(length, batch, empty=True)  # outside jit, where the values of start are known
     logits, cache = _prefill(model, ids, cache)
     n_vocab = logits.shape[-1] if n_tokens is None else n_tokens
     if not 1 <= n_vocab <= logits.shape[-1]:

@@ -57,7 +57,7 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
 
 
 def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a layer's call so that the backward pass recomputes it, if training asks for that; see `hooks`."""
+    """Wrap a layer's call in the current `remat` hook, e.g. `jax.checkpoint`; see `hooks`."""
     wrap = _remat.get()
     return function if wrap is None else wrap(function)
 
@@ -115,7 +115,7 @@ class Embed(nnx.Embed):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         # Not nnx.Embed's lookup, which casts to the dtype of the table at construction: a model made in float32 and
         # given float64 weights would compute and differentiate in float32 from here on.
-        table = constrain(self.embedding[...], "VD")  # whole on every device: any device may look up any row
+        table = constrain(self.embedding[...], "VD")  # replicated: any device may look up any row
         return table.at[inputs].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)  # [..., D]
 
 
@@ -141,7 +141,7 @@ def split_rng(rng: jax.Array | None, n: int) -> tuple[jax.Array | None, ...]:
 
 
 class Fixed(nnx.Variable):
-    """Array of a model that is saved with it and that no optimizer changes (a buffer in torch)."""
+    """Array that is saved with the model and not trained, like a buffer in torch."""
 
 
 class HeadProjection(nnx.Module):

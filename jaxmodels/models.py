@@ -3,10 +3,10 @@
 FOLDER/config.json   {"format": 1, "model": "AutoregressiveTransformer", "config": {constructor arguments}}
 FOLDER/params/       Orbax; one entry per array, named by its path (encoder.layers.0.norm_ff.scale)
 
-A model that was converted as a stream, without being in memory, has instead of params/:
+A converter that streams, and never holds the full model in memory, writes instead of params/:
 
 FOLDER/params.safetensors, or params-00001-of-000NN.safetensors … and params.safetensors.index.json; one entry per
-array and layer (layers.3.attention.output.kernel, if the model's array is layers.attention.output.kernel)
+array and layer: layers.3.attention.output.kernel is layer 3 of the stacked layers.attention.output.kernel
 """
 
 import importlib
@@ -128,8 +128,8 @@ def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings |
         to a Sharding. Each device's part is read separately. Default: the default device.
 
     Raises ValueError if the source holds no such checkpoint or is damaged, if its arrays do not fit its configuration,
-    if a value overflows in `dtype`, if the mesh does not fit, and for float64 arrays if jax_enable_x64 is off (set it
-    by jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
+    if a value overflows in `dtype`, if the mesh does not fit, or if arrays are float64 and jax_enable_x64 is off (set
+    it by jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
     """
     if dtype is not None:
         check_floating(dtype)

@@ -1,6 +1,6 @@
-"""Protocols of models: attributes and methods with which a class of any origin is decoded, saved and sharded.
+"""Protocols of model classes: members needed for decoding, saving and sharding.
 
-A class need not inherit from these; it needs their members. Functions that require them check before any work.
+A class need not inherit from these. Functions that require a member check for it before any work.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,8 +57,8 @@ class Saved(Protocol):
 class Sharded(Protocol):
     """Model whose parameters can be divided over the fsdp and tensor axes of a mesh.
 
-    sharding_rules: pairs of a regular expression and a PartitionSpec; the first expression that matches the path of an
-    array, or the last words of its path, decides.
+    sharding_rules: pairs of a regular expression and a PartitionSpec. An array gets the spec of the first expression
+    that matches its dotted path or a suffix of it.
     """
 
     sharding_rules: Sequence[tuple[str, PartitionSpec]]

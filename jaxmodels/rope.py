@@ -19,7 +19,7 @@ def rotary_tables(positions: jax.Array, d: int, base: float, dtype: Any) -> tupl
     θ_i = base^(-2i/d), computed in float64 and rounded once. dtype must be float32 or wider: bfloat16 rounds position
     257 to 256.
     """
-    theta = jnp.asarray(base ** (-np.arange(0, d, 2) / d), dtype)  # [d/2]
+    theta = jnp.asarray(base ** (-np.arange(0, d, 2) / d), dtype)  # θ [d/2]
     angle = positions.astype(dtype)[..., None] * theta  # [..., d/2]
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -77,7 +77,7 @@ def parameter_specs(model: Any, shapes: Mapping[str, tuple[int, ...]], mesh: Mes
                 uneven.append(f"{axis}={mesh.shape[axis]} does not divide {size} of {path} {list(shape)}")
         specs[path] = spec
     if uneven:
-        more = f", nor {len(uneven) - 1} more" if len(uneven) > 1 else ""
+        more = f" (and {len(uneven) - 1} more)" if len(uneven) > 1 else ""
         raise ValueError(f"the mesh does not fit the model: {uneven[0]}{more}")
     return specs
 
@@ -112,11 +112,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raises ValueError if a batch does not split evenly over accumulation steps and devices."""
     if batch_size % accumulate:
-        raise ValueError(f"batch_size={batch_size} does not split into accumulate={accumulate} parts")
+        raise ValueError(f"batch_size={batch_size} is not divisible by accumulate={accumulate}")
     n, rows = math.prod(mesh.shape[axis] for axis in BATCH), batch_size // accumulate
     if rows % n:
         part = f" / accumulate={accumulate}" if accumulate > 1 else ""
-        raise ValueError(f"batch_size={batch_size}{part} does not split over data·fsdp = {n} devices; see --mesh")
+        raise ValueError(f"batch_size={batch_size}{part} is not divisible by data·fsdp = {n} devices; see --mesh")
 
 
 def place(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:

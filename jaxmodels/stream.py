@@ -1,4 +1,4 @@
-"""Text as it is generated: a language model's tokens one by one, and their text as soon as it is final.
+"""Streaming generation: tokens one by one, and their text as soon as no later token can change it.
 
 Axes: B = 1 batch, S prompt tokens, V vocabulary. For batch-first models.
 """
@@ -65,14 +65,14 @@ class Stream:
         """Tokens after a prompt of `length` ids. Call it once: the cache is donated."""
         token, i, cache = self.prefill(self.weights, jnp.asarray([ids], jnp.int32), self.cache)
         for _ in range(self.max_new_tokens - 1):
-            following, i, cache = self.decode(self.weights, token, i, cache)  # runs while the caller prints this one
+            following, i, cache = self.decode(self.weights, token, i, cache)  # dispatched before this token is fetched
             yield int(token[0])
             token = following
         yield int(token[0])
 
 
 class StreamedText:
-    """Text of a stream of tokens, returned in whole characters, without what may be the start of a stop text."""
+    """Incremental decoder of tokens to text; holds back incomplete characters and possible beginnings of stop texts."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         from tokenizers.decoders import DecodeStream

@@ -71,7 +71,7 @@ def table_rows(table: jax.Array, n: int, positions: jax.Array | None) -> jax.Arr
 
 
 class RandomLogits(nnx.Module):
-    """Logits that do not depend on the tokens: a table R [H, l, l], a parameter or fixed."""
+    """Logits that do not depend on the tokens: a table R [H, l, l], trained or fixed."""
 
     def __init__(self, heads: int, max_len: int, trainable: bool, *, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (heads, max_len, max_len), jnp.float32)
@@ -187,7 +187,7 @@ class SynthesizerAttention(Attention):
         return projected, heads_first(self.key(key)) if self.vanilla else None, heads_first(self.value(value))
 
     def get_scores(self, query: Any, key: jax.Array | None, n: int, first: int | jax.Array) -> jax.Array:
-        logits = []  # of each part, [1 or B, H, S, n]
+        logits = []  # one entry per part, each [1 or B, H, S, n]
         for part in self.parts:
             if part == "vanilla":
                 assert key is not None

@@ -162,7 +162,7 @@ class ByteVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFile:
-    """Vocabulary of a tokenizer.json, whose text is `content`; needs the package tokenizers."""
+    """Vocabulary of a tokenizer.json; needs the package tokenizers. content: text of the file."""
 
     content: str
     unit: ClassVar[str] = "token"

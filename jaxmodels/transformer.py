@@ -79,7 +79,7 @@ class Encoder(nnx.Module):
     def __call__(self, x: jax.Array, mask: Mask, rng: jax.Array | None = None) -> jax.Array:
         """x [S, B, D] -> [S, B, D]; mask: see `Attention`."""
         for layer, layer_rng in zip(self.layers, split_rng(rng, len(self.layers)), strict=True):
-            # the mask is captured instead of passed, because 'causal' is not an array
+            # The mask is captured, not passed: jax.checkpoint takes arrays only, and 'causal' is a string.
             x = rematerialized(lambda layer, x, rng: layer(x, mask, rng))(layer, x, layer_rng)
             x = constrain(x, "SBD")
         return self.norm(x)

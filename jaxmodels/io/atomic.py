@@ -17,8 +17,8 @@ CHECKPOINT = ("config.json", "latest", "params", "*.safetensors", "global_step*"
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Raises ValueError if a folder must not be written.
 
-    It must not be a file, nor, unless `overwrite` is set and it holds a checkpoint, a folder that is not empty; and
-    overwriting it must not delete `source`, which is still to be read.
+    The target must not be a file. A folder that is not empty must hold a checkpoint, and needs `overwrite`. It must not
+    contain `source`, which has not been read yet.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; expected a folder")
@@ -79,7 +79,7 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def temporary_name(target: Path) -> Path:
-    """Unique name in the target's folder, hence on its file system."""
+    """Unique name in the target's folder: a rename must stay on one file system."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
 
 
@@ -95,12 +95,12 @@ def replace(target: Path, new: Path, old: Path) -> None:
                 old.rename(target)
             raise
     except OSError as error:
-        where = f"; its former content is in {old}" if old.exists() else ""
-        raise OSError(error.errno, f"{error.strerror}: it could not be replaced{where}", str(target)) from error
+        saved = f"; its former content is in {old}" if old.exists() else ""
+        raise OSError(error.errno, f"{error.strerror}: it could not be replaced{saved}", str(target)) from error
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or the list of names in a folder, to disk."""
+    """Flush a file's content, or a folder's directory entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,8 +5,8 @@
     the rest  values of the tensors, row-major, one after the other
 
 A folder holds STEM.safetensors, or STEM-00001-of-000NN.safetensors … and STEM.safetensors.index.json, which maps
-tensors to files, as in transformers. The `safetensors` package is not used, because it needs all tensors of a file in
-memory to write it, and copies what it reads.
+tensors to files, as in transformers. The `safetensors` package is not used: it writes a file only from tensors in
+memory, and copies what it reads.
 """
 
 import concurrent.futures
@@ -69,7 +69,7 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
 
 
 def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
-    """Tensor of a header's entry in the bytes behind the header; raises ValueError if it does not fit."""
+    """Tensor of a header's entry, as a view of the bytes after the header; raises ValueError if it does not fit."""
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if not 0 <= start <= stop <= len(data):
         raise ValueError(f"values at {start} to {stop} of {len(data)} bytes")
@@ -183,7 +183,7 @@ def write_to(out: io.FileIO, threads: concurrent.futures.Executor, stream: Itera
 
     def write(piece: np.ndarray) -> int:
         rest = piece.data
-        while rest:  # a disk that fills up accepts a part first, and then raises
+        while rest:  # an unbuffered write may be partial, e.g. on a disk that is almost full
             rest = rest[out.write(rest) :]
         return piece.nbytes
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run on disk: which steps there are, and whether one is complete.
+"""Checkpoints of a training run on disk: list the steps, check that one is complete.
 
 RUN/checkpoints/STEP/model/           folder of a model, for `jaxmodels.load`
 RUN/checkpoints/STEP/complete.json    {"format": 2, "step": …, "data": {…}, "files": {path: bytes}}; written last

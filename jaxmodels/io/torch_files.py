@@ -50,7 +50,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
         with torch.serialization.safe_globals(list(safe_globals)):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        # Only the name is taken from torch's message, which explains how to run the file's code anyway.
+        # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         refers = f": it refers to {named[1]}" if named else ""
         raise ValueError(f"{file} is refused, as it is damaged or holds more than tensors{refers}") from None

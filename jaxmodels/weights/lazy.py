@@ -18,12 +18,12 @@ import numpy as np
 
 Index = tuple[slice, ...]  # one slice for each axis, with start and stop, step 1
 ALIGNMENT = 64
-TILE = 1024, 8  # of the result, if NumPy transposes: 5 times faster than square tiles, which are faster than none
+TILE = 1024, 8  # of the result, if NumPy transposes; 5 times faster than square tiles, and those than no tiles
 TRANSPOSED_ROWS = 256  # of the result at a time, if JAX transposes
 
 
 class Tensor(Protocol):
-    """Array of which shape and dtype are known: a NumPy array, or a lazy one."""
+    """Array with known shape and dtype: a NumPy array, or a lazy one."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -86,7 +86,7 @@ def copy(out: np.ndarray, values: np.ndarray) -> None:
 
 
 def transpose(out: np.ndarray, values: np.ndarray) -> None:
-    """Copy column-major values into row-major `out`; by JAX if possible, which is twice as fast as NumPy's best way."""
+    """Copy column-major values into row-major `out`, with JAX if possible: twice as fast as tiles in NumPy."""
     host = cpu() if values.dtype.itemsize <= 4 else None  # JAX would narrow 8-byte values
     if host is not None:
         for i in range(0, out.shape[0], TRANSPOSED_ROWS):
@@ -111,7 +111,7 @@ def cpu() -> jax.Device | None:
 def pieces(tensor: Any, n_bytes: int, readers: Executor | None = None, ahead: int = 2) -> Iterator[np.ndarray]:
     """Iterate over all values in order, as arrays of whole rows: about n_bytes each, at most 4 times that, or one row.
 
-    readers: threads that read up to `ahead` pieces in advance; default none.
+    readers: threads that read up to `ahead` pieces in advance; default: read in the caller's thread.
     """
     if not tensor.shape:
         yield read(tensor)
@@ -198,7 +198,7 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Combined:
-    """Function of several vectors of the same shape, such as a mean; for biases and norms, as each is read whole."""
+    """Function of small vectors of the same shape, such as their mean; every read loads all of them."""
 
     parts: Sequence[Any]
     function: Callable[[Sequence[np.ndarray]], np.ndarray]

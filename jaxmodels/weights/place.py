@@ -35,7 +35,7 @@ def load_tensors(
 
     model: may be abstract. dtype: cast floating tensors; default their own. shardings: function of an array's path
     ("encoder.layers.0.norm_ff.scale") and shape to its Sharding; each device's slice is read separately, one slice at a
-    time in host memory. Default: the default device. what: name for the progress bar. Raises as `from_torch`, and
+    time in host memory. Default: the default device. what: name for the progress bar. Raises like `from_torch`, and
     ConversionError if the layers of a stacked array differ in dtype and `dtype` is None.
     """
     if dtype is not None:
@@ -62,7 +62,7 @@ def load_tensors(
 def on_devices(tensor: Any, sharding: jax.sharding.Sharding | None, advance: Callable[[int], None]) -> jax.Array:
     """Read a tensor into an array on devices; `advance` is called with the bytes that were read.
 
-    Not `jax.make_array_from_callback`, which holds the slices of all devices in host memory before it sends one.
+    `jax.make_array_from_callback` is not used: it holds the slices of all devices in host memory before it sends one.
     """
     if sharding is None:
         values = read(tensor)
