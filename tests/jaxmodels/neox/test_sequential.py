@@ -42,7 +42,7 @@ def test_the_flat_sequential_loads(stacked):
         np.testing.assert_array_equal(loaded[key], tensor)
 
 
-def test_what_is_no_parameter_is_skipped():
+def test_buffers_are_skipped():
     model = neox()
     for state_dict in (
         with_buffers(to_torch(model)),
