@@ -16,13 +16,13 @@ import pytest
 from flax import nnx
 
 import jaxmodels
-from jaxmodels.io.checkpoint import read_config
 from jaxmodels import models
 from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.hf import save_hf
 from jaxmodels.convert.neox import save_neox
 from jaxmodels.convert.source import model_source
 from jaxmodels.generate import generate
+from jaxmodels.io.checkpoint import read_config
 from jaxmodels.io.steps import latest_step, problem, steps
 from jaxmodels.layers import Fixed, Linear
 from jaxmodels.neox import NeoX, NeoXConfig
