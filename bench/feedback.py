@@ -240,7 +240,7 @@ def flax_decoding(size: Size, n_vocab: int, n: int) -> Callable[[], object]:
 
 
 def torch_decoding(size: Size, n_vocab: int, n: int, device: str) -> Callable[[], None]:
-    """Eager PyTorch over preallocated buffers for all n memories, of which each token reads the filled part."""
+    """Eager PyTorch with preallocated buffers for n memories; each token reads the filled part."""
     import torch
 
     from torch_ref.feedback import AutoregressiveModel, FeedbackTransformerKV

@@ -68,7 +68,7 @@ def select(names: Sequence[str], known: Collection[str] | None = None, kind: str
 def language_model(
     torch_class: type, flax_class: type, rng: np.random.Generator, sequence: int, batch: int, *args: Any, **kwargs: Any
 ) -> Pair:
-    """A sequence-first language model of vocabulary args[0] on random ids [S, B], its labels the next ids."""
+    """A sequence-first language model of vocabulary args[0] on random ids [S, B]; labels are the next ids."""
     from flax import nnx
 
     ids = rng.integers(0, args[0], (sequence + 1, batch))

@@ -36,7 +36,7 @@ def layer(rng: np.random.Generator) -> Pair:
 def language_model(
     rng: np.random.Generator, variant: str, sequence: int, batch: int, n_vocab: int, *args: Any, **limits: Any
 ) -> Pair:
-    """A variant with a vocabulary on random ids [S, B], its labels the next ids."""
+    """A variant as language model on random ids [S, B]; labels are the next ids."""
 
     def build(module: Any, **rngs: nnx.Rngs) -> Any:
         transformer = getattr(module, variant)(*args, **limits, **rngs)

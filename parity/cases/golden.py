@@ -42,7 +42,7 @@ def neox_model(rng: np.random.Generator, **others: Any) -> Pair:
 
 
 def retro_model(rng: np.random.Generator) -> Pair:
-    """Four chunks and one token: decoding reads the first chunk at once, then the neighbors of each as it ends."""
+    """Four chunks and one token: a prefill of one chunk, then neighbors after the last token of each chunk."""
     return retro.pair_of(rng, 29, BATCH, layers=2, ca_layers={1}, encoder_ca={0}, neighbors=2, n_vocab=N_VOCAB)
 
 

@@ -112,7 +112,7 @@ def pair_of(
     flax: NeoX | None = None,
     steps: int = 10,
 ) -> Pair:
-    """Random ids [B, S], their labels the next ids."""
+    """A pair on random ids [B, S]; labels are the next ids."""
     ids = rng.integers(0, config.n_vocab, (batch, sequence + 1))
     inputs = {"ids": ids[:, :-1]} | ({} if start is None else {"start": start})
     return Pair(torch_module, abstract(config) if flax is None else flax, inputs, labels=ids[:, 1:], steps=steps)

@@ -57,7 +57,7 @@ def pair_of(
     n_vocab: int = 37,
     chunk_len: int = 7,
 ) -> Pair:
-    """A model on random ids [B, S] with random neighbors of 11 tokens; its labels are the next ids."""
+    """A model on random ids [B, S] with random neighbors of 11 tokens; labels are the next ids."""
     d_model, heads, d_k, d_ff = 15, 3, 4, 19
 
     def build(module: Any, **rngs: nnx.Rngs) -> Any:

@@ -69,7 +69,7 @@ class Weights(Protocol):
         """A new model, in evaluation mode, with the tensors; raises ConversionError if they do not fit."""
 
     def read(self, state: Any, prefix: Path = ()) -> dict[str, np.ndarray]:
-        """Arrays of a model, a State or gradients by PyTorch's name; `prefix`: the path in the model of the state."""
+        """Arrays of a model, a State or gradients by PyTorch's name; prefix: path of the state in the model."""
 
     def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
         """The paths of arrays whose PyTorch names all match a pattern."""
@@ -287,7 +287,7 @@ class Mapped:
 
 
 def place(lookup: Mapping[str, Path], name: str) -> tuple[Path, int | None] | None:
-    """The path of a name, and its layer: the name itself, with Flax's word for the array, or one layer of a stack."""
+    """Look up a name, also with Flax's word for the array or as one layer of a stack: (path, layer)."""
     owner, _, last = name.rpartition(".")
     options = [name] + [f"{owner}.{word}" if owner else word for word in SUFFIXES.get(last, ())]
     for option in options:

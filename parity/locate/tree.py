@@ -178,8 +178,8 @@ def by_blame(part: Part) -> tuple[float, float]:
 class Divergence:
     """The first culprit (path '' is the whole model), and the trees in which it was found.
 
-    error: of its outputs in isolation, or of its gradients if stage is 'backward'. fast_path: the plain path agrees
-    with PyTorch, and the model's own call differs from it.
+    error: of its outputs in isolation, or of its gradients if stage is 'backward'. fast_path: the plain form agrees
+    with PyTorch, but the model's own call differs from it.
     """
 
     path: str
@@ -195,9 +195,7 @@ class Divergence:
     def __str__(self) -> str:
         what = "outputs" if self.stage == "forward" else "gradients"
         if self.fast_path:
-            return (
-                f"{self.flax_type}'s plain path agrees; its call gives {what} that differ from it by {self.error:.1e}"
-            )
+            return f"{self.flax_type}: its plain form agrees, but {what} of its call differ from it by {self.error:.1e}"
         where = self.path or "the model itself, outside its sub-modules"
         hint = f": {self.hint}" if self.hint else ""
         return f"first divergence: {where} ({self.flax_type}), same inputs, {what} differ by {self.error:.1e}{hint}"

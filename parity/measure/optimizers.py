@@ -91,7 +91,7 @@ class Training:
     frozen: tuple[str, ...]
 
     def steps(self, side: TorchSide | JaxSide) -> Iterator[Kinds]:
-        """Results of each step by kind, in the order of computing: loss, gradients, moments, parameters.
+        """Results of each step by kind, in the order of computation: loss, gradients, moments, parameters.
 
         The side itself does not change. There are no steps if no parameter is trained.
         """
