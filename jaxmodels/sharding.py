@@ -119,8 +119,8 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         raise ValueError(f"batch_size={batch_size}{part} is not divisible by data·fsdp = {n} devices; see --mesh")
 
 
-def place(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """Function that places an activation on a mesh, for `jaxmodels.layers.constrain`."""
+def activation_placement(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
+    """Function that places activations on a mesh: the `placement` of `jaxmodels.layers.hooks`."""
 
     def constrain(x: jax.Array, name: str) -> jax.Array:
         if len(name) != x.ndim:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.layers import hooks
-from jaxmodels.sharding import BATCH, batch_sharding, parameter_specs, place
+from jaxmodels.sharding import BATCH, activation_placement, batch_sharding, parameter_specs
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 
 Arrays = dict[str, jax.Array]
@@ -180,7 +180,7 @@ class Program:
     def tracing(self) -> Iterator[None]:
         """Trace models with activations constrained to the mesh, and with layers rematerialized if requested."""
         remat = REMAT[self.numerics.remat]
-        with hooks(placement=place(self.mesh) if self.mesh.size > 1 else None, remat=remat):
+        with hooks(placement=activation_placement(self.mesh) if self.mesh.size > 1 else None, remat=remat):
             yield
 
     def gradients(self, state: State, batch: Batch) -> tuple[jax.Array, Arrays]:

@@ -133,10 +133,10 @@ def test_constrain_is_the_identity_unless_a_mesh_is_set():
     made = program()
     with made.tracing():
         assert constrain(x, "SB") is x  # one device
-    from jaxmodels.sharding import place
+    from jaxmodels.sharding import activation_placement
 
     with pytest.raises(ValueError, match=r"'SBD' .*3.*\[2, 3\]"):
-        place(make_mesh())(x, "SBD")
+        activation_placement(make_mesh())(x, "SBD")
 
 
 ON_A_MESH = """
