@@ -119,6 +119,8 @@ class Config(AdamWConfig):
     def __post_init__(self) -> None:
         for name in ("ca_layers", "encoder_ca_layers"):  # JSON has lists
             given = getattr(self, name)
+            if given is not None and not given:
+                raise ValueError(f"{name}=() must name at least one layer")
             object.__setattr__(self, name, None if given is None else tuple(given))
         super().__post_init__()
         if self.dropout:

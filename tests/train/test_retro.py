@@ -276,6 +276,12 @@ def test_neighbors_in_a_file_are_of_the_same_examples_and_inside_the_corpus(inde
         attach(first_of(index, 400), index, Lookup(2), file)
 
 
+@pytest.mark.parametrize("name", ["ca_layers", "encoder_ca_layers"])
+def test_an_empty_tuple_of_layers_is_not_the_default(name):
+    with pytest.raises(ValueError, match=rf"^{name}=\(\) must name at least one layer"):
+        retro.Config(**{name: ()})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -98,8 +98,11 @@ def plan(arguments: Sequence[str], prog: str = PROGRAM) -> None:
     """Print the table; raises ValueError for bad input, and DoesNotFit with a suggestion."""
     experiment, command = parse(arguments, prog)
     config, generation = experiment.config, generation_of(command.topology)
+    n_vocab = experiment.planned_vocab if command.n_vocab is None else command.n_vocab
+    if n_vocab < 1:
+        raise ValueError(f"n_vocab={n_vocab} must be at least 1")
     mesh = make_mesh(command.mesh, topology_devices(command.topology))
-    program = experiment.program(command.n_vocab or experiment.planned_vocab, mesh)
+    program = experiment.program(n_vocab, mesh)
     console = Console(highlight=False, markup=False, width=140)
     parameters = sum(math.prod(leaf.shape) for leaf in program.abstract_state().params.values())
     console.print(

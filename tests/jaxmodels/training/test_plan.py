@@ -173,6 +173,7 @@ def test_every_script_that_trains_is_listed():
         (["rope", "--topology", "v5e:axb"], "topology='v5e:axb'.*v5e:2x4"),
         (["rope", "--topology", "v5e:2x"], "topology='v5e:2x'.*v5e:2x4"),
         (["rope", "--preset", "huge"], "preset='huge'.*small, original"),
+        (["rope", "--n-vocab", "0"], "n_vocab=0 must be at least 1"),
     ],
 )
 def test_bad_input_is_a_value_error(arguments, message):
