@@ -177,10 +177,10 @@ class Checkpoints:
         model = {**abstract.params, **abstract.fixed}
         arrays = read_arrays(folder / "model" / "params", {name: (a.shape, a.sharding) for name, a in model.items()})
         shapes, places = jax.eval_shape(training_arrays, abstract), jax.tree.map(lambda a: a.sharding, abstract)
-        names = ["key", *optimizer_names(abstract)]
-        targets = dict(zip(names, [places.key, *jax.tree.leaves(places.optimizer)], strict=True))
+        stored = ["key", *optimizer_names(abstract)]
+        targets = dict(zip(stored, [places.key, *jax.tree.leaves(places.optimizer)], strict=True))
         kept = read_arrays(folder / "state", {name: (shapes[name].shape, place) for name, place in targets.items()})
-        key, *optimizer = (kept[name] for name in names)
+        key, *optimizer = (kept[name] for name in stored)
         state = State(
             step=jax.device_put(np.int32(about["step"]), places.step),
             key=jax.random.wrap_key_data(key),
