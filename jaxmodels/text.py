@@ -214,7 +214,8 @@ def find_tokenizer(file: Path | None, folder: Path) -> Path:
     candidates = places if file is None else [file]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise ValueError(f"tokenizer={file} not found; looked for {', '.join(map(str, candidates))}")
+        what = "no tokenizer found" if file is None else f"tokenizer={file} not found"
+        raise ValueError(f"{what}; looked for {', '.join(map(str, candidates))}")
     return found
 
 

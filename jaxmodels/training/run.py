@@ -47,6 +47,8 @@ def read_about(run: Path) -> About:
         about = json.loads(file.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise ValueError(f"{file} has format {about['format']}, this version reads {FORMAT}")
+        if not isinstance(about["config"], dict):
+            raise TypeError(f"config is a {type(about['config']).__name__}, must be an object")
         return About(about["script"], about["config"], about["sha256"], about.get("standalone"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{run} holds no training run") from None

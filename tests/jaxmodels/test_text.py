@@ -157,7 +157,7 @@ def test_vocabulary_file_is_json(tmp_path):
 def test_a_tokenizer_is_found_in_the_parent_folder_of_a_checkpoint(tmp_path):
     tokenizer = byte_level_tokenizer()
     (tmp_path / "global_step7").mkdir()
-    with pytest.raises(ValueError, match="tokenizer=None"):
+    with pytest.raises(ValueError, match=r"tokenizer.*tokenizer\.json"):
         find_tokenizer(None, tmp_path / "global_step7")
     tokenizer.save(str(tmp_path / "20B_tokenizer.json"))
     found = TokenizerFile.read(find_tokenizer(None, tmp_path / "global_step7"))
