@@ -203,11 +203,11 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     """
     import torch  # noqa: F401
 
-    from jaxmodels.allocator import keep_freed_memory
     from jaxmodels.convert import operations
     from jaxmodels.convert.neox.read import open_neox
     from jaxmodels.convert.source import abstract
     from jaxmodels.neox import NeoXConfig
+    from jaxmodels.process.allocator import keep_freed_memory
 
     keep_freed_memory()  # like the command
     abstract(NeoXConfig.pythia_14m())  # count JAX's own allocations as memory at start

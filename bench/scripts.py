@@ -52,7 +52,7 @@ def main() -> None:
     import torch
 
     from bench.timing import alternate, stamp
-    from jaxmodels.allocator import keep_freed_memory
+    from jaxmodels.process.allocator import keep_freed_memory
     from jaxmodels.training.experiment import experiment_class
 
     keep_freed_memory()  # as the scripts do; PyTorch becomes faster too

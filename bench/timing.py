@@ -19,6 +19,8 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dic
     The machine's speed drifts. Alternating calls drift together, so their ratios are stable even if single times are
     not. Each function must return only when its work is done (block_until_ready).
     """
+    if rounds < 1:
+        raise SystemExit(f"rounds={rounds} must be at least 1")
     for function in functions.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}

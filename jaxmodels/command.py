@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxmodels import __version__
-from jaxmodels.programs import run
+from jaxmodels.process.programs import run
 
 
 class Command(NamedTuple):
@@ -89,7 +89,7 @@ def prepare(name: str) -> None:
     if name in ("convert", "inspect", "verify"):  # run on the CPU: another process may hold the accelerator
         import jax
 
-        from jaxmodels.allocator import keep_freed_memory
+        from jaxmodels.process.allocator import keep_freed_memory
 
         jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
         keep_freed_memory()

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.process.extras import require
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -6,7 +6,7 @@ The reference is the PyTorch module in float64. Importing this package imports n
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxmodels.extras import require
+from jaxmodels.process.extras import require
 
 if TYPE_CHECKING:
     from parity.compare.suggest import suggest

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxmodels import __version__
-from jaxmodels.extras import require
-from jaxmodels.programs import run
+from jaxmodels.process.extras import require
+from jaxmodels.process.programs import run
 from parity.cases.processes import default_workers, examine_in_processes, prepare_jax
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 import sys
 
-from jaxmodels.extras import require
-from jaxmodels.programs import run
+from jaxmodels.process.extras import require
+from jaxmodels.process.programs import run
 
 
 def main() -> int:

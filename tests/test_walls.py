@@ -174,7 +174,7 @@ def test_jaxmodels_needs_the_core_alone(name):
 @each_module("jaxmodels")
 def test_the_layers_of_jaxmodels(name):
     """weights knows nothing, io knows weights, models know both, convert and training know models."""
-    found = {target.split(".")[1] for target in graph()[name] if target.startswith("jaxmodels.")} - {"extras"}
+    found = {target.split(".")[1] for target in graph()[name] if target.startswith("jaxmodels.")} - {"process"}
     if inside(name, "jaxmodels.weights"):
         assert found <= {"weights"}
     elif inside(name, "jaxmodels.io"):

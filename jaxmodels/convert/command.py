@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmodels import programs
+from jaxmodels.process import programs
 
 PROGRAM = "python -m jaxmodels.convert"
 # Values of --model: the class, and the arguments that the name implies. For `synthesizer`, --config gives the kind.

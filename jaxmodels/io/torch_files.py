@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.process.extras import require
 from jaxmodels.weights.names import as_tensor
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmodels import programs
+from jaxmodels.process import programs
 
 PROGRAM = "python -m jaxmodels.neox.generate"
 EXAMPLES = """\
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     import numpy as np
 
     from jaxmodels.generate import check
-    from jaxmodels.stream import Stream, StreamedText
+    from jaxmodels.neox.stream import Stream, StreamedText
     from jaxmodels.text import TokenizerFile, find_tokenizer
 
     if "" in options.stop:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxmodels import programs
+from jaxmodels.process import programs
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
 from jaxmodels.training.checkpoints import open_model

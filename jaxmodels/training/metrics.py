@@ -15,8 +15,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.process.extras import require
 
 FILE = "metrics.jsonl"
 TENSORBOARD_EVERY = 10  # steps; each number takes 50 bytes

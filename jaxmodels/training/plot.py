@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmodels import programs
-from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.process import programs
+from jaxmodels.process.extras import require
 from jaxmodels.training import metrics
 
 PROGRAM = "python -m train.plot"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmodels import programs
+from jaxmodels.process import programs
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.experiment import continue_text
 from jaxmodels.training.run import open_run

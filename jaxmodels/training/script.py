@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import jax
 from rich.console import Console
 
-from jaxmodels import programs
-from jaxmodels.allocator import keep_freed_memory
-from jaxmodels.extras import require
+from jaxmodels.process import programs
+from jaxmodels.process.allocator import keep_freed_memory
+from jaxmodels.process.extras import require
 from jaxmodels.training.config import Config, Options
 from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.experiment import ConfigT, Experiment

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmodels import programs
 from jaxmodels.io.atomic import atomic_folder, check_target
+from jaxmodels.process import programs
 from jaxmodels.text import (
     ByteVocabulary,
     CharVocabulary,

@@ -4,7 +4,7 @@ import functools
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxmodels.stream import END_OF_TEXT
+from jaxmodels.neox.stream import END_OF_TEXT
 from jaxmodels.text import load_corpus
 
 

@@ -15,10 +15,10 @@ from jaxmodels.convert.neox.read import DIVISIBLE_BY, VOCABULARY_FILE
 from jaxmodels.convert.neox.shards import layer_file
 from jaxmodels.convert.neox.yaml import settings_of, yaml_text
 from jaxmodels.convert.source import Source, model_source
-from jaxmodels.extras import require
 from jaxmodels.io.atomic import atomic_folder, flush
 from jaxmodels.io.safetensors import Progress
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.process.extras import require
 from jaxmodels.weights.lazy import Cut, read
 from jaxmodels.weights.names import as_tensor
 from jaxmodels.weights.progress import progress_bar

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmodels import programs
-from jaxmodels.extras import require
+from jaxmodels.process import programs
+from jaxmodels.process.extras import require
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import load_corpus
 

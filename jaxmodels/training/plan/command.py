@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxmodels import programs
+from jaxmodels.process import programs
 from jaxmodels.sharding import make_mesh
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, Experiment, experiment_class

@@ -20,7 +20,7 @@ from jaxmodels.convert.neox import save_neox
 from jaxmodels.generate import generate
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.neox.generate import main, open_checkpoint
-from jaxmodels.stream import Stream
+from jaxmodels.neox.stream import Stream
 from tests.common import filled, language_model
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.extras import MissingExtra
-from jaxmodels.programs import run
+from jaxmodels.process.extras import MissingExtra
+from jaxmodels.process.programs import run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -83,7 +83,9 @@ def test_other_exceptions_pass(error):
 
 @pytest.mark.parametrize("command", ["print('x' * 10**6)", "print('x' * 100); sys.exit(0)"])
 def test_a_closed_pipe_ends_the_program_quietly(command):
-    program = f"import sys\nfrom jaxmodels.programs import run\nsys.exit(run(lambda: exec({command!r}), 'command'))"
+    program = (
+        f"import sys\nfrom jaxmodels.process.programs import run\nsys.exit(run(lambda: exec({command!r}), 'command'))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.extras import MissingExtra, available, require, running_command
+from jaxmodels.process.extras import MissingExtra, available, require, running_command
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = 'from jaxmodels.extras import require\nrequire("train", "json", "no_such_module", "no.such")\n'
+ROOT = Path(__file__).parents[3]
+PACKAGE = 'from jaxmodels.process.extras import require\nrequire("train", "json", "no_such_module", "no.such")\n'
 LINE = "needs no_such_module, no.such: pip install 'jaxmodels[train]'"
 
 

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import json, resource
 import numpy as np
-from jaxmodels.allocator import keep_freed_memory
+from jaxmodels.process.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

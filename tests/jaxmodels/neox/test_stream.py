@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxmodels.stream import END_OF_TEXT, StreamedText
+from jaxmodels.neox.stream import END_OF_TEXT, StreamedText
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
 

@@ -3,7 +3,7 @@
 A module that cannot work without an extra calls `require` before it imports the extra's packages, e.g. as the first
 statement of `train/__init__.py`:
 
-    from jaxmodels.extras import require
+    from jaxmodels.process.extras import require
 
     require("train", "grain", "optax", "orbax.checkpoint", "rich", "tyro")
 
