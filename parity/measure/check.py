@@ -2,10 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from flax import linen, nnx
 
@@ -21,7 +22,7 @@ from parity.locate.store import DEFAULT_LIMIT, check_limit
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence
 from parity.measure.optimizers import OPTIMIZERS, Training
-from parity.measure.reference import OwnErrors, Reference, limited, round_trip
+from parity.measure.reference import Reference, limited, round_trip
 from parity.report.report import Report
 from parity.report.results import Check
 from parity.report.stamp import environment
@@ -161,17 +162,17 @@ class Readings:
         yield from self.reference.agreement(result, "float32", own_errors)
         if self.comparison.float64:
             return
-        yield from self.decoding(ours, own_errors)
+        yield from self.decoding(ours, self.comparison.torch_side("float32").outputs(self.comparison.inputs))
         right, own, trained = (self.training.outcome(side) for side in (self.side, theirs, ours))
         for kind, tensors in right.items():
             yield limited(kind, "float32", limits.ratios(trained[kind], own[kind], tensors))
 
-    def decoding(self, ours: JaxSide, own_errors: OwnErrors | None = None) -> Iterator[Check]:
+    def decoding(self, ours: JaxSide, own_outputs: Mapping[str, np.ndarray] | None = None) -> Iterator[Check]:
         """Logits through the cache, for models that decode."""
         if not decodes(ours.module):
             return
         try:
-            yield self.reference.decoding(ours, own_errors)
+            yield self.reference.decoding(ours, own_outputs=own_outputs)
         except NotDecodable as reason:
             self.skipped["cached decoding"] = str(reason)
 

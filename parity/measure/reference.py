@@ -83,10 +83,22 @@ class Reference:
             raise ValueError(f"zero_gradients={list(zero)} must match a parameter: {', '.join(sorted(gradients))}")
         yield limited("zero gradients", "float64", {n: float(np.abs(g).max()) / scale for n, g in declared.items()})
 
-    def decoding(self, side: JaxSide, own_errors: OwnErrors | None = None) -> Check:
-        """Logits through the cache against PyTorch's full forward pass; raises NotDecodable."""
+    def decoding(
+        self, side: JaxSide, own_errors: OwnErrors | None = None, own_outputs: Mapping[str, np.ndarray] | None = None
+    ) -> Check:
+        """Logits through the cache against PyTorch's full forward pass; raises NotDecodable.
+
+        In a narrower dtype the unit is PyTorch's own error: that of own_outputs at the decoded positions, or a recorded
+        one, which is of all positions.
+        """
         first, logits = decoded(side.module, self.batch.inputs, side.dtype)
         (name, output), axis = next(iter(self.kinds["output"].items())), side.module.sequence_axis
-        errors = limits.errors({name: logits}, {name: output.take(range(first, output.shape[axis]), axis)})
-        values = errors if own_errors is None else limits.in_units_of(errors, own_errors["output"])
+        positions = range(first, output.shape[axis])
+        reference = {name: output.take(positions, axis)}
+        values = limits.errors({name: logits}, reference)
+        if own_outputs is not None:
+            own = limits.errors({name: own_outputs[name].take(positions, axis)}, reference)
+            values = limits.in_units_of(values, own)
+        elif own_errors is not None:
+            values = limits.in_units_of(values, own_errors["output"])
         return limited("cached decoding", side.dtype.name, values)
