@@ -10,7 +10,8 @@
     device, float64 JAX's device, and whether Flax runs in float64 there
     seed            of perturbations and random targets
 
-Every reading (`parity.measure`, `parity.golden`, `parity.mutation`) takes a Comparison and gets its sides from it.
+`Settings` lists the keyword arguments that resolve to these fields; `parity.check` documents them. Every reading
+(`parity.measure`, `parity.golden`, `parity.mutation`) takes a Comparison and gets its sides from it.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import dataclasses
 import functools
 import glob
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,19 @@ from parity.compare.weights import OwnWeights, TorchModule, Twins, Weights, weig
 
 if TYPE_CHECKING:
     from parity.compare.torch_side import TorchSide
+
+
+class Settings(TypedDict, total=False):
+    """Keyword arguments of `parity.check` that every reading takes; see there."""
+
+    labels: Any
+    names: Names | Weights | None
+    channels_last: Sequence[str]
+    zero_gradients: Sequence[str]
+    device: str | None
+    float64: bool | None
+    randomize: bool
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)

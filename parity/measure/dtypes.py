@@ -8,16 +8,15 @@ compared by their distributions too: KL(reference ‖ model), and the most likel
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from flax import linen, nnx
 
 from parity.compare import limits
-from parity.compare.comparison import Comparison, Sides
+from parity.compare.comparison import Comparison, Settings, Sides
 from parity.compare.loss import Batch, Kinds
-from parity.compare.names import Names
 from parity.locate.store import DEFAULT_LIMIT, check_limit
 from parity.locate.trace import trace
 from parity.locate.tree import Part
@@ -34,37 +33,22 @@ def sweep(
     flax_module: nnx.Module | linen.Module,
     inputs: Any,
     *,
-    labels: Any = None,
     dtypes: Sequence[str] = DTYPES,
     layers: bool = True,
-    names: Names | None = None,
-    channels_last: Sequence[str] = (),
-    device: str | None = None,
-    randomize: bool = True,
-    seed: int = 0,
     memory_limit: int = DEFAULT_LIMIT,
     progress: Callable[[str], None] = lambda dtype: None,
+    **settings: Unpack[Settings],
 ) -> Sweep:
     """Outputs and parameter gradients of both sides in every dtype, each against the float64 reference of that dtype.
 
     layers: also trace every sub-module in each dtype (on a CPU). With labels, a single output is read as logits over
-    the whole vocabulary. The other arguments are those of `parity.check`. Raises ValueError for a dtype that is not in
+    the whole vocabulary. The settings are those of `parity.check`. Raises ValueError for a dtype that is not in
     DTYPES and for a negative memory_limit.
     """
     check_limit(memory_limit)
     if set(dtypes) - set(DTYPES):
         raise ValueError(f"dtypes={list(dtypes)} must be among {', '.join(DTYPES)}")
-    comparison = Comparison.of(
-        torch_module,
-        flax_module,
-        inputs,
-        labels=labels,
-        names=names,
-        channels_last=channels_last,
-        device=device,
-        randomize=randomize,
-        seed=seed,
-    )
+    comparison = Comparison.of(torch_module, flax_module, inputs, **settings)
     return read_sweep(comparison, dtypes=dtypes, layers=layers, memory_limit=memory_limit, progress=progress)
 
 

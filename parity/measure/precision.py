@@ -1,18 +1,16 @@
 """Errors and run-to-run determinism of Flax at the device's default matmul precision."""
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from flax import linen, nnx
 
 from parity.compare import limits, torch_side
-from parity.compare.comparison import Comparison
+from parity.compare.comparison import Comparison, Settings
 from parity.compare.jax_side import default_precision
 from parity.compare.loss import Kinds
-from parity.compare.names import Names
 from parity.report.results import Check, Cost, FastPath
 from parity.report.stamp import environment
 
@@ -22,30 +20,15 @@ def fast_path(
     flax_module: nnx.Module | linen.Module,
     inputs: Any,
     *,
-    labels: Any = None,
-    names: Names | None = None,
-    channels_last: Sequence[str] = (),
-    device: str | None = None,
     matmul_precision: str | None = None,
-    randomize: bool = True,
-    seed: int = 0,
+    **settings: Unpack[Settings],
 ) -> FastPath:
     """Run the Flax module twice at the device's default matmul precision (TF32, bfloat16).
 
     matmul_precision: a precision of `jax.default_matmul_precision` to use instead. The checks compare the two runs: 0
-    if every bit is equal. The other arguments are those of `parity.check`.
+    if every bit is equal. The settings are those of `parity.check`.
     """
-    comparison = Comparison.of(
-        torch_module,
-        flax_module,
-        inputs,
-        labels=labels,
-        names=names,
-        channels_last=channels_last,
-        device=device,
-        randomize=randomize,
-        seed=seed,
-    )
+    comparison = Comparison.of(torch_module, flax_module, inputs, **settings)
     return read_fast_path(comparison, matmul_precision=matmul_precision)
 
 

@@ -5,15 +5,15 @@ these that exceeds its limit distinguishes a wrong backward pass from a wrong up
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 from flax import linen, nnx
 
 from parity.compare import limits
-from parity.compare.comparison import Comparison
-from parity.compare.names import Names, matches
+from parity.compare.comparison import Comparison, Settings
+from parity.compare.names import matches
 from parity.measure.optimizers import OPTIMIZERS, Optimizer, Training
 from parity.report.results import Reading, Trajectory
 from parity.report.stamp import environment
@@ -24,18 +24,12 @@ def trajectory(
     flax_module: nnx.Module | linen.Module,
     inputs: Any,
     *,
-    labels: Any = None,
     optimizer: str | Optimizer = "adam",
     learning_rate: float | Callable[[int], float] = 1e-3,
     steps: int = 100,
     precision: str = "float64",
-    names: Names | None = None,
-    channels_last: Sequence[str] = (),
-    zero_gradients: Sequence[str] = (),
-    device: str | None = None,
-    randomize: bool = True,
-    seed: int = 0,
     progress: Callable[[int], None] = lambda step: None,
+    **settings: Unpack[Settings],
 ) -> Trajectory:
     """Train both modules from the same weights on the same batches, and compare them after every step.
 
@@ -43,7 +37,7 @@ def trajectory(
     learning_rate may be a function of the step. precision 'float64' uses the limit of float64. 'float32' divides Flax's
     distance from PyTorch in float64 by that of PyTorch in float32, step by step: two runs that round differently drift
     apart, and PyTorch's own drift is the unit. It also shows differences between the libraries: optax computes Adam's
-    1 - β₂ᵗ in float32 (an error of 1.3e-5 at the first step), PyTorch in float64. The other arguments are
+    1 - β₂ᵗ in float32 (an error of 1.3e-5 at the first step), PyTorch in float64. The settings are
     those of `parity.check`. Raises ValueError for an optimizer, precision or number of steps out of range, and if no
     parameter is trained.
     """
@@ -53,18 +47,7 @@ def trajectory(
         raise ValueError(f"precision={precision!r} must be float64 or float32")
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-    comparison = Comparison.of(
-        torch_module,
-        flax_module,
-        inputs,
-        labels=labels,
-        names=names,
-        channels_last=channels_last,
-        zero_gradients=zero_gradients,
-        device=device,
-        randomize=randomize,
-        seed=seed,
-    )
+    comparison = Comparison.of(torch_module, flax_module, inputs, **settings)
     return read_trajectory(
         comparison,
         optimizer=optimizer,
