@@ -17,7 +17,7 @@ from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.text import CharVocabulary, load_corpus
 from jaxmodels.weights.names import as_numpy
 from parity.cases import Pair, case
-from parity.compare.torch_side import randomized
+from parity.compare.randomize import randomized
 from torch_ref.rope import rotary_tables
 
 

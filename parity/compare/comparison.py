@@ -106,7 +106,7 @@ class Comparison:
         if torch_module is not None and randomize:
             import torch
 
-            from parity.compare.torch_side import randomized
+            from parity.compare.randomize import randomized
 
             if not isinstance(torch_module, torch.nn.Module):
                 raise ValueError(f"torch_module={type(torch_module).__name__} must be a torch.nn.Module")
