@@ -40,7 +40,8 @@ class Report:
     """Outcome of one `check`, or of several functions on one pair (`Report.of`).
 
     divergence: the first sub-module that differs. skipped: checks that do not apply to the pair, with the reason.
-    error: the exception that prevented further checks.
+    error: the exception that prevented further checks. notes: what a reader of the numbers must know, a sentence each:
+    what was widened, what was not compared, what is float32 inside.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Report:
     costs: tuple[Cost, ...] = ()
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     error: Raised | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, name: str, *results: Result, error: Exception | None = None) -> "Report":
@@ -85,6 +87,7 @@ class Report:
             costs=tuple(cost for part in parts for cost in part.costs),
             skipped={kind: why for part in parts for kind, why in part.skipped.items()},
             error=Raised.of(error) if error else next((part.error for part in parts if part.error), None),
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         )
 
     @classmethod
@@ -123,6 +126,7 @@ class Report:
         lines += [f"  {check}" for check in self.checks]
         if self.divergence:
             lines.append(f"  {self.divergence}")
+        lines += [f"  note   {note}" for note in self.notes]
         lines += [f"  –      {kind}: {why}" for kind, why in self.skipped.items()]
         lines += [f"  {cost}" for cost in self.costs]
         lines += [f"  {self.error}"] if self.error else []
@@ -153,5 +157,6 @@ class Report:
             "trajectories": [trajectory.to_json() for trajectory in self.trajectories],
             "costs": [plain(dataclasses.asdict(cost)) for cost in self.costs],
             "skipped": self.skipped,
+            "notes": list(self.notes),
             "error": dataclasses.asdict(self.error) if self.error else None,
         }
