@@ -198,7 +198,8 @@ def compare(options: argparse.Namespace, console: "Console") -> list["Report"]:
 
     from parity.cases import load_cases, select
     from parity.cases.suite import examine
-    from parity.report.terminal import print_failure, progress_bar
+    from parity.report.progress import StatusLine, each
+    from parity.report.terminal import print_failure
 
     names, selection = select(options.names), selection_of(options)
     workers = options.workers or default_workers(len(names), options.device or jax.default_backend())
@@ -206,10 +207,12 @@ def compare(options: argparse.Namespace, console: "Console") -> list["Report"]:
     prepare = functools.partial(prepare_jax, options.device, eight=selection.invariances)
     remote = examine_in_processes(names, selection, **common, workers=workers, prepare=prepare)
     cases, reports = load_cases(), []
-    for name, stage in progress_bar(names, console):
-        report = next(remote) if workers > 1 else examine(cases[name][0], name, selection, **common, progress=stage)
-        print_failure(report, console)
-        reports.append(report)
+    with StatusLine() as line:
+        for name, stage in each(names, line):
+            report = next(remote) if workers > 1 else examine(cases[name][0], name, selection, **common, progress=stage)
+            line.clear()
+            print_failure(report, console)
+            reports.append(report)
     return reports
 
 
@@ -222,7 +225,7 @@ def record_all(options: argparse.Namespace, console: "Console") -> int:
     from parity.cases.golden import GOLDEN
     from parity.cases.suite import pair_of
     from parity.golden.record import description, record
-    from parity.report.terminal import progress_bar
+    from parity.report.progress import StatusLine, each
 
     if not options.record.is_dir():
         raise ValueError(f"--record {options.record}: this folder does not exist")
@@ -232,20 +235,22 @@ def record_all(options: argparse.Namespace, console: "Console") -> int:
     for name in options.names:
         known = GOLDEN if matching(name, GOLDEN) else cases
         makes |= {one: known[one] for one in matching(name, known)}
-    for name, _ in progress_bar(list(makes), console):
-        pair = pair_of(makes[name], options.seed)
-        if description(pair.flax) is None:
-            reason = f"{type(pair.flax).__name__} is not a registered language model"
-            console.print(f"{name}: skipped, {reason}", markup=False, highlight=False)
-            continue
-        record(
-            *(pair.torch, pair.inputs, options.record / name),
-            flax_module=pair.flax,
-            labels=pair.labels,
-            zero_gradients=pair.zero_gradients,
-            seed=options.seed,
-            name=name,
-        )
+    with StatusLine() as line:
+        for name, _ in each(list(makes), line):
+            pair = pair_of(makes[name], options.seed)
+            if description(pair.flax) is None:
+                reason = f"{type(pair.flax).__name__} is not a registered language model"
+                line.clear()
+                console.print(f"{name}: skipped, {reason}", markup=False, highlight=False)
+                continue
+            record(
+                *(pair.torch, pair.inputs, options.record / name),
+                flax_module=pair.flax,
+                labels=pair.labels,
+                zero_gradients=pair.zero_gradients,
+                seed=options.seed,
+                name=name,
+            )
     console.print(f"{len(list(options.record.glob('*.json')))} fixtures in {options.record}", highlight=False)
     return 0
 
@@ -255,15 +260,18 @@ def replay_all(options: argparse.Namespace, console: "Console") -> list["Report"
     from parity.cases import select
     from parity.golden.fixture import SHIPPED, stems
     from parity.golden.replay import replay
+    from parity.report.progress import StatusLine, each
     from parity.report.report import Report
-    from parity.report.terminal import print_failure, progress_bar
+    from parity.report.terminal import print_failure
 
     folder = SHIPPED if options.replay is True else options.replay
     found = {file.stem: file for file in stems(folder)}
     replayed = functools.partial(replay, None, device=options.device)
     reports = []
-    for name, _ in progress_bar(select(options.names, found, "fixture"), console):
-        report = Report.gathered(name, map(replayed, [found[name]]))
-        print_failure(report, console)
-        reports.append(report)
+    with StatusLine() as line:
+        for name, _ in each(select(options.names, found, "fixture"), line):
+            report = Report.gathered(name, map(replayed, [found[name]]))
+            line.clear()
+            print_failure(report, console)
+            reports.append(report)
     return reports

@@ -10,12 +10,18 @@
     def test_port(parity_check):  # parity_sweep, parity_trajectory, parity_invariances
         parity_check(TorchMLP(), FlaxMLP(rngs=nnx.Rngs(0)), {"x": x})
 
-A failing test shows the report with the first divergence. `--parity-report FILE.html`, `--parity-json FILE` and
-`--parity-junit FILE` write the reports of all tests; `--parity-device` is the device for Flax.
+A failing test shows the first divergence and the failed readings; with -v the whole report, with --full-trace the
+traceback instead. With -v in a terminal the current stage of a test is shown behind its name.
+`--parity-report FILE.html`, `--parity-json FILE` and `--parity-junit FILE` write the reports of all tests;
+`--parity-device` is the device for Flax.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+import shutil
+import sys
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +37,7 @@ MARKERS = {  # marker: the function of parity that takes the test's return value
     "parity_trajectory": "trajectory",
     "parity_invariances": "invariances",
 }
+FIXTURES = {f"parity_{function}" for function in MARKERS.values()}
 FILES = {"report": "one self-contained HTML page", "json": "JSON", "junit": "JUnit XML"}
 
 
@@ -63,6 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a marked test and call the function of each of its markers with its return value."""
+    __tracebackhide__ = True
     markers = {name: marker for name in MARKERS if (marker := pyfuncitem.get_closest_marker(name)) is not None}
     if not markers:
         return None
@@ -82,6 +90,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 def values_for(marker: str, returned: Any) -> tuple[Any, ...]:
     """Positional arguments of a marker's function. Raises ValueError for any other return value of the test."""
+    __tracebackhide__ = True
     n = len(returned) if isinstance(returned, tuple | list) else 0
     if marker == "parity_invariances" and n in (2, 3):
         return tuple(returned[-2:])
@@ -93,12 +102,32 @@ def values_for(marker: str, returned: Any) -> tuple[Any, ...]:
 
 def call(item: pytest.Item, function: str, *values: Any, **arguments: Any) -> Any:
     """Call a function of parity, by default on the device of --parity-device; a check has the test's name."""
+    __tracebackhide__ = True
     import parity
 
     arguments.setdefault("device", item.config.getoption("--parity-device"))
     if function == "check":
         arguments.setdefault("name", item.name)
-    return getattr(parity, function)(*values, **arguments)
+    called = getattr(parity, function)
+    if "progress" in inspect.signature(called).parameters:
+        arguments.setdefault("progress", functools.partial(show_stage, item, function))
+    try:
+        return called(*values, **arguments)
+    finally:
+        show_stage(item)
+
+
+def show_stage(item: pytest.Item, function: str = "", stage: object = "") -> None:
+    """Show what is running behind the test's name, with -v in a terminal; nothing: erase it."""
+    reporter = item.config.pluginmanager.getplugin("terminalreporter")
+    if item.config.get_verbosity() < 1 or not getattr(reporter, "isatty", False):
+        return
+    room = shutil.get_terminal_size().columns - len(item.nodeid) - 2
+    shown = f"{function} {stage}".strip()[: max(room, 0)]
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():  # save the cursor's place, write, erase to the end of the line, go back
+        sys.stdout.write(f"\x1b7{shown}\x1b[K\x1b8")
+        sys.stdout.flush()
 
 
 def run_and_report(item: pytest.Item, calls: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -106,6 +135,7 @@ def run_and_report(item: pytest.Item, calls: Sequence[Callable[[], Any]]) -> lis
 
     Raises AssertionError if a check exceeds its limit.
     """
+    __tracebackhide__ = True
     import parity
 
     reports, results = item.config.stash[REPORTS], []
@@ -129,6 +159,7 @@ def fixture_of(function: str) -> Any:
         """Call the function; fail the test if a limit is exceeded, and add the result to the session's report."""
 
         def wrapped(*values: Any, **arguments: Any) -> Any:
+            __tracebackhide__ = True
             one = functools.partial(call, request.node, function, *values, **arguments)
             (result,) = run_and_report(request.node, [one])
             return result
@@ -139,6 +170,77 @@ def fixture_of(function: str) -> Any:
 
 
 parity_check, parity_sweep, parity_trajectory, parity_invariances = map(fixture_of, MARKERS.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Crash:
+    """Where a test failed, and its last line in pytest's summary; see `Failure`."""
+
+    path: str
+    lineno: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.lineno}: {self.message}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """What pytest prints for a test whose pair differs, in place of a traceback: the report's text."""
+
+    text: str
+    reprcrash: Crash
+
+    def toterminal(self, writer: Any) -> None:
+        for i, line in enumerate(self.text.splitlines()):
+            writer.line(line, red=i == 0 or line.startswith("  FAILED"), bold=i == 0)
+        writer.line(f"{self.reprcrash.path}:{self.reprcrash.lineno}")
+
+    def __str__(self) -> str:
+        return f"{self.text}\n{self.reprcrash.path}:{self.reprcrash.lineno}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show a pair that differs as its report, and refused arguments as their message, without the frames inside."""
+    result = yield
+    if call.excinfo is not None and result.failed and not item.config.getoption("fulltrace"):
+        error = call.excinfo.value
+        module = sys.modules.get("parity.report.report")  # it has been imported if its exception was raised
+        if module is not None and isinstance(error, module.Differs):
+            result.longrepr = failure(item, call.excinfo, error.report)  # type: ignore[assignment]
+        elif isinstance(error, ValueError) and refused(item, call.excinfo):
+            message = f"{type(error).__name__}: {error}"
+            result.longrepr = Failure(message, crash(item, call.excinfo, message))  # type: ignore[assignment]
+    return result
+
+
+def refused(item: pytest.Item, raised: pytest.ExceptionInfo[BaseException]) -> bool:
+    """True if the exception was raised by this package, not by a model, in a test that uses the plugin."""
+    used = [name for name in MARKERS if item.get_closest_marker(name)]
+    used += [name for name in getattr(item, "fixturenames", ()) if name in FIXTURES]
+    return bool(used) and Path(__file__).parent in Path(str(raised.traceback[-1].path)).parents
+
+
+def crash(item: pytest.Item, raised: pytest.ExceptionInfo[BaseException], message: str) -> Crash:
+    """The test's line that failed; of a test that had returned, its first line."""
+    path, line, _ = item.location
+    own = [entry.lineno for entry in raised.traceback if Path(str(entry.path)) == item.path]
+    return Crash(path, (own[-1] if own else line or 0) + 1, message.partition("\n")[0])
+
+
+def failure(item: pytest.Item, raised: pytest.ExceptionInfo[BaseException], report: "Report") -> Failure:
+    """The failure of a test: what differs; with -v the whole report and the tree of sub-modules."""
+    from parity.report.text import short, text, visible
+
+    shown = short(report)
+    if item.config.get_verbosity() > 0:
+        tree = report.divergence.tree() if report.divergence else ""
+        shown = f"{text(report)}\n{visible(tree, keep=chr(10))}".rstrip()
+    message = visible(f"{report.name}: {report.divergence or report.verdict}")
+    return Failure(shown, crash(item, raised, message))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

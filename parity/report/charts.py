@@ -2,31 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 
 import ml_dtypes
 
 from parity.locate.tree import DECADES, Errors, Part
 from parity.report.results import Row, Trajectory
+from parity.report.style import SERIES
+from parity.report.text import escape
 
-STYLE = """
-.heat td { text-align: center; font-size: .85em; padding: .15rem .5rem; color: #111; }
-.heat td:first-child { text-align: left; color: inherit; font-family: ui-monospace, monospace; }
-.heat { width: auto !important; }
-.key { display: inline-flex; align-items: center; gap: .4rem; font-size: .85em; }
-.key i { display: inline-block; width: 160px; height: .7em; border-radius: 3px; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem; margin: .5rem 0 1rem 1.5rem; }
-figure { margin: 0; } figcaption { font-size: .85em; opacity: .8; }
-svg { overflow: visible; } svg text { font-size: 9px; fill: currentColor; opacity: .7; }
-.tree { margin: .3rem 0 .6rem 1.5rem; } .tree .tree { margin: 0 0 0 1.2rem; }
-.tree details { border: 0; } .tree summary { display: list-item; padding: .1rem; }
-.tree p { margin: .1rem 0 .1rem 1.2rem; } .tree details p { font-size: .9em; }
-.tree .tree > p { font-size: 1em; margin-left: 1rem; }
-.tree code { font-size: .95em; } .tag { font-size: .8em; padding: 0 .4em; border-radius: 3px; background: #8883; }
-.tag.culprit { background: var(--bad); color: #fff; } .tag.victim, .tag.encloses { background: #bf8700aa; }
-"""
 SCALE = 4.0  # the color scale ends at 10^SCALE rounding errors
-COLORS = ["#2a78d6", "#eb6834", "#1baf7a", "#b88600", "#4a3aa7", "#e34948"]
+DASHES = ("none", "7 3", "2 2", "9 2 2 2", "5 5", "1 3")  # lines that lie on each other stay visible
+VERDICTS = {  # of a sub-module: how it is shown, and its meaning
+    "culprit": ("culprit", "differs even when it is given PyTorch's inputs, and nothing inside it does"),
+    "encloses": ("encloses", "differs when given PyTorch's inputs, because a sub-module inside it does"),
+    "victim": ("victim", "agrees when given PyTorch's inputs; in the run of the whole model it received wrong ones"),
+    "agrees": ("agrees", "within its limit"),
+    "unmatched": ("not compared", "never called as a module, or without a counterpart of the same layout"),
+}
 
 
 def epsilon(dtype: str) -> float:
@@ -47,18 +39,25 @@ def heat_map(rows: Sequence[Row]) -> str:
     if not trees:
         return ""
     paths = list(dict.fromkeys(path for tree in trees.values() for path in tree))
+    shown = [path for path in paths if any(path in tree and tree[path].propagated for tree in trees.values())]
     ramp = ", ".join(f"hsl({140 - 35 * i} 60% 68%)" for i in range(5))
-    cells = {path: "".join(heat_cell(tree.get(path), dtype) for dtype, tree in trees.items()) for path in paths}
-    body = "".join(f"<tr><td>{indented(path)}</td>{cells[path]}</tr>" for path in paths)
-    return f"""<p class="key">1 rounding error of the dtype <i style="background: linear-gradient(90deg, {ramp})"></i>
-10,000 · error of each sub-module's outputs in the run of the whole model, relative to their largest magnitude</p>
-<table class="heat"><tr><th>sub-module</th>{"".join(f"<th>{dtype}</th>" for dtype in trees)}</tr>{body}</table>"""
+    cells = {path: "".join(heat_cell(tree.get(path), dtype) for dtype, tree in trees.items()) for path in shown}
+    body = "".join(f'<tr><th scope="row">{path_of(path)}</th>{cells[path]}</tr>' for path in shown)
+    heads = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in ("sub-module", *trees))
+    omitted = f" {len(paths) - len(shown)} without comparable outputs are left out." if len(shown) < len(paths) else ""
+    return f"""<p>Error of each sub-module's outputs in the run of the whole model, relative to their largest
+magnitude.{omitted}</p>
+<p class="key">1 rounding error of the dtype <i style="background: linear-gradient(90deg, {ramp})"></i> 10,000</p>
+<div class="scroll" role="region" aria-label="Error by sub-module and dtype" tabindex="0"><table class="heat">
+<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"""
 
 
-def indented(path: str) -> str:
-    """Last name of a path, indented by its depth."""
-    depth = path.count(".") + 1 if path else 0
-    return "&nbsp;" * 3 * depth + escape(path.rpartition(".")[2] or "the model")
+def path_of(path: str, parent: str = "") -> str:
+    """Full path of a sub-module, its part below the parent emphasized."""
+    if not path:
+        return "<code><b>the model</b></code>"
+    above = f"{parent}." if parent and path.startswith(f"{parent}.") else path[: path.rfind(".") + 1]
+    return f'<code><span class="dim">{escape(above)}</span><b>{escape(path[len(above) :])}</b></code>'
 
 
 def heat_cell(part: Part | None, dtype: str) -> str:
@@ -67,7 +66,7 @@ def heat_cell(part: Part | None, dtype: str) -> str:
     alone = f"; alone {part.isolated.error:.1e}" if part.isolated else ""
     title = escape(f"{part.path or 'the model'}: {part.propagated}{alone}")
     error = part.propagated.error
-    return f'<td style="background: {color(error, dtype)}" title="{title}">{error:.0e}</td>'
+    return f'<td class="value" style="background: {color(error, dtype)}" title="{title}">{error:.0e}</td>'
 
 
 def histograms(rows: Sequence[Row]) -> str:
@@ -84,71 +83,95 @@ def histogram(caption: str, errors: Errors) -> str:
     for i, n in enumerate(counts):
         tall, title = height * n / tallest, f"<title>1e{low + i} to 1e{low + i + 1}: {n}</title>"
         position = f'x="{i * width}" y="{height - tall:.1f}" width="{width - 2}" height="{tall:.1f}"'
-        bars += f'<rect {position} fill="{COLORS[0]}">{title}</rect>'
+        bars += f'<rect class="bars" {position}>{title}</rect>'
     positions = ((decade, (decade - low) * width) for decade in range(low, high + 1, 4))
-    ticks = "".join(f'<text x="{x}" y="{height + 11}" text-anchor="middle">1e{d}</text>' for d, x in positions)
+    ticks = "".join(f'<text x="{x}" y="{height + 12}" text-anchor="middle">1e{d}</text>' for d, x in positions)
     equal = errors.size - sum(counts)
-    axis = f'<line x1="0" x2="{width * len(counts)}" y1="{height}" y2="{height}" stroke="currentColor" opacity=".4"/>'
-    return f"""<figure><svg width="{width * len(counts)}" height="{height + 16}" role="img">{bars}{axis}{ticks}</svg>
-<figcaption>{escape(caption)}: {errors.size:,} outputs, {equal:,} of them bit-identical</figcaption></figure>"""
+    axis = f'<line class="axis" x1="0" x2="{width * len(counts)}" y1="{height}" y2="{height}"/>'
+    text = f"{caption}: {errors.size:,} outputs, {equal:,} of them bit-identical"
+    box = f"-14 0 {width * len(counts) + 28} {height + 16}"
+    return figure(f"Errors of the outputs in {caption}", box, bars + axis + ticks, escape(text))
+
+
+def figure(label: str, box: str, drawing: str, caption: str) -> str:
+    """Figure of a drawing with a viewBox at its own size, at most as wide as the page; caption: HTML."""
+    _, _, width, height = box.split()
+    size = f'viewBox="{box}" width="{width}" height="{height}" role="img" aria-label="{escape(label)}"'
+    return f"<figure><svg {size}>{drawing}</svg><figcaption>{caption}</figcaption></figure>"
 
 
 def curves(trajectory: Trajectory) -> str:
     """Errors after each step, one line per kind; the caption has the loss."""
     kinds = {kind: [max(r.value, 1e-18) for r in readings] for kind, readings in trajectory.by_kind().items()}
     limit = trajectory.readings[0].limit
-    finite = [value for values in kinds.values() for value in values if math.isfinite(value)] + [limit]
-    low, high = math.floor(math.log10(min(finite))), math.ceil(math.log10(max(finite)))
-    width, height, steps = 320, 120, max(map(len, kinds.values()))
+    finite = [value for values in kinds.values() for value in values if math.isfinite(value)]
+    finite += [limit] if math.isfinite(limit) else []
+    low, high = math.floor(math.log10(min(finite, default=1.0))), math.ceil(math.log10(max(finite, default=1.0)))
+    width, height, steps = 300, 120, max(map(len, kinds.values()))
 
     def y(value: float) -> float:
         value = min(max(value, 10.0**low), 10.0**high) if math.isfinite(value) else 10.0**high
         return height * (high - math.log10(value)) / max(high - low, 1)
 
-    def line(values: Sequence[float], hue: str) -> str:
-        points = " ".join(f"{width * i / max(steps - 1, 1):.1f},{y(v):.1f}" for i, v in enumerate(values))
-        return f'<polyline points="{points}" fill="none" stroke="{hue}" stroke-width="1.5"/>'
-
-    lines = "".join(line(values, hue) for values, hue in zip(kinds.values(), COLORS, strict=False))
-    level = f'y1="{y(limit):.1f}" y2="{y(limit):.1f}"'
-    dashed = f'<line x1="0" x2="{width}" {level} stroke="currentColor" stroke-dasharray="4 3"/>'
-    names = "".join(
-        f'<text x="{width + 6}" y="{12 + 12 * i}" style="fill: {hue}; opacity: 1">{escape(kind)}</text>'
-        for i, (kind, hue) in enumerate(zip(kinds, COLORS, strict=False))
-    )
-    scale = "".join(
-        f'<text x="-6" y="{y(10.0**d) + 3:.1f}" text-anchor="end">1e{d}</text>' for d in sorted({low, high})
-    )
+    drawing, names = "", ""
+    for i, (kind, values) in enumerate(kinds.items()):
+        points = " ".join(f"{width * s / max(steps - 1, 1):.1f},{y(value):.1f}" for s, value in enumerate(values))
+        mark = f'class="series-{i % SERIES + 1}" stroke-width="1.8" stroke-dasharray="{DASHES[i % len(DASHES)]}"'
+        drawing += f'<polyline points="{points}" {mark}/>'
+        swatch = f'<svg width="28" height="10" aria-hidden="true"><line x2="28" y1="5" y2="5" {mark}/></svg>'
+        names += f'<span class="unit">{swatch}{escape(kind)}</span> '
+    drawing += f'<line class="axis" x2="{width}" y1="{height}" y2="{height}"/>'
+    if math.isfinite(limit):
+        drawing += f'<line class="axis" stroke-dasharray="4 3" x2="{width}" y1="{y(limit):.1f}" y2="{y(limit):.1f}"/>'
+        drawing += f'<text x="{width + 4}" y="{y(limit) + 3:.1f}">limit</text>'
+    for decade in sorted({low, high}):
+        drawing += f'<text x="-4" y="{y(10.0**decade) + 3:.1f}" text-anchor="end">1e{decade}</text>'
+    drawing += f'<text x="0" y="{height + 12}">step 0</text>'
+    drawing += f'<text x="{width}" y="{height + 12}" text-anchor="end">{steps - 1}</text>'
     at = trajectory.parted
     difference = "no step differs" if at is None else f"first difference at step {at.step}: {at.where}"
     first, last = trajectory.losses["torch"][0], trajectory.losses["torch"][-1]
-    scale += f'<text x="0" y="{height + 11}">step 0</text>'
-    scale += f'<text x="{width}" y="{height + 11}" text-anchor="end">{steps - 1}</text>'
     run = f"{trajectory.optimizer}, {trajectory.precision}"
-    caption = f"{run}: loss {first:.4g} → {last:.4g}; {difference} (dashed: limit)"
-    drawing = f'<svg width="{width + 130}" height="{height + 14}" role="img">{dashed}{lines}{names}{scale}</svg>'
-    return f'<figure style="margin-left: 30px">{drawing}<figcaption>{escape(caption)}</figcaption></figure>'
+    caption = f"{run}: loss {first:.4g} → {last:.4g}; {difference}"
+    caption = f'<span class="key">{names}</span>{escape(caption)}'
+    return figure(f"Differences after each step: {run}", f"-30 -6 {width + 58} {height + 22}", drawing, caption)
 
 
-def tree(part: Part, depth: int = 0) -> str:
-    """A sub-module and its children as nested <details>, open down to every culprit."""
-    has_culprit = any(inner.verdict == "culprit" for inner in part.walk())
-    name = escape(part.path.rpartition(".")[2] or "the model")
-    kinds = escape(" / ".join(kind for kind in (part.torch_type, part.flax_type) if kind))
+def verdict_tag(verdict: str) -> str:
+    """The verdict on a sub-module, highlighted if something is wrong."""
+    shown, _ = VERDICTS.get(verdict, (verdict, ""))
+    return f'<span class="tag {escape(verdict)}">{escape(shown)}</span>'
+
+
+def verdict_legend() -> str:
+    """What the verdicts of a tree mean."""
+    lines = "".join(f"<dt>{verdict_tag(verdict)}</dt><dd>{meaning}</dd>" for verdict, (_, meaning) in VERDICTS.items())
+    return f'<dl class="legend">{lines}</dl>'
+
+
+def tree(part: Part) -> str:
+    """A sub-module and its children as nested lists, open down to every culprit; the first shows all its errors."""
+    return f'<ul class="tree">{branch(part, next(iter(part.culprits()), None))}</ul>'
+
+
+def branch(part: Part, first: Part | None, parent: str = "") -> str:
+    kinds = escape(" / ".join(dict.fromkeys(kind for kind in (part.torch_type, part.flax_type) if kind)))
+    renamed = f' <span class="dim">→ {escape(part.flax_path)}</span>' if part.flax_path not in ("", part.path) else ""
     values = " · ".join(
         f"{label} {errors.error:.1e}"
         for label, errors in (("in the run", part.propagated), ("alone", part.isolated))
         if errors is not None
     )
-    verdict = f'<span class="tag {part.verdict}">{part.verdict}</span>'
-    line = f'<code>{name}</code> <span class="dim">{kinds}</span> {verdict} {values}'
-    hint = f"<p>{escape(part.hint)}</p>" if part.hint else ""
-    numbers = all_errors(part) if part.verdict in ("culprit", "victim", "encloses") else ""
-    inside = "".join(tree(child, depth + 1) for child in part.children)
-    if not (inside or numbers or hint):
-        return f'<div class="tree"><p>{line}</p></div>'
-    opened = " open" if has_culprit else ""
-    return f'<div class="tree"><details{opened}><summary>{line}</summary>{hint}{numbers}{inside}</details></div>'
+    hint = f' <span class="bad hint">{escape(part.hint)}</span>' if part.hint else ""
+    line = f'<span>{path_of(part.path, parent)}{renamed}</span> <span class="dim">{kinds}</span>'
+    line += f" {verdict_tag(part.verdict)} <span>{values}</span>{hint}"
+    numbers = all_errors(part) if part.verdict in ("culprit", "victim") else ""
+    inside = "".join(branch(child, first, part.path) for child in part.children)
+    if not (inside or numbers):
+        return f'<li><div class="leaf">{line}</div></li>'
+    opened = " open" if part is first or any(p.verdict == "culprit" for c in part.children for p in c.walk()) else ""
+    inside = f"<ul>{inside}</ul>" if inside else ""
+    return f"<li><details{opened}><summary>{line}</summary>{numbers}{inside}</details></li>"
 
 
 def all_errors(part: Part) -> str:

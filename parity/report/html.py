@@ -1,112 +1,178 @@
-"""Reports as one self-contained HTML page."""
+"""Reports as one self-contained HTML page, and one report as the body of such a page, for notebooks."""
 
 import math
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 
 from parity.report import charts
 from parity.report.columns import Column, cell, legend, tables, unit_of
-from parity.report.report import Report
+from parity.report.outcome import Outcome
 from parity.report.results import Check
 from parity.report.stamp import joined
+from parity.report.style import STYLE
+from parity.report.text import escape
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h3 { font-size: 1rem; margin: 1rem 0 .3rem 1.5rem; }
-pre { margin: 0 0 1rem 1.5rem; font-size: .85em; overflow-x: auto; } details > p, details > ul { margin-left: 1.5rem; }
-p { margin: .3rem 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; }
-details { border-bottom: 1px solid var(--line); }
-summary { padding: .4rem .2rem; cursor: pointer; display: flex; gap: 1rem; }
-summary .name { flex: 1; font-weight: 600; }
-details table { margin: 0 0 1rem 1.5rem; width: calc(100% - 1.5rem); font-size: .92em; }
-.good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; } .dim { opacity: .65; }
-.bar { display: inline-block; width: 120px; height: .6em; background: #8883; border-radius: 3px; overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--good); } .bar i.over { background: var(--bad); }
-.summary { overflow-x: auto; margin-bottom: 1rem; } .summary th { vertical-align: bottom; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dt { opacity: .65; } dd { margin: 0; }
+LINES = "\n"
+BAR = "The bar shows the share of the limit that is used. A reading without a limit is only reported."
+
+
+def page(reports: Sequence[Outcome]) -> str:
+    """HTML page of the reports, without references to other files or addresses. A report that is alone is expanded."""
+    title = headline(reports)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<style>{STYLE}</style></head><body class="parity"><main>
+{body(reports)}</main></body></html>
 """
 
-BAR = "The bar shows the share of the limit that is used; a check without a limit is only reported."
-HEADINGS = "".join(f"<th>{heading}</th>" for heading in ("check", "precision", "worst", "limit", "of limit", "where"))
+
+def fragment(report: Outcome) -> str:
+    """HTML element of one report: the body of its page, with styles that apply inside it only."""
+    return f'<div class="parity"><style>{STYLE}</style><main>\n{body([report])}</main></div>\n'
 
 
-def page(reports: Sequence[Report]) -> str:
-    """HTML text without references to other files or addresses."""
-    passed = sum(report.passed for report in reports)
-    verdict = "good" if passed == len(reports) else "bad"
+def headline(reports: Sequence[Outcome]) -> str:
+    """Verdict on all reports."""
+    if len(reports) == 1:
+        return f"{reports[0].name}: {reports[0].verdict}"
+    return f"Parity: {sum(report.passed for report in reports)} of {len(reports)} cases agree"
+
+
+def body(reports: Sequence[Outcome]) -> str:
+    """Headings, tables and sections of the reports."""
+    verdict = "good" if all(report.passed for report in reports) else "bad"
+    if len(reports) == 1:
+        claim = f'{escape(reports[0].name)}: <span class="{verdict}">{reports[0].verdict}</span>'
+    else:
+        passed = sum(report.passed for report in reports)
+        claim = f'Flax against PyTorch: <span class="{verdict}">{passed} of {len(reports)} cases agree</span>'
+    run = joined(report.environment for report in reports)
     checks = [report.checks for report in reports]
     summaries = "".join(summary(reports, heading, columns) for heading, columns in tables(checks) if columns)
-    run = joined(report.environment for report in reports)
     stamp = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in run.items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Parity: {passed} of {len(reports)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{charts.STYLE}</style></head><body>
-<h1>Flax against PyTorch: <span class="{verdict}">{passed} of {len(reports)} cases agree</span></h1>
-{summaries}<p class="dim">{escape(legend(checks))} {BAR}</p>
-{"".join(map(section, reports))}
-<h2>Run</h2><dl>{stamp}</dl>
-</body></html>
+    return f"""<h1>{claim}</h1>
+<p class="dim">{made_with(run, reports)}</p>
+{summaries if len(reports) > 1 else ""}{"".join(section(report, alone=len(reports) == 1) for report in reports)}
+<p class="dim">{escape(legend(checks))} {BAR}</p>
+<h2>Run</h2>
+<dl class="run">{stamp}</dl>
 """
 
 
-def summary(reports: Sequence[Report], heading: str, columns: Sequence[Column]) -> str:
+def made_with(run: dict[str, str], reports: Sequence[Outcome]) -> str:
+    """Date, versions and time on one line."""
+    versions = [f"{name} {run[name]}" for name in ("torch", "jax", "flax") if name in run]
+    seconds = f"{sum(report.seconds for report in reports):.1f} s"
+    parts = [*([run["date"]] if "date" in run else []), *versions, seconds]
+    return " · ".join(f'<span class="unit">{escape(part)}</span>' for part in parts)
+
+
+def table(kind: str, label: str, head: Iterable[str], rows: Iterable[str]) -> str:
+    """Table in a container of its own that scrolls, also by keyboard."""
+    return (
+        f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0"><table class="{kind}">'
+        f"<thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>\n"
+    )
+
+
+def summary(reports: Sequence[Outcome], heading: str, columns: Sequence[Column]) -> str:
     """Table of all reports, one row each."""
-    headings = "".join(f"<th>{column.precision or ''}<br>{escape(column.heading)}</th>" for column in columns)
-    rows = "".join(
-        f"<tr><td>{escape(report.name)}</td>{''.join(summary_cell(report, column) for column in columns)}</tr>"
+    titles = ["<br>".join(map(escape, dict.fromkeys([column.precision or "", column.heading]))) for column in columns]
+    head = [f'<th scope="col">{title}</th>' for title in (escape(heading), *titles)]
+    rows = (
+        f'<tr><th scope="row">{escape(report.name)}</th>{"".join(summary_cell(report, c) for c in columns)}</tr>'
         for report in reports
     )
-    return f"""<div class="summary"><table><tr><th>{escape(heading)}</th>{headings}</tr>{rows}</table></div>
-"""
+    return table("summary", f"Readings by {heading}", head, rows)
 
 
-def summary_cell(report: Report, column: Column) -> str:
+def summary_cell(report: Outcome, column: Column) -> str:
     found = cell(column, report.checks)
     if found is None:
         return '<td class="dim">–</td>'
-    return f'<td class="{"" if found.passed else "bad"}">{escape(found.text)}</td>'
+    kind = "" if found.passed else ' class="bad"'
+    return f"<td{kind}>{escape(found.text)}</td>"
 
 
-def section(report: Report) -> str:
-    """One report as a collapsible section with its checks and charts; expanded if it failed."""
-    verdict = f'<span class="{"good" if report.passed else "bad"}">{report.verdict.lower()}</span>'
-    rows = "".join(map(row, report.checks))
-    skipped = "".join(f'<p class="dim">– {escape(kind)}: {escape(why)}</p>' for kind, why in report.skipped.items())
-    error = f"<pre>{escape(report.error.traceback)}</pre>" if report.error else ""
-    return f"""<details{"" if report.passed else " open"}><summary><span class="name">{escape(report.name)}</span>
-<span class="dim">{report.seconds:.1f} s</span>{verdict}</summary>{divergence(report)}
-<table><tr>{HEADINGS}</tr>{rows}</table>{skipped}{error}{measured(report)}
-</details>
+def section(report: Outcome, *, alone: bool) -> str:
+    """One report: collapsible, expanded if it failed; not collapsible if it is alone."""
+    verdict = f'<span class="{"good" if report.passed else "bad"}">{report.verdict}</span>'
+    inside = f"{divergence(report)}{readings(report)}{remarks(report)}{trees(report)}{measured(report)}"
+    if alone:
+        return inside
+    opened = "" if report.passed else " open"
+    return f"""<details{opened}><summary><h2>{escape(report.name)}</h2>
+<span class="dim">{report.seconds:.1f} s</span>{verdict}</summary><div class="body">{inside}</div></details>
 """
 
 
-def row(check: Check) -> str:
-    """One check with the share of its limit that is used."""
-    used = min(1.0, check.value / check.limit) if check.limit else float(not check.passed)
-    bar = f'<span class="bar"><i class="{"" if check.passed else "over"}" style="width:{100 * used:.1f}%"></i></span>'
-    unit = unit_of(check)
-    value = f'<span class="{"good" if check.passed else "bad"}">{escape(unit.full.format(check.value))}</span>'
-    limit, bar = (escape(unit.limit.format(check.limit)), bar) if math.isfinite(check.limit) else ("–", "")
-    fields = [escape(check.kind), check.precision, value, limit, bar, escape(check.worst)]
-    return "<tr>" + "".join(f"<td>{field}</td>" for field in fields) + "</tr>"
+def divergence(report: Outcome) -> str:
+    """The exception that was raised, and the first divergence."""
+    error = f'<p class="first bad">{escape(str(report.error))}</p>' if report.error else ""
+    found = f'<p class="first bad">{escape(str(report.divergence))}</p>' if report.divergence else ""
+    return error + found
 
 
-def divergence(report: Report) -> str:
-    """First divergence: the sentence, and the tree of each direction that was traced."""
-    found = report.divergence
-    if found is None:
+def readings(report: Outcome) -> str:
+    """Table of the checks; that of a report without any is left out."""
+    if not report.checks:
         return ""
-    trees = {"Outputs, in the order of the call": found.forward, "Gradients, from the loss back": found.backward}
-    drawn = "".join(f"<h3>{title}</h3>{charts.tree(part)}" for title, part in trees.items() if part is not None)
-    return f'<p class="bad">{escape(str(found))}</p>{drawn}'
+    own = any(own_value(check) is not None for check in report.checks)
+    titles = ["reading", "precision", "worst", *(["PyTorch's own"] if own else []), "limit"]
+    head = [f'<th scope="col">{title}</th>' for title in titles]
+    head += ['<th scope="col" class="wide">of limit</th><th scope="col">result</th>']
+    head += ['<th scope="col" class="text">where</th>']
+    return table("readings", f"Readings of {report.name}", head, (row(check, own) for check in report.checks))
 
 
-def measured(report: Report) -> str:
+def own_value(check: Check) -> float | None:
+    return getattr(check, "own", None)
+
+
+def row(check: Check, own: bool) -> str:
+    """One check with the share of its limit that is used; own: with PyTorch's own value."""
+    unit, kind = unit_of(check), "good" if check.passed else "bad"
+    limited = math.isfinite(check.limit)
+    fields = [escape(check.precision), f'<span class="{kind}">{escape(unit.full.format(check.value))}</span>']
+    if own:
+        theirs = own_value(check)
+        fields.append("–" if theirs is None else escape(unit.full.format(theirs)))
+    fields.append(escape(unit.limit.format(check.limit)) if limited else "–")
+    cells = "".join(f"<td>{field}</td>" for field in fields)
+    cells += f'<td class="wide">{bar(check) if limited else ""}</td>'
+    cells += f'<td><span class="{kind}">{"ok" if check.passed else "FAILED"}</span></td>'
+    return f'<tr><th scope="row">{escape(check.kind)}</th>{cells}<td class="text">{escape(check.worst)}</td></tr>'
+
+
+def bar(check: Check) -> str:
+    """Share of the limit that is used, as a bar."""
+    used = min(1.0, check.value / check.limit) if check.limit and check.value == check.value else 1.0 - check.passed
+    over = "" if check.passed else ' class="over"'
+    return f'<span class="bar" role="img" aria-label="{used:.0%}"><i{over} style="width:{100 * used:.1f}%"></i></span>'
+
+
+def remarks(report: Outcome) -> str:
+    """Notes, what was not compared, and the traceback of an exception."""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    skipped = "".join(f"<li>{escape(kind)}: {escape(why)}</li>" for kind, why in report.skipped.items())
+    found = f"<h3>Notes</h3><ul>{notes}</ul>\n" if notes else ""
+    found += f"<h3>Not compared</h3><ul>{skipped}</ul>\n" if skipped else ""
+    if report.error:
+        found += f"<h3>Traceback</h3><pre>{escape(report.error.traceback, keep=LINES)}</pre>\n"
+    return found
+
+
+def trees(report: Outcome) -> str:
+    """The tree of each direction that was traced, with the meaning of the verdicts."""
+    if report.divergence is None:
+        return ""
+    drawn = {"Outputs, in the order of the call": report.divergence.forward}
+    drawn["Gradients, from the loss back"] = report.divergence.backward
+    found = "".join(f"<h3>{title}</h3>{charts.tree(part)}\n" for title, part in drawn.items() if part is not None)
+    return f"{found}{charts.verdict_legend()}\n" if found else ""
+
+
+def measured(report: Outcome) -> str:
     """Sweep, trajectories and costs of the default precision: heat map, histograms, curves, lists."""
     parts = []
     if report.sweep is not None:
@@ -114,7 +180,7 @@ def measured(report: Report) -> str:
         if heat := charts.heat_map(rows):
             parts.append(f"<h3>Error by sub-module and dtype</h3>{heat}")
             parts.append(f'<h3>Errors of the outputs</h3><div class="charts">{charts.histograms(rows)}</div>')
-        parts.append(f"<pre>{escape(str(report.sweep))}</pre>")
+        parts.append(f"<h3>Errors by dtype</h3><pre>{escape(str(report.sweep), keep=LINES)}</pre>")
     if report.trajectories:
         figures = "".join(map(charts.curves, report.trajectories))
         parts.append(f'<h3>Training, step by step</h3><div class="charts">{figures}</div>')

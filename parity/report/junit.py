@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from parity.report.columns import cells
 from parity.report.report import Report
+from parity.report.text import visible
 
 
 def junit(reports: Sequence[Report]) -> str:
@@ -15,6 +16,9 @@ def junit(reports: Sequence[Report]) -> str:
     root = ET.Element("testsuites", {"name": "parity"} | counts(reports))
     for report in reports:
         root.append(suite(report))
+    for element in root.iter():  # XML has no control characters, not even as references
+        element.attrib = {key: visible(value) for key, value in element.attrib.items()}
+        element.text = visible(element.text, keep="\n") if element.text else None
     ET.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 

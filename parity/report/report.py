@@ -1,31 +1,17 @@
 """`Report`: checks of a pair with their limits, the first sub-module that diverges, and the stamp of the run."""
 
 import dataclasses
-import traceback
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from parity.locate.tree import Divergence, plain
 from parity.report.columns import cells
+from parity.report.html import fragment
+from parity.report.outcome import Raised
 from parity.report.results import Check, Cost, Sweep, Trajectory
 from parity.report.stamp import joined, software
-
-
-@dataclasses.dataclass(frozen=True)
-class Raised:
-    """An exception that ended the comparison of a pair."""
-
-    type: str
-    message: str
-    traceback: str
-
-    @classmethod
-    def of(cls, error: Exception) -> "Raised":
-        return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
-
-    def __str__(self) -> str:
-        return f"{self.type}: {self.message}"
+from parity.report.text import text, visible
 
 
 class Result(Protocol):
@@ -35,7 +21,7 @@ class Result(Protocol):
         """Fields of a `Report` with this result only, without its name."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """Outcome of one `check`, or of several functions on one pair (`Report.of`).
 
@@ -121,22 +107,25 @@ class Report:
         """Value of a check; None if there is no such check."""
         return next((c.value for c in self.checks if (c.kind, c.precision) == (kind, precision)), None)
 
+    def __repr__(self) -> str:
+        """One line, as pytest shows it below `assert report.passed`."""
+        failed = sum(not check.passed for check in self.checks)
+        found = f"; {self.divergence}" if self.divergence else ""
+        return visible(f"<Report {self.name}: {self.verdict}, {failed} of {len(self.checks)} readings failed{found}>")
+
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.verdict}"]
-        lines += [f"  {check}" for check in self.checks]
-        if self.divergence:
-            lines.append(f"  {self.divergence}")
-        lines += [f"  note   {note}" for note in self.notes]
-        lines += [f"  –      {kind}: {why}" for kind, why in self.skipped.items()]
-        lines += [f"  {cost}" for cost in self.costs]
-        lines += [f"  {self.error}"] if self.error else []
-        lines += [str(part) for part in (self.sweep, *self.trajectories) if part is not None]
-        return "\n".join(lines)
+        """Plain text, at most 100 columns: the verdict, what differs first, failed and passed readings, notes."""
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook: the body of its HTML page."""
+        return fragment(self)
 
     def raise_if_failed(self) -> None:
-        """Raise AssertionError with the whole report if a check exceeds its limit or an exception was recorded."""
+        """Raise `Differs`, an AssertionError with the report, if a reading fails or an exception was recorded."""
+        __tracebackhide__ = True  # pytest shows the line of the test instead
         if not self.passed:
-            raise AssertionError(str(self))
+            raise Differs(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as written to JSON; infinities and NaN as strings."""
@@ -160,3 +149,14 @@ class Report:
             "notes": list(self.notes),
             "error": dataclasses.asdict(self.error) if self.error else None,
         }
+
+
+class Differs(AssertionError):
+    """A pair does not agree. `report` is its report, which is also the message."""
+
+    def __init__(self, report: Report):
+        super().__init__(str(report))
+        self.report = report
+
+    def __reduce__(self) -> tuple[type["Differs"], tuple[Report]]:
+        return type(self), (self.report,)

@@ -1,5 +1,6 @@
 """The stamp of a report: versions, device, precision flags, seed and git commit."""
 
+import datetime
 import importlib.metadata
 import platform
 import subprocess
@@ -23,9 +24,10 @@ def environment(device: "jax.Device", float64: bool, seed: int | None) -> dict[s
 
 
 def software() -> dict[str, str]:
-    """Versions of packages, Python and the machine; known even if nothing ran."""
+    """Date, and versions of packages, Python and the machine; known even if nothing ran."""
     packages = ["jax", "jaxlib", "flax", "optax", "numpy", "torch"]
     return {
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         **{package: version(package) for package in packages},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -56,9 +58,11 @@ def commit() -> str:
 
 
 def joined(stamps: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Merge stamps; values that differ are listed with '; ' between them."""
+    """Merge stamps; values that differ are listed with '; ' between them, of dates the first and the last."""
     values: dict[str, dict[str, None]] = {}
     for stamp in stamps:
         for key, value in stamp.items():
             values.setdefault(key, {})[value] = None
-    return {key: "; ".join(distinct) for key, distinct in values.items()}
+    dates = sorted(values.get("date", ()))
+    span = {"date": " to ".join(dict.fromkeys([dates[0], dates[-1]]))} if dates else {}
+    return {key: "; ".join(distinct) for key, distinct in values.items()} | span

@@ -49,7 +49,9 @@ def check_folder(argument: str, file: Path) -> None:
 
 
 def as_json(reports: Sequence[Report]) -> str:
-    return jsonlib.dumps([report.to_dict() for report in reports], indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    found = [report.to_dict() for report in reports]
+    text = jsonlib.dumps(found, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate becomes JSON's \uXXXX
 
 
 FORMATS: dict[str, Callable[[Sequence[Report]], str]] = {"json": as_json, "junit": as_junit, "page": as_page}

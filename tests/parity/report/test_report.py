@@ -142,15 +142,15 @@ def test_the_page_is_self_contained_and_shows_the_first_divergence(files):
     assert not re.search(r"(src|href)\s*=|url\(|@import|<script", html)
     assert "mlp &lt;wrong&gt;" in html
     assert html.count("<details") == html.count("</details>")
-    tree = html[html.index('<div class="tree">') :]
+    tree = html[html.index('<ul class="tree">') :].partition('<dl class="legend">')[0]
     assert '<span class="tag culprit">culprit</span>' in tree
-    assert "<details open>" in tree, "the tree is open down to the culprit"
+    assert tree.count("<details open>") == 2, "the tree is open down to the culprit"
     heat = html[html.index('<table class="heat">') :].partition("</table>")[0]
-    assert all(f"<th>{dtype}</th>" in heat for dtype in ("float64", "bfloat16"))
+    assert all(f'<th scope="col">{dtype}</th>' in heat for dtype in ("float64", "bfloat16"))
     assert heat.count("<tr>") == 1 + 4  # the model, up, norm, down
-    assert html.count("<svg") == 2 + 1  # a histogram per dtype, and one trajectory
+    assert html.count("<svg viewBox") == 2 + 1  # a histogram per dtype, and one trajectory
     assert "step 0: loss" in html
-    assert "– cached / full: " in html
+    assert "<li>cached / full: " in html
 
 
 def test_colors_are_in_units_of_the_rounding_error_of_the_dtype():
