@@ -15,7 +15,7 @@ from parity.compare import limits
 from parity.compare.inputs import named_leaves
 from parity.compare.jax_side import JaxSide
 from parity.locate.calls import FlaxCall, Key, LinenPart, NNXPart, TorchRun, leaves_of, numeric, unstacked, with_leaves
-from parity.locate.hints import hint
+from parity.locate.hints.search import hint
 from parity.locate.tree import Errors, Part
 
 RERUNS = 3  # of one path in isolation, at most: a recurrence calls its parts at every step
@@ -175,7 +175,14 @@ class Forward:
     def hint(self, path: str) -> str:
         """The known mistake that explains the error of a path; empty if there is none."""
         evidence = self.readings[path].evidence
-        return hint(self.run, *evidence, self.side.dtype) if evidence else ""
+        if evidence is None:
+            return ""
+        key, given = evidence
+
+        def repeat(module: torch.nn.Module) -> list[torch.Tensor]:
+            return self.run.repeated(key, module)[0]
+
+        return hint(self.run.modules[path], repeat, given, self.run.outputs(key), self.side.dtype)
 
 
 def own_errors(run: TorchRun, dtype: Any) -> dict[str, float]:

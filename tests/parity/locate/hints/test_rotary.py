@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from parity.locate.hints import interleaved
+from parity.locate.hints.rotary import interleaved
 
 
 def apply_rotary_pos_emb(q, k, cos, sin):
