@@ -1,16 +1,19 @@
-"""Adapt Flax modules to NNX, the only kind that the harness runs."""
+"""Adapt Flax modules and functions to NNX, the only kind that the harness runs."""
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
+from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict
 
 from jaxmodels.weights.names import Path, dotted, flat_arrays, with_arrays
+from parity.compare.arguments import modules
+from parity.compare.functions import Function, FunctionModule
 from parity.compare.inputs import Inputs
 from parity.compare.names import matches
 
@@ -18,40 +21,74 @@ from parity.compare.names import matches
 eager_sharding = getattr(nnx, "use_eager_sharding", contextlib.nullcontext)
 
 
+class LinenModule(nnx.bridge.ToNNX):
+    """A Linen module as an NNX module; its variables keep their Linen names.
+
+    A call may write into every collection but the parameters, and sow; none of it is kept, so that calls can be
+    repeated. rngs: a key, an nnx.Rngs or keys by name; default a constant key.
+    """
+
+    def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        if isinstance(rngs, Mapping):
+            rngs = nnx.Rngs(**rngs)
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        if self._pytree__state.initializing:
+            return super().__call__(*args, rngs=rngs, **kwargs)
+        used = nnx.merge(*nnx.split(self))  # keeps what the call writes
+        kept = DenyList(("params", "intermediates"))
+        return super(LinenModule, used).__call__(*args, rngs=rngs, mutable=kept, **kwargs)
+
+    def initial(self, inputs: Inputs, paths: Sequence[Any], channels_last: Sequence[str] = ()) -> dict[Any, Any]:
+        """Initial values of some variables; no others are computed."""
+        module = self.to_nnx__module
+
+        @jax.jit
+        def make() -> list[Any]:
+            arrays = flat_arrays(initialized(module, inputs, channels_last))
+            return [arrays[path] for path in paths]
+
+        with eager_sharding(False):
+            return dict(zip(paths, make(), strict=True))
+
+
 def as_module(flax_module: Any, inputs: Inputs | None, channels_last: Sequence[str] = ()) -> nnx.Module:
-    """Convert a Flax module to NNX. Raises ValueError if it is neither an NNX nor a Linen module.
+    """Convert a Flax module or a Function to NNX. Raises ValueError for anything else.
 
     A Linen module needs inputs: its arrays have no shapes before the first call.
     """
+    _, flax_module = modules(None, flax_module)
+    if isinstance(flax_module, Function):
+        return FunctionModule(flax_module)
     if isinstance(flax_module, linen.Module):
         if inputs is None:
             raise ValueError(
                 "inputs=None: a Linen module needs inputs; its arrays have no shapes before the first call"
             )
         return as_nnx(flax_module, inputs, tuple(channels_last))
-    if not isinstance(flax_module, nnx.Module):
-        kind = type(flax_module).__name__
-        raise ValueError(f"flax_module={kind} must be a flax.nnx.Module or a flax.linen.Module")
     return flax_module
 
 
 def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] = ()) -> nnx.Module:
     """Wrap a Linen module as an abstract NNX module; variables keep their Linen names.
 
-    The module is called with the inputs only: evaluation flags (train=False, deterministic=True) must be defaults or
-    fields.
+    Variables that are neither parameters nor running statistics, such as counters and caches, have initial values.
     """
-
-    def make() -> nnx.Module:
-        values = {n: jnp.moveaxis(v, 1, -1) if matches(n, channels_last) else v for n, v in inputs.named().items()}
-        model: Any = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))
-        inputs.call(functools.partial(nnx.bridge.lazy_init, model), values)
-        model.to_nnx__rngs = None  # only needed for the initial values
-        return model
-
+    module = module if module.scope is None else module.unbind()[0]
     # Eager sharding would place `with_partitioning` arrays on a mesh with their axes, and no mesh is set here.
     with eager_sharding(False):
-        return nnx.eval_shape(make)
+        model = nnx.eval_shape(lambda: initialized(module, inputs, channels_last))
+    states = nnx.split_state(nnx.state(model), (nnx.Param, nnx.BatchStat), ...)
+    others = [path for path, _ in nnx.to_flat_state(states[1])]
+    return with_arrays(model, model.initial(inputs, others, channels_last)) if others else model
+
+
+def initialized(module: linen.Module, inputs: Inputs, channels_last: Sequence[str]) -> LinenModule:
+    """A Linen module as an NNX module, with initial values."""
+    named = inputs.named().items()
+    values = {n: jnp.moveaxis(jnp.asarray(v), 1, -1) if matches(n, channels_last) else v for n, v in named}
+    model = LinenModule(module)
+    inputs.call(functools.partial(nnx.bridge.lazy_init, model), values, "flax")
+    return model
 
 
 def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
@@ -61,7 +98,7 @@ def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
     """
     if module.scope is None:
         values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
-        variables = inputs.call(functools.partial(module.init, jax.random.key(seed)), values)
+        variables = inputs.call(functools.partial(module.init, jax.random.key(seed)), values, "flax")
     else:
         module, variables = module.unbind()
     model = as_nnx(module, inputs)

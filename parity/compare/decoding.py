@@ -59,9 +59,10 @@ def decoded(model: Any, inputs: Inputs, dtype: Any) -> tuple[int, np.ndarray]:
 def ids_and_others(model: Any, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The token ids, and the other inputs by the names of the call's parameters."""
     parameters = list(inspect.signature(model).parameters)
-    positions = {f"input {i}": name for i, name in enumerate(parameters)}
+    places: dict[str, Any] = {f"input {i}": i for i in range(len(inputs.args))} | inputs.places.get("flax", {})
+    called = {name: parameters[place] if isinstance(place, int) else place for name, place in places.items()}
     (_, ids), *others = inputs.named().items()
-    return ids, {positions.get(name, name): value for name, value in others}
+    return ids, {called.get(name, name): value for name, value in others}
 
 
 def arguments(

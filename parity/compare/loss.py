@@ -1,7 +1,9 @@
 """The loss that both sides differentiate: one scalar of the outputs, written once for each framework.
 
-With labels (int, the outputs' leading shape) it is the mean cross-entropy of the logits; without, the mean squared
-distance to fixed random targets, so that every output has a gradient of its own.
+With labels (int, the logits' leading shape) it is the mean cross-entropy of one output, the logits; labels of -100 are
+ignored. Without, it is the mean squared distance to fixed random targets, so that every output has a gradient of its
+own. Elements that are no numbers of the computation (NaN, infinities, constants that mask others) have no target and
+are left out, as are outputs of integers and booleans.
 """
 
 import dataclasses
@@ -11,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from parity.compare.inputs import Inputs, rolled
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Kinds = dict[str, dict[str, np.ndarray]]
 """Results of a module: by kind ('output', 'parameter gradients', …), tensors by PyTorch's name."""
+
+IGNORED = -100  # PyTorch's default for labels without a loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Batch:
     labels: np.ndarray | None
     targets: dict[str, np.ndarray]
 
+    def with_inputs(self, inputs: Inputs) -> "Batch":
+        """The same labels and targets with other inputs."""
+        return dataclasses.replace(self, inputs=inputs)
+
     def varied(self, step: int) -> "Batch":
         """Other data of the same kind for a training step; the targets stay the same."""
         labels = None if self.labels is None else rolled(self.labels, step)
@@ -40,19 +47,57 @@ class Batch:
 
 
 def random_targets(outputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Normally distributed targets of the outputs' shapes."""
+    """Normally distributed targets of the outputs' shapes, NaN where an output has none."""
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(output.shape) for name, output in outputs.items()}
+    targets = {}
+    for name, output in outputs.items():
+        target = rng.standard_normal(output.shape)
+        if np.iscomplexobj(output):
+            target = target + 1j * rng.standard_normal(output.shape)
+        targets[name] = np.where(masks(output), np.nan, target)
+    return targets
+
+
+def masks(array: np.ndarray) -> np.ndarray:
+    """True where an array is not finite, or holds a constant that masks elements, such as -1e9 or finfo.min.
+
+    Such constants are over 1000 times larger than all other elements and equal to each other but for those.
+    """
+    if array.dtype.kind in "iub":
+        return np.zeros(array.shape, bool)
+    size = np.abs(array.astype(np.complex128 if np.iscomplexobj(array) else np.float64))
+    finite = np.isfinite(size)
+    ordered = np.sort(size[finite])[::-1]
+    steps = np.flatnonzero(ordered[:-1] > 1000 * np.maximum(ordered[1:], 1.0))
+    if not steps.size or ordered[0] > 1.01 * ordered[steps[0]]:
+        return ~finite
+    return ~finite | (size >= ordered[steps[0]])
 
 
 def jax_loss(outputs: Mapping[str, jax.Array], labels: Any, targets: Mapping[str, jax.Array]) -> jax.Array:
-    """The loss in JAX; raises ValueError if the names of outputs and targets differ."""
-    if outputs.keys() != targets.keys():
+    """The loss in JAX; raises ValueError if no output has a target's name.
+
+    Outputs without a target, or of another shape than theirs, have no part in it.
+    """
+    if targets and not outputs.keys() & targets.keys():
         raise ValueError(f"PyTorch returns {', '.join(targets)}; the Flax module returns {', '.join(outputs)}")
     if labels is not None:
-        (logits,) = outputs.values()
-        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean()
-    return sum((jnp.square(output - targets[name]).mean() for name, output in outputs.items()), jnp.zeros(()))
+        name, axis = logits_of(outputs, np.shape(labels))
+        logits = jnp.moveaxis(outputs[name], axis, -1)
+        labels = jnp.asarray(labels)
+        known = labels != IGNORED
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(known, labels, 0)[..., None], axis=-1)
+        return jnp.where(known, losses[..., 0], 0).sum() / known.sum()
+    total = jnp.zeros(())
+    for name, output in outputs.items():
+        target = targets.get(name)
+        if target is None or target.shape != output.shape or not jnp.issubdtype(output.dtype, jnp.inexact):
+            continue
+        kept = ~jnp.isnan(target)
+        distance = jnp.where(kept, output - target, 0)
+        square = jnp.square(distance.real) + jnp.square(distance.imag) if jnp.iscomplexobj(distance) else distance**2
+        total = total + square.mean() * (kept.size / jnp.maximum(kept.sum(), 1)).astype(square.dtype)
+    return total
 
 
 def torch_loss(
@@ -62,6 +107,49 @@ def torch_loss(
     import torch  # not at the top: recordings are replayed where torch is not installed
 
     if labels is not None:
-        (logits,) = outputs.values()
-        return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
-    return torch.stack([(output - targets[name]).square().mean() for name, output in outputs.items()]).sum()
+        name, axis = logits_of(outputs, tuple(labels.shape))
+        logits = outputs[name].movedim(axis, -1)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    found = []
+    for name, output in outputs.items():
+        target = targets.get(name)
+        if target is None or not (output.is_floating_point() or output.is_complex()):
+            continue
+        kept = ~target.isnan()
+        distance = torch.where(kept, output - target, torch.zeros_like(target))
+        square = torch.view_as_real(distance).square().sum(-1) if distance.is_complex() else distance.square()
+        found.append(square.mean() * (kept.numel() / kept.sum().clamp(min=1)).to(square.dtype))
+    return torch.stack(found).sum() if found else torch.zeros(())
+
+
+def logits_of(outputs: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, int]:
+    """The output that labels of a shape belong to, and the axis of its classes: the last one or, failing that, 1.
+
+    It is the one called `logits` if there is one that fits, else the first that fits. Raises ValueError if none does.
+    """
+    fitting = []
+    for name, output in outputs.items():
+        given = tuple(output.shape)
+        if "int" in str(output.dtype) or "bool" in str(output.dtype) or len(given) != len(shape) + 1:
+            continue
+        axes = [axis for axis in (-1, 1) if given[:axis] + given[axis:][1:] == shape]
+        fitting += [(name, axis) for axis in axes[:1]]
+    called = [item for item in fitting if item[0].endswith("[logits]")]
+    if not fitting:
+        shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items())
+        raise ValueError(f"labels of shape {list(shape)} must have the leading shape of an output: {shapes}")
+    return (called or fitting)[0]
+
+
+def check_labels(labels: np.ndarray, outputs: Mapping[str, Any]) -> str | None:
+    """A note on which of several outputs has the loss; raises ValueError for labels that are no classes of it."""
+    name, axis = logits_of(outputs, labels.shape)
+    classes = outputs[name].shape[axis]
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if wrong.size:
+        raise ValueError(
+            f"labels={wrong[0]} must be {IGNORED} or from 0 to {classes - 1}, as {name} has {classes} classes"
+        )
+    if (labels == IGNORED).all():
+        raise ValueError(f"labels: all are {IGNORED}, which is ignored; at least one must be a class")
+    return f"the loss is the cross-entropy of {name}" if len(outputs) > 1 else None
