@@ -18,7 +18,9 @@ from jaxmodels.weights.names import ConversionError, Path, dotted, flat_arrays
 from parity.compare.adapters import as_module
 from parity.compare.inputs import Inputs
 from parity.compare.names import starred
-from parity.compare.weights import DROPPED, KINDS, SUFFIXES, Mapped, aliases, kind_of, placeholder
+from parity.compare.weights import DROPPED, Mapped, aliases
+from parity.compare.weights.owners import WORDS as FLAX_WORDS
+from parity.compare.weights.roles import fits as array_fits
 
 # Names that ports use for the same part.
 WORDS = {
@@ -185,17 +187,12 @@ def fits(owner: Owner, other: Owner) -> bool:
 
 def flax_names(name: str, other: Owner) -> Iterator[str]:
     """Flax's possible names of a tensor that the other part has."""
-    return (flax for flax in (name, *SUFFIXES.get(name, ())) if flax in other.shapes)
+    return (flax for flax in (name, *FLAX_WORDS.get(name, ())) if flax in other.shapes)
 
 
 def shape_fits(owner: Owner, name: str, other: Owner, flax: str, parts: int = 1) -> bool:
     """True if a tensor, or one of equal parts of it, has the shape of Flax's array."""
-    tensor, expected = placeholder(owner.shapes[name]), other.shapes[flax]
-    kind = kind_of(owner.module, tensor, (flax,))
-    shape = KINDS[kind][0](tensor).shape
-    if parts > 1:
-        shape = (*shape[:-1], shape[-1] / parts) if shape else shape
-    return shape == expected or (len(shape) != len(expected) and np.prod(shape) == np.prod(expected))
+    return array_fits(owner.module, name, owner.shapes[name], flax, other.shapes[flax], parts)
 
 
 def assigned(theirs: list[Owner], ours: list[Owner]) -> tuple[list[tuple[Owner, Owner]], dict[str, list[str]]]:

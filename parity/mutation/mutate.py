@@ -30,6 +30,7 @@ class Planted:
     def __init__(self, inner: Weights, path: tuple[Any, ...], operator: Operator):
         self.inner, self.path, self.operator = inner, path, operator
         self.read, self.held, self.module, self.carries = inner.read, inner.held, inner.module, inner.carries
+        self.notes, self.uncompared, self.untrained = inner.notes, inner.uncompared, inner.untrained
 
     def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
         """The model with its weights and the mistake."""

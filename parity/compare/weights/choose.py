@@ -1,0 +1,63 @@
+"""The conversion of a pair of modules, from the user's settings."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxmodels.weights.names import ConversionError, entries, flat_arrays, from_torch
+from parity.compare.names import Names
+from parity.compare.weights.mapped import Mapped
+from parity.compare.weights.protocol import TorchModule, Weights
+from parity.compare.weights.twins import Twins
+
+
+def weights_of(
+    torch_module: TorchModule,
+    flax_module: Any,
+    names: Names | Weights | None,
+    layouts: Mapping[str, str] | None = None,
+    flax_only: Sequence[str] = (),
+    torch_only: Sequence[str] = (),
+) -> Weights:
+    """The conversion of a pair of modules.
+
+    It is `names` if those are `Weights`, and `Mapped` if they are names. If omitted: `Twins` if all names are the same
+    and no layer needs to be known, else `Mapped` without names. Raises ConversionError if the weights do not fit.
+    """
+    if isinstance(names, Weights):
+        return names
+    if names is not None or layouts or flax_only or torch_only:
+        return Mapped(
+            torch_module,
+            flax_module,
+            {} if names is None else names,
+            layouts,
+            flax_only=flax_only,
+            torch_only=torch_only,
+        )
+    try:
+        with jax.enable_x64(True):  # 64-bit tensors are refused without it
+            from_torch(flax_module, torch_module.state_dict())
+    except ConversionError as error:
+        try:
+            return Mapped(torch_module, flax_module, {})
+        except ConversionError as other:
+            raise min(error, other, key=size) from None
+    windowed = any(e.transposed and len(e.torch_shape(a.shape)) > 2 for e, a in transposed(flax_module))
+    try:
+        mapped = Mapped(torch_module, flax_module, {})
+    except ConversionError:
+        return Twins()
+    return mapped if windowed or mapped.one_sided or mapped.batch_statistics else Twins()
+
+
+def transposed(flax_module: Any) -> list[tuple[Any, Any]]:
+    """Entries of the converter, with their arrays."""
+    arrays = flat_arrays(flax_module)
+    return [(entry, arrays[entry.path]) for entry in entries(arrays)]
+
+
+def size(error: ConversionError) -> int:
+    """The number of problems of an error."""
+    return sum(map(len, error.problems.values()))

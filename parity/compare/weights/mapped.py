@@ -1,0 +1,387 @@
+"""`Mapped`: `Weights` of models that give their parts different names, by `names` (see `parity.compare.names`).
+
+Several Flax names for one tensor split it along its output features (a fused query, key and value); one Flax name for
+several tensors joins them. A number in a name may be absent in Flax: that array holds all layers. The axes follow from
+the layers on both sides (`roles`), packed layers are known (`packed`), and `layouts` gives what no rule knows.
+
+    layouts     {pattern of a PyTorch name: layout}, see `layout`
+    flax_only   patterns of Flax arrays without a counterpart: they keep their own values
+    torch_only  patterns of PyTorch tensors without a counterpart: they are not carried
+
+A buffer on one side may be a parameter on the other. Its gradient then exists on one side only, which is a difference
+unless the parameter is named in `flax_only` or `torch_only`; the values are carried all the same.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.weights.names import ConversionError, Path, as_numpy, dotted, flat_arrays, with_arrays
+from parity.compare.names import Names, matches, renamer
+from parity.compare.weights.layout import Layout
+from parity.compare.weights.owners import kind, owner_of, parameters, place
+from parity.compare.weights.packed import adds, parts
+from parity.compare.weights.piece import Options, Piece, Target, Tensor, alike, fit, joined, layout_for
+from parity.compare.weights.protocol import TorchModule, aliases
+from parity.compare.weights.roles import classes, flax_role, torch_role
+from parity.compare.weights.twins import evaluating, in_dtype
+
+DROPPED = "num_batches_tracked"  # BatchNorm's count of averaged batches; evaluation does not read it
+MASKED = 1e3  # a constant buffer of this magnitude is a mask's, not a weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Tensors, alike in all layers, that fit their arrays in several layouts. options: these, the usual one first."""
+
+    name: str
+    options: tuple[str, ...]
+    chosen: int = 0
+
+
+class Mapped:
+    """`Weights` by names. torch_module gives the kinds of layers and which weights are tied.
+
+    chosen: by the name of a `Choice`, the index of the layout to take (default: 0). Raises ConversionError that lists
+    all tensors without a place, arrays without a tensor, and shapes that differ; ValueError for a layout that is
+    malformed or does not determine its sizes, and for a pattern that matches nothing.
+    """
+
+    def __init__(
+        self,
+        torch_module: TorchModule,
+        flax_module: Any,
+        names: Names,
+        layouts: Mapping[str, str] | None = None,
+        *,
+        flax_only: Sequence[str] = (),
+        torch_only: Sequence[str] = (),
+        chosen: Mapping[str, int] | None = None,
+    ):
+        self.rename = renamer(names)
+        self.flax_only, self.torch_only, self.chosen = flax_only, torch_only, chosen or {}
+        self.values = torch_module.state_dict()
+        self.torch_module, self.flax_module = torch_module, flax_module
+        self.arrays = flat_arrays(flax_module)
+        self.shapes = {path: tuple(array.shape) for path, array in self.arrays.items()}
+        self.lookup = {dotted(path): path for path in self.shapes}
+        self.parsed = {pattern: parsed(pattern, layout) for pattern, layout in (layouts or {}).items()}
+        self.first = aliases(torch_module)
+        self.trained = parameters(flax_module)
+        self.choices: dict[str, Choice] = {}
+        self.problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": [], "of another kind": []}
+        self.dropped: dict[str, list[str]] = {}  # tensors that are not carried, by the reason
+        self.one_sided: dict[str, list[str]] = {}  # parameters on one side, buffers on the other
+        self.accepted: set[str] = set()
+        self.summed: set[str] = set()
+        check_patterns("torch_only", torch_only, self.values)
+        check_patterns("flax_only", flax_only, self.lookup)
+        targets: dict[str, list[Target]] = {}
+        for key in self.values:
+            spots = self.targets(key)
+            tied = self.first.get(key, key) != key  # the same tensor is converted under its first name
+            taken = {spot.path for others in targets.values() for spot in others} if tied else set()
+            if spots is not None and not any(spot.path in taken for spot in spots):
+                targets[key] = spots
+        check_patterns("layouts", list(self.parsed), targets)
+        self.pieces = self.fitted(targets)
+        self.carried = {path for path, size in self.coverage().items() if size == math.prod(self.shapes[path])}
+        self.kept = {path for path in self.shapes if matches(dotted(path), flax_only)} - self.carried
+        self.batch_statistics = self.without_statistics()
+        self.kept |= {path for path in self.shapes if path[:-1] in self.batch_statistics} - self.carried
+        fed = {piece.path for piece in self.pieces}
+        for path in self.shapes.keys() - self.carried - self.kept:
+            partly = " (a part of it: not all layers or features have a tensor)" if path in fed else ""
+            self.problems["missing"].append(dotted(path) + partly)
+        self.problems["missing"].sort()
+        if any(self.problems.values()):
+            raise ConversionError(self.problems)
+        abstract = [dotted(p) for p in self.kept if isinstance(self.arrays[p], jax.ShapeDtypeStruct)]
+        abstract = [name for name in abstract if self.lookup[name][:-1] not in self.batch_statistics]
+        if abstract:
+            raise ValueError(
+                f"flax_only: {', '.join(sorted(abstract))} must have values; bind the Linen module to its variables"
+            )
+
+    def targets(self, key: str) -> list[Target] | None:
+        """The places of a tensor; None if it is not carried."""
+        if key.endswith(DROPPED):
+            return None
+        renamed = self.rename(key)
+        declared = matches(key, self.torch_only)
+        if renamed is None:
+            self.dropped.setdefault("names: None", []).append(key)
+            return None
+        found = self.found(key, renamed)
+        spots = [spot for spot in found if spot is not None]
+        fixed = all(spot.path not in self.trained for spot in spots)
+        if declared and not (spots and fixed and self.is_parameter(key)):
+            self.dropped.setdefault("torch_only", []).append(key)
+            return None
+        if len(spots) == len(found):
+            return spots
+        if self.first.get(key, key) == key:
+            self.unplaced(key, renamed, [i for i, spot in enumerate(found) if spot is None], len(found))
+        return None
+
+    def found(self, key: str, renamed: Sequence[str]) -> list[Target | None]:
+        """The places of a tensor's parts, by its names or by those of a packed layer's arrays."""
+        owner = self.owner(key)
+        spots = [place(self.lookup, name) for name in renamed]
+        if "NonDynamicallyQuantizableLinear" in classes(owner):  # the read-out of nn.MultiheadAttention
+            spots = [place(self.lookup, n) or place(self.lookup, n.replace("out_proj.", "out.")) for n in renamed]
+        if None in spots and len(renamed) == 1:
+            packed = parts(classes(owner), key, renamed[0], self.lookup) or []
+            if packed:
+                return [self.target(self.lookup[p.name], None, p.slot) if p.name else None for p in packed]
+        return [None if spot is None else self.target(*spot) for spot in spots]
+
+    def target(self, path: Path, layer: int | None, slot: tuple[int, int] | None = None) -> Target | None:
+        """A place; None if the array is declared to have no counterpart."""
+        declared = matches(dotted(path), self.flax_only)
+        shape = self.shapes[path] if layer is None else self.shapes[path][1:]
+        role = flax_role(owner_of(self.flax_module, path), str(path[-1]))
+        where: tuple[slice, ...] = ()
+        if slot is not None:
+            i, n = slot
+            size = shape[-1] // n
+            where = (*[slice(None)] * (len(shape) - 1), slice(i * size, (i + 1) * size))
+            shape = (*shape[:-1], size)
+        target = Target(path, role, shape, layer, where)
+        return None if declared and path not in self.trained else target
+
+    def owner(self, key: str) -> Any:
+        """The PyTorch layer of a tensor; that of a parametrized weight is the layer itself."""
+        path = key.rpartition(".")[0]
+        try:
+            return self.torch_module.get_submodule(path.partition("parametrizations")[0].rstrip("."))
+        except KeyError:  # a recording has the direct owners only
+            return self.torch_module.get_submodule(path)
+
+    def is_parameter(self, key: str) -> bool:
+        """True for a parameter, False for a buffer."""
+        return key in self.first
+
+    def unplaced(self, key: str, renamed: Sequence[str], without: Sequence[int], n: int) -> None:
+        """Record a tensor without a place: tables and masks are not carried, weights are a problem."""
+        value = as_numpy(self.values[key])
+        table = not np.issubdtype(value.dtype, np.inexact) or value.size == 0
+        varied = not table and (value != value.flat[0]).any()
+        if not self.is_parameter(key) and (table or varied or abs(value.flat[0]) >= MASKED):
+            self.dropped.setdefault("buffer without a counterpart", []).append(key)
+            return
+        which = "" if len(without) == n else f", part {without[0] + 1} of {n}"
+        self.problems["unexpected"].append(f"{key} (as {', '.join(renamed)}{which})")
+
+    def fitted(self, targets: Mapping[str, list[Target]]) -> list[Piece]:
+        """All pieces; what does not fit is recorded."""
+        users: dict[Any, list[str]] = {}
+        for key, spots in targets.items():
+            for spot in spots:
+                users.setdefault((spot.path, spot.layer), []).append(key)
+        pieces: list[Piece] = []
+        done: set[str] = set()
+        for key, spots in targets.items():
+            sharing = list(dict.fromkeys(k for spot in spots for k in users[spot.path, spot.layer]))
+            if key in done:
+                continue
+            tensors = {k: self.tensor(k) for k in sharing}
+            try:
+                if len(sharing) == 1 or all(adds(classes(self.owner(k)), k) for k in sharing):
+                    self.summed |= set(sharing) if len(sharing) > 1 else set()
+                    found = fit(tensors[key], spots)
+                    done.add(key)
+                else:
+                    found = joined(list(tensors.values()), spots[0])
+                    done |= set(sharing)
+            except ValueError as error:
+                if "layouts[" in str(error) and "layouts={" not in str(error):
+                    raise
+                self.problems["misshapen"].append(str(error))
+                done |= {key}
+                continue
+            pieces += [self.choose(piece, options) for piece, options in found]
+        for piece in pieces:
+            self.check_kind(piece)
+        return pieces
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor with its role and the layout that is given for it."""
+        shape = tuple(self.values[key].shape)
+        pattern, layout = layout_for(key, self.parsed)
+        return Tensor(key, shape, torch_role(self.owner(key), key, shape), layout, pattern)
+
+    def choose(self, piece: Piece, options: Options) -> Piece:
+        """The piece in the layout that is chosen for tensors of its name."""
+        if len(options) == 1:
+            return piece
+        name = f"{alike(piece.key)} -> {alike(dotted(piece.path))}"
+        index = min(self.chosen.get(name, 0), len(options) - 1)
+        self.choices[name] = Choice(name, tuple(axes.text.partition("|")[0].strip() for axes in options), index)
+        return dataclasses.replace(piece, axes=options[index])
+
+    def check_kind(self, piece: Piece) -> None:
+        """Record a tensor whose array has another kind of numbers, or is trained on one side only."""
+        theirs, ours = as_numpy(self.values[piece.key]).dtype, self.arrays[piece.path].dtype
+        if kind(theirs) != kind(ours):
+            self.problems["of another kind"].append(
+                f"{piece.key}: PyTorch has {theirs}, Flax has {ours} ({dotted(piece.path)})"
+            )
+        parameter, trained = self.is_parameter(piece.key), piece.path in self.trained
+        if parameter == trained or kind(theirs) == "integer":
+            return
+        where = "parameter in PyTorch, fixed in Flax" if parameter else "buffer in PyTorch, parameter in Flax"
+        names = (piece.key, self.torch_only) if parameter else (dotted(piece.path), self.flax_only)
+        if parameter and not self.requires_grad(piece.key):
+            return
+        self.one_sided.setdefault(where, []).append(piece.key)
+        self.accepted |= {piece.key} if matches(*names) else set()
+
+    def requires_grad(self, key: str) -> bool:
+        """True if PyTorch trains a parameter."""
+        named = dict(self.torch_module.named_parameters(remove_duplicate=False))
+        return key in named and named[key].requires_grad
+
+    def coverage(self) -> Counter[Path]:
+        """The number of elements of each array that have a tensor."""
+        places = {(p.path, p.layer, str(p.slot)): math.prod(p.axes.flax) for p in self.pieces}
+        counts: Counter[Path] = Counter()
+        for (path, _, _), size in places.items():
+            counts[path] += size
+        return counts
+
+    def without_statistics(self) -> set[Path]:
+        """Paths of Flax's BatchNorms whose PyTorch counterparts have no running statistics."""
+        modules = getattr(self.torch_module, "named_modules", lambda: ())()
+        found = set()
+        for name, module in modules:
+            if getattr(module, "track_running_stats", True) or getattr(module, "running_mean", None) is not None:
+                continue
+            for renamed in self.rename(f"{name}.running_mean".lstrip(".")) or []:
+                spot = place(self.lookup, renamed)
+                if spot is not None:
+                    found.add(spot[0][:-1])
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not carried, not compared, or was decided by convention."""
+        lines = [f"not carried ({reason}): {listed(keys)}" for reason, keys in self.dropped.items()]
+        for where, keys in self.one_sided.items():
+            setting = "torch_only" if where.startswith("parameter in PyTorch") else "flax_only"
+            for ok in (True, False):
+                some = [key for key in keys if (key in self.accepted) is ok]
+                end = f"declared in {setting}" if ok else f"declare it in {setting} to accept"
+                lines += [f"gradient not compared ({where}; {end}): {listed(some)}"] if some else []
+        if self.summed:
+            lines.append(f"added up in one array, not trained: {listed(sorted(self.summed))}")
+        if self.batch_statistics:
+            where = listed([dotted(path) for path in sorted(self.batch_statistics, key=dotted)])
+            lines.append(f"no running statistics in PyTorch, use_running_average is left as it is: {where}")
+        lines += [
+            f"several layouts fit {c.name}: taken as '{c.options[c.chosen]}' (layouts= decides)"
+            for c in self.choices.values()
+        ]
+        return lines
+
+    @property
+    def uncompared(self) -> frozenset[str]:
+        """Parameters without a gradient on the other side that were declared so."""
+        return frozenset(self.accepted) | {k for keys in self.dropped.values() for k in keys if self.is_parameter(k)}
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """Biases that add up in one array, whose step is half of the sum's."""
+        return frozenset(self.summed)
+
+    def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
+        leaves: dict[Path, Any] = {}
+        by_path: dict[Path, list[Piece]] = {}
+        for piece in self.pieces:
+            by_path.setdefault(piece.path, []).append(piece)
+        widest: list[Any] = []
+        for path, pieces in by_path.items():
+            blocks = [piece.to_flax(as_numpy(state_dict[piece.key])) for piece in pieces]
+            filled = np.zeros(self.shapes[path], np.result_type(*{block.dtype for block in blocks}))
+            for piece, block in zip(pieces, blocks, strict=True):
+                place_of = piece.of(filled)
+                place_of[...] = place_of + block if piece.key in self.summed else block
+            leaves[path] = jnp.array(filled, copy=True)
+            widest += [leaves[path].dtype] if kind(filled.dtype) == "floating" else []
+        for path in self.kept:
+            array: Any = self.arrays[path]
+            if isinstance(array, jax.ShapeDtypeStruct):  # statistics that are not used
+                array = (jnp.ones if path[-1] == "var" else jnp.zeros)(array.shape, array.dtype)
+            leaves[path] = in_dtype(array, widest[0]) if len(set(widest)) == 1 else jnp.asarray(array)
+        loaded = evaluating(with_arrays(model, leaves))
+        for path in self.batch_statistics:
+            ours, theirs = owner_of(loaded, (*path, "mean")), owner_of(self.flax_module, (*path, "mean"))
+            if hasattr(theirs, "use_running_average") and type(theirs) is type(ours):
+                ours.use_running_average = theirs.use_running_average
+        return loaded
+
+    def read(self, state: Any, prefix: Path = (), *, gradients: bool = False) -> dict[str, np.ndarray]:
+        arrays = {(*prefix, *path): np.asarray(array) for path, array in flat_arrays(state).items()}
+        found = {}
+        for key, pieces in self.by_key().items():
+            if any(p.path not in arrays or arrays[p.path].shape != self.shapes[p.path] for p in pieces):
+                continue
+            dtype = np.result_type(*{arrays[piece.path].dtype for piece in pieces})
+            view = pieces[0].view
+            tensor = np.empty(tuple(self.values[key].shape) if view is None else view.flax, dtype)
+            for piece in pieces:
+                piece.put(tensor, arrays[piece.path])
+            found[key] = np.array(tensor if view is None else view.to_torch(tensor), order="C")
+        return found
+
+    def by_key(self) -> dict[str, list[Piece]]:
+        """Pieces by tensor."""
+        groups: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            groups.setdefault(piece.key, []).append(piece)
+        return groups
+
+    def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
+        present = set(flat_arrays(state))
+        return present - {piece.path for piece in self.pieces if not matches(piece.key, frozen)}
+
+    def module(self, path: str) -> str | None:
+        renamed = self.rename(path)
+        return renamed[0] if renamed is not None and len(renamed) == 1 else None
+
+    def carries(self, key: str) -> bool:
+        return key not in self.summed and any(piece.key == key for piece in self.pieces)
+
+
+def parsed(pattern: str, layout: Any) -> Layout:
+    """A user's layout; raises ValueError that names its pattern."""
+    if not isinstance(layout, str):
+        raise ValueError(f"layouts[{pattern!r}]={layout!r} must be a layout such as 'o i -> i o'")
+    try:
+        return Layout.parse(layout)
+    except ValueError as error:
+        raise ValueError(f"layouts[{pattern!r}]={error}") from None
+
+
+def check_patterns(argument: str, patterns: Sequence[str], names: Mapping[str, Any]) -> None:
+    """Raises ValueError for a pattern that matches no name."""
+    if isinstance(patterns, str):
+        raise ValueError(f"{argument}={patterns!r} must be a list of patterns")
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(f"{argument}: {pattern!r} must match one of {listed(list(names), 10)}")
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names in a line; those that differ in numbers only are one, with their count."""
+    counts = Counter(alike(name) for name in names)
+    first = {alike(name): name for name in reversed(names)}
+    shown_names = [name if counts[form] == 1 else f"{form} ({counts[form]})" for form, name in first.items()][::-1]
+    more = f", … ({len(shown_names) - most} more)" if len(shown_names) > most else ""
+    return ", ".join(shown_names[:most]) + more

@@ -1,0 +1,79 @@
+"""Weights of models whose parts have the same names, and of a model that is compared with itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxmodels.weights.names import Path, dotted, entries, flat_arrays, from_torch, to_torch, with_arrays
+from parity.compare.names import matches
+
+
+class Twins:
+    """`Weights` of models that give their parts the same names; see `jaxmodels.weights.names`."""
+
+    notes: tuple[str, ...] = ()
+    uncompared: frozenset[str] = frozenset()
+    untrained: frozenset[str] = frozenset()
+
+    def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
+        return evaluating(from_torch(model, state_dict))
+
+    def read(self, state: Any, prefix: Path = (), *, gradients: bool = False) -> dict[str, np.ndarray]:
+        start = "".join(f"{word}." for word in prefix)
+        return {start + name: array for name, array in to_torch(state).items()}
+
+    def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
+        arrays = flat_arrays(state)
+        return set(arrays) - {entry.path for entry in entries(arrays) if not matches(entry.key, frozen)}
+
+    def module(self, path: str) -> str | None:
+        return path
+
+    def carries(self, key: str) -> bool:
+        return True
+
+
+class OwnWeights:
+    """`Weights` of a Flax model that is compared with itself: it keeps its arrays, cast to a dtype, and its names."""
+
+    notes: tuple[str, ...] = ()
+    uncompared: frozenset[str] = frozenset()
+    untrained: frozenset[str] = frozenset()
+
+    def __init__(self, dtype: Any):
+        self.dtype = dtype
+
+    def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
+        arrays = flat_arrays(model)
+        return evaluating(with_arrays(model, {path: in_dtype(array, self.dtype) for path, array in arrays.items()}))
+
+    def read(self, state: Any, prefix: Path = (), *, gradients: bool = False) -> dict[str, np.ndarray]:
+        arrays = flat_arrays(state).items()
+        return {dotted((*prefix, *path)): np.asarray(array) for path, array in arrays}
+
+    def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
+        return {path for path in flat_arrays(state) if matches(dotted(path), frozen)}
+
+    def module(self, path: str) -> str | None:
+        return path
+
+    def carries(self, key: str) -> bool:
+        return True
+
+
+def in_dtype(array: Any, dtype: Any) -> jax.Array:
+    """A floating array in a dtype, a complex one in the complex dtype of that precision; others as they are."""
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return jnp.asarray(array, jnp.complex128 if jnp.dtype(dtype) == jnp.float64 else jnp.complex64)
+    return jnp.asarray(array, dtype if jnp.issubdtype(array.dtype, jnp.floating) else None)
+
+
+def evaluating(model: Any) -> Any:
+    """The model with dropout off and running statistics in use."""
+    if isinstance(model, nnx.Module):
+        model.eval()
+    return model
