@@ -34,7 +34,8 @@ def parts(classes: Container[str], key: str, name: str, names: Container[str]) -
     classes: of the PyTorch layer. name: what the key is called in Flax. names: all arrays of the Flax model.
     """
     leaf, (base, _, last) = key.rpartition(".")[2], name.rpartition(".")
-    bases = [base] if last == leaf else [name, base]  # a name may also be given as that of Flax's layer
+    bases = [base] if last == leaf else [name, base]
+    direct = [] if last == leaf else [f"{name}.", f"{name}.cell."]  # a name may also be that of Flax's cell
     if "MultiheadAttention" in classes:
         return attention(leaf, bases, names)
     kind = next((cls.removesuffix("Cell") for cls in RECURRENT if cls in classes), None)
@@ -42,7 +43,7 @@ def parts(classes: Container[str], key: str, name: str, names: Container[str]) -
     if kind is None or match is None:
         return None
     array, side, layer, reverse = match.groups()
-    for cell in cells(bases, int(layer or 0), bool(reverse)):
+    for cell in (*direct, *cells(bases, int(layer or 0), bool(reverse))):
         found = gates(kind, cell, "kernel" if array == "weight" else "bias", side, names)
         if found:
             return found
