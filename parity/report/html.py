@@ -97,13 +97,20 @@ def summary_cell(report: Outcome, column: Column) -> str:
 def section(report: Outcome, *, alone: bool) -> str:
     """One report: collapsible, expanded if it failed; not collapsible if it is alone."""
     verdict = f'<span class="{"good" if report.passed else "bad"}">{report.verdict}</span>'
-    inside = f"{divergence(report)}{readings(report)}{remarks(report)}{trees(report)}{measured(report)}"
+    level = 2 if alone else 3
+    inside = divergence(report) + readings(report)
+    inside += remarks(report, level) + trees(report, level) + measured(report, level)
     if alone:
         return inside
     opened = "" if report.passed else " open"
     return f"""<details{opened}><summary><h2>{escape(report.name)}</h2>
 <span class="dim">{report.seconds:.1f} s</span>{verdict}</summary><div class="body">{inside}</div></details>
 """
+
+
+def titled(level: int, title: str, content: str) -> str:
+    """Content below a heading of a level; '' if there is none."""
+    return f'<h{level} class="part">{title}</h{level}>{content}\n' if content else ""
 
 
 def divergence(report: Outcome) -> str:
@@ -151,40 +158,42 @@ def bar(check: Check) -> str:
     return f'<span class="bar" role="img" aria-label="{used:.0%}"><i{over} style="width:{100 * used:.1f}%"></i></span>'
 
 
-def remarks(report: Outcome) -> str:
+def remarks(report: Outcome, level: int) -> str:
     """Notes, what was not compared, and the traceback of an exception."""
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-    skipped = "".join(f"<li>{escape(kind)}: {escape(why)}</li>" for kind, why in report.skipped.items())
-    found = f"<h3>Notes</h3><ul>{notes}</ul>\n" if notes else ""
-    found += f"<h3>Not compared</h3><ul>{skipped}</ul>\n" if skipped else ""
-    if report.error:
-        found += f"<h3>Traceback</h3><pre>{escape(report.error.traceback, keep=LINES)}</pre>\n"
-    return found
+    traceback = f"<pre>{escape(report.error.traceback, keep=LINES)}</pre>" if report.error else ""
+    return (
+        titled(level, "Notes", listed(report.notes))
+        + titled(level, "Not compared", listed(f"{kind}: {why}" for kind, why in report.skipped.items()))
+        + titled(level, "Traceback", traceback)
+    )
 
 
-def trees(report: Outcome) -> str:
+def listed(lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def trees(report: Outcome, level: int) -> str:
     """The tree of each direction that was traced, with the meaning of the verdicts."""
     if report.divergence is None:
         return ""
     drawn = {"Outputs, in the order of the call": report.divergence.forward}
     drawn["Gradients, from the loss back"] = report.divergence.backward
-    found = "".join(f"<h3>{title}</h3>{charts.tree(part)}\n" for title, part in drawn.items() if part is not None)
+    found = "".join(titled(level, title, charts.tree(part)) for title, part in drawn.items() if part is not None)
     return f"{found}{charts.verdict_legend()}\n" if found else ""
 
 
-def measured(report: Outcome) -> str:
+def measured(report: Outcome, level: int) -> str:
     """Sweep, trajectories and costs of the default precision: heat map, histograms, curves, lists."""
-    parts = []
+    found = ""
     if report.sweep is not None:
         rows = report.sweep.rows
-        if heat := charts.heat_map(rows):
-            parts.append(f"<h3>Error by sub-module and dtype</h3>{heat}")
-            parts.append(f'<h3>Errors of the outputs</h3><div class="charts">{charts.histograms(rows)}</div>')
-        parts.append(f"<h3>Errors by dtype</h3><pre>{escape(str(report.sweep), keep=LINES)}</pre>")
-    if report.trajectories:
-        figures = "".join(map(charts.curves, report.trajectories))
-        parts.append(f'<h3>Training, step by step</h3><div class="charts">{figures}</div>')
-    if report.costs:
-        listed = "".join(f"<li>{escape(str(cost))}</li>" for cost in report.costs)
-        parts.append(f"<h3>Errors at the default matmul precision</h3><ul>{listed}</ul>")
-    return "".join(parts)
+        found += titled(level, "Error by sub-module and dtype", charts.heat_map(rows))
+        found += titled(level, "Errors of the outputs", drawn(charts.histograms(rows)))
+        found += titled(level, "Errors by dtype", f"<pre>{escape(str(report.sweep), keep=LINES)}</pre>")
+    found += titled(level, "Training, step by step", drawn("".join(map(charts.curves, report.trajectories))))
+    return found + titled(level, "Errors at the default matmul precision", listed(map(str, report.costs)))
+
+
+def drawn(figures: str) -> str:
+    return f'<div class="charts">{figures}</div>' if figures else ""

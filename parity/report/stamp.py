@@ -58,11 +58,14 @@ def commit() -> str:
 
 
 def joined(stamps: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Merge stamps; values that differ are listed with '; ' between them, of dates the first and the last."""
+    """Merge stamps, which may be merged ones.
+
+    Values that differ are listed with '; ' between them, of dates the first and the last with ' to '.
+    """
     values: dict[str, dict[str, None]] = {}
     for stamp in stamps:
         for key, value in stamp.items():
-            values.setdefault(key, {})[value] = None
+            values.setdefault(key, {}).update(dict.fromkeys(value.split(" to " if key == "date" else "; ")))
     dates = sorted(values.get("date", ()))
     span = {"date": " to ".join(dict.fromkeys([dates[0], dates[-1]]))} if dates else {}
     return {key: "; ".join(distinct) for key, distinct in values.items()} | span

@@ -40,7 +40,7 @@ RULES = """
 main { display: block; max-width: 1100px; margin: 0 auto; padding: 1.5rem 1rem 2rem }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem; font-weight: 600; color: inherit }
 h2 { font-size: 1.15rem; margin: 1.5rem 0 .4rem; font-weight: 600; color: inherit }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; font-weight: 600; color: inherit }
+h2.part, h3.part { font-size: 1rem; margin: 1.2rem 0 .3rem; font-weight: 600; color: inherit }
 p { margin: .3rem 0 .8rem }
 ul { margin: .3rem 0 .8rem; padding-left: 1.3rem; list-style: disc }
 pre { margin: .5rem 0 1rem; padding: .6rem .8rem; font-size: .85em; overflow-x: auto; white-space: pre }

@@ -15,7 +15,7 @@ from parity.report.text import WIDTH as TEXT_WIDTH
 from parity.report.text import text, visible
 
 WIDTH = 184  # of a table in a file, which cannot be widened afterwards; rich would wrap it at 80
-FOLDED = "Columns are folded to the worst reading of each precision, which a wider terminal shows in full."
+FOLDED = "Columns named 'worst' stand for several readings; a wider terminal shows each."
 Group = tuple[str, list[Column]]  # heading, and the columns whose worst value is shown
 
 
@@ -113,8 +113,13 @@ def share(one: Cell, report: Report) -> float:
 
 
 def details(reports: Sequence[Report], console: Console) -> None:
-    """Print results without a column: costs of the default precision, determinism, sweeps, trajectories."""
+    """Print results without a column: costs of the default precision, determinism, sweeps, trajectories.
+
+    Those of a failed report are in its text, see `print_failure`.
+    """
     for report in reports:
+        if not report.passed:
+            continue
         repeated = (check for check in report.checks if check.kind.startswith("two runs"))
         measured = (report.sweep, *report.trajectories)
         lines = [*map(str, report.costs), *map(str, repeated), *(str(one) for one in measured if one is not None)]

@@ -2,11 +2,10 @@
 
 import html
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from parity.report.columns import unit_of
 from parity.report.outcome import Outcome
-from parity.report.results import Check
 
 WIDTH = 100
 
@@ -51,18 +50,15 @@ def heading(outcome: Outcome, width: int) -> Iterator[str]:
 
 
 def passed(outcome: Outcome, width: int) -> Iterator[str]:
-    """Readings within their limits: a line each if all are, else one paragraph."""
+    """Readings within their limits: a line each if all are, else a paragraph per precision."""
     checks = [check for check in outcome.checks if check.passed]
     if len(checks) == len(outcome.checks):
         for check in checks:
             yield from wrapped(str(check), width)
-    elif checks:
-        yield from wrapped("ok     " + listed(checks), width)
-
-
-def listed(checks: Sequence[Check]) -> str:
-    """Values of checks without their limits: 'round trip (bits) 0, output (float32) 0.53'."""
-    return ", ".join(f"{c.kind} ({c.precision}) {unit_of(c).full.format(c.value)}" for c in checks)
+        return
+    for precision in dict.fromkeys(check.precision for check in checks):
+        values = (f"{c.kind} {unit_of(c).full.format(c.value)}" for c in checks if c.precision == precision)
+        yield from wrapped(f"ok     {precision}: {', '.join(values)}", width)
 
 
 def remarks(outcome: Outcome, width: int) -> Iterator[str]:

@@ -79,7 +79,7 @@ def test_a_sweep_or_a_trajectory_alone_is_a_report(swept, tmp_path):
     ]
     assert [run["optimizer"] for run in found[1]["trajectories"]] == ["adam", "sgd"]
     html = (tmp_path / "out.html").read_text()
-    assert html.count("<h3>Error by sub-module and dtype</h3>") == 1, "only the first sweep has layers"
+    assert html.count(">Error by sub-module and dtype</h3>") == 1, "only the first sweep has layers"
     assert "<dd>1; 0</dd>" in html, "both seeds"
 
 

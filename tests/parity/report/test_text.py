@@ -1,0 +1,86 @@
+"""Reports as plain text."""
+
+import dataclasses
+import pickle
+import textwrap
+
+import pytest
+
+from parity.report.report import Differs, Report
+from parity.report.results import Check
+from parity.report.text import short, text, visible
+from tests.parity.report.samples import HOSTILE, agreeing, differing, hostile
+
+
+def test_characters_that_steer_a_terminal_are_escaped():
+    assert visible("h.0.ln_1 ∂ 日本 é") == "h.0.ln_1 ∂ 日本 é"
+    assert visible("a\x1b[2J\r\n\u202eb\ud800\x9b") == r"a\x1b[2J\r\n\u202eb\ud800\x9b"
+    assert visible("a\nb\tc", keep="\n") == "a\nb\\tc"
+
+
+def test_what_differs_comes_first():
+    shown = text(differing())
+    order = [
+        "gpt: DIFFERS",
+        "first divergence: model.h.0.ln_1",
+        "FAILED parameter gradients (float64): 2e-05, at most 1e-10, at model.h.0.attn.c_proj.weight",
+        "FAILED parameter gradients (float32): nan",
+        "ok     bits: round trip 0",
+        "ok     float64: output 3e-16",
+        "ok     float32: output 0.53, two runs: output 0",
+        "note   float32 inside: model.h.0.table",
+        "–      cached decoding: the model has no cache",
+        "adam, float64, 3 steps",
+    ]
+    places = [shown.index(part) for part in order]
+    assert places == sorted(places)
+    assert str(differing()) == shown
+
+
+def test_a_report_that_agrees_has_a_line_per_reading():
+    lines = text(agreeing()).splitlines()
+    assert lines[0] == "mlp: agrees"
+    assert lines[1:] == [f"  {check}" for check in agreeing().checks]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_lines_fit_and_continue_below_their_text(width):
+    long = "model.transformer." + "h.0." * 40 + "weight"
+    checks = [Check("output", "float64", long, 1.0, 1e-10), *differing().checks]
+    report = dataclasses.replace(differing(), checks=checks, notes=("a note " * 30,), sweep=None, trajectories=())
+    lines = text(report, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert long in "".join(line.strip() for line in lines)
+    notes = [i for i, line in enumerate(lines) if line.startswith("  note ")]
+    assert lines[notes[0] + 1].startswith(" " * 9)
+    assert lines[notes[0] + 1].split()[0] in ("a", "note")
+    assert max(map(len, text(dataclasses.replace(report, name=long)).splitlines())) <= 100
+
+
+def test_the_short_form_counts_readings_that_agree():
+    shown = short(differing())
+    assert "4 readings within the limits" in shown
+    assert "ok " not in shown
+    assert shown.splitlines()[:2] == text(differing()).splitlines()[:2]
+
+
+def test_no_text_steers_the_terminal():
+    for shown in (text(hostile()), short(hostile()), repr(hostile()), "\n".join(textwrap.wrap(text(hostile()), 50))):
+        assert not set(HOSTILE) & set(shown) - set("<b>&\"'[red]31m/script\n")
+
+
+def test_the_exception_is_the_report():
+    with pytest.raises(Differs, match="gpt: DIFFERS") as raised:
+        differing().raise_if_failed()
+    assert isinstance(raised.value, AssertionError)
+    assert str(raised.value) == text(raised.value.report)
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert str(again) == str(raised.value)
+    agreeing().raise_if_failed()
+
+
+def test_the_repr_is_one_line():
+    shown = repr(differing())
+    assert shown.startswith("<Report gpt: DIFFERS, 2 of 6 readings failed; first divergence: model.h.0.ln_1")
+    assert "\n" not in shown
+    assert repr(Report("empty", [], 1.0, {})) == "<Report empty: agrees, 0 of 0 readings failed>"
