@@ -156,14 +156,18 @@ def tree(part: Part) -> str:
 
 def branch(part: Part, first: Part | None, parent: str = "") -> str:
     kinds = escape(" / ".join(dict.fromkeys(kind for kind in (part.torch_type, part.flax_type) if kind)))
-    renamed = f' <span class="dim">→ {escape(part.flax_path)}</span>' if part.flax_path not in ("", part.path) else ""
+    renamed = (
+        f' <span class="dim">→ <code>{escape(part.flax_path)}</code></span>'
+        if part.flax_path not in ("", part.path)
+        else ""
+    )
     values = " · ".join(
         f"{label} {errors.error:.1e}"
         for label, errors in (("in the run", part.propagated), ("alone", part.isolated))
         if errors is not None
     )
     hint = f' <span class="bad hint">{escape(part.hint)}</span>' if part.hint else ""
-    line = f'<span>{path_of(part.path, parent)}{renamed}</span> <span class="dim">{kinds}</span>'
+    line = f'<span>{path_of(part.path, parent)}{renamed}</span> <span class="dim kind">{kinds}</span>'
     line += f" {verdict_tag(part.verdict)} <span>{values}</span>{hint}"
     numbers = all_errors(part) if part.verdict in ("culprit", "victim") else ""
     inside = "".join(branch(child, first, part.path) for child in part.children)

@@ -53,6 +53,10 @@ code b { font-weight: 600 }
 .unit { white-space: nowrap }
 .first { border-left: 4px solid var(--bad); padding: .5rem .8rem; background: var(--panel) }
 .scroll { overflow-x: auto; margin: .4rem 0 1rem; max-width: 100% }
+.scroll { background: linear-gradient(to right, var(--page) 40%, transparent) left / 40px 100% no-repeat local,
+ linear-gradient(to left, var(--page) 40%, transparent) right / 40px 100% no-repeat local,
+ linear-gradient(to right, var(--line), transparent) left / 12px 100% no-repeat scroll,
+ linear-gradient(to left, var(--line), transparent) right / 12px 100% no-repeat scroll }
 .scroll:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px }
 table { border-collapse: collapse; margin: 0; font-size: .93em; table-layout: auto; border: 0 }
 tr { background: none }
@@ -90,11 +94,12 @@ dl.legend { font-size: .93em; align-items: baseline }
 .tree, .tree ul { list-style: none; margin: .2rem 0; padding: 0 }
 .tree ul { padding-left: 1.1rem; border-left: 1px solid var(--line); margin-left: .5rem }
 .tree details { border: 0 }
-.tree summary { padding: .2rem .3rem; min-height: 32px; align-content: center }
-.tree .leaf { display: flex; flex-wrap: wrap; gap: 0 .6rem; align-items: baseline; padding: .2rem .3rem .2rem 1.75rem }
-.tree .hint { flex: 1 1 100%; padding-left: 1.45rem }
-.tree .leaf .hint { padding-left: 0 }
-.tree p { margin: 0 0 .2rem 1.75rem; font-size: .93em }
+.tree summary, .tree .leaf { display: block; position: relative; padding: .25rem .3rem .25rem 1.6rem }
+.tree summary { min-height: 32px }
+.tree summary::before { position: absolute; left: .35rem; top: .7rem; margin: 0 }
+.tree .kind { margin: 0 .25rem }
+.tree .hint { display: block }
+.tree p { margin: 0 0 .2rem 1.6rem; font-size: .93em }
 .heat td { text-align: center; color: var(--dim) }
 .heat td.value { color: var(--on-heat) }
 .key { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .6rem; font-size: .93em; margin: .2rem 0 .6rem }
@@ -119,6 +124,7 @@ tbody th { white-space: normal; min-width: 7.5rem; overflow-wrap: anywhere }
 PRINT = """
 main { max-width: none; padding: 0 }
 .scroll, pre { overflow: visible }
+.scroll { background: none }
 pre { white-space: pre-wrap }
 th, td { white-space: normal; padding: .2rem .3rem }
 tbody th { position: static }
