@@ -16,9 +16,9 @@ traceback instead. With -v in a terminal the current stage of a test is shown be
 `--parity-device` is the device for Flax.
 """
 
-import dataclasses
 import functools
 import inspect
+import os
 import shutil
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -120,7 +120,8 @@ def call(item: pytest.Item, function: str, *values: Any, **arguments: Any) -> An
 def show_stage(item: pytest.Item, function: str = "", stage: object = "") -> None:
     """Show what is running behind the test's name, with -v in a terminal; nothing: erase it."""
     reporter = item.config.pluginmanager.getplugin("terminalreporter")
-    if item.config.get_verbosity() < 1 or not getattr(reporter, "isatty", False):
+    terminal = getattr(reporter, "isatty", False) and os.environ.get("TERM") != "dumb"
+    if item.config.get_verbosity() < 1 or not terminal:
         return
     room = shutil.get_terminal_size().columns - len(item.nodeid) - 2
     shown = f"{function} {stage}".strip()[: max(room, 0)]
@@ -172,34 +173,6 @@ def fixture_of(function: str) -> Any:
 parity_check, parity_sweep, parity_trajectory, parity_invariances = map(fixture_of, MARKERS.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class Crash:
-    """Where a test failed, and its last line in pytest's summary; see `Failure`."""
-
-    path: str
-    lineno: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.lineno}: {self.message}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """What pytest prints for a test whose pair differs, in place of a traceback: the report's text."""
-
-    text: str
-    reprcrash: Crash
-
-    def toterminal(self, writer: Any) -> None:
-        for i, line in enumerate(self.text.splitlines()):
-            writer.line(line, red=i == 0 or line.startswith("  FAILED"), bold=i == 0)
-        writer.line(f"{self.reprcrash.path}:{self.reprcrash.lineno}")
-
-    def __str__(self) -> str:
-        return f"{self.text}\n{self.reprcrash.path}:{self.reprcrash.lineno}"
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -207,14 +180,25 @@ def pytest_runtest_makereport(
     """Show a pair that differs as its report, and refused arguments as their message, without the frames inside."""
     result = yield
     if call.excinfo is not None and result.failed and not item.config.getoption("fulltrace"):
-        error = call.excinfo.value
-        module = sys.modules.get("parity.report.report")  # it has been imported if its exception was raised
-        if module is not None and isinstance(error, module.Differs):
-            result.longrepr = failure(item, call.excinfo, error.report)  # type: ignore[assignment]
+        error, path, line = call.excinfo.value, *place(item, call.excinfo)
+        reports = sys.modules.get("parity.report.report")  # it has been imported if its exception was raised
+        if reports is not None and isinstance(error, reports.Differs):
+            from parity.report.failure import differs
+
+            whole = item.config.get_verbosity() > 0
+            result.longrepr = differs(error.report, path, line, whole=whole)  # type: ignore[assignment]
         elif isinstance(error, ValueError) and refused(item, call.excinfo):
-            message = f"{type(error).__name__}: {error}"
-            result.longrepr = Failure(message, crash(item, call.excinfo, message))  # type: ignore[assignment]
+            from parity.report.failure import refusal
+
+            result.longrepr = refusal(error, path, line)  # type: ignore[assignment]
     return result
+
+
+def place(item: pytest.Item, raised: pytest.ExceptionInfo[BaseException]) -> tuple[str, int]:
+    """File and line of the test that failed; the test's first line if it had returned."""
+    path, line, _ = item.location
+    own = [entry.lineno for entry in raised.traceback if Path(str(entry.path)) == item.path]
+    return path, (own[-1] if own else line or 0) + 1
 
 
 def refused(item: pytest.Item, raised: pytest.ExceptionInfo[BaseException]) -> bool:
@@ -222,25 +206,6 @@ def refused(item: pytest.Item, raised: pytest.ExceptionInfo[BaseException]) -> b
     used = [name for name in MARKERS if item.get_closest_marker(name)]
     used += [name for name in getattr(item, "fixturenames", ()) if name in FIXTURES]
     return bool(used) and Path(__file__).parent in Path(str(raised.traceback[-1].path)).parents
-
-
-def crash(item: pytest.Item, raised: pytest.ExceptionInfo[BaseException], message: str) -> Crash:
-    """The test's line that failed; of a test that had returned, its first line."""
-    path, line, _ = item.location
-    own = [entry.lineno for entry in raised.traceback if Path(str(entry.path)) == item.path]
-    return Crash(path, (own[-1] if own else line or 0) + 1, message.partition("\n")[0])
-
-
-def failure(item: pytest.Item, raised: pytest.ExceptionInfo[BaseException], report: "Report") -> Failure:
-    """The failure of a test: what differs; with -v the whole report and the tree of sub-modules."""
-    from parity.report.text import short, text, visible
-
-    shown = short(report)
-    if item.config.get_verbosity() > 0:
-        tree = report.divergence.tree() if report.divergence else ""
-        shown = f"{text(report)}\n{visible(tree, keep=chr(10))}".rstrip()
-    message = visible(f"{report.name}: {report.divergence or report.verdict}")
-    return Failure(shown, crash(item, raised, message))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -16,12 +16,12 @@ CLEAR = "\r\x1b[K"  # to the start of the line; erase to its end
 class StatusLine:
     """A line that shows what is running and for how long; a context manager, which erases the line at its end.
 
-    stream: standard error by default. If it is no terminal, nothing is written.
+    stream: standard error by default. If it is no terminal that can erase a line, nothing is written.
     """
 
     def __init__(self, stream: TextIO | None = None, interval: float = 1.0):
         self.stream = sys.stderr if stream is None else stream
-        self.live = self.stream.isatty()
+        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.interval = interval
         self.shown, self.since = "", 0.0
         self.lock, self.ended = threading.Lock(), threading.Event()

@@ -12,7 +12,7 @@ from parity.report.columns import Cell, Column, cell, legend, tables
 from parity.report.report import Report
 from parity.report.stamp import joined
 from parity.report.text import WIDTH as TEXT_WIDTH
-from parity.report.text import text, visible
+from parity.report.text import folded, text, visible
 
 WIDTH = 184  # of a table in a file, which cannot be widened afterwards; rich would wrap it at 80
 FOLDED = "Columns named 'worst' stand for several readings; a wider terminal shows each."
@@ -125,4 +125,4 @@ def details(reports: Sequence[Report], console: Console) -> None:
         lines = [*map(str, report.costs), *map(str, repeated), *(str(one) for one in measured if one is not None)]
         if lines:
             console.print(Text(visible(report.name), "bold"))
-            console.print(Text(visible("\n".join(lines), keep="\n")), soft_wrap=True)
+            console.print(Text(folded("\n".join(lines), console.width)), soft_wrap=True)

@@ -27,7 +27,9 @@ def escape(text: str, keep: str = "") -> str:
 
 def text(outcome: Outcome, width: int = WIDTH) -> str:
     """The whole report: verdict, first divergence, failed readings, passed readings, notes, and all other results."""
-    return "\n".join([*heading(outcome, width), *passed(outcome, width), *remarks(outcome, width), *others(outcome)])
+    return "\n".join(
+        [*heading(outcome, width), *passed(outcome, width), *remarks(outcome, width), *others(outcome, width)]
+    )
 
 
 def short(outcome: Outcome, width: int = WIDTH) -> str:
@@ -69,12 +71,22 @@ def remarks(outcome: Outcome, width: int) -> Iterator[str]:
         yield from wrapped(f"–      {kind}: {why}", width)
 
 
-def others(outcome: Outcome) -> Iterator[str]:
+def others(outcome: Outcome, width: int) -> Iterator[str]:
     """Costs of the default matmul precision, the sweep and the trajectories."""
-    yield from (visible(f"  {cost}") for cost in outcome.costs)
+    for cost in outcome.costs:
+        yield from wrapped(str(cost), width)
     for result in (outcome.sweep, *outcome.trajectories):
         if result is not None:
-            yield visible(str(result), keep="\n")
+            yield folded(str(result), width)
+
+
+def folded(lines: str, width: int = WIDTH) -> str:
+    """Lines with an indentation of their own, continued deeper if they are wider than `width`."""
+    found = []
+    for line in visible(lines, keep="\n").splitlines():
+        margin = " " * (len(line) - len(line.lstrip()) + 4)
+        found += textwrap.wrap(line, max(width, 20), subsequent_indent=margin[: width // 2], break_on_hyphens=False)
+    return "\n".join(found)
 
 
 def wrapped(line: str, width: int, indent: int = 2) -> list[str]:

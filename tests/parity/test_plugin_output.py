@@ -43,6 +43,7 @@ def test_expected(parity_check):
 @pytest.fixture
 def printed(pytester, monkeypatch):
     """Run tests of PORT by name and return what pytest printed."""
+    monkeypatch.setenv("COLUMNS", "90")
     monkeypatch.setitem(vars(parity), "check", lambda *values, **arguments: differing())
     pytester.makepyfile(test_port=PORT)
 
@@ -72,6 +73,8 @@ def test_more_verbosity_shows_the_whole_report_and_the_tree(printed):
     assert "ok     float64: output 3e-16" in text
     assert "note   float32 inside" in text
     assert "h.0  encloses" in text
+    report = text.partition("_ test_marked _")[2].partition("short test summary")[0]
+    assert max(map(len, report.splitlines()[1:])) <= 90
 
 
 def test_the_traceback_can_be_asked_for(printed):
@@ -104,6 +107,7 @@ def test_stages_are_shown_with_v_in_a_terminal(request, capsys, monkeypatch, ver
     with monkeypatch.context() as patched:
         patched.setattr(request.config.pluginmanager, "getplugin", plugins.get)
         patched.setattr(request.config, "get_verbosity", lambda: verbosity)
+        patched.setenv("TERM", "xterm")
         patched.setenv("COLUMNS", str(len(request.node.nodeid) + 12))
         show_stage(request.node, "check", "training loss")
         show_stage(request.node)

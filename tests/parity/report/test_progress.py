@@ -12,8 +12,9 @@ from parity.report.progress import StatusLine, each
 
 
 @pytest.fixture
-def terminal():
+def terminal(monkeypatch):
     """A pseudo-terminal of 50 columns: the stream, and a function that reads what was written."""
+    monkeypatch.setenv("TERM", "xterm")
     termios = pytest.importorskip("termios")
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 50))
@@ -67,3 +68,11 @@ def test_the_time_goes_on_within_a_stage_and_other_output_has_the_line_to_itself
         stream.flush()
         assert read() == "output", "a cleared line stays empty"
     assert re.search(r"training  6\d s", seen)
+
+
+def test_a_terminal_that_cannot_erase_a_line_gets_none(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream, read = terminal
+    with StatusLine(stream) as line:
+        line.show("training")
+    assert read() == ""

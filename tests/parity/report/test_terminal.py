@@ -1,5 +1,6 @@
 """Tables in the terminal, at several widths."""
 
+import dataclasses
 import io
 
 import pytest
@@ -69,6 +70,10 @@ def test_names_are_neither_markup_nor_control_characters():
     assert "[bold]mlp[/bold]" in text
     assert "[red]" in text
     assert not set(HOSTILE) & set(text) - set("<b>&\"'[red]31m/script\n")
+
+
+def test_sweeps_and_trajectories_fit_too():
+    assert max(map(len, shown([dataclasses.replace(differing(), checks=[])], 60).splitlines())) <= 60
 
 
 def test_a_failed_report_is_printed_once():
