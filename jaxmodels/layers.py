@@ -8,9 +8,12 @@ Flax's defaults differ from PyTorch's in each of these: the distributions of ini
 
 import contextlib
 import contextvars
+import functools
+import inspect
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,8 @@ FEED_FORWARD_RULES = [
     (r"layer2\.bias", P()),
 ]
 SMALL_RULES = [(r"norm\w*\.(scale|bias)", P()), (r"src_embed\.embedding", P(None, "fsdp"))]
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 _placement: contextvars.ContextVar[Callable[[jax.Array, str], jax.Array] | None]
 _placement = contextvars.ContextVar("placement", default=None)
@@ -57,9 +62,9 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
 
 
 def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a layer's call in the current `remat` hook, e.g. `jax.checkpoint`; see `hooks`."""
+    """Wrap a layer's call in the current `remat` hook, e.g. `jax.checkpoint`; see `hooks` and `read_only`."""
     wrap = _remat.get()
-    return function if wrap is None else wrap(function)
+    return function if wrap is None else wrap(read_only(function))
 
 
 def check_sizes(**sizes: int) -> None:
@@ -73,6 +78,67 @@ def check_ids(ids: jax.Array, axes: str = "[S, B]") -> None:
     """Raises ValueError if ids are not a non-empty matrix of integers."""
     if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be non-empty integers {axes}, got {ids.dtype}{list(ids.shape)}")
+
+
+def read_only(function: Call) -> Call:
+    """Wrap a function that calls modules where a change of their arrays would be lost, as inside a scan.
+
+    Raises ValueError, naming the sub-module, if an array of a module among the arguments changes in the call: the
+    statistics of a BatchNorm in training mode, the counter of a stream of random keys.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        before = [(module, arrays_of(module)) for module in args if isinstance(module, nnx.Module)]
+        result = function(*args, **kwargs)
+        for module, arrays in before:
+            changed = [path for path, a in arrays_of(module).items() if arrays.get(path, a) is not a]
+            if changed:
+                *owner, name = map(str, changed[0])
+                raise ValueError(
+                    f"{'.'.join(owner) or type(module).__name__} changes its {name} in the call; it must only read its "
+                    "arrays, as the layers are scanned or rematerialized"
+                )
+        return result
+
+    return cast(Call, checked)
+
+
+def arrays_of(module: nnx.Module) -> dict[tuple[Any, ...], Any]:
+    """All arrays of a module by path, those of random streams included."""
+    leaves: Any = nnx.to_flat_state(nnx.state(module))
+    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in leaves}
+
+
+def float_dtype(module: nnx.Module) -> Any:
+    """The widest dtype of a module's floating arrays."""
+    return jnp.result_type(*(a for a in arrays_of(module).values() if jnp.issubdtype(a.dtype, jnp.floating)))
+
+
+def check_decodes(model: nnx.Module, pattern: str, methods: Sequence[str] = ("decode",)) -> None:
+    """Raises ValueError, naming the sub-module, if cached decoding would not compute what the call does.
+
+    pattern: of the dotted paths of sub-modules that must have these methods. A subclass that overrides `__call__` must
+    override `decode` too, or the cached path would leave out what it does.
+    """
+    for words, module in nnx.iter_modules(model):
+        path, kind = ".".join(map(str, words)), type(module)
+        missing = [name for name in methods if not callable(getattr(module, name, None))]
+        if missing and re.fullmatch(pattern, path) and not isinstance(module, nnx.List):
+            raise ValueError(f"{path} is a {kind.__name__}; cached decoding needs its method {missing[0]}")
+        if path and callable(getattr(kind, "decode", None)):
+            call, decode = definer(kind, "__call__"), definer(kind, "decode")
+            if not issubclass(decode, call):
+                raise ValueError(
+                    f"{path} is a {kind.__name__} with a `__call__` of {call.__name__} and the `decode` of "
+                    f"{decode.__name__}; cached decoding needs both to be overridden"
+                )
+
+
+def definer(kind: type, name: str) -> type:
+    """The class from which a class inherits a method; wrappers made by `functools.wraps` do not count."""
+    method = inspect.unwrap(getattr(kind, name))
+    return next(c for c in reversed(kind.__mro__) if inspect.unwrap(getattr(c, name, check_decodes)) is method)
 
 
 def uniform(fan_in: int) -> Callable[..., jax.Array]:
@@ -117,6 +183,10 @@ class Embed(nnx.Embed):
         # given float64 weights would compute and differentiate in float32 from here on.
         table = constrain(self.embedding[...], "VD")  # replicated: any device may look up any row
         return table.at[inputs].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)  # [..., D]
+
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Tied readout: query [..., D] -> logits [..., V], in the query's dtype."""
+        return query @ self.embedding[...].astype(query.dtype).T
 
 
 class Dropout(nnx.Dropout):

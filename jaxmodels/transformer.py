@@ -20,9 +20,11 @@ from jaxmodels.layers import (
     FeedForward,
     LayerNorm,
     Linear,
+    check_decodes,
     check_ids,
     check_sizes,
     constrain,
+    float_dtype,
     rematerialized,
     split_rng,
 )
@@ -55,6 +57,10 @@ class TransformerLayer(nnx.Module):
         attn_rng, rng = split_rng(rng, 2)
         z = self.norm_self_attn(x)
         return self._residual(x, self.self_attn(query=z, key=z, value=z, mask=mask, rng=attn_rng), rng)
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any) -> dict[str, jax.Array]:
+        """Empty buffers; see `Attention.init_cache`."""
+        return self.self_attn.init_cache(batch, max_len, dtype)
 
     def decode(
         self, x: jax.Array, cache: dict[str, jax.Array], positions: jax.Array | None
@@ -199,10 +205,12 @@ class AutoregressiveTransformer(nnx.Module):
         """Empty cache for up to max_len tokens per row.
 
         dtype: of keys and values; default that of the parameters. start: int [B], number of left-padding ids in each
-        row. Raises ValueError if max_len is beyond the attention's tables or start is not one integer per row.
+        row. Raises ValueError if max_len is beyond the attention's tables, start is not one integer per row, or a
+        sub-module was replaced by one that cannot decode.
         """
-        dtype = self.src_embed.embedding.dtype if dtype is None else dtype
-        layers = [layer.self_attn.init_cache(batch, max_len, dtype) for layer in self.encoder.layers]
+        check_decodes(self, r"encoder\.layers\.\d+(\.self_attn)?", ("init_cache", "decode"))
+        dtype = float_dtype(self.src_embed) if dtype is None else dtype
+        layers = [layer.init_cache(batch, max_len, dtype) for layer in self.encoder.layers]
         return make_cache(layers, batch, start)
 
     def prefill(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

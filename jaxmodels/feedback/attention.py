@@ -1,9 +1,13 @@
 """Feedback attention of one step over the memories of earlier steps, and the layer around it.
 
-Axes: B batch, H heads, D = d_model = H·d_k features, n memories, P rows of a table.
-In einsums: b batch, h head, j memory, d feature. These calls are the plain path; the fast path is in `step`.
+Axes: B batch, H heads, D = d_model = H·d_k features, n memories, N slots, P rows of a table.
+In einsums: b batch, h head, j memory or slot, d feature.
+
+The plain path passes memories as arrays. The fast path (`step`) passes `Slots` as the key; the layer hands them to its
+attention like any other key, so that both paths call the same modules.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +16,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.layers import Dropout, FeedForward, HeadProjection, LayerNorm, Linear, split_rng
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Projected keys in slots of memory, of which a step sees some; a key of `FeedbackAttention`'s call.
+
+    key: [B, H, N, d_k]; slot j holds the latest earlier position p with p mod N = j. visible: bool [N] or [B, 1, N].
+    position: int, scalar or [B]. The attention's tables must hold the rows of the distances N … 1; see `step.reach`.
+    """
+
+    key: jax.Array
+    visible: jax.Array
+    position: jax.Array
 
 
 class FeedbackAttention(nnx.Module):
@@ -49,11 +67,16 @@ class FeedbackAttention(nnx.Module):
         self.key_pos_bias = nnx.Param(jnp.zeros((self.P, heads), jnp.float32))
         self.query_pos_bias = nnx.Param(jnp.zeros((heads, self.d_k), jnp.float32))
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, query: jax.Array, key: jax.Array | Slots, value: jax.Array, rng: jax.Array | None = None
+    ) -> jax.Array:
         """query [B, D]; key and value [n, B, D], or [n, B, H, d_k] if they are precomputed -> [B, D].
 
-        Raises ValueError if ranks do not fit, or n is 0 or beyond the tables.
+        With `Slots` as key, value is [B, H, N, d_k]. Raises ValueError if ranks do not fit, or n is 0 or beyond the
+        tables.
         """
+        if isinstance(key, Slots):
+            return attend(self, query, key.key, value, key.visible, key.position, rng)
         rank = 4 if self.key is None else 3
         if query.ndim != 2 or key.ndim != rank or value.ndim != rank or len(key) != len(value) or not len(key):
             given = ", ".join(str(list(x.shape)) for x in (query, key, value))
@@ -63,7 +86,7 @@ class FeedbackAttention(nnx.Module):
             raise ValueError(f"{len(key)} memories given; the position tables reach back P={self.P} at most")
         if self.key is not None:
             key, value = self.key(key), self.value(value)  # [n, B, H, d_k]
-        n, q = len(key), self.query(query)  # [B, H, d_k]
+        n, q = len(value), self.query(query)  # [B, H, d_k]
         scores = jnp.einsum("bhd,jbhd->bhj", q + self.query_pos_bias, key)  # [B, H, n]
         scores += jnp.einsum("bhd,jhd->bhj", q, self.key_pos_embeddings[-n:]) + self.key_pos_bias[-n:].T
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) * self.scale
@@ -74,6 +97,36 @@ class FeedbackAttention(nnx.Module):
     def drop(self, weights: jax.Array, rng: jax.Array | None) -> jax.Array:
         """Dropout on [B, H, n], drawn with the memory axis first, so that a memory's mask does not depend on n."""
         return weights if rng is None else self.dropout(weights.transpose(2, 0, 1), rng).transpose(1, 2, 0)
+
+
+def attend(
+    attn: FeedbackAttention,
+    z: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: jax.Array,
+    position: jax.Array,
+    rng: jax.Array | None,
+) -> jax.Array:
+    """Attention with queries from z [B, D] over slots [B, H, N, d_k] -> [B, D]; zero if no slot is visible.
+
+    Masked scores are finite: with -inf, a row without visible slots would have NaN outputs and gradients.
+    """
+    q = attn.query(z)  # [B, H, d_k]
+    scores = jnp.einsum("bhd,bhjd->bhj", (q + attn.query_pos_bias) * attn.scale, key)  # [B, H, N]
+    by_distance = jnp.einsum("bhd,hjd->bhj", q, attn.key_pos_embeddings[...]) + attn.key_pos_bias[...]  # [B, H, N]
+    scores = scores + roll_to_slots(by_distance, position)
+    scores = jnp.where(visible, scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    x = jnp.einsum("bhj,bhjd->bhd", attn.drop(weights, rng), value)  # [B, H, d_k]
+    return attn.output(x.reshape(z.shape)) * visible.any(axis=-1)
+
+
+def roll_to_slots(scores: jax.Array, position: jax.Array) -> jax.Array:
+    """Roll scores [B, H, N] of the distances N … 1 to the slots at those distances: (j - position) mod N."""
+    if position.ndim:
+        return jax.vmap(lambda row, p: jnp.roll(row, p, axis=-1))(scores, position)
+    return jnp.roll(scores, position, axis=-1)
 
 
 class FeedbackTransformerLayer(nnx.Module):
@@ -87,7 +140,7 @@ class FeedbackTransformerLayer(nnx.Module):
         self.dropout = Dropout(dropout_prob)
 
     def __call__(
-        self, x: jax.Array, key: jax.Array | None, value: jax.Array | None, rng: jax.Array | None = None
+        self, x: jax.Array, key: jax.Array | Slots | None, value: jax.Array | None, rng: jax.Array | None = None
     ) -> jax.Array:
         """x [B, D]; key and value as in the attention, or None if there is no memory -> [B, D]."""
         attn_rng, rng = split_rng(rng, 2)

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxmodels.cache import Cache, make_cache, write
-from jaxmodels.feedback.attention import FeedbackAttention
-from jaxmodels.feedback.step import no_memory, reach, step
+from jaxmodels.feedback.step import check_layers, no_memory, reach, step
 from jaxmodels.layers import check_sizes
 
 
@@ -25,8 +25,9 @@ def init_cache(model: Any, batch: int, max_len: int, dtype: Any, start: jax.Arra
     """
     check_sizes(max_len=max_len)
     slots = max_len if model.memory is None else min(max_len, model.memory)
-    if slots > FeedbackAttention.P:
-        raise ValueError(f"max_len={max_len}; the position tables reach back P={FeedbackAttention.P} at most")
+    reach_back = check_layers(model)
+    if slots > reach_back:
+        raise ValueError(f"max_len={max_len}; the position tables reach back P={reach_back} at most")
     layers = [{"key": key, "value": value} for key, value in no_memory(model, batch, slots, dtype)]
     return make_cache(layers, batch, start, model.memory)
 
@@ -40,14 +41,18 @@ def advance(model: Any, x_seq: jax.Array, cache: Cache) -> tuple[jax.Array, Cach
     if cache.limit != model.memory:
         raise ValueError(f"the cache was made for memory={cache.limit}, the model has memory={model.memory}")
     check_state(model, [tuple(layer.get(name) for name in ("key", "value")) for layer in cache.layers])
-    near, slots = reach(model, cache.max_len), jnp.arange(cache.max_len)
+    graphdef, state = nnx.split(reach(model, cache.max_len))
+    slots = jnp.arange(cache.max_len)
 
     def body(cache: Cache, x: jax.Array) -> tuple[Cache, jax.Array]:
         positions = cache.positions(1)
         position = positions[0]  # scalar, or [B] with left padding
         memory = tuple((layer["key"], layer["value"]) for layer in cache.layers)
         visible = slots < (position[:, None, None] if position.ndim else position)  # [N] or [B, 1, N]
-        states, new = step(near, x, memory, visible, position)
+        model = nnx.merge(
+            graphdef, jax.tree.map(lambda array: array, state)
+        )  # Variables of this trace: see `read_only`
+        states, new = step(model, x, memory, visible, position)
         at = jnp.where(positions < 0, positions, positions % cache.max_len)
         layers = tuple(
             {name: write(layer[name], k[:, :, None], at) for name, k in zip(("key", "value"), pair, strict=True)}
@@ -62,10 +67,11 @@ def advance(model: Any, x_seq: jax.Array, cache: Cache) -> tuple[jax.Array, Cach
 def check_state(model: Any, memory: Any) -> None:
     """Raises ValueError if keys and values [B, H, N, d_k] do not fit the model."""
     expected = jax.eval_shape(lambda: no_memory(model, 1, 1, jnp.float32))
-    heads, d_k = expected[0][0].shape[1], expected[0][0].shape[3]
     if len(memory) != len(expected):
         raise ValueError(f"the state has keys and values of {len(memory)} layers, the model has {len(expected)}")
-    for array in jax.tree.leaves(memory):
-        if array.ndim != 4 or (array.shape[1], array.shape[3]) != (heads, d_k):
-            shape = list(array.shape)
-            raise ValueError(f"the state has arrays {shape}, the model needs [B, heads={heads}, slots, d_k={d_k}]")
+    for layer, (right, _) in zip(memory, expected, strict=True):
+        _, heads, _, d_k = right.shape
+        for array in jax.tree.leaves(layer):
+            if array.ndim != 4 or (array.shape[1], array.shape[3]) != (heads, d_k):
+                shape = list(array.shape)
+                raise ValueError(f"the state has arrays {shape}, the model needs [B, heads={heads}, slots, d_k={d_k}]")

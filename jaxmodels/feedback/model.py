@@ -16,7 +16,7 @@ from jaxmodels.feedback import decode
 from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
 from jaxmodels.feedback.recurrence import at_step, recur
 from jaxmodels.feedback.segments import State, init_state, run_segment
-from jaxmodels.feedback.step import no_memory
+from jaxmodels.feedback.step import check_layers, no_memory
 from jaxmodels.layers import (
     FEED_FORWARD_RULES,
     SMALL_RULES,
@@ -26,6 +26,7 @@ from jaxmodels.layers import (
     Linear,
     check_ids,
     check_sizes,
+    float_dtype,
     split_rng,
 )
 
@@ -99,7 +100,7 @@ class Feedback(nnx.Module):
         return self.norm(outputs), state
 
     def plain(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """Same as the call, as a Python loop over steps in which every sub-module is called as a module.
+        """Same as the call, as a Python loop over steps, each over arrays of the memories that exist.
 
         With limited memory, dropout masks differ from the call's, which are drawn by slot.
         """
@@ -128,9 +129,10 @@ class Feedback(nnx.Module):
         """Raises ValueError if x_seq has another shape, or `before` earlier steps and it exceed the tables."""
         if x_seq.ndim != 3 or 0 in x_seq.shape or x_seq.shape[2] != self.d_model:
             raise ValueError(f"x_seq must be a non-empty [S, B, d_model={self.d_model}], got {list(x_seq.shape)}")
-        if before + len(x_seq) > FeedbackAttention.P:
+        reach = check_layers(self)
+        if before + len(x_seq) > reach:
             after = f" after memory={before}" if before else ""
-            raise ValueError(f"{len(x_seq)} steps{after} given; the position tables reach back P={FeedbackAttention.P}")
+            raise ValueError(f"{len(x_seq)} steps{after} given; the position tables reach back P={reach}")
 
 
 class FeedbackTransformer(Feedback):
@@ -215,7 +217,7 @@ class AutoregressiveModel(nnx.Module):
         dtype: of keys and values; default that of the parameters. start: int [B], number of left-padding ids in each
         row. Raises ValueError if max_len is beyond the position tables or start is not one integer per row.
         """
-        dtype = self.src_embed.embedding.dtype if dtype is None else dtype
+        dtype = float_dtype(self.src_embed) if dtype is None else dtype
         return decode.init_cache(self.transformer, batch, max_len, dtype, start)
 
     def prefill(self, ids: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

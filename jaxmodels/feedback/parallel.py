@@ -29,7 +29,7 @@ def from_parallel(
     Weights are copied; of the position tables [2P, H, …], the first P rows. Only the mixture of layers is new. For
     'FeedbackTransformerKV' the shared key and value are means over the layers, which emits an ApproximateWarning. The
     shared value has no bias: each layer's value bias is multiplied by the output kernel and added to the output bias,
-    which is exact. Raises ValueError for another attention or variant.
+    which is exact. Raises ValueError for another attention or variant, and for a model whose sub-modules were replaced.
     """
     if not isinstance(model, AutoregressiveTransformer) or model.attention != "relative":
         kind = f"{type(model).__name__}, attention={getattr(model, 'attention', None)!r}"
@@ -37,6 +37,7 @@ def from_parallel(
     names = ("d_model", "heads", "d_ff", "n_layers", "dropout_prob")
     sizes: dict[str, Any] = {name: getattr(model, name) for name in names} | {"memory": memory}
     target = nnx.eval_shape(lambda: AutoregressiveModel.from_config(model.n_vocab, variant, **sizes, rngs=nnx.Rngs(0)))
+    check_kinds(model, nnx.eval_shape(lambda: type(model)(**model.config(), rngs=nnx.Rngs(0))))
     arrays = {renamed(path): array for path, array in flat_arrays(model).items()}
     arrays = {path: array[: FeedbackAttention.P] if path[-1] in TABLES else array for path, array in arrays.items()}
     # Copies, so that either model may be donated.
@@ -51,6 +52,15 @@ def from_parallel(
         )
     assert arrays.keys() == flat_arrays(target).keys(), "the two models' parts have the same names"
     return with_arrays(target, arrays)
+
+
+def check_kinds(model: nnx.Module, made: nnx.Module) -> None:
+    """Raises ValueError, naming the sub-module, if one is of another class than in the model that was made anew."""
+    kinds = {path: type(module) for path, module in nnx.iter_modules(made)}
+    for path, module in nnx.iter_modules(model):
+        if path in kinds and type(module) is not kinds[path]:
+            name = ".".join(map(str, path))
+            raise ValueError(f"{name} is a {type(module).__name__}; it must be a {kinds[path].__name__}")
 
 
 def renamed(path: tuple[str | int, ...]) -> tuple[str | int, ...]:

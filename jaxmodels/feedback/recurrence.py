@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.feedback.step import Key, Memory, reach, split_tables, step
+from jaxmodels.feedback.step import Key, Memory, reach, split_weights, step
 
 MIN_BUCKET = 64  # steps; smaller buckets cost compile time and save nothing
 MAX_BUCKETS = 2  # bounds compile time
@@ -48,17 +48,20 @@ def recur(model: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Ar
     carried: memory of C earlier steps, of which the last `known` exist; C + T is at most P. The returned memory of all
     C + T steps carries no gradient.
     """
-    graphdef, tables, rest = split_tables(reach(model, slots_of(carried) + len(x_seq)))
-    outputs, memory = scan(graphdef, (tables, rest), x_seq, rng, carried, known)
+    graphdef, tables, floats, rest = split_weights(reach(model, slots_of(carried) + len(x_seq)))
+    outputs, memory = scan(graphdef, (tables, floats), rest, x_seq, rng, carried, known)
     return outputs, jax.lax.stop_gradient(memory)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan(
-    graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array
+    graphdef: Any, weights: Any, rest: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array
 ) -> tuple[jax.Array, Memory]:
-    """x_seq [T, B, D] -> outputs [T, B, D] of the last layer, and the memory of all steps."""
-    return forward(graphdef, weights, x_seq, rng, carried, known)[0]
+    """x_seq [T, B, D] -> outputs [T, B, D] of the last layer, and the memory of all steps.
+
+    weights: position tables and other floating arrays; rest: the model's arrays without a gradient.
+    """
+    return forward(graphdef, weights, rest, x_seq, rng, carried, known)[0]
 
 
 def run_step(
@@ -72,7 +75,7 @@ def run_step(
     kept: list[jax.Array] | None = None,
 ) -> tuple[list[jax.Array], Memory]:
     """The function f above for the step in slot t, over the slots from `first` on."""
-    model = nnx.merge(graphdef, *weights)
+    model = nnx.merge(graphdef, *jax.tree.map(lambda array: array, weights))  # Variables of this trace: see `read_only`
     slots = jnp.arange(slots_of(memory))
     visible = (slots < t) & (slots >= (first if model.memory is None else jnp.maximum(first, t - model.memory)))
     return step(model, x, memory, visible, t, rng, kept)
@@ -84,7 +87,7 @@ def at_step(rng: Key, t: int | jax.Array) -> Key:
 
 
 def forward(
-    graphdef: Any, weights: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array
+    graphdef: Any, weights: Any, rest: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array
 ) -> tuple[tuple[jax.Array, Memory], Any]:
     """Results of `scan`, and the residuals for the backward pass."""
     c, memory, outputs, states = slots_of(carried), carried, [], []
@@ -93,7 +96,8 @@ def forward(
 
         def body(memory: Memory, inputs: tuple[jax.Array, jax.Array]) -> tuple[Memory, list[jax.Array]]:
             t, x = inputs
-            states, new = run_step(graphdef, (tables, weights[1]), x, memory, c + t, at_step(rng, t), c - known)  # noqa: B023
+            model = tables, weights[1], rest  # noqa: B023
+            states, new = run_step(graphdef, model, x, memory, c + t, at_step(rng, t), c - known)
             return jax.tree.map(lambda slots, k: slots.at[:, :, c + t].set(k.astype(slots.dtype)), memory, new), states
 
         more = [(0, 0), (0, 0), (0, end - begin), (0, 0)]
@@ -101,27 +105,27 @@ def forward(
         memory, (*first_layers, last) = jax.lax.scan(body, memory, (jnp.arange(begin, end), x_seq[begin:end]))
         states.append(first_layers)  # left in buckets: joining them would be another copy
         outputs.append(last)
-    return (jnp.concatenate(outputs), memory), (weights, x_seq, rng, known, memory, states)
+    return (jnp.concatenate(outputs), memory), (weights, rest, x_seq, rng, known, memory, states)
 
 
-def backward(graphdef: Any, residuals: Any, d_results: Any) -> tuple[Any, jax.Array, None, None, None]:
+def backward(graphdef: Any, residuals: Any, d_results: Any) -> tuple[Any, None, jax.Array, None, None, None]:
     """Gradients of weights and x_seq, accumulated in float32 at least; the carried memory gets none."""
-    (tables, rest), x_seq, rng, known, memory, states = residuals
+    (tables, floats), rest, x_seq, rng, known, memory, states = residuals
     d_outputs, _ = d_results
     c = slots_of(memory) - len(x_seq)
-    d_tables, d_rest, d_memory = jax.tree.map(wide_zeros, (tables, rest, memory))
+    d_tables, d_floats, d_memory = jax.tree.map(wide_zeros, (tables, floats, memory))
     d_inputs = []
     for (begin, end), bucket_states in zip(reversed(buckets(len(x_seq))), reversed(states), strict=True):
         prefix = jax.tree.map(lambda slots, end=end: slots[:, :, : c + end], memory)
-        weights = last_rows(tables, c + end), rest
+        weights = last_rows(tables, c + end), floats
 
         def body(sums: tuple[Any, Memory], inputs: tuple[Any, ...]) -> tuple[tuple[Any, Memory], jax.Array]:
             t, x, known_states, dy = inputs
             d_weights, d_memory = sums
 
-            def f(weights: Any, x: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
-                rng_t = at_step(rng, t)
-                states, new = run_step(graphdef, weights, x, memory, c + t, rng_t, c - known, known_states)  # noqa: B023
+            def f(floats: Any, x: jax.Array, memory: Memory) -> tuple[jax.Array, Memory]:
+                model = *floats, rest
+                states, new = run_step(graphdef, model, x, memory, c + t, at_step(rng, t), c - known, known_states)
                 return states[-1], new
 
             d_new = jax.tree.map(lambda d, slots: d[:, :, c + t].astype(slots.dtype), d_memory, memory)
@@ -129,13 +133,16 @@ def backward(graphdef: Any, residuals: Any, d_results: Any) -> tuple[Any, jax.Ar
             dw, dx, dm = pull((dy, d_new))
             return jax.tree.map(jnp.add, (d_weights, d_memory), (dw, dm)), dx
 
-        sums = (jax.tree.map(wide_zeros, weights[0]), d_rest), jax.tree.map(lambda d, n=c + end: d[:, :, :n], d_memory)
+        sums = (
+            (jax.tree.map(wide_zeros, weights[0]), d_floats),
+            jax.tree.map(lambda d, n=c + end: d[:, :, :n], d_memory),
+        )
         steps = (jnp.arange(begin, end), x_seq[begin:end], bucket_states, d_outputs[begin:end])
-        ((d_rows, d_rest), d_memory), dx = jax.lax.scan(body, sums, steps, reverse=True)
+        ((d_rows, d_floats), d_memory), dx = jax.lax.scan(body, sums, steps, reverse=True)
         d_tables = jax.tree.map(lambda d, rows: d.at[:, -rows.shape[1] :].add(rows), d_tables, d_rows)
         d_inputs.append(dx)
-    d_weights = jax.tree.map(lambda d, a: d.astype(a.dtype), (d_tables, d_rest), (tables, rest))
-    return d_weights, jnp.concatenate(d_inputs[::-1]), None, None, None
+    d_weights = jax.tree.map(lambda d, a: d.astype(a.dtype), (d_tables, d_floats), (tables, floats))
+    return d_weights, None, jnp.concatenate(d_inputs[::-1]), None, None, None
 
 
 scan.defvjp(forward, backward)

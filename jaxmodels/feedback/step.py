@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer
-from jaxmodels.layers import FeedForward, Linear, split_rng
+from jaxmodels.feedback.attention import FeedbackAttention, FeedbackTransformerLayer, Slots
+from jaxmodels.layers import read_only, split_rng
 
 Memory = tuple[tuple[jax.Array, jax.Array], ...]  # (key, value) [B, H, N, d_k] per layer, or once for all
 Key = jax.Array | None
 
 
+@read_only
 def step(
     model: Any,
     x: jax.Array,
@@ -35,69 +36,30 @@ def step(
     states = [x]
     of_layers = memory * (len(model.layers) // len(memory))  # one entry per layer, also if they share one
     for i, (layer, layer_rng) in enumerate(zip(model.layers, split_rng(rng, len(model.layers)), strict=True)):
-        y = run_layer(layer, states[-1], of_layers[i], visible, position, layer_rng)
+        key, value = of_layers[i]
+        y = call(layer, i, states[-1], Slots(key, visible, position), value, layer_rng)
         states.append(pinned(y, known[i]) if known and i < len(known) else y)
-    m = model.mix(states)
-    owners = [model] if model.shares_kv else [layer.attn for layer in model.layers]
-    return states[1:], tuple((owner.key(m), owner.value(m)) for owner in owners)
+    key, value = model.remember(model.mix(states))
+    new = (
+        [(key, value)]
+        if model.shares_kv
+        else [(layer.attn.key(key), layer.attn.value(value)) for layer in model.layers]
+    )
+    return states[1:], tuple(new)
 
 
-def run_layer(
-    layer: FeedbackTransformerLayer,
-    x: jax.Array,
-    memory: tuple[jax.Array, jax.Array],
-    visible: jax.Array,
-    position: jax.Array,
-    rng: Key,
-) -> jax.Array:
-    """x ← x + drop(attn(LN x)), then x ← x + drop(FF(LN x)); [B, D] -> [B, D]."""
-    attn_rng, rng = split_rng(rng, 2)
-    rng_attn, rng_hidden, rng_ff = split_rng(rng, 3)
-    x = x + layer.dropout(attend(layer.attn, layer.norm_self_attn(x), *memory, visible, position, attn_rng), rng_attn)
-    return x + layer.dropout(feed_forward(layer.feed_forward, layer.norm_ff(x), rng_hidden), rng_ff)
-
-
-def attend(
-    attn: FeedbackAttention,
-    z: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    visible: jax.Array,
-    position: jax.Array,
-    rng: Key,
-) -> jax.Array:
-    """Attention with queries from z [B, D] over slots [B, H, N, d_k] -> [B, D]; zero if no slot is visible.
-
-    Masked scores are finite: with -inf, a row without visible slots would have NaN outputs and gradients.
-    """
-    q = attn.query(z)  # [B, H, d_k]
-    scores = jnp.einsum("bhd,bhjd->bhj", (q + attn.query_pos_bias) * attn.scale, key)  # [B, H, N]
-    by_distance = jnp.einsum("bhd,hjd->bhj", q, attn.key_pos_embeddings[...]) + attn.key_pos_bias[...]  # [B, H, N]
-    scores = scores + roll_to_slots(by_distance, position)
-    scores = jnp.where(visible, scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    x = jnp.einsum("bhj,bhjd->bhd", attn.drop(weights, rng), value)  # [B, H, d_k]
-    return attn.output(x.reshape(z.shape)) * visible.any(axis=-1)
-
-
-def roll_to_slots(scores: jax.Array, position: jax.Array) -> jax.Array:
-    """Roll scores [B, H, N] of the distances N … 1 to the slots at those distances: (j - position) mod N."""
-    if position.ndim:
-        return jax.vmap(lambda row, p: jnp.roll(row, p, axis=-1))(scores, position)
-    return jnp.roll(scores, position, axis=-1)
-
-
-def feed_forward(layer: FeedForward, z: jax.Array, rng: Key) -> jax.Array:
-    """Call of the feed-forward layer with tokens in columns; see `product`."""
-    hidden = jax.nn.relu(linear(layer.layer1, z.T))  # [D_ff, B]
-    hidden = hidden if rng is None else layer.dropout(hidden.T, rng).T
-    return linear(layer.layer2, hidden).T
-
-
-def linear(layer: Linear, x: jax.Array) -> jax.Array:
-    """Linear map of columns: [D_in, B] -> [D_out, B]."""
-    assert layer.bias is not None
-    return product(layer.kernel[...], x) + layer.bias[...][:, None]
+def call(layer: Any, i: int, x: jax.Array, key: Slots, value: jax.Array, rng: Key) -> jax.Array:
+    """Call layer i of a model; raises ValueError if a class of its own, or of its attention, cannot read slots."""
+    try:
+        return layer(x=x, key=key, value=value, rng=rng)
+    except (TypeError, AttributeError) as error:
+        kinds = type(layer), type(layer.attn)
+        if kinds == (FeedbackTransformerLayer, FeedbackAttention) or "Slots" not in str(error):
+            raise
+        raise ValueError(
+            f"layers.{i} is a {kinds[0].__name__} with attn a {kinds[1].__name__}; "
+            f"one of them does not pass its key, a `Slots`, to the call of FeedbackAttention: {error}"
+        ) from error
 
 
 barrier = jax.lax.optimization_barrier
@@ -128,6 +90,16 @@ def product_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> t
 product.defvjp(product_forward, product_backward)
 
 
+def product_of_rows(x: jax.Array, kernel: jax.Array, *others: Any, **settings: Any) -> jax.Array:
+    """`product` as the `dot_general` of an nnx.Linear; [B, D_in], [D_in, D_out] -> [B, D_out].
+
+    Other calls (more axes, a precision or a result type of their own) go to JAX's.
+    """
+    if x.ndim != 2 or any(setting is not None for setting in settings.values()):
+        return jax.lax.dot_general(x, kernel, *others, **settings)
+    return product(kernel, x.T).T
+
+
 @jax.custom_vjp
 def pinned(x: jax.Array, value: jax.Array) -> jax.Array:
     """`value`, with the gradient of x: the known value of x, which is then not computed again."""
@@ -138,29 +110,56 @@ pinned.defvjp(lambda x, value: (value, None), lambda _, dy: (dy, None))
 
 
 def reach(model: Any, n: int) -> Any:
-    """Model with position tables of the distances n … 1 only, head-major and scaled: d_k^-½ · [H, n, …] of [P, H, …].
+    """Copy of a model for `step`: position tables of the distances n … 1 only, head-major and scaled; fast products.
 
-    Decoding calls this for every token in a loop. XLA hoists loop-invariant transpositions only together with a
-    following product: without the scale here it transposed at every token, a third of a token's time.
+    The tables become d_k^-½ · [H, n, …] of [P, H, …]. Decoding calls this for every token in a loop. XLA hoists
+    loop-invariant transpositions only together with a following product: without the scale here it transposed at every
+    token, a third of a token's time.
     """
-    graphdef, tables, rest = split_tables(model)
-    scale = model.layers[0].attn.scale
-    return nnx.merge(graphdef, jax.tree.map(lambda table: jnp.swapaxes(table[-n:], 0, 1) * scale, tables), rest)
+    model = jax.tree.map(lambda array: array, model)
+    for layer in model.layers:
+        for table in (layer.attn.key_pos_embeddings, layer.attn.key_pos_bias):
+            table.set_value(jnp.swapaxes(table[-n:], 0, 1) * layer.attn.scale)
+        for path, module in nnx.iter_modules(layer):
+            if isinstance(module, nnx.Linear) and path[:1] != ("attn",) and module.dot_general is jax.lax.dot_general:
+                module.dot_general = product_of_rows
+    return model
 
 
-def split_tables(model: Any) -> tuple[Any, Any, Any]:
-    """Split a model into its graph, its position tables and its other arrays; `nnx.merge` is the inverse."""
+def split_weights(model: Any) -> tuple[Any, Any, Any, Any]:
+    """Split a model into its graph, its position tables, its other floating arrays, and the rest.
+
+    `nnx.merge` is the inverse. The rest has no gradient: integers and random keys.
+    """
 
     def is_table(path: tuple[Any, ...], _: Any) -> bool:
         return path[-1] in ("key_pos_embeddings", "key_pos_bias")
 
-    graphdef, *states = nnx.split(model, is_table, ...)
-    tables, rest = states
-    return graphdef, tables, rest
+    def is_float(_: tuple[Any, ...], leaf: Any) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+    graphdef, *states = nnx.split(model, is_table, is_float, ...)
+    tables, floats, rest = states
+    return graphdef, tables, floats, rest
 
 
 def no_memory(model: Any, batch: int, slots: int, dtype: Any) -> Memory:
     """Zero slots for a model's keys and values."""
-    shape = (batch, model.heads, slots, model.d_model // model.heads)
-    entries = 1 if model.shares_kv else len(model.layers)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(entries))
+    owners = [layer.attn for layer in (model.layers[:1] if model.shares_kv else model.layers)]
+    shapes = [(batch, attn.heads, slots, attn.d_k) for attn in owners]
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes)
+
+
+def check_layers(model: Any) -> int:
+    """The number of earlier steps that all layers' tables reach back.
+
+    Raises ValueError, naming the sub-module, if a layer has no `FeedbackAttention` as its `attn`.
+    """
+    for i, layer in enumerate(model.layers):
+        attn = getattr(layer, "attn", None)
+        if not isinstance(attn, FeedbackAttention):
+            raise ValueError(f"layers.{i}.attn is a {type(attn).__name__}; it must be a FeedbackAttention")
+        if (attn.key is None) is not model.shares_kv:
+            kind = type(model).__name__
+            raise ValueError(f"layers.{i}.attn must have is_kv_precomputed={model.shares_kv} in a {kind}")
+    return min(layer.attn.P for layer in model.layers)

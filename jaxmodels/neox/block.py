@@ -60,6 +60,12 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         return self.emb(ids)
 
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Tied readout: x [..., D] -> logits [..., V]; raises ValueError if `emb` has no such method."""
+        if not hasattr(self.emb, "attend"):
+            raise ValueError(f"embedding.emb is a {type(self.emb).__name__}; a tied readout needs its method attend")
+        return self.emb.attend(x)
+
 
 class Attention(nnx.Module):
     """Rotary attention over H heads; the output of `qkv_lin` is [H, (query, key, value), d_k], flattened."""

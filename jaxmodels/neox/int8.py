@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.layers import Fixed
-from jaxmodels.neox.block import Block
+from jaxmodels.neox.block import Block, Linear
 
 LINEARS = (("attention", "qkv_lin"), ("attention", "output"), ("ffn", "dense_h_h4"), ("ffn", "dense_h4_h"))
 GATHERED = 64  # up to this many outlier features are gathered for the 16-bit product; with more it takes all features
@@ -43,7 +43,8 @@ class Int8Linear(nnx.Module):
         if not isinstance(absmax, jax.core.Tracer) and not jnp.isfinite(absmax).all():
             raise ValueError("a linear map has weights beyond float16's ±65,504, or NaN: it cannot be quantized")
         self.kernel, self.absmax = Fixed(kernel), Fixed(absmax)
-        assert linear.bias is not None
+        if linear.bias is None:
+            raise ValueError("a linear map without a bias cannot be quantized")
         self.bias = linear.bias
         self.dtype = linear.dtype
         self.threshold = threshold
@@ -124,9 +125,17 @@ def outliers(x: jax.Array, features: jax.Array, kernel: jax.Array, absmax: jax.A
 
 
 def int8_block(block: Block, threshold: float) -> Block:
-    """Copy of a block, or of stacked ones, with int8 linear maps; raises ValueError as `Int8Linear`."""
+    """Copy of a block, or of stacked ones, with int8 linear maps.
+
+    Raises ValueError as `Int8Linear`, and if a linear map is of another class: what it adds (LoRA) would be lost.
+    """
     block = jax.tree.map(lambda array: array, block)
     for owner, name in LINEARS:
-        part = getattr(block, owner)
-        setattr(part, name, Int8Linear(getattr(part, name), threshold))
+        part = getattr(block, owner, None)
+        linear = getattr(part, name, None)
+        if type(linear) not in (Linear, nnx.Linear):
+            kind = type(linear if part is not None else None).__name__
+            raise ValueError(f"{owner}.{name} is a {kind}; it must be a Linear to be quantized")
+        assert isinstance(linear, nnx.Linear)
+        setattr(part, name, Int8Linear(linear, threshold))
     return block

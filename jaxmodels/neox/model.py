@@ -15,7 +15,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels.cache import Cache, align_left, make_cache, unless_overrun
-from jaxmodels.layers import check_ids, check_sizes, constrain, rematerialized
+from jaxmodels.layers import (
+    check_decodes,
+    check_ids,
+    check_sizes,
+    constrain,
+    float_dtype,
+    read_only,
+    rematerialized,
+)
 from jaxmodels.neox.block import BLOCK_RULES, Block, Embedding, FinalNorm, Readout, Tables, stack, unstack
 from jaxmodels.neox.config import NeoXConfig
 from jaxmodels.neox.int8 import int8_block
@@ -77,13 +85,14 @@ class NeoX(nnx.Module):
     @property
     def is_stacked(self) -> bool:
         """True if `layers` is one block with a leading layer axis."""
-        return isinstance(self.layers, Block)
+        return not isinstance(self.layers, nnx.List | list | tuple)
 
     @property
     def int8_threshold(self) -> float | None:
         """Outlier threshold of a quantized model, see `quantize`; None if the model is not quantized."""
         layer = self.layers if self.is_stacked else self.layers[0]
-        return getattr(layer.attention.qkv_lin, "threshold", None)
+        linear = getattr(getattr(layer, "attention", None), "qkv_lin", None)
+        return getattr(linear, "threshold", None)
 
     def unstacked(self) -> "NeoX":
         """Model with a list of layers, each array a copy of its slice; itself if it has one already."""
@@ -128,9 +137,10 @@ class NeoX(nnx.Module):
             return constrain(layer(x, rotary, plain), "BSD"), None
 
         if not plain:  # the plain path calls every sub-module as a module; jax.checkpoint would hide the calls
-            body = jax.checkpoint(body, prevent_cse=False) if self.settings.remat else rematerialized(body)
+            remat = self.settings.remat
+            body = jax.checkpoint(read_only(body), prevent_cse=False) if remat else rematerialized(body)
         if self.is_stacked:
-            x, _ = jax.lax.scan(body, x, self.layers)
+            x, _ = jax.lax.scan(read_only(body), x, self.layers)
         else:
             for layer in self.layers:
                 x, _ = body(x, layer)
@@ -150,7 +160,7 @@ class NeoX(nnx.Module):
         """Logits [..., V] from the output [..., D] of the final norm."""
         if not self.settings.tied:
             return self.readout(x)
-        return x @ self.embedding.emb.embedding[...].astype(x.dtype).T
+        return self.embedding.attend(x)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = None, start: jax.Array | None = None) -> Cache:
         """Empty cache for up to max_len tokens per row.
@@ -159,7 +169,8 @@ class NeoX(nnx.Module):
         Raises ValueError if max_len < 1 or start is not one integer per row.
         """
         check_sizes(max_len=max_len)
-        dtype = dtype or self.settings.dtype or self.embedding.emb.embedding.dtype
+        check_decodes(self, r"layers(\.\d+)?(\.attention)?")
+        dtype = dtype or self.settings.dtype or float_dtype(self.embedding)
         shape = (batch, self.settings.n_heads, max_len, self.settings.d_k)
         layers = [
             {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)} for _ in range(self.settings.n_layers)
@@ -209,7 +220,8 @@ def quantize(model: NeoX, threshold: float = 6.0) -> NeoX:
 
     threshold: input features of this magnitude or larger are computed in 16 bits; 0 for none. See `Int8Linear`. Stacked
     layers stay stacked. Raises ValueError if the model is not a NeoX or is quantized already, if the threshold is
-    negative or not finite, or if a weight is not finite in float16.
+    negative or not finite, if a weight is not finite in float16, or if one of the linear maps was replaced by another
+    kind of module.
     """
     if not isinstance(model, NeoX):
         raise ValueError(f"model is a {type(model).__name__}; quantize supports NeoX")

@@ -13,7 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxmodels.layers import SMALL_RULES, Embed, LayerNorm, Linear, check_ids, check_sizes, constrain, rematerialized
+from jaxmodels.layers import (
+    SMALL_RULES,
+    Embed,
+    LayerNorm,
+    Linear,
+    check_decodes,
+    check_ids,
+    check_sizes,
+    constrain,
+    float_dtype,
+    rematerialized,
+)
 from jaxmodels.retro import decode
 from jaxmodels.retro.attention import ROTARY_BASE, ChunkedCrossAttention, CrossAttention, SelfAttention
 from jaxmodels.retro.decode import RetroCache
@@ -201,10 +212,11 @@ class RetroModel(nnx.Module):
 
         dtype: of keys and values; default that of the parameters. start: int [B], number of left-padding ids in each
         row. neighbors: (N, M), number of neighbors of a chunk and tokens of a neighbor; None for no retrieval. Raises
-        ValueError if max_len, N or M is below 1, start is not one integer per row, or the model has no ca_layers for
-        neighbors.
+        ValueError if max_len, N or M is below 1, start is not one integer per row, the model has no ca_layers for
+        neighbors, or a sub-module was replaced by one that cannot decode.
         """
-        dtype = self.emb.embedding.dtype if dtype is None else dtype
+        check_decodes(self, r"(attn|cca)\.\d+")
+        dtype = float_dtype(self.emb) if dtype is None else dtype
         return decode.init_cache(self, batch, max_len, dtype, start, neighbors)
 
     def prefill(self, ids: jax.Array, cache: RetroCache, ret: jax.Array | None = None) -> tuple[jax.Array, RetroCache]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -275,6 +276,7 @@ def nnx_calls(model: nnx.Module, record: Record) -> Iterator[None]:
         parameters = list(inspect.signature(original).parameters.values())
         signature = inspect.Signature(parameters[1:])  # without self
 
+        @functools.wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if active and active[-1] is self:  # a subclass calls super().__call__: one call, not two
                 return original(self, *args, **kwargs)

@@ -83,7 +83,7 @@ def test_the_cache_grows_with_the_text_and_changes_no_token(monkeypatch, memory)
 
 
 def test_a_limited_memory_has_no_longest_text(monkeypatch):
-    monkeypatch.setattr("jaxmodels.feedback.decode.FeedbackAttention.P", 8)
+    monkeypatch.setattr("jaxmodels.feedback.attention.FeedbackAttention.P", 8)
     model, ids = language_model(FeedbackTransformerKV, memory=5), token_ids(0, 3, B)
     assert generate.generate(model, ids, 30).shape == (30, B)
     unlimited = language_model(FeedbackTransformerKV)

@@ -43,12 +43,12 @@ def first_step_attends_to_nothing(monkeypatch):
         return original(self, x, self.attn.output.bias[...] if attended is None else attended, rng)
 
     monkeypatch.setattr(attention.FeedbackTransformerLayer, "_residual", residual)
-    attend = step.attend
+    attend = attention.attend
 
     def biased(attn, z, key, value, visible, *others):
         return attend(attn, z, key, value, visible, *others) + ~visible.any() * attn.output.bias[...]
 
-    monkeypatch.setattr(step, "attend", biased)
+    monkeypatch.setattr(attention, "attend", biased)
 
 
 def table_row_off_by_one(monkeypatch):
@@ -60,8 +60,8 @@ def table_row_off_by_one(monkeypatch):
         return original(self, index)
 
     monkeypatch.setattr(nnx.Param, "__getitem__", shifted)
-    roll_to_slots = step.roll_to_slots
-    monkeypatch.setattr(step, "roll_to_slots", lambda scores, position: roll_to_slots(scores, position + 1))
+    roll_to_slots = attention.roll_to_slots
+    monkeypatch.setattr(attention, "roll_to_slots", lambda scores, position: roll_to_slots(scores, position + 1))
 
 
 def input_left_out_of_the_mixture(monkeypatch):
@@ -100,7 +100,7 @@ def memory_of_the_step_itself_is_visible(monkeypatch):
 
 
 def slots_not_rotated(monkeypatch):
-    monkeypatch.setattr(step, "roll_to_slots", lambda scores, position: scores)
+    monkeypatch.setattr(attention, "roll_to_slots", lambda scores, position: scores)
 
 
 def shared_value_with_a_bias(monkeypatch):
