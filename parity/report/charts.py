@@ -44,7 +44,8 @@ def heat_map(rows: Sequence[Row]) -> str:
     cells = {path: "".join(heat_cell(tree.get(path), dtype) for dtype, tree in trees.items()) for path in shown}
     body = "".join(f'<tr><th scope="row">{path_of(path)}</th>{cells[path]}</tr>' for path in shown)
     heads = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in ("sub-module", *trees))
-    omitted = f" {len(paths) - len(shown)} without comparable outputs are left out." if len(shown) < len(paths) else ""
+    left_out = len(paths) - len(shown)
+    omitted = f" Sub-modules without comparable outputs are left out ({left_out})." if left_out else ""
     return f"""<p>Error of each sub-module's outputs in the run of the whole model, relative to their largest
 magnitude.{omitted}</p>
 <p class="key">1 rounding error of the dtype <i style="background: linear-gradient(90deg, {ramp})"></i> 10,000</p>

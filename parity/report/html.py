@@ -52,7 +52,7 @@ def body(reports: Sequence[Outcome]) -> str:
     stamp = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in run.items())
     return f"""<h1>{claim}</h1>
 <p class="dim">{made_with(run, reports)}</p>
-{summaries if len(reports) > 1 else ""}{"".join(section(report, alone=len(reports) == 1) for report in reports)}
+{summaries if len(reports) > 1 else ""}{"".join(section(*one, alone=len(reports) == 1) for one in enumerate(reports))}
 <p class="dim">{escape(legend(checks))} {BAR}</p>
 <h2>Run</h2>
 <dl class="run">{stamp}</dl>
@@ -80,8 +80,9 @@ def summary(reports: Sequence[Outcome], heading: str, columns: Sequence[Column])
     titles = ["<br>".join(map(escape, dict.fromkeys([column.precision or "", column.heading]))) for column in columns]
     head = [f'<th scope="col">{title}</th>' for title in (escape(heading), *titles)]
     rows = (
-        f'<tr><th scope="row">{escape(report.name)}</th>{"".join(summary_cell(report, c) for c in columns)}</tr>'
-        for report in reports
+        f'<tr><th scope="row"><a href="#report-{i}">{escape(report.name)}</a></th>'
+        f"{''.join(summary_cell(report, column) for column in columns)}</tr>"
+        for i, report in enumerate(reports)
     )
     return table("summary", f"Readings by {heading}", head, rows)
 
@@ -94,8 +95,8 @@ def summary_cell(report: Outcome, column: Column) -> str:
     return f"<td{kind}>{escape(found.text)}</td>"
 
 
-def section(report: Outcome, *, alone: bool) -> str:
-    """One report: collapsible, expanded if it failed; not collapsible if it is alone."""
+def section(i: int, report: Outcome, *, alone: bool) -> str:
+    """One report: collapsible, expanded if it failed; not collapsible if it is alone. i: its number on the page."""
     verdict = f'<span class="{"good" if report.passed else "bad"}">{report.verdict}</span>'
     level = 2 if alone else 3
     inside = divergence(report) + readings(report)
@@ -104,7 +105,8 @@ def section(report: Outcome, *, alone: bool) -> str:
         return inside
     opened = "" if report.passed else " open"
     return f"""<details{opened}><summary><h2>{escape(report.name)}</h2>
-<span class="dim">{report.seconds:.1f} s</span>{verdict}</summary><div class="body">{inside}</div></details>
+<span class="dim">{report.seconds:.1f} s</span>{verdict}</summary>
+<div class="body" id="report-{i}">{inside}</div></details>
 """
 
 

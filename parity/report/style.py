@@ -47,6 +47,8 @@ pre { margin: .5rem 0 1rem; padding: .6rem .8rem; font-size: .85em; overflow-x: 
 pre { background: var(--panel); color: inherit; font-family: ui-monospace, monospace; border-radius: 4px }
 code { font-family: ui-monospace, monospace; font-size: .95em; background: none; color: inherit; padding: 0 }
 code b { font-weight: 600 }
+a { color: inherit; text-decoration: underline; text-underline-offset: .2em }
+a:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px }
 .good { color: var(--good) }
 .bad { color: var(--bad); font-weight: 600 }
 .dim { color: var(--dim) }

@@ -65,7 +65,7 @@ def test_the_page_is_well_formed_and_accessible(reports):
         assert tag != "table" or "scroll" in classes, "a table scrolls by itself"
     regions = [attributes for attributes in outline.all("div") if attributes.get("class") == "scroll"]
     assert all(attributes["tabindex"] == "0" and attributes["aria-label"] for attributes in regions)
-    assert not re.search(r"\b(src|href)\s*=|url\(|@import|<script", html)
+    assert not re.search(r"\b(src|href)\s*=(?!\"#)|url\(|@import|<script", html)
 
 
 def test_a_report_that_stands_alone_is_open_and_among_others_if_it_failed():
@@ -76,6 +76,10 @@ def test_a_report_that_stands_alone_is_open_and_among_others_if_it_failed():
     html = page([agreeing("good"), differing("wrong")])
     opened = {name: bool(mark) for mark, name in re.findall(r"<details( open)?><summary><h2>(\w+)</h2>", html)}
     assert opened == {"good": False, "wrong": True}
+    links = [attributes["href"] for attributes in Outline(html).all("a")]
+    ids = [attributes["id"] for attributes in Outline(html).all("div") if "id" in attributes]
+    assert links == [f"#{name}" for name in ids], "each name leads to its report"
+    assert len(set(ids)) == 2
 
 
 def test_the_page_has_date_versions_notes_and_what_was_not_compared():
