@@ -21,6 +21,20 @@ from parity.compare.names import matches
 eager_sharding = getattr(nnx, "use_eager_sharding", contextlib.nullcontext)
 
 
+class LinenParts:
+    """Called sub-modules of a Linen module, unbound, by path. Hashed by identity: jit captures the instance."""
+
+    def __init__(self) -> None:
+        self.modules: dict[Path, linen.Module] = {}
+
+    def record(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """An interceptor for `linen.intercept_methods`."""
+        module = context.module
+        if module.path not in self.modules:
+            self.modules[module.path] = module.clone(parent=None)
+        return call(*args, **kwargs)
+
+
 class LinenModule(nnx.bridge.ToNNX):
     """A Linen module as an NNX module; its variables keep their Linen names.
 
@@ -74,9 +88,11 @@ def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] 
     Variables that are neither parameters nor running statistics, such as counters and caches, have initial values.
     """
     module = module if module.scope is None else module.unbind()[0]
+    parts = LinenParts()
     # Eager sharding would place `with_partitioning` arrays on a mesh with their axes, and no mesh is set here.
-    with eager_sharding(False):
+    with eager_sharding(False), linen.intercept_methods(parts.record):
         model = nnx.eval_shape(lambda: initialized(module, inputs, channels_last))
+    model.to_nnx__parts = parts
     states = nnx.split_state(nnx.state(model), (nnx.Param, nnx.BatchStat), ...)
     others = [path for path, _ in nnx.to_flat_state(states[1])]
     return with_arrays(model, model.initial(inputs, others, channels_last)) if others else model

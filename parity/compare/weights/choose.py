@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 
-from jaxmodels.weights.names import ConversionError, entries, flat_arrays, from_torch
+from jaxmodels.weights.names import ConversionError, from_torch
 from parity.compare.names import Names
+from parity.compare.weights.layout import Axes
 from parity.compare.weights.mapped import Mapped
+from parity.compare.weights.piece import Piece
 from parity.compare.weights.protocol import TorchModule, Weights
+from parity.compare.weights.roles import same
 from parity.compare.weights.twins import Twins
 
 
@@ -43,19 +46,21 @@ def weights_of(
         try:
             return Mapped(torch_module, flax_module, {})
         except ConversionError as other:
-            raise min(error, other, key=size) from None
-    windowed = any(e.transposed and len(e.torch_shape(a.shape)) > 2 for e, a in transposed(flax_module))
+            raise min(other, error, key=size) from None
     try:
         mapped = Mapped(torch_module, flax_module, {})
     except ConversionError:
         return Twins()
-    return mapped if windowed or mapped.one_sided or mapped.batch_statistics else Twins()
+    plain = not (mapped.one_sided or mapped.batch_statistics or mapped.choices)
+    return Twins() if plain and all(converted_alike(piece) for piece in mapped.pieces) else mapped
 
 
-def transposed(flax_module: Any) -> list[tuple[Any, Any]]:
-    """Entries of the converter, with their arrays."""
-    arrays = flat_arrays(flax_module)
-    return [(entry, arrays[entry.path]) for entry in entries(arrays)]
+def converted_alike(piece: Piece) -> bool:
+    """True if the converter of twins, which knows no layers, moves a tensor in the same way."""
+    shape = piece.axes.torch
+    rank = len(shape)
+    order = (*range(rank - 2), rank - 1, rank - 2) if piece.path[-1] == "kernel" and rank > 1 else tuple(range(rank))
+    return same(piece.axes, Axes(shape, shape, order, (), tuple(shape[axis] for axis in order)))
 
 
 def size(error: ConversionError) -> int:

@@ -40,9 +40,9 @@ def place(lookup: Mapping[str, Path], name: str) -> tuple[Path, int | None] | No
 
 def owner_of(model: Any, path: Path) -> Any:
     """The module that holds the array at a path, NNX or Linen; None if it is unknown."""
-    recorded: Mapping[Path, Any] = getattr(model, "linen_modules", None) or {}
-    if path[:-1] in recorded:
-        return recorded[path[:-1]]
+    recorded = vars(model).get("to_nnx__parts")
+    if recorded is not None:
+        return recorded.modules.get(path[:-1])
     node: Any = model
     for word in path[:-1]:
         try:

@@ -143,10 +143,12 @@ def declared(tensor: Tensor, layout: Layout, targets: Sequence[Target]) -> list[
 
 
 def joined(tensors: Sequence[Tensor], target: Target) -> list[tuple[Piece, Options]]:
-    """The pieces of several tensors that make up one array, along the first of its axes on which they fit."""
+    """The pieces of several tensors that make up one array.
+
+    They are stacked along an axis of their number, or else joined along the last axis or any other.
+    """
     shape = target.shape
-    rank = len(shape)
-    for axis in [rank - 1, *range(rank - 1)] if rank else []:
+    for axis in sorted(range(len(shape)), key=lambda axis: (shape[axis] != len(tensors), axis != len(shape) - 1)):
         width = math.prod(shape) // shape[axis]
         if any(tensor.size % width for tensor in tensors) or sum(t.size for t in tensors) != math.prod(shape):
             continue

@@ -164,7 +164,7 @@ def roled(torch: str, flax: FlaxRole, shape: Shape, target: Shape) -> Iterator[s
     """Layouts of a tensor with input and output axes."""
     window = [f"k{i}" for i in range(len(shape) - 2)]
     k = " ".join(window)
-    left = f"i o {k}" if torch in ("linear io", "transposed conv") else f"o i {k}"
+    left = f"i o {k}".strip() if torch in ("linear io", "transposed conv") else f"o i {k}".strip()
     if flax.kind == "einsum":
         yield from of_equation(flax.equation, torch, target)
         return
@@ -186,16 +186,21 @@ def roled(torch: str, flax: FlaxRole, shape: Shape, target: Shape) -> Iterator[s
             if flax.kind == "plain":
                 yield f"{left} -> o {k} i"
         return
-    ones = " ".join("1" for _ in window)  # a convolution of width 1 is a Linear
+    ones = " 1" * len(window)  # a convolution of width 1 is a Linear
     outputs, inputs = (shape[1], shape[0]) if left.startswith("i") else shape[:2]
     if any(size != 1 for size in shape[2:]):
         return
     for chosen in divisions(target, outputs, inputs, in_order=flax.kind not in ("plain", "bias")):
-        names = [(f"o{j}" if out else f"i{j}") for j, out in enumerate(chosen)]
-        o, i = (" ".join(n for n in names if n.startswith(which)) for which in "oi")
-        sides = (f"({i}) ({o})", f"({o}) ({i})")
+        several = {which: chosen.count(which) > 1 for which in (True, False)}
+        names = [("o" if out else "i") + (str(j) if several[out] else "") for j, out in enumerate(chosen)]
+        o, i = (grouped([n for n in names if n.startswith(which)]) for which in "oi")
         sizes = " ".join(f"{name}={size}" for name, size in zip(names, target, strict=True))
-        yield f"{sides[0] if left.startswith('i') else sides[1]} {ones} -> {' '.join(names)} | {sizes}"
+        yield f"{f'{i} {o}' if left.startswith('i') else f'{o} {i}'}{ones} -> {' '.join(names)} | {sizes}"
+
+
+def grouped(names: Sequence[str]) -> str:
+    """Axes as one axis of a layout."""
+    return names[0] if len(names) == 1 else f"({' '.join(names)})"
 
 
 def divisions(target: Shape, outputs: int, inputs: int, *, in_order: bool) -> Iterator[tuple[bool, ...]]:
