@@ -153,7 +153,7 @@ def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any)
         if is_floating(tensor.dtype) != is_floating(target.dtype):
             problems["of another kind"].append(f"{entry.key}: got {tensor.dtype}, the model has {target.dtype}")
         wide = np.dtype(dtype) if dtype is not None and is_floating(tensor.dtype) else tensor.dtype
-        if wide in (np.float64, np.int64, np.uint64) and not jax.config.read("jax_enable_x64"):
+        if wide in (np.float64, np.complex128, np.int64, np.uint64) and not jax.config.read("jax_enable_x64"):
             problems[NARROWED].append(entry.key)
     if any(problems.values()):
         raise ConversionError(problems)

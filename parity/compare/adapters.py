@@ -42,6 +42,8 @@ class LinenModule(nnx.bridge.ToNNX):
     repeated. rngs: a key, an nnx.Rngs or keys by name; default a constant key.
     """
 
+    to_nnx__parts: LinenParts | None = None
+
     def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         if isinstance(rngs, Mapping):
             rngs = nnx.Rngs(**rngs)

@@ -2,7 +2,7 @@
 
     torch           PyTorch's module, a copy with perturbed constant parameters; a recording of one; or None
     flax            Flax's module as an NNX module (`adapters`); None while PyTorch is recorded
-    weights         the conversion of PyTorch's tensors to Flax's arrays, by `names`
+    weights         the conversion of PyTorch's tensors to Flax's arrays (names, layouts, flax_only, torch_only)
     inputs          the arguments of both modules' calls
     channels_last   patterns of inputs and outputs that have another layout in Flax
     labels          targets of a cross-entropy; None: random targets of a squared distance
@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.weights.names import as_numpy, is_floating
+from jaxmodels.weights.names import as_numpy
 from parity.compare import jax_side
 from parity.compare.adapters import as_module
 from parity.compare.inputs import Inputs
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds, random_targets
-from parity.compare.names import Names
+from parity.compare.names import Names, matches
 from parity.compare.weights import OwnWeights, TorchModule, Twins, Weights, weights_of
+from parity.compare.weights.twins import of_width
 
 if TYPE_CHECKING:
     from parity.compare.torch_side import TorchSide
@@ -43,6 +44,9 @@ class Settings(TypedDict, total=False):
 
     labels: Any
     names: Names | Weights | None
+    layouts: Mapping[str, str] | None
+    flax_only: Sequence[str]
+    torch_only: Sequence[str]
     channels_last: Sequence[str]
     zero_gradients: Sequence[str]
     device: str | None
@@ -85,6 +89,9 @@ class Comparison:
         *,
         labels: Any = None,
         names: Names | Weights | None = None,
+        layouts: Mapping[str, str] | None = None,
+        flax_only: Sequence[str] = (),
+        torch_only: Sequence[str] = (),
         channels_last: Sequence[str] = (),
         zero_gradients: Sequence[str] = (),
         device: str | None = None,
@@ -106,18 +113,21 @@ class Comparison:
         if torch_module is not None and randomize:
             import torch
 
-            from parity.compare.randomize import randomized
-
             if not isinstance(torch_module, torch.nn.Module):
                 raise ValueError(f"torch_module={type(torch_module).__name__} must be a torch.nn.Module")
-            torch_module = randomized(torch_module, seed)
         if flax_module is not None:
             flax_module = as_module(flax_module, inputs, channels_last)
         weights: Weights
         if torch_module is None:
             weights = OwnWeights(jnp.float64 if float64 else jnp.float32)
         else:
-            weights = Twins() if flax_module is None else weights_of(torch_module, flax_module, names)
+            settings = (names, layouts, flax_only, torch_only)
+            weights = Twins() if flax_module is None else weights_of(torch_module, flax_module, *settings)
+            if randomize:
+                from parity.compare.randomize import randomized
+
+                module: Any = torch_module
+                torch_module = randomized(module, seed, weights.carries, lambda name: matches(name, torch_only))
         return cls(
             torch=torch_module,
             flax=flax_module,
@@ -138,14 +148,14 @@ class Comparison:
 
     @functools.cached_property
     def untrained(self) -> frozenset[str]:
-        """Parameters that PyTorch does not train: Flax's gradients of them are not compared."""
+        """Parameters that PyTorch does not train, and others whose gradients are not compared."""
         named = () if self.torch is None else self.torch.named_parameters()
-        return frozenset(name for name, parameter in named if not parameter.requires_grad)
+        return self.weights.uncompared | {name for name, parameter in named if not parameter.requires_grad}
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of the parameters that no training step changes, on either side."""
-        return (*self.zero_gradients, *map(glob.escape, sorted(self.untrained)))
+        return (*self.zero_gradients, *map(glob.escape, sorted(self.untrained | self.weights.untrained)))
 
     @property
     def torch_device(self) -> str:
@@ -167,10 +177,10 @@ class Comparison:
             yield
 
     def state_dict(self, dtype: str) -> dict[str, np.ndarray]:
-        """PyTorch's weights, floating ones cast to a dtype; empty if Flax keeps its own weights."""
+        """PyTorch's weights, floating and complex ones cast to a dtype's width; empty if Flax keeps its own weights."""
         state = {} if self.torch is None else self.torch.state_dict()
         arrays = {name: as_numpy(tensor) for name, tensor in state.items()}
-        return {name: a.astype(jnp.dtype(dtype)) if is_floating(a.dtype) else a for name, a in arrays.items()}
+        return {name: array.astype(of_width(array.dtype, dtype)) for name, array in arrays.items()}
 
     def torch_side(self, dtype: str, device: str = "cpu") -> "TorchSide":
         """PyTorch's module in a dtype."""
@@ -212,4 +222,7 @@ class Comparison:
         # With labels the loss needs no targets, only their names: one pass gives results and names.
         outputs = {} if self.labels is not None else side.outputs(inputs or self.inputs)
         results = side.evaluate(self.batch(outputs, inputs))
+        gradients = results.get("parameter gradients", {})
+        for name in self.weights.uncompared & gradients.keys():
+            del gradients[name]
         return self.batch(results["output"], inputs), results

@@ -38,6 +38,9 @@ def check(
     inputs: Any,
     *,
     names: Names | Weights | None = None,
+    layouts: Mapping[str, str] | None = None,
+    flax_only: Sequence[str] = (),
+    torch_only: Sequence[str] = (),
     channels_last: Sequence[str] = (),
     labels: Any = None,
     zero_gradients: Sequence[str] = (),
@@ -58,6 +61,10 @@ def check(
 
     names: Flax's names of parts that PyTorch names differently, see `parity.compare.names`; `parity.suggest` proposes
         them
+    layouts: how the axes of a PyTorch tensor lie in Flax, where no rule tells, by pattern of its name, in einops
+        notation: {"*.query_key_value.weight": "(h three d) i -> three h i d"}, see `parity.compare.weights.layout`
+    flax_only, torch_only: patterns of arrays and tensors without a counterpart, which keep their own values; and of
+        parameters of one side that are a buffer on the other, whose gradients are then not compared
     channels_last: patterns of inputs and outputs ('x', 'input 0', 'output') that have their channels last in Flax and
         second in PyTorch
     labels: int, of the logits' leading shape: the loss is the cross-entropy (default: the squared distance to random
@@ -81,6 +88,9 @@ def check(
         inputs,
         labels=labels,
         names=names,
+        layouts=layouts,
+        flax_only=flax_only,
+        torch_only=torch_only,
         channels_last=channels_last,
         zero_gradients=zero_gradients,
         device=device,

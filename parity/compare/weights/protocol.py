@@ -1,6 +1,6 @@
 """`Weights`: the conversion between a PyTorch module's tensors and the arrays of a Flax model, in both directions."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,11 +41,11 @@ class Weights(Protocol):
         """What is not carried or not compared, a sentence each."""
 
     @property
-    def uncompared(self) -> Set[str]:
+    def uncompared(self) -> frozenset[str]:
         """PyTorch names whose gradients are not compared, and that no training step changes."""
 
     @property
-    def untrained(self) -> Set[str]:
+    def untrained(self) -> frozenset[str]:
         """Further PyTorch names that no training step changes: a step on one side is not the same step on the other."""
 
     def read(self, state: Any, prefix: Path = (), *, gradients: bool = False) -> dict[str, np.ndarray]:

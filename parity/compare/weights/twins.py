@@ -66,10 +66,15 @@ class OwnWeights:
 
 
 def in_dtype(array: Any, dtype: Any) -> jax.Array:
-    """A floating array in a dtype, a complex one in the complex dtype of that precision; others as they are."""
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        return jnp.asarray(array, jnp.complex128 if jnp.dtype(dtype) == jnp.float64 else jnp.complex64)
-    return jnp.asarray(array, dtype if jnp.issubdtype(array.dtype, jnp.floating) else None)
+    """An array in a floating dtype's width; see `of_width`."""
+    return jnp.asarray(array, of_width(array.dtype, dtype))
+
+
+def of_width(dtype: Any, floating: Any) -> np.dtype:
+    """For floating dtypes the given one, for complex ones that of its width (at least complex64), others unchanged."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.dtype(np.complex128 if jnp.dtype(floating) == np.float64 else np.complex64)
+    return jnp.dtype(floating) if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype)
 
 
 def evaluating(model: Any) -> Any:
