@@ -16,6 +16,7 @@ traceback instead. With -v in a terminal the current stage of a test is shown be
 `--parity-device` is the device for Flax.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -181,16 +182,18 @@ def pytest_runtest_makereport(
     result = yield
     if call.excinfo is not None and result.failed and not item.config.getoption("fulltrace"):
         error, path, line = call.excinfo.value, *place(item, call.excinfo)
+        brief = item.config.getoption("tbstyle") == "line"
         reports = sys.modules.get("parity.report.report")  # it has been imported if its exception was raised
         if reports is not None and isinstance(error, reports.Differs):
             from parity.report.failure import differs
 
             whole = item.config.get_verbosity() > 0
-            result.longrepr = differs(error.report, path, line, whole=whole)  # type: ignore[assignment]
+            shown = differs(error.report, path, line, whole=whole)
+            result.longrepr = dataclasses.replace(shown, brief=brief)  # type: ignore[assignment]
         elif isinstance(error, ValueError) and refused(item, call.excinfo):
             from parity.report.failure import refusal
 
-            result.longrepr = refusal(error, path, line)  # type: ignore[assignment]
+            result.longrepr = dataclasses.replace(refusal(error, path, line), brief=brief)  # type: ignore[assignment]
     return result
 
 

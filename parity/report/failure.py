@@ -22,13 +22,19 @@ class Crash:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The representation of a failure, with the attributes that pytest reads from one."""
+    """The representation of a failure, with the attributes that pytest reads from one.
+
+    brief: for --tb=line, with which pytest prints the line of `reprcrash` itself.
+    """
 
     text: str
     reprcrash: Crash
+    brief: bool = False
 
     def toterminal(self, writer: Any) -> None:
         """Write to pytest's terminal: the first line and failed readings in red."""
+        if self.brief:
+            return
         for i, line in enumerate(self.text.splitlines()):
             writer.line(line, red=i == 0 or line.startswith("  FAILED"), bold=i == 0)
         writer.line(f"{self.reprcrash.path}:{self.reprcrash.lineno}")

@@ -81,6 +81,14 @@ def test_the_traceback_can_be_asked_for(printed):
     assert "plugin.py" in printed("test_marked", "--full-trace")
 
 
+def test_a_traceback_of_one_line_is_one_line(printed):
+    text = printed("test_marked", "--tb=line")
+    shown = text.partition("= FAILURES =")[2].partition("short test summary")[0].splitlines()[1:-1]
+    assert [line.split(" (")[0] for line in shown if "pairs agree" not in line] == [
+        "test_port.py:3: gpt: first divergence: model.h.0.ln_1"
+    ]
+
+
 def test_an_assertion_shows_one_line_of_the_report(printed):
     text = printed("test_assert")
     assert "<Report gpt: DIFFERS, 2 of 6 readings failed; first divergence" in text
