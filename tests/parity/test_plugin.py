@@ -90,7 +90,7 @@ def test_a_test_fails_if_its_pair_differs_and_every_report_is_written(port, tmp_
     assert "6 passed" in done.stdout
     assert "2 failed" in done.stdout
     assert "test_wrong: DIFFERS" in done.stdout
-    assert re.search(r"ValueError: parity_sweep\b.*\bNoneType\b.*torch_module, flax_module, inputs", done.stdout)
+    assert re.search(r"ValueError: parity_sweep\b.*\bNoneType\b.*torch_module, flax_module,\s+inputs", done.stdout)
     assert "parity: 7 of 10 pairs agree" in done.stdout
     reports = json.loads((tmp_path / "out.json").read_text())
     assert [(report["name"], report["passed"]) for report in reports] == [
