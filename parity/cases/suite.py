@@ -1,6 +1,7 @@
 """Run one case of the project with all requested readings."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -60,14 +61,25 @@ def readings(
         progress("invariances")
         yield read_invariances(comparison)
     if selection.sweep:
-        yield read_sweep(comparison, progress=progress)
+        yield read_sweep(comparison, progress=lambda dtype: progress(f"sweep, {dtype}"))
     for optimizer in selection.trajectories if trains(pair) else ():
         for precision in ("float64", "float32") if comparison.float64 else ("float32",):
-            progress(f"{optimizer}, {precision}")
-            yield read_trajectory(comparison, optimizer=optimizer, steps=selection.steps, precision=precision)
+            training = f"{optimizer}, {precision}"
+            progress(training)
+            yield read_trajectory(
+                comparison,
+                optimizer=optimizer,
+                steps=selection.steps,
+                precision=precision,
+                progress=functools.partial(show_step, progress, f"{training}, step {{}} of {selection.steps}"),
+            )
     if selection.fast:
         progress("default precision")
         yield read_fast_path(comparison, matmul_precision=selection.matmul_precision)
+
+
+def show_step(progress: Callable[[str], None], template: str, step: int) -> None:
+    progress(template.format(step + 1))
 
 
 def pair_of(make: Make, seed: int) -> Pair:

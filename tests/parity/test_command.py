@@ -16,6 +16,7 @@ import pytest
 import jaxmodels
 import parity.cases.suite
 import parity.command
+import parity.report.progress
 from parity.cases import load_cases, select
 from parity.command import main
 
@@ -167,10 +168,27 @@ def test_options_that_no_case_can_run_with_are_refused_before_any_case_runs(argu
     assert "transformer.feed_forward" not in shown.out
 
 
-def test_further_checks_are_printed_and_written(tmp_path, capsys):
+class Line(contextlib.nullcontext):
+    """A status line that keeps what it has shown."""
+
+    def __enter__(self):
+        return self
+
+    def show(self, text):
+        self.shown.append(text)
+
+    def clear(self):
+        pass
+
+
+def test_further_checks_are_printed_and_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parity.report.progress, "StatusLine", Line)
+    monkeypatch.setattr(Line, "shown", [], raising=False)
     more = ["--invariances", "--fast", "--trajectory", "sgd", "rmsprop", "--steps", "3"]
     assert main(["transformer.feed_forward", *more, "--junit", str(tmp_path / "out.xml")]) == 0
     shown = capsys.readouterr().out
+    stages = ("", ": float64", ": invariances", ": sgd, float64, step 2 of 3", ": rmsprop, float32, step 3 of 3")
+    assert {f"1/1 transformer.feed_forward{stage}" for stage in stages} <= {*Line.shown}
     assert "must not change" in shown
     assert "at the default precision" in shown
     assert shown.count("no step differs") == 4  # two optimizers, in float64 and in float32
