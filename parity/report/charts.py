@@ -102,12 +102,14 @@ def figure(label: str, box: str, drawing: str, caption: str) -> str:
 
 
 def curves(trajectory: Trajectory) -> str:
-    """Errors after each step, one line per kind; the caption has the loss."""
-    kinds = {kind: [max(r.value, 1e-18) for r in readings] for kind, readings in trajectory.by_kind().items()}
+    """Values after each step, one line per kind, on a logarithmic scale; the caption has the loss.
+
+    Zeros are at the bottom, infinities and NaN at the top.
+    """
+    kinds = {kind: [r.value for r in readings] for kind, readings in trajectory.by_kind().items()}
     limit = trajectory.readings[0].limit
-    finite = [value for values in kinds.values() for value in values if math.isfinite(value)]
-    finite += [limit] if math.isfinite(limit) else []
-    low, high = math.floor(math.log10(min(finite, default=1.0))), math.ceil(math.log10(max(finite, default=1.0)))
+    drawn = [v for values in (*kinds.values(), [limit]) for v in values if math.isfinite(v) and v > 0]
+    low, high = math.floor(math.log10(min(drawn, default=1.0))), math.ceil(math.log10(max(drawn, default=1.0)))
     width, height, steps = 300, 120, max(map(len, kinds.values()))
 
     def y(value: float) -> float:

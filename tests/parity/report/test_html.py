@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from parity.report.charts import VERDICTS, color
+from parity.report.charts import VERDICTS, color, curves
 from parity.report.html import fragment, page
+from parity.report.results import Reading, Trajectory
 from parity.report.style import PALETTE, ROOT, STYLE
 from tests.parity.report.samples import HOSTILE, STAMP, agreeing, differing, hostile
 
@@ -133,6 +134,20 @@ def test_every_text_is_escaped():
     assert not set(HOSTILE) & set(html) - set("<b>&\"'[red]31m/script\n")
     html.encode("utf-8")
     assert r"\x1b" in fragment(hostile())
+
+
+def test_curves_are_on_a_logarithmic_scale_with_zeros_at_the_bottom():
+    values = {"loss": (1e-3, 1e1, 0.0), "moments": (float("inf"), float("nan"), 1e0)}
+    readings = [Reading(kind, "float64", "w", values[kind][s], 1e1, s) for s in range(3) for kind in values]
+    run = Trajectory("adam", "float64", readings, {"torch": [1.0, 0.9, 0.8], "flax": [1.0, 0.9, 0.8]}, 1.0, {})
+    svg = curves(run)
+    lines = [[tuple(map(float, p.split(","))) for p in found.split()] for found in re.findall(r'points="([^"]*)"', svg)]
+    (loss, moments), (low, high) = lines, ("1e-3", "1e1")
+    assert [x for x, _ in loss] == [0, 150, 300]
+    assert [y for _, y in loss] == [120, 0, 120]
+    assert [y for _, y in moments] == [0, 0, 30]
+    assert f">{low}<" in svg
+    assert f">{high}<" in svg
 
 
 def rules():
