@@ -8,6 +8,7 @@
 # CONSTRAINTS  file of pinned versions (default: constraints.txt); empty for the newest versions
 # EXTRAS       extras installed in .venv: dev (default), or dev,plan to compile for TPUs too (libtpu, 700 MB)
 # GOLDEN       extras installed in .venv-golden, which has no torch: golden, or golden,tpu (golden,cuda) for a device
+# PAIRS        pairs of the zoo, by name (default: all): make zoo PAIRS="bert gpt2"
 # ARGS         further arguments: make parity ARGS="rope --report parity.html"
 
 PYTHON ?= python3
@@ -17,11 +18,12 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
 GOLDEN ?= golden
 ARGS ?=
+PAIRS ?=
 
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help parity parity-golden test test-slow train bench lint
+.PHONY: help parity parity-golden zoo test test-slow train bench lint
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -32,6 +34,9 @@ parity: $(READY) ## compare Flax with PyTorch: every case, one table
 
 parity-golden: .venv-golden/.ready ## compare Flax with recorded PyTorch results, in an environment without torch
 	.venv-golden/bin/python -m parity $(ARGS) --replay
+
+zoo: .venv-zoo/.ready ## compare the 44 Flax ports of transformers 4.57.6 with their originals; writes docs/zoo.md
+	.venv-zoo/bin/python -m examples.zoo $(PAIRS) $(ARGS)
 
 test: $(READY) ## run the tests, except those marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
@@ -64,4 +69,13 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-golden
 	.venv-golden/bin/python -m pip install --quiet --upgrade pip
 	.venv-golden/bin/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(GOLDEN)]'
+	touch $@
+
+# transformers 4.57 is the last version with Flax models; its own requirements replace two of the pins.
+.venv-zoo/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet --upgrade pip
+	.venv-zoo/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	grep -v -E '^(transformers|tokenizers)==' $(or $(CONSTRAINTS),/dev/null) > .venv-zoo/constraints.txt || true
+	.venv-zoo/bin/python -m pip install --quiet --constraint .venv-zoo/constraints.txt --editable '.[torch,golden]' transformers==4.57.6
 	touch $@
