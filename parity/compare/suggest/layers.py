@@ -8,7 +8,6 @@ from typing import Any
 
 from parity.compare.suggest.similarity import tokens
 from parity.compare.suggest.tree import Node, Words
-from parity.compare.weights.layout import Layout
 from parity.compare.weights.owners import WORDS as FLAX_WORDS
 from parity.compare.weights.packed import GATES
 from parity.compare.weights.roles import classes, flax_role, layouts_of, split_axes, tiers, torch_role
@@ -39,7 +38,7 @@ def fits(array: Node, other: Node, parts: int = 1) -> float:
             return 0.0
         shape = (*shape[:axis], shape[axis] // parts, *shape[axis + 1 :])
     options = layouts_of(torch, flax, shape, target)
-    usual = [Layout.parse(text).text for text in next(tiers(torch, flax, shape, target))]
+    usual = [text.strip() for text in next(tiers(torch, flax, shape, target))]
     return 0.0 if not options else 1.0 if options[0].text in usual else 0.5
 
 
