@@ -12,6 +12,7 @@ and a stacked `layers`, one array with a leading layer axis, is `layers.0` … `
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -29,12 +30,32 @@ NARROWED = "64 bits wide while jax_enable_x64 is off"
 
 
 class ConversionError(ValueError):
-    """State_dict and model do not fit; `problems` lists every entry at fault, by kind. Nothing was converted."""
+    """State_dict and model do not fit; `problems` lists every entry at fault, by kind. Nothing was converted.
+
+    The message has at most SHOWN lines of a kind; entries that differ in numbers only, such as those of equal layers,
+    share a line.
+    """
+
+    SHOWN = 20
 
     def __init__(self, problems: Mapping[str, list[str]]):
         self.problems = {kind: entries for kind, entries in problems.items() if entries}
-        lines = [f"{kind} ({len(entries)}):\n    " + "\n    ".join(entries) for kind, entries in self.problems.items()]
+        lines = [
+            f"{kind} ({len(entries)}):\n    " + "\n    ".join(shortened(entries, self.SHOWN))
+            for kind, entries in self.problems.items()
+        ]
         super().__init__("weights and model do not fit; nothing was converted\n  " + "\n  ".join(lines))
+
+
+def shortened(entries: list[str], most: int) -> list[str]:
+    """At most so many lines for entries: if there are more, equal layers share a line, and the rest is counted."""
+    if len(entries) <= most:
+        return entries
+    alike: dict[str, list[str]] = {}
+    for entry in entries:
+        alike.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", entry), []).append(entry)
+    lines = [same[0] if len(same) == 1 else f"{form} ({len(same)} of them)" for form, same in alike.items()]
+    return lines if len(lines) <= most else [*lines[: most - 1], f"… and {len(lines) - most + 1} more"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ It has one of these forms:
                 `*` matches one word; the matching key with the most words applies; None: no counterpart
     pairs       [(r"^h\\.(\\d+)", r"blocks.\\1"), …]: regular expressions and replacements, applied one after the other
     function    from a PyTorch name to Flax's name or None
+    converter   a function from the state_dict to the Flax arrays: nested dicts, dicts by path or dotted name, an NNX
+                State, or Linen's variables. It is then itself under test, see `parity.compare.weights.converter`
 
 A list of Flax names instead of one splits a tensor; `parity.compare.weights` says how.
 """

@@ -7,6 +7,7 @@ import jax
 
 from jaxmodels.weights.names import ConversionError, from_torch
 from parity.compare.names import Names
+from parity.compare.weights.converter import Converted, converter_of
 from parity.compare.weights.layout import Axes
 from parity.compare.weights.mapped import Mapped
 from parity.compare.weights.piece import Piece
@@ -25,11 +26,17 @@ def weights_of(
 ) -> Weights:
     """The conversion of a pair of modules.
 
-    It is `names` if those are `Weights`, and `Mapped` if they are names. If omitted: `Twins` if all names are the same
-    and no layer needs to be known, else `Mapped` without names. Raises ConversionError if the weights do not fit.
+    It is `names` if those are `Weights`, `Converted` if they are a converter, and `Mapped` if they are names. If
+    omitted: `Twins` if all names are the same and no layer needs to be known, else `Mapped` without names. Raises
+    ConversionError if the weights do not fit.
     """
     if isinstance(names, Weights):
         return names
+    convert = converter_of(names, list(torch_module.state_dict()))
+    if convert is not None:
+        if layouts:
+            raise ValueError("layouts must be omitted with a converter as names")
+        return Converted(torch_module, flax_module, convert, flax_only=flax_only, torch_only=torch_only)
     if names is not None or layouts or flax_only or torch_only:
         return Mapped(
             torch_module,
@@ -51,7 +58,7 @@ def weights_of(
         mapped = Mapped(torch_module, flax_module, {})
     except ConversionError:
         return Twins()
-    plain = not (mapped.one_sided or mapped.batch_statistics or mapped.choices)
+    plain = not (mapped.one_sided.found or mapped.batch_statistics or mapped.choices)
     return Twins() if plain and all(converted_alike(piece) for piece in mapped.pieces) else mapped
 
 

@@ -24,12 +24,13 @@ import numpy as np
 
 from jaxmodels.weights.names import ConversionError, Path, as_numpy, dotted, flat_arrays, with_arrays
 from parity.compare.names import Names, matches, renamer
-from parity.compare.weights.layout import Layout
+from parity.compare.weights.layout import Layout, shown
 from parity.compare.weights.owners import kind, owner_of, parameters, place
 from parity.compare.weights.packed import adds, parts
 from parity.compare.weights.piece import Options, Piece, Target, Tensor, alike, fit, joined, layout_for
 from parity.compare.weights.protocol import TorchModule, aliases
 from parity.compare.weights.roles import classes, flax_role, torch_role
+from parity.compare.weights.sided import OneSided, check_patterns, check_values, listed
 from parity.compare.weights.twins import evaluating, in_dtype
 
 DROPPED = "num_batches_tracked"  # BatchNorm's count of averaged batches; evaluation does not read it
@@ -77,8 +78,7 @@ class Mapped:
         self.choices: dict[str, Choice] = {}
         self.problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": [], "of another kind": []}
         self.dropped: dict[str, list[str]] = {}  # tensors that are not carried, by the reason
-        self.one_sided: dict[str, list[str]] = {}  # parameters on one side, buffers on the other
-        self.accepted: set[str] = set()
+        self.one_sided = OneSided(flax_only, torch_only)
         self.summed: set[str] = set()
         check_patterns("torch_only", torch_only, self.values)
         check_patterns("flax_only", flax_only, self.lookup)
@@ -97,17 +97,12 @@ class Mapped:
         self.kept |= {path for path in self.shapes if path[:-1] in self.batch_statistics} - self.carried
         fed = {piece.path for piece in self.pieces}
         for path in self.shapes.keys() - self.carried - self.kept:
-            partly = " (a part of it: not all layers or features have a tensor)" if path in fed else ""
-            self.problems["missing"].append(dotted(path) + partly)
+            which = "tensors for a part of it only" if path in fed else "no tensor"
+            self.problems["missing"].append(f"{dotted(path)}: Flax has {shown(self.shapes[path])}, PyTorch has {which}")
         self.problems["missing"].sort()
         if any(self.problems.values()):
             raise ConversionError(self.problems)
-        abstract = [dotted(p) for p in self.kept if isinstance(self.arrays[p], jax.ShapeDtypeStruct)]
-        abstract = [name for name in abstract if self.lookup[name][:-1] not in self.batch_statistics]
-        if abstract:
-            raise ValueError(
-                f"flax_only: {', '.join(sorted(abstract))} must have values; bind the Linen module to its variables"
-            )
+        check_values({path: self.arrays[path] for path in self.kept if path[:-1] not in self.batch_statistics})
 
     def targets(self, key: str) -> list[Target] | None:
         """The places of a tensor; None if it is not carried."""
@@ -176,8 +171,8 @@ class Mapped:
         if not self.is_parameter(key) and (table or varied or abs(value.flat[0]) >= MASKED):
             self.dropped.setdefault("buffer without a counterpart", []).append(key)
             return
-        which = "" if len(without) == n else f", part {without[0] + 1} of {n}"
-        self.problems["unexpected"].append(f"{key} (as {', '.join(renamed)}{which})")
+        which = f"place for part {without[0] + 1} of {n}" if len(without) < n else " or ".join(renamed)
+        self.problems["unexpected"].append(f"{key}: PyTorch has {shown(value.shape)}, Flax has no {which}")
 
     def fitted(self, targets: Mapping[str, list[Target]]) -> list[Piece]:
         """All pieces; what does not fit is recorded."""
@@ -236,12 +231,8 @@ class Mapped:
         parameter, trained = self.is_parameter(piece.key), piece.path in self.trained
         if parameter == trained or kind(theirs) == "integer":
             return
-        where = "parameter in PyTorch, fixed in Flax" if parameter else "buffer in PyTorch, parameter in Flax"
-        names = (piece.key, self.torch_only) if parameter else (dotted(piece.path), self.flax_only)
-        if parameter and not self.requires_grad(piece.key):
-            return
-        self.one_sided.setdefault(where, []).append(piece.key)
-        self.accepted |= {piece.key} if matches(*names) else set()
+        if not parameter or self.requires_grad(piece.key):
+            self.one_sided.add(piece.key, piece.path, parameter=parameter)
 
     def requires_grad(self, key: str) -> bool:
         """True if PyTorch trains a parameter."""
@@ -273,12 +264,7 @@ class Mapped:
     def notes(self) -> list[str]:
         """What is not carried, not compared, or was decided by convention."""
         lines = [f"not carried ({reason}): {listed(keys)}" for reason, keys in self.dropped.items()]
-        for where, keys in self.one_sided.items():
-            setting = "torch_only" if where.startswith("parameter in PyTorch") else "flax_only"
-            for ok in (True, False):
-                some = [key for key in keys if (key in self.accepted) is ok]
-                end = f"declared in {setting}" if ok else f"declare it in {setting} to accept"
-                lines += [f"gradient not compared ({where}; {end}): {listed(some)}"] if some else []
+        lines += self.one_sided.notes
         if self.summed:
             lines.append(f"added up in one array, not trained: {listed(sorted(self.summed))}")
         if self.batch_statistics:
@@ -293,7 +279,7 @@ class Mapped:
     @property
     def uncompared(self) -> frozenset[str]:
         """Parameters without a gradient on the other side that were declared so."""
-        return frozenset(self.accepted) | {k for keys in self.dropped.values() for k in keys if self.is_parameter(k)}
+        return self.one_sided.accepted | {k for keys in self.dropped.values() for k in keys if self.is_parameter(k)}
 
     @property
     def untrained(self) -> frozenset[str]:
@@ -367,21 +353,3 @@ def parsed(pattern: str, layout: Any) -> Layout:
         return Layout.parse(layout)
     except ValueError as error:
         raise ValueError(f"layouts[{pattern!r}]={error}") from None
-
-
-def check_patterns(argument: str, patterns: Sequence[str], names: Mapping[str, Any]) -> None:
-    """Raises ValueError for a pattern that matches no name."""
-    if isinstance(patterns, str):
-        raise ValueError(f"{argument}={patterns!r} must be a list of patterns")
-    for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in names):
-            raise ValueError(f"{argument}: {pattern!r} must match one of {listed(list(names), 10)}")
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Names in a line; those that differ in numbers only are one, with their count."""
-    counts = Counter(alike(name) for name in names)
-    first = {alike(name): name for name in reversed(names)}
-    shown_names = [name if counts[form] == 1 else f"{form} ({counts[form]})" for form, name in first.items()][::-1]
-    more = f", … ({len(shown_names) - most} more)" if len(shown_names) > most else ""
-    return ", ".join(shown_names[:most]) + more
