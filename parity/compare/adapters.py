@@ -16,6 +16,7 @@ from parity.compare.arguments import modules
 from parity.compare.functions import Function, FunctionModule
 from parity.compare.inputs import Inputs
 from parity.compare.names import matches
+from parity.compare.outputs import named_leaves
 
 # Added in Flax 0.12; older versions do not shard arrays eagerly.
 eager_sharding = getattr(nnx, "use_eager_sharding", contextlib.nullcontext)
@@ -107,6 +108,20 @@ def initialized(module: linen.Module, inputs: Inputs, channels_last: Sequence[st
     model = LinenModule(module)
     inputs.call(functools.partial(nnx.bridge.lazy_init, model), values, "flax")
     return model
+
+
+def returned(module: nnx.Module, inputs: Inputs, channels_last: Sequence[str] = ()) -> dict[str, Any]:
+    """Shapes and dtypes of a module's outputs in evaluation mode, by Flax's names; its arrays may be abstract."""
+    graphdef, state = nnx.split(module)
+
+    def call(state: nnx.State, values: dict[str, Any]) -> dict[str, Any]:
+        model: Any = nnx.merge(graphdef, state)
+        model.eval()
+        return named_leaves(inputs.call(model, values, "flax"), jax.Array)
+
+    values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
+    values = {n: jnp.moveaxis(v, 1, -1) if matches(n, channels_last) else v for n, v in values.items()}
+    return jax.eval_shape(call, state, values)
 
 
 def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:

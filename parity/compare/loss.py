@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity.compare.inputs import Inputs, rolled
+from parity.compare.outputs import correspondence
 
 if TYPE_CHECKING:
     import torch
@@ -46,15 +47,21 @@ class Batch:
         return Batch(self.inputs.varied(step), labels, self.targets)
 
 
-def random_targets(outputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Normally distributed targets of the outputs' shapes, NaN where an output has none."""
+def random_targets(
+    outputs: Mapping[str, np.ndarray], seed: int, ours: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """Normally distributed targets of the outputs' shapes, NaN where an output has none.
+
+    ours: Flax's outputs by Flax's names; an output that Flax lacks has no targets.
+    """
     rng = np.random.default_rng(seed)
+    shared = outputs.keys() if ours is None else correspondence(outputs, ours).keys()
     targets = {}
     for name, output in outputs.items():
         target = rng.standard_normal(output.shape)
         if np.iscomplexobj(output):
             target = target + 1j * rng.standard_normal(output.shape)
-        targets[name] = np.where(masks(output), np.nan, target)
+        targets[name] = np.where(masks(output) | (name not in shared), np.nan, target)
     return targets
 
 
@@ -107,6 +114,7 @@ def torch_loss(
     import torch  # not at the top: recordings are replayed where torch is not installed
 
     if labels is not None:
+        check_labels(labels.cpu().numpy(), outputs)
         name, axis = logits_of(outputs, tuple(labels.shape))
         logits = outputs[name].movedim(axis, -1)
         return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
