@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict
@@ -14,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from jaxmodels.weights.names import Path, dotted, flat_arrays, with_arrays
 from parity.compare.arguments import modules
 from parity.compare.functions import Function, FunctionModule
-from parity.compare.inputs import Inputs
+from parity.compare.inputs import Inputs, cast
 from parity.compare.names import matches
 from parity.compare.outputs import named_leaves
 
@@ -119,7 +120,9 @@ def returned(module: nnx.Module, inputs: Inputs, channels_last: Sequence[str] = 
         model.eval()
         return named_leaves(inputs.call(model, values, "flax"), jax.Array)
 
-    values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
+    own = [array.dtype for array in flat_arrays(module).values() if jnp.issubdtype(array.dtype, jnp.floating)]
+    dtype = max(own, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
+    values = {n: jnp.asarray(cast(v, dtype)) for n, v in inputs.named().items()}  # mixed dtypes are an error to some
     values = {n: jnp.moveaxis(v, 1, -1) if matches(n, channels_last) else v for n, v in values.items()}
     return jax.eval_shape(call, state, values)
 
