@@ -112,7 +112,8 @@ def dotted(path: Iterable[Any]) -> str:
 def flat_arrays(model: nnx.Pytree | nnx.State) -> dict[Path, Any]:
     """All arrays of a model, its gradients or a State by path, sorted; abstract arrays stay abstract."""
     state = model if isinstance(model, nnx.State) else nnx.state(model)
-    _, state = nnx.split_state(state, nnx.RngState, ...)  # random state of nnx.Dropout(rngs=…) is not a weight
+    # Random state of nnx.Dropout(rngs=…), and what calls leave behind, are no weights.
+    _, state = nnx.split_state(state, (nnx.RngState, nnx.Intermediate, nnx.Cache), ...)
     flat: Any = nnx.to_flat_state(state)
     return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
 

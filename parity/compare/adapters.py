@@ -48,7 +48,7 @@ class LinenModule(nnx.bridge.ToNNX):
 
     def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         if isinstance(rngs, Mapping):
-            rngs = nnx.Rngs(**rngs)
+            rngs = nnx.Rngs(0, **rngs)
         rngs = nnx.Rngs(0) if rngs is None else rngs
         if self._pytree__state.initializing:
             return super().__call__(*args, rngs=rngs, **kwargs)
@@ -62,8 +62,8 @@ class LinenModule(nnx.bridge.ToNNX):
 
         @jax.jit
         def make() -> list[Any]:
-            arrays = flat_arrays(initialized(module, inputs, channels_last))
-            return [arrays[path] for path in paths]
+            flat: Any = dict(nnx.to_flat_state(nnx.state(initialized(module, inputs, channels_last))))
+            return [flat[path].get_value() for path in paths]
 
         with eager_sharding(False):
             return dict(zip(paths, make(), strict=True))

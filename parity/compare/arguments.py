@@ -181,17 +181,13 @@ def taken(
     if not missing:
         return places
     if inspect.Parameter.VAR_POSITIONAL in kinds:  # such as Sequential's: names do not reach the first module
-        first = [name for name, _ in zip(missing, order, strict=False) if name in order]
-        if inputs.args or first != order[: len(first)]:
+        known = [name for name in missing if name in order]
+        if inputs.args or len(missing) < len(inputs.kwargs) or known != order[: len(known)]:
             return places
-        return places | {name: i for i, name in enumerate(first)}
+        return places | {name: i for i, name in enumerate(missing)}
     if inspect.Parameter.VAR_KEYWORD in kinds:
         return places
-    required = [name for name in free if parameters[name].default is inspect.Parameter.empty]
-    pairs = next(
-        (dict(zip(missing, group, strict=True)) for group in (required, free) if len(group) == len(missing)), None
-    )
-    pairs = pairs or similar(missing, free)
+    pairs = paired(missing, free, parameters, order)
     if pairs is None:
         given = {"PyTorch": (parameters, others), "Flax": (others, parameters)}[side]
         theirs, ours = (", ".join(map(str, passed(group or {}))) or "nothing known" for group in given)
@@ -214,15 +210,26 @@ def only_there(name: str, value: Any) -> bool:
     return value is None or (name in FLAGS and isinstance(value, bool))
 
 
-def similar(missing: list[str], free: list[str]) -> dict[str, str] | None:
-    """For each name the only free parameter that shares a word with it, as `mask` and `attention_mask` do."""
+def paired(missing: list[str], free: list[str], parameters: Parameters, order: list[str]) -> dict[str, str] | None:
+    """The parameter for each name that a call does not have; None if that is ambiguous.
+
+    First those that share a word, as `mask` and `attention_mask` do; then in order, if as many parameters are left, or
+    left and required; then by position. order: the parameters of the other side's call.
+    """
     found: dict[str, str] = {}
     for name in missing:
         near = [other for other in free if set(other.split("_")) & set(name.split("_"))]
-        if len(near) != 1 or near[0] in found.values():
-            return None
-        found[name] = near[0]
-    return found
+        if len(near) == 1 and near[0] not in found.values():
+            found[name] = near[0]
+    rest = [name for name in missing if name not in found]
+    free = [name for name in free if name not in found.values()]
+    required = [name for name in free if parameters[name].default is inspect.Parameter.empty]
+    for group in (required, free):
+        if len(group) == len(rest):
+            return found | dict(zip(rest, group, strict=True))
+    position = {i: name for i, name in enumerate(parameters) if name in free}
+    places = {name: position.get(order.index(name)) if name in order else None for name in rest}
+    return None if None in places.values() else found | {name: str(place) for name, place in places.items()}
 
 
 def filled(parameters: Parameters, module: Any) -> dict[str, Any]:

@@ -17,7 +17,11 @@ def copied(module: nn.Module, dtype: torch.dtype | None = None, device: str | to
     """
     # Tensors that were computed from parameters, such as the weight of the older `weight_norm`, refuse to be copied.
     computed = {id(t): t.detach().clone() for m in module.modules() for t in tensors(vars(m)) if t.grad_fn is not None}
-    module = copy.deepcopy(module, computed)
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    with torch.no_grad():  # or copies of TorchScript's parameters are results of an operation, without gradients
+        module = copy.deepcopy(module, computed)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trained[name])
     if dtype is None and device is None:
         return module
     module._apply(lambda tensor: cast(tensor, dtype).to(device=device))  # `to` would make complex tensors real

@@ -7,7 +7,12 @@ from flax import nnx
 
 from jaxmodels.weights.names import Path
 
-WORDS = {"weight": ("kernel", "embedding", "scale"), "running_mean": ("mean",), "running_var": ("var",)}
+WORDS = {  # of Flax, Haiku and penzai
+    "weight": ("kernel", "embedding", "scale", "w", "weights", "embeddings"),
+    "bias": ("b", "offset"),
+    "running_mean": ("mean",),
+    "running_var": ("var",),
+}
 # A weight under weight_norm or spectral_norm, as a parametrization and by the older functions.
 NORMED = {
     "parametrizations.weight.original0": ("weight_g",),

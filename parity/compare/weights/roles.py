@@ -13,6 +13,7 @@
                                                         [*k, out, in], not reversed
            Einsum                                       kernel, its axes by the equation
            Embed                                        embedding                table
+           of Haiku and penzai                          w, weights               matrix, as a kernel
            anything else                                plain, or kernel by name
 
 `layouts_of` returns the layouts that fit, the most usual one first. More than one: the shapes cannot tell.
@@ -70,7 +71,9 @@ def flax_role(owner: Any, leaf: str) -> FlaxRole:
     names = classes(owner)
     if leaf == "bias":
         return FlaxRole("bias")
-    if leaf == "embedding":
+    if leaf in ("w", "weights"):
+        return FlaxRole("matrix")
+    if leaf in ("embedding", "embeddings"):
         return FlaxRole("table", "Embed" in names)
     if leaf != "kernel":
         return FlaxRole("plain")
@@ -153,7 +156,7 @@ def tiers(torch: str, flax: FlaxRole, shape: Shape, target: Shape) -> Iterator[l
         yield [*split_vector(shape, target), *alike]
     elif torch == "table":
         yield from (turned, alike) if flax.kind == "kernel" else (alike, turned)
-    elif flax.kind in ("plain", "table") or len(shape) < 2:
+    elif flax.kind in ("plain", "table", "matrix") or len(shape) < 2:
         yield alike
         yield turned if len(shape) > 1 else []
     else:
