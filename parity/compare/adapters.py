@@ -45,24 +45,27 @@ class LinenModule(nnx.bridge.ToNNX):
     """
 
     to_nnx__parts: LinenParts | None = None
+    to_nnx__seed: int = 0
 
     def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         if isinstance(rngs, Mapping):
-            rngs = nnx.Rngs(0, **rngs)
-        rngs = nnx.Rngs(0) if rngs is None else rngs
+            rngs = nnx.Rngs(self.to_nnx__seed, **rngs)
+        rngs = nnx.Rngs(self.to_nnx__seed) if rngs is None else rngs
         if self._pytree__state.initializing:
             return super().__call__(*args, rngs=rngs, **kwargs)
         used = nnx.merge(*nnx.split(self))  # keeps what the call writes
         kept = DenyList(("params", "intermediates"))
         return super(LinenModule, used).__call__(*args, rngs=rngs, mutable=kept, **kwargs)
 
-    def initial(self, inputs: Inputs, paths: Sequence[Any], channels_last: Sequence[str] = ()) -> dict[Any, Any]:
+    def initial(
+        self, inputs: Inputs, paths: Sequence[Any], channels_last: Sequence[str] = (), seed: int = 0
+    ) -> dict[Any, Any]:
         """Initial values of some variables; no others are computed."""
         module = self.to_nnx__module
 
         @jax.jit
         def make() -> list[Any]:
-            flat: Any = dict(nnx.to_flat_state(nnx.state(initialized(module, inputs, channels_last))))
+            flat: Any = dict(nnx.to_flat_state(nnx.state(initialized(module, inputs, channels_last, seed))))
             return [flat[path].get_value() for path in paths]
 
         with eager_sharding(False):
@@ -87,11 +90,14 @@ def as_module(flax_module: Any, inputs: Inputs | None, channels_last: Sequence[s
 
 
 def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] = ()) -> nnx.Module:
-    """Wrap a Linen module as an abstract NNX module; variables keep their Linen names.
+    """Wrap a Linen module as an NNX module; variables keep their Linen names.
 
-    Variables that are neither parameters nor running statistics, such as counters and caches, have initial values.
+    It is abstract unless the module is bound to variables. Variables that are neither parameters nor running
+    statistics, such as counters and caches, have initial values.
     """
-    module = module if module.scope is None else module.unbind()[0]
+    if module.scope is not None:
+        module, variables = module.unbind()
+        return with_variables(as_nnx(module, inputs, channels_last), variables)
     parts = LinenParts()
     # Eager sharding would place `with_partitioning` arrays on a mesh with their axes, and no mesh is set here.
     with eager_sharding(False), linen.intercept_methods(parts.record):
@@ -102,11 +108,12 @@ def as_nnx(module: linen.Module, inputs: Inputs, channels_last: tuple[str, ...] 
     return with_arrays(model, model.initial(inputs, others, channels_last)) if others else model
 
 
-def initialized(module: linen.Module, inputs: Inputs, channels_last: Sequence[str]) -> LinenModule:
+def initialized(module: linen.Module, inputs: Inputs, channels_last: Sequence[str], seed: int = 0) -> LinenModule:
     """A Linen module as an NNX module, with initial values."""
     named = inputs.named().items()
     values = {n: jnp.moveaxis(jnp.asarray(v), 1, -1) if matches(n, channels_last) else v for n, v in named}
     model = LinenModule(module)
+    model.to_nnx__seed = seed
     inputs.call(functools.partial(nnx.bridge.lazy_init, model), values, "flax")
     return model
 
@@ -128,19 +135,21 @@ def returned(module: nnx.Module, inputs: Inputs, channels_last: Sequence[str] = 
 
 
 def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:
-    """`as_nnx` with arrays: the bound variables of the module or, if it is unbound, initial values from a seed.
+    """`as_nnx` with arrays: the bound variables of the module or, if it is unbound, initial values from a seed."""
+    model: Any = as_nnx(module, inputs)
+    if module.scope is not None:
+        return model
+    return with_arrays(model, model.initial(inputs, list(flat_arrays(model)), seed=seed))
 
-    Raises ValueError if bound variables differ in name or shape from those of a call with the inputs.
+
+def with_variables(model: nnx.Module, variables: Mapping[str, Any]) -> nnx.Module:
+    """The NNX form of a Linen module with the arrays of its variables.
+
+    Raises ValueError if they differ in name or shape from those of a call with the inputs.
     """
-    if module.scope is None:
-        values = {name: jnp.asarray(value) for name, value in inputs.named().items()}
-        variables = inputs.call(functools.partial(module.init, jax.random.key(seed)), values, "flax")
-    else:
-        module, variables = module.unbind()
-    model = as_nnx(module, inputs)
     arrays: dict[Path, Any] = {}
-    for collection in linen.meta.unbox(variables).values():
-        arrays |= flatten_dict(collection)
+    for collection, values in linen.meta.unbox(variables).items():
+        arrays |= flatten_dict(values) if collection not in ("intermediates", "cache") else {}
     expected, given = ({path: a.shape for path, a in group.items()} for group in (flat_arrays(model), arrays))
     wrong = sorted({dotted(path) for path, _ in expected.items() ^ given.items()})
     if wrong:
