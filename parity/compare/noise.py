@@ -1,0 +1,142 @@
+"""The unit of every comparison: a tensor's own rounding noise, and differences in units of it ("× noise").
+
+The noise of a tensor is its largest change when PyTorch's module runs in float64 with every parameter and input moved
+by up to one unit in the last place (`ULPS`), over `RUNS` runs. An implementation of the same mathematics that rounds
+differently is off by about this much, whatever the conditioning; a wrong one by orders of magnitude more. `LIMIT` lies
+between them. Noise is proportional to the unit that was moved: `Noise.scaled` predicts that of a narrower dtype.
+
+NaN, infinities and mask constants have no noise. They must be at the same places on both sides.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+LIMIT = 32.0  # × noise; correct implementations are at 0.1 to 2, planted mistakes at 1000 and more
+ULPS = {"float64": 2.0**-52, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+RUNS = 4
+HUGE = 1e30  # finite constants beyond it stand for an infinity, such as `torch.finfo(torch.float32).min`
+OUTLIER = 1e6  # multiple of the median beyond which a constant may be a mask, such as -1e9 among logits
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Rounding noise of one tensor: unit, its largest change; elements of magnitude `masks_from` or more are masks."""
+
+    unit: float
+    masks_from: float = HUGE
+
+    def scaled(self, ulps: float) -> "Noise":
+        """The noise for a unit in the last place that is `ulps` times as large."""
+        return dataclasses.replace(self, unit=self.unit * ulps)
+
+    def error(self, result: np.ndarray | None, truth: np.ndarray | None) -> float:
+        """max|result - truth| in units of the noise.
+
+        Infinite if one is missing or has another shape, and if masks, NaN or infinities are at different places.
+        """
+        if result is None or truth is None or result.shape != truth.shape:
+            return math.inf
+        result, truth = wide(result), wide(truth)
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart, magnitude = np.abs(result - truth), np.abs(truth)
+            masks = ~(magnitude < self.masks_from)
+            if masks.any():
+                same = (result == truth) | (np.isnan(result) & np.isnan(truth))
+                same |= (apart <= LIMIT * ULPS["float64"] * magnitude) & np.isfinite(apart)
+                same |= huge(result) & huge(truth) & (np.sign(result.real) == np.sign(truth.real))
+                if not same[masks].all():
+                    return math.inf
+            difference = float(np.max(apart, initial=0.0, where=~masks))
+        if not difference:
+            return 0.0
+        return difference / self.unit if self.unit and math.isfinite(difference) else math.inf
+
+
+Noises = Mapping[str, Noise]
+
+
+def huge(array: np.ndarray) -> np.ndarray:
+    """True for finite elements that stand for an infinity."""
+    return (np.abs(array) >= HUGE) & np.isfinite(array)
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    """The array in float64 or complex128."""
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64, copy=False)
+
+
+class Spread:
+    """The largest changes of one tensor over several runs, from which its noise follows."""
+
+    def __init__(self, truth: np.ndarray):
+        self.truth = wide(truth)
+        with np.errstate(over="ignore"):
+            self.magnitude = np.abs(self.truth)
+        ordinary = self.magnitude[(self.magnitude > 0) & (self.magnitude < HUGE)]
+        self.outliers_from = max(OUTLIER * float(np.median(ordinary)), 1e3) if ordinary.size else HUGE
+        self.change = self.change_of_outliers = 0.0
+
+    def add(self, moved: np.ndarray) -> None:
+        """Take another run into account."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart = np.abs(wide(moved) - self.truth)
+        apart = np.where(np.isfinite(apart), apart, 0.0)
+        finite, outliers = self.magnitude < HUGE, self.magnitude >= self.outliers_from
+        self.change = max(self.change, float(np.max(apart, initial=0.0, where=finite & ~outliers)))
+        of_outliers = float(np.max(apart, initial=0.0, where=finite & outliers))
+        self.change_of_outliers = max(self.change_of_outliers, of_outliers)
+
+    def largest(self, below: float = HUGE) -> float:
+        """The largest magnitude below a bound."""
+        return float(np.max(self.magnitude, initial=0.0, where=self.magnitude < below))
+
+    def noise(self, ulp: float) -> Noise:
+        """The noise: at least one unit in the last place of the largest element; 0 for a tensor of zeros."""
+        # Outliers that move by no more than their own last place are constants, and rounding to them hides all else.
+        if self.change_of_outliers <= 2 * ulp * self.largest():
+            return Noise(max(self.change, ulp * self.largest(self.outliers_from)), min(self.outliers_from, HUGE))
+        return Noise(max(self.change, self.change_of_outliers, ulp * self.largest()))
+
+
+def noises_of(truth: Tensors, runs: Iterable[Tensors], ulp: float) -> dict[str, Noise]:
+    """The noise of tensors of one kind, from runs that moved by `ulp`."""
+    spreads = {name: Spread(tensor) for name, tensor in truth.items()}
+    for moved in runs:
+        for name, spread in spreads.items():
+            spread.add(moved[name])
+    return of_spreads(spreads, ulp)
+
+
+def of_spreads(spreads: Mapping[str, Spread], ulp: float) -> dict[str, Noise]:
+    """The noise of tensors of one kind, from their spreads."""
+    noises = {name: spread.noise(ulp) for name, spread in spreads.items()}
+    # A tensor that is exactly zero on one side, by cancellation, may be one rounding of the others on the other side.
+    scale = max((spread.largest(noises[name].masks_from) for name, spread in spreads.items()), default=0.0)
+    floating = {name for name, spread in spreads.items() if spread.truth.dtype.kind in "fc"}
+    return {n: noise if noise.unit or n not in floating else Noise(ulp * scale) for n, noise in noises.items()}
+
+
+def errors(result: Tensors, truth: Tensors, noises: Noises) -> dict[str, float]:
+    """Differences by name in units of the noise; infinite for a tensor that only one side has."""
+    return {n: noises[n].error(result.get(n), truth[n]) if n in noises else math.inf for n in {**truth, **result}}
+
+
+def moved(array: np.ndarray, ulp: float, rng: np.random.Generator) -> np.ndarray:
+    """The array with every element moved by up to `ulp`, relative to its size; other arrays than floats unchanged."""
+    if array.dtype.kind not in "fc":
+        return array
+    by = array * (ulp * rng.uniform(-1.0, 1.0, array.shape))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.where(np.abs(array) < HUGE, array + by, array)
+
+
+def worst(values: Mapping[str, float]) -> tuple[str, float]:
+    """Name and value of the largest; NaN counts as the largest."""
+    return max(values.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+
+

@@ -1,0 +1,53 @@
+"""Run PyTorch with nothing narrowed: within `widened()` a module in float64 stays there, whatever casts it makes."""
+
+import collections
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64) | {torch.complex64: torch.complex128}
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+class Wide(TorchDispatchMode):
+    """Replaces narrow floating dtypes that an operation asks for; `casts` counts them by dtype and place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        asked = kwargs.get("dtype")
+        if asked in WIDE:
+            kwargs["dtype"] = WIDE[asked]
+            if any(isinstance(arg, torch.Tensor) and arg.dtype in (torch.float64, torch.complex128) for arg in args):
+                self.casts[f"{str(asked).removeprefix('torch.')} at {place()}"] += 1
+        return func(*args, **kwargs)
+
+
+def place() -> str:
+    """Where the current operation comes from, outside PyTorch: 'file.py:12 (function)'."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_qualname})"
+
+
+@contextlib.contextmanager
+def widened() -> Iterator[Wide]:
+    """Run the block with float64 as PyTorch's default dtype and every narrowing replaced; yields what was widened."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        # The fused CPU kernel of attention has wrong gradients for rows that are masked by a finite constant.
+        with Wide() as mode, sdpa_kernel(SDPBackend.MATH):
+            yield mode
+    finally:
+        torch.set_default_dtype(before)
