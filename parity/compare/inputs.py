@@ -26,6 +26,8 @@ Side = Literal["torch", "flax"]
 Place = int | str
 """How one side takes an input: by position, or by the name of a parameter."""
 
+from parity.compare.noise import moved, wide
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -121,6 +123,12 @@ class Inputs:
     def rounded(self, dtype: Any) -> "Inputs":
         """The same arguments with floating arrays rounded to a narrower dtype; they keep their own dtype."""
         return self.replaced({name: np.asarray(cast(a, dtype)).astype(a.dtype) for name, a in self.named().items()})
+
+    def moved(self, ulp: float, rng: np.random.Generator) -> "Inputs":
+        """The same arguments in float64, every floating element moved by up to `ulp` relative to its size."""
+        return self.replaced(
+            {name: moved(wide(a), ulp, rng) if a.dtype.kind in "fc" else a for name, a in self.named().items()}
+        )
 
     def varied(self, step: int) -> "Inputs":
         """Other data of the same kind for a training step: integers rolled along their first axis, floats perturbed."""

@@ -14,6 +14,7 @@ from parity.compare.inputs import Inputs, named_leaves
 from parity.compare.loss import Batch, Kinds, jax_loss
 from parity.compare.names import matches
 from parity.compare.weights import Weights
+from parity.compare.widen import Constant, Widened
 
 Arrays = dict[str, jax.Array]
 
@@ -54,15 +55,21 @@ def split(module: Any) -> tuple[Any, nnx.State, nnx.State]:
 class JaxSide:
     """A Flax module with its weights in one dtype. Its tensors have PyTorch's names.
 
-    inputs: define which arguments of a call are positional and which are keywords. channels_last: patterns of inputs
-    and outputs that have their channels last here and second in PyTorch.
+    In float64 it runs with nothing narrowed (`widen`); in other dtypes it runs as it is. inputs: define which arguments
+    of a call are positional and which are keywords. channels_last: patterns of inputs and outputs that have their
+    channels last here and second in PyTorch.
     """
 
     def __init__(self, module: Any, weights: Weights, inputs: Inputs, dtype: Any, channels_last: Sequence[str] = ()):
         self.module, self.weights, self.inputs = module, weights, inputs
         self.dtype, self.channels_last = jnp.dtype(dtype), tuple(channels_last)
         self.graphdef, self.params, self.rest = split(module)
-        self.value_and_grad = compiled(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
+        self.value_and_grad = self.prepared(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
+        self.forward = self.prepared(self._outputs)
+
+    def prepared(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function compiled; in float64 with nothing narrowed inside."""
+        return Widened(function, compiled) if self.dtype == np.float64 else compiled(function)
 
     def call(self, module: Callable[..., Any], values: Mapping[str, Any]) -> Arrays:
         """Call this module, or another with the same arguments; returns outputs by name in PyTorch's layout."""
@@ -87,6 +94,9 @@ class JaxSide:
         outputs = self.call(self.merged(params, rest), floats | others)
         return jax_loss(outputs, labels, targets), outputs
 
+    def _outputs(self, params: nnx.State, values: Arrays, rest: nnx.State) -> Arrays:
+        return self.call(self.merged(params, rest), values)
+
     def values(self, inputs: Inputs) -> tuple[Arrays, Arrays]:
         """The floating inputs, in this side's dtype, and the others."""
         arrays = {name: jnp.asarray(value) for name, value in inputs.named().items()}
@@ -100,16 +110,41 @@ class JaxSide:
 
     def evaluate(self, batch: Batch) -> Kinds:
         """Outputs, and the loss's gradients of parameters and inputs."""
-        (_, outputs), (gradients, input_gradients) = self.value_and_grad(self.params, *self.arguments(batch), self.rest)
+        results = self.value_and_grad(self.params, *self.arguments(batch), self.rest)
+        return self.kinds(*results)
+
+    def kinds(self, value: tuple[jax.Array, Arrays], gradients: tuple[nnx.State, Arrays]) -> Kinds:
+        """Results of `value_and_grad` by kind and PyTorch's name."""
+        (_, outputs), (of_params, of_inputs) = value, gradients
         kinds = {
             "output": {name: np.asarray(output) for name, output in outputs.items()},
-            "parameter gradients": self.weights.read(gradients),
-            "input gradients": {name: np.asarray(gradient) for name, gradient in input_gradients.items()},
+            "parameter gradients": self.weights.read(of_params),
+            "input gradients": {name: np.asarray(gradient) for name, gradient in of_inputs.items()},
         }
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
 
     def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The outputs alone."""
         floats, others = self.values(inputs)
-        call = compiled(lambda params, values: self.call(self.merged(params), values))
-        return {name: np.asarray(output) for name, output in call(self.params, floats | others).items()}
+        return {n: np.asarray(output) for n, output in self.forward(self.params, floats | others, self.rest).items()}
+
+    @property
+    def constants(self) -> list[Constant]:
+        """The constants that the port holds in a narrow float, known once it has been evaluated in float64."""
+        return self.value_and_grad.constants if isinstance(self.value_and_grad, Widened) else []
+
+    @property
+    def casts(self) -> dict[str, int]:
+        """What was widened in the last evaluation, by place."""
+        return self.value_and_grad.casts if isinstance(self.value_and_grad, Widened) else {}
+
+    @property
+    def kept(self) -> list[str]:
+        """What could not be widened in the last evaluation."""
+        return self.value_and_grad.kept if isinstance(self.value_and_grad, Widened) else []
+
+    def with_moved_constants(self, batch: Batch, rng: np.random.Generator, only: int | None = None) -> Kinds:
+        """`evaluate` in float64 with the constants that the port holds in a narrow float moved by one rounding."""
+        assert isinstance(self.value_and_grad, Widened), "only float64 is widened"
+        arguments = (self.params, *self.arguments(batch), self.rest)
+        return self.kinds(*self.value_and_grad.moved(rng, *arguments, only=only))

@@ -74,33 +74,43 @@ class Spread:
     """The largest changes of one tensor over several runs, from which its noise follows."""
 
     def __init__(self, truth: np.ndarray):
+        self.floating = truth.dtype.kind in "fc" or truth.dtype.name == "bfloat16"
         self.truth = wide(truth)
-        with np.errstate(over="ignore"):
-            self.magnitude = np.abs(self.truth)
-        ordinary = self.magnitude[(self.magnitude > 0) & (self.magnitude < HUGE)]
+        magnitude = self.magnitude()
+        ordinary = magnitude[(magnitude > 0) & (magnitude < HUGE)]
         self.outliers_from = max(OUTLIER * float(np.median(ordinary)), 1e3) if ordinary.size else HUGE
+        self.largest = float(np.max(ordinary, initial=0.0))  # of all that is no infinity
+        self.largest_ordinary = float(np.max(ordinary, initial=0.0, where=ordinary < self.outliers_from))
+        self.plain = bool((magnitude < min(self.outliers_from, HUGE)).all())
         self.change = self.change_of_outliers = 0.0
+
+    def magnitude(self) -> np.ndarray:
+        """The magnitudes; computed anew, because a model's gradients fill much of the memory."""
+        with np.errstate(over="ignore"):
+            return np.abs(self.truth)
 
     def add(self, moved: np.ndarray) -> None:
         """Take another run into account."""
         with np.errstate(invalid="ignore", over="ignore"):
             apart = np.abs(wide(moved) - self.truth)
-        apart = np.where(np.isfinite(apart), apart, 0.0)
-        finite, outliers = self.magnitude < HUGE, self.magnitude >= self.outliers_from
+        if self.plain:
+            self.change = max(self.change, float(np.max(apart, initial=0.0)))
+            return
+        magnitude = self.magnitude()
+        finite, outliers = (magnitude < HUGE) & np.isfinite(apart), magnitude >= self.outliers_from
         self.change = max(self.change, float(np.max(apart, initial=0.0, where=finite & ~outliers)))
         of_outliers = float(np.max(apart, initial=0.0, where=finite & outliers))
         self.change_of_outliers = max(self.change_of_outliers, of_outliers)
 
-    def largest(self, below: float = HUGE) -> float:
-        """The largest magnitude below a bound."""
-        return float(np.max(self.magnitude, initial=0.0, where=self.magnitude < below))
-
     def noise(self, ulp: float) -> Noise:
-        """The noise: at least one unit in the last place of the largest element; 0 for a tensor of zeros."""
+        """The noise: at least one unit in the last place of the largest element; 0 for zeros and for integers."""
+        if not self.floating:  # integers must be equal, unless rounding decides them, as the index of a maximum
+            return Noise(self.change)
         # Outliers that move by no more than their own last place are constants, and rounding to them hides all else.
-        if self.change_of_outliers <= 2 * ulp * self.largest():
-            return Noise(max(self.change, ulp * self.largest(self.outliers_from)), min(self.outliers_from, HUGE))
-        return Noise(max(self.change, self.change_of_outliers, ulp * self.largest()))
+        if self.change_of_outliers <= 2 * ulp * self.largest:
+            masks_from = HUGE if self.plain else min(self.outliers_from, HUGE)
+            return Noise(max(self.change, ulp * self.largest_ordinary), masks_from)
+        return Noise(max(self.change, self.change_of_outliers, ulp * self.largest))
 
 
 def noises_of(truth: Tensors, runs: Iterable[Tensors], ulp: float) -> dict[str, Noise]:
@@ -116,9 +126,8 @@ def of_spreads(spreads: Mapping[str, Spread], ulp: float) -> dict[str, Noise]:
     """The noise of tensors of one kind, from their spreads."""
     noises = {name: spread.noise(ulp) for name, spread in spreads.items()}
     # A tensor that is exactly zero on one side, by cancellation, may be one rounding of the others on the other side.
-    scale = max((spread.largest(noises[name].masks_from) for name, spread in spreads.items()), default=0.0)
-    floating = {name for name, spread in spreads.items() if spread.truth.dtype.kind in "fc"}
-    return {n: noise if noise.unit or n not in floating else Noise(ulp * scale) for n, noise in noises.items()}
+    scale = max((spread.largest_ordinary for spread in spreads.values()), default=0.0)
+    return {n: Noise(ulp * scale) if spreads[n].floating and not noise.unit else noise for n, noise in noises.items()}
 
 
 def errors(result: Tensors, truth: Tensors, noises: Noises) -> dict[str, float]:
@@ -138,5 +147,3 @@ def moved(array: np.ndarray, ulp: float, rng: np.random.Generator) -> np.ndarray
 def worst(values: Mapping[str, float]) -> tuple[str, float]:
     """Name and value of the largest; NaN counts as the largest."""
     return max(values.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
-
-

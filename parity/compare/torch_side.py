@@ -1,8 +1,9 @@
 """The PyTorch side: a module run and differentiated at a chosen precision, on a chosen device."""
 
+import collections
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,13 @@ from torch import nn
 from jaxmodels.weights.names import as_numpy
 from parity.compare.inputs import Inputs, named_leaves
 from parity.compare.loss import Batch, Kinds, torch_loss
+from parity.compare.noise import HUGE, RUNS, ULPS, Noise, Spread, of_spreads
+from parity.compare.wide_torch import widened
+
+KindNoises = dict[str, dict[str, Noise]]
+NARROW = {getattr(torch, name): ulp for name, ulp in ULPS.items() if name != "float64"} | {
+    torch.complex64: ULPS["float32"]
+}
 
 
 @contextlib.contextmanager
@@ -28,11 +36,35 @@ def strict_precision() -> Iterator[None]:
 
 
 class TorchSide:
-    """A copy of a module in one dtype on one device, in evaluation mode."""
+    """A copy of a module in one dtype on one device, in evaluation mode.
+
+    In float64 it runs with nothing narrowed (`wide_torch`); `casts` counts what was widened. In other dtypes it runs as
+    it is.
+    """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: str):
+        self.source = module
         self.module = copy.deepcopy(module).to(device=device, dtype=dtype).eval()
         self.dtype, self.device = dtype, device
+        self.casts: collections.Counter[str] = collections.Counter()
+        self.narrows: bool | None = None  # in a forward pass; None until there was one
+
+    def again(self) -> "TorchSide":
+        """Another copy of the module in the same dtype."""
+        side = TorchSide(self.module, self.dtype, self.device)
+        side.narrows = self.narrows
+        return side
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the block with nothing narrowed, if the side is in float64."""
+        if self.dtype != torch.float64:
+            yield
+            return
+        with widened(self.narrows is not False) as mode:
+            yield
+        self.casts |= mode.casts
+        self.narrows = mode.replaced if self.narrows is None else self.narrows
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights, in this side's dtype."""
@@ -40,7 +72,7 @@ class TorchSide:
 
     def tensors(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """The inputs as tensors; floating ones in this side's dtype, with gradients."""
-        tensors = {name: torch.as_tensor(value, device=self.device) for name, value in inputs.named().items()}
+        tensors = {name: torch.tensor(value, device=self.device) for name, value in inputs.named().items()}
         return {
             name: tensor.to(self.dtype).requires_grad_() if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
@@ -52,32 +84,110 @@ class TorchSide:
 
     def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The outputs alone."""
-        with torch.no_grad():
+        with torch.no_grad(), self.running():
             return as_arrays(self.call(inputs, self.tensors(inputs)))
 
     def differentiate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Loss, outputs and input tensors after a backward pass; gradients are in the tensors and parameters."""
+        """Loss, outputs and input tensors after a backward pass; gradients are in the tensors and parameters.
+
+        There is no backward pass if the loss depends on no parameter and no input.
+        """
         labels: Any = batch.labels
         if labels is not None:
             labels = torch.as_tensor(labels, device=self.device, dtype=torch.long)
         targets = {n: torch.as_tensor(t, device=self.device, dtype=self.dtype) for n, t in batch.targets.items()}
+        if self.narrows is None and self.dtype == torch.float64:
+            self.outputs(batch.inputs)  # a cheap pass that shows if anything is narrowed
         tensors = self.tensors(batch.inputs)
         self.module.zero_grad(set_to_none=True)
-        outputs = self.call(batch.inputs, tensors)
-        loss = torch_loss(outputs, labels, targets)
-        loss.backward()
+        with self.running():
+            outputs = self.call(batch.inputs, tensors)
+            loss = torch_loss(outputs, labels, targets)
+            if loss.requires_grad:
+                loss.backward()
         return loss, outputs, tensors
 
     def evaluate(self, batch: Batch) -> Kinds:
         """Outputs, and the loss's gradients of parameters and inputs."""
-        _, outputs, tensors = self.differentiate(batch)
-        parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        kinds = {
-            "output": as_arrays(outputs),
-            "parameter gradients": {name: gradient(p) for name, p in parameters.items()},
-            "input gradients": {n: gradient(t) for n, t in tensors.items() if t.requires_grad},
-        }
+        loss, outputs, tensors = self.differentiate(batch)
+        kinds = {"output": as_arrays(outputs)}
+        if loss.requires_grad:
+            parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+            kinds["parameter gradients"] = {name: gradient(p) for name, p in parameters.items()}
+            kinds["input gradients"] = {n: gradient(t) for n, t in tensors.items() if t.requires_grad}
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
+
+    def noises(self, batch: Batch, truth: Kinds, ulp: float, seed: int) -> KindNoises:
+        """The rounding noise of the results of `evaluate`, or of the outputs if `truth` has no others."""
+        spreads = {kind: {name: Spread(tensor) for name, tensor in tensors.items()} for kind, tensors in truth.items()}
+        rng = np.random.default_rng(seed)
+        for _ in range(RUNS):
+            with self.moved(ulp, rng):
+                inputs = batch.inputs.moved(ulp, rng)
+                only_outputs = truth.keys() == {"output"}
+                found = {"output": self.outputs(inputs)} if only_outputs else self.evaluate(batch.with_inputs(inputs))
+            for kind, of_kind in spreads.items():
+                for name, spread in of_kind.items():
+                    spread.add(found[kind][name])
+            del found
+        return {kind: of_spreads(of_kind, ulp) for kind, of_kind in spreads.items()}
+
+    @contextlib.contextmanager
+    def moved(self, ulp: float, rng: np.random.Generator) -> Iterator[None]:
+        """Run the block with every parameter and floating buffer moved by up to `ulp`, relative to its size."""
+        move(tensors_of(self.module).values(), ulp, rng)
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Give parameters, buffers and other tensors of the module the source's values again."""
+        source = tensors_of(self.source)
+        with torch.no_grad():
+            for name, tensor in tensors_of(self.module).items():
+                tensor.copy_(source[name])
+
+    def narrow_constants(self, carried: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """Tensors that the source holds in a narrow float and that Flax does not get: tables made at construction."""
+        saved = {name for name in self.source.state_dict() if carried(name)}
+        saved |= {name for name, _ in self.source.named_parameters()}
+        source = tensors_of(self.source)
+        own = tensors_of(self.module)
+        return {name: own[name] for name, t in source.items() if name not in saved and t.dtype in NARROW and t.numel()}
+
+    @contextlib.contextmanager
+    def moved_constants(self, constants: Mapping[str, torch.Tensor], rng: np.random.Generator) -> Iterator[None]:
+        """Run the block with constants moved by up to one rounding to the dtype that the source holds them in."""
+        source = tensors_of(self.source)
+        for name, tensor in constants.items():
+            move([tensor], NARROW[source[name].dtype], rng)
+        try:
+            yield
+        finally:
+            self.restore()
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and tensors in plain attributes, by name; those that are computed from others left out."""
+    found = dict(module.named_parameters()) | dict(module.named_buffers())
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and not value.requires_grad:
+                found[f"{path}.{name}".lstrip(".")] = value
+    return found
+
+
+def move(tensors: Iterable[torch.Tensor], ulp: float, rng: np.random.Generator) -> None:
+    """Move every floating element, in place, by up to `ulp` relative to its size."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.is_floating_point() or tensor.is_complex():
+                by = (
+                    torch.rand(tensor.shape, generator=generator, dtype=torch.float64).mul_(2 * ulp).sub_(ulp).add_(1.0)
+                )
+                tensor.mul_(torch.where(tensor.abs() < HUGE, by.to(tensor.device), 1.0))
 
 
 def gradient(tensor: torch.Tensor) -> np.ndarray:

@@ -11,22 +11,29 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64) | {torch.complex64: torch.complex128}
+WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64) | {
+    torch.complex64: torch.complex128
+}
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 class Wide(TorchDispatchMode):
-    """Replaces narrow floating dtypes that an operation asks for; `casts` counts them by dtype and place."""
+    """Replaces narrow floating dtypes that an operation asks for.
+
+    casts: those that would have rounded a wide tensor, by dtype and place. replaced: True once there was any.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.casts: collections.Counter[str] = collections.Counter()
+        self.replaced = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         asked = kwargs.get("dtype")
         if asked in WIDE:
             kwargs["dtype"] = WIDE[asked]
+            self.replaced = True
             if any(isinstance(arg, torch.Tensor) and arg.dtype in (torch.float64, torch.complex128) for arg in args):
                 self.casts[f"{str(asked).removeprefix('torch.')} at {place()}"] += 1
         return func(*args, **kwargs)
@@ -41,13 +48,17 @@ def place() -> str:
 
 
 @contextlib.contextmanager
-def widened() -> Iterator[Wide]:
-    """Run the block with float64 as PyTorch's default dtype and every narrowing replaced; yields what was widened."""
-    before = torch.get_default_dtype()
+def widened(replacing: bool = True) -> Iterator[Wide]:
+    """Run the block with float64 as PyTorch's default dtype and every narrowing replaced; yields what was widened.
+
+    replacing: False for a module that is known to narrow nothing. It saves the call into Python at every operation,
+    which makes a recurrence several times as slow.
+    """
+    before, mode = torch.get_default_dtype(), Wide()
     torch.set_default_dtype(torch.float64)
     try:
         # The fused CPU kernel of attention has wrong gradients for rows that are masked by a finite constant.
-        with Wide() as mode, sdpa_kernel(SDPBackend.MATH):
+        with mode if replacing else contextlib.nullcontext(), sdpa_kernel(SDPBackend.MATH):
             yield mode
     finally:
         torch.set_default_dtype(before)

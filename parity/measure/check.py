@@ -10,19 +10,21 @@ import numpy as np
 import torch
 from flax import linen, nnx
 
-from parity.compare import limits
+from parity.compare import noise
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch
 from parity.compare.names import Names
+from parity.compare.noise import LIMIT, ULPS
 from parity.compare.torch_side import TorchSide
 from parity.compare.weights import Weights
 from parity.locate.store import DEFAULT_LIMIT, check_limit
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence
+from parity.measure.explain import NAMED, explained
 from parity.measure.optimizers import OPTIMIZERS, Training
-from parity.measure.reference import Reference, limited, round_trip
+from parity.measure.reference import Reference, Values, judged, judged_narrow, round_trip
 from parity.report.report import Report
 from parity.report.results import Check
 from parity.report.stamp import environment
@@ -125,7 +127,8 @@ def read_check(
     if failed and divergence is None:
         skipped["first divergence"] = NOWHERE
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
-    return Report(name, checks, time.perf_counter() - began, stamp, divergence, skipped=skipped)
+    notes = tuple(readings.notes)
+    return Report(name, checks, time.perf_counter() - began, stamp, divergence, skipped=skipped, notes=notes)
 
 
 class Readings:
@@ -134,64 +137,106 @@ class Readings:
     def __init__(self, comparison: Comparison, steps: int = 0, progress: Callable[[str], None] = lambda stage: None):
         self.comparison, self.progress = comparison, progress
         self.skipped: dict[str, str] = {}
+        self.notes: list[str] = []
         progress("reference")
         self.side = comparison.torch_side("float64")
         batch, kinds = comparison.evaluated(self.side)
-        self.reference = Reference(comparison, batch, kinds)
+        progress("noise")
+        noises = self.side.noises(batch, kinds, ULPS["float64"], comparison.seed)
+        self.reference = Reference(comparison, batch, kinds, noises)
         batches = [batch.varied(step) for step in range(steps)]
         self.training = Training(ADAM, batches, [LEARNING_RATE] * steps, comparison.frozen)
 
     def all(self) -> Iterator[Check]:
         """Every reading in the precisions that the device supports."""
         yield round_trip(self.comparison)
-        if self.comparison.float64:
-            yield from self.exact()
-        yield from self.narrow()
+        yield from self.both() if self.comparison.float64 else self.narrow_alone()
 
-    def exact(self) -> Iterator[Check]:
-        """Float64 on both sides."""
+    def both(self) -> Iterator[Check]:
+        """Float64 with nothing narrowed, which says if the mathematics is the same, and float32 as the modules run."""
         self.progress("float64")
         ours = self.comparison.jax_side("float64", self.side.state_dict())
         result = ours.evaluate(self.reference.batch)
-        yield from self.reference.agreement(result, "float64")
+        values = self.reference.values(result)
+        self.progress("float32")
+        narrow, own, _ = self.narrow()
+        why = explained(self.reference, self.side, ours, result, values, narrow)
+        self.notes += [*widened_notes(self.side, ours), *why.notes]
+        for kind, of_kind in values.items():
+            yield judged(kind, "float64", of_kind, why.limits[kind])
         yield from self.reference.zeros(result)
         self.progress("decoding")
-        yield from self.decoding(ours)
+        yield from self.decoding(ours, limit=LIMIT * why.allowed)
         self.progress("training")
-        trained, right = self.training.outcome(ours), self.training.outcome(self.side)
-        for kind, tensors in right.items():
-            yield limited(kind, "float64", limits.errors(trained[kind], tensors))
+        yield from self.trained(ours, why.allowed)
+        for kind, of_kind in narrow.items():
+            yield judged_narrow(kind, "float32", of_kind, own[kind], why.excess)
 
-    def narrow(self) -> Iterator[Check]:
-        """Float32 on both sides, each against the float64 reference."""
-        self.progress("float32")
+    def narrow(self) -> tuple[Values, Values, JaxSide]:
+        """Values of Flax and PyTorch in float32, as the modules run, and Flax's side."""
         theirs = self.comparison.torch_side("float32", self.comparison.torch_device)
         ours = self.comparison.jax_side("float32", theirs.state_dict())
-        result, own = (side.evaluate(self.reference.batch) for side in (ours, theirs))
-        own_errors = self.reference.own_errors(own)
-        yield from self.reference.agreement(result, "float32", own_errors)
-        if self.comparison.float64:
-            return
-        yield from self.decoding(ours, self.comparison.torch_side("float32").outputs(self.comparison.inputs))
-        right, own, trained = (self.training.outcome(side) for side in (self.side, theirs, ours))
-        for kind, tensors in right.items():
-            yield limited(kind, "float32", limits.ratios(trained[kind], own[kind], tensors))
+        flax, torch = (self.reference.values(side.evaluate(self.reference.batch), "float32") for side in (ours, theirs))
+        return flax, torch, ours
 
-    def decoding(self, ours: JaxSide, own_outputs: Mapping[str, np.ndarray] | None = None) -> Iterator[Check]:
+    def narrow_alone(self) -> Iterator[Check]:
+        """Float32 on a device without float64."""
+        self.progress("float32")
+        values, own, ours = self.narrow()
+        for kind, of_kind in values.items():
+            yield judged_narrow(kind, "float32", of_kind, own[kind])
+        self.progress("decoding")
+        yield from self.decoding(ours, self.comparison.torch_side("float32").outputs(self.comparison.inputs))
+        self.progress("training")
+        yield from self.trained(ours)
+
+    def trained(self, ours: JaxSide, allowed: float = 1.0) -> Iterator[Check]:
+        """Losses and parameters of a short training; allowed: the largest value that passed before."""
+        precision = ours.dtype.name
+        truth = self.training.outcome(self.side)
+        if not truth:
+            return
+        noises = self.training.noises(self.side, truth, ULPS[precision] * max(1.0, allowed), self.comparison.seed)
+        result = self.training.outcome(ours)
+        for kind, tensors in truth.items():
+            yield judged(kind, precision, noise.errors(result[kind], tensors, noises[kind]))
+
+    def decoding(
+        self, ours: JaxSide, own_outputs: Mapping[str, np.ndarray] | None = None, limit: float = LIMIT
+    ) -> Iterator[Check]:
         """Logits through the cache, for models that decode."""
         if not decodes(ours.module):
             return
         try:
-            yield self.reference.decoding(ours, own_outputs=own_outputs)
+            yield self.reference.decoding(ours, own_outputs=own_outputs, limit=limit)
         except NotDecodable as reason:
             self.skipped["cached decoding"] = str(reason)
 
     def half(self, dtype: str) -> Check:
-        """Outputs in 16 bits on both sides."""
+        """Outputs in 16 bits on both sides, as the modules run."""
         self.progress(dtype)
         sides = self.comparison.sides(dtype, self.comparison.torch_device)
-        ours, theirs, right = (side.outputs(sides.inputs) for side in (sides.jax, sides.torch, sides.reference))
-        return limited("output", dtype, limits.ratios(ours, theirs, right))
+        truth = {"output": sides.reference.outputs(sides.inputs)}
+        batch = self.comparison.batch(truth["output"], sides.inputs)
+        noises = sides.reference.noises(batch, truth, ULPS[dtype], self.comparison.seed)["output"]
+        ours, theirs = (
+            noise.errors(s.outputs(sides.inputs), truth["output"], noises) for s in (sides.jax, sides.torch)
+        )
+        return judged_narrow("output", dtype, ours, theirs)
+
+
+def widened_notes(torch: TorchSide, flax: JaxSide) -> Iterator[str]:
+    """What was widened on each side, and what could not be."""
+    for side, casts in (("Flax", flax.casts), ("PyTorch", torch.casts)):
+        if casts:
+            yield f"widened to float64 in {side}: {', '.join(some(list(casts)))}"
+    if flax.kept:
+        yield f"not widened in Flax: {', '.join(some(flax.kept))}"
+
+
+def some(texts: Sequence[str]) -> list[str]:
+    """The first texts, and the number of the others."""
+    return [*texts[:NAMED], *([f"{len(texts) - NAMED} more"] if len(texts) > NAMED else [])]
 
 
 def located(

@@ -14,7 +14,10 @@ from flax import nnx
 from parity.compare.jax_side import JaxSide, compiled
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
-from parity.compare.torch_side import TorchSide, as_arrays, gradient
+from parity.compare.noise import Noise, noises_of
+from parity.compare.torch_side import TorchSide, as_arrays, gradient, move
+
+RUNS = 2  # of a training, to measure its noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Moving:
+    """A movement of every parameter by up to `ulp`, relative to its size, before each step."""
+
+    ulp: float
+    rng: np.random.Generator
+
+
+@dataclasses.dataclass(frozen=True)
 class Training:
     """A training run for either side: a batch and a learning rate for each step; `frozen` parameters keep their values.
 
@@ -97,18 +108,25 @@ class Training:
         """
         return torch_steps(side, self) if isinstance(side, TorchSide) else jax_steps(side, self)
 
-    def outcome(self, side: TorchSide | JaxSide) -> Kinds:
+    def outcome(self, side: TorchSide | JaxSide, moving: Moving | None = None) -> Kinds:
         """The loss of every step, and the parameters after the last; empty if there are no steps."""
         losses: dict[str, np.ndarray] = {}
         parameters: dict[str, np.ndarray] = {}
-        for number, kinds in enumerate(self.steps(side)):
+        steps = self.steps(side) if moving is None or isinstance(side, JaxSide) else torch_steps(side, self, moving)
+        for number, kinds in enumerate(steps):
             losses[f"step {number}"], parameters = kinds["loss"]["loss"], kinds["parameters"]
         return {"training loss": losses, "trained parameters": parameters} if losses else {}
 
+    def noises(self, side: TorchSide, truth: Kinds, ulp: float, seed: int) -> dict[str, dict[str, Noise]]:
+        """The rounding noise of an outcome: of runs whose parameters move by up to `ulp` before every step."""
+        rng = np.random.default_rng(seed)
+        runs = [self.outcome(side, Moving(ulp, rng)) for _ in range(RUNS)]
+        return {kind: noises_of(tensors, (run[kind] for run in runs), ulp) for kind, tensors in truth.items()}
 
-def torch_steps(side: TorchSide, training: Training) -> Iterator[Kinds]:
+
+def torch_steps(side: TorchSide, training: Training, moving: Moving | None = None) -> Iterator[Kinds]:
     """`Training.steps` in PyTorch."""
-    side = TorchSide(side.module, side.dtype, side.device)
+    side = side.again()
     named = side.module.named_parameters()
     trained = {n: p for n, p in named if p.requires_grad and not matches(n, training.frozen)}
     if not (trained and training.batches):
@@ -117,6 +135,8 @@ def torch_steps(side: TorchSide, training: Training) -> Iterator[Kinds]:
     for batch, rate in zip(training.batches, training.rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
+        if moving is not None:
+            move(trained.values(), moving.ulp, moving.rng)
         loss, *_ = side.differentiate(batch)
         gradients = {name: gradient(parameter) for name, parameter in trained.items()}
         for parameter in trained.values():  # JAX's gradient is zero, not None, if the loss does not depend on it

@@ -1,4 +1,4 @@
-"""`Reference`: PyTorch's results in float64, computed or recorded, and the checks that compare Flax with them.
+"""`Reference`: PyTorch's results in float64 with their noise, computed or recorded, and the checks against them.
 
 This module does not import torch: recordings are compared by the same code on machines without it.
 """
@@ -10,22 +10,41 @@ import jax
 import numpy as np
 
 from jaxmodels.weights.names import as_numpy
-from parity.compare import limits
+from parity.compare import noise
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import decoded
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
+from parity.compare.noise import LIMIT, ULPS, Noise, Noises
 from parity.report.results import Check
 
-OwnErrors = Mapping[str, Mapping[str, float]]
-"""PyTorch's errors in a narrower dtype against float64, by kind and tensor."""
+PREDICTED = 4.0  # × noise: what a narrower dtype may cost; the prediction is right to a factor of about two
+OWN = 2.0  # × PyTorch's own value in that dtype
+
+Values = Mapping[str, Mapping[str, float]]
+"""Differences in units of the noise, by kind and tensor."""
 
 
-def limited(kind: str, precision: str, values: Mapping[str, float]) -> Check:
-    """A check of the worst tensor: by error in float64, by ratio to PyTorch's error in narrower dtypes."""
-    limit = limits.FLOAT64_LIMIT if precision == "float64" else limits.RATIO_LIMIT
-    return Check(kind, precision, *limits.worst(values), limit)
+def judged(
+    kind: str, precision: str, values: Mapping[str, float], limits: Mapping[str, float] | float = LIMIT
+) -> Check:
+    """A check of the tensor that exceeds its limit most. limits: of each tensor, or of all."""
+    allowed = limits if isinstance(limits, Mapping) else dict.fromkeys(values or [""], limits)
+    name, _ = noise.worst({n: value / (allowed[n] or 1.0) for n, value in values.items()} or {"": 0.0})
+    return Check(kind, precision, name, values.get(name, 0.0), allowed[name])
+
+
+def judged_narrow(
+    kind: str, precision: str, values: Mapping[str, float], own: Mapping[str, float], excess: float = 0.0
+) -> Check:
+    """A check in a narrower dtype: over the prediction and over twice PyTorch's own value, a tensor fails.
+
+    excess: the value in float64 if it is rounding: an algorithm that loses more there loses as much more here.
+    """
+    limits = {name: max(PREDICTED, OWN * own.get(name, 0.0), OWN * excess) for name in values}
+    check = judged(kind, precision, values, limits)
+    return dataclasses.replace(check, own=own.get(check.worst))
 
 
 def round_trip(comparison: Comparison) -> Check:
@@ -36,7 +55,7 @@ def round_trip(comparison: Comparison) -> Check:
         back = weights.read(weights.load(comparison.flax, state))
     carried = {name: as_numpy(tensor) for name, tensor in state.items() if weights.carries(name)}
     changed = {name: float(not same_bits(array, back.get(name))) for name, array in carried.items()}
-    return Check("round trip", "bits", *limits.worst(changed or {"": 0.0}), 0.0)
+    return judged("round trip", "bits", changed, 0.0)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray | None) -> bool:
@@ -46,59 +65,62 @@ def same_bits(a: np.ndarray, b: np.ndarray | None) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Results of PyTorch in float64 on a batch, by kind."""
+    """Results of PyTorch in float64 on a batch, and their rounding noise there, by kind and tensor."""
 
     comparison: Comparison
     batch: Batch
     kinds: Kinds
+    noises: Mapping[str, Noises]
 
-    def agreement(self, result: Kinds, precision: str, own_errors: OwnErrors | None = None) -> Iterator[Check]:
-        """A check of each kind. own_errors: PyTorch's errors in a narrower dtype, the units of Flax's errors."""
-        for kind, tensors in self.kinds.items():
-            errors = limits.errors(self.compared(result, kind), tensors)
-            values = errors if own_errors is None else limits.in_units_of(errors, own_errors[kind])
-            yield limited(kind, precision, values)
+    def noise(self, kind: str, precision: str = "float64") -> dict[str, Noise]:
+        """The noise of a kind's tensors in a dtype; that of a narrower one is predicted from float64's."""
+        ulps = ULPS[precision] / ULPS["float64"]
+        return {name: noise.scaled(ulps) for name, noise in self.noises[kind].items()}
 
-    def own_errors(self, result: Kinds) -> OwnErrors:
-        """Errors of PyTorch's own results in a narrower dtype."""
-        return {kind: limits.errors(result[kind], tensors) for kind, tensors in self.kinds.items()}
+    def values(self, result: Kinds, precision: str = "float64") -> Values:
+        """Differences of results from PyTorch's in units of the noise in a dtype."""
+        return {
+            kind: noise.errors(self.compared(result, kind), truth, self.noise(kind, precision))
+            for kind, truth in self.kinds.items()
+        }
 
     def compared(self, result: Kinds, kind: str) -> dict[str, np.ndarray]:
         """Flax's tensors of a kind, without gradients of parameters that PyTorch does not train."""
         return {n: tensor for n, tensor in result.get(kind, {}).items() if n not in self.comparison.untrained}
 
     def zeros(self, result: Kinds) -> Iterator[Check]:
-        """Gradients declared to be zero, on both sides, in units of the largest gradient.
+        """Gradients declared to be zero, on both sides, in units of their noise.
 
         Raises ValueError if a declaration matches no parameter.
         """
         zero = self.comparison.zero_gradients
         if not zero:
             return
-        gradients = self.kinds["parameter gradients"]
-        scale = limits.scale_of(gradients)
-        both = {**{f"torch {n}": g for n, g in gradients.items()}, **result["parameter gradients"]}
-        declared = {n: g for n, g in both.items() if matches(n.removeprefix("torch "), zero)}
+        gradients, noises = self.kinds["parameter gradients"], self.noise("parameter gradients")
+        declared = [name for name in gradients if matches(name, zero)]
         if not declared:
             raise ValueError(f"zero_gradients={list(zero)} must match a parameter: {', '.join(sorted(gradients))}")
-        yield limited("zero gradients", "float64", {n: float(np.abs(g).max()) / scale for n, g in declared.items()})
+        values = {}
+        for name in declared:
+            nothing = np.zeros(gradients[name].shape)
+            values[f"torch {name}"] = noises[name].error(gradients[name], nothing)
+            values[name] = noises[name].error(result["parameter gradients"].get(name), nothing)
+        yield judged("zero gradients", "float64", values)
 
     def decoding(
-        self, side: JaxSide, own_errors: OwnErrors | None = None, own_outputs: Mapping[str, np.ndarray] | None = None
+        self, side: JaxSide, *, own_outputs: Mapping[str, np.ndarray] | None = None, limit: float = LIMIT
     ) -> Check:
         """Logits through the cache against PyTorch's full forward pass; raises NotDecodable.
 
-        In a narrower dtype the unit is PyTorch's own error: that of own_outputs at the decoded positions, or a recorded
-        one, which is of all positions.
+        own_outputs: PyTorch's outputs in the side's dtype, if that is narrower than float64.
         """
         first, logits = decoded(side.module, self.batch.inputs, side.dtype)
         (name, output), axis = next(iter(self.kinds["output"].items())), side.module.sequence_axis
         positions = range(first, output.shape[axis])
-        reference = {name: output.take(positions, axis)}
-        values = limits.errors({name: logits}, reference)
-        if own_outputs is not None:
-            own = limits.errors({name: own_outputs[name].take(positions, axis)}, reference)
-            values = limits.in_units_of(values, own)
-        elif own_errors is not None:
-            values = limits.in_units_of(values, own_errors["output"])
-        return limited("cached decoding", side.dtype.name, values)
+        unit = self.noise("output", side.dtype.name)[name]
+        truth = output.take(positions, axis)
+        value = {name: unit.error(logits, truth)}
+        if side.dtype == np.float64:
+            return judged("cached decoding", "float64", value, limit)
+        own = {name: unit.error(own_outputs[name].take(positions, axis), truth)} if own_outputs else {}
+        return judged_narrow("cached decoding", side.dtype.name, value, own)

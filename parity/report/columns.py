@@ -37,15 +37,9 @@ class Unit:
     legend: str
 
 
-ERROR = Unit("{:.0e}", "{:.2g}", "{:g}", "max|Δ| / max|reference|")
-RATIO = Unit(
-    "{:.2f}×",
-    "{:.2g}",
-    "{:g}",
-    "Flax's error against the float64 reference / (PyTorch's own + 2.5e-7)",
-)
+NOISE = Unit("{:.2g}×", "{:.2g} × noise", "{:.2g}", "difference from PyTorch in float64 / rounding noise")
 COUNT = Unit("{:.0f}", "{:.2g}", "{:g}", "tensors changed by PyTorch → Flax → PyTorch")
-UNITS = {"float64": ERROR, "float32": RATIO, "bfloat16": RATIO, "float16": RATIO, "bits": COUNT}  # by precision
+UNITS = {"float64": NOISE, "float32": NOISE, "bfloat16": NOISE, "float16": NOISE, "bits": COUNT}  # by precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +85,14 @@ INVARIANCES = {
 }
 TABLES: dict[str, list[Column]] = {  # by the heading of the first column, which holds the reports' names
     "case": [
-        *(Column(heading, kind, "float64", ERROR) for heading, kind in READINGS.items()),
-        *(Column(heading, kind, "float32", RATIO) for heading, kind in READINGS.items()),
-        Column("output", "output", "bfloat16", RATIO),
-        Column("output", "output", "float16", RATIO),
+        *(Column(heading, kind, "float64", NOISE) for heading, kind in READINGS.items()),
+        *(Column(heading, kind, "float32", NOISE) for heading, kind in READINGS.items()),
+        Column("output", "output", "bfloat16", NOISE),
+        Column("output", "output", "float16", NOISE),
         Column("bits", "round trip", "bits", COUNT),
     ],
-    # Any precision: float64, or float32 on a device without float64. Both are errors, not ratios.
-    "must not change": [Column(heading, kind, None, ERROR) for heading, kind in INVARIANCES.items()],
+    # Any precision: float64, or float32 on a device without float64.
+    "must not change": [Column(heading, kind, None, NOISE) for heading, kind in INVARIANCES.items()],
 }
 
 

@@ -17,9 +17,9 @@ ROWS = 1024  # distributions compared at a time: one over 50,000 tokens takes 0.
 class Check:
     """Comparison of all tensors of one kind: the largest value, the tensor that has it, and the limit.
 
-    precision: 'float64': the error relative to the largest magnitude of the kind; 'float32', 'bfloat16', 'float16':
-    Flax's error against the float64 reference, divided by PyTorch's own; 'bits': number of tensors that changed.
-    worst: the tensor's name. An infinite limit means that the value is only reported.
+    value: Flax's largest difference from PyTorch in float64, in units of the rounding noise of `precision`; with
+    'bits', the number of tensors that changed. worst: the tensor's name. own: PyTorch's value of the same tensor in a narrower
+    precision. An infinite limit means that the value is only reported.
     """
 
     kind: str
@@ -27,6 +27,7 @@ class Check:
     worst: str
     value: float
     limit: float
+    own: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -36,7 +37,10 @@ class Check:
         verdict = "ok" if self.passed else "FAILED"
         unit = unit_of(self)
         limit = f", at most {unit.limit.format(self.limit)}" if math.isfinite(self.limit) else ""
-        return f"{verdict:6} {self.kind} ({self.precision}): {unit.full.format(self.value)}{limit}, at {self.worst}"
+        own = "" if self.own is None else f" (PyTorch {unit.full.format(self.own)})"
+        return (
+            f"{verdict:6} {self.kind} ({self.precision}): {unit.full.format(self.value)}{own}{limit}, at {self.worst}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""Why results of the same mathematics may be off by more than the noise: the two reasons that let a port pass.
+
+rounding        the port's algorithm is less stable, such as a variance from a mean of squares. Rounding shrinks by
+                2²⁸ from float32 to float64; the error of a wrong formula does not.
+float32 inside  a side holds a constant or table in a narrow float. Moving these constants by one rounding must move
+                the results about as far as they are off.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from parity.compare import noise
+from parity.compare.jax_side import JaxSide
+from parity.compare.loss import Kinds
+from parity.compare.noise import LIMIT, ULPS
+from parity.compare.torch_side import TorchSide
+from parity.measure.reference import Reference, Values
+
+RUNS = 2
+SHRINKS = 4.0  # a value in float64 is rounding if it is at most this multiple of the value in float32
+NAMED = 6  # constants are named up to this number
+
+Limits = dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The limit of each tensor in float64, by kind, and the notes on those above `LIMIT`.
+
+    excess: the largest value that is rounding. allowed: the largest value that passes for either reason, at least 1.
+    """
+
+    limits: Limits
+    notes: tuple[str, ...] = ()
+    excess: float = 0.0
+    allowed: float = 1.0
+
+
+def explained(
+    reference: Reference, torch: TorchSide, flax: JaxSide, result: Kinds, values: Values, narrow: Values
+) -> Explanation:
+    """The limits for the values of a result in float64, given those of a float32 run.
+
+    If no value exceeds `LIMIT`, nothing is run.
+    """
+    limits = {kind: dict.fromkeys(of_kind, LIMIT) for kind, of_kind in values.items()}
+    over = {(kind, name): v for kind, of_kind in values.items() for name, v in of_kind.items() if not v <= LIMIT}
+    if not over:
+        return Explanation(limits)
+    notes: list[str] = []
+    rounding = {at: v for at, v in over.items() if v <= SHRINKS * narrow.get(at[0], {}).get(at[1], 0.0) < np.inf}
+    if rounding:
+        kind, name = max(rounding, key=rounding.__getitem__)
+        notes.append(
+            f"rounding: the Flax module loses {rounding[kind, name]:.2g} × noise, most in {kind} of {name}: it agrees, "
+            "by an algorithm that is less stable than PyTorch's"
+        )
+        for (kind, name), value in rounding.items():
+            limits[kind][name] = value
+    left = {at: v for at, v in over.items() if at not in rounding}
+    if left and max(left.values()) <= LIMIT * ULPS["float32"] / ULPS["float64"]:
+        changes, named = changes_by_constants(reference, torch, flax, result)
+        inside = {at: v for at, v in left.items() if v <= LIMIT * (1 + changes.get(at[0], {}).get(at[1], 0.0))}
+        if inside:
+            kind, name = max(inside, key=inside.__getitem__)
+            notes.append(
+                f"float32 inside: {', '.join(named)}; the rounding of these constants explains differences of up to "
+                f"{inside[kind, name]:.2g} × noise, most in {kind} of {name}"
+            )
+            for (kind, name), value in inside.items():
+                limits[kind][name] = value
+    passing = [v for (kind, name), v in over.items() if v <= limits[kind][name]]
+    return Explanation(limits, tuple(notes), max(rounding.values(), default=0.0), max(passing, default=1.0))
+
+
+def changes_by_constants(
+    reference: Reference, torch: TorchSide, flax: JaxSide, result: Kinds
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """How far results move with the narrow constants of both sides, in units of the noise, and the constants' names."""
+    changes: dict[str, dict[str, float]] = {}
+    named: list[str] = []
+    rng = np.random.default_rng(reference.comparison.seed)
+
+    def add(moved: Kinds, base: Kinds) -> float:
+        found = differences(reference, moved, base)
+        for kind, of_kind in found.items():
+            for name, value in of_kind.items():
+                known = changes.setdefault(kind, {})
+                known[name] = max(known.get(name, 0.0), value)
+        return max((value for of_kind in found.values() for value in of_kind.values()), default=0.0)
+
+    for moved in flax_runs(flax, reference, rng):
+        add(moved, result)
+    named += [
+        f"{constant} in Flax"
+        for i, constant in enumerate(flax.constants[:NAMED])
+        if add(flax.with_moved_constants(reference.batch, rng, only=i), result) > 1
+    ]
+    constants = torch.narrow_constants(reference.comparison.weights.carries)
+    for i, (name, tensor) in enumerate(constants.items()):
+        for _ in range(RUNS if i < NAMED else 1):
+            with torch.moved_constants({name: tensor}, rng):
+                moves = add(torch.evaluate(reference.batch), reference.kinds) > 1
+        if moves and i < NAMED:
+            named.append(f"{name} ({list(tensor.shape)}) in PyTorch")
+    return changes, named
+
+
+def flax_runs(flax: JaxSide, reference: Reference, rng: np.random.Generator) -> Iterator[Kinds]:
+    """Runs of Flax with all its narrow constants moved."""
+    for _ in range(RUNS if flax.constants else 0):
+        yield flax.with_moved_constants(reference.batch, rng)
+
+
+def differences(reference: Reference, moved: Kinds, base: Kinds) -> Mapping[str, Mapping[str, float]]:
+    """Differences of two results of one side, in units of the noise; tensors without a noise are left out."""
+    found = {}
+    for kind, of_kind in base.items():
+        noises = reference.noise(kind) if kind in reference.kinds else {}
+        both = {name: tensor for name, tensor in of_kind.items() if name in noises}
+        found[kind] = noise.errors({name: moved[kind][name] for name in both}, both, noises)
+    return found
