@@ -28,12 +28,12 @@ import numpy as np
 from jaxmodels.weights.names import as_numpy
 from parity.compare import jax_side
 from parity.compare.adapters import as_module
-from parity.compare.inputs import Inputs
+from parity.compare.arguments import checked_labels, fitted, is_torch, modules
+from parity.compare.inputs import Inputs, cast
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds, random_targets
 from parity.compare.names import Names, matches
 from parity.compare.weights import OwnWeights, TorchModule, Twins, Weights, weights_of
-from parity.compare.weights.twins import of_width
 
 if TYPE_CHECKING:
     from parity.compare.torch_side import TorchSide
@@ -45,8 +45,10 @@ class Settings(TypedDict, total=False):
     labels: Any
     names: Names | Weights | None
     layouts: Mapping[str, str] | None
-    flax_only: Sequence[str]
     torch_only: Sequence[str]
+    flax_only: Sequence[str]
+    torch_kwargs: Mapping[str, Any] | None
+    flax_kwargs: Mapping[str, Any] | None
     channels_last: Sequence[str]
     zero_gradients: Sequence[str]
     device: str | None
@@ -90,8 +92,10 @@ class Comparison:
         labels: Any = None,
         names: Names | Weights | None = None,
         layouts: Mapping[str, str] | None = None,
-        flax_only: Sequence[str] = (),
         torch_only: Sequence[str] = (),
+        flax_only: Sequence[str] = (),
+        torch_kwargs: Mapping[str, Any] | None = None,
+        flax_kwargs: Mapping[str, Any] | None = None,
         channels_last: Sequence[str] = (),
         zero_gradients: Sequence[str] = (),
         device: str | None = None,
@@ -107,14 +111,11 @@ class Comparison:
         """
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
-        inputs = Inputs.of(inputs)
+        labels = checked_labels(labels)
+        torch_module, flax_module = modules(torch_module, flax_module)
+        inputs = fitted(Inputs.of(inputs, torch_kwargs, flax_kwargs), torch_module, flax_module)
         chosen = jax.devices(device)[0]
         float64 = chosen.platform != "tpu" if float64 is None else float64
-        if torch_module is not None and randomize:
-            import torch
-
-            if not isinstance(torch_module, torch.nn.Module):
-                raise ValueError(f"torch_module={type(torch_module).__name__} must be a torch.nn.Module")
         if flax_module is not None:
             flax_module = as_module(flax_module, inputs, channels_last)
         weights: Weights
@@ -123,7 +124,7 @@ class Comparison:
         else:
             settings = (names, layouts, flax_only, torch_only)
             weights = Twins() if flax_module is None else weights_of(torch_module, flax_module, *settings)
-            if randomize:
+            if randomize and is_torch(torch_module):
                 from parity.compare.randomize import randomized
 
                 module: Any = torch_module
@@ -133,7 +134,7 @@ class Comparison:
             flax=flax_module,
             weights=weights,
             inputs=inputs,
-            labels=None if labels is None else np.asarray(labels),
+            labels=labels,
             channels_last=tuple(channels_last),
             zero_gradients=tuple(zero_gradients),
             device=chosen,
@@ -155,7 +156,13 @@ class Comparison:
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of the parameters that no training step changes, on either side."""
-        return (*self.zero_gradients, *map(glob.escape, sorted(self.untrained | self.weights.untrained)))
+        named: set[str] = {*self.untrained, *self.weights.uncompared, *self.weights.untrained}
+        return (*self.zero_gradients, *map(glob.escape, sorted(named)))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided about the calls and the weights, a sentence each."""
+        return (*self.inputs.notes, *self.weights.notes)
 
     @property
     def torch_device(self) -> str:
@@ -168,7 +175,7 @@ class Comparison:
     def strict_precision(self, float64: bool | None = None) -> Iterator[None]:
         """Run the block without TF32 or bfloat16 matmuls on either side, JAX on `device`, with float64 on or off."""
         with contextlib.ExitStack() as stack:
-            if callable(self.torch):  # a recording is not, and must not need torch
+            if is_torch(self.torch):
                 from parity.compare import torch_side
 
                 stack.enter_context(torch_side.strict_precision())
@@ -180,7 +187,7 @@ class Comparison:
         """PyTorch's weights, floating and complex ones cast to a dtype's width; empty if Flax keeps its own weights."""
         state = {} if self.torch is None else self.torch.state_dict()
         arrays = {name: as_numpy(tensor) for name, tensor in state.items()}
-        return {name: array.astype(of_width(array.dtype, dtype)) for name, array in arrays.items()}
+        return {name: cast(array, jnp.dtype(dtype)) for name, array in arrays.items()}
 
     def torch_side(self, dtype: str, device: str = "cpu") -> "TorchSide":
         """PyTorch's module in a dtype."""
@@ -219,10 +226,5 @@ class Comparison:
 
     def evaluated(self, side: "TorchSide", inputs: Inputs | None = None) -> tuple[Batch, Kinds]:
         """The batch, and PyTorch's results on it."""
-        # With labels the loss needs no targets, only their names: one pass gives results and names.
-        outputs = {} if self.labels is not None else side.outputs(inputs or self.inputs)
-        results = side.evaluate(self.batch(outputs, inputs))
-        gradients = results.get("parameter gradients", {})
-        for name in self.weights.uncompared & gradients.keys():
-            del gradients[name]
-        return self.batch(results["output"], inputs), results
+        batch = self.batch(side.outputs(inputs or self.inputs), inputs)
+        return batch, side.evaluate(batch)

@@ -19,14 +19,13 @@ import numpy as np
 from flax import nnx
 
 from jaxmodels.weights.names import as_numpy
+from parity.compare.noise import moved, wide
 from parity.compare.outputs import named_leaves as named_leaves
 
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, slice, type(...))
 Side = Literal["torch", "flax"]
 Place = int | str
 """How one side takes an input: by position, or by the name of a parameter."""
-
-from parity.compare.noise import moved, wide
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.compare.inputs import Inputs, named_leaves
+from parity.compare.inputs import Inputs, cast
 from parity.compare.loss import Batch, Kinds, jax_loss
 from parity.compare.names import matches
+from parity.compare.outputs import aligned, named_leaves
 from parity.compare.weights import Weights
 from parity.compare.widen import Constant, Widened
 
@@ -45,9 +46,15 @@ def current_device() -> jax.Device:
     return config.jax_default_device or jax.devices()[0]
 
 
+def differentiable(_: Any, variable: Any) -> bool:
+    """True for parameters of floats; integers, as those of quantized layers, have no gradient."""
+    dtype = getattr(variable, "dtype", None)
+    return isinstance(variable, nnx.Param) and dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
 def split(module: Any) -> tuple[Any, nnx.State, nnx.State]:
     """A module's structure, its parameters and its other variables, for nnx.merge."""
-    graphdef, *states = nnx.split(module, nnx.Param, ...)
+    graphdef, *states = nnx.split(module, differentiable, ...)
     params, rest = states
     return graphdef, params, rest
 
@@ -74,7 +81,8 @@ class JaxSide:
     def call(self, module: Callable[..., Any], values: Mapping[str, Any]) -> Arrays:
         """Call this module, or another with the same arguments; returns outputs by name in PyTorch's layout."""
         values = {n: jnp.moveaxis(v, 1, -1) if matches(n, self.channels_last) else v for n, v in values.items()}
-        outputs = named_leaves(self.inputs.call(module, values), jax.Array)
+        called = self.inputs.call(module, values, side="flax", dtype=self.dtype)
+        outputs = named_leaves(called, jax.Array)
         return {n: jnp.moveaxis(v, -1, 1) if matches(n, self.channels_last) else v for n, v in outputs.items()}
 
     def loaded(self, state_dict: Mapping[str, Any]) -> "JaxSide":
@@ -92,7 +100,7 @@ class JaxSide:
         self, params: nnx.State, floats: Arrays, others: Arrays, labels: Any, targets: Arrays, rest: nnx.State
     ) -> tuple[jax.Array, Arrays]:
         outputs = self.call(self.merged(params, rest), floats | others)
-        return jax_loss(outputs, labels, targets), outputs
+        return jax_loss(aligned(outputs, targets, self.channels_last), labels, targets), outputs
 
     def _outputs(self, params: nnx.State, values: Arrays, rest: nnx.State) -> Arrays:
         return self.call(self.merged(params, rest), values)
@@ -100,12 +108,12 @@ class JaxSide:
     def values(self, inputs: Inputs) -> tuple[Arrays, Arrays]:
         """The floating inputs, in this side's dtype, and the others."""
         arrays = {name: jnp.asarray(value) for name, value in inputs.named().items()}
-        floats = {n: a.astype(self.dtype) for n, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+        floats = {n: cast(a, self.dtype) for n, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.inexact)}
         return floats, {name: array for name, array in arrays.items() if name not in floats}
 
     def arguments(self, batch: Batch) -> tuple[Arrays, Arrays, Any, Arrays]:
         """Arguments of `value_and_grad` after the parameters: floating inputs, other inputs, labels, targets."""
-        targets = {name: jnp.asarray(target, self.dtype) for name, target in batch.targets.items()}
+        targets = {name: cast(jnp.asarray(target), self.dtype) for name, target in batch.targets.items()}
         return *self.values(batch.inputs), batch.labels, targets
 
     def evaluate(self, batch: Batch) -> Kinds:
@@ -118,8 +126,9 @@ class JaxSide:
         (_, outputs), (of_params, of_inputs) = value, gradients
         kinds = {
             "output": {name: np.asarray(output) for name, output in outputs.items()},
-            "parameter gradients": self.weights.read(of_params),
-            "input gradients": {name: np.asarray(gradient) for name, gradient in of_inputs.items()},
+            # JAX's gradient of a complex array is the conjugate of PyTorch's.
+            "parameter gradients": self.weights.read(jax.tree.map(jnp.conj, of_params), gradients=True),
+            "input gradients": {name: np.conj(gradient) for name, gradient in of_inputs.items()},
         }
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
 

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare.inputs import Inputs, named_leaves
 from parity.compare.loss import Batch, Kinds, torch_loss
 from parity.compare.noise import HUGE, RUNS, ULPS, Noise, Spread, of_spreads
+from parity.compare.torch_copy import cast, copied, slow_paths
 from parity.compare.wide_torch import widened
 
 KindNoises = dict[str, dict[str, Noise]]
@@ -29,7 +29,8 @@ def strict_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")  # switches off TF32 in matmuls
     torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with slow_paths():
+            yield
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
@@ -44,7 +45,7 @@ class TorchSide:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: str):
         self.source = module
-        self.module = copy.deepcopy(module).to(device=device, dtype=dtype).eval()
+        self.module = copied(module, dtype, device).eval()
         self.dtype, self.device = dtype, device
         self.casts: collections.Counter[str] = collections.Counter()
         self.narrows: bool | None = None  # in a forward pass; None until there was one
@@ -73,19 +74,19 @@ class TorchSide:
     def tensors(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """The inputs as tensors; floating ones in this side's dtype, with gradients."""
         tensors = {name: torch.tensor(value, device=self.device) for name, value in inputs.named().items()}
-        return {
-            name: tensor.to(self.dtype).requires_grad_() if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
+        floats = {name for name, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex()}
+        return {n: cast(t, self.dtype).requires_grad_() if n in floats else t for n, t in tensors.items()}
 
     def call(self, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The outputs by name."""
-        return named_leaves(inputs.call(self.module, tensors), torch.Tensor)
+        return named_leaves(inputs.call(self.module, tensors, side="torch", dtype=self.dtype), torch.Tensor)
 
     def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The outputs alone."""
         with torch.no_grad(), self.running():
-            return as_arrays(self.call(inputs, self.tensors(inputs)))
+            outputs = as_arrays(self.call(inputs, self.tensors(inputs)))
+        self.restore_buffers()
+        return outputs
 
     def differentiate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Loss, outputs and input tensors after a backward pass; gradients are in the tensors and parameters.
@@ -95,7 +96,7 @@ class TorchSide:
         labels: Any = batch.labels
         if labels is not None:
             labels = torch.as_tensor(labels, device=self.device, dtype=torch.long)
-        targets = {n: torch.as_tensor(t, device=self.device, dtype=self.dtype) for n, t in batch.targets.items()}
+        targets = {n: cast(torch.tensor(t, device=self.device), self.dtype) for n, t in batch.targets.items()}
         if self.narrows is None and self.dtype == torch.float64:
             self.outputs(batch.inputs)  # a cheap pass that shows if anything is narrowed
         tensors = self.tensors(batch.inputs)
@@ -105,6 +106,7 @@ class TorchSide:
             loss = torch_loss(outputs, labels, targets)
             if loss.requires_grad:
                 loss.backward()
+        self.restore_buffers()
         return loss, outputs, tensors
 
     def evaluate(self, batch: Batch) -> Kinds:
@@ -143,10 +145,14 @@ class TorchSide:
 
     def restore(self) -> None:
         """Give parameters, buffers and other tensors of the module the source's values again."""
-        source = tensors_of(self.source)
-        with torch.no_grad():
-            for name, tensor in tensors_of(self.module).items():
-                tensor.copy_(source[name])
+        copy_tensors(tensors_of(self.source), tensors_of(self.module))
+
+    def restore_buffers(self) -> None:
+        """Undo what a call changed in the module itself, as a counter of calls: the next call must be alike."""
+        if not self.module.training:
+            trained = {name for name, _ in self.module.named_parameters()}
+            others = {name: tensor for name, tensor in tensors_of(self.module).items() if name not in trained}
+            copy_tensors(tensors_of(self.source), others)
 
     def narrow_constants(self, carried: Callable[[str], bool]) -> dict[str, torch.Tensor]:
         """Tensors that the source holds in a narrow float and that Flax does not get: tables made at construction."""
@@ -176,6 +182,14 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor) and not value.requires_grad:
                 found[f"{path}.{name}".lstrip(".")] = value
     return found
+
+
+def copy_tensors(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    """Copy the values of tensors of one name and shape."""
+    with torch.no_grad():
+        for name, tensor in target.items():
+            if name in source and source[name].shape == tensor.shape:
+                tensor.copy_(source[name])
 
 
 def move(tensors: Iterable[torch.Tensor], ulp: float, rng: np.random.Generator) -> None:

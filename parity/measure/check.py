@@ -17,6 +17,7 @@ from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch
 from parity.compare.names import Names
 from parity.compare.noise import LIMIT, ULPS
+from parity.compare.outputs import unmatched
 from parity.compare.torch_side import TorchSide
 from parity.compare.weights import Weights
 from parity.locate.store import DEFAULT_LIMIT, check_limit
@@ -127,7 +128,7 @@ def read_check(
     if failed and divergence is None:
         skipped["first divergence"] = NOWHERE
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
-    notes = tuple(readings.notes)
+    notes = (*comparison.notes, *readings.notes)
     return Report(name, checks, time.perf_counter() - began, stamp, divergence, skipped=skipped, notes=notes)
 
 
@@ -161,6 +162,7 @@ class Readings:
         self.progress("float32")
         narrow, own, _ = self.narrow()
         why = explained(self.reference, self.side, ours, result, values, narrow)
+        self.notes += [*unmatched(self.reference.kinds["output"], result["output"])]
         self.notes += [*widened_notes(self.side, ours), *why.notes]
         for kind, of_kind in values.items():
             yield judged(kind, "float64", of_kind, why.limits[kind])

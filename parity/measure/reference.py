@@ -4,6 +4,7 @@ This module does not import torch: recordings are compared by the same code on m
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -17,6 +18,7 @@ from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
 from parity.compare.noise import LIMIT, ULPS, Noise, Noises
+from parity.compare.outputs import aligned
 from parity.report.results import Check
 
 PREDICTED = 4.0  # × noise: what a narrower dtype may cost; the prediction is right to a factor of about two
@@ -79,14 +81,33 @@ class Reference:
 
     def values(self, result: Kinds, precision: str = "float64") -> Values:
         """Differences of results from PyTorch's in units of the noise in a dtype."""
-        return {
-            kind: noise.errors(self.compared(result, kind), truth, self.noise(kind, precision))
-            for kind, truth in self.kinds.items()
-        }
+        found = {}
+        for kind, truth in self.kinds.items():
+            compared = self.compared(result, kind)
+            if kind == "output":
+                truth = {name: tensor for name, tensor in truth.items() if name in compared}
+            if kind == "parameter gradients":
+                truth = {name: tensor for name, tensor in truth.items() if name in self.trained}
+            found[kind] = noise.errors(compared, truth, self.noise(kind, precision))
+        return {kind: values for kind, values in found.items() if values}
 
     def compared(self, result: Kinds, kind: str) -> dict[str, np.ndarray]:
-        """Flax's tensors of a kind, without gradients of parameters that PyTorch does not train."""
-        return {n: tensor for n, tensor in result.get(kind, {}).items() if n not in self.comparison.untrained}
+        """Flax's tensors of a kind that have a counterpart.
+
+        Outputs that only one side returns are left out, and gradients of parameters that only one side trains.
+        """
+        tensors = result.get(kind, {})
+        if kind == "output":
+            return aligned(tensors, self.kinds[kind], self.comparison.channels_last)
+        if kind == "parameter gradients":
+            return {name: t for name, t in tensors.items() if name in self.trained}
+        return dict(tensors)
+
+    @functools.cached_property
+    def trained(self) -> frozenset[str]:
+        """Names of the gradients that are compared."""
+        left_out = {*self.comparison.untrained, *self.comparison.weights.uncompared}
+        return frozenset(self.kinds.get("parameter gradients", {})) - left_out
 
     def zeros(self, result: Kinds) -> Iterator[Check]:
         """Gradients declared to be zero, on both sides, in units of their noise.

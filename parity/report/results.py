@@ -18,8 +18,8 @@ class Check:
     """Comparison of all tensors of one kind: the largest value, the tensor that has it, and the limit.
 
     value: Flax's largest difference from PyTorch in float64, in units of the rounding noise of `precision`; with
-    'bits', the number of tensors that changed. worst: the tensor's name. own: PyTorch's value of the same tensor in a narrower
-    precision. An infinite limit means that the value is only reported.
+    'bits', the number of tensors that changed. worst: the tensor's name. own: PyTorch's value of the same tensor in a
+    narrower precision. An infinite limit means that the value is only reported.
     """
 
     kind: str
