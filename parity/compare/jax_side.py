@@ -13,6 +13,7 @@ from flax import nnx
 from parity.compare.inputs import Inputs, cast
 from parity.compare.loss import Batch, Kinds, jax_loss
 from parity.compare.names import matches
+from parity.compare.noise import RUNS, Noise, Spread, moved, of_spreads
 from parity.compare.outputs import aligned, named_leaves
 from parity.compare.weights import Weights
 from parity.compare.widen import Constant, Widened
@@ -136,6 +137,18 @@ class JaxSide:
         """The outputs alone."""
         floats, others = self.values(inputs)
         return {n: np.asarray(output) for n, output in self.forward(self.params, floats | others, self.rest).items()}
+
+    def noises(self, batch: Batch, truth: Kinds, ulp: float, seed: int) -> dict[str, dict[str, Noise]]:
+        """The rounding noise of this side's own results, where PyTorch's is not known."""
+        spreads = {kind: {name: Spread(tensor) for name, tensor in tensors.items()} for kind, tensors in truth.items()}
+        rng, side = np.random.default_rng(seed), copy.copy(self)
+        for _ in range(RUNS):
+            side.params = jax.tree.map(lambda a: jnp.asarray(moved(np.asarray(a), ulp, rng), a.dtype), self.params)
+            found = side.evaluate(batch.with_inputs(batch.inputs.moved(ulp, rng)))
+            for kind, of_kind in spreads.items():
+                for name, spread in of_kind.items():
+                    spread.add(found[kind][name])
+        return {kind: of_spreads(of_kind, ulp) for kind, of_kind in spreads.items()}
 
     @property
     def constants(self) -> list[Constant]:

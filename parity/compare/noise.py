@@ -135,6 +135,20 @@ def errors(result: Tensors, truth: Tensors, noises: Noises) -> dict[str, float]:
     return {n: noises[n].error(result.get(n), truth[n]) if n in noises else math.inf for n in {**truth, **result}}
 
 
+class Largest:
+    """The largest noise of each tensor so far, step by step: a run that was once off by so much may be so again."""
+
+    def __init__(self) -> None:
+        self.noises: dict[tuple[str, str], Noise] = {}
+
+    def of(self, kind: str, noises: Noises) -> dict[str, Noise]:
+        """The noises of a kind, each at least as large as before."""
+        for name, noise in noises.items():
+            known = self.noises.get((kind, name), noise)
+            self.noises[kind, name] = max(known, noise, key=lambda one: one.unit)
+        return {name: self.noises[kind, name] for name in noises}
+
+
 def moved(array: np.ndarray, ulp: float, rng: np.random.Generator) -> np.ndarray:
     """The array with every element moved by up to `ulp`, relative to its size; other arrays than floats unchanged."""
     if array.dtype.kind not in "fc":

@@ -5,7 +5,8 @@
                        "output/…", "parameter gradients/…", "input gradients/…"      the results, in float64
     STEM.json          {"format": 1, "name": …, and the fields below}
 
-"own errors" are PyTorch's errors in float32 against these results, by kind and tensor. "model" is the name and the
+"noise" is the rounding noise of these results in float64, and "own values" are PyTorch's values in float32 in units of
+float32's, by kind and tensor; see `parity.compare.noise`. "model" is the name and the
 configuration from which `jaxmodels.models.build` builds the Flax model; null for a class that is not registered.
 """
 
@@ -22,8 +23,9 @@ from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.safetensors import read_file, write_file
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Kinds
+from parity.compare.noise import Noise
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("output", "parameter gradients", "input gradients")
 SHIPPED = Path(__file__).parent / "fixtures"
 
@@ -50,7 +52,8 @@ class Fixture:
     targets: dict[str, np.ndarray]
     state: dict[str, np.ndarray]
     results: Kinds
-    own_errors: dict[str, dict[str, float]]
+    noises: dict[str, dict[str, Noise]]
+    own_values: dict[str, dict[str, float]]
     zero_gradients: tuple[str, ...]
     untrained: tuple[str, ...]
     layers: dict[str, str]
@@ -95,7 +98,7 @@ def read(stem: str | os.PathLike) -> Fixture:
     try:
         about = json.loads(about_file.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
-            raise ValueError(f"format={about['format']} must be {FORMAT}")
+            raise ValueError(f"format={about['format']} must be {FORMAT}; record it again")
         groups: Kinds = {}
         for key, tensor in read_file(tensors_file).items():
             kind, _, name = key.partition("/")
@@ -110,7 +113,10 @@ def read(stem: str | os.PathLike) -> Fixture:
             targets=groups.get("targets") or {name: np.zeros(()) for name in groups["output"]},
             state=groups.get("state", {}),
             results={kind: groups[kind] for kind in KINDS if kind in groups},
-            own_errors=about["own errors"],
+            noises={
+                kind: {n: Noise(*map(float, pair)) for n, pair in of.items()} for kind, of in about["noise"].items()
+            },
+            own_values=about["own values"],
             zero_gradients=tuple(about["zero gradients"]),
             untrained=tuple(about["untrained"]),
             layers=about["layers"],

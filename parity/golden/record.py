@@ -8,10 +8,11 @@ from typing import Any
 
 from jaxmodels.models import describe, name_of
 from jaxmodels.weights.names import as_numpy
-from parity.compare import limits
 from parity.compare.comparison import Comparison
+from parity.compare.noise import ULPS
 from parity.compare.weights import aliases
 from parity.golden.fixture import FORMAT, files_of, write
+from parity.measure.reference import Reference
 
 
 def record(
@@ -56,8 +57,12 @@ def write_recording(
     module = comparison.torch
     assert module is not None, "only a PyTorch module can be recorded"
     with comparison.strict_precision():
-        batch, results = comparison.evaluated(comparison.torch_side("float64"))
-        own = comparison.torch_side("float32").evaluate(batch)
+        side = comparison.torch_side("float64")
+        batch, results = comparison.evaluated(side)
+        noises = side.noises(batch, results, ULPS["float64"], comparison.seed)
+        own = Reference(comparison, batch, results, noises).values(
+            comparison.torch_side("float32").evaluate(batch), "float32"
+        )
     groups: dict[str, Mapping[str, Any]] = {
         "state": {key: as_numpy(tensor) for key, tensor in module.state_dict().items()},
         "inputs": batch.inputs.named(),
@@ -73,7 +78,8 @@ def write_recording(
         "positional": len(batch.inputs.args),
         "zero gradients": list(comparison.zero_gradients),
         "untrained": [key for key, parameter in module.named_parameters() if not parameter.requires_grad],
-        "own errors": {kind: limits.errors(own[kind], results[kind]) for kind in results},
+        "noise": {kind: {n: [one.unit, one.masks_from] for n, one in of.items()} for kind, of in noises.items()},
+        "own values": own,
         "layers": {path: type(module.get_submodule(path)).__name__ for path in owners(module.state_dict())},
         "names": aliases(module),
         "torch": importlib.metadata.version("torch"),

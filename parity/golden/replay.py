@@ -13,7 +13,7 @@ from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.loss import Batch
 from parity.compare.names import Names
 from parity.golden.fixture import Fixture, read
-from parity.measure.reference import Reference, round_trip
+from parity.measure.reference import Reference, judged, judged_narrow, round_trip
 from parity.report.report import Report
 from parity.report.results import Check
 from parity.report.stamp import environment
@@ -34,7 +34,7 @@ def replay(
 
     If flax_module is None, the model that the fixture describes is built. The other arguments are those of
     `parity.check`. The `Report` has the readings of a check except training, and no first divergence: outputs and
-    gradients in float64, the same in float32 in units of PyTorch's recorded errors, cached decoding, and the weights'
+    gradients in float64, the same in float32, both in units of the recorded noise, cached decoding, and the weights'
     round trip. Raises ValueError if the fixture is damaged, and ConversionError if its weights do not fit.
     """
     fixture = read(stem)
@@ -67,7 +67,7 @@ def read_replay(comparison: Comparison, fixture: Fixture) -> Report:
     """`replay` on a resolved comparison whose PyTorch module is a fixture."""
     began = time.perf_counter()
     batch = Batch(fixture.inputs, comparison.labels, fixture.targets)
-    reference = Reference(comparison, batch, fixture.results)
+    reference = Reference(comparison, batch, fixture.results, fixture.noises)
     skipped: dict[str, str] = {}
     with comparison.strict_precision():
         checks = list(readings(reference, fixture, skipped))
@@ -82,14 +82,17 @@ def readings(reference: Reference, fixture: Fixture, skipped: dict[str, str]) ->
     comparison = reference.comparison
     yield round_trip(comparison)
     for precision in ("float64", "float32") if comparison.float64 else ("float32",):
-        own_errors = None if precision == "float64" else fixture.own_errors
         side = comparison.jax_side(precision)
         result = side.evaluate(reference.batch)
-        yield from reference.agreement(result, precision, own_errors)
+        for kind, values in reference.values(result, precision).items():
+            if precision == "float64":
+                yield judged(kind, precision, values)
+            else:
+                yield judged_narrow(kind, precision, values, fixture.own_values[kind])
         if precision == "float64":
             yield from reference.zeros(result)
         if precision == comparison.precision and decodes(side.module):
             try:
-                yield reference.decoding(side, own_errors)
+                yield reference.decoding(side, own=fixture.own_values.get("output"))
             except NotDecodable as reason:
                 skipped["cached decoding"] = str(reason)

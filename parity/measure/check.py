@@ -13,6 +13,7 @@ from flax import linen, nnx
 from parity.compare import noise
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
+from parity.compare.functions import Function
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch
 from parity.compare.names import Names
@@ -37,13 +38,15 @@ NOWHERE = "all sub-modules agree in the plain forward pass: look at fused or cac
 
 def check(
     torch_module: torch.nn.Module,
-    flax_module: nnx.Module | linen.Module,
+    flax_module: nnx.Module | linen.Module | Function,
     inputs: Any,
     *,
     names: Names | Weights | None = None,
     layouts: Mapping[str, str] | None = None,
-    flax_only: Sequence[str] = (),
     torch_only: Sequence[str] = (),
+    flax_only: Sequence[str] = (),
+    torch_kwargs: Mapping[str, Any] | None = None,
+    flax_kwargs: Mapping[str, Any] | None = None,
     channels_last: Sequence[str] = (),
     labels: Any = None,
     zero_gradients: Sequence[str] = (),
@@ -57,32 +60,33 @@ def check(
     memory_limit: int = DEFAULT_LIMIT,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """Compare a Flax module, NNX or Linen, with a PyTorch module: outputs, gradients, decoding, training.
+    """Compare a Flax module with a PyTorch module: outputs, gradients, decoding, training.
 
-    Neither module is changed: both sides get their weights from copies of the PyTorch module. inputs: a NumPy array, a
-    sequence of positional arrays, or a mapping of named ones.
+    flax_module: an NNX or Linen module, or `parity.Function(apply, params)` for other libraries. Neither module is
+    changed: both sides get their weights from copies of the PyTorch module. inputs: an array, a sequence of positional
+    arguments, or a mapping of named ones; see `parity.compare.inputs`.
 
     names: Flax's names of parts that PyTorch names differently, see `parity.compare.names`; `parity.suggest` proposes
-        them
-    layouts: how the axes of a PyTorch tensor lie in Flax, where no rule tells, by pattern of its name, in einops
-        notation: {"*.query_key_value.weight": "(h three d) i -> three h i d"}, see `parity.compare.weights.layout`
-    flax_only, torch_only: patterns of arrays and tensors without a counterpart, which keep their own values; and of
-        parameters of one side that are a buffer on the other, whose gradients are then not compared
+        them. Also a converter of your own, a function from the state_dict to Flax's parameters, which is then tested
+    layouts: by pattern of a PyTorch name, how its axes lie in Flax: {"*.qkv.weight": "(h three d) i -> three h i d"}
+    torch_only, flax_only: patterns of tensors and arrays without a counterpart; they keep their own values
+    torch_kwargs, flax_kwargs: constants that only one side's call takes, such as `deterministic=True`
     channels_last: patterns of inputs and outputs ('x', 'input 0', 'output') that have their channels last in Flax and
         second in PyTorch
-    labels: int, of the logits' leading shape: the loss is the cross-entropy (default: the squared distance to random
-        targets)
+    labels: int, of the logits' leading shape, -100 is ignored: the loss is the cross-entropy (default: the squared
+        distance to random targets)
     zero_gradients: patterns of parameters whose gradients are zero in exact arithmetic; the gradients are checked to be
         ~0, and the parameters are not trained
     half: 16-bit dtypes ('bfloat16', 'float16') in which outputs are also compared
     steps: number of training steps with Adam
     device: 'cpu', 'gpu' or 'tpu' (default: JAX's own)
     float64: run Flax in float64 (default: if the device supports it)
-    randomize: perturb constant parameters (zeros, ones) first
+    randomize: perturb constant parameters and buffers (zeros, ones) first
 
-    If a reading fails, the first sub-module that differs is located, see `Report.divergence`. memory_limit: bytes of
-    PyTorch's activations kept in memory for that; the rest is written to a temporary folder. Raises ValueError for
-    inputs that are not arrays and for a negative limit, and ConversionError if the weights do not fit.
+    Every value is in units of the tensor's own rounding noise, see `parity.compare.noise`. If a reading fails, the
+    sub-module that explains it is located, see `Report.divergence`. memory_limit: bytes of PyTorch's activations kept
+    in memory for that; the rest is written to a temporary folder. Raises ValueError for arguments of another kind and
+    for a negative limit, and ConversionError if the weights do not fit.
     """
     check_limit(memory_limit)
     comparison = Comparison.of(
@@ -92,8 +96,10 @@ def check(
         labels=labels,
         names=names,
         layouts=layouts,
-        flax_only=flax_only,
         torch_only=torch_only,
+        flax_only=flax_only,
+        torch_kwargs=torch_kwargs,
+        flax_kwargs=flax_kwargs,
         channels_last=channels_last,
         zero_gradients=zero_gradients,
         device=device,

@@ -1,31 +1,31 @@
-"""`sweep`: compare a pair in every floating dtype; Flax's errors are limited by PyTorch's own in that dtype.
+"""`sweep`: compare a pair in every floating dtype, as the modules run, in units of the noise of that dtype.
 
 The reference for a dtype is PyTorch in float64 with weights and inputs rounded to that dtype: rounding them is not an
-error of the computation. Flax's worst tensor is compared with PyTorch's worst, not tensor by tensor: in 16 bits the
-gradient of a single bias depends on where its sum was rounded, which differs between the libraries. Language models are
-compared by their distributions too: KL(reference ‖ model), and the most likely tokens.
+error of the computation. A tensor fails beyond the noise that is predicted for the dtype and beyond twice PyTorch's own
+value. A `dtype` field of float32 in the Flax module is set to the dtype. Language models are compared by their
+distributions too: KL(reference ‖ model), and the most likely tokens.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
 import torch
 from flax import linen, nnx
 
-from parity.compare import limits
 from parity.compare.comparison import Comparison, Settings, Sides
-from parity.compare.loss import Batch, Kinds
+from parity.compare.loss import Batch
+from parity.compare.noise import ULPS
 from parity.locate.store import DEFAULT_LIMIT, check_limit
 from parity.locate.trace import trace
 from parity.locate.tree import Part
+from parity.measure.reference import Reference, judged, judged_narrow
 from parity.report.results import Agreement, Check, Row, Sweep
 from parity.report.stamp import environment
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 KINDS = ("output", "parameter gradients")
-KL_LIMIT = 1e-7  # of √KL in float64: KL has a rounding error of 1e-16
 
 
 def sweep(
@@ -70,46 +70,35 @@ def read_sweep(
         progress(dtype)
         with comparison.strict_precision(dtype == "float64"):
             sides = comparison.sides(dtype)
-            batch, reference = comparison.evaluated(sides.reference, sides.inputs)
+            batch, truth = comparison.evaluated(sides.reference, sides.inputs)
+            noises = sides.reference.noises(batch, truth, ULPS[dtype], comparison.seed)
+            reference = Reference(comparison, batch, truth, noises, dtype)
             result, own = sides.jax.evaluate(batch), sides.torch.evaluate(batch)
-            errors = {kind: worst_errors(kind, result, own, reference) for kind in KINDS if kind in reference}
-            checks += [error_check(dtype, kind, *found) for kind, found in errors.items()]
+            values, of_torch = reference.values(result, dtype), reference.values(own, dtype)
+            kinds = [kind for kind in KINDS if kind in values]
+            found = {kind: judged_in(dtype, f"sweep: {kind}", values[kind], of_torch[kind]) for kind in kinds}
+            checks += found.values()
             ours: Agreement | None = None
             theirs: Agreement | None = None
-            if comparison.labels is not None and len(reference["output"]) == 1:
-                ((key, logits),) = reference["output"].items()
-                ours, theirs = (Agreement.of(side["output"][key], logits) for side in (result, own))
-                checks.append(distribution_check(dtype, ours, theirs))
+            if comparison.labels is not None and len(truth["output"]) == 1:
+                ((key, logits),) = truth["output"].items()
+                outputs = reference.compared(result, "output"), own["output"]
+                ours, theirs = (Agreement.of(side[key], logits) for side in outputs)
+                if dtype != "float64":  # there √KL is below its own rounding, 1e-8
+                    unit = reference.noise("output", dtype)[key].unit
+                    root, own_root = (float(np.sqrt(agreement.kl_mean)) / unit for agreement in (ours, theirs))
+                    checks.append(judged_narrow("sweep: √KL", dtype, {"logits": root}, {"logits": own_root}))
             # On an accelerator only whole programs run: no layers are traced.
             parts = traced(sides, batch, memory_limit) if layers and comparison.device.platform == "cpu" else None
-            found = {kind: (flax, torch_error) for kind, (_, flax, torch_error) in errors.items()}
-            rows.append(Row(dtype, found, ours, theirs, parts))
+            worst = {kind: (check.value, max(of_torch[kind].values())) for kind, check in found.items()}
+            rows.append(Row(dtype, worst, ours, theirs, parts))
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
     return Sweep(rows, checks, time.perf_counter() - began, stamp)
 
 
-def worst_errors(kind: str, result: Kinds, own: Kinds, reference: Kinds) -> tuple[str, float, float]:
-    """The name of Flax's worst tensor, its error, and that of PyTorch's worst tensor."""
-    # PyTorch has no gradients of untrained parameters; an output that it does not have is an error.
-    known = result[kind].keys() if kind == "output" else reference[kind].keys()
-    compared = {key: tensor for key, tensor in result[kind].items() if key in known}
-    name, error = limits.worst(limits.errors(compared, reference[kind]))
-    return name, error, limits.worst(limits.errors(own[kind], reference[kind]))[1]
-
-
-def error_check(dtype: str, kind: str, name: str, error: float, own: float) -> Check:
-    """Flax's worst error; in narrower dtypes as a ratio to PyTorch's."""
-    if dtype == "float64":
-        return Check(f"sweep: {kind}", dtype, name, error, limits.FLOAT64_LIMIT)
-    return Check(f"sweep: {kind}", dtype, name, error / (own + limits.RATIO_FLOOR), limits.RATIO_LIMIT)
-
-
-def distribution_check(dtype: str, ours: Agreement, theirs: Agreement) -> Check:
-    """√KL of Flax; proportional to the error of the logits (KL ≈ half its variance), so it has the same limits."""
-    value, own = (float(np.sqrt(agreement.kl_mean)) for agreement in (ours, theirs))
-    if dtype == "float64":
-        return Check("sweep: √KL", dtype, "logits", value, KL_LIMIT)
-    return Check("sweep: √KL", dtype, "logits", value / (own + limits.RATIO_FLOOR), limits.RATIO_LIMIT)
+def judged_in(dtype: str, kind: str, values: Mapping[str, float], own: Mapping[str, float]) -> Check:
+    """A check in any dtype."""
+    return judged(kind, dtype, values) if dtype == "float64" else judged_narrow(kind, dtype, values, own)
 
 
 def traced(sides: Sides, batch: Batch, memory_limit: int) -> Part:

@@ -1,7 +1,7 @@
 """Variants that must not change a Flax model's numbers: compilation, sharding, caches, padding, the size of a batch.
 
 They need no PyTorch. Each compares outputs and parameter gradients of a variant with those of the compiled call on the
-whole batch, in float64 if the device has it.
+whole batch, in float64 if the device has it, in units of that call's rounding noise (`parity.compare.noise`).
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.weights.names import flat_arrays
-from parity.compare import limits
+from parity.compare import noise
 from parity.compare.adapters import with_weights
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decoded, decodes
 from parity.compare.inputs import Inputs
 from parity.compare.jax_side import Arrays, JaxSide, compiled, current_device
 from parity.compare.loss import Batch, Kinds, jax_loss
+from parity.compare.noise import Noises
 from parity.report.results import Check, Invariances
 from parity.report.stamp import environment
 
 DEVICES = 8
-FLOAT32_LIMIT = 1e-5  # without float64: a few hundred rounding errors; smaller than any wrong term
 PADDING = 7
 
 BatchAxis = int | Mapping[str, int | None] | None
@@ -74,7 +74,6 @@ def read_invariances(
 ) -> Invariances:
     """`invariances` on a resolved comparison."""
     began = time.perf_counter()
-    limit = limits.FLOAT64_LIMIT if comparison.float64 else FLOAT32_LIMIT
     checks, skipped = [], {}
     with comparison.strict_precision():
         subject = Subject.of(comparison, batch_axis)
@@ -82,44 +81,50 @@ def read_invariances(
             if only is not None and kind not in only:
                 continue
             try:
-                errors = worst_errors(variant(subject))
+                values = worst_values(variant(subject), subject.noises)
             except (NotApplicable, NotDecodable) as reason:
                 skipped[kind] = str(reason)
                 continue
-            checks.append(Check(kind, comparison.precision, *limits.worst(errors), limit))
+            checks.append(Check(kind, comparison.precision, *noise.worst(values), noise.LIMIT))
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
     return Invariances(checks, skipped, time.perf_counter() - began, stamp)
 
 
-def worst_errors(pairs: Pairs) -> dict[str, float]:
-    """By tensor, the largest error among the results of a variant."""
-    errors: dict[str, float] = {}
+def worst_values(pairs: Pairs, noises: Mapping[str, Noises]) -> dict[str, float]:
+    """By tensor, the largest difference among the results of a variant, × noise."""
+    values: dict[str, float] = {}
     for result, base in pairs:
         for part in result:
-            for name, error in limits.errors(result[part], base[part]).items():
+            largest = max(noises[part].values(), key=lambda one: one.unit)  # for parts of an output: rows, positions
+            units = {name: noises[part].get(name, largest) for name in base[part]}
+            for name, value in noise.errors(result[part], base[part], units).items():
                 name = name if part == "output" else f"gradient of {name}"
-                errors[name] = max(errors.get(name, 0.0), error)
-    return errors
+                values[name] = max(values.get(name, 0.0), value)
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A model with its weights, a batch, and the compiled results that its variants are compared with.
 
-    axes: the batch axis by input name, and 'output' for outputs, labels and targets; empty if unknown.
+    axes: the batch axis by input name, and 'output' for outputs, labels and targets; empty if unknown. noises: of the
+    results, by kind and tensor.
     """
 
     side: JaxSide
     batch: Batch
     axes: dict[str, int | None]
     base: Kinds
+    noises: Mapping[str, Noises]
 
     @classmethod
     def of(cls, comparison: Comparison, batch_axis: BatchAxis) -> "Subject":
         """The subject of a comparison's Flax module."""
         side = comparison.jax_side(comparison.precision)
         batch = comparison.batch(side.outputs(comparison.inputs))
-        return cls(side, batch, batch_axes(side, batch_axis), parts(side.evaluate(batch)))
+        base = parts(side.evaluate(batch))
+        noises = side.noises(batch, base, noise.ULPS[comparison.precision], comparison.seed)
+        return cls(side, batch, batch_axes(side, batch_axis), base, noises)
 
     def ids(self) -> tuple[str, np.ndarray]:
         """Name and value of a language model's token ids; raises NotApplicable if it is no language model."""

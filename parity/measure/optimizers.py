@@ -101,19 +101,18 @@ class Training:
     rates: Sequence[float]
     frozen: tuple[str, ...]
 
-    def steps(self, side: TorchSide | JaxSide) -> Iterator[Kinds]:
+    def steps(self, side: TorchSide | JaxSide, moving: Moving | None = None) -> Iterator[Kinds]:
         """Results of each step by kind, in the order of computation: loss, gradients, moments, parameters.
 
-        The side itself does not change. There are no steps if no parameter is trained.
+        The side itself does not change. There are no steps if no parameter is trained. moving: PyTorch's alone.
         """
-        return torch_steps(side, self) if isinstance(side, TorchSide) else jax_steps(side, self)
+        return torch_steps(side, self, moving) if isinstance(side, TorchSide) else jax_steps(side, self)
 
     def outcome(self, side: TorchSide | JaxSide, moving: Moving | None = None) -> Kinds:
         """The loss of every step, and the parameters after the last; empty if there are no steps."""
         losses: dict[str, np.ndarray] = {}
         parameters: dict[str, np.ndarray] = {}
-        steps = self.steps(side) if moving is None or isinstance(side, JaxSide) else torch_steps(side, self, moving)
-        for number, kinds in enumerate(steps):
+        for number, kinds in enumerate(self.steps(side, moving)):
             losses[f"step {number}"], parameters = kinds["loss"]["loss"], kinds["parameters"]
         return {"training loss": losses, "trained parameters": parameters} if losses else {}
 
@@ -121,7 +120,9 @@ class Training:
         """The rounding noise of an outcome: of runs whose parameters move by up to `ulp` before every step."""
         rng = np.random.default_rng(seed)
         runs = [self.outcome(side, Moving(ulp, rng)) for _ in range(RUNS)]
-        return {kind: noises_of(tensors, (run[kind] for run in runs), ulp) for kind, tensors in truth.items()}
+        noises = {kind: noises_of(tensors, (run[kind] for run in runs), ulp) for kind, tensors in truth.items()}
+        largest = max(noises["training loss"].values(), key=lambda noise: noise.unit)  # one number may move by chance
+        return noises | {"training loss": dict.fromkeys(noises["training loss"], largest)}
 
 
 def torch_steps(side: TorchSide, training: Training, moving: Moving | None = None) -> Iterator[Kinds]:
@@ -176,6 +177,7 @@ def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
     params, state = side.params, training.optimizer.optax(training.rates[0]).init(side.params)
     for batch, rate in zip(training.batches, training.rates, strict=True):
         (loss, _), (gradients, _) = side.value_and_grad(params, *side.arguments(batch), side.rest)
+        gradients = jax.tree.map(jnp.conj, gradients)  # PyTorch's gradient of a complex array
         params, state = update(params, state, gradients, jnp.asarray(rate, side.dtype))
         moments = {kind: read(optax.tree.get(state, key)) for kind, (_, key) in training.optimizer.moments.items()}
         yield {"loss": {"loss": np.asarray(loss)}, "gradients": read(gradients), **moments, "parameters": read(params)}

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from flax import linen, nnx
 
-from parity.compare import limits, torch_side
+from parity.compare import noise, torch_side
 from parity.compare.comparison import Comparison, Settings
 from parity.compare.jax_side import default_precision
 from parity.compare.loss import Kinds
-from parity.report.results import Check, Cost, FastPath
+from parity.compare.noise import ULPS
+from parity.measure.reference import Reference, judged
+from parity.report.results import Cost, FastPath
 from parity.report.stamp import environment
 
 
@@ -36,22 +38,25 @@ def read_fast_path(comparison: Comparison, *, matmul_precision: str | None = Non
     """`fast_path` on a resolved comparison."""
     began = time.perf_counter()
     with torch_side.strict_precision():
-        batch, reference = comparison.evaluated(comparison.torch_side("float64"))
+        side = comparison.torch_side("float64")
+        batch, truth = comparison.evaluated(side)
+        noises = side.noises(batch, truth, ULPS["float64"], comparison.seed)
         theirs = comparison.torch_side("float32")
         own = theirs.evaluate(batch)
+    reference = Reference(comparison, batch, truth, noises)
 
     def run(precision: str | None) -> Kinds:
         with default_precision(precision, comparison.device):  # a new side, so that each run compiles anew
             return comparison.jax_side("float32", theirs.state_dict()).evaluate(batch)
 
-    strict, fast, again = run("highest"), run(matmul_precision), run(matmul_precision)
+    results = [run("highest"), run(matmul_precision), run(matmul_precision)]
+    strict, fast, torch = (reference.values(result, "float32") for result in (*results[:2], own))
     costs, checks = [], []
-    for kind, tensors in reference.items():
-        runs = [{key: a for key, a in side[kind].items() if key in tensors} for side in (strict, fast, again)]
-        name, default = limits.worst(limits.errors(runs[1], tensors))
-        others = [limits.worst(limits.errors(side, tensors))[1] for side in (runs[0], own[kind])]
-        costs.append(Cost(kind, name, others[0], default, others[1]))
-        apart = limits.worst(limits.errors(runs[2], {key: a.astype(np.float64) for key, a in runs[1].items()}))
-        checks.append(Check(f"two runs: {kind}", "float32", *apart, np.inf))
+    for kind, values in fast.items():
+        name, default = noise.worst(values)
+        costs.append(Cost(kind, name, noise.worst(strict[kind])[1], default, noise.worst(torch[kind])[1]))
+        once, again = (reference.compared(result, kind) for result in results[1:])
+        apart = noise.errors({name: again[name] for name in values}, once, reference.noise(kind, "float32"))
+        checks.append(judged(f"two runs: {kind}", "float32", apart, np.inf))
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
     return FastPath(costs, checks, time.perf_counter() - began, stamp)

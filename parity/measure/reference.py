@@ -67,16 +67,17 @@ def same_bits(a: np.ndarray, b: np.ndarray | None) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Results of PyTorch in float64 on a batch, and their rounding noise there, by kind and tensor."""
+    """Results of PyTorch in float64 on a batch, and their rounding noise in `measured`, by kind and tensor."""
 
     comparison: Comparison
     batch: Batch
     kinds: Kinds
     noises: Mapping[str, Noises]
+    measured: str = "float64"
 
     def noise(self, kind: str, precision: str = "float64") -> dict[str, Noise]:
-        """The noise of a kind's tensors in a dtype; that of a narrower one is predicted from float64's."""
-        ulps = ULPS[precision] / ULPS["float64"]
+        """The noise of a kind's tensors in a dtype; in another one than was measured it is predicted."""
+        ulps = ULPS[precision] / ULPS[self.measured]
         return {name: noise.scaled(ulps) for name, noise in self.noises[kind].items()}
 
     def values(self, result: Kinds, precision: str = "float64") -> Values:
@@ -129,11 +130,16 @@ class Reference:
         yield judged("zero gradients", "float64", values)
 
     def decoding(
-        self, side: JaxSide, *, own_outputs: Mapping[str, np.ndarray] | None = None, limit: float = LIMIT
+        self,
+        side: JaxSide,
+        *,
+        own_outputs: Mapping[str, np.ndarray] | None = None,
+        own: Mapping[str, float] | None = None,
+        limit: float = LIMIT,
     ) -> Check:
         """Logits through the cache against PyTorch's full forward pass; raises NotDecodable.
 
-        own_outputs: PyTorch's outputs in the side's dtype, if that is narrower than float64.
+        If the side's dtype is narrower than float64, own_outputs are PyTorch's outputs in it, or `own` their values.
         """
         first, logits = decoded(side.module, self.batch.inputs, side.dtype)
         (name, output), axis = next(iter(self.kinds["output"].items())), side.module.sequence_axis
@@ -143,5 +149,6 @@ class Reference:
         value = {name: unit.error(logits, truth)}
         if side.dtype == np.float64:
             return judged("cached decoding", "float64", value, limit)
-        own = {name: unit.error(own_outputs[name].take(positions, axis), truth)} if own_outputs else {}
-        return judged_narrow("cached decoding", side.dtype.name, value, own)
+        if own_outputs is not None:
+            own = {name: unit.error(own_outputs[name].take(positions, axis), truth)}
+        return judged_narrow("cached decoding", side.dtype.name, value, own or {})

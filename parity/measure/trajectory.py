@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from flax import linen, nnx
 
-from parity.compare import limits
+from parity.compare import noise
 from parity.compare.comparison import Comparison, Settings
 from parity.compare.names import matches
-from parity.measure.optimizers import OPTIMIZERS, Optimizer, Training
+from parity.compare.noise import LIMIT, ULPS
+from parity.measure.optimizers import OPTIMIZERS, RUNS, Moving, Optimizer, Training
 from parity.report.results import Reading, Trajectory
 from parity.report.stamp import environment
 
@@ -34,10 +36,10 @@ def trajectory(
     """Train both modules from the same weights on the same batches, and compare them after every step.
 
     Batches are variations of the inputs (see `Inputs.varied`). optimizer: a name in OPTIMIZERS, or an `Optimizer`;
-    learning_rate may be a function of the step. precision 'float64' uses the limit of float64. 'float32' divides Flax's
-    distance from PyTorch in float64 by that of PyTorch in float32, step by step: two runs that round differently drift
-    apart, and PyTorch's own drift is the unit. It also shows differences between the libraries: optax computes Adam's
-    1 - β₂ᵗ in float32 (an error of 1.3e-5 at the first step), PyTorch in float64. The settings are
+    learning_rate may be a function of the step. Every value is in units of the noise that moving all
+    parameters by one unit in the last place of `precision` before each step makes: two runs that round differently
+    drift apart. 'float32' also shows differences between the libraries: optax computes Adam's 1 - β₂ᵗ in float32 (an
+    error of 1.3e-5 at the first step), PyTorch in float64. The settings are
     those of `parity.check`. Raises ValueError for an optimizer, precision or number of steps out of range, and if no
     parameter is trained.
     """
@@ -76,24 +78,23 @@ def read_trajectory(
             "gradients and not match zero_gradients"
         )
     name, rule = (optimizer, OPTIMIZERS[optimizer]) if isinstance(optimizer, str) else ("own", optimizer)
-    exact = precision == "float64"
-    limit = limits.FLOAT64_LIMIT if exact else limits.RATIO_LIMIT
     readings: list[Reading] = []
     losses: dict[str, list[float]] = {"torch": [], "flax": []}
-    with comparison.strict_precision(exact):
+    with comparison.strict_precision(precision == "float64"):
         reference = comparison.torch_side("float64")
         batch = comparison.batch(reference.outputs(comparison.inputs))
         rates = [float(learning_rate(s) if callable(learning_rate) else learning_rate) for s in range(steps)]
         training = Training(rule, [batch.varied(step) for step in range(steps)], rates, comparison.frozen)
-        narrow = None if exact else training.steps(comparison.torch_side(precision))
+        rng, ulp = np.random.default_rng(comparison.seed), ULPS[precision]
+        moving = [training.steps(reference, Moving(ulp, rng)) for _ in range(RUNS)]
         both = zip(training.steps(reference), training.steps(comparison.jax_side(precision)), strict=True)
+        largest = noise.Largest()
         for step, (right, result) in enumerate(both):
-            own = None if narrow is None else next(narrow)
+            others = [next(run) for run in moving]
             for kind, tensors in right.items():
-                errors = limits.errors(result[kind], tensors)
-                if own is not None:
-                    errors = limits.in_units_of(errors, limits.errors(own[kind], tensors))
-                readings.append(Reading(kind, precision, *limits.worst(errors), limit, step))
+                noises = largest.of(kind, noise.noises_of(tensors, (run[kind] for run in others), ulp))
+                values = noise.errors(result[kind], tensors, noises)
+                readings.append(Reading(kind, precision, *noise.worst(values), LIMIT, None, step))
             losses["torch"].append(float(right["loss"]["loss"]))
             losses["flax"].append(float(result["loss"]["loss"]))
             progress(step)

@@ -12,16 +12,17 @@ from flax import nnx
 
 from parity.cases import Make
 from parity.cases.suite import comparison_of, pair_of
-from parity.compare import limits
+from parity.compare import noise
 from parity.compare.jax_side import JaxSide
 from parity.compare.weights import Weights
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence
 from parity.measure.check import Readings, located
+from parity.measure.reference import judged, judged_narrow
 from parity.mutation.operators import CALLED, OPERATORS, Operator, planted_calls
 from parity.report.results import Check
 
-EFFECT = 10 * limits.FLOAT64_LIMIT
+EFFECT = 4.0  # × noise: a mutant whose results are nearer to the unbroken model's changes nothing
 
 
 class Planted:
@@ -112,10 +113,11 @@ class Subject:
         comparison = dataclasses.replace(self.comparison, weights=planted)
         with planted_calls(self.comparison.flax):
             result = comparison.jax_side("float64").evaluate(self.batch)
-            effects = [limits.errors(result[kind], self.unbroken[kind]) for kind in result]
-            if max(limits.worst(effect)[1] for effect in effects) < EFFECT:
+            reference = self.readings.reference
+            effects = dataclasses.replace(reference, kinds=self.unbroken).values(result)
+            if max(noise.worst(effect)[1] for effect in effects.values()) < EFFECT:
                 return None
-            checks = self.readings.reference.agreement(result, "float64")
+            checks = [judged(kind, "float64", values) for kind, values in reference.values(result).items()]
             failed = [check for check in checks if not check.passed]
             where = located(comparison, self.readings.side, self.batch, failed) if failed else None
             return Outcome(mutant, failed, where)
@@ -138,6 +140,9 @@ def compared(readings: Readings, sides: Mapping[str, JaxSide]) -> Iterator[Check
     theirs = readings.comparison.torch_side("float32")
     wide = sides["float64"].loaded(readings.side.state_dict()).evaluate(reference.batch)
     narrow = sides["float32"].loaded(theirs.state_dict()).evaluate(reference.batch)
-    yield from reference.agreement(wide, "float64")
-    yield from reference.agreement(narrow, "float32", reference.own_errors(theirs.evaluate(reference.batch)))
+    for kind, values in reference.values(wide).items():
+        yield judged(kind, "float64", values)
+    own = reference.values(theirs.evaluate(reference.batch), "float32")
+    for kind, values in reference.values(narrow, "float32").items():
+        yield judged_narrow(kind, "float32", values, own[kind])
     yield from reference.zeros(wide)

@@ -168,8 +168,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 class Row:
     """Results in one dtype.
 
-    errors: by kind, the largest error of Flax and that of PyTorch. flax_agreement, torch_agreement: of a language
-    model's distributions, with labels only. parts: errors of every sub-module, if layers were traced.
+    errors: by kind, the largest value of Flax and that of PyTorch, × noise. flax_agreement, torch_agreement: of a
+    language model's distributions, with labels only. parts: errors of every sub-module, if layers were traced.
     """
 
     dtype: str
@@ -204,7 +204,7 @@ class Sweep:
         lines = []
         for row in self.rows:
             for kind, (ours, theirs) in row.errors.items():
-                lines.append(f"  {row.dtype:9} {kind:20} Flax {ours:.1e}, PyTorch {theirs:.1e}")
+                lines.append(f"  {row.dtype:9} {kind:20} Flax {ours:.2g}, PyTorch {theirs:.2g} × noise")
             for side, agreement in (("Flax", row.flax_agreement), ("PyTorch", row.torch_agreement)):
                 if agreement is not None:
                     lines.append(
@@ -216,9 +216,9 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Float32 errors against the reference at the device's default matmul precision and at the highest.
+    """Float32 values at the device's default matmul precision and at the highest, × noise.
 
-    worst: the tensor with the largest error at the default precision. torch: PyTorch's error in float32.
+    worst: the tensor with the largest value at the default precision. torch: PyTorch's value in float32.
     """
 
     kind: str
@@ -229,8 +229,8 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.kind}: {self.default:.1e} at the default precision, {self.strict:.1e} at the highest, "
-            f"{self.torch:.1e} in PyTorch's float32; worst at {self.worst}"
+            f"{self.kind}: {self.default:.2g} × noise at the default precision, {self.strict:.2g} at the highest, "
+            f"{self.torch:.2g} in PyTorch's float32; worst at {self.worst}"
         )
 
 
