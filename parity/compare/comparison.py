@@ -156,7 +156,7 @@ class Comparison:
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of the parameters that no training step changes, on either side."""
-        named: set[str] = {*self.untrained, *self.weights.uncompared, *self.weights.untrained}
+        named = {*self.untrained, *self.weights.untrained}
         return (*self.zero_gradients, *map(glob.escape, sorted(named)))
 
     @property

@@ -105,7 +105,8 @@ class Trace:
         for equation in jaxpr.eqns:
             for value in equation.invars:
                 if isinstance(value, core.Literal) and is_rounded(value):
-                    dtype = value.aval.dtype if is_narrow(value.aval) else np.float32
+                    aval: Any = value.aval
+                    dtype = aval.dtype if is_narrow(aval) else np.float32
                     self.numbers[id(value), -1] = self.constant(place(equation), np.asarray(value.val, dtype))
             if narrows(equation):
                 self.casts[f"{equation.outvars[0].aval.dtype.name} at {place(equation)}"] += 1
@@ -188,7 +189,8 @@ class Evaluation:
                 return known[v]
             if (id(v), -1) in self.trace.numbers:
                 return self.value((id(v), -1), None)
-            return jnp.asarray(written(v) if is_narrow(v.aval) else v.val, wide_dtype(v.aval.dtype))
+            aval: Any = v.aval
+            return jnp.asarray(written(v) if is_narrow(aval) else v.val, wide_dtype(aval.dtype))
 
         for equation in jaxpr.eqns:
             results = self.equation(equation, [read(v) for v in equation.invars])

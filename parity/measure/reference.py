@@ -107,8 +107,7 @@ class Reference:
     @functools.cached_property
     def trained(self) -> frozenset[str]:
         """Names of the gradients that are compared."""
-        left_out = {*self.comparison.untrained, *self.comparison.weights.uncompared}
-        return frozenset(self.kinds.get("parameter gradients", {})) - left_out
+        return frozenset(self.kinds.get("parameter gradients", {})) - self.comparison.untrained
 
     def zeros(self, result: Kinds) -> Iterator[Check]:
         """Gradients declared to be zero, on both sides, in units of their noise.
