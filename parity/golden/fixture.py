@@ -3,7 +3,7 @@
     STEM.safetensors   "state/…"                              the weights, in the module's own dtypes
                        "inputs/…", "labels", "targets/…"      arguments of the call, and of the loss
                        "output/…", "parameter gradients/…", "input gradients/…"      the results, in float64
-    STEM.json          {"format": 1, "name": …, and the fields below}
+    STEM.json          {"format": 2, "name": …, and the fields below}
 
 "noise" is the rounding noise of these results in float64, and "own values" are PyTorch's values in float32 in units of
 float32's, by kind and tensor; see `parity.compare.noise`. "model" is the name and the
