@@ -21,7 +21,7 @@ from parity.compare.noise import LIMIT, ULPS, Noise, Noises
 from parity.compare.outputs import aligned
 from parity.report.results import Check
 
-PREDICTED = 4.0  # × noise: what a narrower dtype may cost; the prediction is right to a factor of about two
+PREDICTED = 8.0  # × noise: a narrower dtype costs 1 to 4; XLA rounds exp, tanh and sums more coarsely than PyTorch
 OWN = 2.0  # × PyTorch's own value in that dtype
 
 Values = Mapping[str, Mapping[str, float]]
