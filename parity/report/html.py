@@ -126,7 +126,7 @@ def readings(report: Outcome) -> str:
     """Table of the checks; that of a report without any is left out."""
     if not report.checks:
         return ""
-    own = any(own_value(check) is not None for check in report.checks)
+    own = any(check.own is not None for check in report.checks)
     titles = ["reading", "precision", "worst", *(["PyTorch's own"] if own else []), "limit"]
     head = [f'<th scope="col">{title}</th>' for title in titles]
     head += ['<th scope="col" class="wide">of limit</th><th scope="col">result</th>']
@@ -134,18 +134,13 @@ def readings(report: Outcome) -> str:
     return table("readings", f"Readings of {report.name}", head, (row(check, own) for check in report.checks))
 
 
-def own_value(check: Check) -> float | None:
-    return getattr(check, "own", None)
-
-
 def row(check: Check, own: bool) -> str:
     """One check with the share of its limit that is used; own: with PyTorch's own value."""
     unit, kind = unit_of(check), "good" if check.passed else "bad"
     limited = math.isfinite(check.limit)
-    fields = [escape(check.precision), f'<span class="{kind}">{escape(unit.full.format(check.value))}</span>']
+    fields = [escape(check.precision), f'<span class="{kind}">{escape(unit.short.format(check.value))}</span>']
     if own:
-        theirs = own_value(check)
-        fields.append("–" if theirs is None else escape(unit.full.format(theirs)))
+        fields.append("–" if check.own is None else escape(unit.short.format(check.own)))
     fields.append(escape(unit.limit.format(check.limit)) if limited else "–")
     cells = "".join(f"<td>{field}</td>" for field in fields)
     cells += f'<td class="wide">{bar(check) if limited else ""}</td>'

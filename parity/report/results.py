@@ -115,17 +115,19 @@ class Trajectory:
         kinds = self.by_kind()
         steps = len(next(iter(kinds.values())))
         shown = sorted({s for s in range(steps) if str(s).strip("0") in ("", "1", "2", "5")} | {steps - 1})
-        width = max(12, *map(len, kinds))
-        lines = [f"{self.optimizer}, {self.precision}, {steps} steps"]
-        lines.append("  step  " + "  ".join(f"{h:>{width}}" for h in ("loss (torch)", *kinds)))
-        for s in shown:
-            cells = [f"{self.losses['torch'][s]:.6g}", *(f"{readings[s].value:.1e}" for readings in kinds.values())]
-            lines.append(f"  {s:>4}  " + "  ".join(f"{cell:>{width}}" for cell in cells))
+        headings = ("step", "loss (torch)", *kinds)
+        widths = [4, *(max(7, len(heading)) for heading in headings[1:])]  # at most 80 columns with Adam
+        rows = [
+            (str(s), f"{self.losses['torch'][s]:.6g}", *(f"{found[s].value:.2g}" for found in kinds.values()))
+            for s in shown
+        ]
+        lines = [f"{self.optimizer}, {self.precision}, {steps} steps, × noise"]
+        lines += ["  ".join(map(str.rjust, row, widths)) for row in (headings, *rows)]
         at = self.parted
         lines.append(
             "  no step differs"
             if at is None
-            else f"  first difference at step {at.step}: {at.where}, {at.value:.1e}, at most {at.limit:g}"
+            else f"  first difference at step {at.step}: {at.where}, {at.value:.2g} × noise, at most {at.limit:.2g}"
         )
         return "\n".join(lines)
 

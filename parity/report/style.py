@@ -68,7 +68,7 @@ th { font-weight: 600; color: inherit }
 thead th { vertical-align: bottom }
 th:first-child { text-align: left }
 tbody th { font-weight: 400; position: sticky; left: 0; background: var(--page) }
-td.text, th.text { text-align: left }
+td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem }
 .bar { display: inline-block; width: 100px; height: .6em; background: var(--plain); border-radius: 3px }
 .bar { overflow: hidden; vertical-align: middle }
 .bar i { display: block; height: 100%; background: var(--good) }

@@ -70,7 +70,7 @@ def test_what_differs_is_shown_without_frames(printed, name, line):
 
 def test_more_verbosity_shows_the_whole_report_and_the_tree(printed):
     text = printed("test_marked", "-v")
-    assert "ok     float64: output 3e-16" in text
+    assert "ok     float64: output 0.3 × noise" in text
     assert "note   float32 inside" in text
     assert "h.0  encloses" in text
     report = text.partition("_ test_marked _")[2].partition("short test summary")[0]

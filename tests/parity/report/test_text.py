@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from parity.report.report import Differs, Report
-from parity.report.results import Check
+from parity.report.results import Check, Reading, Trajectory
 from parity.report.text import short, text, visible
 from tests.parity.report.samples import HOSTILE, agreeing, differing, hostile
 
@@ -23,11 +23,11 @@ def test_what_differs_comes_first():
     order = [
         "gpt: DIFFERS",
         "first divergence: model.h.0.ln_1",
-        "FAILED parameter gradients (float64): 2e-05, at most 1e-10, at model.h.0.attn.c_proj.weight",
+        "FAILED parameter gradients (float64): 2e+11 × noise, at most 32, at",
         "FAILED parameter gradients (float32): nan",
         "ok     bits: round trip 0",
-        "ok     float64: output 3e-16",
-        "ok     float32: output 0.53, two runs: output 0",
+        "ok     float64: output 0.3 × noise",
+        "ok     float32: output 0.53 × noise, two runs: output 0 × noise",
         "note   float32 inside: model.h.0.table",
         "–      cached decoding: the model has no cache",
         "adam, float64, 3 steps",
@@ -39,6 +39,7 @@ def test_what_differs_comes_first():
 
 def test_a_report_that_agrees_has_a_line_per_reading():
     lines = text(agreeing()).splitlines()
+    assert "output (float32): 0.53 × noise (PyTorch 0.8 × noise), at most 4" in text(agreeing())
     assert lines[0] == "mlp: agrees"
     assert lines[1:] == [f"  {check}" for check in agreeing().checks]
 
@@ -55,6 +56,15 @@ def test_lines_fit_and_continue_below_their_text(width):
     assert lines[notes[0] + 1].startswith(" " * 9)
     assert lines[notes[0] + 1].split()[0] in ("a", "note")
     assert max(map(len, text(dataclasses.replace(report, name=long)).splitlines())) <= 100
+
+
+def test_a_trajectory_of_adam_fits_80_columns():
+    kinds = ("loss", "gradients", "first moment", "second moment", "parameters")
+    readings = [Reading(kind, "float64", "w", 1.3e11, 32.0, s) for s in range(30) for kind in kinds]
+    lines = str(Trajectory("adam", "float64", readings, {"torch": [1.23456789] * 30, "flax": []}, 1.0, {})).splitlines()
+    assert max(map(len, lines)) <= 79
+    assert lines[1].split() == ["step", "loss", "(torch)", *" ".join(kinds).split()]
+    assert [line.split()[0] for line in lines[2:-1]] == ["0", "1", "2", "5", "10", "20", "29"]
 
 
 def test_the_short_form_counts_readings_that_agree():
