@@ -2,28 +2,35 @@
 
 import copy
 import dataclasses
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity.compare import limits
-from parity.compare.inputs import named_leaves
+from jaxmodels.weights.names import as_numpy
 from parity.compare.jax_side import JaxSide
-from parity.locate.calls import FlaxCall, Key, LinenPart, NNXPart, TorchRun, leaves_of, numeric, unstacked, with_leaves
-from parity.locate.hints.search import hint
-from parity.locate.tree import Errors, Part
+from parity.compare.noise import LIMIT, Noise, wide
+from parity.locate.flax_calls import FlaxRun
+from parity.locate.layouts import Layout, layouts, nearest
+from parity.locate.store import Store
+from parity.locate.torch_calls import Key, TorchRun
+from parity.locate.tree import Errors
+from parity.locate.values import numeric
 
 RERUNS = 3  # of one path in isolation, at most: a recurrence calls its parts at every step
+PREDICTED = 4.0  # × noise predicted for a narrow dtype
+OWN = 2.0  # × the error of PyTorch's own sub-module in a narrow dtype
 
 
 @dataclasses.dataclass
 class PathErrors:
-    """The worst errors of one path so far, over its calls."""
+    """The worst errors of one path so far, over its calls.
+
+    off: calls beyond the limit in the run. wrong: those beyond it in isolation, with Flax's outputs there in PyTorch's
+    layout. reason: why the path, or a part of its reading, could not be compared.
+    """
 
     flax_path: str = ""
     flax_type: str = ""
@@ -32,224 +39,190 @@ class PathErrors:
     propagated: Errors | None = None
     isolated: Errors | None = None
     isolations: int = 0
-    limit: float = limits.FLOAT64_LIMIT
-    evidence: tuple[Key, list[np.ndarray]] | None = None  # a call beyond the limit in isolation, and Flax's outputs
+    limit: float = LIMIT
+    off: list[Key] = dataclasses.field(default_factory=list)
+    wrong: dict[Key, list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    reason: str = ""
 
     def worst(self, kind: str, errors: Errors | None) -> bool:
         """Record errors if they are the worst; returns True if they exceed the limit."""
         known = getattr(self, kind)
-        if errors is not None and (known is None or errors.error > known.error):
+        if errors is not None and (known is None or errors.noise > known.noise):
             setattr(self, kind, errors)
-        return errors is not None and errors.error > self.limit
+        return errors is not None and errors.noise > self.limit
 
 
-Stored = tuple[int, tuple[int, ...], Any]  # number in the store, shape and dtype in Flax
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """The arguments of a call that both sides have: Flax's names with PyTorch's, and how their axes lie."""
 
-
-@dataclasses.dataclass
-class Repeatable:
-    """A Flax call that can be repeated with PyTorch's inputs, which are numbers in the store."""
-
-    part: NNXPart | LinenPart
-    arguments: inspect.BoundArguments
-    paired: dict[str, Stored]
-    outputs: list[jax.ShapeDtypeStruct]
-
-    def values(self, run: TorchRun) -> dict[str, jax.Array]:
-        """PyTorch's inputs by the names of Flax's arguments."""
-        return {
-            name: jnp.asarray(arranged(run.kept.get(number), shape), dtype)
-            for name, (number, shape, dtype) in self.paired.items()
-        }
-
-    def call(self, params: Any, values: dict[str, Any]) -> list[jax.Array]:
-        """Repeat the call; returns its floating outputs."""
-        arguments: Any = with_leaves(self.arguments.arguments, values)
-        bound = inspect.BoundArguments(self.arguments.signature, arguments)
-        return floating(self.part.call(params, bound.args, bound.kwargs))
+    theirs: dict[str, str]
+    layouts: dict[str, Layout]
+    agree: bool
 
 
 class Forward:
     """Compare the calls of one run of a Flax model with those of PyTorch's."""
 
-    def __init__(self, run: TorchRun, side: JaxSide):
+    def __init__(self, run: TorchRun, side: JaxSide, kept: Store):
         self.run, self.side = run, side
-        self.model = unstacked(side.module)
         self.exact = side.dtype == np.float64
-        self.counts: dict[str, int] = {}
-        self.repeatable: dict[Key, Repeatable] = {}
+        self.pairs = counterparts(run, side)
         self.readings = {path: PathErrors() for path, _ in run.calls}
-        self.pairs = self.counterparts()
-        if not self.exact:
-            for path, limit in own_errors(run, side.dtype).items():
-                self.readings[path].limit = limit
+        self.flax = FlaxRun(side, run.batch.inputs, self.pairs, kept)
+        self.keys = {key: flax for flax, key in self.pairs.items() if flax in self.flax.calls}
+        self.pairings: dict[Key, Pairing] = {}
+        for path, why in self.flax.failed.items():
+            for key in (key for flax, key in self.pairs.items() if flax[0] == path):
+                self.readings[key[0]].reason = why
+        for key in run.calls:  # in the order in which they ended
+            if key in self.keys:
+                self.guarded(key, self.compare, key)
+        for path, reading in self.readings.items():
+            reading.order = run.calls[path, 0].order if reading.order is None else reading.order
 
-    def counterparts(self) -> dict[Key, Key]:
-        """Map Flax calls to PyTorch calls; layer 3 of a scanned stack is the fourth call of its single module."""
-        pairs: dict[Key, Key] = {}
-        stacked: dict[Key, Key] = {}
-        for path, n in self.run.calls:
-            name = self.side.weights.module(path)
-            if name is None:
-                continue
-            pairs[name, n] = path, n
-            words = name.split(".")
-            for i, word in enumerate(words):
-                if word.isdigit() and n == 0:
-                    stacked[".".join(words[:i] + words[i + 1 :]), int(word)] = path, n
-        return stacked | pairs
+    def guarded(self, key: Key, read: Callable[..., Any], *args: Any) -> Any:
+        """Read something of a call; an exception becomes the reason why it is not compared."""
+        try:
+            return read(*args)
+        except Exception as error:
+            reading = self.readings[key[0]]
+            reading.reason = reading.reason or f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return None
 
-    def record(self, call: FlaxCall) -> Any:
-        """Compare a call with its counterpart in PyTorch; returns its output."""
-        n = self.counts[call.path] = self.counts.get(call.path, -1) + 1
-        key = self.pairs.get((call.path, n))
-        if key is None:
-            return call.output
-        reading = self.readings[key[0]]
+    def compare(self, key: Key) -> None:
+        """Compare one call as it was made and, if it is off because of its inputs, repeated with PyTorch's."""
+        flax_key, reading, right = self.keys[key], self.readings[key[0]], self.run.outputs(key)
+        call = self.flax.calls[flax_key]
         reading.flax_path, reading.flax_type = call.path, call.type
         reading.calls += 1
-        right = self.run.outputs(key)
-        bad = reading.worst("propagated", self.errors(floating(call.output), right))
-        agree, paired = self.pair(call, key)
-        # Do not keep arrays alive that are in the store.
-        arguments: Any = with_leaves(call.arguments.arguments, dict.fromkeys(paired))
-        call.arguments.arguments = arguments
-        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in floating(call.output)]
-        repeat = self.repeatable[key] = Repeatable(call.part(), call.arguments, paired, shapes)
-        results: Any = None
-        if agree:
-            bad_alone, results = reading.worst("isolated", self.errors(floating(call.output), right)), call.output
-        elif paired and reading.isolations < RERUNS:
+        given = arranged(self.flax.outputs_of(flax_key), right)
+        noises = self.run.noises(self.run.calls[key].outputs)
+        if not self.exact:
+            reading.limit = max(reading.limit if reading.limit != LIMIT else 0.0, self.narrow_limit(key))
+        off = reading.worst("propagated", self.errors(given, right, noises))
+        if off:
+            reading.off.append(key)
+            reading.order = self.run.calls[key].order if reading.order is None else reading.order
+        pairing = self.pairings[key] = self.pair(key)
+        if pairing.agree:
+            reading.worst("isolated", self.errors(given, right, noises))
+            if off:
+                reading.wrong[key] = given
+        elif (off or not self.exact) and pairing.theirs and reading.isolations < RERUNS:
             reading.isolations += 1
-            results = repeat.call(repeat.part.params, repeat.values(self.run))
-            bad_alone = reading.worst("isolated", self.errors(results, right))
-        else:
-            bad_alone = False
-        if bad_alone and reading.evidence is None:
-            given = [np.asarray(array, np.float64) for array in floating(results)]
-            reading.evidence = key, [arranged_back(a, b.shape) for a, b in zip(given, right, strict=False)]
-        if (bad or bad_alone) and reading.order is None:
-            reading.order = self.run.calls[key].order
-        return call.output
+            given = self.isolated(key)
+            if reading.worst("isolated", self.errors(given, right, self.run.isolated_noise(key))) and off:
+                reading.wrong[key] = given
 
-    def errors(self, results: Sequence[Any], right: list[np.ndarray]) -> Errors | None:
+    def isolated(self, key: Key) -> list[np.ndarray]:
+        """Flax's outputs of a call with PyTorch's inputs, in PyTorch's layout.
+
+        Inputs whose layout does not show, because they differ, are tried in each that fits.
+        """
+        right, pairing = self.run.outputs(key), self.pairings[key]
+        tried = []
+        for choice in (pairing.layouts, self.other_layouts(key)):
+            if choice:
+                found = arranged([as_numpy(a) for a in self.repeat(key, choice)], right)
+                tried.append((sum(np.abs(wide(a) - wide(b)).mean() for a, b in zip(found, right, strict=False)), found))
+                if pairing.agree:
+                    break
+        return min(tried, key=lambda one: np.inf if np.isnan(one[0]) else one[0])[1]
+
+    def other_layouts(self, key: Key) -> dict[str, Layout]:
+        """The second layout of each floating input that has two; empty if none has."""
+        pairing = self.pairings[key]
+        other = {}
+        for name, layout in pairing.layouts.items():
+            fitting = [x for x in layouts(layout.ours, layout.theirs) if x != layout]
+            other[name] = fitting[0] if fitting and len(layout.ours) > 2 else layout
+        return other if other != pairing.layouts else {}
+
+    def repeat(
+        self, key: Key, choice: Mapping[str, Layout], arguments: Mapping[str, np.ndarray] | None = None
+    ) -> list[jax.Array]:
+        """Repeat Flax's call with PyTorch's inputs, or others by PyTorch's name."""
+        flax_key, inputs = self.keys[key], self.run.calls[key].inputs
+        values = {}
+        for name, other in self.pairings[key].theirs.items():
+            array = self.run.kept.get(inputs[other]) if arguments is None else arguments[other]
+            values[name] = self.flax.typed(flax_key, name, choice[name].there(array))
+        return self.flax.repeat(flax_key, values)
+
+    def errors(self, given: list[np.ndarray], right: list[np.ndarray], noises: Sequence[Noise]) -> Errors | None:
         """Errors in PyTorch's layout; None if shapes differ, which is allowed inside a model."""
-        given = [arranged_back(np.asarray(a, np.float64), b.shape) for a, b in zip(results, right, strict=False)]
-        return Errors.of(given, right, self.side.dtype)
+        if not given or any(a.shape != b.shape for a, b in zip(given, right, strict=False)):
+            return None
+        return Errors.of(given, right, self.side.dtype, noises=noises)
 
-    def pair(self, call: FlaxCall, key: Key) -> tuple[bool, dict[str, Stored]]:
-        """Match a call's arguments with PyTorch's: (True if they are equal, PyTorch's counterparts by name)."""
-        ours = {name: leaf for name, leaf in leaves_of(call.arguments.arguments).items() if numeric(leaf)}
-        theirs = self.run.calls[key].inputs
-        kept = {name: self.run.kept.get(number) for name, number in theirs.items()}
-        # Match arguments by name; then the rest in order, floats with floats.
-        partner = {n: n for n in ours if n in kept and numeric(ours[n]) == numeric(kept[n])}
-        left = [n for n in kept if n not in partner]
+    def pair(self, key: Key) -> Pairing:
+        """Match a call's arguments with PyTorch's by name; then the rest, those that agree before those that fit."""
+        ours = self.flax.inputs_of(self.keys[key])
+        numbers = self.run.calls[key].inputs
+        theirs = {name: self.run.kept.get(number) for name, number in numbers.items()}
+        partner: dict[str, str] = {}
         for name in ours:
-            same = [n for n in left if name not in partner and numeric(kept[n]) == numeric(ours[name])]
-            if same:
-                partner[name] = same[0]
-                left.remove(same[0])
-        agree = True
-        paired: dict[str, Stored] = {}
-        for name, other in partner.items():
-            given, right = np.asarray(ours[name]), kept[other]
-            if numeric(right) == "f":
-                error = Errors.of([arranged_back(given.astype(np.float64), right.shape)], [right])
-                agree &= self.exact and error is not None and error.error <= limits.FLOAT64_LIMIT
-            elif given.shape == right.shape:
-                agree &= bool((given == right).all())
-            if arranged(right, given.shape).shape == given.shape:
-                dtype = ours[name].dtype
-                wide = jnp.promote_types(dtype, self.side.dtype) if numeric(right) == "f" else dtype
-                paired[name] = theirs[other], given.shape, wide
-        return agree, paired
+            short = name.removeprefix("kwargs[").removesuffix("]") if name.startswith("kwargs[") else name
+            if short in theirs and numeric(ours[name]) == numeric(theirs[short]):
+                partner[name] = short
+        found = {name: nearest(ours[name], theirs[other]) for name, other in partner.items()}
+        for name in ours:
+            if name in partner:
+                continue
+            left = [n for n in theirs if n not in partner.values() and numeric(theirs[n]) == numeric(ours[name])]
+            fitting = {n: layout for n in left if (layout := nearest(ours[name], theirs[n])) is not None}
+            agreeing = [n for n, layout in fitting.items() if self.same(ours[name], theirs[n], numbers[n], layout)]
+            if fitting:
+                partner[name] = (agreeing or list(fitting))[0]
+                found[name] = fitting[partner[name]]
+        fits = {name: layout for name, layout in found.items() if layout is not None}
+        agree = [self.same(ours[n], theirs[partner[n]], numbers[partner[n]], layout) for n, layout in fits.items()]
+        return Pairing({n: partner[n] for n in fits}, fits, len(fits) == len(partner) > 0 and all(agree))
 
-    def tree(self) -> Part:
-        """The sub-modules with their errors and verdicts."""
-        orders = {path: self.run.calls[path, 0].order for path in self.readings}
-        for path, reading in self.readings.items():
-            reading.order = orders[path] if reading.order is None else reading.order
-        return grown("", self.readings, self.run, "forward", self.hint)
+    def same(self, ours: np.ndarray, theirs: np.ndarray, number: int, layout: Layout) -> bool:
+        """True if an argument agrees on both sides; never in a narrow dtype, whose rounding is not an error."""
+        given = layout.back(ours)
+        if numeric(theirs) != "f":
+            return bool((given == theirs).all())
+        (noise,) = self.run.noises([number])
+        return self.exact and noise.error(given, theirs) <= LIMIT
 
-    def hint(self, path: str) -> str:
-        """The known mistake that explains the error of a path; empty if there is none."""
-        evidence = self.readings[path].evidence
-        if evidence is None:
-            return ""
-        key, given = evidence
-
-        def repeat(module: torch.nn.Module) -> list[torch.Tensor]:
-            return self.run.repeated(key, module)[0]
-
-        return hint(self.run.modules[path], repeat, given, self.run.outputs(key), self.side.dtype)
-
-
-def own_errors(run: TorchRun, dtype: Any) -> dict[str, float]:
-    """The largest error allowed in a narrower dtype, by path: 4 × that of PyTorch's sub-module on the same inputs."""
-    narrow = getattr(torch, np.dtype(dtype).name)
-    module = copy.deepcopy(run.side.module).to(narrow)
-    allowed = dict.fromkeys((path for path, _ in run.calls), 0.0)
-    for key in run.calls:
-        if key[1] < RERUNS:
-            outputs, _ = run.repeated(key, module.get_submodule(key[0]), narrow)
-            own = Errors.of([output.detach().double().numpy() for output in outputs], run.outputs(key), dtype)
-            error = 0.0 if own is None else own.error
-            allowed[key[0]] = max(allowed[key[0]], limits.RATIO_LIMIT * (error + limits.RATIO_FLOOR))
-    return allowed
+    def narrow_limit(self, key: Key) -> float:
+        """The limit in a narrow dtype: the prediction, or twice the error of PyTorch's sub-module in that dtype."""
+        if key[1] >= RERUNS:
+            return PREDICTED
+        narrow = getattr(torch, self.side.dtype.name)
+        try:
+            module = copy.deepcopy(self.run.modules[key[0]]).to(narrow)
+            outputs, _ = self.run.repeated(key, module, narrow)
+        except Exception:  # PyTorch has no kernel for that dtype
+            return PREDICTED
+        own = [as_numpy(output.double() if not output.is_complex() else output) for output in outputs]
+        errors = Errors.of(own, self.run.outputs(key), self.side.dtype, noises=self.run.isolated_noise(key))
+        return max(PREDICTED, OWN * errors.noise) if errors is not None and np.isfinite(errors.noise) else PREDICTED
 
 
-def grown(path: str, readings: dict[str, PathErrors], run: TorchRun, stage: str, hint: Callable[[str], str]) -> Part:
-    """The tree below a path; children of a module that is never called (a list) belong to the enclosing module."""
-    below = [p for p in readings if p != path and p.startswith(f"{path}." if path else "")]
-    direct = [p for p in below if not any(q != p and p.startswith(f"{q}.") for q in below)]
-    children = tuple(grown(p, readings, run, stage, hint) for p in direct)
-    reading = readings[path]
-    inner = any(child.verdict in ("culprit", "encloses") for child in children)
-    past = {
-        kind: errors is not None and errors.error > reading.limit
-        for kind, errors in (("propagated", reading.propagated), ("isolated", reading.isolated))
-    }
-    if past["isolated"] or (inner and past["propagated"]):
-        verdict = "encloses" if inner else "culprit"
-    elif past["propagated"]:
-        verdict = "victim"
-    else:
-        verdict = "encloses" if inner else "unmatched" if reading.propagated is None else "agrees"
-    return Part(
-        path=path,
-        flax_path=reading.flax_path,
-        torch_type=type(run.modules[path]).__name__,
-        flax_type=reading.flax_type,
-        stage=stage,
-        order=reading.order or 0,
-        calls=reading.calls,
-        propagated=reading.propagated,
-        isolated=reading.isolated,
-        limit=reading.limit,
-        verdict=verdict,
-        hint=hint(path) if verdict == "culprit" else "",
-        children=children,
-    )
+def counterparts(run: TorchRun, side: JaxSide) -> dict[Key, Key]:
+    """Map Flax calls to PyTorch calls; layer 3 of a scanned stack is the fourth call of its single module."""
+    pairs: dict[Key, Key] = {}
+    stacked: dict[Key, Key] = {}
+    for path, n in run.calls:
+        name = side.weights.module(path)
+        if name is None:
+            continue
+        pairs[name, n] = path, n
+        words = name.split(".")
+        for i, word in enumerate(words):
+            if word.isdigit() and n == 0:
+                stacked[".".join(words[:i] + words[i + 1 :]), int(word)] = path, n
+    return stacked | pairs
 
 
-def floating(output: Any) -> list[Any]:
-    """The floating arrays of an output, in order."""
-    return [leaf for leaf in named_leaves(output, jax.Array).values() if numeric(leaf) == "f"]
-
-
-def arranged(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Rearrange PyTorch's array to Flax's shape, if only the channel axis or separate heads differ."""
-    return laid_out(array, shape, lambda a: np.moveaxis(a, 1, -1))
-
-
-def arranged_back(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Rearrange Flax's array to PyTorch's shape: the inverse of `arranged`."""
-    return laid_out(array, shape, lambda a: np.moveaxis(a, -1, 1))
-
-
-def laid_out(array: np.ndarray, shape: tuple[int, ...], moved: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Move channels or split axes if that gives the shape; otherwise return the array unchanged."""
-    if array.shape != tuple(shape) and array.ndim > 2 and moved(array).shape == tuple(shape):
-        return moved(array)
-    return array.reshape(shape) if array.ndim != len(shape) and array.size == np.prod(shape) else array
+def arranged(given: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Flax's arrays in PyTorch's layout; those that fit in none unchanged."""
+    found = []
+    for a, b in zip(given, right, strict=False):
+        layout = nearest(a, b)
+        found.append(wide(a if layout is None else layout.back(a)))
+    return found

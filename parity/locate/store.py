@@ -30,6 +30,9 @@ class Store:
             self.on_disk += array.nbytes
         return len(self.kept) - 1
 
+    def __len__(self) -> int:
+        return len(self.kept)
+
     def get(self, number: int) -> np.ndarray:
         """The array, read-only; if on disk it is memory-mapped."""
         kept = self.kept[number]

@@ -1,8 +1,10 @@
 """The tree of a pair's sub-modules, each with its errors and a verdict.
 
 A sub-module has two errors. *Propagated*: of its outputs in the run of the whole model, including the errors of
-everything before it. *Isolated*: of its outputs given exactly the inputs of PyTorch's call. A culprit exceeds its limit
-in isolation, and no sub-module inside it does; a victim is within its limit in isolation but received wrong inputs.
+everything before it. *Isolated*: of its outputs given exactly the inputs of PyTorch's call. Both have their limit in
+units of the rounding noise. A culprit exceeds it in the run and in isolation, and the sub-modules inside it do not
+explain why: PyTorch's sub-module with those of Flax inside has other outputs than Flax's. A victim is within its limit
+in isolation but received wrong inputs.
 """
 
 import dataclasses
@@ -12,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from parity.compare.noise import HUGE, Noise, wide
+
+MATERIAL = 0.1  # of the largest share: a culprit that explains less is a lesser difference
 DECADES = (-18, 2)  # the histogram's range: log10 of |Δ| over the largest magnitude
 
 
@@ -19,7 +24,8 @@ DECADES = (-18, 2)  # the histogram's range: log10 of |Δ| over the largest magn
 class Errors:
     """Differences Δ of arrays from the reference; several arrays of one call count as one.
 
-    error: max|Δ| / max|reference|, the number that has a limit; infinite if a value is not finite.
+    error: max|Δ| / max|reference|; infinite if a value is not finite where the reference's is, or the reverse.
+    noise: the largest |Δ| in units of the rounding noise, the number that has a limit; infinite without a noise.
     ulps: the largest |Δ| in units of the spacing of the reference's values in `dtype`.
     snr_db: 10·log10(Σ reference² / Σ Δ²), infinite for equal arrays.
     histogram: elements by the decade of |Δ| / max|reference|, from below 1e-18 to above 1e2, without equal elements.
@@ -36,30 +42,42 @@ class Errors:
     snr_db: float
     size: int
     histogram: tuple[int, ...]
+    noise: float = math.inf
 
     @classmethod
     def of(
-        cls, result: Sequence[np.ndarray], reference: Sequence[np.ndarray], dtype: Any = np.float64, scale: float = 0.0
+        cls,
+        result: Sequence[np.ndarray],
+        reference: Sequence[np.ndarray],
+        dtype: Any = np.float64,
+        scale: float = 0.0,
+        noises: Sequence[Noise] = (),
     ) -> "Errors | None":
         """Errors of pairs of arrays; None if the shapes of a pair do not broadcast.
 
-        The error is relative to the largest magnitude of each array, or to `scale` if that is given.
+        The error is relative to the largest magnitude of each array, or to `scale` if that is given. Mask constants,
+        NaN and infinities at the same places on both sides have no difference.
         """
         try:
             pairs = [np.broadcast_arrays(a, b) for a, b in zip(result, reference, strict=False)]
         except ValueError:
             return None
-        pairs = [(a, b) for a, b in pairs if a.size]
-        if not pairs:
+        if not any(a.size for a, _ in pairs):
             return None
-        a, b = (np.concatenate([np.ravel(pair[i]) for pair in pairs]).astype(np.float64) for i in (0, 1))
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        times = max((n.error(a, b) for (a, b), n in zip(pairs, noises, strict=False)), default=math.inf)
+        limits = [n.masks_from for n in noises] or [HUGE] * len(pairs)
+        kept = [compared(a, b, limit) for (a, b), limit in zip(pairs, limits, strict=True)]
+        if any(pair is None for pair in kept):
             return NOT_FINITE
+        numbers = [pair for pair in kept if pair is not None]
+        a, b = (np.concatenate([pair[i] for pair in numbers]) for i in (0, 1))
+        if not a.size:
+            return dataclasses.replace(NONE, noise=times)
         apart, size = np.abs(a - b), np.abs(b)
         relative = apart[size > 0] / size[size > 0]
         relative = relative if relative.size else np.zeros(1)
-        scales = [scale or float(np.abs(pair[1]).max()) or 1.0 for pair in pairs]
-        scaled = apart / np.repeat(scales, [pair[1].size for pair in pairs])
+        scales = [scale or float(np.abs(pair[1]).max(initial=0.0)) or 1.0 for pair in numbers]
+        scaled = apart / np.repeat(scales, [pair[1].size for pair in numbers])
         unequal = scaled[scaled > 0]
         low, high = DECADES
         counts, _ = np.histogram(np.clip(np.log10(unequal), low, high - 1e-9), bins=high - low, range=DECADES)
@@ -78,6 +96,7 @@ class Errors:
             snr_db=snr,
             size=a.size,
             histogram=tuple(map(int, counts)),
+            noise=times,
         )
 
     def __str__(self) -> str:
@@ -89,6 +108,22 @@ class Errors:
 
 
 NOT_FINITE = Errors(*(math.inf,) * 8, snr_db=-math.inf, size=0, histogram=(0,) * (DECADES[1] - DECADES[0]))
+NONE = Errors(*(0.0,) * 8, snr_db=math.inf, size=0, histogram=(0,) * (DECADES[1] - DECADES[0]))
+
+
+def compared(a: np.ndarray, b: np.ndarray, masks_from: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """The elements that are numbers on both sides, real and imaginary parts apart; None if they are at other places."""
+    a, b = (real(wide(x)) for x in (a, b))
+    with np.errstate(invalid="ignore"):
+        number = np.abs(b) < masks_from  # False for NaN
+        large = (np.sign(a) == np.sign(b)) & (np.abs(a) >= min(masks_from, HUGE))
+        same = np.where(number, np.isfinite(a), (np.isnan(a) & np.isnan(b)) | large)
+    return (a[number], b[number]) if same.all() else None
+
+
+def real(array: np.ndarray) -> np.ndarray:
+    """The array, flat, with the parts of complex numbers one after the other."""
+    return np.ascontiguousarray(array).ravel().view(np.float64)
 
 
 def spacing(magnitude: np.ndarray, dtype: Any) -> np.ndarray:
@@ -111,8 +146,11 @@ class Part:
     propagated, isolated: errors of the worst of its `calls`, None if nothing could be compared. Forward: of outputs.
         Backward: of the gradient that arrives at the output (propagated), and of the gradients of its inputs and own
         parameters (isolated)
-    limit: the largest allowed `error`
-    verdict: 'agrees', 'culprit', 'encloses' (a culprit), 'victim', or 'unmatched' (nothing was compared)
+    limit: the largest allowed `noise` of the errors
+    verdict: 'agrees', 'culprit', 'encloses' (a culprit), 'victim', 'unmatched' (Flax has no such call) or
+        'not compared'
+    share: of the model's error that a culprit explains; None for all others
+    reason: why the part, or its repetition in isolation, was not compared
     """
 
     path: str
@@ -128,6 +166,8 @@ class Part:
     verdict: str
     hint: str = ""
     children: tuple["Part", ...] = ()
+    share: float | None = None
+    reason: str = ""
 
     @property
     def worst(self) -> float:
@@ -141,8 +181,10 @@ class Part:
             yield from child.walk()
 
     def culprits(self) -> list["Part"]:
-        """The culprits, in the order in which they ran."""
-        return sorted((part for part in self.walk() if part.verdict == "culprit"), key=lambda part: part.order)
+        """The culprits: those that explain the model's error in the order in which they ran, then lesser ones."""
+        found = sorted((part for part in self.walk() if part.verdict == "culprit"), key=lambda part: part.order)
+        most = max((part.share or 0.0 for part in found), default=0.0)
+        return sorted(found, key=lambda part: (part.share or 0.0) < MATERIAL * most)
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON can hold; infinities are strings."""
@@ -157,8 +199,9 @@ def lines_of(part: Part, depth: int, above: str = "") -> Iterator[str]:
     name = part.path.removeprefix(above).removeprefix(".") or "the model"
     isolated = f", alone {part.isolated.error:.1e}" if part.isolated else ""
     error = f"{part.propagated.error:.1e}{isolated}" if part.propagated else isolated.removeprefix(", ")
-    hint = f"  ({part.hint})" if part.hint else ""
-    yield f"{'  ' * depth}{name}  {part.verdict}  {error}{hint}".rstrip()
+    share = f", {part.share:.0%} of the model's error" if part.share is not None else ""
+    notes = "; ".join(filter(None, (part.hint, part.reason)))
+    yield f"{'  ' * depth}{name}  {part.verdict}  {error}{share}{f'  ({notes})' if notes else ''}".rstrip()
     if part.verdict == "culprit" and part.isolated:
         yield f"{'  ' * depth}    {part.isolated}"
     agree = [child for child in part.children if all(p.verdict in ("agrees", "unmatched") for p in child.walk())]

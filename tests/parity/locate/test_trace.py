@@ -14,8 +14,8 @@ from jaxmodels import layers
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Batch
 from parity.compare.torch_side import TorchSide
-from parity.locate.calls import TorchRun
 from parity.locate.store import store
+from parity.locate.torch_calls import TorchRun
 from parity.locate.tree import Errors
 
 
@@ -156,8 +156,13 @@ def test_a_check_finds_the_same_at_every_memory_limit(wrong, limit, written):
     assert ("0.npy" in written) == (limit == 0)
     assert written
     assert not in_memory.passed
-    assert on_disk.divergence == in_memory.divergence
-    assert on_disk.divergence.tree() == in_memory.divergence.tree()
+    found, expected = on_disk.divergence, in_memory.divergence
+    assert (found.path, found.stage, found.hint, found.forward) == (
+        *(expected.path, expected.stage, expected.hint),
+        expected.forward,
+    )
+    if expected.backward is not None:  # compiled in groups of other sizes: its rounding differs
+        assert verdicts(found.backward) == verdicts(expected.backward)
 
 
 def test_a_sweep_observes_its_memory_limit(written):
