@@ -237,6 +237,8 @@ class Divergence:
 
     def __str__(self) -> str:
         what = "outputs" if self.stage == "forward" else "gradients"
+        if self.stage == "training":
+            return f"first divergence: {self.path or 'the model'}, in training mode only: {self.hint}"
         if self.fast_path:
             return f"{self.flax_type}: its plain form agrees, but {what} of its call differ from it by {self.error:.1e}"
         where = self.path or "the model itself, outside its sub-modules"

@@ -26,7 +26,9 @@ from parity.locate.trace import trace
 from parity.locate.tree import Divergence
 from parity.measure.explain import NAMED, explained
 from parity.measure.optimizers import OPTIMIZERS, Training
+from parity.measure.plain import fused
 from parity.measure.reference import Reference, Values, judged, judged_narrow, round_trip
+from parity.measure.train_mode import TRAINING_MODE, in_training, train_mode
 from parity.report.report import Report
 from parity.report.results import Check
 from parity.report.stamp import environment
@@ -129,7 +131,10 @@ def read_check(
         failed = [check for check in checks if not check.passed]
         if failed:
             progress("tracing")
-            divergence = located(comparison, readings.side, readings.reference.batch, failed, memory_limit)
+            evaluated = [check for check in failed if check.kind not in TRAINING_MODE]
+            if evaluated:
+                divergence = located(comparison, readings.side, readings.reference.batch, evaluated, memory_limit)
+            divergence = divergence or in_training(failed)
     skipped = dict(readings.skipped)
     if failed and divergence is None:
         skipped["first divergence"] = NOWHERE
@@ -173,8 +178,12 @@ class Readings:
         for kind, of_kind in values.items():
             yield judged(kind, "float64", of_kind, why.limits[kind])
         yield from self.reference.zeros(result)
+        self.progress("plain form")
+        yield from fused(ours, self.reference, result)
         self.progress("decoding")
         yield from self.decoding(ours, limit=LIMIT * why.allowed)
+        self.progress("training mode")
+        yield from train_mode(self.comparison, self.side, ours, self.skipped, self.notes)
         self.progress("training")
         yield from self.trained(ours, why.allowed)
         for kind, of_kind in narrow.items():
@@ -261,7 +270,7 @@ def located(
         wide = [check for check in failed if check.precision == "float64" or not comparison.float64]
         if found is None and any("gradients" in check.kind or "train" in check.kind for check in wide):
             found = trace(side, ours, batch, gradients=True, memory_limit=memory_limit).divergence
-    narrow = [check.precision for check in failed if check.precision not in ("float64", "bits")]
+    narrow = [check.precision for check in failed if check.precision in ULPS and check.precision != "float64"]
     if found is None and narrow and not wide:
         sides = comparison.sides(narrow[0])
         rounded = Batch(sides.inputs, batch.labels, batch.targets)

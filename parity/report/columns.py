@@ -39,7 +39,15 @@ class Unit:
 
 NOISE = Unit("{:.2g}×", "{:.2g} × noise", "{:.2g}", "difference from PyTorch in float64 / rounding noise")
 COUNT = Unit("{:.0f}", "{:.2g}", "{:g}", "tensors changed by PyTorch → Flax → PyTorch")
-UNITS = {"float64": NOISE, "float32": NOISE, "bfloat16": NOISE, "float16": NOISE, "bits": COUNT}  # by precision
+SETTINGS = Unit("{:.0f}", "{:.0f} differ", "{:g}", "settings of training that differ")
+UNITS = {  # by precision
+    "float64": NOISE,
+    "float32": NOISE,
+    "bfloat16": NOISE,
+    "float16": NOISE,
+    "bits": COUNT,
+    "settings": SETTINGS,
+}
 
 
 @dataclasses.dataclass(frozen=True)

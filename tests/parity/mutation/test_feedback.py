@@ -15,7 +15,7 @@ import torch_ref.feedback
 from jaxmodels import feedback
 from jaxmodels.convert import ConversionError
 from jaxmodels.feedback import attention, model, recurrence, step
-from jaxmodels.layers import HeadProjection
+from jaxmodels.layers import FeedForward, HeadProjection
 from parity import check
 
 S, B, V = 7, 3, 13
@@ -116,7 +116,14 @@ def shared_value_with_a_bias(monkeypatch):
     monkeypatch.setattr(HeadProjection, "__call__", lambda self, x: call(self, x) + 0.1 * hasattr(self, "biased"))
 
 
+def another_activation(monkeypatch):
+    monkeypatch.setattr(
+        FeedForward, "__call__", lambda self, x, rng=None: self.layer2(jax.nn.gelu(self.layer1(x), approximate=False))
+    )
+
+
 MUTATIONS = [
+    (another_activation, "transformer.layers.0.feed_forward"),
     (shared_value_with_a_bias, "transformer.value"),
     (first_step_attends_to_nothing, "transformer.layers.0"),
     (table_row_off_by_one, "transformer.layers.0.attn"),
