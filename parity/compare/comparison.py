@@ -15,10 +15,11 @@
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
@@ -33,7 +34,8 @@ from parity.compare.inputs import Inputs, cast
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds, random_targets
 from parity.compare.names import Names, matches
-from parity.compare.weights import OwnWeights, TorchModule, Twins, Weights, weights_of
+from parity.compare.weights import Mapped, OwnWeights, TorchModule, Twins, Weights, weights_of
+from parity.compare.weights.resolve import difference, resolved
 
 if TYPE_CHECKING:
     from parity.compare.torch_side import TorchSide
@@ -129,7 +131,7 @@ class Comparison:
 
                 module: Any = torch_module
                 torch_module = randomized(module, seed, weights.carries, lambda name: matches(name, torch_only))
-        return cls(
+        comparison = cls(
             torch=torch_module,
             flax=flax_module,
             weights=weights,
@@ -141,6 +143,23 @@ class Comparison:
             float64=float64,
             seed=seed,
         )
+        if isinstance(weights, Mapped) and weights.choices and callable(torch_module):
+            comparison = dataclasses.replace(comparison, weights=resolved(weights, comparison.distances()))
+        return comparison
+
+    def distances(self) -> Callable[[Weights], float]:
+        """A function from other weights to the distance of Flax's outputs from PyTorch's, in float32."""
+        with self.strict_precision(False):
+            theirs = self.torch_side("float32")
+            reference, ours = theirs.outputs(self.inputs), self.jax_side("float32", theirs.state_dict())
+
+        def distance(weights: Weights) -> float:
+            with self.strict_precision(False):
+                side = copy.copy(ours)
+                side.weights = weights
+                return difference(side.loaded(theirs.state_dict()).outputs(self.inputs), reference)
+
+        return distance
 
     @property
     def precision(self) -> str:

@@ -45,6 +45,10 @@ class Choice:
     options: tuple[str, ...]
     chosen: int = 0
 
+    def __str__(self) -> str:
+        why = "the outputs decide" if self.chosen else "layouts= decides"
+        return f"several layouts fit {self.name}: taken as '{self.options[self.chosen]}' ({why})"
+
 
 class Mapped:
     """`Weights` by names. torch_module gives the kinds of layers and which weights are tied.
@@ -66,6 +70,7 @@ class Mapped:
         chosen: Mapping[str, int] | None = None,
     ):
         self.rename = renamer(names)
+        self.names, self.layouts = names, layouts
         self.flax_only, self.torch_only, self.chosen = flax_only, torch_only, chosen or {}
         self.values = torch_module.state_dict()
         self.torch_module, self.flax_module = torch_module, flax_module
@@ -103,6 +108,11 @@ class Mapped:
         if any(self.problems.values()):
             raise ConversionError(self.problems)
         check_values({path: self.arrays[path] for path in self.kept if path[:-1] not in self.batch_statistics})
+
+    def choosing(self, chosen: Mapping[str, int]) -> "Mapped":
+        """The same weights with other layouts, by the names of their choices."""
+        declared = {"flax_only": self.flax_only, "torch_only": self.torch_only}
+        return Mapped(self.torch_module, self.flax_module, self.names, self.layouts, **declared, chosen=chosen)
 
     def targets(self, key: str) -> list[Target] | None:
         """The places of a tensor; None if it is not carried."""
@@ -270,11 +280,7 @@ class Mapped:
         if self.batch_statistics:
             where = listed([dotted(path) for path in sorted(self.batch_statistics, key=dotted)])
             lines.append(f"no running statistics in PyTorch, use_running_average is left as it is: {where}")
-        lines += [
-            f"several layouts fit {c.name}: taken as '{c.options[c.chosen]}' (layouts= decides)"
-            for c in self.choices.values()
-        ]
-        return lines
+        return lines + [str(choice) for choice in self.choices.values()]
 
     @property
     def uncompared(self) -> frozenset[str]:
