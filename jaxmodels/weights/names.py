@@ -186,7 +186,8 @@ def with_arrays(model: Any, arrays: Mapping[Path, Any]) -> Any:
     """Copy of a model with other arrays at the given paths."""
     graphdef, state = nnx.split(model)
     flat: dict[Any, Any] = dict(nnx.to_flat_state(state))
-    flat |= {path: flat[path].replace(array) for path, array in arrays.items()}
+    for path, array in arrays.items():  # a module's plain arrays are leaves themselves
+        flat[path] = flat[path].replace(array) if isinstance(flat[path], nnx.Variable) else array
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

@@ -85,6 +85,7 @@ class Mapped:
         self.dropped: dict[str, list[str]] = {}  # tensors that are not carried, by the reason
         self.one_sided = OneSided(flax_only, torch_only)
         self.summed: set[str] = set()
+        self.misfits: set[Path] = set()  # arrays whose tensors have other shapes
         check_patterns("torch_only", torch_only, self.values)
         check_patterns("flax_only", flax_only, self.lookup)
         targets: dict[str, list[Target]] = {}
@@ -101,7 +102,7 @@ class Mapped:
         self.batch_statistics = self.without_statistics()
         self.kept |= {path for path in self.shapes if path[:-1] in self.batch_statistics} - self.carried
         fed = {piece.path for piece in self.pieces}
-        for path in self.shapes.keys() - self.carried - self.kept:
+        for path in self.shapes.keys() - self.carried - self.kept - self.misfits:
             which = "tensors for a part of it only" if path in fed else "no tensor"
             self.problems["missing"].append(f"{dotted(path)}: Flax has {shown(self.shapes[path])}, PyTorch has {which}")
         self.problems["missing"].sort()
@@ -209,7 +210,8 @@ class Mapped:
                 if "layouts[" in str(error) and "layouts={" not in str(error):
                     raise
                 self.problems["misshapen"].append(str(error))
-                done |= {key}
+                self.misfits |= {spot.path for spot in spots}
+                done |= set(sharing)
                 continue
             pieces += [self.choose(piece, options) for piece, options in found]
         for piece in pieces:
