@@ -218,7 +218,7 @@ class Backward:
 
         of_params, of_inputs = flax.prepared(pulled)(call.part.params, floats, cotangents)
         prefix = tuple(int(word) if word.isdigit() else word for word in call.path.split(".") if word)
-        gradients = self.side.weights.read(call.part.state(of_params), prefix)
+        gradients = self.side.weights.read(call.part.state(of_params), prefix, gradients=True)
         for name in floats:
             found = pairing.layouts[name].back(np.asarray(of_inputs[name]))
             gradients[f"input {pairing.theirs[name]}"] = found

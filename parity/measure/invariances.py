@@ -150,7 +150,7 @@ class Subject:
     def results(self, outputs: Arrays, gradients: nnx.State) -> Kinds:
         """Outputs and parameter gradients as NumPy arrays."""
         arrays = {name: np.asarray(output) for name, output in outputs.items()}
-        return {"output": arrays, "parameter gradients": self.side.weights.read(gradients)}
+        return {"output": arrays, "parameter gradients": self.side.weights.read(gradients, gradients=True)}
 
     def taken(self, indices: Sequence[int]) -> Batch:
         """Some elements of the batch; raises NotApplicable if its axis is unknown."""

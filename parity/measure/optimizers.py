@@ -171,8 +171,9 @@ def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
         still = {path: leaf.replace(jnp.zeros_like(leaf.get_value())) for path, leaf in flat if path in held}
         return optax.apply_updates(params, nnx.from_flat_state(dict(flat) | still)), state
 
-    def read(tree: Any) -> dict[str, np.ndarray]:
-        return {name: array for name, array in side.weights.read(tree).items() if not matches(name, training.frozen)}
+    def read(tree: Any, *, gradients: bool = False) -> dict[str, np.ndarray]:
+        arrays = side.weights.read(tree, gradients=gradients)
+        return {name: array for name, array in arrays.items() if not matches(name, training.frozen)}
 
     params, state = side.params, training.optimizer.optax(training.rates[0]).init(side.params)
     for batch, rate in zip(training.batches, training.rates, strict=True):
@@ -180,4 +181,9 @@ def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
         gradients = jax.tree.map(jnp.conj, gradients)  # PyTorch's gradient of a complex array
         params, state = update(params, state, gradients, jnp.asarray(rate, side.dtype))
         moments = {kind: read(optax.tree.get(state, key)) for kind, (_, key) in training.optimizer.moments.items()}
-        yield {"loss": {"loss": np.asarray(loss)}, "gradients": read(gradients), **moments, "parameters": read(params)}
+        yield {
+            "loss": {"loss": np.asarray(loss)},
+            "gradients": read(gradients, gradients=True),
+            **moments,
+            "parameters": read(params),
+        }

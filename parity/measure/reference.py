@@ -95,13 +95,14 @@ class Reference:
     def compared(self, result: Kinds, kind: str) -> dict[str, np.ndarray]:
         """Flax's tensors of a kind that have a counterpart.
 
-        Outputs that only one side returns are left out, and gradients of parameters that only one side trains.
+        Outputs that only one side returns are left out, and gradients of parameters that PyTorch does not train. A
+        gradient of what is a buffer in PyTorch is kept: it is a difference unless it is declared.
         """
         tensors = result.get(kind, {})
         if kind == "output":
             return aligned(tensors, self.kinds[kind], self.comparison.channels_last)
         if kind == "parameter gradients":
-            return {name: t for name, t in tensors.items() if name in self.trained}
+            return {name: t for name, t in tensors.items() if name not in self.comparison.untrained}
         return dict(tensors)
 
     @functools.cached_property

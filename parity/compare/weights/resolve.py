@@ -9,6 +9,7 @@ import numpy as np
 from parity.compare.weights.mapped import Mapped
 
 MOST = 16  # combinations of layouts that are tried
+NEAR = 1e-3  # a difference of less than this needs no other layout
 BETTER = 1 / 3  # a layout is taken if it brings the outputs nearer by this factor at least
 
 
@@ -21,11 +22,13 @@ def resolved(weights: Mapped, distance: Callable[[Mapped], float]) -> Mapped:
     choices = list(weights.choices.values())
     if not choices or math.prod(len(choice.options) for choice in choices) > MOST:
         return weights
-    candidates = []
+    candidates: list[tuple[float, Mapped]] = []
     for indices in itertools.product(*(range(len(choice.options)) for choice in choices)):
         chosen = {choice.name: index for choice, index in zip(choices, indices, strict=True)}
         candidate = weights.choosing(chosen)
         found = distance(candidate)
+        if found < NEAR and not candidates:
+            return weights
         candidates.append((math.inf if math.isnan(found) else found, candidate))
     usual = candidates[0][0]
     best, candidate = min(candidates, key=lambda item: item[0])

@@ -193,7 +193,7 @@ def roled(torch: str, flax: FlaxRole, shape: Shape, target: Shape) -> Iterator[s
     outputs, inputs = (shape[1], shape[0]) if left.startswith("i") else shape[:2]
     if any(size != 1 for size in shape[2:]):
         return
-    for chosen in divisions(target, outputs, inputs, in_order=flax.kind not in ("plain", "bias")):
+    for chosen in divisions(flax.kind, target, outputs, inputs):
         several = {which: chosen.count(which) > 1 for which in (True, False)}
         names = [("o" if out else "i") + (str(j) if several[out] else "") for j, out in enumerate(chosen)]
         o, i = (grouped([n for n in names if n.startswith(which)]) for which in "oi")
@@ -206,17 +206,18 @@ def grouped(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"({' '.join(names)})"
 
 
-def divisions(target: Shape, outputs: int, inputs: int, *, in_order: bool) -> Iterator[tuple[bool, ...]]:
+def divisions(kind: str, target: Shape, outputs: int, inputs: int) -> Iterator[tuple[bool, ...]]:
     """For each axis of an array if it belongs to the outputs: all ways that give both sizes.
 
-    in_order: input axes come first, as in all kernels of Flax.
+    The input axes of a kernel come first; those of a matrix usually do, and those of a plain array are anywhere.
     """
     rank = len(target)
-    if in_order:
-        ways: Iterator[tuple[bool, ...]] = (tuple(j >= s for j in range(rank)) for s in range(rank, -1, -1))
-    else:
-        ways = itertools.product((True, False), repeat=min(rank, 8))
-    for way in ways:
+    ways: list[tuple[bool, ...]] = []
+    if kind != "plain":
+        ways += [tuple(j >= split for j in range(rank)) for split in range(rank, -1, -1)]
+    if kind in ("plain", "matrix"):
+        ways += itertools.product((True, False), repeat=min(rank, 8))
+    for way in dict.fromkeys(ways):
         sizes = [math.prod(t for t, out in zip(target, way, strict=False) if out is which) for which in (True, False)]
         if len(way) == rank and sizes == [outputs, inputs]:
             yield way

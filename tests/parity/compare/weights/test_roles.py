@@ -98,15 +98,15 @@ class Matrix(nnx.Module):
     """x @ w or x @ w.T, with a parameter that is no kernel."""
 
     def __init__(self, outputs, turned):
-        self.w = nnx.Param(jnp.zeros((6, outputs) if turned else (outputs, 6)))
+        self.matrix = nnx.Param(jnp.zeros((6, outputs) if turned else (outputs, 6)))
         self.b = nnx.Param(jnp.zeros(outputs))
         self.turned = turned
 
     def __call__(self, x):
-        return x @ (self.w[...] if self.turned else self.w[...].T) + self.b
+        return x @ (self.matrix[...] if self.turned else self.matrix[...].T) + self.b
 
 
-MATRIX = {"up.weight": "w", "up.bias": "b"}
+MATRIX = {"up.weight": "matrix", "up.bias": "b"}
 
 
 @pytest.mark.parametrize("turned", [False, True])
