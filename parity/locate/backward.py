@@ -137,7 +137,7 @@ class Backward:
             ours = [np.asarray(given[i], np.float64) for i in found]
             noises = self.run.noises([numbers[i] for i in found])
             self.read(key, "propagated", self.errors(ours, [right[i] for i in found], noises))
-        self.gradients = self.side.weights.read(of_params)
+        self.gradients = self.side.weights.read(of_params, gradients=True)
 
     def loss(self, outputs: dict[str, jax.Array], labels: Any, targets: dict[str, jax.Array]) -> jax.Array:
         """The loss of the whole model."""
