@@ -175,7 +175,10 @@ class Comparison:
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of the parameters that no training step changes, on either side."""
-        named = {*self.untrained, *self.weights.untrained}
+        # Adam's second moment of a complex number is of its parts in PyTorch and of its modulus in optax.
+        parameters = () if self.torch is None else self.torch.named_parameters()
+        both = {name for name, parameter in parameters if getattr(parameter, "is_complex", bool)()}
+        named = {*self.untrained, *self.weights.untrained, *both}
         return (*self.zero_gradients, *map(glob.escape, sorted(named)))
 
     @property

@@ -94,8 +94,8 @@ class JaxSide:
         return side
 
     def merged(self, params: nnx.State, rest: nnx.State | None = None) -> Any:
-        """The module with other parameters."""
-        return nnx.merge(self.graphdef, params, self.rest if rest is None else rest)
+        """The module with other parameters; it has copies of all variables, which its call may change."""
+        return nnx.merge(self.graphdef, params, self.rest if rest is None else rest, copy=True)
 
     def _objective(
         self, params: nnx.State, floats: Arrays, others: Arrays, labels: Any, targets: Arrays, rest: nnx.State

@@ -187,7 +187,7 @@ class Readings:
         self.progress("training")
         yield from self.trained(ours, why.allowed)
         for kind, of_kind in narrow.items():
-            yield judged_narrow(kind, "float32", of_kind, own[kind], why.excess)
+            yield judged_narrow(kind, "float32", of_kind, own[kind], why.rounding.get(kind))
 
     def narrow(self) -> tuple[Values, Values, JaxSide]:
         """Values of Flax and PyTorch in float32, as the modules run, and Flax's side."""

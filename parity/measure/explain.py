@@ -29,12 +29,12 @@ Limits = dict[str, dict[str, float]]
 class Explanation:
     """The limit of each tensor in float64, by kind, and the notes on those above `LIMIT`.
 
-    excess: the largest value that is rounding. allowed: the largest value that passes for either reason, at least 1.
+    rounding: the values that are rounding. allowed: the largest value that passes for either reason, at least 1.
     """
 
     limits: Limits
+    rounding: Limits
     notes: tuple[str, ...] = ()
-    excess: float = 0.0
     allowed: float = 1.0
 
 
@@ -47,8 +47,9 @@ def explained(
     """
     limits = {kind: dict.fromkeys(of_kind, LIMIT) for kind, of_kind in values.items()}
     over = {(kind, name): v for kind, of_kind in values.items() for name, v in of_kind.items() if not v <= LIMIT}
+    ordinary = {kind: {n: v for n, v in of_kind.items() if v <= LIMIT} for kind, of_kind in values.items()}
     if not over:
-        return Explanation(limits)
+        return Explanation(limits, ordinary)
     notes: list[str] = []
     rounding = {at: v for at, v in over.items() if v <= SHRINKS * narrow.get(at[0], {}).get(at[1], 0.0) < np.inf}
     if rounding:
@@ -58,7 +59,7 @@ def explained(
             "by an algorithm that is less stable than PyTorch's"
         )
         for (kind, name), value in rounding.items():
-            limits[kind][name] = value
+            limits[kind][name] = ordinary[kind][name] = value
     left = {at: v for at, v in over.items() if at not in rounding}
     if left and max(left.values()) <= LIMIT * ULPS["float32"] / ULPS["float64"]:
         changes, named = changes_by_constants(reference, torch, flax, result)
@@ -72,7 +73,7 @@ def explained(
             for (kind, name), value in inside.items():
                 limits[kind][name] = value
     passing = [v for (kind, name), v in over.items() if v <= limits[kind][name]]
-    return Explanation(limits, tuple(notes), max(rounding.values(), default=0.0), max(passing, default=1.0))
+    return Explanation(limits, ordinary, tuple(notes), max(passing, default=1.0))
 
 
 def changes_by_constants(

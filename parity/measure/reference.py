@@ -23,6 +23,7 @@ from parity.report.results import Check
 
 PREDICTED = 8.0  # × noise: a narrower dtype costs 1 to 4; XLA rounds exp, tanh and sums more coarsely than PyTorch
 OWN = 2.0  # × PyTorch's own value in that dtype
+WIDE = 4.0  # × the value in float64, where one unit in the last place is twice the rounding error
 
 Values = Mapping[str, Mapping[str, float]]
 """Differences in units of the noise, by kind and tensor."""
@@ -38,13 +39,18 @@ def judged(
 
 
 def judged_narrow(
-    kind: str, precision: str, values: Mapping[str, float], own: Mapping[str, float], excess: float = 0.0
+    kind: str,
+    precision: str,
+    values: Mapping[str, float],
+    own: Mapping[str, float],
+    wide: Mapping[str, float] | None = None,
 ) -> Check:
     """A check in a narrower dtype: over the prediction and over twice PyTorch's own value, a tensor fails.
 
-    excess: the value in float64 if it is rounding: an algorithm that loses more there loses as much more here.
+    wide: values in float64 that are rounding: what an algorithm loses there, such as a long sum, it loses here too.
     """
-    limits = {name: max(PREDICTED, OWN * own.get(name, 0.0), OWN * excess) for name in values}
+    wide = wide or {}
+    limits = {name: max(PREDICTED, OWN * own.get(name, 0.0), WIDE * wide.get(name, 0.0)) for name in values}
     check = judged(kind, precision, values, limits)
     return dataclasses.replace(check, own=own.get(check.worst))
 
