@@ -83,7 +83,7 @@ class Trace:
         leaves = jax.tree.leaves_with_path(tuple(args))
         for i, (path, leaf) in enumerate(leaves):
             if is_narrow(leaf) and leaf.size:
-                self.numbers[0, i] = self.constant(jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+                self.numbers[0, i] = self.constant(name_of(path), leaf)
         self.collect(self.closed.jaxpr, self.closed.consts)
 
     def constant(self, name: str, value: Any) -> int:
@@ -112,6 +112,12 @@ class Trace:
                 self.casts[f"{equation.outvars[0].aval.dtype.name} at {place(equation)}"] += 1
             for inner in jaxprs_of(equation):
                 self.collect(*(inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ()))
+
+
+def name_of(path: Any) -> str:
+    """The name of an argument's array: 'rope.table', or 'argument 2' for one that is an argument itself."""
+    inside = jax.tree_util.keystr(path[1:], simple=True, separator=".")
+    return inside.removesuffix(".value") or f"argument {path[0].idx}"
 
 
 def place(equation: Any) -> str:

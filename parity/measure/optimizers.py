@@ -83,7 +83,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 @dataclasses.dataclass(frozen=True)
 class Moving:
-    """A movement of every parameter by up to `ulp`, relative to its size, before each step."""
+    """A movement of every parameter and input by up to `ulp`, relative to its size, before each step."""
 
     ulp: float
     rng: np.random.Generator
@@ -117,7 +117,7 @@ class Training:
         return {"training loss": losses, "trained parameters": parameters} if losses else {}
 
     def noises(self, side: TorchSide, truth: Kinds, ulp: float, seed: int) -> dict[str, dict[str, Noise]]:
-        """The rounding noise of an outcome: of runs whose parameters move by up to `ulp` before every step."""
+        """The rounding noise of an outcome: of runs whose parameters and inputs move by up to `ulp` in every step."""
         rng = np.random.default_rng(seed)
         runs = [self.outcome(side, Moving(ulp, rng)) for _ in range(RUNS)]
         noises = {kind: noises_of(tensors, (run[kind] for run in runs), ulp) for kind, tensors in truth.items()}
@@ -138,6 +138,7 @@ def torch_steps(side: TorchSide, training: Training, moving: Moving | None = Non
             group["lr"] = rate
         if moving is not None:
             move(trained.values(), moving.ulp, moving.rng)
+            batch = batch.with_inputs(batch.inputs.moved(moving.ulp, moving.rng))
         loss, *_ = side.differentiate(batch)
         gradients = {name: gradient(parameter) for name, parameter in trained.items()}
         for parameter in trained.values():  # JAX's gradient is zero, not None, if the loss does not depend on it

@@ -31,7 +31,7 @@ from parity.compare.weights.piece import Options, Piece, Target, Tensor, alike, 
 from parity.compare.weights.protocol import TorchModule, aliases
 from parity.compare.weights.roles import classes, flax_role, torch_role
 from parity.compare.weights.sided import OneSided, check_patterns, check_values, listed
-from parity.compare.weights.twins import evaluating, in_dtype
+from parity.compare.weights.twins import evaluating
 
 DROPPED = "num_batches_tracked"  # BatchNorm's count of averaged batches; evaluation does not read it
 MASKED = 1e3  # a constant buffer of this magnitude is a mask's, not a weight
@@ -312,7 +312,7 @@ class Mapped:
             array: Any = self.arrays[path]
             if isinstance(array, jax.ShapeDtypeStruct):  # statistics that are not used
                 array = (jnp.ones if path[-1] == "var" else jnp.zeros)(array.shape, array.dtype)
-            leaves[path] = in_dtype(array, widest[0]) if len(set(widest)) == 1 else jnp.asarray(array)
+            leaves[path] = jnp.asarray(array)  # in its own dtype: what it has rounded stays visible
         loaded = evaluating(with_arrays(model, leaves))
         for path in self.batch_statistics:
             ours, theirs = owner_of(loaded, (*path, "mean")), owner_of(self.flax_module, (*path, "mean"))

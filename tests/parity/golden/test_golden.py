@@ -92,8 +92,8 @@ def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
     with pytest.raises(ValueError, match=r"flax_module="):
         parity.replay(jnp.tanh, stem)
     about = json.loads(stem.with_suffix(".json").read_text())
-    stem.with_suffix(".json").write_text(json.dumps(about | {"format": 2}))
-    with pytest.raises(ValueError, match=r"mlp\b.*format=2\b.*1"):
+    stem.with_suffix(".json").write_text(json.dumps(about | {"format": 1}))
+    with pytest.raises(ValueError, match=r"mlp\b.*format=1\b.*2"):
         parity.replay(flax_module, stem)
     stem.with_suffix(".json").write_text(json.dumps(about))
     stem.with_suffix(".safetensors").write_bytes(stem.with_suffix(".safetensors").read_bytes()[:-3])

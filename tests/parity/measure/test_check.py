@@ -1,6 +1,7 @@
 """`parity.check` on small pairs of modules: its readings, the arguments it rejects, and its lack of side effects."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -107,26 +108,101 @@ class Float32Inside(FlaxNet):
         return out | {"y": out["y"].astype(jnp.float32).astype(x.dtype)}
 
 
-def test_a_hidden_float32_fails_in_float64_alone(pair):
+def test_a_cast_inside_is_widened_and_named(pair):
     torch_module, _, inputs = pair
-    report = parity.check(torch_module, Float32Inside(rngs=nnx.Rngs(0)), inputs)
-    assert not next(c for c in report.checks if (c.kind, c.precision) == ("output", "float64")).passed
-    assert all(check.passed for check in report.checks if check.precision == "float32")
+    report = parity.check(torch_module, Float32Inside(rngs=nnx.Rngs(0)), inputs, steps=1)
+    assert report.passed, str(report)
+    assert report.value("output", "float64") < 2
+    (note,) = report.notes
+    assert re.search(r"widened .* Flax: float32 at test_check\.py:\d+ \(Float32Inside\.__call__\)", note)
+
+
+class Table(FlaxNet):
+    """Multiplies its output by a table, rounded to float32 at construction, whose numbers are one in PyTorch."""
+
+    off = 0.0
+
+    def __init__(self, *, rngs):
+        super().__init__(rngs=rngs)
+        thirds = np.float32([1 / 3, 2 / 3, 1 / 7]) * np.float32(1 + self.off)
+        self.table = nnx.Variable(jnp.asarray(thirds))
+
+    def __call__(self, x, hide):
+        out = super().__call__(x, hide)
+        exact = np.array([1 / 3, 2 / 3, 1 / 7])
+        return out | {"y": out["y"] * self.table[...] / exact}
+
+
+class TableOff(Table):
+    off = 1e-5
+
+
+def test_a_table_in_float32_passes_by_name_and_a_wrong_one_fails(pair):
+    torch_module, _, inputs = pair
+    settings = {"flax_only": ["table"], "steps": 1}
+    report = parity.check(torch_module, Table(rngs=nnx.Rngs(0)), inputs, **settings)
+    assert report.passed, str(report)
+    assert report.value("output", "float64") > 1e5
+    assert any(re.search(r"float32 inside: .*table \(float32 \[3\]\)", note) for note in report.notes), report.notes
+    assert not parity.check(torch_module, TableOff(rngs=nnx.Rngs(0)), inputs, **settings).passed
+
+
+class Slightly(FlaxNet):
+    """A formula that is off by less than float32 shows, with nothing narrow inside."""
+
+    def __call__(self, x, hide):
+        out = super().__call__(x, hide)
+        return out | {"y": out["y"] * (1 + 1e-10)}
+
+
+def test_a_difference_that_float32_would_hide_fails_if_nothing_narrow_explains_it(pair):
+    torch_module, _, inputs = pair
+    report = parity.check(torch_module, Slightly(rngs=nnx.Rngs(0)), inputs, steps=0)
+    failed = [(c.kind, c.precision) for c in report.checks if not c.passed]
+    assert ("output", "float64") in failed
+    assert not any(precision == "float32" for _, precision in failed)
+
+
+class TorchNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(7)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class Norm(nnx.Module):
+    def __init__(self, *, rngs, **options):
+        self.norm = nnx.LayerNorm(7, use_fast_variance=True, rngs=rngs, **options)
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+def test_a_less_stable_algorithm_agrees_with_a_note_and_a_wrong_one_differs():
+    """The variance as a mean of squares loses digits for inputs far from zero, in every dtype alike."""
+    x = np.random.default_rng(0).standard_normal((5, 7)) + 300
+    report = parity.check(TorchNorm(), Norm(rngs=nnx.Rngs(0), epsilon=1e-5), x, steps=1)
+    assert report.passed, str(report)
+    assert report.value("output", "float64") > 32
+    assert any(note.startswith("rounding: ") for note in report.notes)
+    assert not parity.check(TorchNorm(), Norm(rngs=nnx.Rngs(0), epsilon=1e-6), x, steps=1).passed
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_16_bit_dtypes_are_compared_on_request(pair, name):
     report = parity.check(*pair, half=(name,), steps=0)
     assert report.passed, str(report)
-    assert 0 < report.value("output", name) < 4
+    assert 0 < report.value("output", name) <= 4
     assert {c.precision for c in report.checks} == {"float64", "float32", "bits", name}
 
 
 class NarrowInside(FlaxNet):
-    """Rounds its input to 8 bits if that has 16."""
+    """Rounds its input to 8 bits, two of them a fraction, if that has 16."""
 
     def __call__(self, x, hide):
-        narrow = jnp.float8_e4m3fn if x.dtype.itemsize == 2 else x.dtype
+        narrow = jnp.float8_e5m2 if x.dtype.itemsize == 2 else x.dtype
         return super().__call__(x.astype(narrow).astype(x.dtype), hide)
 
 
@@ -174,7 +250,7 @@ def test_constant_parameters_are_randomized_in_a_copy(pair):
     flax_module = Biasless(rngs=nnx.Rngs(0))
     assert not parity.check(torch_module, flax_module, inputs, steps=1).passed
     report = parity.check(torch_module, flax_module, inputs, steps=1, randomize=False)
-    assert report.value("output", "float64") < 1e-10
+    assert report.value("output", "float64") < 2
 
 
 def test_declared_zero_gradients_must_be_zero(pair):
@@ -239,7 +315,7 @@ def test_outputs_of_other_names_are_an_error(pair):
         def __call__(self, x, hide):
             return super().__call__(x, hide)["y"]
 
-    with pytest.raises(ValueError, match=r"output\[y\]; .* output\n"):
+    with pytest.raises(ValueError, match=r"output\[y\], .*; .* output\b"):
         parity.check(torch_module, Renamed(rngs=nnx.Rngs(0)), inputs)
     with pytest.raises(ValueError, match=r"flax_module=TorchNet\b"):
         parity.check(torch_module, torch_module, inputs)

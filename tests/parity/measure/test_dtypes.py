@@ -17,7 +17,7 @@ def test_every_dtype_is_compared_with_torchs_own_error():
     assert swept.passed, str(swept.checks)
     assert [row.dtype for row in swept.rows] == ["float64", "float32", "bfloat16", "float16"]
     flax = [row.errors["output"][0] for row in swept.rows]
-    assert flax[0] < 1e-14 < flax[1] < 1e-6 < flax[3] < flax[2] < 0.1
+    assert all(0 < value <= 4 for value in flax), "in units of each dtype's noise"
     assert json.loads(json.dumps(swept.to_json(), allow_nan=False))["rows"][1]["dtype"] == "float32"
 
 
@@ -25,7 +25,7 @@ class Narrow(FlaxMLP):
     """Rounds its input to 8 bits if that is bfloat16."""
 
     def __call__(self, x):
-        narrow = jnp.float8_e4m3fn if x.dtype == jnp.bfloat16 else x.dtype
+        narrow = jnp.float8_e5m2 if x.dtype == jnp.bfloat16 else x.dtype
         return super().__call__(x.astype(narrow).astype(x.dtype))
 
 

@@ -20,8 +20,8 @@ def test_the_errors_of_the_default_precision_are_reported():
     torch_module, _, x = mlp()
     found = fast_path(torch_module, Accelerated(rngs=nnx.Rngs(0)), x)
     output = next(cost for cost in found.costs if cost.kind == "output")
-    assert output.strict < 1e-6 < 1e-4 < output.default < 0.1
-    assert output.torch < 1e-6
+    assert output.strict < 4 < 1e3 < output.default < 1e6, "bfloat16 has 16 bits less than float32"
+    assert output.torch < 4
     assert all(check.value == 0 and check.passed for check in found.checks)
 
 

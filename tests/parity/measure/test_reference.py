@@ -8,6 +8,7 @@ import torch_ref.transformer
 from jaxmodels.transformer import AutoregressiveTransformer
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import decoded
+from parity.compare.noise import ULPS
 from parity.measure.reference import Reference
 
 SIZES = (11, 6, 3, 7, 1, "plain")
@@ -20,8 +21,10 @@ def test_decoding_is_judged_by_pytorchs_error_at_the_decoded_positions():
     twin = torch_ref.transformer.AutoregressiveTransformer(*SIZES)
     comparison = Comparison.of(twin, flax, {"ids": ids}, float64=False)
     with comparison.strict_precision():
-        batch, kinds = comparison.evaluated(comparison.torch_side("float64"))
-        reference, side = Reference(comparison, batch, kinds), comparison.jax_side("float32")
+        exact = comparison.torch_side("float64")
+        batch, kinds = comparison.evaluated(exact)
+        noises = exact.noises(batch, kinds, ULPS["float64"], seed=0)
+        reference, side = Reference(comparison, batch, kinds, noises), comparison.jax_side("float32")
         first, _ = decoded(side.module, batch.inputs, side.dtype)
         own = comparison.torch_side("float32").outputs(batch.inputs)
         check = reference.decoding(side, own_outputs=own)
@@ -30,7 +33,7 @@ def test_decoding_is_judged_by_pytorchs_error_at_the_decoded_positions():
         for name in own:
             before[name][:first] += 1  # an error of PyTorch's where nothing is decoded excuses nothing
             after[name][first:] += 1
-        assert reference.decoding(side, own_outputs=before).value == check.value > 0
-        assert reference.decoding(side, own_outputs=after).value < check.value
+        assert reference.decoding(side, own_outputs=before).limit == check.limit > check.value > 0
+        assert reference.decoding(side, own_outputs=after).limit > check.limit
     assert first > 0
     assert (check.kind, check.precision, check.passed) == ("cached decoding", "float32", True)
