@@ -165,9 +165,13 @@ def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
     if not training.batches or all(path in held for path, _ in nnx.to_flat_state(side.params)):
         return
 
+    def optimizer(rate: Any) -> optax.GradientTransformation:
+        # As in PyTorch, the real and imaginary part of a complex parameter are two parameters.
+        return optax.contrib.split_real_and_imaginary(training.optimizer.optax(rate))
+
     @compiled
     def update(params: nnx.State, state: Any, gradients: nnx.State, rate: jax.Array) -> tuple[nnx.State, Any]:
-        updates, state = training.optimizer.optax(rate).update(gradients, state, params)
+        updates, state = optimizer(rate).update(gradients, state, params)
         flat = nnx.to_flat_state(updates)
         still = {path: leaf.replace(jnp.zeros_like(leaf.get_value())) for path, leaf in flat if path in held}
         return optax.apply_updates(params, nnx.from_flat_state(dict(flat) | still)), state
@@ -176,15 +180,28 @@ def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
         arrays = side.weights.read(tree, gradients=gradients)
         return {name: array for name, array in arrays.items() if not matches(name, training.frozen)}
 
-    params, state = side.params, training.optimizer.optax(training.rates[0]).init(side.params)
+    params, state = side.params, optimizer(training.rates[0]).init(side.params)
     for batch, rate in zip(training.batches, training.rates, strict=True):
         (loss, _), (gradients, _) = side.value_and_grad(params, *side.arguments(batch), side.rest)
         gradients = jax.tree.map(jnp.conj, gradients)  # PyTorch's gradient of a complex array
         params, state = update(params, state, gradients, jnp.asarray(rate, side.dtype))
-        moments = {kind: read(optax.tree.get(state, key)) for kind, (_, key) in training.optimizer.moments.items()}
+        moments = {
+            kind: read(whole(optax.tree.get(state, key))) for kind, (_, key) in training.optimizer.moments.items()
+        }
         yield {
             "loss": {"loss": np.asarray(loss)},
             "gradients": read(gradients, gradients=True),
             **moments,
             "parameters": read(params),
         }
+
+
+def whole(moment: Any) -> Any:
+    """A moment with the real and imaginary parts of complex parameters joined."""
+
+    def is_pair(part: Any) -> bool:
+        return getattr(part, "_fields", ()) == ("real", "imaginary")
+
+    return jax.tree.map(
+        lambda part: part.real + 1j * part.imaginary if is_pair(part) else part, moment, is_leaf=is_pair
+    )
