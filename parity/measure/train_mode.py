@@ -37,16 +37,20 @@ from parity.locate.calls import calls_replaced
 from parity.locate.tree import Divergence
 from parity.measure.reference import judged
 from parity.measure.train_settings import (
+    CLOSE,
     PATHS,
     RATES,
+    Compared,
     Setting,
     compared,
     flax_settings,
     torch_settings,
     tracks,
+    unseen_updates,
 )
 from parity.report.results import Check
 
+A_STEP = "a step in training mode"
 SETTINGS, OUTPUT, AVERAGES = "training settings", "output in training", "averages after a step"
 TRAINING_MODE = (SETTINGS, OUTPUT, AVERAGES)
 FLAGS = {name: not value for name, value in EVALUATION.items()}  # arguments and fields that select training
@@ -67,27 +71,36 @@ def train_mode(
 
     side, ours: both sides in float64. Nothing for modules without such settings, at no cost.
     """
-    theirs = torch_settings(side.module)
-    if not theirs:
-        return
-    settings = flax_settings(ours.module)
-
-    def calls() -> tuple[list[str], list[str]]:
-        return torch_calls(side, comparison.inputs, theirs), flax_calls(ours, comparison.inputs, settings)
-
-    found = compared(theirs, settings, comparison.weights, calls)
-    notes += found.notes
-    if found.pairs:
-        n, differences = len(found.pairs), found.differences
-        yield Check(SETTINGS, "settings", str(differences[0]) if differences else f"{n} settings", len(differences), 0)
-    if not any(tracks(part) for part in side.module.modules()):
-        return
     try:
-        if ours.dtype != np.float64:
-            raise NotComparable("it needs float64")
-        yield from step(comparison, side, ours, found.pairs, notes)
+        theirs, ours_too = torch_settings(side.module), flax_settings(ours.module)
+        if theirs:
+            found = compared(
+                theirs,
+                ours_too,
+                comparison.weights,
+                lambda: (
+                    torch_calls(side, comparison.inputs, theirs),
+                    flax_calls(ours, comparison.inputs, ours_too),
+                ),
+            )
+            notes += found.notes
+            yield from of_settings(found)
+            if any(tracks(part) for part in side.module.modules()):
+                yield from step(comparison, side, ours, found.pairs, notes)
     except NotComparable as reason:
-        skipped["a step in training mode"] = str(reason)
+        skipped[A_STEP] = str(reason)
+    except Exception as error:  # no reading of training may lose the others
+        skipped[A_STEP] = first_line(error)
+    updates = unseen_updates(side.module)
+    if updates:
+        notes.append(f"not compared, as it changes in training only: {', '.join(updates)}")
+
+
+def of_settings(found: Compared) -> Iterator[Check]:
+    """A check of the pairs of settings."""
+    n, differences = len(found.pairs), found.differences
+    if n:
+        yield Check(SETTINGS, "settings", str(differences[0]) if differences else f"{n} settings", len(differences), 0)
 
 
 def in_training(failed: Sequence[Check]) -> Divergence | None:
@@ -151,6 +164,8 @@ def step(
 
     If momentum is a setting of both sides, Flax's averages are those of PyTorch's momentum.
     """
+    if ours.dtype != np.float64:
+        raise NotComparable("it needs float64")
     theirs = TorchStep(side, comparison)
     truth, units = theirs.truth()
     momenta = {a.path: (a.value, 1 - b.value) for a, b in pairs if a.kind == "momentum" and a.value * (1 - b.value) > 0}
@@ -164,6 +179,8 @@ def step(
             path, old = name.rpartition(".")[0], theirs.before[name]
             torch_share, flax_share = momenta.get(path, (1.0, 1.0))
             ratio = torch_share / flax_share
+            if abs(ratio - 1) > CLOSE and len(theirs.variances[path]) != 1:
+                continue  # of several calls, or of none that is known, the share of the old average is not known
             unit = units[AVERAGES][name].scaled(by * max(1.0, ratio))
             of = [unit.error(old + ratio * (new - old), right) for right in theirs.alternatives(name, truth)]
             errors[AVERAGES][name] = min(of)
@@ -192,8 +209,8 @@ def scaled(units: Mapping[str, Noise], by: float) -> dict[str, Noise]:
 class TorchStep:
     """PyTorch's module in training mode, with all rates at 0, in float64.
 
-    before: the averages at the start, by name. elements: the number that each variance is over, by path of the module;
-    missing if a module is not called exactly once.
+    before: the averages at the start, by name. variances: of each call of a module, by its path, with the number of
+    elements.
     """
 
     def __init__(self, side: TorchSide, comparison: Comparison):
@@ -207,7 +224,7 @@ class TorchStep:
         self.before = {n: a for n, a in self.now().items() if carries(n)}
         if not self.before:
             raise NotComparable("Flax has no place for PyTorch's averages")
-        self.counts: dict[str, list[float]] = {path: [] for path in self.parts}
+        self.variances: dict[str, list[tuple[np.ndarray, float]]] = {path: [] for path in self.parts}
         self.biased = False
 
     def now(self) -> Tensors:
@@ -231,7 +248,7 @@ class TorchStep:
         """Results, and their noise; raises NotComparable if they are random."""
         inputs, ulp = self.comparison.inputs, ULPS["float64"]
         rng = np.random.default_rng(self.comparison.seed)
-        with torch.random.fork_rng(), self.counted():
+        with torch.random.fork_rng(), self.recorded():
             torch.manual_seed(0)
             truth = self.run(inputs)
         self.side.restore()
@@ -248,28 +265,37 @@ class TorchStep:
         return truth, {kind: noise.noises_of(truth[kind], [run[kind] for run in runs], ulp) for kind in truth}
 
     @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count the elements of each variance in calls within the block."""
+    def recorded(self) -> Iterator[None]:
+        """Record the variances that calls within the block average."""
+        before: dict[str, np.ndarray] = {}
+
+        def enter(path: str, part: Any) -> None:
+            before[path] = as_numpy(part.running_var).copy()
+
+        def leave(path: str, part: Any, x: torch.Tensor) -> None:
+            groups = x.shape[1] * (1 if isinstance(part, nn.modules.batchnorm._BatchNorm) else x.shape[0])
+            if part.momentum:
+                batch = (as_numpy(part.running_var) - (1 - part.momentum) * before[path]) / part.momentum
+                self.variances[path].append((batch, x.numel() / groups))
+
         with contextlib.ExitStack() as stack:
             for path, part in self.parts.items():
-
-                def count(part: nn.Module, args: tuple[torch.Tensor, ...], path: str = path) -> None:
-                    (x,) = args
-                    groups = x.shape[1] * (1 if isinstance(part, nn.modules.batchnorm._BatchNorm) else x.shape[0])
-                    self.counts[path].append(x.numel() / groups)
-
-                stack.callback(part.register_forward_pre_hook(count).remove)
+                entered = part.register_forward_pre_hook(lambda part, _, path=path: enter(path, part))
+                left = part.register_forward_hook(lambda part, args, _, path=path: leave(path, part, args[0]))
+                stack.callback(entered.remove)
+                stack.callback(left.remove)
             yield
 
     def alternatives(self, name: str, truth: Mapping[str, Tensors]) -> list[np.ndarray]:
         """PyTorch's averages and, of a variance, what they would be of biased variances."""
         path, _, which = name.rpartition(".")
         right, momentum = truth[AVERAGES][name], self.parts[path].momentum
-        counts = self.counts[path]
-        if which != "running_var" or len(counts) != 1 or momentum is None:
+        if which != "running_var" or not momentum:
             return [right]
-        (n,), kept = counts, (1 - momentum) * self.before[name]
-        return [right, kept + (right - kept) * (n - 1) / n]
+        average = self.before[name]
+        for batch, n in self.variances[path]:
+            average = (1 - momentum) * average + momentum * batch * (n - 1) / n
+        return [right, average]
 
 
 def without_dropout(module: Any) -> None:
@@ -306,7 +332,9 @@ class FlaxStep:
             called: Any = type(inner).__call__
         else:
             without_dropout(module)
-            module.train()
+            for _, part in nnx.iter_modules(module):
+                for name in FLAGS.keys() & {n for n, value in vars(part).items() if isinstance(value, bool)}:
+                    setattr(part, name, FLAGS[name])
             called = type(module).__call__
         taken = [*inspect.signature(called).parameters, *side.inputs.flax_kwargs]
         flags = {name: FLAGS[name] for name in taken if name in FLAGS}

@@ -72,6 +72,28 @@ def of_torch(path: str, part: torch.nn.Module) -> Iterator[Setting]:
         yield from [Setting(path, kind, "dropout", "dropout", part.dropout)] * (layers if part.dropout else 0)
     elif kind in PATHS:
         yield from rate_of(path, part, "dropped paths")
+    else:
+        yield from smoothing(path, part)
+
+
+def smoothing(path: str, part: Any) -> Iterator[Setting]:
+    """The label smoothing of a loss, on either side."""
+    value = getattr(part, "label_smoothing", None)
+    if isinstance(value, int | float):
+        yield Setting(path, type(part).__name__, "label smoothing", "label_smoothing", float(value))
+
+
+def unseen_updates(module: torch.nn.Module) -> list[str]:
+    """Spectral norms: their power iteration runs in training only, and Flax has no common counterpart."""
+    hooks = {path: part._forward_pre_hooks.values() for path, part in module.named_modules()}
+    old = [path for path, of in hooks.items() if any(type(hook).__name__ == "SpectralNorm" for hook in of)]
+    new = [path.partition(".parametrizations")[0] for path, part in module.named_modules() if is_spectral(part)]
+    return [f"spectral norm of {path or 'the model'}" for path in (*old, *new)]
+
+
+def is_spectral(part: torch.nn.Module) -> bool:
+    """True for the parametrization of `torch.nn.utils.parametrizations.spectral_norm`."""
+    return type(part).__name__ == "_SpectralNorm"
 
 
 def tracks(part: Any) -> bool:
@@ -98,6 +120,8 @@ def of_flax(path: str, part: Any) -> Iterator[Setting]:
         yield Setting(path, kind, "attention dropout", "dropout_rate", part.dropout_rate, not part.dropout_rate)
     elif kind in PATHS:
         yield from rate_of(path, part, "dropped paths")
+    else:
+        yield from smoothing(path, part)
 
 
 def rate_of(path: str, part: Any, kind: str) -> Iterator[Setting]:
@@ -143,10 +167,8 @@ def compared(
             order = calls()
             left, right = (in_order(of_side, paths) for of_side, paths in zip((left, right), order, strict=True))
         matched = by_order(left, right)
-        if matched is None and any(setting.value for setting in left):
-            notes.append(
-                f"{kind} is not compared: PyTorch has {some(left)}; Flax has {some(right)} without a counterpart"
-            )
+        if matched is None and kind != "momentum" and any(setting.value for setting in left):  # a step shows momentum
+            notes.append(f"{kind} is not compared: {some(left)} in PyTorch, {some(right)} in Flax")
         pairs += matched or []
     differences = []
     for a, b in pairs:

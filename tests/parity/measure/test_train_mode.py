@@ -1,11 +1,14 @@
 """Training mode: a step's outputs and averages, settings in the report, and what is not compared."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import linen, nnx
 
 from parity import check
+from parity.measure.train_settings import unseen_updates
 
 X = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)  # [batch, features, positions]
 LAST = ("input 0", "output")
@@ -142,6 +145,74 @@ def test_a_flag_of_the_call_selects_training():
     report = check(Torch(p=0.0), Train(), X, **FAST)
     assert report.passed, str(report)
     assert "averages after a step" in {one.kind for one in report.checks}
+
+
+class Twice(torch.nn.Module):
+    """A norm that is called twice averages twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.norm(self.norm(x))
+
+
+class FlaxTwice(Flax):
+    def __call__(self, x):
+        return self.norm(self.norm(x))
+
+
+class OwnNorm(nnx.Module):
+    """A norm of a user's own, with PyTorch's momentum."""
+
+    def __init__(self, _, momentum, epsilon, rngs):
+        self.scale, self.bias = nnx.Param(jnp.ones(5)), nnx.Param(jnp.zeros(5))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(5)), nnx.BatchStat(jnp.ones(5))
+        self.share, self.epsilon, self.use_running_average = 1 - momentum, epsilon, False
+
+    def __call__(self, x):
+        mean, var = self.mean[...], self.var[...]
+        if not self.use_running_average:
+            mean, var = x.mean((0, 1)), x.var((0, 1))
+            self.mean[...] += self.share * (jax.lax.stop_gradient(mean) - self.mean[...])
+            self.var[...] += self.share * (jax.lax.stop_gradient(var) - self.var[...])
+        return (x - mean) / jnp.sqrt(var + self.epsilon) * self.scale + self.bias
+
+
+@pytest.mark.parametrize(
+    ("theirs", "flax", "passes"),
+    [
+        (Twice(), lambda: FlaxTwice(), True),
+        (Torch(), lambda: Flax(OwnNorm), True),
+        (Torch(), lambda: Flax(OwnNorm, momentum=0.1), False),
+    ],
+)
+def test_averages_of_repeated_calls_and_of_own_norms(theirs, flax, passes):
+    report = check(theirs, flax(), X, **FAST)
+    assert list(failed(report)) == ([] if passes else ["averages after a step"])
+    assert "averages after a step" in {one.kind for one in report.checks}
+
+
+def test_an_exception_in_training_loses_no_reading():
+    class Raises(Flax):
+        def __call__(self, x):
+            if not self.norm.use_running_average:
+                raise KeyError("training")
+            return super().__call__(x)
+
+    report = check(Torch(), Raises(), X, **FAST)
+    assert report.passed, str(report)
+    assert "KeyError" in report.skipped["a step in training mode"]
+
+
+def test_spectral_norm_is_listed():
+    class Spectral(Torch):
+        def __init__(self):
+            super().__init__(p=0.0)
+            self.last = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 3))
+
+    assert unseen_updates(Spectral()) == ["spectral norm of last"]
 
 
 def test_an_algorithm_that_loses_precision_is_no_mistake():
