@@ -3,34 +3,36 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes
-
-from parity.locate.tree import DECADES, Errors, Part
+from parity.locate.tree import DECADES, MATERIAL, Errors, Part
 from parity.report.results import Row, Trajectory
 from parity.report.style import SERIES
 from parity.report.text import escape
 
-SCALE = 4.0  # the color scale ends at 10^SCALE rounding errors
+SCALE = 4.0  # the color scale ends at 10^SCALE times the limit
 DASHES = ("none", "7 3", "2 2", "9 2 2 2", "5 5", "1 3")  # lines that lie on each other stay visible
 VERDICTS = {  # of a sub-module: how it is shown, and its meaning
-    "culprit": ("culprit", "differs even when it is given PyTorch's inputs, and nothing inside it does"),
-    "encloses": ("encloses", "differs when given PyTorch's inputs, because a sub-module inside it does"),
+    "culprit": ("culprit", "differs in the run, and also when given PyTorch's inputs; nothing inside it explains that"),
+    "encloses": ("encloses", "differs because a sub-module inside it does"),
     "victim": ("victim", "agrees when given PyTorch's inputs; in the run of the whole model it received wrong ones"),
     "agrees": ("agrees", "within its limit"),
-    "unmatched": ("not compared", "never called as a module, or without a counterpart of the same layout"),
+    "not compared": ("not compared", "has outputs that cannot be compared, for the reason beside it"),
+    "unmatched": ("no counterpart", "Flax calls no module in its place"),
 }
 
 
-def epsilon(dtype: str) -> float:
-    return float(ml_dtypes.finfo(dtype).eps)
+def size(errors: Errors) -> str:
+    """The error in units of the rounding noise; relative to the largest magnitude if the noise is not known."""
+    return f"{errors.noise:.2g}×" if math.isfinite(errors.noise) else f"{errors.error:.0e}"
 
 
-def color(error: float, dtype: str) -> str:
-    """Color of an error: green at one rounding error of the dtype, red from 10^SCALE of them."""
-    if not math.isfinite(error):
+def color(share: float) -> str:
+    """Color of an error by its share of the limit: greens up to the limit, then orange to red at 10^SCALE."""
+    if not math.isfinite(share):
         return "hsl(0 75% 60%)"
-    decades = math.log10(error / epsilon(dtype)) if error > 0 else 0.0
-    return f"hsl({140 * (1 - min(max(decades / SCALE, 0.0), 1.0)):.0f} 60% 68%)"
+    decades = math.log10(share) if share > 0 else -math.inf
+    if share <= 1:
+        return f"hsl({80 - 60 * min(max(decades, -1.0), 0.0):.0f} 60% 68%)"
+    return f"hsl({45 * (1 - min(decades / SCALE, 1.0)):.0f} 75% 68%)"
 
 
 def heat_map(rows: Sequence[Row]) -> str:
@@ -40,15 +42,16 @@ def heat_map(rows: Sequence[Row]) -> str:
         return ""
     paths = list(dict.fromkeys(path for tree in trees.values() for path in tree))
     shown = [path for path in paths if any(path in tree and tree[path].propagated for tree in trees.values())]
-    ramp = ", ".join(f"hsl({140 - 35 * i} 60% 68%)" for i in range(5))
-    cells = {path: "".join(heat_cell(tree.get(path), dtype) for dtype, tree in trees.items()) for path in shown}
+    below, above = ([color(10.0**decade) for decade in decades] for decades in ((-1, -0.5, 0), (0.01, 2, SCALE)))
+    ramps = [f'<i style="background: linear-gradient(90deg, {", ".join(ramp)})"></i>' for ramp in (below, above)]
+    cells = {path: "".join(heat_cell(tree.get(path)) for tree in trees.values()) for path in shown}
     body = "".join(f'<tr><th scope="row">{path_of(path)}</th>{cells[path]}</tr>' for path in shown)
     heads = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in ("sub-module", *trees))
     left_out = len(paths) - len(shown)
     omitted = f" Sub-modules without comparable outputs are left out ({left_out})." if left_out else ""
-    return f"""<p>Error of each sub-module's outputs in the run of the whole model, relative to their largest
-magnitude.{omitted}</p>
-<p class="key">1 rounding error of the dtype <i style="background: linear-gradient(90deg, {ramp})"></i> 10,000</p>
+    return f"""<p>Error of each sub-module's outputs in the run of the whole model, in units of the dtype's rounding
+noise.{omitted}</p>
+<p class="key">0.1 {ramps[0]} limit {ramps[1]} {10**SCALE:,.0f} × limit</p>
 <div class="scroll" role="region" aria-label="Error by sub-module and dtype" tabindex="0"><table class="heat">
 <thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"""
 
@@ -61,13 +64,13 @@ def path_of(path: str, parent: str = "") -> str:
     return f'<code><span class="dim">{escape(above)}</span><b>{escape(path[len(above) :])}</b></code>'
 
 
-def heat_cell(part: Part | None, dtype: str) -> str:
+def heat_cell(part: Part | None) -> str:
     if part is None or part.propagated is None:
         return "<td>–</td>"
-    alone = f"; alone {part.isolated.error:.1e}" if part.isolated else ""
-    title = escape(f"{part.path or 'the model'}: {part.propagated}{alone}")
-    error = part.propagated.error
-    return f'<td class="value" style="background: {color(error, dtype)}" title="{title}">{error:.0e}</td>'
+    alone = f"; alone {size(part.isolated)}" if part.isolated else ""
+    title = escape(f"{part.path or 'the model'}: {part.propagated}{alone}; limit {part.limit:.2g}×")
+    share = part.propagated.noise / part.limit if part.limit else math.inf
+    return f'<td class="value" style="background: {color(share)}" title="{title}">{size(part.propagated)}</td>'
 
 
 def histograms(rows: Sequence[Row]) -> str:
@@ -143,7 +146,7 @@ def curves(trajectory: Trajectory) -> str:
 def verdict_tag(verdict: str) -> str:
     """The verdict on a sub-module, highlighted if something is wrong."""
     shown, _ = VERDICTS.get(verdict, (verdict, ""))
-    return f'<span class="tag {escape(verdict)}">{escape(shown)}</span>'
+    return f'<span class="tag {escape(verdict.replace(" ", "-"))}">{escape(shown)}</span>'
 
 
 def verdict_legend() -> str:
@@ -153,30 +156,33 @@ def verdict_legend() -> str:
 
 
 def tree(part: Part) -> str:
-    """A sub-module and its children as nested lists, open down to every culprit; the first shows all its errors."""
-    return f'<ul class="tree">{branch(part, next(iter(part.culprits()), None))}</ul>'
+    """A sub-module and its children as nested lists, open down to the culprits that matter."""
+    culprits = part.culprits()
+    most = max((culprit.share or 0.0 for culprit in culprits), default=0.0)
+    return f'<ul class="tree">{branch(part, [c for c in culprits if (c.share or 0.0) >= MATERIAL * most])}</ul>'
 
 
-def branch(part: Part, first: Part | None, parent: str = "") -> str:
+def branch(part: Part, culprits: Sequence[Part], parent: str = "") -> str:
+    """A part as an item of a list. culprits: those to show at once, the first of them with its errors."""
     kinds = escape(" / ".join(dict.fromkeys(kind for kind in (part.torch_type, part.flax_type) if kind)))
     renamed = (
         f' <span class="dim">→ <code>{escape(part.flax_path)}</code></span>'
         if part.flax_path not in ("", part.path)
         else ""
     )
-    values = " · ".join(
-        f"{label} {errors.error:.1e}"
-        for label, errors in (("in the run", part.propagated), ("alone", part.isolated))
-        if errors is not None
-    )
-    hint = f' <span class="bad hint">{escape(part.hint)}</span>' if part.hint else ""
+    measured = {"in the run": part.propagated, "alone": part.isolated}
+    values = [f"{label} {size(errors)}" for label, errors in measured.items() if errors is not None]
+    values += [f"{part.share:.0%} of the model's error"] if part.share is not None else []
     line = f'<span>{path_of(part.path, parent)}{renamed}</span> <span class="dim kind">{kinds}</span>'
-    line += f" {verdict_tag(part.verdict)} <span>{values}</span>{hint}"
+    line += f" {verdict_tag(part.verdict)} <span>{' · '.join(values)}</span>"
+    line += f' <span class="bad hint">{escape(part.hint)}</span>' if part.hint else ""
+    line += f' <span class="dim hint">{escape(part.reason)}</span>' if part.reason else ""
     numbers = all_errors(part) if part.verdict in ("culprit", "victim") else ""
-    inside = "".join(branch(child, first, part.path) for child in part.children)
+    inside = "".join(branch(child, culprits, part.path) for child in part.children)
     if not (inside or numbers):
         return f'<li><div class="leaf">{line}</div></li>'
-    opened = " open" if part is first or any(p.verdict == "culprit" for c in part.children for p in c.walk()) else ""
+    within = any(inner is culprit for culprit in culprits for child in part.children for inner in child.walk())
+    opened = " open" if within or (culprits and part is culprits[0]) else ""
     inside = f"<ul>{inside}</ul>" if inside else ""
     return f"<li><details{opened}><summary>{line}</summary>{numbers}{inside}</details></li>"
 

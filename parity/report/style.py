@@ -68,6 +68,7 @@ th { font-weight: 600; color: inherit }
 thead th { vertical-align: bottom }
 th:first-child { text-align: left }
 tbody th { font-weight: 400; position: sticky; left: 0; background: var(--page) }
+tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; max-width: 30rem }
 td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem }
 .bar { display: inline-block; width: 100px; height: .6em; background: var(--plain); border-radius: 3px }
 .bar { overflow: hidden; vertical-align: middle }
@@ -84,10 +85,10 @@ summary:hover { background: var(--panel) }
 summary:focus-visible { outline: 2px solid var(--focus); outline-offset: -2px }
 summary h2 { flex: 1 1 8rem; margin: 0 }
 .body { padding: 0 0 1rem 1.3rem }
-dl.run { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 }
+dl.run { display: grid; grid-template-columns: fit-content(45%) minmax(0, 1fr); gap: .1rem 1rem; margin: 0 }
 dt { color: var(--dim); font-weight: 400 }
 dd { margin: 0 }
-dl.legend { display: grid; grid-template-columns: max-content 1fr; gap: .3rem .8rem; margin: .3rem 0 .8rem }
+dl.legend { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .3rem .8rem; margin: .3rem 0 .8rem }
 dl.legend { font-size: .93em; align-items: baseline }
 .tag { font-size: .85em; padding: .05em .5em; border-radius: 3px; white-space: nowrap }
 .tag { background: var(--plain); color: var(--on-plain) }
@@ -119,7 +120,7 @@ svg .bars { fill: var(--series-1) }
 NARROW = """
 .body { padding-left: .3rem }
 th, td { padding: .3rem .4rem }
-tbody th { white-space: normal; min-width: 7.5rem; overflow-wrap: anywhere }
+tbody th { min-width: 7.5rem }
 .wide { display: none }
 .tree ul { padding-left: .5rem; margin-left: .4rem }
 """

@@ -15,7 +15,7 @@ HOSTILE = "<b>&\"'[red]\x00\x1b[31m\x07\r\n\t\x85\u202e\u2028\ud800\uffff</scrip
 
 def errors(value: float) -> Errors:
     counts = (0,) * 5 + (35,) + (0,) * 14
-    return Errors(value, *(value,) * 6, ulps=3.0, snr_db=60.0, size=35, histogram=counts)
+    return Errors(value, *(value,) * 6, ulps=3.0, snr_db=60.0, size=35, histogram=counts, noise=value * 1e16)
 
 
 def part(path: str, verdict: str, *children: Part, order: int = 0, **others: Any) -> Part:
@@ -39,14 +39,17 @@ def agreeing(name: str = "mlp") -> Report:
 
 
 def differing(name: str = "gpt") -> Report:
-    """Two culprits in blocks; notes, a skipped check, a sweep and a trajectory."""
+    """Three culprits in blocks, of which one matters less; notes, a skipped check, a sweep and a trajectory."""
     hint = "epsilon: Flax has 1e-06"
-    norms = [part(f"model.h.{i}.ln_1", "culprit", hint=hint, order=i) for i in range(2)]
+    norms = [
+        part(f"model.h.{i}.ln_1", "culprit", hint=hint, order=i, share=share)
+        for i, share in enumerate((0.9, 0.2, 0.01))
+    ]
     blocks = (
         *(part(f"model.h.{i}", "encloses", norm) for i, norm in enumerate(norms)),
         part("model.h.3", "victim"),
         part("model.drop", "unmatched"),
-        part("model.wpe", "not compared"),
+        part("model.wpe", "not compared", reason="its output has another shape"),
         part("model.wte", "agrees"),
     )
     tree = part("", "encloses", *blocks)
@@ -70,7 +73,7 @@ def differing(name: str = "gpt") -> Report:
 
 def hostile() -> Report:
     """A report whose every text is `HOSTILE`."""
-    tree = part(HOSTILE, "culprit", hint=HOSTILE, torch_type=HOSTILE, flax_type=HOSTILE)
+    tree = part(HOSTILE, "culprit", hint=HOSTILE, reason=HOSTILE, torch_type=HOSTILE, flax_type=HOSTILE)
     return Report(
         HOSTILE,
         [Check(HOSTILE, "float32", HOSTILE, 5.0, 4.0), Check("output", "float32", HOSTILE, 1.0, 4.0)],

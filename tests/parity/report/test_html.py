@@ -95,9 +95,10 @@ def test_sub_modules_have_full_paths_and_a_legend():
     html = page([differing()])
     outline = Outline(html)
     tree = html[html.index('<ul class="tree">') :]
-    for path in ("model.h.0.ln_1", "model.h.3", "model.drop"):
+    for path in ("model.h.0.ln_1", "model.h.3", "model.drop", "90% of the model's error", "has another shape"):
         assert path in outline.text
     assert "blocks.0" in tree, "Flax's name, which differs"
+    assert "in the run 1e+13×" in tree, "the error in units of the noise"
     assert "not compared" in outline.text
     legend = html[html.index('<dl class="legend">') :].partition("</dl>")[0]
     assert [legend.count(f">{shown}</span>") for shown, _ in VERDICTS.values()] == [1] * len(VERDICTS)
@@ -221,8 +222,8 @@ def test_text_has_the_contrast_of_level_aa(conditions):
     for name in colors:
         if "series" in name or name in ("var(--focus)", "var(--good)", "var(--bad)"):
             assert contrast(colors[name], colors["var(--page)"]) >= 3, f"{name} as a line"
-    for error in (1e-16, 1e-15, 1e-14, 1e-13, 1e-12, 1e-3, float("inf")):
-        assert contrast(colors["var(--on-heat)"], rgb(color(error, "float64"))) >= 4.5, error
+    for share in (0.0, 0.1, 0.5, 1.0, 1.01, 30.0, 1e4, 1e11, float("inf")):
+        assert contrast(colors["var(--on-heat)"], rgb(color(share))) >= 4.5, share
 
 
 def rgb(hsl):

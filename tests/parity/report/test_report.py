@@ -153,10 +153,12 @@ def test_the_page_is_self_contained_and_shows_the_first_divergence(files):
     assert "<li>cached / full: " in html
 
 
-def test_colors_are_in_units_of_the_rounding_error_of_the_dtype():
-    assert color(2.0**-7, "bfloat16") == color(2.0**-52, "float64") == "hsl(140 60% 68%)"
-    assert color(1e-3, "float64") == "hsl(0 60% 68%)"
-    assert color(math.inf, "float32") == "hsl(0 75% 60%)"
+def test_colors_show_the_share_of_the_limit():
+    assert color(0.0) == color(0.05) == "hsl(140 60% 68%)"
+    assert color(1.0) == "hsl(80 60% 68%)"
+    assert color(1.001) == "hsl(45 75% 68%)"
+    assert color(1e4) == color(1e11) == "hsl(0 75% 68%)"
+    assert color(math.inf) == "hsl(0 75% 60%)"
 
 
 def test_a_check_without_a_limit_passes_and_prints_no_limit():
