@@ -101,6 +101,8 @@ class Mapped:
         self.kept = {path for path in self.shapes if matches(dotted(path), flax_only)} - self.carried
         self.batch_statistics = self.without_statistics()
         self.kept |= {path for path in self.shapes if path[:-1] in self.batch_statistics} - self.carried
+        self.tables = self.without_counterpart()
+        self.kept |= self.tables
         fed = {piece.path for piece in self.pieces}
         for path in self.shapes.keys() - self.carried - self.kept - self.misfits:
             which = "tensors for a part of it only" if path in fed else "no tensor"
@@ -177,9 +179,7 @@ class Mapped:
     def unplaced(self, key: str, renamed: Sequence[str], without: Sequence[int], n: int) -> None:
         """Record a tensor without a place: tables and masks are not carried, weights are a problem."""
         value = as_numpy(self.values[key])
-        table = not np.issubdtype(value.dtype, np.inexact) or value.size == 0
-        varied = not table and (value != value.flat[0]).any()
-        if not self.is_parameter(key) and (table or varied or abs(value.flat[0]) >= MASKED):
+        if not self.is_parameter(key) and is_table(value):
             self.dropped.setdefault("buffer without a counterpart", []).append(key)
             return
         which = f"place for part {without[0] + 1} of {n}" if len(without) < n else " or ".join(renamed)
@@ -259,6 +259,13 @@ class Mapped:
             counts[path] += size
         return counts
 
+    def without_counterpart(self) -> set[Path]:
+        """Flax arrays that are tables, masks or counters, and not parameters."""
+        left = self.shapes.keys() - self.carried - self.kept - self.misfits - self.trained
+        fed = {piece.path for piece in self.pieces}
+        known = {path for path in left - fed if not isinstance(self.arrays[path], jax.ShapeDtypeStruct)}
+        return {path for path in known if is_table(np.asarray(self.arrays[path]))}
+
     def without_statistics(self) -> set[Path]:
         """Paths of Flax's BatchNorms whose PyTorch counterparts have no running statistics."""
         modules = getattr(self.torch_module, "named_modules", lambda: ())()
@@ -276,6 +283,9 @@ class Mapped:
     def notes(self) -> list[str]:
         """What is not carried, not compared, or was decided by convention."""
         lines = [f"not carried ({reason}): {listed(keys)}" for reason, keys in self.dropped.items()]
+        if self.tables:
+            names = sorted(map(dotted, self.tables))
+            lines.append(f"not carried (no parameter in Flax, without a counterpart): {listed(names)}")
         lines += self.one_sided.notes
         if self.summed:
             lines.append(f"added up in one array, not trained: {listed(sorted(self.summed))}")
@@ -351,6 +361,13 @@ class Mapped:
 
     def carries(self, key: str) -> bool:
         return key not in self.summed and any(piece.key == key for piece in self.pieces)
+
+
+def is_table(value: np.ndarray) -> bool:
+    """True for integers, booleans, and floats that are neither an initial constant nor without values: no weights."""
+    if value.size == 0 or kind(value.dtype) == "integer":
+        return True
+    return bool((value != value.flat[0]).any() or abs(value.flat[0]) >= MASKED)
 
 
 def parsed(pattern: str, layout: Any) -> Layout:

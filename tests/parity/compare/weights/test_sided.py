@@ -130,6 +130,24 @@ def test_tables_and_masks_need_no_counterpart_and_weights_do():
     assert [line.partition(":")[0] for line in error.value.problems["unexpected"]] == ["mean", "std"]
 
 
+class Counting(nnx.Module):
+    def __init__(self, table):
+        self.up = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+        self.calls, self.table = nnx.Variable(jnp.zeros((), jnp.int32)), nnx.Variable(table)
+
+    def __call__(self, x):
+        return self.up(x) * self.table[...]
+
+
+def test_tables_and_counters_of_flax_need_no_counterpart_and_initial_constants_do():
+    table = jnp.arange(1.0, 6.0)
+    notes = weights(Scaled(), Counting(table), ROWS).notes
+    assert any("calls, table" in note for note in notes)
+    with pytest.raises(ConversionError, match="table") as error:
+        weights(Scaled(), Counting(jnp.ones(5)), ROWS)
+    assert len(error.value.problems["missing"]) == 1
+
+
 class Unaveraged(torch.nn.Module):
     def __init__(self, affine):
         super().__init__()
