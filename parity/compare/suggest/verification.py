@@ -1,0 +1,163 @@
+"""Resolve ambiguities by running: of the few candidates the one whose outputs agree with PyTorch's is kept."""
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.weights.names import ConversionError
+from parity.compare.comparison import Comparison
+from parity.compare.outputs import aligned
+from parity.compare.suggest.matching import Doubt, starred
+from parity.compare.weights import Mapped
+
+MOST = 64  # candidates that are run
+CLEAR = 1e3  # the best candidate's error must be smaller than any other's by this factor
+ORDERS = 24  # decisions of one group that are run
+
+Forced = dict[str, Any]
+Names = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Decided pairs, the names that follow from them, and the layouts that are chosen where several fit."""
+
+    forced: Forced
+    names: Names
+    chosen: Mapping[str, int]
+
+
+class Runs:
+    """Outputs of a Flax module under different names, compared with those of the PyTorch module.
+
+    weights: the conversion of a candidate; raises ConversionError if it does not fit.
+    """
+
+    def __init__(self, comparison: Comparison, weights: Callable[[Candidate], Mapped]):
+        self.comparison, self.weights = comparison, weights
+        with comparison.strict_precision(float64=True):
+            self.truth = comparison.torch_side("float64").outputs(comparison.inputs)
+        self.state = comparison.state_dict("float32")
+        self.side: Any = None
+        self.count = 0
+
+    def error(self, candidate: Candidate) -> float:
+        """The largest relative difference of an output; infinite if the candidate does not fit."""
+        self.count += 1
+        try:
+            weights = self.weights(candidate)
+        except ConversionError:
+            return math.inf
+        comparison = dataclasses.replace(self.comparison, weights=weights)
+        with comparison.strict_precision(float64=False):
+            if self.side is None:  # compiled once for all candidates
+                self.side = comparison.jax_side("float32", self.state)
+            side = copy.copy(self.side)
+            side.weights = weights
+            outputs = side.loaded(self.state).outputs(comparison.inputs)
+        found = aligned(outputs, self.truth, comparison.channels_last)
+        return max((difference(found[name], self.truth[name]) for name in found), default=math.inf)
+
+
+def difference(found: Any, truth: np.ndarray) -> float:
+    """The relative difference of two arrays where both are finite, and infinity for other shapes."""
+    found = np.asarray(found)
+    if found.shape != truth.shape or found.dtype.kind not in "fc":
+        return math.inf if found.shape != truth.shape else float((found != truth).any())
+    finite = np.isfinite(found) & np.isfinite(truth)
+    if not finite.any():
+        return 0.0
+    a, b = found[finite].astype(truth.dtype), truth[finite]
+    return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
+
+
+def options(doubts: Sequence[Doubt]) -> list[list[Forced]]:
+    """For each group of parts in doubt its possible decisions, the present one first.
+
+    Equal layers are decided alike.
+    """
+    groups: dict[tuple[Any, ...], list[Forced]] = {}
+    for doubt in doubts:
+        stars = [starred(part) for part in doubt.parts]
+        flax = [[starred(n) for n in o] if isinstance(o, list) else starred(o) for o in doubt.options]
+        alike = len(set(stars)) == len(stars) and len({str(o) for o in flax}) == len(flax)
+        parts, names = (stars, flax) if alike else (doubt.parts, doubt.options)
+        present = dict(zip(parts, (names[i] for i in doubt.chosen), strict=True))
+        others = itertools.permutations(names, len(parts))
+        decisions = [present, *(d for o in others if (d := dict(zip(parts, o, strict=True))) != present)]
+        if len(names) > 1:
+            groups.setdefault((tuple(parts), str(sorted(map(str, names)))), decisions)
+    return list(groups.values())
+
+
+def resolved(runs: Runs, propose: Callable[[Forced], Names], groups: Sequence[list[Forced]]) -> Candidate | None:
+    """The candidate that agrees; None if none stands out.
+
+    All combinations are run if they are few, else one group after the other until nothing improves. Then the layouts
+    are tried where several fit.
+    """
+    if math.prod(map(len, groups)) <= MOST:
+        tries = tried(runs, [Candidate(forced, propose(forced), {}) for forced in combinations(groups)])
+    else:
+        tries = descent(runs, propose, groups)
+    error, best = min(tries, key=lambda item: item[0])
+    if not math.isfinite(error):
+        return None
+    layouts = list(itertools.islice(choices(runs.weights(best)), 1, MOST))
+    tries += tried(runs, [dataclasses.replace(best, chosen=chosen) for chosen in layouts])
+    return clear(tries)
+
+
+def descent(
+    runs: Runs, propose: Callable[[Forced], Names], groups: Sequence[list[Forced]]
+) -> list[tuple[float, Candidate]]:
+    """Candidates of one group after the other, the others at their best so far."""
+    best = [group[0] for group in groups]
+    tries: list[tuple[float, Candidate]] = []
+    improved = True
+    while improved and runs.count < 2 * MOST:
+        improved = False
+        for i, group in enumerate(groups):
+            trials = [merged([*best[:i], decision, *best[i + 1 :]]) for decision in group[:ORDERS]]
+            found = tried(runs, [Candidate(forced, propose(forced), {}) for forced in trials])
+            tries += found
+            j = min(range(len(found)), key=lambda j: found[j][0])
+            if group[j] != best[i]:
+                best[i], improved = group[j], True
+    return tries
+
+
+def tried(runs: Runs, candidates: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
+    """The error of each candidate."""
+    return [(runs.error(candidate), candidate) for candidate in candidates]
+
+
+def combinations(groups: Sequence[list[Forced]]) -> list[Forced]:
+    """All combinations of one decision of each group."""
+    return [merged(chosen) for chosen in itertools.product(*groups)]
+
+
+def merged(decisions: Sequence[Forced]) -> Forced:
+    """Several decisions as one."""
+    return {part: flax for decision in decisions for part, flax in decision.items()}
+
+
+def clear(tries: Sequence[tuple[float, Candidate]]) -> Candidate | None:
+    """The candidate with the smallest error, if those with other names have much larger ones."""
+    error, best = min(tries, key=lambda item: item[0])
+    others = [e for e, other in tries if (other.names, other.chosen) != (best.names, best.chosen)]
+    if not math.isfinite(error) or any(e < CLEAR * error for e in others) or not others:
+        return None
+    return best
+
+
+def choices(weights: Mapped) -> Iterator[dict[str, int]]:
+    """Each way to choose one of several layouts that fit, the usual one first."""
+    names = list(weights.choices)
+    for picked in itertools.product(*(range(len(weights.choices[name].options)) for name in names)):
+        yield dict(zip(names, picked, strict=True))
