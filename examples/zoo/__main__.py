@@ -5,6 +5,7 @@ interrupted: --resume leaves out the pairs that have a result.
 """
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -38,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         names = [name for name in names if name not in runner.stored(options.results)]
     for i, name in enumerate(names, 1):
         began = time.perf_counter()
-        result = runner.checked(
-            library, name, lambda stage, i=i, name=name: progress(f"{i}/{len(names)} {name}: {stage}")
-        )
+        result = runner.checked(library, name, functools.partial(progress, f"{i}/{len(names)} {name}: "))
         runner.store(options.results, name, result)
         progress("", "")
         verdict = result["verdict"] if page.true(name, result) else f"{result['verdict']}, WRONG"

@@ -11,9 +11,12 @@ from parity.compare.weights.owners import WORDS
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def compressed(pairs: Sequence[Pair], containers: Sequence[tuple[str, str]], dropped: Iterable[str]) -> dict[str, Any]:
-    """Names from pairs of tensors and of containers; dropped: tensors without a counterpart.
+def compressed(
+    pairs: Sequence[Pair], containers: Sequence[tuple[str, str]], dropped: Iterable[str], order: Sequence[str]
+) -> dict[str, Any]:
+    """Names from pairs of tensors and of containers, outer ones first; dropped: tensors without a counterpart.
 
+    order: PyTorch's paths in the order of definition.
     If the short form would not map every tensor as given, the names of the tensors are returned as they are.
     """
     exact: dict[str, list[str] | None] = {p.key: list(p.targets) for p in pairs} | dict.fromkeys(dropped)
@@ -23,7 +26,8 @@ def compressed(pairs: Sequence[Pair], containers: Sequence[tuple[str, str]], dro
     names: dict[str, Any] = {}
     rename = renamer(names)
     done: set[str] = set()
-    for name in sorted(entries, key=lambda n: n.count(".")):
+    places = {path: i for i, path in enumerate(order)}
+    for name in sorted(entries, key=lambda n: (n.count("."), places.get(n, len(places)))):
         pattern = NUMBER.sub("*", name)
         targets = entries[name]
         if pattern in done or rename(name) == targets:

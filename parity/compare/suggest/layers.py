@@ -31,7 +31,7 @@ def fits(array: Node, other: Node, parts: int = 1) -> float:
     0 if it does not; 0.5 if it fits only in a less usual order of its axes.
     """
     shape, target = array.shape or (), other.shape or ()
-    torch, flax = torch_role(array.module, array.word, shape), flax_role(other.module, other.word)
+    torch, flax = torch_role(array.module, array.path, shape), flax_role(other.module, other.word)
     if parts > 1:
         axis = split_axes(torch, flax, len(shape))[0] if shape else 0
         if not shape or shape[axis] % parts:
@@ -149,26 +149,46 @@ def holds_part(array: Node, other: Node, parts: int) -> bool:
     return fits(array, dataclasses.replace(other, shape=(*shape[:-1], shape[-1] // parts))) == 1
 
 
-def recurrent(a: Node, b: Node) -> list[Pair] | None:
-    """The pairs of an `nn.LSTM`, `nn.GRU` or `nn.RNN`, or a cell of them, and the Flax cells of its layers.
+def recurrent(a: Node, others: Sequence[Node]) -> list[Pair]:
+    """The pairs of an `nn.LSTM`, `nn.GRU` or `nn.RNN`, or a cell of them, and the Flax cells of its layers in order.
 
-    A tensor is named by its cell, which `weights.packed` takes apart. None for other modules, and if Flax's are not as
-    many cells of that kind.
+    A tensor is named by its cell, which `weights.packed` takes apart. Empty for other modules, and if the others are
+    not as many cells of that kind.
     """
-    kind = next((name for name in GATES if classes(a.module) & {name, f"{name}Cell"}), None)
-    if kind is None or a.shape is not None or b.shape is not None:
-        return None
+    kind = recurrent_kind(a)
+    if kind is None:
+        return []
     layers = [child.word.removeprefix("weight_ih") for child in a.children if child.word.startswith("weight_ih")]
-    cells = [node for node in b.walk() if is_cell(node, GATES[kind])]
-    if len(cells) != len(layers) or sum(len(c.arrays) for c in cells) != len(b.arrays):
-        return None
+    cells = [node for other in others for node in other.walk() if is_cell(node, GATES[kind])]
+    if len(cells) != len(layers) or sum(len(c.arrays) for c in cells) != sum(len(other.arrays) for other in others):
+        return []
     pairs = []
     for layer, cell in zip(layers, cells, strict=True):
         for node in a.children:
             if re.fullmatch(rf"(weight|bias)_[ih]h{layer}", node.word):
-                first = len(layers) == 1
-                pairs.append(Pair(node.path, (f"{cell.path}.{node.word}".lstrip(".") if first else cell.path,)))
+                name = f"{cell.path}.{node.word}".lstrip(".") if len(layers) == 1 else cell.path
+                pairs.append(Pair(node.path, (name,)))
     return pairs
+
+
+def recurrent_kind(node: Node) -> str | None:
+    """LSTM, GRU or RNN for such a layer or cell of PyTorch, else None."""
+    if node.shape is not None:
+        return None
+    return next((name for name in GATES if classes(node.module) & {name, f"{name}Cell"}), None)
+
+
+def cells_of(node: Node, others: Sequence[Node]) -> list[Node]:
+    """Those of the Flax parts that consist of cells of a PyTorch layer's kind."""
+    kind = recurrent_kind(node)
+    if kind is None:
+        return []
+    found = []
+    for other in others:
+        cells = [part for part in other.walk() if is_cell(part, GATES[kind])]
+        if cells and sum(len(cell.arrays) for cell in cells) == len(other.arrays):
+            found.append(other)
+    return found
 
 
 def is_cell(node: Node, gates: str) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from parity.compare.suggest.layers import Pair, fits, fused, joined, recurrent, same_array, virtual
+from parity.compare.suggest.layers import Pair, cells_of, fits, fused, joined, recurrent, same_array, virtual
 from parity.compare.suggest.similarity import BIAS, exchanged, meaningful, same_end, similarity, tokens
-from parity.compare.suggest.tree import Node, Words, unstacked
+from parity.compare.suggest.tree import Node, Words, named_by_linen, numbered, unstacked
 
 IMPOSSIBLE = -1e6
 MARGIN = 0.1  # an exchange of two parts that lowers the score by less is ambiguous
@@ -89,8 +89,8 @@ class Matcher:
         """The match of two parts."""
         if a.shape is not None or b.shape is not None:
             return self.array_match(a, b)
-        if (cell := recurrent(a, b)) is not None:
-            return Match(pairs=cell, alike=[similarity((p.key.rpartition(".")[2],), ("",)) for p in cell])
+        if pairs := recurrent(a, [b]):
+            return Match(pairs=pairs, alike=[1.0])
         layers = layer_count(a)
         if layers > 1 and (stack := unstacked(b, layers)) is not None:
             b = stack
@@ -128,6 +128,7 @@ class Matcher:
     def aligned(self, left: list[Item], free: list[Item]) -> Match:
         """Pair the items of two pools; containers without a counterpart are replaced by their parts."""
         match, loose = Match(), False
+        left, free = stacked_cells(match, left, free)
         while True:
             pool = Pool(self, left, free)
             left, free, found = pool.named(match)
@@ -175,6 +176,19 @@ class Matcher:
         return left, free, False
 
 
+def stacked_cells(match: Match, left: list[Item], free: list[Item]) -> tuple[list[Item], list[Item]]:
+    """Pair a recurrent layer of several levels or directions with as many Flax parts; returns what remains."""
+    for item in left:
+        cells = cells_of(item.node, [other.node for other in free])
+        if len(cells) > 1 and (pairs := recurrent(item.node, cells)):
+            match.pairs += pairs
+            match.alike.append(1.0)
+            used = {id(node) for node in (item.node, *cells)}
+            left = [other for other in left if id(other.node) not in used]
+            free = [other for other in free if id(other.node) not in used]
+    return left, free
+
+
 def pack(ours: Sequence[Node], theirs: Sequence[Node], split: bool) -> list[Pair]:
     """The pairs of a layer's arrays with those of its parts."""
     pairs = []
@@ -213,6 +227,24 @@ def expanded(items: list[Item], which: Iterable[Item]) -> list[Item]:
     return [part for item in items for part in (item.parts() if id(item.node) in chosen else [item])]
 
 
+def compared(a: Item, b: Item) -> tuple[Words, Words]:
+    """The words of two items, without numbers that do not count alike.
+
+    norm1 is not LayerNorm_1 if there are norm1 and norm2 on one side, LayerNorm_0 and LayerNorm_1 on the other.
+    """
+    one, other = a.node, b.node
+    alike = one.family == other.family and named_by_linen(one.word) == named_by_linen(other.word)
+    if alike or not (numbered(one.word)[1] and numbered(other.word)[1]):
+        return a.words, b.words
+    return unnumbered(a.words), unnumbered(b.words)
+
+
+def unnumbered(words: Words) -> Words:
+    """A path without the number at its end."""
+    stem = numbered(words[-1])[0].rstrip("_") if words else ""
+    return (*words[:-1], stem) if stem else words[:-1]
+
+
 class Pool:
     """Two lists of items and their possible pairs."""
 
@@ -242,14 +274,15 @@ class Pool:
         """True if the last words of two items mean the same."""
         a, b = self.left[i], self.free[j]
         arrays = a.node.shape is not None and b.node.shape is not None and a.words[:-1] == b.words[:-1]
-        return same_end(meaningful(a.words), meaningful(b.words)) or (arrays and same_array(a.node, b.node))
+        one, other = compared(a, b)
+        return same_end(meaningful(one), meaningful(other)) or (arrays and same_array(a.node, b.node))
 
     def score(self, i: int, j: int) -> float:
         """The evidence that two items belong together, without their order."""
         a, b = self.left[i], self.free[j]
         ordinal = a.node.ordinal is not None and a.node.ordinal == b.node.ordinal
         optional = not a.node.required
-        return similarity(a.words, b.words) + 0.5 * self.grades[i, j].alike + 0.5 * ordinal - optional
+        return similarity(*compared(a, b)) + 0.5 * self.grades[i, j].alike + 0.5 * ordinal - optional
 
     def named(self, match: Match) -> tuple[list[Item], list[Item], bool]:
         """Pair items of the same name: first those that fit wholly, then those that fit in most parts."""

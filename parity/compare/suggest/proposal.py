@@ -71,7 +71,13 @@ class Search:
 
     def names(self, forced: Mapping[str, Any]) -> dict[str, Any]:
         """Names from a match."""
-        return names_of(self.match(forced))
+        return self.names_of(self.match(forced))
+
+    def names_of(self, match: Match) -> dict[str, Any]:
+        """Names from a match; what needs no counterpart and has none is None."""
+        carried = {pair.key for pair in match.pairs}
+        dropped = [a.path for item in match.left for a in item.node.arrays if a.optional and a.path not in carried]
+        return compressed(match.pairs, match.containers, dropped, [node.path for node in self.theirs.walk()])
 
     def weights(self, candidate: Candidate) -> Mapped:
         """The conversion under names; raises ConversionError if it does not fit."""
@@ -120,7 +126,7 @@ def suggest(
         doubtful = list(search.weights(equal).choices)
     except ConversionError:
         match = search.match({})
-        names, doubts = names_of(match), match.doubts
+        names, doubts = search.names_of(match), match.doubts
     else:
         match, names, doubts = Match(), {}, []
         if not doubtful:
@@ -195,13 +201,6 @@ def verified(
     )
     propose = search.names if doubts else lambda forced: names
     return resolved(Runs(comparison, search.weights), propose, options(doubts))
-
-
-def names_of(match: Match) -> dict[str, Any]:
-    """Names from a match; what needs no counterpart and has none is None."""
-    carried = {pair.key for pair in match.pairs}
-    dropped = [a.path for item in match.left for a in item.node.arrays if a.optional and a.path not in carried]
-    return compressed(match.pairs, match.containers, dropped)
 
 
 def without(node: Node, patterns: Sequence[str]) -> Node:

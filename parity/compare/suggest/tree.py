@@ -24,6 +24,7 @@ class Node:
     None for a module. module: the module itself or the array's owner. optional: needs no counterpart, as a buffer, a
     frozen parameter or another name of a tied one. ordinal: its place among the parts of its kind in an ordered
     container, if it is in one.
+    family: the numbers with which parts of its name, as norm1 and norm2, end.
     """
 
     word: str
@@ -33,12 +34,14 @@ class Node:
     module: Any = None
     optional: bool = False
     ordinal: int | None = None
+    family: frozenset[str] = frozenset()
 
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
         """Equal for nodes that match alike: all of the above except the path."""
         children = tuple(child.key for child in self.children)
-        return self.word, self.shape, type(self.module).__name__, self.optional, self.ordinal, children
+        kind = type(self.module).__name__
+        return self.word, self.shape, kind, self.optional, self.ordinal, self.family, children
 
     @functools.cached_property
     def arrays(self) -> tuple["Node", ...]:
@@ -114,21 +117,37 @@ def tree(
             groups.setdefault(part[len(path)], []).append(part)
         places = sorted(groups, key=lambda w: order.get(".".join(map(str, (*path, w))), len(order)))
         children: list[Node] = []
+        families: dict[str, set[str]] = {}
+        for below in groups:
+            stem, number = numbered(str(below))
+            families.setdefault(stem, set()).add(number)
         counts: dict[frozenset[Any], int] = {}
         for below in places:
             kind = frozenset(tuple(map(str, part[len(path) + 1 :])) for part in groups[below])
-            number = None
-            if numbering(str(below), name in ordered, groups[below] == [(*path, below)]):
-                number = counts[kind] = counts.get(kind, -1) + 1
-            children.append(built((*path, below), groups[below], number))
+            ordinal_of = None
+            if in_sequence(str(below), name in ordered, groups[below] == [(*path, below)]):
+                ordinal_of = counts[kind] = counts.get(kind, -1) + 1
+            child = built((*path, below), groups[below], ordinal_of)
+            children.append(dataclasses.replace(child, family=frozenset(families[numbered(child.word)[0]])))
         return Node(word, name, tuple(children), None, owner((*path, "")), False, ordinal)
 
     return built((), list(shapes), None)
 
 
-def numbering(word: str, in_list: bool, array: bool) -> bool:
+def in_sequence(word: str, in_list: bool, array: bool) -> bool:
     """True if a part's number says its place: an element of a list, or named by Linen, as Dense_1."""
-    return not array and ((in_list and word.isdigit()) or re.fullmatch(r"[A-Z]\w*_\d+", word) is not None)
+    return not array and ((in_list and word.isdigit()) or named_by_linen(word))
+
+
+def named_by_linen(word: str) -> bool:
+    """True for a name that Linen gives, as Dense_1."""
+    return re.fullmatch(r"[A-Z]\w*_\d+", word) is not None
+
+
+def numbered(word: str) -> tuple[str, str]:
+    """A word without the number at its end, and the number: ('norm', '1')."""
+    stem = word.rstrip("0123456789")
+    return stem, word[len(stem) :]
 
 
 def submodules(module: nnx.Module) -> Iterator[tuple[str, Any]]:
