@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import math
+import re
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,7 +84,8 @@ def checked(library: Any, name: str, progress: Progress) -> dict[str, Any]:
         found = result_of(report)
     except Exception as error:
         line = (str(error).splitlines() or [""])[0]
-        found = {"verdict": "error", "noise": None, "remark": f"{type(error).__name__}: {line}", "report": str(error)}
+        found = {"verdict": "error", "noise": None, "remark": f"{type(error).__name__}: {line}", "narrow": []}
+        found["report"] = traceback.format_exc()
     jax.clear_caches()
     return found | {"names": names, "seconds": time.perf_counter() - began, "steps": STEPS, "software": software()}
 
@@ -102,8 +105,15 @@ def result_of(report: Report) -> dict[str, Any]:
         "verdict": {"agrees": "agrees", "DIFFERS": "differs"}.get(report.verdict, "error"),
         "noise": str(worst),
         "remark": remark.splitlines()[0] if remark else "",
+        "narrow": narrow(report),
         "report": str(report),
     }
+
+
+def narrow(report: Report) -> list[str]:
+    """The lines that hold a constant or table in float32, if its rounding explains the difference."""
+    notes = [note for note in report.notes if note.startswith("float32 inside")]
+    return list(dict.fromkeys(place for note in notes for place in re.findall(r"[\w/]+\.py:\d+", note)))
 
 
 def failed(report: Report) -> str:

@@ -31,6 +31,7 @@ CANONICAL = {word: name for name, words in WORDS.items() for word in (name, *wor
 # Last words of arrays: they tell the kind of an array, not which one it is.
 SUFFIX = {"weight", "kernel", "embedding", "scale", "w", "table"}
 BIAS = {"bias", "b", "beta"}
+ALIKE = 0.6  # names that share fewer letters are not alike
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -66,9 +67,10 @@ def similarity(one: Words, other: Words) -> float:
 
 
 def ratio(a: Words, b: Words) -> float:
-    """How alike the letters of two names are, from 0 to 1; numbers do not count."""
+    """How alike the letters of two names are, from 0 to 1; numbers do not count, nor a few common letters."""
     one, other = ("".join(w for w in words if not w.isdigit()) for words in (a, b))
-    return difflib.SequenceMatcher(None, one, other).ratio() if one and other else 0.0
+    found = difflib.SequenceMatcher(None, one, other).ratio() if one and other else 0.0
+    return found if found >= ALIKE else 0.0
 
 
 def same_end(one: Words, other: Words) -> bool:
