@@ -157,7 +157,7 @@ class TorchSide:
     def narrow_constants(self, carried: Callable[[str], bool]) -> dict[str, torch.Tensor]:
         """Tensors that the source holds in a narrow float and that Flax does not get: tables made at construction."""
         saved = {name for name in self.source.state_dict() if carried(name)}
-        saved |= {name for name, _ in self.source.named_parameters()}
+        saved |= {name for name, parameter in self.source.named_parameters() if parameter.requires_grad}
         source = tensors_of(self.source)
         own = tensors_of(self.module)
         return {name: own[name] for name, t in source.items() if name not in saved and t.dtype in NARROW and t.numel()}

@@ -31,6 +31,7 @@ from parity.compare.weights.piece import Options, Piece, Target, Tensor, alike, 
 from parity.compare.weights.protocol import TorchModule, aliases
 from parity.compare.weights.roles import classes, flax_role, torch_role
 from parity.compare.weights.sided import OneSided, check_patterns, check_values, listed
+from parity.compare.weights.squares import Kinds, consistent
 from parity.compare.weights.twins import evaluating
 
 DROPPED = "num_batches_tracked"  # BatchNorm's count of averaged batches; evaluation does not read it
@@ -216,7 +217,14 @@ class Mapped:
             pieces += [self.choose(piece, options) for piece, options in found]
         for piece in pieces:
             self.check_kind(piece)
-        return pieces
+        return consistent([(piece, self.kinds(piece.key, piece.path)) for piece in pieces])
+
+    def kinds(self, key: str, path: Path) -> Kinds | None:
+        """The classes and roles of a tensor and its array; None if the user gives its layout."""
+        tensor, ours = self.tensor(key), owner_of(self.flax_module, path)
+        if tensor.layout is not None:
+            return None
+        return Kinds(type(self.owner(key)).__name__, tensor.role, type(ours).__name__, flax_role(ours, str(path[-1])))
 
     def tensor(self, key: str) -> Tensor:
         """A tensor with its role and the layout that is given for it."""
