@@ -51,7 +51,7 @@ def heat_map(rows: Sequence[Row]) -> str:
     omitted = f" Sub-modules without comparable outputs are left out ({left_out})." if left_out else ""
     return f"""<p>Error of each sub-module's outputs in the run of the whole model, in units of the dtype's rounding
 noise.{omitted}</p>
-<p class="key">0.1 {ramps[0]} limit {ramps[1]} {10**SCALE:,.0f} × limit</p>
+<p class="key">0.1 × limit {ramps[0]} limit {ramps[1]} {10**SCALE:,.0f} × limit</p>
 <div class="scroll" role="region" aria-label="Error by sub-module and dtype" tabindex="0"><table class="heat">
 <thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"""
 

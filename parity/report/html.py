@@ -127,7 +127,7 @@ def readings(report: Outcome) -> str:
     if not report.checks:
         return ""
     own = any(check.own is not None for check in report.checks)
-    titles = ["reading", "precision", "worst", *(["PyTorch's own"] if own else []), "limit"]
+    titles = ["reading", "precision", "worst", *(["PyTorch"] if own else []), "limit"]
     head = [f'<th scope="col">{title}</th>' for title in titles]
     head += ['<th scope="col" class="wide">of limit</th><th scope="col">result</th>']
     head += ['<th scope="col" class="text">where</th>']

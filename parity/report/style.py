@@ -52,7 +52,7 @@ a:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px }
 .good { color: var(--good) }
 .bad { color: var(--bad); font-weight: 600 }
 .dim { color: var(--dim) }
-.unit { white-space: nowrap }
+.unit { display: inline-block }
 .first { border-left: 4px solid var(--bad); padding: .5rem .8rem; background: var(--panel) }
 .scroll { overflow-x: auto; margin: .4rem 0 1rem; max-width: 100% }
 .scroll { background: linear-gradient(to right, var(--page) 40%, transparent) left / 40px 100% no-repeat local,
@@ -106,7 +106,7 @@ dl.legend { font-size: .93em; align-items: baseline }
 .heat td { text-align: center; color: var(--dim) }
 .heat td.value { color: var(--on-heat) }
 .key { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .6rem; font-size: .93em; margin: .2rem 0 .6rem }
-.key i { display: inline-block; width: 160px; height: .8em; border-radius: 3px }
+.key i { display: inline-block; width: 90px; height: .8em; border-radius: 3px }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: .5rem 0 1rem }
 figure { margin: 0; max-width: 100% }
 figcaption { font-size: .93em; max-width: 24rem }
