@@ -35,12 +35,16 @@ KINDS = "a flax.nnx.Module, a flax.linen.Module or parity.Function(apply, params
 Parameters = Mapping[str, inspect.Parameter]
 
 
-def modules(torch_module: Any, flax_module: Any) -> tuple[Any, Any]:
-    """The two modules of a comparison, either of which may be None; raises ValueError that names a wrong one.
+def modules(torch_module: Any, flax_module: Any, *, both: bool = False) -> tuple[Any, Any]:
+    """The two modules of a comparison; raises ValueError that names a wrong one.
 
-    A module that `torch.compile` returned is replaced by the one that it compiled. A recording takes the place of a
-    PyTorch module.
+    Either may be None unless `both` are needed. A module that `torch.compile` returned is replaced by the one that it
+    compiled. A recording takes the place of a PyTorch module.
     """
+    if both and torch_module is None:
+        raise ValueError("torch_module=None must be a torch.nn.Module")
+    if both and flax_module is None:
+        raise ValueError(f"flax_module=None must be {KINDS}")
     if is_flax(torch_module) and is_torch(flax_module):
         raise ValueError(
             f"torch_module={described(torch_module)}, flax_module={described(flax_module)} must be in the other order"
@@ -96,6 +100,8 @@ def initialized(torch_module: Any) -> Any:
 def fitted(inputs: Inputs, torch_module: Any, flax_module: Any) -> Inputs:
     """The inputs as both calls take them; raises ValueError if an input has no place in one of them."""
     theirs, ours = torch_parameters(torch_module), flax_parameters(flax_module)
+    check_constants("torch_kwargs", inputs.torch_kwargs, theirs, "PyTorch")
+    check_constants("flax_kwargs", inputs.flax_kwargs, ours, "Flax", ("rngs", "method", "mutable"))
     notes: list[str] = []
     places = {
         "torch": taken(inputs, theirs, ours, inputs.torch_kwargs, "PyTorch", notes),
@@ -112,6 +118,20 @@ def fitted(inputs: Inputs, torch_module: Any, flax_module: Any) -> Inputs:
             values = ", ".join(f"{n}={v if isinstance(v, bool) else type(v).__name__}" for n, v in added.items())
             notes.append(f"{'Flax' if side == 'flax' else 'PyTorch'} is called with {values}")
     return Inputs(inputs.args, inputs.kwargs, own["torch"], own["flax"], places, (*inputs.notes, *notes))
+
+
+def check_constants(
+    argument: str, values: Mapping[str, Any], parameters: Parameters | None, side: str, others: tuple[str, ...] = ()
+) -> None:
+    """Raises ValueError for a constant that a side's call does not take. others: names that any call takes."""
+    if parameters is None or inspect.Parameter.VAR_KEYWORD in {parameter.kind for parameter in parameters.values()}:
+        return
+    unknown = [name for name in values if name not in passed(parameters) and name not in others]
+    if unknown:
+        takes = ", ".join(passed(parameters)) or "nothing"
+        raise ValueError(
+            f"{argument}: {', '.join(map(str, unknown))} is not taken by {side}'s call, which takes {takes}"
+        )
 
 
 def torch_parameters(module: Any) -> Parameters | None:
@@ -171,7 +191,10 @@ def taken(
     for i in range(len(inputs.args)):  # beyond the positional parameters: keywords, in order
         if i < len(positional):
             free.remove(positional[i])
-        elif inspect.Parameter.VAR_POSITIONAL not in kinds and free:
+        elif inspect.Parameter.VAR_POSITIONAL not in kinds:
+            if not free:
+                takes = ", ".join(passed(parameters)) or "nothing"
+                raise ValueError(f"inputs: got {len(inputs.args)}; {side}'s call takes {takes}")
             places[f"input {i}"] = free.pop(0)
     missing = [name for name in inputs.kwargs if name not in passed(parameters)]
     for name in [n for n in missing if n in order and only_there(n, inputs.kwargs[n])]:

@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxmodels.weights.names import as_numpy
 from parity.compare import jax_side
-from parity.compare.adapters import as_module
+from parity.compare.adapters import as_module, returned
 from parity.compare.arguments import checked_labels, fitted, is_torch, modules
 from parity.compare.inputs import Inputs, cast
 from parity.compare.jax_side import JaxSide
@@ -167,6 +167,11 @@ class Comparison:
         return "float64" if self.float64 else "float32"
 
     @functools.cached_property
+    def returned(self) -> dict[str, Any] | None:
+        """Shapes of Flax's outputs by Flax's names; None without a Flax module."""
+        return None if self.flax is None else returned(self.flax, self.inputs, self.channels_last)
+
+    @functools.cached_property
     def untrained(self) -> frozenset[str]:
         """Parameters that PyTorch does not train, and others whose gradients are not compared."""
         named = () if self.torch is None else self.torch.named_parameters()
@@ -244,7 +249,7 @@ class Comparison:
 
     def batch(self, outputs: Mapping[str, np.ndarray], inputs: Inputs | None = None) -> Batch:
         """The inputs, labels, and random targets for outputs of these shapes."""
-        return Batch(inputs or self.inputs, self.labels, random_targets(outputs, self.seed))
+        return Batch(inputs or self.inputs, self.labels, random_targets(outputs, self.seed, self.returned))
 
     def evaluated(self, side: "TorchSide", inputs: Inputs | None = None) -> tuple[Batch, Kinds]:
         """The batch, and PyTorch's results on it."""

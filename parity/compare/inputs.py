@@ -65,6 +65,9 @@ class Inputs:
             args = tuple(tree_of(value, f"input {i}") for i, value in enumerate(inputs))
         else:
             args = (tree_of(inputs, "input 0"),)
+        for argument, values in (("torch_kwargs", torch_kwargs), ("flax_kwargs", flax_kwargs)):
+            if values is not None and not isinstance(values, Mapping):
+                raise ValueError(f"{argument}={type(values).__name__} must be a mapping of constants by name")
         theirs, ours = dict(torch_kwargs or {}), dict(flax_kwargs or {})
         for argument, values in (("torch_kwargs", theirs), ("flax_kwargs", ours)):
             if twice := sorted(values.keys() & kwargs.keys()):

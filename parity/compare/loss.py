@@ -149,8 +149,8 @@ def logits_of(outputs: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, 
     return (called or fitting)[0]
 
 
-def check_labels(labels: np.ndarray, outputs: Mapping[str, Any]) -> str | None:
-    """A note on which of several outputs has the loss; raises ValueError for labels that are no classes of it."""
+def check_labels(labels: np.ndarray, outputs: Mapping[str, Any]) -> list[str]:
+    """Notes on which of several outputs has the loss; raises ValueError for labels that are no classes of it."""
     name, axis = logits_of(outputs, labels.shape)
     classes = outputs[name].shape[axis]
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
@@ -160,4 +160,4 @@ def check_labels(labels: np.ndarray, outputs: Mapping[str, Any]) -> str | None:
         )
     if (labels == IGNORED).all():
         raise ValueError(f"labels: all are {IGNORED}, which is ignored; at least one must be a class")
-    return f"the loss is the cross-entropy of {name}" if len(outputs) > 1 else None
+    return [f"the loss is the cross-entropy of {name}"] if len(outputs) > 1 else []

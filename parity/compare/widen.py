@@ -74,7 +74,12 @@ class Trace:
     """The jaxpr of a function for arguments of given types, its narrow constants, and what is widened in it."""
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any]):
-        self.closed, self.shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        trace = jax.make_jaxpr(function, return_shape=True)
+        try:
+            self.closed, self.shape = trace(*args)
+        except TypeError:  # a state that is made in float32 meets float64, as the carry of Flax's recurrent cells
+            with jax.enable_x64(False):
+                self.closed, self.shape = trace(*jax.tree.map(as_without_x64, args))
         self.constants: list[Constant] = []
         self.numbers: dict[tuple[int, int], int] = {}  # (id of a jaxpr, position) or (id of a literal, -1) -> constant
         self.casts: collections.Counter[str] = collections.Counter()
@@ -118,6 +123,19 @@ def name_of(path: Any) -> str:
     """The name of an argument's array: 'rope.table', or 'argument 2' for one that is an argument itself."""
     inside = jax.tree_util.keystr(path[1:], simple=True, separator=".")
     return inside.removesuffix(".value") or f"argument {path[0].idx}"
+
+
+def as_without_x64(value: Any) -> Any:
+    """The shape of an array in the dtype that it has without x64."""
+    dtype = jnp.result_type(value)
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return value
+    return jax.ShapeDtypeStruct(np.shape(value), jax.dtypes.canonicalize_dtype(dtype))
+
+
+def integer_like(value: Any, aval: Any) -> Any:
+    """An array of integers in the dtype of its trace; anything else unchanged."""
+    return value.astype(aval.dtype) if jnp.issubdtype(aval.dtype, jnp.integer) else value
 
 
 def place(equation: Any) -> str:
@@ -302,6 +320,7 @@ class Widened:
             inner = jax.tree.structure(trace.shape)
 
             def evaluate(constants: Sequence[Any], leaves: Sequence[Any]) -> Any:
+                leaves = [integer_like(leaf, aval) for leaf, aval in zip(leaves, trace.closed.in_avals, strict=True)]
                 own = [
                     leaf if (0, i) not in trace.numbers else constants[trace.numbers[0, i]]
                     for i, leaf in enumerate(leaves)

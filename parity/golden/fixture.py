@@ -76,6 +76,8 @@ class Fixture:
 
 def files_of(stem: str | os.PathLike) -> tuple[Path, Path]:
     """STEM.safetensors and STEM.json. A stem may contain dots; it may also be the name of either file."""
+    if not isinstance(stem, str | os.PathLike):
+        raise ValueError(f"stem={type(stem).__name__} must be a path")
     stem = Path(stem)
     if stem.suffix in (".safetensors", ".json"):
         stem = stem.with_suffix("")

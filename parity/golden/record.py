@@ -36,6 +36,8 @@ def record(
     folder = files_of(stem)[0].parent
     if not folder.is_dir():
         raise ValueError(f"stem={stem}: folder {folder} does not exist")
+    if torch_module is None:
+        raise ValueError("torch_module=None must be a torch.nn.Module")
     model = description(flax_module)
     comparison = Comparison.of(
         torch_module,

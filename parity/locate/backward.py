@@ -14,6 +14,7 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare.jax_side import split
 from parity.compare.loss import Batch, jax_loss
 from parity.compare.noise import RUNS, Noise, Spread, of_spreads, wide
+from parity.compare.outputs import aligned
 from parity.compare.torch_side import move, tensors_of
 from parity.locate.calls import FlaxCall, recorded
 from parity.locate.causes import children
@@ -123,7 +124,7 @@ class Backward:
                 key = keys.get((call.path, n))
                 return call.output if key is None else added(call.output, zeros[f"{key[0]} {key[1]}"])
 
-            model = nnx.merge(graphdef, params, rest)
+            model = nnx.merge(graphdef, params, rest, copy=True)
             with recorded(model, add, (params, zeros, values)):
                 outputs = self.side.call(getattr(model, "plain", model), values)
             return self.loss(outputs, labels, targets)
@@ -141,7 +142,7 @@ class Backward:
 
     def loss(self, outputs: dict[str, jax.Array], labels: Any, targets: dict[str, jax.Array]) -> jax.Array:
         """The loss of the whole model."""
-        return jax_loss(outputs, labels, targets)
+        return jax_loss(aligned(outputs, targets, self.side.channels_last), labels, targets)
 
     def isolated(self, key: Key) -> Errors | None:
         """Errors of a sub-module's gradients, of inputs and parameters, given PyTorch's inputs and output gradients."""

@@ -26,7 +26,7 @@ class NNXPart:
 
     def call(self, params: Any, rest: Any, args: tuple, kwargs: dict) -> Any:
         """Call the method with other variables."""
-        return self.method(nnx.merge(self.graphdef, params, rest), *args, **kwargs)
+        return self.method(nnx.merge(self.graphdef, params, rest, copy=True), *args, **kwargs)
 
     @staticmethod
     def state(gradients: Any) -> nnx.State:

@@ -86,7 +86,7 @@ class FlaxRun:
         self.calls = {}
         counts: dict[str, int] = {}
         arrays: list[tuple[dict[str, Any], list[Any], Any]] = []
-        model = nnx.merge(self.graphdef, params, rest)
+        model = nnx.merge(self.graphdef, params, rest, copy=True)
 
         def record(call: FlaxCall) -> Any:
             n = counts[call.path] = counts.get(call.path, -1) + 1

@@ -11,11 +11,12 @@ import torch
 from flax import linen, nnx
 
 from parity.compare import noise
+from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.functions import Function
 from parity.compare.jax_side import JaxSide
-from parity.compare.loss import Batch
+from parity.compare.loss import Batch, check_labels
 from parity.compare.names import Names
 from parity.compare.noise import LIMIT, ULPS
 from parity.compare.outputs import unmatched
@@ -91,6 +92,7 @@ def check(
     for a negative limit, and ConversionError if the weights do not fit.
     """
     check_limit(memory_limit)
+    modules(torch_module, flax_module, both=True)
     comparison = Comparison.of(
         torch_module,
         flax_module,
@@ -153,6 +155,8 @@ class Readings:
         progress("reference")
         self.side = comparison.torch_side("float64")
         batch, kinds = comparison.evaluated(self.side)
+        if comparison.labels is not None:
+            self.notes += check_labels(comparison.labels, kinds["output"])
         progress("noise")
         noises = self.side.noises(batch, kinds, ULPS["float64"], comparison.seed)
         self.reference = Reference(comparison, batch, kinds, noises)

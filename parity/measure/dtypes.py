@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from flax import linen, nnx
 
+from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison, Settings, Sides
 from parity.compare.loss import Batch
 from parity.compare.noise import ULPS
@@ -48,6 +49,7 @@ def sweep(
     check_limit(memory_limit)
     if set(dtypes) - set(DTYPES):
         raise ValueError(f"dtypes={list(dtypes)} must be among {', '.join(DTYPES)}")
+    modules(torch_module, flax_module, both=True)
     comparison = Comparison.of(torch_module, flax_module, inputs, **settings)
     return read_sweep(comparison, dtypes=dtypes, layers=layers, memory_limit=memory_limit, progress=progress)
 

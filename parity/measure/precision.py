@@ -8,6 +8,7 @@ import torch
 from flax import linen, nnx
 
 from parity.compare import noise, torch_side
+from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison, Settings
 from parity.compare.jax_side import default_precision
 from parity.compare.loss import Kinds
@@ -30,6 +31,7 @@ def fast_path(
     matmul_precision: a precision of `jax.default_matmul_precision` to use instead. The checks compare the two runs: 0
     if every bit is equal. The settings are those of `parity.check`.
     """
+    modules(torch_module, flax_module, both=True)
     comparison = Comparison.of(torch_module, flax_module, inputs, **settings)
     return read_fast_path(comparison, matmul_precision=matmul_precision)
 

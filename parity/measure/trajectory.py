@@ -13,6 +13,7 @@ import torch
 from flax import linen, nnx
 
 from parity.compare import noise
+from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison, Settings
 from parity.compare.names import matches
 from parity.compare.noise import LIMIT, ULPS
@@ -49,6 +50,7 @@ def trajectory(
         raise ValueError(f"precision={precision!r} must be float64 or float32")
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
+    modules(torch_module, flax_module, both=True)
     comparison = Comparison.of(torch_module, flax_module, inputs, **settings)
     return read_trajectory(
         comparison,

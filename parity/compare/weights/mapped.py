@@ -28,7 +28,7 @@ from parity.compare.weights.layout import Layout, shown
 from parity.compare.weights.owners import kind, owner_of, parameters, place
 from parity.compare.weights.packed import adds, parts
 from parity.compare.weights.piece import Options, Piece, Target, Tensor, alike, fit, joined, layout_for
-from parity.compare.weights.protocol import TorchModule, aliases
+from parity.compare.weights.protocol import TorchModule, aliases, submodule
 from parity.compare.weights.roles import classes, flax_role, torch_role
 from parity.compare.weights.sided import OneSided, check_patterns, check_values, listed
 from parity.compare.weights.squares import Kinds, consistent
@@ -169,9 +169,9 @@ class Mapped:
         """The PyTorch layer of a tensor; that of a parametrized weight is the layer itself."""
         path = key.rpartition(".")[0]
         try:
-            return self.torch_module.get_submodule(path.partition("parametrizations")[0].rstrip("."))
+            return submodule(self.torch_module, path.partition("parametrizations")[0].rstrip("."))
         except KeyError:  # a recording has the direct owners only
-            return self.torch_module.get_submodule(path)
+            return submodule(self.torch_module, path)
 
     def is_parameter(self, key: str) -> bool:
         """True for a parameter, False for a buffer."""

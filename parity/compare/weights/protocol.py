@@ -68,3 +68,11 @@ def aliases(torch_module: TorchModule) -> dict[str, str]:
         name: first.setdefault(id(parameter), name)
         for name, parameter in torch_module.named_parameters(remove_duplicate=False)
     }
+
+
+def submodule(module: TorchModule, path: str) -> Any:
+    """The module at a path; TorchScript's modules have no `get_submodule`. Raises KeyError if there is none."""
+    try:
+        return module.get_submodule(path)
+    except RuntimeError:
+        return dict(getattr(module, "named_modules")())[path]  # noqa: B009

@@ -14,6 +14,7 @@
            Einsum                                       kernel, its axes by the equation
            Embed                                        embedding                table
            of Haiku and penzai                          w, weights               matrix, as a kernel
+           of Equinox, and others with PyTorch's name   weight                   plain, alike
            anything else                                plain, or kernel by name
 
 `layouts_of` returns the layouts that fit, the most usual one first. More than one: the shapes cannot tell.
@@ -34,16 +35,20 @@ DENSE = ("Dense", "Linear", "DenseGeneral", "LinearGeneral")
 
 @dataclasses.dataclass(frozen=True)
 class FlaxRole:
-    """How a Flax layer uses an array. certain: its class says so; otherwise the array's name suggests it."""
+    """How a Flax layer uses an array.
+
+    certain: its class says so; otherwise the array's name suggests it. alike: it lies as in PyTorch, if it can.
+    """
 
     kind: str
     certain: bool = False
     equation: str = ""
+    alike: bool = False
 
 
 def classes(owner: Any) -> set[str]:
-    """Names of an object's class and its bases."""
-    return {base.__name__ for base in type(owner).__mro__}
+    """Names of an object's class and its bases, and of the class that TorchScript compiled."""
+    return {getattr(owner, "original_name", "")} | {base.__name__ for base in type(owner).__mro__}
 
 
 def torch_role(owner: Any, key: str, shape: Shape) -> str:
@@ -71,6 +76,8 @@ def flax_role(owner: Any, leaf: str) -> FlaxRole:
     names = classes(owner)
     if leaf == "bias":
         return FlaxRole("bias")
+    if leaf == "weight":
+        return FlaxRole("plain", alike=True)
     if leaf in ("w", "weights"):
         return FlaxRole("matrix")
     if leaf in ("embedding", "embeddings"):
@@ -146,6 +153,8 @@ def merged(order: Sequence[int], axes: Sequence[int]) -> list[int]:
 def tiers(torch: str, flax: FlaxRole, shape: Shape, target: Shape) -> Iterator[list[str]]:
     """Layouts that roles and ranks allow, not all of which fit; those of a later tier count if none before fits."""
     alike = list(same_order(shape, target))
+    if flax.alike:
+        yield alike
     turned = ["a b -> b a"] if len(shape) == 2 else ["... o i -> ... i o", "o i ... -> ... i o"]
     if torch in ("linear", "linear io", "conv", "transposed conv"):
         yield list(roled(torch, flax, shape, target))
