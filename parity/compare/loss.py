@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity.compare.inputs import Inputs, rolled
-from parity.compare.outputs import correspondence
+from parity.compare.outputs import correspondence, words
 
 if TYPE_CHECKING:
     import torch
@@ -133,10 +133,11 @@ def torch_loss(
 def logits_of(outputs: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, int]:
     """The output that labels of a shape belong to, and the axis of its classes: the last one or, failing that, 1.
 
-    It is the one called `logits` if there is one that fits, else the first that fits. Raises ValueError if none does.
+    It is the one called `logits` if there is one that fits, else the first by name that fits (`output[2]` comes before
+    `output[10]`), as jit does not keep the order of a dict. Raises ValueError if none does.
     """
     fitting = []
-    for name, output in outputs.items():
+    for name, output in sorted(outputs.items(), key=lambda item: [w.zfill(9) for w in words(item[0])]):
         given = tuple(output.shape)
         if "int" in str(output.dtype) or "bool" in str(output.dtype) or len(given) != len(shape) + 1:
             continue
