@@ -1,7 +1,6 @@
 """`suggest`: propose the argument `names` of `parity.check` for a pair of modules."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -245,7 +244,7 @@ def call_order(module: linen.Module, inputs: Inputs, channels_last: Sequence[str
     def make() -> int:
         named = inputs.named().items()
         values = {n: jnp.moveaxis(jnp.asarray(v), 1, -1) if matches(n, channels_last) else v for n, v in named}
-        variables = inputs.call(functools.partial(unbound.init, jax.random.key(0)), values, "flax")
+        variables = inputs.call(lambda *a, rngs=None, **k: unbound.init(jax.random.key(0), *a, **k), values, "flax")
         for path in flatten_dict(variables):
             for i in range(2, len(path) + 1):
                 order.setdefault(".".join(path[1:i]), len(order))
