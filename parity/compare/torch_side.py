@@ -88,10 +88,13 @@ class TorchSide:
         self.restore_buffers()
         return outputs
 
-    def differentiate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def differentiate(
+        self, batch: Batch, scale: float = 1.0
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Loss, outputs and input tensors after a backward pass; gradients are in the tensors and parameters.
 
-        There is no backward pass if the loss depends on no parameter and no input.
+        There is no backward pass if the loss depends on no parameter and no input. scale: a factor of the loss that is
+        divided out of the gradients again; only their rounding depends on it.
         """
         labels: Any = batch.labels
         if labels is not None:
@@ -105,13 +108,17 @@ class TorchSide:
             outputs = self.call(batch.inputs, tensors)
             loss = torch_loss(outputs, labels, targets)
             if loss.requires_grad:
-                loss.backward()
+                (loss * scale).backward()
+        if scale != 1.0:
+            for tensor in (*self.module.parameters(), *tensors.values()):
+                if tensor.grad is not None:
+                    tensor.grad /= scale
         self.restore_buffers()
         return loss, outputs, tensors
 
-    def evaluate(self, batch: Batch) -> Kinds:
-        """Outputs, and the loss's gradients of parameters and inputs."""
-        loss, outputs, tensors = self.differentiate(batch)
+    def evaluate(self, batch: Batch, scale: float = 1.0) -> Kinds:
+        """Outputs, and the loss's gradients of parameters and inputs; scale: see `differentiate`."""
+        loss, outputs, tensors = self.differentiate(batch, scale)
         kinds = {"output": as_arrays(outputs)}
         if loss.requires_grad:
             parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
@@ -120,14 +127,22 @@ class TorchSide:
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
 
     def noises(self, batch: Batch, truth: Kinds, ulp: float, seed: int) -> KindNoises:
-        """The rounding noise of the results of `evaluate`, or of the outputs if `truth` has no others."""
+        """The rounding noise of the results of `evaluate`, or of the outputs if `truth` has no others.
+
+        The loss is scaled differently in each run. Otherwise a long sum of gradients, as over a large vocabulary,
+        would round alike in all of them, because its terms move by less than the sum's last place.
+        """
         spreads = {kind: {name: Spread(tensor) for name, tensor in tensors.items()} for kind, tensors in truth.items()}
         rng = np.random.default_rng(seed)
         for _ in range(RUNS):
             with self.moved(ulp, rng):
                 inputs = batch.inputs.moved(ulp, rng)
                 only_outputs = truth.keys() == {"output"}
-                found = {"output": self.outputs(inputs)} if only_outputs else self.evaluate(batch.with_inputs(inputs))
+                found = (
+                    {"output": self.outputs(inputs)}
+                    if only_outputs
+                    else self.evaluate(batch.with_inputs(inputs), rng.uniform(1, 2))
+                )
             for kind, of_kind in spreads.items():
                 for name, spread in of_kind.items():
                     spread.add(found[kind][name])

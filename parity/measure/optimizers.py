@@ -139,7 +139,7 @@ def torch_steps(side: TorchSide, training: Training, moving: Moving | None = Non
         if moving is not None:
             move(trained.values(), moving.ulp, moving.rng)
             batch = batch.with_inputs(batch.inputs.moved(moving.ulp, moving.rng))
-        loss, *_ = side.differentiate(batch)
+        loss, *_ = side.differentiate(batch, 1.0 if moving is None else moving.rng.uniform(1, 2))
         gradients = {name: gradient(parameter) for name, parameter in trained.items()}
         for parameter in trained.values():  # JAX's gradient is zero, not None, if the loss does not depend on it
             if parameter.grad is None:
