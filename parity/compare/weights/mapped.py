@@ -27,11 +27,11 @@ from parity.compare.names import Names, matches, renamer
 from parity.compare.weights.layout import Layout, shown
 from parity.compare.weights.owners import kind, owner_of, parameters, place
 from parity.compare.weights.packed import adds, parts
-from parity.compare.weights.piece import Options, Piece, Target, Tensor, alike, fit, joined, layout_for
+from parity.compare.weights.piece import WHOLE, Index, Options, Piece, Target, Tensor, alike, fit, joined, layout_for
 from parity.compare.weights.protocol import TorchModule, aliases, submodule
 from parity.compare.weights.roles import classes, flax_role, torch_role
 from parity.compare.weights.sided import OneSided, check_patterns, check_values, listed
-from parity.compare.weights.squares import Kinds, consistent
+from parity.compare.weights.squares import Fitted, Kinds, consistent
 from parity.compare.weights.twins import evaluating
 
 DROPPED = "num_batches_tracked"  # BatchNorm's count of averaged batches; evaluation does not read it
@@ -156,7 +156,7 @@ class Mapped:
         declared = matches(dotted(path), self.flax_only)
         shape = self.shapes[path] if layer is None else self.shapes[path][1:]
         role = flax_role(owner_of(self.flax_module, path), str(path[-1]))
-        where: tuple[slice, ...] = ()
+        where: Index = WHOLE
         if slot is not None:
             i, n = slot
             size = shape[-1] // n
@@ -192,7 +192,7 @@ class Mapped:
         for key, spots in targets.items():
             for spot in spots:
                 users.setdefault((spot.path, spot.layer), []).append(key)
-        pieces: list[Piece] = []
+        fitting: list[Fitted] = []
         done: set[str] = set()
         for key, spots in targets.items():
             sharing = list(dict.fromkeys(k for spot in spots for k in users[spot.path, spot.layer]))
@@ -214,10 +214,12 @@ class Mapped:
                 self.misfits |= {spot.path for spot in spots}
                 done |= set(sharing)
                 continue
-            pieces += [self.choose(piece, options) for piece, options in found]
+            fitting += found
+        kinds = [self.kinds(piece.key, piece.path) for piece, _ in fitting]
+        pieces = [self.choose(piece, options) for piece, options in consistent(fitting, kinds)]
         for piece in pieces:
             self.check_kind(piece)
-        return consistent([(piece, self.kinds(piece.key, piece.path)) for piece in pieces])
+        return pieces
 
     def kinds(self, key: str, path: Path) -> Kinds | None:
         """The classes and roles of a tensor and its array; None if the user gives its layout."""
@@ -235,7 +237,11 @@ class Mapped:
     def choose(self, piece: Piece, options: Options) -> Piece:
         """The piece in the layout that is chosen for tensors of its name."""
         if len(options) == 1:
-            return piece
+            return dataclasses.replace(piece, axes=options[0])
+        alike_named = piece.key.rpartition(".")[2] == piece.path[-1]  # such arrays are the same on both sides
+        unmoved = [axes for axes in options if axes.torch == axes.flax and axes.order == tuple(sorted(axes.order))]
+        if alike_named and unmoved:
+            return dataclasses.replace(piece, axes=unmoved[0])
         name = f"{alike(piece.key)} -> {alike(dotted(piece.path))}"
         index = min(self.chosen.get(name, 0), len(options) - 1)
         self.choices[name] = Choice(name, tuple(axes.text.partition("|")[0].strip() for axes in options), index)

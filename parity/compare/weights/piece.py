@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +12,8 @@ from parity.compare.names import matches
 from parity.compare.weights.layout import Axes, Layout, Shape, shown
 from parity.compare.weights.roles import FlaxRole, layouts_of, split_axes
 
-Index = tuple[slice, ...]
-WHOLE: Index = ()
+Index = tuple[Any, ...]
+WHOLE: Index = (...,)  # not (), by which NumPy takes a number out of an array without axes
 
 
 class Misfit(ValueError):

@@ -1,18 +1,15 @@
-"""Square matrices, whose layout no shape tells: they lie as the other matrices of the same layers do.
+"""Square matrices lie as the other matrices of their layers.
 
-A layer of the port may hold its kernel as [out, in] and transpose it in the call. Its matrices that are not square then
-fit only transposed, and the square ones of the same classes, which would fit either way, are transposed as well.
+The shapes of a square matrix do not tell if it is transposed. Other matrices of the same kind, of the same classes of
+layers on both sides, do: transformers' FlaxConv1D keeps [out, in] where PyTorch's Conv1D has [in, out].
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from parity.compare.weights.layout import Layout
-from parity.compare.weights.piece import Piece
-from parity.compare.weights.roles import FlaxRole, tiers
+from parity.compare.weights.piece import Options, Piece
+from parity.compare.weights.roles import FlaxRole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,35 +22,33 @@ class Kinds:
     flax_role: FlaxRole
 
 
-def consistent(pieces: Sequence[tuple[Piece, Kinds | None]]) -> list[Piece]:
-    """The pieces, square matrices laid out as others of their kind; None: a layout that was given."""
-    usual: dict[Kinds, set[bool]] = {}
-    for piece, kinds in pieces:
-        if kinds is not None and matrix(piece) and not square(piece):
-            usual.setdefault(kinds, set()).add(is_usual(piece, kinds))
-    turn = {kinds for kinds, found in usual.items() if found == {False}}
-    return [turned(piece) if kinds in turn and matrix(piece) and square(piece) else piece for piece, kinds in pieces]
+Fitted = tuple[Piece, Options]
 
 
-def matrix(piece: Piece) -> bool:
+def consistent(found: Sequence[Fitted], kinds: Sequence[Kinds | None]) -> list[Fitted]:
+    """The pieces with their layouts; for square matrices only the one that others of their kind have.
+
+    kinds: None for a layout that was given.
+    """
+    orders: dict[Kinds, set[tuple[int, ...]]] = {}
+    for (piece, _), of_piece in zip(found, kinds, strict=True):
+        if of_piece is not None and is_matrix(piece) and not is_square(piece):
+            orders.setdefault(of_piece, set()).add(piece.axes.order)
+    result: list[Fitted] = []
+    for (piece, options), of_piece in zip(found, kinds, strict=True):
+        known = orders.get(of_piece, set()) if of_piece is not None else set()
+        if len(known) == 1 and is_matrix(piece) and is_square(piece):
+            layout = Layout.parse("a b -> a b" if known == {(0, 1)} else "a b -> b a")
+            options = [layout.fit(piece.axes.torch, piece.axes.flax)]
+        result.append((piece, options))
+    return result
+
+
+def is_matrix(piece: Piece) -> bool:
     """True for a matrix that stays one."""
-    return piece.view is None and len(piece.axes.torch) == len(piece.axes.flax) == 2
+    return piece.view is None and len(piece.axes.torch) == len(piece.axes.flax) == len(piece.axes.split) == 2
 
 
-def square(piece: Piece) -> bool:
+def is_square(piece: Piece) -> bool:
     """True for a matrix with equal sides."""
     return len(set(piece.axes.torch)) == 1
-
-
-def is_usual(piece: Piece, kinds: Kinds) -> bool:
-    """True if the layout is among the first that the layers' rules give."""
-    first = next(tiers(kinds.torch_role, kinds.flax_role, piece.axes.torch, piece.axes.flax))
-    return piece.axes.text in [text.strip() for text in first]
-
-
-def turned(piece: Piece) -> Piece:
-    """The piece in the other order of its two axes."""
-    numbers = np.arange(math.prod(piece.axes.torch)).reshape(piece.axes.torch)
-    same_order = np.array_equal(piece.axes.to_flax(numbers), numbers)
-    layout = Layout.parse("a b -> b a" if same_order else "a b -> a b")
-    return dataclasses.replace(piece, axes=layout.fit(piece.axes.torch, piece.axes.flax))
