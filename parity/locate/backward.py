@@ -112,7 +112,7 @@ class Backward:
         graphdef, params, rest = split(self.forward.flax.model)
         keys = {flax: key for key, flax in self.forward.keys.items() if key in group}
         zeros = {
-            f"{path} {n}": [jnp.zeros(a.shape, self.side.dtype) for a in self.forward.flax.outputs_of(flax)]
+            f"{path} {n}": [self.zeros(array) for array in self.forward.flax.outputs_of(flax)]
             for flax, (path, n) in keys.items()
         }
 
@@ -134,11 +134,15 @@ class Backward:
         for key in group:
             right, numbers = self.run.gradients(key), self.run.calls[key].gradients
             given = of_outputs[f"{key[0]} {key[1]}"]
-            found = [i for i in right if i < len(given)]
-            ours = [np.asarray(given[i], np.float64) for i in found]
+            found = [i for i, _ in self.forward.matches[key] if i in right]
+            ours = [np.conj(given[j]) for i, j in self.forward.matches[key] if i in right]
             noises = self.run.noises([numbers[i] for i in found])
             self.read(key, "propagated", self.errors(ours, [right[i] for i in found], noises))
-        self.gradients = self.side.weights.read(of_params, gradients=True)
+        self.gradients = self.side.weights.read(jax.tree.map(jnp.conj, of_params), gradients=True)
+
+    def zeros(self, array: np.ndarray) -> jax.Array:
+        """Zeros of an array's shape in the side's dtype, complex if it is."""
+        return jnp.zeros(array.shape, array.dtype if array.dtype.kind == "c" else self.side.dtype)
 
     def loss(self, outputs: dict[str, jax.Array], labels: Any, targets: dict[str, jax.Array]) -> jax.Array:
         """The loss of the whole model."""
@@ -205,12 +209,15 @@ class Backward:
         others = flax.arrays(flax_key) | {name: value for name, value in values.items() if name not in floats}
         given, rest = self.run.gradients(key), call.part.rest
         cotangents: list[jax.Array] = []
-        for i, (a, right) in enumerate(zip(flax.outputs_of(flax_key), self.run.outputs(key), strict=False)):
-            layout = nearest(a, right)
-            if layout is None:
-                return None
-            cotangent = layout.there(given[i]) if i in given else np.zeros(a.shape)
-            cotangents.append(jnp.asarray(cotangent, self.side.dtype))
+        theirs = {j: i for i, j in self.forward.matches[key]}
+        for j, a in enumerate(flax.outputs_of(flax_key)):
+            cotangent = np.zeros(a.shape, a.dtype)
+            if theirs.get(j) in given:
+                layout = nearest(a, self.run.outputs(key)[theirs[j]])
+                if layout is None:
+                    return None
+                cotangent = layout.there(given[theirs[j]])
+            cotangents.append(jnp.conj(cotangent))  # JAX's gradient of a complex array is the conjugate of PyTorch's
 
         def pulled(params: Any, floats: dict[str, jax.Array], cotangents: list[jax.Array]) -> Any:
             outputs, pull = jax.vjp(lambda p, x: call.call(p, rest, others | x), params, floats)
@@ -219,9 +226,9 @@ class Backward:
 
         of_params, of_inputs = flax.prepared(pulled)(call.part.params, floats, cotangents)
         prefix = tuple(int(word) if word.isdigit() else word for word in call.path.split(".") if word)
-        gradients = self.side.weights.read(call.part.state(of_params), prefix, gradients=True)
+        gradients = self.side.weights.read(call.part.state(jax.tree.map(jnp.conj, of_params)), prefix, gradients=True)
         for name in floats:
-            found = pairing.layouts[name].back(np.asarray(of_inputs[name]))
+            found = pairing.layouts[name].back(np.conj(of_inputs[name]))
             gradients[f"input {pairing.theirs[name]}"] = found
         return gradients
 

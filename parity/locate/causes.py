@@ -60,7 +60,7 @@ class Causes:
 
     def outputs(self, key: Key) -> list[np.ndarray]:
         """PyTorch's outputs of a call."""
-        return [wide(array) for array in self.forward.run.outputs(key)]
+        return [wide(array) for array in self.forward.right(key)]
 
     def unexplained(self, path: str, inner: Sequence[str]) -> float:
         """The share of a call's error that remains if Flax's sub-modules are put into PyTorch's module."""
@@ -73,7 +73,8 @@ class Causes:
     def hybrid(self, key: Key, inner: Sequence[str]) -> list[np.ndarray]:
         """PyTorch's outputs of a call with Flax's sub-modules at some paths."""
         outermost = [path for path in inner if not any(is_inside(path, other) for other in inner)]
-        return [wide(a) for a in self.forward.run.replaced(key, {path: self.replacement(path) for path in outermost})]
+        found = self.forward.run.replaced(key, {path: self.replacement(path) for path in outermost})
+        return [wide(array) for array in self.forward.theirs(key, found)]
 
     def replacement(self, path: str) -> Replacement:
         """Flax's sub-module in the place of PyTorch's."""
@@ -84,11 +85,14 @@ class Causes:
             named = leaves_of(dict(arguments))
             arrays = {name: as_numpy(leaf) for name, leaf in named.items() if isinstance(leaf, torch.Tensor)}
             found = self.forward.repeat(key, self.forward.pairings[key].layouts, arrays)
-            right = [as_numpy(output) for output in outputs]
-            ours = arranged([as_numpy(array) for array in found], right)
+            right = self.forward.theirs(key, [as_numpy(output) for output in outputs])
+            ours = arranged(self.forward.ours(key, [as_numpy(array) for array in found]), right)
             if [a.shape for a in ours] != [b.shape for b in right]:
                 return None
-            return [torch.from_numpy(np.array(a)).to(b.dtype) for a, b in zip(ours, outputs, strict=True)]
+            new = list(outputs)
+            for (i, _), a in zip(self.forward.matches[key], ours, strict=True):
+                new[i] = torch.from_numpy(np.array(a)).to(outputs[i].dtype)
+            return new
 
         return call
 
@@ -134,7 +138,7 @@ class Causes:
         key, run = self.worst(path), self.forward.run
 
         def repeat(module: torch.nn.Module) -> list[torch.Tensor]:
-            return run.repeated(key, module)[0]
+            return self.forward.theirs(key, run.repeated(key, module)[0])
 
         given = self.forward.readings[path].wrong[key]
         found = self.forward.guarded(

@@ -20,7 +20,7 @@ from parity.compare.widen import Widened
 from parity.locate.calls import FlaxCall, LinenPart, NNXPart, recorded, unstacked
 from parity.locate.store import Store
 from parity.locate.torch_calls import Key
-from parity.locate.values import floating, leaves_of, numeric, with_leaves
+from parity.locate.values import floating, floating_outputs, leaves_of, numeric, with_leaves
 
 
 @dataclasses.dataclass
@@ -28,6 +28,7 @@ class Recorded:
     """A call with its arrays in the store: the floating outputs, and the array arguments by name.
 
     dtypes: of the array arguments; the store has narrower floats than float32 as float32. keys: random keys.
+    results: names of the outputs.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Recorded:
     outputs: list[int] = dataclasses.field(default_factory=list)
     dtypes: dict[str, Any] = dataclasses.field(default_factory=dict)
     keys: dict[str, Any] = dataclasses.field(default_factory=dict)
+    results: list[str] = dataclasses.field(default_factory=list)
 
     def names(self) -> dict[str, Any]:
         """The leaves of all arguments by name."""
@@ -117,7 +119,9 @@ class FlaxRun:
         elif call.path in self.modules:
             part = NNXPart(self.modules[call.path], part.method)
         found = Recorded(call.path, call.type, part, call.signature, bound.args, bound.kwargs)
-        return found, arrays, floating(call.output), variables
+        outputs = floating_outputs(call.output)
+        found.results = list(outputs)
+        return found, arrays, list(outputs.values()), variables
 
     def repeat(self, key: Key, values: dict[str, jax.Array]) -> list[jax.Array]:
         """Repeat a call with other arrays by name; the others are those of the run."""

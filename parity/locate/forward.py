@@ -12,6 +12,7 @@ import torch
 from jaxmodels.weights.names import as_numpy
 from parity.compare.jax_side import JaxSide
 from parity.compare.noise import LIMIT, Noise, wide
+from parity.compare.outputs import correspondence
 from parity.locate.flax_calls import FlaxRun
 from parity.locate.layouts import Layout, layouts, nearest
 from parity.locate.store import Store
@@ -72,6 +73,7 @@ class Forward:
         self.flax = FlaxRun(side, run.batch.inputs, self.pairs, kept)
         self.keys = {key: flax for flax, key in self.pairs.items() if flax in self.flax.calls}
         self.pairings: dict[Key, Pairing] = {}
+        self.matches: dict[Key, list[tuple[int, int]]] = {}
         for path, why in self.flax.failed.items():
             for key in (key for flax, key in self.pairs.items() if flax[0] == path):
                 self.readings[key[0]].reason = why
@@ -92,12 +94,14 @@ class Forward:
 
     def compare(self, key: Key) -> None:
         """Compare one call as it was made and, if it is off because of its inputs, repeated with PyTorch's."""
-        flax_key, reading, right = self.keys[key], self.readings[key[0]], self.run.outputs(key)
+        flax_key, reading = self.keys[key], self.readings[key[0]]
         call = self.flax.calls[flax_key]
         reading.flax_path, reading.flax_type = call.path, call.type
         reading.calls += 1
-        given = arranged(self.flax.outputs_of(flax_key), right)
-        noises = self.run.noises(self.run.calls[key].outputs)
+        self.matches[key] = self.matched(key)
+        right = self.right(key)
+        given = arranged(self.ours(key, self.flax.outputs_of(flax_key)), right)
+        noises = self.theirs(key, self.run.noises(self.run.calls[key].outputs))
         if not self.exact:
             reading.limit = max(reading.limit if reading.limit != LIMIT else 0.0, self.narrow_limit(key))
         off = reading.worst("propagated", self.errors(given, right, noises))
@@ -112,19 +116,42 @@ class Forward:
         elif (off or not self.exact) and pairing.theirs and reading.isolations < RERUNS:
             reading.isolations += 1
             given = self.isolated(key)
-            if reading.worst("isolated", self.errors(given, right, self.run.isolated_noise(key))) and off:
+            if (
+                reading.worst("isolated", self.errors(given, right, self.theirs(key, self.run.isolated_noise(key))))
+                and off
+            ):
                 reading.wrong[key] = given
+
+    def matched(self, key: Key) -> list[tuple[int, int]]:
+        """The outputs that both sides return, by number: PyTorch's, Flax's."""
+        call, flax = self.run.calls[key], self.flax.calls[self.keys[key]]
+        theirs = dict(zip(call.names, self.run.outputs(key), strict=True))
+        ours = dict(zip(flax.results, self.flax.outputs_of(self.keys[key]), strict=True))
+        found = correspondence(theirs, ours)
+        return [(call.names.index(name), flax.results.index(found[name])) for name in call.names if name in found]
+
+    def theirs(self, key: Key, outputs: Sequence[Any]) -> list[Any]:
+        """Of things that belong to PyTorch's outputs, those that Flax returns too."""
+        return [outputs[i] for i, _ in self.matches[key]]
+
+    def ours(self, key: Key, outputs: Sequence[Any]) -> list[Any]:
+        """Of things that belong to Flax's outputs, those that PyTorch returns too, in PyTorch's order."""
+        return [outputs[j] for _, j in self.matches[key]]
+
+    def right(self, key: Key) -> list[np.ndarray]:
+        """PyTorch's outputs of a call that Flax returns too."""
+        return self.theirs(key, self.run.outputs(key))
 
     def isolated(self, key: Key) -> list[np.ndarray]:
         """Flax's outputs of a call with PyTorch's inputs, in PyTorch's layout.
 
         Inputs whose layout does not show, because they differ, are tried in each that fits.
         """
-        right, pairing = self.run.outputs(key), self.pairings[key]
+        right, pairing = self.right(key), self.pairings[key]
         tried = []
         for choice in (pairing.layouts, self.other_layouts(key)):
             if choice:
-                found = arranged([as_numpy(a) for a in self.repeat(key, choice)], right)
+                found = arranged(self.ours(key, [as_numpy(a) for a in self.repeat(key, choice)]), right)
                 tried.append((sum(np.abs(wide(a) - wide(b)).mean() for a, b in zip(found, right, strict=False)), found))
                 if pairing.agree:
                     break

@@ -32,13 +32,17 @@ class Kept:
 
 @dataclasses.dataclass
 class TorchCall:
-    """One call of a PyTorch sub-module; tensors are numbers in the store. order: by the end of the call."""
+    """One call of a PyTorch sub-module; tensors are numbers in the store.
+
+    order: by the end of the call. names: of the floating outputs.
+    """
 
     order: int
     args: tuple
     kwargs: dict
     inputs: dict[str, int]
     outputs: list[int]
+    names: list[str]
     gradients: dict[int, int]  # by output, if the run was differentiated
 
 
@@ -228,9 +232,10 @@ class Recorder:
         self.counts[path] = key[1] + 1
         arguments = leaves_of(arguments_of(module, *given))
         inputs = {name: leaf.number for name, leaf in arguments.items() if isinstance(leaf, Kept)}
-        outputs = floating(output)
+        named = floating_outputs(output)
+        outputs = list(named.values())
         numbers = [self.keep(tensor).number for tensor in outputs]
-        call = self.calls[key] = TorchCall(len(self.calls), *given, inputs, numbers, {})
+        call = self.calls[key] = TorchCall(len(self.calls), *given, inputs, numbers, list(named), {})
         for i, tensor in enumerate(outputs):
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient, i=i: self.keep_gradient(call, i, gradient))
@@ -262,9 +267,14 @@ def is_floating(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def floating_outputs(output: Any) -> dict[str, torch.Tensor]:
+    """The floating and complex tensors of an output, by name."""
+    return {name: t for name, t in named_leaves(output, torch.Tensor).items() if is_floating(t)}
+
+
 def floating(output: Any) -> list[torch.Tensor]:
     """The floating and complex tensors of an output, in order."""
-    return [t for t in named_leaves(output, torch.Tensor).values() if is_floating(t)]
+    return list(floating_outputs(output).values())
 
 
 def with_floating(output: Any, new: list[torch.Tensor]) -> Any:

@@ -65,7 +65,7 @@ class Errors:
         if not any(a.size for a, _ in pairs):
             return None
         times = max((n.error(a, b) for (a, b), n in zip(pairs, noises, strict=False)), default=math.inf)
-        limits = [n.masks_from for n in noises] or [HUGE] * len(pairs)
+        limits = [n.masks_from for n in noises][: len(pairs)] or [HUGE] * len(pairs)
         kept = [compared(a, b, limit) for (a, b), limit in zip(pairs, limits, strict=True)]
         if any(pair is None for pair in kept):
             return NOT_FINITE
@@ -113,7 +113,8 @@ NONE = Errors(*(0.0,) * 8, snr_db=math.inf, size=0, histogram=(0,) * (DECADES[1]
 
 def compared(a: np.ndarray, b: np.ndarray, masks_from: float) -> tuple[np.ndarray, np.ndarray] | None:
     """The elements that are numbers on both sides, real and imaginary parts apart; None if they are at other places."""
-    a, b = (real(wide(x)) for x in (a, b))
+    dtype = np.result_type(wide(a), wide(b))
+    a, b = (real(x.astype(dtype)) for x in (a, b))
     with np.errstate(invalid="ignore"):
         number = np.abs(b) < masks_from  # False for NaN
         large = (np.sign(a) == np.sign(b)) & (np.abs(a) >= min(masks_from, HUGE))

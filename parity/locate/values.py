@@ -64,6 +64,11 @@ def numeric(leaf: Any) -> str:
     return {"i": "i", "u": "i", "b": "b"}.get(np.dtype(leaf.dtype).kind, "")
 
 
+def floating_outputs(output: Any) -> dict[str, Any]:
+    """The floating arrays of an output, by name."""
+    return {name: leaf for name, leaf in named_leaves(output, jax.Array).items() if numeric(leaf) == "f"}
+
+
 def floating(output: Any) -> list[Any]:
     """The floating arrays of an output, in order."""
-    return [leaf for leaf in named_leaves(output, jax.Array).values() if numeric(leaf) == "f"]
+    return list(floating_outputs(output).values())

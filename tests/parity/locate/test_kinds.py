@@ -307,3 +307,57 @@ def test_a_sub_module_compiled_by_torch_jit():
     found = traced(module, FlaxNet(nnx.Linear, rngs=nnx.Rngs(0)), X)
     assert found.divergence.path == "first", str(found)
     assert np.isfinite(found.divergence.error)
+
+
+class TorchTwo(nn.Module):
+    """Returns more than Flax does, and in another order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.two = nn.Linear(6, 6), TorchPair()
+
+    def forward(self, x):
+        found = self.two(self.first(x))
+        return found["a"] + found["b"]
+
+
+class TorchPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return {"a": self.linear(x), "more": x[0], "b": x * x}
+
+
+class Two(nnx.Module):
+    def __init__(self, by=1.0, *, rngs):
+        self.first, self.two = nnx.Linear(6, 6, rngs=rngs), Pair(by, rngs=rngs)
+
+    def __call__(self, x):
+        found = self.two(self.first(x))
+        return found["a"] + found["b"]
+
+
+class Pair(nnx.Module):
+    def __init__(self, by, *, rngs):
+        self.linear, self.by = nnx.Linear(6, 6, rngs=rngs), by
+
+    def __call__(self, x):
+        return {"b": self.by * x * x, "a": self.linear(x)}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_outputs_correspond_by_name(gradients):
+    found = traced(TorchTwo(), Two(rngs=nnx.Rngs(0)), X, gradients=gradients)
+    assert found.divergence is None, str(found)
+    assert verdicts(found.forward)["two"] == "agrees"
+    found = traced(TorchTwo(), Two(1.5, rngs=nnx.Rngs(0)), X, gradients=gradients)
+    assert found.divergence.path == "two", str(found)
+
+
+def test_gradients_of_complex_parameters():
+    found = traced(TorchSpectrum(), Spectrum(False, rngs=nnx.Rngs(0)), X, gradients=True)
+    assert found.divergence is None, str(found)
+    assert "culprit" not in verdicts(found.backward).values()
