@@ -39,6 +39,7 @@ class Feedback(nnx.Module):
     `plain` a loop. Raises ValueError if a size is below 1.
     """
 
+    sequence_axis = 0
     shares_kv = False  # True: one key and one value projection for all layers
 
     def __init__(

@@ -130,7 +130,10 @@ class Subject:
         """Name and value of a language model's token ids; raises NotApplicable if it is no language model."""
         if not hasattr(self.side.module, "sequence_axis"):
             raise NotApplicable("not a language model: it has no sequence_axis")
-        return next(iter(self.batch.inputs.named().items()))
+        name, ids = next(iter(self.batch.inputs.named().items()))
+        if ids.dtype.kind not in "iu":
+            raise NotApplicable("not a language model: its first input is not token ids")
+        return name, ids
 
     def evaluate(self, function: Callable[[Any, Arrays], Arrays], *, fast: bool = True) -> Kinds:
         """Results of function(model, values) -> outputs; compiled if fast."""

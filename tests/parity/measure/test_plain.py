@@ -1,13 +1,14 @@
 """The fused call against the plain form."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
 
 from parity import check
-from parity.measure.plain import FUSED
+from parity.measure.plain import FUSED, TOKENS
 
 X = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 
@@ -91,3 +92,22 @@ def test_a_module_without_a_plain_form_has_no_such_reading():
             return self.second(jax.nn.relu(self.first(x)))
 
     assert judged(Called())[1] is None
+
+
+def test_a_loop_over_tokens_is_compared_for_the_first_ones():
+    lengths = []
+
+    class Looped(Plain):
+        sequence_axis = 0
+
+        def plain(self, x):
+            lengths.append(len(x))
+            return jnp.stack([Plain.plain(self, token) for token in x])
+
+        def __call__(self, x):
+            return Plain.plain(self, x)
+
+    x = np.concatenate([X] * 7)  # 21 tokens
+    report = check(Torch(), Looped(Activation()), x, steps=0)
+    assert report.passed, str(report)
+    assert max(lengths) == TOKENS
