@@ -130,12 +130,7 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
     """
     if dtype is not None:
         check_floating(dtype)
-    if hasattr(model, "adapted"):
-        state_dict = model.adapted(state_dict)
-    targets = flat_arrays(model)
-    keys = {entry.key for entry in entries(targets)}
-    given = {key: as_numpy(tensor) if key in keys else tensor for key, tensor in state_dict.items()}
-    wanted = check_fit(targets, given, dtype)
+    targets, given, wanted = matched(model, state_dict, dtype)
     converted: dict[Path, list[np.ndarray]] = {path: [] for path in targets}
     for entry in wanted:
         converted[entry.path].append(entry.to_flax(given[entry.key]))
@@ -148,6 +143,21 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
         if cast and jnp.isinf(leaves[path]).sum() > np.isinf(array).sum():
             raise ValueError(f"{dotted(path)} has values that overflow in dtype={np.dtype(dtype).name}")
     return with_arrays(model, leaves)
+
+
+def matched(
+    model: nnx.Module, state_dict: Mapping[str, Any], dtype: Any = None
+) -> tuple[dict[Path, Any], dict[str, Any], list[Entry]]:
+    """Arrays of a model by path, tensors by key, and the entries of both; nothing is converted.
+
+    Raises ConversionError like `from_torch`.
+    """
+    if hasattr(model, "adapted"):
+        state_dict = model.adapted(state_dict)
+    targets = flat_arrays(model)
+    keys = {entry.key for entry in entries(targets)}
+    given = {key: as_numpy(tensor) if key in keys else tensor for key, tensor in state_dict.items()}
+    return targets, given, check_fit(targets, given, dtype)
 
 
 def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any) -> list[Entry]:

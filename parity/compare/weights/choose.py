@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxmodels.weights.names import ConversionError, from_torch
+from jaxmodels.weights.names import ConversionError, matched
 from parity.compare.names import Names
 from parity.compare.weights.converter import Converted, converter_of
 from parity.compare.weights.layout import Axes
@@ -48,7 +48,7 @@ def weights_of(
         )
     try:
         with jax.enable_x64(True):  # 64-bit tensors are refused without it
-            from_torch(flax_module, torch_module.state_dict())
+            matched(flax_module, torch_module.state_dict())
     except ConversionError as error:
         try:
             return Mapped(torch_module, flax_module, {})
