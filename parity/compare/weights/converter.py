@@ -129,7 +129,7 @@ class Converted:
         digits = max(1, int(np.ceil(np.log(self.total + 1) / np.log(BASE))))
         numbers = np.arange(self.total)
         rng = np.random.default_rng(0)
-        tested = rng.standard_normal(self.total)
+        tested = rng.integers(1 - BASE, BASE, self.total).astype(np.float64)  # exact in every dtype
         try:
             zero, one, test = (
                 reals(self.converted(self.marked(v))) for v in (np.zeros(self.total), np.ones(self.total), tested)
@@ -140,7 +140,11 @@ class Converted:
         found = {}
         with np.errstate(all="ignore"):
             for name, array in made.items():
-                if kind(array.dtype) == "integer" or not all(name in other for other in (zero, one, test, *marks)):
+                if (
+                    kind(array.dtype) == "integer"
+                    or not array.size
+                    or not all(name in other for other in (zero, one, test, *marks))
+                ):
                     continue
                 shift, scale = zero[name], one[name] - zero[name]
                 index = sum(np.rint((mark[name] - shift) / scale) * float(BASE**d) for d, mark in enumerate(marks))
@@ -218,7 +222,8 @@ class Converted:
 
     @property
     def uncompared(self) -> frozenset[str]:
-        return self.sides.accepted | ({*self.computing, *self.left_out} & self.trained)
+        without = {*self.computing, *self.left_out, *(self.values.keys() - self.numbering.keys())}
+        return self.sides.accepted | (without & self.trained)
 
     @property
     def untrained(self) -> frozenset[str]:
@@ -325,7 +330,7 @@ def numbering(values: Mapping[str, Any], first: Mapping[str, str]) -> tuple[dict
     spans: dict[str, slice] = {}
     total = 0
     for key, value in values.items():
-        if kind(as_numpy(value).dtype) == "integer":
+        if kind(as_numpy(value).dtype) == "integer" or not as_numpy(value).size:
             continue
         tied = spans.get(first.get(key, key))
         if tied is not None:

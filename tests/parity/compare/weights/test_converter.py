@@ -178,3 +178,34 @@ def test_gradients_of_what_is_computed_are_not_compared():
 def test_layouts_are_the_converters_own():
     with pytest.raises(ValueError, match="layouts"):
         weights(Torch(), Nnx(), ROWS, names=nested, layouts={"a.weight": "o i -> i o"})
+
+
+class Narrow(torch.nn.Module):
+    """Weights in bfloat16, and a parameter without elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.empty = torch.nn.Linear(6, 5).bfloat16(), torch.nn.Parameter(torch.zeros(0, 6))
+
+    def forward(self, x):
+        return self.a(torch.cat([self.empty, x]).to(self.a.weight.dtype)).to(x.dtype)
+
+
+class FlaxNarrow(nnx.Module):
+    def __init__(self):
+        self.a, self.empty = nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.Param(jnp.zeros((0, 6)))
+
+    def __call__(self, x):
+        return self.a(jnp.concatenate([self.empty[...], x]))
+
+
+def widened(state):
+    wide = {name: tensor.float().numpy() for name, tensor in state.items()}
+    return {"a": {"kernel": wide["a.weight"].T, "bias": wide["a.bias"]}, "empty": wide["empty"]}
+
+
+def test_a_converter_may_widen_and_carry_parameters_without_elements():
+    found = weights(Narrow(), FlaxNarrow(), ROWS, names=widened)
+    assert found.carries("a.weight")
+    assert not found.notes
+    assert distance(Narrow(), FlaxNarrow(), ROWS, names=widened) < EXACT
