@@ -15,6 +15,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 LIMIT = 32.0  # × noise; correct implementations are at 0.1 to 2, planted mistakes at 1000 and more
+PREDICTED = (
+    8.0  # × noise predicted for float32: correct ports are at 0.5 to 5; XLA's tanh and exp lose several last places
+)
+OWN = 2.0  # × PyTorch's own value in a narrow dtype
 ULPS = {"float64": 2.0**-52, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 RUNS = 4
 HUGE = 1e30  # finite constants beyond it stand for an infinity, such as `torch.finfo(torch.float32).min`

@@ -11,7 +11,7 @@ import torch
 
 from jaxmodels.weights.names import as_numpy
 from parity.compare.jax_side import JaxSide
-from parity.compare.noise import LIMIT, Noise, wide
+from parity.compare.noise import LIMIT, OWN, PREDICTED, Noise, wide
 from parity.compare.outputs import correspondence
 from parity.locate.flax_calls import FlaxRun
 from parity.locate.layouts import Layout, layouts, nearest
@@ -21,8 +21,6 @@ from parity.locate.tree import Errors
 from parity.locate.values import numeric
 
 RERUNS = 3  # of one path in isolation, at most: a recurrence calls its parts at every step
-PREDICTED = 4.0  # × noise predicted for a narrow dtype
-OWN = 2.0  # × the error of PyTorch's own sub-module in a narrow dtype
 
 
 @dataclasses.dataclass

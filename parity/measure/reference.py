@@ -17,12 +17,10 @@ from parity.compare.decoding import decoded
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
-from parity.compare.noise import LIMIT, ULPS, Noise, Noises
+from parity.compare.noise import LIMIT, OWN, PREDICTED, ULPS, Noise, Noises
 from parity.compare.outputs import aligned
 from parity.report.results import Check
 
-PREDICTED = 8.0  # × noise: correct ports are at 0.5 to 5; XLA's float32 tanh and exp are off by several last places
-OWN = 2.0  # × PyTorch's own value in that dtype
 WIDE = 4.0  # × the value in float64, where one unit in the last place is twice the rounding error
 
 Values = Mapping[str, Mapping[str, float]]
