@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -130,12 +130,13 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
     """
     if dtype is not None:
         check_floating(dtype)
-    targets, given, wanted = matched(model, state_dict, dtype)
-    converted: dict[Path, list[np.ndarray]] = {path: [] for path in targets}
+    state_dict, targets, wanted = matched(model, state_dict, dtype)
+    places: dict[Path, list[Entry]] = {path: [] for path in targets}
     for entry in wanted:
-        converted[entry.path].append(entry.to_flax(given[entry.key]))
+        places[entry.path].append(entry)
     leaves = {}
-    for path, parts in converted.items():
+    for path, parts_of in places.items():  # one array at a time: a state_dict may make its tensors when asked
+        parts = [entry.to_flax(as_numpy(state_dict[entry.key])) for entry in parts_of]
         array = parts[0] if stacked_at(path) is None else np.stack(parts)
         cast = dtype is not None and is_floating(array.dtype)
         with np.errstate(over="ignore"):  # reported below, with the array's name
@@ -147,8 +148,8 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
 
 def matched(
     model: nnx.Module, state_dict: Mapping[str, Any], dtype: Any = None
-) -> tuple[dict[Path, Any], dict[str, Any], list[Entry]]:
-    """Arrays of a model by path, tensors by key, and the entries of both; nothing is converted.
+) -> tuple[Mapping[str, Any], dict[Path, Any], list[Entry]]:
+    """The state_dict with the model's keys, the model's arrays by path, and their entries; nothing is converted.
 
     Raises ConversionError like `from_torch`.
     """
@@ -156,8 +157,19 @@ def matched(
         state_dict = model.adapted(state_dict)
     targets = flat_arrays(model)
     keys = {entry.key for entry in entries(targets)}
-    given = {key: as_numpy(tensor) if key in keys else tensor for key, tensor in state_dict.items()}
-    return targets, given, check_fit(targets, given, dtype)
+    given = {key: Type.of(as_numpy(state_dict[key])) if key in keys else None for key in state_dict}
+    return state_dict, targets, check_fit(targets, given, dtype)
+
+
+class Type(NamedTuple):
+    """Shape and dtype of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Type":
+        return cls(array.shape, array.dtype)
 
 
 def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any) -> list[Entry]:

@@ -69,6 +69,22 @@ class Sides:
     jax: JaxSide
 
 
+class Cast(Mapping[str, np.ndarray]):
+    """A state_dict with its floating tensors in another dtype, each cast when it is asked for."""
+
+    def __init__(self, state_dict: Mapping[str, Any], dtype: str):
+        self.state_dict, self.dtype = state_dict, jnp.dtype(dtype)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return cast(as_numpy(self.state_dict[name]), self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state_dict)
+
+    def __len__(self) -> int:
+        return len(self.state_dict)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two modules to compare; the fields are documented above. `Comparison.of` resolves a user's arguments."""
@@ -180,10 +196,7 @@ class Comparison:
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of the parameters that no training step changes, on either side."""
-        # Adam's second moment of a complex number is of its parts in PyTorch and of its modulus in optax.
-        parameters = () if self.torch is None else self.torch.named_parameters()
-        both = {name for name, parameter in parameters if getattr(parameter, "is_complex", bool)()}
-        named = {*self.untrained, *self.weights.untrained, *both}
+        named = {*self.untrained, *self.weights.untrained}
         return (*self.zero_gradients, *map(glob.escape, sorted(named)))
 
     @property
@@ -210,11 +223,9 @@ class Comparison:
             stack.enter_context(jax_side.strict_precision(wide, self.device))
             yield
 
-    def state_dict(self, dtype: str) -> dict[str, np.ndarray]:
+    def state_dict(self, dtype: str) -> Mapping[str, np.ndarray]:
         """PyTorch's weights, floating and complex ones cast to a dtype's width; empty if Flax keeps its own weights."""
-        state = {} if self.torch is None else self.torch.state_dict()
-        arrays = {name: as_numpy(tensor) for name, tensor in state.items()}
-        return {name: cast(array, jnp.dtype(dtype)) for name, array in arrays.items()}
+        return Cast({} if self.torch is None else self.torch.state_dict(), dtype)
 
     def torch_side(self, dtype: str, device: str = "cpu") -> "TorchSide":
         """PyTorch's module in a dtype."""
@@ -251,10 +262,9 @@ class Comparison:
         """The inputs, labels, and random targets for outputs of these shapes."""
         return Batch(inputs or self.inputs, self.labels, random_targets(outputs, self.seed, self.returned))
 
-    def evaluated(self, side: "TorchSide", inputs: Inputs | None = None) -> tuple[Batch, Kinds]:
+    def evaluated(
+        self, side: "TorchSide", inputs: Inputs | None = None, *, gradients: bool = True
+    ) -> tuple[Batch, Kinds]:
         """The batch, and PyTorch's results on it."""
         batch = self.batch(side.outputs(inputs or self.inputs), inputs)
-        results = side.evaluate(batch)
-        for name in self.weights.uncompared & results.get("parameter gradients", {}).keys():
-            del results["parameter gradients"][name]
-        return batch, results
+        return batch, side.evaluate(batch, gradients=gradients)

@@ -35,10 +35,13 @@ def default_precision(precision: str | None, device: jax.Device) -> Iterator[Non
         yield
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit`; on a CPU with LLVM's optimizer off, which halves the compile time and changes no operation."""
+def compiled(function: Callable[..., Any], donated: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """`jax.jit`; on a CPU with LLVM's optimizer off, which halves the compile time and changes no operation.
+
+    donated: arguments whose memory the results may take.
+    """
     options = {"xla_backend_optimization_level": 0} if current_device().platform == "cpu" else None
-    return jax.jit(function, compiler_options=options)
+    return jax.jit(function, compiler_options=options, donate_argnums=donated)
 
 
 def current_device() -> jax.Device:
@@ -117,8 +120,10 @@ class JaxSide:
         targets = {name: cast(jnp.asarray(target), self.dtype) for name, target in batch.targets.items()}
         return *self.values(batch.inputs), batch.labels, targets
 
-    def evaluate(self, batch: Batch) -> Kinds:
-        """Outputs, and the loss's gradients of parameters and inputs."""
+    def evaluate(self, batch: Batch, *, gradients: bool = True) -> Kinds:
+        """Outputs, and the loss's gradients of parameters and inputs if asked for."""
+        if not gradients:
+            return {"output": self.outputs(batch.inputs)}
         results = self.value_and_grad(self.params, *self.arguments(batch), self.rest)
         return self.kinds(*results)
 
@@ -147,26 +152,38 @@ class JaxSide:
             found = side.evaluate(batch.with_inputs(batch.inputs.moved(ulp, rng)))
             for kind, of_kind in spreads.items():
                 for name, spread in of_kind.items():
-                    spread.add(found[kind][name])
+                    spread.add(found[kind][name], truth[kind][name])
         return {kind: of_spreads(of_kind, ulp) for kind, of_kind in spreads.items()}
 
     @property
     def constants(self) -> list[Constant]:
         """The constants that the port holds in a narrow float, known once it has been evaluated in float64."""
-        return self.value_and_grad.constants if isinstance(self.value_and_grad, Widened) else []
+        return next((one.constants for one in self.evaluations if one.last is not None), [])
+
+    @property
+    def evaluations(self) -> list[Widened]:
+        """The functions that `evaluate` calls in float64."""
+        return [one for one in (self.value_and_grad, self.forward) if isinstance(one, Widened)]
 
     @property
     def casts(self) -> dict[str, int]:
         """What was widened in the last evaluation, by place."""
-        return self.value_and_grad.casts if isinstance(self.value_and_grad, Widened) else {}
+        return next((one.casts for one in self.evaluations if one.last is not None), {})
 
     @property
     def kept(self) -> list[str]:
         """What could not be widened in the last evaluation."""
-        return self.value_and_grad.kept if isinstance(self.value_and_grad, Widened) else []
+        return next((one.kept for one in self.evaluations if one.last is not None), [])
 
-    def with_moved_constants(self, batch: Batch, rng: np.random.Generator, only: int | None = None) -> Kinds:
+    def with_moved_constants(
+        self, batch: Batch, rng: np.random.Generator, only: int | None = None, *, gradients: bool = True
+    ) -> Kinds:
         """`evaluate` in float64 with the constants that the port holds in a narrow float moved by one rounding."""
         assert isinstance(self.value_and_grad, Widened), "only float64 is widened"
-        arguments = (self.params, *self.arguments(batch), self.rest)
+        assert isinstance(self.forward, Widened), "only float64 is widened"
+        floats, others, labels, targets = self.arguments(batch)
+        if not gradients:
+            outputs = self.forward.moved(rng, self.params, floats | others, self.rest, only=only)
+            return {"output": {name: np.asarray(output) for name, output in outputs.items()}}
+        arguments = (self.params, floats, others, labels, targets, self.rest)
         return self.kinds(*self.value_and_grad.moved(rng, *arguments, only=only))

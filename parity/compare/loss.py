@@ -20,7 +20,7 @@ from parity.compare.outputs import correspondence, words
 if TYPE_CHECKING:
     import torch
 
-Kinds = dict[str, dict[str, np.ndarray]]
+Kinds = Mapping[str, Mapping[str, np.ndarray]]
 """Results of a module: by kind ('output', 'parameter gradients', …), tensors by PyTorch's name."""
 
 IGNORED = -100  # PyTorch's default for labels without a loss

@@ -10,7 +10,7 @@ NaN, infinities and mask constants have no noise. They must be at the same place
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -22,6 +22,7 @@ OWN = 2.0  # × PyTorch's own value in a narrow dtype
 ULPS = {"float64": 2.0**-52, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 RUNS = 4
 HUGE = 1e30  # finite constants beyond it stand for an infinity, such as `torch.finfo(torch.float32).min`
+BLOCK = 2**20  # elements that are compared at a time
 OUTLIER = 1e6  # multiple of the median beyond which a constant may be a mask, such as -1e9 among logits
 
 Tensors = Mapping[str, np.ndarray]
@@ -45,7 +46,13 @@ class Noise:
         """
         if result is None or truth is None or result.shape != truth.shape:
             return math.inf
-        result, truth = wide(result), wide(truth)
+        difference = max((self.difference(*pair) for pair in blocks(result, truth)), default=0.0)
+        if not difference:
+            return 0.0
+        return difference / self.unit if self.unit and math.isfinite(difference) else math.inf
+
+    def difference(self, result: np.ndarray, truth: np.ndarray) -> float:
+        """max|result - truth| but for masks; infinite if masks are at different places."""
         with np.errstate(invalid="ignore", over="ignore"):
             apart, magnitude = np.abs(result - truth), np.abs(truth)
             masks = ~(magnitude < self.masks_from)
@@ -56,9 +63,7 @@ class Noise:
                 if not same[masks].all():
                     return math.inf
             difference = float(np.max(apart, initial=0.0, where=~masks))
-        if not difference:
-            return 0.0
-        return difference / self.unit if self.unit and math.isfinite(difference) else math.inf
+        return math.inf if math.isnan(difference) else difference
 
 
 Noises = Mapping[str, Noise]
@@ -67,6 +72,14 @@ Noises = Mapping[str, Noise]
 def huge(array: np.ndarray) -> np.ndarray:
     """True for finite elements that stand for an infinity."""
     return (np.abs(array) >= HUGE) & np.isfinite(array)
+
+
+def blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Arrays of one shape in float64 or complex128; large ones in pieces along the first axis, to save memory."""
+    first = arrays[0]
+    rows = max(1, BLOCK * first.shape[0] // first.size) if first.size > BLOCK and first.ndim else 0
+    for i in range(0, first.shape[0] if rows else 1, rows or 1):
+        yield tuple(wide(array[i : i + rows] if rows else array) for array in arrays)
 
 
 def wide(array: np.ndarray) -> np.ndarray:
@@ -79,32 +92,31 @@ class Spread:
 
     def __init__(self, truth: np.ndarray):
         self.floating = truth.dtype.kind in "fc" or truth.dtype.name == "bfloat16"
-        self.truth = wide(truth)
-        magnitude = self.magnitude()
-        ordinary = magnitude[(magnitude > 0) & (magnitude < HUGE)]
+        sample = wide(truth.reshape(-1)[:: max(1, truth.size // BLOCK)] if truth.size > BLOCK else truth)
+        with np.errstate(over="ignore"):
+            size = np.abs(sample)
+        ordinary = size[(size > 0) & (size < HUGE)]
         self.outliers_from = max(OUTLIER * float(np.median(ordinary)), 1e3) if ordinary.size else HUGE
-        self.largest = float(np.max(ordinary, initial=0.0))  # of all that is no infinity
-        self.largest_ordinary = float(np.max(ordinary, initial=0.0, where=ordinary < self.outliers_from))
-        self.plain = bool((magnitude < min(self.outliers_from, HUGE)).all())
+        self.largest = self.largest_ordinary = 0.0  # of all that is no infinity, and of those that are no outliers
+        self.plain = True
+        for (block,) in blocks(truth):
+            with np.errstate(over="ignore"):
+                size = np.abs(block)
+            finite, ordinary = size < HUGE, size < min(self.outliers_from, HUGE)
+            self.plain &= bool(ordinary.all())
+            self.largest = max(self.largest, float(np.max(size, initial=0.0, where=finite)))
+            self.largest_ordinary = max(self.largest_ordinary, float(np.max(size, initial=0.0, where=ordinary)))
         self.change = self.change_of_outliers = 0.0
 
-    def magnitude(self) -> np.ndarray:
-        """The magnitudes; computed anew, because a model's gradients fill much of the memory."""
-        with np.errstate(over="ignore"):
-            return np.abs(self.truth)
-
-    def add(self, moved: np.ndarray) -> None:
+    def add(self, moved: np.ndarray, truth: np.ndarray) -> None:
         """Take another run into account."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            apart = np.abs(wide(moved) - self.truth)
-        if self.plain:
-            self.change = max(self.change, float(np.max(apart, initial=0.0)))
-            return
-        magnitude = self.magnitude()
-        finite, outliers = (magnitude < HUGE) & np.isfinite(apart), magnitude >= self.outliers_from
-        self.change = max(self.change, float(np.max(apart, initial=0.0, where=finite & ~outliers)))
-        of_outliers = float(np.max(apart, initial=0.0, where=finite & outliers))
-        self.change_of_outliers = max(self.change_of_outliers, of_outliers)
+        for run, right in blocks(moved, truth):
+            with np.errstate(invalid="ignore", over="ignore"):
+                apart, size = np.abs(run - right), np.abs(right)
+            finite, outliers = (size < HUGE) & np.isfinite(apart), size >= self.outliers_from
+            self.change = max(self.change, float(np.max(apart, initial=0.0, where=finite & ~outliers)))
+            of_outliers = float(np.max(apart, initial=0.0, where=finite & outliers))
+            self.change_of_outliers = max(self.change_of_outliers, of_outliers)
 
     def noise(self, ulp: float) -> Noise:
         """The noise: at least one unit in the last place of the largest element; 0 for zeros and for integers."""
@@ -122,7 +134,7 @@ def noises_of(truth: Tensors, runs: Iterable[Tensors], ulp: float) -> dict[str, 
     spreads = {name: Spread(tensor) for name, tensor in truth.items()}
     for moved in runs:
         for name, spread in spreads.items():
-            spread.add(moved[name])
+            spread.add(moved[name], truth[name])
     return of_spreads(spreads, ulp)
 
 

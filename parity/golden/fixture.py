@@ -101,7 +101,7 @@ def read(stem: str | os.PathLike) -> Fixture:
         about = json.loads(about_file.read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise ValueError(f"format={about['format']} must be {FORMAT}; record it again")
-        groups: Kinds = {}
+        groups: dict[str, dict[str, np.ndarray]] = {}
         for key, tensor in read_file(tensors_file).items():
             kind, _, name = key.partition("/")
             groups.setdefault(kind, {})[name] = np.array(tensor)

@@ -187,7 +187,7 @@ class Backward:
             for _ in range(RUNS):
                 move(held.values(), self.run.ulp, rng)
                 for name, gradient in self.of_torch(key, rng).items():
-                    spreads[name].add(gradient)
+                    spreads[name].add(gradient, theirs[name])
                 restore(held, before)
         finally:
             restore(held, before)

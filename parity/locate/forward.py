@@ -13,9 +13,9 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare.jax_side import JaxSide
 from parity.compare.noise import LIMIT, OWN, PREDICTED, Noise, wide
 from parity.compare.outputs import correspondence
+from parity.compare.store import Store
 from parity.locate.flax_calls import FlaxRun
 from parity.locate.layouts import Layout, layouts, nearest
-from parity.locate.store import Store
 from parity.locate.torch_calls import Key, TorchRun
 from parity.locate.tree import Errors
 from parity.locate.values import numeric

@@ -13,9 +13,9 @@ from torch.utils import _pytree as torch_tree
 from jaxmodels.weights.names import as_numpy
 from parity.compare.inputs import children, named_leaves, with_children
 from parity.compare.loss import Batch
-from parity.compare.noise import RUNS, ULPS, Noise, Spread, wide
+from parity.compare.noise import RUNS, ULPS, Noise, Spread
+from parity.compare.store import Store
 from parity.compare.torch_side import TorchSide, move, tensors_of
-from parity.locate.store import Store
 from parity.locate.values import leaves_of
 
 Key = tuple[str, int]  # a path, and the number of its earlier calls
@@ -84,10 +84,7 @@ class TorchRun:
                 number = next(count, -1)
                 truth = self.kept.get(number) if number >= 0 else moved
                 if truth.shape == moved.shape and number >= 0:
-                    spread = spreads.setdefault(number, Spread(truth))
-                    spread.truth = wide(truth)
-                    spread.add(moved)
-                    spread.truth = np.zeros(0)  # do not keep alive what may be on disk
+                    spreads.setdefault(number, Spread(truth)).add(moved, truth)
                 return number
 
             with self.side.moved(self.ulp, rng):
@@ -145,15 +142,16 @@ class TorchRun:
     def isolated_noise(self, key: Key) -> list[Noise]:
         """The noise of a call's outputs when its inputs and the sub-module's parameters are moved."""
         module = self.modules[key[0]]
-        spreads = [Spread(truth) for truth in self.outputs(key)]
+        outputs = self.outputs(key)
+        spreads = [Spread(truth) for truth in outputs]
         rng = np.random.default_rng(0)
         held = tensors_of(module)
         before = {name: tensor.detach().clone() for name, tensor in held.items()}
         try:
             for _ in range(RUNS):
                 move(held.values(), self.ulp, rng)
-                for spread, moved in zip(spreads, self.repeated(key, rng=rng)[0], strict=False):
-                    spread.add(as_numpy(moved))
+                for spread, moved, truth in zip(spreads, self.repeated(key, rng=rng)[0], outputs, strict=False):
+                    spread.add(as_numpy(moved), truth)
                 restore(held, before)
         finally:
             restore(held, before)

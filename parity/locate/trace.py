@@ -12,11 +12,11 @@ import numpy as np
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds
 from parity.compare.noise import LIMIT, ULPS
+from parity.compare.store import DEFAULT_LIMIT, store
 from parity.compare.torch_side import TorchSide
 from parity.locate.backward import Backward
 from parity.locate.causes import Causes
 from parity.locate.forward import Forward
-from parity.locate.store import DEFAULT_LIMIT, store
 from parity.locate.torch_calls import TorchRun
 from parity.locate.tree import Divergence, Part, Trace
 

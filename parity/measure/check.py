@@ -16,24 +16,26 @@ from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.functions import Function
 from parity.compare.jax_side import JaxSide
-from parity.compare.loss import Batch, check_labels
+from parity.compare.loss import Batch, Kinds
 from parity.compare.names import Names
 from parity.compare.noise import LIMIT, ULPS
 from parity.compare.outputs import unmatched
+from parity.compare.store import DEFAULT_LIMIT, Store, Stored, check_limit, store
 from parity.compare.torch_side import TorchSide
 from parity.compare.weights import Weights
-from parity.locate.store import DEFAULT_LIMIT, check_limit
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence
 from parity.measure.explain import NAMED, explained
+from parity.measure.memory import too_large
 from parity.measure.optimizers import OPTIMIZERS, Training
-from parity.measure.plain import fused
+from parity.measure.plain import fused, has_plain
 from parity.measure.reference import Reference, Values, judged, judged_narrow, round_trip
 from parity.measure.train_mode import TRAINING_MODE, in_training, train_mode
 from parity.report.report import Report
 from parity.report.results import Check
 from parity.report.stamp import environment
 
+READINGS = ("output", "round trip", "gradients", "decoding", "training")
 LEARNING_RATE = 1e-3
 ADAM = dataclasses.replace(OPTIMIZERS["adam"], moments={})  # a check does not read its moments
 NOWHERE = "all sub-modules agree in the plain forward pass: look at fused or cached code, and at gradients"
@@ -53,6 +55,7 @@ def check(
     channels_last: Sequence[str] = (),
     labels: Any = None,
     zero_gradients: Sequence[str] = (),
+    readings: Sequence[str] = READINGS,
     half: Sequence[str] = (),
     steps: int = 10,
     device: str | None = None,
@@ -80,6 +83,7 @@ def check(
         distance to random targets)
     zero_gradients: patterns of parameters whose gradients are zero in exact arithmetic; the gradients are checked to be
         ~0, and the parameters are not trained
+    readings: those of READINGS that are wanted; ('output',) needs the least time and memory
     half: 16-bit dtypes ('bfloat16', 'float16') in which outputs are also compared
     steps: number of training steps with Adam
     device: 'cpu', 'gpu' or 'tpu' (default: JAX's own)
@@ -112,13 +116,22 @@ def check(
         seed=seed,
     )
     name = name or type(flax_module).__name__
-    return read_check(comparison, name=name, half=half, steps=steps, memory_limit=memory_limit, progress=progress)
+    return read_check(
+        comparison,
+        name=name,
+        readings=readings,
+        half=half,
+        steps=steps,
+        memory_limit=memory_limit,
+        progress=progress,
+    )
 
 
 def read_check(
     comparison: Comparison,
     *,
     name: str = "",
+    readings: Sequence[str] = READINGS,
     half: Sequence[str] = (),
     steps: int = 10,
     memory_limit: int = DEFAULT_LIMIT,
@@ -127,98 +140,151 @@ def read_check(
     """`check` on a resolved comparison."""
     began = time.perf_counter()
     divergence = None
-    with comparison.strict_precision():
-        readings = Readings(comparison, steps, progress)
-        checks = [*readings.all(), *map(readings.half, half)]
+    with comparison.strict_precision(), store(memory_limit) as kept:
+        measured = Readings(comparison, steps, progress, kept=kept, readings=readings)
+        checks = [*measured.all(), *map(measured.half, half)]
         failed = [check for check in checks if not check.passed]
         if failed:
             progress("tracing")
             evaluated = [check for check in failed if check.kind not in TRAINING_MODE]
             if evaluated:
-                divergence = located(comparison, readings.side, readings.reference.batch, evaluated, memory_limit)
+                divergence = located(comparison, measured.side, measured.reference.batch, evaluated, memory_limit)
             divergence = divergence or in_training(failed)
-    skipped = dict(readings.skipped)
+    skipped = dict(measured.skipped)
     if failed and divergence is None:
         skipped["first divergence"] = NOWHERE
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
-    notes = (*comparison.notes, *readings.notes)
+    notes = (*comparison.notes, *measured.notes)
     return Report(name, checks, time.perf_counter() - began, stamp, divergence, skipped=skipped, notes=notes)
 
 
 class Readings:
-    """The measurements of one check, each a `Check` with its limit."""
+    """The measurements of one check, each a `Check` with its limit.
 
-    def __init__(self, comparison: Comparison, steps: int = 0, progress: Callable[[str], None] = lambda stage: None):
-        self.comparison, self.progress = comparison, progress
+    Large models set the order: a side is made when it is needed and dropped before the next, and PyTorch's results
+    beyond `memory_limit` are in files of the store `kept`.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        steps: int = 0,
+        progress: Callable[[str], None] = lambda stage: None,
+        *,
+        kept: Store | None = None,
+        readings: Sequence[str] = READINGS,
+    ):
+        self.comparison, self.progress, self.readings = comparison, progress, readings
         self.skipped: dict[str, str] = {}
         self.notes: list[str] = []
+        self.known: TorchSide | None = None
+        self.narrows: bool | None = None
+        for reading, reason in too_large(comparison, [r for r in readings if r != "output"]):
+            self.skipped[reading] = reason
+        self.gradients = self.does("gradients")
+        self.stored: Callable[[Kinds], Kinds] = lambda kinds: kinds
+        if kept is not None:
+            self.stored = lambda kinds: {kind: Stored(kept, tensors) for kind, tensors in kinds.items()}
         progress("reference")
-        self.side = comparison.torch_side("float64")
-        batch, kinds = comparison.evaluated(self.side)
-        if comparison.labels is not None:
-            self.notes += check_labels(comparison.labels, kinds["output"])
+        batch, kinds = comparison.evaluated(self.side, gradients=self.gradients)
+        kinds = self.stored(kinds)
         progress("noise")
         noises = self.side.noises(batch, kinds, ULPS["float64"], comparison.seed)
         self.reference = Reference(comparison, batch, kinds, noises)
-        batches = [batch.varied(step) for step in range(steps)]
+        batches = [batch.varied(step) for step in range(steps if self.does("training") else 0)]
         self.training = Training(ADAM, batches, [LEARNING_RATE] * steps, comparison.frozen)
+
+    def does(self, reading: str) -> bool:
+        """True for a reading that was asked for and fits into the memory."""
+        return reading in self.readings and reading not in self.skipped
+
+    @property
+    def side(self) -> TorchSide:
+        """PyTorch in float64, made anew if it was dropped."""
+        if self.known is None:
+            self.known = self.comparison.torch_side("float64")
+            self.known.narrows = self.narrows
+        return self.known
+
+    def drop_side(self) -> None:
+        """Free the memory of PyTorch's side in float64."""
+        if self.known is not None:
+            self.narrows, self.known = self.known.narrows, None
 
     def all(self) -> Iterator[Check]:
         """Every reading in the precisions that the device supports."""
-        yield round_trip(self.comparison)
+        if "round trip" in self.readings:
+            yield round_trip(self.comparison)
         yield from self.both() if self.comparison.float64 else self.narrow_alone()
 
     def both(self) -> Iterator[Check]:
         """Float64 with nothing narrowed, which says if the mathematics is the same, and float32 as the modules run."""
-        self.progress("float64")
-        ours = self.comparison.jax_side("float64", self.side.state_dict())
-        result = ours.evaluate(self.reference.batch)
-        values = self.reference.values(result)
+        casts = self.side.casts
+        self.drop_side()
         self.progress("float32")
-        narrow, own, _ = self.narrow()
-        why = explained(self.reference, self.side, ours, result, values, narrow)
+        narrow, own = self.narrow()
+        self.progress("float64")
+        ours = self.comparison.jax_side("float64")
+        result = ours.evaluate(self.reference.batch, gradients=self.gradients)
+        values = self.reference.values(result)
+        why = explained(self.reference, lambda: self.side, ours, result, values, narrow)
         self.notes += [*unmatched(self.reference.kinds["output"], result["output"])]
-        self.notes += [*widened_notes(self.side, ours), *why.notes]
+        self.notes += [*widened_notes(casts, ours), *why.notes]
         for kind, of_kind in values.items():
             yield judged(kind, "float64", of_kind, why.limits[kind])
         yield from self.reference.zeros(result)
-        self.progress("plain form")
-        yield from fused(ours, self.reference, result)
+        outputs = {"output": result["output"]}
+        del result
+        if has_plain(ours.module):
+            self.progress("plain form")
+            yield from fused(ours, self.reference, outputs)
         self.progress("decoding")
         yield from self.decoding(ours, limit=LIMIT * why.allowed)
         self.progress("training mode")
         yield from train_mode(self.comparison, self.side, ours, self.skipped, self.notes)
-        self.progress("training")
+        self.drop_side()
         yield from self.trained(ours, why.allowed)
         for kind, of_kind in narrow.items():
             yield judged_narrow(kind, "float32", of_kind, own[kind], why.rounding.get(kind))
 
-    def narrow(self) -> tuple[Values, Values, JaxSide]:
-        """Values of Flax and PyTorch in float32, as the modules run, and Flax's side."""
-        theirs = self.comparison.torch_side("float32", self.comparison.torch_device)
-        ours = self.comparison.jax_side("float32", theirs.state_dict())
-        flax, torch = (self.reference.values(side.evaluate(self.reference.batch), "float32") for side in (ours, theirs))
-        return flax, torch, ours
+    def narrow(self) -> tuple[Values, Values]:
+        """Values of Flax and PyTorch in float32, as the modules run; one side after the other."""
+
+        def values(side: TorchSide | JaxSide) -> Values:
+            return self.reference.values(side.evaluate(self.reference.batch, gradients=self.gradients), "float32")
+
+        own = values(self.comparison.torch_side("float32", self.comparison.torch_device))
+        return values(self.comparison.jax_side("float32")), own
 
     def narrow_alone(self) -> Iterator[Check]:
         """Float32 on a device without float64."""
+        self.drop_side()
         self.progress("float32")
-        values, own, ours = self.narrow()
+        values, own = self.narrow()
         for kind, of_kind in values.items():
             yield judged_narrow(kind, "float32", of_kind, own[kind])
+        ours = self.comparison.jax_side("float32")
         self.progress("decoding")
         yield from self.decoding(ours, self.comparison.torch_side("float32").outputs(self.comparison.inputs))
-        self.progress("training")
         yield from self.trained(ours)
 
     def trained(self, ours: JaxSide, allowed: float = 1.0) -> Iterator[Check]:
-        """Losses and parameters of a short training; allowed: the largest value that passed before."""
+        """Losses and parameters of a short training, which spends `ours`; allowed: the largest value that passed."""
+        if not self.training.batches:
+            return
+        self.progress("training")
+
+        def side() -> TorchSide:
+            fresh = self.comparison.torch_side("float64")
+            fresh.narrows = self.narrows
+            return fresh
+
         precision = ours.dtype.name
-        truth = self.training.outcome(self.side)
+        result = self.stored(self.training.outcome(ours))
+        truth = self.stored(self.training.outcome(side()))
         if not truth:
             return
-        noises = self.training.noises(self.side, truth, ULPS[precision] * max(1.0, allowed), self.comparison.seed)
-        result = self.training.outcome(ours)
+        noises = self.training.noises(side, truth, ULPS[precision] * max(1.0, allowed), self.comparison.seed)
         for kind, tensors in truth.items():
             yield judged(kind, precision, noise.errors(result[kind], tensors, noises[kind]))
 
@@ -226,7 +292,7 @@ class Readings:
         self, ours: JaxSide, own_outputs: Mapping[str, np.ndarray] | None = None, limit: float = LIMIT
     ) -> Iterator[Check]:
         """Logits through the cache, for models that decode."""
-        if not decodes(ours.module):
+        if not decodes(ours.module) or not self.does("decoding"):
             return
         try:
             yield self.reference.decoding(ours, own_outputs=own_outputs, limit=limit)
@@ -246,9 +312,9 @@ class Readings:
         return judged_narrow("output", dtype, ours, theirs)
 
 
-def widened_notes(torch: TorchSide, flax: JaxSide) -> Iterator[str]:
+def widened_notes(of_torch: Mapping[str, int], flax: JaxSide) -> Iterator[str]:
     """What was widened on each side, and what could not be."""
-    for side, casts in (("Flax", flax.casts), ("PyTorch", torch.casts)):
+    for side, casts in (("Flax", flax.casts), ("PyTorch", of_torch)):
         if casts:
             yield f"widened to float64 in {side}: {', '.join(some(list(casts)))}"
     if flax.kept:

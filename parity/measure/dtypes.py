@@ -18,7 +18,7 @@ from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison, Settings, Sides
 from parity.compare.loss import Batch
 from parity.compare.noise import ULPS
-from parity.locate.store import DEFAULT_LIMIT, check_limit
+from parity.compare.store import DEFAULT_LIMIT, check_limit
 from parity.locate.trace import trace
 from parity.locate.tree import Part
 from parity.measure.reference import Reference, judged, judged_narrow

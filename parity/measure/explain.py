@@ -7,7 +7,7 @@ float32 inside  a side holds a constant or table in a narrow float. Moving these
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -39,11 +39,16 @@ class Explanation:
 
 
 def explained(
-    reference: Reference, torch: TorchSide, flax: JaxSide, result: Kinds, values: Values, narrow: Values
+    reference: Reference,
+    torch: Callable[[], TorchSide],
+    flax: JaxSide,
+    result: Kinds,
+    values: Values,
+    narrow: Values,
 ) -> Explanation:
     """The limits for the values of a result in float64, given those of a float32 run.
 
-    If no value exceeds `LIMIT`, nothing is run.
+    If no value exceeds `LIMIT`, nothing is run. torch: gives PyTorch's side in float64.
     """
     limits = {kind: dict.fromkeys(of_kind, LIMIT) for kind, of_kind in values.items()}
     over = {(kind, name): v for kind, of_kind in values.items() for name, v in of_kind.items() if not v <= LIMIT}
@@ -62,7 +67,7 @@ def explained(
             limits[kind][name] = ordinary[kind][name] = value
     left = {at: v for at, v in over.items() if at not in rounding}
     if left and max(left.values()) <= LIMIT * ULPS["float32"] / ULPS["float64"]:
-        changes, named = changes_by_constants(reference, torch, flax, result)
+        changes, named = changes_by_constants(reference, torch(), flax, result)
         inside = {at: v for at, v in left.items() if v <= LIMIT * (1 + changes.get(at[0], {}).get(at[1], 0.0))}
         if inside:
             kind, name = max(inside, key=inside.__getitem__)
@@ -83,6 +88,7 @@ def changes_by_constants(
     changes: dict[str, dict[str, float]] = {}
     named: list[str] = []
     rng = np.random.default_rng(reference.comparison.seed)
+    gradients = reference.kinds.keys() != {"output"}
 
     def add(moved: Kinds, base: Kinds) -> float:
         found = differences(reference, moved, base)
@@ -92,27 +98,21 @@ def changes_by_constants(
                 known[name] = max(known.get(name, 0.0), value)
         return max((value for of_kind in found.values() for value in of_kind.values()), default=0.0)
 
-    for moved in flax_runs(flax, reference, rng):
-        add(moved, result)
+    for _ in range(RUNS if flax.constants else 0):
+        add(flax.with_moved_constants(reference.batch, rng, gradients=gradients), result)
     named += [
         f"{constant} in Flax"
         for i, constant in enumerate(flax.constants[:NAMED])
-        if add(flax.with_moved_constants(reference.batch, rng, only=i), result) > 1
+        if add(flax.with_moved_constants(reference.batch, rng, i, gradients=gradients), result) > 1
     ]
     constants = torch.narrow_constants(reference.comparison.weights.carries)
     for i, (name, tensor) in enumerate(constants.items()):
         for _ in range(RUNS if i < NAMED else 1):
             with torch.moved_constants({name: tensor}, rng):
-                moves = add(torch.evaluate(reference.batch), reference.kinds) > 1
+                moves = add(torch.evaluate(reference.batch, gradients=gradients), reference.kinds) > 1
         if moves and i < NAMED:
             named.append(f"{name} ({list(tensor.shape)}) in PyTorch")
     return changes, named
-
-
-def flax_runs(flax: JaxSide, reference: Reference, rng: np.random.Generator) -> Iterator[Kinds]:
-    """Runs of Flax with all its narrow constants moved."""
-    for _ in range(RUNS if flax.constants else 0):
-        yield flax.with_moved_constants(reference.batch, rng)
 
 
 def differences(reference: Reference, moved: Kinds, base: Kinds) -> Mapping[str, Mapping[str, float]]:

@@ -11,10 +11,11 @@ import optax
 import torch
 from flax import nnx
 
+from jaxmodels.weights.names import as_numpy
 from parity.compare.jax_side import JaxSide, compiled
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
-from parity.compare.noise import Noise, noises_of
+from parity.compare.noise import Noise, Spread, of_spreads
 from parity.compare.torch_side import TorchSide, as_arrays, gradient, move
 
 RUNS = 2  # of a training, to measure its noise
@@ -109,30 +110,82 @@ class Training:
         return torch_steps(side, self, moving) if isinstance(side, TorchSide) else jax_steps(side, self)
 
     def outcome(self, side: TorchSide | JaxSide, moving: Moving | None = None) -> Kinds:
-        """The loss of every step, and the parameters after the last; empty if there are no steps."""
-        losses: dict[str, np.ndarray] = {}
-        parameters: dict[str, np.ndarray] = {}
-        for number, kinds in enumerate(self.steps(side, moving)):
-            losses[f"step {number}"], parameters = kinds["loss"]["loss"], kinds["parameters"]
-        return {"training loss": losses, "trained parameters": parameters} if losses else {}
+        """The loss of every step, and the parameters after the last; empty if there are no steps.
 
-    def noises(self, side: TorchSide, truth: Kinds, ulp: float, seed: int) -> dict[str, dict[str, Noise]]:
-        """The rounding noise of an outcome: of runs whose parameters and inputs move by up to `ulp` in every step."""
+        Trains the side itself, which is of no use afterwards: copies of a large model would fill the memory.
+        """
+        losses: dict[str, np.ndarray] = {}
+        last: Step | None = None
+        trained = (
+            torch_training(side, self, moving) if isinstance(side, TorchSide) else jax_training(side, self, spent=True)
+        )
+        for number, last in enumerate(trained):
+            losses[f"step {number}"] = last.loss
+        return {} if last is None else {"training loss": losses, "trained parameters": last.parameters()}
+
+    def noises(self, side: Callable[[], TorchSide], truth: Kinds, ulp: float, seed: int) -> dict[str, dict[str, Noise]]:
+        """The rounding noise of an outcome: of runs whose parameters and inputs move by up to `ulp` in every step.
+
+        side: makes a side for each run.
+        """
         rng = np.random.default_rng(seed)
-        runs = [self.outcome(side, Moving(ulp, rng)) for _ in range(RUNS)]
-        noises = {kind: noises_of(tensors, (run[kind] for run in runs), ulp) for kind, tensors in truth.items()}
+        spreads = {kind: {name: Spread(tensor) for name, tensor in tensors.items()} for kind, tensors in truth.items()}
+        for _ in range(RUNS):
+            for kind, tensors in self.outcome(side(), Moving(ulp, rng)).items():
+                for name, tensor in tensors.items():
+                    spreads[kind][name].add(tensor, truth[kind][name])
+        noises = {kind: of_spreads(of_kind, ulp) for kind, of_kind in spreads.items()}
         largest = max(noises["training loss"].values(), key=lambda noise: noise.unit)  # one number may move by chance
         return noises | {"training loss": dict.fromkeys(noises["training loss"], largest)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Results of a training step; all but the loss are read when asked for, before the next step."""
+
+    loss: np.ndarray
+    gradients: Callable[[], Mapping[str, np.ndarray]]
+    moments: Callable[[], Kinds]
+    parameters: Callable[[], Mapping[str, np.ndarray]]
+
+    def kinds(self) -> Kinds:
+        """Copies of all results by kind, in the order of computation."""
+        found = {
+            "loss": {"loss": self.loss},
+            "gradients": self.gradients(),
+            **self.moments(),
+            "parameters": self.parameters(),
+        }
+        return {kind: {name: np.array(array) for name, array in tensors.items()} for kind, tensors in found.items()}
+
+
 def torch_steps(side: TorchSide, training: Training, moving: Moving | None = None) -> Iterator[Kinds]:
     """`Training.steps` in PyTorch."""
-    side = side.again()
+    return (step.kinds() for step in torch_training(side.again(), training, moving))
+
+
+def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
+    """`Training.steps` in JAX."""
+    return (step.kinds() for step in jax_training(side, training))
+
+
+def torch_training(side: TorchSide, training: Training, moving: Moving | None = None) -> Iterator[Step]:
+    """The steps of a PyTorch side, which is trained."""
     named = side.module.named_parameters()
     trained = {n: p for n, p in named if p.requires_grad and not matches(n, training.frozen)}
     if not (trained and training.batches):
         return
     optimizer = training.optimizer.torch(list(trained.values()), training.rates[0])
+
+    def gradients() -> dict[str, np.ndarray]:
+        return {name: gradient(parameter) for name, parameter in trained.items()}
+
+    def moments() -> Kinds:
+        return {
+            kind: as_arrays({name: optimizer.state[p][key] for name, p in trained.items()})
+            for kind, (key, _) in training.optimizer.moments.items()
+        }
+
     for batch, rate in zip(training.batches, training.rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -140,27 +193,15 @@ def torch_steps(side: TorchSide, training: Training, moving: Moving | None = Non
             move(trained.values(), moving.ulp, moving.rng)
             batch = batch.with_inputs(batch.inputs.moved(moving.ulp, moving.rng))
         loss, *_ = side.differentiate(batch, 1.0 if moving is None else moving.rng.uniform(1, 2))
-        gradients = {name: gradient(parameter) for name, parameter in trained.items()}
         for parameter in trained.values():  # JAX's gradient is zero, not None, if the loss does not depend on it
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        moments = {
-            kind: as_arrays({name: optimizer.state[p][key] for name, p in trained.items()})
-            for kind, (key, _) in training.optimizer.moments.items()
-        }
-        found = {
-            "loss": as_arrays({"loss": loss}),
-            "gradients": gradients,
-            **moments,
-            "parameters": as_arrays(trained),
-        }
-        # Copies: the arrays share memory with tensors that the next step changes.
-        yield {kind: {name: array.copy() for name, array in tensors.items()} for kind, tensors in found.items()}
+        yield Step(as_numpy(loss).copy(), gradients, moments, lambda: as_arrays(trained))
 
 
-def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
-    """`Training.steps` in JAX; each tensor has its PyTorch name."""
+def jax_training(side: JaxSide, training: Training, *, spent: bool = False) -> Iterator[Step]:
+    """The steps of a Flax side; each tensor has its PyTorch name. spent: the side's own arrays may be overwritten."""
     held = side.weights.held(side.params, training.frozen)
     if not training.batches or all(path in held for path, _ in nnx.to_flat_state(side.params)):
         return
@@ -169,7 +210,6 @@ def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
         # As in PyTorch, the real and imaginary part of a complex parameter are two parameters.
         return optax.contrib.split_real_and_imaginary(training.optimizer.optax(rate))
 
-    @compiled
     def update(params: nnx.State, state: Any, gradients: nnx.State, rate: jax.Array) -> tuple[nnx.State, Any]:
         updates, state = optimizer(rate).update(gradients, state, params)
         flat = nnx.to_flat_state(updates)
@@ -177,23 +217,32 @@ def jax_steps(side: JaxSide, training: Training) -> Iterator[Kinds]:
         return optax.apply_updates(params, nnx.from_flat_state(dict(flat) | still)), state
 
     def read(tree: Any, *, gradients: bool = False) -> dict[str, np.ndarray]:
-        arrays = side.weights.read(tree, gradients=gradients)
-        return {name: array for name, array in arrays.items() if not matches(name, training.frozen)}
+        named = side.weights.read(tree, gradients=gradients)
+        return {name: array for name, array in named.items() if not matches(name, training.frozen)}
 
-    params, state = side.params, optimizer(training.rates[0]).init(side.params)
+    params: Any = side.params
+    gradients: Any = None
+    state = optimizer(training.rates[0]).init(params)
+    if spent:
+        side.params = side.module = None
+
+    def of_gradients() -> dict[str, np.ndarray]:
+        return read(gradients, gradients=True)
+
+    def parameters() -> dict[str, np.ndarray]:
+        return read(params)
+
+    def moments() -> Kinds:
+        keys = training.optimizer.moments.items()
+        return {kind: read(whole(optax.tree.get(state, key))) for kind, (_, key) in keys}
+
+    step = compiled(update, donated=(0, 1) if spent else ())
     for batch, rate in zip(training.batches, training.rates, strict=True):
         (loss, _), (gradients, _) = side.value_and_grad(params, *side.arguments(batch), side.rest)
         gradients = jax.tree.map(jnp.conj, gradients)  # PyTorch's gradient of a complex array
-        params, state = update(params, state, gradients, jnp.asarray(rate, side.dtype))
-        moments = {
-            kind: read(whole(optax.tree.get(state, key))) for kind, (_, key) in training.optimizer.moments.items()
-        }
-        yield {
-            "loss": {"loss": np.asarray(loss)},
-            "gradients": read(gradients, gradients=True),
-            **moments,
-            "parameters": read(params),
-        }
+        params, state = step(params, state, gradients, jnp.asarray(rate, side.dtype))
+        gradients = None if spent else gradients
+        yield Step(np.array(loss), of_gradients, moments, parameters)
 
 
 def whole(moment: Any) -> Any:

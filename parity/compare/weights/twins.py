@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmodels.weights.names import Path, dotted, entries, flat_arrays, from_torch, to_torch, with_arrays
+from jaxmodels.weights.names import Path, dotted, entries, flat_arrays, from_torch, with_arrays
 from parity.compare.names import matches
 
 
@@ -24,7 +24,8 @@ class Twins:
 
     def read(self, state: Any, prefix: Path = (), *, gradients: bool = False) -> dict[str, np.ndarray]:
         start = "".join(f"{word}." for word in prefix)
-        return {start + name: array for name, array in to_torch(state).items()}
+        arrays = {path: np.asarray(array) for path, array in flat_arrays(state).items()}
+        return {start + entry.key: entry.to_torch(arrays[entry.path]) for entry in entries(arrays)}
 
     def held(self, state: Any, frozen: Sequence[str]) -> set[Path]:
         arrays = flat_arrays(state)

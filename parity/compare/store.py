@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,23 @@ class Store:
         array = np.load(kept, mmap_mode="r") if isinstance(kept, Path) else kept.view()
         array.flags.writeable = False
         return array
+
+
+class Stored(Mapping[str, np.ndarray]):
+    """Arrays by name in a Store; each is read when it is asked for."""
+
+    def __init__(self, store: Store, arrays: Mapping[str, np.ndarray]):
+        self.store = store
+        self.numbers = {name: store.put(array) for name, array in arrays.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.store.get(self.numbers[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 def check_limit(memory_limit: int) -> None:
