@@ -96,6 +96,8 @@ def check(
     for a negative limit, and ConversionError if the weights do not fit.
     """
     check_limit(memory_limit)
+    if set(readings) - set(READINGS) or "output" not in readings:
+        raise ValueError(f"readings={list(readings)} must contain output, and further of {', '.join(READINGS[1:])}")
     modules(torch_module, flax_module, both=True)
     comparison = Comparison.of(
         torch_module,

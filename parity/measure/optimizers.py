@@ -224,7 +224,7 @@ def jax_training(side: JaxSide, training: Training, *, spent: bool = False) -> I
     gradients: Any = None
     state = optimizer(training.rates[0]).init(params)
     if spent:
-        side.params = side.module = None
+        del side.params, side.module
 
     def of_gradients() -> dict[str, np.ndarray]:
         return read(gradients, gradients=True)

@@ -13,8 +13,8 @@ import parity
 from jaxmodels import layers
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Batch
-from parity.compare.torch_side import TorchSide
 from parity.compare.store import store
+from parity.compare.torch_side import TorchSide
 from parity.locate.torch_calls import TorchRun
 from parity.locate.tree import Errors
 
@@ -142,7 +142,9 @@ def test_beyond_its_limit_a_trace_is_on_disk_and_has_the_same_arrays():
 def written(monkeypatch):
     """The names of the files that stores write."""
     names, save = [], np.save
-    monkeypatch.setattr("parity.compare.store.np.save", lambda file, array: (names.append(file.name), save(file, array)))
+    monkeypatch.setattr(
+        "parity.compare.store.np.save", lambda file, array: (names.append(file.name), save(file, array))
+    )
     return names
 
 

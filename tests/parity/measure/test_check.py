@@ -14,6 +14,7 @@ import parity
 from jaxmodels import layers
 from jaxmodels.convert import ConversionError, to_torch
 from parity.compare.inputs import Inputs
+from parity.compare.weights import Twins
 
 
 class TorchNet(torch.nn.Module):
@@ -287,10 +288,12 @@ def test_training_batches_vary_and_are_reproducible():
 def test_a_changed_bit_in_the_round_trip_is_seen(pair, monkeypatch):
     torch_module, flax_module, inputs = pair
 
-    def lossy(state):  # gradients are read the same way, where one bit is within the limit
-        return {k: np.nextafter(v, np.inf, dtype=v.dtype) for k, v in to_torch(state).items()}
+    read = Twins.read
 
-    monkeypatch.setattr("parity.compare.weights.twins.to_torch", lossy)
+    def lossy(*args, **kwargs):  # gradients are read the same way, where one bit is within the limit
+        return {k: np.nextafter(v, np.inf, dtype=v.dtype) for k, v in read(*args, **kwargs).items()}
+
+    monkeypatch.setattr(Twins, "read", lossy)
     report = parity.check(torch_module, flax_module, inputs, steps=1)
     assert [check.kind for check in report.checks if not check.passed] == ["round trip"]
 
@@ -329,3 +332,26 @@ def test_the_precision_flags_of_torch_are_restored(pair):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_outputs_alone_are_read_on_request(pair):
+    report = parity.check(*pair, readings=("output",))
+    assert report.passed, str(report)
+    assert {(c.kind, c.precision) for c in report.checks} == {("output", "float64"), ("output", "float32")}
+    with pytest.raises(ValueError, match=r"readings=\['outputs'\].*training"):
+        parity.check(*pair, readings=("outputs",))
+
+
+def test_a_reading_that_does_not_fit_is_left_out_with_the_reason(pair, monkeypatch):
+    numbers = sum(tensor.numel() for tensor in pair[0].state_dict().values())
+    monkeypatch.setattr("parity.measure.memory.available", lambda: 40 * numbers)
+    report = parity.check(*pair)
+    assert report.passed, str(report)
+    assert report.skipped.keys() == {"training"}
+    assert re.search(r"needs about [\d.]+ GiB.*are available", report.skipped["training"])
+    assert not any("train" in check.kind for check in report.checks)
+
+
+def test_results_beyond_the_memory_limit_change_nothing(pair):
+    checks = [parity.check(*pair, steps=2, memory_limit=limit).checks for limit in (2**30, 0)]
+    assert checks[0] == checks[1]
