@@ -146,15 +146,19 @@ def read_check(
         measured = Readings(comparison, steps, progress, kept=kept, readings=readings)
         checks = [*measured.all(), *map(measured.half, half)]
         failed = [check for check in checks if not check.passed]
+        nowhere = NOWHERE
         if failed:
             progress("tracing")
             evaluated = [check for check in failed if check.kind not in TRAINING_MODE]
             if evaluated:
-                divergence = located(comparison, measured.side, measured.reference.batch, evaluated, memory_limit)
+                try:
+                    divergence = located(comparison, measured.side, measured.reference.batch, evaluated, memory_limit)
+                except Exception as error:  # the readings stand without it
+                    nowhere = f"the trace failed: {type(error).__name__}: {error}"
             divergence = divergence or in_training(failed)
     skipped = dict(measured.skipped)
     if failed and divergence is None:
-        skipped["first divergence"] = NOWHERE
+        skipped["first divergence"] = nowhere
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
     notes = (*comparison.notes, *measured.notes)
     return Report(name, checks, time.perf_counter() - began, stamp, divergence, skipped=skipped, notes=notes)

@@ -361,3 +361,14 @@ def test_gradients_of_complex_parameters():
     found = traced(TorchSpectrum(), Spectrum(False, rngs=nnx.Rngs(0)), X, gradients=True)
     assert found.divergence is None, str(found)
     assert "culprit" not in verdicts(found.backward).values()
+
+
+def test_a_trace_that_fails_does_not_lose_the_readings(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no trace")
+
+    monkeypatch.setattr("parity.measure.check.trace", fails)
+    report = parity.check(TorchNet(), FlaxNet(nnx.Linear, rngs=nnx.Rngs(0)), X, steps=0)
+    assert not report.passed
+    assert report.divergence is None
+    assert report.skipped["first divergence"] == "the trace failed: RuntimeError: no trace"
