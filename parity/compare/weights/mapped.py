@@ -25,7 +25,7 @@ import numpy as np
 from jaxmodels.weights.names import ConversionError, Path, as_numpy, dotted, flat_arrays, with_arrays
 from parity.compare.names import Names, matches, renamer
 from parity.compare.weights.layout import Layout, shown
-from parity.compare.weights.owners import kind, owner_of, parameters, place
+from parity.compare.weights.owners import kind, normed_words, owner_of, parameters, place
 from parity.compare.weights.packed import adds, parts
 from parity.compare.weights.piece import WHOLE, Index, Options, Piece, Target, Tensor, alike, fit, joined, layout_for
 from parity.compare.weights.protocol import TorchModule, aliases, submodule
@@ -238,7 +238,8 @@ class Mapped:
         """The piece in the layout that is chosen for tensors of its name."""
         if len(options) == 1:
             return dataclasses.replace(piece, axes=options[0])
-        alike_named = piece.key.rpartition(".")[2] == piece.path[-1]  # such arrays are the same on both sides
+        words = {piece.key.rpartition(".")[2], *normed_words(piece.key)}
+        alike_named = piece.path[-1] in words - {"kernel"}  # such arrays are the same on both sides
         unmoved = [axes for axes in options if axes.torch == axes.flax and axes.order == tuple(sorted(axes.order))]
         if alike_named and unmoved:
             return dataclasses.replace(piece, axes=unmoved[0])

@@ -43,6 +43,12 @@ def place(lookup: Mapping[str, Path], name: str) -> tuple[Path, int | None] | No
     return None
 
 
+def normed_words(key: str) -> tuple[str, ...]:
+    """The names that a weight under a parametrization has elsewhere."""
+    _, word, ending = key.rpartition("parametrizations.")
+    return NORMED.get(word + ending, ())
+
+
 def owner_of(model: Any, path: Path) -> Any:
     """The module that holds the array at a path, NNX or Linen; None if it is unknown."""
     recorded = vars(model).get("to_nnx__parts")

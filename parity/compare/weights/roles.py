@@ -184,6 +184,8 @@ def roled(torch: str, flax: FlaxRole, shape: Shape, target: Shape) -> Iterator[s
         yield f"{left} -> o i"
         return
     if window and len(target) == len(shape):
+        if flax.kind == "plain":
+            yield f"{left} -> {left}"
         if torch == "transposed conv":
             reverse = " ".join(f"~{name}" for name in window)
             swapped, usual = f"{left} -> {k} o i", f"{left} -> {reverse} i o"

@@ -203,3 +203,24 @@ def test_axes_of_length_one_may_be_absent_and_a_vector_is_no_matrix():
 def test_layers_of_other_sizes_are_named_with_both_shapes():
     with pytest.raises(ConversionError, match=r"up.weight: PyTorch has \[5, 6\], Flax has \[5, 6\]"):
         weights(Torch(torch.nn.Linear(6, 5)), Nnx(nnx.Linear(5, 6, rngs=rngs())), ROWS)
+
+
+class OwnConvolution(nnx.Module):
+    """Holds its weight as PyTorch does; the number of inputs is the width of the window."""
+
+    def __init__(self, name):
+        self.up = nnx.Dict({name: nnx.Param(jnp.zeros((5, 4, 4))), "bias": nnx.Param(jnp.zeros(5))})
+        self.name = name
+
+    def __call__(self, x):
+        kernel = self.up[self.name][...].transpose(2, 1, 0)
+        y = jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+        return y + self.up["bias"]
+
+
+@pytest.mark.parametrize("name", ["weight", "filters"])
+def test_a_convolution_of_ones_own_lies_as_in_pytorch_if_it_fits_so(name):
+    pair = Torch(torch.nn.Conv1d(4, 5, 4)), OwnConvolution(name), RNG.standard_normal((2, 4, 7))
+    names = {"up.weight": f"up.{name}"}
+    assert distance(*pair, names=names, channels_last=LAST) < EXACT
+    assert bool(weights(*pair, names=names, channels_last=LAST).notes) == (name == "filters")
