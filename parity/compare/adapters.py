@@ -53,7 +53,7 @@ class LinenModule(nnx.bridge.ToNNX):
         rngs = nnx.Rngs(self.to_nnx__seed) if rngs is None else rngs
         if self._pytree__state.initializing:
             return super().__call__(*args, rngs=rngs, **kwargs)
-        used = nnx.merge(*nnx.split(self))  # keeps what the call writes
+        used = nnx.merge(*nnx.split(self), copy=True)  # keeps what the call writes
         kept = DenyList(("params", "intermediates"))
         return super(LinenModule, used).__call__(*args, rngs=rngs, mutable=kept, **kwargs)
 

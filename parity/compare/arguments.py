@@ -236,23 +236,26 @@ def only_there(name: str, value: Any) -> bool:
 def paired(missing: list[str], free: list[str], parameters: Parameters, order: list[str]) -> dict[str, str] | None:
     """The parameter for each name that a call does not have; None if that is ambiguous.
 
-    First those that share a word, as `mask` and `attention_mask` do; then in order, if as many parameters are left, or
-    left and required; then by position. order: the parameters of the other side's call.
+    First those that share a word, as `mask` and `attention_mask` do; then required ones by position; then in order, if
+    as many parameters are left. order: the parameters of the other side's call.
     """
     found: dict[str, str] = {}
     for name in missing:
         near = [other for other in free if set(other.split("_")) & set(name.split("_"))]
         if len(near) == 1 and near[0] not in found.values():
             found[name] = near[0]
+    position = dict(enumerate(parameters))
+    for name in missing:
+        place = position.get(order.index(name)) if name in order else None
+        if name not in found and place in free and place not in found.values():
+            found |= {name: place} if parameters[place].default is inspect.Parameter.empty else {}
     rest = [name for name in missing if name not in found]
     free = [name for name in free if name not in found.values()]
     required = [name for name in free if parameters[name].default is inspect.Parameter.empty]
     for group in (required, free):
         if len(group) == len(rest):
             return found | dict(zip(rest, group, strict=True))
-    position = {i: name for i, name in enumerate(parameters) if name in free}
-    places = {name: position.get(order.index(name)) if name in order else None for name in rest}
-    return None if None in places.values() else found | {name: str(place) for name, place in places.items()}
+    return None
 
 
 def filled(parameters: Parameters, module: Any) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def torch_constant(array: np.ndarray, dtype: Any, device: Any) -> Any:
 def flax_constant(value: Any, dtype: Any) -> Any:
     """A value among `flax_kwargs` for one call; NNX objects such as Rngs are copied, as calls change them."""
     if isinstance(value, nnx.Pytree):
-        return nnx.merge(*nnx.split(value))
+        return nnx.merge(*nnx.split(value), copy=True)
 
     def leaf(leaf: Any) -> Any:
         if not isinstance(leaf, np.ndarray | jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):

@@ -130,7 +130,7 @@ def torch_loss(
         kept = ~target.isnan()
         distance = torch.where(kept, output - target, torch.zeros_like(target))
         square = torch.view_as_real(distance).square().sum(-1) if distance.is_complex() else distance.square()
-        found.append(square.mean() * (kept.numel() / kept.sum().clamp(min=1)).to(square.dtype))
+        found.append(square.mean() * (kept.numel() / kept.sum().clamp(min=1).double()).to(square.dtype))
     return torch.stack(found).sum() if found else torch.zeros(())
 
 

@@ -50,7 +50,8 @@ class Backward:
         if not self.descend(""):
             self.alone("")  # the model's own code
         for path, reading in self.readings.items():
-            reading.order = self.order(path, run.counts[path] - 1) if reading.order is None else reading.order
+            if reading.order is None and path in run.counts:
+                reading.order = self.order(path, run.counts[path] - 1)
 
     def descend(self, path: str) -> bool:
         """Read the sub-modules inside a path in isolation; True if one of them is off.
@@ -68,7 +69,9 @@ class Backward:
     def alone(self, path: str) -> bool | None:
         """Read the calls of a path in isolation; True if one is off, None if none could be compared."""
         reading = self.readings[path]
-        for n in dict.fromkeys((0, self.run.counts[path] - 1)):  # the calls of a recurrence in between are alike
+        for n in dict.fromkeys(
+            (0, self.run.counts[path] - 1) if path in self.run.counts else ()
+        ):  # the calls of a recurrence in between are alike
             if (path, n) in self.keys:
                 self.guarded((path, n))
         return None if reading.isolated is None else reading.isolated.noise > reading.limit

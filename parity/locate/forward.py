@@ -67,7 +67,8 @@ class Forward:
         self.run, self.side = run, side
         self.exact = side.dtype == np.float64
         self.pairs = counterparts(run, side)
-        self.readings = {path: PathErrors() for path, _ in run.calls}
+        self.readings = {"": PathErrors(reason="its calls cannot be recorded")}  # as of a module of TorchScript
+        self.readings |= {path: PathErrors() for path, _ in run.calls}
         self.flax = FlaxRun(side, run.batch.inputs, self.pairs, kept)
         self.keys = {key: flax for flax, key in self.pairs.items() if flax in self.flax.calls}
         self.pairings: dict[Key, Pairing] = {}
@@ -79,7 +80,8 @@ class Forward:
             if key in self.keys:
                 self.guarded(key, self.compare, key)
         for path, reading in self.readings.items():
-            reading.order = run.calls[path, 0].order if reading.order is None else reading.order
+            if reading.order is None and (path, 0) in run.calls:
+                reading.order = run.calls[path, 0].order
 
     def guarded(self, key: Key, read: Callable[..., Any], *args: Any) -> Any:
         """Read something of a call; an exception becomes the reason why it is not compared."""
