@@ -129,9 +129,11 @@ def returned(module: nnx.Module, inputs: Inputs, channels_last: Sequence[str] = 
 
     own = [array.dtype for array in flat_arrays(module).values() if jnp.issubdtype(array.dtype, jnp.floating)]
     dtype = max(own, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
-    values = {n: jnp.asarray(cast(v, dtype)) for n, v in inputs.named().items()}  # mixed dtypes are an error to some
-    values = {n: jnp.moveaxis(v, 1, -1) if matches(n, channels_last) else v for n, v in values.items()}
-    return jax.eval_shape(call, state, values)
+    # As the port runs by itself: mixed dtypes are an error to some operations, and x64 changes the defaults of others.
+    with jax.enable_x64(dtype.itemsize == 8):
+        values = {n: jnp.asarray(cast(v, dtype)) for n, v in inputs.named().items()}
+        values = {n: jnp.moveaxis(v, 1, -1) if matches(n, channels_last) else v for n, v in values.items()}
+        return jax.eval_shape(call, state, values)
 
 
 def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:

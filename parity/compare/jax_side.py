@@ -63,6 +63,12 @@ def split(module: Any) -> tuple[Any, nnx.State, nnx.State]:
     return graphdef, params, rest
 
 
+def with_caches(rest: nnx.State, dtype: Any) -> nnx.State:
+    """Variables with the floating caches in a dtype: a call writes activations of that dtype into them."""
+    caches, others = nnx.split_state(rest, nnx.Cache, ...)
+    return nnx.merge_state(others, jax.tree.map(lambda array: cast(array, dtype), caches))
+
+
 class JaxSide:
     """A Flax module with its weights in one dtype. Its tensors have PyTorch's names.
 
@@ -74,7 +80,8 @@ class JaxSide:
     def __init__(self, module: Any, weights: Weights, inputs: Inputs, dtype: Any, channels_last: Sequence[str] = ()):
         self.module, self.weights, self.inputs = module, weights, inputs
         self.dtype, self.channels_last = jnp.dtype(dtype), tuple(channels_last)
-        self.graphdef, self.params, self.rest = split(module)
+        self.graphdef, self.params, rest = split(module)
+        self.rest = with_caches(rest, self.dtype)
         self.value_and_grad = self.prepared(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
         self.forward = self.prepared(self._outputs)
 
@@ -93,7 +100,8 @@ class JaxSide:
         """The same module with other weights; nothing is recompiled."""
         side = copy.copy(self)
         side.module = self.weights.load(self.module, state_dict)
-        _, side.params, side.rest = split(side.module)
+        _, side.params, rest = split(side.module)
+        side.rest = with_caches(rest, side.dtype)
         return side
 
     def merged(self, params: nnx.State, rest: nnx.State | None = None) -> Any:

@@ -158,7 +158,7 @@ class Drawing(FlaxTanh):
 
     def __call__(self, x, train):
         y = super().__call__(x)
-        self.cache[...] = y + jax.random.normal(self.rngs.noise(), y.shape)
+        self.cache[...] = y + jax.random.normal(self.rngs.noise(), y.shape, y.dtype)
         self.sow(nnx.Intermediate, "y", y)
         return self.drop(y, deterministic=not train)
 
