@@ -55,7 +55,7 @@ def built(library: Any, pair: Pair) -> tuple[Any, Any]:
     torch.manual_seed(0)
     theirs = getattr(library, pair.model)(config).eval()
     with contextlib.redirect_stdout(io.StringIO()):
-        ours = getattr(library, f"Flax{pair.model}")(config, seed=0, _do_init=False)
+        ours = getattr(library, f"Flax{pair.model}")(config, seed=0)
     return theirs, ours.module
 
 
