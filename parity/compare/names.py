@@ -3,7 +3,8 @@
 It has one of these forms:
 
     mapping     {"wte": "embed", "h.*.attn": "blocks.*.attention"}. The name of a module applies to everything inside;
-                `*` matches one word; the matching key with the most words applies; None: no counterpart
+                `*` matches one word, and may be a part of one in the value, as in "block_*"; the matching key with the
+                most words applies; None: no counterpart
     pairs       [(r"^h\\.(\\d+)", r"blocks.\\1"), …]: regular expressions and replacements, applied one after the other
     function    from a PyTorch name to Flax's name or None
     converter   a function from the state_dict to the Flax arrays: nested dicts, dicts by path or dotted name, an NNX
@@ -69,9 +70,9 @@ def starred(names: Mapping[str, Any]) -> Callable[[str], list[str] | None]:
 
 
 def fill(value: str, words: Sequence[str]) -> str:
-    """Replace each `*` of a Flax name by the word that the `*` of the PyTorch name matched."""
+    """Replace each `*` of a Flax name, also inside a word, by the word that the `*` of the PyTorch name matched."""
     given = iter(words)
-    return ".".join(next(given) if word == "*" else word for word in value.split("."))
+    return re.sub(r"\*", lambda _: next(given), value)
 
 
 def listed(value: Any) -> list[str] | None:

@@ -1,7 +1,8 @@
 """Write a mapping of tensors as few names: numbers become `*`, and what an enclosing part implies is left out."""
 
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from parity.compare.names import starred as renamer
@@ -9,6 +10,8 @@ from parity.compare.suggest.layers import Pair
 from parity.compare.weights.owners import WORDS
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+IN_WORD = re.compile(r"\d+(?![^.])")  # at the end of a word, as in block_0
+MOST = 6  # numbers of a Flax name that may be those of PyTorch's
 
 
 def compressed(
@@ -16,8 +19,8 @@ def compressed(
 ) -> dict[str, Any]:
     """Names from pairs of tensors and of containers, outer ones first; dropped: tensors without a counterpart.
 
-    order: PyTorch's paths in the order of definition.
-    If the short form would not map every tensor as given, the names of the tensors are returned as they are.
+    order: PyTorch's paths in the order of definition. If the short form would not map every tensor as given, the names
+    of the tensors are returned as they are.
     """
     exact: dict[str, list[str] | None] = {p.key: list(p.targets) for p in pairs} | dict.fromkeys(dropped)
     wanted = {key: implied(key, targets) for key, targets in exact.items()}
@@ -32,11 +35,10 @@ def compressed(
         targets = entries[name]
         if pattern in done or rename(name) == targets:
             continue
-        general = None if targets is None else [NUMBER.sub("*", t) for t in targets]
         alike = [n for n in entries if NUMBER.sub("*", n) == pattern]
-        trial = renamer({pattern: general})
-        stars = pattern.count("*")
-        if all(t.count("*") <= stars for t in general or []) and all(trial(n) == entries[n] for n in alike):
+        general = next((g for g in generals(name, targets) if covers(pattern, g, alike, entries)), None)
+        dropped_all = targets is None and all(entries[n] is None for n in alike)
+        if general is not None or dropped_all:
             names[pattern] = single(general)
             done.add(pattern)
         else:
@@ -45,6 +47,30 @@ def compressed(
     if all(rename(key) == targets for key, targets in wanted.items()):
         return names
     return {key: single(targets) for key, targets in exact.items()}
+
+
+def generals(name: str, targets: list[str] | None) -> Iterator[list[str]]:
+    """Flax's names with `*` for numbers of PyTorch's name, the leftmost that are equal."""
+    stars = len(NUMBER.findall(name))
+    for numbers in itertools.combinations(range(MOST), stars) if targets is not None else ():
+        found = []
+        for target in targets or []:
+            places = [m.span() for m in IN_WORD.finditer(target)]
+            if any(i >= len(places) for i in numbers):
+                break
+            for i in reversed(numbers):
+                target = target[: places[i][0]] + "*" + target[places[i][1] :]
+            found.append(target)
+        else:
+            yield found
+    if targets is not None and stars:
+        yield targets  # one array for all layers
+
+
+def covers(pattern: str, general: list[str], alike: Sequence[str], entries: Mapping[str, list[str] | None]) -> bool:
+    """True if a general entry maps every name of its form as wanted."""
+    rename = renamer({pattern: general})
+    return all(rename(name) == entries[name] for name in alike)
 
 
 def implied(key: str, targets: list[str] | None) -> list[str] | None:

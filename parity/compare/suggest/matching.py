@@ -76,6 +76,7 @@ class Matcher:
 
     def __init__(self, torch: Node, flax: Node, forced: Mapping[str, Any] | None = None):
         self.torch, self.flax, self.forced = torch, flax, forced or {}
+        self.taken = {path for path in self.forced.values() if isinstance(path, str)}
         self.grades: dict[Any, Grade] = {}
         self.cross = all(any("cross" in tokens((n.word,)) for n in root.walk()) for root in (torch, flax))
 
@@ -160,8 +161,8 @@ class Matcher:
         """Pair one layer with the two or three that hold its parts, on either side."""
         for find in (fused, joined):
             for ours, theirs, orders in find([(i.node, i.words) for i in left], [(i.node, i.words) for i in free]):
-                chosen = self.forced.get(starred(ours[0].path)) if find is fused else None
-                order = next((o for o in orders if [starred(n.path) for n in o] == chosen), orders[0])
+                chosen = self.forced.get(ours[0].path) if find is fused else None
+                order = next((o for o in orders if [n.path for n in o] == chosen), orders[0])
                 match.pairs += pack(ours, order, find is fused)
                 match.alike += [1.0] * len(ours)
                 if len(orders) > 1 and chosen is None:
@@ -239,6 +240,15 @@ def compared(a: Item, b: Item) -> tuple[Words, Words]:
     return unnumbered(a.words), unnumbered(b.words)
 
 
+def same_rank(a: Node, b: Node) -> bool:
+    """True if both are containers in numbered rows of equal length, at the same place: layer1 and stages.0."""
+    alike = a.container and b.container and len(a.family) == len(b.family) > 1
+    if not alike or "" in a.family | b.family:
+        return False
+    rows = [sorted(map(int, node.family)) for node in (a, b)]
+    return rows[0].index(int(numbered(a.word)[1])) == rows[1].index(int(numbered(b.word)[1]))
+
+
 def unnumbered(words: Words) -> Words:
     """A path without the number at its end."""
     stem = numbered(words[-1])[0].rstrip("_") if words else ""
@@ -262,12 +272,11 @@ class Pool:
         single = one.shape is not None or other.shape is not None
         if single and len(one.arrays) == len(other.arrays) == 1 and not fits_name(one.arrays[0], other.arrays[0]):
             return nothing
-        forced = self.matcher.forced
-        for key, value in ((one.path, other.path), (starred(one.path), starred(other.path))):
-            if key in forced and forced[key] != value and isinstance(forced[key], str):
-                return nothing
-            if value in forced.values() and forced.get(key) != value:
-                return nothing
+        decided = self.matcher.forced.get(one.path)
+        if isinstance(decided, str) and decided != other.path:
+            return nothing
+        if decided != other.path and other.path in self.matcher.taken:
+            return nothing
         return self.matcher.grade(one, other)
 
     def same_name(self, i: int, j: int) -> bool:
@@ -280,7 +289,7 @@ class Pool:
     def score(self, i: int, j: int) -> float:
         """The evidence that two items belong together, without their order."""
         a, b = self.left[i], self.free[j]
-        ordinal = a.node.ordinal is not None and a.node.ordinal == b.node.ordinal
+        ordinal = (a.node.ordinal is not None and a.node.ordinal == b.node.ordinal) or same_rank(a.node, b.node)
         optional = not a.node.required
         return similarity(*compared(a, b)) + 0.5 * self.grades[i, j].alike + 0.5 * ordinal - optional
 
@@ -315,7 +324,7 @@ class Pool:
         n, m = len(self.left), len(self.free)
         scores = np.full((n, m), IMPOSSIBLE)
         for i, j in pairs:
-            order = 1 - abs(i / max(1, n - 1) - j / max(1, m - 1))
+            order = 1 - (i / max(1, n - 1) - j / max(1, m - 1)) ** 2
             scores[i, j] = self.score(i, j) + 0.01 * order
         rows, columns = linear_sum_assignment(scores, maximize=True)
         chosen = {int(i): int(j) for i, j in zip(rows, columns, strict=True) if scores[i, j] > IMPOSSIBLE}

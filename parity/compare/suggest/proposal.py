@@ -147,8 +147,7 @@ def suggestion(search: Search, best: Candidate, match: Match, resolved_all: bool
     for part, others in (
         [] if resolved_all else [item for doubt in match.doubts for item in alternatives(doubt).items()]
     ):
-        known = ambiguous.setdefault(starred(part), [])
-        known += [other for other in others if other not in known]
+        ambiguous.setdefault(starred(part), others)  # of equal layers the first
     problems = ""
     try:
         weights = search.weights(best)

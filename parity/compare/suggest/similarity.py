@@ -17,9 +17,9 @@ WORDS = {
     "key": "k k_proj wk k_lin",
     "value": "v v_proj wv v_lin",
     "output": "o out o_proj out_proj wo proj out_lin dense c_proj",
-    "up": "fc fc1 fc_in up_proj lin1 linear1 layer1 dense_h_to_4h intermediate wi w1 c_fc",
-    "down": "fc2 fc_out down_proj lin2 linear2 layer2 dense_4h_to_h w2",
-    "gate": "gate_proj w3 wi_0",
+    "up": "fc fc1 fc_in up_proj lin1 linear1 dense_h_to_4h intermediate wi c_fc",
+    "down": "fc2 fc_out down_proj lin2 linear2 dense_4h_to_h",
+    "gate": "gate_proj wi_0",
     "layer": "h layers blocks block l encoderblock stage stages",
     "mlp": "ffn ff ffw feed_forward feedforward ff_n",
     "head": "lm_head generator readout classifier score embed_out logits",
@@ -62,8 +62,10 @@ def similarity(one: Words, other: Words) -> float:
     if a == b:
         return 2.5
     last = 1.0 if same_end(one, other) else 0.5 * ratio(tokens(one[-1:]), tokens(other[-1:]))
-    shared = len(set(a) & set(b)) / max(1, len(set(a) | set(b)))
-    return last + shared
+    words = [{token for token in side if not token.isdigit()} for side in (a, b)]
+    numbers = [[token for token in side if token.isdigit()] for side in (a, b)]
+    shared = len(words[0] & words[1]) / max(1, len(words[0] | words[1]))
+    return last + 0.5 * shared + 0.5 * (numbers[0] == numbers[1])
 
 
 def ratio(a: Words, b: Words) -> float:

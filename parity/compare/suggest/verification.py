@@ -17,7 +17,7 @@ from parity.compare.weights import Mapped
 
 MOST = 64  # candidates that are run
 CLEAR = 1e3  # the best candidate's error must be smaller than any other's by this factor
-ORDERS = 24  # decisions of one group that are run
+ORDERS = 24  # ways to assign one group that are all run
 
 Forced = dict[str, Any]
 Names = dict[str, Any]
@@ -81,18 +81,32 @@ def options(doubts: Sequence[Doubt]) -> list[list[Forced]]:
 
     Equal layers are decided alike.
     """
-    groups: dict[tuple[Any, ...], list[Forced]] = {}
+    groups: dict[tuple[Any, ...], list[Doubt]] = {}
     for doubt in doubts:
-        stars = [starred(part) for part in doubt.parts]
-        flax = [[starred(n) for n in o] if isinstance(o, list) else starred(o) for o in doubt.options]
-        alike = len(set(stars)) == len(stars) and len({str(o) for o in flax}) == len(flax)
-        parts, names = (stars, flax) if alike else (doubt.parts, doubt.options)
-        present = dict(zip(parts, (names[i] for i in doubt.chosen), strict=True))
-        others = itertools.permutations(names, len(parts))
-        decisions = [present, *(d for o in others if (d := dict(zip(parts, o, strict=True))) != present)]
-        if len(names) > 1:
-            groups.setdefault((tuple(parts), str(sorted(map(str, names)))), decisions)
-    return list(groups.values())
+        if len(doubt.options) > 1:
+            key = tuple(map(starred, doubt.parts)), len(doubt.options), tuple(doubt.chosen)
+            groups.setdefault(key, []).append(doubt)
+    return [decisions(group) for group in groups.values()]
+
+
+def decisions(group: Sequence[Doubt]) -> list[Forced]:
+    """Ways to assign the options of equal groups of parts, the present one first.
+
+    All of them if there are few, else those that differ from the present one in one exchange.
+    """
+    first = group[0]
+    present, count = tuple(first.chosen), len(first.options)
+    if math.perm(count, len(present)) <= ORDERS:
+        others = list(itertools.permutations(range(count), len(present)))
+    else:
+        others = [exchange(present, i, j) for i in range(len(present)) for j in range(count) if j != present[i]]
+    ways = dict.fromkeys([present, *others])
+    return [{p: d.options[i] for d in group for p, i in zip(d.parts, way, strict=True)} for way in ways]
+
+
+def exchange(way: tuple[int, ...], i: int, j: int) -> tuple[int, ...]:
+    """The same choice with option j for part i, whose own option goes to the part that had j."""
+    return tuple(j if k == i else way[i] if option == j else option for k, option in enumerate(way))
 
 
 def resolved(runs: Runs, propose: Callable[[Forced], Names], groups: Sequence[list[Forced]]) -> Candidate | None:
@@ -123,7 +137,7 @@ def descent(
     while improved and runs.count < 2 * MOST:
         improved = False
         for i, group in enumerate(groups):
-            trials = [merged([*best[:i], decision, *best[i + 1 :]]) for decision in group[:ORDERS]]
+            trials = [merged([*best[:i], decision, *best[i + 1 :]]) for decision in group]
             found = tried(runs, [Candidate(forced, propose(forced), {}) for forced in trials])
             tries += found
             j = min(range(len(found)), key=lambda j: found[j][0])

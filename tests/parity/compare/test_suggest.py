@@ -88,6 +88,26 @@ def test_layers_are_matched_alike_and_roles_are_not_exchanged(layer):
         assert found[f"decoder.layers.{i}.fc1.weight"] == f"decoder.{flax}.up.kernel"
 
 
+def test_names_are_short_where_linen_numbers_the_layers():
+    suggestion = parity.suggest(Translator(), translator("block_{}"))
+    assert suggestion.names["encoder.layers.*.fc1"] == "encoder.block_*.up"
+    assert len(suggestion.names) == 21
+
+
+def test_which_of_two_gates_is_not_guessed():
+    module = nn.ModuleDict({name: nn.Linear(5, 7) for name in ("w1", "w3")} | {"w2": nn.Linear(7, 5)})
+    suggestion = parity.suggest(module, Tree(dense("gate_proj", "up_proj", o=7) | dense("down_proj", i=7)))
+    assert suggestion.names["w2"] == "down_proj"
+    assert sorted(suggestion.ambiguous) == ["w1", "w3"]
+
+
+def test_numbered_rows_are_paired_by_rank():
+    module = nn.ModuleDict({f"layer{i}": nn.ModuleDict({"fc": nn.Linear(5, 5)}) for i in (1, 2, 3)})
+    suggestion = parity.suggest(module, Tree(dense(*(f"stages.{i}.fc" for i in range(3)))))
+    assert suggestion.names == {"layer1": "stages.0", "layer2": "stages.1", "layer3": "stages.2"}
+    assert suggestion.complete
+
+
 def test_a_stack_of_layers_is_one_array():
     module = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(3))})
     arrays = {p: (3, *shape) for p, shape in dense(*(f"blocks.{part}" for part in PARTS)).items()}
