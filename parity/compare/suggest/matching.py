@@ -241,11 +241,13 @@ def compared(a: Item, b: Item) -> tuple[Words, Words]:
 
 
 def same_rank(a: Node, b: Node) -> bool:
-    """True if both are containers in numbered rows of equal length, at the same place: layer1 and stages.0."""
+    """True if both are containers in numbered rows of equal length, at the same place, as layer1 and stages.0 are."""
     alike = a.container and b.container and len(a.family) == len(b.family) > 1
     if not alike or "" in a.family | b.family:
         return False
     rows = [sorted(map(int, node.family)) for node in (a, b)]
+    if any(row[-1] - row[0] >= len(row) for row in rows):
+        return False
     return rows[0].index(int(numbered(a.word)[1])) == rows[1].index(int(numbered(b.word)[1]))
 
 
