@@ -6,6 +6,7 @@ JAX are set before its first use.
 
 import argparse
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ examples:
   {prog} rope --all --report rope.html       with every further check, as an HTML page
   {prog} neox --trajectory adamw sgd --steps 30
   {prog} --replay                            without torch, from recorded results
+  {prog} verify HF/ OUT/ --numerics          two checkpoints: tensors and outputs; see {prog} verify --help
 
 Exit code: 0 if all cases agree, 1 if a case differs, 2 after an error.
 """
@@ -113,7 +115,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "parity") -> int:
     """Run the command and return its exit code. prog: the command as typed, for its help and errors."""
-    return run(lambda: dispatch(parser(prog).parse_args(argv)), prog)
+    given = sys.argv[1:] if argv is None else argv
+    if given and given[0] == "verify":
+        from parity.checkpoint import verify
+
+        return verify.main(given[1:], f"{prog} verify")
+    return run(lambda: dispatch(parser(prog).parse_args(given)), prog)
 
 
 def dispatch(options: argparse.Namespace) -> int:

@@ -144,7 +144,10 @@ def test_a_command_of_a_page_is_accepted(page, command, monkeypatch):
     elif program == "jaxmodels":
         check_subcommand(*arguments[:1], arguments[1:])
     elif program == "parity":
-        accepted(importlib.import_module("parity.command").parser("parity"), arguments)
+        module, arguments = (
+            ("checkpoint.verify", arguments[1:]) if arguments[:1] == ["verify"] else ("command", arguments)
+        )
+        accepted(importlib.import_module(f"parity.{module}").parser(program), arguments)
     else:
         check_module(arguments[1], arguments[2:], monkeypatch)
 

@@ -69,22 +69,30 @@ def open_hf(folder: str | os.PathLike) -> Source:
     if not is_folder(folder, "model"):
         others = ", ".join(sorted(file.name for file in folder.glob("pytorch_model*"))[:3])
         raise ValueError(f"{folder} has neither model.safetensors nor its index{f', but {others}' if others else ''}")
-    stored = read_folder(folder)
-    if READOUT_ALIAS in stored and READOUT not in stored:
-        stored[READOUT] = stored.pop(READOUT_ALIAS)
-    table = stored.get(hf_name("embedding.emb.weight"))
-    if config.tied and table is not None and READOUT in stored and np.array_equal(stored[READOUT], table):
-        stored.pop(READOUT)
-    for name in [name for name in stored if BUFFER.fullmatch(name)]:
-        try:
-            is_buffer(name, stored.pop(name), config)  # raises if it contradicts the configuration
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-    twins = {hf_name(key): key for key in named(config)}
-    held = {twins.get(name, name): tensor for name, tensor in stored.items()}
+    held = twin_names(read_folder(folder), config, str(folder))
     tensors = matched(folder, config, held, hf_name)
     token_ids = {key: content[key] for key in TOKEN_IDS if key in content}
     return Source("hf", folder, config, tensors, "safetensors for transformers", tuple(notes), token_ids=token_ids)
+
+
+def twin_names(stored: Mapping[str, Any], config: NeoXConfig, where: str) -> dict[str, Any]:
+    """Tensors by the names of the PyTorch twin, without buffers, and without a tied readout; other names are kept.
+
+    where: file or folder, for errors. Raises ValueError if a buffer contradicts the configuration.
+    """
+    held = dict(stored)
+    if READOUT_ALIAS in held and READOUT not in held:
+        held[READOUT] = held.pop(READOUT_ALIAS)
+    table = held.get(hf_name("embedding.emb.weight"))
+    if config.tied and table is not None and READOUT in held and np.array_equal(held[READOUT], table):
+        held.pop(READOUT)
+    for name in [name for name in held if BUFFER.fullmatch(name)]:
+        try:
+            is_buffer(name, held.pop(name), config)  # raises if it contradicts the configuration
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    twins = {hf_name(key): key for key in named(config)}
+    return {twins.get(name, name): tensor for name, tensor in held.items()}
 
 
 def read_hf_json(file: Path) -> dict[str, Any]:

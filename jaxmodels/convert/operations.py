@@ -24,7 +24,7 @@ from jaxmodels.io.torch_files import read_state_dict, write_state_dict
 from jaxmodels.models import build
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.neox.config import PRESETS
-from jaxmodels.weights.lazy import nbytes, pieces
+from jaxmodels.weights.lazy import Cast, nbytes, pieces
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
 from jaxmodels.weights.progress import progress_bar
 
@@ -148,20 +148,32 @@ def inspect(options: argparse.Namespace) -> str:
 def verify(options: argparse.Namespace) -> tuple[bool, str]:
     """Compare SRC, cast to DST's dtypes, with DST; returns True if they are equal, and the text to print."""
     source, target = prepared(options), open_checkpoint(options.target)
-    config = dataclasses.asdict(source.config)
-    different = [
-        f"{name}: {config[name]} and {value}"
-        for name, value in dataclasses.asdict(target.config).items()
-        if config[name] != value and name not in ("dtype", "remat")
-    ]
+    different = different_settings(dataclasses.asdict(source.config), dataclasses.asdict(target.config))
     if different:
         return False, f"{options.source} and {options.target} have different configurations: {'; '.join(different)}"
+    return compare_tensors(source.tensors, target.tensors)
+
+
+def different_settings(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Settings that two configurations both have and that differ, a text for each; not how a model is run."""
+    return [
+        f"{name}: {config[name]} and {value}"
+        for name, value in other.items()
+        if name in config and config[name] != value and name not in ("dtype", "remat", "stacked")
+    ]
+
+
+def compare_tensors(tensors: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[bool, str]:
+    """Compare tensors, cast to the dtypes of others of the same names and shapes, bit for bit.
+
+    Returns True if they are equal, and the text to print. Raises ValueError if a value overflows in the cast.
+    """
     lines, compared = [], 0
-    with progress_bar("comparing", source.tensors.values()) as advance:
-        for name, tensor in source.tensors.items():
-            other = target.tensors[name]
+    with progress_bar("comparing", tensors.values()) as advance:
+        for name, tensor in tensors.items():
+            other = others[name]
             if tensor.dtype != other.dtype:
-                tensor = source.cast(other.dtype).tensors[name]
+                tensor = Cast(tensor, np.dtype(other.dtype), name)
             count, largest = difference(tensor, other)
             compared += int(np.prod(tensor.shape))
             advance(nbytes(tensor))
@@ -170,8 +182,8 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
                     f"  {name}: {count:,} of {int(np.prod(tensor.shape)):,} values differ, by up to {largest:.3g}"
                 )
     if lines:
-        return False, "\n".join([f"{len(lines)} of {len(source.tensors)} tensors differ:", *lines])
-    return True, f"all {len(source.tensors)} tensors are equal, {compared:,} values bit for bit"
+        return False, "\n".join([f"{len(lines)} of {len(tensors)} tensors differ:", *lines])
+    return True, f"all {len(tensors)} tensors are equal, {compared:,} values bit for bit"
 
 
 def difference(a: Any, b: Any) -> tuple[int, float]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flax import nnx
 from torch import nn
 
@@ -17,8 +16,8 @@ from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.text import CharVocabulary, load_corpus
 from jaxmodels.weights.names import as_numpy
 from parity.cases import Pair, case
+from parity.checkpoint.gpt_neox import Transformers
 from parity.compare.randomize import randomized
-from torch_ref.rope import rotary_tables
 
 
 @case("neox.language_model", "NeoX, parallel residual, exact GELU, a quarter of d_k rotated, 97 tokens")
@@ -121,89 +120,3 @@ def pair_of(
 def abstract(config: NeoXConfig) -> NeoX:
     """The model with shapes only."""
     return nnx.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0)))
-
-
-class Transformers(nn.Module):
-    """transformers' GPTNeoXForCausalLM, with parts and arguments named as in the twins.
-
-    Its weights are random; with a folder, weights and configuration are read from there. Raises RuntimeError if
-    transformers is not installed.
-    """
-
-    def __init__(self, config: NeoXConfig, folder: str | None = None):
-        super().__init__()
-        model = gpt_neox(config, folder)
-        self.model: Any
-        self.__dict__["model"] = model  # not as a sub-module: every parameter would have two names
-        part = nn.ModuleDict
-        self.embedding = part({"emb": model.gpt_neox.embed_in})
-        self.layers = nn.ModuleList(
-            part(
-                {
-                    "pre_ln_attn": layer.input_layernorm,
-                    "pre_ln_ffn": layer.post_attention_layernorm,
-                    "attention": part({"qkv_lin": layer.attention.query_key_value, "output": layer.attention.dense}),
-                    "ffn": part({"dense_h_h4": layer.mlp.dense_h_to_4h, "dense_h4_h": layer.mlp.dense_4h_to_h}),
-                }
-            )
-            for layer in model.gpt_neox.layers
-        )
-        self.final_norm = part({"ln": model.gpt_neox.final_layer_norm})
-        if not config.tied:
-            self.readout = part({"linear": model.lm_head})
-
-    def forward(self, ids: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
-        if start is None:
-            return self.model(ids, use_cache=False).logits
-        text = torch.arange(ids.shape[1]) >= start[:, None]
-        positions = (text.cumsum(dim=1) - 1).clamp(min=0)
-        logits = self.model(ids, attention_mask=text.long(), position_ids=positions, use_cache=False).logits
-        return logits.masked_fill(~text[:, :, None], 0)
-
-
-def gpt_neox(config: NeoXConfig, folder: str | None = None) -> Any:
-    """GPTNeoXForCausalLM of a configuration, or of a folder; in a float64 model its rotary tables are float64 too."""
-    try:
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-        from transformers.utils import logging
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error}; neox.transformers needs it: pip install transformers") from None
-
-    sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}  # eager attention has its softmax in float32
-    theirs = GPTNeoXConfig(
-        vocab_size=config.n_vocab,
-        hidden_size=config.n_hidden,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        intermediate_size=config.d_ff,
-        hidden_act={"gelu": "gelu", "gelu_tanh": "gelu_fast"}[config.activation],
-        max_position_embeddings=config.max_len,
-        layer_norm_eps=config.layer_norm_eps,
-        tie_word_embeddings=config.tied,
-        use_parallel_residual=config.parallel_residual,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": config.rope_base,
-            "partial_rotary_factor": config.rope_percentage,
-        },
-        **sdpa,
-    )
-    if folder is None:
-        model = GPTNeoXForCausalLM(theirs).eval()
-    else:
-        logging.disable_progress_bar()  # its progress bar would mix with our output
-        try:
-            model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=sdpa).eval()
-        finally:
-            logging.enable_progress_bar()
-    own = model.gpt_neox.rotary_emb
-
-    def rotary(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if x.dtype != torch.float64:
-            return own(x, position_ids)
-        cos, sin = rotary_tables(position_ids, config.d_rope, config.rope_base, x.dtype)
-        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
-
-    del model.gpt_neox.rotary_emb
-    model.gpt_neox.rotary_emb = rotary
-    return model

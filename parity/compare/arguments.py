@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
+from parity.checkpoint.opened import is_source, is_stored
 from parity.compare.functions import Function
 from parity.compare.inputs import Inputs, Place
 
@@ -38,7 +39,8 @@ Parameters = Mapping[str, inspect.Parameter]
 def modules(torch_module: Any, flax_module: Any, *, both: bool = False) -> tuple[Any, Any]:
     """The two modules of a comparison; raises ValueError that names a wrong one.
 
-    Either may be None unless `both` are needed. A module that `torch.compile` returned is replaced by the one that it
+    Either may be None unless `both` are needed; these are the user's, and may be checkpoints, which `Comparison.of`
+    replaces (`parity.checkpoint`). A module that `torch.compile` returned is replaced by the one that it
     compiled. A recording takes the place of a PyTorch module.
     """
     if both and torch_module is None:
@@ -49,9 +51,10 @@ def modules(torch_module: Any, flax_module: Any, *, both: bool = False) -> tuple
         raise ValueError(
             f"torch_module={described(torch_module)}, flax_module={described(flax_module)} must be in the other order"
         )
-    if torch_module is not None and not is_torch(torch_module) and not is_recording(torch_module):
+    known = torch_module is None or is_torch(torch_module) or is_recording(torch_module)
+    if not known and not (both and is_source(torch_module)):
         raise ValueError(f"torch_module={described(torch_module)} must be a torch.nn.Module")
-    if flax_module is not None and not is_flax(flax_module):
+    if flax_module is not None and not is_flax(flax_module) and not (both and is_stored(flax_module)):
         inner = getattr(flax_module, "module", None)
         hint = "; pass its .module" if isinstance(inner, linen.Module) else ""
         raise ValueError(f"flax_module={described(flax_module)} must be {KINDS}{hint}")

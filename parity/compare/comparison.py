@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.weights.names import as_numpy
+from parity.checkpoint.opened import is_source, is_stored
 from parity.compare import jax_side
 from parity.compare.adapters import as_module, returned
 from parity.compare.arguments import checked_labels, fitted, is_torch, modules
@@ -35,6 +36,7 @@ from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds, random_targets
 from parity.compare.names import Names, matches
 from parity.compare.weights import Mapped, OwnWeights, TorchModule, Twins, Weights, weights_of
+from parity.compare.weights.kept import Kept, kept_or
 from parity.compare.weights.resolve import difference, resolved
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ class Comparison:
     @classmethod
     def of(
         cls,
-        torch_module: TorchModule | None,
+        torch_module: Any,
         flax_module: Any,
         inputs: Any,
         *,
@@ -123,15 +125,23 @@ class Comparison:
     ) -> "Comparison":
         """Resolve the arguments of `parity.check`, which documents them.
 
-        Without a PyTorch module the Flax module keeps its own weights; without a Flax module PyTorch runs alone.
-        Raises ValueError for a negative seed and for inputs or modules of another kind, ConversionError if the weights
-        do not fit, and RuntimeError if JAX has no such device.
+        Either module may be a checkpoint (`parity.checkpoint.opened`): PyTorch's is loaded into the twin of the Flax
+        model, a Flax folder keeps its own weights. Without a PyTorch module the Flax module keeps its own weights;
+        without a Flax module PyTorch runs alone. Raises ValueError for a negative seed and for inputs or modules of
+        another kind, ConversionError if the weights do not fit, and RuntimeError if JAX has no such device.
         """
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
         labels = checked_labels(labels)
+        notes: tuple[str, ...] = ()
+        if is_source(torch_module) or is_stored(flax_module):
+            from parity.checkpoint.pair import opened_pair
+
+            torch_module, flax_module, kept, notes = opened_pair(torch_module, flax_module)
+            names = kept_or(names, kept)
         torch_module, flax_module = modules(torch_module, flax_module)
         inputs = fitted(Inputs.of(inputs, torch_kwargs, flax_kwargs), torch_module, flax_module)
+        inputs = dataclasses.replace(inputs, notes=(*notes, *inputs.notes))
         chosen = jax.devices(device)[0]
         float64 = chosen.platform != "tpu" if float64 is None else float64
         if flax_module is not None:
@@ -142,7 +152,7 @@ class Comparison:
         else:
             settings = (names, layouts, flax_only, torch_only)
             weights = Twins() if flax_module is None else weights_of(torch_module, flax_module, *settings)
-            if randomize and is_torch(torch_module):
+            if randomize and is_torch(torch_module) and not isinstance(weights, Kept):
                 from parity.compare.randomize import randomized
 
                 module: Any = torch_module

@@ -108,7 +108,8 @@ def suggest(
     Raises ValueError for a Linen module or verify=True without inputs, and for arguments of another kind.
     """
     # Not a Comparison, which needs the names that are proposed here.
-    torch_module, linen_or_nnx = modules(torch_module, flax_module, both=True)
+    modules(torch_module, flax_module, both=True)
+    torch_module, linen_or_nnx = modules(torch_module, flax_module)
     if inputs is None and verify:
         raise ValueError("inputs=None: verify=True needs inputs to run the modules")
     given = None

@@ -1,0 +1,112 @@
+"""transformers' GPT-NeoX with the names of the twins. `transformers` is imported when a model is made."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from jaxmodels.neox import NeoXConfig
+from torch_ref.rope import rotary_tables
+
+
+class Transformers(nn.Module):
+    """transformers' GPTNeoXForCausalLM, with parts and arguments named as in the twins.
+
+    Its weights are random; with a folder, weights and configuration are read from there, in a dtype (default: the one
+    that the configuration names). Raises RuntimeError if transformers is not installed.
+    """
+
+    def __init__(self, config: NeoXConfig, folder: str | None = None, dtype: torch.dtype | str = "auto"):
+        super().__init__()
+        model = gpt_neox(config, folder, dtype)
+        self.model: Any
+        self.__dict__["model"] = model  # not as a sub-module: every parameter would have two names
+        part = nn.ModuleDict
+        self.embedding = part({"emb": model.gpt_neox.embed_in})
+        self.layers = nn.ModuleList(
+            part(
+                {
+                    "pre_ln_attn": layer.input_layernorm,
+                    "pre_ln_ffn": layer.post_attention_layernorm,
+                    "attention": part({"qkv_lin": layer.attention.query_key_value, "output": layer.attention.dense}),
+                    "ffn": part({"dense_h_h4": layer.mlp.dense_h_to_4h, "dense_h4_h": layer.mlp.dense_4h_to_h}),
+                }
+            )
+            for layer in model.gpt_neox.layers
+        )
+        self.final_norm = part({"ln": model.gpt_neox.final_layer_norm})
+        if not config.tied:
+            self.readout = part({"linear": model.lm_head})
+
+    def forward(self, ids: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+        if start is None:
+            return self.model(ids, use_cache=False).logits
+        text = torch.arange(ids.shape[1]) >= start[:, None]
+        positions = (text.cumsum(dim=1) - 1).clamp(min=0)
+        logits = self.model(ids, attention_mask=text.long(), position_ids=positions, use_cache=False).logits
+        return logits.masked_fill(~text[:, :, None], 0)
+
+
+def gpt_neox(config: NeoXConfig, folder: str | None = None, dtype: torch.dtype | str = "auto") -> Any:
+    """GPTNeoXForCausalLM of a configuration, or of a folder.
+
+    In a float64 model its rotary tables are float64 too, and the tanh GELU has √(2/π) in full.
+    """
+    try:
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        from transformers.utils import logging
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error}; pip install transformers") from None
+
+    sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}  # eager attention has its softmax in float32
+    theirs = GPTNeoXConfig(
+        vocab_size=config.n_vocab,
+        hidden_size=config.n_hidden,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        intermediate_size=config.d_ff,
+        hidden_act={"gelu": "gelu", "gelu_tanh": "gelu_fast"}[config.activation],
+        max_position_embeddings=config.max_len,
+        layer_norm_eps=config.layer_norm_eps,
+        tie_word_embeddings=config.tied,
+        use_parallel_residual=config.parallel_residual,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": config.rope_base,
+            "partial_rotary_factor": config.rope_percentage,
+        },
+        **sdpa,
+    )
+    if folder is None:
+        model = GPTNeoXForCausalLM(theirs).eval()
+    else:
+        logging.disable_progress_bar()  # its progress bar would mix with our output
+        try:
+            model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **sdpa).eval()
+        finally:
+            logging.enable_progress_bar()
+    own = model.gpt_neox.rotary_emb
+
+    def rotary(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.dtype != torch.float64:
+            return own(x, position_ids)
+        cos, sin = rotary_tables(position_ids, config.d_rope, config.rope_base, x.dtype)
+        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
+    del model.gpt_neox.rotary_emb
+    model.gpt_neox.rotary_emb = rotary
+    if config.activation == "gelu_tanh":
+        for layer in model.gpt_neox.layers:
+            layer.mlp.act = TanhGELU(layer.mlp.act)
+    return model
+
+
+class TanhGELU(nn.Module):
+    """transformers' tanh GELU; in float64 PyTorch's own, as 'gelu_fast' has ten digits of √(2/π) in its source."""
+
+    def __init__(self, own: nn.Module):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(x, approximate="tanh") if x.dtype == torch.float64 else self.own(x)

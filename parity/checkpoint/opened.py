@@ -1,0 +1,144 @@
+"""`Checkpoint`: the stored weights of one of the project's models, from disk or from memory.
+
+    a mapping                  a state_dict: tensors or arrays by name
+    FILE.pt, FILE.safetensors  the same in a file
+    FOLDER                     a model that `jaxmodels.save` wrote, or a training run; GPT-NeoX's shards; a GPT-NeoX in
+                               Hugging Face's format
+
+Only a folder has a configuration. A state_dict and a file have that of the model on the other side.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+import jaxmodels
+from jaxmodels.convert.hf import twin_names
+from jaxmodels.convert.neox.shards import config_files, find_step
+from jaxmodels.convert.operations import float64_allowed, open_checkpoint
+from jaxmodels.io.checkpoint import read_config, read_json
+from jaxmodels.io.safetensors import read_file
+from jaxmodels.io.torch_files import read_state_dict
+from jaxmodels.models import build, model_folder
+from jaxmodels.neox import NeoXConfig
+from jaxmodels.weights.names import ConversionError, as_numpy, check_fit, flat_arrays, to_torch
+
+HF = "hf"  # value of Checkpoint.format
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a model, and its configuration if that is stored with them.
+
+    where: the file or folder. format: 'hf', 'neox', 'flax' (folders) or 'tensors'. tensors: by name, those of a folder
+    by the names of the PyTorch twin; their values may be read when they are used. model, config: name and arguments of
+    the registered class; empty if they are not stored. notes: statements for the user.
+    """
+
+    where: str
+    format: str
+    tensors: Mapping[str, Any] = dataclasses.field(repr=False)
+    model: str = ""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def of_model(self, model: str, config: Mapping[str, Any]) -> "Checkpoint":
+        """The same weights by the names of a model's twin, and with its configuration if they have none of their own.
+
+        Raises ValueError listing every tensor that is missing, unexpected or misshapen, and if the checkpoint is of
+        another model or quantized.
+        """
+        if self.model not in ("", model):
+            raise ValueError(f"{self.where} holds a {self.model}, not a {model}")
+        config = self.config if self.model else config
+        if config.get("int8_threshold") is not None:
+            raise ValueError(f"{self.where}: the model is quantized; compare its weights before that")
+        return dataclasses.replace(self, model=model, config=config, tensors=self.fitted(abstract(model, config)))
+
+    def fitted(self, flax_module: Any) -> dict[str, Any]:
+        """The tensors by the twin's names; raises ValueError listing those that do not fit a Flax model."""
+        tensors = dict(self.tensors)
+        try:
+            neox = isinstance(getattr(flax_module, "settings", None), NeoXConfig)
+            if self.format == "tensors" and neox and any(name.startswith("gpt_neox.") for name in tensors):
+                tensors = twin_names(tensors, flax_module.settings, self.where)
+            elif self.format == "tensors" and hasattr(flax_module, "adapted"):
+                tensors = flax_module.adapted(tensors)
+            with jax.enable_x64(True):  # 64-bit tensors are refused without it
+                check_fit(flat_arrays(flax_module), tensors, None)
+        except ConversionError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+        return tensors
+
+
+Source = str | os.PathLike | Mapping[str, Any] | Checkpoint
+
+
+def is_stored(given: Any) -> bool:
+    """True for a path and for a checkpoint that is open."""
+    return isinstance(given, str | os.PathLike | Checkpoint)
+
+
+def is_source(given: Any) -> bool:
+    """True for what `opened` takes."""
+    return is_stored(given) or isinstance(given, Mapping)
+
+
+def abstract(model: str, config: Mapping[str, Any]) -> Any:
+    """A registered Flax model with shapes only."""
+    return nnx.eval_shape(lambda: build(model, dict(config)))
+
+
+def opened(
+    source: Source, config: NeoXConfig | None = None, row_bias: str | None = None, default: NeoXConfig | None = None
+) -> Checkpoint:
+    """Open a checkpoint of any form; raises ValueError, naming the file, if it is missing, damaged or something else.
+
+    config, row_bias: for GPT-NeoX's shards, as in `load_neox`. default: their configuration if they store none.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        return Checkpoint("the state_dict", "tensors", state_dict(source))
+    path = Path(source)
+    if path.is_dir():
+        return opened_folder(path, config, row_bias, default)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        return Checkpoint(str(path), "tensors", read_file(path))
+    return Checkpoint(str(path), "tensors", state_dict(read_state_dict(path)))
+
+
+def state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors as NumPy arrays that share their memory; raises ValueError if one is no tensor."""
+    others = [str(name) for name, value in tensors.items() if not (hasattr(value, "dtype") and hasattr(value, "shape"))]
+    if others or not tensors:
+        found = f"{', '.join(others[:5])} {'is' if len(others) == 1 else 'are'} not" if others else "it is empty"
+        raise ValueError(f"a state_dict must map names to tensors: {found}")
+    return {str(name): as_numpy(tensor) for name, tensor in tensors.items()}
+
+
+def opened_folder(
+    folder: Path, config: NeoXConfig | None, row_bias: str | None, default: NeoXConfig | None
+) -> Checkpoint:
+    """Open a folder; see `opened`."""
+    file = folder / "config.json"
+    content = read_json(file) if file.is_file() else None
+    if (folder / "checkpoints").is_dir() or (content is not None and "model_type" not in content):
+        if config is not None or row_bias is not None:
+            raise ValueError(f"config and row_bias are for GPT-NeoX's shards; {folder} has a configuration")
+        with float64_allowed():
+            name, fields = read_config(model_folder(folder))
+            return Checkpoint(str(folder), "flax", to_torch(jaxmodels.load(folder)), name, fields)
+    notes: tuple[str, ...] = ()
+    if content is None and config is None and default is not None and not config_files(folder, find_step(folder)):
+        config, notes = default, (f"{folder} stores no configuration; the other side's was used",)
+    source = open_checkpoint(folder, config, row_bias)
+    fields = dataclasses.asdict(source.config)
+    return Checkpoint(str(folder), source.format, source.tensors, "NeoX", fields, (*source.notes, *notes))

@@ -1,0 +1,114 @@
+"""`parity verify`: two checkpoints compared on the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import jaxmodels
+from jaxmodels.convert import from_torch, to_torch
+from jaxmodels.convert.hf import save_hf
+from jaxmodels.neox import NeoX, NeoXConfig
+from parity.checkpoint.opened import opened
+from parity.checkpoint.verify import token_inputs
+from parity.command import main
+from parity.golden.fixture import SHIPPED, read
+from parity.golden.replay import rebuilt
+
+ROOT = Path(__file__).parents[3]
+CONFIG = NeoXConfig(13, 3 * 4, 1, 3, n_ff=17, rope_percentage=0.5, activation="gelu_tanh", max_len=7)
+WRONG = "layers.0.ffn.dense_h_h4.weight"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model as Hugging Face's folder, as ours, with a wrong value, and with another configuration."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = NeoX(CONFIG, rngs=nnx.Rngs(0))
+    save_hf(model, folder / "hf")
+    jaxmodels.save(model, folder / "ours")
+    tensors = to_torch(model)
+    tensors[WRONG][2, 3] += 0.5
+    jaxmodels.save(from_torch(model, tensors), folder / "wrong")
+    jaxmodels.save(NeoX(NeoXConfig(11, 3 * 4, 1, 3, rope_percentage=0.5), rngs=nnx.Rngs(0)), folder / "other")
+    torch.save({name: torch.tensor(array) for name, array in to_torch(model).items()}, folder / "model.pt")
+    return folder
+
+
+def test_tensors_are_compared_bit_for_bit(folders, capsys):
+    assert main(["verify", str(folders / "hf"), str(folders / "ours")]) == 0
+    assert "all 16 tensors are equal" in capsys.readouterr().out
+    assert main(["verify", str(folders / "model.pt"), str(folders / "wrong")]) == 1
+    shown = capsys.readouterr().out
+    assert "1 of 16 tensors differ" in shown
+    assert f"{WRONG}: 1 of 204 values differ, by up to 0.5" in shown
+
+
+def test_configurations_that_differ_are_printed(folders, capsys):
+    assert main(["verify", str(folders / "hf"), str(folders / "other"), "--numerics"]) == 1
+    shown = capsys.readouterr().out
+    assert "n_vocab: 13 and 11" in shown
+    assert "activation: gelu_tanh and gelu" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nothing", "ours"], "nothing does not exist"),
+        (["model.pt", "model.pt"], "have no configuration"),
+        (["hf", "ours", "--tokens", "0"], "--tokens 0 must be at least 1"),
+    ],
+)
+def test_errors_are_one_line(folders, capsys, monkeypatch, arguments, text):
+    monkeypatch.chdir(folders)
+    assert main(["verify", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("parity verify: ")
+    assert text in line
+
+
+def test_outputs_show_where_a_wrong_tensor_matters(folders, capsys):
+    assert main(["verify", str(folders / "hf"), str(folders / "wrong"), "--numerics", "--tokens", "5"]) == 1
+    shown = capsys.readouterr().out
+    assert "1 of 16 tensors differ" in shown
+    assert "hf (PyTorch), wrong (Flax): DIFFERS" in shown
+    assert "first divergence: layers.0.ffn.dense_h_h4" in shown
+    assert "FAILED output (float64)" in shown
+    assert "GPTNeoXForCausalLM" in shown
+
+
+@pytest.mark.slow
+def test_outputs_of_equal_checkpoints_agree(folders):
+    command = [sys.executable, "-m", "parity", "verify", "hf", "ours", "--numerics", "--seed", "3"]
+    done = subprocess.run(command, cwd=folders, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 16 tensors are equal" in done.stdout
+    assert "hf (PyTorch), ours (Flax): agrees" in done.stdout
+    assert "Flax keeps the weights of ours" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["rope.rotary", "synthesizer.dense", "retro.neighbors", "neox.parallel"])
+def test_random_tokens_fit_the_model(name):
+    fixture = read(SHIPPED / name)
+    model = rebuilt(fixture)
+    checkpoint = opened(fixture.state).of_model(fixture.model["model"], fixture.model["config"])
+    inputs = token_inputs(checkpoint, None, 0)
+    logits = nnx.eval_shape(lambda called, *ids: called(*ids), model, *inputs)
+    assert logits.shape == (*inputs[0].shape, checkpoint.config["n_vocab"])
+    assert inputs[0].size >= 3 * 29
+    assert all(0 <= ids.min() <= ids.max() < checkpoint.config["n_vocab"] for ids in inputs)
+    assert len(inputs) == 1 + (name == "retro.neighbors")
+    assert np.array_equal(token_inputs(checkpoint, None, 0)[0], inputs[0])
+
+
+def test_help_lists_the_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "verify" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["verify", "--help"])
+    assert "--numerics" in capsys.readouterr().out
