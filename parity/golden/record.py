@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxmodels.models import describe, name_of
 from jaxmodels.weights.names import as_numpy
 from parity.compare.comparison import Comparison
@@ -58,6 +60,10 @@ def write_recording(
     """`record` on a resolved comparison; model: how to build the Flax model."""
     module = comparison.torch
     assert module is not None, "only a PyTorch module can be recorded"
+    given = comparison.inputs
+    others = [name for name, tree in given.items().items() if tree is not None and not isinstance(tree, np.ndarray)]
+    if others := [*others, *given.torch_kwargs]:
+        raise ValueError(f"inputs: got {', '.join(others)}; a fixture holds arrays alone, by position or by name")
     with comparison.strict_precision():
         side = comparison.torch_side("float64")
         batch, results = comparison.evaluated(side)

@@ -192,3 +192,14 @@ def test_an_unknown_name_and_an_empty_folder_are_one_line(tmp_path, capsys):
     assert "nonsense" in error
     assert "rope.rotary" in error
     assert main(["rope", "nonsense", "--replay"]) == 2, "no name is passed over"
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x, scale, state, mask):
+        return super().forward(x) * scale + state[0]
+
+
+def test_constants_and_nested_inputs_are_not_recorded(tmp_path):
+    inputs = {"x": np.ones((2, 5)), "scale": 2.0, "state": [np.ones(3)], "mask": None}
+    with pytest.raises(ValueError, match=r"inputs: got scale, state;"):
+        record(Scaled(5, 3), inputs, tmp_path / "scaled")
