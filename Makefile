@@ -35,7 +35,7 @@ parity: $(READY) ## compare Flax with PyTorch: every case, one table
 parity-golden: .venv-golden/.ready ## compare Flax with recorded PyTorch results, in an environment without torch
 	.venv-golden/bin/python -m parity $(ARGS) --replay
 
-zoo: .venv-zoo/.ready ## compare the 44 Flax ports of transformers 4.57.6 with their originals; writes docs/zoo.md
+zoo: .venv-zoo/.ready ## compare the Flax ports of transformers 4.57.6 with their originals; writes docs/zoo.md
 	.venv-zoo/bin/python -m examples.zoo $(PAIRS) $(ARGS)
 
 test: $(READY) ## run the tests, except those marked slow

@@ -40,6 +40,13 @@ BASIC_LAYER = Cause(
     named=True,
 )
 
+STATISTICS = Cause(
+    "The blocks call their layers without `deterministic`, so that the BatchNorms inside use their running averages in "
+    "training mode and never update them; evaluation agrees.",
+    ("models/regnet/modeling_regnet.py", "hidden_state = self.layer(hidden_state)"),
+    ("models/regnet/modeling_flax_regnet.py", "hidden_state = self.layer(hidden_state)"),
+)
+
 
 def logits_bias(model: str) -> Cause:
     """The cause that BART and the models derived from it share."""
@@ -56,6 +63,7 @@ CAUSES = {
     "bert_padding": PADDING,
     "mistral": WINDOW,
     "mistral_nowindow": NO_WINDOW,
+    "regnet": STATISTICS,
     "resnet": BASIC_LAYER,
     **{model: logits_bias(model) for model in BART_FAMILY},
 }

@@ -41,8 +41,8 @@ class Piece:
         return self.axes.to_flax((tensor if self.view is None else self.view.to_flax(tensor))[self.take])
 
     def of(self, array: np.ndarray) -> np.ndarray:
-        """Extract this piece of a Flax array."""
-        return (array if self.layer is None else array[self.layer])[self.slot]
+        """This piece of a Flax array, as a view."""
+        return (array if self.layer is None else array[self.layer, ...])[self.slot]
 
     def put(self, tensor: np.ndarray, array: np.ndarray) -> None:
         """Write this piece of a Flax array to its part of a tensor, or of the tensor's view."""

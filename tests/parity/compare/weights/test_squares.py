@@ -46,3 +46,20 @@ def test_a_layout_that_is_given_stays():
     weights = Mapped(module, model, {}, {"square.weight": "i o -> i o"})
     state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
     assert np.array_equal(np.asarray(weights.load(model, state).square.kernel[...]), state["square.weight"])
+
+
+def test_a_parameter_without_axes_is_carried():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(2.5))
+
+    class Flax(nnx.Module):
+        def __init__(self):
+            self.factor = nnx.Param(jnp.zeros(()))
+
+    module = Scaled()
+    weights = Mapped(module, Flax(), {"scale": "factor"})
+    loaded = weights.load(Flax(), module.state_dict())
+    assert loaded.factor[...] == 2.5
+    assert weights.read(nnx.state(loaded))["scale"] == 2.5
