@@ -1,7 +1,7 @@
 """`Checkpoint`: the stored weights of one of the project's models, from disk or from memory.
 
     a mapping                  a state_dict: tensors or arrays by name
-    FILE.pt, FILE.safetensors  the same in a file
+    FILE.pt, FILE.safetensors  the same in a file; a .pt file may have it as one of several entries
     FOLDER                     a model that `jaxmodels.save` wrote, or a training run; GPT-NeoX's shards; a GPT-NeoX in
                                Hugging Face's format
 
@@ -23,7 +23,7 @@ from jaxmodels.convert.neox.shards import config_files, find_step
 from jaxmodels.convert.operations import float64_allowed, open_checkpoint
 from jaxmodels.io.checkpoint import read_config, read_json
 from jaxmodels.io.safetensors import read_file
-from jaxmodels.io.torch_files import read_state_dict
+from jaxmodels.io.torch_files import read_pt, read_state_dict
 from jaxmodels.models import build, model_folder
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.weights.names import ConversionError, as_numpy, check_fit, flat_arrays, to_torch
@@ -112,7 +112,17 @@ def opened(
         raise ValueError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         return Checkpoint(str(path), "tensors", read_file(path))
+    content = read_pt(path)
+    held = [key for key, value in content.items() if is_state_dict(value)] if isinstance(content, Mapping) else []
+    if len(held) == 1:  # with an optimizer's state, a step, and so on
+        note = f"the state_dict is the entry {held[0]!r} of {path.name}"
+        return Checkpoint(str(path), "tensors", state_dict(content[held[0]]), notes=(note,))
     return Checkpoint(str(path), "tensors", state_dict(read_state_dict(path)))
+
+
+def is_state_dict(value: Any) -> bool:
+    """True for a mapping of names to tensors that is not empty."""
+    return isinstance(value, Mapping) and bool(value) and all(hasattr(tensor, "dtype") for tensor in value.values())
 
 
 def state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:

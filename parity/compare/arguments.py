@@ -47,7 +47,7 @@ def modules(torch_module: Any, flax_module: Any, *, both: bool = False) -> tuple
         raise ValueError("torch_module=None must be a torch.nn.Module")
     if both and flax_module is None:
         raise ValueError(f"flax_module=None must be {KINDS}")
-    if is_flax(torch_module) and is_torch(flax_module):
+    if is_flax(torch_module) and (is_torch(flax_module) or is_source(flax_module)):
         raise ValueError(
             f"torch_module={described(torch_module)}, flax_module={described(flax_module)} must be in the other order"
         )

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from jaxmodels.weights.lazy import read
+from jaxmodels.weights.lazy import Cast
 from jaxmodels.weights.names import as_numpy, is_floating
-from parity.compare.weights.twins import Twins
+from jaxmodels.weights.place import load_tensors
+from parity.compare.weights.twins import Twins, evaluating
 
 
 class Kept(Twins):
@@ -21,16 +20,15 @@ class Kept(Twins):
         self.tensors, self.notes = tensors, notes
 
     def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
-        own = {name: in_dtype_of(read(tensor), state_dict.get(name)) for name, tensor in self.tensors.items()}
-        return super().load(model, own)
+        own = {name: in_dtype_of(tensor, state_dict.get(name), name) for name, tensor in self.tensors.items()}
+        return evaluating(load_tensors(model, own))
 
 
-def in_dtype_of(array: np.ndarray, other: Any) -> np.ndarray:
-    """A floating array in another tensor's dtype."""
-    if other is None or not is_floating(array.dtype):
-        return array
-    with np.errstate(over="ignore"):  # an infinite value is a difference
-        return array.astype(as_numpy(other).dtype)
+def in_dtype_of(tensor: Any, other: Any, name: str) -> Any:
+    """A floating tensor in another's dtype, cast when it is read."""
+    if other is None or not is_floating(tensor.dtype) or as_numpy(other).dtype == tensor.dtype:
+        return tensor
+    return Cast(tensor, as_numpy(other).dtype, name)
 
 
 def kept_or(names: Any, kept: Kept | None) -> Any:

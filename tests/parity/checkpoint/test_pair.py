@@ -185,6 +185,22 @@ def test_another_model_and_files_that_do_not_exist_are_refused(tmp_path):
         parity.check(to_torch(neox()), tmp_path / "ours", IDS, names={"a": "b"})
 
 
+def test_a_file_may_hold_the_state_dict_as_one_entry(tmp_path):
+    tensors = torch.load(save_file(tmp_path / "model.pt", neox()))
+    torch.save({"step": 3, "model": tensors, "optimizer": {"state": {0: {"m": torch.ones(3)}}}}, tmp_path / "run.pt")
+    opened = opened_pair(tmp_path / "run.pt", neox())
+    assert_same(opened.torch, to_torch(neox()))
+    assert any("'model'" in note for note in opened.notes)
+    torch.save({"model": tensors, "average": tensors}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match=r"two\.pt.*'model', 'average'"):
+        opened_pair(tmp_path / "two.pt", neox())
+
+
+def test_sides_in_the_wrong_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"torch_module=NeoX, flax_module=dict"):
+        parity.check(neox(), to_torch(neox()), IDS)
+
+
 def save_file(file, model):
     torch.save({name: torch.tensor(array) for name, array in to_torch(model).items()}, file)
     return file
