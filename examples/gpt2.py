@@ -1,14 +1,13 @@
-"""A port of GPT-2 checked against transformers: `python examples/gpt2.py`; `--bug` restores its first bug.
+"""A port of GPT-2 checked against transformers: `python examples/gpt2.py`; `--bug NAME` restores one of its bugs.
 
-The port has its own names, separate projections for query, key and value instead of transformers' fused one, and no
-readout of its own, because that is tied to the embedding. Weights are random: nothing is downloaded.
+The port has its own names, and no readout of its own, because that is tied to the embedding. Query, key and value are
+one fused projection, as in transformers. Weights are random: nothing is downloaded.
 
 Axes: B batch, S sequence, H heads, D = H·d_k features, V vocabulary.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,37 +20,32 @@ import parity
 HEADS, WIDTH, LAYERS, VOCABULARY, LONGEST = 3, 3 * 8, 2, 37, 64
 
 
-class Embed(nnx.Embed):
-    """ids [...] -> [..., D], in the table's dtype; nnx.Embed returns the dtype it was constructed with."""
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.embedding[...][ids]
-
-
 class Attention(nnx.Module):
     """Causal attention, [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
-        def project() -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(WIDTH, (HEADS, WIDTH // HEADS), rngs=rngs)
-
-        self.query, self.key, self.value = project(), project(), project()
-        self.out = nnx.LinearGeneral((HEADS, WIDTH // HEADS), WIDTH, axis=(-2, -1), rngs=rngs)
+    def __init__(self, bug: str, *, rngs: nnx.Rngs):
+        self.bug = bug
+        self.qkv = nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs)
+        self.out = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = self.query(x), self.key(x), self.value(x)  # [B, S, H, d_k]
+        b, s, _ = x.shape
+        if self.bug == "heads":  # as GPT-NeoX has it: query, key and value of one head after the other
+            q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, s, HEADS, 3, -1), 3, 0)
+        else:
+            q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, s, 3, HEADS, -1), 2, 0)  # each [B, S, H, d_k]
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
         causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
-        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, v))
+        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, s, WIDTH))
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + down(gelu(up(norm(x))))."""
 
-    def __init__(self, norm: Callable[..., nnx.LayerNorm], *, rngs: nnx.Rngs):
-        self.norm1, self.norm2 = norm(rngs=rngs), norm(rngs=rngs)
-        self.attention = Attention(rngs=rngs)
+    def __init__(self, bug: str, *, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = norm(bug, rngs), norm(bug, rngs)
+        self.attention = Attention(bug, rngs=rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
         self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
 
@@ -61,19 +55,19 @@ class Block(nnx.Module):
         return x + self.down(hidden)
 
 
+def norm(bug: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """The norm; Flax's default epsilon is 1e-6."""
+    return nnx.LayerNorm(WIDTH, rngs=rngs) if bug == "norm" else nnx.LayerNorm(WIDTH, epsilon=1e-5, rngs=rngs)
+
+
 class GPT2(nnx.Module):
     """ids [B, S] -> logits [B, S, V]."""
 
-    def __init__(self, bug: bool, *, rngs: nnx.Rngs):
-        def norm(rngs: nnx.Rngs) -> nnx.LayerNorm:
-            if bug:  # Flax's default epsilon, 1e-6
-                return nnx.LayerNorm(WIDTH, rngs=rngs)
-            return nnx.LayerNorm(WIDTH, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-        self.embed = Embed(VOCABULARY, WIDTH, rngs=rngs)
-        self.positions = Embed(LONGEST, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(norm, rngs=rngs) for _ in range(LAYERS)])
-        self.norm = norm(rngs=rngs)
+    def __init__(self, bug: str = "", *, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.positions = nnx.Embed(LONGEST, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([Block(bug, rngs=rngs) for _ in range(LAYERS)])
+        self.norm = norm(bug, rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         x = self.embed(ids) + self.positions(jnp.arange(ids.shape[1])[None])
@@ -105,7 +99,7 @@ class Logits(torch.nn.Module):
         return self.model(ids).logits
 
 
-# PyTorch names to Flax names. `*` matches one word; a list splits a fused tensor; the tied readout needs no entry.
+# PyTorch names to Flax names. `*` matches one word; the tied readout needs no entry.
 NAMES = {
     "model.transformer.wte": "embed",
     "model.transformer.wpe": "positions",
@@ -113,7 +107,7 @@ NAMES = {
     "model.transformer.h.*.ln_1": "blocks.*.norm1",
     "model.transformer.h.*.ln_2": "blocks.*.norm2",
     "model.transformer.h.*.attn": "blocks.*.attention",
-    "model.transformer.h.*.attn.c_attn": [f"blocks.*.attention.{name}" for name in ("query", "key", "value")],
+    "model.transformer.h.*.attn.c_attn": "blocks.*.attention.qkv",
     "model.transformer.h.*.attn.c_proj": "blocks.*.attention.out",
     "model.transformer.h.*.mlp.c_fc": "blocks.*.up",
     "model.transformer.h.*.mlp.c_proj": "blocks.*.down",
@@ -124,7 +118,10 @@ NAMES = {
 def main(argv: list[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     arguments.add_argument(
-        "--bug", action="store_true", help="use Flax's default epsilon in the norms: the port's first bug"
+        "--bug",
+        choices=("heads", "norm"),
+        default="",
+        help="heads: split the fused projection head by head; norm: use Flax's default epsilon",
     )
     arguments.add_argument(
         "--suggest", action="store_true", help="print the mapping of names that parity.suggest infers, and exit"
