@@ -1,4 +1,4 @@
-"""Settings of glibc's malloc for programs that repeatedly allocate and free large blocks."""
+"""glibc's malloc, for programs that repeatedly allocate and free large blocks."""
 
 import ctypes
 import sys
@@ -21,3 +21,9 @@ def keep_freed_memory() -> bool:
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}
     done = [mallopt(name, value) for name, value in settings.items()]
     return all(done)
+
+
+def return_freed_memory() -> bool:
+    """Give freed blocks back to the OS, which glibc otherwise keeps; returns False if the C library is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return trim is not None and bool(trim(0))

@@ -26,7 +26,7 @@ from parity.compare.weights import Weights
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence
 from parity.measure.explain import NAMED, explained
-from parity.measure.memory import too_large
+from parity.measure.memory import free, too_large
 from parity.measure.optimizers import OPTIMIZERS, Training
 from parity.measure.plain import fused, has_plain
 from parity.measure.reference import Reference, Values, judged, judged_narrow, round_trip
@@ -36,6 +36,7 @@ from parity.report.results import Check
 from parity.report.stamp import environment
 
 READINGS = ("output", "round trip", "gradients", "decoding", "training")
+SHARE = 4  # part of the memory limit that results of PyTorch may take
 LEARNING_RATE = 1e-3
 ADAM = dataclasses.replace(OPTIMIZERS["adam"], moments={})  # a check does not read its moments
 NOWHERE = "all sub-modules agree in the plain forward pass: look at fused or cached code, and at gradients"
@@ -142,7 +143,7 @@ def read_check(
     """`check` on a resolved comparison."""
     began = time.perf_counter()
     divergence = None
-    with comparison.strict_precision(), store(memory_limit) as kept:
+    with comparison.strict_precision(), store(memory_limit // SHARE) as kept:
         measured = Readings(comparison, steps, progress, kept=kept, readings=readings)
         checks = [*measured.all(), *map(measured.half, half)]
         failed = [check for check in checks if not check.passed]
@@ -216,6 +217,7 @@ class Readings:
         """Free the memory of PyTorch's side in float64."""
         if self.known is not None:
             self.narrows, self.known = self.known.narrows, None
+        free(self.comparison)
 
     def all(self) -> Iterator[Check]:
         """Every reading in the precisions that the device supports."""
@@ -241,6 +243,7 @@ class Readings:
         yield from self.reference.zeros(result)
         outputs = {"output": result["output"]}
         del result
+        free(self.comparison)
         if has_plain(ours.module):
             self.progress("plain form")
             yield from fused(ours, self.reference, outputs)
@@ -260,7 +263,9 @@ class Readings:
             return self.reference.values(side.evaluate(self.reference.batch, gradients=self.gradients), "float32")
 
         own = values(self.comparison.torch_side("float32", self.comparison.torch_device))
-        return values(self.comparison.jax_side("float32")), own
+        found = values(self.comparison.jax_side("float32"))
+        free(self.comparison)
+        return found, own
 
     def narrow_alone(self) -> Iterator[Check]:
         """Float32 on a device without float64."""
@@ -287,6 +292,7 @@ class Readings:
 
         precision = ours.dtype.name
         result = self.stored(self.training.outcome(ours))
+        free(self.comparison)
         truth = self.stored(self.training.outcome(side()))
         if not truth:
             return

@@ -31,7 +31,7 @@ from parity.locate.hints.mistake import Context, Family, Mistake, Subject, recor
 
 EXPLAINED = patterns.EXPLAINED
 CERTAIN = 1e-8  # a mistake that leaves less unexplained ends the search; others are compared
-SECONDS = 2.0  # for one sub-module
+SECONDS = 2.0  # of processor time, for one sub-module
 
 Arrays = list[np.ndarray]
 Repeat = Callable[[nn.Module], list[torch.Tensor]]  # the call with PyTorch's inputs, by another module
@@ -89,13 +89,13 @@ class Search:
 
     def first(self) -> str:
         """The hint of the first mistake that explains the error."""
-        began = time.perf_counter()
+        began = time.process_time()
         with recorded_functions() as recorder:
             self.repeat(self.module)
         subject = Subject(self.module, recorder.used)
         best, left = "", EXPLAINED
         for candidate in candidates(subject):
-            if left < CERTAIN or time.perf_counter() - began > SECONDS:
+            if left < CERTAIN or time.process_time() - began > SECONDS:
                 break
             if isinstance(candidate, Mistake):
                 text, share = candidate.text, self.share(candidate.change)
