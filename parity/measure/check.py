@@ -1,6 +1,7 @@
 """`check`: the readings that decide if a Flax module computes the same as a PyTorch module."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from flax import linen, nnx
 
+from parity.checkpoint.opened import Source
 from parity.compare import noise
 from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison
@@ -37,14 +39,15 @@ from parity.report.stamp import environment
 
 READINGS = ("output", "round trip", "gradients", "decoding", "training")
 SHARE = 4  # part of the memory limit that results of PyTorch may take
+ONE_SIDED = "all that differs are gradients that one side alone has, see the notes"
 LEARNING_RATE = 1e-3
 ADAM = dataclasses.replace(OPTIMIZERS["adam"], moments={})  # a check does not read its moments
 NOWHERE = "all sub-modules agree in the plain forward pass: look at fused or cached code, and at gradients"
 
 
 def check(
-    torch_module: torch.nn.Module,
-    flax_module: nnx.Module | linen.Module | Function,
+    torch_module: torch.nn.Module | Source,
+    flax_module: nnx.Module | linen.Module | Function | str | os.PathLike,
     inputs: Any,
     *,
     names: Names | Weights | None = None,
@@ -70,8 +73,9 @@ def check(
     """Compare a Flax module with a PyTorch module: outputs, gradients, decoding, training.
 
     flax_module: an NNX or Linen module, or `parity.Function(apply, params)` for other libraries. Neither module is
-    changed: both sides get their weights from copies of the PyTorch module. inputs: an array, a sequence of positional
-    arguments, or a mapping of named ones; see `parity.compare.inputs`.
+    changed: both sides get their weights from copies of the PyTorch module. For this project's models torch_module may
+    be a checkpoint (a state_dict, a file or a folder), and flax_module a folder; see `parity.checkpoint`. inputs: an
+    array, a sequence of positional arguments, or a mapping of named ones; see `parity.compare.inputs`.
 
     names: Flax's names of parts that PyTorch names differently, see `parity.compare.names`; `parity.suggest` proposes
         them. Also a converter of your own, a function from the state_dict to Flax's parameters, which is then tested
@@ -118,7 +122,7 @@ def check(
         randomize=randomize,
         seed=seed,
     )
-    name = name or type(flax_module).__name__
+    name = name or type(comparison.flax).__name__
     return read_check(
         comparison,
         name=name,
@@ -151,7 +155,9 @@ def read_check(
         if failed:
             progress("tracing")
             evaluated = [check for check in failed if check.kind not in TRAINING_MODE]
-            if evaluated:
+            if evaluated and measured.one_sided(evaluated):
+                nowhere = ONE_SIDED
+            elif evaluated:
                 try:
                     divergence = located(comparison, measured.side, measured.reference.batch, evaluated, memory_limit)
                 except Exception as error:  # the readings stand without it
@@ -185,6 +191,7 @@ class Readings:
         self.skipped: dict[str, str] = {}
         self.notes: list[str] = []
         self.known: TorchSide | None = None
+        self.over: set[str] = set()  # tensors beyond their limit in float64
         self.narrows: bool | None = None
         for reading, reason in too_large(comparison, [r for r in readings if r != "output"]):
             self.skipped[reading] = reason
@@ -200,6 +207,12 @@ class Readings:
         self.reference = Reference(comparison, batch, kinds, noises)
         batches = [batch.varied(step) for step in range(steps if self.does("training") else 0)]
         self.training = Training(ADAM, batches, [LEARNING_RATE] * steps, comparison.frozen)
+
+    def one_sided(self, failed: Sequence[Check]) -> bool:
+        """True if nothing failed but gradients of what is a parameter on one side alone."""
+        sided = getattr(self.comparison.weights, "one_sided", None)
+        names = self.over | {check.worst for check in failed}
+        return sided is not None and names <= {key for keys in sided.found.values() for key in keys}
 
     def does(self, reading: str) -> bool:
         """True for a reading that was asked for and fits into the memory."""
@@ -238,6 +251,7 @@ class Readings:
         why = explained(self.reference, lambda: self.side, ours, result, values, narrow)
         self.notes += [*unmatched(self.reference.kinds["output"], result["output"])]
         self.notes += [*widened_notes(casts, ours), *why.notes]
+        self.over = {n for kind, of in values.items() for n, v in of.items() if not v <= why.limits[kind][n]}
         for kind, of_kind in values.items():
             yield judged(kind, "float64", of_kind, why.limits[kind])
         yield from self.reference.zeros(result)

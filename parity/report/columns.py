@@ -24,6 +24,17 @@ class Measured(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Template:
+    """A `str.format` template for a positive number of two digits, or an integer below 10,000: 0.83, 120, 3e+11."""
+
+    text: str
+
+    def format(self, value: float) -> str:
+        digits = ".2g" if value < 99.5 else ".0f" if value < 9999.5 else ".0e"
+        return self.text.format(format(value, digits))
+
+
+@dataclasses.dataclass(frozen=True)
 class Unit:
     """Meaning and format of a number.
 
@@ -31,13 +42,15 @@ class Unit:
     definition printed below a table.
     """
 
-    short: str
-    full: str
-    limit: str
+    short: Template | str
+    full: Template | str
+    limit: Template | str
     legend: str
 
 
-NOISE = Unit("{:.2g}×", "{:.2g} × noise", "{:.2g}", "difference from PyTorch in float64 / rounding noise")
+NOISE = Unit(
+    Template("{}×"), Template("{} × noise"), Template("{}"), "difference from PyTorch in float64 / rounding noise"
+)
 COUNT = Unit("{:.0f}", "{:.2g}", "{:g}", "tensors changed by PyTorch → Flax → PyTorch")
 SETTINGS = Unit("{:.0f}", "{:.0f} differ", "{:g}", "settings of training that differ")
 UNITS = {  # by precision

@@ -316,8 +316,9 @@ class Mapped:
 
     @property
     def untrained(self) -> frozenset[str]:
-        """Biases that add up in one array, whose step is half of the sum's."""
-        return frozenset(self.summed)
+        """Biases that add up in one array, whose step is half of the sum's, and parameters of one side alone."""
+        one_sided = {key for keys in self.one_sided.found.values() for key in keys}
+        return frozenset(self.summed) | one_sided
 
     def load(self, model: Any, state_dict: Mapping[str, Any]) -> Any:
         leaves: dict[Path, Any] = {}

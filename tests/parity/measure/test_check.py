@@ -355,3 +355,28 @@ def test_a_reading_that_does_not_fit_is_left_out_with_the_reason(pair, monkeypat
 def test_results_beyond_the_memory_limit_change_nothing(pair):
     checks = [parity.check(*pair, steps=2, memory_limit=limit).checks for limit in (2**30, 0)]
     assert checks[0] == checks[1]
+
+
+def test_a_buffer_that_is_trained_in_flax_differs_and_no_part_is_blamed():
+    class Shifted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(5, 3)
+            self.register_buffer("shift", torch.zeros(3))
+
+        def forward(self, x):
+            return self.first(x) + self.shift
+
+    class Trained(nnx.Module):
+        def __init__(self, *, rngs):
+            self.first, self.shift = nnx.Linear(5, 3, rngs=rngs), nnx.Param(jnp.zeros(3))
+
+        def __call__(self, x):
+            return (self.first(x) + self.shift) * np.float32(1 / 3) * 3  # a constant in float32, which explains itself
+
+    x = np.random.default_rng(0).standard_normal((7, 5))
+    report = parity.check(Shifted(), Trained(rngs=nnx.Rngs(0)), x, steps=2)
+    failed = [(check.kind, check.worst) for check in report.checks if not check.passed]
+    assert failed == [("parameter gradients", "shift")] * 2
+    assert report.divergence is None
+    assert parity.check(Shifted(), Trained(rngs=nnx.Rngs(0)), x, steps=2, flax_only=["shift"]).passed
