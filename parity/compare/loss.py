@@ -94,7 +94,7 @@ def jax_loss(outputs: Mapping[str, jax.Array], labels: Any, targets: Mapping[str
         labels = jnp.asarray(labels)
         known = labels != IGNORED
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(known, labels, 0)[..., None], axis=-1)
-        return jnp.where(known, losses[..., 0], 0).sum() / known.sum()
+        return summed(jnp.where(known, losses[..., 0], 0)) / known.sum()
     total = jnp.zeros(())
     for name, output in outputs.items():
         target = targets.get(name)
@@ -103,8 +103,15 @@ def jax_loss(outputs: Mapping[str, jax.Array], labels: Any, targets: Mapping[str
         kept = ~jnp.isnan(target)
         distance = jnp.where(kept, output - target, 0)
         square = jnp.square(distance.real) + jnp.square(distance.imag) if jnp.iscomplexobj(distance) else distance**2
-        total = total + square.mean() * (kept.size / jnp.maximum(kept.sum(), 1)).astype(square.dtype)
+        total = total + summed(square) / jnp.maximum(kept.sum(), 1).astype(square.dtype)
     return total
+
+
+def summed(array: jax.Array) -> jax.Array:
+    """The sum of all elements, axis by axis: XLA adds a long sum up in one chain, which rounds more than PyTorch's."""
+    while array.ndim:
+        array = array.sum(-1)
+    return array
 
 
 def torch_loss(
@@ -130,7 +137,7 @@ def torch_loss(
         kept = ~target.isnan()
         distance = torch.where(kept, output - target, torch.zeros_like(target))
         square = torch.view_as_real(distance).square().sum(-1) if distance.is_complex() else distance.square()
-        found.append(square.mean() * (kept.numel() / kept.sum().clamp(min=1).double()).to(square.dtype))
+        found.append(square.sum() / kept.sum().clamp(min=1))
     return torch.stack(found).sum() if found else torch.zeros(())
 
 

@@ -49,7 +49,7 @@ class Unit:
 
 
 NOISE = Unit(
-    Template("{}×"), Template("{} × noise"), Template("{}"), "difference from PyTorch in float64 / rounding noise"
+    Template("{}×"), Template("{} × noise"), Template("{}"), "difference from float64 PyTorch / rounding noise"
 )
 COUNT = Unit("{:.0f}", "{:.2g}", "{:g}", "tensors changed by PyTorch → Flax → PyTorch")
 SETTINGS = Unit("{:.0f}", "{:.0f} differ", "{:g}", "settings of training that differ")
