@@ -94,7 +94,7 @@ def jax_loss(outputs: Mapping[str, jax.Array], labels: Any, targets: Mapping[str
         labels = jnp.asarray(labels)
         known = labels != IGNORED
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(known, labels, 0)[..., None], axis=-1)
-        return summed(jnp.where(known, losses[..., 0], 0)) / known.sum()
+        return jnp.where(known, losses[..., 0], 0).sum() / known.sum()
     total = jnp.zeros(())
     for name, output in outputs.items():
         target = targets.get(name)
@@ -102,16 +102,10 @@ def jax_loss(outputs: Mapping[str, jax.Array], labels: Any, targets: Mapping[str
             continue
         kept = ~jnp.isnan(target)
         distance = jnp.where(kept, output - target, 0)
-        square = jnp.square(distance.real) + jnp.square(distance.imag) if jnp.iscomplexobj(distance) else distance**2
-        total = total + summed(square) / jnp.maximum(kept.sum(), 1).astype(square.dtype)
+        # A product, because XLA adds a long sum up in one chain, which rounds more than PyTorch's sum.
+        square = jnp.vdot(distance, distance).real
+        total = total + square / jnp.maximum(kept.sum(), 1).astype(square.dtype)
     return total
-
-
-def summed(array: jax.Array) -> jax.Array:
-    """The sum of all elements, axis by axis: XLA adds a long sum up in one chain, which rounds more than PyTorch's."""
-    while array.ndim:
-        array = array.sum(-1)
-    return array
 
 
 def torch_loss(
