@@ -209,7 +209,7 @@ def lines_of(part: Part, depth: int, above: str = "") -> Iterator[str]:
     for child in sorted((c for c in part.children if c not in agree), key=by_blame):
         yield from lines_of(child, depth + 1, part.path)
     if agree:
-        yield f"{'  ' * (depth + 1)}{len(agree)} more {'part' if len(agree) == 1 else 'parts'} agree"
+        yield f"{'  ' * (depth + 1)}{len(agree)} more {'part agrees' if len(agree) == 1 else 'parts agree'}"
 
 
 def by_blame(part: Part) -> tuple[float, float]:
