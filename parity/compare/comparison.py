@@ -31,6 +31,7 @@ from parity.checkpoint.opened import is_source, is_stored
 from parity.compare import jax_side
 from parity.compare.adapters import as_module, returned
 from parity.compare.arguments import checked_labels, fitted, is_torch, modules
+from parity.compare.dtypes import computing_in
 from parity.compare.inputs import Inputs, cast
 from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds, random_targets
@@ -252,6 +253,8 @@ class Comparison:
         """Flax's module with PyTorch's weights in a dtype, or with those of a state_dict."""
         state_dict = self.state_dict(dtype) if state_dict is None else state_dict
         module = self.weights.load(self.flax, state_dict)
+        if dtype not in ("float64", "float32"):
+            module = computing_in(module, dtype)
         return JaxSide(module, self.weights, inputs or self.inputs, dtype, self.channels_last)
 
     def sides(self, dtype: str, device: str = "cpu") -> Sides:

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import parity
 from parity.report.results import Agreement
@@ -60,3 +60,38 @@ def test_agreement_is_the_divergence_over_the_whole_vocabulary():
 def test_unknown_dtypes_are_named():
     with pytest.raises(ValueError, match=r"dtypes=\['float8'\].*float16"):
         parity.sweep(*mlp(), dtypes=["float8"])
+
+
+class Fields(nnx.Module):
+    def __init__(self, *, rngs):
+        self.up = nnx.Linear(5, 7, dtype=jnp.float32, rngs=rngs)
+        self.norm = nnx.LayerNorm(7, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+        self.down = nnx.Linear(7, 3, use_bias=False, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x):
+        hidden = self.up(x)
+        SEEN.append(hidden.dtype.name)
+        return self.down(jnp.tanh(self.norm(hidden)))
+
+
+class LinenFields(linen.Module):
+    dtype: object = jnp.float32
+
+    @linen.compact
+    def __call__(self, x):
+        hidden = linen.Dense(7, dtype=self.dtype, name="up")(x)
+        SEEN.append(hidden.dtype.name)
+        hidden = linen.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(hidden)
+        return linen.Dense(3, use_bias=False, dtype=self.dtype, name="down")(jnp.tanh(hidden))
+
+
+SEEN = []
+
+
+@pytest.mark.parametrize("make", [lambda: Fields(rngs=nnx.Rngs(0)), LinenFields], ids=["nnx", "linen"])
+def test_a_module_with_dtype_fields_really_runs_in_each_dtype(make):
+    torch_module, _, x = mlp()
+    SEEN.clear()
+    swept = parity.sweep(torch_module, make(), x, dtypes=["bfloat16"], layers=False)
+    assert swept.passed, str(swept.checks)
+    assert SEEN[-1] == "bfloat16"
