@@ -130,7 +130,7 @@ def state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:
     others = [str(name) for name, value in tensors.items() if not (hasattr(value, "dtype") and hasattr(value, "shape"))]
     if others or not tensors:
         found = f"{', '.join(others[:5])} {'is' if len(others) == 1 else 'are'} not" if others else "it is empty"
-        raise ValueError(f"a state_dict must map names to tensors: {found}")
+        raise ValueError(f"torch_module={type(tensors).__name__}: a state_dict must map names to tensors; {found}")
     return {str(name): as_numpy(tensor) for name, tensor in tensors.items()}
 
 

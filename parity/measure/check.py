@@ -122,7 +122,8 @@ def check(
         randomize=randomize,
         seed=seed,
     )
-    name = name or type(comparison.flax).__name__
+    given = comparison.flax if isinstance(flax_module, str | os.PathLike) else flax_module
+    name = name or type(given).__name__
     return read_check(
         comparison,
         name=name,

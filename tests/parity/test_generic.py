@@ -1,4 +1,4 @@
-"""The harness is generic: outside `parity.cases` it names no class of the project's systems."""
+"""The harness is generic: only the project's cases and checkpoints of its models name a class of its systems."""
 
 import inspect
 import re
@@ -19,7 +19,8 @@ CLASSES = {
     if inspect.isclass(cls) and issubclass(cls, nnx.Module) and cls.__module__.startswith(system.__name__)
 } - OTHERS
 ROOT = Path(parity.__file__).parent
-FILES = [file.relative_to(ROOT) for file in sorted(ROOT.rglob("*.py")) if "cases" not in file.relative_to(ROOT).parts]
+OWN = {"cases", "checkpoint"}
+FILES = [file.relative_to(ROOT) for file in sorted(ROOT.rglob("*.py")) if not OWN & {*file.relative_to(ROOT).parts}]
 
 
 def test_the_classes_of_all_systems_are_known():

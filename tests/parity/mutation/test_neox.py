@@ -123,7 +123,7 @@ def tied_where_it_is_not(monkeypatch):
 
 
 MUTATIONS = {
-    final_norm_without_its_epsilon: "final_norm.ln",
+    final_norm_without_its_epsilon: "final_norm",  # whose call sets it
     frequencies_of_the_whole_head: "layers.0.attention",
     split_without_regard_to_heads: "layers.0.attention",
     queries_one_position_late: "layers.0.attention",
