@@ -53,6 +53,7 @@ def test_outputs_are_those_of_the_whole_text(variant):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_gradients_end_where_a_segment_begins():
     model, x = transformer(FeedbackTransformerKV, memory=M, n_layers=2), normal(0, CUTS[-1], 2, 6)
     along = normal(1, CUTS[-1], 2, 6)
