@@ -1,4 +1,4 @@
-"""What is true of the pairs: the ports that differ from PyTorch, and the lines of transformers that say so."""
+"""Expected verdicts: the ports that differ from PyTorch, with the lines of transformers that show it."""
 
 import dataclasses
 from pathlib import Path

@@ -212,7 +212,7 @@ class Comparison:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided about the calls and the weights, a sentence each."""
+        """Notes on the calls and the weights, a sentence each."""
         return (*self.inputs.notes, *self.weights.notes)
 
     @property

@@ -175,12 +175,12 @@ class JaxSide:
 
     @property
     def casts(self) -> dict[str, int]:
-        """What was widened in the last evaluation, by place."""
+        """Casts that the last evaluation widened, by place."""
         return next((one.casts for one in self.evaluations if one.last is not None), {})
 
     @property
     def kept(self) -> list[str]:
-        """What could not be widened in the last evaluation."""
+        """Primitives that the last evaluation could not widen."""
         return next((one.kept for one in self.evaluations if one.last is not None), [])
 
     def with_moved_constants(

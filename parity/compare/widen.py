@@ -352,7 +352,7 @@ class Widened:
 
     @property
     def casts(self) -> dict[str, int]:
-        """What was widened in the last call: 'float32 at file.py:12 (function)', and how often."""
+        """Casts that the last call widened: 'float32 at file.py:12 (function)', and how often."""
         return dict(self.last.casts) if self.last else {}
 
     @property

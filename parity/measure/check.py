@@ -343,7 +343,7 @@ class Readings:
 
 
 def widened_notes(of_torch: Mapping[str, int], flax: JaxSide) -> Iterator[str]:
-    """What was widened on each side, and what could not be."""
+    """Notes on what was widened on each side, and what could not be."""
     for side, casts in (("Flax", flax.casts), ("PyTorch", of_torch)):
         if casts:
             yield f"widened to float64 in {side}: {', '.join(some(list(casts)))}"

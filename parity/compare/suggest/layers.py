@@ -179,7 +179,7 @@ def recurrent_kind(node: Node) -> str | None:
 
 
 def cells_of(node: Node, others: Sequence[Node]) -> list[Node]:
-    """Those of the Flax parts that consist of cells of a PyTorch layer's kind."""
+    """Flax parts that consist of cells of a PyTorch layer's kind."""
     kind = recurrent_kind(node)
     if kind is None:
         return []

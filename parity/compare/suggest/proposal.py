@@ -57,7 +57,7 @@ class Suggestion:
 
 
 class Search:
-    """What `suggest` derives names from: both modules, their trees, and the settings of the weights."""
+    """Both modules, their trees, and the settings of the weights, from which `suggest` derives names."""
 
     def __init__(self, torch_module: Any, flax_module: Any, order: Mapping[str, int], settings: Mapping[str, Any]):
         self.torch, self.flax, self.settings = torch_module, flax_module, settings
