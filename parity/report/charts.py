@@ -150,7 +150,7 @@ def verdict_tag(verdict: str) -> str:
 
 
 def verdict_legend() -> str:
-    """What the verdicts of a tree mean."""
+    """Meanings of the verdicts of a tree."""
     lines = "".join(f"<dt>{verdict_tag(verdict)}</dt><dd>{meaning}</dd>" for verdict, (_, meaning) in VERDICTS.items())
     return f'<dl class="legend">{lines}</dl>'
 

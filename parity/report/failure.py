@@ -1,4 +1,4 @@
-"""What pytest prints for a failing test, in place of a traceback; used by `parity.plugin`."""
+"""Text that pytest prints for a failing test, in place of a traceback; used by `parity.plugin`."""
 
 import dataclasses
 import shutil

@@ -33,7 +33,7 @@ def text(outcome: Outcome, width: int = WIDTH) -> str:
 
 
 def short(outcome: Outcome, width: int = WIDTH) -> str:
-    """What differs: verdict, first divergence and failed readings; passed ones are only counted."""
+    """Verdict, first divergence and failed readings; passed ones are only counted."""
     agree = sum(check.passed for check in outcome.checks)
     counted = [f"  {agree} {'reading' if agree == 1 else 'readings'} within the limits"] if agree else []
     return "\n".join([*heading(outcome, width), *counted, *remarks(outcome, width)])

@@ -210,7 +210,7 @@ class Converted:
 
     @property
     def notes(self) -> list[str]:
-        """What the converter does beyond moving numbers."""
+        """Notes on what the converter does beyond moving numbers."""
         lines = [f"not carried (the converter leaves them out): {listed(self.left_out)}"] if self.left_out else []
         if self.computing:
             arrays = listed([dotted(path) for path in self.computed])

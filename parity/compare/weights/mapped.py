@@ -296,7 +296,7 @@ class Mapped:
 
     @property
     def notes(self) -> list[str]:
-        """What is not carried, not compared, or was decided by convention."""
+        """Notes on what is not carried, not compared, or was decided by convention."""
         lines = [f"not carried ({reason}): {listed(keys)}" for reason, keys in self.dropped.items()]
         if self.tables:
             names = sorted(map(dotted, self.tables))

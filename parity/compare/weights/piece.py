@@ -51,7 +51,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What is known of a PyTorch tensor: its role, and the layout that the user gives for it."""
+    """A PyTorch tensor's role, and the layout that the user gives for it."""
 
     key: str
     shape: Shape

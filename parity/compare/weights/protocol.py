@@ -38,7 +38,7 @@ class Weights(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What is not carried or not compared, a sentence each."""
+        """Notes on what is not carried or not compared, a sentence each."""
 
     @property
     def uncompared(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""What the two sides do not share: parameters on one of them, arrays that keep their own values."""
+"""Differences in kind between the sides: parameters on one of them, arrays that keep their own values."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
