@@ -40,7 +40,7 @@ class Wide(TorchDispatchMode):
 
 
 def place() -> str:
-    """Where the current operation comes from, outside PyTorch: 'file.py:12 (function)'."""
+    """Origin of the current operation outside PyTorch: 'file.py:12 (function)'."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
         frame = frame.f_back

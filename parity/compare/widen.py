@@ -139,7 +139,7 @@ def integer_like(value: Any, aval: Any) -> Any:
 
 
 def place(equation: Any) -> str:
-    """Where an equation comes from in the user's code: 'file.py:12 (function)'."""
+    """Origin of an equation in the user's code: 'file.py:12 (function)'."""
     frames = source_info_util.summarize(equation.source_info, num_frames=12).splitlines()
     own = [frame for frame in frames if "/flax/" not in frame and "/parity/" not in frame]
     where = (own or frames or ["unknown"])[-1]

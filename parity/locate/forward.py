@@ -131,11 +131,11 @@ class Forward:
         return [(call.names.index(name), flax.results.index(found[name])) for name in call.names if name in found]
 
     def theirs(self, key: Key, outputs: Sequence[Any]) -> list[Any]:
-        """Of things that belong to PyTorch's outputs, those that Flax returns too."""
+        """Select the things of PyTorch's outputs that Flax returns too."""
         return [outputs[i] for i, _ in self.matches[key]]
 
     def ours(self, key: Key, outputs: Sequence[Any]) -> list[Any]:
-        """Of things that belong to Flax's outputs, those that PyTorch returns too, in PyTorch's order."""
+        """Select the things of Flax's outputs that PyTorch returns too, in PyTorch's order."""
         return [outputs[j] for _, j in self.matches[key]]
 
     def right(self, key: Key) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ from parity.report.text import WIDTH, folded, short, text, visible
 
 @dataclasses.dataclass(frozen=True)
 class Crash:
-    """Where a test failed, and its line in pytest's summary."""
+    """Place where a test failed, and its line in pytest's summary."""
 
     path: str
     lineno: int

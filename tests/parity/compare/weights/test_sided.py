@@ -1,4 +1,4 @@
-"""What only one side has: arrays with their own values, parameters of one side, statistics, tables; wrapped weights."""
+"""Contents of one side alone: arrays with their own values, parameters of one side, statistics, tables; wrapped weights."""
 
 import jax.numpy as jnp
 import numpy as np
