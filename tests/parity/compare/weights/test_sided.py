@@ -1,4 +1,4 @@
-"""Contents of one side alone: arrays with their own values, parameters of one side, statistics, tables; wrapped weights."""
+"""One-sided contents: arrays with their own values, parameters of one side, statistics, tables; wrapped weights."""
 
 import jax.numpy as jnp
 import numpy as np
