@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxmodels.process.allocator import return_freed_memory
 from parity.compare.comparison import Comparison
 
-# Bytes for each number in PyTorch's state_dict, at the peak: measured with a GPT-NeoX of 70 million parameters.
+# Bytes for each number in PyTorch's state_dict, at the peak: measured with a language model of 70 million.
 NEEDS = {"gradients": 46, "training": 70}
 LARGE = 2**22  # numbers; collecting garbage of a smaller model takes longer than it is worth
 CGROUP = Path("/sys/fs/cgroup")
