@@ -22,6 +22,7 @@ from parity.measure.reference import judged, judged_narrow
 from parity.mutation.operators import CALLED, OPERATORS, Operator, planted_calls
 from parity.report.results import Check
 
+PRECISIONS = ("float64", "float32")
 EFFECT = 4.0  # × noise: a mutant whose results are nearer to the unbroken model's changes nothing
 
 
@@ -67,6 +68,11 @@ class Outcome:
     def found(self) -> bool:
         """True if a reading exceeds its limit."""
         return bool(self.failed)
+
+    @property
+    def value(self) -> float:
+        """The largest difference, in units of the noise; 0 if no reading exceeds its limit."""
+        return max((check.value for check in self.failed), default=0.0)
 
     @property
     def named(self) -> bool:
@@ -123,15 +129,15 @@ class Subject:
             return Outcome(mutant, failed, where)
 
 
-def false_alarms(make: Make, seeds: int) -> list[tuple[int, Check]]:
-    """Readings of an unbroken pair that exceed their limits, by seed; each of the two precisions compiles once."""
-    alarms: list[tuple[int, Check]] = []
+def unbroken(make: Make, seeds: int) -> list[tuple[int, Check]]:
+    """Readings of an unbroken pair, each with its seed; each of the two precisions compiles once."""
+    readings: list[tuple[int, Check]] = []
     sides: dict[str, JaxSide] = {}
     for seed in range(seeds):
         comparison = comparison_of(pair_of(make, seed), seed=seed)
-        sides = sides or {dtype: comparison.jax_side(dtype) for dtype in ("float64", "float32")}
-        alarms += [(seed, check) for check in compared(Readings(comparison), sides) if not check.passed]
-    return alarms
+        sides = sides or {dtype: comparison.jax_side(dtype) for dtype in PRECISIONS}
+        readings += [(seed, check) for check in compared(Readings(comparison), sides)]
+    return readings
 
 
 def compared(readings: Readings, sides: Mapping[str, JaxSide]) -> Iterator[Check]:

@@ -6,6 +6,7 @@ is a false alarm.
 """
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,12 @@ from parity.cases import Make, load_cases, select
 from parity.cases.suite import pair_of
 from parity.compare import jax_side, torch_side
 from parity.compare.inputs import Inputs
-from parity.mutation.mutate import Mutant, Outcome, Subject, false_alarms
+from parity.mutation.mutate import PRECISIONS, Mutant, Outcome, Subject, unbroken
 from parity.mutation.operators import OPERATORS
 from parity.report.results import Check
 
 LONGEST = 150  # positions; longer sequences take more time and show nothing new
+FREED_AFTER = 8  # mutants: JAX keeps every compiled function, which are several MB for each
 
 
 def subjects(names: Sequence[str]) -> dict[str, Make]:
@@ -52,9 +54,8 @@ def drawn(mutants: dict[str, list[Mutant]], rng: np.random.Generator) -> Iterato
                 yield mutant
 
 
-def sampled(names: Sequence[str], per_system: int, seed: int) -> dict[str, Make]:
-    """At most per_system cases of each system, by name."""
-    found = subjects(names)
+def sampled(found: dict[str, Make], per_system: int, seed: int) -> dict[str, Make]:
+    """At most per_system of the cases of each system, by name."""
     rng, chosen = np.random.default_rng(seed), []
     for system in dict.fromkeys(case.partition(".")[0] for case in found):
         cases = [case for case in found if case.partition(".")[0] == system]
@@ -80,6 +81,11 @@ def score(cases: dict[str, Make], count: int, seed: int, say: Callable[[str], No
         outcome = found[mutant.case].judge(mutant)
         idle += outcome is None
         outcomes += [outcome] if outcome else []
+        if outcome and not (outcome.found and outcome.named):
+            say(row(outcome))
+        if (len(outcomes) + idle) % FREED_AFTER == 0:
+            jax.clear_caches()
+            gc.collect()
     return outcomes, idle, sum(map(len, mutants.values()))
 
 
@@ -90,7 +96,7 @@ def page(outcomes: list[Outcome], idle: int, total: int, alarms: Alarms, seeds: 
     """The outcomes as Markdown."""
     n = len(outcomes)
     found, named = sum(o.found for o in outcomes), sum(o.named for o in outcomes)
-    false = sum(map(len, alarms.values()))
+    smallest = min(outcomes, key=lambda o: o.value)
     lines = [
         "# Planted errors, and the verdicts of the harness",
         "",
@@ -100,20 +106,34 @@ def page(outcomes: list[Outcome], idle: int, total: int, alarms: Alarms, seeds: 
         f"- found: {found} of {n} ({100 * found / max(n, 1):.0f} %)",
         f"- culprit named: {named} of {n} ({100 * named / max(n, 1):.0f} %)",
     ]
+    lines.append(f"- smallest: {smallest.value:.1e} × noise, {smallest.mutant.operator.name} in {smallest.mutant.case}")
     if seeds:
+        false = sum(not check.passed for checks in alarms.values() for _, check in checks)
         lines.append(f"- false alarms: {false} in {len(alarms)} unbroken cases at {seeds} seeds each")
+        for precision in PRECISIONS:
+            read = [
+                (c, case, seed) for case, checks in alarms.items() for seed, c in checks if c.precision == precision
+            ]
+            check, case, seed = max(read, key=lambda found: found[0].value)
+            own = "" if check.own is None else f" (PyTorch {check.own:.2g})"
+            where = f"{check.kind} of {case} at seed {seed}"
+            lines.append(f"- largest in {precision}: {check.value:.2g} × noise{own}, limit {check.limit:.2g}: {where}")
     lines += ["", "| case | sub-module | mistake | found by | named | hint |", "|---|---|---|---|---|---|"]
-    for o in sorted(outcomes, key=lambda o: (o.mutant.case, o.mutant.culprit, o.mutant.operator.name)):
-        by = max(o.failed, key=lambda c: c.value, default=None)
-        reading = f"{by.kind} {by.value:.0e}" if by else "**not found**"
-        where = o.divergence
-        verdict = "yes" if o.named else f"**{where.path or 'the model'}**" if where else "**nothing**"
-        hint = where.hint if where else ""
-        culprit = f"`{o.mutant.culprit}`" if o.mutant.culprit else "the model"
-        lines.append(f"| {o.mutant.case} | {culprit} | {o.mutant.operator.name} | {reading} | {verdict} | {hint} |")
+    lines += map(row, sorted(outcomes, key=lambda o: (o.mutant.case, o.mutant.culprit, o.mutant.operator.name)))
     lines += ["", "## The mistakes", "", "| mistake | change |", "|---|---|"]
     lines += [f"| {operator.name} | {operator.about} |" for operator in OPERATORS.values()]
     return "\n".join(lines) + "\n"
+
+
+def row(o: Outcome) -> str:
+    """An outcome as a row of the table."""
+    by = max(o.failed, key=lambda c: c.value, default=None)
+    reading = f"{by.kind} {by.value:.0e}" if by else "**not found**"
+    where = o.divergence
+    verdict = "yes" if o.named else f"**{where.path or 'the model'}**" if where else "**nothing**"
+    hint = where.hint if where else ""
+    culprit = f"`{o.mutant.culprit}`" if o.mutant.culprit else "the model"
+    return f"| {o.mutant.case} | {culprit} | {o.mutant.operator.name} | {reading} | {verdict} | {hint} |"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,10 +146,15 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case or a system (default: all short cases)")
     arguments.add_argument("--count", type=int, default=60, help="mutants to judge (default: 60)")
-    arguments.add_argument("--cases", type=int, default=3, help="cases per system, drawn by the seed (default: 3)")
+    arguments.add_argument(
+        "--cases",
+        type=int,
+        default=3,
+        help="cases per system in which mistakes are planted, drawn by the seed (default: 3)",
+    )
     arguments.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
     arguments.add_argument(
-        "--seeds", type=int, default=20, help="seeds at which unbroken models are judged (default: 20)"
+        "--seeds", type=int, default=20, help="seeds at which all unbroken cases are judged (default: 20)"
     )
     return arguments
 
@@ -149,12 +174,14 @@ def main(argv: list[str] | None = None) -> int:
                     raise ValueError(f"--{flag} {getattr(options, flag)} must be at least {least}")
             with console.status("") as status:
                 say = status.update if console.is_terminal else console.print  # in a file, one line per stage
-                cases = sampled(options.names, options.cases, options.seed)
-                outcomes, idle, total = score(cases, options.count, options.seed, say)
+                cases = subjects(options.names)
+                chosen = sampled(cases, options.cases, options.seed)
+                outcomes, idle, total = score(chosen, options.count, options.seed, say)
                 alarms: Alarms = {}
                 for case, make in cases.items() if options.seeds else ():
                     say(f"{case}: {options.seeds} seeds")
-                    alarms[case] = false_alarms(make, options.seeds)
+                    alarms[case] = unbroken(make, options.seeds)
+                    jax.clear_caches()
         except ValueError as error:
             print(f"python -m parity.mutations: {error}", file=sys.stderr)
             return 2
@@ -163,5 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     print(text, end="")
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     named = sum(outcome.named for outcome in outcomes)
-    good = all(o.found for o in outcomes) and named >= 0.9 * len(outcomes) and not any(alarms.values())
+    good = (
+        all(o.found for o in outcomes)
+        and named >= 0.9 * len(outcomes)
+        and all(c.passed for checks in alarms.values() for _, c in checks)
+    )
     return 0 if good else 1
