@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmodels.process.extras import require
 
 if TYPE_CHECKING:
-    from parity.compare.functions import Function
+    from parity.compare.sides.functions import Function
     from parity.compare.suggest import suggest
     from parity.golden.record import record
     from parity.golden.replay import replay
@@ -37,7 +37,7 @@ __all__ = [
 
 # Modules of the names above, imported at first use.
 MODULES = {
-    "Function": "compare.functions",
+    "Function": "compare.sides.functions",
     "Optimizer": "measure.optimizers",
     "Report": "report.report",
     "check": "measure.check",

@@ -38,7 +38,7 @@ def prepare() -> Any:
     def clipped(x: Any, min: Any = None, max: Any = None, *, a_min: Any = None, a_max: Any = None) -> jax.Array:
         return clip(x, min if a_min is None else a_min, max if a_max is None else a_max)
 
-    jnp.clip = clipped  # noqa: uses names of arguments that JAX 0.10 has no more
+    jnp.clip = clipped  # the port uses names of arguments that JAX 0.10 has no more
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     import transformers

@@ -12,7 +12,7 @@ from jaxmodels.weights.names import as_numpy
 from parity.checkpoint.opened import Checkpoint, Source, abstract, is_source, is_stored, opened
 from parity.checkpoint.reference import NEOX_FIELDS, cast_like, reference
 from parity.compare.arguments import described, is_torch
-from parity.compare.torch_copy import copied
+from parity.compare.sides.torch_copy import copied
 from parity.compare.weights.kept import Kept
 
 

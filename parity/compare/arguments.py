@@ -15,8 +15,8 @@ import numpy as np
 from flax import linen, nnx
 
 from parity.checkpoint.opened import is_source, is_stored
-from parity.compare.functions import Function
 from parity.compare.inputs import Inputs, Place
+from parity.compare.sides.functions import Function
 
 FLAGS = {
     "deterministic": True,

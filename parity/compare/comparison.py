@@ -28,20 +28,20 @@ import numpy as np
 
 from jaxmodels.weights.names import as_numpy
 from parity.checkpoint.opened import is_source, is_stored
-from parity.compare import jax_side
-from parity.compare.adapters import as_module, returned
 from parity.compare.arguments import checked_labels, fitted, is_torch, modules
-from parity.compare.dtypes import computing_in
 from parity.compare.inputs import Inputs, cast
-from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds, random_targets
 from parity.compare.names import Names, matches
+from parity.compare.sides import jax_side
+from parity.compare.sides.adapters import as_module, returned
+from parity.compare.sides.dtypes import computing_in
+from parity.compare.sides.jax_side import JaxSide
 from parity.compare.weights import Mapped, OwnWeights, TorchModule, Twins, Weights, weights_of
 from parity.compare.weights.kept import Kept, kept_or
 from parity.compare.weights.resolve import difference, resolved
 
 if TYPE_CHECKING:
-    from parity.compare.torch_side import TorchSide
+    from parity.compare.sides.torch_side import TorchSide
 
 
 class Settings(TypedDict, total=False):
@@ -227,7 +227,7 @@ class Comparison:
         """Run the block without TF32 or bfloat16 matmuls on either side, JAX on `device`, with float64 on or off."""
         with contextlib.ExitStack() as stack:
             if is_torch(self.torch):
-                from parity.compare import torch_side
+                from parity.compare.sides import torch_side
 
                 stack.enter_context(torch_side.strict_precision())
             wide = self.float64 if float64 is None else float64
@@ -242,7 +242,7 @@ class Comparison:
         """PyTorch's module in a dtype."""
         import torch
 
-        from parity.compare.torch_side import TorchSide
+        from parity.compare.sides.torch_side import TorchSide
 
         assert isinstance(self.torch, torch.nn.Module), "a recording has no module to run"
         return TorchSide(self.torch, getattr(torch, dtype), device)
@@ -264,7 +264,7 @@ class Comparison:
         """
         import torch
 
-        from parity.compare.torch_side import TorchSide
+        from parity.compare.sides.torch_side import TorchSide
 
         inputs = self.inputs.rounded(jnp.dtype(dtype))
         theirs = self.torch_side(dtype, device)

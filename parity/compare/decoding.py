@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxmodels.protocols import LanguageModel, ReadsMoreThanIds
 from parity.compare.inputs import Inputs
-from parity.compare.jax_side import compiled
+from parity.compare.sides.jax_side import compiled
 
 
 class NotDecodable(Exception):

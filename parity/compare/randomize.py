@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from parity.compare.torch_copy import copied
+from parity.compare.sides.torch_copy import copied
 
 SPREAD = 0.3  # standard deviation of the perturbation
 MASKED = 1e3  # a constant buffer of this magnitude is a mask's

@@ -11,11 +11,11 @@ import torch
 from flax import nnx
 
 from jaxmodels.weights.names import as_numpy
-from parity.compare.jax_side import split
 from parity.compare.loss import Batch, jax_loss
 from parity.compare.noise import RUNS, Noise, Spread, of_spreads, wide
 from parity.compare.outputs import aligned
-from parity.compare.torch_side import move, tensors_of
+from parity.compare.sides.jax_side import split
+from parity.compare.sides.torch_side import move, tensors_of
 from parity.locate.calls import FlaxCall, recorded
 from parity.locate.causes import children
 from parity.locate.forward import Forward, PathErrors

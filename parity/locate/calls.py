@@ -12,7 +12,7 @@ from flax import linen, nnx
 from flax.core.scope import DenyList
 
 from jaxmodels.weights.names import dotted
-from parity.compare.jax_side import split
+from parity.compare.sides.jax_side import split
 
 CALLS = ("__call__", "plain")
 

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from parity.compare.inputs import Inputs
-from parity.compare.jax_side import JaxSide, split
+from parity.compare.sides.jax_side import JaxSide, split
+from parity.compare.sides.widen import Widened
 from parity.compare.store import Store
-from parity.compare.widen import Widened
 from parity.locate.calls import FlaxCall, LinenPart, NNXPart, recorded, unstacked
 from parity.locate.torch_calls import Key
 from parity.locate.values import floating, floating_outputs, leaves_of, numeric, with_leaves

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from jaxmodels.weights.names import as_numpy
-from parity.compare.jax_side import JaxSide
 from parity.compare.noise import LIMIT, OWN, PREDICTED, Noise, wide
 from parity.compare.outputs import correspondence
+from parity.compare.sides.jax_side import JaxSide
 from parity.compare.store import Store
 from parity.locate.flax_calls import FlaxRun
 from parity.locate.layouts import Layout, layouts, nearest

@@ -14,8 +14,8 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare.inputs import children, named_leaves, with_children
 from parity.compare.loss import Batch
 from parity.compare.noise import RUNS, ULPS, Noise, Spread
+from parity.compare.sides.torch_side import TorchSide, move, tensors_of
 from parity.compare.store import Store
-from parity.compare.torch_side import TorchSide, move, tensors_of
 from parity.locate.values import leaves_of
 
 Key = tuple[str, int]  # a path, and the number of its earlier calls

@@ -9,11 +9,11 @@ import dataclasses
 
 import numpy as np
 
-from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds
 from parity.compare.noise import LIMIT, ULPS
+from parity.compare.sides.jax_side import JaxSide
+from parity.compare.sides.torch_side import TorchSide
 from parity.compare.store import DEFAULT_LIMIT, store
-from parity.compare.torch_side import TorchSide
 from parity.locate.backward import Backward
 from parity.locate.causes import Causes
 from parity.locate.forward import Forward

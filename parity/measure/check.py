@@ -16,14 +16,14 @@ from parity.compare import noise
 from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
-from parity.compare.functions import Function
-from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import Names
 from parity.compare.noise import LIMIT, ULPS
 from parity.compare.outputs import unmatched
+from parity.compare.sides.functions import Function
+from parity.compare.sides.jax_side import JaxSide
+from parity.compare.sides.torch_side import TorchSide
 from parity.compare.store import DEFAULT_LIMIT, Store, Stored, check_limit, store
-from parity.compare.torch_side import TorchSide
 from parity.compare.weights import Weights
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence

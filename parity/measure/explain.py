@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from parity.compare import noise
-from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Kinds
 from parity.compare.noise import LIMIT, ULPS
-from parity.compare.torch_side import TorchSide
+from parity.compare.sides.jax_side import JaxSide
+from parity.compare.sides.torch_side import TorchSide
 from parity.measure.reference import Reference, Values
 
 RUNS = 2

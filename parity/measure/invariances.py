@@ -18,13 +18,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.weights.names import flat_arrays
 from parity.compare import noise
-from parity.compare.adapters import with_weights
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decoded, decodes
 from parity.compare.inputs import Inputs
-from parity.compare.jax_side import Arrays, JaxSide, compiled, current_device
 from parity.compare.loss import Batch, Kinds, jax_loss
 from parity.compare.noise import Noises
+from parity.compare.sides.adapters import with_weights
+from parity.compare.sides.jax_side import Arrays, JaxSide, compiled, current_device
 from parity.report.results import Check, Invariances
 from parity.report.stamp import environment
 

@@ -12,11 +12,11 @@ import torch
 from flax import nnx
 
 from jaxmodels.weights.names import as_numpy
-from parity.compare.jax_side import JaxSide, compiled
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
 from parity.compare.noise import Noise, Spread, of_spreads
-from parity.compare.torch_side import TorchSide, as_arrays, gradient, move
+from parity.compare.sides.jax_side import JaxSide, compiled
+from parity.compare.sides.torch_side import TorchSide, as_arrays, gradient, move
 
 RUNS = 2  # of a training, to measure its noise
 

@@ -7,8 +7,8 @@ import jax
 
 from parity.compare import noise
 from parity.compare.inputs import Inputs
-from parity.compare.jax_side import Arrays, JaxSide
 from parity.compare.loss import Kinds
+from parity.compare.sides.jax_side import Arrays, JaxSide
 from parity.measure.reference import Reference, judged
 from parity.report.results import Check
 

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from flax import linen, nnx
 
-from parity.compare import noise, torch_side
+from parity.compare import noise
 from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison, Settings
-from parity.compare.jax_side import default_precision
 from parity.compare.loss import Kinds
 from parity.compare.noise import ULPS
+from parity.compare.sides import torch_side
+from parity.compare.sides.jax_side import default_precision
 from parity.measure.reference import Reference, judged
 from parity.report.results import Cost, FastPath
 from parity.report.stamp import environment

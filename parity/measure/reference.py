@@ -14,11 +14,11 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare import noise
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import decoded
-from parity.compare.jax_side import JaxSide
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
 from parity.compare.noise import LIMIT, OWN, PREDICTED, ULPS, Noise, Noises
 from parity.compare.outputs import aligned
+from parity.compare.sides.jax_side import JaxSide
 from parity.report.results import Check
 
 WIDE = 4.0  # × the value in float64, where one unit in the last place is twice the rounding error

@@ -25,14 +25,14 @@ from torch import nn
 
 from jaxmodels.weights.names import as_numpy, dotted, flat_arrays, with_arrays
 from parity.compare import noise
-from parity.compare.adapters import LinenModule
 from parity.compare.arguments import FLAGS as EVALUATION
 from parity.compare.comparison import Comparison
-from parity.compare.functions import FunctionModule
 from parity.compare.inputs import Inputs
-from parity.compare.jax_side import JaxSide
 from parity.compare.noise import LIMIT, RUNS, ULPS, Noise
-from parity.compare.torch_side import TorchSide
+from parity.compare.sides.adapters import LinenModule
+from parity.compare.sides.functions import FunctionModule
+from parity.compare.sides.jax_side import JaxSide
+from parity.compare.sides.torch_side import TorchSide
 from parity.locate.calls import calls_replaced
 from parity.locate.tree import Divergence
 from parity.measure.reference import judged

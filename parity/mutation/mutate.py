@@ -13,7 +13,7 @@ from flax import nnx
 from parity.cases import Make
 from parity.cases.suite import comparison_of, pair_of
 from parity.compare import noise
-from parity.compare.jax_side import JaxSide
+from parity.compare.sides.jax_side import JaxSide
 from parity.compare.weights import Weights
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence

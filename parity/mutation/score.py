@@ -16,8 +16,8 @@ import numpy as np
 
 from parity.cases import Make, load_cases, select
 from parity.cases.suite import pair_of
-from parity.compare import jax_side, torch_side
 from parity.compare.inputs import Inputs
+from parity.compare.sides import jax_side, torch_side
 from parity.mutation.mutate import PRECISIONS, Mutant, Outcome, Subject, unbroken
 from parity.mutation.operators import OPERATORS
 from parity.report.results import Check

@@ -10,11 +10,11 @@ from flax import linen
 from flax.traverse_util import flatten_dict
 
 from jaxmodels.weights.names import ConversionError
-from parity.compare.adapters import as_module
 from parity.compare.arguments import fitted, modules
 from parity.compare.comparison import Comparison
 from parity.compare.inputs import Inputs
 from parity.compare.names import matches
+from parity.compare.sides.adapters import as_module
 from parity.compare.suggest.compression import compressed
 from parity.compare.suggest.matching import Doubt, Item, Match, Matcher, starred
 from parity.compare.suggest.tree import Node, flax_tree, submodules, torch_tree

@@ -11,8 +11,8 @@ from flax import linen, nnx
 
 import parity
 from parity.compare.arguments import fitted, modules
-from parity.compare.functions import Function
 from parity.compare.inputs import Inputs, cast
+from parity.compare.sides.functions import Function
 
 
 @dataclasses.dataclass(frozen=True)

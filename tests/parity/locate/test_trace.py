@@ -13,8 +13,8 @@ import parity
 from jaxmodels import layers
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Batch
+from parity.compare.sides.torch_side import TorchSide
 from parity.compare.store import store
-from parity.compare.torch_side import TorchSide
 from parity.locate.torch_calls import TorchRun
 from parity.locate.tree import Errors
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 import parity
 from jaxmodels.weights.names import dotted, flat_arrays
-from parity.compare.adapters import as_module
+from parity.compare.sides.adapters import as_module
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((5, 3))

@@ -9,7 +9,7 @@ from flax import nnx
 from torch import nn
 
 import parity
-from parity.compare.torch_copy import copied, slow_paths
+from parity.compare.sides.torch_copy import copied, slow_paths
 
 X = np.random.default_rng(0).standard_normal((5, 3))
 

@@ -13,8 +13,8 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare.inputs import Inputs, named_leaves
 from parity.compare.loss import Batch, Kinds, torch_loss
 from parity.compare.noise import HUGE, RUNS, ULPS, Noise, Spread, of_spreads
-from parity.compare.torch_copy import cast, copied, slow_paths
-from parity.compare.wide_torch import widened
+from parity.compare.sides.torch_copy import cast, copied, slow_paths
+from parity.compare.sides.wide_torch import widened
 
 KindNoises = dict[str, dict[str, Noise]]
 NARROW = {getattr(torch, name): ulp for name, ulp in ULPS.items() if name != "float64"} | {

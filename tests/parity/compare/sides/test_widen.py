@@ -8,8 +8,8 @@ import torch
 from flax import linen, nnx
 from jax import lax
 
-from parity.compare.wide_torch import widened
-from parity.compare.widen import Widened
+from parity.compare.sides.wide_torch import widened
+from parity.compare.sides.widen import Widened
 
 X = np.random.default_rng(0).standard_normal((3, 5, 8))
 

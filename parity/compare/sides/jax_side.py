@@ -15,8 +15,8 @@ from parity.compare.loss import Batch, Kinds, jax_loss
 from parity.compare.names import matches
 from parity.compare.noise import RUNS, Noise, Spread, moved, of_spreads
 from parity.compare.outputs import aligned, named_leaves
+from parity.compare.sides.widen import Constant, Widened
 from parity.compare.weights import Weights
-from parity.compare.widen import Constant, Widened
 
 Arrays = dict[str, jax.Array]
 

@@ -9,7 +9,7 @@ import pytest
 from flax import linen, nnx
 
 import parity
-import parity.compare.adapters
+import parity.compare.sides.adapters
 from parity.compare.inputs import Inputs
 from tests.parity.pairs import mlp
 
@@ -50,7 +50,7 @@ def test_a_bound_and_an_unbound_module_are_compared():
 def linen_side_of_an_older_flax(monkeypatch):
     """A second copy of the module: reloading it would replace its classes for all tests that follow."""
     monkeypatch.delattr(nnx, "use_eager_sharding")
-    spec = importlib.util.spec_from_file_location("older_adapters", parity.compare.adapters.__file__)
+    spec = importlib.util.spec_from_file_location("older_adapters", parity.compare.sides.adapters.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict
 
 from jaxmodels.weights.names import Path, dotted, flat_arrays, with_arrays
 from parity.compare.arguments import modules
-from parity.compare.functions import Function, FunctionModule
 from parity.compare.inputs import Inputs, cast
 from parity.compare.names import matches
 from parity.compare.outputs import named_leaves
+from parity.compare.sides.functions import Function, FunctionModule
 
 # Added in Flax 0.12; older versions do not shard arrays eagerly.
 eager_sharding = getattr(nnx, "use_eager_sharding", contextlib.nullcontext)
