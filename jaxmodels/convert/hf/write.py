@@ -1,0 +1,38 @@
+"""Writer of GPT-NeoX checkpoints in the format of `transformers`."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from jaxmodels.convert.hf.config import END_OF_TEXT, hf_config
+from jaxmodels.convert.neox.layout import hf_name
+from jaxmodels.convert.source import Source, model_source
+from jaxmodels.io.atomic import atomic_folder
+from jaxmodels.io.safetensors import FILE_BYTES, write_folder
+from jaxmodels.neox import NeoX
+from jaxmodels.weights.progress import progress_bar
+
+
+def save_hf(model: NeoX, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Write a model for `transformers`, atomically; in files of up to 5 GB, with an index if there are several.
+
+    Raises ValueError like `jaxmodels.save`, or if the model is quantized.
+    """
+    write_hf(model_source(model), folder, overwrite=overwrite)
+
+
+def write_hf(
+    source: Source, folder: str | os.PathLike, *, overwrite: bool = False, file_bytes: int = FILE_BYTES
+) -> None:
+    """Write an open checkpoint as `save_hf` does; a few megabytes at a time are in memory."""
+    tensors = {hf_name(key): tensor for key, tensor in source.tensors.items()}
+    with (
+        atomic_folder(folder, overwrite=overwrite) as temporary,
+        progress_bar(f"writing {Path(folder).name}", tensors.values()) as advance,
+    ):
+        write_folder(temporary, tensors, file_bytes=file_bytes, progress=advance)
+        dtype = np.dtype(source.tensors["embedding.emb.weight"].dtype).name
+        text = json.dumps(hf_config(source.config, dtype, source.token_ids or END_OF_TEXT), indent=2)
+        (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
