@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from parity.locate.tree import Divergence, plain
 from parity.report.columns import cells
-from parity.report.html import fragment
 from parity.report.outcome import Raised
+from parity.report.page.html import fragment
 from parity.report.results import Check, Cost, Sweep, Trajectory
 from parity.report.stamp import joined, software
 from parity.report.text import text, visible

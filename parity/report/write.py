@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxmodels.io.atomic import atomic_file
-from parity.report.html import page as as_page
 from parity.report.junit import junit as as_junit
+from parity.report.page.html import page as as_page
 from parity.report.report import Report
 
 

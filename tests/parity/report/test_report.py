@@ -11,7 +11,7 @@ from flax import nnx
 
 import parity
 from parity.measure.precision import fast_path
-from parity.report.charts import color
+from parity.report.page.charts import color
 from parity.report.results import Check
 from parity.report.stamp import commit
 from tests.parity.pairs import FlaxMLP, mlp

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from parity.locate.tree import DECADES, MATERIAL, Errors, Part
+from parity.report.page.style import SERIES
 from parity.report.results import Row, Trajectory
-from parity.report.style import SERIES
 from parity.report.text import escape
 
 SCALE = 4.0  # the color scale ends at 10^SCALE times the limit

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from parity.report.charts import VERDICTS, color, curves
-from parity.report.html import fragment, page
+from parity.report.page.charts import VERDICTS, color, curves
+from parity.report.page.html import fragment, page
+from parity.report.page.style import PALETTE, ROOT, STYLE
 from parity.report.results import Reading, Trajectory
-from parity.report.style import PALETTE, ROOT, STYLE
 from tests.parity.report.samples import HOSTILE, STAMP, agreeing, differing, hostile
 
 VOID = {"meta", "br", "rect", "line", "polyline"}

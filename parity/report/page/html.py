@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from parity.report import charts
 from parity.report.columns import Column, cell, legend, tables, unit_of
 from parity.report.outcome import Outcome
+from parity.report.page import charts
+from parity.report.page.style import STYLE
 from parity.report.results import Check
 from parity.report.stamp import joined
-from parity.report.style import STYLE
 from parity.report.text import escape
 
 LINES = "\n"

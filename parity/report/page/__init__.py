@@ -1,0 +1,1 @@
+"""The report as a page: HTML without scripts or fonts from elsewhere, and its charts."""
