@@ -47,13 +47,22 @@ class Planted:
 class Mutant:
     """One operator at one sub-module of a case.
 
-    culprit: PyTorch's path of the sub-module or, if that is never called, of the nearest enclosing one that is.
+    culprit: PyTorch's path of the sub-module or, if that is never called, of the nearest enclosing one that is. stack:
+    place of the layer's number in it, if the mistake is in all of a stack's layers.
     """
 
     case: str
     path: tuple[Any, ...]
     culprit: str
     operator: Operator
+    stack: int | None = None
+
+    def at(self, path: str) -> bool:
+        """True if the mistake is at PyTorch's path; in a stack, at that of any layer."""
+        ours, theirs = self.culprit.split("."), path.split(".")
+        if self.stack is not None and self.stack < min(len(ours), len(theirs)):
+            theirs[self.stack] = ours[self.stack]
+        return ours == theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +85,8 @@ class Outcome:
 
     @property
     def named(self) -> bool:
-        """True if the first divergence is at the mutant's path."""
-        return self.divergence is not None and self.divergence.path == self.mutant.culprit
+        """True if the first divergence is at the mutant's place."""
+        return self.divergence is not None and self.mutant.at(self.divergence.path)
 
 
 class Subject:
@@ -100,10 +109,10 @@ class Subject:
         torch_paths = {comparison.weights.module(path): path for path, _ in self.readings.side.module.named_modules()}
         for path, module in nnx.iter_modules(model):
             words = [str(word) for word in path]
-            name = torch_paths.get(".".join(words))
+            name, stack = torch_paths.get(".".join(words)), None
             for i, word in enumerate(words):
                 if name is None and word == "layers":
-                    name = torch_paths.get(".".join([*words[: i + 1], "0", *words[i + 1 :]]))
+                    name, stack = torch_paths.get(".".join([*words[: i + 1], "0", *words[i + 1 :]])), i + 1
             if name is None:
                 continue
             called = name in self.called
@@ -111,7 +120,7 @@ class Subject:
                 name = name.rpartition(".")[0]
             for operator in OPERATORS.values():
                 if (called or operator.name not in CALLED) and operator.change(module) is not None:
-                    yield Mutant(self.case, path, name, operator)
+                    yield Mutant(self.case, path, name, operator, stack)
 
     def judge(self, mutant: Mutant) -> Outcome | None:
         """The outcome of a mutant; None if it changes nothing."""

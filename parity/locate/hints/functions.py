@@ -49,7 +49,8 @@ def activations(subject: Subject) -> Iterator[Mistake]:
     for text, activation in ACTIVATIONS.items():
         for name in found:
             if text.split(" ")[0] != name or "(" in text:
-                yield Mistake(f"activation: Flax has {text}, PyTorch {name}", functions({name: instead(activation)}))
+                own = "another form" if text.startswith(f"{name} ") else name
+                yield Mistake(f"activation: Flax has {text}, PyTorch {own}", functions({name: instead(activation)}))
         if composed:
             yield Mistake(
                 f"activation: Flax has {text}, PyTorch {type(composed[0]).__name__}",

@@ -44,3 +44,18 @@ def test_the_sample_is_even_over_systems_and_follows_the_seed():
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_every_operator_has_a_description(name):
     assert OPERATORS[name].about
+
+
+@pytest.mark.parametrize(
+    ("stack", "path", "at"),
+    [
+        (1, "layers.2.ffn.lin", True),
+        (1, "layers.2.ffn", False),
+        (None, "layers.2.ffn.lin", False),
+        (None, "layers.0.ffn.lin", True),
+        (1, "", False),
+    ],
+)
+def test_a_mistake_in_a_stack_is_in_each_of_its_layers(stack, path, at):
+    mutant = Mutant("case", (), "layers.0.ffn.lin", OPERATORS["factor"], stack)
+    assert mutant.at(path) is at
