@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import jax
 
+ROOT = Path(__file__).absolute().parents[2]  # of the checkout, or site-packages
+
 
 def environment(device: "jax.Device", float64: bool, seed: int | None) -> dict[str, str]:
-    """Describe a run: versions, device, precision flags, seed (None: that of a recording) and git commit."""
+    """Describe a run: versions, device, precision flags, seed (None: that of a recording) and this project's commit."""
     return software() | {
         "device": f"{device.platform}: {device.device_kind}",
         "matmul precision": "highest, TF32 off",
@@ -42,11 +45,19 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """Git commit of the working directory, with a + if files are modified; 'none' outside a repository."""
+    """Git commit of this project's checkout, with a + if files are modified; 'none' if it is installed as a wheel.
+
+    Git runs programs that a repository's configuration names. No other repository is asked, whatever the working
+    directory or the environment says, and hooks and the file system monitor are off.
+    """
+    if not (ROOT / ".git").exists():
+        return "none"
+    safe = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "--no-optional-locks"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-            cwd=Path.cwd(),
+            ["git", *safe, "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            env=own | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)},
             capture_output=True,
             text=True,
             timeout=10,
