@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxmodels.process import programs
 from jaxmodels.process.extras import require
+from jaxmodels.retro.retrieval.embedders import embedder_of
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import load_corpus
 
@@ -32,6 +33,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     given.add_argument("--prompt", help="text to look up")
     given.add_argument("--text", metavar="FILE", help="UTF-8 file to look up, or python_docs, tiny_shakespeare")
     arguments.add_argument("--k", type=int, default=2, help="number of neighbors of a chunk (default: 2)")
+    arguments.add_argument(
+        "--embedder",
+        metavar="NAME",
+        help="embedder that INDEX was built with, such as bert:MODEL; required if it loads a model (default: hashed "
+        "n-grams)",
+    )
     return arguments
 
 
@@ -41,7 +48,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
     def shown() -> None:
         require("retro", "faiss", "sklearn")
-        index = ChunkIndex.load(options.index)
+        embedder = None if options.embedder is None else embedder_of(options.embedder)
+        index = ChunkIndex.load(options.index, embedder=embedder)
         text = options.prompt if options.text is None else load_corpus(options.text)
         show(index, text, options.k)
 

@@ -33,7 +33,10 @@ class Corpus:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or not len(self.tokens) or self.tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be non-empty integers [T], got {self.tokens.dtype}{list(self.tokens.shape)}")
-        if self.documents[0] != 0 or (np.diff(self.documents) <= 0).any():
+        starts = self.documents
+        if starts.ndim != 1 or len(starts) < 2 or starts.dtype.kind not in "iu":
+            raise ValueError(f"documents must be integers, two at least, got {starts.dtype}{list(starts.shape)}")
+        if starts[0] != 0 or starts[-1] != len(self.tokens) or (starts[1:] <= starts[:-1]).any():
             raise ValueError(
                 f"documents={self.documents[:-1].tolist()[:10]} must increase from 0 and stay below the number of "
                 f"tokens, {len(self.tokens)}"

@@ -9,6 +9,7 @@ Axes: n examples of S tokens, C = S // L chunks of L = chunk_len tokens, k neigh
 import contextlib
 import dataclasses
 import hashlib
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from jaxmodels.training.distributed import agree, is_first
 
 Made = TypeVar("Made")
 Kind = Literal["nearest", "filtered", "random"]
+HEADER = 1024  # bytes of a .npy header, and of the fingerprint
 SKIPPED = 8  # before each example, 0 to 7 tokens are skipped, so that its chunks are not those of the index
 
 
@@ -118,8 +120,10 @@ def attach(
     about = f"{index.fingerprint}|{index.n_probe}|{samples.windows.seq_len}|{searched}"
     fingerprint = hashlib.sha256(b"|".join([about.encode(), *parts])).hexdigest()
 
+    shape = (len(samples), samples.windows.seq_len // index.chunk_len, lookup.k)
+
     def kept() -> np.ndarray:
-        neighbors = read(file, fingerprint)
+        neighbors = read(file, fingerprint, shape)
         if neighbors is None:
             neighbors = look_up(samples, index, lookup, interrupted).astype(np.int32)
             with atomic_file(file) as new, open(new, "wb") as opened:
@@ -152,13 +156,18 @@ def look_up(
     return found.reshape(n, c, lookup.k)
 
 
-def read(file: Path, fingerprint: str) -> np.ndarray | None:
-    """Read neighbors from a file; None if it is missing, damaged, or of other samples."""
+def read(file: Path, fingerprint: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Read neighbors int32 of a shape from a file; None if it is missing, damaged, or of other samples."""
+    room = HEADER + 4 * math.prod(shape)
     try:
-        with open(file, "rb") as opened, np.load(opened) as kept:
-            return kept["neighbors"] if str(kept["fingerprint"]) == fingerprint else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with open(file, "rb") as opened, zipfile.ZipFile(opened) as archive:
+            if any(entry.file_size > room for entry in archive.infolist()):  # a small file may hold terabytes of zeros
+                return None
+            with np.load(opened) as kept:
+                neighbors = kept["neighbors"] if str(kept["fingerprint"]) == fingerprint else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return None
+    return neighbors if neighbors is not None and (neighbors.shape, neighbors.dtype) == (shape, np.int32) else None
 
 
 def nearest_neighbors(samples: Samples, index: ChunkIndex, k: int) -> Samples:

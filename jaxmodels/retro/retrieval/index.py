@@ -4,15 +4,10 @@ The documents of a corpus are cut into chunks of L = chunk_len tokens. Chunks ar
 a neighbor consists of a chunk's L tokens and the L that follow, its continuation (arXiv 2112.04426, section 2.2). FAISS
 does the search: exact for small corpora, inverted lists of product-quantized vectors (IVF-PQ) for larger ones.
 
-FOLDER/about.json              {"format": 1, "fingerprint": …, "chunks": …, "added": …, "index": "index-….faiss", …}
-FOLDER/tokens.npy              ids [T];  documents.npy: start of each document, and T
-FOLDER/vocabulary.json         `jaxmodels.text.load_vocabulary` reads it
-FOLDER/index-0000062500.faiss  FAISS's own file, after that many chunks
-
 An interrupted build continues after the last batch that was saved. One process at a time may build in a folder.
+`jaxmodels.retro.retrieval.files` describes the folder.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +19,18 @@ import numpy as np
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
-from jaxmodels.text import load_vocabulary
+from jaxmodels.retro.retrieval.files import (
+    FORMAT,
+    check_same,
+    import_faiss,
+    read_about,
+    read_corpus,
+    read_searcher,
+    reason,
+    sha256_of,
+    write_about,
+)
 
-FORMAT = 1
 EXACT_UP_TO = 200_000  # chunks; with 512 features they take 0.4 GB, and a query about 10 ms
 BATCH = 4096  # chunks that are embedded and added, or searched for, at a time
 SAVE_EVERY = 64  # batches
@@ -93,11 +97,11 @@ class ChunkIndex:
             if folder.exists() and any(folder.iterdir()):
                 raise ValueError(f"{folder} is not empty and holds no chunk index; choose another folder")
             searcher = make_searcher(factory, embedder.width)  # raises if FAISS refuses it, before anything is written
-            about = {"format": FORMAT, **wanted, "chunks": len(starts), "added": 0, "index": None}
+            about = {"format": FORMAT, **wanted, "chunks": len(starts), "added": 0, "index": None, "sha256": None}
             folder.mkdir(parents=True, exist_ok=True)
             write_about(folder, about)
         if about["added"]:
-            searcher = read_searcher(folder, about)
+            searcher = read_searcher(folder, about, embedder.width)
         else:
             for name, array in (("tokens.npy", corpus.tokens), ("documents.npy", corpus.documents)):
                 with atomic_file(folder / name) as temporary, open(temporary, "wb") as opened:
@@ -124,7 +128,7 @@ class ChunkIndex:
         name = f"index-{added:010}.faiss"
         with atomic_file(folder / name) as temporary:
             faiss.write_index(self.searcher, str(temporary))
-        self.about |= {"added": added, "index": name}
+        self.about |= {"added": added, "index": name, "sha256": sha256_of(folder / name)}
         write_about(folder, self.about)
         if before not in (None, name):
             (folder / before).unlink(missing_ok=True)
@@ -140,8 +144,9 @@ class ChunkIndex:
     ) -> "ChunkIndex":
         """Open the finished index in a folder.
 
-        Raises ValueError if there is none, if its files do not fit its fingerprint, or if a given corpus, chunk_len or
-        embedder is not the one it was built with.
+        embedder: required unless the index was built with hashed n-grams: others read a model that the folder names,
+        from a network or from anywhere on the disk. Raises ValueError if there is no index, if its files do not fit its
+        fingerprint, or if a given corpus, chunk_len or embedder is not the one it was built with.
         """
         folder = Path(folder)
         about = read_about(folder)
@@ -154,8 +159,14 @@ class ChunkIndex:
         check_same(folder, about, wanted)
         if about["added"] < about["chunks"]:
             raise ValueError(f"{folder} has {about['added']} of {about['chunks']} chunks; build it again to continue")
-        embedder = embedder or embedder_of(about["embedder"])
-        return cls(own, about["chunk_len"], embedder, read_searcher(folder, about), about)
+        if embedder is None:
+            embedder = embedder_of(about["embedder"])
+            if not isinstance(embedder, HashedNGrams):
+                raise ValueError(
+                    f"{folder} was built with the embedder {embedder.name}, which loads a model by that name; if you "
+                    "trust it, name it yourself: embedder=embedder_of(NAME), on command lines --embedder NAME"
+                )
+        return cls(own, about["chunk_len"], embedder, read_searcher(folder, about, embedder.width), about)
 
     def embed(self, chunks: np.ndarray) -> np.ndarray:
         """Embed chunks of ids [n, L] to float32 [n, width]."""
@@ -203,6 +214,8 @@ class ChunkIndex:
         fetch = min(4 * k + 8, len(self))
         while True:
             places = self.searcher.search(vectors, fetch)[1]
+            if places.max(initial=-1) >= len(self):
+                raise ValueError(f"the index names chunk {places.max()} of {len(self)}: it is of another corpus")
             starts = np.where(places < 0, -1, self.starts[places])  # FAISS returns -1 for none
             good = starts >= 0
             if own is not None:
@@ -245,72 +258,6 @@ def set_n_probe(searcher: Any, n_probe: int) -> None:
     """Set the number of cells to search, if the index has cells."""
     if hasattr(searcher, "nprobe"):
         searcher.nprobe = n_probe
-
-
-def read_searcher(folder: Path, about: dict[str, Any]) -> Any:
-    """FAISS index of a folder; raises ValueError if it is damaged or contradicts about.json."""
-    faiss, file = import_faiss(), folder / str(about["index"])
-    try:
-        searcher = faiss.read_index(str(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file} cannot be read: {reason(error)}") from None
-    if searcher.ntotal != about["added"]:
-        raise ValueError(f"{file} has {searcher.ntotal} chunks, about.json has {about['added']}")
-    return searcher
-
-
-def import_faiss() -> Any:
-    """Module faiss; raises ValueError, naming the extra, if it is not installed."""
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise ValueError("a chunk index needs FAISS: pip install 'jaxmodels[retro]'") from None
-    return faiss
-
-
-def reason(error: RuntimeError) -> str:
-    """FAISS's message without the C++ expression."""
-    return str(error).strip().splitlines()[0].rpartition(": ")[2] or "no reason given"
-
-
-def read_corpus(folder: Path) -> Corpus:
-    """Corpus of an index, with memory-mapped tokens; raises ValueError if it is incomplete."""
-    try:
-        tokens, documents = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents"))
-        return Corpus(tokens, load_vocabulary(folder / "vocabulary.json"), np.asarray(documents))
-    except (OSError, ValueError, EOFError, IndexError) as error:
-        raise ValueError(f"{folder} holds no corpus of a chunk index: {error}") from None
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """Content of about.json; raises ValueError if the folder holds no index."""
-    file = folder / "about.json"
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
-        names = ("fingerprint", "chunk_len", "embedder", "factory", "chunks", "added", "index")
-        return {"format": FORMAT} | {name: about[name] for name in names}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no chunk index: {error!r}") from None
-
-
-def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """Write about.json, atomically."""
-    with atomic_file(folder / "about.json") as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ValueError, with both values, if an index was built with other settings or another corpus than wanted."""
-    differing = [name for name in wanted if name != "fingerprint" and wanted[name] != about[name]]
-    if differing:
-        was, now = (", ".join(f"{name}={values[name]}" for name in differing) for values in (about, wanted))
-        raise ValueError(
-            f"{folder} is stale: its index was built with {was}, not {now}; delete it or choose another folder"
-        )
-    if wanted["fingerprint"] != about["fingerprint"]:
-        raise ValueError(f"{folder} is stale: its index is of another corpus; delete it or choose another folder")
 
 
 def shown(batches: Iterable[int], what: str, progress: bool) -> Iterator[int]:

@@ -231,8 +231,8 @@ def test_a_damaged_or_exchanged_index_is_refused(tmp_path):
     (folder / "about.json").write_text(json.dumps(about | {"added": 7, "chunks": 7}))
     with pytest.raises(ValueError, match=r"about\.json .*\b7\b"):
         ChunkIndex.load(folder)
-    (folder / "about.json").write_text(json.dumps(about | {"format": 2}))
-    with pytest.raises(ValueError, match=r"format 2\b"):
+    (folder / "about.json").write_text(json.dumps(about | {"format": 1}))
+    with pytest.raises(ValueError, match=r"format 1\b"):
         ChunkIndex.load(folder)
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match=re.escape(str(folder))):
