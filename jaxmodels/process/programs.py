@@ -1,4 +1,4 @@
-"""Exit codes of the project's commands. Imports the standard library alone."""
+"""Exit codes of the project's commands."""
 
 import contextlib
 import gc
@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+from jaxmodels.process.texts import shortened, visible
 
 
 def run(main: Callable[[], int | None], command: str) -> int:
@@ -33,7 +35,7 @@ def run(main: Callable[[], int | None], command: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        print(f"{command}: {visible(shortened(str(error)), keep=chr(10))}", file=sys.stderr)
         return 2
 
 

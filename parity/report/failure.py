@@ -4,8 +4,9 @@ import dataclasses
 import shutil
 from typing import Any
 
+from jaxmodels.process.texts import visible
 from parity.report.outcome import Outcome
-from parity.report.text import WIDTH, folded, short, text, visible
+from parity.report.text import WIDTH, folded, short, text
 
 
 @dataclasses.dataclass(frozen=True)

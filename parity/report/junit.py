@@ -3,9 +3,9 @@
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
+from jaxmodels.process.texts import visible
 from parity.report.columns import cells
 from parity.report.report import Report
-from parity.report.text import visible
 
 
 def junit(reports: Sequence[Report]) -> str:

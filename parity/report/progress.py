@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
-from parity.report.text import visible
+from jaxmodels.process.texts import visible
 
 CLEAR = "\r\x1b[K"  # to the start of the line; erase to its end
 

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from jaxmodels.process.texts import visible
 from parity.locate.tree import Divergence, plain
 from parity.report.columns import cells
 from parity.report.outcome import Raised
 from parity.report.page.html import fragment
 from parity.report.results import Check, Cost, Sweep, Trajectory
 from parity.report.stamp import joined, software
-from parity.report.text import text, visible
+from parity.report.text import text
 
 
 class Result(Protocol):

@@ -8,11 +8,12 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from jaxmodels.process.texts import visible
 from parity.report.columns import Cell, Column, cell, legend, tables
 from parity.report.report import Report
 from parity.report.stamp import joined
 from parity.report.text import WIDTH as TEXT_WIDTH
-from parity.report.text import folded, text, visible
+from parity.report.text import folded, text
 
 WIDTH = 184  # of a table in a file, which cannot be widened afterwards; rich would wrap it at 80
 FOLDED = "Columns named 'worst' stand for several readings; a wider terminal shows each."

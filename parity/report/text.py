@@ -4,20 +4,11 @@ import html
 import textwrap
 from collections.abc import Iterator
 
+from jaxmodels.process.texts import visible
 from parity.report.columns import unit_of
 from parity.report.outcome import Outcome
 
 WIDTH = 100
-
-
-def visible(text: str, keep: str = "") -> str:
-    """Escape the characters that no printed text should have: control characters, direction marks, lone surrogates.
-
-    Names come from the compared models. The result can be written to a terminal and as XML. keep: characters to leave.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def escape(text: str, keep: str = "") -> str:

@@ -67,12 +67,21 @@ def test_the_code_of_main_is_the_code_of_the_program(returned, code, capsys):
     [
         (ValueError("size=3 must be even"), 2, "command: size=3 must be even\n"),
         (FileNotFoundError(2, "No such file", "x"), 2, "command: [Errno 2] No such file: 'x'\n"),
+        (ValueError("name='\x1b]0;hidden\x07\u202e'"), 2, "command: name='\\x1b]0;hidden\\x07\\u202e'\n"),
         (MissingExtra("train", ("tyro",)), 2, "command: needs tyro: pip install 'jaxmodels[train]'\n"),
     ],
 )
 def test_an_expected_failure_is_one_line(error, code, line, capsys):
     assert run(raising(error), "command") == code
     assert capsys.readouterr().err == line
+
+
+def test_a_very_long_error_is_shortened(capsys):
+    assert run(raising(ValueError("first\n" + "x" * 10**6 + " last")), "command") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("command: first\n")
+    assert line.endswith("x last\n")
+    assert len(line) < 5_000
 
 
 @pytest.mark.parametrize("error", [TypeError("a bug"), SystemExit(2)])

@@ -6,9 +6,10 @@ import textwrap
 
 import pytest
 
+from jaxmodels.process.texts import visible
 from parity.report.report import Differs, Report
 from parity.report.results import Check, Reading, Trajectory
-from parity.report.text import short, text, visible
+from parity.report.text import short, text
 from tests.parity.report.samples import HOSTILE, agreeing, differing, hostile
 
 

@@ -1,0 +1,32 @@
+"""Texts that come from files and names of others, made fit for a terminal: visible, and of a bounded length."""
+
+from typing import Any
+
+LONGEST = 4_000  # characters of an error on a terminal: about a page
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Escape the characters that no printed text should have: control characters, direction marks, lone surrogates.
+
+    A terminal runs control sequences: they can hide text, or rename the window. The result can also be written as XML.
+    keep: characters to leave.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """Text of at most `longest` characters and a note: the middle of a longer one is left out."""
+    if len(text) <= longest:
+        return text
+    head = longest * 3 // 4
+    return f"{text[:head]} … ({len(text) - longest:,} characters left out) … {text[len(text) - longest + head :]}"
+
+
+def quoted(value: Any, longest: int = 80) -> str:
+    """repr of a value for an error text, shortened; integers of thousands of digits are described."""
+    try:
+        return shortened(repr(value), longest)
+    except (ValueError, RecursionError):  # more digits than Python prints, or nested too deeply
+        return f"a {type(value).__name__} that is too large to print"

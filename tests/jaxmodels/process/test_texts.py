@@ -1,0 +1,33 @@
+"""Texts from elsewhere, on a terminal."""
+
+import pytest
+
+from jaxmodels.process.texts import quoted, shortened, visible
+
+
+def test_control_characters_marks_and_lone_surrogates_are_escaped():
+    assert visible("größe 名 ✓") == "größe 名 ✓"
+    assert visible("a\x1b[2Jb\r\n\x00\u202e\ud800") == r"a\x1b[2Jb\r\n\x00\u202e\ud800"
+    assert visible("a\nb\tc", keep="\n") == "a\nb\\tc"
+
+
+def test_a_long_text_keeps_its_ends():
+    assert shortened("x" * 97, 97) == "x" * 97
+    text = shortened("a" * 500 + "b" * 500, 100)
+    assert text.startswith("a" * 75)
+    assert text.endswith("b" * 25)
+    assert "900" in text
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, "x" * 10**6, list(range(10**5)), {"a": "b" * 999}], ids=["int", "str", "list", "dict"]
+)
+def test_values_of_any_length_are_quoted_in_a_line(value):
+    assert len(quoted(value)) < 200
+
+
+def test_a_nested_value_is_quoted():
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    assert "list" in quoted(value)
