@@ -214,6 +214,10 @@ class Fixed(nnx.Variable):
     """Array that is saved with the model and not trained, like a buffer in torch."""
 
 
+class Frozen(nnx.Variable):
+    """Weight that is saved with the model, and neither trained nor cast: its module casts it where it is used."""
+
+
 class HeadProjection(nnx.Module):
     """Linear map to heads: [..., D] -> [..., H, d_k]."""
 

@@ -33,6 +33,7 @@ from jaxmodels.weights.place import Shardings, from_flax_names, load_tensors
 MODULES = {
     "AutoregressiveModel": "jaxmodels.feedback",
     "AutoregressiveTransformer": "jaxmodels.transformer",
+    "LoRANeoX": "jaxmodels.neox.lora",
     "NeoX": "jaxmodels.neox",
     "RetroModel": "jaxmodels.retro",
 }
@@ -122,6 +123,8 @@ def describe(model: Any) -> str:
 def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:
     """Load a model from a folder written by `save` or by a conversion, or from a training run's last checkpoint.
 
+    A model with a LoRA adapter is merged: returned as a model of the plain class, in the dtype of its kernels.
+
     source: a model's folder, or a run's folder, of which the last complete checkpoint is used.
     dtype: cast floating arrays; default the dtypes in which they were saved.
     shardings: a mesh, on which the class's own `sharding_rules` distribute the arrays; or a function of path and shape
@@ -131,6 +134,12 @@ def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings |
     if a value overflows in `dtype`, if the mesh does not fit, or if arrays are float64 and jax_enable_x64 is off (set
     it by jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
     """
+    model = load_saved(source, dtype=dtype, shardings=shardings)
+    return model.merged() if hasattr(model, "merged") else model
+
+
+def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:
+    """Load a model as `load` does, with an adapter that is not merged."""
     if dtype is not None:
         check_floating(dtype)
     folder = model_folder(Path(source))

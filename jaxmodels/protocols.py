@@ -47,7 +47,7 @@ class Saved(Protocol):
     """Model that can be registered with `jaxmodels.register`, saved and loaded.
 
     It is rebuilt by `cls.from_config(**config, rngs=rngs)` if there is such a classmethod, else by `cls(**config,
-    rngs=rngs)`.
+    rngs=rngs)`. If it has a method `merged()`, `jaxmodels.load` returns the result of that: a model without adapters.
     """
 
     def config(self) -> dict[str, Any]:

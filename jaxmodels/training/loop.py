@@ -240,7 +240,7 @@ class Trainer:
             if is_first():
                 self.log = metrics.Log(self.folder, self.position.losses, tensorboard=self.options.tensorboard)
                 self.stack.callback(self.log.close)
-            flops_per_step = 3 * flops.of_forward(self.program, self.experiment.abstract_batch())  # backward is twice
+            flops_per_step = flops.of_step(self.program, self.experiment.abstract_batch())
             self.line = self.stack.enter_context(self.progress_line(flops_per_step))
             if self.position.step and self.is_due():
                 self.report()  # the run was stopped between saving and reporting
@@ -310,8 +310,9 @@ class Trainer:
 
         Raises ValueError if a loss is not finite.
         """
-        unit, parameters = self.task.vocabulary.unit, self.program.parameters
-        console.print(f"{self.task.about}; {parameters:,} parameters")
+        unit, parameters, total = self.task.vocabulary.unit, self.program.parameters, self.program.all_parameters
+        of_all = "" if parameters == total else f"trained of {total:,} "
+        console.print(f"{self.task.about}; {parameters:,} {of_all}parameters")
         if self.position.step:
             console.print(f"resuming at step {self.position.step}")
         if type(self.experiment).report is Experiment.report and missing_decoding(self.program.abstract):

@@ -91,8 +91,8 @@ def adamw(
 
 
 def only_kernels(params: dict[str, Any]) -> dict[str, bool]:
-    """Mask of the arrays with weight decay: kernels, not biases, norms and embeddings."""
-    return {path: path.split(".")[-1] == "kernel" for path in params}
+    """Mask of the arrays with weight decay: kernels and LoRA's factors, not biases, norms and embeddings."""
+    return {path: path.split(".")[-1] in ("kernel", "lora_a", "lora_b") for path in params}
 
 
 def make_schedule(name: ScheduleName, learning_rate: float, *, width: int, warmup: int, steps: int) -> optax.Schedule:

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmodels.layers import hooks
+from jaxmodels.layers import Fixed, Frozen, hooks
 from jaxmodels.sharding import BATCH, activation_placement, batch_sharding, parameter_specs
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 
@@ -84,7 +84,8 @@ class Program:
     """A model and an optimizer as functions over arrays, placed on a mesh.
 
     make_model: builds the initialized model; it is traced. losses(model, batch, rng) -> nats [B, S]. trains(path):
-    selects the Params that the optimizer updates. Raises ValueError if the mesh does not fit the model.
+    selects the Params that the optimizer updates; the others keep the dtype in which make_model returns them, as do
+    `Frozen` arrays. Raises ValueError if the mesh does not fit the model.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Program:
         self.trained = {
             name for name, path in self.paths.items() if isinstance(variables[path], nnx.Param) and trains(name)
         }
+        self.kinds = {name: type(variables[path]) for name, path in self.paths.items()}
         shapes = {name: variables[path].get_value().shape for name, path in self.paths.items()}
         self.specs = parameter_specs(self.abstract, shapes, mesh)
 
@@ -114,12 +116,28 @@ class Program:
         """Number of trained parameters."""
         return sum(array.size for array in self.abstract_state().params.values())
 
+    @property
+    def all_parameters(self) -> int:
+        """Number of parameters, including those that are not trained; without tables and buffers."""
+        state = self.abstract_state()
+        frozen = (array.size for name, array in state.fixed.items() if not issubclass(self.kinds[name], Fixed))
+        return self.parameters + sum(frozen)
+
     def init(self, seed: jax.Array) -> State:
         """Build the state before the first step; a pure function."""
         arrays = {dotted(path): array for path, array in flat_arrays(self.make_model()).items()}
-        params, fixed = self.split(cast(arrays, self.numerics.param_dtype))
+        params, fixed = self.split(self.stored(arrays))
         step, key, optimizer = self.init_rest(params, seed)
         return State(step, key, params, fixed, optimizer)
+
+    def stored(self, arrays: Arrays) -> Arrays:
+        """Cast a model's arrays to the dtypes of a state: all but frozen weights to param_dtype."""
+        frozen = {
+            name: array
+            for name, array in arrays.items()
+            if issubclass(self.kinds[name], nnx.Param | Frozen) and name not in self.trained
+        }
+        return cast(arrays, self.numerics.param_dtype) | frozen
 
     def split(self, arrays: Arrays) -> tuple[Arrays, Arrays]:
         """Split a model's arrays into those that the optimizer updates and the rest."""
@@ -143,8 +161,7 @@ class Program:
                 f"{own.get(name, 'missing')} here"
             )
         arrays = {
-            name: put(array, NamedSharding(self.mesh, self.specs[name]))
-            for name, array in cast(arrays, self.numerics.param_dtype).items()
+            name: put(array, NamedSharding(self.mesh, self.specs[name])) for name, array in self.stored(arrays).items()
         }
         params, fixed = self.split(arrays)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
@@ -171,9 +188,10 @@ class Program:
         return jax.jit(self.init, out_shardings=shardings)(np.uint32(seed))
 
     def model(self, state: State, dtype: Precision | None = None) -> Any:
-        """Build the model with the arrays of a state, cast to dtype if given."""
+        """Build the model with the arrays of a state, cast to dtype if given, except those of kind `Frozen`."""
         arrays = {**state.params, **state.fixed}
-        arrays = arrays if dtype is None else cast(arrays, dtype)
+        if dtype is not None:
+            arrays |= cast({name: a for name, a in arrays.items() if not issubclass(self.kinds[name], Frozen)}, dtype)
         return with_arrays(self.abstract, {self.paths[name]: array for name, array in arrays.items()})
 
     @contextlib.contextmanager
@@ -278,6 +296,6 @@ def put(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
 def cast(arrays: Arrays, dtype: Precision) -> Arrays:
     """Cast floating-point arrays, except float64, which only tests of the mathematics use."""
     return {
-        name: array.astype(dtype) if array.dtype in (jnp.float32, jnp.bfloat16) else array
+        name: array.astype(dtype) if array.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) else array
         for name, array in arrays.items()
     }

@@ -42,6 +42,16 @@ def of_forward(program: Program, batch: Batch) -> int:
     return count(lambda state, batch: program.losses(program.model(state), batch, None), *arguments)
 
 
+def of_step(program: Program, batch: Batch) -> int:
+    """Count the FLOPs of a step without rematerialization, over all devices.
+
+    Backward takes twice the forward pass if every parameter is trained; otherwise its products are counted.
+    """
+    if program.parameters == program.all_parameters:
+        return 3 * of_forward(program, batch)
+    return count(program.gradients, program.abstract_state(), program.abstract_batch(batch))
+
+
 def _count(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:

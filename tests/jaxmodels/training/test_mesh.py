@@ -21,6 +21,7 @@ from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, Feedbac
 from jaxmodels.io.steps import steps
 from jaxmodels.layers import constrain, hooks
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.sharding import check_batch, make_mesh, parameter_specs, parse_sizes
 from jaxmodels.text import CharVocabulary
@@ -68,6 +69,7 @@ MODELS = [
         for cls in (FeedbackTransformer, FeedbackTransformerKV)
     ),
     lambda: NeoX(NeoXConfig(n_vocab=64, n_hidden=32, n_heads=4, n_layers=2), rngs=nnx.Rngs(0)),
+    lambda: LoRANeoX(NeoXConfig(n_vocab=64, n_hidden=32, n_heads=4, n_layers=2), LoRA(32), rngs=nnx.Rngs(0)),
     lambda: RetroModel(
         *(65, 32, 2, {1}, 4, 4, 8, 48),
         NearestNeighborEncoder(4, 1, {0}, 32, 4, 8, 48, rngs=nnx.Rngs(0)),
@@ -76,7 +78,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "neox", "retro"])
+@pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "neox", "lora", "retro"])
 def test_sharding_rules_place_every_array_and_divide_every_large_one(make):
     found = shapes(make)
     specs = parameter_specs(nnx.eval_shape(make), found, abstract_mesh(fsdp=4, tensor=2))

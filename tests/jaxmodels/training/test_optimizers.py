@@ -83,18 +83,19 @@ def test_the_whole_chain_against_torch(size):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("max_norm", [1.0, None])
-def test_adamw_against_torch_with_weight_decay_on_kernels_alone(max_norm):
+def test_adamw_against_torch_with_weight_decay_on_matrices_alone(max_norm):
     torch = pytest.importorskip("torch")
-    shapes = {"lin.kernel": (3, 5), "lin.bias": (5,), "norm.scale": (5,), "src_embed.embedding": (7, 3)}
+    vectors = {"lin.bias": (5,), "norm.scale": (5,), "src_embed.embedding": (7, 3)}
+    shapes = {"lin.kernel": (3, 5), "lin.lora_a": (3, 2), "lin.lora_b": (2, 5), **vectors}
     rng = np.random.default_rng(2)
     begun = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     steps = [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(STEPS)]
 
     parameters = {name: torch.tensor(array, requires_grad=True) for name, array in begun.items()}
-    decayed = [parameters.pop("lin.kernel")]
-    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": parameters.values(), "weight_decay": 0.0}]
+    decayed = [parameter for name, parameter in parameters.items() if name not in vectors]
+    others = [parameter for name, parameter in parameters.items() if name in vectors]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.02, betas=(0.8, 0.95), eps=EPS)
-    parameters["lin.kernel"] = decayed[0]
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: 1 / (count + 1))
     for gradient in steps:
         for name, parameter in parameters.items():
