@@ -1,12 +1,14 @@
 """Arrays in an Orbax folder, one entry per array, named by its dotted path; and the `config.json` next to it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxmodels.io.bounded import read_json as read_json
+from jaxmodels.io.bounded import read_object
+from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 from jaxmodels.weights.place import Shardings
 
@@ -74,26 +76,18 @@ def read_arrays(
     return arrays
 
 
-def read_json(file: Path) -> Any:
-    """Content of a JSON file; raises ValueError, naming the file, if it cannot be read or is not JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from None
-
-
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """Model name and configuration from a folder's config.json; raises ValueError if it is missing or damaged."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no config.json written by jaxmodels.save")
-    content = read_json(file)
+    content = read_object(file)
     try:
         if content["format"] != FORMAT:
-            raise ValueError(f"{file} has format {content['format']}, this version reads {FORMAT}")
+            raise ValueError(f"{file} has format {quoted(content['format'])}, this version reads {FORMAT}")
         name, config = content["model"], content["config"]
-        if not isinstance(config, dict):
-            raise TypeError(f"config is {config!r}, must be an object")
-        return name, config
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a config.json written by jaxmodels.save: {error!r}") from None
+    except KeyError as error:
+        raise ValueError(f"{file} is not a config.json written by jaxmodels.save: it has no {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} has config={quoted(config)}, must be an object")
+    return name, config

@@ -6,8 +6,9 @@ RUN/checkpoints/STEP/complete.json    {"format": 2, "step": …, "data": {…}, 
 A checkpoint without complete.json was interrupted; one with files of another size than it lists is damaged.
 """
 
-import json
 from pathlib import Path
+
+from jaxmodels.io.bounded import read_object
 
 FORMAT = 2
 MARK = "complete.json"
@@ -21,7 +22,7 @@ def steps(folder: Path) -> list[int]:
 def problem(folder: Path) -> str | None:
     """Reason why the checkpoint in a STEP folder is incomplete; None if every file has its listed size."""
     try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        mark = read_object(folder / MARK)
         if mark["format"] != FORMAT:
             return f"{folder / MARK} has format {mark['format']}, this version reads {FORMAT}"
         for name, size in mark["files"].items():

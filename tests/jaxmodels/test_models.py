@@ -244,7 +244,7 @@ def test_refuses_a_broken_config(copy, content):
 @pytest.mark.parametrize("config", ["null", "[1, 2]", "7"])
 def test_a_config_that_is_no_object_is_refused_before_it_is_used(tmp_path, config):
     (tmp_path / "config.json").write_text(f'{{"format": 1, "model": "NeoX", "config": {config}}}')
-    with pytest.raises(ValueError, match=r"config\.json is not .*must be an object"):
+    with pytest.raises(ValueError, match=r"config\.json has config=.*must be an object"):
         read_config(tmp_path)
 
 

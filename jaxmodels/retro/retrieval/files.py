@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import read_object
+from jaxmodels.process.texts import quoted
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.text import load_vocabulary
 
@@ -30,24 +32,26 @@ def read_about(folder: Path) -> dict[str, Any]:
     """Content of about.json; raises ValueError if the folder holds no index, or a field is not what `build` writes."""
     file = folder / "about.json"
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = read_object(file)
         if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}, this version reads {FORMAT}; build it again")
+            raise ValueError(f"format {quoted(about['format'])}, this version reads {FORMAT}; build it again")
         found = {name: about[name] for name in (*TEXTS, *NUMBERS, "index", "sha256")}
         for name in TEXTS:
             if not isinstance(found[name], str):
-                raise ValueError(f"{name}={found[name]!r} must be a string")
+                raise ValueError(f"{name}={quoted(found[name])} must be a string")
         for name in NUMBERS:
             least = name == "chunk_len"
             if not isinstance(found[name], int) or isinstance(found[name], bool) or found[name] < least:
-                raise ValueError(f"{name}={found[name]!r} must be an integer of at least {least:d}")
+                raise ValueError(f"{name}={quoted(found[name])} must be an integer of at least {least:d}")
         if found["added"] > found["chunks"]:
             raise ValueError(f"added={found['added']} must be at most chunks={found['chunks']}")
         if found["added"] and not (isinstance(found["index"], str) and NAME.fullmatch(found["index"])):
-            raise ValueError(f"index={found['index']!r} must be named index-NNNNNNNNNN.faiss")
+            raise ValueError(f"index={quoted(found['index'])} must be named index-NNNNNNNNNN.faiss")
         return {"format": FORMAT} | found
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder} holds no chunk index: {error!r}") from None
+    except KeyError as error:
+        raise ValueError(f"{folder} holds no chunk index: {file.name} has no {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no chunk index: {error}") from None
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:

@@ -1,0 +1,80 @@
+"""Texts and configurations of unknown origin, read without hanging and in bounded memory.
+
+A FIFO or a device would block or never end, a sparse file of a terabyte would fill the memory: only regular files are
+read, up to a size. A JSON text of that size takes about twenty times as much memory as Python objects, if it consists
+of empty lists.
+"""
+
+import json
+import os
+import stat
+from typing import Any, BinaryIO
+
+from jaxmodels.process.texts import quoted
+
+CONFIG_BYTES = 2**24  # of a JSON or YAML text: 17 MB; the index of a model with 90,000 tensors has 9 MB
+TEXT_BYTES = 2**28  # of a tokenizer: the largest published ones have 35 MB
+
+
+def open_regular(file: str | os.PathLike) -> BinaryIO:
+    """Open a regular file to read bytes; raises ValueError, naming it, for a folder, a FIFO, a device or a socket.
+
+    Raises OSError as `open` does.
+    """
+    # Opening a FIFO would wait for a writer; the flag has no effect on regular files.
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise ValueError(f"{file} is a {kind_of(mode)}; expected a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def kind_of(mode: int) -> str:
+    """Name of a kind of file, from the mode that stat returns."""
+    kinds = {"folder": stat.S_ISDIR, "FIFO": stat.S_ISFIFO, "device": stat.S_ISCHR, "disk": stat.S_ISBLK}
+    return next((name for name, check in kinds.items() if check(mode)), "socket")
+
+
+def read_bytes(file: str | os.PathLike, limit: int = TEXT_BYTES) -> bytes:
+    """Content of a regular file of at most `limit` bytes; raises ValueError, naming it, and OSError as `open`."""
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{file} has {size:,} bytes; at most {limit:,} are read")
+        content = opened.read(limit + 1)
+    if len(content) > limit:  # files of /proc have no size, and another process may append
+        raise ValueError(f"{file} has more than {limit:,} bytes")
+    return content
+
+
+def read_text(file: str | os.PathLike, limit: int = TEXT_BYTES) -> str:
+    """Content of a UTF-8 file, as `read_bytes`; raises ValueError, naming the file, if it is not UTF-8."""
+    try:
+        return read_bytes(file, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
+    """Content of a JSON file; raises ValueError, naming it, if it cannot be read, is too large or is not JSON."""
+    try:
+        return json.loads(read_text(file, limit))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is not read: its lists and objects are nested too deeply") from None
+    except ValueError as error:
+        if str(error).startswith(str(file)):
+            raise
+        raise ValueError(f"{file} is not read: {quoted(str(error), 200)}") from None  # integers of 4,300 digits
+
+
+def read_object(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> dict[str, Any]:
+    """Content of a JSON file that holds an object; raises ValueError as `read_json`, and for other values."""
+    content = read_json(file, limit)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {quoted(content)}; expected a JSON object")
+    return content

@@ -1,0 +1,114 @@
+"""Files that would hang or fill the memory are refused in a line."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_json, read_object, read_text
+
+PROGRAM = """
+import resource, sys
+from jaxmodels.io.bounded import read_json
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_json(sys.argv[1])
+except ValueError as error:
+    print(len(str(error)), str(error)[:200])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def read_elsewhere(file: Path) -> list[str]:
+    """Lines that a process prints that reads a JSON file: the error if there is one, MB of memory."""
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, file], capture_output=True, text=True, timeout=20, check=True, cwd=Path.cwd()
+    )
+    return run.stdout.splitlines()
+
+
+def test_a_regular_file_is_read(tmp_path):
+    file = tmp_path / "text"
+    file.write_text("größe", encoding="utf-8")
+    assert read_text(file) == "größe"
+    assert read_bytes(file, 7) == "größe".encode()
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    assert read_text(link) == "größe"
+
+
+def test_a_larger_file_is_refused(tmp_path):
+    file = tmp_path / "text"
+    file.write_bytes(bytes(8))
+    with pytest.raises(ValueError, match=rf"{file} has 8 bytes; at most 7\b"):
+        read_bytes(file, 7)
+
+
+def test_a_sparse_file_of_a_terabyte_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    with file.open("wb") as opened:
+        opened.truncate(10**12)
+    with pytest.raises(ValueError, match=rf"{file} has 1,000,000,000,000 bytes"):
+        read_json(file)
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "device", "socket"])
+def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path):
+    file = tmp_path / "f"
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "device":
+        file = Path("/dev/zero")
+    else:
+        opened = socket.socket(socket.AF_UNIX)
+        opened.bind(str(file))
+        opened.close()
+    with pytest.raises((ValueError, OSError), match=str(file)) as error:
+        read_bytes(file)
+    assert kind == "socket" or kind in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 10**6,
+        '{"a":' * 10**6,
+        "1" * 10**6,
+        '{"a": ' + "9" * 5000 + "}",
+        '"' + "x" * 10**6,
+        "\ufeff{}",
+        "",
+        "{'a': 1}",
+        "{" + '"a": 1, ' * 10**5,
+    ],
+    ids=["lists", "objects", "digits", "integer", "string", "BOM", "empty", "Python", "open"],
+)
+def test_what_is_no_json_is_one_short_line(text, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=str(file)) as error:
+        read_json(file)
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
+
+
+def test_other_values_than_an_object_are_quoted_shortly(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("[" + "1," * 10**5 + "1]")
+    with pytest.raises(ValueError, match=str(file)) as error:
+        read_object(file)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["[],", '"a",', "{},", "1.5,", "[[]],"])
+def test_the_largest_file_that_is_read_takes_less_than_a_gigabyte(unit, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("[" + unit * ((CONFIG_BYTES - 3) // len(unit)) + "0]")
+    assert file.stat().st_size <= CONFIG_BYTES
+    assert int(read_elsewhere(file)[-1]) < 700
