@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxmodels.models import load, register, save
+    from jaxmodels.convert.open import load
+    from jaxmodels.models import register, save
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "load", "register", "save"]
@@ -11,7 +12,11 @@ __all__ = ["__version__", "load", "register", "save"]
 
 def __getattr__(name: str) -> Any:
     # Loaded at first use, so that `import jaxmodels` imports neither JAX nor Flax.
-    if name in ("load", "register", "save"):
+    if name == "load":
+        from jaxmodels.convert.open import load
+
+        return load
+    if name in ("register", "save"):
         from jaxmodels import models
 
         return getattr(models, name)

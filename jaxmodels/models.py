@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_folder
-from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, read_json, save_arrays
+from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, save_arrays
 from jaxmodels.io.safetensors import is_folder, read_folder
 from jaxmodels.io.steps import latest_step
 from jaxmodels.sharding import placement
@@ -123,6 +123,7 @@ def describe(model: Any) -> str:
 def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:
     """Load a model from a folder written by `save` or by a conversion, or from a training run's last checkpoint.
 
+    `jaxmodels.load` also loads the formats of others.
     A model with a LoRA adapter is merged: returned as a model of the plain class, in the dtype of its kernels.
 
     source: a model's folder, or a run's folder, of which the last complete checkpoint is used.
@@ -165,18 +166,6 @@ def model_folder(source: Path) -> Path:
         for number, reason in skipped.items():
             warnings.warn(f"skipped checkpoint {number} of {source}: {reason}", stacklevel=3)
         return step / "model"
-    file = source / "config.json"
-    if file.is_file():
-        content = read_json(file)
-        if isinstance(content, dict) and "model_type" in content:
-            raise ValueError(
-                f"source={str(source)!r} is in Hugging Face's format (model_type={content['model_type']!r}); "
-                "load it with jaxmodels.convert.hf.load_hf"
-            )
-    elif (source / "latest").is_file() or any(source.glob("global_step*")) or any(source.glob("*_model_states.pt")):
-        raise ValueError(
-            f"source={str(source)!r} holds DeepSpeed shards; load GPT-NeoX's with jaxmodels.convert.neox.load_neox"
-        )
     return source
 
 

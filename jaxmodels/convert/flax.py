@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from jaxmodels.convert.companions import Companions
 from jaxmodels.convert.source import Source, abstract, matched, model_source
 from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.checkpoint import FORMAT, STEM, read_config
@@ -28,13 +29,16 @@ def open_flax(folder: str | os.PathLike) -> Source:
         raise ValueError(f"{folder} holds a {name}, not a NeoX")
     if not is_folder(folder, STEM):
         source = model_source(load(folder))
-        return dataclasses.replace(source, format="flax", folder=folder, layout="Orbax")
+        return dataclasses.replace(
+            source, format="flax", folder=folder, layout="Orbax", companions=Companions.of(folder)
+        )
     try:
         config = NeoXConfig(**{key: value for key, value in fields.items() if key != "stacked"})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     held = from_flax_names(abstract(config), read_folder(folder, STEM))
-    return Source("flax", folder, config, matched(folder, config, held), "safetensors")
+    tensors = matched(folder, config, held)
+    return Source("flax", folder, config, tensors, "safetensors", companions=Companions.of(folder))
 
 
 def write_flax(
@@ -54,5 +58,6 @@ def write_flax(
         progress_bar(f"writing {Path(folder).name}", arrays.values()) as advance,
     ):
         write_folder(temporary, arrays, STEM, file_bytes=file_bytes, progress=advance)
-        config = {"format": FORMAT, "model": "NeoX", "config": model.config()}
+        config = {"format": FORMAT, "model": "NeoX", "config": model.config(), **source.companions.in_config()}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        source.companions.write(temporary)

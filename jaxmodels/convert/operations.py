@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 import jaxmodels
-from jaxmodels.convert.flax import open_flax, write_flax
-from jaxmodels.convert.hf import open_hf, write_hf
-from jaxmodels.convert.neox.read import open_neox
+from jaxmodels.convert.flax import write_flax
+from jaxmodels.convert.hf import write_hf
 from jaxmodels.convert.neox.write import check_ranks, write_neox
+from jaxmodels.convert.open import open_source
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
 from jaxmodels.io.checkpoint import read_json
@@ -207,16 +207,8 @@ def prepared(options: argparse.Namespace) -> Source:
 
 
 def open_checkpoint(folder: Path, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
-    """Open a GPT-NeoX checkpoint of any of the three formats; raises ValueError if it is in none of them."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    file = folder / "config.json"
-    if not file.is_file():
-        return open_neox(folder, config, row_bias)
-    if config is not None or row_bias is not None:
-        raise ValueError(f"--config and --row-bias are for GPT-NeoX's shards; {file} has the configuration")
-    content = read_json(file)
-    return open_hf(folder) if isinstance(content, dict) and "model_type" in content else open_flax(folder)
+    """Open a GPT-NeoX checkpoint of any kind; raises ValueError if it is another model's, or cannot be loaded."""
+    return open_source(folder, config=config, row_bias=row_bias).neox()
 
 
 def read_neox_config(config: str | None) -> NeoXConfig | None:

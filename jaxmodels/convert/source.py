@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from jaxmodels.convert.companions import Companions
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.weights.lazy import Cast, Cut, nbytes
 from jaxmodels.weights.names import entries, flat_arrays, is_floating
@@ -22,8 +23,8 @@ class Source:
     """Configuration and lazy tensors of a checkpoint.
 
     tensors: by the names of the PyTorch twin, in the order of the model's parts. layout: description of the files.
-    notes: statements for the user, e.g. about inferred values. doubts: the notes that may be wrong. token_ids: ids of
-    special tokens, for formats that store them.
+    notes: statements for the user, e.g. about inferred values. doubts: the notes that may be wrong. companions: what is
+    written beside the tensors in every format.
     """
 
     format: str
@@ -33,7 +34,7 @@ class Source:
     layout: str = ""
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
-    token_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    companions: Companions = dataclasses.field(default_factory=Companions)
 
     def model(self, dtype: Any = None, shardings: Shardings | None = None) -> NeoX:
         """Model with stacked layers; arguments and errors are those of `load_tensors`."""

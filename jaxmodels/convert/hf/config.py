@@ -27,8 +27,8 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-END_OF_TEXT = {"bos_token_id": 0, "eos_token_id": 0}  # <|endoftext|>; transformers' own default is another token
+DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 2}  # transformers' defaults of absent keys
+END_OF_TEXT = {"bos_token_id": 0, "eos_token_id": 0}  # <|endoftext|>, for checkpoints that store no token ids
 
 
 def read_hf_json(file: Path) -> dict[str, Any]:

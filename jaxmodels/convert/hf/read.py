@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.convert.hf.config import TOKEN_IDS, read_config, read_hf_json
+from jaxmodels.convert.companions import Companions
+from jaxmodels.convert.hf.config import DEFAULT_IDS, read_config
 from jaxmodels.convert.hf.names import twin_names
 from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import Source, matched
@@ -27,12 +28,11 @@ def load_hf(
 def open_hf(folder: str | os.PathLike) -> Source:
     """Open a checkpoint without reading its values; raises ValueError like `load_hf`."""
     folder = Path(folder)
-    content = read_hf_json(folder / "config.json")
     config, notes = read_config(folder / "config.json")
     if not is_folder(folder, "model"):
         others = ", ".join(sorted(file.name for file in folder.glob("pytorch_model*"))[:3])
         raise ValueError(f"{folder} has neither model.safetensors nor its index{f', but {others}' if others else ''}")
     held = twin_names(read_folder(folder), config, str(folder))
     tensors = matched(folder, config, held, hf_name)
-    token_ids = {key: content[key] for key in TOKEN_IDS if key in content}
-    return Source("hf", folder, config, tensors, "safetensors for transformers", tuple(notes), token_ids=token_ids)
+    companions = Companions.of(folder, defaults=DEFAULT_IDS)
+    return Source("hf", folder, config, tensors, "safetensors for transformers", tuple(notes), companions=companions)

@@ -34,5 +34,6 @@ def write_hf(
     ):
         write_folder(temporary, tensors, file_bytes=file_bytes, progress=advance)
         dtype = np.dtype(source.tensors["embedding.emb.weight"].dtype).name
-        text = json.dumps(hf_config(source.config, dtype, source.token_ids or END_OF_TEXT), indent=2)
+        text = json.dumps(hf_config(source.config, dtype, source.companions.config_ids or END_OF_TEXT), indent=2)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+        source.companions.write(temporary)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.convert.companions import Companions
 from jaxmodels.convert.neox.layout import (
     BLOCK,
     EMBEDDING,
@@ -128,7 +129,8 @@ def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_b
     if ranks != shards.ranks:
         notes.append(f"the configuration has model_parallel_size={ranks}, the files are of {shards.ranks} ranks")
     layout = f"{shards.layout} of {shards.ranks} model-parallel rank{'s'[: shards.ranks > 1]} in {shards.step.name}"
-    return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts))
+    companions = Companions.of(folder, *({shards.step} - {folder}))
+    return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts), companions)
 
 
 Parts = Mapping[str, tuple[Name, list[Any], list[Shard]]]  # by the twin's name: the tensor of each rank, and its file

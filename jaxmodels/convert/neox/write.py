@@ -53,8 +53,9 @@ def write_neox(source: Source, folder: str | os.PathLike, model_parallel: int = 
         (temporary / "configs").mkdir()
         settings = settings_of(config, model_parallel, DIVISIBLE_BY)
         (temporary / "configs" / "model.yml").write_text(yaml_text(settings), encoding="utf-8")
-        vocabulary = json.dumps({"n_vocab": config.n_vocab}) + "\n"
+        vocabulary = json.dumps({"n_vocab": config.n_vocab, **source.companions.in_config()}) + "\n"
         (temporary / "configs" / VOCABULARY_FILE).write_text(vocabulary, encoding="utf-8")
+        source.companions.write(temporary)
         (temporary / "latest").write_text(STEP, encoding="utf-8")
 
 

@@ -125,7 +125,7 @@ def test_a_configuration_for_shards_without_one(tmp_path, capsys):
     assert command("inspect", tmp_path / "source", "--config", '{"color": 1}') == 2
     assert "color" in capsys.readouterr().err
     assert command("inspect", tmp_path / "out", "--config", config) == 2
-    assert "--config and --row-bias" in capsys.readouterr().err
+    assert "(--config) is for GPT-NeoX shards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", ["flax", "hf", "neox"])

@@ -1,0 +1,153 @@
+"""Companions of a checkpoint's weights: ids of special tokens, generation settings, tokenizer files. Knows no model.
+
+In a Hugging Face folder they lie as published, with the ids of special tokens in generation_config.json and
+config.json. A model of this project, a training run and GPT-NeoX shards written here have the same files at the top of
+the folder, and the ids of config.json as an object "token_ids" in config.json (shards: configs/vocabulary.json).
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.io.checkpoint import read_json
+
+GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+VOCABULARY = "vocabulary.json"  # written by a training run; `jaxmodels.text.load_vocabulary` reads it
+FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+    VOCABULARY,
+)
+TEMPLATES = "additional_chat_templates"  # folder of further *.jinja files
+OTHER_NAMES = {TOKENIZER: ("20B_tokenizer.json",)}  # names under which GPT-NeoX publishes them
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+KEY = "token_ids"
+# Files with ids of special tokens, relative to the folder; the ids are at the top, or under KEY.
+CONFIGS = ("config.json", "configs/vocabulary.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """Ids of special tokens: any of `eos` ends a text; None or empty if a checkpoint names none."""
+
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    pad: int | None = None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], where: str) -> "TokenIds":
+        """Ids under the keys of TOKEN_IDS; raises ValueError, naming `where`, if one is not an integer."""
+        eos = content.get("eos_token_id")
+        found = {key: token_id(content.get(key), key, where) for key in ("bos_token_id", "pad_token_id")}
+        several = eos if isinstance(eos, list) else [eos]
+        ids = [token_id(one, "eos_token_id", where) for one in several]
+        return cls(tuple(one for one in ids if one is not None), found["bos_token_id"], found["pad_token_id"])
+
+
+def token_id(value: Any, key: str, where: str) -> int | None:
+    """One id of a special token; None for null and for -1, which some configurations have instead."""
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or value == -1:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{where} has {key}={value!r}; expected an integer of at least 0")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Companions:
+    """Token ids, generation settings and files that belong to a checkpoint.
+
+    token_ids: those of generation_config.json, then, for each that it lacks, of config.json. generation: content of
+    generation_config.json, empty if there is none. files: by published name. config_ids: the entries of config.json
+    about special tokens as they are there, for writing them again.
+    """
+
+    token_ids: TokenIds = dataclasses.field(default_factory=TokenIds)
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    config_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, *folders: Path, defaults: Mapping[str, Any] | None = None) -> "Companions":
+        """Companions in a folder of any kind; with several folders, each file is taken from the first that has it.
+
+        defaults: ids of special tokens that config.json lacks. Raises ValueError, naming the file, if a JSON file with
+        ids cannot be read or an id is not an integer.
+        """
+        files = {name: file for folder in reversed(folders) for name, file in files_in(folder).items()}
+        generation = json_object(files[GENERATION]) if GENERATION in files else {}
+        config_ids: dict[str, Any] = dict(defaults or {})
+        for folder in reversed(folders):
+            config_ids |= stored_ids(folder)
+        merged = config_ids | {key: generation[key] for key in TOKEN_IDS if generation.get(key) is not None}
+        where = ", ".join(str(folder) for folder in folders)
+        return cls(TokenIds.of(merged, where), generation, files, config_ids)
+
+    def write(self, folder: Path) -> None:
+        """Copy the files into a folder, byte for byte, under their published names.
+
+        The tokenizer inside a vocabulary.json is written as tokenizer.json if there is none.
+        """
+        for name, file in self.files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not (target.exists() and target.samefile(file)):
+                shutil.copyfile(file, target)
+        if VOCABULARY in self.files and TOKENIZER not in self.files:
+            content = json_object(self.files[VOCABULARY]).get("tokenizer")
+            if isinstance(content, str):
+                (folder / TOKENIZER).write_text(content, encoding="utf-8")
+
+    def in_config(self) -> dict[str, Any]:
+        """Entry for a config.json of this project: {"token_ids": {…}}, or {} if there are none."""
+        return {KEY: dict(self.config_ids)} if self.config_ids else {}
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Companion files of one folder by their published names."""
+    found: dict[str, Path] = {}
+    for name in FILES:
+        places = [folder / other for other in (name, *OTHER_NAMES.get(name, ()))]
+        present = [place for place in places if place.is_file()]
+        if present:
+            found[name] = present[0]
+    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
+    return found | {f"{TEMPLATES}/{file.name}": file for file in templates}
+
+
+def stored_ids(folder: Path) -> dict[str, Any]:
+    """Ids of special tokens in a folder's configuration, as they are there."""
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            content = json_object(folder / name)
+            nested = content.get(KEY)
+            return only_ids(nested if isinstance(nested, dict) else content)
+    return {}
+
+
+def only_ids(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: content[key] for key in TOKEN_IDS if key in content}
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """Content of a JSON file; raises ValueError, naming it, if it is not an object."""
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return content

@@ -1,0 +1,194 @@
+"""One way to open a checkpoint: a model folder, a training run, GPT-NeoX shards, a Hugging Face folder, or a Hub id.
+
+What a folder holds is told apart by its content: see `kinds`.
+"""
+
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxmodels import models
+from jaxmodels.convert import hub, kinds
+from jaxmodels.convert.companions import TOKENIZER, VOCABULARY, Companions, json_object
+from jaxmodels.convert.flax import open_flax
+from jaxmodels.convert.hf import open_hf
+from jaxmodels.convert.neox.read import InferredWarning, open_neox
+from jaxmodels.convert.source import Source
+from jaxmodels.io.checkpoint import read_config
+from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.sharding import placement
+from jaxmodels.text import TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
+from jaxmodels.weights.names import check_floating
+from jaxmodels.weights.place import Shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint before its weights are read.
+
+    name: as the user gave it. kind: see `kinds`. folder: local; the snapshot of a Hub id; of a run, the run itself.
+    weights: folder of the weights; of a run, that of a step's model. model_name, config: class and arguments, as in
+    config.json of this project. settings: how to open the weights of a NeoX.
+    """
+
+    name: str
+    kind: kinds.Kind
+    folder: Path
+    weights: Path
+    companions: Companions
+    model_name: str
+    config: Mapping[str, Any]
+    opened: Source | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def is_quantized(self) -> bool:
+        """True if the model was saved with int8 weights."""
+        return self.config.get("int8_threshold") is not None
+
+    @functools.cached_property
+    def source(self) -> Source | None:
+        """Lazy tensors of a NeoX; None for another model, and for a quantized one.
+
+        Weights that Orbax wrote are read when this is first used. Raises ValueError if they are damaged.
+        """
+        if self.opened is not None or self.model_name != "NeoX" or self.is_quantized:
+            return self.opened
+        return dataclasses.replace(open_flax(self.weights), companions=self.companions)
+
+    def neox(self) -> Source:
+        """The `source`; raises ValueError if the checkpoint is not a NeoX, or is quantized."""
+        if self.model_name != "NeoX":
+            raise ValueError(f"{self.name} holds a {self.model_name}, not a NeoX")
+        if self.source is None:
+            raise ValueError(f"{self.name} is quantized to int8; name the model it was made from")
+        return self.source
+
+    def model(self, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:
+        """Read the weights; arguments and errors are those of `load`.
+
+        A NeoX of another format has stacked layers. Emits InferredWarning if shards do not store their configuration.
+        """
+        if dtype is not None:
+            check_floating(dtype)
+        if self.kind in ("model", "run"):
+            return models.load(self.weights, dtype=dtype, shardings=shardings)
+        source = self.neox()
+        for doubt in source.doubts:
+            warnings.warn(doubt, InferredWarning, stacklevel=3)
+        return source.model(dtype, placement(NeoX, shardings) if isinstance(shardings, Mesh) else shardings)
+
+    def vocabulary(self, tokenizer: str | os.PathLike | None = None) -> Vocabulary:
+        """Vocabulary of the given file (tokenizer.json, or vocabulary.json of a run), else the checkpoint's own.
+
+        Raises ValueError, with the places that were searched, if there is none.
+        """
+        if tokenizer is not None:
+            file = Path(tokenizer)
+            if not file.is_file():
+                raise ValueError(f"tokenizer={str(file)!r} is not a file")
+            return read_vocabulary(file)
+        names = (TOKENIZER, VOCABULARY) if self.kind == "hf" else (VOCABULARY, TOKENIZER)
+        places = [self.companions.files[name] for name in names if name in self.companions.files]
+        above = self.folder.absolute().parent
+        places += [above / name for name in TOKENIZER_NAMES]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            searched = [*(self.folder / name for name in (*TOKENIZER_NAMES, VOCABULARY)), *places]
+            raise ValueError(f"no tokenizer found for {self.name}; looked for {', '.join(map(str, searched))}")
+        return read_vocabulary(found)
+
+
+def read_vocabulary(file: Path) -> Vocabulary:
+    """Vocabulary in a file that a run or a tokenizer library wrote."""
+    content = json_object(file)
+    return load_vocabulary(file) if content.keys() & {"characters", "bytes", "tokenizer"} else TokenizerFile.read(file)
+
+
+def open_source(
+    source: str | os.PathLike,
+    *,
+    config: NeoXConfig | None = None,
+    row_bias: str | None = None,
+    revision: str | None = None,
+    strip_prefix: str | None = None,
+    variant: str | None = None,
+) -> Opened:
+    """Open a checkpoint of any kind without reading its weights.
+
+    source: a folder, or a Hub id such as "EleutherAI/pythia-70m", unless there is a folder of that name.
+    config, row_bias: for GPT-NeoX's shards, as in `load_neox`.
+    revision: branch, tag or commit of a Hub id.
+    strip_prefix: for Hugging Face folders: beginning of the tensors' names to remove, such as "module.".
+    variant: for Hugging Face folders: "fp16" reads model.fp16.safetensors.
+
+    Raises ValueError if it is no checkpoint or cannot be loaded, with a sentence on what it is, or if an argument does
+    not apply to its kind. Warns if later checkpoints of a run are skipped because they are incomplete.
+    """
+    name = os.fspath(source)
+    folder = local_folder(name, revision)
+    place = kinds.find(folder)
+    given: dict[str, tuple[Any, kinds.Kind]] = {
+        "config": (config, "neox"),
+        "row_bias": (row_bias, "neox"),
+        "strip_prefix": (strip_prefix, "hf"),
+        "variant": (variant, "hf"),
+    }
+    for argument, (value, kind) in given.items():
+        if value is not None and kind != place.kind:
+            flag = argument.replace("_", "-")
+            raise ValueError(
+                f"{argument} (--{flag}) is for {kinds.NAMES[kind]} folders; {name} is a {kinds.NAMES[place.kind]}"
+            )
+    if place.kind in ("neox", "hf"):
+        opened = open_neox(place.folder, config, row_bias) if place.kind == "neox" else open_hf(place.folder)
+        if place.kind == "neox":
+            opened = dataclasses.replace(opened, companions=Companions.of(*place.beside))
+        fields = dataclasses.asdict(opened.config)
+        return Opened(name, place.kind, place.folder, place.folder, opened.companions, "NeoX", fields, opened)
+    weights = models.model_folder(place.folder) if place.step is None else place.step / "model"
+    model_name, fields = read_config(weights)
+    return Opened(name, place.kind, place.folder, weights, Companions.of(*place.beside), model_name, fields)
+
+
+def local_folder(name: str, revision: str | None) -> Path:
+    """Folder of a source: the path itself, or the snapshot of a Hub id, which is downloaded if needed."""
+    path = Path(name).expanduser()
+    if path.exists() or path.is_symlink() or not hub.is_id(name):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for ids of the Hub; {name} is not one")
+        return path
+    return hub.download(name, revision)
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    shardings: Shardings | Mesh | None = None,
+    revision: str | None = None,
+    config: NeoXConfig | None = None,
+    row_bias: str | None = None,
+    strip_prefix: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """Load a model: a folder of `jaxmodels.save`, a training run, GPT-NeoX shards, a Hugging Face folder, or a Hub id.
+
+    source: of a run the last complete checkpoint is used, or the step that is named. See `open_source` for it and for
+        revision, config, row_bias, strip_prefix and variant.
+    dtype: cast floating arrays; default the dtypes in which they were saved.
+    shardings: a mesh, on which the class's own `sharding_rules` distribute the arrays; or a function of path and shape
+        to a Sharding. Each device's part is read separately. Default: the default device.
+
+    Raises ValueError if the source cannot be loaded or is damaged, if its arrays do not fit its configuration, if a
+    value overflows in `dtype`, if the mesh does not fit, or if arrays are float64 and jax_enable_x64 is off (set it by
+    jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
+    """
+    settings = {"config": config, "row_bias": row_bias, "strip_prefix": strip_prefix, "variant": variant}
+    opened = open_source(source, revision=revision, **settings)  # type: ignore[arg-type]
+    return opened.model(dtype=dtype, shardings=shardings)

@@ -1,0 +1,297 @@
+"""Folders and files that are recognized but cannot be loaded: what each is, and what to do, in one sentence."""
+
+import itertools
+import json
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.convert.companions import TOKENIZER, json_object
+
+HF_WEIGHTS = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+)
+MODEL_TYPE = "gpt_neox"
+EXPECTED = (
+    "a model folder of jaxmodels.save, a training run, GPT-NeoX shards (`latest` and global_step*/), or a Hugging Face "
+    "folder (config.json with model.safetensors or pytorch_model.bin)"
+)
+# Beginnings of a file that stands for another one.
+POINTERS = {
+    b"version https://git-lfs.github.com/spec": "is a git-lfs pointer, not the file: run `git lfs pull` in its folder",
+    b"# xet version": "is a git-xet pointer, not the file: run `git xet checkout` or download it with `hf download`",
+    b"<!DOCTYPE html": "is a web page, not the file: download it with `hf download`",
+    b"<html": "is a web page, not the file: download it with `hf download`",
+    b"Entry not found": "holds the Hub's answer that there is no such file: download it with `hf download`",
+    b"Invalid username or password": "holds the Hub's refusal, not the file: log in with `hf auth login`",
+    b"Access to model": "holds the Hub's refusal, not the file: ask for access on the model's page",
+}
+POINTER_BYTES = 2_000  # pointers and error texts are no longer
+SMALL_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.model", "*.txt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+FROM_HUB = "get the model's safetensors instead"
+# What a folder is that has such a file and no weights that can be loaded.
+SIGNS: tuple[tuple[str, str], ...] = (
+    ("*.incomplete", "holds an unfinished download ({found}): run `hf download` again"),
+    (".cache/huggingface/download/*.incomplete", "holds an unfinished download: run `hf download` again"),
+    ("blobs/*.incomplete", "holds an unfinished download: run `hf download` again"),
+    ("*.gguf", f"holds weights in GGUF, the format of llama.cpp ({{found}}), which is not supported: {FROM_HUB}"),
+    ("ggml*.bin", f"holds weights in ggml, the format of llama.cpp ({{found}}), which is not supported: {FROM_HUB}"),
+    ("*.onnx", f"holds an ONNX model ({{found}}), which is not supported: {FROM_HUB}"),
+    ("onnx/*.onnx", f"holds an ONNX model ({{found}}), which is not supported: {FROM_HUB}"),
+    (
+        "tf_model*.h5",
+        "holds TensorFlow weights ({found}), which are not supported: convert them with transformers 4, "
+        "GPTNeoXForCausalLM.from_pretrained(FOLDER, from_tf=True).save_pretrained(OUT)",
+    ),
+    (
+        "flax_model*.msgpack",
+        "holds transformers' Flax weights ({found}), which are not supported: convert them with transformers 4, "
+        "GPTNeoXForCausalLM.from_pretrained(FOLDER, from_flax=True).save_pretrained(OUT)",
+    ),
+    ("saved_model.pb", "is a TensorFlow SavedModel, which is not supported"),
+    ("*.ckpt.index", "is a TensorFlow checkpoint ({found}), which is not supported"),
+    (
+        "*.distcp",
+        "is a distributed checkpoint of PyTorch or Megatron ({found}): merge it with "
+        "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pt`",
+    ),
+    ("*/*.distcp", "holds distributed checkpoints of PyTorch or Megatron ({found}), which are not supported"),
+    ("latest_checkpointed_iteration.txt", "is a checkpoint of Megatron-LM, whose format is not GPT-NeoX's"),
+    (
+        "latest_universal",
+        "is a universal checkpoint of DeepSpeed, not supported: use the one it was made from",
+    ),
+    ("model_index.json", "is a pipeline of diffusers, not a language model"),
+    ("*.nemo", "holds a NeMo archive ({found}), which is not supported"),
+    ("*.mlpackage", "holds a Core ML model ({found}), which is not supported"),
+    ("*.tflite", "holds a TensorFlow Lite model ({found}), which is not supported"),
+    ("*.engine", "holds a TensorRT engine ({found}), which is not supported"),
+    ("consolidated*", "holds weights in the layout of Llama's or Mistral's authors ({found}), which is not supported"),
+    ("_CHECKPOINT_METADATA", "is an Orbax checkpoint without the model's config.json{above}"),
+    ("manifest.ocdbt", "is an Orbax checkpoint without the model's config.json{above}"),
+    ("checkpoint-*", "is an output folder of transformers' Trainer: name one of its checkpoints, {found}"),
+    ("model*.safetensors*", "holds {found} without a config.json, which has the model's sizes: add the model's own"),
+    ("pytorch_model*", "holds {found} without a config.json, which has the model's sizes: add the model's own"),
+    ("params.safetensors*", "holds {found} without the config.json that jaxmodels wrote beside it"),
+    ("layer_*", "holds {found}, which are not named as GPT-NeoX's shards (layer_NN-model_NN-model_states.pt)"),
+    ("*.safetensors", "holds {found}, which are not named as a model's weights (model.safetensors)"),
+    ("*.ckpt", "holds a checkpoint of Lightning ({found}): convert its state_dict with `jaxmodels convert torch`"),
+    ("*.pt", "holds {found}, which are not GPT-NeoX's shards: convert a state_dict with `jaxmodels convert torch`"),
+    ("*.pth", "holds {found}, which are not GPT-NeoX's shards: convert a state_dict with `jaxmodels convert torch`"),
+    ("*.zip", "holds an archive ({found}): unpack it"),
+    ("*.tar*", "holds an archive ({found}): unpack it"),
+    ("*.tgz", "holds an archive ({found}): unpack it"),
+    (TOKENIZER, "holds a tokenizer and no weights"),
+    ("tokenizer_config.json", "holds a tokenizer and no weights"),
+    ("vocab.json", "holds a tokenizer and no weights"),
+    ("20B_tokenizer.json", "holds a tokenizer and no weights"),
+    (".git", "is a git repository without a checkpoint in its working tree: run `git checkout` and `git lfs pull`"),
+)
+QUANTIZED_NAMES = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes (8 bits)",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes (4 bits)",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes (4 bits)",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale_inv": "float8",
+}
+
+
+def explain(folder: Path, children: Sequence[tuple[str, str]]) -> str:
+    """Sentence on a folder that cannot be loaded; children: names and kinds of its subfolders that can."""
+    files = sorted(path.name for path in folder.iterdir())
+    if not files:
+        return f"{folder} is an empty folder; expected {EXPECTED}"
+    if (folder / "adapter_config.json").is_file():
+        return adapter(folder)
+    if (folder / "refs").is_dir() and not (folder / "snapshots").is_dir():
+        return f"{folder} is an unfinished download of the Hub's cache: run `hf download` again"
+    for pattern, sentence in SIGNS:
+        found = sorted(str(path.relative_to(folder)) for path in itertools.islice(folder.glob(pattern), 100))
+        if found:
+            return f"{folder} {sentence.format(found=shortened(found), above=owner_of(folder))}"
+    if children:
+        names = ", ".join(f"{name} ({kind})" for name, kind in children)
+        return f"{folder} holds no checkpoint itself; name one of its subfolders: {names}"
+    if (folder / "config.json").is_file():
+        if "model_type" in json_object(folder / "config.json"):
+            return f"{folder} has a config.json and no weights; expected model.safetensors or pytorch_model.bin"
+        return f"{folder / 'config.json'} describes no model: it has neither model_type nor format; expected {EXPECTED}"
+    return f"{folder} holds no checkpoint, but {shortened(files)}; expected {EXPECTED}"
+
+
+def explain_file(path: Path) -> str:
+    """Sentence on a path that is not a folder."""
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a symbolic link to {path.readlink()}, which does not exist"
+    if not path.exists():
+        return f"{path} does not exist; expected a folder, or the id of a model on the Hub (ORG/NAME)"
+    if not path.is_file():
+        return f"{path} is neither a folder nor a regular file"
+    pointer = pointer_text(path)
+    if pointer is not None:
+        return f"{path} {pointer}"
+    what = kind_of_file(path)
+    parent = path.absolute().parent
+    if path.suffix in (".json", ".safetensors", ".bin") or path.name == "latest":
+        return f"{path} is {what}; name the folder with all files of the checkpoint, {parent}"
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        return f"{path} is {what}; name a folder of shards, or convert a state_dict with `jaxmodels convert torch`"
+    return f"{path} is {what}; expected a folder: {EXPECTED}"
+
+
+def kind_of_file(path: Path) -> str:
+    """Description of a file by its first bytes or its suffix."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start.startswith(b"GGUF"):
+        return "a GGUF file of llama.cpp, which is not supported"
+    if start.startswith(b"\x89HDF"):
+        return "an HDF5 file, as TensorFlow's weights, which is not supported"
+    if path.suffix == ".onnx":
+        return "an ONNX model, which is not supported"
+    if path.suffix == ".msgpack":
+        return "a file of transformers' Flax weights, which is not supported"
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        return "a file of PyTorch"
+    if zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+        return "an archive, which must be unpacked"
+    return "a single file"
+
+
+def adapter(folder: Path) -> str:
+    """Sentence on a folder with PEFT's adapter."""
+    content = json_object(folder / "adapter_config.json")
+    base, kind = content.get("base_model_name_or_path"), content.get("peft_type", "an adapter")
+    return (
+        f"{folder} holds adapter weights of PEFT ({kind}) for the base model {base!r}, not a model: merge them with "
+        "peft's merge_and_unload() and save_pretrained(), and load the result"
+    )
+
+
+def owner_of(folder: Path) -> str:
+    """Advice for an Orbax folder: the model's folder around it, if it is there."""
+    parent = folder.absolute().parent
+    return f": name the folder {parent}" if (parent / "config.json").is_file() else ""
+
+
+def check_pointers(folder: Path) -> None:
+    """Raises ValueError, naming the file, if one is a git-lfs pointer, an error page or a link to a missing file."""
+    for path in small_files(folder):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to a file that is missing: run `hf download` again")
+        text = pointer_text(path)
+        if text is not None:
+            raise ValueError(f"{path} {text}")
+
+
+def small_files(folder: Path) -> Iterator[Path]:
+    return itertools.chain.from_iterable(map(folder.glob, SMALL_FILES))
+
+
+def pointer_text(path: Path) -> str | None:
+    """What a file is that stands for another one; None for any other file."""
+    if not path.is_file() or path.stat().st_size > POINTER_BYTES * 50:
+        return None
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if not start.startswith(tuple(POINTERS)):
+        return None
+    return next(text for beginning, text in POINTERS.items() if start.startswith(beginning))
+
+
+def check_step(folder: Path) -> Path:
+    """Folder of the step that GPT-NeoX's reader would open, or `folder` if it finds none.
+
+    Raises ValueError if it is a checkpoint of DeepSpeed without whole weights.
+    """
+    step = named_step(folder)
+    if step != folder:
+        check_pointers(step)
+    names = [path.name for path in step.iterdir()]
+    zero3 = [name for name in names if name.startswith("zero_pp_rank_") and name.endswith("_model_states.pt")]
+    if zero3:
+        raise ValueError(
+            f"{folder} is a ZeRO-3 checkpoint, which splits each tensor over data-parallel ranks: merge it with "
+            f"DeepSpeed's `python -m deepspeed.utils.zero_to_fp32 {folder} OUT` (zero_to_fp32.py), and add the model's "
+            "config.json"
+        )
+    weights = [name for name in names if name.endswith("_model_states.pt")]
+    if not weights and any(name.endswith("_optim_states.pt") for name in names):
+        raise ValueError(
+            f"{step} holds optimizer states of ZeRO alone; the weights (layer_*-model_*-model_states.pt or "
+            "mp_rank_*_model_states.pt) are missing"
+        )
+    return step
+
+
+def named_step(folder: Path) -> Path:
+    """Folder that `latest` names, or the only global_step*, or `folder` itself."""
+    latest = folder / "latest"
+    if latest.is_file():
+        name = latest.read_bytes().decode("utf-8", "replace").strip()
+        named = folder / name if name and Path(name).name == name else folder
+        return named if named.is_dir() else folder
+    steps = [step for step in folder.glob("global_step*") if step.is_dir()]
+    return steps[0] if len(steps) == 1 and not any(folder.glob("*_states.pt")) else folder
+
+
+def check_hf(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a Hugging Face folder has another model, quantized weights, or weights of other formats."""
+    if config["model_type"] != MODEL_TYPE:
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type {config['model_type']!r}; expected {MODEL_TYPE!r}, the only "
+            "Hugging Face architecture that is supported"
+        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"{folder / 'config.json'} has quantization_config of {method!r}: quantized weights are not supported; "
+            "load the model they were made from (int8: `jaxmodels quantize`)"
+        )
+    for file in sorted(folder.glob("model*.safetensors")):
+        check_header(file)
+
+
+def check_header(file: Path) -> None:
+    """Raises ValueError, naming the file, if a safetensors file holds float8 or packed weights; others are not read."""
+    header = safetensors_header(file)
+    dtypes = {str(entry.get("dtype")) for entry in header.values() if isinstance(entry, dict)}
+    small = sorted(dtype for dtype in dtypes if dtype.startswith(("F8", "F6", "F4")))
+    if small:
+        bits = f"float{small[0][1]}"
+        raise ValueError(f"{file} has {bits} weights ({', '.join(small)}), which are not supported; {FROM_FLOATS}")
+    for name in header:
+        method = next((method for end, method in QUANTIZED_NAMES.items() if name.endswith(end)), None)
+        if method is not None:
+            raise ValueError(f"{file} has weights quantized by {method} ({name}), not supported; {FROM_FLOATS}")
+
+
+FROM_FLOATS = "load the model they were made from, in float16, bfloat16 or float32"
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Header of a safetensors file; empty if it cannot be read, which the reader reports."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            if size > min(file.stat().st_size, 100_000_000):
+                return {}
+            header = json.loads(opened.read(size))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The first names of a list."""
+    first, *rest = itertools.islice(iter(names), 100)
+    shown = [first, *rest[:2]]
+    return ", ".join(shown) + (f" and {len(rest) - 2} more" if len(rest) > 2 else "")
