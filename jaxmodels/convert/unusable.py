@@ -131,7 +131,7 @@ def explain_file(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"{path} is a symbolic link to {path.readlink()}, which does not exist"
     if not path.exists():
-        return f"{path} does not exist; expected a folder, or the id of a model on the Hub (ORG/NAME)"
+        return f"{path} is not a folder, nor the id of a model on the Hub (ORG/NAME)"
     if not path.is_file():
         return f"{path} is neither a folder nor a regular file"
     pointer = pointer_text(path)

@@ -448,7 +448,7 @@ def test_a_run_without_a_complete_checkpoint_is_refused(tmp_path):
 
 
 def test_a_source_that_is_no_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere is not a folder"):
         jaxmodels.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"config\.json"):
         models.load(tmp_path)
