@@ -200,7 +200,7 @@ def test_a_folder_without_a_checkpoint_is_one_clear_line(tmp_path, checkpoint, c
     assert main(command(tmp_path / "nowhere", *tokenizer)) == 2
     assert "nowhere is not a folder" in capsys.readouterr().err
     assert main(command(tmp_path, *tokenizer)) == 2
-    assert "holds neither" in capsys.readouterr().err
+    assert "is an empty folder" in capsys.readouterr().err
     jaxmodels.save(language_model("rotary"), tmp_path / "other")
     assert main(command(tmp_path / "other", *tokenizer)) == 2
     assert "AutoregressiveTransformer" in capsys.readouterr().err
