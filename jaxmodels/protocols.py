@@ -43,6 +43,17 @@ class ReadsMoreThanIds(Protocol):
         """
 
 
+@runtime_checkable
+class DividedReadout(Protocol):
+    """Language model whose logits are `read(features(ids))`, so that those of some positions are computed alone."""
+
+    def features(self, ids: jax.Array) -> jax.Array:
+        """Token ids -> output of the last layer [S, B, D] or [B, S, D], with the axes of ids."""
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """Output [..., D] of the last layer -> logits [..., V]."""
+
+
 class Saved(Protocol):
     """Model that can be registered with `jaxmodels.register`, saved and loaded.
 

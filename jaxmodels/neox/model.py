@@ -126,6 +126,10 @@ class NeoX(nnx.Module):
 
     def forward(self, ids: jax.Array, start: jax.Array | None, plain: bool) -> jax.Array:
         """Body of the call and of `plain`."""
+        return self.read(self.features(ids, start, plain))
+
+    def features(self, ids: jax.Array, start: jax.Array | None = None, plain: bool = False) -> jax.Array:
+        """ids int [B, S] -> output [B, S, D] of the final norm, of which `read` makes the logits; as the call."""
         check_ids(ids, "[B, S]")
         s = ids.shape[1]
         if start is not None:  # shift rows to position 0, so that the causal mask excludes the padding
@@ -145,7 +149,7 @@ class NeoX(nnx.Module):
             for layer in self.layers:
                 x, _ = body(x, layer)
         x = self.final_norm(x)  # [B, S, D]
-        return self.read(x if start is None else move_right(x, start))
+        return x if start is None else move_right(x, start)
 
     def embed(self, ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, Tables]:
         """Embed ids [B, S] -> x [B, S, D] in the compute dtype, and rotary tables of positions [S] or [S, B]."""

@@ -1,0 +1,131 @@
+"""`python -m bench.score`: loss of many documents with Pythia-70M's shape, compared with transformers.
+
+Both score the same documents of random tokens with the same random weights in float32, and the losses are compared.
+Lengths are uniform between half and one and a half times --length. transformers: batches in the order given, padded to
+the longest document of each, eager calls, whole logits, cross-entropy; also with the documents sorted by length first.
+jaxmodels: `jaxmodels.scoring.score`, first call (with compilation) and second.
+"""
+
+import argparse
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported by `main` once the processors are set
+    import numpy as np
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m bench.score", description=__doc__)
+    add = arguments.add_argument
+    add("--size", default="pythia_70m", metavar="NAME", help="preset of NeoXConfig (default pythia_70m)")
+    add("--documents", type=int, default=1000, metavar="N", help="number of documents (default 1000)")
+    add("--length", type=int, default=200, metavar="S", help="mean number of tokens (default 200)")
+    add("--batch-size", type=int, nargs="+", default=[8, 32], metavar="B", help="transformers' rows (default 8 32)")
+    add("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # XLA sizes its thread pool once, at start, by the number of processors it may use.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+
+    import numpy as np
+    import torch
+
+    from bench.timing import stamp
+    from jaxmodels.neox.config import PRESETS
+    from jaxmodels.scoring import score
+
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    print(stamp(options.threads), flush=True)
+    theirs, ours = models(PRESETS[options.size]())
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(options.length // 2, options.length * 3 // 2, options.documents, endpoint=True)
+    documents = [rng.integers(0, theirs.config.vocab_size, n) for n in lengths]
+    print(f"{options.documents} documents of {lengths.min()} to {lengths.max()} tokens, {lengths.sum():,} in all")
+
+    def flax_losses() -> list[float]:
+        return [float(found.loss or 0) for found in score(ours, documents).documents]
+
+    first, losses = timed("jaxmodels, with compilation", flax_losses)
+    second, _ = timed("jaxmodels, second call", flax_losses)
+    by_length = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+    for batch_size in options.batch_size:
+        for name, order in (("in order", list(range(len(documents)))), ("sorted by length", by_length)):
+            what = f"transformers, batches of {batch_size} {name}"
+            seconds, reference = timed(what, functools.partial(torch_losses, theirs, documents, order, batch_size))
+            worst = max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
+            print(
+                f"    jaxmodels is {seconds / first:.2f}× as fast, compilation included ({seconds / second:.2f}× "
+                f"without); largest relative difference of a document's loss {worst:.1e}",
+                flush=True,
+            )
+
+
+def timed(what: str, function: Callable[[], list[float]]) -> tuple[float, list[float]]:
+    began = time.perf_counter()
+    found = function()
+    seconds = time.perf_counter() - began
+    print(f"{seconds:8.1f} s  {what}", flush=True)
+    return seconds, found
+
+
+def models(config: Any) -> tuple[Any, Any]:
+    """The same model in transformers and here, with transformers' random weights."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from jaxmodels.convert.hf import load_hf
+
+    theirs = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=config.n_vocab,
+            hidden_size=config.n_hidden,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            intermediate_size=config.d_ff,
+            hidden_act="gelu_fast",
+            max_position_embeddings=config.max_len,
+        )
+    ).eval()
+    for parameter in theirs.parameters():  # larger than initial weights, so that the losses differ as a trained model's
+        if parameter.ndim > 1:
+            parameter.mul_(3)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs, load_hf(Path(folder))
+
+
+def torch_losses(model: Any, documents: "Sequence[np.ndarray]", order: list[int], batch_size: int) -> list[float]:
+    """Nats per token of each document, in batches padded on the right."""
+    import torch
+
+    found = [0.0] * len(documents)
+    for at in range(0, len(order), batch_size):
+        chosen = order[at : at + batch_size]
+        longest = max(len(documents[i]) for i in chosen)
+        ids = torch.zeros((len(chosen), longest), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(chosen):
+            ids[row, : len(documents[i])] = torch.as_tensor(documents[i])
+            mask[row, : len(documents[i])] = 1
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [B, S, V]
+        targets = torch.full_like(ids, -100)
+        targets[:, :-1] = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        totals = losses.view(ids.shape).double().sum(dim=1) / (mask.sum(dim=1) - 1)
+        for i, loss in zip(chosen, totals.tolist(), strict=True):
+            found[i] = loss
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Loss, perplexity, and bits per byte and character of documents."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.scoring.rows import check_model, score_rows, vocabulary_size
+from jaxmodels.scoring.windows import rows_of
+from jaxmodels.text import Vocabulary
+
+LONGEST = 2048  # tokens of a window if the model names no length
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Score of a document, or of several together.
+
+    tokens: number of predicted tokens. nats: their negative log-likelihood. characters, n_bytes: size in UTF-8 of the
+    text that they stand for; None if ids were scored, not text.
+    """
+
+    tokens: int
+    nats: float
+    characters: int | None = None
+    n_bytes: int | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """Nats per predicted token; None if there is none."""
+        return self.nats / self.tokens if self.tokens else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss); None if no token was predicted."""
+        loss = self.loss
+        return None if loss is None else math.exp(loss) if loss < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits of the predicted tokens per byte of their text; None if there is no text."""
+        return self.nats / math.log(2) / self.n_bytes if self.n_bytes else None
+
+    @property
+    def bits_per_character(self) -> float | None:
+        """Bits of the predicted tokens per character of their text; None if there is no text."""
+        return self.nats / math.log(2) / self.characters if self.characters else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of documents in the order given, and of all their tokens together."""
+
+    documents: tuple[Score, ...]
+    total: Score
+
+
+def score(
+    model: Any,
+    texts: Sequence[str] | Sequence[np.ndarray] | Sequence[Sequence[int]],
+    *,
+    tokenizer: Vocabulary | None = None,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    bos: int | None = None,
+) -> Scores:
+    """Score documents with a language model: loss, perplexity, bits per byte and character of each and of all.
+
+    texts: strings, which need the tokenizer, or sequences of token ids.
+    tokenizer: any vocabulary of `jaxmodels.text`. Special tokens are not added.
+    max_length: tokens of a window, of which the first is not predicted; default the model's max_len, or 2,048. Longer
+        documents are scored in windows that overlap.
+    stride: tokens from the beginning of a window to that of the next, below max_length; default half of it. Each token
+        is scored once, after at least max_length - stride others or all that precede it.
+    batch_size: windows that are computed together; default as many as have 4,096 tokens.
+    bos: id that is put before each document, so that its first token is predicted too; by default it is not.
+
+    Documents are computed by length, the longest first, padded to a few compiled shapes; a document's score does not
+    depend on the others but for rounding. A document without a predicted token has tokens=0 and loss=None. Raises
+    ValueError if the model is not a language model, a setting is out of range, a document has ids outside the model's
+    vocabulary, or a loss is NaN.
+    """
+    check_model(model)
+    max_length, stride = checked_window(model, max_length, stride)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if isinstance(texts, str):
+        raise ValueError("texts is one string; pass a list of documents")
+    documents = [encoded(text, i, tokenizer) for i, text in enumerate(texts)]
+    check_ids(model, documents, bos)
+    begun = [ids if bos is None else np.concatenate([[bos], ids]) for ids in documents]
+    rows, owners = [], []
+    for i, ids in enumerate(begun):
+        for row in rows_of(ids, max_length, stride):
+            rows.append(row)
+            owners.append(i)
+    nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), int)
+    for i, found in zip(owners, score_rows(model, rows, batch_size=batch_size, longest=max_length - 1), strict=True):
+        nats[i] -= found.log_probs.sum(dtype=np.float64)
+        tokens[i] += len(found.log_probs)
+    wrong = np.flatnonzero(np.isnan(nats))
+    if wrong.size:
+        raise ValueError(f"loss of document {wrong[0]} is nan; the model's weights must be finite")
+    scores = []
+    for i, text in enumerate(texts):
+        sizes = text_sizes(text, documents[i], tokenizer, bos is None) if isinstance(text, str) else (None, None)
+        scores.append(Score(int(tokens[i]), float(nats[i]), *sizes))
+    return Scores(tuple(scores), total_of(scores))
+
+
+def checked_window(model: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride with their defaults; raises ValueError if they are out of range."""
+    if max_length is None:
+        max_length = model_length(model) or LONGEST
+    if not is_integer(max_length) or max_length < 2:
+        raise ValueError(f"max_length={max_length} must be an integer of at least 2")
+    if stride is None:
+        stride = max_length // 2
+    if not is_integer(stride) or not 1 <= stride < max_length:
+        raise ValueError(f"stride={stride} must be an integer from 1 to max_length - 1 = {max_length - 1}")
+    return int(max_length), int(stride)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def model_length(model: Any) -> int | None:
+    """Longest sequence that a model names in its configuration as max_len; None if it names none."""
+    config = getattr(model, "config", None)
+    length = config().get("max_len") if callable(config) else None
+    return length if isinstance(length, int) else None
+
+
+def encoded(text: Any, i: int, tokenizer: Vocabulary | None) -> np.ndarray:
+    """Ids of document i, int [n]; raises ValueError if it is neither a text nor ids, or has no tokenizer."""
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ValueError("tokenizer=None, but the documents are text; pass the model's tokenizer, or ids")
+        return np.asarray(tokenizer.encode(text), np.int64)
+    ids = np.asarray(text)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"document {i} must be a string or a sequence of ids, got {ids.dtype}{list(ids.shape)}")
+    return ids.astype(np.int64)
+
+
+def check_ids(model: Any, documents: Sequence[np.ndarray], bos: int | None) -> None:
+    """Raises ValueError, naming the document, if an id is outside the model's vocabulary."""
+    n_vocab = vocabulary_size(model)
+    if bos is not None and not (is_integer(bos) and 0 <= bos < n_vocab):
+        raise ValueError(f"bos={bos} must be an id from 0 to {n_vocab - 1}")
+    for i, ids in enumerate(documents):
+        outside = ids[(ids < 0) | (ids >= n_vocab)]
+        if outside.size:
+            raise ValueError(
+                f"document {i} has id {outside[0]}, outside of the model's vocabulary of {n_vocab}; the tokenizer must "
+                "be the model's own"
+            )
+
+
+def text_sizes(text: str, ids: np.ndarray, tokenizer: Vocabulary | None, but_first: bool) -> tuple[int, int]:
+    """Number of characters and bytes of a text, without those of its first token if that was not predicted.
+
+    A character that the first token begins and others end counts with the others.
+    """
+    assert tokenizer is not None, "a text was encoded"
+    n, n_bytes = len(text), len(text.encode("utf-8"))
+    if not but_first or not len(ids):
+        return n, n_bytes
+    if tokenizer.unit == "byte":
+        return n - (ids[0] < 128), n_bytes - 1
+    first = tokenizer.decode(ids[:1])
+    if not text.startswith(first):
+        first = first.rstrip("\N{REPLACEMENT CHARACTER}")
+    return n - len(first), n_bytes - len(first.encode("utf-8"))
+
+
+def total_of(scores: Sequence[Score]) -> Score:
+    """Score of all documents together."""
+    sizes = [[s.characters for s in scores], [s.n_bytes for s in scores]]
+    sums = [None if any(size is None for size in column) else sum(column) for column in sizes]  # type: ignore[arg-type]
+    return Score(sum(s.tokens for s in scores), math.fsum(s.nats for s in scores), *sums)
