@@ -34,6 +34,7 @@ COMMANDS = {
     "sample": Command("jaxmodels.training.sample", "write text with the model of a training run"),
     "tokenize": Command("jaxmodels.training.tokenize", "encode a text once, for training"),
     "plot": Command("jaxmodels.training.plot", "draw the loss curves of training runs"),
+    "clean": Command("jaxmodels.io.clean", "list and remove what killed runs left behind"),
     "plan": Command("jaxmodels.training.plan.command", "compile a training step for a TPU slice: memory and speed"),
 }
 

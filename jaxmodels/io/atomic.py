@@ -1,24 +1,30 @@
 """Atomic writes of files and folders: under a unique temporary name, flushed to disk, then renamed.
 
-A reader sees the old content or the new content, never a part of it, whenever the process or the machine stops.
+A reader sees the old content or the new content, never a part of it, whenever the process or the machine stops. A
+folder that is written here has a manifest, `jaxmodels.io.manifest`; only such a folder is ever replaced.
 """
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-# A folder with one of these is a checkpoint, of this project or another, which may be overwritten.
-CHECKPOINT = ("config.json", "latest", "params", "*.safetensors", "global_step*", "layer_*-model_*.pt")
+from jaxmodels.io import manifest
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Raises ValueError if a folder must not be written.
 
-    The target must not be a file. A folder that is not empty must hold a checkpoint, and needs `overwrite`. It must not
-    contain `source`, which has not been read yet.
+    The target must not be a file. A folder that is not empty needs `overwrite`, and must have been written by this
+    module, with nothing foreign in it. It must not contain `source`, which has not been read yet.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; expected a folder")
@@ -30,8 +36,8 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise ValueError(
             f"{target} contains the source {source}, which overwriting would delete; choose another folder"
         )
-    if not any(any(target.glob(pattern)) for pattern in CHECKPOINT):
-        raise ValueError(f"{target} is not overwritten, as it holds no checkpoint ({', '.join(CHECKPOINT)})")
+    if reason := manifest.foreign(target.resolve()):
+        raise ValueError(f"{target} is not overwritten: {reason}; delete it yourself, or choose another folder")
 
 
 @contextlib.contextmanager
@@ -43,21 +49,23 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
     cannot be replaced.
     """
     target = Path(target).resolve()
+    recover(target)
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
-    old = temporary.with_name(temporary.name + ".old")
     temporary.mkdir()
     try:
+        manifest.begin(temporary)
         yield temporary
+        manifest.finish(temporary)
         for path in (*temporary.rglob("*"), temporary):
             flush(path)
-        replace(target, temporary, old)
+        old = replace(target, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush(target.parent)
-    if old.exists():
+    if old is not None:
         shutil.rmtree(old)
 
 
@@ -65,7 +73,8 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
 def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
     """Context with a temporary path to write to, which replaces the target at the end, or is deleted on an exception.
 
-    Several processes may write one target: it is then the complete file of one of them.
+    Several processes may write one target: it is then the complete file of one of them. If the target is a symbolic
+    link, the link is replaced. An OSError that names no file, as of a full disk, names the target.
     """
     target = Path(target)
     temporary = temporary_name(target)
@@ -73,8 +82,11 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename is None:
+            reason = error.strerror or str(error)
+            raise OSError(error.errno or errno.EIO, reason, str(target)) from error
         raise
 
 
@@ -83,20 +95,57 @@ def temporary_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
 
 
-def replace(target: Path, new: Path, old: Path) -> None:
-    """Rename the target to `old` and `new` to the target; raises OSError naming the target, with nothing changed."""
+def replace(target: Path, new: Path) -> Path | None:
+    """Make `new` the target; returns the name of its former content, if there was any.
+
+    Where the kernel can, both exchange their names in one step. Elsewhere the target is missing between two renames;
+    `recover` undoes the first. Raises OSError naming the target, with nothing changed.
+    """
     try:
-        if target.exists():
-            target.rename(old)
+        if not target.exists():
+            new.rename(target)
+            return None
+        if exchange(target, new):
+            return new
+        old = new.with_name(new.name + manifest.OLD)
+        target.rename(old)
         try:
             new.rename(target)
         except BaseException:
-            if old.exists():
-                old.rename(target)
+            old.rename(target)
             raise
+        return old
     except OSError as error:
-        saved = f"; its former content is in {old}" if old.exists() else ""
-        raise OSError(error.errno, f"{error.strerror}: it could not be replaced{saved}", str(target)) from error
+        raise OSError(error.errno, f"{error.strerror}: it could not be replaced", str(target)) from error
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange the names of two folders in one step; False if the kernel or the file system cannot."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    if function(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(a))
+
+
+def recover(target: Path) -> None:
+    """Give a folder its name back, if a killed process had renamed it to replace it; says so on standard error."""
+    if target.exists() or not target.parent.is_dir():
+        return
+    for old in sorted(target.parent.glob(f".{glob_escaped(target.name)}.????????{manifest.OLD}")):
+        if manifest.is_ours(old):
+            old.rename(target)
+            print(f"{target}: recovered from {old.name}, which an interrupted overwrite had left", file=sys.stderr)
+            return
+
+
+def glob_escaped(name: str) -> str:
+    """Pattern that matches exactly a name."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def flush(path: Path) -> None:

@@ -21,6 +21,7 @@ from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.open import load
 from jaxmodels.convert.source import model_source
 from jaxmodels.generate import generate
+from jaxmodels.io import atomic, manifest
 from jaxmodels.io.checkpoint import read_config
 from jaxmodels.io.steps import latest_step, problem, steps
 from jaxmodels.layers import Fixed, Linear
@@ -143,11 +144,13 @@ def test_overwrite(copy):
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
 def test_a_failure_leaves_nothing_behind_and_the_old_one_whole(model, copy, monkeypatch, error):
     def write_text(path, *_, **__):
+        if path.name == manifest.NAME:
+            return write(path, *_, **__)
         assert path.name == "config.json"
         assert (path.parent / "params").exists()  # the arrays have been written
         raise error
 
-    before = contents(copy.parent)
+    before, write = contents(copy.parent), Path.write_text
     monkeypatch.setattr("jaxmodels.models.Path.write_text", write_text)
     for folder in (copy, copy.parent / "new"):
         with pytest.raises(type(error)):
@@ -165,6 +168,7 @@ def test_a_rename_that_fails_names_the_target_and_leaves_the_old_one_whole(model
             raise OSError(16, "busy")
         return rename(path, other)
 
+    monkeypatch.setattr("jaxmodels.io.atomic.exchange", lambda a, b: False)
     monkeypatch.setattr("jaxmodels.io.atomic.Path.rename", failing)
     with pytest.raises(OSError, match=r"busy.*copy"):
         jaxmodels.save(model, copy, overwrite=True)
@@ -174,9 +178,9 @@ def test_a_rename_that_fails_names_the_target_and_leaves_the_old_one_whole(model
 
 def test_the_disk_has_everything_before_the_old_one_goes(model, copy, monkeypatch):
     """Files and folders are flushed before the rename, the parent folder after it; then the old one is removed."""
-    events, fsync, rename, rmtree = [], os.fsync, Path.rename, shutil.rmtree
+    events, fsync, exchange, rmtree = [], os.fsync, atomic.exchange, shutil.rmtree
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd))[1])
-    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append("rename"), rename(a, b))[1])
+    monkeypatch.setattr(atomic, "exchange", lambda a, b: (events.append("rename"), exchange(a, b))[1])
     monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (events.append("removal"), rmtree(*a, **k))[1])
     jaxmodels.save(model, copy, overwrite=True)
     monkeypatch.undo()
@@ -196,10 +200,10 @@ def test_a_symbolic_link_stays_one(model, copy, tmp_path):
     assert [path.name for path in link.parent.iterdir()] == ["link"]
 
 
-def test_only_a_checkpoint_is_overwritten(model, tmp_path):
+def test_only_a_folder_of_this_program_s_is_overwritten(model, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"photos\b.*global_step"):
+    with pytest.raises(ValueError, match=r"photos\b.*not written by this program"):
         jaxmodels.save(model, tmp_path / "photos", overwrite=True)
     assert contents(tmp_path) == {"photos/one.jpg": b"mine"}
 

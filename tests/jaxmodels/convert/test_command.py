@@ -16,6 +16,7 @@ import jaxmodels
 import torch_ref.transformer
 from jaxmodels.convert.command import main
 from jaxmodels.generate import generate
+from jaxmodels.io import manifest
 
 CONFIG = {"n_vocab": 13, "d_model": 12, "heads": 3, "d_ff": 17, "n_layers": 2}
 
@@ -75,7 +76,7 @@ def test_the_command_itself_and_its_help(pt, tmp_path):
     arguments = ["--model", "rope", "--config", tmp_path / "model.json", file, tmp_path / "out"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"config.json", "params"}
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"config.json", "params", manifest.NAME}
     helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
     assert "--config" in helped.stdout
 

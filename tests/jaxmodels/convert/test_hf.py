@@ -220,7 +220,8 @@ def test_whole_numbers_are_no_weights(tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path):
-    folder = hf_folder(tmp_path)
+    folder = tmp_path / "ours"
+    write_hf(open_hf(hf_folder(tmp_path)), folder)
     content = (folder / "model.safetensors").read_bytes()
     before = sorted(path.name for path in tmp_path.iterdir())
     with limited(100_000), pytest.raises(OSError, match=r"too large.*model\.safetensors"):

@@ -1,8 +1,37 @@
-"""Atomic files. Atomic folders are tested with saved models, in `tests/jaxmodels/test_models.py`."""
+"""Atomic files and folders; only what this program wrote is replaced. Models are saved in `test_models.py`."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io import atomic, manifest
+from jaxmodels.io.atomic import atomic_file, atomic_folder, check_target
+from jaxmodels.io.clean import main as clean
+
+
+def write(folder: Path, **files: str) -> Path:
+    """A folder of this program's."""
+    with atomic_folder(folder, overwrite=True) as new:
+        for name, text in files.items():
+            (new / name).parent.mkdir(exist_ok=True)
+            (new / name).write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): file.read_text()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != manifest.NAME
+    }
 
 
 def test_a_file_is_complete_whichever_process_writes_it(tmp_path):
@@ -21,3 +50,170 @@ def test_a_file_is_complete_whichever_process_writes_it(tmp_path):
         interrupted()
     assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
     assert file.read_text() == "one"
+
+
+def test_a_link_is_replaced_and_its_target_stays(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    link = tmp_path / "report.html"
+    link.symlink_to("mine")
+    with atomic_file(link) as new:
+        new.write_text("report")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not link.is_symlink()
+
+
+def test_a_disk_error_names_the_file(tmp_path):
+    def full():
+        with atomic_file(tmp_path / "tokens.npy") as new:
+            new.write_text("ha")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device.*tokens\.npy"):
+        full()
+    assert list(tmp_path.iterdir()) == []
+
+
+FOREIGN = {
+    "a file beside": lambda folder: (folder / "notes.txt").write_text("mine"),
+    "a file inside": lambda folder: (folder / "params" / "notes.txt").write_text("mine"),
+    "a changed file": lambda folder: (folder / "config.json").write_text("changed"),
+    "an empty folder": lambda folder: (folder / "photos").mkdir(),
+    "a link to a file": lambda folder: (folder / "link").symlink_to("/etc/passwd"),
+    "a link to a folder": lambda folder: (folder / "link").symlink_to("/etc"),
+    "a link for a file": lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").symlink_to("/x")),
+    "no manifest": lambda folder: (folder / manifest.NAME).unlink(),
+    "another manifest": lambda folder: (folder / manifest.NAME).write_text('{"format": 2}'),
+    "no list": lambda folder: (folder / manifest.NAME).write_text('{"format": 1, "complete": true, "files": 3}'),
+    "no JSON": lambda folder: (folder / manifest.NAME).write_text("{"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_folder_with_anything_foreign_is_never_replaced(what, tmp_path):
+    folder = write(tmp_path / "model", **{"config.json": "one", "params/a": "1"})
+    FOREIGN[what](folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=f"{folder} is not overwritten: "):
+        write(folder, **{"config.json": "two"})
+    assert sorted(folder.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("name", ["config.json", "latest", "model.safetensors"])
+def test_a_file_of_a_checkpoint_s_name_is_no_proof(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path} is not overwritten"):
+        check_target(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_of_this_program_s_is_replaced(exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr(atomic, "exchange", lambda a, b: False)
+    folder = write(tmp_path / "model", **{"config.json": "one", "params/a": "1"})
+    (folder / "params" / "a").unlink()  # less than the manifest lists is no one else's
+    write(folder, **{"config.json": "two", "params/b": "2"})
+    assert contents(folder) == {"config.json": "two", "params/b": "2"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_names_are_exchanged_in_one_step(tmp_path, monkeypatch):
+    """No moment in which a reader finds no folder: the kernel exchanges the names."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    if not atomic.exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange names")
+    folder = write(tmp_path / "model", file="one")
+    monkeypatch.setattr(Path, "rename", lambda *names: pytest.fail("renamed in two steps"))
+    write(folder, file="two")
+    assert contents(folder) == {"file": "two"}
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from jaxmodels.io import atomic
+rename = Path.rename
+def killed(path, other):
+    rename(path, other)
+    if str(other).endswith(".old"):
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = killed
+atomic.exchange = lambda a, b: False
+with atomic.atomic_folder("model", overwrite=True) as new:
+    (new / "file").write_text("two")
+"""
+
+
+def test_a_kill_between_two_renames_is_undone_at_the_next_start(tmp_path, capsys):
+    folder = write(tmp_path / "model", file="one")
+    env = os.environ | {"PYTHONPATH": str(Path(atomic.__file__).parents[2])}
+    run = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=env, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert not folder.exists()
+    atomic.recover(folder)
+    assert contents(folder) == {"file": "one"}
+    assert "recovered" in capsys.readouterr().err
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def aged(folder: Path) -> None:
+    """Set the times of everything in a folder two hours back."""
+    for path in folder.rglob("*"):
+        os.utime(path, (time.time() - 7200,) * 2, follow_symlinks=False)
+
+
+def test_clean_lists_and_then_removes_the_leftovers_alone(tmp_path, capsys):
+    kept = ["model.safetensors", ".gitignore", ".config.json.12345678x", "a.12345678", ".cache.0123abcd/photo.jpg"]
+    for name in kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".link.0123abcd").symlink_to(tmp_path / "model.safetensors")
+    left = tmp_path / "inside" / ".model.89abcdef"
+    left.mkdir(parents=True)
+    manifest.begin(left)
+    (left / "half").write_text("ha")
+    (tmp_path / "inside" / ".about.json.00000000").write_text("ha")
+    aged(tmp_path)
+    assert clean([str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert ".model.89abcdef" in listed
+    assert ".about.json.00000000" in listed
+    assert "2 to remove" in listed
+    assert left.exists()
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert list((tmp_path / "inside").iterdir()) == []
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()) == sorted(
+        [*kept, ".link.0123abcd"]
+    )
+
+
+def test_clean_keeps_what_may_be_in_use(tmp_path, capsys):
+    (tmp_path / ".about.json.00000000").write_text("ha")
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert "1 may be in use" in capsys.readouterr().out
+    assert (tmp_path / ".about.json.00000000").exists()
+    assert clean([str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_manifest_lists_every_file(tmp_path):
+    folder = write(tmp_path / "model", **{"config.json": "one", "params/a": "1"})
+    about = json.loads((folder / manifest.NAME).read_text())
+    assert about == {"format": 1, "complete": True, "files": {"config.json": 3, "params/a": 1}}
+
+
+def test_a_full_disk_leaves_the_old_folder_whole(tmp_path):
+    folder = write(tmp_path / "model", file="one")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write(folder, file="x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert contents(folder) == {"file": "one"}
+    assert list(tmp_path.iterdir()) == [folder]

@@ -14,6 +14,7 @@ from jaxmodels.convert.command import main
 from jaxmodels.convert.flax import open_flax
 from jaxmodels.convert.neox import load_neox
 from jaxmodels.convert.neox.read import open_neox
+from jaxmodels.io import manifest
 from jaxmodels.weights.lazy import read
 from jaxmodels.weights.names import as_tensor
 from tests.jaxmodels.convert.neox.test_read import assert_holds
@@ -198,7 +199,7 @@ def test_a_flax_folder_that_does_not_fit_its_configuration(source, tmp_path, cap
 def test_a_flax_folder_is_opened_without_being_read(source, tmp_path):
     folder, state = source
     assert command("neox", folder, tmp_path / "out", "--to", "flax") == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "params.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "params.safetensors", manifest.NAME}
     opened = open_flax(tmp_path / "out")
     assert opened.layout == "safetensors"
     assert opened.tensors.keys() == state.keys()

@@ -14,6 +14,7 @@ from jaxmodels.convert.neox import load_neox, save_neox
 from jaxmodels.convert.neox.layout import share, total
 from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.convert.neox.write import write_neox
+from jaxmodels.io import manifest
 from jaxmodels.layers import Linear
 from jaxmodels.neox import NeoX
 from tests.jaxmodels.convert.neox.test_read import SEQUENTIAL, TIED, assert_holds
@@ -145,25 +146,33 @@ def test_a_model_that_is_none_or_has_other_parts(tmp_path):
 
 def test_nothing_is_replaced_unasked_and_all_of_it_when_asked(tmp_path):
     write(tmp_path / "source")
-    state = write(tmp_path / "target", 1)
+    state = write(tmp_path / "original", 1)
+    write_neox(open_neox(tmp_path / "original"), tmp_path / "target", 1)
     model = load_neox(tmp_path / "source")
     with pytest.raises(ValueError, match=r"\btarget\b"):
         save_neox(model, tmp_path / "target")
     assert_holds(load_neox(tmp_path / "target"), state)
     save_neox(model, tmp_path / "target", 4, overwrite=True)
     assert "of 4 model-parallel ranks" in open_neox(tmp_path / "target").layout
-    assert {entry.name for entry in (tmp_path / "target").iterdir()} == {"latest", "configs", "global_step0"}
+    assert {entry.name for entry in (tmp_path / "target").iterdir()} == {
+        "latest",
+        "configs",
+        "global_step0",
+        manifest.NAME,
+    }
 
 
 def test_a_checkpoint_can_take_its_own_place(tmp_path):
-    state = write(tmp_path / "source", 2)
+    state = write(tmp_path / "original", 2)
+    write_neox(open_neox(tmp_path / "original"), tmp_path / "source", 2)
     write_neox(open_neox(tmp_path / "source"), tmp_path / "source", 3, overwrite=True)
     assert_holds(load_neox(tmp_path / "source"), state)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path):
     """The system itself refuses to let a file grow past 100 kB; a block's has 190 kB, the embedding's 30."""
-    state = write(tmp_path / "source", 2)
+    state = write(tmp_path / "original", 2)
+    write_neox(open_neox(tmp_path / "original"), tmp_path / "source", 2)
     before = sorted(path.name for path in tmp_path.iterdir())
     source = open_neox(tmp_path / "source")
     with (

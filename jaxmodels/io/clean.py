@@ -1,0 +1,96 @@
+"""Command `jaxmodels clean`: list and remove what killed runs of this program left behind."""
+
+import argparse
+import datetime
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jaxmodels.io import manifest
+from jaxmodels.process import programs
+from jaxmodels.process.texts import visible
+
+PROGRAM = "jaxmodels clean"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.old)?")  # of `jaxmodels.io.atomic.temporary_name`
+EXAMPLES = """\
+examples:
+  jaxmodels clean checkpoints/            # list, remove nothing
+  jaxmodels clean checkpoints/ --delete
+
+A process that is killed while it writes leaves a file or folder with a temporary name. A folder is listed if its
+manifest shows that this program wrote all of it. What has changed within the last hour may be in use, and stays.
+"""
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    arguments = argparse.ArgumentParser(
+        prog=prog,
+        description="List what killed runs left in a folder and in the folders inside, and remove it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("folder", type=Path, metavar="FOLDER", help="folder to search")
+    arguments.add_argument("--delete", action="store_true", help="remove what is listed (default: only list it)")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run the command and return its exit code; `prog` is the command as typed."""
+    options = parser(prog).parse_args(argv)
+    return programs.run(lambda: clean(options.folder, delete=options.delete), prog)
+
+
+def clean(folder: Path, *, delete: bool) -> None:
+    """Print the leftovers in a folder, and remove them if asked; raises ValueError if it is not a folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    total, count, young = 0, 0, 0
+    for path in leftovers(folder):
+        settled = manifest.is_settled(path)
+        size, age = size_of(path), datetime.timedelta(seconds=round(time.time() - path.lstat().st_mtime))
+        what = "" if settled else ", changed within the last hour: kept"
+        print(f"{visible(str(path))}  {size:,} bytes, {age} old{what}")
+        young += not settled
+        if not settled:
+            continue
+        count, total = count + 1, total + size
+        if delete:
+            remove(path)
+    if not count:
+        print(f"{folder}: nothing to remove" + (f"; {young} may be in use" if young else ""))
+    elif delete:
+        print(f"removed {count}, {total:,} bytes")
+    else:
+        print(f"{count} to remove, {total:,} bytes: pass --delete")
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Files and folders with temporary names, in a folder and those inside; symbolic links are not followed."""
+    for path, folders, files in os.walk(folder):
+        here = Path(path)
+        for name in sorted(folders):
+            if TEMPORARY.fullmatch(name):
+                folders.remove(name)
+                if manifest.is_ours(here / name):
+                    yield here / name
+        for name in sorted(files):
+            if TEMPORARY.fullmatch(name) and not (here / name).is_symlink() and (here / name).is_file():
+                yield here / name
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.lstat().st_size for file in files)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,0 +1,82 @@
+"""Manifests: the proof that this program wrote a folder, and what of it.
+
+FOLDER/.jaxmodels.json    {"format": 1, "complete": true, "files": {"config.json": 210, "params/…": 4096, …}}
+
+The sizes in bytes of all files. A folder is replaced or removed only if it has a manifest, and nothing that the
+manifest does not list.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxmodels.io.bounded import read_object
+from jaxmodels.process.texts import quoted
+
+NAME = ".jaxmodels.json"
+FORMAT = 1
+OLD = ".old"  # ends the name of a folder that is being replaced
+SETTLED = 3600.0  # seconds without a change, after which a temporary name belongs to no running process
+
+
+def begin(folder: Path) -> None:
+    """Write the manifest of a folder that is about to be filled."""
+    write(folder, complete=False, files={})
+
+
+def finish(folder: Path) -> None:
+    """List all files of a folder in its manifest."""
+    write(folder, complete=True, files=dict(sorted(sizes(folder))))
+
+
+def write(folder: Path, **content: object) -> None:
+    """Write a folder's manifest."""
+    (folder / NAME).write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
+
+
+def sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Path in the folder and size of every file but the manifest; -1 for links, devices and empty folders."""
+    for path, folders, files in os.walk(folder):
+        here = Path(path)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in [*files, *links]:
+            file = here / name
+            regular = file.is_file() and not file.is_symlink()
+            if file != folder / NAME:
+                yield str(file.relative_to(folder)), file.stat().st_size if regular else -1
+        if not files and not folders and here != folder:
+            yield str(here.relative_to(folder)), -1
+
+
+def foreign(folder: Path) -> str | None:
+    """Reason why a folder must not be replaced: it has no manifest, or files that the manifest does not list."""
+    if not (folder / NAME).is_file():
+        return f"it was not written by this program, as it has no {NAME}"
+    try:
+        about = read_object(folder / NAME)
+    except ValueError as error:
+        return str(error)
+    listed = about.get("files")
+    if about.get("format") != FORMAT or not isinstance(listed, dict):
+        return f"{folder / NAME} is no manifest of format {FORMAT}"
+    if about.get("complete") is not True:
+        return None  # it was being written
+    known = {str(parent) for name in listed for parent in Path(name).parents}  # folders that may be empty by now
+    for name, size in sizes(folder):
+        if listed.get(name) != size and not (name in known and not (folder / name).is_symlink()):
+            changed = "has changed since" if name in listed else "was not written by this program"
+            return f"{quoted(name)} in it {changed}"
+    return None
+
+
+def is_ours(folder: Path) -> bool:
+    """True if a folder has a manifest and nothing foreign."""
+    return folder.is_dir() and not folder.is_symlink() and foreign(folder) is None
+
+
+def is_settled(path: Path) -> bool:
+    """True if neither a path nor a file in it has changed for an hour: no process is writing it."""
+    newest = max((file.lstat().st_mtime for file in [path, *path.rglob("*")]), default=0.0)
+    return time.time() - newest > SETTLED
