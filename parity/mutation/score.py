@@ -94,35 +94,44 @@ Alarms = dict[str, list[tuple[int, Check]]]
 
 def page(outcomes: list[Outcome], idle: int, total: int, alarms: Alarms, seeds: int, command: str) -> str:
     """The outcomes as Markdown."""
-    n = len(outcomes)
-    found, named = sum(o.found for o in outcomes), sum(o.named for o in outcomes)
-    smallest = min(outcomes, key=lambda o: o.value)
     lines = [
         "# Planted errors, and the verdicts of the harness",
         "",
         f"Written by `{command}`; `python -m parity.mutations --help` lists its options.",
         "",
-        f"- {n} mutants, drawn from {total} (operators × sub-modules); {idle} more changed no output and no gradient.",
-        f"- found: {found} of {n} ({100 * found / max(n, 1):.0f} %)",
-        f"- culprit named: {named} of {n} ({100 * named / max(n, 1):.0f} %)",
     ]
-    lines.append(f"- smallest: {smallest.value:.1e} × noise, {smallest.mutant.operator.name} in {smallest.mutant.case}")
+    if outcomes:
+        lines += [*counts(outcomes, idle, total)]
     if seeds:
-        false = sum(not check.passed for checks in alarms.values() for _, check in checks)
-        lines.append(f"- false alarms: {false} in {len(alarms)} unbroken cases at {seeds} seeds each")
-        for precision in PRECISIONS:
-            read = [
-                (c, case, seed) for case, checks in alarms.items() for seed, c in checks if c.precision == precision
-            ]
-            check, case, seed = max(read, key=lambda found: found[0].value)
-            own = "" if check.own is None else f" (PyTorch {check.own:.2g})"
-            where = f"{check.kind} of {case} at seed {seed}"
-            lines.append(f"- largest in {precision}: {check.value:.2g} × noise{own}, limit {check.limit:.2g}: {where}")
-    lines += ["", "| case | sub-module | mistake | found by | named | hint |", "|---|---|---|---|---|---|"]
-    lines += map(row, sorted(outcomes, key=lambda o: (o.mutant.case, o.mutant.culprit, o.mutant.operator.name)))
+        lines += [*unbroken_lines(alarms, seeds)]
+    if outcomes:
+        lines += ["", "| case | sub-module | mistake | found by | named | hint |", "|---|---|---|---|---|---|"]
+        lines += map(row, sorted(outcomes, key=lambda o: (o.mutant.case, o.mutant.culprit, o.mutant.operator.name)))
     lines += ["", "## The mistakes", "", "| mistake | change |", "|---|---|"]
     lines += [f"| {operator.name} | {operator.about} |" for operator in OPERATORS.values()]
     return "\n".join(lines) + "\n"
+
+
+def counts(outcomes: list[Outcome], idle: int, total: int) -> Iterator[str]:
+    """Lines about the mutants: their number, how many were found and named, and the smallest difference."""
+    n, found, named = len(outcomes), sum(o.found for o in outcomes), sum(o.named for o in outcomes)
+    smallest = min(outcomes, key=lambda o: o.value)
+    yield f"- {n} mutants, drawn from {total} (operators × sub-modules); {idle} more changed no output and no gradient."
+    yield f"- found: {found} of {n} ({100 * found / n:.0f} %)"
+    yield f"- culprit named: {named} of {n} ({100 * named / n:.0f} %)"
+    yield f"- smallest: {smallest.value:.1e} × noise, {smallest.mutant.operator.name} in {smallest.mutant.case}"
+
+
+def unbroken_lines(alarms: Alarms, seeds: int) -> Iterator[str]:
+    """Lines about the unbroken cases: false alarms, and the largest difference in each precision."""
+    false = sum(not check.passed for checks in alarms.values() for _, check in checks)
+    yield f"- false alarms: {false} in {len(alarms)} unbroken cases at {seeds} seeds each"
+    for precision in PRECISIONS:
+        read = [(c, case, seed) for case, checks in alarms.items() for seed, c in checks if c.precision == precision]
+        check, case, seed = max(read, key=lambda found: found[0].value)
+        own = "" if check.own is None else f" (PyTorch {check.own:.2g})"
+        where = f"{check.kind} of {case} at seed {seed}"
+        yield f"- largest in {precision}: {check.value:.2g} × noise{own}, limit {check.limit:.2g}: {where}"
 
 
 def row(o: Outcome) -> str:
@@ -145,7 +154,9 @@ def parser() -> argparse.ArgumentParser:
         "an unbroken model fails; else 0.",
     )
     arguments.add_argument("names", nargs="*", metavar="NAME", help="a case or a system (default: all short cases)")
-    arguments.add_argument("--count", type=int, default=60, help="mutants to judge (default: 60)")
+    arguments.add_argument(
+        "--count", type=int, default=60, help="mutants to judge (default: 60; 0: judge the unbroken cases alone)"
+    )
     arguments.add_argument(
         "--cases",
         type=int,
@@ -169,13 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")
     with torch_side.strict_precision(), jax_side.strict_precision(True, jax.devices("cpu")[0]):
         try:
-            for flag, least in (("count", 1), ("cases", 1), ("seed", 0), ("seeds", 0)):
+            for flag, least in (("count", 0), ("cases", 1), ("seed", 0), ("seeds", 0)):
                 if getattr(options, flag) < least:
                     raise ValueError(f"--{flag} {getattr(options, flag)} must be at least {least}")
             with console.status("") as status:
                 say = status.update if console.is_terminal else console.print  # in a file, one line per stage
                 cases = subjects(options.names)
-                chosen = sampled(cases, options.cases, options.seed)
+                chosen = sampled(cases, options.cases, options.seed) if options.count else {}
                 outcomes, idle, total = score(chosen, options.count, options.seed, say)
                 alarms: Alarms = {}
                 for case, make in cases.items() if options.seeds else ():

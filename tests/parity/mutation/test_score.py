@@ -1,5 +1,7 @@
 """The command parity.mutations: its sample, its table, its exit code."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,11 @@ def test_planted_errors_are_found_and_named_and_the_unbroken_case_raises_no_alar
     assert "- found: 5 of 5 (100 %)" in text
     assert "- false alarms: 0 in 1 unbroken cases at 2 seeds each" in text
     assert text.count("| synthesizer.dense_layer |") == 5
+    assert float(re.search(r"smallest: (\S+) × noise", text)[1]) > 1e3
+    assert score.main(["synthesizer.dense_layer", "--count", "0", "--seeds", "1"]) == 0
+    alone = capsys.readouterr().out
+    assert float(re.search(r"largest in float64: (\S+) × noise", alone)[1]) < 8
+    assert "mutants" not in alone
 
 
 def test_a_name_that_matches_no_case_is_an_error(capsys):
@@ -23,7 +30,7 @@ def test_a_name_that_matches_no_case_is_an_error(capsys):
     assert "rope.attention" in error
 
 
-@pytest.mark.parametrize("option", ["--count 0", "--cases 0", "--seed -1", "--seeds -1"])
+@pytest.mark.parametrize("option", ["--count -1", "--cases 0", "--seed -1", "--seeds -1"])
 def test_a_number_out_of_range_is_an_error(option, capsys):
     assert score.main(["synthesizer.dense_layer", *option.split()]) == 2
     assert option in capsys.readouterr().err
