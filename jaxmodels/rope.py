@@ -78,11 +78,11 @@ def rotary_width(name: str, share: float, d_k: int) -> int:
 def check_frequencies(key: str, theta: np.ndarray, d: int, base: float) -> None:
     """Raises ValueError, naming the key, if frequencies stored in a checkpoint are not base^(-2i/d).
 
-    The tolerance is 1e-2, as checkpoints may hold them in 16 bits.
+    The tolerance is 1e-2, as checkpoints may hold them in 16 bits, or float16's smallest step.
     """
     expected = base ** (-np.arange(0, d, 2) / d)
     theta = theta.astype(np.float64)
-    if theta.shape != expected.shape or not np.allclose(theta, expected, rtol=1e-2):
+    if theta.shape != expected.shape or not np.allclose(theta, expected, rtol=1e-2, atol=2.0**-24):
         raise ValueError(f"{key}={theta.tolist()} must be base^(-2i/d) with base={base}, d={d}")
 
 

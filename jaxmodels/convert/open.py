@@ -146,9 +146,11 @@ def open_source(
                 f"{argument} (--{flag}) is for {kinds.NAMES[kind]} folders; {name} is a {kinds.NAMES[place.kind]}"
             )
     if place.kind in ("neox", "hf"):
-        opened = open_neox(place.folder, config, row_bias) if place.kind == "neox" else open_hf(place.folder)
         if place.kind == "neox":
+            opened = open_neox(place.folder, config, row_bias)
             opened = dataclasses.replace(opened, companions=Companions.of(*place.beside))
+        else:
+            opened = open_hf(place.folder, strip_prefix=strip_prefix, variant=variant)
         fields = dataclasses.asdict(opened.config)
         return Opened(name, place.kind, place.folder, place.folder, opened.companions, "NeoX", fields, opened)
     weights = models.model_folder(place.folder) if place.step is None else place.step / "model"

@@ -11,8 +11,9 @@ from flax import nnx
 
 from jaxmodels.convert.companions import Companions
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.neox.config import DTYPES
 from jaxmodels.weights.lazy import Cast, Cut, nbytes
-from jaxmodels.weights.names import entries, flat_arrays, is_floating
+from jaxmodels.weights.names import ConversionError, entries, flat_arrays, shortened
 from jaxmodels.weights.place import Shardings, load_tensors, tensors_of
 
 VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row per token
@@ -107,18 +108,25 @@ def matched(
     """Tensors of a configuration, in order, from the tensors that a folder holds.
 
     disk_name: function of a tensor's name to that on disk, for error messages. Raises ValueError listing every tensor
-    that is missing, unexpected, misshapen or not floating.
+    that is missing, unexpected, misshapen or not of a floating type of DTYPES.
     """
     wanted = named(config)
     problems = [f"missing {disk_name(key)}" for key in wanted if key not in held]
     problems += [f"unexpected {key}" for key in held if key not in wanted]
+    unusable: dict[str, list[str]] = {}
     for key in [key for key in wanted if key in held]:
         if tuple(held[key].shape) != wanted[key]:
             problems.append(f"{disk_name(key)} has shape {list(held[key].shape)}, expected {list(wanted[key])}")
-        if not is_floating(held[key].dtype):
-            problems.append(f"{disk_name(key)} is {held[key].dtype}, which is not floating")
+        name = np.dtype(held[key].dtype).name
+        if name not in DTYPES:
+            unusable.setdefault(name, []).append(disk_name(key))
+    for name, keys in unusable.items():
+        reason = "float8 weights are not supported" if name.startswith("float8") else "which is not floating"
+        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+        problems.append(f"{keys[0]}{more} is {name}, {reason}")
     if problems:
-        raise ValueError(f"{folder} does not hold the tensors of its configuration:\n  " + "\n  ".join(problems))
+        lines = "\n  ".join(shortened(problems, ConversionError.SHOWN))
+        raise ValueError(f"{folder} does not hold the tensors of its configuration:\n  {lines}")
     return {key: held[key] for key in wanted}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER, json_object
+from jaxmodels.io.content import POINTERS
 
 HF_WEIGHTS = (
     "model*.safetensors",
@@ -21,16 +22,6 @@ EXPECTED = (
     "a model folder of jaxmodels.save, a training run, GPT-NeoX shards (`latest` and global_step*/), or a Hugging Face "
     "folder (config.json with model.safetensors or pytorch_model.bin)"
 )
-# Beginnings of a file that stands for another one.
-POINTERS = {
-    b"version https://git-lfs.github.com/spec": "is a git-lfs pointer, not the file: run `git lfs pull` in its folder",
-    b"# xet version": "is a git-xet pointer, not the file: run `git xet checkout` or download it with `hf download`",
-    b"<!DOCTYPE html": "is a web page, not the file: download it with `hf download`",
-    b"<html": "is a web page, not the file: download it with `hf download`",
-    b"Entry not found": "holds the Hub's answer that there is no such file: download it with `hf download`",
-    b"Invalid username or password": "holds the Hub's refusal, not the file: log in with `hf auth login`",
-    b"Access to model": "holds the Hub's refusal, not the file: ask for access on the model's page",
-}
 POINTER_BYTES = 2_000  # pointers and error texts are no longer
 SMALL_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.model", "*.txt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 FROM_HUB = "get the model's safetensors instead"

@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxmodels.io.content import explained
 from jaxmodels.weights.lazy import nbytes, pieces
 
 DTYPES = {
@@ -32,8 +33,17 @@ DTYPES = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # limit of the format
@@ -47,7 +57,8 @@ Progress = Callable[[int], None]
 def read_file(file: Path) -> dict[str, np.ndarray]:
     """Tensors of one file by name, memory-mapped and read-only.
 
-    Raises ValueError, naming the file, if it is missing, truncated or not a safetensors file.
+    Raises ValueError, naming the file, if it is missing, truncated or not a safetensors file, or, naming the tensor
+    too, if a dtype is not one of DTYPES.
     """
     try:
         data = np.memmap(file, mode="r", dtype=np.uint8)
@@ -56,16 +67,20 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"header of {size} bytes in a file of {len(data)}")
         header = json.loads(data[8 : 8 + size].tobytes())
         header.pop("__metadata__", None)
-        tensors = {name: view(data[8 + size :], entry) for name, entry in header.items()}
+        unknown = [f"{name} of {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in DTYPES]
+        if not unknown:
+            tensors = {name: view(data[8 + size :], entry) for name, entry in header.items()}
         places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
         for (_, stop, name), (start, end, other) in itertools.pairwise(places):
             if start < min(stop, end):
                 raise ValueError(f"{name} and {other} overlap")
-        return tensors
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+        raise explained(file, f"is truncated or not a safetensors file: {error}") from None
+    if unknown:
+        raise ValueError(f"{file} has tensors of dtypes that are not supported: {', '.join(unknown[:3])}")
+    return tensors
 
 
 def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:

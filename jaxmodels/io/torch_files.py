@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,21 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.content import explained
+from jaxmodels.io.torch_legacy import read_legacy
 from jaxmodels.process.extras import require
-from jaxmodels.weights.names import as_tensor
+from jaxmodels.weights.names import as_numpy, as_tensor
+
+ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
+DEPTH = 2  # of an entry with the state_dict
+DAMAGED = (
+    *(RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError),
+    *(struct.error, zipfile.BadZipFile),
+)
 
 
 def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
-    """Tensors of a .pt file by name, memory-mapped if the file is a zip (written by torch ≥ 1.6).
+    """Tensors of a .pt file by name, memory-mapped.
 
     key: entry with the state_dict, if the file holds more. Raises ValueError, naming the file, if it is missing,
     truncated, not a checkpoint or not a state_dict, or if it contains code.
@@ -36,27 +46,108 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
 
 
 def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
-    """Content of a .pt file, memory-mapped if it is a zip.
+    """Content of a .pt file, memory-mapped.
 
     safe_globals: classes and functions that it may refer to besides tensors. Raises ValueError, naming the file, if it
-    is missing, truncated or not a checkpoint, or if it contains code.
+    is missing, truncated, compressed or not a checkpoint, or if it contains code.
     """
     require("torch", "torch")
     import torch
 
     if not file.is_file():
         raise ValueError(f"{file} is not a file")
+    is_zip = zipfile.is_zipfile(file)
+    if is_zip:
+        check_stored(file)
     try:
         with torch.serialization.safe_globals(list(safe_globals)):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            if not is_zip:
+                return read_legacy(file)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         refers = f": it refers to {named[1]}" if named else ""
-        raise ValueError(f"{file} is refused, as it is damaged or holds more than tensors{refers}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise explained(file, f"is refused, as it is damaged or holds more than tensors{refers}") from None
+    except DAMAGED as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} is truncated or not a PyTorch checkpoint: {reason}") from None
+        raise explained(file, f"is truncated or not a PyTorch checkpoint: {reason}") from None
+
+
+def check_stored(file: Path) -> None:
+    """Raises ValueError if a zip has compressed entries, which cannot be memory-mapped."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except DAMAGED as error:
+        raise ValueError(f"{file} is a damaged zip file: {error}") from None
+    if compressed:
+        raise ValueError(f"{file} has compressed entries ({compressed[0]}); save it again with torch.save")
+
+
+def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Arrays of a checkpoint file by name, memory-mapped, and a note if they are in an entry of it.
+
+    The state_dict is the file's content, or its entry of mappings to tensors: `state_dict` of Lightning, `model`,
+    `module`. What is no tensor in it is left out. Raises ValueError, naming the file, if there is none or several.
+    """
+    path, state = state_dict_in(file, read_pt(file))
+    arrays = {name: array for name, array in as_arrays(file, state).items() if array is not None}
+    return arrays, [f"the tensors are in entry {path!r} of {file.name}"] if path else []
+
+
+def state_dict_in(file: Path, content: Any) -> tuple[str, Mapping[Any, Any]]:
+    """State_dict in a file's content, and the dotted keys that lead to it; raises ValueError like `read_tensors`."""
+    if holds_tensors(content):
+        return "", content
+    level = {"": content} if isinstance(content, Mapping) else {}
+    for _ in range(DEPTH):
+        inner = {
+            f"{path}.{key}" if path else key: value
+            for path, mapping in level.items()
+            for key, value in mapping.items()
+            if isinstance(key, str) and isinstance(value, Mapping)
+        }
+        found = {path: value for path, value in inner.items() if holds_tensors(value)}
+        chosen = [path for path in found if path.rpartition(".")[2] in ENTRIES] or list(found)
+        if len(chosen) > 1:
+            ranked = sorted(chosen, key=lambda path: ENTRIES.index(path) if path in ENTRIES else len(ENTRIES))
+            if ranked[0] not in ENTRIES:
+                raise ValueError(f"{file} holds several state_dicts, in entries {', '.join(map(repr, chosen))}")
+            chosen = ranked
+        if chosen:
+            return chosen[0], found[chosen[0]]
+        level = inner
+    raise ValueError(f"{file} holds no tensors by name; it holds {describe(content)}")
+
+
+def holds_tensors(content: Any) -> bool:
+    """True for a mapping of names to tensors, with or without other values."""
+    import torch
+
+    if not isinstance(content, Mapping):
+        return False
+    return any(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
+
+
+def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
+    """Arrays of a state_dict, which share the file's memory; None for what is not a dense tensor.
+
+    Raises ValueError, naming the file, if it is not a state_dict, or if NumPy cannot represent a tensor.
+    """
+    import torch
+
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}")
+    arrays = {}
+    for name, tensor in content.items():
+        kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        try:
+            arrays[str(name)] = as_numpy(tensor) if kept else None
+        except ValueError as error:
+            narrow = "; float8 weights are not supported" if "float8" in str(tensor.dtype) else ""
+            raise ValueError(f"{file} has {name!r}: {error}{narrow}") from None
+    return arrays
 
 
 def describe(content: Any) -> str:

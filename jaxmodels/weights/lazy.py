@@ -133,6 +133,15 @@ def pieces(tensor: Any, n_bytes: int, readers: Executor | None = None, ahead: in
         yield reading.popleft().result()
 
 
+def equal(a: Any, b: Any, rows: int = 256) -> bool:
+    """True if two tensors, also of different dtypes, have the same shape and values; compares `rows` rows at a time."""
+    if tuple(a.shape) != tuple(b.shape) or not a.shape:
+        return tuple(a.shape) == tuple(b.shape) and bool(read(a) == read(b))
+    parts = (slice(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows))
+    indices = ((part, *whole(a.shape[1:])) for part in parts)
+    return all(np.array_equal(read(a, index), read(b, index)) for index in indices)
+
+
 def nbytes(tensor: Tensor) -> int:
     """Size of a tensor in bytes."""
     return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize

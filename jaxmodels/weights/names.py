@@ -274,7 +274,7 @@ def bfloat16_as_numpy(tensor: Any) -> np.ndarray:
     """Convert a bfloat16 tensor to an array of ml_dtypes.bfloat16."""
     import torch
 
-    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def as_tensor(array: np.ndarray) -> Any:

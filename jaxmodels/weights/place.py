@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.weights.lazy import Cast, Index, Layer, Stacked, Transposed, bounded, copy, read
 from jaxmodels.weights.names import (
-    ConversionError,
     Entry,
     Model,
     Path,
@@ -35,8 +35,8 @@ def load_tensors(
 
     model: may be abstract. dtype: cast floating tensors; default their own. shardings: function of an array's path
     ("encoder.layers.0.norm_ff.scale") and shape to its Sharding; each device's slice is read separately, one slice at a
-    time in host memory. Default: the default device. what: name for the progress bar. Raises like `from_torch`, and
-    ConversionError if the layers of a stacked array differ in dtype and `dtype` is None.
+    time in host memory. Default: the default device. what: name for the progress bar. Layers of different dtypes are
+    stacked in the narrowest dtype that holds the values of all of them. Raises like `from_torch`.
     """
     if dtype is not None:
         check_floating(dtype)
@@ -47,9 +47,9 @@ def load_tensors(
         if dtype is not None and is_floating(tensor.dtype):
             tensor = Cast(tensor, np.dtype(dtype), entry.key)
         parts[entry.path].append(Transposed(tensor) if entry.transposed else tensor)
-    mixed = [dotted(path) for path, same in parts.items() if len({np.dtype(part.dtype) for part in same}) > 1]
-    if mixed:
-        raise ConversionError({"of several dtypes (choose one with dtype)": mixed})
+    for path, same in parts.items():
+        wide = functools.reduce(jnp.promote_types, {np.dtype(part.dtype) for part in same})
+        parts[path] = [part if part.dtype == wide else Cast(part, np.dtype(wide), dotted(path)) for part in same]
     whole = {path: same[0] if stacked_at(path) is None else Stacked(same) for path, same in parts.items()}
     leaves = {}
     with progress_bar(f"reading {what}", whole.values()) as advance:

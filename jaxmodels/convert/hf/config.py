@@ -1,6 +1,7 @@
 """config.json of GPT-NeoX in the format of `transformers`: conversion to and from `NeoXConfig`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,21 @@ KEYS: tuple[tuple[str, str, Any], ...] = (
     ("tied", "tie_word_embeddings", False),
     ("max_len", "max_position_embeddings", 2_048),
 )
+# Names of transformers for the two forms of GELU.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
+    "gelu_accurate": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+# Key in `rope_parameters` or `rope_scaling`, the older key, field of NeoXConfig, default.
+ROTARY: tuple[tuple[str, str, str, float], ...] = (
+    ("partial_rotary_factor", "rotary_pct", "rope_percentage", 0.25),
+    ("rope_theta", "rotary_emb_base", "rope_base", 10_000.0),
+)
 DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 2}  # transformers' defaults of absent keys
 END_OF_TEXT = {"bos_token_id": 0, "eos_token_id": 0}  # <|endoftext|>, for checkpoints that store no token ids
 
@@ -42,23 +51,30 @@ def read_hf_json(file: Path) -> dict[str, Any]:
 
 
 def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
-    """Configuration in a config.json, and a note on its activation.
+    """Configuration in a config.json, as transformers reads it, and notes on its activation and on unusual values.
 
-    Raises ValueError, naming the file, if it is not GPT-NeoX's or has a setting that is not supported.
+    Numbers may be strings; null means an absent key. Raises ValueError, naming the file and the key, if it is not
+    GPT-NeoX's or has a setting that is not supported.
     """
     content = read_hf_json(file)
-    found: dict[str, Any] = {field: content.get(key, absent) for field, key, absent in KEYS}
-    missing = [key for field, key, absent in KEYS if absent is None and found[field] is None]
+    notes: list[str] = []
+    kinds = {field.name: field.type for field in dataclasses.fields(NeoXConfig)}
+    found: dict[str, Any] = {}
+    missing = []
+    for field, key, absent in KEYS:
+        value = content.get(key, absent)
+        if value is not None:
+            found[field] = checked(file, key, value, kinds[field], notes)
+        elif absent is None:
+            missing.append(key)
+        elif key == "intermediate_size":
+            notes.append(f"{key} null in config.json means 4 · hidden_size")
+        else:
+            found[field] = absent
+            notes.append(f"{key} null in config.json means {absent}, the default")
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    rope = content.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{file} has rope_parameters {rope!r}, which is not a JSON object")
-    scaling = content.get("rope_scaling") or rope
-    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ValueError(f"{file} has scaled rotary embeddings ({scaling}); supported is rope_type 'default'")
-    found["rope_percentage"] = rope.get("partial_rotary_factor", content.get("rotary_pct", 0.25))
-    found["rope_base"] = rope.get("rope_theta", content.get("rotary_emb_base", 10_000.0))
+    found |= rotary(file, content, notes)
     activation = content.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{file} has hidden_act {activation!r}; supported are {', '.join(ACTIVATIONS)}")
@@ -68,7 +84,57 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
         config = NeoXConfig(**found, activation=ACTIVATIONS[activation])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
-    return config, [f"hidden_act {activation!r} in config.json means {config.activation} here"]
+    return config, [f"hidden_act {activation!r} in config.json means {config.activation} here", *notes]
+
+
+def rotary(file: Path, content: Mapping[str, Any], notes: list[str]) -> dict[str, float]:
+    """Fields of the rotary embedding; appends notes on keys that transformers does not read."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if content.get(key) is not None and not isinstance(content[key], dict):
+            raise ValueError(f"{file} has {key} {content[key]!r}, which is not a JSON object")
+    where = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
+    rope = {key: value for key, value in (content.get(where) or {}).items() if value is not None}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{file} has scaled rotary embeddings ({where} {rope}); supported is rope_type 'default'")
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{file} has {where} for each of {', '.join(nested)}; supported is one for all layers")
+    fields = {}
+    for key, older, field, default in ROTARY:
+        used, value = next(
+            ((name, held[name]) for name, held in ((key, rope), (older, content)) if held.get(name) is not None),
+            (key, default),
+        )
+        fields[field] = checked(file, used, value, float, notes)
+        if content.get(key) is not None and content[key] != value:
+            notes.append(f"{key} {content[key]!r} in config.json is not read, as by transformers; it is {value}")
+    return fields
+
+
+def checked(file: Path, key: str, value: Any, kind: Any, notes: list[str]) -> Any:
+    """Value of a key as the type of its field; appends a note if it was a string.
+
+    Raises ValueError, naming file and key, if it is of another type.
+    """
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{file} has {key} {value!r}; expected true or false")
+        return value
+    if kind in (str, str | None):
+        if not isinstance(value, str):
+            raise ValueError(f"{file} has {key} {value!r}; expected a string")
+        return value
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    whole = kind is not float
+    if number is None or not math.isfinite(number) or (whole and not number.is_integer()):
+        raise ValueError(f"{file} has {key} {value!r}; expected {'an integer' if whole else 'a number'}")
+    if isinstance(value, str):
+        notes.append(f"{key} in config.json is the string {value!r}, read as a number")
+    return int(number) if whole else number
 
 
 def hf_config(config: NeoXConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,6 +153,7 @@ def hf_config(config: NeoXConfig, dtype: str, token_ids: Mapping[str, Any]) -> d
             "partial_rotary_factor": config.rope_percentage,
         },
         "attention_bias": True,
-        "torch_dtype": dtype,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the key's name before transformers 4.56
         **token_ids,
     }

@@ -1,19 +1,22 @@
 """Names of the tensors in files of `transformers`; the table itself is in `jaxmodels.convert.neox.layout`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import named
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.neox.sequential import is_buffer
+from jaxmodels.weights.lazy import equal
 
+BASE = "gpt_neox."  # prefix of all tensors but the readout; absent in files of GPTNeoXModel
 READOUT = "embed_out.weight"
 READOUT_ALIAS = "lm_head.weight"  # its name in memory since transformers 5.14
-BUFFER = re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$")
+BUFFER = re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
+# Buffers that are neither parameters nor compared with the configuration.
+IGNORED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|attention\.norm_factor)")
+ADAPTER = re.compile(r".*\.(lora_[A-Z]\w*|lora_magnitude_vector|base_layer|modules_to_save|original_module)\..*")
 
 
 def twin_names(stored: Mapping[str, Any], config: NeoXConfig, where: str) -> dict[str, Any]:
@@ -21,16 +24,45 @@ def twin_names(stored: Mapping[str, Any], config: NeoXConfig, where: str) -> dic
 
     where: file or folder, for errors. Raises ValueError if a buffer contradicts the configuration.
     """
-    held = dict(stored)
-    if READOUT_ALIAS in held and READOUT not in held:
-        held[READOUT] = held.pop(READOUT_ALIAS)
-    table = held.get(hf_name("embedding.emb.weight"))
-    if config.tied and table is not None and READOUT in held and np.array_equal(held[READOUT], table):
+    held = with_base(stored)
+    table, readout, alias = (held.get(name) for name in (hf_name("embedding.emb.weight"), READOUT, READOUT_ALIAS))
+    if alias is not None and (readout is None or equal(alias, readout)):
+        readout = held[READOUT] = held.pop(READOUT_ALIAS)
+    if config.tied and table is not None and readout is not None and equal(readout, table):
         held.pop(READOUT)
-    for name in [name for name in held if BUFFER.fullmatch(name)]:
-        try:
-            is_buffer(name, held.pop(name), config)  # raises if it contradicts the configuration
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+    for name in list(held):
+        if BUFFER.fullmatch(name):
+            try:
+                is_buffer(name, held.pop(name), config)  # raises if it contradicts the configuration
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        elif IGNORED.fullmatch(name):
+            held.pop(name)
     twins = {hf_name(key): key for key in named(config)}
     return {twins.get(name, name): tensor for name, tensor in held.items()}
+
+
+def with_base(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors with the prefix `gpt_neox.`, which files of GPTNeoXModel alone do not have."""
+    if (
+        any(name.startswith(BASE) for name in stored)
+        or hf_name("embedding.emb.weight").removeprefix(BASE) not in stored
+    ):
+        return dict(stored)
+    return {name if name in (READOUT, READOUT_ALIAS) else BASE + name: tensor for name, tensor in stored.items()}
+
+
+def known_names(config: NeoXConfig) -> Callable[[str], bool]:
+    """Function that is True for the name of a tensor of the model, with or without `gpt_neox.`."""
+    names = {hf_name(key) for key in named(config)} | {READOUT, READOUT_ALIAS}
+    return (names | {name.removeprefix(BASE) for name in names}).__contains__
+
+
+def check_no_adapter(names: Iterable[str], where: str) -> None:
+    """Raises ValueError, beginning with `where`, if tensors are those of an adapter or of layers that have one."""
+    found = [name for name in names if ADAPTER.fullmatch(name)]
+    if found:
+        raise ValueError(
+            f"{where} has layers with adapter weights of PEFT ({found[0]}); merge them with merge_and_unload(), and "
+            "save the model again"
+        )

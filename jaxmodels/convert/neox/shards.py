@@ -1,18 +1,15 @@
 """Files of a GPT-NeoX checkpoint: find them, check that they are complete, open them without reading values."""
 
 import dataclasses
-import functools
 import re
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmodels.io.torch_files import describe, read_pt
-from jaxmodels.weights.lazy import Index, copy
-from jaxmodels.weights.names import as_numpy, is_floating
+from jaxmodels.io.torch_files import as_arrays, describe, read_pt
+from jaxmodels.weights.names import is_floating
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -86,9 +83,8 @@ def open_step(step: Path) -> Shards:
         absent = [layer_file(layer, rank) for layer in layers for rank in range(ranks) if (layer, rank) not in found]
         if absent:
             raise ValueError(f"{step} has files of {ranks} model-parallel ranks, but lacks {', '.join(absent[:5])}")
-        cached = functools.lru_cache(maxsize=ranks)(tensors_in)
         shards = {
-            layer: [Shard(found[layer, r], opened(found[layer, r], cached)) for r in range(ranks)] for layer in layers
+            layer: [Shard(found[layer, r], tensors_in(found[layer, r])) for r in range(ranks)] for layer in layers
         }
         return Shards(step, "layer files", shards)
 
@@ -96,11 +92,10 @@ def open_step(step: Path) -> Shards:
     absent = [f"mp_rank_{rank:02}_model_states.pt" for rank in range(max(files, default=0)) if rank not in files]
     if absent or not files:
         raise ValueError(f"{step} lacks {', '.join(absent[:5]) or 'layer_*-model_*-model_states.pt'}")
-    cached = functools.lru_cache(maxsize=len(files))(module_in)
     by_layer: dict[int, list[Shard]] = {}
     for rank, file in sorted(files.items()):
         split: dict[int, dict[str, Any]] = {}
-        for name, tensor in opened(file, cached).items():
+        for name, tensor in module_in(file).items():
             match = SEQUENTIAL.fullmatch(name)
             if match is None:
                 raise ValueError(f"{file} has {name!r} in its module; expected sequential.XX.NAME")
@@ -131,40 +126,9 @@ def matching(step: Path, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path
     return found
 
 
-Reader = Callable[[Path], Mapping[str, Any]]
-
-
-def opened(file: Path, reader: Reader) -> dict[str, Any]:
-    """Tensors of a file: memory-mapped, or lazy ones that read it again if it is not a zip and cannot be mapped.
-
-    reader: function that reads a file, with a cache of one file per rank.
-    """
-    tensors = reader(file)
-    if zipfile.is_zipfile(file):
-        return dict(tensors)
-    return {
-        name: tensor if tensor is None else InOldFile(file, name, tensor.shape, tensor.dtype, reader)
-        for name, tensor in tensors.items()
-    }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class InOldFile:
-    """Lazy tensor in a file of the format before torch 1.6, which cannot be memory-mapped."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    reader: Reader
-
-    def read_into(self, out: np.ndarray, index: Index) -> None:
-        copy(out, self.reader(self.file)[self.name][index])
-
-
 def tensors_in(file: Path) -> dict[str, Any]:
     """Arrays of a layer file, which is a state_dict."""
-    return as_arrays(file, read_pt(file))
+    return floating_arrays(file, read_pt(file))
 
 
 def module_in(file: Path) -> dict[str, Any]:
@@ -172,27 +136,13 @@ def module_in(file: Path) -> dict[str, Any]:
     content = read_pt(file, numpy_globals())
     if not isinstance(content, Mapping) or "module" not in content:
         raise ValueError(f"{file} has no entry 'module'; it holds {describe(content)}")
-    return as_arrays(file, content["module"])
+    return floating_arrays(file, content["module"])
 
 
-def as_arrays(file: Path, content: Any) -> dict[str, Any]:
-    """Arrays of a state_dict; None for what is not a floating tensor (TransformerEngine's extra state).
-
-    Raises ValueError, naming the file, if NumPy cannot represent a tensor.
-    """
-    import torch
-
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}")
-    arrays = {}
-    for name, tensor in content.items():
-        kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        try:
-            array = as_numpy(tensor) if kept else None
-        except ValueError as error:
-            raise ValueError(f"{file} has {name!r}: {error}") from None
-        arrays[str(name)] = array if array is not None and is_floating(array.dtype) else None
-    return arrays
+def floating_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
+    """Arrays of a state_dict; None for what is not a floating tensor (TransformerEngine's extra state)."""
+    arrays = as_arrays(file, content)
+    return {name: array if array is not None and is_floating(array.dtype) else None for name, array in arrays.items()}
 
 
 def numpy_globals() -> list[Any]:

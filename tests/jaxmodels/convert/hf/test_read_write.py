@@ -127,19 +127,6 @@ def test_older_and_newer_rotary_keys(tmp_path, keys):
     assert (theirs["partial_rotary_factor"], theirs["rope_theta"]) == expected
 
 
-@pytest.mark.parametrize(
-    ("said", "means"),
-    [("gelu", "gelu"), ("gelu_python", "gelu"), ("gelu_fast", "gelu_tanh"), ("gelu_new", "gelu_tanh")],
-)
-def test_activations_are_what_transformers_computes(tmp_path, said, means):
-    folder = hf_folder(tmp_path)
-    edit_config(folder, hidden_act=said)
-    assert open_hf(folder).config.activation == means
-    x = torch.linspace(-4, 4, 1001, dtype=torch.float64)
-    exact = torch.nn.functional.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[means])
-    assert (transformers.activations.ACT2FN[said](x) - exact).abs().max() < 1e-7  # gelu_fast has a constant of 8 digits
-
-
 def test_masks_and_frequencies_of_older_files_are_skipped(tmp_path):
     state = write(tmp_path / "source", 1)
     write_hf(open_neox(tmp_path / "source"), tmp_path / "hf")
@@ -152,7 +139,7 @@ def test_masks_and_frequencies_of_older_files_are_skipped(tmp_path):
     edit_tensors(tmp_path / "hf", lambda tensors: tensors | extra)
     assert_holds(load_hf(tmp_path / "hf"), state)
     edit_tensors(tmp_path / "hf", lambda tensors: tensors | {f"{at}rotary_emb.inv_freq": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"hf: .*inv_freq=.*base=9000\b"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*inv_freq=.*base=9000\b"):
         load_hf(tmp_path / "hf")
 
 
@@ -175,14 +162,14 @@ def test_a_tied_readout_that_is_stored_must_be_the_embedding(tmp_path):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
         ({"rope_parameters": "default"}, "config.json has rope_parameters 'default'"),
-        ({"rope_parameters": {"rope_theta": "many"}}, "config.json: "),
+        ({"rope_parameters": {"rope_theta": "many"}}, "config.json has rope_theta 'many'"),
         ({"hidden_act": ["gelu"]}, "config.json has hidden_act ['gelu']"),
         ({"hidden_act": {"gelu": 1}}, "config.json has hidden_act {'gelu': 1}"),
-        ({"hidden_size": {"a": 1}}, "config.json: n_hidden={'a': 1}"),
-        ({"hidden_size": [120]}, "config.json: n_hidden=[120]"),
-        ({"hidden_size": "120"}, "config.json: n_hidden='120'"),
-        ({"num_hidden_layers": True}, "config.json: n_layers=True"),
-        ({"tie_word_embeddings": "false"}, "config.json: tied='false'"),
+        ({"hidden_size": {"a": 1}}, "config.json has hidden_size {'a': 1}"),
+        ({"hidden_size": [120]}, "config.json has hidden_size [120]"),
+        ({"hidden_size": "wide"}, "config.json has hidden_size 'wide'"),
+        ({"num_hidden_layers": True}, "config.json has num_hidden_layers True"),
+        ({"tie_word_embeddings": "false"}, "config.json has tie_word_embeddings 'false'"),
         ({"num_attention_heads": 7}, "config.json: n_hidden=120"),
         ({"num_hidden_layers": 4}, "missing gpt_neox.layers.3.input_layernorm.weight"),
         ({"num_hidden_layers": 2}, "unexpected gpt_neox.layers.2.input_layernorm.weight"),
@@ -202,13 +189,6 @@ def test_a_configuration_that_is_none(tmp_path, content):
     folder = hf_folder(tmp_path)
     (folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json\b"):
-        open_hf(folder)
-
-
-def test_a_folder_without_safetensors_says_what_it_has(tmp_path):
-    folder = hf_folder(tmp_path)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"hf .*model\.safetensors.*pytorch_model\.bin"):
         open_hf(folder)
 
 

@@ -1,0 +1,145 @@
+"""Weights in a folder as transformers writes them: safetensors or PyTorch files, single or in shards, and variants.
+
+    model.safetensors                    before an index, also one of other files
+    model.safetensors.index.json         {"metadata": {}, "weight_map": {tensor: file}}, tensors in shards
+    pytorch_model.bin
+    pytorch_model.bin.index.json
+
+The first that exists is read, as transformers does. A variant has its name in the file's: model.fp16.safetensors,
+model.safetensors.index.fp16.json.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxmodels.io.checkpoint import read_json
+from jaxmodels.io.safetensors import read_file
+from jaxmodels.io.torch_files import read_tensors
+from jaxmodels.weights.prefixes import shown
+
+SINGLE, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
+NAME = re.compile(r"(?:model\.(?:(.+)\.)?safetensors|pytorch_model\.(?:(.+)\.)?bin)")
+INDEX_NAME = re.compile(r"(?:model\.safetensors|pytorch_model\.bin)\.index\.(?:(.+)\.)?json")
+SHARD = re.compile(r"-\d+-of-\d+\.")  # model-00001-of-00002.fp16.safetensors, or with the variant before the number
+OTHERS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt")
+
+
+class Weights(NamedTuple):
+    """Tensors of a folder by name, memory-mapped.
+
+    file: the file or index that was read. files: the file of each tensor, also of those that the index names and that
+    are absent.
+    """
+
+    tensors: dict[str, Any]
+    file: Path
+    files: Mapping[str, Path]
+    notes: list[str]
+
+
+def read_pretrained(folder: Path, variant: str | None = None, name: str | None = None) -> Weights:
+    """Read the weights of a folder.
+
+    variant: such as 'fp16'; default: none, or the only one if all files are of a variant. name: a file or index, as the
+    key `transformers_weights` of a config.json gives it.
+
+    Raises ValueError, naming the file, if there are no weights, or if a file is missing, damaged or not supported.
+    """
+    file, notes = weights_file(folder, variant) if name is None else (inside(folder, name, folder), [])
+    if file.suffix == ".json":
+        return read_shards(folder, file, notes)
+    tensors = read_one(file, notes)
+    return Weights(tensors, file, dict.fromkeys(tensors, file), notes)
+
+
+def weights_file(folder: Path, variant: str | None) -> tuple[Path, list[str]]:
+    """File or index to read, with notes on the choice; raises ValueError if there is none."""
+    notes = []
+    held = variants(folder)
+    if variant is None and None not in held and len(held) == 1:
+        variant = next(iter(held))
+        notes.append(f"all files are of the variant {variant!r}, which was read")
+    if variant in held:
+        file = held[variant]
+        index = with_variant(file.name + INDEX, variant)
+        if file.suffix != ".json" and (folder / index).is_file():
+            notes.append(f"{file.name} was read; {index} is ignored, as by transformers")
+        return file, notes
+    wanted = "neither model.safetensors nor pytorch_model.bin, nor an index of one"
+    if variant is not None:
+        wanted = f"no weights of variant={variant!r}"
+    others = [f"variant={other!r}" for other in held if other is not None]
+    others += ["weights without a variant"] if variant is not None and None in held else []
+    if not held:
+        others = sorted({file.name for pattern in OTHERS for file in folder.glob(pattern)})[:3]
+    raise ValueError(f"{folder} has {wanted}" + (f"; it has {', '.join(others)}" if others else ""))
+
+
+def variants(folder: Path) -> dict[str | None, Path]:
+    """File or index that is read for each variant in a folder; None is the key of weights without a variant."""
+    found = set()
+    for path in folder.iterdir():
+        match = NAME.fullmatch(path.name) or INDEX_NAME.fullmatch(path.name)
+        if match is not None and path.is_file() and not SHARD.search(path.name):
+            found.add(next((group for group in match.groups() if group), None))
+    held = {}
+    for variant in sorted(found, key=str):
+        order = [with_variant(single + end, variant) for single in SINGLE for end in ("", INDEX)]
+        held[variant] = folder / next(name for name in order if (folder / name).is_file())
+    return held
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """File name of a variant: model.fp16.safetensors, model.safetensors.index.fp16.json."""
+    if variant is None:
+        return name
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
+
+
+def read_one(file: Path, notes: list[str]) -> dict[str, Any]:
+    """Tensors of one file; appends notes."""
+    if file.suffix == ".safetensors":
+        return dict(read_file(file))
+    tensors, found = read_tensors(file)
+    notes += found
+    return dict(tensors)
+
+
+def read_shards(folder: Path, index: Path, notes: list[str]) -> Weights:
+    """Tensors of all files of an index, in the order of their names, as transformers reads them.
+
+    Tensors that the index does not name are read too; of several with one name, that in the last file is kept.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of tensors to files")
+    if not weight_map:
+        raise ValueError(f"{index} has an empty weight_map")
+    tensors: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for name in sorted(set(weight_map.values())):
+        file = inside(folder, name, index)
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist, though {index.name} names it")
+        held = read_one(file, notes)
+        tensors |= held
+        places |= dict.fromkeys(held, name)
+    unlisted = sorted(places.keys() - weight_map.keys())
+    moved = sorted(key for key in places.keys() & weight_map.keys() if places[key] != weight_map[key])
+    if unlisted:
+        notes.append(f"{len(unlisted)} tensors in the files are not in {index.name}: {shown(unlisted)}")
+    if moved:
+        notes.append(f"{len(moved)} tensors were read from another file than {index.name} names: {shown(moved)}")
+    return Weights(tensors, index, {key: folder / name for key, name in (weight_map | places).items()}, notes)
+
+
+def inside(folder: Path, name: str, where: Path) -> Path:
+    """Path of a file in a folder; raises ValueError, beginning with `where`, if the name leads out of it."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise ValueError(f"{where} names {name!r}, which is not a file in this folder")
+    return folder / path
