@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": Command("jaxmodels.neox.generate", "continue a prompt with a GPT-NeoX checkpoint"),
     "neighbors": Command("jaxmodels.retro.retrieval.command", "print the nearest chunks of a RETRO index for a text"),
     "evaluate": Command("jaxmodels.training.evaluate", "loss, perplexity and bits per byte of a model on a text"),
+    "lm-eval": Command("jaxmodels.scoring.lm_eval", "tasks of lm-evaluation-harness, with lm-eval's own arguments"),
     "sample": Command("jaxmodels.training.sample", "write text with the model of a training run"),
     "tokenize": Command("jaxmodels.training.tokenize", "encode a text once, for training"),
     "plot": Command("jaxmodels.training.plot", "draw the loss curves of training runs"),

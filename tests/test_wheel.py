@@ -18,6 +18,7 @@ SUBCOMMANDS = (
     "generate",
     "neighbors",
     "evaluate",
+    "lm-eval",
     "sample",
     "tokenize",
     "plot",
