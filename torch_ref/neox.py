@@ -1,7 +1,7 @@
 """GPT-NeoX (arXiv 2204.06745), batch-first, with the attribute names of the original's layers.
 
-Axes: B batch, S sequence, H heads, D = n_hidden = H·d_k features, F hidden features of the feed-forward network, V
-vocabulary. In einsums: b batch, i query, j key, h head, d feature. A config is any object with the fields of
+Axes: B batch, S sequence, H heads, K heads of keys and values, D = n_hidden = H·d_k features, F hidden features of the
+feed-forward network, V vocabulary. In einsums: b batch, i query, j key, h head, d feature. A config is any object with the fields of
 `jaxmodels.neox.NeoXConfig`.
 """
 
@@ -25,21 +25,34 @@ class Embedding(nn.Module):
         return self.emb(ids)
 
 
+def norm(config: Any) -> nn.Module:
+    """LayerNorm, or RMSNorm: x / √(mean x² + ε) times a weight."""
+    kind = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.norm]
+    return kind(config.n_hidden, eps=config.layer_norm_eps)
+
+
 class Attention(nn.Module):
-    """Rotary attention over H heads; each head's query, key and value lie side by side in `qkv_lin`'s output."""
+    """Rotary attention over H heads; H/K of them share each of the K heads of keys and values.
+
+    In `qkv_lin`'s output each of the K keys lies after the queries that share it and before its value.
+    """
 
     def __init__(self, config: Any):
         super().__init__()
-        self.heads, self.d_k = config.n_heads, config.n_hidden // config.n_heads
+        self.d_k = config.n_hidden // config.n_heads
+        self.kv_heads = config.n_heads if config.n_kv_heads is None else config.n_kv_heads
+        self.group = config.n_heads // self.kv_heads
         self.d_rope = rotary_width("rope_percentage", config.rope_percentage, self.d_k)
         self.base = config.rope_base
-        self.qkv_lin = nn.Linear(config.n_hidden, 3 * config.n_hidden)
-        self.output = nn.Linear(config.n_hidden, config.n_hidden)
+        d_qkv = config.n_hidden + 2 * self.kv_heads * self.d_k
+        self.qkv_lin = nn.Linear(config.n_hidden, d_qkv, bias=config.attention_bias)
+        self.output = nn.Linear(config.n_hidden, config.n_hidden, bias=config.attention_bias)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """x [B, S, D], positions [B, S], mask [B, S, S] (True = may attend) -> [B, S, D]."""
-        qkv = self.qkv_lin(x).unflatten(-1, (self.heads, 3 * self.d_k))
-        q, k, v = qkv.split(self.d_k, dim=-1)  # [B, S, H, d_k]
+        qkv = self.qkv_lin(x).unflatten(-1, (self.kv_heads, self.group + 2, self.d_k))  # [B, S, K, H/K + 2, d_k]
+        q, k, v = (a.flatten(2, 3) for a in qkv.split((self.group, 1, 1), dim=3))  # [B, S, H or K, d_k]
+        k, v = (a.repeat_interleave(self.group, dim=2) for a in (k, v))  # [B, S, H, d_k]
         cos, sin = rotary_tables(positions, self.d_rope, self.base, torch.promote_types(x.dtype, torch.float32))
         q, k = (rotate(a, cos[:, :, None], sin[:, :, None]) for a in (q, k))
         dtype = torch.promote_types(x.dtype, torch.float32)  # the largest float16 is 65,504
@@ -54,8 +67,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         width = 4 * config.n_hidden if config.n_ff is None else config.n_ff
-        self.dense_h_h4 = nn.Linear(config.n_hidden, width)
-        self.dense_h4_h = nn.Linear(width, config.n_hidden)
+        self.dense_h_h4 = nn.Linear(config.n_hidden, width, bias=config.ffn_bias)
+        self.dense_h4_h = nn.Linear(width, config.n_hidden, bias=config.ffn_bias)
         self.approximate = {"gelu": "none", "gelu_tanh": "tanh"}[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,8 +81,8 @@ class Block(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.parallel_residual = config.parallel_residual
-        self.pre_ln_attn = nn.LayerNorm(config.n_hidden, eps=config.layer_norm_eps)
-        self.pre_ln_ffn = nn.LayerNorm(config.n_hidden, eps=config.layer_norm_eps)
+        self.pre_ln_attn = norm(config)
+        self.pre_ln_ffn = norm(config)
         self.attention = Attention(config)
         self.ffn = FeedForward(config)
 
@@ -82,11 +95,11 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The last LayerNorm."""
+    """The last norm."""
 
     def __init__(self, config: Any):
         super().__init__()
-        self.ln = nn.LayerNorm(config.n_hidden, eps=config.layer_norm_eps)
+        self.ln = norm(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.ln(x)

@@ -1,7 +1,7 @@
 """Layers of GPT-NeoX: embedding, attention, feed-forward network, the block around them, readout.
 
-Axes: B batch, S sequence, N cache slots, H heads, D = n_hidden = H·d_k features, F hidden features of the feed-forward
-network, V vocabulary, L layers.
+Axes: B batch, S sequence, N cache slots, H heads, K heads of keys and values, D = n_hidden = H·d_k features, F hidden
+features of the feed-forward network, V vocabulary, L layers.
 """
 
 import functools
@@ -41,6 +41,22 @@ class Linear(nnx.Linear):
         super().__init__(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
+class RMSNorm(nnx.RMSNorm):
+    """x / √(mean x² + ε) times a scale, over the last axis, as `torch.nn.RMSNorm`.
+
+    dtype: of the result; by default the widest of input and parameters. The mean square is float32 at least.
+    """
+
+    def __init__(self, d_model: int, epsilon: float, dtype: Any = None, *, rngs: nnx.Rngs):
+        super().__init__(d_model, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+def norm(config: NeoXConfig, *, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
+    """The kind of norm that a configuration names."""
+    kind = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[config.norm]
+    return kind(config.n_hidden, config.layer_norm_eps, config.dtype, rngs=rngs)
+
+
 def input_std(config: NeoXConfig) -> float:
     """Initial standard deviation of weights that read the residual stream: √(2/5D)."""
     return math.sqrt(2 / (5 * config.n_hidden))
@@ -68,25 +84,36 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Rotary attention over H heads; the output of `qkv_lin` is [H, (query, key, value), d_k], flattened."""
+    """Rotary attention over H heads; H/K of them share each of the K heads of keys and values.
+
+    The output of `qkv_lin` is [K, (H/K queries, key, value), d_k], flattened; with K = H, the default, [H, (query, key,
+    value), d_k].
+    """
 
     def __init__(self, config: NeoXConfig, *, rngs: nnx.Rngs):
-        d = config.n_hidden
-        self.heads, self.d_k = config.n_heads, config.d_k
-        self.qkv_lin = Linear(d, 3 * d, input_std(config), config.dtype, rngs=rngs)
-        self.output = Linear(d, d, output_std(config), config.dtype, rngs=rngs)
+        d, bias = config.n_hidden, config.attention_bias
+        self.heads, self.kv_heads, self.d_k = config.n_heads, config.kv_heads, config.d_k
+        self.qkv_lin = Linear(d, config.d_qkv, input_std(config), config.dtype, bias, rngs=rngs)
+        self.output = Linear(d, d, output_std(config), config.dtype, bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, rotary: Tables, plain: bool = False) -> jax.Array:
         """x [B, S, D] -> [B, S, D]. plain: compute the whole score matrix."""
         query, key, value = self.project(x, rotary)
+        key, value = self.repeat(key), self.repeat(value)  # [B, S, H, d_k]
         y = plain_attention(query, key, value) if plain else causal_attention(query, key, value)  # [B, S, H, d_k]
         return self.output(y.reshape(x.shape))
 
     def project(self, x: jax.Array, rotary: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, S, D] -> rotated query, rotated key, and value, each [B, S, H, d_k]."""
-        qkv = self.qkv_lin(x).reshape(*x.shape[:2], self.heads, 3 * self.d_k)  # [B, S, H, 3·d_k]
-        query, key, value = jnp.split(constrain(qkv, "BSHK"), 3, axis=-1)
+        """x [B, S, D] -> rotated query [B, S, H, d_k]; rotated key and value, each [B, S, K, d_k]."""
+        group = self.heads // self.kv_heads
+        qkv = self.qkv_lin(x).reshape(*x.shape[:2], self.kv_heads, (group + 2) * self.d_k)  # [B, S, K, (H/K + 2)·d_k]
+        query, key, value = jnp.split(constrain(qkv, "BSHK"), (group * self.d_k, (group + 1) * self.d_k), axis=-1)
+        query = query.reshape(*x.shape[:2], self.heads, self.d_k)  # [B, S, H, d_k]
         return rotate(query, *rotary), rotate(key, *rotary), value
+
+    def repeat(self, x: jax.Array) -> jax.Array:
+        """Keys or values [B, S, K, d_k] -> [B, S, H, d_k], a copy for each of the heads that share them."""
+        return x if self.kv_heads == self.heads else jnp.repeat(x, self.heads // self.kv_heads, axis=2)
 
     def decode(
         self, x: jax.Array, rotary: Tables, cache: dict[str, jax.Array], positions: jax.Array | None
@@ -96,13 +123,17 @@ class Attention(nnx.Module):
         positions: from `Cache.positions`; None if the cache is empty.
         """
         query, key, value = self.project(x, rotary)
-        new = {"key": transpose_heads(key), "value": transpose_heads(value)}  # [B, H, S, d_k]
+        new = {"key": transpose_heads(key), "value": transpose_heads(value)}  # [B, K, S, d_k]
         cache = {name: write(cache[name], array, positions) for name, array in new.items()}
         if positions is None:
-            y = causal_attention(query, key, value)  # [B, S, H, d_k]
+            y = causal_attention(query, self.repeat(key), self.repeat(value))  # [B, S, H, d_k]
         else:
-            scores = dot_product_scores(transpose_heads(query), cache["key"], 1 / math.sqrt(self.d_k))  # [B, H, S, N]
-            y = attend(scores, cache["value"], visible(positions, scores.shape[-1]))  # [B, H, S, d_k]
+            # The queries that share a key are rows of one product, so that the cache is read once.
+            query, group = transpose_heads(query), self.heads // self.kv_heads  # [B, H, S, d_k]
+            rows = query.reshape(len(x), self.kv_heads, -1, self.d_k)  # [B, K, H/K·S, d_k]
+            scores = dot_product_scores(rows, cache["key"], 1 / math.sqrt(self.d_k))  # [B, K, H/K·S, N]
+            mask = jnp.tile(visible(positions, scores.shape[-1]), (group, 1))  # [1 or B, 1, H/K·S, N]
+            y = attend(scores, cache["value"], mask).reshape(query.shape)  # [B, H, S, d_k]
             y = transpose_heads(y).astype(x.dtype)  # the cache may have another dtype
         return self.output(y.reshape(x.shape)), cache
 
@@ -119,11 +150,12 @@ def plain_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
 
 
 class FeedForward(nnx.Module):
-    """W₂ gelu(W₁ x + b₁) + b₂."""
+    """W₂ gelu(W₁ x + b₁) + b₂, or without biases."""
 
     def __init__(self, config: NeoXConfig, *, rngs: nnx.Rngs):
-        self.dense_h_h4 = Linear(config.n_hidden, config.d_ff, input_std(config), config.dtype, rngs=rngs)
-        self.dense_h4_h = Linear(config.d_ff, config.n_hidden, output_std(config), config.dtype, rngs=rngs)
+        d, d_ff, bias = config.n_hidden, config.d_ff, config.ffn_bias
+        self.dense_h_h4 = Linear(d, d_ff, input_std(config), config.dtype, bias, rngs=rngs)
+        self.dense_h4_h = Linear(d_ff, d, output_std(config), config.dtype, bias, rngs=rngs)
         self.approximate = config.activation == "gelu_tanh"
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -136,14 +168,14 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """x + attn(LN₁ x) + ffn(LN₂ x); with the sequential residual x ← x + attn(LN₁ x), then x + ffn(LN₂ x).
 
-    The four linear maps (attention.qkv_lin, attention.output, ffn.dense_h_h4, ffn.dense_h4_h) are only called, so that
+    LN is LayerNorm or RMSNorm. The four linear maps (attention.qkv_lin, attention.output, ffn.dense_h_h4, ffn.dense_h4_h) are only called, so that
     other modules may replace them.
     """
 
     def __init__(self, config: NeoXConfig, *, rngs: nnx.Rngs):
         self.parallel_residual = config.parallel_residual
-        self.pre_ln_attn = LayerNorm(config.n_hidden, config.layer_norm_eps, config.dtype, rngs=rngs)
-        self.pre_ln_ffn = LayerNorm(config.n_hidden, config.layer_norm_eps, config.dtype, rngs=rngs)
+        self.pre_ln_attn = norm(config, rngs=rngs)
+        self.pre_ln_ffn = norm(config, rngs=rngs)
         self.attention = Attention(config, rngs=rngs)
         self.ffn = FeedForward(config, rngs=rngs)
 
@@ -167,10 +199,10 @@ class Block(nnx.Module):
 
 
 class FinalNorm(nnx.Module):
-    """LayerNorm after the last block."""
+    """Norm after the last block."""
 
     def __init__(self, config: NeoXConfig, *, rngs: nnx.Rngs):
-        self.ln = LayerNorm(config.n_hidden, config.layer_norm_eps, config.dtype, rngs=rngs)
+        self.ln = norm(config, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.ln(x)

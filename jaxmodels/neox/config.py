@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxmodels.rope import rotary_width
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
+NORMS = ("layernorm", "rmsnorm")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -21,6 +22,10 @@ class NeoXConfig:
     max_len: sequence length of training. Not a limit, as rotary tables are computed for any position.
     dtype: compute dtype; default that of the parameters.
     remat: store only each layer's input, and recompute the rest in the backward pass.
+    norm: 'layernorm', or 'rmsnorm', x / √(mean x² + ε) times a scale; layer_norm_eps is the ε of either.
+    n_kv_heads: number of heads of keys and values (grouped-query attention), a divisor of n_heads; default n_heads,
+        which is stored as None.
+    attention_bias, ffn_bias: biases of the linear maps of attention and feed-forward network.
     Raises ValueError if a value is out of range.
 
     The presets use the tanh GELU, with which 20B and Pythia were trained (`bias_gelu_fusion`). Pythia's config.json in
@@ -41,19 +46,28 @@ class NeoXConfig:
     max_len: int = 2_048
     dtype: str | None = None
     remat: bool = False
+    norm: str = "layernorm"
+    n_kv_heads: int | None = None
+    attention_bias: bool = True
+    ffn_bias: bool = True
 
     def __post_init__(self) -> None:
-        sizes = ["n_vocab", "n_hidden", "n_layers", "n_heads", "max_len"] + (["n_ff"] if self.n_ff is not None else [])
-        for name in sizes:
+        for name in ("n_vocab", "n_hidden", "n_layers", "n_heads", "max_len", "n_ff", "n_kv_heads"):
             size = getattr(self, name)
+            if size is None and name in ("n_ff", "n_kv_heads"):
+                continue
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} must be an integer of at least 1")
-        for name in ("parallel_residual", "tied", "remat"):
+        for name in ("parallel_residual", "tied", "remat", "attention_bias", "ffn_bias"):
             flag = getattr(self, name)
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}={flag!r} must be True or False")
         if self.n_ff == 4 * self.n_hidden:
             object.__setattr__(self, "n_ff", None)  # so that equal models have equal configurations
+        if self.n_kv_heads == self.n_heads:
+            object.__setattr__(self, "n_kv_heads", None)
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
         if self.n_hidden % self.n_heads:
             raise ValueError(f"n_hidden={self.n_hidden} is not divisible by n_heads={self.n_heads}")
         rotary_width("rope_percentage", self.rope_percentage, self.d_k)
@@ -61,6 +75,8 @@ class NeoXConfig:
             raise ValueError(f"rope_base={self.rope_base} must be above 1 and finite")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r} must be one of {', '.join(NORMS)}")
         if not 0 < self.layer_norm_eps < 1:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be between 0 and 1")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -70,6 +86,16 @@ class NeoXConfig:
     def d_k(self) -> int:
         """Number of features of a head."""
         return self.n_hidden // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def d_qkv(self) -> int:
+        """Number of features of all queries, keys and values of a token."""
+        return self.n_hidden + 2 * self.kv_heads * self.d_k
 
     @property
     def d_rope(self) -> int:
@@ -83,9 +109,11 @@ class NeoXConfig:
 
     def parameters(self) -> int:
         """Number of parameters."""
-        d, d_ff = self.n_hidden, self.d_ff
-        layer = 2 * 2 * d + (d + 1) * 3 * d + (d + 1) * d + (d + 1) * d_ff + (d_ff + 1) * d
-        return self.n_layers * layer + 2 * d + (1 if self.tied else 2) * self.n_vocab * d
+        d, d_ff, d_qkv = self.n_hidden, self.d_ff, self.d_qkv
+        norm = 2 * d if self.norm == "layernorm" else d
+        attention = d * d_qkv + d * d + (d_qkv + d if self.attention_bias else 0)
+        ffn = 2 * d * d_ff + (d_ff + d if self.ffn_bias else 0)
+        return self.n_layers * (2 * norm + attention + ffn) + norm + (1 if self.tied else 2) * self.n_vocab * d
 
     @classmethod
     def pythia_14m(cls) -> "NeoXConfig":

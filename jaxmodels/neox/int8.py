@@ -43,17 +43,16 @@ class Int8Linear(nnx.Module):
         if not isinstance(absmax, jax.core.Tracer) and not jnp.isfinite(absmax).all():
             raise ValueError("a linear map has weights beyond float16's ±65,504, or NaN: it cannot be quantized")
         self.kernel, self.absmax = Fixed(kernel), Fixed(absmax)
-        if linear.bias is None:
-            raise ValueError("a linear map without a bias cannot be quantized")
         self.bias = linear.bias
         self.dtype = linear.dtype
         self.threshold = threshold
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., I] -> [..., O], in the compute dtype of the linear map."""
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.bias.dtype)
+        """x [..., I] -> [..., O], in the compute dtype of the linear map; by default the widest of x and bias."""
         y = product(x, self.kernel[...], self.absmax[...], self.threshold)  # [..., O]
-        return (y + self.bias[...]).astype(dtype)
+        if self.bias is None:
+            return y.astype(self.dtype or x.dtype)
+        return (y + self.bias[...]).astype(self.dtype or jnp.promote_types(x.dtype, self.bias.dtype))
 
 
 @jax.jit

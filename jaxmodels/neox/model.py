@@ -175,7 +175,7 @@ class NeoX(nnx.Module):
         check_sizes(max_len=max_len)
         check_decodes(self, r"layers(\.\d+)?(\.attention)?")
         dtype = dtype or self.settings.dtype or float_dtype(self.embedding)
-        shape = (batch, self.settings.n_heads, max_len, self.settings.d_k)
+        shape = (batch, self.settings.kv_heads, max_len, self.settings.d_k)
         layers = [
             {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)} for _ in range(self.settings.n_layers)
         ]
