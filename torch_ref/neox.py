@@ -1,8 +1,8 @@
 """GPT-NeoX (arXiv 2204.06745), batch-first, with the attribute names of the original's layers.
 
 Axes: B batch, S sequence, H heads, K heads of keys and values, D = n_hidden = H·d_k features, F hidden features of the
-feed-forward network, V vocabulary. In einsums: b batch, i query, j key, h head, d feature. A config is any object with the fields of
-`jaxmodels.neox.NeoXConfig`.
+feed-forward network, V vocabulary. In einsums: b batch, i query, j key, h head, d feature. A config is any object with
+the fields of `jaxmodels.neox.NeoXConfig`.
 """
 
 import math

@@ -168,8 +168,8 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """x + attn(LN₁ x) + ffn(LN₂ x); with the sequential residual x ← x + attn(LN₁ x), then x + ffn(LN₂ x).
 
-    LN is LayerNorm or RMSNorm. The four linear maps (attention.qkv_lin, attention.output, ffn.dense_h_h4, ffn.dense_h4_h) are only called, so that
-    other modules may replace them.
+    LN is LayerNorm or RMSNorm. The four linear maps (attention.qkv_lin, attention.output, ffn.dense_h_h4,
+    ffn.dense_h4_h) are only called, so that other modules may replace them.
     """
 
     def __init__(self, config: NeoXConfig, *, rngs: nnx.Rngs):

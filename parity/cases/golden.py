@@ -57,5 +57,6 @@ GOLDEN: dict[str, Make] = {
     "feedback.shared": partial(feedback_model, "FeedbackTransformerKV"),
     "retro.neighbors": retro_model,
     "neox.parallel": neox_model,
+    "neox.variant": partial(neox_model, norm="rmsnorm", n_kv_heads=1, attention_bias=False, ffn_bias=False),
     "neox.sequential": partial(neox_model, parallel_residual=False, activation="gelu_tanh", tied=True),
 }

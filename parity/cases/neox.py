@@ -43,6 +43,14 @@ def sequential(rng: np.random.Generator) -> Pair:
     return pair_of(rng, config, torch_ref.neox.NeoX(config), 73, 3)
 
 
+@case("neox.variant", "NeoX, RMSNorm, 2 heads of keys and values for 6 of queries, no biases in attention")
+def variant(rng: np.random.Generator) -> Pair:
+    config = NeoXConfig(
+        37, 6 * 10, 2, 6, rope_percentage=0.4, n_ff=61, norm="rmsnorm", n_kv_heads=2, attention_bias=False
+    )
+    return pair_of(rng, config, torch_ref.neox.NeoX(config), 31, 3)
+
+
 @case("neox.transformers", "GPTNeoXForCausalLM, 521 characters of the Python documentation; also in 16 bits")
 def real_text(rng: np.random.Generator) -> Pair:
     text = load_corpus("python_docs")[:522]

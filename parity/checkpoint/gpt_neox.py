@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jaxmodels.convert.hf.config import check_expressible
 from jaxmodels.neox import NeoXConfig
 from torch_ref.rope import rotary_tables
 
@@ -13,7 +14,8 @@ class Transformers(nn.Module):
     """transformers' GPTNeoXForCausalLM, with parts and arguments named as in the twins.
 
     Its weights are random; with a folder, weights and configuration are read from there, in a dtype (default: the one
-    that the configuration names). Raises RuntimeError if transformers is not installed.
+    that the configuration names). Raises RuntimeError if transformers is not installed,
+    ValueError if it has no setting for the configuration.
     """
 
     def __init__(self, config: NeoXConfig, folder: str | None = None, dtype: torch.dtype | str = "auto"):
@@ -58,6 +60,7 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None, dtype: torch.dtype |
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error}; pip install transformers") from None
 
+    check_expressible(config)
     sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}  # eager attention has its softmax in float32
     theirs = GPTNeoXConfig(
         vocab_size=config.n_vocab,
@@ -70,6 +73,7 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None, dtype: torch.dtype |
         layer_norm_eps=config.layer_norm_eps,
         tie_word_embeddings=config.tied,
         use_parallel_residual=config.parallel_residual,
+        attention_bias=config.attention_bias,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": config.rope_base,

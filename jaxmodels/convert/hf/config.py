@@ -19,6 +19,7 @@ KEYS: tuple[tuple[str, str, Any], ...] = (
     ("parallel_residual", "use_parallel_residual", True),
     ("layer_norm_eps", "layer_norm_eps", 1e-5),
     ("tied", "tie_word_embeddings", False),
+    ("attention_bias", "attention_bias", True),
     ("max_len", "max_position_embeddings", 2_048),
 )
 # Names of transformers for the two forms of GELU.
@@ -78,8 +79,11 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
     activation = content.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{file} has hidden_act {activation!r}; supported are {', '.join(ACTIVATIONS)}")
-    if content.get("attention_bias", True) is not True:
-        raise ValueError(f"{file} has attention_bias {content['attention_bias']!r}; supported is true")
+    heads = content.get("num_key_value_heads")
+    if heads is not None and checked(file, "num_key_value_heads", heads, int, notes) != found["n_heads"]:
+        raise ValueError(
+            f"{file} has num_key_value_heads {heads!r}; supported is that of num_attention_heads, {found['n_heads']!r}"
+        )
     try:
         config = NeoXConfig(**found, activation=ACTIVATIONS[activation])
     except (TypeError, ValueError) as error:
@@ -137,6 +141,20 @@ def checked(file: Path, key: str, value: Any, kind: Any, notes: list[str]) -> An
     return int(number) if whole else number
 
 
+# What transformers' GPTNeoXConfig has no setting for: field of NeoXConfig, and the value that its model has.
+FIXED: tuple[tuple[str, Any], ...] = (("norm", "layernorm"), ("n_kv_heads", None), ("ffn_bias", True))
+
+
+def check_expressible(config: NeoXConfig) -> None:
+    """Raises ValueError if transformers' GPTNeoXForCausalLM cannot have this configuration."""
+    for field, value in FIXED:
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"{field}={getattr(config, field)!r} cannot be written for transformers, whose GPT-NeoX has {field}="
+                f"{value!r}; write GPT-NeoX's shards or a folder for jaxmodels.load instead"
+            )
+
+
 def hf_config(config: NeoXConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """Inverse of `read_config`; rotary settings are written under the keys of older and newer transformers."""
     settings = {key: value for (field, key, _) in KEYS for value in [dataclasses.asdict(config)[field]]}
@@ -152,7 +170,6 @@ def hf_config(config: NeoXConfig, dtype: str, token_ids: Mapping[str, Any]) -> d
             "rope_theta": config.rope_base,
             "partial_rotary_factor": config.rope_percentage,
         },
-        "attention_bias": True,
         "dtype": dtype,
         "torch_dtype": dtype,  # the key's name before transformers 4.56
         **token_ids,

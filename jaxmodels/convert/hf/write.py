@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmodels.convert.hf.config import END_OF_TEXT, hf_config
+from jaxmodels.convert.hf.config import END_OF_TEXT, check_expressible, hf_config
 from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import Source, model_source
 from jaxmodels.io.atomic import atomic_folder
@@ -18,7 +18,8 @@ from jaxmodels.weights.progress import progress_bar
 def save_hf(model: NeoX, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Write a model for `transformers`, atomically; in files of up to 5 GB, with an index if there are several.
 
-    Raises ValueError like `jaxmodels.save`, or if the model is quantized.
+    Raises ValueError like `jaxmodels.save`, or if the model is quantized, or if transformers has no setting for its
+    configuration: RMSNorm, fewer heads of keys and values, a feed-forward network without biases.
     """
     write_hf(model_source(model), folder, overwrite=overwrite)
 
@@ -27,6 +28,7 @@ def write_hf(
     source: Source, folder: str | os.PathLike, *, overwrite: bool = False, file_bytes: int = FILE_BYTES
 ) -> None:
     """Write an open checkpoint as `save_hf` does; a few megabytes at a time are in memory."""
+    check_expressible(source.config)
     tensors = {hf_name(key): tensor for key, tensor in source.tensors.items()}
     with (
         atomic_folder(folder, overwrite=overwrite) as temporary,

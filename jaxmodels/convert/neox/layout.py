@@ -4,21 +4,26 @@
     global_stepN/mp_rank_YY_model_states.pt           ["module"]["sequential.XX.NAME"], if there are no layer files
 
 XX is 00 for the embedding, 02 … L+1 for the blocks, L+3 for the final norm, L+4 for the readout (absent when tied).
+
+The rows of `query_key_value` are a query, key and value for each head. With fewer heads of keys and values they are all
+queries of the rank, then all its keys, then all its values (GPT-NeoX since November 2024, when that was corrected).
 """
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmodels.neox import NeoXConfig
 from jaxmodels.weights.lazy import Combined, Cut, Joined, read
 
 # Ways to merge the shards of model-parallel ranks.
 VOCABULARY = "rows of the vocabulary"  # concatenated along axis 0, then cut or padded
 READOUT_COLUMNS = "columns of the readout"  # with output_layer_parallelism: row; concatenated along axis 1
 ROWS = "rows"  # concatenated along axis 0
+QKV = "queries, keys and values"  # concatenated along axis 0; see `grouped` for fewer heads of keys and values
 COLUMNS = "columns"  # concatenated along axis 1
 REPLICA = "replica"  # equal on all ranks except for drift: the mean
 ROW_BIAS = "row bias"  # parallel residual: ranks' biases add up in the all-reduce; sequential residual: a replica
@@ -49,8 +54,8 @@ BLOCK = (
     Name("pre_ln_attn.bias", REPLICA, ("input_layernorm.bias",)),
     Name("pre_ln_ffn.weight", REPLICA, ("post_attention_layernorm.weight", "mlp.layer_norm_weight")),
     Name("pre_ln_ffn.bias", REPLICA, ("post_attention_layernorm.bias", "mlp.layer_norm_bias")),
-    Name("attention.qkv_lin.weight", ROWS, ("attention.query_key_value.weight", "attention.qkv.weight")),
-    Name("attention.qkv_lin.bias", ROWS, ("attention.query_key_value.bias", "attention.qkv.bias")),
+    Name("attention.qkv_lin.weight", QKV, ("attention.query_key_value.weight", "attention.qkv.weight")),
+    Name("attention.qkv_lin.bias", QKV, ("attention.query_key_value.bias", "attention.qkv.bias")),
     Name("attention.output.weight", COLUMNS, ("attention.dense.weight", "attention.proj.weight")),
     Name("attention.output.bias", ROW_BIAS, ("attention.dense.bias", "attention.proj.bias")),
     Name("ffn.dense_h_h4.weight", ROWS, ("mlp.dense_h_to_4h.weight", "mlp.linear1.weight", "mlp.fc1_weight")),
@@ -64,6 +69,42 @@ SKIPPED = re.compile(r".*_extra_state$")  # state of TransformerEngine
 HF_NAMES = {name.twin: name.hf or name.disk[0] for name in (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)}
 
 Parts = Sequence[Any]  # a tensor of each rank, in order
+
+
+class Form(NamedTuple):
+    """Fields of NeoXConfig that decide which tensors there are."""
+
+    norm: str
+    attention_bias: bool
+    ffn_bias: bool
+
+    @classmethod
+    def of(cls, config: NeoXConfig) -> "Form":
+        return cls(config.norm, config.attention_bias, config.ffn_bias)
+
+    @classmethod
+    def held(cls, names: Set[str]) -> "Form":
+        """Form of a model with tensors of these names on disk, of any blocks."""
+        biased = {owner(name) for name in BLOCK if name.twin.endswith("bias") and not names.isdisjoint(name.disk)}
+        return cls("layernorm" if "norm" in biased else "rmsnorm", "attention" in biased, "ffn" in biased)
+
+    def rows(self, table: Sequence[Name]) -> tuple[Name, ...]:
+        """Rows of a table that a model of this form has. RMSNorm's tensor is `scale` on disk, `weight` if fused."""
+        has_bias = {"norm": self.norm == "layernorm", "attention": self.attention_bias, "ffn": self.ffn_bias}
+        kept = [name for name in table if not name.twin.endswith(".bias") or has_bias[owner(name)]]
+        return tuple(self.renamed(name) if owner(name) == "norm" else name for name in kept)
+
+    def renamed(self, name: Name) -> Name:
+        """Row of a norm with the names on disk that the kind of norm has."""
+        if self.norm == "layernorm":
+            return name
+        return name._replace(disk=(name.disk[0].replace("weight", "scale"), *name.disk))
+
+
+def owner(name: Name) -> str:
+    """Part that a tensor belongs to: 'norm', 'attention', 'ffn', or 'embedding' or 'readout'."""
+    first = name.twin.split(".")[0]
+    return "norm" if first in ("pre_ln_attn", "pre_ln_ffn", "final_norm") else first
 
 
 def hf_name(key: str) -> str:
@@ -103,12 +144,46 @@ def total(vectors: Sequence[np.ndarray]) -> np.ndarray:
 COMBINE: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {"sum": total, "mean": mean}
 
 
-def split(name: Name, tensor: Any, ranks: int, parallel_residual: bool) -> Parts:
-    """Inverse of `merged`: the tensors of each rank. The tensor's sizes must be divisible by `ranks`.
+def grouped(parts: Parts, config: NeoXConfig) -> Any:
+    """Merge the ranks' [all queries, all keys, all values] into the twin's [key-value head, (queries, key, value)].
+
+    The sizes must be those of the configuration, whose n_kv_heads must be divisible by the number of ranks.
+    """
+    d_k, group, heads = config.d_k, config.n_heads // config.kv_heads, config.kv_heads // len(parts)
+    rows = []
+    for part in parts:
+        for i in range(heads):
+            query, key = i * group * d_k, (heads * group + i) * d_k
+            starts = (query, group * d_k), (key, d_k), (key + heads * d_k, d_k)
+            rows += [Cut(part, 0, start, start + size) for start, size in starts]
+    return Joined(rows, 0)
+
+
+def ungrouped(tensor: Any, ranks: int, config: NeoXConfig) -> Parts:
+    """Inverse of `grouped`."""
+    d_k, group, heads = config.d_k, config.n_heads // config.kv_heads, config.kv_heads // ranks
+    sections = (0, group), (group, group + 1), (group + 1, group + 2)  # queries, key and value of a head
+    return [
+        Joined(
+            [
+                Cut(tensor, 0, (i * (group + 2) + start) * d_k, (i * (group + 2) + stop) * d_k)
+                for start, stop in sections
+                for i in range(rank * heads, (rank + 1) * heads)
+            ],
+            0,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def split(name: Name, tensor: Any, ranks: int, config: NeoXConfig) -> Parts:
+    """Inverse of `merged` and `grouped`: the tensors of each rank. Sizes must be divisible by `ranks`.
 
     Exact, except for float64 row biases with the parallel residual, whose sum may be rounded from 6 ranks on.
     """
-    if ranks == 1 or name.merge == REPLICA or (name.merge == ROW_BIAS and not parallel_residual):
+    if name.merge == QKV and config.n_kv_heads is not None:
+        return ungrouped(tensor, ranks, config)
+    if ranks == 1 or name.merge == REPLICA or (name.merge == ROW_BIAS and not config.parallel_residual):
         return [tensor] * ranks
     if name.merge == ROW_BIAS:
         return [Combined([tensor], functools.partial(share, rank=rank, ranks=ranks)) for rank in range(ranks)]

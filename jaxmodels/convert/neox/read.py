@@ -16,14 +16,17 @@ from jaxmodels.convert.neox.layout import (
     EMBEDDING,
     FINAL_NORM,
     FREQUENCIES,
+    QKV,
     READOUT,
     READOUT_COLUMNS,
     REPLICA,
     ROW_BIAS,
     SKIPPED,
     VOCABULARY,
+    Form,
     Name,
     drift,
+    grouped,
     merged,
 )
 from jaxmodels.convert.neox.shards import Shard, Shards, config_files, find_step, open_step
@@ -41,7 +44,8 @@ RANKS = 8  # accept the vocabulary padding of up to this many ranks, also if the
 ROW_BIASES = ("sum", "mean", "first")
 # A file of its own next to the YAML files, because GPT-NeoX refuses unknown keys in those.
 VOCABULARY_FILE = "vocabulary.json"
-SIZES = ("n_layers", "n_hidden", "n_ff", "tied")  # fields that follow from the tensors' shapes
+# Fields that follow from the tensors' names and shapes.
+SIZES = ("n_layers", "n_hidden", "n_ff", "tied", "norm", "attention_bias", "ffn_bias")
 
 
 class ReplicaDriftWarning(UserWarning):
@@ -88,14 +92,20 @@ def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_b
     shards = open_step(find_step(folder))
     files = config_files(folder, shards.step)
     settings = read_yaml(files) if files else {}
-    parts = by_name(shards)
+    form = form_of(shards)
+    parts = by_name(shards, form)
     rows, padding = vocabulary(shards, parts, settings)
     written_vocab = read_vocabulary(files[0].parent / VOCABULARY_FILE, rows) if files else None
     preset = config is None and not files
     n_vocab = rows - padding if written_vocab is None else written_vocab
-    config, notes = resolved(shards, parts, n_vocab, config, settings, files)
+    config, notes = resolved(shards, parts, form, n_vocab, config, settings, files)
     doubts = notes[:] if preset else []
     check_vocabulary(shards, config, rows, settings)
+    if config.kv_heads % shards.ranks:
+        raise ValueError(
+            f"{shards.step} has files of {shards.ranks} model-parallel ranks, which n_kv_heads={config.kv_heads} is "
+            "not divisible by"
+        )
     for layer in shards.layers.values():
         for i, shard in enumerate(layer):
             check_frequencies(shard, config, i)
@@ -110,7 +120,7 @@ def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_b
             tensor = Cut(tensor, 0, 0, config.n_vocab)
         if tuple(tensor.shape) != shape:
             problems.append(f"{where[0].file.name}: {name.disk[0]} gives {list(tensor.shape)}, expected {list(shape)}")
-        tensors[key] = tensor
+        tensors[key] = grouped(held, config) if name.merge == QKV and config.n_kv_heads is not None else tensor
     if problems:
         raise ValueError(f"{shards.step} contradicts its configuration:\n  " + "\n  ".join(problems))
     notes += drifting(parts, row_bias, shards)
@@ -133,14 +143,21 @@ def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_b
     return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts), companions)
 
 
+OF_BLOCK = {name.twin for name in BLOCK}
 Parts = Mapping[str, tuple[Name, list[Any], list[Shard]]]  # by the twin's name: the tensor of each rank, and its file
 
 
-def by_name(shards: Shards) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
+def form_of(shards: Shards) -> Form:
+    """Kind of norm and biases of the blocks, from the names of all tensors."""
+    held = [shard.tensors.items() for ranks in shards.layers.values() for shard in ranks]
+    return Form.held({name for items in held for name, tensor in items if tensor is not None})
+
+
+def by_name(shards: Shards, form: Form) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
     """All tensors by the twin's names; raises ValueError listing what is missing, unexpected or unequal."""
     problems: list[str] = []
     found: dict[str, tuple[Name, list[Any], list[Shard]]] = {}
-    for layer, names in tables(shards).items():
+    for layer, names in tables(shards, form).items():
         ranks = shards.layers[layer]
         known = [held_by(shard, names, problems) for shard in ranks]
         for name in names:
@@ -149,7 +166,7 @@ def by_name(shards: Shards) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
                 if len({(tuple(part.shape), str(part.dtype)) for part in parts}) > 1:
                     kinds = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
                     problems.append(f"{ranks[0].file.name}: {name.disk[0]} differs between ranks: {kinds}")
-                key = name.twin if names is not BLOCK else f"layers.{layer - 2}.{name.twin}"
+                key = f"layers.{layer - 2}.{name.twin}" if name.twin in OF_BLOCK else name.twin
                 found[key] = (name, parts, ranks)
     if problems:
         raise ValueError(f"{shards.step} does not hold the tensors of a GPT-NeoX model:\n  " + "\n  ".join(problems))
@@ -161,16 +178,16 @@ def by_name(shards: Shards) -> dict[str, tuple[Name, list[Any], list[Shard]]]:
     return found
 
 
-def tables(shards: Shards) -> dict[int, tuple[Name, ...]]:
+def tables(shards: Shards, form: Form) -> dict[int, tuple[Name, ...]]:
     """Rows of the table for each layer number; raises ValueError if a number is missing or unexpected."""
-    norms = [layer for layer, ranks in shards.layers.items() if FINAL_NORM[0].disk[0] in ranks[0].tensors]
+    final_norm = form.rows(FINAL_NORM)
+    known = final_norm[0].disk
+    norms = [layer for layer, ranks in shards.layers.items() if not ranks[0].tensors.keys().isdisjoint(known)]
     if len(norms) != 1 or norms[0] < 4:
-        raise ValueError(
-            f"{shards.step} must have {FINAL_NORM[0].disk[0]} in one layer from number 4 on, not in {norms}"
-        )
+        raise ValueError(f"{shards.step} must have {known[0]} in one layer from number 4 on, not in {norms}")
     norm = norms[0]
     expected: dict[int, tuple[Name, ...]] = (
-        {0: EMBEDDING} | dict.fromkeys(range(2, norm - 1), BLOCK) | {norm: FINAL_NORM}
+        {0: EMBEDDING} | dict.fromkeys(range(2, norm - 1), form.rows(BLOCK)) | {norm: final_norm}
     )
     if norm + 1 in shards.layers:
         expected[norm + 1] = READOUT
@@ -263,6 +280,7 @@ def check_vocabulary(shards: Shards, config: NeoXConfig, rows: int, settings: Ma
 def resolved(
     shards: Shards,
     parts: Parts,
+    form: Form,
     n_vocab: int,
     config: NeoXConfig | None,
     settings: Mapping[str, Any],
@@ -270,10 +288,11 @@ def resolved(
 ) -> tuple[NeoXConfig, list[str]]:
     """Configuration of a checkpoint, and notes on its origin; raises ValueError if it contradicts the shapes."""
     sizes: dict[str, Any] = {
-        "n_layers": sum(key.endswith(".attention.output.bias") for key in parts),
+        "n_layers": sum(key.endswith(".attention.output.weight") for key in parts),
         "n_hidden": parts["final_norm.ln.weight"][1][0].shape[0],
-        "n_ff": merged(*parts["layers.0.ffn.dense_h_h4.bias"][:2], "sum").shape[0],
+        "n_ff": merged(*parts["layers.0.ffn.dense_h_h4.weight"][:2], "sum").shape[0],
         "tied": "readout.linear.weight" not in parts,
+        **form._asdict(),
     }
     if config is not None:
         given = dataclasses.asdict(config) | {"n_ff": config.d_ff}
@@ -293,7 +312,7 @@ def resolved(
             raise ValueError(f"{files[0].parent}: {error} (in {where})") from None
     for name, preset in PRESETS.items():
         known = preset()
-        if sizes == {"n_layers": known.n_layers, "n_hidden": known.n_hidden, "n_ff": known.d_ff, "tied": known.tied}:
+        if sizes == {field: getattr(known, field) for field in SIZES} | {"n_ff": known.d_ff}:
             notes = [
                 f"no configs/*.yml: the sizes match {name}, of which n_heads={known.n_heads}, rope_percentage="
                 f"{known.rope_percentage}, activation={known.activation}, residual and epsilon were used"

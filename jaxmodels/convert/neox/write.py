@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, READOUT, VOCABULARY, Name, split
+from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, READOUT, VOCABULARY, Form, Name, split
 from jaxmodels.convert.neox.read import DIVISIBLE_BY, VOCABULARY_FILE
 from jaxmodels.convert.neox.shards import layer_file
 from jaxmodels.convert.neox.yaml import settings_of, yaml_text
@@ -31,8 +31,8 @@ def save_neox(model: NeoX, folder: str | os.PathLike, model_parallel: int = 2, *
 
     The vocabulary is padded with zero rows to a multiple of 128 per rank, which `load_neox` removes. With the parallel
     residual each rank gets a share of the row biases; the shares sum to them exactly (in float64 from 6 ranks on, up to
-    rounding). Raises ValueError if heads or feed-forward width are not divisible by `model_parallel`, if the model is
-    quantized, or, as `jaxmodels.save`, if the folder must not be written.
+    rounding). Raises ValueError if heads, heads of keys and values, or feed-forward width are not divisible by
+    `model_parallel`, if the model is quantized, or, as `jaxmodels.save`, if the folder must not be written.
     """
     write_neox(model_source(model), folder, model_parallel, overwrite=overwrite)
 
@@ -66,10 +66,7 @@ def shards(source: Source, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
         if names[0].merge == VOCABULARY:
             multiple = DIVISIBLE_BY * ranks
             tensors = [Cut(tensors[0], 0, 0, -(-source.config.n_vocab // multiple) * multiple)]
-        shares = [
-            split(name, tensor, ranks, source.config.parallel_residual)
-            for name, tensor in zip(names, tensors, strict=True)
-        ]
+        shares = [split(name, tensor, ranks, source.config) for name, tensor in zip(names, tensors, strict=True)]
         for rank in range(ranks):
             yield (
                 layer_file(layer, rank),
@@ -105,17 +102,18 @@ def check_ranks(config: NeoXConfig, ranks: int) -> None:
     """Raises ValueError if a model cannot be divided over this number of ranks."""
     if not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"model_parallel={ranks!r} must be an integer of at least 1")
-    for name, size in (("n_heads", config.n_heads), ("n_ff", config.d_ff)):
+    for name, size in (("n_heads", config.n_heads), ("n_kv_heads", config.kv_heads), ("n_ff", config.d_ff)):
         if size % ranks:
             raise ValueError(f"{name}={size} is not divisible by model_parallel={ranks}")
 
 
 def parts(config: NeoXConfig) -> list[tuple[int, str, tuple[Name, ...]]]:
     """Layer numbers on disk, prefixes of the twin's names, and rows of the table."""
-    blocks = [(i + 2, f"layers.{i}.", BLOCK) for i in range(config.n_layers)]
+    form = Form.of(config)
+    blocks = [(i + 2, f"layers.{i}.", form.rows(BLOCK)) for i in range(config.n_layers)]
     end = config.n_layers + 3
     readout = [] if config.tied else [(end + 1, "", READOUT)]
-    return [(0, "", EMBEDDING), *blocks, (end, "", FINAL_NORM), *readout]
+    return [(0, "", EMBEDDING), *blocks, (end, "", form.rows(FINAL_NORM)), *readout]
 
 
 def write_pt(file: Path, content: dict[str, Any]) -> None:

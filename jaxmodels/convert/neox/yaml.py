@@ -15,28 +15,35 @@ KEYS: tuple[tuple[str, str, Any], ...] = (
     ("n_layers", "num_layers", None),
     ("n_hidden", "hidden_size", None),
     ("n_heads", "num_attention_heads", None),
+    ("n_kv_heads", "num_kv_heads", None),
     ("n_ff", "intermediate_size", None),
     ("rope_percentage", "rotary_pct", 1.0),
     ("rope_base", "rotary_emb_base", 10_000.0),
-    ("parallel_residual", "gpt_j_residual", False),
-    ("layer_norm_eps", "layernorm_epsilon", 1e-5),
     ("max_len", "max_position_embeddings", 2_048),
 )
-WHOLE = ("n_layers", "n_hidden", "n_heads", "n_ff", "max_len")
+WHOLE = ("n_layers", "n_hidden", "n_heads", "n_kv_heads", "n_ff", "max_len")
+# Flags of NeoXConfig, key and default.
+FLAGS: tuple[tuple[str, str, bool], ...] = (
+    ("parallel_residual", "gpt_j_residual", False),
+    ("attention_bias", "use_bias_in_attn_linear", True),
+    ("ffn_bias", "use_bias_in_mlp", True),
+)
+# Kind of norm, its names (the second: TransformerEngine's), and key and default of its epsilon.
+NORMS: tuple[tuple[str, tuple[str, ...], str, float], ...] = (
+    ("layernorm", ("layernorm", "te_layernorm"), "layernorm_epsilon", 1e-5),
+    ("rmsnorm", ("rmsnorm", "te_rmsnorm"), "rms_norm_epsilon", 1e-8),
+)
 
 # Supported values; the first is the default of an absent key. Any other value is refused.
 REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("gpt_j_tied", (False,)),
-    ("norm", ("layernorm", "te_layernorm")),
+    ("norm", tuple(name for _, names, *_ in NORMS for name in names)),
     ("pos_emb", ("rotary",)),
     ("activation", ("gelu",)),
     ("mlp_type", ("regular",)),
     ("rotary_interleaved", (False,)),
     ("use_qk_layernorm", (False,)),
-    ("use_bias_in_attn_linear", (True,)),
-    ("use_bias_in_norms", (True,)),
-    ("use_bias_in_mlp", (True,)),
-    ("moe_num_experts", (1,)),
+    ("moe_num_experts", (1, 0)),
     ("use_mup", (False,)),
     ("sliding_window_width", (None,)),
 )
@@ -77,6 +84,7 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises ValueError, beginning with `where`, if a setting is not supported.
     """
+    settings = {key: unquoted(value) for key, value in settings.items() if value is not None}
     for key, allowed in REQUIRED:
         value = settings.get(key, None if key in EXPLICIT else allowed[0])
         if value not in allowed:
@@ -89,21 +97,35 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     prompt = settings.get("soft_prompt_tuning")
     if prompt is not None and not (isinstance(prompt, Mapping) and prompt.get("enabled") is False):
         raise ValueError(f"{where} has soft_prompt_tuning: {prompt!r}; supported is enabled: false")
-    heads, kv_heads = settings.get("num_attention_heads"), settings.get("num_kv_heads")
-    if kv_heads is not None and kv_heads != heads:
-        raise ValueError(
-            f"{where} has num_kv_heads: {kv_heads!r} and num_attention_heads: {heads!r}; they must be equal"
-        )
     found: dict[str, Any] = {}
     for field, key, absent in KEYS:
-        value = settings.get(key)
-        value = absent if value is None else value
+        value = settings.get(key, absent)
         if value is not None:
             found[field] = checked(field, key, value, where)
+    for field, key, default in FLAGS:
+        found[field] = checked_flag(key, settings, where, default)
+    for norm, names, key, default_eps in NORMS:
+        if settings.get("norm", "layernorm") in names:
+            found |= {"norm": norm, "layer_norm_eps": checked("", key, settings.get(key, default_eps), where)}
+    if found["norm"] == "layernorm" and not checked_flag("use_bias_in_norms", settings, where, True):
+        raise ValueError(f"{where} has use_bias_in_norms: False with LayerNorm; supported is True, or norm: 'rmsnorm'")
+    if not found.get("n_kv_heads", 1):
+        del found["n_kv_heads"]  # 0 means as many as heads
+    elif found.get("n_kv_heads") not in (None, found.get("n_heads")) and checked_flag("te_mha", settings, where):
+        raise ValueError(
+            f"{where} has te_mha: True and num_kv_heads: {found['n_kv_heads']}; supported is te_mha: False"
+        )
     # GPT-NeoX's fused kernel of bias and GELU uses the tanh form, its unfused one the exact form.
     found["activation"] = "gelu_tanh" if checked_flag("bias_gelu_fusion", settings, where) else "gelu"
     found["tied"] = not checked_flag("no_weight_tying", settings, where)
+    if settings.get("mlp_multiple_of") not in (None, 1):
+        found.pop("n_ff", None)  # rounded up, so that it follows from the tensors alone
     return found
+
+
+def unquoted(value: Any) -> Any:
+    """A flag for the string "true" or "false", any other value as it is."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def kinds_in(value: Any) -> set[str]:
@@ -115,8 +137,6 @@ def kinds_in(value: Any) -> set[str]:
 
 def checked(field: str, key: str, value: Any, where: str) -> Any:
     """Convert a setting to the type of its field; raises ValueError if it has another type."""
-    if field == "parallel_residual":
-        return checked_flag(key, {key: value}, where)
     try:
         # YAML 1.1 reads `1e-5`, without a point, as a string.
         number = float(value) if not isinstance(value, bool) else None
@@ -129,9 +149,9 @@ def checked(field: str, key: str, value: Any, where: str) -> Any:
     return int(number) if field in WHOLE else number
 
 
-def checked_flag(key: str, settings: Mapping[str, Any], where: str) -> bool:
-    """Value of a flag, default False; raises ValueError if it is not a boolean."""
-    value = settings.get(key, False)
+def checked_flag(key: str, settings: Mapping[str, Any], where: str, default: bool = False) -> bool:
+    """Value of a flag; raises ValueError if it is not a boolean."""
+    value = settings.get(key, default)
     if not isinstance(value, bool):
         raise ValueError(f"{where} has {key}: {value!r}, which must be true or false")
     return value
@@ -140,6 +160,12 @@ def checked_flag(key: str, settings: Mapping[str, Any], where: str) -> bool:
 def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> dict[str, Any]:
     """Inverse of `fields`: settings that GPT-NeoX reads as well."""
     settings: dict[str, Any] = {key: getattr(config, field) for field, key, _ in KEYS}
+    if config.n_kv_heads is None:
+        del settings["num_kv_heads"]
+    # Older versions of GPT-NeoX refuse newer keys: only what differs from the default is written.
+    changed = [(field, key) for field, key, default in FLAGS if getattr(config, field) != default]
+    settings |= {key: getattr(config, field) for field, key in changed}
+    settings |= {key: config.layer_norm_eps for norm, _, key, _ in NORMS if norm == config.norm}
     if config.rope_base == int(config.rope_base):
         settings["rotary_emb_base"] = int(config.rope_base)  # GPT-NeoX requires an integer
     return settings | {
@@ -147,7 +173,7 @@ def settings_of(config: NeoXConfig, model_parallel: int, divisible_by: int) -> d
         "activation": "gelu",
         "bias_gelu_fusion": config.activation == "gelu_tanh",
         "no_weight_tying": not config.tied,
-        "norm": "layernorm",
+        "norm": config.norm,
         "pos_emb": "rotary",
         "output_layer_parallelism": "column",
         "seq_length": config.max_len,

@@ -1,5 +1,6 @@
 """GPT-NeoX checkpoints as GPT-NeoX itself writes them, made with torch alone: nothing here knows the converter."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,10 @@ from jaxmodels.neox import NeoXConfig
 # 12 heads can be shared by 1, 2, 3, 4 and 6 ranks; no two sizes are equal, no width is a power of two.
 CONFIG = NeoXConfig(
     n_vocab=84, n_hidden=120, n_layers=3, n_heads=12, rope_percentage=0.4, rope_base=9_000.0, n_ff=156, max_len=77
+)
+# RMSNorm, 6 heads of keys and values for 12 of queries, no biases: 1, 2, 3 or 6 ranks.
+VARIANT = dataclasses.replace(
+    CONFIG, norm="rmsnorm", layer_norm_eps=3e-6, n_kv_heads=6, attention_bias=False, ffn_bias=False
 )
 DIVISIBLE_BY = 7  # rows of the vocabulary: a multiple of 7 for each rank, so that 84 fit every degree
 
@@ -35,7 +40,7 @@ def state_dict(config=CONFIG, dtype=torch.float16, seed=0):
     block = {
         "pre_ln_attn": (d,),
         "pre_ln_ffn": (d,),
-        "attention.qkv_lin": (3 * d, d),
+        "attention.qkv_lin": (d + 2 * d // config.n_heads * (config.n_kv_heads or config.n_heads), d),
         "attention.output": (d, d),
         "ffn.dense_h_h4": (f, d),
         "ffn.dense_h4_h": (d, f),
@@ -45,9 +50,28 @@ def state_dict(config=CONFIG, dtype=torch.float16, seed=0):
         for name, shape in block.items():
             shapes |= {f"layers.{i}.{name}.weight": shape, f"layers.{i}.{name}.bias": shape[:1]}
     shapes |= {"final_norm.ln.weight": (d,), "final_norm.ln.bias": (d,)}
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith("bias") or has_bias(config, name)}
     if not config.tied:
         shapes["readout.linear.weight"] = (config.n_vocab, d)
     return {name: torch.randn(shape, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+
+
+def has_bias(config, name):
+    if ".attention." in name or ".ffn." in name:
+        return config.attention_bias if ".attention." in name else config.ffn_bias
+    return config.norm == "layernorm"
+
+
+def shares_of_qkv(tensor, config, ranks):
+    """Shares of ranks; with fewer heads of keys and values, each is its queries, then its keys, then its values."""
+    if config.n_kv_heads is None:
+        return tensor.chunk(ranks)
+    d_k = config.n_hidden // config.n_heads
+    heads = tensor.reshape(config.n_kv_heads, -1, d_k, *tensor.shape[1:])  # [key-value head, (queries, key, value), …]
+    return [
+        torch.cat([kind.flatten(0, 2) for kind in (own[:, :-2], own[:, -2:-1], own[:, -1:])])
+        for own in heads.chunk(ranks)
+    ]
 
 
 def shard(state, config, ranks, seed=1):
@@ -62,17 +86,19 @@ def shard(state, config, ranks, seed=1):
     put(0, "word_embeddings.weight", state["embedding.emb.weight"].chunk(ranks))
     for i in range(config.n_layers):
         at = f"layers.{i}."
+        lasts = {"weight": "weight", "bias": "bias"} if config.norm == "layernorm" else {"weight": "scale"}
         for ours, theirs in (("pre_ln_attn", "input_layernorm"), ("pre_ln_ffn", "post_attention_layernorm")):
-            for last in ("weight", "bias"):
-                put(i + 2, f"{theirs}.{last}", [state[f"{at}{ours}.{last}"]] * ranks)
-        for ours, theirs in (
-            ("attention.qkv_lin", "attention.query_key_value"),
-            ("ffn.dense_h_h4", "mlp.dense_h_to_4h"),
-        ):
-            for last in ("weight", "bias"):
-                put(i + 2, f"{theirs}.{last}", state[f"{at}{ours}.{last}"].chunk(ranks, dim=0))
+            for last, said in lasts.items():
+                put(i + 2, f"{theirs}.{said}", [state[f"{at}{ours}.{last}"]] * ranks)
+        for last in ("weight", "bias") if config.attention_bias else ("weight",):
+            parts = shares_of_qkv(state[f"{at}attention.qkv_lin.{last}"], config, ranks)
+            put(i + 2, f"attention.query_key_value.{last}", parts)
+        for last in ("weight", "bias") if config.ffn_bias else ("weight",):
+            put(i + 2, f"mlp.dense_h_to_4h.{last}", state[f"{at}ffn.dense_h_h4.{last}"].chunk(ranks, dim=0))
         for ours, theirs in (("attention.output", "attention.dense"), ("ffn.dense_h4_h", "mlp.dense_4h_to_h")):
             put(i + 2, f"{theirs}.weight", state[f"{at}{ours}.weight"].chunk(ranks, dim=1))
+            if not has_bias(config, f"{at}{ours}.bias"):
+                continue
             bias = state[f"{at}{ours}.bias"]
             parts = [bias] * ranks
             if config.parallel_residual and ranks > 1:
@@ -82,8 +108,8 @@ def shard(state, config, ranks, seed=1):
             put(i + 2, f"{theirs}.bias", parts)
         put(i + 2, FREQUENCIES, [frequencies(config)] * ranks)
     end = config.n_layers + 3
-    for last in ("weight", "bias"):
-        put(end, f"norm.{last}", [state[f"final_norm.ln.{last}"]] * ranks)
+    for last, said in lasts.items():
+        put(end, f"norm.{said}", [state[f"final_norm.ln.{last}"]] * ranks)
     if not config.tied:
         put(end + 1, "final_linear.weight", state["readout.linear.weight"].chunk(ranks))
     return out
@@ -140,7 +166,16 @@ def write_rank_files(folder, ranks=2, config=CONFIG, *, dtype=torch.float16, yam
 
 
 def settings(config, ranks):
-    return {
+    said = {}
+    if config.norm == "rmsnorm":
+        said["rms-norm-epsilon"] = config.layer_norm_eps
+    if config.n_kv_heads is not None:
+        said["num-kv-heads"] = config.n_kv_heads
+    if not config.attention_bias:
+        said["use_bias_in_attn_linear"] = False
+    if not config.ffn_bias:
+        said["use_bias_in_mlp"] = False
+    return said | {
         "num-layers": config.n_layers,
         "hidden-size": config.n_hidden,
         "num-attention-heads": config.n_heads,
@@ -150,7 +185,7 @@ def settings(config, ranks):
         "no-weight-tying": not config.tied,
         "gpt_j_residual": config.parallel_residual,
         "pos-emb": "rotary",
-        "norm": "layernorm",
+        "norm": config.norm,
         "max-position-embeddings": config.max_len,
         "bias-gelu-fusion": config.activation == "gelu_tanh",
         "make_vocab_size_divisible_by": DIVISIBLE_BY,

@@ -15,6 +15,7 @@ FORMS = {
     "sequential": {"parallel_residual": False},
     "tanh": {"activation": "gelu_tanh"},
     "tied": {"tied": True},
+    "variant": {"norm": "rmsnorm", "n_kv_heads": 1, "attention_bias": False, "ffn_bias": False},
     "other": {"rope_percentage": 1.0, "rope_base": 300.0, "layer_norm_eps": 0.1, "n_ff": None},
 }
 START = jnp.asarray([0, 3, 11, 1, 12])  # of S = 13 tokens, in B = 5 rows

@@ -59,6 +59,19 @@ def test_the_usual_width_is_the_same_configuration_said_or_not():
     assert (said.n_ff, said.d_ff) == (None, 4 * CONFIG.n_hidden)
 
 
+def test_as_many_heads_of_keys_as_of_queries_is_the_same_configuration_said_or_not():
+    said = dataclasses.replace(CONFIG, n_kv_heads=3)
+    assert said == CONFIG
+    assert (said.n_kv_heads, said.kv_heads, dataclasses.replace(CONFIG, n_kv_heads=1).kv_heads) == (None, 3, 1)
+
+
+def test_a_configuration_from_before_there_were_variants_is_todays():
+    fields = dataclasses.asdict(CONFIG)
+    for name in ("norm", "n_kv_heads", "attention_bias", "ffn_bias"):
+        del fields[name]
+    assert NeoXConfig(**fields) == CONFIG
+
+
 def test_a_config_is_hashable_and_frozen():
     assert len({NeoXConfig(), NeoXConfig(), NeoXConfig.neox_20b()}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -85,6 +98,13 @@ def test_a_config_is_hashable_and_frozen():
         ({"rope_base": 1.0}, r"rope_base=1\.0"),
         ({"rope_base": math.inf}, "rope_base=inf"),
         ({"activation": "relu"}, "activation='relu'"),
+        ({"norm": "batchnorm"}, "norm='batchnorm'.*layernorm, rmsnorm"),
+        ({"n_kv_heads": 2}, r"n_heads=3\b.*n_kv_heads=2\b"),
+        ({"n_kv_heads": 6}, r"n_heads=3\b.*n_kv_heads=6\b"),
+        ({"n_kv_heads": 0}, "n_kv_heads=0"),
+        ({"n_kv_heads": "1"}, "n_kv_heads='1'"),
+        ({"attention_bias": None}, "attention_bias=None"),
+        ({"ffn_bias": 0}, "ffn_bias=0"),
         ({"layer_norm_eps": 0.0}, r"layer_norm_eps=0\.0"),
         ({"layer_norm_eps": math.nan}, "layer_norm_eps=nan"),
         ({"dtype": "int8"}, "dtype='int8'"),

@@ -21,6 +21,7 @@ from tests.jaxmodels.convert.neox.test_write import limited
 from tests.jaxmodels.convert.originals import CONFIG, write
 
 TANH = dataclasses.replace(CONFIG, activation="gelu_tanh", parallel_residual=False, layer_norm_eps=1e-3)
+UNBIASED = dataclasses.replace(CONFIG, attention_bias=False)
 FLOAT32 = {"dtype": torch.float32}
 
 
@@ -30,7 +31,9 @@ def transformers_model(folder) -> transformers.GPTNeoXForCausalLM:
     return model.eval()
 
 
-@pytest.mark.parametrize("config", [CONFIG, TANH, TIED], ids=["parallel", "sequential, tanh", "tied"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, TANH, TIED, UNBIASED], ids=["parallel", "sequential, tanh", "tied", "no biases in attention"]
+)
 def test_transformers_gives_the_same_logits(tmp_path, config):
     """To float32's rounding: as near to the float64 truth as theirs. Another GELU would be 1000 times as far."""
     state = write(tmp_path / "source", 2, config, **FLOAT32)
@@ -158,7 +161,12 @@ def test_a_tied_readout_that_is_stored_must_be_the_embedding(tmp_path):
         ({"model_type": "llama"}, "config.json has model_type 'llama'"),
         ({"vocab_size": None}, "config.json lacks vocab_size"),
         ({"hidden_act": "relu"}, "config.json has hidden_act 'relu'"),
-        ({"attention_bias": False}, "config.json has attention_bias False"),
+        ({"attention_bias": False}, "unexpected gpt_neox.layers.0.attention.query_key_value.bias"),
+        ({"attention_bias": "no"}, "config.json: attention_bias='no'"),
+        (
+            {"num_key_value_heads": 3},
+            "has num_key_value_heads 3; supported is that of num_attention_heads, 12",
+        ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json has scaled rotary embeddings"),
         ({"rope_parameters": "default"}, "config.json has rope_parameters 'default'"),

@@ -8,7 +8,7 @@ import pytest
 from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.convert.neox.yaml import fields, read_yaml, settings_of, yaml_text
 from jaxmodels.neox import NeoXConfig
-from tests.jaxmodels.convert.originals import CONFIG, settings, write, write_yaml
+from tests.jaxmodels.convert.originals import CONFIG, VARIANT, settings, write, write_yaml
 
 TEXT_20B = """\
 # DISCLAIMER: comments, and a comma behind the last entry
@@ -58,6 +58,9 @@ def test_absent_keys_have_gpt_neox_own_defaults(tmp_path):
         "max_len": 2048,
         "activation": "gelu",
         "tied": True,
+        "norm": "layernorm",
+        "attention_bias": True,
+        "ffn_bias": True,
     }
 
 
@@ -78,13 +81,19 @@ def test_several_files_are_one(tmp_path):
     ("text", "message"),
     [
         ("gpt_j_tied: true", "gpt_j_tied: True"),
-        ("norm: rmsnorm", "norm: 'rmsnorm'"),
+        ("norm: scalenorm", "norm: 'scalenorm'; supported is 'layernorm' or 'te_layernorm' or 'rmsnorm'"),
+        ("pos-emb: alibi", "pos_emb: 'alibi'; supported is 'rotary'"),
+        ("pos-emb: rpe", "pos_emb: 'rpe'; supported is 'rotary'"),
+        ("activation: swiglu", "activation: 'swiglu'; supported is 'gelu'"),
+        ("mlp_type: llama", "mlp_type: 'llama'; supported is 'regular'"),
+        ("moe_num_experts: 8", "moe_num_experts: 8; supported is 1"),
+        ("use_bias_in_norms: false", "use_bias_in_norms: False with LayerNorm; supported is True"),
         ("pos-emb: learned", "pos_emb: 'learned'"),
         ("activation: geglu", "activation: 'geglu'"),
-        ("num-attention-heads: 8\nnum-kv-heads: 2", "num_kv_heads: 2 and num_attention_heads: 8"),
+        ("num-attention-heads: 8\nnum-kv-heads: 2\nte_mha: true", "te_mha: True and num_kv_heads: 2"),
+        ("num-kv-heads: some", "num_kv_heads: 'some'"),
         ("rotary-interleaved: true", "rotary_interleaved: True"),
-        ("use_bias_in_attn_linear: false", "use_bias_in_attn_linear: False"),
-        ("use_bias_in_mlp: false", "use_bias_in_mlp: False"),
+        ("use_bias_in_attn_linear: 0", "use_bias_in_attn_linear: 0"),
         ("use_mup: true", "use_mup: True"),
         ("sliding-window-width: 256", "sliding_window_width: 256"),
         ('attention-config: [[["local", "global"], "all"]]', "attention_config of local"),
@@ -105,6 +114,24 @@ def test_settings_that_change_nothing_are_taken(tmp_path):
     plain = parsed(tmp_path, "pos_emb: rotary")
     others = 'attention-config: [[["flash"], 3], [["global"], "all"]]\nuse_mup: false\nsliding_window_width: null\n'
     assert parsed(tmp_path, f"pos_emb: rotary\n{others}soft_prompt_tuning: {{enabled: false}}") == plain
+
+
+def test_variants(tmp_path):
+    plain = parsed(tmp_path, "pos_emb: rotary\nnum-attention-heads: 8")
+    found = parsed(tmp_path, "pos_emb: rotary\nnum-attention-heads: 8\nnorm: rmsnorm\nuse-bias-in-norms: false")
+    assert found == plain | {"norm": "rmsnorm", "layer_norm_eps": 1e-8}
+    said = "norm: te_rmsnorm\nrms-norm-epsilon: 1e-6\nuse_bias_in_attn_linear: false\nuse-bias-in-mlp: 'false'\n"
+    found = parsed(tmp_path, f"pos_emb: rotary\nnum-attention-heads: 8\nnum_kv_heads: '2'\n{said}")
+    biases = {"attention_bias": False, "ffn_bias": False}
+    assert found == plain | biases | {"norm": "rmsnorm", "layer_norm_eps": 1e-6, "n_kv_heads": 2}
+    for absent in ("num-kv-heads: 0", "num_kv_heads: null", "norm: null", "gpt-j-residual: 'False'"):
+        assert parsed(tmp_path, f"pos_emb: rotary\nnum-attention-heads: 8\n{absent}") == plain
+    for said in ("rotary_emb_base: 500000", "rotary-emb-base: '5e5'"):
+        assert parsed(tmp_path, f"pos_emb: rotary\n{said}")["rope_base"] == 5e5
+
+
+def test_a_rounded_width_follows_from_the_tensors(tmp_path):
+    assert "n_ff" not in parsed(tmp_path, "pos_emb: rotary\nintermediate_size: 100\nmlp_multiple_of: 64")
 
 
 def test_a_file_must_say_that_positions_are_rotary(tmp_path):
@@ -144,6 +171,9 @@ def test_a_file_that_leaves_out_the_heads(tmp_path):
         ("num-layers", 4, r"model\.yml, rest\.yml: n_layers .*\b3\b.*\b4\b"),
         ("hidden-size", 60, r"n_hidden .*\b120\b.*\b60\b"),
         ("no-weight-tying", False, r"tied .*\bFalse\b.*\bTrue\b"),
+        ("norm", "rmsnorm", r"norm is layernorm, expected rmsnorm"),
+        ("use_bias_in_mlp", False, r"ffn_bias is True, expected False"),
+        ("num_kv_heads", 6, r"query_key_value\.weight gives \[360, 120\], expected \[240, 120\]"),
         ("num-attention-heads", 7, r"n_hidden=120\b.*n_heads=7\b"),
         ("num-attention-heads", 20, r"inv_freq="),
     ],
@@ -168,6 +198,7 @@ def test_another_rank_count_in_the_configuration_is_a_note(tmp_path):
         NeoXConfig.neox_20b(),
         dataclasses.replace(CONFIG, tied=True, parallel_residual=False, activation="gelu_tanh", layer_norm_eps=1e-6),
         dataclasses.replace(CONFIG, rope_base=1234.5, rope_percentage=1.0),
+        VARIANT,
     ],
 )
 def test_what_we_write_says_the_same(tmp_path, config):
@@ -177,7 +208,8 @@ def test_what_we_write_says_the_same(tmp_path, config):
     assert read_yaml([tmp_path / "0.yml"]) == settings
 
 
-def test_the_writer_of_these_tests_says_what_we_say():
-    ours = settings_of(CONFIG, 2, 7)
-    theirs = {key.replace("-", "_"): value for key, value in settings(CONFIG, 2).items()}
+@pytest.mark.parametrize("config", [CONFIG, VARIANT], ids=["published", "variant"])
+def test_the_writer_of_these_tests_says_what_we_say(config):
+    ours = settings_of(config, 2, 7)
+    theirs = {key.replace("-", "_"): value for key, value in settings(config, 2).items()}
     assert {key: ours[key] for key in theirs} == theirs
