@@ -48,7 +48,7 @@ def variant(rng: np.random.Generator) -> Pair:
     config = NeoXConfig(
         37, 6 * 10, 2, 6, rope_percentage=0.4, n_ff=61, norm="rmsnorm", n_kv_heads=2, attention_bias=False
     )
-    return pair_of(rng, config, torch_ref.neox.NeoX(config), 31, 3)
+    return pair_of(rng, config, torch_ref.neox.NeoX(config), 31, 3, steps=0)
 
 
 @case("neox.transformers", "GPTNeoXForCausalLM, 521 characters of the Python documentation; also in 16 bits")

@@ -321,7 +321,8 @@ def resolved(
     shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
     raise ValueError(
         f"{shards.step} has no configs/*.yml, and no preset has its sizes ({shown}); pass config with n_heads, "
-        "rope_percentage, rope_base, activation, parallel_residual, layer_norm_eps, which do not follow from shapes"
+        "n_kv_heads, rope_percentage, rope_base, activation, parallel_residual, layer_norm_eps, which do not follow "
+        "from shapes"
     )
 
 

@@ -471,8 +471,8 @@ def test_without_yaml_the_sizes_name_a_preset(tmp_path):
 
 def test_without_yaml_and_preset_it_is_said_what_is_missing(tmp_path):
     write(tmp_path, yaml=False)
-    missing = "n_heads, rope_percentage, rope_base, activation, parallel_residual, layer_norm_eps"
-    with pytest.raises(ValueError, match=rf"n_layers=3, n_hidden=120, n_ff=156, tied=False\).*{missing}"):
+    missing = "n_heads, n_kv_heads, rope_percentage, rope_base, activation, parallel_residual, layer_norm_eps"
+    with pytest.raises(ValueError, match=rf"n_layers=3, n_hidden=120, n_ff=156, tied=False, .*\).*{missing}"):
         load_neox(tmp_path)
 
 
