@@ -45,7 +45,7 @@ def is_buffer(key: str, tensor: Any, config: NeoXConfig) -> bool:
         return True
     if key.endswith(".attention.bias"):  # the causal mask in transformers' older files
         mask = as_numpy(tensor).astype(bool)
-        if mask.ndim < 2 or not (mask == np.tri(*mask.shape[-2:], dtype=bool)).all():
+        if mask.ndim < 2 or not (mask == np.tri(*mask.shape[-2:], dtype=np.bool_)).all():
             raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask")
         return True
     return key.endswith(".attention.masked_bias")

@@ -162,7 +162,7 @@ def test_a_tied_readout_that_is_stored_must_be_the_embedding(tmp_path):
         ({"vocab_size": None}, "config.json lacks vocab_size"),
         ({"hidden_act": "relu"}, "config.json has hidden_act 'relu'"),
         ({"attention_bias": False}, "unexpected gpt_neox.layers.0.attention.query_key_value.bias"),
-        ({"attention_bias": "no"}, "config.json: attention_bias='no'"),
+        ({"attention_bias": "no"}, "config.json has attention_bias 'no'"),
         (
             {"num_key_value_heads": 3},
             "has num_key_value_heads 3; supported is that of num_attention_heads, 12",
