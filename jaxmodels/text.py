@@ -185,7 +185,10 @@ class TokenizerFile:
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_str(self.content)
+            tokenizer = Tokenizer.from_str(self.content)
+            tokenizer.no_truncation()  # published files store settings of somebody's last call
+            tokenizer.no_padding()
+            return tokenizer
         except Exception as error:  # the package raises bare Exceptions
             raise ValueError(f"not a tokenizer.json: {error}") from None
 

@@ -2,10 +2,11 @@
 
     python -m train.neox --text tiny_shakespeare           # or a FILE; without --text: Python's own language reference
     python -m train.neox --text tokens/                    # written by python -m train.tokenize
-    python -m train.neox --preset finetune --checkpoint MODEL --text FILE                 # all of MODEL's weights
-    python -m train.neox --preset finetune --checkpoint MODEL --text FILE --tune biases   # as the original experiment
+    python -m train.neox --preset finetune --checkpoint SOURCE --text FILE                # all of SOURCE's weights
+    python -m train.neox --preset finetune --checkpoint SOURCE --text FILE --tune lora    # a low-rank adapter
+    python -m train.neox --preset finetune --checkpoint SOURCE --text FILE --tune biases  # as the original experiment
 
-MODEL is written by `python -m jaxmodels.convert neox SHARDS MODEL --to flax`; its tokenizer.json lies in or next to it.
+SOURCE is whatever `jaxmodels.load` takes: a Hugging Face folder or Hub id, GPT-NeoX's shards, a model folder, a run.
 
 Hardware   2 CPU cores, shared with test runs; float32
 Time       5 min 32 s by the clock, 8 min 2 s of CPU time over both cores
@@ -13,30 +14,40 @@ Training   1000 steps of 16 sequences of 128 characters (2 epochs of tiny_shakes
 Result     tiny_shakespeare, seed 0, validation loss in nats per character over the same characters:
            character 4-gram 1.774, this model 1.702
 
-RUN/checkpoints/STEP/model is a checkpoint like any other: `jaxmodels.load` reads it, and `python -m jaxmodels.convert
-neox` writes it as GPT-NeoX's own shards or for transformers.
+A run is a checkpoint like any other: `jaxmodels.load(RUN)` reads it, with an adapter merged, and `jaxmodels convert
+neox RUN DST --to hf` writes it in the original's dtype, with the original's tokenizer; `--to peft` writes the adapter.
 """
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from flax import nnx
 
-from jaxmodels.io.checkpoint import read_config
+from jaxmodels.convert.open import Opened
+from jaxmodels.io.checkpoint import read_config, stored_types
+from jaxmodels.io.steps import latest_step
 from jaxmodels.neox import NeoX, NeoXConfig
-from jaxmodels.text import TokenizerFile, Vocabulary, find_tokenizer
-from jaxmodels.training.checkpoints import open_model
+from jaxmodels.neox.lora import LoRA, LoRANeoX
+from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training.config import AdamWConfig
 from jaxmodels.training.experiment import Experiment
+from jaxmodels.training.original import Original, open_neox, original_of, types_of, widest
 from jaxmodels.training.script import run_script
 from jaxmodels.training.step import Program, State
 from jaxmodels.training.tokenize import Tokens, open_tokens
+from jaxmodels.weights.names import flat_arrays, with_arrays
 
 PUBLISHED_VOCAB = 50_432
-# Parameters that the original experiment tunes: the biases of a block's linear maps except the last.
-BIASES = re.compile(r"layers\.(\d+\.)?(attention\.qkv_lin|attention\.output|ffn\.dense_h_h4)\.bias")
+Tune = Literal["all", "biases", "lora"]
+# Paths of the trained parameters. The original experiment tunes the biases of a block's linear maps except the last.
+TRAINED: dict[Tune, str] = {
+    "all": r".*",
+    "biases": r"layers\.(\d+\.)?(attention\.qkv_lin|attention\.output|ffn\.dense_h_h4)\.bias",
+    "lora": r".*\.lora_[ab]",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +63,40 @@ class Config(AdamWConfig):
     rope_percentage: float = 0.25
     """share of a head's features that are rotated"""
     checkpoint: str | None = None
-    """folder of a GPT-NeoX written by jaxmodels.save or python -m jaxmodels.convert, to start from; its sizes override
-    the flags"""
+    """GPT-NeoX to start from: a folder of Hugging Face, of GPT-NeoX's shards or of jaxmodels.save, a run, or a Hub id;
+    its sizes override the flags"""
     tokenizer: str | None = None
-    """tokenizer.json of the checkpoint, to encode a text; if omitted: the one in or next to its folder"""
-    tune: Literal["all", "biases"] = "all"
-    """train all weights, or only a checkpoint's biases of queries, keys, values, attention output and the feed-forward
-    network's hidden layer"""
+    """tokenizer.json to encode a text with; if omitted: the checkpoint's own"""
+    tune: Tune = "all"
+    """all: train all weights, in param_dtype; lora: a low-rank adapter; biases: those of queries, keys, values,
+    attention output and the feed-forward network's hidden layer. Fixed weights keep the checkpoint's dtype"""
+    lora_rank: int = 8
+    """rank of the adapter's matrices"""
+    lora_alpha: float = 8.0
+    """the adapter's update is multiplied by lora_alpha / lora_rank"""
+    lora_targets: tuple[str, ...] = ("query_key_value",)
+    """linear maps with an update: query_key_value, dense (attention output), dense_h_to_4h, dense_4h_to_h"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dropout:
             raise ValueError(f"dropout={self.dropout} must be 0: GPT-NeoX has none")
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # a saved run has a list
+        if self.tune not in get_args(Tune):
+            raise ValueError(f"tune={self.tune!r} must be one of {', '.join(get_args(Tune))}")
+        if self.tune != "all" and self.checkpoint is None:
+            raise ValueError(f"tune={self.tune!r} needs a trained model: name it with --checkpoint")
+        try:
+            lora = self.lora
+        except ValueError as error:
+            raise ValueError(f"lora_{error}") from None
+        if self.tune != "lora" and lora != LoRA():
+            raise ValueError(f"lora_rank, lora_alpha and lora_targets need tune='lora', not tune={self.tune!r}")
+
+    @property
+    def lora(self) -> LoRA:
+        """Hyperparameters of the adapter."""
+        return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets)
 
     @classmethod
     def small(cls) -> "Config":
@@ -124,20 +157,44 @@ class Config(AdamWConfig):
 
 class Neox(Experiment[Config]):
     config_class = Config
+    resumed: Path | None = None  # the run, once it has a checkpoint
 
     @property
     def standalone(self) -> bool:
         return True  # a saved run has its vocabulary
 
+    @functools.cached_property
+    def opened(self) -> Opened:
+        """The checkpoint to fine-tune; raises ValueError if it cannot be loaded or trained."""
+        assert self.config.checkpoint is not None
+        return open_neox(self.config.checkpoint)
+
+    @functools.cached_property
+    def base(self) -> NeoXConfig:
+        """Configuration of the checkpoint; once the run has a checkpoint of its own, that one's."""
+        if self.resumed is None:
+            fields = self.opened.config
+        else:
+            _, fields = read_config(latest_step(self.resumed)[0] / "model")
+        return NeoXConfig(**{name: value for name, value in fields.items() if name not in ("stacked", "lora")})
+
+    @functools.cached_property
+    def frozen_dtype(self) -> str:
+        """Dtype of the weights that are not trained."""
+        if self.resumed is None:
+            return widest(types_of(self.opened))
+        return stored_types(latest_step(self.resumed)[0] / "model" / "params")["embedding.emb.embedding"].dtype.name
+
+    def resume(self, run: Path) -> None:
+        self.resumed = run
+
+    def original(self) -> Original | None:
+        return None if self.config.checkpoint is None else original_of(self.opened, self.config.tokenizer)
+
     def model(self, n_vocab: int) -> NeoX:
         c = self.config
         if c.checkpoint is not None:
-            config = self.loaded()
-            if n_vocab > config.n_vocab:
-                raise ValueError(
-                    f"text has {n_vocab} different tokens; checkpoint={c.checkpoint!r} has {config.n_vocab}"
-                )
-            return NeoX(config, rngs=nnx.Rngs(c.seed))
+            return self.finetuned(n_vocab)
         config = NeoXConfig(
             n_vocab=n_vocab,
             n_hidden=c.d_model,
@@ -150,14 +207,18 @@ class Neox(Experiment[Config]):
         )
         return NeoX(config, rngs=nnx.Rngs(c.seed))
 
-    def loaded(self) -> NeoXConfig:
-        """Read the checkpoint's configuration; raises ValueError if it holds another model."""
-        assert self.config.checkpoint is not None
-        name, fields = read_config(Path(self.config.checkpoint))
-        if name != "NeoX" or fields.get("int8_threshold") is not None:
-            kind = "a quantized NeoX" if name == "NeoX" else f"a {name}"
-            raise ValueError(f"checkpoint={self.config.checkpoint!r} holds {kind}, must be a NeoX to train")
-        return NeoXConfig(**{name: value for name, value in fields.items() if name != "stacked"})
+    def finetuned(self, n_vocab: int) -> NeoX:
+        """Initialized model of the checkpoint's sizes; raises ValueError if it lacks rows of the vocabulary."""
+        config, rngs = self.base, nnx.Rngs(self.config.seed)
+        if n_vocab > config.n_vocab:
+            raise ValueError(
+                f"text has {n_vocab} different tokens; checkpoint={self.config.checkpoint!r} has {config.n_vocab}"
+            )
+        if self.config.tune == "all":
+            return NeoX(config, rngs=rngs)
+        model = LoRANeoX(config, self.config.lora, rngs=rngs) if self.config.tune == "lora" else NeoX(config, rngs=rngs)
+        arrays = flat_arrays(model).items()
+        return with_arrays(model, {path: array.astype(self.frozen_dtype) for path, array in arrays})
 
     @property
     def planned_vocab(self) -> int:
@@ -165,25 +226,33 @@ class Neox(Experiment[Config]):
 
     @property
     def width(self) -> int:
-        return self.config.d_model if self.config.checkpoint is None else self.loaded().n_hidden
+        return self.config.d_model if self.config.checkpoint is None else self.base.n_hidden
 
     def trains(self, path: str) -> bool:
-        return self.config.tune == "all" or BIASES.fullmatch(path) is not None
+        return re.fullmatch(TRAINED[self.config.tune], path) is not None
 
     def initial(self, program: Program, vocabulary: Vocabulary) -> State:
-        if self.config.checkpoint is None:
+        c = self.config
+        if c.checkpoint is None:
             return super().initial(program, vocabulary)
-        model = open_model(Path(self.config.checkpoint), program.mesh)
-        return program.state_of(model.stacked(), self.config.seed)
+        dtype = c.param_dtype if c.tune == "all" else self.frozen_dtype
+        mesh = program.mesh if program.mesh.size > 1 else None
+        model = self.opened.model(dtype=dtype, shardings=mesh).stacked()
+        return program.state_of(LoRANeoX.of(model, c.lora, c.seed) if c.tune == "lora" else model, c.seed)
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
         c = self.config
-        if c.tune == "biases" and c.checkpoint is None:
-            raise ValueError("tune='biases' needs a trained model: name it with --checkpoint")
         if c.checkpoint is None or vocabulary is not None or Path(c.text).is_dir():
             return open_tokens(c.text, vocabulary)
-        file = find_tokenizer(None if c.tokenizer is None else Path(c.tokenizer), Path(c.checkpoint))
-        return open_tokens(c.text, TokenizerFile.read(file))
+        if self.resumed is not None:
+            return open_tokens(c.text, load_vocabulary(self.resumed / "vocabulary.json"))
+        return open_tokens(c.text, self.opened.vocabulary(c.tokenizer))
+
+    def warnings(self) -> list[str]:
+        c = self.config
+        if c.checkpoint is None or c.seq_len <= self.base.max_len:
+            return []
+        return [f"seq_len={c.seq_len} is beyond the {self.base.max_len} positions that {c.checkpoint} was trained on"]
 
 
 EXPERIMENT = Neox

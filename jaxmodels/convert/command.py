@@ -44,6 +44,7 @@ OUT/ is for `jaxmodels.load("OUT/")`. The format of SRC is detected.
 """
 
 OVERWRITE = "replace DST, which must be a checkpoint, with everything in it"
+TO = "format of DST; peft: only the adapter of a run that was trained with --tune lora"
 FLOATS = ["float32", "bfloat16", "float16"]
 
 
@@ -93,7 +94,11 @@ def add_neox(formats: Any) -> None:
 
     def add_changes(command: argparse.ArgumentParser) -> None:
         command.add_argument("--vocab", type=int, metavar="N", help="keep the first N rows of the vocabulary")
-        command.add_argument("--dtype", choices=FLOATS, help="cast the tensors (default: keep every bit)")
+        command.add_argument(
+            "--dtype",
+            choices=FLOATS,
+            help="cast the tensors (default: keep every bit; of a fine-tuned run: the dtype of its original)",
+        )
 
     convert = add(
         "neox",
@@ -101,7 +106,7 @@ def add_neox(formats: Any) -> None:
         description="Convert a GPT-NeoX or Pythia checkpoint of any size; at most a few blocks are in memory.",
     )
     convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
-    convert.add_argument("--to", choices=["flax", "hf", "neox"], required=True, help="format of DST")
+    convert.add_argument("--to", choices=["flax", "hf", "neox", "peft"], required=True, help=TO)
     convert.add_argument(
         "--model-parallel",
         type=int,

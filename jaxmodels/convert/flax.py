@@ -25,10 +25,11 @@ def open_flax(folder: str | os.PathLike) -> Source:
     """
     folder = Path(folder)
     name, fields = read_config(folder)
-    if name != "NeoX":
+    if name not in ("NeoX", "LoRANeoX"):
         raise ValueError(f"{folder} holds a {name}, not a NeoX")
     if not is_folder(folder, STEM):
-        source = model_source(load(folder))
+        # An adapter is merged in float32, so that the sum is rounded once, to the dtype that is written.
+        source = model_source(load(folder, dtype="float32" if name == "LoRANeoX" else None))
         return dataclasses.replace(
             source, format="flax", folder=folder, layout="Orbax", companions=Companions.of(folder)
         )

@@ -22,6 +22,7 @@ from jaxmodels.convert.neox.read import InferredWarning, open_neox
 from jaxmodels.convert.source import Source
 from jaxmodels.io.checkpoint import read_config
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.neox.config import DTYPES
 from jaxmodels.sharding import placement
 from jaxmodels.text import TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
 from jaxmodels.weights.names import check_floating
@@ -50,6 +51,18 @@ class Opened:
     def is_quantized(self) -> bool:
         """True if the model was saved with int8 weights."""
         return self.config.get("int8_threshold") is not None
+
+    @functools.cached_property
+    def original(self) -> dict[str, str]:
+        """Source and dtype of the checkpoint that a run fine-tuned, by these keys; empty if it is not such a run.
+
+        Raises ValueError, naming the run's config.json, if the dtype is none.
+        """
+        run = kinds.run_above(self.weights)
+        found = {} if run is None else json_object(run / "config.json").get("original") or {}
+        if found and found.get("dtype") not in DTYPES:
+            raise ValueError(f"{run}/config.json has original dtype {found.get('dtype')!r}, must be one of {DTYPES}")
+        return found
 
     @functools.cached_property
     def source(self) -> Source | None:
@@ -155,6 +168,8 @@ def open_source(
         return Opened(name, place.kind, place.folder, place.folder, opened.companions, "NeoX", fields, opened)
     weights = models.model_folder(place.folder) if place.step is None else place.step / "model"
     model_name, fields = read_config(weights)
+    if model_name == "LoRANeoX":  # merged on loading
+        model_name, fields = "NeoX", {key: value for key, value in fields.items() if key != "lora"}
     return Opened(name, place.kind, place.folder, weights, Companions.of(*place.beside), model_name, fields)
 
 

@@ -17,11 +17,12 @@ from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.hf import write_hf
 from jaxmodels.convert.neox.write import check_ranks, write_neox
 from jaxmodels.convert.open import open_source
+from jaxmodels.convert.peft import write_peft
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
-from jaxmodels.io.checkpoint import read_json
+from jaxmodels.io.checkpoint import read_config, read_json
 from jaxmodels.io.torch_files import read_state_dict, write_state_dict
-from jaxmodels.models import build
+from jaxmodels.models import build, load_saved
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.weights.lazy import Cast, nbytes, pieces
@@ -122,6 +123,8 @@ def summary(name: str, model: Any) -> str:
 def neox(options: argparse.Namespace) -> str:
     """Convert SRC to DST as a stream. Everything is checked before anything is written."""
     check_target(options.target, overwrite=options.overwrite, source=options.source)
+    if options.to == "peft":
+        return adapter(options)
     source = prepared(options)
     if options.to == "neox":
         check_ranks(source.config, options.model_parallel)
@@ -132,6 +135,21 @@ def neox(options: argparse.Namespace) -> str:
         write_flax(source, options.target, overwrite=options.overwrite)
     notes = "".join(f"\n  note: {note}" for note in source.notes)
     return f"{options.target}: NeoX as {options.to}, {totals(source)}{notes}"
+
+
+def adapter(options: argparse.Namespace) -> str:
+    """Write the adapter of a run in PEFT's format."""
+    if options.vocab is not None or options.dtype is not None:
+        raise ValueError("--vocab and --dtype are not for --to peft, which writes an adapter as it was trained")
+    opened = open_source(options.source)
+    if opened.kind not in ("model", "run") or read_config(opened.weights)[0] != "LoRANeoX":
+        raise ValueError(f"{options.source} has no LoRA adapter; --to peft needs a run with tune='lora'")
+    model = load_saved(opened.weights)
+    base = opened.original.get("source")
+    write_peft(model, options.target, base, opened.companions, overwrite=options.overwrite)
+    lora = model.lora
+    about = f"rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}"
+    return f"{options.target}: LoRA adapter for PEFT, {about}; base model: {base or 'not known'}"
 
 
 def inspect(options: argparse.Namespace) -> str:
@@ -200,10 +218,11 @@ def difference(a: Any, b: Any) -> tuple[int, float]:
 
 
 def prepared(options: argparse.Namespace) -> Source:
-    """Open SRC and apply --vocab and --dtype."""
-    source = open_checkpoint(options.source, read_neox_config(options.config), options.row_bias)
+    """Open SRC and apply --vocab and --dtype; default the dtype of the checkpoint that a run fine-tuned."""
+    opened = open_source(options.source, config=read_neox_config(options.config), row_bias=options.row_bias)
+    source, dtype = opened.neox(), options.dtype or opened.original.get("dtype")
     source = source.with_vocabulary(options.vocab) if options.vocab is not None else source
-    return source.cast(options.dtype) if options.dtype is not None else source
+    return source if dtype is None else source.cast(dtype)
 
 
 def open_checkpoint(folder: Path, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmodels.io.bounded import read_json as read_json
 from jaxmodels.io.bounded import read_object
 from jaxmodels.process.texts import quoted
-from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
+from jaxmodels.weights.names import Type, dotted, flat_arrays, with_arrays
 from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
@@ -74,6 +75,17 @@ def read_arrays(
     if narrowed:
         raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
     return arrays
+
+
+def stored_types(folder: Path) -> dict[str, Type]:
+    """Shapes and dtypes of the arrays in an Orbax folder by name; raises ValueError if it cannot be read."""
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        stored = ocp.metadata(folder.absolute()).metadata
+        return {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
+    except Exception as error:  # Orbax raises many kinds
+        raise ValueError(f"{folder} is not a complete Orbax checkpoint: {error}") from error
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:

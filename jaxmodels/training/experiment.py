@@ -50,6 +50,7 @@ from jaxmodels.training.data import Example, Task, Windows, endless
 from jaxmodels.training.distributed import to_host
 from jaxmodels.training.ngram import NGram
 from jaxmodels.training.optimizers import adam, adamw, make_schedule
+from jaxmodels.training.original import Original
 from jaxmodels.training.step import Batch, Program, State, token_losses
 from jaxmodels.training.tokenize import Tokens, open_tokens
 from jaxmodels.weights.names import dotted, flat_arrays
@@ -162,6 +163,19 @@ class Experiment(Generic[ConfigT]):
     def initial(self, program: Program, vocabulary: Vocabulary) -> State:
         """Build the state before the first step; raises ValueError if a given model does not fit."""
         return program.make_state(self.config.seed)
+
+    # The checkpoint that a run starts from, if it does.
+
+    def original(self) -> Original | None:
+        """Describe the checkpoint that `initial` starts from; None if there is none. Saved with the run."""
+        return None
+
+    def resume(self, run: Path) -> None:
+        """Prepare to continue a run that has a checkpoint; called before anything else of this class."""
+
+    def warnings(self) -> list[str]:
+        """Sentences to print before the first step about settings that are allowed and probably not intended."""
+        return []
 
     # The data.
 

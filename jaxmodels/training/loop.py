@@ -196,10 +196,13 @@ class Trainer:
         self.experiment, self.config, self.folder, self.options = experiment, experiment.config, folder, options
         mesh = make_mesh(options.mesh)
         check_batch(mesh, self.config.batch_size, self.config.accumulate)
+        resumed = has_begun(folder)
+        if resumed:
+            experiment.resume(folder)
         self.task: Task = experiment.task()
         self.program = experiment.program(len(self.task.vocabulary), mesh)
         experiment.check(self.program.abstract)
-        if has_begun(folder) and read_about(folder).sha256 != self.task.sha256:
+        if resumed and read_about(folder).sha256 != self.task.sha256:
             raise ValueError(
                 f"{folder} was trained on another text than {self.config.text}: resume with its own --text"
             )
@@ -214,9 +217,13 @@ class Trainer:
                 position = Position(initial, self.batches.get_state())
             self.position = position
             self.batches.set_state(position.data)
+            original = None if resumed else experiment.original()
             agree(False)  # a barrier: every process reads before one writes
             if is_first():
-                write_about(folder, experiment, self.task.sha256)
+                about = read_about(folder).original if resumed else original.about() if original else {}
+                write_about(folder, experiment, self.task.sha256, about)
+                if original is not None:
+                    original.companions.write(folder)
                 self.task.vocabulary.save(folder / "vocabulary.json")
             self.stack = stack.pop_all()
 
@@ -313,6 +320,8 @@ class Trainer:
         unit, parameters, total = self.task.vocabulary.unit, self.program.parameters, self.program.all_parameters
         of_all = "" if parameters == total else f"trained of {total:,} "
         console.print(f"{self.task.about}; {parameters:,} {of_all}parameters")
+        for sentence in self.experiment.warnings():
+            console.print(f"warning: {sentence}")
         if self.position.step:
             console.print(f"resuming at step {self.position.step}")
         if type(self.experiment).report is Experiment.report and missing_decoding(self.program.abstract):

@@ -1,11 +1,13 @@
 """A run's folder: its configuration in config.json, and the check that a command may continue it.
 
 RUN/config.json     {"format": 3, "script": "train.rope", "standalone": true, "config": {…}, "sha256": …}
+                    if it fine-tunes a checkpoint: "original" and "token_ids", see `jaxmodels.training.original`
 RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/profile/, RUN/.lock
 """
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, expe
 
 FORMAT = 3
 FILE = "config.json"
+ORIGINAL = ("original", "token_ids")  # entries of config.json about the checkpoint that was fine-tuned
 # Fields that may differ when a run is resumed; text and index are compared by content. `steps` may change too, except
 # with a cosine schedule, which depends on it.
 MAY_CHANGE = {"text", "index", "every", "validation_batches", "keep", "keep_every"}
@@ -33,6 +36,7 @@ class About:
     config: dict[str, Any]
     sha256: str  # of the data
     standalone: bool | None  # see `Experiment`; None in folders of older versions
+    original: dict[str, Any] = dataclasses.field(default_factory=dict)  # `Original.about` of a run that fine-tunes
 
 
 def is_run(folder: Path) -> bool:
@@ -49,21 +53,23 @@ def read_about(run: Path) -> About:
             raise ValueError(f"{file} has format {about['format']}, this version reads {FORMAT}")
         if not isinstance(about["config"], dict):
             raise TypeError(f"config is a {type(about['config']).__name__}, must be an object")
-        return About(about["script"], about["config"], about["sha256"], about.get("standalone"))
+        original = {key: about[key] for key in ORIGINAL if key in about}
+        return About(about["script"], about["config"], about["sha256"], about.get("standalone"), original)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{run} holds no training run") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} does not describe a training run: {error!r}") from None
 
 
-def write_about(run: Path, experiment: Experiment[Any], sha256: str) -> None:
-    """Write config.json: the experiment, its complete configuration, and the checksum of its data."""
+def write_about(run: Path, experiment: Experiment[Any], sha256: str, original: Mapping[str, Any]) -> None:
+    """Write config.json: the experiment, its complete configuration, the checksum of its data, and its origin."""
     about = {
         "format": FORMAT,
         "script": script_of(type(experiment)),
         "standalone": experiment.standalone,
         "config": dataclasses.asdict(experiment.config),
         "sha256": sha256,
+        **original,
     }
     with atomic_file(run / FILE) as new:
         new.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

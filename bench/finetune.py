@@ -1,0 +1,94 @@
+"""`python -m bench.finetune`: a fine-tuning step of all weights, of a LoRA adapter, and of the biases.
+
+Each is compiled as `python -m train.neox --preset finetune` compiles it, for one random checkpoint in float16, and the
+steps alternate in one process. A LoRA step computes no gradients of the base's weights and must not be slower than one
+of all weights. Memory: the state (weights, moments) and what the compiled step allocates besides.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PRESETS = ("pythia_14m", "pythia_31m", "pythia_70m", "pythia_160m")
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m bench.finetune", description=__doc__)
+    add = arguments.add_argument
+    add("--model", choices=PRESETS, default="pythia_70m", help="sizes of the model (default pythia_70m)")
+    add("--batch", type=int, default=4, help="sequences of a step (default 4)")
+    add("--length", type=int, default=128, help="tokens of a sequence (default 128)")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the checkpoint (float16)")
+    add("--rank", type=int, default=8, help="rank of the adapter (default 8)")
+    add("--rounds", type=int, default=9, help="timed rounds of each (default 9)")
+    add("--steps", type=int, default=3, help="steps of a round (default 3)")
+    add("--threads", type=int, default=2, help="CPU threads (default 2)")
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if hasattr(os, "sched_setaffinity"):  # XLA sizes its thread pool once, at start
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    import jaxmodels
+    from bench.timing import alternate, report, stamp
+    from jaxmodels.models import cast
+    from jaxmodels.neox import NeoX
+    from jaxmodels.neox.config import PRESETS
+    from jaxmodels.neox.lora import TARGETS
+    from jaxmodels.process.allocator import keep_freed_memory
+    from jaxmodels.sharding import make_mesh
+    from jaxmodels.text import ByteVocabulary
+    from train import neox
+
+    keep_freed_memory()
+    sizes = PRESETS[options.model]()
+    kinds: dict[str, dict[str, Any]] = {
+        "all weights": {},
+        "LoRA": {"tune": "lora", "lora_rank": options.rank},
+        "LoRA on all maps": {"tune": "lora", "lora_rank": options.rank, "lora_targets": tuple(TARGETS)},
+        "biases": {"tune": "biases"},
+    }
+    shape = (options.batch, options.length + 1)
+    tokens = np.random.default_rng(0).integers(0, sizes.n_vocab, shape, np.int32)
+    steps, memory = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = str(Path(folder) / "model")
+        jaxmodels.save(cast(NeoX(sizes, rngs=nnx.Rngs(0)), options.dtype), checkpoint)
+        for name, fields in kinds.items():
+            config = neox.Config(checkpoint=checkpoint, seq_len=options.length, batch_size=options.batch, **fields)
+            experiment = neox.Neox(config)
+            program = experiment.program(sizes.n_vocab, make_mesh())
+            compiled = program.lower_step({"tokens": tokens}).compile()
+            state = experiment.initial(program, ByteVocabulary())
+            held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.fixed, state.optimizer)))
+            analysis: Any = compiled.memory_analysis()
+            memory[name] = program.parameters, held, analysis.temp_size_in_bytes
+            states = [state]
+            del state
+
+            def run(compiled: Any = compiled, states: list[Any] = states) -> None:
+                for _ in range(options.steps):
+                    states[0], last = compiled(states[0], {"tokens": tokens}, np.zeros(1, bool))
+                jax.block_until_ready(last)
+
+            steps[name] = run
+    print(stamp(options.threads))
+    seconds = alternate(steps, options.rounds)
+    shown = f"{options.model} in {options.dtype}, batch {options.batch} × {options.length}, computed in float32"
+    title = f"{options.steps} steps of {shown}"
+    report(title, seconds, against="all weights")
+    for name, (parameters, held, allocated) in memory.items():
+        sizes_of = f"state {held / 1e6:7.1f} MB, step {allocated / 1e6:7.1f} MB"
+        print(f"{name:17} {parameters:12,} trained parameters, {sizes_of}")
+
+
+if __name__ == "__main__":
+    main()

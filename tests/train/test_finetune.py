@@ -1,0 +1,143 @@
+"""Fine-tuning of folders that transformers wrote, and back: dtypes, tokenizers, adapters, runs as checkpoints."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jaxmodels
+from jaxmodels.convert.command import main as convert
+from jaxmodels.models import load_saved
+from jaxmodels.training import experiment
+from jaxmodels.training.run import read_about
+from jaxmodels.training.script import main
+from jaxmodels.weights.names import flat_arrays
+from tests.common import run
+from tests.jaxmodels.tokenizer import byte_level_tokenizer
+from tests.train_common import TEXT
+from train import neox
+
+SIZES = {"vocab_size": 307, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 5}
+SIZES |= {"intermediate_size": 28, "max_position_embeddings": 11, "rotary_pct": 0.5}
+FLAGS = ["--preset=finetune", "--seq-len=13", "--batch-size=3", "--validation-batches=1"]
+
+
+def publish(folder: Path, dtype: str) -> Path:
+    """Write a model, its tokenizer with stored truncation, and its generation settings, as people publish them."""
+    torch.manual_seed(0)
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, bos_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = [0, 299]
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    tokenizer = byte_level_tokenizer()
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+    tokenizer.enable_truncation(8)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, compile_cache):
+    """Function that trains on a small text with more flags; reports write only a few tokens."""
+    monkeypatch.setattr(experiment, "SAMPLE_TOKENS", 2)
+    (tmp_path / "sea.txt").write_text(TEXT)
+    always = ["--no-tensorboard", f"--compile-cache={compile_cache}"]
+
+    def train(*flags: object) -> None:
+        new = [] if "--resume" in flags else [*FLAGS, f"--text={tmp_path / 'sea.txt'}"]
+        assert main(neox.Neox, "python -m train.neox", [*always, *new, *map(str, flags)]) == 0
+
+    return train
+
+
+def companions(folder: Path) -> dict[str, bytes]:
+    """Files of a Hugging Face folder other than weights and their configuration."""
+    others = ("config.json", "model.safetensors")
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in others}
+
+
+@pytest.mark.parametrize(("dtype", "tune"), [("float16", "all"), ("bfloat16", "lora"), ("float32", "biases")])
+def test_a_published_folder_is_tuned_and_exported_in_its_dtype(tmp_path, train, capsys, dtype, tune):
+    source, folder, out = publish(tmp_path / "hf", dtype), tmp_path / "run", tmp_path / "out"
+    train(f"--checkpoint={source}", "--steps=3", f"--tune={tune}", f"--out={folder}")
+    printed = capsys.readouterr().out
+    assert "warning: seq_len=13 is beyond the 11 positions" in printed
+    before, after = jaxmodels.load(source), load_saved(folder)
+    total = before.settings.parameters()
+    trained = {"all": total, "biases": 2 * (60 + 20 + 28), "lora": 2 * 8 * (20 + 60)}[tune]
+    assert f"; {trained:,} parameters" in printed or f"; {trained:,} trained of " in printed
+    for path, array in flat_arrays(after).items():
+        was = flat_arrays(before).get(path)
+        is_trained = neox.Neox(neox.Config(checkpoint="x", tune=tune)).trains(".".join(map(str, path)))
+        assert array.dtype == (jnp.float32 if is_trained else dtype), path
+        assert is_trained == (was is None or bool((was != array).any())), path
+    about = json.loads((folder / "config.json").read_text())
+    assert about["original"] == {"source": str(source), "dtype": dtype}
+    assert about["token_ids"]["eos_token_id"] == 0
+
+    assert convert(["neox", str(folder), str(out), "--to", "hf"]) == 0
+    assert companions(out).items() >= companions(source).items()
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 0
+    theirs, info = transformers.GPTNeoXForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert theirs.dtype == getattr(torch, dtype)
+    assert not any(info.values())
+    assert theirs.generation_config.eos_token_id == [0, 299]
+    ids = np.random.default_rng(0).integers(0, 307, (2, 11))
+    with torch.no_grad():
+        expected = theirs.float()(torch.tensor(ids)).logits.numpy()
+    exported = jaxmodels.load(out, dtype="float32")
+    np.testing.assert_allclose(run(exported, jnp.asarray(ids)), expected, atol=2e-5)
+    rounding = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
+    np.testing.assert_allclose(run(jaxmodels.load(folder, dtype="float32"), jnp.asarray(ids)), expected, atol=rounding)
+
+
+def test_a_lora_run_resumes_exactly_without_its_source_and_is_a_source_itself(tmp_path, train):
+    source = publish(tmp_path / "hf", "float16")
+    flags = [f"--checkpoint={source}", "--tune=lora", "--lora-rank=2", "--lora-targets", "dense", "dense_4h_to_h"]
+    train(*flags, "--steps=4", f"--out={tmp_path / 'straight'}")
+    train(*flags, "--steps=2", f"--out={tmp_path / 'run'}")
+    about = read_about(tmp_path / "run").original
+    source.rename(tmp_path / "moved")
+    train("--resume", tmp_path / "run", "--steps=4")
+    assert read_about(tmp_path / "run").original == about
+    straight, resumed = (flat_arrays(load_saved(tmp_path / name)) for name in ("straight", "run"))
+    assert straight.keys() == resumed.keys()
+    for path, array in straight.items():
+        assert array.dtype == resumed[path].dtype
+        np.testing.assert_array_equal(array, resumed[path])
+    losses = [np.load(tmp_path / name / "checkpoints" / "4" / "losses.npy") for name in ("straight", "run")]
+    np.testing.assert_array_equal(*losses)
+
+    train(f"--checkpoint={tmp_path / 'run'}", "--steps=1", f"--out={tmp_path / 'again'}")
+    again = read_about(tmp_path / "again").original
+    assert again["original"] == {"source": str(tmp_path / "run"), "dtype": "float16"}
+    assert again["token_ids"] == about["token_ids"]
+    merged = flat_arrays(jaxmodels.load(tmp_path / "run"))
+    for path, array in flat_arrays(load_saved(tmp_path / "again")).items():
+        assert np.abs(array - merged[path].astype(jnp.float32)).max() < 1e-3  # one step of Adam at a rate of 3e-4
+    assert convert(["neox", str(tmp_path / "again"), str(tmp_path / "back"), "--to", "neox", "--model-parallel=1"]) == 0
+    found = {array.dtype for array in flat_arrays(jaxmodels.load(tmp_path / "back")).values()}
+    assert found == {jnp.dtype("float16")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tune": "lora"}, r"tune='lora' .*--checkpoint"),
+        ({"tune": "lora", "checkpoint": "x", "lora_rank": 0}, "lora_rank=0 .*1"),
+        ({"tune": "lora", "checkpoint": "x", "lora_alpha": -1.0}, "lora_alpha=-1.0 .*0"),
+        ({"tune": "lora", "checkpoint": "x", "lora_targets": ("query",)}, "lora_targets='query' .*query_key_value"),
+        ({"tune": "biases", "checkpoint": "x", "lora_rank": 4}, r"lora_rank.*tune='lora'.*tune='biases'"),
+        ({"tune": "some", "checkpoint": "x"}, "tune='some' .*all, biases, lora"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        neox.Config(**flags)
