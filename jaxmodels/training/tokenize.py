@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_folder, check_target
+from jaxmodels.io.bounded import read_object
+from jaxmodels.io.npy import map_array
 from jaxmodels.process import programs
+from jaxmodels.process.texts import quoted
 from jaxmodels.text import (
     ByteVocabulary,
     CharVocabulary,
@@ -88,15 +91,30 @@ def read(folder: Path) -> Tokens:
     """Open a folder that `write` wrote, the ids memory-mapped; raises ValueError if it is not complete."""
     file = folder / "tokens.json"
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
-        ids = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "validation")]
-        if [len(part) for part in ids] != [about["train"], about["validation"]]:
-            raise ValueError(f"lengths of its arrays are {[len(part) for part in ids]}, not those in tokens.json")
-        return Tokens(ids[0], ids[1], load_vocabulary(folder / "vocabulary.json"), about["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        about = read_object(file)
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{file} has format {quoted(about.get('format'))}, this version reads {FORMAT}")
+        parts = {name: map_array(folder / f"{name}.npy") for name in ("train", "validation")}
+        vocabulary = load_vocabulary(folder / "vocabulary.json")
+        for name, part in parts.items():
+            check_part(folder / f"{name}.npy", part, about.get(name), len(vocabulary))
+        sha256 = about.get("sha256")
+        if not isinstance(sha256, str):
+            raise ValueError(f"{file} has sha256={quoted(sha256)}, must be a string")
+        return Tokens(parts["train"], parts["validation"], vocabulary, sha256)
+    except (OSError, ValueError) as error:
         raise ValueError(f"text={str(folder)!r} is not a folder written by train.tokenize: {error}") from None
+
+
+def check_part(file: Path, ids: np.ndarray, length: object, n_vocab: int) -> None:
+    """Raise ValueError if an array does not hold as many ids as tokens.json says, or an id is not in the vocabulary."""
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{file} has {ids.dtype}{list(ids.shape)}, must be integers [n]")
+    if len(ids) != length:
+        raise ValueError(f"{file} has {len(ids)} tokens, tokens.json says {quoted(length)}")
+    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    if low < 0 or high >= n_vocab:
+        raise ValueError(f"{file} has ids from {low} to {high}, must be from 0 to {n_vocab - 1}")
 
 
 def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:

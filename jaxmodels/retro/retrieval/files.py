@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import read_object
+from jaxmodels.io.npy import map_array
 from jaxmodels.process.texts import quoted
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.text import load_vocabulary
@@ -75,14 +76,14 @@ def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> N
 def read_corpus(folder: Path) -> Corpus:
     """Corpus of an index, with memory-mapped tokens; raises ValueError if it is incomplete or has unknown tokens."""
     try:
-        tokens, documents = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents"))
+        tokens, documents = (map_array(folder / f"{name}.npy") for name in ("tokens", "documents"))
         vocabulary = load_vocabulary(folder / "vocabulary.json")
         corpus = Corpus(tokens, vocabulary, np.asarray(documents))
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= len(vocabulary):
             raise ValueError(f"tokens from {low} to {high} must be from 0 to {len(vocabulary) - 1}")
         return corpus
-    except (OSError, ValueError, EOFError, IndexError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no corpus of a chunk index: {error}") from None
 
 
