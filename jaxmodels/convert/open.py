@@ -137,7 +137,7 @@ def open_source(
     source: a folder, or a Hub id such as "EleutherAI/pythia-70m", unless there is a folder of that name.
     config, row_bias: for GPT-NeoX's shards, as in `load_neox`.
     revision: branch, tag or commit of a Hub id.
-    strip_prefix: for Hugging Face folders: beginning of the tensors' names to remove, such as "module.".
+    strip_prefix: words to remove from the names of tensors, such as "module."; for Hugging Face folders and shards.
     variant: for Hugging Face folders: "fp16" reads model.fp16.safetensors.
 
     Raises ValueError if it is no checkpoint or cannot be loaded, with a sentence on what it is, or if an argument does
@@ -146,21 +146,19 @@ def open_source(
     name = os.fspath(source)
     folder = local_folder(name, revision)
     place = kinds.find(folder)
-    given: dict[str, tuple[Any, kinds.Kind]] = {
-        "config": (config, "neox"),
-        "row_bias": (row_bias, "neox"),
-        "strip_prefix": (strip_prefix, "hf"),
-        "variant": (variant, "hf"),
+    given: dict[str, tuple[Any, tuple[kinds.Kind, ...]]] = {
+        "config": (config, ("neox",)),
+        "row_bias": (row_bias, ("neox",)),
+        "strip_prefix": (strip_prefix, ("hf", "neox")),
+        "variant": (variant, ("hf",)),
     }
-    for argument, (value, kind) in given.items():
-        if value is not None and kind != place.kind:
-            flag = argument.replace("_", "-")
-            raise ValueError(
-                f"{argument} (--{flag}) is for {kinds.NAMES[kind]} folders; {name} is a {kinds.NAMES[place.kind]}"
-            )
+    for argument, (value, allowed) in given.items():
+        if value is not None and place.kind not in allowed:
+            flag, names = argument.replace("_", "-"), " or ".join(kinds.NAMES[kind] for kind in allowed)
+            raise ValueError(f"{argument} (--{flag}) is for {names} folders; {name} is a {kinds.NAMES[place.kind]}")
     if place.kind in ("neox", "hf"):
         if place.kind == "neox":
-            opened = open_neox(place.folder, config, row_bias)
+            opened = open_neox(place.folder, config, row_bias, strip_prefix)
             opened = dataclasses.replace(opened, companions=Companions.of(*place.beside))
         else:
             opened = open_hf(place.folder, strip_prefix=strip_prefix, variant=variant)

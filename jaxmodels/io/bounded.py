@@ -8,8 +8,10 @@ of empty lists.
 import json
 import os
 import stat
+from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxmodels.io.content import explained
 from jaxmodels.process.texts import quoted
 
 CONFIG_BYTES = 2**24  # of a JSON or YAML text: 17 MB; the index of a model with 90,000 tensors has 9 MB
@@ -63,7 +65,8 @@ def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        what = f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        raise explained(Path(file), what) from None
     except RecursionError:
         raise ValueError(f"{file} is not read: its lists and objects are nested too deeply") from None
     except ValueError as error:

@@ -18,6 +18,7 @@ from jaxmodels.weights.names import as_numpy, as_tensor
 
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
 DEPTH = 2  # of an entry with the state_dict
+DTYPE_CLASSES = ("BoolDType", "UInt32DType", "Int32DType", "Int64DType", "Float32DType", "Float64DType")
 DAMAGED = (
     *(RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError),
     *(struct.error, zipfile.BadZipFile),
@@ -91,7 +92,7 @@ def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     The state_dict is the file's content, or its entry of mappings to tensors: `state_dict` of Lightning, `model`,
     `module`. What is no tensor in it is left out. Raises ValueError, naming the file, if there is none or several.
     """
-    path, state = state_dict_in(file, read_pt(file))
+    path, state = state_dict_in(file, read_pt(file, numpy_globals()))
     arrays = {name: array for name, array in as_arrays(file, state).items() if array is not None}
     return arrays, [f"the tensors are in entry {path!r} of {file.name}"] if path else []
 
@@ -165,3 +166,13 @@ def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
         torch.save({name: as_tensor(array) for name, array in arrays.items()}, temporary)
+
+
+def numpy_globals() -> list[Any]:
+    """Classes that NumPy's random state and its numbers refer to in a pickle, under names of older and newer NumPy."""
+    from numpy._core.multiarray import _reconstruct, scalar
+
+    dtypes = [getattr(np.dtypes, name) for name in DTYPE_CLASSES]
+    functions = [(_reconstruct, "_reconstruct"), (scalar, "scalar")]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    return [np.ndarray, np.dtype, *dtypes, *((f, f"{module}.{name}") for f, name in functions for module in modules)]

@@ -10,20 +10,21 @@ from typing import Any
 
 
 def prefix_of(names: Iterable[str], known: Callable[[str], bool]) -> str | None:
-    """Words to remove from names to make them known ones, e.g. 'module.'; None if most names have no such words.
+    """Words to remove from names to make them known ones, e.g. 'module.'; None if most of the others do not have them.
 
     known: True for the name of a tensor of the model.
     """
-    names = list(names)
-    found: collections.Counter[str] = collections.Counter()
-    for name in names:
-        removed = None if known(name) else removable(name, known)
-        if removed is not None:
-            found[removed] += 1
+    names = set(names)
+    unknown = sorted(name for name in names if not known(name))
+
+    def missing(name: str) -> bool:
+        return known(name) and name not in names
+
+    found = collections.Counter(words for words in (removable(name, missing) for name in unknown) if words is not None)
     if not found:
         return None
     prefix, count = found.most_common(1)[0]
-    return prefix if 2 * count >= len(names) or count > sum(map(known, names)) else None
+    return prefix if 2 * count >= len(unknown) else None
 
 
 def removable(name: str, known: Callable[[str], bool]) -> str | None:
@@ -42,7 +43,8 @@ def proposal(names: Iterable[str], prefix: str) -> str:
     count = sum(without(name, prefix) is not None for name in names)
     begin = all(name.startswith(prefix) for name in names if without(name, prefix) is not None)
     which = f"all {count}" if count == len(names) else f"{count} of {len(names)}"
-    return f"{which} tensors {'begin with' if begin else 'contain'} {prefix!r}; pass --strip-prefix {prefix}"
+    has = "begin with" if begin else "contain"
+    return f"the names of {which} tensors {has} {prefix!r}; pass --strip-prefix {prefix}"
 
 
 def stripped(

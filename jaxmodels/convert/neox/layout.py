@@ -64,7 +64,7 @@ BLOCK = (
     Name("ffn.dense_h4_h.bias", ROW_BIAS, ("mlp.dense_4h_to_h.bias", "mlp.linear2.bias", "mlp.fc2_bias")),
 )
 FREQUENCIES = "attention.rotary_emb.inv_freq"  # not a parameter; compared with the configuration
-SKIPPED = re.compile(r".*_extra_state$")  # state of TransformerEngine
+SKIPPED = re.compile(r".*_extra_state|attention\.(bias|masked_bias)")  # state of TransformerEngine; causal masks
 
 HF_NAMES = {name.twin: name.hf or name.disk[0] for name in (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)}
 

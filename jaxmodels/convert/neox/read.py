@@ -84,12 +84,20 @@ def load_neox(
     return source.with_layers(layers).model(dtype, shardings)
 
 
-def open_neox(folder: str | os.PathLike, config: NeoXConfig | None = None, row_bias: str | None = None) -> Source:
-    """Open a checkpoint without reading its values; arguments and errors are those of `load_neox`."""
+def open_neox(
+    folder: str | os.PathLike,
+    config: NeoXConfig | None = None,
+    row_bias: str | None = None,
+    strip_prefix: str | None = None,
+) -> Source:
+    """Open a checkpoint without reading its values; arguments and errors are those of `load_neox`.
+
+    strip_prefix: words to remove from the names of tensors, such as "module.".
+    """
     if row_bias is not None and row_bias not in ROW_BIASES:
         raise ValueError(f"row_bias={row_bias!r} must be one of {', '.join(ROW_BIASES)}")
     folder = Path(folder)
-    shards = open_step(find_step(folder))
+    shards = open_step(find_step(folder), strip_prefix)
     files = config_files(folder, shards.step)
     settings = read_yaml(files) if files else {}
     form = form_of(shards)
@@ -214,7 +222,7 @@ def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[
             held[name.twin] = left.pop(present[0])
         else:
             problems.append(f"{shard.file.name}: missing {name.disk[0]}")
-    problems += [f"{shard.file.name}: unexpected {name}" for name in left]
+    problems += [f"{shard.file.name}: unexpected {name}" for name, tensor in left.items() if tensor is not None]
     return held
 
 

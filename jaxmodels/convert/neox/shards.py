@@ -2,17 +2,20 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmodels.io.torch_files import as_arrays, describe, read_pt
+from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, FREQUENCIES, READOUT
+from jaxmodels.io.torch_files import as_arrays, describe, numpy_globals, read_pt
 from jaxmodels.weights.names import is_floating
+from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+KNOWN = {disk for name in (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT) for disk in name.disk} | {FREQUENCIES}
 SEQUENTIAL = re.compile(r"sequential\.(\d+)\.(.+)")
 
 
@@ -74,8 +77,12 @@ def config_files(folder: Path, step: Path) -> list[Path]:
     return []
 
 
-def open_step(step: Path) -> Shards:
-    """Open every file of a step; raises ValueError, naming files, if one is missing, damaged or not a shard."""
+def open_step(step: Path, strip_prefix: str | None = None) -> Shards:
+    """Open every file of a step.
+
+    strip_prefix: words to remove from the names of tensors. Raises ValueError, naming files, if one is missing, damaged
+    or not a shard, or if names have a prefix that was not given.
+    """
     found = matching(step, LAYER_FILE)
     if found:
         ranks = 1 + max(rank for _, rank in found)
@@ -84,7 +91,8 @@ def open_step(step: Path) -> Shards:
         if absent:
             raise ValueError(f"{step} has files of {ranks} model-parallel ranks, but lacks {', '.join(absent[:5])}")
         shards = {
-            layer: [Shard(found[layer, r], tensors_in(found[layer, r])) for r in range(ranks)] for layer in layers
+            layer: [Shard(file, tensors_in(file, strip_prefix)) for file in (found[layer, r] for r in range(ranks))]
+            for layer in layers
         }
         return Shards(step, "layer files", shards)
 
@@ -95,8 +103,10 @@ def open_step(step: Path) -> Shards:
     by_layer: dict[int, list[Shard]] = {}
     for rank, file in sorted(files.items()):
         split: dict[int, dict[str, Any]] = {}
-        for name, tensor in module_in(file).items():
+        for name, tensor in module_in(file, strip_prefix).items():
             match = SEQUENTIAL.fullmatch(name)
+            if match is None and tensor is None:
+                continue
             if match is None:
                 raise ValueError(f"{file} has {name!r} in its module; expected sequential.XX.NAME")
             split.setdefault(int(match[1]), {})[match[2]] = tensor
@@ -126,33 +136,33 @@ def matching(step: Path, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path
     return found
 
 
-def tensors_in(file: Path) -> dict[str, Any]:
+def tensors_in(file: Path, strip_prefix: str | None = None) -> dict[str, Any]:
     """Arrays of a layer file, which is a state_dict."""
-    return floating_arrays(file, read_pt(file))
+    return renamed(file, floating_arrays(file, read_pt(file)), KNOWN.__contains__, strip_prefix)
 
 
-def module_in(file: Path) -> dict[str, Any]:
+def module_in(file: Path, strip_prefix: str | None = None) -> dict[str, Any]:
     """Arrays of the state_dict under "module" in an mp_rank file, which also holds NumPy's random state."""
     content = read_pt(file, numpy_globals())
     if not isinstance(content, Mapping) or "module" not in content:
         raise ValueError(f"{file} has no entry 'module'; it holds {describe(content)}")
-    return floating_arrays(file, content["module"])
+    arrays = floating_arrays(file, content["module"])
+    return renamed(file, arrays, lambda name: SEQUENTIAL.fullmatch(name) is not None, strip_prefix)
+
+
+def renamed(
+    file: Path, tensors: dict[str, Any], known: Callable[[str], bool], strip_prefix: str | None
+) -> dict[str, Any]:
+    """Tensors without a prefix in their names; raises ValueError, naming the file, if they have another one."""
+    if strip_prefix is not None and not all(map(known, tensors)):
+        tensors, _ = stripped(tensors, strip_prefix, known, str(file))
+    prefix = prefix_of(tensors, known)
+    if prefix is not None:
+        raise ValueError(f"{file}: {proposal(tensors, prefix)}")
+    return tensors
 
 
 def floating_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
-    """Arrays of a state_dict; None for what is not a floating tensor (TransformerEngine's extra state)."""
+    """Arrays of a state_dict, without other entries; None for tensors that are not floating."""
     arrays = as_arrays(file, content)
-    return {name: array if array is not None and is_floating(array.dtype) else None for name, array in arrays.items()}
-
-
-def numpy_globals() -> list[Any]:
-    """Classes that NumPy's random state refers to in a pickle, under the names of older and newer NumPy."""
-    from numpy._core.multiarray import _reconstruct
-
-    return [
-        np.ndarray,
-        np.dtype,
-        np.dtypes.UInt32DType,
-        (_reconstruct, "numpy.core.multiarray._reconstruct"),
-        (_reconstruct, "numpy._core.multiarray._reconstruct"),
-    ]
+    return {name: array if is_floating(array.dtype) else None for name, array in arrays.items() if array is not None}

@@ -1,0 +1,132 @@
+"""config.json: read as transformers reads it, or refused in one line."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers.activations import ACT2CLS, ACT2FN
+
+from jaxmodels.convert.hf import read_config
+from jaxmodels.convert.hf.config import ACTIVATIONS
+from tests.jaxmodels.convert.hf.folders import SIZES
+
+PLAIN = SIZES | {"model_type": "gpt_neox"}
+
+
+def written(tmp_path, **values):
+    content = {key: value for key, value in (PLAIN | values).items() if value != "absent"}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+ROTARY = [
+    {},
+    {"rotary_pct": 0.8, "rotary_emb_base": 500},
+    {"rope_theta": 777.0, "partial_rotary_factor": 0.6},
+    {"rope_theta": 777.0, "rotary_emb_base": 555},
+    {"rope_scaling": None, "rotary_emb_base": 600},
+    {"rope_scaling": {}, "rotary_emb_base": 600},
+    {"rope_scaling": {"rope_theta": 500.0}},
+    {"rope_scaling": {"type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.8}},
+    {"rope_scaling": {"rope_theta": 500.0}, "rope_parameters": {"rope_theta": 300.0, "partial_rotary_factor": 0.8}},
+    {"rope_parameters": {"rope_type": "default"}, "rotary_emb_base": 500, "rotary_pct": 1.0},
+    {"rope_parameters": {"rope_theta": 500, "partial_rotary_factor": 0.8}, "rotary_emb_base": 9, "rotary_pct": 1.0},
+    {"rope_parameters": {"rope_type": "default", "type": "linear"}},
+    {"rope_parameters": None},
+]
+
+
+@pytest.mark.parametrize("keys", ROTARY, ids=str)
+def test_rotary_settings_are_those_of_transformers(tmp_path, keys):
+    file = written(tmp_path, **keys)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    config, notes = read_config(file)
+    assert (config.rope_base, config.rope_percentage) == (theirs["rope_theta"], theirs["partial_rotary_factor"])
+    said = [note for note in notes if "not read" in note]
+    assert len(said) == sum(key in keys and keys[key] != theirs[key] for key in ("rope_theta", "partial_rotary_factor"))
+
+
+@pytest.mark.parametrize("name", sorted(ACT2CLS))
+def test_each_activation_of_transformers_is_computed_or_refused(tmp_path, name):
+    file = written(tmp_path, hidden_act=name)
+    x = torch.linspace(-13, 13, 2001, dtype=torch.float64)
+    y = ACT2FN[name].double()(x).detach()
+    forms = {"gelu": "none", "gelu_tanh": "tanh"}
+    equal = [
+        form for form, how in forms.items() if (y - torch.nn.functional.gelu(x, approximate=how)).abs().max() < 1e-7
+    ]
+    if equal:
+        assert [read_config(file)[0].activation] == equal
+    else:
+        with pytest.raises(ValueError, match=rf"config\.json .*hidden_act '{name}'.*{', '.join(ACTIVATIONS)}"):
+            read_config(file)
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "expected"),
+    [
+        ({"hidden_size": "60"}, "n_hidden", 60),
+        ({"hidden_size": 60.0}, "n_hidden", 60),
+        ({"num_hidden_layers": " 3 "}, "n_layers", 3),
+        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps", 1e-6),
+        ({"rotary_pct": "0.4"}, "rope_percentage", 0.4),
+        ({"rotary_emb_base": "9000"}, "rope_base", 9_000.0),
+        ({"rope_scaling": {"rope_theta": "9000.0"}}, "rope_base", 9_000.0),
+        ({"intermediate_size": None}, "d_ff", 240),
+        ({"layer_norm_eps": None}, "layer_norm_eps", 1e-5),
+        ({"use_parallel_residual": None}, "parallel_residual", True),
+        ({"max_position_embeddings": None}, "max_len", 2_048),
+        ({"rotary_pct": None, "rope_parameters": {"rope_theta": None, "type": None}}, "rope_base", 10_000.0),
+        ({"n_embd": 7, "architectures": None, "auto_map": {}, "": [], "dtype": "auto"}, "n_hidden", 60),
+    ],
+)
+def test_numbers_as_strings_nulls_and_unknown_keys(tmp_path, values, field, expected):
+    config, notes = read_config(written(tmp_path, **values))
+    assert getattr(config, field) == expected
+    key, value = next(iter(values.items()))
+    if isinstance(value, str):
+        assert any(key in note and repr(value) in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "wide"),
+        ("hidden_size", 60.5),
+        ("hidden_size", True),
+        ("hidden_size", float("nan")),
+        ("hidden_size", [60]),
+        ("num_hidden_layers", "1e400"),
+        ("layer_norm_eps", float("inf")),
+        ("layer_norm_eps", {"__float__": "NaN"}),
+        ("use_parallel_residual", 1),
+        ("use_parallel_residual", "true"),
+        ("rotary_pct", "a quarter"),
+        ("rotary_emb_base", [10_000]),
+        ("hidden_act", ["gelu"]),
+        ("rope_scaling", "linear"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": "yarn"}),
+        ("rope_parameters", {"full_attention": {"rope_theta": 500.0, "rope_type": "default"}}),
+        ("rope_parameters", [1]),
+    ],
+)
+def test_other_values_are_one_line_with_file_and_key(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"^\S*config\.json .*\b{key}\b.*$"):
+        read_config(written(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
+@pytest.mark.parametrize("value", ["absent", None])
+def test_sizes_without_which_nothing_works(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"config\.json lacks {key}$"):
+        read_config(written(tmp_path, **{key: value}))
+
+
+def test_the_last_of_equal_keys_is_read(tmp_path):
+    file = written(tmp_path)
+    file.write_text(file.read_text()[:-1] + ', "rotary_pct": 0.5, "rotary_pct": 0.4}')
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters["partial_rotary_factor"]
+    assert read_config(file)[0].rope_percentage == theirs == 0.4

@@ -1,0 +1,103 @@
+"""Shards with more in them than the tensors of a model, and with tensors of other kinds."""
+
+import pytest
+import torch
+
+from jaxmodels.convert.neox import load_neox
+from jaxmodels.convert.neox.read import open_neox
+from tests.jaxmodels.convert.neox.test_read import assert_holds
+from tests.jaxmodels.convert.originals import layer_file, write, write_rank_files
+
+
+def rank_files(folder):
+    return sorted(folder.rglob("mp_rank_*.pt"))
+
+
+def layer_files(folder):
+    return sorted(folder.rglob("layer_*.pt"))
+
+
+def change(file, edit, **options):
+    content = torch.load(file, weights_only=False)
+    torch.save(edit(content), file, **options)
+
+
+def in_module(edit):
+    return lambda content: content | {"module": edit(content["module"])}
+
+
+OTHERS = {"module": None, "optimizer": {"state": {}}, "iteration": 143, "note": "text", "counts": torch.arange(3)}
+MASKS = {"attention.bias": torch.ones(7, 7).tril()[None, None].bool(), "attention.masked_bias": torch.tensor(-1e4)}
+KINDS = {
+    "parameters": lambda t: torch.nn.Parameter(t),
+    "strides": lambda t: t.t().contiguous().t() if t.ndim == 2 else torch.stack([t, t], -1)[..., 0],
+    "wide norms": lambda t: t.float() if t.ndim == 1 else t,
+}
+
+
+@pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_of_other_kinds(tmp_path, kind, zip_file):
+    write(tmp_path)
+    before = open_neox(tmp_path)
+    write(tmp_path / "odd")
+    for file in layer_files(tmp_path / "odd"):
+        change(
+            file,
+            lambda content: {name: KINDS[kind](tensor) for name, tensor in content.items()},
+            _use_new_zipfile_serialization=zip_file,
+        )
+    model, expected = open_neox(tmp_path / "odd").model("float32"), before.model("float32")
+    assert_holds(model, {name: torch.as_tensor(array) for name, array in held(expected).items()})
+
+
+def held(model):
+    from jaxmodels.convert import to_torch
+
+    return to_torch(model)
+
+
+def test_other_entries_of_layer_files(tmp_path):
+    state = write(tmp_path)
+    for file in layer_files(tmp_path):
+        change(file, lambda content: OTHERS | content | (MASKS if "attention.dense.weight" in content else {}))
+    assert_holds(load_neox(tmp_path), state)
+
+
+def test_other_entries_of_rank_files(tmp_path):
+    state = write_rank_files(tmp_path)
+    masks = {f"sequential.3.{name}": tensor for name, tensor in MASKS.items()}
+    for file in rank_files(tmp_path):
+        change(file, in_module(lambda module: OTHERS | module | masks))
+        change(
+            file, lambda content: content | {"optimizer": {"loss": torch.ones(3)}, "lr_scheduler": None, "args": [1]}
+        )
+    assert_holds(load_neox(tmp_path), state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("written", [write, write_rank_files])
+def test_a_prefix_is_proposed_and_removed(tmp_path, written, prefix):
+    state = written(tmp_path)
+
+    def prefixed(tensors):
+        return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+    if written is write:
+        for file in layer_files(tmp_path):
+            change(file, prefixed)
+    else:
+        for file in rank_files(tmp_path):
+            change(file, in_module(prefixed))
+    with pytest.raises(ValueError, match=rf"^\S*[-_]model_states\.pt: the names of all \d+ .*--strip-prefix {prefix}$"):
+        open_neox(tmp_path)
+    assert_holds(open_neox(tmp_path, strip_prefix=prefix).model(), state)
+    with pytest.raises(ValueError, match=r"model_states\.pt .*strip_prefix='other\.'"):
+        open_neox(tmp_path, strip_prefix="other.")
+
+
+def test_a_pointer_in_place_of_a_shard(tmp_path):
+    write(tmp_path)
+    layer_file(tmp_path, 3, 1).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(ValueError, match=r"layer_03-model_01-model_states\.pt is a git-lfs pointer"):
+        load_neox(tmp_path)

@@ -1,0 +1,105 @@
+"""Files of torch of all ages, mapped; and files that only have their name."""
+
+import gzip
+import io
+import tarfile
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+
+from jaxmodels.io.checkpoint import read_json
+from jaxmodels.io.safetensors import read_file
+from jaxmodels.io.torch_files import read_pt, read_tensors
+
+TENSORS = {"a": torch.arange(35.0).view(7, 5), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(7)}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int16, torch.bool, torch.complex64]
+)
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_every_storage(tmp_path, dtype, zip_file):
+    whole = torch.arange(35).view(7, 5).to(dtype)
+    content = {
+        "whole": whole,
+        "part": whole[2:4, 1:],
+        "none": whole[:0],
+        "scalar": whole[0, 1],
+        "list": [{"n": 3}],
+    }
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zip_file)
+    read = read_pt(tmp_path / "a.pt")
+    for name in ("whole", "part", "none", "scalar"):
+        assert read[name].dtype == dtype
+        assert torch.equal(read[name], content[name])
+    assert read["list"] == [{"n": 3}]
+    assert read["part"].untyped_storage().data_ptr() == read["whole"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+@pytest.mark.parametrize("size", range(0, 1_300, 97))
+def test_a_truncated_file_is_named(tmp_path, zip_file, size):
+    torch.save(TENSORS, tmp_path / "a.pt", _use_new_zipfile_serialization=zip_file)
+    content = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(content[: min(size, len(content) - 1)])
+    with pytest.raises(ValueError, match=r"a\.pt is (truncated|refused)"):
+        read_pt(tmp_path / "a.pt")
+
+
+def test_compressed_entries_are_refused(tmp_path):
+    torch.save(TENSORS, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match=r"b\.pt .*compressed"):
+        read_pt(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_named(tmp_path, dtype):
+    torch.save({"a": TENSORS["a"].to(dtype)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt .*'a'.*float8 weights"):
+        read_tensors(tmp_path / "a.pt")
+
+
+def archive() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("pickle"))
+    return out.getvalue()
+
+
+CONTENTS = {
+    "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n",
+    "web page": b"<!DOCTYPE html><html><body>Sign in</body></html>",
+    "Hub's answer": b"Entry not found",
+    "gzip": gzip.compress(b"weights"),
+    "GGUF": b"GGUF\x03\x00\x00\x00",
+    "zeros": bytes(4_096),
+    "tar": archive(),
+    "safetensors": safetensors.torch.save({"a": torch.ones(3)}),
+    "0 bytes": b"",
+}
+
+
+@pytest.mark.parametrize("what", CONTENTS)
+@pytest.mark.parametrize("suffix", ["pt", "bin", "safetensors"])
+def test_what_is_no_checkpoint_says_what_it_is(tmp_path, what, suffix):
+    file = tmp_path / f"model.{suffix}"
+    file.write_bytes(CONTENTS[what])
+    if (what, suffix) == ("safetensors", "safetensors"):
+        assert read_file(file)["a"].tolist() == [1, 1, 1]
+        return
+    with pytest.raises(ValueError, match=rf"^\S*model\.{suffix} [^\n]*{what}[^\n]*$"):
+        (read_file if suffix == "safetensors" else read_pt)(file)
+
+
+def test_a_pointer_in_place_of_json(tmp_path):
+    (tmp_path / "config.json").write_bytes(CONTENTS["git-lfs"])
+    with pytest.raises(ValueError, match=r"config\.json is .*git-lfs"):
+        read_json(tmp_path / "config.json")
