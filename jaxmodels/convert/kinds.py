@@ -23,7 +23,7 @@ NAMES: dict[Kind, str] = {
     "neox": "GPT-NeoX shards",
     "hf": "Hugging Face",
 }
-SHARDS = ("latest", "global_step*", "*_model_states.pt", "*_optim_states.pt")
+SHARDS = ("latest", "global_step*", "*model_states.pt", "*optim_states.pt")
 
 
 @dataclasses.dataclass(frozen=True)

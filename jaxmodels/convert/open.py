@@ -144,7 +144,7 @@ def open_source(
     not apply to its kind. Warns if later checkpoints of a run are skipped because they are incomplete.
     """
     name = os.fspath(source)
-    folder = local_folder(name, revision)
+    folder = local_folder(name, revision, variant)
     place = kinds.find(folder)
     given: dict[str, tuple[Any, tuple[kinds.Kind, ...]]] = {
         "config": (config, ("neox",)),
@@ -171,14 +171,16 @@ def open_source(
     return Opened(name, place.kind, place.folder, weights, Companions.of(*place.beside), model_name, fields)
 
 
-def local_folder(name: str, revision: str | None) -> Path:
+def local_folder(name: str, revision: str | None = None, variant: str | None = None) -> Path:
     """Folder of a source: the path itself, or the snapshot of a Hub id, which is downloaded if needed."""
     path = Path(name).expanduser()
+    if not path.exists():
+        hub.check_not_address(name)
     if path.exists() or path.is_symlink() or not hub.is_id(name):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for ids of the Hub; {name} is not one")
         return path
-    return hub.download(name, revision)
+    return hub.download(name, revision, variant)
 
 
 def load(

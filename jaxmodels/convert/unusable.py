@@ -1,5 +1,6 @@
 """Folders and files that are recognized but cannot be loaded: what each is, and what to do, in one sentence."""
 
+import fnmatch
 import itertools
 import json
 import tarfile
@@ -22,6 +23,7 @@ EXPECTED = (
     "a model folder of jaxmodels.save, a training run, GPT-NeoX shards (`latest` and global_step*/), or a Hugging Face "
     "folder (config.json with model.safetensors or pytorch_model.bin)"
 )
+MOST_FILES = 10_000  # that are looked at in a folder without a checkpoint
 POINTER_BYTES = 2_000  # pointers and error texts are no longer
 SMALL_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.model", "*.txt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 FROM_HUB = "get the model's safetensors instead"
@@ -96,25 +98,49 @@ QUANTIZED_NAMES = {
 
 def explain(folder: Path, children: Sequence[tuple[str, str]]) -> str:
     """Sentence on a folder that cannot be loaded; children: names and kinds of its subfolders that can."""
-    files = sorted(path.name for path in folder.iterdir())
-    if not files:
-        return f"{folder} is an empty folder; expected {EXPECTED}"
-    if (folder / "adapter_config.json").is_file():
-        return adapter(folder)
     if (folder / "refs").is_dir() and not (folder / "snapshots").is_dir():
         return f"{folder} is an unfinished download of the Hub's cache: run `hf download` again"
+    found: list[str] = []
+    for path in itertools.islice(folder.rglob("*"), MOST_FILES):
+        found.append(path.relative_to(folder).as_posix() + "/" * path.is_dir())
+    return explain_names(str(folder), sorted(found), folder, children)
+
+
+def explain_names(where: str, names: Sequence[str], folder: Path, children: Sequence[tuple[str, str]] = ()) -> str:
+    """Sentence on files that hold no checkpoint to load.
+
+    names: of the files, and of folders with a slash at their end. folder: where those of small size lie.
+    """
+    if not names:
+        return f"{where} is an empty folder; expected {EXPECTED}"
+    if (folder / "adapter_config.json").is_file():
+        return f"{where} {adapter(folder / 'adapter_config.json')}"
     for pattern, sentence in SIGNS:
-        found = sorted(str(path.relative_to(folder)) for path in itertools.islice(folder.glob(pattern), 100))
+        found = matching(names, (pattern, f"{pattern}/"))
         if found:
-            return f"{folder} {sentence.format(found=shortened(found), above=owner_of(folder))}"
+            return f"{where} {sentence.format(found=shortened(found), above=owner_of(folder))}"
     if children:
-        names = ", ".join(f"{name} ({kind})" for name, kind in children)
-        return f"{folder} holds no checkpoint itself; name one of its subfolders: {names}"
+        subfolders = ", ".join(f"{name} ({kind})" for name, kind in children)
+        return f"{where} holds no checkpoint itself; name one of its subfolders: {subfolders}"
     if (folder / "config.json").is_file():
         if "model_type" in json_object(folder / "config.json"):
-            return f"{folder} has a config.json and no weights; expected model.safetensors or pytorch_model.bin"
-        return f"{folder / 'config.json'} describes no model: it has neither model_type nor format; expected {EXPECTED}"
-    return f"{folder} holds no checkpoint, but {shortened(files)}; expected {EXPECTED}"
+            return f"{where} has a config.json and no weights; expected model.safetensors or pytorch_model.bin"
+        return f"{where} has a config.json that describes no model, without model_type and format; expected {EXPECTED}"
+    first = sorted({name.partition("/")[0] for name in names})
+    return f"{where} holds no checkpoint, but {shortened(first)}; expected {EXPECTED}"
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Names that match a pattern, part by part; the pattern's last part may be **, for anything below."""
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """True if each part of a path matches the pattern's."""
+    parts, wanted = name.split("/"), pattern.split("/")
+    if wanted[-1] == "**" and len(parts) >= len(wanted):
+        parts, wanted = parts[: len(wanted) - 1], wanted[:-1]
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def explain_file(path: Path) -> str:
@@ -156,13 +182,13 @@ def kind_of_file(path: Path) -> str:
     return "a single file"
 
 
-def adapter(folder: Path) -> str:
-    """Sentence on a folder with PEFT's adapter."""
-    content = json_object(folder / "adapter_config.json")
+def adapter(file: Path) -> str:
+    """Sentence on an adapter_config.json of PEFT, without its subject."""
+    content = json_object(file)
     base, kind = content.get("base_model_name_or_path"), content.get("peft_type", "an adapter")
     return (
-        f"{folder} holds adapter weights of PEFT ({kind}) for the base model {base!r}, not a model: merge them with "
-        "peft's merge_and_unload() and save_pretrained(), and load the result"
+        f"holds adapter weights of PEFT ({kind}) for the base model {base!r}, not a model: merge them with peft's "
+        "merge_and_unload() and save_pretrained(), and load the result"
     )
 
 
@@ -206,15 +232,15 @@ def check_step(folder: Path) -> Path:
     if step != folder:
         check_pointers(step)
     names = [path.name for path in step.iterdir()]
-    zero3 = [name for name in names if name.startswith("zero_pp_rank_") and name.endswith("_model_states.pt")]
+    zero3 = [name for name in names if name.startswith("zero_pp_rank_") and name.endswith("model_states.pt")]
     if zero3:
         raise ValueError(
             f"{folder} is a ZeRO-3 checkpoint, which splits each tensor over data-parallel ranks: merge it with "
             f"DeepSpeed's `python -m deepspeed.utils.zero_to_fp32 {folder} OUT` (zero_to_fp32.py), and add the model's "
             "config.json"
         )
-    weights = [name for name in names if name.endswith("_model_states.pt")]
-    if not weights and any(name.endswith("_optim_states.pt") for name in names):
+    weights = [name for name in names if name.endswith("model_states.pt")]
+    if not weights and any(name.endswith("optim_states.pt") for name in names):
         raise ValueError(
             f"{step} holds optimizer states of ZeRO alone; the weights (layer_*-model_*-model_states.pt or "
             "mp_rank_*_model_states.pt) are missing"
@@ -283,6 +309,6 @@ def safetensors_header(file: Path) -> dict[str, Any]:
 
 def shortened(names: Iterable[str]) -> str:
     """The first names of a list."""
-    first, *rest = itertools.islice(iter(names), 100)
+    first, *rest = names
     shown = [first, *rest[:2]]
     return ", ".join(shown) + (f" and {len(rest) - 2} more" if len(rest) > 2 else "")
