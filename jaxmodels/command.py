@@ -26,8 +26,9 @@ COMMANDS = {
     "convert": Command(
         "jaxmodels.convert.command", "convert checkpoints between PyTorch, GPT-NeoX, Hugging Face and Flax"
     ),
-    "inspect": Command("jaxmodels.convert.command", "print what a GPT-NeoX checkpoint contains", ("inspect",)),
-    "verify": Command("jaxmodels.convert.command", "compare two GPT-NeoX checkpoints bit for bit", ("verify",)),
+    "inspect": Command("jaxmodels.convert.command", "print what a checkpoint of any kind contains", ("inspect",)),
+    "verify": Command("jaxmodels.convert.command", "compare two checkpoints bit for bit", ("verify",)),
+    "quantize": Command("jaxmodels.convert.command", "write a GPT-NeoX checkpoint with int8 weights", ("quantize",)),
     "generate": Command("jaxmodels.neox.generate", "continue a prompt with a GPT-NeoX checkpoint"),
     "neighbors": Command("jaxmodels.retro.retrieval.command", "print the nearest chunks of a RETRO index for a text"),
     "evaluate": Command("jaxmodels.training.evaluate", "loss, perplexity and bits per byte of a model on a text"),
@@ -88,7 +89,7 @@ def call(name: str, argv: Sequence[str], prog: str) -> int:
 
 def prepare(name: str) -> None:
     """Set the process up for a subcommand, before it uses JAX."""
-    if name in ("convert", "inspect", "verify"):  # run on the CPU: another process may hold the accelerator
+    if name in ("convert", "inspect", "verify", "quantize"):  # run on the CPU: another process may hold the accelerator
         import jax
 
         from jaxmodels.process.allocator import keep_freed_memory

@@ -13,9 +13,9 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -103,21 +103,34 @@ def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
         raise ValueError(f"config does not fit {name}: {reason}") from None
 
 
-def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+class Beside(Protocol):
+    """What is saved beside a model: entries of its config.json, and files."""
+
+    def in_config(self) -> dict[str, Any]: ...
+    def write(self, folder: Path) -> None: ...
+
+
+def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False, companions: Beside | None = None) -> None:
     """Write a model of a registered class to a folder, atomically.
+
+    companions: token ids and tokenizer files to save beside it, such as `jaxmodels.convert.open.open_source(source)
+    .companions`.
 
     Raises ValueError if the class is not registered, or if the folder is not empty, unless `overwrite` is set and it
     holds a checkpoint.
     """
-    config = describe(model)
+    config = describe(model, {} if companions is None else companions.in_config())
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         save_arrays(temporary / "params", model)
         (temporary / "config.json").write_text(config, encoding="utf-8")
+        if companions is not None:
+            companions.write(temporary)
 
 
-def describe(model: Any) -> str:
-    """Content of config.json for a model; raises ValueError if its class is not registered."""
-    return json.dumps({"format": FORMAT, "model": name_of(model), "config": model.config()}, indent=2) + "\n"
+def describe(model: Any, more: Mapping[str, Any] | None = None) -> str:
+    """Content of config.json for a model, with further entries; raises ValueError if its class is not registered."""
+    content = {"format": FORMAT, "model": name_of(model), "config": model.config(), **(more or {})}
+    return json.dumps(content, indent=2) + "\n"
 
 
 def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:

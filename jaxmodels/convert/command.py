@@ -34,13 +34,18 @@ OUT/ is an Orbax checkpoint with a config.json, for `jaxmodels.load("OUT/")`.
 NEOX_EXAMPLES = """\
 examples:
   jaxmodels inspect 20B_checkpoints/
+  jaxmodels inspect EleutherAI/pythia-70m --revision step3000
   jaxmodels convert neox 20B_checkpoints/ OUT/ --to flax --dtype bfloat16
   jaxmodels convert neox 20B_checkpoints/ HF/ --to hf --vocab 50277
   jaxmodels convert neox HF/ SHARDS/ --to neox --model-parallel 4
   jaxmodels convert neox SHARDS/ OUT/ --to flax --config pythia_70m
+  jaxmodels convert neox RUN/ HF/ --to hf
+  jaxmodels quantize HF/ OUT/
   jaxmodels verify HF/ SHARDS/
 
-OUT/ is for `jaxmodels.load("OUT/")`. The format of SRC is detected.
+SRC is a folder of jaxmodels.save, a training run, GPT-NeoX shards, a Hugging Face folder, or the id of a model on the
+Hub; which of them is detected. Tokenizer files and token ids beside the weights are written beside them again. OUT/ is
+for `jaxmodels.load("OUT/")`.
 """
 
 OVERWRITE = "replace DST, which must be a checkpoint, with everything in it"
@@ -57,11 +62,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
     pt = formats.add_parser(
         "torch",
         help="convert a state_dict in a .pt file to a Flax checkpoint, or back",
-        description="Convert FILE.pt to the folder of a Flax checkpoint, or such a folder to FILE.pt.",
+        description="Convert FILE.pt to the folder of a Flax checkpoint, or a folder of any kind to FILE.pt.",
         epilog=TORCH_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    pt.add_argument("source", type=Path, metavar="SRC", help="FILE.pt, or the folder of a Flax checkpoint")
+    pt.add_argument("source", metavar="SRC", help="FILE.pt; or a folder of any kind, or the id of a model on the Hub")
     pt.add_argument("target", type=Path, metavar="DST", help="folder to write, or FILE.pt")
     pt.add_argument("--model", choices=sorted(NAMES), help="model in FILE.pt")
     pt.add_argument("--config", metavar="JSON", help="arguments of the model: a JSON file, or a JSON object")
@@ -79,7 +84,7 @@ def add_neox(formats: Any) -> None:
         command = formats.add_parser(
             name, epilog=NEOX_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, **texts
         )
-        command.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint; the format is detected")
+        command.add_argument("source", metavar="SRC", help="folder of a checkpoint, or the id of a model on the Hub")
         command.add_argument(
             "--config",
             metavar="CONFIG",
@@ -89,6 +94,17 @@ def add_neox(formats: Any) -> None:
             "--row-bias",
             choices=["sum", "mean", "first"],
             help="how to merge per-rank biases of row-parallel layers (default: GPT-NeoX's own rule)",
+        )
+        command.add_argument(
+            "--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub (default: main)"
+        )
+        command.add_argument(
+            "--strip-prefix",
+            metavar="PREFIX",
+            help="beginning of the tensors' names to remove, such as module. or _orig_mod. (Hugging Face folders)",
+        )
+        command.add_argument(
+            "--variant", metavar="NAME", help="variant of the weights, such as fp16 (Hugging Face folders)"
         )
         return command
 
@@ -118,16 +134,32 @@ def add_neox(formats: Any) -> None:
     add_changes(convert)
     add(
         "inspect",
-        help="print the configuration of a GPT-NeoX checkpoint",
-        description="Print the configuration of a checkpoint, and which of its values were inferred.",
+        help="print kind, configuration, token ids and files of a checkpoint",
+        description="Print kind and configuration of a checkpoint, which of its values were inferred, token ids, and "
+        "the files beside the weights.",
     )
     verify = add(
         "verify",
-        help="compare two GPT-NeoX checkpoints",
-        description="Compare bit for bit, SRC cast to DST's dtype; the exit code is 1 if a tensor differs.",
+        help="compare two checkpoints",
+        description="Compare bit for bit, SRC cast to DST's dtype, and the configurations; the exit code is 1 if a "
+        "tensor or a setting differs.",
     )
-    verify.add_argument("target", type=Path, metavar="DST", help="checkpoint to compare with")
+    verify.add_argument("target", metavar="DST", help="checkpoint to compare with, of any kind")
     add_changes(verify)
+    quantize = add(
+        "quantize",
+        help="write a GPT-NeoX checkpoint with int8 weights",
+        description="Write SRC with the blocks' linear maps in 8 bits (LLM.int8), for `jaxmodels.load` and generate.",
+    )
+    quantize.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    quantize.add_argument(
+        "--threshold",
+        type=float,
+        default=6.0,
+        help="input features of this magnitude or larger are computed in 16 bits; 0: none (default: 6)",
+    )
+    quantize.add_argument("--overwrite", action="store_true", help=OVERWRITE)
+    add_changes(quantize)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
@@ -147,10 +179,11 @@ def run(options: argparse.Namespace) -> tuple[bool, str]:
     from jaxmodels.convert import operations
 
     if options.format == "torch":
-        if options.source.is_dir():
-            return True, operations.to_torch_file(options)
-        return True, operations.from_torch_file(options, NAMES)
+        if Path(options.source).is_file() or options.model is not None:
+            return True, operations.from_torch_file(options, NAMES)
+        return True, operations.to_torch_file(options)
     with operations.float64_allowed():
         if options.format == "verify":
             return operations.verify(options)
-        return True, {"neox": operations.neox, "inspect": operations.inspect}[options.format](options)
+        operation = {"neox": operations.neox, "inspect": operations.inspect, "quantize": operations.quantized}
+        return True, operation[options.format](options)

@@ -114,7 +114,7 @@ def form_of(name: str, names: Sequence[str], variant: str | None) -> str | None:
 
 
 def shard_patterns(names: Sequence[str], folder: Path) -> list[str]:
-    """Patterns of GPT-NeoX's shards among a repository's files: of the step that `latest` names, if there are several."""
+    """Patterns of GPT-NeoX's shards among a repository's files, of the step that `latest` names if there is one."""
     latest = folder / "latest"
     step = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "global_step*"
     for places in ("", f"{step}/"):

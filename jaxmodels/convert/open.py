@@ -28,14 +28,13 @@ from jaxmodels.text import TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_voca
 from jaxmodels.weights.names import check_floating
 from jaxmodels.weights.place import Shardings
 
-
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """A checkpoint before its weights are read.
 
     name: as the user gave it. kind: see `kinds`. folder: local; the snapshot of a Hub id; of a run, the run itself.
     weights: folder of the weights; of a run, that of a step's model. model_name, config: class and arguments, as in
-    config.json of this project. settings: how to open the weights of a NeoX.
+    config.json of this project. opened: the `source`, if it was opened already.
     """
 
     name: str

@@ -13,53 +13,55 @@ import numpy as np
 from flax import nnx
 
 import jaxmodels
+from jaxmodels.convert.companions import Companions
+from jaxmodels.convert.compare import compare_tensors, different_settings
 from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.hf import write_hf
+from jaxmodels.convert.kinds import NAMES
 from jaxmodels.convert.neox.write import check_ranks, write_neox
-from jaxmodels.convert.open import open_source
+from jaxmodels.convert.open import Opened, local_folder, open_source
 from jaxmodels.convert.peft import write_peft
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
 from jaxmodels.io.checkpoint import read_config, read_json
 from jaxmodels.io.torch_files import read_state_dict, write_state_dict
 from jaxmodels.models import build, load_saved
-from jaxmodels.neox import NeoXConfig
+from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS
-from jaxmodels.weights.lazy import Cast, nbytes, pieces
+from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
-from jaxmodels.weights.progress import progress_bar
 
-PIECE_BYTES = 8_000_000
 # Values of --model: the class, and the arguments that the name implies.
 Names = Mapping[str, tuple[str, dict[str, Any]]]
 
 
 def from_torch_file(options: argparse.Namespace, names: Names) -> str:
     """Convert FILE.pt to a folder. Everything is checked before anything is written."""
-    if not options.source.exists():
-        raise ValueError(f"{options.source} does not exist")
+    source = Path(options.source)
+    if not source.exists():
+        raise ValueError(f"{source} does not exist")
     if options.model is None or options.config is None:
         raise ValueError(f"{options.source} is a .pt file; describe its model with --model and --config")
-    check_target(options.target, overwrite=options.overwrite, source=options.source)
+    check_target(options.target, overwrite=options.overwrite, source=source)
     name, config = class_and_config(options.model, json_object(options.config), names)
     with float64_allowed():
         abstract = nnx.eval_shape(lambda: build(name, config))
-        model = from_torch(abstract, read_state_dict(options.source, options.key), options.dtype)
+        model = from_torch(abstract, read_state_dict(source, options.key), options.dtype)
         jaxmodels.save(model, options.target, overwrite=options.overwrite)
         return f"{options.target}: {summary(name, model)}"
 
 
 def to_torch_file(options: argparse.Namespace) -> str:
-    """Convert a folder to FILE.pt."""
+    """Convert a folder of any kind, or a model of the Hub, to FILE.pt."""
     if options.target.is_dir():
         raise ValueError(f"{options.target} is a folder; expected a file")
     if options.target.exists() and not options.overwrite:
         raise ValueError(f"{options.target} exists; choose another file, or pass --overwrite")
     for flag in ("model", "config", "key"):
         if getattr(options, flag) is not None:
-            raise ValueError(f"--{flag} describes a .pt file; {options.source} is a folder with a config.json")
+            raise ValueError(f"--{flag} describes a .pt file; {options.source} has a configuration")
     with float64_allowed():
-        model = jaxmodels.load(options.source, dtype=options.dtype)
+        model = open_source(options.source).model(dtype=options.dtype)
         write_state_dict(options.target, to_torch(model))
     return f"{options.target}: {summary(type(model).__name__, model)}"
 
@@ -122,10 +124,11 @@ def summary(name: str, model: Any) -> str:
 
 def neox(options: argparse.Namespace) -> str:
     """Convert SRC to DST as a stream. Everything is checked before anything is written."""
-    check_target(options.target, overwrite=options.overwrite, source=options.source)
+    place = local_folder(options.source, options.revision, options.variant)
+    check_target(options.target, overwrite=options.overwrite, source=place)
     if options.to == "peft":
         return adapter(options)
-    source = prepared(options)
+    source = prepared(open_given(options), options)
     if options.to == "neox":
         check_ranks(source.config, options.model_parallel)
         write_neox(source, options.target, options.model_parallel, overwrite=options.overwrite)
@@ -133,7 +136,7 @@ def neox(options: argparse.Namespace) -> str:
         write_hf(source, options.target, overwrite=options.overwrite)
     else:
         write_flax(source, options.target, overwrite=options.overwrite)
-    notes = "".join(f"\n  note: {note}" for note in source.notes)
+    notes = "".join(f"\n  {line}" for line in [*beside(source.companions), *map("note: {}".format, source.notes)])
     return f"{options.target}: NeoX as {options.to}, {totals(source)}{notes}"
 
 
@@ -152,74 +155,98 @@ def adapter(options: argparse.Namespace) -> str:
     return f"{options.target}: LoRA adapter for PEFT, {about}; base model: {base or 'not known'}"
 
 
+def quantized(options: argparse.Namespace) -> str:
+    """Write SRC with int8 weights to DST."""
+    place = local_folder(options.source, options.revision, options.variant)
+    check_target(options.target, overwrite=options.overwrite, source=place)
+    source = prepared(open_given(options), options)
+    model = quantize(source.model(), options.threshold)
+    jaxmodels.save(model, options.target, overwrite=options.overwrite, companions=source.companions)
+    return f"{options.target}: {summary('NeoX', model)}"
+
+
 def inspect(options: argparse.Namespace) -> str:
-    """Describe a checkpoint."""
-    source = open_checkpoint(options.source, read_neox_config(options.config), options.row_bias)
-    lines = [f"{options.source}: {source.format} ({source.layout}), {totals(source)}"]
-    shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff}
-    lines += [f"  {name:18} {value}" for name, value in shown.items() if name not in ("dtype", "remat")]
-    lines.append(f"  {'largest layer':18} {largest_layer(source) / 1e6:,.1f} MB")
-    lines += [f"  note: {note}" for note in source.notes]
+    """Describe a checkpoint of any kind."""
+    found = open_given(options)
+    where = [] if str(found.folder) == found.name else [("folder", str(found.folder))]
+    if found.kind == "run":
+        where.append(("step", found.weights.parent.name))
+    source = found.source
+    if source is None:
+        arrays = flat_arrays(nnx.eval_shape(lambda: build(found.model_name, dict(found.config)))).values()
+        what = f"{found.model_name}, {sum(array.size for array in arrays):,} parameters"
+        lines = [f"{found.name}: {NAMES[found.kind]}, {what}{', int8' if found.is_quantized else ''}"]
+        shown = dict(found.config)
+    else:
+        lines = [f"{found.name}: {NAMES[found.kind]} ({source.layout}), {totals(source)}"]
+        shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff}
+        where.append(("largest layer", f"{largest_layer(source) / 1e6:,.1f} MB"))
+    shown = {name: value for name, value in shown.items() if name not in ("dtype", "remat")}
+    lines += [f"  {name:18} {value}" for name, value in [*shown.items(), *where]]
+    lines += [f"  {line}" for line in beside(found.companions)]
+    lines += [f"  note: {note}" for note in (source.notes if source is not None else ())]
     return "\n".join(lines)
+
+
+def beside(companions: Companions) -> list[str]:
+    """Lines on token ids and files beside the weights."""
+    ids = companions.token_ids
+    known = {"eos": ", ".join(map(str, ids.eos)), "bos": ids.bos, "pad": ids.pad}
+    shown = "; ".join(f"{name} {value}" for name, value in known.items() if value not in (None, ""))
+    files = ", ".join(companions.files)
+    return [f"{name:18} {text}" for name, text in (("token ids", shown), ("files beside", files)) if text]
 
 
 def verify(options: argparse.Namespace) -> tuple[bool, str]:
     """Compare SRC, cast to DST's dtypes, with DST; returns True if they are equal, and the text to print."""
-    source, target = prepared(options), open_checkpoint(options.target)
-    different = different_settings(dataclasses.asdict(source.config), dataclasses.asdict(target.config))
+    first, second = open_given(options), open_source(options.target)
+    if first.model_name != "NeoX" or second.model_name != "NeoX":
+        for flag in ("vocab", "dtype"):
+            if getattr(options, flag) is not None:
+                raise ValueError(f"--{flag} is for NeoX; {options.source} holds a {first.model_name}")
+        ours, theirs = (side.model_name for side in (first, second))
+        if ours != theirs:
+            return False, f"{options.source} holds a {ours}, {options.target} a {theirs}"
+        config, other = first.config, second.config
+        tensors: Mapping[str, Any] = to_torch(first.model())
+        others: Mapping[str, Any] = to_torch(second.model())
+    else:
+        source, target = prepared(first, options), second.neox()
+        config, other = dataclasses.asdict(source.config), dataclasses.asdict(target.config)
+        tensors, others = source.tensors, target.tensors
+    equal, text = compare_tensors(tensors, others)
+    different = different_settings(config, other)
     if different:
-        return False, f"{options.source} and {options.target} have different configurations: {'; '.join(different)}"
-    return compare_tensors(source.tensors, target.tensors)
+        text = f"{options.source} and {options.target} have different configurations: {'; '.join(different)}\n{text}"
+    return equal and not different, text
 
 
-def different_settings(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Settings that two configurations both have and that differ, a text for each; not how a model is run."""
-    return [
-        f"{name}: {config[name]} and {value}"
-        for name, value in other.items()
-        if name in config and config[name] != value and name not in ("dtype", "remat", "stacked")
-    ]
+def opened(options: argparse.Namespace) -> Opened:
+    """Open SRC with its flags."""
+    return open_source(
+        options.source,
+        config=read_neox_config(options.config),
+        row_bias=options.row_bias,
+        revision=options.revision,
+        strip_prefix=options.strip_prefix,
+        variant=options.variant,
+    )
 
 
-def compare_tensors(tensors: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[bool, str]:
-    """Compare tensors, cast to the dtypes of others of the same names and shapes, bit for bit.
-
-    Returns True if they are equal, and the text to print. Raises ValueError if a value overflows in the cast.
-    """
-    lines, compared = [], 0
-    with progress_bar("comparing", tensors.values()) as advance:
-        for name, tensor in tensors.items():
-            other = others[name]
-            if tensor.dtype != other.dtype:
-                tensor = Cast(tensor, np.dtype(other.dtype), name)
-            count, largest = difference(tensor, other)
-            compared += int(np.prod(tensor.shape))
-            advance(nbytes(tensor))
-            if count:
-                lines.append(
-                    f"  {name}: {count:,} of {int(np.prod(tensor.shape)):,} values differ, by up to {largest:.3g}"
-                )
-    if lines:
-        return False, "\n".join([f"{len(lines)} of {len(tensors)} tensors differ:", *lines])
-    return True, f"all {len(tensors)} tensors are equal, {compared:,} values bit for bit"
+def open_given(options: argparse.Namespace) -> Opened:
+    """Open SRC with its flags."""
+    return open_source(
+        options.source,
+        config=read_neox_config(options.config),
+        row_bias=options.row_bias,
+        revision=options.revision,
+        strip_prefix=options.strip_prefix,
+        variant=options.variant,
+    )
 
 
-def difference(a: Any, b: Any) -> tuple[int, float]:
-    """Number of values of two tensors of one shape and dtype that differ in any bit, and the largest difference."""
-    count, largest = 0, 0.0
-    for x, y in zip(pieces(a, PIECE_BYTES), pieces(b, PIECE_BYTES), strict=True):
-        integer = np.dtype(f"u{x.dtype.itemsize}")
-        unequal = x.view(integer) != y.view(integer)
-        if unequal.any():
-            count += int(unequal.sum())
-            far = np.abs(x[unequal].astype(np.float64) - y[unequal].astype(np.float64))
-            largest = float(np.maximum(largest, far.max()))  # NaN if one of the values is
-    return count, largest
-
-
-def prepared(options: argparse.Namespace) -> Source:
-    """Open SRC and apply --vocab and --dtype; default the dtype of the checkpoint that a run fine-tuned."""
-    opened = open_source(options.source, config=read_neox_config(options.config), row_bias=options.row_bias)
+def prepared(opened: Opened, options: argparse.Namespace) -> Source:
+    """Apply --vocab and --dtype; default the dtype of the checkpoint that a run fine-tuned."""
     source, dtype = opened.neox(), options.dtype or opened.original.get("dtype")
     source = source.with_vocabulary(options.vocab) if options.vocab is not None else source
     return source if dtype is None else source.cast(dtype)

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmodels.convert.compare import different_settings
 from jaxmodels.convert.neox.shards import config_files, find_step
-from jaxmodels.convert.operations import different_settings
 from jaxmodels.models import name_of
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.weights.names import as_numpy

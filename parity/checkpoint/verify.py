@@ -83,7 +83,8 @@ def verify(options: argparse.Namespace) -> int:
             raise ValueError(f"--{flag} {value} must be at least {least}")
     require("torch", "torch")
     prepare_jax(options.device, eight=False)
-    from jaxmodels.convert.operations import compare_tensors, different_settings, read_neox_config
+    from jaxmodels.convert.compare import compare_tensors, different_settings
+    from jaxmodels.convert.operations import read_neox_config
     from parity.checkpoint.pair import both_opened
 
     first, second = both_opened(options.source, options.target, read_neox_config(options.config), options.row_bias)

@@ -151,7 +151,7 @@ def test_refusals_are_one_line(hub, folders, tmp_path):
         ("org/absent", None): r"org/absent is neither a folder nor a model on the Hub .*HF_TOKEN",
         ("org/private", None): r"org/private is neither a folder nor a model on the Hub .*hf auth login",
         ("org/gated", None): r"org/gated .*gated.*hf auth login",
-        (NAME, "step2"): r"tiny-neox .*no revision 'step2'",
+        (NAME, "step2"): r"org/tiny-neox .*no revision 'step2'",
     }
     for (name, revision), message in expected.items():
         with pytest.raises(ValueError, match=rf"\A{message}.*\Z"):

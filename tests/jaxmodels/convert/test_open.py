@@ -1,6 +1,8 @@
 """One way to open every kind of checkpoint; folders of Hugging Face are written by transformers and tokenizers."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -11,9 +13,11 @@ import transformers
 from flax import nnx
 
 import jaxmodels
+from jaxmodels.convert.command import main
 from jaxmodels.convert.companions import TokenIds
 from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.hf import write_hf
+from jaxmodels.convert.kinds import NAMES
 from jaxmodels.convert.neox.write import write_neox
 from jaxmodels.convert.open import load, open_source
 from jaxmodels.io.atomic import atomic_file
@@ -44,8 +48,10 @@ def published(tmp_path_factory):
     return folder
 
 
-def kinds_of(published, tmp_path):
+@pytest.fixture(scope="module")
+def folders(published, tmp_path_factory):
     """The same weights in every kind of folder."""
+    tmp_path = tmp_path_factory.mktemp("kinds")
     source = open_source(published).neox()
     write_flax(source, tmp_path / "flax")
     write_neox(source, tmp_path / "shards", 1)
@@ -74,9 +80,9 @@ def assert_same(model, other):
         np.testing.assert_array_equal(array, theirs[path])
 
 
-def test_every_kind_gives_the_same_model_tokenizer_and_token_ids(published, tmp_path):
+def test_every_kind_gives_the_same_model_tokenizer_and_token_ids(published, folders):
     expected = load(published)
-    for kind, folder in kinds_of(published, tmp_path).items():
+    for kind, folder in folders.items():
         opened = open_source(folder)
         assert (opened.kind, opened.folder, opened.model_name) == (kind, folder, "NeoX")
         assert_same(jaxmodels.load(folder), expected)
@@ -88,8 +94,8 @@ def test_every_kind_gives_the_same_model_tokenizer_and_token_ids(published, tmp_
             assert (folder / name).read_bytes() == (published / name).read_bytes(), (kind, name)
 
 
-def test_parts_of_a_run(published, tmp_path):
-    run = kinds_of(published, tmp_path)["run"]
+def test_parts_of_a_run(published, folders, tmp_path):
+    run = shutil.copytree(folders["run"], tmp_path / "run")
     step(run, 12, load(published, dtype="bfloat16"))
     dtypes = {array.dtype for array in jax.tree.leaves(load(run))}
     assert dtypes == {np.dtype("bfloat16")}
@@ -143,10 +149,9 @@ def test_a_repository_in_the_cache_of_the_hub(published, tmp_path):
         ("hf", {"revision": "main"}, r"revision='main' is for ids of the Hub"),
     ],
 )
-def test_arguments_that_do_not_apply(published, tmp_path, kind, argument, message):
-    folder = kinds_of(published, tmp_path)[kind]
+def test_arguments_that_do_not_apply(folders, kind, argument, message):
     with pytest.raises(ValueError, match=message):
-        open_source(folder, **argument)
+        open_source(folders[kind], **argument)
 
 
 def test_places_where_a_tokenizer_is_looked_for(published, tmp_path):
@@ -159,3 +164,139 @@ def test_places_where_a_tokenizer_is_looked_for(published, tmp_path):
     assert isinstance(open_source(folder).vocabulary(), TokenizerFile)
     with pytest.raises(ValueError, match=r"tokenizer='nowhere'"):
         open_source(folder).vocabulary("nowhere")
+
+
+def command(capsys, *arguments):
+    """Exit code, standard output and standard error of `jaxmodels convert`."""
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_inspect_names_every_kind(folders, tmp_path, capsys):
+    for kind, name in NAMES.items():
+        code, out, _ = command(capsys, "inspect", folders[kind])
+        assert code == 0
+        assert out.startswith(f"{folders[kind]}: {name} (")
+        for line in ("n_hidden +40", "token ids +eos 0, 299; bos 0; pad 1", "files beside +tokenizer.json, .*json"):
+            assert re.search(rf"^  {line}", out, re.MULTILINE), (kind, line)
+    assert re.search(r"step +7\n", command(capsys, "inspect", folders["run"])[1])
+    jaxmodels.save(mlp(), tmp_path / "mlp")
+    code, out, _ = command(capsys, "inspect", tmp_path / "mlp")
+    assert code == 0
+    assert "model of this project, tests.MLPLanguageModel, " in out
+    assert re.search(rf"d_ff +{mlp().config()['d_ff']}\n", out)
+
+
+def test_a_conversion_and_back_keeps_what_lies_beside_the_weights(published, folders, tmp_path, capsys):
+    """config.json and generation_config.json name different end tokens; both stay as they are."""
+    before = json.loads((published / "config.json").read_text())
+    for kind in ("model", "neox", "run"):
+        back = tmp_path / f"{kind} back"
+        assert command(capsys, "neox", folders[kind], back, "--to", "hf")[0] == 0
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            assert (back / name).read_bytes() == (published / name).read_bytes()
+        after = transformers.AutoConfig.from_pretrained(back)
+        assert (after.eos_token_id, after.bos_token_id) == (before["eos_token_id"], before["bos_token_id"])
+        generation = transformers.GenerationConfig.from_pretrained(back)
+        assert (generation.eos_token_id, generation.pad_token_id) == ([0, 299], 1)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(back)
+        assert tokenizer("text").input_ids == open_source(published).vocabulary().encode("text").tolist()
+        assert tokenizer.chat_template == "{{ messages }}"
+        assert command(capsys, "verify", published, back)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ({}, {"bos_token_id": 0, "eos_token_id": 2}),  # transformers' defaults of absent keys
+        ({"bos_token_id": None, "eos_token_id": [5, 3], "pad_token_id": 1}, None),
+        ({"bos_token_id": 7, "eos_token_id": 5, "pad_token_id": None}, None),
+    ],
+)
+def test_token_ids_of_a_configuration_alone(published, tmp_path, ids, expected):
+    folder = shutil.copytree(published, tmp_path / "hf")
+    (folder / "generation_config.json").unlink()
+    content = json.loads((folder / "config.json").read_text())
+    content = {key: value for key, value in content.items() if not key.endswith("_token_id")}
+    (folder / "config.json").write_text(json.dumps(content | ids))
+    write_flax(open_source(folder).neox(), tmp_path / "flax")
+    write_neox(open_source(tmp_path / "flax").neox(), tmp_path / "shards", 1)
+    write_hf(open_source(tmp_path / "shards").neox(), tmp_path / "back")
+    assert not (tmp_path / "back" / "generation_config.json").exists()
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    found = {key: value for key, value in written.items() if key.endswith("_token_id")}
+    assert found == (expected or ids)
+    theirs = [transformers.AutoConfig.from_pretrained(path) for path in (folder, tmp_path / "back")]
+    assert theirs[0].eos_token_id == theirs[1].eos_token_id
+    assert theirs[0].bos_token_id == theirs[1].bos_token_id
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "</s>"}', '{"bos_token_id": [1]}', "[]", "{"])
+def test_token_ids_that_are_none(published, tmp_path, content):
+    folder = shutil.copytree(published, tmp_path / "hf")
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"hf.*"):
+        open_source(folder)
+
+
+def test_ids_as_texts_and_minus_one():
+    ids = {"eos_token_id": ["0", 5.0, -1], "bos_token_id": "7", "pad_token_id": -1}
+    assert TokenIds.of(ids, "config.json") == TokenIds(eos=(0, 5), bos=7)
+
+
+def test_a_tokenizer_inside_a_runs_vocabulary_is_written_for_transformers(folders, tmp_path):
+    run = shutil.copytree(folders["run"], tmp_path / "run")
+    content = (run / "tokenizer.json").read_text()
+    TokenizerFile(content).save(run / "vocabulary.json")
+    (run / "tokenizer.json").unlink()
+    write_hf(open_source(run).neox(), tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == content
+
+
+def test_verify_compares_tensors_of_different_configurations(published, tmp_path, capsys):
+    source = open_source(published).neox()
+    changed = dataclasses.replace(source, config=dataclasses.replace(source.config, layer_norm_eps=1e-3))
+    write_flax(changed, tmp_path / "eps")
+    code, out, _ = command(capsys, "verify", published, tmp_path / "eps")
+    assert code == 1
+    assert "different configurations: layer_norm_eps: 1e-05 and 0.001\n" in out
+    assert "all 40 tensors are equal" in out
+    write_flax(source.with_layers([0, 1]), tmp_path / "two")
+    code, out, _ = command(capsys, "verify", published, tmp_path / "two")
+    assert code == 1
+    assert "n_layers: 3 and 2\n" in out
+    assert "of the tensors that both have, all 28 tensors are equal" in out
+    assert re.search(r"only in SRC: layers\.2\..* and 2 more", out)
+    write_flax(source.with_vocabulary(293), tmp_path / "vocab")
+    code, out, _ = command(capsys, "verify", published, tmp_path / "vocab")
+    assert code == 1
+    assert "embedding.emb.weight: shape [307, 40] and [293, 40]" in out
+    jaxmodels.save(mlp(), tmp_path / "mlp")
+    assert command(capsys, "verify", tmp_path / "mlp", tmp_path / "mlp")[0] == 0
+    code, out, _ = command(capsys, "verify", published, tmp_path / "mlp")
+    assert code == 1
+    assert "a NeoX" in out
+
+
+def test_quantize(published, tmp_path, capsys):
+    code, out, _ = command(capsys, "quantize", published, tmp_path / "int8", "--dtype", "bfloat16", "--threshold", 3)
+    assert (code, "int8" in out) == (0, True)
+    opened = open_source(tmp_path / "int8")
+    assert opened.model().int8_threshold == 3
+    assert opened.companions.token_ids == TokenIds(eos=(0, 299), bos=0, pad=1)
+    assert (tmp_path / "int8" / "tokenizer.json").is_file()
+    assert command(capsys, "inspect", tmp_path / "int8")[1].count("int8") == 3
+    for arguments in (
+        ["neox", tmp_path / "int8", tmp_path / "out", "--to", "hf"],
+        ["quantize", tmp_path / "int8", "x"],
+    ):
+        code, _, error = command(capsys, *arguments)
+        assert code == 2
+        assert re.search(r"int8 is quantized", error)
+
+
+def test_a_folder_of_hugging_face_as_a_state_dict(published, tmp_path, capsys):
+    assert command(capsys, "torch", published, tmp_path / "model.pt")[0] == 0
+    state = torch.load(tmp_path / "model.pt")
+    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(published).state_dict()
+    assert torch.equal(state["embedding.emb.weight"], theirs["gpt_neox.embed_in.weight"])

@@ -102,7 +102,7 @@ def test_inspect_says_what_it_is_before_anything_is_converted(source, capsys):
     assert command("inspect", folder) == 0
     out = capsys.readouterr().out
     for said in (
-        "neox (layer files of 2 model-parallel ranks in global_step143), 309,228 parameters, float16, 0.001 GB",
+        "GPT-NeoX shards (layer files of 2 model-parallel ranks in global_step143), 309,228 parameters, float16",
         "activation         gelu\n",
         "n_heads            12\n",
         "n_ff               156\n",
