@@ -14,6 +14,7 @@ from pathlib import Path
 from jaxmodels.convert.companions import FILES, TEMPLATES, json_object
 from jaxmodels.convert.unusable import check_hf, explain_names, matching
 from jaxmodels.io.checkpoint import STEM
+from jaxmodels.io.pretrained import chosen, variants
 from jaxmodels.process.extras import available
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -23,9 +24,6 @@ ABOUT = ("config.json", "adapter_config.json", *FILES, f"{TEMPLATES}/*.jinja", "
 # Files of the kinds that lie on the Hub besides Hugging Face's own.
 OURS = (f"{STEM}*.safetensors", f"{STEM}.safetensors.index.json", f"{STEM}/**")
 SHARDS = ("layer_*-model_states.pt", "mp_rank_*_model_states.pt")  # in a step's folder; the second if there is no first
-# Forms of Hugging Face's weights in the order of transformers: one file, or an index of several.
-VARIANT = re.compile(r"(?:pytorch_)?model\.(\w+)\.(?:safetensors|bin)")
-FORMS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_id(source: str) -> bool:
@@ -57,9 +55,7 @@ def download(name: str, revision: str | None = None, variant: str | None = None)
         )
     from huggingface_hub import HfApi
 
-    from jaxmodels import __version__
-
-    api = HfApi(library_name="jaxmodels", library_version=__version__)
+    api = HfApi(library_name="jaxmodels")
 
     def fetch(patterns: Sequence[str], local: bool = False) -> Path:
         found = api.snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=local)
@@ -88,8 +84,10 @@ def fetched(name: str, names: Sequence[str], variant: str | None, fetch: Fetch) 
     content = json_object(folder / "config.json") if config else {}
     if "model_type" in content:
         check_hf(folder, content)
-        form = form_of(name, names, variant)
-        if form is not None:
+        form = content.get("transformers_weights")
+        if form is None and (variants(names) or variant is not None):
+            form, _ = chosen(names, variant, f"{name} on the Hub")
+        if isinstance(form, str) and form in names:
             return fetch([*ABOUT, "*.index*.json", form, *shards_of(folder / form)])
     elif config and matching(names, OURS):
         return fetch([*ABOUT, *OURS])
@@ -97,20 +95,6 @@ def fetched(name: str, names: Sequence[str], variant: str | None, fetch: Fetch) 
     if shards:
         return fetch([*ABOUT, *shards, "configs/*", "global_step*/configs/*"])
     raise ValueError(explain_names(f"{name} on the Hub", names, folder))
-
-
-def form_of(name: str, names: Sequence[str], variant: str | None) -> str | None:
-    """File, or index, of Hugging Face's weights; None if there are none; raises ValueError without the variant's."""
-    found = [form for form in map(varied(variant), FORMS) if form in names]
-    if found:
-        return found[0]
-    others = sorted({match[1] for match in map(VARIANT.fullmatch, names) if match})
-    if others:
-        what = f"no weights of variant {variant!r}" if variant else "no weights without a variant"
-        raise ValueError(f"{name} on the Hub has {what}; it has the variants {', '.join(others)} (--variant)")
-    if variant:
-        raise ValueError(f"{name} on the Hub has no weights of variant {variant!r}")
-    return None
 
 
 def shard_patterns(names: Sequence[str], folder: Path) -> list[str]:
@@ -122,16 +106,6 @@ def shard_patterns(names: Sequence[str], folder: Path) -> list[str]:
             if matching(names, [places + pattern]):
                 return [places + pattern]
     return []
-
-
-def varied(variant: str | None) -> Callable[[str], str]:
-    """Function of a file name to that of a variant, as transformers makes it."""
-
-    def name(file: str) -> str:
-        stem, _, end = file.rpartition(".")
-        return file if variant is None else f"{stem}.{variant}.{end}"
-
-    return name
 
 
 def shards_of(index: Path) -> list[str]:
@@ -186,13 +160,11 @@ def cached(name: str, revision: str | None, error: Exception, fetch: Fetch) -> P
 
 def is_whole(folder: Path) -> bool:
     """True if a snapshot has weights, and all files of their index."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    forms = [path for path in names if re.fullmatch(r"(pytorch_)?model.*(safetensors|bin)(\.index.*\.json)?", path)]
-    if not forms:
-        return bool(matching(names, OURS) or shard_patterns(sorted(names), folder))
-    indices = [form for form in forms if form.endswith(".json")]
-    single = any(re.fullmatch(r"(pytorch_)?model(\.\w+)?\.(safetensors|bin)", form) for form in forms)
-    return single or any(names.issuperset(shards_of(folder / index)) for index in indices)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    forms = variants(names).values()
+    if forms:
+        return any(set(names).issuperset(shards_of(folder / form)) for form in forms)
+    return bool(matching(names, OURS) or shard_patterns(names, folder))
 
 
 def is_of_hub(error: Exception) -> bool:

@@ -57,7 +57,9 @@ def recognized(folder: Path) -> Place | None:
     check_pointers(folder)
     file = folder / "config.json"
     config = json_object(file) if file.is_file() else {}
-    if "model_type" in config and matches(folder, HF_WEIGHTS):
+    named = config.get("transformers_weights")  # file of weights with another name
+    has_weights = matches(folder, HF_WEIGHTS) or (isinstance(named, str) and (folder / named).is_file())
+    if "model_type" in config and has_weights:
         check_hf(folder, config)
         return Place("hf", folder, beside=(folder,))
     if "script" in config or (folder / "checkpoints").is_dir():

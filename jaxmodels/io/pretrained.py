@@ -9,8 +9,9 @@ The first that exists is read, as transformers does. A variant has its name in t
 model.safetensors.index.fp16.json.
 """
 
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,16 +57,25 @@ def read_pretrained(folder: Path, variant: str | None = None, name: str | None =
 
 def weights_file(folder: Path, variant: str | None) -> tuple[Path, list[str]]:
     """File or index to read, with notes on the choice; raises ValueError if there is none."""
+    name, notes = chosen([path.name for path in folder.iterdir() if path.is_file()], variant, str(folder))
+    return folder / name, notes
+
+
+def chosen(names: Collection[str], variant: str | None, where: str) -> tuple[str, list[str]]:
+    """Name of the file or index to read among those of a folder, with notes on the choice.
+
+    where: the folder, for errors. Raises ValueError, with the variants that there are, if there is none.
+    """
     notes = []
-    held = variants(folder)
+    held = variants(names)
     if variant is None and None not in held and len(held) == 1:
         variant = next(iter(held))
         notes.append(f"all files are of the variant {variant!r}, which was read")
     if variant in held:
         file = held[variant]
-        index = with_variant(file.name + INDEX, variant)
-        if file.suffix != ".json" and (folder / index).is_file():
-            notes.append(f"{file.name} was read; {index} is ignored, as by transformers")
+        index = with_variant(file + INDEX, variant)
+        if not file.endswith(".json") and index in names:
+            notes.append(f"{file} was read; {index} is ignored, as by transformers")
         return file, notes
     wanted = "neither model.safetensors nor pytorch_model.bin, nor an index of one"
     if variant is not None:
@@ -73,21 +83,21 @@ def weights_file(folder: Path, variant: str | None) -> tuple[Path, list[str]]:
     others = [f"variant={other!r}" for other in held if other is not None]
     others += ["weights without a variant"] if variant is not None and None in held else []
     if not held:
-        others = sorted({file.name for pattern in OTHERS for file in folder.glob(pattern)})[:3]
-    raise ValueError(f"{folder} has {wanted}" + (f"; it has {', '.join(others)}" if others else ""))
+        others = sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in OTHERS))[:3]
+    raise ValueError(f"{where} has {wanted}" + (f"; it has {', '.join(others)}" if others else ""))
 
 
-def variants(folder: Path) -> dict[str | None, Path]:
-    """File or index that is read for each variant in a folder; None is the key of weights without a variant."""
+def variants(names: Collection[str]) -> dict[str | None, str]:
+    """File or index that is read for each variant; None is the key of weights without a variant."""
     found = set()
-    for path in folder.iterdir():
-        match = NAME.fullmatch(path.name) or INDEX_NAME.fullmatch(path.name)
-        if match is not None and path.is_file() and not SHARD.search(path.name):
+    for name in names:
+        match = NAME.fullmatch(name) or INDEX_NAME.fullmatch(name)
+        if match is not None and not SHARD.search(name):
             found.add(next((group for group in match.groups() if group), None))
-    held = {}
+    held: dict[str | None, str] = {}
     for variant in sorted(found, key=str):
         order = [with_variant(single + end, variant) for single in SINGLE for end in ("", INDEX)]
-        held[variant] = folder / next(name for name in order if (folder / name).is_file())
+        held[variant] = next(name for name in order if name in names)
     return held
 
 

@@ -98,7 +98,7 @@ def test_a_variant(hub, folders):
     hub.models["org/half"] = {"main": folders / "half"}
     download("org/half", variant="fp16")
     assert "model.fp16.safetensors" in hub.downloaded()
-    with pytest.raises(ValueError, match=r"org/half .*'bf16'.* fp16 \(--variant\)"):
+    with pytest.raises(ValueError, match=r"org/half .*'bf16'.*variant='fp16'"):
         download("org/half", variant="bf16")
 
 
