@@ -28,6 +28,7 @@ from jaxmodels.text import TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_voca
 from jaxmodels.weights.names import check_floating
 from jaxmodels.weights.place import Shardings
 
+
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """A checkpoint before its weights are read.

@@ -221,18 +221,6 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
     return equal and not different, text
 
 
-def opened(options: argparse.Namespace) -> Opened:
-    """Open SRC with its flags."""
-    return open_source(
-        options.source,
-        config=read_neox_config(options.config),
-        row_bias=options.row_bias,
-        revision=options.revision,
-        strip_prefix=options.strip_prefix,
-        variant=options.variant,
-    )
-
-
 def open_given(options: argparse.Namespace) -> Opened:
     """Open SRC with its flags."""
     return open_source(
