@@ -179,7 +179,7 @@ def inspect(options: argparse.Namespace) -> str:
         shown = dict(found.config)
     else:
         lines = [f"{found.name}: {NAMES[found.kind]} ({source.layout}), {totals(source)}"]
-        shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff}
+        shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff, "n_kv_heads": source.config.kv_heads}
         where.append(("largest layer", f"{largest_layer(source) / 1e6:,.1f} MB"))
     shown = {name: value for name, value in shown.items() if name not in ("dtype", "remat")}
     lines += [f"  {name:18} {value}" for name, value in [*shown.items(), *where]]

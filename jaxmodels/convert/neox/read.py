@@ -131,6 +131,8 @@ def open_neox(
         tensors[key] = grouped(held, config) if name.merge == QKV and config.n_kv_heads is not None else tensor
     if problems:
         raise ValueError(f"{shards.step} contradicts its configuration:\n  " + "\n  ".join(problems))
+    if config.n_kv_heads is not None:
+        notes.append(f"query_key_value is read as GPT-NeoX writes n_kv_heads={config.n_kv_heads} since November 2024")
     notes += drifting(parts, row_bias, shards)
     if config.n_vocab == written_vocab != rows:
         notes.append(f"{rows - written_vocab} of {rows} rows of the vocabulary are padding and were left out")

@@ -4,6 +4,7 @@ Keys have dashes or underscores, which may be mixed. Absent keys have GPT-NeoX's
 of its published models: the default of `rotary_pct`, for example, is 1.0.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,16 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("moe_num_experts", (1, 0)),
     ("use_mup", (False,)),
     ("sliding_window_width", (None,)),
+    ("rope_scaling", (None,)),
 )
 ATTENTION = ("global", "flash")  # two implementations of full attention; other kinds are not supported
 # Required, as GPT-NeoX's default of an absent key is learned positions, which are not supported.
 EXPLICIT = ("pos_emb",)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def read_yaml(files: list[Path]) -> dict[str, Any]:
-    """Settings of all files together, with underscores in keys.
+    """Settings of all files together, with underscores in keys, and without quotes around numbers and flags.
 
     Raises ValueError, naming the file, if one is not a YAML mapping or contradicts an earlier one.
     """
@@ -72,9 +75,9 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
         if not isinstance(content, Mapping):
             raise ValueError(f"{file} must be a mapping of settings, not a {type(content).__name__}")
         for key, value in content.items():
-            key = str(key).replace("-", "_")
+            key, value = str(key).replace("-", "_"), unquoted(value)
             if settings.get(key, value) != value:
-                raise ValueError(f"{file} has {key}: {value!r}, but an earlier file has {settings[key]!r}")
+                raise ValueError(f"{file} has {key}: {value!r}, but before it stands {key}: {settings[key]!r}")
             settings[key] = value
     return settings
 
@@ -84,7 +87,7 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises ValueError, beginning with `where`, if a setting is not supported.
     """
-    settings = {key: unquoted(value) for key, value in settings.items() if value is not None}
+    settings = {key: value for key, value in settings.items() if value is not None}
     for key, allowed in REQUIRED:
         value = settings.get(key, None if key in EXPLICIT else allowed[0])
         if value not in allowed:
@@ -124,8 +127,15 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def unquoted(value: Any) -> Any:
-    """A flag for the string "true" or "false", any other value as it is."""
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+    """Flag or number in a string, any other value as it is. YAML 1.1 reads `1e-5`, without a point, as a string."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if NUMBER.fullmatch(value.strip()) is None:
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() and "e" not in value.lower() and "." not in value else number
 
 
 def kinds_in(value: Any) -> set[str]:
@@ -138,7 +148,6 @@ def kinds_in(value: Any) -> set[str]:
 def checked(field: str, key: str, value: Any, where: str) -> Any:
     """Convert a setting to the type of its field; raises ValueError if it has another type."""
     try:
-        # YAML 1.1 reads `1e-5`, without a point, as a string.
         number = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError):
         number = None

@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 from jax.sharding import AbstractMesh
 
+import jaxmodels
 import torch_ref.neox
 from jaxmodels.convert import to_torch
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
@@ -88,7 +89,7 @@ def test_rmsnorm_is_pytorch_s(dtype):
     assert jnp.isfinite(half).all()
 
 
-def test_int8_without_biases():
+def test_int8_without_biases(tmp_path):
     model = neox(**FORMS["no biases"])
     linear = model.layers.attention.qkv_lin
     assert linear.bias is None
@@ -96,6 +97,8 @@ def test_int8_without_biases():
     assert given.dtype == expected.dtype
     error = jnp.abs(given - expected).max() / jnp.abs(expected).max()
     assert 0 < error < 0.1
+    jaxmodels.save(quantize(model, 0.0), tmp_path / "int8")
+    np.testing.assert_array_equal(run(jaxmodels.load(tmp_path / "int8"), ids()), given)
 
 
 @pytest.mark.parametrize("stacked", [True, False])

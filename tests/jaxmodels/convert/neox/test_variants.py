@@ -34,6 +34,7 @@ def test_any_number_of_ranks_read_and_written(tmp_path, form):
     for i, ranks in enumerate([1, 3, 2]):
         source = open_neox(tmp_path / str(i))
         assert source.config == config
+        assert any("n_kv_heads=6" in note for note in source.notes) == (config.n_kv_heads == 6)
         jaxmodels.convert.neox.write.write_neox(source, tmp_path / str(i + 1), ranks)
     assert_holds(load_neox(tmp_path / "3"), state)
     original = tmp_path / "original"

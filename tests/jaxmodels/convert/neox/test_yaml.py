@@ -73,8 +73,27 @@ def test_several_files_are_one(tmp_path):
         tmp_path, '{"pos-emb": "rotary", "num-layers": 3,}', "# nothing\n", "num_layers: 3\nhidden_size: 7\n"
     )
     assert (found["n_layers"], found["n_hidden"]) == (3, 7)
+    assert parsed(tmp_path, 'pos-emb: rotary\nnum-layers: "3"', "num_layers: 3")["n_layers"] == 3
     with pytest.raises(ValueError, match=r"1\.yml\b.*num_layers: 4\b.*\b3\b"):
         parsed(tmp_path, "num-layers: 3", "num_layers: 4")
+    with pytest.raises(ValueError, match=r"0\.yml\b.*rotary_pct: 0\.5\b.*rotary_pct: 0\.25"):
+        parsed(tmp_path, "rotary-pct: .25\nrotary_pct: .5")
+
+
+def test_numbers_and_flags_in_quotes(tmp_path):
+    said = {"num-layers": "6", "hidden_size": " 512", "num-attention-heads": "8.0", "rotary-pct": ".25"}
+    said |= {"rotary_emb_base": "1e4", "layernorm-epsilon": "1E-5", "no-weight-tying": "True", "gpt_j_residual": "true"}
+    said |= {"bias-gelu-fusion": "true", "max-position-embeddings": "2048", "pos-emb": "rotary", "norm": "layernorm"}
+    quoted = parsed(tmp_path, "{" + "".join(f'"{key}": "{value}", ' for key, value in said.items()) + "}")
+    assert dataclasses.replace(NeoXConfig.pythia_70m(), n_vocab=7) == NeoXConfig(**quoted, n_vocab=7)
+    settings = read_yaml([tmp_path / "0.yml"])
+    assert (settings["num_layers"], settings["rotary_pct"], settings["no_weight_tying"]) == (6, 0.25, True)
+    (tmp_path / "0.yml").write_text('{"split": "995,4,1", "make-vocab-size-divisible-by": "256", "seed": "nan"}')
+    assert read_yaml([tmp_path / "0.yml"]) == {
+        "split": "995,4,1",
+        "make_vocab_size_divisible_by": 256,
+        "seed": "nan",
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,6 +103,7 @@ def test_several_files_are_one(tmp_path):
         ("norm: scalenorm", "norm: 'scalenorm'; supported is 'layernorm' or 'te_layernorm' or 'rmsnorm'"),
         ("pos-emb: alibi", "pos_emb: 'alibi'; supported is 'rotary'"),
         ("pos-emb: rpe", "pos_emb: 'rpe'; supported is 'rotary'"),
+        ("rope_scaling: {type: linear, factor: 2}", "rope_scaling: {'type': 'linear', 'factor': 2}; supported is None"),
         ("activation: swiglu", "activation: 'swiglu'; supported is 'gelu'"),
         ("mlp_type: llama", "mlp_type: 'llama'; supported is 'regular'"),
         ("moe_num_experts: 8", "moe_num_experts: 8; supported is 1"),
