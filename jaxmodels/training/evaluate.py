@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxmodels.convert import kinds
+from jaxmodels.convert.open import open_source
+from jaxmodels.io.atomic import atomic_file
 from jaxmodels.process import programs
+from jaxmodels.scoring import score
+from jaxmodels.scoring.files import as_json, read_documents, table
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
 from jaxmodels.training.checkpoints import open_model
 from jaxmodels.training.data import Example, Windows
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.loop import Evaluation
-from jaxmodels.training.run import is_run, open_run, read_about
+from jaxmodels.training.run import is_run, open_run, read_about, saved_experiment
 from jaxmodels.training.signals import Stop
 from jaxmodels.training.step import Numerics, Precision, Program, token_losses
 
@@ -27,9 +33,13 @@ EXAMPLES = """\
 examples:
   jaxmodels evaluate runs/rope                    # the held-out part of the text it was trained on
   jaxmodels evaluate runs/rope --text FILE        # the whole text of another file
-  jaxmodels evaluate MODEL --text FILE --tokenizer tokenizer.json --seq-len 2048
+  jaxmodels evaluate EleutherAI/pythia-70m --text a.txt b.txt
+  jaxmodels evaluate MODEL --text documents.jsonl --jsonl-field text --stride 512 --json scores.json
 
-MODEL is a folder written by jaxmodels.save or jaxmodels convert.
+SOURCE is a folder of jaxmodels.save or jaxmodels convert, a training run, GPT-NeoX shards, a Hugging Face folder, or an
+id of the Hub. A run's own text, and one text with --seq-len, are cut into sequences of that length, and tokens after
+the last whole one are left out. Otherwise each file, or each line of JSONL, is a document that is scored by itself and
+whole, long ones in windows that overlap; see jaxmodels.scoring.score.
 """
 
 
@@ -60,20 +70,33 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = arguments.add_argument
-    add("checkpoint", type=Path, metavar="FOLDER", help="folder of a run (its latest checkpoint), or of a model")
+    add("checkpoint", type=Path, metavar="SOURCE", help="a model, a run (its latest checkpoint), or an id of the Hub")
     add(
         "--text",
-        help="python_docs, tiny_shakespeare or a UTF-8 file, evaluated whole (default: the held-out part of the "
+        nargs="+",
+        metavar="TEXT",
+        help="python_docs, tiny_shakespeare, UTF-8 files or JSONL, evaluated whole (default: the held-out part of the "
         "run's own text)",
     )
-    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json of a model (default: its vocabulary.json)")
+    add("--jsonl-field", metavar="NAME", help="field of a JSONL file's objects that holds the text")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json or vocabulary.json (default: the source's own)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of an id of the Hub")
     add(
         "--seq-len",
         type=int,
         metavar="N",
-        help="tokens per sequence, each predicted from those before it in the same sequence (default: as in training)",
+        help="tokens per sequence, each predicted from those before it in the same sequence (default: as in training; "
+        "of a model, the length that it names)",
     )
-    add("--batch-size", type=int, default=16, metavar="N", help="sequences per batch (default 16)")
+    add(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from one window of a long document to the next, at most seq_len (default: half of it)",
+    )
+    add("--bos", action="store_true", help="begin each document with the bos token, and predict its first token too")
+    add("--json", type=Path, metavar="FILE", help="also write the scores of all documents to a file")
+    add("--batch-size", type=int, metavar="N", help="sequences per batch (default 16; of documents, by their length)")
     add("--mesh", default="", help="devices along the axes data, fsdp and tensor, as in training (default: data=all)")
     add("--compute-dtype", choices=get_args(Precision), default="float32", help="dtype to compute in (default float32)")
     add(
@@ -92,21 +115,81 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 def print_scores(options: argparse.Namespace) -> None:
     """Evaluate a checkpoint with the flags of `parser` and print the scores; raises ValueError for bad input."""
-    for name in ("seq_len", "batch_size"):
+    for name in ("seq_len", "batch_size", "stride"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     mesh = make_mesh(options.mesh)
-    check_batch(mesh, options.batch_size)
+    batch_size = options.batch_size or 16
+    check_batch(mesh, batch_size)
+    if not in_sequences(options):
+        print_table(options, mesh)
+        return
     opened = open_checkpoint(options, mesh)
     examples, unit = examples_of(options, opened), opened.vocabulary.unit
-    found = evaluate(opened, examples, mesh, options.batch_size, options.compute_dtype)
-    text = options.text or f"held-out part of {opened.experiment.config.text if opened.experiment else ''}"
+    found = evaluate(opened, examples, mesh, batch_size, options.compute_dtype)
+    text = only_text(options) or f"held-out part of {opened.experiment.config.text if opened.experiment else ''}"
     print(f"{text}: {found.tokens:,} {unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {unit}")
     print(f"    perplexity           {math.exp(found.nats):.4f}")
     print(f"    bits per character   {found.bits_per_character:.4f}")
     print(f"    bits per byte        {found.bits_per_byte:.4f}")
+
+
+def in_sequences(options: argparse.Namespace) -> bool:
+    """True if one text is cut into sequences of one length, False if documents are scored by themselves."""
+    of_documents = (options.stride, options.jsonl_field, options.json, options.revision, options.bos or None)
+    if any(value is not None for value in of_documents) or len(options.text or ()) > 1:
+        return False
+    return is_run(options.checkpoint) or (options.seq_len is not None and read_kind(options.checkpoint) == "model")
+
+
+def read_kind(source: Path) -> str:
+    """Kind of a folder, as in `jaxmodels.convert.kinds`; "model" if it is none, for the error of opening it."""
+    try:
+        return kinds.find(source).kind
+    except ValueError:
+        return "model"
+
+
+def only_text(options: argparse.Namespace) -> str | None:
+    """The text if one is given."""
+    return options.text[0] if options.text else None
+
+
+def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
+    """Score each document by itself, print a table, and write the scores to --json.
+
+    Raises ValueError if there is no text, or if a run's model reads something besides the tokens.
+    """
+    opened = open_source(options.checkpoint, revision=options.revision)
+    if not options.text:
+        raise ValueError("--text is required: python_docs, tiny_shakespeare, UTF-8 files or JSONL")
+    documents = [document for name in options.text for document in read_documents(name, options.jsonl_field)]
+    if opened.kind == "run":
+        experiment = saved_experiment(opened.folder, options.experiment)
+        if type(experiment).losses is not Experiment.losses or type(experiment).examples is not Experiment.examples:
+            raise ValueError(f"{opened.name} was trained on more than tokens; evaluate one text, without --stride")
+    vocabulary = opened.vocabulary(options.tokenizer)
+    bos = opened.companions.token_ids.bos
+    if options.bos and bos is None:
+        raise ValueError(f"--bos: {opened.name} names no bos token")
+    dtype = None if opened.is_quantized else options.compute_dtype
+    model = opened.model(dtype=dtype, shardings=mesh if mesh.size > 1 else None)
+    window = None if options.seq_len is None else options.seq_len + 1
+    scores = score(
+        model,
+        [document.text for document in documents],
+        tokenizer=vocabulary,
+        max_length=window,
+        stride=options.stride,
+        batch_size=options.batch_size,
+        bos=bos if options.bos else None,
+    )
+    if options.json is not None:
+        with atomic_file(options.json) as temporary:
+            temporary.write_text(json.dumps(as_json(documents, scores), indent=2) + "\n", encoding="utf-8")
+    print(table(documents, scores, vocabulary.unit))
 
 
 def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:
@@ -134,10 +217,10 @@ def examples_of(options: argparse.Namespace, opened: Checkpoint) -> Sequence[Exa
         for flag, value in (("--seq-len", options.seq_len), ("--text", options.text)):
             if value is None:
                 raise ValueError(f"{flag} is required for a model folder that is not a training run")
-        return Windows(opened.vocabulary.encode(load_corpus(options.text)), options.seq_len, "given")
+        return Windows(opened.vocabulary.encode(load_corpus(options.text[0])), options.seq_len, "given")
     if options.text is None:
         return experiment.held_out(run, opened.vocabulary, read_about(run).sha256)
-    return experiment.examples(opened.vocabulary.encode(load_corpus(options.text)), run)
+    return experiment.examples(opened.vocabulary.encode(load_corpus(options.text[0])), run)
 
 
 def evaluate(

@@ -1,5 +1,7 @@
 """`python -m train.evaluate`: models of every system, and runs on their held-out data."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -9,9 +11,12 @@ import pytest
 from flax import nnx
 
 import jaxmodels
+from jaxmodels.convert.companions import Companions
+from jaxmodels.convert.open import open_source
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer, FeedbackTransformerKV
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
+from jaxmodels.scoring import score
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training import evaluate, run
 from jaxmodels.training.data import Windows, stack
@@ -19,6 +24,8 @@ from jaxmodels.training.run import write_about
 from jaxmodels.training.step import token_losses
 from jaxmodels.training.tokenize import open_tokens, tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
+from tests.jaxmodels.scoring.published import hugging_face_folder
+from tests.jaxmodels.tokenizer import byte_level_tokenizer
 from tests.train_common import TEXT
 from train import rope, rope_value
 
@@ -146,3 +153,100 @@ def test_a_run_without_a_text_is_evaluated_on_its_held_out_problems(make_run, ca
 def test_a_size_below_1_is_refused_before_any_work(flag, value):
     with pytest.raises(ValueError, match=f"^{flag.replace('-', '_')}={value} .*1"):
         scores("nowhere", f"--{flag}={value}")
+
+
+@pytest.fixture
+def documents(tmp_path) -> dict[str, list[str]]:
+    """Texts by file: two of text and one of JSONL, with an empty line."""
+    (tmp_path / "a.txt").write_text(TEXT[:40])
+    (tmp_path / "b.txt").write_text(TEXT[50:53])
+    lines = [json.dumps({"id": i, "text": TEXT[i : 2 * i]}) for i in (5, 1, 30)]
+    (tmp_path / "c.jsonl").write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
+    return {"a.txt": [TEXT[:40]], "b.txt": [TEXT[50:53]], "c.jsonl": [TEXT[5:10], TEXT[1:2], TEXT[30:60]]}
+
+
+def test_several_files_and_jsonl_are_scored_as_documents(documents, tmp_path, capsys):
+    model = neox(stacked=True)
+    jaxmodels.save(model, tmp_path / "model")
+    VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
+    files = [tmp_path / name for name in documents]
+    scores(tmp_path / "model", "--text", *files, "--jsonl-field", "text", "--json", tmp_path / "scores.json")
+    *rows, total = capsys.readouterr().out.splitlines()
+    expected = score(model, [text for texts in documents.values() for text in texts], tokenizer=VOCABULARY)
+    assert rows[0].split() == ["document", "characters", "loss", "perplexity", "bits/byte", "bits/char"]
+    names = [*map(str, files[:2]), *(f"{files[2]}:{line}" for line in (1, 3, 4))]
+    for row, name, one in zip(rows[1:], names, expected.documents, strict=True):
+        loss = "-" if one.loss is None else f"{one.loss:.4f}"
+        assert row.split()[:3] == [name, str(one.tokens), loss]
+    assert total.split() == [
+        *("total", "(5", "documents)", str(expected.total.tokens)),
+        *(f"{value:.4f}" for value in (expected.total.loss, expected.total.perplexity)),
+        *(f"{value:.4f}" for value in (expected.total.bits_per_byte, expected.total.bits_per_character)),
+    ]
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert [(one["line"], one["tokens"]) for one in content["documents"]] == [
+        *((None, 39), (None, 2), (1, 4), (3, 0), (4, 29))
+    ]
+    assert content["documents"][3]["loss"] is None
+    assert content["total"]["loss"] == pytest.approx(expected.total.loss, rel=1e-6)
+
+
+def test_a_long_jsonl_file_has_one_row(tmp_path, capsys):
+    jaxmodels.save(transformer(), tmp_path / "model")
+    VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"t": TEXT[i : i + 7]}) + "\n" for i in range(21)))
+    scores(tmp_path / "model", "--text", tmp_path / "many.jsonl", "--jsonl-field", "t", "--stride", 5)
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3
+    assert rows[1].startswith(f"{tmp_path / 'many.jsonl'} (21 documents)  ")
+    assert rows[1].split()[-4:] == rows[2].split()[-4:]
+
+
+def test_a_hugging_face_folder_is_scored_in_its_own_length(tmp_path, capsys):
+    folder = hugging_face_folder(tmp_path / "published", dtype="float16")
+    (tmp_path / "text").write_text(TEXT[:400])
+    found = []
+    for flags in ([], ["--seq-len", 60, "--stride", 30], ["--bos"]):
+        scores(folder, "--text", tmp_path / "text", *flags)
+        found.append(capsys.readouterr().out.splitlines()[-1].split()[-5:])
+    ids = byte_level_tokenizer().encode(TEXT[:400]).ids
+    assert [int(row[0]) for row in found] == [len(ids) - 1, len(ids) - 1, len(ids)]
+    expected = score(jaxmodels.load(folder), [ids], max_length=61, stride=30).total
+    assert float(found[0][1]) == float(found[1][1]) == pytest.approx(expected.loss, abs=2e-4)
+
+
+def test_a_run_is_scored_in_strides(make_run, tmp_path, capsys, monkeypatch):
+    model = transformer()
+    folder = make_run(rope.Rope(rope.Config(seq_len=S)), VOCABULARY, "0" * 64, model)
+    jaxmodels.save(model, tmp_path / "model")
+    monkeypatch.setattr(evaluate, "open_source", lambda *_, **__: opened)
+    opened = dataclasses.replace(
+        open_source(tmp_path / "model"), kind="run", folder=folder, companions=Companions.of(folder)
+    )
+    (tmp_path / "text").write_text(TEXT[:40])
+    scores(folder, "--text", tmp_path / "text", "--seq-len", S - 1, "--stride", 5)
+    loss = float(capsys.readouterr().out.splitlines()[1].split()[2])
+    expected = score(model, [VOCABULARY.encode(TEXT[:40])], max_length=S, stride=5).total
+    assert loss == pytest.approx(expected.loss, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text", "c.jsonl"], "c.jsonl.*--jsonl-field"),
+        (["--text", "c.jsonl", "--jsonl-field", "words"], "c.jsonl:1 .*'words'.*id, text"),
+        (["--text", "bad.jsonl", "--jsonl-field", "text"], "bad.jsonl:2 "),
+        (["--text", "a.txt", "none.txt"], "none.txt"),
+        (["--text", "a.txt", "--bos"], "--bos"),
+        (["--text", "a.txt", "--stride", "0"], "stride=0"),
+        (["--text", "a.txt", "--stride", "12", "--seq-len", "11"], "stride=12 .*11"),
+        (["--stride", "3"], "--text"),
+    ],
+)
+def test_bad_documents_are_refused(flags, message, documents, tmp_path, monkeypatch):
+    jaxmodels.save(transformer(), tmp_path / "model")
+    VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
+    (tmp_path / "bad.jsonl").write_text('{"text": "abc"}\n{"text": 3}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        scores("model", *flags)

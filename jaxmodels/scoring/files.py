@@ -1,0 +1,104 @@
+"""Documents in text files and JSONL, and tables of their scores."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxmodels.scoring.documents import Score, Scores, total_of
+from jaxmodels.text import load_corpus
+
+MOST_ROWS = 20  # documents of a JSONL file that have rows of their own in a table
+
+
+class Document(NamedTuple):
+    """A text, its file as the user named it, and its line there if the file is JSONL."""
+
+    file: str
+    line: int | None
+    text: str
+
+    @property
+    def name(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+def read_documents(name: str, field: str | None = None) -> list[Document]:
+    """Documents of a corpus or file.
+
+    name: python_docs, tiny_shakespeare or a UTF-8 file. field: of the JSON objects in a file whose name ends in .jsonl,
+    one a line: the document's text; empty lines are skipped. Raises ValueError, naming file and line, if one cannot be
+    read or a JSONL file comes without a field.
+    """
+    path = Path(name)
+    if path.suffix not in (".jsonl", ".ndjson"):
+        return [Document(name, None, load_corpus(name))]
+    if field is None:
+        raise ValueError(f"text={name!r} is JSONL; name the field that holds the text, such as --jsonl-field text")
+    found = []
+    for number, line in enumerate(load_corpus(name).split("\n"), start=1):
+        if line.strip():
+            found.append(Document(name, number, text_of(line, field, f"{name}:{number}")))
+    if not found:
+        raise ValueError(f"text={name!r} has no documents")
+    return found
+
+
+def text_of(line: str, field: str, where: str) -> str:
+    """Text in a field of a line of JSON; raises ValueError, naming the line, if it has none."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get(field), str):
+        has = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"{where} must be an object with a string {field!r}; it has {has or 'no fields'}")
+    return content[field]
+
+
+def table(documents: Sequence[Document], scores: Scores, unit: str) -> str:
+    """Table with a row for each document, or for each JSONL file with more than MOST_ROWS, and one for all."""
+    files: dict[str, list[int]] = {}
+    for i, document in enumerate(documents):
+        files.setdefault(document.file, []).append(i)
+    lines: list[tuple[str, Score]] = []
+    for file, members in files.items():
+        if len(members) > MOST_ROWS:
+            own = total_of([scores.documents[i] for i in members])
+            lines.append((f"{file} ({len(members):,} documents)", own))
+        else:
+            lines += [(documents[i].name, scores.documents[i]) for i in members]
+    lines.append((f"total ({len(documents):,} document{'s'[: len(documents) != 1]})", scores.total))
+    heading = ("document", f"{unit}s", "loss", "perplexity", "bits/byte", "bits/char")
+    cells = [heading, *(cells_of(name, score) for name, score in lines)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    written = []
+    for name, *numbers in cells:
+        right = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
+        written.append("  ".join([name.ljust(widths[0]), *right]))
+    return "\n".join(written)
+
+
+def cells_of(name: str, score: Score) -> tuple[str, ...]:
+    numbers = (score.loss, score.perplexity, score.bits_per_byte, score.bits_per_character)
+    return (name, f"{score.tokens:,}", *("-" if number is None else f"{number:.4f}" for number in numbers))
+
+
+def as_json(documents: Sequence[Document], scores: Scores) -> dict[str, Any]:
+    """Scores as JSON values: {"documents": [{"file": …, "line": …, "tokens": …, "loss": …, …}, …], "total": {…}}."""
+    rows = [
+        {"file": document.file, "line": document.line} | values_of(score)
+        for document, score in zip(documents, scores.documents, strict=True)
+    ]
+    return {"documents": rows, "total": values_of(scores.total)}
+
+
+def values_of(score: Score) -> dict[str, Any]:
+    perplexity = score.perplexity
+    return {
+        "tokens": score.tokens,
+        "loss": score.loss,
+        "perplexity": None if perplexity is not None and perplexity > 1e300 else perplexity,  # JSON has no infinity
+        "bits_per_byte": score.bits_per_byte,
+        "bits_per_character": score.bits_per_character,
+    }
