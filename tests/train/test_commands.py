@@ -38,7 +38,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(program, module, tmp
 def run(tmp_path) -> Path:
     """Folder of a run of train.rope_value, without a checkpoint."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    write_about(tmp_path / "run", rope_value.RopeValue(rope_value.Config()), "0" * 64)
+    write_about(tmp_path / "run", rope_value.RopeValue(rope_value.Config()), "0" * 64, {})
     return tmp_path / "run"
 
 
@@ -53,7 +53,7 @@ def test_the_train_of_another_project_is_not_imported(run, tmp_path):
 def test_a_run_needs_its_script_only_if_that_says_how_it_is_evaluated(run, tmp_path):
     assert read_about(run).standalone is False
     assert type(saved_experiment(run)) is rope_value.RopeValue
-    write_about(tmp_path, rope.Rope(rope.Config(seq_len=7)), "0" * 64)
+    write_about(tmp_path, rope.Rope(rope.Config(seq_len=7)), "0" * 64, {})
     assert read_about(tmp_path).standalone is True
     experiment = saved_experiment(tmp_path)
     assert type(experiment) is Experiment

@@ -253,7 +253,7 @@ def test_bits_per_byte_and_per_character_are_of_the_predicted_text(run, tmp_path
     [
         (["{run}", "--text", "{empty}/nothing"], "text='.*nothing'"),
         (["{run}", "--seq-len", "600"], "given text has 522 .*seq_len=600"),
-        (["{run}/checkpoints/7/model"], "vocabulary.json"),
+        (["{run}/checkpoints/7/model"], "--text"),
         (["{empty}"], "config.json"),
         (["{run}", "--experiment", "train.feedback"], r"train\.rope, .*train\.feedback"),
         (["{run}", "--experiment", "nowhere"], "experiment='nowhere'"),

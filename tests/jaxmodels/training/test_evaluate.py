@@ -108,7 +108,7 @@ def make_run(tmp_path, monkeypatch):
     def make(experiment, vocabulary, sha256: str, model) -> Path:
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
         vocabulary.save(tmp_path / "run" / "vocabulary.json")
-        write_about(tmp_path / "run", experiment, sha256)
+        write_about(tmp_path / "run", experiment, sha256, {})
         monkeypatch.setattr(run, "latest_model", lambda folder, mesh: (model, 1))
         return tmp_path / "run"
 
