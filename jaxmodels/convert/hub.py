@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxmodels.convert.companions import FILES, TEMPLATES, json_object
-from jaxmodels.convert.unusable import check_hf, explain_names, matching
+from jaxmodels.convert.kinds.unusable import check_hf, explain_names, matching
 from jaxmodels.io.checkpoint import STEM
 from jaxmodels.io.pretrained import chosen, variants
 from jaxmodels.process.extras import available

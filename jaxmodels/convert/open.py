@@ -20,7 +20,8 @@ from jaxmodels.convert.flax import open_flax
 from jaxmodels.convert.hf import open_hf
 from jaxmodels.convert.neox.read import InferredWarning, open_neox
 from jaxmodels.convert.source import Source
-from jaxmodels.io.checkpoint import read_config
+from jaxmodels.io.checkpoint import STEM, read_config
+from jaxmodels.io.safetensors import is_folder
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import DTYPES
 from jaxmodels.sharding import placement
@@ -144,6 +145,8 @@ def open_source(
     not apply to its kind. Warns if later checkpoints of a run are skipped because they are incomplete.
     """
     name = os.fspath(source)
+    if not name:
+        raise ValueError("source='' must be a folder, or the id of a model on the Hub")
     folder = local_folder(name, revision, variant)
     place = kinds.find(folder)
     given: dict[str, tuple[Any, tuple[kinds.Kind, ...]]] = {
@@ -164,8 +167,12 @@ def open_source(
             opened = open_hf(place.folder, strip_prefix=strip_prefix, variant=variant)
         fields = dataclasses.asdict(opened.config)
         return Opened(name, place.kind, place.folder, place.folder, opened.companions, "NeoX", fields, opened)
+    if place.kind == "run" and not (place.folder / "checkpoints").is_dir():
+        raise ValueError(f"{name} is a training run that has no checkpoint yet")
     weights = models.model_folder(place.folder) if place.step is None else place.step / "model"
     model_name, fields = read_config(weights)
+    if not (weights / STEM).is_dir() and not is_folder(weights, STEM):
+        raise ValueError(f"{weights} has a config.json and no weights; expected params/ or params.safetensors")
     if model_name == "LoRANeoX":  # merged on loading
         model_name, fields = "NeoX", {key: value for key, value in fields.items() if key != "lora"}
     return Opened(name, place.kind, place.folder, weights, Companions.of(*place.beside), model_name, fields)

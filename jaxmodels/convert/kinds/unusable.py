@@ -3,6 +3,7 @@
 import fnmatch
 import itertools
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -100,10 +101,16 @@ def explain(folder: Path, children: Sequence[tuple[str, str]]) -> str:
     """Sentence on a folder that cannot be loaded; children: names and kinds of its subfolders that can."""
     if (folder / "refs").is_dir() and not (folder / "snapshots").is_dir():
         return f"{folder} is an unfinished download of the Hub's cache: run `hf download` again"
-    found: list[str] = []
-    for path in itertools.islice(folder.rglob("*"), MOST_FILES):
-        found.append(path.relative_to(folder).as_posix() + "/" * path.is_dir())
-    return explain_names(str(folder), sorted(found), folder, children)
+    found = sorted(itertools.islice(names_below(folder), MOST_FILES))
+    return explain_names(str(folder), found, folder, children)
+
+
+def names_below(folder: Path) -> Iterator[str]:
+    """Paths of files below a folder, and of folders with a slash at their end, without those that cannot be read."""
+    for place, folders, files in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        yield from ((here / name).as_posix() + "/" for name in folders)
+        yield from ((here / name).as_posix() for name in files)
 
 
 def explain_names(where: str, names: Sequence[str], folder: Path, children: Sequence[tuple[str, str]] = ()) -> str:
@@ -115,6 +122,9 @@ def explain_names(where: str, names: Sequence[str], folder: Path, children: Sequ
         return f"{where} is an empty folder; expected {EXPECTED}"
     if (folder / "adapter_config.json").is_file():
         return f"{where} {adapter(folder / 'adapter_config.json')}"
+    described = (folder / "config.json").is_file() and "config.json" in names
+    if described and matching(names, HF_WEIGHTS) and "model_type" not in json_object(folder / "config.json"):
+        return f"{where} has a config.json without model_type; expected {MODEL_TYPE!r}"
     for pattern, sentence in SIGNS:
         found = matching(names, (pattern, f"{pattern}/"))
         if found:
@@ -122,7 +132,7 @@ def explain_names(where: str, names: Sequence[str], folder: Path, children: Sequ
     if children:
         subfolders = ", ".join(f"{name} ({kind})" for name, kind in children)
         return f"{where} holds no checkpoint itself; name one of its subfolders: {subfolders}"
-    if (folder / "config.json").is_file():
+    if described:
         if "model_type" in json_object(folder / "config.json"):
             return f"{where} has a config.json and no weights; expected model.safetensors or pytorch_model.bin"
         return f"{where} has a config.json that describes no model, without model_type and format; expected {EXPECTED}"
@@ -156,6 +166,8 @@ def explain_file(path: Path) -> str:
         return f"{path} {pointer}"
     what = kind_of_file(path)
     parent = path.absolute().parent
+    if what.endswith(("not supported", "unpacked")):
+        return f"{path} is {what}"
     if path.suffix in (".json", ".safetensors", ".bin") or path.name == "latest":
         return f"{path} is {what}; name the folder with all files of the checkpoint, {parent}"
     if path.suffix in (".pt", ".pth", ".ckpt"):
@@ -240,6 +252,8 @@ def check_step(folder: Path) -> Path:
             "config.json"
         )
     weights = [name for name in names if name.endswith("model_states.pt")]
+    if not weights and (step / "zero").is_dir():
+        raise ValueError(f"{step} is a universal checkpoint of DeepSpeed, not supported: use the one it was made from")
     if not weights and any(name.endswith("optim_states.pt") for name in names):
         raise ValueError(
             f"{step} holds optimizer states of ZeRO alone; the weights (layer_*-model_*-model_states.pt or "
@@ -266,11 +280,11 @@ def check_hf(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder / 'config.json'} has model_type {config['model_type']!r}; expected {MODEL_TYPE!r}, the only "
             "Hugging Face architecture that is supported"
         )
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config") or config.get("quantization")  # the second is MLX's
     if quantization:
         method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else quantization
         raise ValueError(
-            f"{folder / 'config.json'} has quantization_config of {method!r}: quantized weights are not supported; "
+            f"{folder / 'config.json'} has a quantization_config of {method!r}: quantized weights are not supported; "
             "load the model they were made from (int8: `jaxmodels quantize`)"
         )
     for file in sorted(folder.glob("model*.safetensors")):

@@ -1,4 +1,4 @@
-"""Kinds of checkpoint folders, told apart by their content, without reading weights.
+"""Recognize what a folder holds.
 
 model   written by jaxmodels.save or a conversion: config.json with "format" and "model"; params/ or params*.safetensors
 run     a training run: config.json with "script", checkpoints/STEP/model; also a STEP of it
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxmodels.convert.companions import json_object
-from jaxmodels.convert.unusable import HF_WEIGHTS, check_hf, check_pointers, check_step, explain, explain_file
+from jaxmodels.convert.kinds.unusable import HF_WEIGHTS, check_hf, check_pointers, check_step, explain, explain_file
 from jaxmodels.io.steps import MARK
 
 Kind = Literal["model", "run", "neox", "hf"]
