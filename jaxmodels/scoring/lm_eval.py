@@ -36,6 +36,16 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm  # noqa: E402
 
 PROGRAM = "jaxmodels lm-eval"
+EXAMPLES = """\
+examples:
+  jaxmodels lm-eval run --model_args source=EleutherAI/pythia-70m --tasks lambada_openai --batch_size 16
+  jaxmodels lm-eval run --model_args source=runs/mine,max_length=512 --include_path tasks --tasks mine
+  jaxmodels lm-eval ls tasks
+
+source is whatever `jaxmodels.load` takes. Further arguments of --model_args: revision, tokenizer, dtype, batch_size,
+max_length, max_gen_toks, prefix_token_id, add_bos_token, seed. `python -m lm_eval --model jaxmodels` is the same.
+`jaxmodels lm-eval run --help` lists lm-eval's own arguments.
+"""
 CHUNK = 512  # requests between two updates of the progress bar and of lm-eval's cache
 FIRST_TOKENS = 32  # written before the stop sequences are first looked for; then twice as many, and so on
 
@@ -348,20 +358,38 @@ def token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
+    """Parser of the help text; lm-eval parses the arguments."""
+    arguments = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [-h] [run | ls | validate] [ARGUMENTS OF lm-eval]",
+        description="Run lm-evaluation-harness with the model type jaxmodels, which is the default of --model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run lm-eval's command line with the model type registered, and selected by default; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def harness() -> None:
-        registration.register()
-        from lm_eval.__main__ import cli_evaluate
-
-        evaluates = not arguments or arguments[0] not in ("ls", "validate")
+        if not arguments or arguments[0] in ("-h", "--help"):
+            parser(prog).print_help()
+            return
         given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         given.add_argument("--model", "-M")
-        if evaluates and arguments and given.parse_known_args(arguments)[0].model is None:
-            arguments.extend(["--model", registration.NAME])
-        sys.argv = [prog, *arguments]
+        if arguments[0] == "run" or arguments[0].startswith("-"):
+            options = [*arguments] if arguments[0] == "run" else ["run", *arguments]
+            if given.parse_known_args(options)[0].model is None:
+                options[1:1] = ["--model", registration.NAME]
+        else:
+            options = arguments
+        from lm_eval.__main__ import cli_evaluate
+
+        sys.argv = [prog, *options]
         cli_evaluate()
 
     return run(harness, prog)
