@@ -208,12 +208,14 @@ class Neox(Experiment[Config]):
         return NeoX(config, rngs=nnx.Rngs(c.seed))
 
     def finetuned(self, n_vocab: int) -> NeoX:
-        """Initialized model of the checkpoint's sizes; raises ValueError if it lacks rows of the vocabulary."""
+        """Initialized model of the checkpoint's sizes; raises ValueError if it lacks rows or biases."""
         config, rngs = self.base, nnx.Rngs(self.config.seed)
         if n_vocab > config.n_vocab:
             raise ValueError(
                 f"text has {n_vocab} different tokens; checkpoint={self.config.checkpoint!r} has {config.n_vocab}"
             )
+        if self.config.tune == "biases" and not (config.attention_bias or config.ffn_bias):
+            raise ValueError(f"tune='biases': the linear maps of checkpoint={self.config.checkpoint!r} have no biases")
         if self.config.tune == "all":
             return NeoX(config, rngs=rngs)
         model = LoRANeoX(config, self.config.lora, rngs=rngs) if self.config.tune == "lora" else NeoX(config, rngs=rngs)

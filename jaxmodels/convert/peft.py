@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from jaxmodels.convert.companions import Companions
+from jaxmodels.convert.hf.config import check_expressible
 from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.safetensors import write_file
@@ -33,10 +34,12 @@ def write_peft(
     """Write the adapter of a model for `peft.PeftModel.from_pretrained(base model, folder)`, atomically.
 
     base: name of the base model to store, a Hub id or the path of a Hugging Face folder. companions: tokenizer files to
-    copy. Raises ValueError like `jaxmodels.save`, or if the model has no adapter.
+    copy. Raises ValueError like `jaxmodels.save`, if the model has no adapter, or if transformers has no setting for the
+    base model's configuration.
     """
     if not isinstance(model, LoRANeoX):
         raise ValueError(f"model is a {type(model).__name__}; PEFT's format needs one with a LoRA adapter")
+    check_expressible(model.settings)
     tensors = {peft_name(key): Transposed(tensor) for key, tensor in tensors_of(model).items() if is_factor(key)}
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         if companions is not None:

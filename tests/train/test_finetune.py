@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 import jaxmodels
 from jaxmodels.convert.command import main as convert
 from jaxmodels.models import load_saved
+from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.training import experiment
 from jaxmodels.training.run import read_about
 from jaxmodels.training.script import main
@@ -141,3 +143,11 @@ def test_a_lora_run_resumes_exactly_without_its_source_and_is_a_source_itself(tm
 def test_flags_that_do_not_fit_are_refused(flags, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         neox.Config(**flags)
+
+
+def test_biases_of_a_checkpoint_without_any_are_not_tuned(tmp_path):
+    config = NeoXConfig(307, 20, 2, 5, rope_percentage=0.5, n_kv_heads=1, attention_bias=False, ffn_bias=False)
+    jaxmodels.save(NeoX(config, rngs=nnx.Rngs(0)), tmp_path / "model")
+    experiment = neox.Neox(neox.Config(checkpoint=str(tmp_path / "model"), tune="biases"))
+    with pytest.raises(ValueError, match=r"tune='biases'.*model' have no biases"):
+        experiment.model(5)

@@ -13,8 +13,10 @@ from jax.sharding import AbstractMesh
 import jaxmodels
 import torch_ref.neox
 from jaxmodels.convert import to_torch
+from jaxmodels.convert.peft import write_peft
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.neox.block import RMSNorm
+from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.sharding import parameter_specs
 from jaxmodels.weights.names import as_tensor, dotted, flat_arrays
 from tests.common import B, S, V, assert_close, filled, normal, run
@@ -99,6 +101,19 @@ def test_int8_without_biases(tmp_path):
     assert 0 < error < 0.1
     jaxmodels.save(quantize(model, 0.0), tmp_path / "int8")
     np.testing.assert_array_equal(run(jaxmodels.load(tmp_path / "int8"), ids()), given)
+
+
+def test_an_adapter_without_biases(tmp_path):
+    model = LoRANeoX.of(neox(**FORMS["no biases"]), LoRA(3, targets=("query_key_value", "dense_4h_to_h")))
+    for linear in (model.layers.attention.qkv_lin, model.layers.ffn.dense_h4_h):
+        linear.lora_b[...] = 0.1 * normal(5, *linear.lora_b.shape)
+    merged = model.merged()
+    assert type(merged) is NeoX
+    assert merged.settings == model.settings
+    np.testing.assert_allclose(run(model, ids()), run(merged, ids()), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="n_kv_heads=3"):
+        write_peft(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("stacked", [True, False])
