@@ -1,4 +1,4 @@
-"""`python -m bench.neox_shards`: memory and speed of the conversion of GPT-NeoX shards.
+"""`python -m bench.neox_shards`: memory and speed of the conversion of GPT-NeoX shards and of Hugging Face folders.
 
 Creates a synthetic checkpoint of the given size in the layout of the released ones (Pythia-2.8B's width, as many blocks
 as needed), and converts it to each format in a separate process. Prints for each: the peak of anonymous memory above
@@ -8,9 +8,11 @@ median of the rounds' ratios.
 
     python -m bench.neox_shards --gigabytes 6 --folder /some/disk
     python -m bench.neox_shards --gigabytes 6 --folder /some/disk --make-only      # create only the checkpoint
+    python -m bench.neox_shards --form bin --gigabytes 0.325 --hidden 768 --heads 12 --vocabulary 50304  # Pythia-160M
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,6 +26,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from bench import published
+from bench.published import FORMS
 
 HIDDEN, HEADS, VOCABULARY = 2560, 32, 50_432
 TARGETS = ("flax", "hf", "neox")
@@ -44,6 +49,13 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--model-parallel", type=int, default=2, help="ranks of the checkpoint (default 2)")
     arguments.add_argument(
         "--ranks-written", type=int, default=4, help="model-parallel ranks of the format neox (default 4)"
+    )
+    arguments.add_argument(
+        "--form",
+        choices=("shards", *FORMS),
+        default="shards",
+        help="form of the checkpoint: GPT-NeoX's shards (default), pytorch_model.bin, the same in the format before "
+        "torch 1.6, its shards with an index, or safetensors",
     )
     arguments.add_argument("--rounds", type=int, default=3, help="conversions to each format (default 3)")
     arguments.add_argument("--to", choices=TARGETS, action="append", help="convert only to this format; repeatable")
@@ -73,15 +85,16 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from bench.timing import stamp
-    from jaxmodels.convert.neox.read import open_neox
+    from jaxmodels.convert.open import open_source
     from jaxmodels.convert.operations import largest_layer
 
     make(folder / "checkpoint", options)
-    source = open_neox(folder / "checkpoint")
+    source = open_source(folder / "checkpoint").neox()
     layer, total = largest_layer(source), source.nbytes()
     print(stamp(os.cpu_count() or 1))
+    form = f"shards of mp {options.model_parallel}" if options.form == "shards" else options.form
     title = (
-        f"{total / 1e9:.2f} GB, hidden {options.hidden}, {source.config.n_layers} blocks, mp {options.model_parallel}; "
+        f"{form}, {total / 1e9:.2f} GB, hidden {options.hidden}, {source.config.n_layers} blocks; "
         f"largest layer {layer / 1e6:.0f} MB"
     )
     table = Table(title=title, title_justify="left")
@@ -110,7 +123,6 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     block = 12 * hidden**2 * 2
     blocks = max(1, round((options.gigabytes * 1e9 - 2 * rows * hidden * 2) / block))
     step = folder / "global_step0"
-    step.mkdir(parents=True)
     rng = np.random.default_rng(0)
 
     def values(*shape: int) -> torch.Tensor:
@@ -118,6 +130,10 @@ def make(folder: Path, options: argparse.Namespace) -> None:
         bits &= 0xBFFF  # clear the exponent's highest bit: finite, below 2
         return torch.from_numpy(bits.view(np.float16))
 
+    if options.form != "shards":
+        published.make(folder, options.form, blocks, options, values)
+        return
+    step.mkdir(parents=True)
     norms = {f"{name}.{last}": values(hidden) for name in NORMS for last in ("weight", "bias")}
     final = {f"norm.{last}": values(hidden) for last in ("weight", "bias")}
     for layer in track([0, *range(2, blocks + 2), blocks + 3, blocks + 4], description="making the checkpoint"):
@@ -203,23 +219,26 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     """
     import torch  # noqa: F401
 
-    from jaxmodels.convert import operations
-    from jaxmodels.convert.neox.read import open_neox
+    from jaxmodels.convert import command
+    from jaxmodels.convert.open import open_source
     from jaxmodels.convert.source import abstract
     from jaxmodels.neox import NeoXConfig
     from jaxmodels.process.allocator import keep_freed_memory
 
     keep_freed_memory()  # like the command
     abstract(NeoXConfig.pythia_14m())  # count JAX's own allocations as memory at start
-    options = argparse.Namespace(source=Path(source), target=Path(target), to=to, model_parallel=ranks)
-    vars(options).update(config=None, row_bias=None, vocab=None, dtype=None, overwrite=False)
-    plain, total = options.target.with_name("plain"), open_neox(options.source).nbytes()
+    plain, total = Path(target).with_name("plain"), open_source(source).neox().nbytes()
     print(json.dumps({"anonymous": anonymous(os.getpid())}), flush=True)
     plain_write(plain, total)
     before = plain_write(plain, total)
     began = time.perf_counter()
-    operations.neox(options)
+    with contextlib.redirect_stdout(sys.stderr):
+        failed = command.main(
+            ["neox", source, target, "--to", to, *(["--model-parallel", str(ranks)] * (to == "neox"))]
+        )
     seconds = time.perf_counter() - began
+    if failed:
+        raise SystemExit(failed)
     shutil.rmtree(target)
     print(json.dumps({"seconds": seconds, "plain": (before + plain_write(plain, total)) / 2}), flush=True)
 

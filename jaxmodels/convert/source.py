@@ -1,7 +1,9 @@
 """`Source`: an opened GPT-NeoX checkpoint of any format, whose values are read when they are used."""
 
 import dataclasses
+import functools
 import numbers
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,12 @@ def abstract(config: NeoXConfig) -> NeoX:
     return nnx.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0)))
 
 
-def named(config: NeoXConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=4)  # tracing a model takes longer than opening its files
+def named(config: NeoXConfig) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of all tensors, in the order of the model's parts: embedding, blocks, final norm, readout."""
     arrays = flat_arrays(abstract(config))
     found = {entry.key: entry.torch_shape(arrays[entry.path].shape) for entry in entries(arrays)}
-    return {key: found[key] for key in sorted(found, key=part)}
+    return types.MappingProxyType({key: found[key] for key in sorted(found, key=part)})
 
 
 def part(key: str) -> tuple[int, int]:
