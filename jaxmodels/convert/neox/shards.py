@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, FREQUENCIES, READOUT
+from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, FREQUENCIES, READOUT, Form
 from jaxmodels.io.torch_files import as_arrays, describe, numpy_globals, read_pt
 from jaxmodels.weights.names import is_floating
 from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-KNOWN = {disk for name in (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT) for disk in name.disk} | {FREQUENCIES}
+FORMS = (Form("layernorm", True, True), Form("rmsnorm", True, True))
+TABLE = (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)
+KNOWN = {disk for form in FORMS for name in form.rows(TABLE) for disk in name.disk} | {FREQUENCIES}
 SEQUENTIAL = re.compile(r"sequential\.(\d+)\.(.+)")
 
 
