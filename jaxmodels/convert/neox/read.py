@@ -111,8 +111,8 @@ def open_neox(
     check_vocabulary(shards, config, rows, settings)
     if config.kv_heads % shards.ranks:
         raise ValueError(
-            f"{shards.step} has files of {shards.ranks} model-parallel ranks, which n_kv_heads={config.kv_heads} is "
-            "not divisible by"
+            f"{shards.step}: n_kv_heads={config.kv_heads} is not divisible by the {shards.ranks} model-parallel ranks "
+            "of the files"
         )
     for layer in shards.layers.values():
         for i, shard in enumerate(layer):

@@ -69,7 +69,7 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-            raise ValueError(f"{file} is not a YAML file: {error}") from None
+            raise ValueError(f"{file} is not a YAML file: {one_line(error)}") from None
         if content is None:
             continue
         if not isinstance(content, Mapping):
@@ -82,6 +82,12 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
     return settings
 
 
+def one_line(error: Exception) -> str:
+    """Message of an error, without the lines that YAML quotes."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}: {problem}" if mark is not None and problem else " ".join(str(error).split())
+
+
 def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields of NeoXConfig from settings, without `n_vocab` and absent sizes.
 
@@ -92,7 +98,8 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         value = settings.get(key, None if key in EXPLICIT else allowed[0])
         if value not in allowed:
             setting = f"{key}: {value!r}" if value is not None else f"no {key}"
-            raise ValueError(f"{where} has {setting}; supported is {' or '.join(map(repr, allowed))}")
+            supported = " or ".join("none" if value is None else repr(value) for value in allowed)
+            raise ValueError(f"{where} has {setting}; supported is {supported}")
     kinds = kinds_in(settings.get("attention_config"))
     if not kinds <= set(ATTENTION):
         other = ", ".join(sorted(kinds - set(ATTENTION)))

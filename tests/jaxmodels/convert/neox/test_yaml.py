@@ -103,7 +103,7 @@ def test_numbers_and_flags_in_quotes(tmp_path):
         ("norm: scalenorm", "norm: 'scalenorm'; supported is 'layernorm' or 'te_layernorm' or 'rmsnorm'"),
         ("pos-emb: alibi", "pos_emb: 'alibi'; supported is 'rotary'"),
         ("pos-emb: rpe", "pos_emb: 'rpe'; supported is 'rotary'"),
-        ("rope_scaling: {type: linear, factor: 2}", "rope_scaling: {'type': 'linear', 'factor': 2}; supported is None"),
+        ("rope_scaling: {type: linear, factor: 2}", "rope_scaling: {'type': 'linear', 'factor': 2}; supported is none"),
         ("activation: swiglu", "activation: 'swiglu'; supported is 'gelu'"),
         ("mlp_type: llama", "mlp_type: 'llama'; supported is 'regular'"),
         ("moe_num_experts: 8", "moe_num_experts: 8; supported is 1"),
@@ -163,8 +163,13 @@ def test_a_file_must_say_that_positions_are_rotary(tmp_path):
 def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
     file = tmp_path / "model.yml"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.yml\b"):
+    with pytest.raises(ValueError, match=r"model\.yml\b[^\n]*\Z"):
         read_yaml([file])
+
+
+def test_a_missing_comma_is_named_by_its_line(tmp_path):
+    with pytest.raises(ValueError, match=r"0\.yml\b.*line 3: expected ','"):
+        parsed(tmp_path, '{\n  "num-layers": 3\n  "pos-emb": "rotary"\n}')
 
 
 @pytest.mark.parametrize("place", ["configs", "global_step143/configs"])
