@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jaxmodels.process.texts import shortened
+
 HEAD = 512  # bytes that are looked at
 DOWNLOAD = "download it with `hf download`"
 # Beginnings of a file that stands for another one.
@@ -31,6 +33,8 @@ FORMATS = {
 
 def recognised(file: Path) -> str | None:
     """Sentence on a file that stands for another one or is of another format, without its subject; None otherwise."""
+    if not file.is_file():  # a FIFO would block
+        return None
     try:
         with file.open("rb") as content:
             head = content.read(HEAD)
@@ -54,4 +58,4 @@ def recognised(file: Path) -> str | None:
 
 def explained(file: Path, otherwise: str) -> ValueError:
     """Error for a file that could not be read: says what the file is, or `otherwise`."""
-    return ValueError(f"{file} {recognised(file) or otherwise}")
+    return ValueError(f"{file} {recognised(file) or shortened(otherwise, 400)}")

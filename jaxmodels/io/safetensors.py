@@ -9,10 +9,11 @@ tensors to files, as in transformers. The `safetensors` package is not used: it 
 memory, and copies what it reads.
 """
 
+import collections
 import concurrent.futures
 import io
-import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import explained
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.lazy import nbytes, pieces
 
 DTYPES = {
@@ -58,38 +61,66 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
     """Tensors of one file by name, memory-mapped and read-only.
 
     Raises ValueError, naming the file, if it is missing, truncated or not a safetensors file, or, naming the tensor
-    too, if a dtype is not one of DTYPES.
+    too, if a dtype is not one of DTYPES. As the reference implementation, refuses a header with a name twice, and
+    values that overlap, leave a gap, or do not end with the file.
     """
     try:
-        data = np.memmap(file, mode="r", dtype=np.uint8)
+        with open_regular(file) as opened:
+            data = np.asarray(np.memmap(opened, mode="r", dtype=np.uint8))  # a view of a memmap takes 10 times as long
         size = int.from_bytes(data[:8].tobytes(), "little")
         if len(data) < 8 or size > min(len(data) - 8, MAX_HEADER):
             raise ValueError(f"header of {size} bytes in a file of {len(data)}")
-        header = json.loads(data[8 : 8 + size].tobytes())
-        header.pop("__metadata__", None)
-        unknown = [f"{name} of {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in DTYPES]
-        if not unknown:
-            tensors = {name: view(data[8 + size :], entry) for name, entry in header.items()}
-        places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        for (_, stop, name), (start, end, other) in itertools.pairwise(places):
-            if start < min(stop, end):
-                raise ValueError(f"{name} and {other} overlap")
+        header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=without_repetition)
+        about = header.pop("__metadata__", None)
+        if about is not None and not all(isinstance(text, str) for text in about.values()):
+            raise ValueError("__metadata__ must be an object of strings")
+        unknown = [
+            f"{quoted(name)} of {quoted(entry['dtype'])}"
+            for name, entry in header.items()
+            if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES
+        ]
+        values = data[8 + size :]
+        tensors = {} if unknown else {name: view(values, entry) for name, entry in header.items()}
+        check_places(header, len(values))
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise explained(file, f"is truncated or not a safetensors file: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise explained(file, f"is truncated or not a safetensors file: {shortened(str(error), 300)}") from None
     if unknown:
         raise ValueError(f"{file} has tensors of dtypes that are not supported: {', '.join(unknown[:3])}")
     return tensors
 
 
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Object of a JSON text; raises ValueError if a key is there twice, of which Python would drop one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counted = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"{quoted(counted.most_common(1)[0][0])} is there twice")
+    return found
+
+
+def check_places(header: Mapping[str, Any], size: int) -> None:
+    """Raises ValueError unless the tensors' values follow each other from 0 to `size`, in any order."""
+    end, before = 0, "the beginning"
+    for start, stop, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
+        if start != end:
+            problem = "overlap" if start < end else f"have {start - end} bytes between them"
+            raise ValueError(f"{quoted(before)} and {quoted(name)} {problem}")
+        end, before = stop, name
+    if end != size:
+        raise ValueError(f"its tensors have {end} bytes, the file {size}")
+
+
 def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     """Tensor of a header's entry, as a view of the bytes after the header; raises ValueError if it does not fit."""
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    if not 0 <= start <= stop <= len(data):
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+        raise ValueError(f"offsets {quoted([start, stop])} and shape {quoted(list(shape))} must be whole numbers")
+    if not start <= stop <= len(data):
         raise ValueError(f"values at {start} to {stop} of {len(data)} bytes")
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"shape {list(shape)}")
+    if math.prod(shape) * dtype.itemsize != stop - start:
+        raise ValueError(f"{stop - start} bytes for {entry['dtype']}{quoted(list(shape))}")
     return data[start:stop].view(dtype).reshape(shape)
 
 

@@ -14,6 +14,7 @@ from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.content import explained
 from jaxmodels.io.torch_legacy import read_legacy
 from jaxmodels.process.extras import require
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import as_numpy, as_tensor
 
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
@@ -21,8 +22,9 @@ DEPTH = 2  # of an entry with the state_dict
 DTYPE_CLASSES = ("BoolDType", "UInt32DType", "Int32DType", "Int64DType", "Float32DType", "Float64DType")
 DAMAGED = (
     *(RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError),
-    *(struct.error, zipfile.BadZipFile),
+    *(struct.error, zipfile.BadZipFile, MemoryError, OverflowError, RecursionError, NotImplementedError),
 )
+REPEATED_BYTES = 2**24  # of a tensor that repeats its values, such as a mask, in a smaller file
 
 
 def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
@@ -43,6 +45,8 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}; choose an entry with --key")
     if not content:
         raise ValueError(f"{file} holds no tensors")
+    for name, tensor in content.items():
+        check_size(file, name, tensor)
     return dict(content)
 
 
@@ -56,7 +60,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
     import torch
 
     if not file.is_file():
-        raise ValueError(f"{file} is not a file")
+        raise ValueError(f"{file} is not a file" if not file.exists() else f"{file} is not a regular file")
     is_zip = zipfile.is_zipfile(file)
     if is_zip:
         check_stored(file)
@@ -68,7 +72,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
     except pickle.UnpicklingError as error:
         # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        refers = f": it refers to {named[1]}" if named else ""
+        refers = f": it refers to {shortened(named[1], 100)}" if named else ""
         raise explained(file, f"is refused, as it is damaged or holds more than tensors{refers}") from None
     except DAMAGED as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -143,6 +147,8 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
     arrays = {}
     for name, tensor in content.items():
         kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if kept:
+            check_size(file, name, tensor)
         try:
             arrays[str(name)] = as_numpy(tensor) if kept else None
         except ValueError as error:
@@ -151,10 +157,20 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
     return arrays
 
 
+def check_size(file: Path, name: Any, tensor: Any) -> None:
+    """Raises ValueError if a tensor has more bytes than its file: with strides of 0, one value may fill the memory."""
+    n_bytes = tensor.numel() * tensor.element_size()
+    if n_bytes > max(file.stat().st_size, REPEATED_BYTES):
+        raise ValueError(
+            f"{file} has {quoted(name)} of {n_bytes:,} bytes in shape {list(tensor.shape)}, more than the file: its "
+            "values are repeated by strides of 0; save a contiguous copy"
+        )
+
+
 def describe(content: Any) -> str:
     """Short description of a file's content for error messages."""
     if isinstance(content, Mapping):
-        return "entries " + ", ".join(repr(key) for key in list(content)[:10])
+        return "entries " + ", ".join(quoted(key) for key in list(content)[:10])
     return f"a {type(content).__name__}"
 
 

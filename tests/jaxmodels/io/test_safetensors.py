@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from jaxmodels.io.safetensors import read_file, read_folder, write_file, write_folder
 from jaxmodels.weights.lazy import Transposed
 from jaxmodels.weights.names import as_tensor
+from tests.fuzz.mutate import mutated_safetensors
 
 DTYPES = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16]
 ARRAYS = {
@@ -79,13 +81,39 @@ def damaged(content, how):
             header[other]["data_offsets"] = [start, start + 6]
         case "dtype":
             header[name]["dtype"] = "F7"
+        case "hole":
+            return with_header(header, b"\0" * 8, content[8 + size :])
+        case "more at the end":
+            return content + b"\0"
+        case "a name twice":
+            text = json.dumps(header).encode()
+            double = text[:-1] + b", " + json.dumps({name: header[name]}).encode()[1:]
+            return len(double).to_bytes(8, "little") + double + content[8 + size :]
+        case "a fraction":
+            header[name]["shape"] = [35.0]
+        case "true":
+            header[name]["shape"] = [True, 35]
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-@pytest.mark.parametrize(
-    "how", ["truncated", "empty", "header too long", "no json", "offsets", "shape", "negative", "overlap", "dtype"]
-)
+def with_header(header, before, values):
+    """A file whose values begin after some bytes that belong to no tensor."""
+    moved = {
+        name: entry
+        if name == "__metadata__"
+        else entry | {"data_offsets": [offset + len(before) for offset in entry["data_offsets"]]}
+        for name, entry in header.items()
+    }
+    text = json.dumps(moved).encode()
+    return len(text).to_bytes(8, "little") + text + before + values
+
+
+HOW = ["truncated", "empty", "header too long", "no json", "offsets", "shape", "negative", "overlap", "dtype"]
+HOW += ["hole", "more at the end", "a name twice", "a fraction", "true"]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_a_damaged_file_is_named(tmp_path, how):
     file = tmp_path / "a.safetensors"
     write_file(file, ARRAYS)
@@ -119,3 +147,44 @@ def test_a_dtype_that_the_format_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"^a .*complex128"):
         write_file(tmp_path / "a.safetensors", {"a": np.zeros(3, np.complex128)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_read_is_what_the_package_reads(tmp_path):
+    """A changed file is read by both or refused by both, and both read the same."""
+    file, both = tmp_path / "a.safetensors", 0
+    tensors = {"a": np.arange(15.0).reshape(3, 5), "b": np.zeros((0, 3), np.float16), "c": np.arange(7, dtype=np.int8)}
+    write_file(file, tensors)
+    whole = file.read_bytes()
+    for seed in range(400):
+        file.write_bytes(mutated_safetensors(whole, np.random.default_rng(seed)))
+        try:
+            theirs = safetensors.torch.load_file(file)
+        except (safetensors.SafetensorError, ValueError, RuntimeError, OSError):
+            theirs = None
+        try:
+            ours = read_file(file)
+        except ValueError:
+            ours = None
+        assert (ours is None) >= (theirs is None), seed  # what the package refuses is refused
+        if ours is not None:
+            both += 1
+            assert ours.keys() == theirs.keys()
+            for name, array in ours.items():
+                np.testing.assert_array_equal(array, theirs[name].numpy())
+    assert both > 40
+
+
+@pytest.mark.slow
+def test_the_largest_header_takes_seconds(tmp_path):
+    """93 MB for a million empty tensors, as the format allows."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps({f"layers.{i:09}.attention.output.weight": entry for i in range(930_000)}).encode()
+    assert 90e6 < len(text) < 100e6
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    began = time.monotonic()
+    assert len(read_file(file)) == 930_000
+    ours = time.monotonic() - began
+    began = time.monotonic()
+    json.loads(text)
+    assert ours < 10 * (time.monotonic() - began) + 5
