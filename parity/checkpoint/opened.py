@@ -4,6 +4,7 @@
     FILE.pt, FILE.safetensors  the same in a file; a .pt file may have it as one of several entries
     FOLDER                     a model that `jaxmodels.save` wrote, or a training run; GPT-NeoX's shards; a GPT-NeoX in
                                Hugging Face's format
+    ORG/NAME                   the same on the Hub
 
 Only a folder has a configuration. A state_dict and a file have that of the model on the other side.
 """
@@ -17,14 +18,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-import jaxmodels
 from jaxmodels.convert.hf import twin_names
+from jaxmodels.convert.hub import is_id
+from jaxmodels.convert.kinds import find
 from jaxmodels.convert.neox.shards import config_files, find_step
-from jaxmodels.convert.operations import float64_allowed, open_checkpoint
-from jaxmodels.io.checkpoint import read_config, read_json
+from jaxmodels.convert.open import local_folder, open_source
+from jaxmodels.convert.operations import float64_allowed
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_pt, read_state_dict
-from jaxmodels.models import build, model_folder
+from jaxmodels.models import build
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.weights.names import ConversionError, as_numpy, check_fit, flat_arrays, to_torch
 
@@ -106,8 +108,8 @@ def opened(
     if isinstance(source, Mapping):
         return Checkpoint("the state_dict", "tensors", state_dict(source))
     path = Path(source)
-    if path.is_dir():
-        return opened_folder(path, config, row_bias, default)
+    if path.is_dir() or (not path.exists() and is_id(os.fspath(source))):
+        return opened_folder(local_folder(os.fspath(source)), config, row_bias, default)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     if path.suffix == ".safetensors":
@@ -138,17 +140,14 @@ def opened_folder(
     folder: Path, config: NeoXConfig | None, row_bias: str | None, default: NeoXConfig | None
 ) -> Checkpoint:
     """Open a folder; see `opened`."""
-    file = folder / "config.json"
-    content = read_json(file) if file.is_file() else None
-    if (folder / "checkpoints").is_dir() or (content is not None and "model_type" not in content):
-        if config is not None or row_bias is not None:
-            raise ValueError(f"config and row_bias are for GPT-NeoX's shards; {folder} has a configuration")
-        with float64_allowed():
-            name, fields = read_config(model_folder(folder))
-            return Checkpoint(str(folder), "flax", to_torch(jaxmodels.load(folder)), name, fields)
     notes: tuple[str, ...] = ()
-    if content is None and config is None and default is not None and not config_files(folder, find_step(folder)):
+    bare = config is None and find(folder).kind == "neox" and not config_files(folder, find_step(folder))
+    if bare and default is not None:
         config, notes = default, (f"{folder} stores no configuration; the other side's was used",)
-    source = open_checkpoint(folder, config, row_bias)
+    found = open_source(folder, config=config, row_bias=row_bias)
+    if found.kind in ("model", "run"):
+        with float64_allowed():
+            return Checkpoint(str(folder), "flax", to_torch(found.model()), found.model_name, found.config)
+    source = found.neox()
     fields = dataclasses.asdict(source.config)
     return Checkpoint(str(folder), source.format, source.tensors, "NeoX", fields, (*source.notes, *notes))
