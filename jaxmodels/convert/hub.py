@@ -62,16 +62,18 @@ def download(name: str, revision: str | None = None, variant: str | None = None)
         assert isinstance(found, str)
         return Path(found)
 
+    known = False
     with quiet():
         try:
             info = api.model_info(name, revision=revision or "main")
             listed = [entry.rfilename for entry in info.siblings or ()]
             names = listed or api.list_repo_files(name, revision=revision or "main")
+            known = True
             return fetched(name, names, variant, fetch)
         except Exception as error:
             if not is_of_hub(error):
                 raise
-            return cached(name, revision, error, fetch)
+            return cached(name, revision, error, fetch, known)
 
 
 Fetch = Callable[..., Path]
@@ -118,8 +120,11 @@ def shards_of(index: Path) -> list[str]:
     return sorted({str(file) for file in weight_map.values()})
 
 
-def cached(name: str, revision: str | None, error: Exception, fetch: Fetch) -> Path:
-    """Folder in the cache, for a Hub that cannot be reached; raises ValueError for the error if it is not there."""
+def cached(name: str, revision: str | None, error: Exception, fetch: Fetch, known: bool) -> Path:
+    """Folder in the cache, for a Hub that cannot be reached; raises ValueError for the error if it is not there.
+
+    known: the Hub has answered that it has the model.
+    """
     from huggingface_hub import constants, errors
 
     at = f" at revision {revision!r}" if revision else ""
@@ -145,6 +150,10 @@ def cached(name: str, revision: str | None, error: Exception, fetch: Fetch) -> P
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         raise ValueError(
             f"{name}{at} is neither a folder nor a model on the Hub ({page}); if it is private, {login}"
+        ) from None
+    if known and not isinstance(error, errors.HfHubHTTPError):
+        raise ValueError(
+            f"the download of {name}{at} broke off ({reason}): run the command again to continue it"
         ) from None
     if constants.is_offline_mode():
         why = "and the Hub is switched off (HF_HUB_OFFLINE)"

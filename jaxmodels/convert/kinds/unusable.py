@@ -28,11 +28,17 @@ MOST_FILES = 10_000  # that are looked at in a folder without a checkpoint
 POINTER_BYTES = 2_000  # pointers and error texts are no longer
 SMALL_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.model", "*.txt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 FROM_HUB = "get the model's safetensors instead"
+ZERO3 = (
+    "is a ZeRO-3 checkpoint, which splits each tensor over data-parallel ranks: merge it with DeepSpeed's "
+    "`python -m deepspeed.utils.zero_to_fp32 FOLDER OUT` (zero_to_fp32.py), and add the model's config.json"
+)
 # What a folder is that has such a file and no weights that can be loaded.
 SIGNS: tuple[tuple[str, str], ...] = (
     ("*.incomplete", "holds an unfinished download ({found}): run `hf download` again"),
     (".cache/huggingface/download/*.incomplete", "holds an unfinished download: run `hf download` again"),
     ("blobs/*.incomplete", "holds an unfinished download: run `hf download` again"),
+    ("zero_pp_rank_*_model_states.pt", ZERO3),
+    ("*/zero_pp_rank_*_model_states.pt", ZERO3),
     ("*.gguf", f"holds weights in GGUF, the format of llama.cpp ({{found}}), which is not supported: {FROM_HUB}"),
     ("ggml*.bin", f"holds weights in ggml, the format of llama.cpp ({{found}}), which is not supported: {FROM_HUB}"),
     ("*.onnx", f"holds an ONNX model ({{found}}), which is not supported: {FROM_HUB}"),
@@ -246,11 +252,7 @@ def check_step(folder: Path) -> Path:
     names = [path.name for path in step.iterdir()]
     zero3 = [name for name in names if name.startswith("zero_pp_rank_") and name.endswith("model_states.pt")]
     if zero3:
-        raise ValueError(
-            f"{folder} is a ZeRO-3 checkpoint, which splits each tensor over data-parallel ranks: merge it with "
-            f"DeepSpeed's `python -m deepspeed.utils.zero_to_fp32 {folder} OUT` (zero_to_fp32.py), and add the model's "
-            "config.json"
-        )
+        raise ValueError(f"{folder} {ZERO3.replace('FOLDER', str(folder))}")
     weights = [name for name in names if name.endswith("model_states.pt")]
     if not weights and (step / "zero").is_dir():
         raise ValueError(f"{step} is a universal checkpoint of DeepSpeed, not supported: use the one it was made from")

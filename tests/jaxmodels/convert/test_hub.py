@@ -1,5 +1,6 @@
 """Ids of the Hub: downloads by huggingface_hub from a server of its endpoints, its cache, and its refusals."""
 
+import errno
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 import jaxmodels
 from jaxmodels.convert import hub as downloads
@@ -158,6 +159,24 @@ def test_refusals_are_one_line(hub, folders, tmp_path):
             download(name, revision)
     hub.failing = 503
     with pytest.raises(ValueError, match=rf"\A{NAME} .*503.*\Z"):
+        download(NAME)
+
+
+def test_a_download_that_breaks_off_and_is_run_again(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between its attempts
+    hub.cut.add("model.safetensors")
+    with pytest.raises(ValueError, match=rf"download of {NAME} broke off .*again"):
+        download(NAME)
+    hub.cut.clear()
+    assert open_source(NAME).kind == "hf"
+
+
+def test_a_full_disk(hub, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HfApi, "snapshot_download", full)
+    with pytest.raises(OSError, match=rf"No space.*{NAME}.*HF_HUB_CACHE.*{re.escape(str(tmp_path))}"):
         download(NAME)
 
 
