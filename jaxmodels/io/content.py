@@ -1,5 +1,6 @@
 """Files that are not what their name says, recognised by their first bytes."""
 
+import zipfile
 from pathlib import Path
 
 from jaxmodels.process.texts import shortened
@@ -50,6 +51,8 @@ def recognised(file: Path) -> str | None:
         return "is full of zeros, as after an interrupted download: download it again"
     if head[257:262] == b"ustar":
         return "is a tar archive: unpack it"
+    if start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
+        return "is truncated: it is a zip file without its end"
     size = int.from_bytes(head[:8], "little")
     if file.suffix != ".safetensors" and head[8:10] in (b'{"', b"{}") and size <= file.stat().st_size - 8:
         return "is a safetensors file, though its name does not end in .safetensors"

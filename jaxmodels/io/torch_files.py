@@ -72,8 +72,9 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
     except pickle.UnpicklingError as error:
         # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        refers = f": it refers to {shortened(named[1], 100)}" if named else ""
-        raise explained(file, f"is refused, as it is damaged or holds more than tensors{refers}") from None
+        refers = f"holds more than tensors: it refers to {shortened(named[1], 100)}" if named else ""
+        why = refers or "is damaged or holds more than tensors"
+        raise explained(file, f"is refused, as it {why}") from None
     except DAMAGED as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise explained(file, f"is truncated or not a PyTorch checkpoint: {reason}") from None

@@ -1,8 +1,11 @@
 """Writer of GPT-NeoX checkpoints in the format of `transformers`."""
 
+import collections
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +15,7 @@ from jaxmodels.convert.source import Source, model_source
 from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.safetensors import FILE_BYTES, write_folder
 from jaxmodels.neox import NeoX
+from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.progress import progress_bar
 
 
@@ -35,7 +39,15 @@ def write_hf(
         progress_bar(f"writing {Path(folder).name}", tensors.values()) as advance,
     ):
         write_folder(temporary, tensors, file_bytes=file_bytes, progress=advance)
-        dtype = np.dtype(source.tensors["embedding.emb.weight"].dtype).name
+        dtype = main_dtype(source.tensors.values())
         text = json.dumps(hf_config(source.config, dtype, source.companions.config_ids or END_OF_TEXT), indent=2)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         source.companions.write(temporary)
+
+
+def main_dtype(tensors: Iterable[Any]) -> str:
+    """Name of the dtype of most bytes, in which transformers loads all tensors by default."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in tensors:
+        sizes[np.dtype(tensor.dtype).name] += nbytes(tensor)
+    return sizes.most_common(1)[0][0]

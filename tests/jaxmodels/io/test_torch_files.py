@@ -39,12 +39,26 @@ def test_every_storage(tmp_path, dtype, zip_file):
 
 
 @pytest.mark.parametrize("zip_file", [True, False])
-@pytest.mark.parametrize("size", range(0, 1_300, 97))
+@pytest.mark.parametrize("size", [0, 1, 5, 64, 200, 700, 1_300])
 def test_a_truncated_file_is_named(tmp_path, zip_file, size):
     torch.save(TENSORS, tmp_path / "a.pt", _use_new_zipfile_serialization=zip_file)
     content = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(content[: min(size, len(content) - 1)])
     with pytest.raises(ValueError, match=r"a\.pt is (truncated|refused)"):
+        read_pt(tmp_path / "a.pt")
+
+
+def test_half_a_zip_is_truncated(tmp_path):
+    torch.save(TENSORS, tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"a\.pt is truncated.*zip"):
+        read_pt(tmp_path / "a.pt")
+
+
+def test_a_whole_module_is_not_loaded(tmp_path):
+    torch.save(torch.nn.Linear(3, 2), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt is refused.*more than tensors.*torch\.nn\.modules\.linear\.Linear"):
         read_pt(tmp_path / "a.pt")
 
 
