@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 import traceback
@@ -73,10 +74,23 @@ def with_presets(command: type, kind: type[Experiment[Any]]) -> Any:
 
 
 def parse_flags(command: Any, defaults: tuple[Any, ...], arguments: Sequence[str], program: str) -> Any:
-    """Parse flags into a dataclass; fields of nested dataclasses are flags without a prefix."""
-    return tyro.cli(
-        command, default=command(*defaults), args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    """Parse flags into a dataclass; fields of nested dataclasses are flags without a prefix.
+
+    Raises ValueError if a dataclass refuses its values. tyro prints other errors, such as unknown flags, and exits.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(
+                command, default=command(*defaults), args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as exit:
+        # tyro frames the message of a nested dataclass; its `arg` is then the field's name, otherwise a flag.
+        refused = exit.__context__
+        if isinstance(getattr(refused, "arg", None), str) and isinstance(getattr(refused, "message", None), str):
+            raise ValueError(refused.message) from None  # type: ignore[union-attr]
+        sys.stderr.write(shown.getvalue())
+        raise
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:

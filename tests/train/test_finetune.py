@@ -16,7 +16,7 @@ from jaxmodels.models import load_saved
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.training import experiment
 from jaxmodels.training.run import read_about
-from jaxmodels.training.script import main
+from jaxmodels.training.script import main, parse
 from jaxmodels.weights.names import flat_arrays
 from tests.common import run
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
@@ -151,3 +151,10 @@ def test_biases_of_a_checkpoint_without_any_are_not_tuned(tmp_path):
     experiment = neox.Neox(neox.Config(checkpoint=str(tmp_path / "model"), tune="biases"))
     with pytest.raises(ValueError, match=r"tune='biases'.*model' have no biases"):
         experiment.model(5)
+
+
+def test_a_command_line_with_values_that_do_not_fit_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^lora_targets='query' [^\n]*query_key_value[^\n]*$"):
+        parse(neox.Neox, "python -m train.neox", ["--tune=lora", "--checkpoint=x", "--lora-targets", "query"])
+    with pytest.raises(SystemExit):
+        parse(neox.Neox, "python -m train.neox", ["--seq-len=some"])
