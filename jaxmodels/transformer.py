@@ -188,9 +188,16 @@ class AutoregressiveTransformer(nnx.Module):
 
     def __call__(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """ids int [S, B] -> logits [S, B, V]; raises ValueError if ids have another rank or exceed the tables."""
+        return constrain(self.read(self.features(ids, rng)), "SBV")
+
+    def features(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """ids int [S, B] -> output [S, B, D] of the encoder, of which `read` makes the logits; as the call."""
         check_ids(ids)
-        x = constrain(self.src_embed(ids), "SBD")
-        return constrain(self.generator(self.encoder(x, "causal", rng)), "SBV")
+        return self.encoder(constrain(self.src_embed(ids), "SBD"), "causal", rng)
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """Logits [..., V] from the output [..., D] of the encoder."""
+        return self.generator(x)
 
     def plain(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """Same as the call, with the whole score matrix in each attention, as in the PyTorch twin.

@@ -194,8 +194,16 @@ class AutoregressiveModel(nnx.Module):
 
     def __call__(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """ids int [S, B] -> logits [S, B, V]; raises ValueError if ids have another rank or exceed the tables."""
+        return self.read(self.features(ids, rng))
+
+    def features(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """ids int [S, B] -> output [S, B, D] of the transformer, of which `read` makes the logits; as the call."""
         check_ids(ids)
-        return self.generator(self.transformer(self.src_embed(ids), rng))
+        return self.transformer(self.src_embed(ids), rng)
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """Logits [..., V] from the output [..., D] of the transformer."""
+        return self.generator(x)
 
     def plain(self, ids: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """Same as the call, as a Python loop over steps; see `Feedback.plain`."""

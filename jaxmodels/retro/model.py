@@ -169,6 +169,10 @@ class RetroModel(nnx.Module):
         ret: token ids of the neighbors of each chunk; None, or C = 0, for no retrieval. Raises ValueError if x or ret
         has another shape.
         """
+        return constrain(self.read(self.features(x, ret)), "BSV")
+
+    def features(self, x: jax.Array, ret: jax.Array | None = None) -> jax.Array:
+        """x int [B, S] -> output [B, S, D] of the last layer, of which `read` makes the logits; as the call."""
         check_ids(x, "[B, S]")
         self.check_neighbors(x, ret)
         h, e = constrain(self.emb(x), "BSD"), None  # [B, S, D]
@@ -180,7 +184,7 @@ class RetroModel(nnx.Module):
                 e = self.encode(neighbors, h) if e is None else e
                 h = rematerialized(call)(next(cca), h, e)
             h = constrain(rematerialized(call)(ffw, h), "BSD")
-        return constrain(self.read(h), "BSV")
+        return h
 
     def encode(self, neighbors: jax.Array, h: jax.Array) -> jax.Array:
         """Encode embedded neighbors [B, C, N, M, D] with h [B, S, D] -> e [B, C, N, M, D]."""

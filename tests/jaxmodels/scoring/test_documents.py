@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.protocols import DividedReadout
 from jaxmodels.retro import RetroModel
 from jaxmodels.scoring import Score, rows, score
 from jaxmodels.scoring.rows import batches, padded_length
@@ -30,6 +32,9 @@ MODELS = {
     "tied": lambda: neox(stacked=False, tied=True),
     "rotary": lambda: language_model("rotary"),
     "synthesizer": lambda: language_model("random+dense"),
+    "feedback": lambda: filled(
+        lambda: AutoregressiveModel(V, FeedbackTransformer(6, 3, 5, 1, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    ),
     "retro": lambda: filled(lambda: RetroModel(V, 6, 1, set(), 4, 3, 2, 5, None, rngs=nnx.Rngs(0))),
 }
 
@@ -49,6 +54,29 @@ def log_probs(model, ids, length: int | None = None) -> np.ndarray:
     inputs = np.asarray(ids[:-1])
     padded = np.pad(inputs, (0, (length or len(inputs)) - len(inputs)))
     return np.asarray(whole(model, jnp.asarray(padded)))[np.arange(len(inputs)), ids[1:]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_of_every_model_can_be_computed_in_chunks(name):
+    assert isinstance(MODELS[name](), DividedReadout)
+
+
+@nnx.dataclass
+class Whole(nnx.Module):
+    """A language model that has its call alone."""
+
+    model: nnx.Module
+    sequence_axis = 1
+
+    def __call__(self, ids):
+        return self.model(ids)
+
+
+def test_a_model_without_a_divided_readout_is_scored_too():
+    model, texts = neox(), documents(5, 9)
+    assert not isinstance(Whole(model), DividedReadout)
+    expected = score(model, texts).total.nats
+    assert score(Whole(model), texts).total.nats == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
