@@ -15,14 +15,15 @@ from jaxmodels.io.checkpoint import read_json
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
+VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"  # a tokenizer in several files
 VOCABULARY = "vocabulary.json"  # written by a training run; `jaxmodels.text.load_vocabulary` reads it
 FILES = (
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    ADDED,
+    VOCAB,
+    MERGES,
     "vocab.txt",
     "tokenizer.model",
     "chat_template.jinja",
@@ -102,17 +103,19 @@ class Companions:
     def write(self, folder: Path) -> None:
         """Copy the files into a folder, byte for byte, under their published names.
 
-        The tokenizer inside a vocabulary.json is written as tokenizer.json if there is none.
+        A vocabulary.json with a tokenizer in it is written as tokenizer.json: it is what a run was trained with.
         """
+        inside = json_object(self.files[VOCABULARY]).get("tokenizer") if VOCABULARY in self.files else None
         for name, file in self.files.items():
+            if name == VOCABULARY and isinstance(inside, str):
+                continue
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if not (target.exists() and target.samefile(file)):
                 shutil.copyfile(file, target)
-        if VOCABULARY in self.files and TOKENIZER not in self.files:
-            content = json_object(self.files[VOCABULARY]).get("tokenizer")
-            if isinstance(content, str):
-                (folder / TOKENIZER).write_text(content, encoding="utf-8")
+        same = TOKENIZER in self.files and self.files[TOKENIZER].read_text(encoding="utf-8") == inside
+        if isinstance(inside, str) and not same:
+            (folder / TOKENIZER).write_text(inside, encoding="utf-8")
 
     def in_config(self) -> dict[str, Any]:
         """Entry for a config.json of this project: {"token_ids": {…}}, or {} if there are none."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from tokenizers import Tokenizer
 
 import jaxmodels
 from jaxmodels.convert.command import main
@@ -248,9 +249,33 @@ def test_a_tokenizer_inside_a_runs_vocabulary_is_written_for_transformers(folder
     run = shutil.copytree(folders["run"], tmp_path / "run")
     content = (run / "tokenizer.json").read_text()
     TokenizerFile(content).save(run / "vocabulary.json")
+    write_hf(open_source(run).neox(), tmp_path / "same")
+    other = Tokenizer.from_str(content)
+    other.add_tokens(["another"])
+    other.save(str(run / "tokenizer.json"))  # not the one that the run was trained with
+    write_hf(open_source(run).neox(), tmp_path / "other")
     (run / "tokenizer.json").unlink()
-    write_hf(open_source(run).neox(), tmp_path / "back")
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == content
+    write_hf(open_source(run).neox(), tmp_path / "none")
+    for name in ("same", "other", "none"):
+        assert (tmp_path / name / "tokenizer.json").read_text() == content
+        assert not (tmp_path / name / "vocabulary.json").exists()
+
+
+def test_a_tokenizer_of_two_files(published, tmp_path):
+    """vocab.json and merges.txt, as transformers before 4 saved GPT-NeoX's tokenizer."""
+    folder = shutil.copytree(published, tmp_path / "hf")
+    tokenizer = byte_level_tokenizer()
+    tokenizer.model.save(str(folder))
+    (folder / "tokenizer.json").unlink()
+    (folder / "added_tokens.json").write_text(json.dumps({"<|pad|>": 301}))
+    vocabulary = open_source(folder).vocabulary()
+    text = "The assert<|endoftext|> statement:\n  ärger<|pad|>"
+    assert vocabulary.encode(text)[-1] == 301
+    assert vocabulary.encode(text)[:-1].tolist() == tokenizer.encode(text.removesuffix("<|pad|>")).ids
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+    (folder / "merges.txt").write_text("#version: 0.2\nbroken")
+    with pytest.raises(ValueError, match=r"hf/vocab\.json and merges\.txt"):
+        open_source(folder).vocabulary()
 
 
 def test_verify_compares_tensors_of_different_configurations(published, tmp_path, capsys):
