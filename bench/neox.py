@@ -106,11 +106,14 @@ def flax_calls(
     config: "NeoXConfig", ids: "np.ndarray", options: argparse.Namespace
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Prefill of the prompt, and decoding after it by the loop of `jaxmodels.generate`."""
+    import copy
+
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from jaxmodels.generate import Loop, _decode_loop, capacity
+    from jaxmodels.generate import Sampling
+    from jaxmodels.generate.loop import Decoding, capacity
     from jaxmodels.neox import NeoX
 
     @jax.jit
@@ -119,14 +122,16 @@ def flax_calls(
         return jax.tree.map(lambda array: array.astype(options.dtype), model)
 
     model, (batch, length) = make(), ids.shape
-    prompt, key = jnp.asarray(ids), jax.random.key(0)
+    prompt = jnp.asarray(ids)
     read = jax.jit(lambda model, ids: model.prefill(ids, model.init_cache(batch, capacity(length + 1))))
-    logits, cache = read(model, prompt)
+    # The first token comes from the prompt's logits, so N decoding steps write N + 1 tokens.
+    decoding = Decoding(model, ids, options.tokens + 1, Sampling())
+    decoding.advance(1)
 
     def write() -> None:
-        # The first token comes from the prompt's logits, so N decoding steps write N + 1 tokens.
-        n = options.tokens + 1
-        _decode_loop(model, logits, cache, None, key, Loop(length, n, config.n_vocab)).block_until_ready()
+        again = copy.copy(decoding)
+        again.state = jax.tree.map(jnp.copy, decoding.state)  # a few MB; the loop takes its state over
+        again.advance().block_until_ready()
 
     return lambda: jax.block_until_ready(read(model, prompt)), write
 
@@ -140,7 +145,7 @@ def torch_calls(
     import torch
     from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
-    from jaxmodels.generate import capacity
+    from jaxmodels.generate.loop import capacity
 
     theirs = GPTNeoXConfig(
         vocab_size=config.n_vocab,

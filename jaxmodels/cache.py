@@ -49,6 +49,10 @@ class Cache:
         pads = [(0, 0), (0, 0), (0, max(0, more)), (0, 0)]
         return dataclasses.replace(self, layers=jax.tree.map(lambda a: jnp.pad(a, pads), self.layers))
 
+    def repeated(self, copies: int) -> "Cache":
+        """Cache with each row repeated, the repetitions of a row next to each other."""
+        return self if copies == 1 else jax.tree.map(lambda a: jnp.repeat(a, copies, axis=0) if a.ndim else a, self)
+
     def packed(self) -> "Cache":
         """Cache to carry through a loop: without the batch axis if the batch is one row without padding.
 

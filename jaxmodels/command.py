@@ -29,7 +29,7 @@ COMMANDS = {
     "inspect": Command("jaxmodels.convert.command", "print what a checkpoint of any kind contains", ("inspect",)),
     "verify": Command("jaxmodels.convert.command", "compare two checkpoints bit for bit", ("verify",)),
     "quantize": Command("jaxmodels.convert.command", "write a GPT-NeoX checkpoint with int8 weights", ("quantize",)),
-    "generate": Command("jaxmodels.neox.generate", "continue a prompt with a GPT-NeoX checkpoint"),
+    "generate": Command("jaxmodels.generate.command", "continue prompts with a model"),
     "neighbors": Command("jaxmodels.retro.retrieval.command", "print the nearest chunks of a RETRO index for a text"),
     "evaluate": Command("jaxmodels.training.evaluate", "loss, perplexity and bits per byte of a model on a text"),
     "lm-eval": Command("jaxmodels.scoring.lm_eval", "tasks of lm-evaluation-harness, with lm-eval's own arguments"),

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,11 @@ TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/mast
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
+VOCAB, MERGES = "vocab.json", "merges.txt"
+CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", VOCAB, MERGES, CONFIG)
+MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
 
 
 def load_corpus(name: str) -> str:
@@ -90,8 +96,50 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
+class Vocabulary:
+    """Texts as ids, and back. `len` is the number of ids, one more than the largest: the rows that an embedding needs.
+
+    special: ids that stand for no text, such as the end of a document. eos: those that end a text.
+    """
+
+    unit: ClassVar[str]
+    eos: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode a text to int32 ids."""
+        raise NotImplementedError
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Encode a text to be continued to int32 ids; the same, unless a tokenizer puts special tokens before it."""
+        return self.encode(text)
+
+    def decode(self, ids: Any, *, skip_special: bool = False) -> str:
+        """Decode ids [n] to text, with or without special tokens."""
+        raise NotImplementedError
+
+    def save(self, file: Path) -> None:
+        """Write a file for `load_vocabulary`."""
+        raise NotImplementedError
+
+    def described(self) -> dict[str, Any]:
+        """Fields that tell this vocabulary from others of its class, as JSON values."""
+        return {}
+
+    @property
+    def special(self) -> Mapping[int, str]:
+        """Text of each special token by its id."""
+        return {}
+
+    def is_byte(self, token: int) -> bool:
+        """True if a token is one byte of a run that is decoded as a whole (byte fallback)."""
+        return False
+
+
 @dataclasses.dataclass(frozen=True)
-class CharVocabulary:
+class CharVocabulary(Vocabulary):
     """One token per character; its id is the index in `characters`."""
 
     characters: str
@@ -115,7 +163,7 @@ class CharVocabulary:
             )
         return np.fromiter((ids[character] for character in text), np.int32, len(text))
 
-    def decode(self, ids: np.ndarray) -> str:
+    def decode(self, ids: Any, *, skip_special: bool = False) -> str:
         """Decode ids [n] to text; raises ValueError if one is outside the vocabulary."""
         ids = np.asarray(ids)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
@@ -124,7 +172,11 @@ class CharVocabulary:
 
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""
-        write_json(file, {"characters": self.characters})
+        write_json(file, self.described())
+
+    def described(self) -> dict[str, Any]:
+        """Fields that tell this vocabulary from others of its class, as JSON values."""
+        return {"characters": self.characters}
 
     @classmethod
     def load(cls, file: Path) -> "CharVocabulary":
@@ -139,7 +191,7 @@ class CharVocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteVocabulary:
+class ByteVocabulary(Vocabulary):
     """One token per byte of UTF-8, 256 in total; encodes any text."""
 
     unit: ClassVar[str] = "byte"
@@ -149,9 +201,9 @@ class ByteVocabulary:
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text to int32 ids [number of bytes]."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
-    def decode(self, ids: np.ndarray) -> str:
+    def decode(self, ids: Any, *, skip_special: bool = False) -> str:
         """Decode ids [n] to text; invalid UTF-8, as at the ends of a piece of text, becomes �."""
         return bytes(np.asarray(ids).tolist()).decode("utf-8", errors="replace")
 
@@ -161,68 +213,247 @@ class ByteVocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerFile:
-    """Vocabulary of a tokenizer.json; needs the package tokenizers. content: text of the file."""
+class TokenizerFile(Vocabulary):
+    """Vocabulary of a tokenizer.json; needs the package tokenizers.
+
+    content: text of the file. Truncation, padding and dropout of merges that are stored in it are switched off.
+    eos: ids that end a text; tokenizer.json does not say which they are.
+    """
 
     content: str
+    eos: tuple[int, ...] = dataclasses.field(default=(), compare=False)
     unit: ClassVar[str] = "token"
 
     @classmethod
     def read(cls, file: str | os.PathLike) -> "TokenizerFile":
-        """Read a tokenizer.json; raises ValueError, naming it, if it is missing or not one."""
+        """Read a tokenizer.json, a vocab.json of GPT-2's kind with its merges.txt, or a folder that holds either.
+
+        `eos` is read from the files beside it. Raises ValueError, naming the file, if it is missing or none of these.
+        """
         require("neox", "tokenizers")
+        path = find_tokenizer(None, Path(file)) if Path(file).is_dir() else Path(file)
         try:
-            vocabulary = cls(Path(file).read_text(encoding="utf-8"))
+            content = byte_level(path) if path.name == VOCAB else path.read_text(encoding="utf-8")
+            vocabulary = cls(content)
             len(vocabulary)
         except (OSError, ValueError) as error:
-            raise ValueError(f"tokenizer={file} cannot be read: {error}") from None
-        return vocabulary
+            raise ValueError(f"tokenizer={path} cannot be read: {error}") from None
+        return cls(content, end_tokens(path.parent, vocabulary))
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "TokenizerFile":
+        """Vocabulary of a tokenizer of tokenizers or of transformers; raises ValueError if it is neither."""
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not hasattr(backend, "to_str"):
+            raise ValueError(
+                f"tokenizer is a {type(tokenizer).__name__}, must be a vocabulary of jaxmodels.text, a tokenizer of "
+                "tokenizers or transformers, or the path of a tokenizer.json or of its folder"
+            )
+        eos = getattr(tokenizer, "eos_token_id", None)
+        return cls(backend.to_str(), () if eos is None else (int(eos),))
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """`tokenizers.Tokenizer` of the content; raises ValueError if it is not a tokenizer's."""
+        """`tokenizers.Tokenizer` of the content; raises ValueError if it is not a tokenizer's, or if it is empty."""
         require("neox", "tokenizers")
         from tokenizers import Tokenizer
 
         try:
             tokenizer = Tokenizer.from_str(self.content)
-            tokenizer.no_truncation()  # published files store settings of somebody's last call
-            tokenizer.no_padding()
-            return tokenizer
         except Exception as error:  # the package raises bare Exceptions
             raise ValueError(f"not a tokenizer.json: {error}") from None
+        tokenizer.no_truncation()  # published files store settings of somebody's last call
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
+        return tokenizer
+
+    @functools.cached_property
+    def size(self) -> int:
+        """One more than the largest id: vocabularies may have gaps, and added tokens lie beyond the others."""
+        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=None)
+        if largest is None:
+            raise ValueError("a tokenizer without tokens")
+        return int(largest) + 1
 
     def __len__(self) -> int:
-        return self.tokenizer.get_vocab_size()
+        return self.size
+
+    @functools.cached_property
+    def n_model(self) -> int:
+        """One more than the largest id of a token that was not added to the tokenizer's model later."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        model = self.tokenizer.get_vocab(with_added_tokens=False).values()
+        return 1 + max((token for token in model if token not in added), default=-1)
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text to int32 ids, without the special tokens that some tokenizers add around it."""
+        utf8(text)
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids: np.ndarray) -> str:
-        """Decode ids [n] to text, special tokens included."""
-        return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Encode a text to be continued to int32 ids, after the special tokens that the tokenizer puts before texts.
+
+        Those that it puts after texts are left out: they would end the text.
+        """
+        ids = self.encode(text)
+        whole = self.tokenizer.encode(text)
+        first = next((i for i, added in enumerate(whole.special_tokens_mask) if not added), 0)
+        before = np.asarray(whole.ids[:first], np.int32)
+        same = whole.ids[first : first + len(ids)] == ids.tolist()  # not if the mask has its own meaning
+        return np.concatenate([before, ids]) if same else ids
+
+    def decode(self, ids: Any, *, skip_special: bool = False) -> str:
+        """Decode ids [n] to text, with or without special tokens; incomplete characters become �."""
+        return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special)
 
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""
         write_json(file, {"tokenizer": self.content})
 
+    def described(self) -> dict[str, Any]:
+        """Fields that tell this vocabulary from others of its class, as JSON values."""
+        return {"content": self.content}
+
+    @functools.cached_property
+    def special(self) -> Mapping[int, str]:
+        """Text of each special token by its id."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token: about.content for token, about in added.items() if about.special}
+
+    @functools.cached_property
+    def bytes(self) -> frozenset[int]:
+        """Ids of the tokens of byte fallback, <0x00> to <0xFF>."""
+        if '"ByteFallback"' not in self.content:
+            return frozenset()
+        found = (self.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token for token in found if token is not None)
+
+    def is_byte(self, token: int) -> bool:
+        """True if a token is one byte of a run that is decoded as a whole (byte fallback)."""
+        return token in self.bytes
+
+
+def utf8(text: str) -> bytes:
+    """Encode a text as UTF-8; raises ValueError if it has lone surrogates, as arguments that are not UTF-8 have."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text has a character that is not Unicode, {text[error.start]!r} at {error.start}") from None
+
+
+def byte_level(file: Path) -> str:
+    """tokenizer.json of a vocab.json and the merges.txt beside it, as GPT-2 and GPT-NeoX tokenize."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    config = json_beside(file, CONFIG)
+    try:
+        model = models.BPE.from_file(str(file), str(file.with_name(MERGES)))
+    except Exception as error:  # the package raises bare Exceptions
+        raise ValueError(f"not a vocabulary with {MERGES}: {error}") from None
+    tokenizer = Tokenizer(model)
+    prefix = bool(config.get("add_prefix_space", False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=True)
+    special = {**json_beside(file, SPECIAL), **config}
+    names = [content_of(special.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
+    known = {name for name in names if name}
+    added: dict[int, Any] = {
+        int(i): AddedToken(**{k: v for k, v in about.items() if k != "__type"})
+        for i, about in config.get("added_tokens_decoder", {}).items()
+    }
+    for name, i in json_beside(file, "added_tokens.json").items():
+        added.setdefault(int(i), AddedToken(name, special=name in known, normalized=name not in known))
+    for i in sorted(added):
+        if tokenizer.token_to_id(added[i].content) not in (None, i) or (
+            tokenizer.token_to_id(added[i].content) is None and i != tokenizer.get_vocab_size()
+        ):
+            raise ValueError(f"added token {added[i].content!r} cannot have the id {i}; {MAKE_TOKENIZER_JSON}")
+        (tokenizer.add_special_tokens if added[i].special else tokenizer.add_tokens)([added[i]])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in sorted(known & model_tokens(tokenizer))])
+    return tokenizer.to_str()
+
+
+def model_tokens(tokenizer: Any) -> set[str]:
+    return set(tokenizer.get_vocab(with_added_tokens=True))
+
+
+def content_of(token: Any) -> str | None:
+    """Text of a special token in a file of transformers: a string, or an object with "content"."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def json_beside(file: Path, name: str) -> dict[str, Any]:
+    """Content of a JSON file beside another one; {} if there is none. Raises ValueError if it is not an object."""
+    beside = file.with_name(name)
+    if not beside.is_file():
+        return {}
+    try:
+        content = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{beside} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{beside} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def end_tokens(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
+    """Ids that end a text, from the files of a checkpoint's folder.
+
+    Those of generation_config.json, else of config.json, as transformers has it; else the eos_token of the tokenizer's
+    own configuration; else <|endoftext|>, if the vocabulary has it.
+    """
+    beside = folder / CONFIG
+    for name in ("generation_config.json", "config.json"):
+        content = json_beside(beside, name)
+        nested = content.get("token_ids")  # in a config.json of this project
+        found = (nested if isinstance(nested, dict) else content).get("eos_token_id")
+        several: list[Any] = found if isinstance(found, list) else [found]
+        ids = [int(i) for i in several if str(i).isdecimal()]
+        if ids:
+            return tuple(ids)
+    names = [content_of(json_beside(beside, name).get("eos_token")) for name in (CONFIG, SPECIAL)]
+    for text in (*names, END_OF_TEXT):
+        token = None if text is None else vocabulary.tokenizer.token_to_id(text)
+        if token is not None:
+            return (token,)
+    return ()
+
 
 def find_tokenizer(file: Path | None, folder: Path) -> Path:
     """Path of a tokenizer file: `file` if given, else the one in a checkpoint's folder or its parent folder.
 
-    Raises ValueError if it does not exist.
+    That of a vocab.json if there is only that, with a merges.txt. Raises ValueError if there is none.
     """
-    places = [place / name for place in (folder, folder.absolute().parent) for name in TOKENIZER_NAMES]
-    candidates = places if file is None else [file]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is not None and not file.is_dir():
+        if not file.is_file():
+            raise ValueError(f"tokenizer={file} not found; looked for {file}")
+        return file
+    folders = [folder, folder.absolute().parent] if file is None else [file]
+    candidates = [place / name for place in folders for name in TOKENIZER_NAMES]
+    pairs = [place / VOCAB for place in folders if (place / MERGES).is_file()]
+    found = next((candidate for candidate in (*candidates, *pairs) if candidate.is_file()), None)
     if found is None:
+        unusable = [place / name for place in folders for name in SLOW_NAMES if (place / name).is_file()]
+        if unusable:
+            raise ValueError(f"{unusable[0]} is not a tokenizer.json; {MAKE_TOKENIZER_JSON}")
         what = "no tokenizer found" if file is None else f"tokenizer={file} not found"
         raise ValueError(f"{what}; looked for {', '.join(map(str, candidates))}")
     return found
 
 
-Vocabulary = CharVocabulary | ByteVocabulary | TokenizerFile
+def as_vocabulary(tokenizer: Any) -> Vocabulary:
+    """Vocabulary of anything that names one.
+
+    tokenizer: a Vocabulary, a `tokenizers.Tokenizer`, a tokenizer of transformers, or the path of a tokenizer.json or
+    of its folder. Raises ValueError if it is none of these.
+    """
+    if isinstance(tokenizer, Vocabulary):
+        return tokenizer
+    if isinstance(tokenizer, str | os.PathLike):
+        return TokenizerFile.read(tokenizer)
+    return TokenizerFile.of(tokenizer)
 
 
 def load_vocabulary(file: Path) -> Vocabulary:

@@ -32,6 +32,7 @@ SHELL = re.compile(r"(?:^ *\$ |^|`)((?:python -m |make |jaxmodels |parity )[^`\n
 PARSERS = {
     "jaxmodels": "jaxmodels.command",
     "jaxmodels.convert": "jaxmodels.convert.command",
+    "jaxmodels.generate": "jaxmodels.generate.command",
     "jaxmodels.neox.generate": "jaxmodels.neox.generate",
     "jaxmodels.retro.neighbors": "jaxmodels.retro.retrieval.command",
     "parity": "parity.command",

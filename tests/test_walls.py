@@ -17,12 +17,15 @@ TORCH_FILES = ("jaxmodels.io", "jaxmodels.weights", "jaxmodels.convert")  # read
 PROGRAMS = {
     "jaxmodels.command",
     "jaxmodels.convert.command",
+    "jaxmodels.generate.command",
     "jaxmodels.neox.generate",
     "jaxmodels.retro.neighbors",
     "jaxmodels.retro.retrieval.command",
+    "jaxmodels.training.sample",
     "jaxmodels.scoring.lm_eval",
     "parity.command",
     "parity.mutations",
+    "train.sample",
 }
 
 

@@ -27,7 +27,7 @@ from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import DTYPES
 from jaxmodels.process.extras import require
 from jaxmodels.sharding import placement
-from jaxmodels.text import TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
+from jaxmodels.text import SLOW_NAMES, TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
 from jaxmodels.weights.names import check_floating
 from jaxmodels.weights.place import Shardings
 
@@ -102,10 +102,18 @@ class Opened:
     def vocabulary(self, tokenizer: str | os.PathLike | None = None) -> Vocabulary:
         """Vocabulary of the given file (tokenizer.json, or vocabulary.json of a run), else the checkpoint's own.
 
-        Raises ValueError, with the places that were searched, if there is none.
+        Its `eos` are the checkpoint's end tokens, if it names any. Raises ValueError, with the places that were
+        searched, if there is none.
         """
+        vocabulary, eos = self.found_vocabulary(tokenizer), self.companions.token_ids.eos
+        return dataclasses.replace(vocabulary, eos=eos) if eos and isinstance(vocabulary, TokenizerFile) else vocabulary
+
+    def found_vocabulary(self, tokenizer: str | os.PathLike | None) -> Vocabulary:
+        """Vocabulary as its file has it."""
         if tokenizer is not None:
             file = Path(tokenizer)
+            if file.is_dir():
+                return TokenizerFile.read(file)
             if not file.is_file():
                 raise ValueError(f"tokenizer={str(file)!r} is not a file")
             return read_vocabulary(file)
@@ -116,6 +124,8 @@ class Opened:
         above = self.folder.absolute().parent
         places += [above / name for name in TOKENIZER_NAMES]
         found = next((place for place in places if place.is_file()), None)
+        if found is None and any((self.folder / name).is_file() for name in SLOW_NAMES):
+            return TokenizerFile.read(self.folder)
         if found is None:
             searched = [*(self.folder / name for name in (*TOKENIZER_NAMES, VOCABULARY)), *places]
             raise ValueError(f"no tokenizer found for {self.name}; looked for {', '.join(map(str, searched))}")

@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 import jaxmodels
-from jaxmodels.generate import generate
+from jaxmodels.generate import Sampling
+from jaxmodels.generate.loop import Decoding
 from jaxmodels.models import build, describe, name_of
 from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
@@ -297,29 +297,28 @@ def continue_text(
     seq_len: int,
     *,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    n_tokens: int | None = None,
     seed: int = 0,
     interrupted: Interrupted = never,
-    **choice: Any,
 ) -> np.ndarray:
     """Generate the next `length` tokens of a text: ids int [n] -> int32 [length], greedily at temperature 0.
 
-    A model's text degrades beyond the seq_len positions that it was trained on. The text is therefore generated in
-    pieces that end there, each from the last seq_len // 2 tokens so far. Returns fewer tokens if interrupted() between
-    two pieces. choice: top_k, top_p, n_tokens of `generate`; raises ValueError like `generate`.
+    A model's text degrades beyond the seq_len positions that it was trained on: see `window` of `generate`. Returns
+    fewer tokens if interrupted() between two passes over the text so far. top_k, top_p, n_tokens: as in `generate`;
+    raises ValueError like `generate`.
     """
     if length < 1:
         raise ValueError(f"length={length} must be at least 1")
     check_decoding(model)
-    axis = model.sequence_axis
-    written = ids
-    while len(written) < len(ids) + length and not interrupted():
-        context = written[-max(1, seq_len // 2) :]
-        n = min(max(1, seq_len - len(context)), length)
-        rng = jax.random.fold_in(jax.random.key(seed), len(written))
-        prompt = jnp.expand_dims(jnp.asarray(context), 1 - axis)  # [n, 1] or [1, n]
-        piece = generate(model, prompt, n, temperature=temperature, rng=rng, **choice)
-        written = np.concatenate([written, to_host(piece).squeeze(1 - axis)])
-    return written[len(ids) : len(ids) + length]
+    prompt = np.expand_dims(np.asarray(ids), 1 - model.sequence_axis)  # [n, 1] or [1, n]
+    sampling = Sampling(temperature, top_k, top_p)
+    key = jax.random.key(seed)
+    decoding = Decoding(model, prompt, length, sampling, n_tokens=n_tokens, key=key, window=max(2, seq_len))
+    while decoding.written < length and not interrupted():
+        decoding.advance_segment()
+    return to_host(decoding.tokens())[:, 0]
 
 
 def script_of(kind: type[Experiment]) -> str:

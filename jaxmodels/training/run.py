@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.steps import steps
+from jaxmodels.models import names
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training.checkpoints import LOCK, UnknownModel, latest_model
 from jaxmodels.training.config import Config
@@ -115,10 +116,23 @@ def open_run(run: Path, named: str | None = None, mesh: Mesh | None = None) -> t
     try:
         model, _ = latest_model(run, mesh)
     except UnknownModel as error:
-        script = read_about(run).script
-        hint = f": name the module that registers it with --experiment {script}" if named is None else ""
-        raise ValueError(f"{run}: {error}{hint}") from None
+        raise unknown_model(run, named, error) from None
     return experiment, model, load_vocabulary(run / "vocabulary.json")
+
+
+def experiment_of(run: Path, named: str | None, model_name: str) -> Experiment[Any]:
+    """Experiment of a run with a model of that name; raises ValueError like `open_run`."""
+    experiment = saved_experiment(run, named)
+    if model_name not in names():
+        raise unknown_model(run, named, f"model={model_name!r} is not registered")
+    return experiment
+
+
+def unknown_model(run: Path, named: str | None, error: object) -> ValueError:
+    """Error for a model of a class that is not registered, with what to do."""
+    script = read_about(run).script
+    hint = f": name the module that registers it with --experiment {script}" if named is None else ""
+    return ValueError(f"{run}: {error}{hint}")
 
 
 def check_folder(experiment: Experiment[Any], run: Path) -> None:

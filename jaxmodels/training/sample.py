@@ -1,16 +1,16 @@
-"""Text from a trained run: `jaxmodels sample`, or `python -m train.sample` in a checkout."""
+"""Text from a trained run: `jaxmodels sample`, or `python -m train.sample` in a checkout.
+
+The same as `jaxmodels generate`, with defaults for models that were trained from scratch.
+"""
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from jaxmodels.convert.open import open_source
+from jaxmodels.generate.command import add_settings, check, continue_prompts
 from jaxmodels.process import programs
-from jaxmodels.text import Vocabulary
-from jaxmodels.training.experiment import continue_text
-from jaxmodels.training.run import open_run
+from jaxmodels.training.run import read_about
 
 PROGRAM = "python -m train.sample"
 EXAMPLES = """\
@@ -33,57 +33,34 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         help="text to continue, in the training text's characters (default: the first of 'The ', a newline, and the "
         "vocabulary's first token that the vocabulary can encode)",
     )
-    add("--length", type=int, default=500, metavar="N", help="tokens to generate (default 500)")
+    add("--length", type=int, default=500, metavar="N", help="tokens to generate (default: 500)")
     add(
         "--temperature",
         type=float,
         default=0.8,
-        help="0: take the most likely token; above 0: sampling temperature (default 0.8)",
+        help="0: take the most likely token; above 0: sampling temperature (default: 0.8)",
     )
-    add("--top-k", type=int, metavar="K", help="draw only from the K most likely tokens (default: from all)")
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="draw only from the smallest set of tokens with total probability P (default: from all)",
-    )
-    add("--seed", type=int, default=0, help="seed of the draws (default 0)")
-    add(
-        "--experiment",
-        metavar="MODULE",
-        help="module of the run's experiment, such as my_project.experiment; it is imported, and registers its model",
-    )
+    add_settings(arguments)
     return arguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run the command and return its exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    return programs.run(lambda: print(sample(options)), prog)
+    return programs.run(lambda: sample(options), prog)
 
 
-def sample(options: argparse.Namespace) -> str:
-    """Generate a prompt's continuation, from the flags of `parser`; raises ValueError for bad input."""
-    experiment, model, vocabulary = open_run(options.run, options.experiment)
-    prompt = default_prompt(vocabulary) if options.prompt is None else options.prompt
-    continuation = continue_text(
-        experiment.generator(model, options.run),
-        vocabulary.encode(prompt),
-        options.length,
-        experiment.config.seq_len,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        n_tokens=len(vocabulary),
-    )
-    return prompt + vocabulary.decode(continuation)
-
-
-def default_prompt(vocabulary: Vocabulary) -> str:
-    """Default prompt that a vocabulary can encode; see --prompt."""
-    for prompt in ("The ", "\n"):
-        with contextlib.suppress(ValueError):
-            vocabulary.encode(prompt)
-            return prompt
-    return vocabulary.decode(np.zeros(1, np.int32))
+def sample(options: argparse.Namespace) -> None:
+    """Print a prompt and its continuation, from the flags of `parser`; raises ValueError for bad input."""
+    if options.length < 1:
+        raise ValueError(f"length={options.length} must be at least 1")
+    given = vars(options) | {
+        "max_new_tokens": options.length,
+        "batch_size": 16,
+        "tokenizer": None,
+        "report": False,
+    }
+    options = argparse.Namespace(**given)
+    check(options)
+    read_about(options.run)  # raises if the folder holds no run
+    continue_prompts(open_source(options.run), [options.prompt], options)

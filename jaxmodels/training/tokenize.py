@@ -64,7 +64,7 @@ def open_tokens(text: str, vocabulary: Vocabulary | None = None) -> Tokens:
 
 def fingerprint(train: np.ndarray, validation: np.ndarray, vocabulary: Vocabulary) -> str:
     """SHA-256 of ids, independent of their dtype, and of their vocabulary."""
-    about = [type(vocabulary).__name__, dataclasses.asdict(vocabulary)]
+    about = [type(vocabulary).__name__, vocabulary.described()]
     found = hashlib.sha256(json.dumps(about).encode())
     for part in (train, validation):
         found.update(len(part).to_bytes(8, "little"))
@@ -112,6 +112,11 @@ def check_part(file: Path, ids: np.ndarray, length: object, n_vocab: int) -> Non
         raise ValueError(f"{file} has {ids.dtype}{list(ids.shape)}, must be integers [n]")
     if len(ids) != length:
         raise ValueError(f"{file} has {len(ids)} tokens, tokens.json says {quoted(length)}")
+    if n_vocab - 1 > np.iinfo(ids.dtype).max:
+        raise ValueError(
+            f"{file} has {ids.dtype}, which cannot hold ids up to {n_vocab - 1}, as its vocabulary has; tokenize the "
+            "text again"
+        )
     low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
     if low < 0 or high >= n_vocab:
         raise ValueError(f"{file} has ids from {low} to {high}, must be from 0 to {n_vocab - 1}")

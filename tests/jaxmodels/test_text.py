@@ -9,9 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from jaxmodels import text
-from jaxmodels.text import CharVocabulary, TokenizerFile, find_tokenizer, load_corpus, split
+from jaxmodels.text import (
+    ByteVocabulary,
+    CharVocabulary,
+    TokenizerFile,
+    as_vocabulary,
+    find_tokenizer,
+    load_corpus,
+    load_vocabulary,
+    split,
+)
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared/data/tiny_shakespeare.txt"
@@ -162,3 +173,108 @@ def test_a_tokenizer_is_found_in_the_parent_folder_of_a_checkpoint(tmp_path):
     tokenizer.save(str(tmp_path / "20B_tokenizer.json"))
     found = TokenizerFile.read(find_tokenizer(None, tmp_path / "global_step7"))
     assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A tokenizer.json that stores truncation and padding, as published ones do."""
+    tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_stored_truncation_and_padding_are_switched_off(stored, tmp_path):
+    text = "a text of more than five tokens"
+    expected = byte_level_tokenizer().encode(text).ids
+    assert len(expected) > 8
+    TokenizerFile.read(stored).save(tmp_path / "vocabulary.json")
+    for vocabulary in (TokenizerFile.read(stored), load_vocabulary(tmp_path / "vocabulary.json")):
+        assert vocabulary.encode(text).tolist() == vocabulary.encode_prompt(text).tolist() == expected
+        assert vocabulary.encode("a").tolist() == byte_level_tokenizer().encode("a").ids
+
+
+def test_merges_are_never_dropped_at_random(tmp_path):
+    content = json.loads(byte_level_tokenizer().to_str())
+    content["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "the statement"
+    assert TokenizerFile.read(tmp_path).encode(text).tolist() == byte_level_tokenizer().encode(text).ids
+
+
+def test_the_length_is_one_more_than_the_largest_id(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 3, "b": 70_000, "c": 300}, unk_token="a"))
+    assert len(TokenizerFile.of(tokenizer)) == 70_001
+    tokenizer = Tokenizer(models.WordLevel({"a": 3, "b": 300}, unk_token="a"))
+    tokenizer.add_tokens(["added"])
+    vocabulary = TokenizerFile.of(tokenizer)
+    added = tokenizer.token_to_id("added")
+    assert len(vocabulary) == 1 + max(300, added)
+    assert vocabulary.n_model == 301
+    with pytest.raises(ValueError, match="without tokens"):
+        len(TokenizerFile.of(Tokenizer(models.BPE())))
+
+
+def test_a_vocabulary_of_anything_that_names_one(stored):
+    backend = Tokenizer.from_file(str(stored))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    text = "the statement"
+    expected = byte_level_tokenizer().encode(text).ids
+    for given in (stored, str(stored), stored.parent, backend, fast, TokenizerFile.read(stored)):
+        assert as_vocabulary(given).encode(text).tolist() == expected
+    assert as_vocabulary(fast).eos == (0,)
+    assert as_vocabulary(characters := CharVocabulary("ab")) is characters
+    with pytest.raises(ValueError, match="tokenizer is a int"):
+        as_vocabulary(3)
+
+
+@pytest.mark.parametrize(
+    ("files", "eos"),
+    [
+        ({}, (0,)),  # <|endoftext|>
+        ({"tokenizer_config.json": {"eos_token": "e"}}, ("e",)),
+        ({"special_tokens_map.json": {"eos_token": {"content": "e", "lstrip": False}}}, ("e",)),
+        ({"tokenizer_config.json": {"eos_token": "e"}, "config.json": {"eos_token_id": 7}}, (7,)),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": [2, 5]}}, (2, 5)),
+        ({"config.json": {"token_ids": {"eos_token_id": [9]}}}, (9,)),
+        ({"config.json": {"eos_token_id": -1}}, (0,)),
+    ],
+    ids=str,
+)
+def test_end_tokens_are_those_of_the_files_beside(stored, files, eos):
+    for name, content in files.items():
+        (stored.parent / name).write_text(json.dumps(content))
+    found = TokenizerFile.read(stored)
+    assert found.eos == tuple(found.tokenizer.token_to_id(one) if isinstance(one, str) else one for one in eos)
+    assert found == TokenizerFile(stored.read_text())  # the same vocabulary
+
+
+def test_a_vocab_json_with_merges_is_a_tokenizer(tmp_path):
+    byte_level_tokenizer().model.save(str(tmp_path))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": 300}))
+    config = {"eos_token": "<|endoftext|>", "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    vocabulary = TokenizerFile.read(tmp_path)
+    text = "the statement<|endoftext|>é €<extra> x"
+    theirs = GPT2Tokenizer.from_pretrained(tmp_path)
+    assert vocabulary.encode(text).tolist() == theirs(text)["input_ids"]
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert vocabulary.eos == (vocabulary.tokenizer.token_to_id("<|endoftext|>"),)
+    assert vocabulary.special[vocabulary.eos[0]] == "<|endoftext|>"
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": 400}))
+    with pytest.raises(ValueError, match=r"'<extra>'.*400.*save_pretrained"):
+        TokenizerFile.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "vocab.txt", "vocab.json"])
+def test_other_tokenizers_say_how_to_convert_them(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{name} .*save_pretrained"):
+        TokenizerFile.read(tmp_path)
+
+
+def test_bytes_that_are_not_unicode_are_one_line():
+    for vocabulary in (ByteVocabulary(), TokenizerFile.of(byte_level_tokenizer())):
+        with pytest.raises(ValueError, match="udcff"):
+            vocabulary.encode("a\udcff")

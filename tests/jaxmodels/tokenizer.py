@@ -4,8 +4,7 @@ import functools
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxmodels.neox.stream import END_OF_TEXT
-from jaxmodels.text import load_corpus
+from jaxmodels.text import END_OF_TEXT, load_corpus
 
 
 @functools.cache

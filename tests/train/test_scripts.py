@@ -11,6 +11,7 @@ from flax import nnx
 
 import jaxmodels
 from jaxmodels.feedback.parallel import ApproximateWarning, from_parallel
+from jaxmodels.generate.command import default_prompt
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.sharding import make_mesh
 from jaxmodels.text import ByteVocabulary, CharVocabulary
@@ -102,10 +103,10 @@ def test_rope_value_scores_its_answers(tiny, tmp_path, capsys):
 
 
 def test_the_default_prompt_is_in_the_vocabulary():
-    assert sample.default_prompt(CharVocabulary("\n Teh")) == "The "
-    assert sample.default_prompt(VOCABULARY) == "\n"
-    assert sample.default_prompt(CharVocabulary("äb")) == "ä"
-    assert sample.default_prompt(ByteVocabulary()) == "The "
+    assert default_prompt(CharVocabulary("\n Teh")) == "The "
+    assert default_prompt(VOCABULARY) == "\n"
+    assert default_prompt(CharVocabulary("äb")) == "ä"
+    assert default_prompt(ByteVocabulary()) == "The "
 
 
 @pytest.mark.slow

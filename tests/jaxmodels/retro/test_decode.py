@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import generate
+from jaxmodels.generate import loop
 from jaxmodels.retro import RetroModel
 from tests.common import V, assert_close, token_ids
 from tests.jaxmodels.retro.common import L, M, N, model, neighbors
@@ -74,7 +75,7 @@ def test_without_neighbors_it_decodes_as_a_plain_decoder():
 
 
 def test_generate_writes_what_the_full_forward_says(monkeypatch):
-    monkeypatch.setattr(generate, "MIN_SLOTS", 8)
+    monkeypatch.setattr(loop, "MIN_SLOTS", 8)
     retro, x = model(), token_ids(0, 2, 3)
     written = generate.generate(retro, x, 9)
     text = jnp.concatenate([x, written], axis=1)

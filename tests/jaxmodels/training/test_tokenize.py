@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, load_vocabulary
 from jaxmodels.training.tokenize import open_tokens, parser, tokenize
@@ -124,3 +125,18 @@ def test_a_damaged_folder_is_an_error(how, text, tmp_path):
             (folder / "tokens.json").write_text(json.dumps({**about, "format": 9}))
     with pytest.raises(ValueError, match=f"text='{folder}'.*train.tokenize"):
         open_tokens(str(folder))
+
+
+def test_ids_of_a_vocabulary_with_gaps_do_not_wrap(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 3, "b": 300}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text").write_text("a b b a " * 20)
+    tokenize(str(tmp_path / "text"), tmp_path / "tokens", tokenizer=tmp_path / "tokenizer.json")
+    tokens = open_tokens(str(tmp_path / "tokens"))
+    assert tokens.train[:4].tolist() == [3, 300, 300, 3]
+    assert tokens.sha256 == open_tokens(str(tmp_path / "text"), tokens.vocabulary).sha256
+    file = tmp_path / "tokens" / "train.npy"
+    np.save(file, np.load(file).astype(np.uint8))  # as an older version counted
+    with pytest.raises(ValueError, match=r"train\.npy has uint8.*300"):
+        open_tokens(str(tmp_path / "tokens"))

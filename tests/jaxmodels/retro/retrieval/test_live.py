@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import generate
+from jaxmodels.generate import loop
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import HashedNGrams
 from jaxmodels.retro.retrieval.index import ChunkIndex
@@ -29,7 +30,7 @@ def retriever(tmp_path_factory) -> Retriever:
 @pytest.mark.parametrize("prompt", [2, 8], ids=["short of a chunk", "two chunks"])
 def test_what_is_written_is_what_the_full_forward_says_of_it(retriever, prompt, monkeypatch):
     """Greedily, a batch, past several chunks and sizes of the cache: each token from neighbors of what was written."""
-    monkeypatch.setattr(generate, "MIN_SLOTS", 8)
+    monkeypatch.setattr(loop, "MIN_SLOTS", 8)
     retro, x = model(scale=1.0), token_ids(prompt, 2, prompt)
     written = np.asarray(generate.generate(Retrieving(retro, retriever), x, 13))
     text = np.concatenate([x, written], axis=1)

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 import jaxmodels
 from jaxmodels.convert.hf import save_hf
 from jaxmodels.convert.neox import save_neox
-from jaxmodels.generate import generate
+from jaxmodels.convert.open import open_source
+from jaxmodels.generate import generate, stream
+from jaxmodels.generate.command import load_listed, main, parser, read_model
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
-from jaxmodels.neox.generate import main, open_checkpoint
-from jaxmodels.neox.stream import Stream
+from jaxmodels.text import CharVocabulary
 from tests.common import filled, language_model
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
@@ -77,7 +78,7 @@ def test_the_command_prints_what_the_model_generates(checkpoint, tokenizer, new)
     run = subprocess.run(
         [sys.executable, "-m", "jaxmodels.neox.generate", *command(checkpoint)], capture_output=True, check=True
     )
-    whole = tokenizer.decode(new).rstrip("\ufffd")  # the last character may be cut short by the number of tokens
+    whole = tokenizer.decode(new)
     assert run.stdout.decode() == PROMPT + whole + "\n"
     n = len(tokenizer.encode(PROMPT).ids)
     assert re.search(rf"{n} tokens read in .* tokens/s\), {N} written \([\d.]+ tokens/s\)", run.stderr.decode())
@@ -88,19 +89,19 @@ def test_the_command_prints_what_the_model_generates(checkpoint, tokenizer, new)
     [{}, {"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.3, "top_p": 0.6}],
     ids=str,
 )
-def test_a_stream_is_what_generate_returns_at_once(model, cut, tokenizer, settings):
+def test_a_stream_is_what_generate_returns_at_once(model, tokenizer, settings):
     ids = tokenizer.encode(PROMPT).ids
-    rng = jax.random.key(3) if settings else None
-    expected = np.asarray(generate(cut, jnp.asarray([ids]), N, **settings, rng=rng))[0].tolist()
-    stream = Stream(model.unstacked(), len(ids), N, tokenizer.get_vocab_size(), **settings, seed=3)
-    assert list(stream(ids)) == expected
+    settings = {**settings, "n_tokens": tokenizer.get_vocab_size(), "rng": jax.random.key(3)}
+    expected = np.asarray(generate(model, jnp.asarray([ids]), N, **settings))[0].tolist()
+    tokens = stream(model.unstacked(), [ids], N, **settings)
+    assert [token.item() for token in tokens] == expected
 
 
 def test_every_format_of_a_checkpoint_generates_the_same(tmp_path, checkpoint, model, tokenizer, new, capsys):
     tokenizer_flag = ["--tokenizer", str(checkpoint / "tokenizer.json")]
     save_hf(model, tmp_path / "hf")
     save_neox(model, tmp_path / "shards", model_parallel=3)
-    whole = PROMPT + tokenizer.decode(new).rstrip("\ufffd") + "\n"
+    whole = PROMPT + tokenizer.decode(new) + "\n"
     for name in ("hf", "shards"):
         assert main(command(tmp_path / name, *tokenizer_flag)) == 0
         assert capsys.readouterr().out == whole
@@ -133,14 +134,15 @@ def test_a_stop_text_ends_it_and_is_left_out(checkpoint, tokenizer, new, capsys)
 def test_one_new_token(checkpoint, tokenizer, new, capsys):
     assert main([*command(checkpoint), "--max-new-tokens", "1"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == PROMPT + tokenizer.decode(new[:1]).rstrip("\ufffd") + "\n"
+    assert shown.out == PROMPT + tokenizer.decode(new[:1]) + "\n"
     assert "1 written (one token)" in shown.err
 
 
-def test_weights_are_cast_where_asked(checkpoint, model):
-    dtypes = {array.dtype for array in jax.tree.leaves(open_checkpoint(checkpoint, "bfloat16"))}
-    assert dtypes == {jnp.dtype("bfloat16")}
-    assert {array.dtype for array in jax.tree.leaves(open_checkpoint(checkpoint))} == {jnp.dtype("float32")}
+def test_weights_are_cast_where_asked(checkpoint):
+    for dtype in ("bfloat16", None):
+        model = load_listed(open_source(checkpoint), dtype)
+        assert not model.is_stacked
+        assert {array.dtype for array in jax.tree.leaves(model)} == {jnp.dtype(dtype or "float32")}
 
 
 def test_int8_writes_what_the_quantized_model_generates(checkpoint, cut, tokenizer, new, capsys):
@@ -148,18 +150,21 @@ def test_int8_writes_what_the_quantized_model_generates(checkpoint, cut, tokeniz
     quantized = np.asarray(generate(quantize(cut), ids, N))[0].tolist()
     assert quantized != new  # random weights: their likeliest tokens are near each other
     assert main(command(checkpoint, "--int8")) == 0
-    assert capsys.readouterr().out == PROMPT + tokenizer.decode(quantized).rstrip("\ufffd") + "\n"
+    assert capsys.readouterr().out == PROMPT + tokenizer.decode(quantized) + "\n"
 
 
 def test_a_checkpoint_of_int8_weights_stays_as_it_is(tmp_path, checkpoint, model):
+    def read(folder, *more):
+        return read_model(open_source(folder), parser("generate").parse_args(command(folder, *more)))[0]
+
     folder = tmp_path / "int8"
     jaxmodels.save(quantize(model, 3.0), folder)
-    assert open_checkpoint(folder).int8_threshold == 3.0
-    assert open_checkpoint(checkpoint, "bfloat16", int8=True).layers[0].ffn.dense_h_h4.bias.dtype == jnp.bfloat16
+    assert read(folder).int8_threshold == 3.0
+    assert read(checkpoint, "--dtype", "bfloat16", "--int8").layers[0].ffn.dense_h_h4.bias.dtype == jnp.bfloat16
     with pytest.raises(ValueError, match=r"bfloat16 .*int8"):
-        open_checkpoint(folder, "bfloat16")
+        read(folder, "--dtype", "bfloat16")
     with pytest.raises(ValueError, match=r"threshold=3\.0"):
-        open_checkpoint(folder, int8=True)
+        read(folder, "--int8")
 
 
 def test_a_text_beyond_the_trained_positions_is_said(checkpoint, capsys, tmp_path):
@@ -175,14 +180,14 @@ def test_a_text_beyond_the_trained_positions_is_said(checkpoint, capsys, tmp_pat
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (["--prompt", ""], "--prompt=''"),
+        (["--prompt", ""], "prompt=''"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--top-k", "3"], "temperature"),
         (["--temperature", "-1"], r"temperature=-1\.0"),
         (["--seed", str(2**70)], r"seed=1180591620717411303424\b.*2³²"),
         (["--temperature", "1", "--top-p", "2"], r"top_p=2\.0"),
-        (["--stop", ""], "--stop"),
-        (["--tokenizer", "nowhere.json"], r"tokenizer=nowhere\.json"),
+        (["--stop", ""], "stop=''"),
+        (["--tokenizer", "nowhere.json"], r"nowhere\.json"),
     ],
     ids=" ".join,
 )
@@ -191,7 +196,7 @@ def test_bad_settings_are_one_clear_line(checkpoint, capsys, more, match):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert re.search(match, shown.err)
-    assert shown.err.startswith("python -m jaxmodels.neox.generate: ")
+    assert shown.err.startswith("python -m jaxmodels.generate: ")
     assert len(shown.err.splitlines()) == 1
 
 
@@ -202,19 +207,79 @@ def test_a_folder_without_a_checkpoint_is_one_clear_line(tmp_path, checkpoint, c
     assert main(command(tmp_path, *tokenizer)) == 2
     assert "is an empty folder" in capsys.readouterr().err
     jaxmodels.save(language_model("rotary"), tmp_path / "other")
-    assert main(command(tmp_path / "other", *tokenizer)) == 2
+    assert main(command(tmp_path / "other", *tokenizer, "--int8")) == 2
     assert "AutoregressiveTransformer" in capsys.readouterr().err
+    assert main(command(tmp_path / "other", *tokenizer)) == 2
+    assert re.search(r"300 tokens.*n_vocab=23\b", capsys.readouterr().err)
 
 
 def test_a_tokenizer_that_is_none_or_another_models_is_one_clear_line(tmp_path, checkpoint, tokenizer, capsys):
     (tmp_path / "20B_tokenizer.json").write_text("{}")
     assert main(command(checkpoint, "--tokenizer", str(tmp_path / "20B_tokenizer.json"))) == 2
     assert "20B_tokenizer.json" in capsys.readouterr().err
-    larger = Tokenizer.from_str(tokenizer.to_str())
-    larger.add_tokens([f"token {i}" for i in range(50)])
-    larger.save(str(tmp_path / "larger.json"))
+    other = Tokenizer(models.WordLevel({f"word{i}": i for i in range(350)}, unk_token="word0"))
+    other.save(str(tmp_path / "larger.json"))
     assert main(command(checkpoint, "--tokenizer", str(tmp_path / "larger.json"))) == 2
     assert re.search(r"350 tokens.*n_vocab=321", capsys.readouterr().err)
+
+
+def test_tokens_that_were_added_beyond_the_models_rows_are_said(tmp_path, checkpoint, tokenizer, new, capsys):
+    larger = Tokenizer.from_str(tokenizer.to_str())
+    larger.add_tokens([f"<token {i}>" for i in range(50)])
+    larger.save(str(tmp_path / "larger.json"))
+    flag = ["--tokenizer", str(tmp_path / "larger.json")]
+    assert main(command(checkpoint, *flag, "--max-new-tokens", "1")) == 0
+    assert "321 to 349" in capsys.readouterr().err
+    assert main(command(checkpoint, *flag, prompt="a <token 49>")) == 2
+    assert re.search(r"ids .*\[349\]", capsys.readouterr().err)
+
+
+def test_several_prompts_and_sequences_are_each_printed(checkpoint, tokenizer, new, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"The if\n\n")
+    more = ["--prompt-file", str(tmp_path / "prompt.txt"), "--num-sequences", "2"]
+    assert main(command(checkpoint, *more)) == 0
+    whole = re.split(r"--- prompt (\d), sequence (\d) ---\n", capsys.readouterr().out)
+    assert whole[0] == ""
+    assert [(int(a), int(b)) for a, b in zip(whole[1::3], whole[2::3], strict=True)] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    texts = whole[3::3]
+    assert texts[0] == texts[1] == PROMPT + tokenizer.decode(new) + "\n"
+    assert texts[2].startswith("The if\n")
+    assert main(command(checkpoint, *more, "--temperature", "2", "--min-p", "0.01")) == 0
+    drawn = re.split(r"---.*---\n", capsys.readouterr().out)[1:]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_text_ends_at_the_checkpoints_end_tokens(tmp_path, checkpoint, tokenizer, new, capsys):
+    end = new[5]
+    assert end not in new[:5]
+    folder = shutil.copytree(checkpoint, tmp_path / "ends")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, end], "temperature": 0.1}))
+    assert main(command(folder)) == 0
+    assert capsys.readouterr().out == PROMPT + tokenizer.decode(new[:5]) + "\n"
+    assert main(command(folder, "--ignore-eos")) == 0
+    assert capsys.readouterr().out == PROMPT + tokenizer.decode(new) + "\n"
+
+
+def test_a_stop_text_may_be_a_special_token(tmp_path, checkpoint, tokenizer, new, capsys):
+    special = Tokenizer.from_str(tokenizer.to_str())
+    special.add_special_tokens([text := tokenizer.id_to_token(new[3])])
+    special.save(str(tmp_path / "special.json"))
+    flag = ["--tokenizer", str(tmp_path / "special.json")]
+    assert main(command(checkpoint, *flag)) == 0
+    shown = capsys.readouterr().out
+    assert main(command(checkpoint, *flag, "--stop", text)) == 0
+    stopped = capsys.readouterr().out
+    assert stopped == PROMPT + special.decode(new[:3]) + "\n"
+    assert shown == PROMPT + special.decode(new) + "\n"
+
+
+def test_a_model_of_any_class_with_its_vocabulary(tmp_path, capsys):
+    jaxmodels.save(language_model("relative"), tmp_path / "model")
+    CharVocabulary("abcdefghijklmnopqrstuv ").save(tmp_path / "model" / "vocabulary.json")
+    assert main(command(tmp_path / "model", prompt="see a ")) == 0
+    assert re.fullmatch(f"see a .{{{N}}}\n", capsys.readouterr().out)
+    assert main(command(tmp_path / "model", "--experiment", "some.module", prompt="see a ")) == 2
+    assert "--experiment" in capsys.readouterr().err
 
 
 def test_help_is_there(capsys):
