@@ -205,6 +205,7 @@ def open_source(
             opened = open_neox(place.folder, config, row_bias, strip_prefix)
             opened = dataclasses.replace(opened, companions=Companions.of(*place.beside))
         else:
+            kinds.check_weights(place.folder, variant)
             opened = open_hf(place.folder, strip_prefix=strip_prefix, variant=variant)
         fields = dataclasses.asdict(opened.config)
         return Opened(name, place.kind, place.folder, place.folder, opened.companions, "NeoX", fields, opened)

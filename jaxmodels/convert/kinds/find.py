@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jaxmodels.convert.companions import json_object
+from jaxmodels.convert.companions import FILES, json_object
 from jaxmodels.convert.kinds.unusable import HF_WEIGHTS, check_hf, check_pointers, check_step, explain, explain_file
 from jaxmodels.io.steps import MARK
 
@@ -54,7 +54,7 @@ def recognized(folder: Path) -> Place | None:
 
     Raises ValueError if the folder is of a known kind and unusable.
     """
-    check_pointers(folder)
+    check_pointers(folder, ("config.json", "latest", *FILES))
     file = folder / "config.json"
     config = json_object(file) if file.is_file() else {}
     named = config.get("transformers_weights")  # file of weights with another name

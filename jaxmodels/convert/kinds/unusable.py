@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER, json_object
 from jaxmodels.io.content import POINTERS
+from jaxmodels.io.pretrained import chosen
 
 HF_WEIGHTS = (
     "model*.safetensors",
@@ -26,7 +27,6 @@ EXPECTED = (
 )
 MOST_FILES = 10_000  # that are looked at in a folder without a checkpoint
 POINTER_BYTES = 2_000  # pointers and error texts are no longer
-SMALL_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.model", "*.txt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 FROM_HUB = "get the model's safetensors instead"
 ZERO3 = (
     "is a ZeRO-3 checkpoint, which splits each tensor over data-parallel ranks: merge it with DeepSpeed's "
@@ -216,18 +216,17 @@ def owner_of(folder: Path) -> str:
     return f": name the folder {parent}" if (parent / "config.json").is_file() else ""
 
 
-def check_pointers(folder: Path) -> None:
+def check_pointers(folder: Path, patterns: Iterable[str]) -> None:
     """Raises ValueError, naming the file, if one is a git-lfs pointer, an error page or a link to a missing file."""
-    for path in small_files(folder):
+    patterns = tuple(patterns)
+    for path in sorted(folder.iterdir()):
+        if not any(path.name == pattern or fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
+            continue
         if path.is_symlink() and not path.exists():
             raise ValueError(f"{path} is a link to a file that is missing: run `hf download` again")
         text = pointer_text(path)
         if text is not None:
             raise ValueError(f"{path} {text}")
-
-
-def small_files(folder: Path) -> Iterator[Path]:
-    return itertools.chain.from_iterable(map(folder.glob, SMALL_FILES))
 
 
 def pointer_text(path: Path) -> str | None:
@@ -247,8 +246,7 @@ def check_step(folder: Path) -> Path:
     Raises ValueError if it is a checkpoint of DeepSpeed without whole weights.
     """
     step = named_step(folder)
-    if step != folder:
-        check_pointers(step)
+    check_pointers(step, ["*model_states.pt"])
     names = [path.name for path in step.iterdir()]
     zero3 = [name for name in names if name.startswith("zero_pp_rank_") and name.endswith("model_states.pt")]
     if zero3:
@@ -276,7 +274,7 @@ def named_step(folder: Path) -> Path:
 
 
 def check_hf(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError if a Hugging Face folder has another model, quantized weights, or weights of other formats."""
+    """Raises ValueError if the config.json of a Hugging Face folder is of another model or of quantized weights."""
     if config["model_type"] != MODEL_TYPE:
         raise ValueError(
             f"{folder / 'config.json'} has model_type {config['model_type']!r}; expected {MODEL_TYPE!r}, the only "
@@ -289,8 +287,26 @@ def check_hf(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder / 'config.json'} has a quantization_config of {method!r}: quantized weights are not supported; "
             "load the model they were made from (int8: `jaxmodels quantize`)"
         )
-    for file in sorted(folder.glob("model*.safetensors")):
-        check_header(file)
+
+
+def check_weights(folder: Path, variant: str | None) -> None:
+    """Raises ValueError if the weights to read in a Hugging Face folder are pointers, float8 or packed.
+
+    Files that are missing or damaged are left to the reader.
+    """
+    try:
+        name = json_object(folder / "config.json").get("transformers_weights")
+        if not isinstance(name, str):
+            name, _ = chosen([path.name for path in folder.iterdir()], variant, str(folder))
+        index = json_object(folder / name) if name.endswith(".json") else {}
+    except ValueError:
+        return
+    weight_map = index.get("weight_map")
+    files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else {name}
+    for file in sorted(file for file in files if Path(file).name == file):
+        check_pointers(folder, [file])
+        if file.endswith(".safetensors") and (folder / file).is_file():
+            check_header(folder / file)
 
 
 def check_header(file: Path) -> None:

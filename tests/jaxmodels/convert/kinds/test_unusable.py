@@ -111,6 +111,16 @@ def test_a_pointer_among_shards(tmp_path):
         open_source(tmp_path)
 
 
+def test_files_that_are_not_read_may_be_pointers(published, tmp_path):
+    """As after `git lfs pull --include model.safetensors`."""
+    folder = shutil.copytree(published, tmp_path / "model")
+    for file in ("pytorch_model.bin", "training_args.bin", "model.fp8.safetensors", "flax_model.msgpack", "notes.txt"):
+        (folder / file).write_text(LFS)
+    assert open_source(folder).kind == "hf"
+    with pytest.raises(ValueError, match=r"model\.fp8\.safetensors is a git-lfs pointer"):
+        open_source(folder, variant="fp8")
+
+
 def edited(published, target, **config):
     """Copy of a folder with other settings."""
     folder = shutil.copytree(published, target)
