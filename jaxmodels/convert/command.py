@@ -73,8 +73,24 @@ def parser(prog: str) -> argparse.ArgumentParser:
     pt.add_argument("--key", help="entry of FILE.pt with the state_dict, if the file holds more")
     pt.add_argument("--dtype", choices=FLOATS, help="cast floating tensors (default: keep every bit)")
     pt.add_argument("--overwrite", action="store_true", help=OVERWRITE)
+    add_source_flags(pt)
     add_neox(formats)
     return arguments
+
+
+def add_source_flags(command: argparse.ArgumentParser) -> None:
+    """Add the flags that say how to open SRC."""
+    command.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub (default: main)"
+    )
+    command.add_argument(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="beginning of the tensors' names to remove, such as module. or _orig_mod. (Hugging Face folders)",
+    )
+    command.add_argument(
+        "--variant", metavar="NAME", help="variant of the weights, such as fp16 (Hugging Face folders)"
+    )
 
 
 def add_neox(formats: Any) -> None:
@@ -95,17 +111,7 @@ def add_neox(formats: Any) -> None:
             choices=["sum", "mean", "first"],
             help="how to merge per-rank biases of row-parallel layers (default: GPT-NeoX's own rule)",
         )
-        command.add_argument(
-            "--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub (default: main)"
-        )
-        command.add_argument(
-            "--strip-prefix",
-            metavar="PREFIX",
-            help="beginning of the tensors' names to remove, such as module. or _orig_mod. (Hugging Face folders)",
-        )
-        command.add_argument(
-            "--variant", metavar="NAME", help="variant of the weights, such as fp16 (Hugging Face folders)"
-        )
+        add_source_flags(command)
         return command
 
     def add_changes(command: argparse.ArgumentParser) -> None:

@@ -61,7 +61,8 @@ def to_torch_file(options: argparse.Namespace) -> str:
         if getattr(options, flag) is not None:
             raise ValueError(f"--{flag} describes a .pt file; {options.source} has a configuration")
     with float64_allowed():
-        model = open_source(options.source).model(dtype=options.dtype)
+        flags = {name: getattr(options, name) for name in ("revision", "strip_prefix", "variant")}
+        model = open_source(options.source, **flags).model(dtype=options.dtype)
         write_state_dict(options.target, to_torch(model))
     return f"{options.target}: {summary(type(model).__name__, model)}"
 
