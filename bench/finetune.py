@@ -82,8 +82,7 @@ def main() -> None:
             steps[name] = run
     print(stamp(options.threads))
     seconds = alternate(steps, options.rounds)
-    shown = f"{options.model} in {options.dtype}, batch {options.batch} × {options.length}, computed in float32"
-    title = f"{options.steps} steps of {shown}"
+    title = f"{options.steps} steps, {options.model} in {options.dtype}, batch {options.batch} × {options.length}"
     report(title, seconds, against="all weights")
     for name, (parameters, held, allocated) in memory.items():
         sizes_of = f"state {held / 1e6:7.1f} MB, step {allocated / 1e6:7.1f} MB"

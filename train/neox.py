@@ -194,7 +194,7 @@ class Neox(Experiment[Config]):
     def model(self, n_vocab: int) -> NeoX:
         c = self.config
         if c.checkpoint is not None:
-            return self.finetuned(n_vocab)
+            return self.finetuned()
         config = NeoXConfig(
             n_vocab=n_vocab,
             n_hidden=c.d_model,
@@ -207,13 +207,9 @@ class Neox(Experiment[Config]):
         )
         return NeoX(config, rngs=nnx.Rngs(c.seed))
 
-    def finetuned(self, n_vocab: int) -> NeoX:
-        """Initialized model of the checkpoint's sizes; raises ValueError if it lacks rows or biases."""
+    def finetuned(self) -> NeoX:
+        """Initialized model of the checkpoint's sizes; raises ValueError if it has no biases to tune."""
         config, rngs = self.base, nnx.Rngs(self.config.seed)
-        if n_vocab > config.n_vocab:
-            raise ValueError(
-                f"text has {n_vocab} different tokens; checkpoint={self.config.checkpoint!r} has {config.n_vocab}"
-            )
         if self.config.tune == "biases" and not (config.attention_bias or config.ffn_bias):
             raise ValueError(f"tune='biases': the linear maps of checkpoint={self.config.checkpoint!r} have no biases")
         if self.config.tune == "all":
@@ -244,11 +240,23 @@ class Neox(Experiment[Config]):
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
         c = self.config
-        if c.checkpoint is None or vocabulary is not None or Path(c.text).is_dir():
+        if c.checkpoint is None:
             return open_tokens(c.text, vocabulary)
-        if self.resumed is not None:
-            return open_tokens(c.text, load_vocabulary(self.resumed / "vocabulary.json"))
-        return open_tokens(c.text, self.opened.vocabulary(c.tokenizer))
+        if vocabulary is None and not Path(c.text).is_dir():
+            known = None if self.resumed is None else load_vocabulary(self.resumed / "vocabulary.json")
+            vocabulary = known or self.opened.vocabulary(c.tokenizer)
+        tokens = open_tokens(c.text, vocabulary)
+        largest = max((int(part.max()) for part in (tokens.train, tokens.validation) if len(part)), default=0)
+        if largest >= self.base.n_vocab:  # a tokenizer may have tokens without rows, if the text has none of them
+            raise ValueError(
+                f"text={c.text!r} has the token id {largest}; checkpoint={c.checkpoint!r} has {self.base.n_vocab} rows "
+                "in its vocabulary"
+            )
+        return tokens
+
+    def n_tokens(self, vocabulary: Vocabulary) -> int:
+        size = super().n_tokens(vocabulary)
+        return size if self.config.checkpoint is None else min(size, self.base.n_vocab)
 
     def warnings(self) -> list[str]:
         c = self.config

@@ -228,11 +228,15 @@ class Experiment(Generic[ConfigT]):
         if missing_decoding(model):
             return "", {}
         ids = task.validation[0]["tokens"][:PROMPT_TOKENS]
-        n_tokens = len(task.vocabulary)  # a checkpoint's embedding may be padded
+        n_tokens = self.n_tokens(task.vocabulary)
         written = continue_text(
             model, ids, SAMPLE_TOKENS, self.config.seq_len, interrupted=interrupted, n_tokens=n_tokens
         )
         return f"{task.vocabulary.decode(ids)}|{task.vocabulary.decode(written)}", {}
+
+    def n_tokens(self, vocabulary: Vocabulary) -> int:
+        """Number of ids that a sample may consist of: a checkpoint's embedding may have more rows."""
+        return len(vocabulary)
 
     # Saved runs: for `evaluate` and `sample`.
 

@@ -187,8 +187,10 @@ def test_neox_refuses_what_it_cannot_tune(tmp_path):
     experiment = neox.Neox(neox.Config(text=str(sea), checkpoint=str(tmp_path / "small")))
     with pytest.raises(ValueError, match="tokenizer"):
         experiment.task()
-    with pytest.raises(ValueError, match=r"text has 23 .*checkpoint='.*' .*\b5\b"):
-        experiment.model(23)
+    tokenize(str(sea), tmp_path / "tokens")
+    experiment = neox.Neox(neox.Config(text=str(tmp_path / "tokens"), checkpoint=str(tmp_path / "small")))
+    with pytest.raises(ValueError, match=r"text='.*tokens' .*\b27; checkpoint='.*' .*\b5\b"):
+        experiment.task()
     jaxmodels.save(quantize(model), tmp_path / "int8")
     with pytest.raises(ValueError, match=r"checkpoint='.*int8'"):
         neox.Neox(neox.Config(checkpoint=str(tmp_path / "int8"))).model(5)
