@@ -158,7 +158,8 @@ def test_arguments_that_do_not_apply(folders, kind, argument, message):
 def test_places_where_a_tokenizer_is_looked_for(published, tmp_path):
     folder = tmp_path / "a" / "model"
     write_flax(open_source(published).neox(), folder)
-    (folder / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
     with pytest.raises(ValueError, match=r"model/tokenizer\.json.*model/vocabulary\.json.*a/tokenizer\.json"):
         open_source(folder).vocabulary()
     shutil.copy(published / "tokenizer.json", tmp_path / "a" / "20B_tokenizer.json")
