@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmodels.scoring.rows import check_model, score_rows, vocabulary_size
 from jaxmodels.scoring.windows import rows_of
-from jaxmodels.text import Vocabulary
+from jaxmodels.text import Vocabulary, as_vocabulary
 
 LONGEST = 2048  # tokens of a window if the model names no length
 
@@ -61,7 +61,7 @@ def score(
     model: Any,
     texts: Sequence[str] | Sequence[np.ndarray] | Sequence[Sequence[int]],
     *,
-    tokenizer: Vocabulary | None = None,
+    tokenizer: Any = None,
     max_length: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
@@ -70,7 +70,8 @@ def score(
     """Score documents with a language model: loss, perplexity, bits per byte and character of each and of all.
 
     texts: strings, which need the tokenizer, or sequences of token ids.
-    tokenizer: any vocabulary of `jaxmodels.text`. Special tokens are not added.
+    tokenizer: vocabulary of texts: one of `jaxmodels.text`, of tokenizers or of transformers, or the path of a
+        tokenizer.json or of its folder. Special tokens are not added.
     max_length: tokens of a window, of which the first is not predicted; default the model's max_len, or 2,048. Longer
         documents are scored in windows that overlap.
     stride: tokens from the beginning of a window to that of the next, below max_length; default half of it. Each token
@@ -89,7 +90,8 @@ def score(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if isinstance(texts, str):
         raise ValueError("texts is one string; pass a list of documents")
-    documents = [encoded(text, i, tokenizer) for i, text in enumerate(texts)]
+    vocabulary = None if tokenizer is None else as_vocabulary(tokenizer)
+    documents = [encoded(text, i, vocabulary) for i, text in enumerate(texts)]
     check_ids(model, documents, bos)
     begun = [ids if bos is None else np.concatenate([[bos], ids]) for ids in documents]
     rows, owners = [], []
@@ -106,7 +108,7 @@ def score(
         raise ValueError(f"loss of document {wrong[0]} is nan; the model's weights must be finite")
     scores = []
     for i, text in enumerate(texts):
-        sizes = text_sizes(text, documents[i], tokenizer, bos is None) if isinstance(text, str) else (None, None)
+        sizes = text_sizes(text, documents[i], vocabulary, bos is None) if isinstance(text, str) else (None, None)
         scores.append(Score(int(tokens[i]), float(nats[i]), *sizes))
     return Scores(tuple(scores), total_of(scores))
 

@@ -49,6 +49,9 @@ max_length, max_gen_toks, prefix_token_id, add_bos_token, seed. `python -m lm_ev
 CHUNK = 512  # requests between two updates of the progress bar and of lm-eval's cache
 FIRST_TOKENS = 32  # written before the stop sequences are first looked for; then twice as many, and so on
 
+# Generation settings of tasks that `generate` has under the same name; further ones are refused.
+SETTINGS = {"top_k", "top_p", "min_p", "repetition_penalty"}
+
 TokenRequest = tuple[Any, list[int], list[int]]
 
 
@@ -252,14 +255,15 @@ class JaxModelsLM(TemplateLM):
         sampled = settings.pop("do_sample", False)
         given = float(settings.pop("temperature", 1.0))
         temperature = given if sampled else 0.0
-        for name in ("use_cache", "num_beams", "max_length"):  # HFLM's; one beam with a cache is what happens here
-            settings.pop(name, None)
-        known = set(inspect.signature(generate).parameters)
+        if settings.get("num_beams") == 1:  # as here
+            del settings["num_beams"]
+        settings.pop("use_cache", None)
+        known = SETTINGS & inspect.signature(generate).parameters.keys()
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise ValueError(
                 f"generation settings {', '.join(unknown)} are not supported; supported: do_sample, "
-                f"{', '.join(sorted(known - {'model', 'ids', 'start', 'rng', 'n_tokens'}))}"
+                f"temperature, {', '.join(sorted(known))}"
             )
         if not temperature:
             settings = {name: value for name, value in settings.items() if name not in ("top_k", "top_p", "min_p")}

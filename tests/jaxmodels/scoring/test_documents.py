@@ -161,6 +161,14 @@ def test_bits_are_divided_by_the_text_of_the_predicted_tokens(vocabulary, text, 
         assert found.bits_per_character == pytest.approx(found.nats / math.log(2) / sizes[0])
 
 
+def test_a_tokenizer_is_anything_that_names_one(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = neox(n_vocab=300)
+    found = [score(model, ["größe"], tokenizer=one) for one in (tokenizer, tmp_path, tmp_path / "tokenizer.json")]
+    assert found[0] == found[1] == found[2]
+
+
 def test_few_shapes_are_compiled(monkeypatch):
     shapes = set()
     compute = rows.compute

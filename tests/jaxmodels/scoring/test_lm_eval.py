@@ -250,7 +250,11 @@ def test_bad_arguments_are_refused(folder, arguments, message):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"num_fairies": 3, "max_gen_toks": 5}, "num_fairies.*top_k"), ({"max_gen_toks": 61}, "max_gen_toks=61 .*60")],
+    [
+        ({"num_fairies": 3, "max_gen_toks": 5}, "num_fairies.*top_k"),
+        ({"num_beams": 2, "max_gen_toks": 5}, "num_beams"),
+        ({"max_gen_toks": 61}, "max_gen_toks=61 .*60"),
+    ],
 )
 def test_bad_generation_settings_are_refused(both, settings, message):
     with pytest.raises(ValueError, match=message):
