@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,9 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
 VOCAB, MERGES = "vocab.json", "merges.txt"
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
-SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", VOCAB, MERGES, CONFIG)
+SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", VOCAB, MERGES)
 MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+SPECIAL_NAME = re.compile(r"<\|.+\|>")  # in a vocab.json, which does not say what is special
 END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
 
 
@@ -344,38 +346,33 @@ def utf8(text: str) -> bytes:
 
 def byte_level(file: Path) -> str:
     """tokenizer.json of a vocab.json and the merges.txt beside it, as GPT-2 and GPT-NeoX tokenize."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     config = json_beside(file, CONFIG)
     try:
         model = models.BPE.from_file(str(file), str(file.with_name(MERGES)))
     except Exception as error:  # the package raises bare Exceptions
-        raise ValueError(f"not a vocabulary with {MERGES}: {error}") from None
+        raise ValueError(f"with {MERGES} not a byte-level tokenizer: {error}") from None
     tokenizer = Tokenizer(model)
     prefix = bool(config.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=True)
     special = {**json_beside(file, SPECIAL), **config}
     names = [content_of(special.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
-    known = {name for name in names if name}
-    added: dict[int, Any] = {
-        int(i): AddedToken(**{k: v for k, v in about.items() if k != "__type"})
-        for i, about in config.get("added_tokens_decoder", {}).items()
-    }
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    known = {name for name in (*names, *vocabulary) if name and (name in names or SPECIAL_NAME.fullmatch(name))}
+    added = {int(i): dict(about) for i, about in config.get("added_tokens_decoder", {}).items()}
     for name, i in json_beside(file, "added_tokens.json").items():
-        added.setdefault(int(i), AddedToken(name, special=name in known, normalized=name not in known))
-    for i in sorted(added):
-        if tokenizer.token_to_id(added[i].content) not in (None, i) or (
-            tokenizer.token_to_id(added[i].content) is None and i != tokenizer.get_vocab_size()
-        ):
-            raise ValueError(f"added token {added[i].content!r} cannot have the id {i}; {MAKE_TOKENIZER_JSON}")
-        (tokenizer.add_special_tokens if added[i].special else tokenizer.add_tokens)([added[i]])
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in sorted(known & model_tokens(tokenizer))])
-    return tokenizer.to_str()
-
-
-def model_tokens(tokenizer: Any) -> set[str]:
-    return set(tokenizer.get_vocab(with_added_tokens=True))
+        added.setdefault(int(i), {"content": name, "special": name in known, "normalized": name not in known})
+    for name in known & vocabulary.keys():
+        added.setdefault(vocabulary[name], {"content": name, "special": True})
+    for i, about in sorted(added.items()):
+        vocabulary[about["content"]] = i  # otherwise the package renumbers it
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        entry = {"id": i, "content": about["content"]} | {name: bool(about.get(name, flags[name])) for name in flags}
+        content["added_tokens"].append(entry)
+    return json.dumps(content)
 
 
 def content_of(token: Any) -> str | None:

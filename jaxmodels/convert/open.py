@@ -5,7 +5,6 @@ What a folder holds is told apart by its content: see `kinds`.
 
 import dataclasses
 import functools
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmodels import models
 from jaxmodels.convert import hub, kinds
-from jaxmodels.convert.companions import ADDED, MERGES, TOKENIZER, VOCAB, VOCABULARY, Companions, json_object
+from jaxmodels.convert.companions import MERGES, TOKENIZER, VOCAB, VOCABULARY, Companions, json_object
 from jaxmodels.convert.flax import open_flax
 from jaxmodels.convert.hf import open_hf
 from jaxmodels.convert.neox.read import InferredWarning, open_neox
@@ -25,7 +24,6 @@ from jaxmodels.io.checkpoint import STEM, read_config
 from jaxmodels.io.safetensors import is_folder
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import DTYPES
-from jaxmodels.process.extras import require
 from jaxmodels.sharding import placement
 from jaxmodels.text import SLOW_NAMES, TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
 from jaxmodels.weights.names import check_floating
@@ -120,7 +118,7 @@ class Opened:
         names = (TOKENIZER, VOCABULARY) if self.kind == "hf" else (VOCABULARY, TOKENIZER)
         places = [self.companions.files[name] for name in names if name in self.companions.files]
         if not places and {VOCAB, MERGES} <= self.companions.files.keys():
-            return from_vocab_and_merges(self.companions.files)
+            return TokenizerFile.read(self.companions.files[VOCAB])
         above = self.folder.absolute().parent
         places += [above / name for name in TOKENIZER_NAMES]
         found = next((place for place in places if place.is_file()), None)
@@ -130,33 +128,6 @@ class Opened:
             searched = [*(self.folder / name for name in (*TOKENIZER_NAMES, VOCABULARY)), *places]
             raise ValueError(f"no tokenizer found for {self.name}; looked for {', '.join(map(str, searched))}")
         return read_vocabulary(found)
-
-
-def from_vocab_and_merges(files: Mapping[str, Path]) -> TokenizerFile:
-    """Byte-level BPE from the two files that older releases publish, with the tokens of added_tokens.json.
-
-    Raises ValueError, naming them, if they cannot be read.
-    """
-    require("neox", "tokenizers")
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(files[VOCAB]), str(files[MERGES])))
-    except Exception as error:  # the package raises bare Exceptions
-        raise ValueError(f"{files[VOCAB]} and {MERGES} are not a byte-level tokenizer: {error}") from None
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    added = json_object(files[ADDED]) if ADDED in files else {}
-    special = [token for token in json_object(files[VOCAB]) if token.startswith("<|") and token.endswith("|>")]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    content = json.loads(tokenizer.to_str())
-    known = {entry["id"] for entry in content["added_tokens"]}
-    for token, number in sorted(added.items(), key=lambda item: item[1]):
-        if number not in known:
-            content["model"]["vocab"][token] = number  # otherwise the package renumbers it
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            content["added_tokens"].append({"id": number, "content": token, **flags, "special": True})
-    return TokenizerFile(json.dumps(content))
 
 
 def read_vocabulary(file: Path) -> Vocabulary:

@@ -275,7 +275,7 @@ def test_a_tokenizer_of_two_files(published, tmp_path):
     assert vocabulary.encode(text)[:-1].tolist() == tokenizer.encode(text.removesuffix("<|pad|>")).ids
     assert vocabulary.decode(vocabulary.encode(text)) == text
     (folder / "merges.txt").write_text("#version: 0.2\nbroken")
-    with pytest.raises(ValueError, match=r"hf/vocab\.json and merges\.txt"):
+    with pytest.raises(ValueError, match=r"hf/vocab\.json .*merges\.txt"):
         open_source(folder).vocabulary()
 
 
