@@ -8,6 +8,7 @@ L+2.linear.weight             readout.linear.weight
 The names on disk of GPT-NeoX's and Hugging Face's checkpoints are in `jaxmodels.convert.neox.layout`.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -44,8 +45,15 @@ def is_buffer(key: str, tensor: Any, config: NeoXConfig) -> bool:
         check_frequencies(key, as_numpy(tensor), config.d_rope, config.rope_base)
         return True
     if key.endswith(".attention.bias"):  # the causal mask in transformers' older files
-        mask = as_numpy(tensor).astype(bool)
-        if mask.ndim < 2 or not (mask == np.tri(*mask.shape[-2:], dtype=np.bool_)).all():
+        mask = as_numpy(tensor)
+        mask = mask.view(np.bool_) if mask.dtype == np.uint8 and mask.max(initial=0) <= 1 else mask.astype(bool)
+        if mask.ndim < 2 or not (mask == triangle(*mask.shape[-2:])).all():
             raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask")
         return True
     return key.endswith(".attention.masked_bias")
+
+
+@functools.lru_cache(maxsize=1)  # the masks of all layers are equal
+def triangle(rows: int, columns: int) -> np.ndarray:
+    """Causal mask."""
+    return np.tri(rows, columns, dtype=np.bool_)

@@ -11,6 +11,7 @@ import transformers
 from jaxmodels.convert import to_torch
 from jaxmodels.convert.hf import load_hf, open_hf
 from jaxmodels.convert.neox.layout import hf_name
+from jaxmodels.process import extras
 from jaxmodels.weights.lazy import read
 from jaxmodels.weights.names import as_numpy
 from tests.jaxmodels.convert.hf.folders import (
@@ -316,3 +317,11 @@ def test_weights_are_those_that_transformers_computes_with(tmp_path):
         expected = theirs(torch.as_tensor(ids)).logits.numpy()
     found = np.asarray(load_hf(tmp_path, dtype="float32")(jnp.asarray(ids)))
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_pytorch_files_without_torch_name_the_extra(tmp_path, made, monkeypatch):
+    write_config(tmp_path, made)
+    write_bin(tmp_path, published(made))
+    monkeypatch.setattr(extras, "available", lambda module: module != "torch")
+    with pytest.raises(extras.MissingExtra, match=r"torch: pip install 'jaxmodels\[torch\]'"):
+        open_hf(tmp_path)

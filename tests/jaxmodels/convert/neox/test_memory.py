@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from jaxmodels.convert.hf import write_hf
+from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.convert.operations import largest_layer
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.weights.lazy import read
+from jaxmodels.weights.names import as_tensor
 from tests.jaxmodels.convert.originals import write
 
 ROOT = Path(__file__).parents[4]
@@ -105,6 +110,21 @@ def test_a_conversion_keeps_less_than_three_layers(checkpoint, tmp_path, to):
     layer = largest_layer(open_neox(folder))
     found = measured(CONVERT, "neox", folder, tmp_path / "out", "--to", *to)
     assert 0 < found["peak"] < 3 * layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("to", [["flax"], ["hf"], ["neox", "--model-parallel", "4"]])
+def test_a_pytorch_file_is_mapped(checkpoint, tmp_path, to, zip_file):
+    """As from shards; reading the file would take 204 MB. Pieces in flight, of fixed size, take about 35 MB."""
+    folder, _ = checkpoint
+    source = open_neox(folder)
+    write_hf(source, tmp_path / "hf")
+    state = {hf_name(key): as_tensor(read(tensor)) for key, tensor in source.tensors.items()}
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "hf" / "pytorch_model.bin", _use_new_zipfile_serialization=zip_file)
+    found = measured(CONVERT, "neox", tmp_path / "hf", tmp_path / "out", "--to", *to)
+    assert 0 < found["peak"] < 3 * largest_layer(source)
 
 
 @pytest.mark.slow
