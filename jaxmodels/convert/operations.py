@@ -28,6 +28,7 @@ from jaxmodels.io.torch_files import read_state_dict, write_state_dict
 from jaxmodels.models import build, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS
+from jaxmodels.neox.lora import LoRA
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
 
@@ -151,9 +152,12 @@ def adapter(options: argparse.Namespace) -> str:
     model = load_saved(opened.weights)
     base = opened.original.get("source")
     write_peft(model, options.target, base, opened.companions, overwrite=options.overwrite)
-    lora = model.lora
-    about = f"rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}"
-    return f"{options.target}: LoRA adapter for PEFT, {about}; base model: {base or 'not known'}"
+    return f"{options.target}: LoRA adapter for PEFT, {described(model.lora)}; base model: {base or 'not known'}"
+
+
+def described(lora: LoRA) -> str:
+    """Hyperparameters of an adapter as a text."""
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}"
 
 
 def quantized(options: argparse.Namespace) -> str:
@@ -172,6 +176,10 @@ def inspect(options: argparse.Namespace) -> str:
     where = [] if str(found.folder) == found.name else [("folder", str(found.folder))]
     if found.kind == "run":
         where.append(("step", found.weights.parent.name))
+    if found.original:
+        where.append(("original", f"{found.original['dtype']}, {found.original.get('source')}"))
+    if found.kind in ("model", "run") and "lora" in (settings := read_config(found.weights)[1]):
+        where.append(("merged adapter", described(LoRA(**settings["lora"]))))
     source = found.source
     if source is None:
         arrays = flat_arrays(nnx.eval_shape(lambda: build(found.model_name, dict(found.config)))).values()

@@ -1,6 +1,7 @@
 """Fine-tuning of folders that transformers wrote, and back: dtypes, tokenizers, adapters, runs as checkpoints."""
 
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def test_a_published_folder_is_tuned_and_exported_in_its_dtype(tmp_path, train, 
     np.testing.assert_allclose(run(jaxmodels.load(folder, dtype="float32"), jnp.asarray(ids)), expected, atol=rounding)
 
 
-def test_a_lora_run_resumes_exactly_without_its_source_and_is_a_source_itself(tmp_path, train):
+def test_a_lora_run_resumes_exactly_without_its_source_and_is_a_source_itself(tmp_path, train, capsys):
     source = publish(tmp_path / "hf", "float16")
     flags = [f"--checkpoint={source}", "--tune=lora", "--lora-rank=2", "--lora-targets", "dense", "dense_4h_to_h"]
     train(*flags, "--steps=4", f"--out={tmp_path / 'straight'}")
@@ -117,6 +118,11 @@ def test_a_lora_run_resumes_exactly_without_its_source_and_is_a_source_itself(tm
         np.testing.assert_array_equal(array, resumed[path])
     losses = [np.load(tmp_path / name / "checkpoints" / "4" / "losses.npy") for name in ("straight", "run")]
     np.testing.assert_array_equal(*losses)
+
+    assert convert(["inspect", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"^ +original +float16, {source}$", shown, re.M)
+    assert re.search(r"^ +merged adapter +rank 2, alpha 8, dense, dense_4h_to_h$", shown, re.M)
 
     train(f"--checkpoint={tmp_path / 'run'}", "--steps=1", f"--out={tmp_path / 'again'}")
     again = read_about(tmp_path / "again").original
