@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ class Scores:
 
 def score(
     model: Any,
-    texts: Sequence[str] | Sequence[np.ndarray] | Sequence[Sequence[int]],
+    texts: Iterable[str | np.ndarray | Sequence[int]],
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
@@ -90,6 +90,7 @@ def score(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if isinstance(texts, str):
         raise ValueError("texts is one string; pass a list of documents")
+    texts = list(texts)
     vocabulary = None if tokenizer is None else as_vocabulary(tokenizer)
     documents = [encoded(text, i, vocabulary) for i, text in enumerate(texts)]
     check_ids(model, documents, bos)
@@ -142,6 +143,10 @@ def encoded(text: Any, i: int, tokenizer: Vocabulary | None) -> np.ndarray:
     if isinstance(text, str):
         if tokenizer is None:
             raise ValueError("tokenizer=None, but the documents are text; pass the model's tokenizer, or ids")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON may have half of a surrogate pair
+            raise ValueError(f"document {i} is not valid Unicode: {error}") from None
         return np.asarray(tokenizer.encode(text), np.int64)
     ids = np.asarray(text)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):

@@ -132,6 +132,7 @@ def test_documents_without_predicted_tokens():
     assert found.documents[0].loss is found.documents[0].perplexity is None
     assert found.total.nats == found.documents[2].nats > 0
     assert score(neox(), []).total == Score(0, 0.0, 0, 0)
+    assert score(neox(), iter([[3, 5]])).documents == found.documents[2:]
 
 
 def test_with_bos_the_first_token_is_predicted_too():
@@ -204,6 +205,7 @@ def test_batches_are_sorted_by_length_and_hold_all_rows():
         ({"bos": V}, f"bos={V} .*{V - 1}"),
         ({"texts": "abc"}, "texts"),
         ({"texts": ["abc"]}, "tokenizer=None"),
+        ({"texts": ["a", "\ud800"], "tokenizer": ByteVocabulary()}, "document 1 .*Unicode"),
         ({"texts": [[1, 2], [1, V]]}, f"document 1 .*id {V}"),
         ({"texts": [[1, -1]]}, "document 0 .*id -1"),
         ({"texts": [[0.5]]}, r"document 0 .*float64\[1\]"),

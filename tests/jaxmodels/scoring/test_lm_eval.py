@@ -1,6 +1,7 @@
 """The model type of lm-evaluation-harness, compared with lm-eval's own Hugging Face model on local tasks."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -148,6 +149,23 @@ def test_sampled_texts_depend_on_the_seed_alone(folder):
         return lm.generate_until(instances("generate_until", ("The", settings), ("A", settings)), disable_tqdm=True)
 
     assert written(0) == written(0) != written(1)
+
+
+def test_chat_templates_are_those_of_hflm(folder, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    from jaxmodels.scoring.lm_eval import JaxModelsLM
+
+    chat = shutil.copytree(folder, tmp_path / "chat")
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    (chat / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}[assistant] {% endif %}")
+    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    theirs, ours = HFLM(str(chat), device="cpu", dtype="float32"), JaxModelsLM(str(chat))
+    assert ours.apply_chat_template(history) == theirs.apply_chat_template(history)
+    assert ours.apply_chat_template(history, False) == theirs.apply_chat_template(history, False)
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    with pytest.raises(ValueError, match="no chat template"):
+        JaxModelsLM(str(folder)).apply_chat_template(history)
 
 
 @pytest.mark.slow  # lm-eval reads its 15,000 tasks
