@@ -57,6 +57,11 @@ class Mutant:
     operator: Operator
     stack: int | None = None
 
+    @property
+    def key(self) -> str:
+        """Text that no other mutant has."""
+        return f"{self.case} | {'.'.join(map(str, self.path))} | {self.operator.name}"
+
     def at(self, path: str) -> bool:
         """True if the mistake is at PyTorch's path; in a stack, at that of any layer."""
         ours, theirs = self.culprit.split("."), path.split(".")

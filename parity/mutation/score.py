@@ -10,17 +10,19 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from jaxmodels.process.allocator import return_freed_memory
 from parity.cases import Make, load_cases, select
 from parity.cases.suite import pair_of
 from parity.compare.inputs import Inputs
 from parity.compare.sides import jax_side, torch_side
-from parity.mutation.mutate import PRECISIONS, Mutant, Outcome, Subject, unbroken
+from parity.mutation.mutate import PRECISIONS, Mutant, Subject, unbroken
 from parity.mutation.operators import OPERATORS
-from parity.report.results import Check
+from parity.mutation.state import Alarms, Row, State
 
 LONGEST = 150  # positions; longer sequences take more time and show nothing new
 FREED_AFTER = 8  # mutants: JAX keeps every compiled function, which are several MB for each
@@ -63,8 +65,10 @@ def sampled(found: dict[str, Make], per_system: int, seed: int) -> dict[str, Mak
     return {case: make for case, make in found.items() if case in chosen}
 
 
-def score(cases: dict[str, Make], count: int, seed: int, say: Callable[[str], None]) -> tuple[list[Outcome], int, int]:
-    """Judge `count` mutants, evenly over the systems: (outcomes, mutants that changed nothing, all mutants)."""
+def score(
+    cases: dict[str, Make], count: int, seed: int, state: State, say: Callable[[str], None]
+) -> tuple[list[Row], int, int]:
+    """Judge `count` mutants, evenly over the systems: (rows, mutants that changed nothing, all mutants)."""
     found = {}
     for case, make in cases.items():
         say(f"preparing {case}")
@@ -72,27 +76,40 @@ def score(cases: dict[str, Make], count: int, seed: int, say: Callable[[str], No
     mutants: dict[str, list[Mutant]] = {}
     for case, subject in found.items():
         mutants.setdefault(case.partition(".")[0], []).extend(subject.mutants())
-    outcomes: list[Outcome] = []
+    rows: list[Row] = []
     idle = 0
     for mutant in drawn(mutants, np.random.default_rng(seed)):
-        if len(outcomes) == count:
+        if len(rows) == count:
             break
-        say(f"{len(outcomes)} of {count}: {mutant.operator.name} at {mutant.case}, {mutant.culprit or 'the model'}")
-        outcome = found[mutant.case].judge(mutant)
-        idle += outcome is None
-        outcomes += [outcome] if outcome else []
-        if outcome and not (outcome.found and outcome.named):
-            say(row(outcome))
-        if (len(outcomes) + idle) % FREED_AFTER == 0:
+        say(f"{len(rows)} of {count}: {mutant.operator.name} at {mutant.case}, {mutant.culprit or 'the model'}")
+        if mutant.key not in state.rows:
+            outcome = found[mutant.case].judge(mutant)
+            state.add(mutant.key, None if outcome is None else Row.of(outcome))
+            if len(state.rows) % FREED_AFTER == 0:
+                jax.clear_caches()
+                gc.collect()
+                return_freed_memory()
+        row = state.rows[mutant.key]
+        idle += row is None
+        rows += [row] if row else []
+        if row and not (row.found and row.named):
+            say(str(row))
+    return rows, idle, sum(map(len, mutants.values()))
+
+
+def judged(cases: dict[str, Make], seeds: int, state: State, say: Callable[[str], None]) -> Alarms:
+    """Readings of unbroken cases at seeds from 0, with the seed of each."""
+    alarms: Alarms = {}
+    for case, make in cases.items():
+        say(f"{case}: {seeds} seeds")
+        if (case, seeds) not in state.alarms:
+            state.add_alarms(case, seeds, unbroken(make, seeds))
             jax.clear_caches()
-            gc.collect()
-    return outcomes, idle, sum(map(len, mutants.values()))
+        alarms[case] = state.alarms[case, seeds]
+    return alarms
 
 
-Alarms = dict[str, list[tuple[int, Check]]]
-
-
-def page(outcomes: list[Outcome], idle: int, total: int, alarms: Alarms, seeds: int, command: str) -> str:
+def page(rows: list[Row], idle: int, total: int, alarms: Alarms, seeds: int, command: str) -> str:
     """The outcomes as Markdown."""
     lines = [
         "# Planted errors, and the verdicts of the harness",
@@ -100,26 +117,26 @@ def page(outcomes: list[Outcome], idle: int, total: int, alarms: Alarms, seeds: 
         f"Written by `{command}`; `python -m parity.mutations --help` lists its options.",
         "",
     ]
-    if outcomes:
-        lines += [*counts(outcomes, idle, total)]
+    if rows:
+        lines += [*counts(rows, idle, total)]
     if seeds:
         lines += [*unbroken_lines(alarms, seeds)]
-    if outcomes:
+    if rows:
         lines += ["", "| case | sub-module | mistake | found by | named | hint |", "|---|---|---|---|---|---|"]
-        lines += map(row, sorted(outcomes, key=lambda o: (o.mutant.case, o.mutant.culprit, o.mutant.operator.name)))
+        lines += map(str, sorted(rows, key=lambda row: (row.case, row.culprit, row.operator)))
     lines += ["", "## The mistakes", "", "| mistake | change |", "|---|---|"]
     lines += [f"| {operator.name} | {operator.about} |" for operator in OPERATORS.values()]
     return "\n".join(lines) + "\n"
 
 
-def counts(outcomes: list[Outcome], idle: int, total: int) -> Iterator[str]:
+def counts(rows: list[Row], idle: int, total: int) -> Iterator[str]:
     """Lines about the mutants: their number, how many were found and named, and the smallest difference."""
-    n, found, named = len(outcomes), sum(o.found for o in outcomes), sum(o.named for o in outcomes)
-    smallest = min(outcomes, key=lambda o: o.value)
+    n, found, named = len(rows), sum(row.found for row in rows), sum(row.named for row in rows)
+    smallest = min(rows, key=lambda row: row.value)
     yield f"- {n} mutants, drawn from {total} (operators × sub-modules); {idle} more changed no output and no gradient."
     yield f"- found: {found} of {n} ({100 * found / n:.0f} %)"
     yield f"- culprit named: {named} of {n} ({100 * named / n:.0f} %)"
-    yield f"- smallest: {smallest.value:.1e} × noise, {smallest.mutant.operator.name} in {smallest.mutant.case}"
+    yield f"- smallest: {smallest.value:.1e} × noise, {smallest.operator} in {smallest.case}"
 
 
 def unbroken_lines(alarms: Alarms, seeds: int) -> Iterator[str]:
@@ -132,17 +149,6 @@ def unbroken_lines(alarms: Alarms, seeds: int) -> Iterator[str]:
         own = "" if check.own is None else f" (PyTorch {check.own:.2g})"
         where = f"{check.kind} of {case} at seed {seed}"
         yield f"- largest in {precision}: {check.value:.2g} × noise{own}, limit {check.limit:.2g}: {where}"
-
-
-def row(o: Outcome) -> str:
-    """An outcome as a row of the table."""
-    by = max(o.failed, key=lambda c: c.value, default=None)
-    reading = f"{by.kind} {by.value:.0e}" if by else "**not found**"
-    where = o.divergence
-    verdict = "yes" if o.named else f"**{where.path or 'the model'}**" if where else "**nothing**"
-    hint = where.hint if where else ""
-    culprit = f"`{o.mutant.culprit}`" if o.mutant.culprit else "the model"
-    return f"| {o.mutant.case} | {culprit} | {o.mutant.operator.name} | {reading} | {verdict} | {hint} |"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,6 +173,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--seeds", type=int, default=20, help="seeds at which all unbroken cases are judged (default: 20)"
     )
+    arguments.add_argument(
+        "--state", type=Path, metavar="FILE", help="file of the verdicts so far, to continue a run that was interrupted"
+    )
     return arguments
 
 
@@ -183,27 +192,23 @@ def main(argv: list[str] | None = None) -> int:
             for flag, least in (("count", 0), ("cases", 1), ("seed", 0), ("seeds", 0)):
                 if getattr(options, flag) < least:
                     raise ValueError(f"--{flag} {getattr(options, flag)} must be at least {least}")
-            with console.status("") as status:
-                say = status.update if console.is_terminal else console.print  # in a file, one line per stage
+            with console.status("") as status, State.opened(options.state) as state:
+                say = status.update if console.is_terminal else plain_line  # in a file, one line per stage
                 cases = subjects(options.names)
                 chosen = sampled(cases, options.cases, options.seed) if options.count else {}
-                outcomes, idle, total = score(chosen, options.count, options.seed, say)
-                alarms: Alarms = {}
-                for case, make in cases.items() if options.seeds else ():
-                    say(f"{case}: {options.seeds} seeds")
-                    alarms[case] = unbroken(make, options.seeds)
-                    jax.clear_caches()
+                rows, idle, total = score(chosen, options.count, options.seed, state, say)
+                alarms = judged(cases if options.seeds else {}, options.seeds, state, say)
         except ValueError as error:
             print(f"python -m parity.mutations: {error}", file=sys.stderr)
             return 2
     command = " ".join(["python -m parity.mutations", *(sys.argv[1:] if argv is None else argv)])
-    text = page(outcomes, idle, total, alarms, options.seeds, command)
-    print(text, end="")
+    print(page(rows, idle, total, alarms, options.seeds, command), end="")
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
-    named = sum(outcome.named for outcome in outcomes)
-    good = (
-        all(o.found for o in outcomes)
-        and named >= 0.9 * len(outcomes)
-        and all(c.passed for checks in alarms.values() for _, c in checks)
-    )
-    return 0 if good else 1
+    named = sum(row.named for row in rows)
+    passed = all(check.passed for checks in alarms.values() for _, check in checks)
+    return 0 if all(row.found for row in rows) and named >= 0.9 * len(rows) and passed else 1
+
+
+def plain_line(text: str) -> None:
+    """Print a line about progress to a file."""
+    print(text, file=sys.stderr, flush=True)

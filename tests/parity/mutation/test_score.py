@@ -23,6 +23,21 @@ def test_planted_errors_are_found_and_named_and_the_unbroken_case_raises_no_alar
     assert "mutants" not in alone
 
 
+def test_an_interrupted_run_continues_from_its_state(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "state.jsonl"
+    command = ["synthesizer.dense_layer", "--seeds", "1", "--state", str(file)]
+    assert score.main([*command, "--count", "2"]) == 0
+    assert score.main([*command, "--count", "3"]) == 0
+    text = capsys.readouterr().out.rpartition("# Planted")[2]
+    monkeypatch.setattr(score.Subject, "judge", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr(score, "unbroken", lambda *_: pytest.fail("judged again"))
+    assert score.main([*command, "--count", "3"]) == 0
+    assert capsys.readouterr().out.rpartition("# Planted")[2] == text
+    file.write_text(file.read_text() + "{}\n")
+    assert score.main(command) == 2
+    assert f"{file}, line 5" in capsys.readouterr().err
+
+
 def test_a_name_that_matches_no_case_is_an_error(capsys):
     assert score.main(["nothing"]) == 2
     error = capsys.readouterr().err
