@@ -70,10 +70,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.refuse(hub.failing, None)
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            name, kind, revision = "/".join(parts[2:4]), parts[4] if parts[4:] else "revision", "/".join(parts[5:])
-        else:
-            name, kind, revision = "/".join(parts[:2]), parts[2], parts[3]
-        if name not in hub.models:
+            name, kind, revision = (
+                "/".join(parts[2:4]),
+                parts[4] if parts[4:] else "revision",
+                "/".join(parts[5:]) or "main",
+            )
+        else:  # …/resolve/…; the package asks for other paths too, such as api/agent-harnesses
+            name, kind, revision = "/".join(parts[:2]), "resolve", "".join(parts[3:4])
+        if name not in hub.models or not revision:
             return self.refuse(401, None)  # as the Hub, which does not tell absent from private
         wanted = hub.tokens.get(name)
         if wanted is not None and self.headers.get("Authorization") != f"Bearer {wanted}":
