@@ -219,7 +219,9 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     """
     import torch  # noqa: F401
 
-    from jaxmodels.convert import command
+    from jaxmodels.convert.flax import write_flax
+    from jaxmodels.convert.hf import write_hf
+    from jaxmodels.convert.neox.write import write_neox
     from jaxmodels.convert.open import open_source
     from jaxmodels.convert.source import abstract
     from jaxmodels.neox import NeoXConfig
@@ -233,12 +235,12 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     before = plain_write(plain, total)
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        failed = command.main(
-            ["neox", source, target, "--to", to, *(["--model-parallel", str(ranks)] * (to == "neox"))]
-        )
+        opened = open_source(source).neox()
+        if to == "neox":
+            write_neox(opened, target, ranks)
+        else:
+            {"flax": write_flax, "hf": write_hf}[to](opened, target)
     seconds = time.perf_counter() - began
-    if failed:
-        raise SystemExit(failed)
     shutil.rmtree(target)
     print(json.dumps({"seconds": seconds, "plain": (before + plain_write(plain, total)) / 2}), flush=True)
 
