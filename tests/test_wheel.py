@@ -15,6 +15,7 @@ SUBCOMMANDS = (
     "convert",
     "inspect",
     "verify",
+    "quantize",
     "generate",
     "neighbors",
     "evaluate",
@@ -22,6 +23,7 @@ SUBCOMMANDS = (
     "sample",
     "tokenize",
     "plot",
+    "clean",
     "plan",
 )
 # Packages of the extras. optax, orbax, rich and yaml are not among them: flax itself depends on those.
