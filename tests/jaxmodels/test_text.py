@@ -12,12 +12,12 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
-from jaxmodels import text
 from jaxmodels.text import (
     ByteVocabulary,
     CharVocabulary,
     TokenizerFile,
     as_vocabulary,
+    corpora,
     find_tokenizer,
     load_corpus,
     load_vocabulary,
@@ -115,7 +115,7 @@ def serve(monkeypatch, answer):
             raise answer
         return io.BytesIO(answer)
 
-    monkeypatch.setattr(text.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(corpora.urllib.request, "urlopen", urlopen)
     return asked
 
 
@@ -140,10 +140,10 @@ def test_shakespeare_refuses_another_text(cache, monkeypatch):
 
 def test_shakespeare_is_downloaded_once_and_checked_each_time(cache, monkeypatch):
     content = b"First Citizen:\n"
-    monkeypatch.setattr(text, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
     asked = serve(monkeypatch, content)
     assert load_corpus("tiny_shakespeare") == load_corpus("tiny_shakespeare") == content.decode()
-    assert asked == [text.TINY_SHAKESPEARE_URL]
+    assert asked == [corpora.TINY_SHAKESPEARE_URL]
     assert list(cache.parent.iterdir()) == [cache]
     cache.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"sha256.*{cache}"):
@@ -153,7 +153,7 @@ def test_shakespeare_is_downloaded_once_and_checked_each_time(cache, monkeypatch
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tiny_shakespeare.txt in ../shared/data")
 def test_the_sha256_is_that_of_tiny_shakespeare():
     content = SHAKESPEARE.read_bytes()
-    text.check_sha256(content, "")
+    corpora.check_sha256(content, "")
     characters = CharVocabulary.of(content.decode())
     assert len(characters) == 65
     assert characters.encode("\n ").tolist() == [0, 1]

@@ -1,24 +1,19 @@
-"""Text corpora, and vocabularies: characters, as in the original experiments, bytes, tokenizer files."""
+"""Vocabularies of tokenizer files, and the file of a vocabulary of any class."""
 
 import dataclasses
 import functools
-import hashlib
-import http.client
 import json
 import os
 import re
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import read_object, read_text
 from jaxmodels.process.extras import require
-
-TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+from jaxmodels.text.vocabularies import LIMIT, ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
 
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
 VOCAB, MERGES = "vocab.json", "merges.txt"
@@ -27,191 +22,6 @@ SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "voc
 MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 SPECIAL_NAME = re.compile(r"<\|.+\|>")  # in a vocab.json, which does not say what is special
 END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
-
-
-def load_corpus(name: str) -> str:
-    """Text of a corpus: 'python_docs', 'tiny_shakespeare', or the path of a UTF-8 file.
-
-    python_docs is the language reference contained in every Python: it needs no network, and differs slightly between
-    versions. Raises ValueError if the name is neither a corpus nor a readable, non-empty UTF-8 file.
-    """
-    if name == "python_docs":
-        return python_docs()
-    if name == "tiny_shakespeare":
-        return tiny_shakespeare()
-    path = Path(name)
-    try:
-        text = path.read_bytes().decode("utf-8")  # not read_text, which would convert \r\n to \n
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"text={name!r} must be python_docs, tiny_shakespeare or a readable UTF-8 file: {error}"
-        ) from None
-    if not text:
-        raise ValueError(f"text={name!r} is an empty file")
-    return text
-
-
-def python_docs() -> str:
-    """Topics of `help()`, sorted by name and joined."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def tiny_shakespeare() -> str:
-    """1,115,394 characters of Shakespeare, downloaded once to the user's cache; the sha256 is checked at every use.
-
-    Raises ValueError if the download fails or the sha256 differs.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
-    advice = f"download {TINY_SHAKESPEARE_URL} yourself and pass the file as the text"
-    if not cache.exists():
-        try:
-            with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as response:
-                content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"tiny_shakespeare could not be downloaded ({error}); {advice}") from None
-        check_sha256(content, advice)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(cache) as temporary:
-            temporary.write_bytes(content)
-    content = cache.read_bytes()
-    check_sha256(content, f"delete {cache}, or {advice}")
-    return content.decode("utf-8")
-
-
-def check_sha256(content: bytes, advice: str) -> None:
-    """Raises ValueError, ending with `advice`, if the content is not tiny_shakespeare."""
-    found = hashlib.sha256(content).hexdigest()
-    if found != TINY_SHAKESPEARE_SHA256:
-        raise ValueError(f"tiny_shakespeare has sha256 {found}, expected {TINY_SHAKESPEARE_SHA256}; {advice}")
-
-
-def split(text: str) -> tuple[str, str]:
-    """Split into training and validation text: the first int(0.9·n) characters, and the rest."""
-    cut = int(0.9 * len(text))
-    return text[:cut], text[cut:]
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
-class Vocabulary:
-    """Texts as ids, and back. `len` is the number of ids, one more than the largest: the rows that an embedding needs.
-
-    special: ids that stand for no text, such as the end of a document. eos: those that end a text.
-    """
-
-    unit: ClassVar[str]
-    eos: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def encode(self, text: str) -> np.ndarray:
-        """Encode a text to int32 ids."""
-        raise NotImplementedError
-
-    def encode_prompt(self, text: str) -> np.ndarray:
-        """Encode a text to be continued to int32 ids; the same, unless a tokenizer puts special tokens before it."""
-        return self.encode(text)
-
-    def decode(self, ids: Any, *, skip_special: bool = False) -> str:
-        """Decode ids [n] to text, with or without special tokens."""
-        raise NotImplementedError
-
-    def save(self, file: Path) -> None:
-        """Write a file for `load_vocabulary`."""
-        raise NotImplementedError
-
-    def described(self) -> dict[str, Any]:
-        """Fields that tell this vocabulary from others of its class, as JSON values."""
-        return {}
-
-    @property
-    def special(self) -> Mapping[int, str]:
-        """Text of each special token by its id."""
-        return {}
-
-    def is_byte(self, token: int) -> bool:
-        """True if a token is one byte of a run that is decoded as a whole (byte fallback)."""
-        return False
-
-
-@dataclasses.dataclass(frozen=True)
-class CharVocabulary(Vocabulary):
-    """One token per character; its id is the index in `characters`."""
-
-    characters: str
-    unit: ClassVar[str] = "character"
-
-    @classmethod
-    def of(cls, text: str) -> "CharVocabulary":
-        """Vocabulary of the sorted characters of a text."""
-        return cls("".join(sorted(set(text))))
-
-    def __len__(self) -> int:
-        return len(self.characters)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Encode a text to int32 ids [len(text)]; raises ValueError listing unknown characters."""
-        ids = {character: i for i, character in enumerate(self.characters)}
-        unknown = sorted(set(text) - ids.keys())
-        if unknown:
-            raise ValueError(
-                f"text has characters {''.join(unknown)!r}, which are not among the {len(self)} of the vocabulary"
-            )
-        return np.fromiter((ids[character] for character in text), np.int32, len(text))
-
-    def decode(self, ids: Any, *, skip_special: bool = False) -> str:
-        """Decode ids [n] to text; raises ValueError if one is outside the vocabulary."""
-        ids = np.asarray(ids)
-        if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
-            raise ValueError(f"ids from {ids.min()} to {ids.max()} must be from 0 to {len(self) - 1}")
-        return "".join(self.characters[i] for i in ids.tolist())
-
-    def save(self, file: Path) -> None:
-        """Write a file for `load_vocabulary`."""
-        write_json(file, self.described())
-
-    def described(self) -> dict[str, Any]:
-        """Fields that tell this vocabulary from others of its class, as JSON values."""
-        return {"characters": self.characters}
-
-    @classmethod
-    def load(cls, file: Path) -> "CharVocabulary":
-        """Load a file written by `save`; raises ValueError if it is missing or not one."""
-        try:
-            characters = json.loads(file.read_text(encoding="utf-8"))["characters"]
-            if not isinstance(characters, str) or len(set(characters)) < len(characters):
-                raise ValueError("characters must be a string without repetitions")
-            return cls(characters)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not a character vocabulary: {error!r}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class ByteVocabulary(Vocabulary):
-    """One token per byte of UTF-8, 256 in total; encodes any text."""
-
-    unit: ClassVar[str] = "byte"
-
-    def __len__(self) -> int:
-        return 256
-
-    def encode(self, text: str) -> np.ndarray:
-        """Encode a text to int32 ids [number of bytes]."""
-        return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
-
-    def decode(self, ids: Any, *, skip_special: bool = False) -> str:
-        """Decode ids [n] to text; invalid UTF-8, as at the ends of a piece of text, becomes �."""
-        return bytes(np.asarray(ids).tolist()).decode("utf-8", errors="replace")
-
-    def save(self, file: Path) -> None:
-        """Write a file for `load_vocabulary`."""
-        write_json(file, {"bytes": 256})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +45,7 @@ class TokenizerFile(Vocabulary):
         require("neox", "tokenizers")
         path = find_tokenizer(None, Path(file)) if Path(file).is_dir() else Path(file)
         try:
-            content = byte_level(path) if path.name == VOCAB else path.read_text(encoding="utf-8")
+            content = byte_level(path) if path.name == VOCAB else read_text(path, LIMIT)
             vocabulary = cls(content)
             len(vocabulary)
         except (OSError, ValueError) as error:
@@ -336,14 +146,6 @@ class TokenizerFile(Vocabulary):
         return token in self.bytes
 
 
-def utf8(text: str) -> bytes:
-    """Encode a text as UTF-8; raises ValueError if it has lone surrogates, as arguments that are not UTF-8 have."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"text has a character that is not Unicode, {text[error.start]!r} at {error.start}") from None
-
-
 def byte_level(file: Path) -> str:
     """tokenizer.json of a vocab.json and the merges.txt beside it, as GPT-2 and GPT-NeoX tokenize."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -386,13 +188,7 @@ def json_beside(file: Path, name: str) -> dict[str, Any]:
     beside = file.with_name(name)
     if not beside.is_file():
         return {}
-    try:
-        content = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{beside} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{beside} must hold a JSON object, not a {type(content).__name__}")
-    return content
+    return read_object(beside)
 
 
 def end_tokens(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
@@ -456,9 +252,9 @@ def as_vocabulary(tokenizer: Any) -> Vocabulary:
 def load_vocabulary(file: Path) -> Vocabulary:
     """Load a vocabulary of any class from the file that `save` wrote; raises ValueError if it is missing or not one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a vocabulary: {error!r}") from None
+        content = read_object(file, LIMIT)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a vocabulary: {error}") from None
     match content:
         case {"bytes": 256}:
             return ByteVocabulary()
