@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.checkpoint import read_json
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
@@ -92,7 +92,7 @@ class Companions:
         ids cannot be read or an id is not an integer.
         """
         files = {name: file for folder in reversed(folders) for name, file in files_in(folder).items()}
-        generation = json_object(files[GENERATION]) if GENERATION in files else {}
+        generation = read_object(files[GENERATION]) if GENERATION in files else {}
         config_ids: dict[str, Any] = dict(defaults or {})
         for folder in reversed(folders):
             config_ids |= stored_ids(folder)
@@ -105,7 +105,9 @@ class Companions:
 
         A vocabulary.json with a tokenizer in it is written as tokenizer.json: it is what a run was trained with.
         """
-        inside = json_object(self.files[VOCABULARY]).get("tokenizer") if VOCABULARY in self.files else None
+        inside = (
+            read_object(self.files[VOCABULARY], TOKENIZER_BYTES).get("tokenizer") if VOCABULARY in self.files else None
+        )
         for name, file in self.files.items():
             if name == VOCABULARY and isinstance(inside, str):
                 continue
@@ -138,7 +140,7 @@ def stored_ids(folder: Path) -> dict[str, Any]:
     """Ids of special tokens in a folder's configuration, as they are there."""
     for name in CONFIGS:
         if (folder / name).is_file():
-            content = json_object(folder / name)
+            content = read_object(folder / name)
             nested = content.get(KEY)
             return only_ids(nested if isinstance(nested, dict) else content)
     return {}
@@ -146,11 +148,3 @@ def stored_ids(folder: Path) -> dict[str, Any]:
 
 def only_ids(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: content[key] for key in TOKEN_IDS if key in content}
-
-
-def json_object(file: Path) -> dict[str, Any]:
-    """Content of a JSON file; raises ValueError, naming it, if it is not an object."""
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content

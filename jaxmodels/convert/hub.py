@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jaxmodels.convert.companions import FILES, TEMPLATES, json_object
+from jaxmodels.convert.companions import FILES, TEMPLATES
 from jaxmodels.convert.kinds.unusable import check_hf, explain_names, matching
+from jaxmodels.io.bounded import read_object
 from jaxmodels.io.checkpoint import STEM
 from jaxmodels.io.pretrained import chosen, variants
 from jaxmodels.process.extras import available
@@ -83,7 +84,7 @@ def fetched(name: str, names: Sequence[str], variant: str | None, fetch: Fetch) 
     """Download what is needed of a repository's files; raises ValueError if they hold no checkpoint to load."""
     config = "config.json" in names
     folder = fetch([*ABOUT, "*.index*.json"]) if matching(names, ABOUT) else Path(name)
-    content = json_object(folder / "config.json") if config else {}
+    content = read_object(folder / "config.json") if config else {}
     if "model_type" in content:
         check_hf(folder, content)
         form = content.get("transformers_weights")
@@ -114,7 +115,7 @@ def shards_of(index: Path) -> list[str]:
     """Names of the files in an index; empty for a single file."""
     if not index.name.endswith(".json") or not index.is_file():
         return []
-    weight_map = json_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map")
     return sorted({str(file) for file in weight_map.values()})

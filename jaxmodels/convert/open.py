@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from jaxmodels import models
 from jaxmodels.convert import hub, kinds
-from jaxmodels.convert.companions import MERGES, TOKENIZER, VOCAB, VOCABULARY, Companions, json_object
+from jaxmodels.convert.companions import MERGES, TOKENIZER, VOCAB, VOCABULARY, Companions
 from jaxmodels.convert.flax import open_flax
 from jaxmodels.convert.hf import open_hf
 from jaxmodels.convert.neox.read import InferredWarning, open_neox
 from jaxmodels.convert.source import Source
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
 from jaxmodels.io.checkpoint import STEM, read_config
 from jaxmodels.io.safetensors import is_folder
 from jaxmodels.neox import NeoX, NeoXConfig
@@ -60,7 +61,7 @@ class Opened:
         Raises ValueError, naming the run's config.json, if the dtype is none.
         """
         run = kinds.run_above(self.weights)
-        found = {} if run is None else json_object(run / "config.json").get("original") or {}
+        found = {} if run is None else read_object(run / "config.json").get("original") or {}
         if found and found.get("dtype") not in DTYPES:
             raise ValueError(f"{run}/config.json has original dtype {found.get('dtype')!r}, must be one of {DTYPES}")
         return found
@@ -132,7 +133,7 @@ class Opened:
 
 def read_vocabulary(file: Path) -> Vocabulary:
     """Vocabulary in a file that a run or a tokenizer library wrote."""
-    content = json_object(file)
+    content = read_object(file, TOKENIZER_BYTES)
     return load_vocabulary(file) if content.keys() & {"characters", "bytes", "tokenizer"} else TokenizerFile.read(file)
 
 

@@ -23,7 +23,8 @@ from jaxmodels.convert.open import Opened, local_folder, open_source
 from jaxmodels.convert.peft import write_peft
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
-from jaxmodels.io.checkpoint import read_config, read_json
+from jaxmodels.io.bounded import read_json
+from jaxmodels.io.checkpoint import read_config
 from jaxmodels.io.torch_files import read_state_dict, write_state_dict
 from jaxmodels.models import build, load_saved
 from jaxmodels.neox import NeoXConfig, quantize

@@ -15,7 +15,8 @@ from jaxmodels.io.content import explained
 from jaxmodels.process.texts import quoted
 
 CONFIG_BYTES = 2**24  # of a JSON or YAML text: 17 MB; the index of a model with 90,000 tensors has 9 MB
-TEXT_BYTES = 2**28  # of a tokenizer: the largest published ones have 35 MB
+TOKENIZER_BYTES = 2**26  # of a tokenizer.json, or a vocabulary that holds one; the largest published have 35 MB
+TEXT_BYTES = 2**28  # of any other text
 
 
 def open_regular(file: str | os.PathLike) -> BinaryIO:

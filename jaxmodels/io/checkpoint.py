@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.io.bounded import read_json as read_json
 from jaxmodels.io.bounded import read_object
 from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import Type, dotted, flat_arrays, with_arrays

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxmodels.io.checkpoint import read_json
+from jaxmodels.io.bounded import read_json
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_tensors
 from jaxmodels.weights.prefixes import shown

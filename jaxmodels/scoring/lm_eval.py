@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.convert.companions import json_object
 from jaxmodels.convert.open import Opened, open_source
 from jaxmodels.generate import generate
+from jaxmodels.io.bounded import read_object
 from jaxmodels.process import lm_eval as registration
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
@@ -352,7 +352,7 @@ def tokenizer_settings(files: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in files:
-            found |= json_object(files[name])
+            found |= read_object(files[name])
     return found
 
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmodels.io.bounded import read_object, read_text
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text
 from jaxmodels.process.extras import require
-from jaxmodels.text.vocabularies import LIMIT, ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
+from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
 
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
 VOCAB, MERGES = "vocab.json", "merges.txt"
@@ -45,7 +45,7 @@ class TokenizerFile(Vocabulary):
         require("neox", "tokenizers")
         path = find_tokenizer(None, Path(file)) if Path(file).is_dir() else Path(file)
         try:
-            content = byte_level(path) if path.name == VOCAB else read_text(path, LIMIT)
+            content = byte_level(path) if path.name == VOCAB else read_text(path, TOKENIZER_BYTES)
             vocabulary = cls(content)
             len(vocabulary)
         except (OSError, ValueError) as error:
@@ -252,7 +252,7 @@ def as_vocabulary(tokenizer: Any) -> Vocabulary:
 def load_vocabulary(file: Path) -> Vocabulary:
     """Load a vocabulary of any class from the file that `save` wrote; raises ValueError if it is missing or not one."""
     try:
-        content = read_object(file, LIMIT)
+        content = read_object(file, TOKENIZER_BYTES)
     except ValueError as error:
         raise ValueError(f"{file} is not a vocabulary: {error}") from None
     match content:

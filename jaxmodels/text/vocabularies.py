@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
 from jaxmodels.process.texts import quoted
-
-LIMIT = 2**26  # bytes of a vocabulary's file, which may hold a tokenizer.json; the largest published ones have 35 MB
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -106,7 +104,7 @@ class CharVocabulary(Vocabulary):
     def load(cls, file: Path) -> "CharVocabulary":
         """Load a file written by `save`; raises ValueError if it is missing or not one."""
         try:
-            characters = read_object(file, LIMIT).get("characters")
+            characters = read_object(file, TOKENIZER_BYTES).get("characters")
         except ValueError as error:
             raise ValueError(f"{file} is not a character vocabulary: {error}") from None
         if not isinstance(characters, str) or len(set(characters)) < len(characters):

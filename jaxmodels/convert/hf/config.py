@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.checkpoint import read_json
+from jaxmodels.io.bounded import read_json
 from jaxmodels.neox import NeoXConfig
 
 # Field of NeoXConfig, key, and transformers' default of an absent key; None: the key is required.

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jaxmodels.convert.companions import FILES, json_object
+from jaxmodels.convert.companions import FILES
 from jaxmodels.convert.kinds.unusable import HF_WEIGHTS, check_hf, check_pointers, check_step, explain, explain_file
+from jaxmodels.io.bounded import read_object
 from jaxmodels.io.steps import MARK
 
 Kind = Literal["model", "run", "neox", "hf"]
@@ -56,7 +57,7 @@ def recognized(folder: Path) -> Place | None:
     """
     check_pointers(folder, ("config.json", "latest", *FILES))
     file = folder / "config.json"
-    config = json_object(file) if file.is_file() else {}
+    config = read_object(file) if file.is_file() else {}
     named = config.get("transformers_weights")  # file of weights with another name
     has_weights = matches(folder, HF_WEIGHTS) or (isinstance(named, str) and (folder / named).is_file())
     if "model_type" in config and has_weights:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.convert.companions import TOKENIZER, json_object
+from jaxmodels.convert.companions import TOKENIZER
+from jaxmodels.io.bounded import read_object
 from jaxmodels.io.content import POINTERS
 from jaxmodels.io.pretrained import chosen
 
@@ -129,7 +130,7 @@ def explain_names(where: str, names: Sequence[str], folder: Path, children: Sequ
     if (folder / "adapter_config.json").is_file():
         return f"{where} {adapter(folder / 'adapter_config.json')}"
     described = (folder / "config.json").is_file() and "config.json" in names
-    if described and matching(names, HF_WEIGHTS) and "model_type" not in json_object(folder / "config.json"):
+    if described and matching(names, HF_WEIGHTS) and "model_type" not in read_object(folder / "config.json"):
         return f"{where} has a config.json without model_type; expected {MODEL_TYPE!r}"
     for pattern, sentence in SIGNS:
         found = matching(names, (pattern, f"{pattern}/"))
@@ -139,7 +140,7 @@ def explain_names(where: str, names: Sequence[str], folder: Path, children: Sequ
         subfolders = ", ".join(f"{name} ({kind})" for name, kind in children)
         return f"{where} holds no checkpoint itself; name one of its subfolders: {subfolders}"
     if described:
-        if "model_type" in json_object(folder / "config.json"):
+        if "model_type" in read_object(folder / "config.json"):
             return f"{where} has a config.json and no weights; expected model.safetensors or pytorch_model.bin"
         return f"{where} has a config.json that describes no model, without model_type and format; expected {EXPECTED}"
     first = sorted({name.partition("/")[0] for name in names})
@@ -202,7 +203,7 @@ def kind_of_file(path: Path) -> str:
 
 def adapter(file: Path) -> str:
     """Sentence on an adapter_config.json of PEFT, without its subject."""
-    content = json_object(file)
+    content = read_object(file)
     base, kind = content.get("base_model_name_or_path"), content.get("peft_type", "an adapter")
     return (
         f"holds adapter weights of PEFT ({kind}) for the base model {base!r}, not a model: merge them with peft's "
@@ -295,10 +296,10 @@ def check_weights(folder: Path, variant: str | None) -> None:
     Files that are missing or damaged are left to the reader.
     """
     try:
-        name = json_object(folder / "config.json").get("transformers_weights")
+        name = read_object(folder / "config.json").get("transformers_weights")
         if not isinstance(name, str):
             name, _ = chosen([path.name for path in folder.iterdir()], variant, str(folder))
-        index = json_object(folder / name) if name.endswith(".json") else {}
+        index = read_object(folder / name) if name.endswith(".json") else {}
     except ValueError:
         return
     weight_map = index.get("weight_map")

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from jaxmodels.io.checkpoint import read_json
+from jaxmodels.io.bounded import read_json
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_pt, read_tensors
 
