@@ -280,7 +280,7 @@ def test_refuses_what_is_no_checkpoint(copy, tmp_path):
         with pytest.raises(ValueError, match=re.escape(str(folder))):
             jaxmodels.load(folder)
     shutil.rmtree(copy / "params")
-    with pytest.raises(ValueError, match=r"copy.params\b"):
+    with pytest.raises(ValueError, match=r"copy .*params"):
         jaxmodels.load(copy)
 
 
