@@ -102,6 +102,7 @@ def test_a_published_folder_is_tuned_and_exported_in_its_dtype(tmp_path, train, 
     np.testing.assert_allclose(run(jaxmodels.load(folder, dtype="float32"), jnp.asarray(ids)), expected, atol=rounding)
 
 
+@pytest.mark.slow
 def test_a_lora_run_resumes_exactly_without_its_source_and_is_a_source_itself(tmp_path, train, capsys):
     source = publish(tmp_path / "hf", "float16")
     flags = [f"--checkpoint={source}", "--tune=lora", "--lora-rank=2", "--lora-targets", "dense", "dense_4h_to_h"]

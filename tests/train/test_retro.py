@@ -77,6 +77,7 @@ def test_a_run_is_compared_with_its_plain_decoder_and_other_neighbors(run_and_ou
     assert {path.name for path in run.iterdir()} == {"index", "plain", "retrieval"}
 
 
+@pytest.mark.slow
 def test_the_same_command_prints_the_comparison_again_without_work(run_and_output, flags, monkeypatch):
     run, out = run_and_output
     monkeypatch.setattr(examples, "look_up", None)  # everything was kept
@@ -153,6 +154,7 @@ def test_an_interrupted_lookup_leaves_an_index_to_resume_from(flags, tmp_path, m
     assert {path.suffix for path in (tmp_path / "run" / "index").iterdir()} == {".json", ".npy", ".faiss"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_is_not_printed(run_and_output, flags, monkeypatch, capsys):
     run, _ = run_and_output
     (run / "index" / "validation_filtered.npz").unlink()  # is looked up again, last

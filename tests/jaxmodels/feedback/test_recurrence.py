@@ -37,7 +37,7 @@ def assert_equal_evaluations(ours, oracle, tolerance=1e-10):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 101, 257])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 101, pytest.param(257, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients_are_the_naive_scans(variant, n):
     model = transformer(variant, n_layers=2 if n == 7 else 1)  # compiling is what takes time

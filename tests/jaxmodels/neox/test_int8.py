@@ -380,6 +380,7 @@ def with_planted_outliers(model):
     return model
 
 
+@pytest.mark.slow
 def test_outlier_features_ruin_int8_unless_they_are_apart():
     text = load_corpus("python_docs")
     vocabulary = CharVocabulary.of(text)

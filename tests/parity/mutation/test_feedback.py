@@ -135,7 +135,14 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("mutate", "culprit"), MUTATIONS, ids=[m[0].__name__ for m in MUTATIONS])
+QUICK = {another_activation, memory_of_the_step_itself_is_visible, slots_not_rotated}
+PARAMETERS = [
+    pytest.param(*mutation, id=mutation[0].__name__, marks=[] if mutation[0] in QUICK else pytest.mark.slow)
+    for mutation in MUTATIONS
+]
+
+
+@pytest.mark.parametrize(("mutate", "culprit"), PARAMETERS)
 def test_the_harness_fails_and_names_the_culprit(monkeypatch, mutate, culprit):
     mutate(monkeypatch)
     report = judge(

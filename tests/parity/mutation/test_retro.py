@@ -62,7 +62,13 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("mutate", "culprit"), MUTATIONS, ids=[m[0].__name__ for m in MUTATIONS])
+PARAMETERS = [
+    pytest.param(*mutation, id=mutation[0].__name__, marks=[pytest.mark.slow] if i else [])
+    for i, mutation in enumerate(MUTATIONS)
+]
+
+
+@pytest.mark.parametrize(("mutate", "culprit"), PARAMETERS)
 def test_the_harness_fails_and_names_the_culprit(monkeypatch, mutate, culprit):
     mutate(monkeypatch)
     report = judge()
