@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process import programs
+from jaxmodels.process.texts import visible
 
 PROGRAM = "python -m jaxmodels.convert"
 # Values of --model: the class, and the arguments that the name implies. For `synthesizer`, --config gives the kind.
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
     def printed() -> int:
         good, message = run(options)
-        print(message)
+        print(visible(message, keep="\n"))
         return 0 if good else 1
 
     return programs.run(printed, f"{prog} {options.format}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
@@ -115,7 +115,7 @@ class Companions:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not (target.exists() and target.samefile(file)):
                 shutil.copyfile(file, target)
-        same = TOKENIZER in self.files and self.files[TOKENIZER].read_text(encoding="utf-8") == inside
+        same = TOKENIZER in self.files and read_text(self.files[TOKENIZER], TOKENIZER_BYTES) == inside
         if isinstance(inside, str) and not same:
             (folder / TOKENIZER).write_text(inside, encoding="utf-8")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process import programs
+from jaxmodels.process.texts import for_terminal, visible
 
 PROGRAM = "python -m jaxmodels.generate"
 EXAMPLES = """\
@@ -230,24 +231,25 @@ def continue_prompts(opened: Any, prompts: Sequence[str | None], options: argpar
         return
     for number, text in enumerate(continue_texts(shared, encoded, options.batch_size)):
         prompt, copy = divmod(number, copies)
-        print(f"--- prompt {prompt + 1}, sequence {copy + 1} ---\n{texts[prompt]}{text}", flush=True)
+        written = for_terminal(f"{texts[prompt]}{text}", sys.stdout)
+        print(f"--- prompt {prompt + 1}, sequence {copy + 1} ---\n{written}", flush=True)
 
 
 def print_stream(shared: Any, prompts: Any, prompt: str, report: bool) -> None:
     """Print one prompt and its continuation as it is written; `report`: and the speed."""
-    print(prompt, end="", flush=True)
+    print(for_terminal(prompt, sys.stdout), end="", flush=True)
     with compile_times() as times:
         began = first = time.perf_counter()
         text, n, compiled_first = prompts.stream(prompts.ids[0]), 0, 0.0
         for token in shared.of_prompts(prompts, [0]).each():
             n += 1
-            print(text.add(token[0]), end="", flush=True)
+            print(for_terminal(text.add(token[0]), sys.stdout), end="", flush=True)
             if n == 1:
                 first, compiled_first = time.perf_counter(), sum(times)
             if text.ended:
                 break
         ended, compiled = time.perf_counter(), sum(times)
-    print(text.rest(), flush=True)
+    print(for_terminal(text.rest(), sys.stdout), flush=True)
     if not report:
         return
     length = len(prompts.ids[0])
@@ -348,4 +350,4 @@ def default_prompt(vocabulary: Any) -> str:
 
 
 def warn(message: str) -> None:
-    print(f"generate: warning: {message}", file=sys.stderr)
+    print(f"generate: warning: {visible(message)}", file=sys.stderr)

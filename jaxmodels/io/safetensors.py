@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxmodels.io.bounded import open_regular
+from jaxmodels.io.bounded import open_regular, read_object
 from jaxmodels.io.content import explained
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.lazy import nbytes, pieces
@@ -138,7 +138,7 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     if not index.is_file():
         return read_file(folder / f"{stem}.safetensors")
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = read_object(index)["weight_map"]
         files = sorted(set(weight_map.values()))
         outside = [name for name in files if Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -1,6 +1,6 @@
 """Texts that come from files and names of others, made fit for a terminal: visible, and of a bounded length."""
 
-from typing import Any
+from typing import Any, TextIO
 
 LONGEST = 4_000  # characters of an error on a terminal: about a page
 
@@ -14,6 +14,11 @@ def visible(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def for_terminal(text: str, stream: TextIO) -> str:
+    """Text that a model wrote: as it is for a file or a pipe, on a terminal without control characters."""
+    return visible(text, keep="\n\t") if stream.isatty() else text
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:

@@ -7,9 +7,11 @@ import urllib.request
 from pathlib import Path
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import read_bytes, read_text
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+LARGEST = 2**32  # bytes of a text, which is read whole; encode larger ones in parts
 
 
 def load_corpus(name: str) -> str:
@@ -24,8 +26,8 @@ def load_corpus(name: str) -> str:
         return tiny_shakespeare()
     path = Path(name)
     try:
-        text = path.read_bytes().decode("utf-8")  # not read_text, which would convert \r\n to \n
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, LARGEST)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"text={name!r} must be python_docs, tiny_shakespeare or a readable UTF-8 file: {error}"
         ) from None
@@ -58,7 +60,7 @@ def tiny_shakespeare() -> str:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(cache) as temporary:
             temporary.write_bytes(content)
-    content = cache.read_bytes()
+    content = read_bytes(cache)
     check_sha256(content, f"delete {cache}, or {advice}")
     return content.decode("utf-8")
 

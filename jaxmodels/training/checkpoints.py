@@ -28,9 +28,11 @@ from orbax.checkpoint import v1 as ocp
 
 import jaxmodels
 from jaxmodels.io.atomic import atomic_file, flush
+from jaxmodels.io.bounded import read_object
 from jaxmodels.io.checkpoint import read_arrays, read_config
 from jaxmodels.io.steps import FORMAT, MARK, latest_step, problem, steps
 from jaxmodels.models import describe, names
+from jaxmodels.process.texts import visible
 from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.step import Program, State
 
@@ -172,7 +174,7 @@ class Checkpoints:
 
     def read(self, folder: Path) -> Position:
         """Read a checkpoint without a `problem`; raises ValueError if its content cannot be read."""
-        about = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        about = read_object(folder / MARK)
         abstract = self.program.abstract_state()
         model = {**abstract.params, **abstract.fixed}
         arrays = read_arrays(folder / "model" / "params", {name: (a.shape, a.sharding) for name, a in model.items()})
@@ -215,7 +217,7 @@ def flushed_size(file: Path) -> int:
 
 
 def warn_skipped(step: int, reason: str) -> None:
-    print(f"warning: checkpoint {step} is skipped: {reason}", file=sys.stderr, flush=True)
+    print(f"warning: checkpoint {step} is skipped: {visible(reason)}", file=sys.stderr, flush=True)
 
 
 def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:

@@ -16,6 +16,7 @@ from jaxmodels.convert import kinds
 from jaxmodels.convert.open import open_source
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.process import programs
+from jaxmodels.process.texts import visible
 from jaxmodels.scoring import score
 from jaxmodels.scoring.files import as_json, read_documents, table
 from jaxmodels.sharding import check_batch, make_mesh
@@ -129,7 +130,7 @@ def print_scores(options: argparse.Namespace) -> None:
     examples, unit = examples_of(options, opened), opened.vocabulary.unit
     found = evaluate(opened, examples, mesh, batch_size, options.compute_dtype)
     text = only_text(options) or f"held-out part of {opened.experiment.config.text if opened.experiment else ''}"
-    print(f"{text}: {found.tokens:,} {unit}s predicted")
+    print(f"{visible(text)}: {found.tokens:,} {unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {unit}")
     print(f"    perplexity           {math.exp(found.nats):.4f}")
     print(f"    bits per character   {found.bits_per_character:.4f}")
@@ -189,7 +190,7 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
     if options.json is not None:
         with atomic_file(options.json) as temporary:
             temporary.write_text(json.dumps(as_json(documents, scores), indent=2) + "\n", encoding="utf-8")
-    print(table(documents, scores, vocabulary.unit))
+    print(visible(table(documents, scores, vocabulary.unit), keep="\n"))
 
 
 def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxmodels.process.texts import visible
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import Checkpoints, Position
@@ -295,7 +296,7 @@ class Trainer:
         model = self.program.model(self.position.state, self.config.compute_dtype)
         text, numbers = self.experiment.report(model, self.task, lambda: agree(bool(self.stop)))
         recent = np.mean(self.position.losses[-100:])
-        sample = f", written greedily:\n{text}".replace("\n", "\n    ") if text else ""
+        sample = f", written greedily:\n{visible(text, keep=chr(10))}".replace("\n", "\n    ") if text else ""
         self.console.print(f"step {self.position.step}: loss {recent:.3f}, validation loss {loss:.3f}{sample}")
         if self.log is not None:
             self.log.write(self.position.step, {"validation_loss": loss, **numbers})

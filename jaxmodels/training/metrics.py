@@ -16,17 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import read_text
 from jaxmodels.process.extras import require
 
 FILE = "metrics.jsonl"
+LARGEST = 2**30  # bytes of metrics.jsonl: ten million steps
 TENSORBOARD_EVERY = 10  # steps; each number takes 50 bytes
 
 
 def read(run: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's metrics.jsonl, except one truncated by a kill; raises ValueError if it is missing."""
     try:
-        text = (run / FILE).read_text(encoding="utf-8")
-    except OSError as error:
+        text = read_text(run / FILE, LARGEST)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{run} holds no {FILE}: {error}") from None
     lines = []
     for line in text.splitlines():

@@ -14,8 +14,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import read_object
 from jaxmodels.io.steps import steps
 from jaxmodels.models import names
+from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training.checkpoints import LOCK, UnknownModel, latest_model
 from jaxmodels.training.config import Config
@@ -48,18 +50,19 @@ def is_run(folder: Path) -> bool:
 def read_about(run: Path) -> About:
     """Read a run's config.json; raises ValueError if the folder holds no training run."""
     file = run / FILE
+    if not file.is_file():
+        raise ValueError(f"{run} holds no training run")
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = read_object(file)
         if about["format"] != FORMAT:
-            raise ValueError(f"{file} has format {about['format']}, this version reads {FORMAT}")
-        if not isinstance(about["config"], dict):
-            raise TypeError(f"config is a {type(about['config']).__name__}, must be an object")
+            raise ValueError(f"{file} has format {quoted(about['format'])}, this version reads {FORMAT}")
+        for name, kind in (("config", dict), ("script", str), ("sha256", str)):
+            if not isinstance(about[name], kind):
+                raise ValueError(f"{file} has {name}={quoted(about[name])}, must be a {kind.__name__}")
         original = {key: about[key] for key in ORIGINAL if key in about}
         return About(about["script"], about["config"], about["sha256"], about.get("standalone"), original)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{run} holds no training run") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} does not describe a training run: {error!r}") from None
+    except KeyError as error:
+        raise ValueError(f"{file} does not describe a training run: it has no {error}") from None
 
 
 def write_about(run: Path, experiment: Experiment[Any], sha256: str, original: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from jaxmodels.convert.companions import FILES
 from jaxmodels.convert.kinds.unusable import HF_WEIGHTS, check_hf, check_pointers, check_step, explain, explain_file
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import read_object, read_text
 from jaxmodels.io.steps import MARK
 
 Kind = Literal["model", "run", "neox", "hf"]
@@ -108,7 +108,7 @@ def hub_snapshot(folder: Path) -> Path | None:
     found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     main = folder / "refs" / "main"
     if main.is_file():
-        named = folder / "snapshots" / main.read_text(encoding="utf-8").strip()
+        named = folder / "snapshots" / read_text(main, 4096).strip()
         if named in found:
             return named
     if len(found) != 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import read_bytes, read_object
 from jaxmodels.io.content import POINTERS
 from jaxmodels.io.pretrained import chosen
 
@@ -267,7 +267,7 @@ def named_step(folder: Path) -> Path:
     """Folder that `latest` names, or the only global_step*, or `folder` itself."""
     latest = folder / "latest"
     if latest.is_file():
-        name = latest.read_bytes().decode("utf-8", "replace").strip()
+        name = read_bytes(latest, 4096).decode("utf-8", "replace").strip()
         named = folder / name if name and Path(name).name == name else folder
         return named if named.is_dir() else folder
     steps = [step for step in folder.glob("global_step*") if step.is_dir()]

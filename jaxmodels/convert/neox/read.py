@@ -1,7 +1,6 @@
 """GPT-NeoX checkpoints as a `Source`: the configuration is found and checked, shards are merged when they are read."""
 
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from jaxmodels.convert.neox.layout import (
 from jaxmodels.convert.neox.shards import Shard, Shards, config_files, find_step, open_step
 from jaxmodels.convert.neox.yaml import fields, read_yaml
 from jaxmodels.convert.source import Source, named
+from jaxmodels.io.bounded import read_object
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.sequential import is_buffer
@@ -263,9 +263,9 @@ def read_vocabulary(file: Path, rows: int) -> int | None:
     if not file.is_file():
         return None
     try:
-        n_vocab = json.loads(file.read_text(encoding="utf-8"))["n_vocab"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} must hold n_vocab: {error!r}") from None
+        n_vocab = read_object(file)["n_vocab"]
+    except KeyError:
+        raise ValueError(f"{file} must hold n_vocab") from None
     if not isinstance(n_vocab, int) or isinstance(n_vocab, bool) or not 1 <= n_vocab <= rows:
         raise ValueError(f"{file} has n_vocab={n_vocab!r}; it must be from 1 to the vocabulary's {rows} rows")
     return n_vocab

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, FREQUENCIES, READOUT, Form
+from jaxmodels.io.bounded import read_text
 from jaxmodels.io.torch_files import as_arrays, describe, numpy_globals, read_pt
 from jaxmodels.weights.names import is_floating
 from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
@@ -50,7 +51,7 @@ def find_step(folder: Path) -> Path:
     latest = folder / "latest"
     if latest.is_file():
         try:
-            name = latest.read_text(encoding="utf-8").strip()
+            name = read_text(latest, 4096).strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{latest} cannot be read: {error}") from None
         if not name or Path(name).name != name or not (folder / name).is_dir():

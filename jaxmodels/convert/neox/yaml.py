@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.io.bounded import read_text
 from jaxmodels.neox import NeoXConfig
 
 # Field of NeoXConfig, key, and default of an absent key; None: the field follows from the tensors, or is required.
@@ -52,6 +53,7 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
 ATTENTION = ("global", "flash")  # two implementations of full attention; other kinds are not supported
 # Required, as GPT-NeoX's default of an absent key is learned positions, which are not supported.
 EXPLICIT = ("pos_emb",)
+YAML_BYTES = 2**18  # GPT-NeoX's own have 5 kB; the parser reads 0.1 MB a second
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -67,7 +69,7 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for file in files:
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content = parsed(read_text(file, YAML_BYTES))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
             raise ValueError(f"{file} is not a YAML file: {one_line(error)}") from None
         if content is None:
@@ -80,6 +82,24 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
                 raise ValueError(f"{file} has {key}: {value!r}, but before it stands {key}: {settings[key]!r}")
             settings[key] = value
     return settings
+
+
+def parsed(text: str) -> Any:
+    """Content of a YAML text; raises yaml.YAMLError if it is not one, or repeats a list or mapping by an alias.
+
+    A few aliases of aliases of lists stand for more values than any memory holds, as soon as they are printed.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                if not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="an alias of a list or mapping", problem_mark=event.start_mark)
+            return super().compose_node(parent, index)
+
+    return yaml.load(text, Loader)
 
 
 def one_line(error: Exception) -> str:

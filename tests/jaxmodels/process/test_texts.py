@@ -1,8 +1,10 @@
 """Texts from elsewhere, on a terminal."""
 
+import io
+
 import pytest
 
-from jaxmodels.process.texts import quoted, shortened, visible
+from jaxmodels.process.texts import for_terminal, quoted, shortened, visible
 
 
 def test_control_characters_marks_and_lone_surrogates_are_escaped():
@@ -31,3 +33,12 @@ def test_a_nested_value_is_quoted():
     for _ in range(100_000):
         value = [value]
     assert "list" in quoted(value)
+
+
+def test_a_models_text_is_escaped_on_a_terminal_alone():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    assert for_terminal("a\x1b[2J\n\tb", Terminal()) == "a\\x1b[2J\n\tb"
+    assert for_terminal("a\x1b[2J", io.StringIO()) == "a\x1b[2J"

@@ -238,3 +238,35 @@ def test_the_writer_of_these_tests_says_what_we_say(config):
     ours = settings_of(config, 2, 7)
     theirs = {key.replace("-", "_"): value for key, value in settings(config, 2).items()}
     assert {key: ours[key] for key in theirs} == theirs
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1, 1]\nb: *a\n",
+        "\n".join(["a0: &a0 [x]", *(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(30))]),
+        "a: &a\n  b: *a\n",
+        "[" * 5000,
+        "{a: " * 5000,
+        "a: " + "1" * 5000,
+    ],
+    ids=["list", "laughs", "itself", "lists", "mappings", "digits"],
+)
+def test_a_file_that_would_swell_is_one_line(tmp_path, text):
+    file = tmp_path / "a.yml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=str(file)) as error:
+        fields(read_yaml([file]), "here")
+    assert len(str(error.value)) < 400
+
+
+def test_aliases_of_numbers_are_read(tmp_path):
+    assert read_yaml_text(tmp_path, "hidden-size: &d 12\nintermediate-size: *d\n") == {
+        "hidden_size": 12,
+        "intermediate_size": 12,
+    }
+
+
+def read_yaml_text(folder, text):
+    (folder / "a.yml").write_text(text)
+    return read_yaml([folder / "a.yml"])
