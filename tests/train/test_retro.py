@@ -59,6 +59,7 @@ def table(out: str) -> dict[str, float]:
     return {name: float(loss) for name, loss in rows}
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_with_its_plain_decoder_and_other_neighbors(run_and_output):
     run, out = run_and_output
     found = table(out)
@@ -97,6 +98,7 @@ def test_the_same_command_prints_the_comparison_again_without_work(run_and_outpu
         retro.main(other)
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_and_evaluated(run_and_output, text, capsys):
     run, _ = run_and_output
     for name in ("retrieval", "plain"):

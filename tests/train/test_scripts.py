@@ -94,6 +94,7 @@ def tiny(compile_cache):
     return [*map(str, TINY), "--no-tensorboard", "--compile-cache", str(compile_cache), "--steps", "3"]
 
 
+@pytest.mark.slow
 def test_rope_value_scores_its_answers(tiny, tmp_path, capsys):
     assert main(rope_value.RopeValue, "python -m train.rope_value", [*tiny, "--out", str(tmp_path / "run")]) == 0
     assert "0 of 64 answers right, such as" in capsys.readouterr().out
@@ -165,6 +166,7 @@ def saved_neox(folder, n_vocab: int = 61, **others):
     return model
 
 
+@pytest.mark.slow
 def test_neox_tunes_only_biases(tiny, tmp_path):
     (tmp_path / "sea.txt").write_text(TEXT)
     tokenize(str(tmp_path / "sea.txt"), tmp_path / "tokens")

@@ -45,6 +45,7 @@ def test_fast_path_equals_plain_and_the_torch_twin(variant, memory):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_dropout_draws_the_same_in_both_paths(variant):
     model, x, rng = transformer(variant, dropout_prob=0.3), normal(0, 5, 3, 6), jax.random.key(1)
     drawn = run(model, x, rng)

@@ -145,6 +145,7 @@ def test_weights_are_cast_where_asked(checkpoint):
         assert {array.dtype for array in jax.tree.leaves(model)} == {jnp.dtype(dtype or "float32")}
 
 
+@pytest.mark.slow
 def test_int8_writes_what_the_quantized_model_generates(checkpoint, cut, tokenizer, new, capsys):
     ids = jnp.asarray([tokenizer.encode(PROMPT).ids])
     quantized = np.asarray(generate(quantize(cut), ids, N))[0].tolist()

@@ -133,6 +133,7 @@ def test_rolling_log_likelihoods_are_those_of_hflm(both):
         {"max_gen_toks": 41, "temperature": 0.0},
     ],
 )
+@pytest.mark.slow
 def test_generated_texts_are_those_of_hflm(both, settings):
     contexts = [TEXT[n : n + length] for n, length in ((0, 3), (50, 31), (200, 17), (300, 90), (400, 300))]
     requests = [(context, dict(settings)) for context in contexts]
@@ -140,6 +141,7 @@ def test_generated_texts_are_those_of_hflm(both, settings):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_sampled_texts_depend_on_the_seed_alone(folder):
     from jaxmodels.scoring.lm_eval import JaxModelsLM
 

@@ -134,6 +134,7 @@ def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(new, tmp_path):
     assert "step 5: loss" not in out  # what the evaluation would have ended with
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_kill_before_the_configuration_was_written_do_not_matter(new, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -17,7 +17,11 @@ def test_a_configuration_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"format": 4}, r"format 4\b.*3"), ({"config": [1, 2]}, "config.*list"), ({"config": None}, "config.*NoneType")],
+    [
+        ({"format": 4}, r"format 4\b.*3"),
+        ({"config": [1, 2]}, r"config=\[1, 2\].*dict"),
+        ({"config": None}, "config=None.*dict"),
+    ],
 )
 def test_another_content_is_refused_by_name(tmp_path, change, match):
     (tmp_path / "config.json").write_text(json.dumps(ABOUT | change))

@@ -22,6 +22,7 @@ def values(found):
     return {check.kind: check for check in found.checks}
 
 
+@pytest.mark.slow
 def test_a_language_model_has_every_variant_but_devices(ids):
     """A process of the suite has one device; `parity --invariances` has eight."""
     found = parity.invariances(language_model("rotary", n_layers=1), ids, labels=ids)

@@ -135,7 +135,7 @@ MUTATIONS = [
 ]
 
 
-QUICK = {another_activation, memory_of_the_step_itself_is_visible, slots_not_rotated}
+QUICK = {memory_of_the_step_itself_is_visible, slots_not_rotated}
 PARAMETERS = [
     pytest.param(*mutation, id=mutation[0].__name__, marks=[] if mutation[0] in QUICK else pytest.mark.slow)
     for mutation in MUTATIONS

@@ -23,6 +23,7 @@ def test_planted_errors_are_found_and_named_and_the_unbroken_case_raises_no_alar
     assert "mutants" not in alone
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_from_its_state(tmp_path, capsys, monkeypatch):
     file = tmp_path / "state.jsonl"
     command = ["synthesizer.dense_layer", "--seeds", "1", "--state", str(file)]

@@ -63,7 +63,7 @@ def published(tmp_path_factory):
         ([f"config.json:{NEOX}", "model.safetensors.incomplete"], "unfinished download"),
         (["config.json:{}", "model.safetensors"], "without model_type"),
         (['config.json:{"model_type": "bert"}', "modules.json"], "model_type 'bert'"),
-        (["config.json:[1]"], r"config\.json .*list"),
+        (["config.json:[1]"], r"config\.json holds \[1\]"),
         (["config.json:{"], r"config\.json "),
         (["model.safetensors"], r"model\.safetensors without a config\.json"),
         (["checkpoint-500/config.json", "checkpoint-1000/config.json"], "Trainer.*checkpoint-1000.*checkpoint-500"),

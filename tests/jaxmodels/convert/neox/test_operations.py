@@ -205,6 +205,7 @@ def test_a_flax_folder_is_opened_without_being_read(source, tmp_path):
     assert opened.tensors.keys() == state.keys()
 
 
+@pytest.mark.slow
 def test_the_command_itself_and_its_help(source, tmp_path):
     folder, _ = source
     run = [sys.executable, "-W", "error", "-m", "jaxmodels.convert"]

@@ -41,6 +41,7 @@ def test_what_is_written_is_what_the_full_forward_says_of_it(retriever, prompt, 
     assert (np.asarray(without) != written).any()
 
 
+@pytest.mark.slow
 def test_rows_with_left_padding_write_as_if_alone(retriever):
     retro, x = Retrieving(model(scale=1.0), retriever), token_ids(1, 2, 9)
     together = generate.generate(retro, x, 6, start=jnp.array([0, 5]))
