@@ -31,7 +31,7 @@ from parity.measure.explain import NAMED, explained
 from parity.measure.memory import free, too_large
 from parity.measure.optimizers import OPTIMIZERS, Training
 from parity.measure.plain import fused, has_plain
-from parity.measure.reference import Reference, Values, agreeing, judged, judged_narrow, round_trip
+from parity.measure.reference import Reference, Values, judged, judged_narrow, round_trip
 from parity.measure.train_mode import TRAINING_MODE, in_training, train_mode
 from parity.report.report import Report
 from parity.report.results import Check
@@ -269,9 +269,7 @@ class Readings:
         self.drop_side()
         yield from self.trained(ours, why.allowed)
         for kind, of_kind in narrow.items():
-            yield judged_narrow(
-                kind, "float32", of_kind, own[kind], why.rounding.get(kind, {}) | agreeing(values[kind])
-            )
+            yield judged_narrow(kind, "float32", of_kind, own[kind], why.rounding.get(kind))
 
     def narrow(self) -> tuple[Values, Values]:
         """Values of Flax and PyTorch in float32, as the modules run; one side after the other."""

@@ -46,17 +46,11 @@ def judged_narrow(
     """A check in a narrower dtype: over the prediction and over twice PyTorch's own value, a tensor fails.
 
     wide: values in float64 that are rounding: what an algorithm loses there, such as a long sum, it loses here too.
-    PyTorch's own value does not show it: of a tensor with few elements, it may be small by chance.
     """
     wide = wide or {}
     limits = {name: max(PREDICTED, OWN * own.get(name, 0.0), WIDE * wide.get(name, 0.0)) for name in values}
     check = judged(kind, precision, values, limits)
     return dataclasses.replace(check, own=own.get(check.worst))
-
-
-def agreeing(values: Mapping[str, float]) -> dict[str, float]:
-    """Values in float64 that are within the limit: the mathematics agrees, and the rest is rounding."""
-    return {name: value for name, value in values.items() if value <= LIMIT}
 
 
 def round_trip(comparison: Comparison) -> Check:
