@@ -145,23 +145,10 @@ def torch_calls(
     import torch
     from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
+    from jaxmodels.convert.hf.config import hf_config
     from jaxmodels.generate.loop import capacity
 
-    theirs = GPTNeoXConfig(
-        vocab_size=config.n_vocab,
-        hidden_size=config.n_hidden,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        intermediate_size=config.d_ff,
-        hidden_act="gelu_fast",
-        max_position_embeddings=config.max_len,
-        use_parallel_residual=config.parallel_residual,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": config.rope_base,
-            "partial_rotary_factor": config.rope_percentage,
-        },
-    )
+    theirs = GPTNeoXConfig.from_dict(hf_config(config, options.dtype, {}))
     device = {"cpu": "cpu", "gpu": "cuda"}[options.device]
     model = GPTNeoXForCausalLM(theirs).eval().to(device, getattr(torch, options.dtype))
     prompt = torch.as_tensor(ids, device=device)

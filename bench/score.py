@@ -91,18 +91,9 @@ def models(config: Any) -> tuple[Any, Any]:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from jaxmodels.convert.hf import load_hf
+    from jaxmodels.convert.hf.config import hf_config
 
-    theirs = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=config.n_vocab,
-            hidden_size=config.n_hidden,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            intermediate_size=config.d_ff,
-            hidden_act="gelu_fast",
-            max_position_embeddings=config.max_len,
-        )
-    ).eval()
+    theirs = GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(hf_config(config, "float32", {}))).eval()
     for parameter in theirs.parameters():  # larger than initial weights, so that the losses differ as a trained model's
         if parameter.ndim > 1:
             parameter.mul_(3)

@@ -104,7 +104,7 @@ def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
 
 
 class Beside(Protocol):
-    """What is saved beside a model: entries of its config.json, and files."""
+    """Entries of a model's config.json and files that are saved beside it."""
 
     def in_config(self) -> dict[str, Any]: ...
     def write(self, folder: Path) -> None: ...

@@ -1,4 +1,4 @@
-"""What is fuzzed: a small valid example of every kind of file that somebody else may have made, and its reader."""
+"""Targets of the fuzzer: a small valid example of every kind of file that others may have made, and its reader."""
 
 import dataclasses
 import json

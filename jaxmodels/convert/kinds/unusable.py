@@ -231,7 +231,7 @@ def check_pointers(folder: Path, patterns: Iterable[str]) -> None:
 
 
 def pointer_text(path: Path) -> str | None:
-    """What a file is that stands for another one; None for any other file."""
+    """Describe a file that stands for another one; None for any other file."""
     if not path.is_file() or path.stat().st_size > POINTER_BYTES * 50:
         return None
     with path.open("rb") as file:

@@ -266,6 +266,8 @@ def read_vocabulary(file: Path, rows: int) -> int | None:
         n_vocab = read_object(file)["n_vocab"]
     except KeyError:
         raise ValueError(f"{file} must hold n_vocab") from None
+    except ValueError as error:
+        raise ValueError(f"{file} must hold n_vocab: {error}") from None
     if not isinstance(n_vocab, int) or isinstance(n_vocab, bool) or not 1 <= n_vocab <= rows:
         raise ValueError(f"{file} has n_vocab={n_vocab!r}; it must be from 1 to the vocabulary's {rows} rows")
     return n_vocab

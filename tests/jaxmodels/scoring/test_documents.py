@@ -50,7 +50,7 @@ def whole(model, inputs: jax.Array) -> jax.Array:
 
 
 def log_probs(model, ids, length: int | None = None) -> np.ndarray:
-    """Of ids[1:], from whole logits; the sequence is padded to a length if that is given."""
+    """Log-probabilities of ids[1:], from whole logits; the sequence is padded to a length if that is given."""
     inputs = np.asarray(ids[:-1])
     padded = np.pad(inputs, (0, (length or len(inputs)) - len(inputs)))
     return np.asarray(whole(model, jnp.asarray(padded)))[np.arange(len(inputs)), ids[1:]]

@@ -114,7 +114,7 @@ def test_a_vocabulary_file_that_says_nothing(tmp_path, text):
     write(tmp_path / "source")
     save_neox(load_neox(tmp_path / "source"), tmp_path / "out", 2)
     (tmp_path / "out" / "configs" / "vocabulary.json").write_text(text)
-    with pytest.raises(ValueError, match=r"vocabulary\.json (is truncated|holds \[\]|.*n_vocab)"):
+    with pytest.raises(ValueError, match=r"vocabulary\.json .*n_vocab"):
         load_neox(tmp_path / "out")
 
 
