@@ -34,10 +34,10 @@ def main() -> None:
     from rich.console import Console
 
     from bench.timing import alternate, report, stamp
+    from jaxmodels.process.signals import Stop
     from jaxmodels.training import metrics
     from jaxmodels.training.config import Options
     from jaxmodels.training.loop import Loop, StepMetrics, Trainer
-    from jaxmodels.training.signals import Stop
     from train import rope
 
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "shown", "w", encoding="utf-8") as shown:

@@ -31,11 +31,13 @@ COMMANDS = {
     "quantize": Command("jaxmodels.convert.command", "write a GPT-NeoX checkpoint with int8 weights", ("quantize",)),
     "generate": Command("jaxmodels.generate.command", "continue prompts with a model"),
     "neighbors": Command("jaxmodels.retro.retrieval.command", "print the nearest chunks of a RETRO index for a text"),
-    "evaluate": Command("jaxmodels.training.evaluate", "loss, perplexity and bits per byte of a model on a text"),
+    "evaluate": Command(
+        "jaxmodels.training.commands.evaluate", "loss, perplexity and bits per byte of a model on a text"
+    ),
     "lm-eval": Command("jaxmodels.scoring.lm_eval", "tasks of lm-evaluation-harness, with lm-eval's own arguments"),
-    "sample": Command("jaxmodels.training.sample", "write text with the model of a training run"),
+    "sample": Command("jaxmodels.training.commands.sample", "write text with the model of a training run"),
     "tokenize": Command("jaxmodels.training.tokenize", "encode a text once, for training"),
-    "plot": Command("jaxmodels.training.plot", "draw the loss curves of training runs"),
+    "plot": Command("jaxmodels.training.commands.plot", "draw the loss curves of training runs"),
     "clean": Command("jaxmodels.io.clean", "list and remove what killed runs left behind"),
     "plan": Command("jaxmodels.training.plan.command", "compile a training step for a TPU slice: memory and speed"),
 }

@@ -122,7 +122,7 @@ def test_a_training_command_of_a_page_is_accepted(page, program, flags, monkeypa
             check_plan(arguments)
     elif program not in EXPERIMENTS:
         if arguments:
-            accepted(importlib.import_module(f"jaxmodels.training.{program}").parser("program"), arguments)
+            accepted(importlib.import_module(COMMANDS[program].module).parser("program"), arguments)
     else:
         monkeypatch.setattr(
             script, "saved_config", lambda kind, run: kind.config_class.of_preset(kind.config_class.PRESETS[0])

@@ -21,7 +21,7 @@ PROGRAMS = {
     "jaxmodels.neox.generate",
     "jaxmodels.retro.neighbors",
     "jaxmodels.retro.retrieval.command",
-    "jaxmodels.training.sample",
+    "jaxmodels.training.commands.sample",
     "jaxmodels.scoring.lm_eval",
     "parity.command",
     "parity.mutations",

@@ -13,7 +13,8 @@ from flax import nnx
 import jaxmodels
 from jaxmodels import sharding
 from jaxmodels.layers import Dropout, Embed
-from jaxmodels.training import distributed, step
+from jaxmodels.process import distributed
+from jaxmodels.training import step
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"{i} men and {i * i % 89} women went to sea [in a boat]. The end.\n" for i in range(97))

@@ -38,6 +38,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.table import Table
 
+from jaxmodels.process.signals import interruptible
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import embedder_of
@@ -64,7 +65,6 @@ from jaxmodels.training.experiment import Experiment, Interrupted, check_unchang
 from jaxmodels.training.loop import Evaluation, Result
 from jaxmodels.training.run import check_folder
 from jaxmodels.training.script import Session, as_program, parse
-from jaxmodels.training.signals import interruptible
 from jaxmodels.training.step import Batch, Program, State, put
 from jaxmodels.training.tokenize import Tokens
 from jaxmodels.weights.names import dotted, flat_arrays

@@ -30,10 +30,10 @@ import tyro
 from flax import nnx
 
 from jaxmodels.generate import generate
+from jaxmodels.process.distributed import to_host
 from jaxmodels.text import CharVocabulary, Vocabulary
 from jaxmodels.training.config import TransformerConfig
 from jaxmodels.training.data import Example, Task
-from jaxmodels.training.distributed import to_host
 from jaxmodels.training.experiment import Experiment, Interrupted, never
 from jaxmodels.training.script import run_script
 from jaxmodels.transformer import AutoregressiveTransformer

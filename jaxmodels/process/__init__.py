@@ -1,1 +1,1 @@
-"""The process of a command: exit codes, missing optional packages, memory of the C library. Knows no model."""
+"""The process of a command: exit codes, signals, other processes, missing optional packages, memory. Knows no model."""

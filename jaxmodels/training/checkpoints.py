@@ -32,8 +32,8 @@ from jaxmodels.io.bounded import read_object
 from jaxmodels.io.checkpoint import read_arrays, read_config
 from jaxmodels.io.steps import FORMAT, MARK, latest_step, problem, steps
 from jaxmodels.models import describe, names
+from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.texts import visible
-from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.step import Program, State
 
 LOCK = ".lock"

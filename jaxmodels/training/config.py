@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from jaxmodels.training.distributed import Processes
+from jaxmodels.process.distributed import Processes
 from jaxmodels.training.optimizers import OptimizerName, ScheduleName, make_schedule
 from jaxmodels.training.step import Numerics, Precision, Remat
 

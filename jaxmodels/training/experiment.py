@@ -42,12 +42,12 @@ import jaxmodels
 from jaxmodels.generate import Sampling
 from jaxmodels.generate.loop import Decoding
 from jaxmodels.models import build, describe, name_of
+from jaxmodels.process.distributed import to_host
 from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.config import Config
 from jaxmodels.training.data import Example, Task, Windows, endless
-from jaxmodels.training.distributed import to_host
 from jaxmodels.training.ngram import NGram
 from jaxmodels.training.optimizers import adam, adamw, make_schedule
 from jaxmodels.training.original import Original

@@ -16,17 +16,17 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxmodels.process.distributed import agree, is_first
+from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import Checkpoints, Position
 from jaxmodels.training.config import Options
 from jaxmodels.training.data import Batches, Example, Task, in_batches, stack
-from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.experiment import Experiment, missing_decoding
 from jaxmodels.training.plan import flops
 from jaxmodels.training.run import has_begun, read_about, write_about
-from jaxmodels.training.signals import Stop
 from jaxmodels.training.step import Batch, Metrics, Program, State, stop_sharding, without_optimizer
 
 

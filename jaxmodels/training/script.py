@@ -15,13 +15,13 @@ from rich.console import Console
 
 from jaxmodels.process import programs
 from jaxmodels.process.allocator import keep_freed_memory
+from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.extras import require
+from jaxmodels.process.signals import Stop, interruptible
 from jaxmodels.training.config import Config, Options
-from jaxmodels.training.distributed import agree, is_first
 from jaxmodels.training.experiment import ConfigT, Experiment
 from jaxmodels.training.loop import Result, Trainer
 from jaxmodels.training.run import check_folder, saved_config
-from jaxmodels.training.signals import Stop, interruptible
 
 require("train", "tyro")
 import tyro  # noqa: E402

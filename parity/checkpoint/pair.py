@@ -13,7 +13,7 @@ from parity.checkpoint.opened import Checkpoint, Source, abstract, is_source, is
 from parity.checkpoint.reference import NEOX_FIELDS, cast_like, reference
 from parity.compare.arguments import described, is_torch
 from parity.compare.sides.torch_copy import copied
-from parity.compare.weights.kept import Kept
+from parity.compare.weights.twins import Kept
 
 
 class Opened(NamedTuple):

@@ -37,8 +37,8 @@ from parity.compare.sides.adapters import as_module, returned
 from parity.compare.sides.dtypes import computing_in
 from parity.compare.sides.jax_side import JaxSide
 from parity.compare.weights import Mapped, OwnWeights, TorchModule, Twins, Weights, weights_of
-from parity.compare.weights.kept import Kept, kept_or
 from parity.compare.weights.resolve import difference, resolved
+from parity.compare.weights.twins import Kept, kept_or
 
 if TYPE_CHECKING:
     from parity.compare.sides.torch_side import TorchSide

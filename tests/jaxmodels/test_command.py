@@ -52,8 +52,8 @@ def test_a_subcommand_gets_its_arguments_and_its_name(called):
     assert main(["plot", "--help", "run"]) == 3
     assert main(["sample", "run"], prog="python -m jaxmodels") == 3
     assert called == [
-        ("jaxmodels.training.plot", ["--help", "run"], "jaxmodels plot"),
-        ("jaxmodels.training.sample", ["run"], "python -m jaxmodels sample"),
+        ("jaxmodels.training.commands.plot", ["--help", "run"], "jaxmodels plot"),
+        ("jaxmodels.training.commands.sample", ["run"], "python -m jaxmodels sample"),
     ]
 
 

@@ -18,8 +18,9 @@ from jaxmodels.retro.retrieval.embedders import HashedNGrams
 from jaxmodels.retro.retrieval.examples import Lookup, Samples, attach, make_once, samples_of, start_positions
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import CharVocabulary
-from jaxmodels.training import evaluate, metrics, sample
+from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import latest_model
+from jaxmodels.training.commands import evaluate, sample
 from jaxmodels.training.data import Windows
 from tests.train_common import TEXT, start_two
 from train import retro

@@ -14,8 +14,9 @@ from flax import nnx
 
 import jaxmodels
 from jaxmodels.text import CharVocabulary, load_vocabulary
-from jaxmodels.training import evaluate, metrics, plot, sample
+from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import latest_model
+from jaxmodels.training.commands import evaluate, plot, sample
 from jaxmodels.training.experiment import continue_text
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.tokenize import tokenize

@@ -15,8 +15,9 @@ from jaxmodels.generate.command import default_prompt
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.sharding import make_mesh
 from jaxmodels.text import ByteVocabulary, CharVocabulary
-from jaxmodels.training import metrics, sample
+from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import latest_model
+from jaxmodels.training.commands import sample
 from jaxmodels.training.script import main
 from jaxmodels.training.tokenize import tokenize
 from jaxmodels.transformer import AutoregressiveTransformer

@@ -18,10 +18,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.retro.retrieval.corpus import Corpus, sharing
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.training.data import Example, Windows
-from jaxmodels.training.distributed import agree, is_first
 
 Made = TypeVar("Made")
 Kind = Literal["nearest", "filtered", "random"]

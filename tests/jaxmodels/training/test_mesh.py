@@ -22,10 +22,10 @@ from jaxmodels.io.steps import steps
 from jaxmodels.layers import constrain, hooks
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
+from jaxmodels.process.distributed import VARIABLES, Processes
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.sharding import check_batch, make_mesh, parameter_specs, parse_sizes
 from jaxmodels.text import CharVocabulary
-from jaxmodels.training.distributed import VARIABLES, Processes
 from jaxmodels.training.metrics import read
 from jaxmodels.training.script import main
 from jaxmodels.transformer import AutoregressiveTransformer
@@ -149,7 +149,7 @@ import jaxmodels
 from jaxmodels.neox import NeoX
 from jaxmodels.weights.names import flat_arrays
 from jaxmodels.training.checkpoints import open_model
-from jaxmodels.training.evaluate import open_checkpoint, parser
+from jaxmodels.training.commands.evaluate import open_checkpoint, parser
 from jaxmodels.sharding import make_mesh, parameter_specs
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")

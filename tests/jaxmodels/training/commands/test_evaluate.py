@@ -18,7 +18,8 @@ from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.scoring import score
 from jaxmodels.text import CharVocabulary
-from jaxmodels.training import evaluate, run
+from jaxmodels.training import run
+from jaxmodels.training.commands import evaluate
 from jaxmodels.training.data import Windows, stack
 from jaxmodels.training.run import write_about
 from jaxmodels.training.step import token_losses

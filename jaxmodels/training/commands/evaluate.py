@@ -16,6 +16,7 @@ from jaxmodels.convert import kinds
 from jaxmodels.convert.open import open_source
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.process import programs
+from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
 from jaxmodels.scoring import score
 from jaxmodels.scoring.files import as_json, read_documents, table
@@ -26,7 +27,6 @@ from jaxmodels.training.data import Example, Windows
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.loop import Evaluation
 from jaxmodels.training.run import is_run, open_run, read_about, saved_experiment
-from jaxmodels.training.signals import Stop
 from jaxmodels.training.step import Numerics, Precision, Program, token_losses
 
 PROGRAM = "python -m train.evaluate"

@@ -1,0 +1,1 @@
+"""Commands on training runs, subcommands of `jaxmodels`: evaluate, sample, plot."""
