@@ -5,11 +5,13 @@ read, up to a size. A JSON text of that size takes about twenty times as much me
 of empty lists.
 """
 
+import hashlib
+import io
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from jaxmodels.io.content import explained
 from jaxmodels.process.texts import quoted
@@ -19,7 +21,7 @@ TOKENIZER_BYTES = 2**26  # of a tokenizer.json, or a vocabulary that holds one; 
 TEXT_BYTES = 2**28  # of any other text
 
 
-def open_regular(file: str | os.PathLike) -> BinaryIO:
+def open_regular(file: str | os.PathLike) -> io.BufferedReader:
     """Open a regular file to read bytes; raises ValueError, naming it, for a folder, a FIFO, a device or a socket.
 
     Raises OSError as `open` does.
@@ -49,6 +51,15 @@ def read_bytes(file: str | os.PathLike, limit: int = TEXT_BYTES) -> bytes:
     if len(content) > limit:  # files of /proc have no size, and another process may append
         raise ValueError(f"{file} has more than {limit:,} bytes")
     return content
+
+
+def sha256_of(file: str | os.PathLike, limit: int | None = None) -> str:
+    """SHA-256 of a regular file, in hexadecimal; raises as `read_bytes`, by default for no size."""
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if limit is not None and size > limit:
+            raise ValueError(f"{file} has {size:,} bytes; at most {limit:,} are read")
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_text(file: str | os.PathLike, limit: int = TEXT_BYTES) -> str:

@@ -11,6 +11,8 @@ memory, and copies what it reads.
 
 import collections
 import concurrent.futures
+import contextlib
+import gc
 import io
 import json
 import math
@@ -57,6 +59,19 @@ FLUSH_BYTES = 256_000_000
 Progress = Callable[[int], None]
 
 
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Pause the garbage collector, which would visit the objects of a long header again and again: it has no cycles."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@without_collector()
 def read_file(file: Path) -> dict[str, np.ndarray]:
     """Tensors of one file by name, memory-mapped and read-only.
 

@@ -3,7 +3,7 @@
     STEM.safetensors   "state/…"                              the weights, in the module's own dtypes
                        "inputs/…", "labels", "targets/…"      arguments of the call, and of the loss
                        "output/…", "parameter gradients/…", "input gradients/…"      the results, in float64
-    STEM.json          {"format": 2, "name": …, and the fields below}
+    STEM.json          {"format": 3, "sha256": of STEM.safetensors, "name": …, and the fields below}
 
 "noise" is the rounding noise of these results in float64, and "own values" are PyTorch's values in float32 in units of
 float32's, by kind and tensor; see `parity.compare.noise`. "model" is the name and the
@@ -20,12 +20,16 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import read_object, sha256_of
 from jaxmodels.io.safetensors import read_file, write_file
+from jaxmodels.process.texts import quoted, shortened
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Kinds
 from parity.compare.noise import Noise
 
-FORMAT = 2
+FORMAT = 3  # older ones do not bind the tensors to the JSON
+TENSOR_BYTES = 2**32  # of a fixture's tensors, all of which are read
+LONGEST = 400  # characters of a reason
 KINDS = ("output", "parameter gradients", "input gradients")
 SHIPPED = Path(__file__).parent / "fixtures"
 
@@ -85,52 +89,111 @@ def files_of(stem: str | os.PathLike) -> tuple[Path, Path]:
 
 
 def write(stem: str | os.PathLike, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Write both files atomically, the JSON last: without it there is no fixture."""
+    """Write both files atomically, the JSON last: without it, or with that of other tensors, there is no fixture."""
     tensors_file, about_file = files_of(stem)
-    with atomic_file(about_file) as temporary_about:
-        temporary_about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        with atomic_file(tensors_file) as temporary_tensors:
-            contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-            write_file(temporary_tensors, contiguous)
+    with atomic_file(about_file) as temporary_about, atomic_file(tensors_file) as temporary_tensors:
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        write_file(temporary_tensors, contiguous)
+        bound = {"format": FORMAT, "sha256": sha256_of(temporary_tensors), **about}
+        temporary_about.write_text(json.dumps(bound, indent=2) + "\n", encoding="utf-8")
 
 
 def read(stem: str | os.PathLike) -> Fixture:
-    """Read a recording; raises ValueError that names the file if one is missing, damaged or of another format."""
+    """Read a recording.
+
+    Raises ValueError, naming the file, if one is missing, damaged or of another format, or if the tensors are not those
+    of the JSON.
+    """
     tensors_file, about_file = files_of(stem)
+    if missing := [str(file) for file in (about_file, tensors_file) if not file.exists()]:
+        raise ValueError(f"stem={stem} is not a fixture: {' and '.join(missing)} does not exist")
     try:
-        about = json.loads(about_file.read_text(encoding="utf-8"))
+        about = read_object(about_file)
         if about["format"] != FORMAT:
-            raise ValueError(f"format={about['format']} must be {FORMAT}; record it again")
-        groups: dict[str, dict[str, np.ndarray]] = {}
-        for key, tensor in read_file(tensors_file).items():
-            kind, _, name = key.partition("/")
-            groups.setdefault(kind, {})[name] = np.array(tensor)
-        named = groups["inputs"]
-        args = tuple(named.pop(f"input {i}") for i in range(about["positional"]))
-        return Fixture(
-            name=about["name"],
-            model=about["model"],
-            inputs=Inputs(args, named),
-            labels=groups["labels"][""] if "labels" in groups else None,
-            targets=groups.get("targets") or {name: np.zeros(()) for name in groups["output"]},
-            state=groups.get("state", {}),
-            results={kind: groups[kind] for kind in KINDS if kind in groups},
-            noises={
-                kind: {n: Noise(*map(float, pair)) for n, pair in of.items()} for kind, of in about["noise"].items()
-            },
-            own_values=about["own values"],
-            zero_gradients=tuple(about["zero gradients"]),
-            untrained=tuple(about["untrained"]),
-            layers=about["layers"],
-            names=about["names"],
-            torch=about["torch"],
-        )
-    except FileNotFoundError:
-        raise ValueError(f"stem={stem} is not a fixture: {about_file} or {tensors_file} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"stem={about_file.with_suffix('')} is not a fixture written by parity.record: {error}"
-        ) from error
+            raise ValueError(
+                f"format={quoted(about['format'])} must be {FORMAT}; record it again, with parity.record or "
+                "parity --record FOLDER"
+            )
+        if sha256_of(tensors_file, TENSOR_BYTES) != about["sha256"]:
+            raise ValueError(f"{tensors_file.name} has another sha256 than {about_file.name}: it is damaged or another")
+        return fixture_of(about, read_file(tensors_file))
+    except KeyError as error:
+        reason = f"it has no {quoted(error.args[0])}"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = shortened(str(error), LONGEST)
+    raise ValueError(f"stem={about_file.with_suffix('')} is not a fixture written by parity.record: {reason}")
+
+
+def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Fixture:
+    """Fixture from the content of its files; raises ValueError, KeyError or TypeError if a field is not as written."""
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        groups.setdefault(kind, {})[name] = tensor
+    named = groups["inputs"]
+    positional = [f"input {i}" for i in range(number_of(about, "positional", len(named)))]
+    args = tuple(named.pop(name) for name in positional)
+    model = about["model"]
+    if model is not None and not (isinstance(model, dict) and isinstance(model["config"], dict)):
+        raise ValueError(f"model={quoted(model)} must be null or an object of model and config")
+    results = {kind: groups[kind] for kind in KINDS if kind in groups}
+    noises = {kind: {n: Noise(*pair) for n, pair in of.items()} for kind, of in numbers_of(about, "noise", 2).items()}
+    own = {kind: {n: value for n, (value,) in of.items()} for kind, of in numbers_of(about, "own values", 1).items()}
+    for field, held in (("noise", noises), ("own values", own)):
+        if lacking := [f"{kind}/{n}" for kind, of in results.items() for n in of if n not in held.get(kind, {})]:
+            raise ValueError(f"{field} lacks {quoted(lacking[0])}")
+    return Fixture(
+        name=text_of(about, "name"),
+        model=model,
+        inputs=Inputs(args, named),
+        labels=groups["labels"][""] if "labels" in groups else None,
+        targets=groups.get("targets") or {name: np.zeros(()) for name in groups["output"]},
+        state=groups.get("state", {}),
+        results=results,
+        noises=noises,
+        own_values=own,
+        zero_gradients=tuple(texts_of(about, "zero gradients", list)),
+        untrained=tuple(texts_of(about, "untrained", list)),
+        layers=texts_of(about, "layers", dict),
+        names=texts_of(about, "names", dict),
+        torch=text_of(about, "torch"),
+    )
+
+
+def text_of(about: Mapping[str, Any], field: str) -> str:
+    """Field that is a string."""
+    if not isinstance(about[field], str):
+        raise ValueError(f"{field}={quoted(about[field])} must be a string")
+    return str(about[field])
+
+
+def texts_of(about: Mapping[str, Any], field: str, kind: type) -> Any:
+    """Field that is a list of strings, or an object of strings."""
+    value = about[field]
+    held = (*value.values(), *value) if isinstance(value, dict) else value
+    if not isinstance(value, kind) or not all(isinstance(text, str) for text in held):
+        raise ValueError(f"{field}={quoted(value)} must be {'an object' if kind is dict else 'a list'} of strings")
+    return value
+
+
+def number_of(about: Mapping[str, Any], field: str, most: int) -> int:
+    """Field that is an integer from 0 to `most`."""
+    value = about[field]
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{field}={quoted(value)} must be an integer from 0 to {most}")
+    return value
+
+
+def numbers_of(about: Mapping[str, Any], field: str, length: int) -> dict[str, dict[str, list[float]]]:
+    """Field with `length` numbers for each kind of results and each tensor."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for kind, tensors in about[field].items():
+        for name, value in tensors.items():
+            numbers = value if isinstance(value, list) else [value]
+            if len(numbers) != length or not all(type(number) in (int, float) for number in numbers):
+                raise ValueError(f"{field} of {quoted(f'{kind}/{name}')} is {quoted(value)}, must be {length} numbers")
+            found.setdefault(kind, {})[name] = [float(number) for number in numbers]
+    return found
 
 
 def stems(folder: str | os.PathLike) -> list[Path]:

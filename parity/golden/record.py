@@ -13,7 +13,7 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare.comparison import Comparison
 from parity.compare.noise import ULPS
 from parity.compare.weights import aliases
-from parity.golden.fixture import FORMAT, files_of, write
+from parity.golden.fixture import files_of, write
 from parity.measure.reference import Reference
 
 
@@ -80,7 +80,6 @@ def write_recording(
     tensors = {f"{group}/{key}": array for group, arrays in groups.items() for key, array in arrays.items()}
     tensors |= {} if batch.labels is None else {"labels": batch.labels}
     about = {
-        "format": FORMAT,
         "name": name or files_of(stem)[0].stem,
         "model": model,
         "positional": len(batch.inputs.args),

@@ -9,7 +9,6 @@ FAISS does not check what it reads: a damaged file may allocate any amount of me
 its file to about.json, and is compared before FAISS sees the file.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import read_object, sha256_of
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.texts import quoted
 from jaxmodels.retro.retrieval.corpus import Corpus
@@ -101,15 +100,6 @@ def read_searcher(folder: Path, about: dict[str, Any], width: int) -> Any:
             f"{file} has {searcher.ntotal} chunks of width {searcher.d}, about.json {about['added']} of width {width}"
         )
     return searcher
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's content; raises ValueError if it cannot be read."""
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def import_faiss() -> Any:

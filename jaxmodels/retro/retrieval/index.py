@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import sha256_of
 from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
 from jaxmodels.retro.retrieval.files import (
@@ -27,7 +28,6 @@ from jaxmodels.retro.retrieval.files import (
     read_corpus,
     read_searcher,
     reason,
-    sha256_of,
     write_about,
 )
 

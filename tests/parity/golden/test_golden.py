@@ -93,7 +93,7 @@ def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
         parity.replay(jnp.tanh, stem)
     about = json.loads(stem.with_suffix(".json").read_text())
     stem.with_suffix(".json").write_text(json.dumps(about | {"format": 1}))
-    with pytest.raises(ValueError, match=r"mlp\b.*format=1\b.*2"):
+    with pytest.raises(ValueError, match=r"mlp\b.*format=1\b.*3;.*parity\.record"):
         parity.replay(flax_module, stem)
     stem.with_suffix(".json").write_text(json.dumps(about))
     stem.with_suffix(".safetensors").write_bytes(stem.with_suffix(".safetensors").read_bytes()[:-3])
@@ -101,6 +101,49 @@ def test_damaged_and_missing_fixtures_are_named(recorded, tmp_path):
         parity.replay(flax_module, stem)
     with pytest.raises(ValueError, match=r"stem=.*nowhere"):
         parity.record(*mlp()[::2], tmp_path / "nowhere" / "mlp")
+
+
+def test_tensors_of_another_recording_are_refused(recorded, tmp_path):
+    """Same names, shapes and format, other values: only the hash tells."""
+    flax_module, stem = recorded
+    torch_module, _, x = mlp()
+    parity.record(torch_module, {"x": 2 * x}, tmp_path / "other")
+    shutil.copy(tmp_path / "other.safetensors", tmp_path / "mlp.safetensors")
+    with pytest.raises(ValueError, match=r"mlp\.safetensors has another sha256 than mlp\.json"):
+        parity.replay(flax_module, stem)
+    with open(tmp_path / "mlp.safetensors", "wb") as opened:
+        opened.truncate(10**12)
+    with pytest.raises(ValueError, match=r"mlp\.safetensors has 1,000,000,000,000 bytes"):
+        parity.replay(flax_module, stem)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("positional", 10**9),
+        ("positional", True),
+        ("positional", -1),
+        ("noise", {}),
+        ("noise", {"output": {"output": [1.0]}}),
+        ("noise", {"output": {"output": ["1", 2]}}),
+        ("own values", {"output": {"output": None}}),
+        ("own values", []),
+        ("names", {"up.weight": 3}),
+        ("layers", ["up"]),
+        ("untrained", "up.weight"),
+        ("name", ["mlp"]),
+        ("model", {"model": "NeoX"}),
+        ("sha256", None),
+    ],
+)
+def test_a_field_that_is_not_as_written_is_one_short_line(recorded, field, value):
+    file = recorded[1].with_suffix(".json")
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | {field: value}))
+    with pytest.raises(ValueError, match=r"mlp is not a fixture") as error:
+        read(recorded[1])
+    assert len(str(error.value)) < 1000
+    assert "\n" not in str(error.value)
 
 
 def test_a_recording_that_fails_leaves_the_old_one(recorded, tmp_path, monkeypatch):
