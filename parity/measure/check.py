@@ -32,6 +32,7 @@ from parity.measure.memory import free, too_large
 from parity.measure.optimizers import OPTIMIZERS, Training
 from parity.measure.plain import fused, has_plain
 from parity.measure.reference import Reference, Values, judged, judged_narrow, round_trip
+from parity.measure.refine import doubtful, refined, rescaled
 from parity.measure.train_mode import TRAINING_MODE, in_training, train_mode
 from parity.report.report import Report
 from parity.report.results import Check
@@ -248,7 +249,7 @@ class Readings:
         self.progress("float64")
         ours = self.comparison.jax_side("float64")
         result = ours.evaluate(self.reference.batch, gradients=self.gradients)
-        values = self.reference.values(result)
+        values, narrow, own = self.refined(self.reference.values(result), narrow, own)
         why = explained(self.reference, lambda: self.side, ours, result, values, narrow)
         self.notes += [*unmatched(self.reference.kinds["output"], result["output"])]
         self.notes += [*widened_notes(casts, ours), *why.notes]
@@ -271,6 +272,20 @@ class Readings:
         for kind, of_kind in narrow.items():
             yield judged_narrow(kind, "float32", of_kind, own[kind], why.rounding.get(kind))
 
+    def refined(self, wide: Values, narrow: Values, own: Values) -> tuple[Values, Values, Values]:
+        """Values in float64 and float32, with the noise of tensors that are over their limits by little refined."""
+        tensors = doubtful(wide, narrow, own)
+        if not tensors:
+            return wide, narrow, own
+        self.progress("noise of every operation")
+        named = some([f"{kind} of {name}" for kind, names in tensors.items() for name in names])
+        self.notes.append(f"noise measured again, with the result of every operation moved: {', '.join(named)}")
+        before = self.reference
+        self.reference = refined(before, lambda: self.side, tensors)
+        self.drop_side()
+        wide, narrow, own = (rescaled(values, before, self.reference) for values in (wide, narrow, own))
+        return wide, narrow, own
+
     def narrow(self) -> tuple[Values, Values]:
         """Values of Flax and PyTorch in float32, as the modules run; one side after the other."""
 
@@ -289,7 +304,7 @@ class Readings:
         """Float32 on a device without float64."""
         self.drop_side()
         self.progress("float32")
-        values, own = self.narrow()
+        _, values, own = self.refined({}, *self.narrow())
         for kind, of_kind in values.items():
             yield judged_narrow(kind, "float32", of_kind, own[kind])
         ours = self.comparison.jax_side("float32")

@@ -47,10 +47,16 @@ def judged_narrow(
 
     wide: values in float64 that are rounding: what an algorithm loses there, such as a long sum, it loses here too.
     """
-    wide = wide or {}
-    limits = {name: max(PREDICTED, OWN * own.get(name, 0.0), WIDE * wide.get(name, 0.0)) for name in values}
-    check = judged(kind, precision, values, limits)
+    check = judged(kind, precision, values, narrow_limits(values, own, wide))
     return dataclasses.replace(check, own=own.get(check.worst))
+
+
+def narrow_limits(
+    values: Mapping[str, float], own: Mapping[str, float], wide: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The limit of each value in a narrower dtype, see `judged_narrow`."""
+    wide = wide or {}
+    return {name: max(PREDICTED, OWN * own.get(name, 0.0), WIDE * wide.get(name, 0.0)) for name in values}
 
 
 def round_trip(comparison: Comparison) -> Check:
@@ -83,6 +89,14 @@ class Reference:
         """The noise of a kind's tensors in a dtype; in another one than was measured it is predicted."""
         ulps = ULPS[precision] / ULPS[self.measured]
         return {name: noise.scaled(ulps) for name, noise in self.noises[kind].items()}
+
+    def with_noises(self, noises: Mapping[str, Noises]) -> "Reference":
+        """The same results with other noise for some tensors, by kind, where it is larger."""
+        merged = {kind: dict(of_kind) for kind, of_kind in self.noises.items()}
+        for kind, of_kind in noises.items():
+            for name, found in of_kind.items():
+                merged[kind][name] = max(merged[kind][name], found, key=lambda one: one.unit)
+        return dataclasses.replace(self, noises=merged)
 
     def values(self, result: Kinds, precision: str = "float64") -> Values:
         """Differences of results from PyTorch's in units of the noise in a dtype."""

@@ -160,9 +160,10 @@ def compared(readings: Readings, sides: Mapping[str, JaxSide]) -> Iterator[Check
     theirs = readings.comparison.torch_side("float32")
     wide = sides["float64"].loaded(readings.side.state_dict()).evaluate(reference.batch)
     narrow = sides["float32"].loaded(theirs.state_dict()).evaluate(reference.batch)
-    for kind, values in reference.values(wide).items():
-        yield judged(kind, "float64", values)
     own = reference.values(theirs.evaluate(reference.batch), "float32")
-    for kind, values in reference.values(narrow, "float32").items():
-        yield judged_narrow(kind, "float32", values, own[kind])
+    in_wide, in_narrow, own = readings.refined(reference.values(wide), reference.values(narrow, "float32"), own)
+    for kind, values in in_wide.items():
+        yield judged(kind, "float64", values)
+    for kind, values in in_narrow.items():
+        yield judged_narrow(kind, "float32", values, own[kind], in_wide.get(kind))
     yield from reference.zeros(wide)

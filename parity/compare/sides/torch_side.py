@@ -14,7 +14,7 @@ from parity.compare.inputs import Inputs, named_leaves
 from parity.compare.loss import Batch, Kinds, torch_loss
 from parity.compare.noise import HUGE, RUNS, ULPS, Noise, Spread, of_spreads
 from parity.compare.sides.torch_copy import cast, copied, slow_paths
-from parity.compare.sides.wide_torch import widened
+from parity.compare.sides.wide_torch import Rounding, widened
 
 KindNoises = dict[str, dict[str, Noise]]
 NARROW = {getattr(torch, name): ulp for name, ulp in ULPS.items() if name != "float64"} | {
@@ -128,16 +128,19 @@ class TorchSide:
             kinds["input gradients"] = {n: gradient(t) for n, t in tensors.items() if t.requires_grad}
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
 
-    def noises(self, batch: Batch, truth: Kinds, ulp: float, seed: int) -> KindNoises:
+    def noises(
+        self, batch: Batch, truth: Kinds, ulp: float, seed: int, *, runs: int = RUNS, operations: bool = False
+    ) -> KindNoises:
         """The rounding noise of the results of `evaluate`, or of the outputs if `truth` has no others.
 
-        The loss is scaled differently in each run. Otherwise a long sum of gradients, as over a large vocabulary,
-        would round alike in all of them, because its terms move by less than the sum's last place.
+        operations: also move the result of every operation, which takes several times as long. The loss is scaled
+        differently in each run. Otherwise a long sum of gradients, as over a large vocabulary, would round alike in all
+        of them, because its terms move by less than the sum's last place.
         """
         spreads = {kind: {name: Spread(tensor) for name, tensor in tensors.items()} for kind, tensors in truth.items()}
         rng = np.random.default_rng(seed)
-        for _ in range(RUNS):
-            with self.moved(ulp, rng):
+        for run in range(runs):
+            with self.moved(ulp, rng), Rounding(ulp, run) if operations else contextlib.nullcontext():
                 inputs = batch.inputs.moved(ulp, rng)
                 gradients, scale = truth.keys() != {"output"}, rng.uniform(1, 2)
                 found = self.evaluate(batch.with_inputs(inputs), gradients=gradients, scale=scale)
