@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmodels.io.atomic import atomic_folder
+from jaxmodels.io.atomic import atomic_folder, recover
 from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, save_arrays
 from jaxmodels.io.safetensors import is_folder, read_folder
 from jaxmodels.io.steps import latest_step
@@ -172,6 +172,7 @@ def model_folder(source: Path) -> Path:
 
     Warns if later checkpoints of a run are skipped because they are incomplete.
     """
+    recover(source)
     if not source.is_dir():
         raise ValueError(f"source={str(source)!r} is not a folder")
     if (source / "checkpoints").is_dir():

@@ -20,6 +20,7 @@ from jaxmodels.convert.flax import open_flax
 from jaxmodels.convert.hf import open_hf
 from jaxmodels.convert.neox.read import InferredWarning, open_neox
 from jaxmodels.convert.source import Source
+from jaxmodels.io.atomic import recover
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
 from jaxmodels.io.checkpoint import STEM, read_config
 from jaxmodels.io.safetensors import is_folder
@@ -193,8 +194,12 @@ def open_source(
 
 
 def local_folder(name: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """Folder of a source: the path itself, or the snapshot of a Hub id, which is downloaded if needed."""
+    """Folder of a source: the path itself, or the snapshot of a Hub id, which is downloaded if needed.
+
+    Recovers a folder that a killed process was replacing.
+    """
     path = Path(name).expanduser()
+    recover(path)
     if not path.exists():
         hub.check_not_address(name)
     if path.exists() or path.is_symlink() or not hub.is_id(name):

@@ -8,15 +8,17 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxmodels.io import manifest
+from jaxmodels.process.texts import visible
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+SWAPPING = 0.2  # seconds; a process that is not killed takes microseconds between the two renames
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
@@ -24,8 +26,10 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
     """Raises ValueError if a folder must not be written.
 
     The target must not be a file. A folder that is not empty needs `overwrite`, and must have been written by this
-    module, with nothing foreign in it. It must not contain `source`, which has not been read yet.
+    module, with nothing foreign in it. It must not contain `source`, which has not been read yet. A target that is
+    missing because a process was killed while it replaced it is recovered first.
     """
+    recover(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; expected a folder")
     if not target.exists() or not any(target.iterdir()):
@@ -49,7 +53,6 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
     cannot be replaced.
     """
     target = Path(target).resolve()
-    recover(target)
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
@@ -61,12 +64,14 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
         for path in (*temporary.rglob("*"), temporary):
             flush(path)
         old = replace(target, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            manifest.remove(temporary)
+        raise_named(error, temporary, target)
         raise
     flush(target.parent)
     if old is not None:
-        shutil.rmtree(old)
+        manifest.remove(old)
 
 
 @contextlib.contextmanager
@@ -74,7 +79,7 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
     """Context with a temporary path to write to, which replaces the target at the end, or is deleted on an exception.
 
     Several processes may write one target: it is then the complete file of one of them. If the target is a symbolic
-    link, the link is replaced. An OSError that names no file, as of a full disk, names the target.
+    link, the link is replaced. An OSError, as of a full disk, names the target.
     """
     target = Path(target)
     temporary = temporary_name(target)
@@ -84,10 +89,23 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.filename is None:
-            reason = error.strerror or str(error)
-            raise OSError(error.errno or errno.EIO, reason, str(target)) from error
+        raise_named(error, temporary, target)
         raise
+
+
+def raise_named(error: BaseException, temporary: Path, target: Path) -> None:
+    """Raise an OSError that names no file, or a temporary one, again with the name that the user knows.
+
+    On a full disk, `write` raises one without a name.
+    """
+    if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
+        return
+    name = target if error.filename is None else Path(os.fsdecode(error.filename))
+    if name.is_relative_to(temporary):
+        name = target / name.relative_to(temporary)
+    elif error.filename is not None:
+        return
+    raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(name)) from error
 
 
 def temporary_name(target: Path) -> Path:
@@ -133,13 +151,20 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def recover(target: Path) -> None:
-    """Give a folder its name back, if a killed process had renamed it to replace it; says so on standard error."""
-    if target.exists() or not target.parent.is_dir():
+    """Give a folder its name back, if a killed process had renamed it to replace it; says so on standard error.
+
+    To be called before a folder of this program is opened or replaced; without effect on any other path.
+    """
+    if target.exists() or target.is_symlink() or not target.name or not target.parent.is_dir():
         return
-    for old in sorted(target.parent.glob(f".{glob_escaped(target.name)}.????????{manifest.OLD}")):
-        if manifest.is_ours(old):
+    found = sorted(target.parent.glob(f".{glob_escaped(target.name)}.????????{manifest.OLD}"))
+    if found:
+        time.sleep(SWAPPING)
+    for old in found:
+        if not target.exists() and manifest.is_ours(old):
             old.rename(target)
-            print(f"{target}: recovered from {old.name}, which an interrupted overwrite had left", file=sys.stderr)
+            message = f"{target}: recovered from {old.name}, which an interrupted overwrite had left"
+            print(visible(message), file=sys.stderr)
             return
 
 

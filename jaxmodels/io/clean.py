@@ -4,12 +4,11 @@ import argparse
 import datetime
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxmodels.io import manifest
+from jaxmodels.io import manifest, steps
 from jaxmodels.process import programs
 from jaxmodels.process.texts import visible
 
@@ -20,8 +19,9 @@ examples:
   jaxmodels clean checkpoints/            # list, remove nothing
   jaxmodels clean checkpoints/ --delete
 
-A process that is killed while it writes leaves a file or folder with a temporary name. A folder is listed if its
-manifest shows that this program wrote all of it. What has changed within the last hour may be in use, and stays.
+A process that is killed while it writes leaves a file or folder with a temporary name, or a step of a training run
+without complete.json. A folder is listed if its manifest shows that this program wrote all of it. What has changed
+within the last hour may be in use, and stays.
 """
 
 
@@ -75,11 +75,25 @@ def leftovers(folder: Path) -> Iterator[Path]:
         for name in sorted(folders):
             if TEMPORARY.fullmatch(name):
                 folders.remove(name)
-                if manifest.is_ours(here / name):
+                if manifest.is_ours(here / name) or is_begun(here / name):
                     yield here / name
+            elif here.name == "checkpoints" and is_unfinished(here / name):
+                folders.remove(name)
+                yield here / name
         for name in sorted(files):
             if TEMPORARY.fullmatch(name) and not (here / name).is_symlink() and (here / name).is_file():
                 yield here / name
+
+
+def is_begun(folder: Path) -> bool:
+    """True for a folder that holds nothing but an unfinished manifest: the process was killed as it wrote that."""
+    return not folder.is_symlink() and {path.name for path in folder.iterdir()} <= {manifest.NAME}
+
+
+def is_unfinished(folder: Path) -> bool:
+    """True for a step of a training run that was killed while it saved."""
+    ours = steps.is_step(folder) and (folder / manifest.NAME).is_file() and steps.foreign(folder) is None
+    return ours and not (folder / steps.MARK).exists()
 
 
 def size_of(path: Path) -> int:
@@ -91,6 +105,6 @@ def size_of(path: Path) -> int:
 def remove(path: Path) -> None:
     """Remove a file or folder."""
     if path.is_dir():
-        shutil.rmtree(path)
+        manifest.remove(path)
     else:
         path.unlink()

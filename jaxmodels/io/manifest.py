@@ -8,6 +8,7 @@ manifest does not list.
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,33 @@ def foreign(folder: Path) -> str | None:
 def is_ours(folder: Path) -> bool:
     """True if a folder has a manifest and nothing foreign."""
     return folder.is_dir() and not folder.is_symlink() and foreign(folder) is None
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, its manifest last: whenever the process is killed, what is left has one."""
+    if not (folder / NAME).exists():
+        begin(folder)
+    for path in folder.iterdir():
+        if path.name == NAME:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ValueError if a folder holds a symbolic link, at any depth: it would lead out of the folder."""
+    for path, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            refuse_link(Path(path) / name)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise ValueError, naming the path, if it is a symbolic link."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link; expected a file or folder that lies there itself")
 
 
 def is_settled(path: Path) -> bool:

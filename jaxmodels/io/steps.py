@@ -1,35 +1,85 @@
-"""Checkpoints of a training run on disk: list the steps, check that one is complete.
+"""Checkpoints of a training run on disk: list the steps, check that one is complete, remove one that is ours.
 
 RUN/checkpoints/STEP/model/           folder of a model, for `jaxmodels.load`
 RUN/checkpoints/STEP/complete.json    {"format": 2, "step": …, "data": {…}, "files": {path: bytes}}; written last
+RUN/checkpoints/STEP/.jaxmodels.json  shows that this program began the step: see `jaxmodels.io.manifest`
 
 A checkpoint without complete.json was interrupted; one with files of another size than it lists is damaged.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
+from jaxmodels.io import manifest
+from jaxmodels.io.atomic import temporary_name
 from jaxmodels.io.bounded import read_object
+from jaxmodels.process.texts import quoted
 
 FORMAT = 2
 MARK = "complete.json"
+CHECKPOINTS = "checkpoints"
+WRITTEN = (CHECKPOINTS, "tensorboard", "profile")  # folders of a run
+PARTS = ("model", "state", "losses.npy")  # of a step, besides MARK and the manifest
+LONGEST = 15  # digits of a step's number
+
+
+def is_step(folder: Path) -> bool:
+    """True if a name in `checkpoints` is a step's."""
+    name = folder.name
+    return name.isascii() and name.isdecimal() and len(name) <= LONGEST
 
 
 def steps(folder: Path) -> list[int]:
     """Steps with a complete.json in a run's `checkpoints` folder, in ascending order."""
-    return sorted(int(mark.parent.name) for mark in folder.glob(f"*/{MARK}") if mark.parent.name.isdecimal())
+    return sorted(int(mark.parent.name) for mark in folder.glob(f"*/{MARK}") if is_step(mark.parent))
+
+
+def check_run(run: Path) -> None:
+    """Raise ValueError if a file of a run, or a folder that is read or written there, is or holds a symbolic link.
+
+    Links to other folders, which nothing here follows, may lie in a run.
+    """
+    if not run.is_dir():
+        return
+    for path in sorted(run.iterdir()):
+        if path.is_symlink() and (path.name in WRITTEN or not path.is_dir()):
+            manifest.refuse_link(path)
+    for name in WRITTEN:
+        for path in sorted((run / name).iterdir()) if (run / name).is_dir() else ():
+            if is_step(path) or name != CHECKPOINTS:
+                manifest.refuse_link(path)
+                manifest.refuse_links(path)
+
+
+def read_mark(folder: Path) -> dict[str, Any]:
+    """Content of a step's complete.json; raises ValueError, naming the file, if a field is not what a run writes."""
+    file = folder / MARK
+    mark = read_object(file)
+    if mark.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {quoted(mark.get('format'))}, this version reads {FORMAT}")
+    files, step = mark.get("files"), mark.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or str(step) != folder.name:
+        raise ValueError(f"{file} has step={quoted(step)}, must be {folder.name}")
+    if not isinstance(mark.get("data"), dict):
+        raise ValueError(f"{file} has data={quoted(mark.get('data'))}, must be an object")
+    if not isinstance(files, dict):
+        raise ValueError(f"{file} has files={quoted(files)}, must be an object")
+    for name, size in files.items():
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"{file} lists {quoted(name)}, which is not in its folder")
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(f"{file} has {quoted(size)} bytes of {quoted(name)}, must be an integer")
+    return mark
 
 
 def problem(folder: Path) -> str | None:
     """Reason why the checkpoint in a STEP folder is incomplete; None if every file has its listed size."""
     try:
-        mark = read_object(folder / MARK)
-        if mark["format"] != FORMAT:
-            return f"{folder / MARK} has format {mark['format']}, this version reads {FORMAT}"
-        for name, size in mark["files"].items():
+        for name, size in read_mark(folder)["files"].items():
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{folder / name} has {found} bytes of {size}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"{folder} is not complete: {error}"
     return None
 
@@ -37,14 +87,59 @@ def problem(folder: Path) -> str | None:
 def latest_step(run: Path) -> tuple[Path, dict[int, str]]:
     """STEP folder of a run's last complete checkpoint, and the reasons why later ones were skipped.
 
-    Raises ValueError if the run has no complete checkpoint.
+    Raises ValueError if the run has no complete checkpoint, or like `check_run`.
     """
+    check_run(run)
     skipped: dict[int, str] = {}
-    for step in reversed(steps(run / "checkpoints")):
-        folder = run / "checkpoints" / str(step)
+    for step in reversed(steps(run / CHECKPOINTS)):
+        folder = run / CHECKPOINTS / str(step)
         wrong = problem(folder)
         if wrong is None:
             return folder, skipped
         skipped[step] = wrong
     reasons = f": {'; '.join(skipped.values())}" if skipped else ""
     raise ValueError(f"{run} has no complete checkpoint of a training run{reasons}")
+
+
+def begin(folder: Path) -> None:
+    """Make a STEP folder, with a manifest from its first moment on."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    temporary.mkdir()
+    manifest.begin(temporary)
+    temporary.rename(folder)
+
+
+def foreign(folder: Path) -> str | None:
+    """Reason why a STEP folder must not be removed: nothing shows that this program wrote all of it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is not a folder"
+    found = [name for name, _ in manifest.sizes(folder) if not is_own(folder / name)]
+    try:
+        if (folder / MARK).exists():
+            listed = read_mark(folder)["files"]
+            other = [name for name in found if name not in listed]
+        elif (folder / manifest.NAME).is_file():
+            other = [name for name in found if PurePath(name).parts[0] not in PARTS]
+        else:
+            return f"it has neither {MARK} nor {manifest.NAME}" if found else None
+    except ValueError as error:
+        return str(error)
+    return f"{quoted(other[0])} in it was not written by this program" if other else None
+
+
+def is_own(path: Path) -> bool:
+    """True for complete.json, also under a temporary name, and for empty folders, which hold nothing to lose."""
+    return path.name == MARK or path.name.startswith(f".{MARK}.") or (path.is_dir() and not path.is_symlink())
+
+
+def remove(folder: Path) -> None:
+    """Remove a STEP folder; raises ValueError, with the reason, if it is `foreign`.
+
+    Whenever the process is killed, what is left is not a checkpoint, and is removed by the next run.
+    """
+    if reason := foreign(folder):
+        raise ValueError(f"{folder} is not removed: {reason}; move or delete it yourself")
+    manifest.begin(folder)
+    (folder / MARK).unlink(missing_ok=True)
+    manifest.remove(folder)

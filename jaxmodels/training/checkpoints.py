@@ -9,12 +9,13 @@ RUN/checkpoints/STEP/
 A folder without complete.json was left by a killed run and is removed by the next one. A checkpoint whose files cannot
 be read, or whose sizes differ from complete.json, is damaged: `restore` skips it with a warning, continues from the one
 before, and renames it to STEP.damaged. RUN/.lock is held while a run trains, so that no other process trains there.
+A folder is removed only if it holds nothing but what this program wrote; symbolic links are refused.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import shutil
 import sys
 import threading
 from pathlib import Path
@@ -27,10 +28,12 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 import jaxmodels
+from jaxmodels.io import manifest
+from jaxmodels.io import steps as stored
 from jaxmodels.io.atomic import atomic_file, flush
-from jaxmodels.io.bounded import read_object
 from jaxmodels.io.checkpoint import read_arrays, read_config
-from jaxmodels.io.steps import FORMAT, MARK, latest_step, problem, steps
+from jaxmodels.io.npy import map_array
+from jaxmodels.io.steps import FORMAT, MARK, check_run, is_step, latest_step, problem, read_mark, steps
 from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.texts import visible
@@ -60,7 +63,8 @@ class Checkpoints:
     """Checkpoints of one run. All processes call every method together; one thread writes one checkpoint at a time.
 
     Keeps the last `keep` checkpoints and those whose step is a multiple of keep_every. Raises ValueError if another
-    process is training in the run.
+    process is training in the run, if a file of it is a symbolic link, or if a step is neither a checkpoint nor a part
+    of one.
     """
 
     def __init__(self, run: Path, program: Program, keep: int, keep_every: int | None = None):
@@ -69,6 +73,7 @@ class Checkpoints:
         self.writing: threading.Thread | None = None
         self.error: BaseException | None = None
         self.lock = filelock.FileLock(run / LOCK, timeout=0, fallback_to_soft=False)
+        check_run(run)
         if is_first():
             run.mkdir(parents=True, exist_ok=True)
             try:
@@ -77,9 +82,9 @@ class Checkpoints:
                 raise ValueError(f"{run} is in use: another process is training there") from None
             except (OSError, NotImplementedError):
                 pass  # a file system without locks cannot exclude anyone
-            for left in self.folder.glob("*"):
-                if left.name.isdecimal() and not (left / MARK).exists():
-                    shutil.rmtree(left)
+            for left in sorted(self.folder.glob("*")):
+                if is_step(left) and not (left / MARK).exists():
+                    stored.remove(left)
         agree(False)  # a barrier: no process reads or writes before the folder is clean
 
     def save(self, position: Position) -> None:
@@ -89,8 +94,9 @@ class Checkpoints:
         if problem(folder) is None:
             return
         if is_first():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            if folder.exists():
+                stored.remove(folder)
+            stored.begin(folder)
         agree(False)
         state = position.state
         parts = [
@@ -135,8 +141,10 @@ class Checkpoints:
     def remove_old(self, last: int) -> None:
         for step in [step for step in steps(self.folder) if step <= last][: -self.keep]:
             if not self.keep_every or step % self.keep_every:
-                (self.folder / str(step) / MARK).unlink()  # first: a partly deleted folder is not a checkpoint
-                shutil.rmtree(self.folder / str(step))
+                try:
+                    stored.remove(self.folder / str(step))
+                except ValueError as error:
+                    print(f"warning: {visible(str(error))}", file=sys.stderr, flush=True)
 
     def restore(self) -> Position | None:
         """Read the latest complete checkpoint, sharded as the program requires; None if there is none.
@@ -167,14 +175,14 @@ class Checkpoints:
     def set_aside(self, damaged: list[int]) -> None:
         """Rename damaged checkpoints, so that they can be inspected and are not read again."""
         for step in damaged if is_first() else ():
-            aside = self.folder / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
+            names = (f"{step}.damaged{number or ''}" for number in itertools.count())
+            aside = next(self.folder / name for name in names if not (self.folder / name).exists())
             with contextlib.suppress(OSError):  # mounted buckets may not rename folders; it is overwritten later
                 (self.folder / str(step)).rename(aside)
 
     def read(self, folder: Path) -> Position:
         """Read a checkpoint without a `problem`; raises ValueError if its content cannot be read."""
-        about = read_object(folder / MARK)
+        about = read_mark(folder)
         abstract = self.program.abstract_state()
         model = {**abstract.params, **abstract.fixed}
         arrays = read_arrays(folder / "model" / "params", {name: (a.shape, a.sharding) for name, a in model.items()})
@@ -190,7 +198,11 @@ class Checkpoints:
             fixed={name: arrays[name] for name in abstract.fixed},
             optimizer=jax.tree.unflatten(jax.tree.structure(abstract.optimizer), optimizer),
         )
-        return Position(state, about["data"], np.load(folder / "losses.npy").tolist())
+        losses = map_array(folder / "losses.npy")
+        if losses.shape != (about["step"],) or losses.dtype != np.float32:
+            found = f"{losses.dtype}{list(losses.shape)}"
+            raise ValueError(f"{folder / 'losses.npy'} has {found}, must be float32[{about['step']}]")
+        return Position(state, about["data"], losses.tolist())
 
 
 def training_arrays(state: State) -> dict[str, jax.Array]:
@@ -207,7 +219,7 @@ def optimizer_names(state: State) -> list[str]:
 
 
 def all_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / manifest.NAME)
 
 
 def flushed_size(file: Path) -> int:

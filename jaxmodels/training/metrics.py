@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import read_text
+from jaxmodels.io.steps import check_run
 from jaxmodels.process.extras import require
 
 FILE = "metrics.jsonl"
@@ -26,6 +27,7 @@ TENSORBOARD_EVERY = 10  # steps; each number takes 50 bytes
 
 def read(run: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's metrics.jsonl, except one truncated by a kill; raises ValueError if it is missing."""
+    check_run(run)
     try:
         text = read_text(run / FILE, LARGEST)
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import read_object
-from jaxmodels.io.steps import steps
+from jaxmodels.io.steps import check_run, steps
 from jaxmodels.models import names
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
@@ -50,6 +50,7 @@ def is_run(folder: Path) -> bool:
 def read_about(run: Path) -> About:
     """Read a run's config.json; raises ValueError if the folder holds no training run."""
     file = run / FILE
+    check_run(run)
     if not file.is_file():
         raise ValueError(f"{run} holds no training run")
     try:
@@ -141,8 +142,10 @@ def unknown_model(run: Path, named: str | None, error: object) -> ValueError:
 def check_folder(experiment: Experiment[Any], run: Path) -> None:
     """Raise ValueError if a folder holds something other than a run, or a run with other hyperparameters.
 
-    A run without a checkpoint may start again with any hyperparameters.
+    A run without a checkpoint may start again with any hyperparameters. Raises ValueError too if a file of the run is
+    a symbolic link.
     """
+    check_run(run)
     if not (run / FILE).exists():
         if run.exists() and (not run.is_dir() or any(not is_leftover(file) for file in run.iterdir())):
             raise ValueError(f"{run} exists and holds no training run: name another folder with --out")

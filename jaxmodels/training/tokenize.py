@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmodels.io.atomic import atomic_folder, check_target
+from jaxmodels.io import manifest
+from jaxmodels.io.atomic import atomic_folder, check_target, recover
 from jaxmodels.io.bounded import read_object
 from jaxmodels.io.npy import map_array
 from jaxmodels.process import programs
@@ -54,6 +55,7 @@ def open_tokens(text: str, vocabulary: Vocabulary | None = None) -> Tokens:
 
     vocabulary: of a corpus or file; default its characters. Raises ValueError if the text is none of these.
     """
+    recover(Path(text))
     if Path(text).is_dir():
         return read(Path(text))
     content = load_corpus(text)
@@ -91,6 +93,7 @@ def read(folder: Path) -> Tokens:
     """Open a folder that `write` wrote, the ids memory-mapped; raises ValueError if it is not complete."""
     file = folder / "tokens.json"
     try:
+        manifest.refuse_links(folder)
         about = read_object(file)
         if about.get("format") != FORMAT:
             raise ValueError(f"{file} has format {quoted(about.get('format'))}, this version reads {FORMAT}")

@@ -15,7 +15,7 @@ from typing import Literal
 from jaxmodels.convert.companions import FILES
 from jaxmodels.convert.kinds.unusable import HF_WEIGHTS, check_hf, check_pointers, check_step, explain, explain_file
 from jaxmodels.io.bounded import read_object, read_text
-from jaxmodels.io.steps import MARK
+from jaxmodels.io.steps import CHECKPOINTS, MARK, check_run
 
 Kind = Literal["model", "run", "neox", "hf"]
 NAMES: dict[Kind, str] = {
@@ -55,6 +55,8 @@ def recognized(folder: Path) -> Place | None:
 
     Raises ValueError if the folder is of a known kind and unusable.
     """
+    if (folder / CHECKPOINTS).is_dir() or (folder / CHECKPOINTS).is_symlink():
+        check_run(folder)
     check_pointers(folder, ("config.json", "latest", *FILES))
     file = folder / "config.json"
     config = read_object(file) if file.is_file() else {}
@@ -63,13 +65,17 @@ def recognized(folder: Path) -> Place | None:
     if "model_type" in config and has_weights:
         check_hf(folder, config)
         return Place("hf", folder, beside=(folder,))
-    if "script" in config or (folder / "checkpoints").is_dir():
+    if "script" in config or (folder / CHECKPOINTS).is_dir():
+        check_run(folder)
         return Place("run", folder, beside=(folder,))
     if {"format", "model"} <= config.keys():
         run = run_above(folder)
+        if run is not None:
+            check_run(run)
         return Place("model", folder, beside=(folder,) if run is None else (folder, run))
     if (folder / MARK).is_file() and (folder / "model" / "config.json").is_file():
         run = run_above(folder / "model") or folder
+        check_run(run)
         return Place("run", run, step=folder, beside=(run,))
     if snapshot := hub_snapshot(folder):
         return recognized(snapshot)
@@ -85,7 +91,7 @@ def run_above(model: Path) -> Path | None:
     """Folder of the run whose checkpoint RUN/checkpoints/STEP/model is; None if it is not part of a run."""
     model = model.absolute()
     step = model.parent
-    return step.parents[1] if (step / MARK).is_file() and step.parent.name == "checkpoints" else None
+    return step.parents[1] if (step / MARK).is_file() and step.parent.name == CHECKPOINTS else None
 
 
 def places_of_step(folder: Path, step: Path) -> tuple[Path, ...]:

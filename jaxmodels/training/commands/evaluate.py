@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.convert import kinds
 from jaxmodels.convert.open import open_source
-from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.atomic import atomic_file, recover
 from jaxmodels.process import programs
 from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
@@ -123,6 +123,7 @@ def print_scores(options: argparse.Namespace) -> None:
     mesh = make_mesh(options.mesh)
     batch_size = options.batch_size or 16
     check_batch(mesh, batch_size)
+    recover(options.checkpoint)
     if not in_sequences(options):
         print_table(options, mesh)
         return

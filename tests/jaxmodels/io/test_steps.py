@@ -1,0 +1,155 @@
+"""Steps of a training run on disk: links are refused, only what this program wrote is removed."""
+
+import json
+import re
+
+import pytest
+
+from jaxmodels.io import manifest, steps
+from jaxmodels.io.clean import main as clean
+from tests.jaxmodels.io.test_atomic import aged
+
+
+def complete(run, step: int = 7):
+    """A step with two files and its complete.json."""
+    folder = run / "checkpoints" / str(step)
+    steps.begin(folder)
+    for name in ("model/config.json", "losses.npy"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("12345")
+    about = {"format": 2, "step": step, "data": {}, "files": {"model/config.json": 5, "losses.npy": 5}}
+    (folder / "complete.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_complete_step_is_found_and_removed(tmp_path):
+    folder = complete(tmp_path)
+    assert steps.problem(folder) is None
+    assert steps.latest_step(tmp_path) == (folder, {})
+    steps.remove(folder)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model/notes.txt", "model/extra/notes.txt"])
+def test_a_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
+    folder = complete(tmp_path)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=f"{folder} is not removed: '{name}'"):
+        steps.remove(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photos/1.jpg", "models/1.jpg"])
+def test_an_unfinished_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
+    for begun in (True, False):
+        folder = tmp_path / str(begun) / "2019"
+        steps.begin(folder) if begun else folder.mkdir(parents=True)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{folder} is not removed"):
+            steps.remove(folder)
+        assert (folder / name).read_text() == "mine"
+
+
+def test_an_unfinished_step_of_this_program_s_is_removed(tmp_path):
+    folder = tmp_path / "7"
+    steps.begin(folder)
+    for name in ("model/params/d/0", "state/d/0", ".complete.json.0123abcd"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("half")
+    steps.remove(folder)
+    (tmp_path / "8").mkdir()  # killed between two calls
+    steps.remove(tmp_path / "8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"step": 8}, "step=8.*7"),
+        ({"step": True}, "step=True"),
+        ({"step": 10**400}, "step=1"),
+        ({"data": []}, r"data=\[\]"),
+        ({"files": ["a"]}, "files="),
+        ({"files": {"../../secret": 5}}, "secret"),
+        ({"files": {"/etc/passwd": 5}}, "passwd"),
+        ({"files": {"losses.npy": None}}, "None"),
+        ({"files": {"losses.npy": 6}}, "5 bytes of 6"),
+        ({"format": 3}, "format 3"),
+    ],
+)
+def test_another_content_of_complete_json_is_no_checkpoint(change, match, tmp_path):
+    folder = complete(tmp_path)
+    mark = json.loads((folder / "complete.json").read_text())
+    (folder / "complete.json").write_text(json.dumps(mark | change))
+    assert re.search(match, steps.problem(folder) or "")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        steps.latest_step(tmp_path)
+
+
+def test_absurd_numbers_of_steps_are_no_steps(tmp_path):
+    for name in ("9" * 400, "²", "-1", "1.5", "7.damaged"):
+        (tmp_path / "checkpoints" / name[:200]).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name[:200] / "complete.json").write_text("{}")
+    assert steps.steps(tmp_path / "checkpoints") == []
+
+
+LINKS = [
+    "checkpoints",
+    "checkpoints/7",
+    "checkpoints/8",
+    "checkpoints/7/model",
+    "checkpoints/7/model/config.json",
+    "config.json",
+    "vocabulary.json",
+    ".lock",
+    "metrics.jsonl",
+    ".config.json.0123abcd",
+    "tokenizer.json",
+    "tensorboard",
+    "tensorboard/events.out.tfevents.1",
+    "profile",
+]
+
+
+@pytest.mark.parametrize("kind", ["elsewhere", "nowhere"])
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_in_a_run_is_refused(name, kind, tmp_path):
+    run = tmp_path / "run"
+    complete(run)
+    steps.check_run(run)
+    (run / "tensorboard").mkdir()
+    link = run / name
+    if link.exists():
+        link.rename(tmp_path / "elsewhere")
+    link.symlink_to(tmp_path / kind)
+    with pytest.raises(ValueError, match=f"{link} is a symbolic link"):
+        steps.check_run(run)
+    with pytest.raises(ValueError, match=f"{link} is a symbolic link"):
+        steps.latest_step(run)
+
+
+def test_a_link_to_a_folder_that_no_program_opens_may_lie_in_a_run(tmp_path):
+    folder = complete(tmp_path / "run")
+    (tmp_path / "run" / "best").symlink_to(folder)
+    (tmp_path / "run" / "checkpoints" / "best").symlink_to("7")
+    assert steps.latest_step(tmp_path / "run")[0] == folder
+    (tmp_path / "alias").symlink_to(tmp_path / "run")  # the user's own name for the run
+    assert steps.latest_step(tmp_path / "alias")[0].name == "7"
+
+
+def test_clean_removes_unfinished_steps_of_killed_runs_alone(tmp_path, capsys):
+    folder = complete(tmp_path / "run")
+    for step in (8, 9):
+        steps.begin(tmp_path / "run" / "checkpoints" / str(step))
+    (tmp_path / "run" / "checkpoints" / "9" / "photo.jpg").write_text("mine")
+    (tmp_path / "run" / "checkpoints" / "10").mkdir()
+    begun = tmp_path / "run" / "checkpoints" / ".11.0123abcd"
+    begun.mkdir()
+    (begun / manifest.NAME).write_text('{"form')  # killed as it wrote the manifest
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert "removed 2," in capsys.readouterr().out
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["10", "7", "9"]
