@@ -22,9 +22,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_folder, recover
+from jaxmodels.io.bounded import errors_naming
 from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, save_arrays
 from jaxmodels.io.safetensors import is_folder, read_folder
 from jaxmodels.io.steps import latest_step
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.sharding import placement
 from jaxmodels.weights.names import check_floating, dotted, flat_arrays, is_floating, with_arrays
 from jaxmodels.weights.place import Shardings, from_flax_names, load_tensors
@@ -74,7 +76,7 @@ def model_class(name: str) -> Any:
     if isinstance(name, str) and name in REGISTERED:
         return REGISTERED[name]
     if not isinstance(name, str) or name not in MODULES:
-        raise ValueError(f"model={name!r} is not registered; registered are {', '.join(names())}")
+        raise ValueError(f"model={quoted(name)} is not registered; registered are {', '.join(names())}")
     return getattr(importlib.import_module(MODULES[name]), name)
 
 
@@ -100,7 +102,7 @@ def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
         return make(**config, rngs=nnx.Rngs(seed))
     except (TypeError, AttributeError) as error:  # AttributeError: a list instead of a string
         reason = str(error).partition("\n")[0]  # without JAX's note on its traceback
-        raise ValueError(f"config does not fit {name}: {reason}") from None
+        raise ValueError(f"config does not fit {name}: {shortened(reason, 300)}") from None
 
 
 class Beside(Protocol):
@@ -158,11 +160,13 @@ def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shard
         check_floating(dtype)
     folder = model_folder(Path(source))
     name, config = read_config(folder)
-    model = nnx.eval_shape(lambda: build(name, config))
+    with errors_naming(folder / "config.json"):
+        model = nnx.eval_shape(lambda: build(name, config))
     place = placement(model_class(name), shardings) if isinstance(shardings, Mesh) else shardings
     if is_folder(folder, STEM):
-        tensors = from_flax_names(model, read_folder(folder, STEM))
-        return load_tensors(model, tensors, dtype, place, folder.name)
+        with errors_naming(folder):
+            tensors = from_flax_names(model, read_folder(folder, STEM))
+            return load_tensors(model, tensors, dtype, place, folder.name)
     model = load_arrays(folder / "params", model, place)
     return model if dtype is None else cast(model, dtype)
 

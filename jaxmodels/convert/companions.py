@@ -6,12 +6,13 @@ the folder, and the ids of config.json as an object "token_ids" in config.json (
 """
 
 import dataclasses
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_bytes, read_object, read_text
+from jaxmodels.process.texts import quoted
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
@@ -59,14 +60,14 @@ class TokenIds:
 
 def token_id(value: Any, key: str, where: str) -> int | None:
     """One id of a special token; None for null and for -1, which some configurations have instead."""
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,10}", value.strip()):
         value = int(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is None or value == -1:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{where} has {key}={value!r}; expected an integer of at least 0")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ValueError(f"{where} has {key}={quoted(value)}; expected an integer from 0 to 2³¹ - 1")
     return value
 
 
@@ -114,7 +115,7 @@ class Companions:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if not (target.exists() and target.samefile(file)):
-                shutil.copyfile(file, target)
+                target.write_bytes(read_bytes(file, TOKENIZER_BYTES))  # a copy of a sparse file would fill the disk
         same = TOKENIZER in self.files and read_text(self.files[TOKENIZER], TOKENIZER_BYTES) == inside
         if isinstance(inside, str) and not same:
             (folder / TOKENIZER).write_text(inside, encoding="utf-8")

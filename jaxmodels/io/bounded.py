@@ -5,16 +5,18 @@ read, up to a size. A JSON text of that size takes about twenty times as much me
 of empty lists.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.io.content import explained
-from jaxmodels.process.texts import quoted
+from jaxmodels.process.texts import quoted, shortened
 
 CONFIG_BYTES = 2**24  # of a JSON or YAML text: 17 MB; the index of a model with 90,000 tensors has 9 MB
 TOKENIZER_BYTES = 2**26  # of a tokenizer.json, or a vocabulary that holds one; the largest published have 35 MB
@@ -85,6 +87,17 @@ def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
         if str(error).startswith(str(file)):
             raise
         raise ValueError(f"{file} is not read: {quoted(str(error), 200)}") from None  # integers of 4,300 digits
+
+
+@contextlib.contextmanager
+def errors_naming(where: str | os.PathLike) -> Iterator[None]:
+    """Context that adds a file or folder to the message of a ValueError that does not name it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(where) not in str(error):
+            error.args = (f"{where}: {shortened(str(error))}",)  # its class, and what it holds, stay
+        raise
 
 
 def read_object(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> dict[str, Any]:

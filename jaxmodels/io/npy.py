@@ -11,12 +11,15 @@ from jaxmodels.process.texts import quoted
 def map_array(file: Path) -> np.ndarray:
     """Array of a .npy file, memory-mapped and read-only.
 
-    Raises ValueError, naming the file, if it is missing, damaged, shorter than its header says, or holds Python objects
-    as a pickle.
+    Raises ValueError, naming the file, if it is missing, damaged, shorter than its header says, or holds anything but
+    numbers, such as Python objects as a pickle.
     """
     try:
         open_regular(file).close()
-        return np.lib.format.open_memmap(file, mode="r")  # np.load would also open .npz files
+        array = np.lib.format.open_memmap(file, mode="r")  # np.load would also open .npz files
+        if array.dtype.kind not in "biufc":  # elements of no bytes fit any number of times into any file
+            raise ValueError(f"dtype {array.dtype}")
+        return array
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
     except MemoryError:

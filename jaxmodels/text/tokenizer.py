@@ -1,22 +1,24 @@
 """Vocabularies of tokenizer files, and the file of a vocabulary of any class."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text
+from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_bytes, read_object, read_text
 from jaxmodels.process.extras import require
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
 
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
-VOCAB, MERGES = "vocab.json", "merges.txt"
+VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", VOCAB, MERGES)
 MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -70,10 +72,8 @@ class TokenizerFile(Vocabulary):
         require("neox", "tokenizers")
         from tokenizers import Tokenizer
 
-        try:
+        with refusing("not a tokenizer.json"):
             tokenizer = Tokenizer.from_str(self.content)
-        except Exception as error:  # the package raises bare Exceptions
-            raise ValueError(f"not a tokenizer.json: {error}") from None
         tokenizer.no_truncation()  # published files store settings of somebody's last call
         tokenizer.no_padding()
         if getattr(tokenizer.model, "dropout", None):
@@ -86,6 +86,8 @@ class TokenizerFile(Vocabulary):
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=None)
         if largest is None:
             raise ValueError("a tokenizer without tokens")
+        if largest >= 2**31:
+            raise ValueError(f"a tokenizer with the id {largest}; ids are at most 2³¹ - 1")
         return int(largest) + 1
 
     def __len__(self) -> int:
@@ -101,7 +103,8 @@ class TokenizerFile(Vocabulary):
     def encode(self, text: str) -> np.ndarray:
         """Encode a text to int32 ids, without the special tokens that some tokenizers add around it."""
         utf8(text)
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with refusing("the tokenizer cannot encode the text"):
+            return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """Encode a text to be continued to int32 ids, after the special tokens that the tokenizer puts before texts.
@@ -109,7 +112,8 @@ class TokenizerFile(Vocabulary):
         Those that it puts after texts are left out: they would end the text.
         """
         ids = self.encode(text)
-        whole = self.tokenizer.encode(text)
+        with refusing("the tokenizer cannot encode the text"):
+            whole = self.tokenizer.encode(text)
         first = next((i for i, added in enumerate(whole.special_tokens_mask) if not added), 0)
         before = np.asarray(whole.ids[:first], np.int32)
         same = whole.ids[first : first + len(ids)] == ids.tolist()  # not if the mask has its own meaning
@@ -117,7 +121,8 @@ class TokenizerFile(Vocabulary):
 
     def decode(self, ids: Any, *, skip_special: bool = False) -> str:
         """Decode ids [n] to text, with or without special tokens; incomplete characters become �."""
-        return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special)
+        with refusing("the tokenizer cannot decode these ids"):
+            return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special)
 
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""
@@ -151,10 +156,10 @@ def byte_level(file: Path) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     config = json_beside(file, CONFIG)
-    try:
+    for part in (file, file.with_name(MERGES)):  # before the package reads them, however large they are
+        read_bytes(part, TOKENIZER_BYTES)
+    with refusing(f"with {MERGES} not a byte-level tokenizer"):
         model = models.BPE.from_file(str(file), str(file.with_name(MERGES)))
-    except Exception as error:  # the package raises bare Exceptions
-        raise ValueError(f"with {MERGES} not a byte-level tokenizer: {error}") from None
     tokenizer = Tokenizer(model)
     prefix = bool(config.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
@@ -164,9 +169,10 @@ def byte_level(file: Path) -> str:
     content = json.loads(tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
     known = {name for name in (*names, *vocabulary) if name and (name in names or SPECIAL_NAME.fullmatch(name))}
-    added = {int(i): dict(about) for i, about in config.get("added_tokens_decoder", {}).items()}
-    for name, i in json_beside(file, "added_tokens.json").items():
-        added.setdefault(int(i), {"content": name, "special": name in known, "normalized": name not in known})
+    added = dict(added_tokens(file.with_name(CONFIG), config.get("added_tokens_decoder")))
+    for name, i in json_beside(file, ADDED).items():
+        token = checked_id(file.with_name(ADDED), i)
+        added.setdefault(token, {"content": name, "special": name in known, "normalized": name not in known})
     for name in known & vocabulary.keys():
         added.setdefault(vocabulary[name], {"content": name, "special": True})
     for i, about in sorted(added.items()):
@@ -175,6 +181,49 @@ def byte_level(file: Path) -> str:
         entry = {"id": i, "content": about["content"]} | {name: bool(about.get(name, flags[name])) for name in flags}
         content["added_tokens"].append(entry)
     return json.dumps(content)
+
+
+def added_tokens(file: Path, entries: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Ids and entries of "added_tokens_decoder"; raises ValueError, naming the file, if one has another form."""
+    if not isinstance(entries, dict | None):
+        raise ValueError(f"{file} has added_tokens_decoder={quoted(entries)}; expected an object")
+    for i, about in (entries or {}).items():
+        if not isinstance(about, dict) or not isinstance(about.get("content"), str):
+            raise ValueError(f"{file} has {quoted(about)} in added_tokens_decoder; expected an object with content")
+        yield checked_id(file, i), about
+
+
+def checked_id(file: Path, value: Any) -> int:
+    """Id of a token, an integer or its digits; raises ValueError, naming the file, for any other value."""
+    token = token_id(value)
+    if token is None:
+        raise ValueError(f"{file} has the id {quoted(value)}; expected an integer from 0 to 2³¹ - 1")
+    return token
+
+
+def token_id(value: Any) -> int | None:
+    """Id of a token, an integer or its digits; None for any other value."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,10}", value):
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Context in which any error of the package tokenizers becomes a ValueError, with its first line."""
+    try:
+        yield
+    except Exception as error:  # the package raises bare Exceptions
+        raise ValueError(f"{what}: {first_line(error)}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust; it is no Exception, and has no module to import
+            raise
+        raise ValueError(f"{what}: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Beginning of an error's message."""
+    return shortened(str(error).strip().partition("\n")[0], 300)
 
 
 def content_of(token: Any) -> str | None:
@@ -203,7 +252,7 @@ def end_tokens(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
         nested = content.get("token_ids")  # in a config.json of this project
         found = (nested if isinstance(nested, dict) else content).get("eos_token_id")
         several: list[Any] = found if isinstance(found, list) else [found]
-        ids = [int(i) for i in several if str(i).isdecimal()]
+        ids = [token for token in map(token_id, several) if token is not None]
         if ids:
             return tuple(ids)
     names = [content_of(json_beside(beside, name).get("eos_token")) for name in (CONFIG, SPECIAL)]
@@ -259,5 +308,8 @@ def load_vocabulary(file: Path) -> Vocabulary:
         case {"bytes": 256}:
             return ByteVocabulary()
         case {"tokenizer": str(tokenizer)}:
-            return TokenizerFile(tokenizer)
+            vocabulary = TokenizerFile(tokenizer)
+            with errors_naming(file):
+                len(vocabulary)
+            return vocabulary
     return CharVocabulary.load(file)

@@ -4,7 +4,6 @@ metrics.jsonl has a line per step, {"step": 7, "loss": …, "grad_norm": …, "s
 {"step": 500, "validation_loss": …}. Losses are in nats per token.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -19,24 +18,43 @@ from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import read_text
 from jaxmodels.io.steps import check_run
 from jaxmodels.process.extras import require
+from jaxmodels.process.texts import quoted
 
 FILE = "metrics.jsonl"
+LOSSES = ("loss", "validation_loss")
 LARGEST = 2**30  # bytes of metrics.jsonl: ten million steps
 TENSORBOARD_EVERY = 10  # steps; each number takes 50 bytes
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl, except one truncated by a kill; raises ValueError if it is missing."""
+    """Read the lines of a run's metrics.jsonl, except one truncated by a kill.
+
+    Raises ValueError, naming the file, if it is missing, or if a line is not an object with a step and numbers.
+    """
     check_run(run)
     try:
         text = read_text(run / FILE, LARGEST)
     except (OSError, ValueError) as error:
         raise ValueError(f"{run} holds no {FILE}: {error}") from None
     lines = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):  # ValueError: not JSON, or an integer of thousands of digits
+            continue
+        if not is_line(content):
+            found = quoted(content)
+            raise ValueError(f"{run / FILE}, line {number}, is {found}; expected an object with a step and numbers")
+        lines.append(content)
     return lines
+
+
+def is_line(content: Any) -> bool:
+    """True for an object with a step, and with numbers as losses."""
+    if not isinstance(content, dict) or type(content.get("step")) is not int or not 0 <= content["step"] < 2**63:
+        return False
+    losses = [content[name] for name in LOSSES if name in content]
+    return all(type(loss) is float or (type(loss) is int and abs(loss) < 2**63) for loss in losses)
 
 
 class Log:

@@ -1,11 +1,8 @@
-"""`python -m tests.fuzz`; see `tests.fuzz.run`."""
+"""`python -m tests.fuzz`; see `tests.fuzz.command`."""
 
-import os
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from tests.fuzz.run import main
+from tests.fuzz.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

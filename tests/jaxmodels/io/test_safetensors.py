@@ -13,7 +13,7 @@ import torch
 from jaxmodels.io.safetensors import read_file, read_folder, write_file, write_folder
 from jaxmodels.weights.lazy import Transposed
 from jaxmodels.weights.names import as_tensor
-from tests.fuzz.mutate import mutated_safetensors
+from tests.fuzz.mutations.tensors import mutated_safetensors
 
 DTYPES = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16]
 ARRAYS = {

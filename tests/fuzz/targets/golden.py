@@ -1,0 +1,72 @@
+"""Recorded results of PyTorch, and files that `parity` reads."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.fuzz.targets.files import make_pt, make_safetensors
+from tests.fuzz.targets.kind import Target
+from tests.fuzz.targets.models import make_hf
+from tests.fuzz.targets.texts import make_settings, read_settings
+
+
+def make_fixture(folder: Path) -> None:
+    import torch
+    from flax import nnx
+
+    import parity
+    from jaxmodels.transformer import AutoregressiveTransformer
+
+    model = nnx.eval_shape(lambda: AutoregressiveTransformer(7, 4, 2, 5, 1, rngs=nnx.Rngs(0)))
+    inputs = {"input": np.ones((2, 3), np.float32)}
+    parity.record(torch.nn.Linear(3, 5), inputs, folder / "one", flax_module=model)
+
+
+def read_fixture(folder: Path) -> Any:
+    from parity.golden.fixture import read
+    from parity.golden.replay import rebuilt
+
+    fixture = read(folder / "one")
+    return list(fixture.named_parameters()), [fixture.get_submodule(path) for path in fixture.layers], rebuilt(fixture)
+
+
+def make_state(folder: Path) -> None:
+    from parity.mutation.state import State
+
+    with State.opened(folder / "state.jsonl") as state:
+        state.add("one", None)
+        state.add_alarms("rope", 3, [])
+        state.add("two", None)
+
+
+def read_state(folder: Path) -> Any:
+    """Opened for appending, so that the folder may change."""
+    from parity.mutation.state import State
+
+    with State.opened(folder / "state.jsonl") as state:
+        return state.rows, state.alarms
+
+
+def verify(name: str) -> Any:
+    """Reader by `parity verify`, against the example."""
+
+    def read(folder: Path) -> None:
+        from parity.checkpoint.opened import opened
+
+        found = opened(folder / name)
+        for tensor in found.tensors.values():
+            np.asarray(tensor)
+
+    return read
+
+
+TARGETS = (
+    Target("fixture", make_fixture, read_fixture),
+    Target("fixture's JSON", make_fixture, read_fixture, "*.json"),
+    Target("mutation state", make_state, read_state, changes=True),
+    Target("settings", make_settings, read_settings),
+    Target("parity, pt", make_pt, verify("model.pt")),
+    Target("parity, safetensors", make_safetensors, verify("model.safetensors")),
+    Target("parity, Hugging Face", make_hf, verify(".")),
+)
