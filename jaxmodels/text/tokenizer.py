@@ -257,7 +257,8 @@ def end_tokens(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
             return tuple(ids)
     names = [content_of(json_beside(beside, name).get("eos_token")) for name in (CONFIG, SPECIAL)]
     for text in (*names, END_OF_TEXT):
-        token = None if text is None else vocabulary.tokenizer.token_to_id(text)
+        with refusing(f"{beside} names a special token that the tokenizer cannot look up"):
+            token = None if text is None else vocabulary.tokenizer.token_to_id(text)
         if token is not None:
             return (token,)
     return ()

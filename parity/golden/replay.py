@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxmodels.io.bounded import errors_naming
 from jaxmodels.models import build
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
@@ -38,9 +39,12 @@ def replay(
     round trip. Raises ValueError if the fixture is damaged, and ConversionError if its weights do not fit.
     """
     fixture = read(stem)
+    if flax_module is None:
+        with errors_naming(stem):
+            flax_module = rebuilt(fixture)
     comparison = Comparison.of(
         fixture,
-        rebuilt(fixture) if flax_module is None else flax_module,
+        flax_module,
         fixture.inputs,
         labels=fixture.labels,
         names=names,

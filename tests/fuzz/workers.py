@@ -76,10 +76,10 @@ class Worker:
             environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
             environment |= {"HF_HUB_OFFLINE": "1", "MPLCONFIGDIR": str(self.folder)}
             command = [sys.executable, "-m", "tests.fuzz.child", str(self.folder)]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            pipe = subprocess.PIPE
             with (self.folder / "errors.txt").open("ab") as errors:  # of threads that go on after an attempt
                 self.process = subprocess.Popen(
-                    command, **pipes, stderr=errors, env=environment, cwd=ROOT, start_new_session=True
+                    command, stdin=pipe, stdout=pipe, stderr=errors, env=environment, cwd=ROOT, start_new_session=True
                 )
             self.ready = set()
         return self.process

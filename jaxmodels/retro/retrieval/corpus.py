@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary
 
 Refuse = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (rows, starts [r, f]) -> bool [r, f]
@@ -46,15 +47,14 @@ class Corpus:
         """Starts of the complete chunks of all documents, int64 [n]; raises ValueError if there are none."""
         if chunk_len < 1:
             raise ValueError(f"chunk_len={chunk_len} must be at least 1")
+        longest = int(np.diff(self.documents).max())
+        if chunk_len > longest:
+            raise ValueError(f"no document has chunk_len={quoted(chunk_len)} tokens; the longest has {longest}")
         ranges = [
             np.arange(first, end - chunk_len + 1, chunk_len)
             for first, end in zip(self.documents[:-1], self.documents[1:], strict=True)
         ]
-        starts = np.concatenate(ranges)
-        if not len(starts):
-            longest = int(np.diff(self.documents).max())
-            raise ValueError(f"no document has chunk_len={chunk_len} tokens; the longest has {longest}")
-        return starts.astype(np.int64)
+        return np.concatenate(ranges).astype(np.int64)
 
     def passages(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Tokens from each start on, int32 [..., length]; 0 beyond the end of the document, and for start -1.

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import open_regular
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.retro.retrieval.corpus import Corpus, sharing
 from jaxmodels.retro.retrieval.index import ChunkIndex
@@ -160,7 +162,10 @@ def read(file: Path, fingerprint: str, shape: tuple[int, ...]) -> np.ndarray | N
     """Read neighbors int32 of a shape from a file; None if it is missing, damaged, or of other samples."""
     room = HEADER + 4 * math.prod(shape)
     try:
-        with open(file, "rb") as opened, zipfile.ZipFile(opened) as archive:
+        with open_regular(file) as opened:
+            if os.fstat(opened.fileno()).st_size > 2 * room:  # zipfile would look for its directory in all of it
+                return None
+            archive = zipfile.ZipFile(opened)
             if any(entry.file_size > room for entry in archive.infolist()):  # a small file may hold terabytes of zeros
                 return None
             with np.load(opened) as kept:

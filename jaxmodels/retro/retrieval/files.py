@@ -5,12 +5,14 @@ FOLDER/tokens.npy              ids [T];  documents.npy: start of each document, 
 FOLDER/vocabulary.json         `jaxmodels.text.load_vocabulary` reads it
 FOLDER/index-0000062500.faiss  FAISS's own file, after that many chunks
 
-FAISS does not check what it reads: a damaged file may allocate any amount of memory, or end the process. "sha256" binds
-its file to about.json, and is compared before FAISS sees the file.
+FAISS checks little of what it reads: a damaged file may end the process. "sha256" binds its file to about.json, and is
+compared before FAISS sees the file.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from jaxmodels.text import load_vocabulary
 
 FORMAT = 2
 NAME = re.compile(r"index-\d{10}\.faiss")  # so that a folder can name no file outside of it, and none of others
+# Most bytes of FAISS's file: of its tables, and for each chunk and each of its vector's values.
+HEADER_BYTES, CHUNK_BYTES, VALUE_BYTES = 2**28, 2**14, 16
 TEXTS, NUMBERS = ("fingerprint", "embedder", "factory"), ("chunk_len", "chunks", "added")
 
 
@@ -89,10 +93,14 @@ def read_corpus(folder: Path) -> Corpus:
 def read_searcher(folder: Path, about: dict[str, Any], width: int) -> Any:
     """FAISS index of a folder, of vectors of a width; raises ValueError if it is damaged or contradicts about.json."""
     faiss, file = import_faiss(), folder / str(about["index"])
-    if sha256_of(file) != about["sha256"]:
-        raise ValueError(f"{file} has another sha256 than about.json: it is damaged or of another index")
+    most = HEADER_BYTES + about["added"] * (CHUNK_BYTES + VALUE_BYTES * width)
     try:
-        searcher = faiss.read_index(str(file))
+        if sha256_of(file, most) != about["sha256"]:
+            raise ValueError(f"{file} has another sha256 than about.json: it is damaged or of another index")
+        with lengths_limited(faiss, file.stat().st_size):
+            searcher = faiss.read_index(str(file))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"{file} cannot be read: {reason(error)}") from None
     if (searcher.ntotal, searcher.d) != (about["added"], width):
@@ -100,6 +108,20 @@ def read_searcher(folder: Path, about: dict[str, Any], width: int) -> Any:
             f"{file} has {searcher.ntotal} chunks of width {searcher.d}, about.json {about['added']} of width {width}"
         )
     return searcher
+
+
+@contextlib.contextmanager
+def lengths_limited(faiss: Any, size: int) -> Iterator[None]:
+    """Context in which FAISS refuses lengths that a file of `size` bytes cannot hold, before it allocates memory."""
+    limits = ("vector_byte_limit", "loop_limit")
+    before = {name: getattr(faiss, f"get_deserialization_{name}")() for name in limits}
+    for name in limits:
+        getattr(faiss, f"set_deserialization_{name}")(size)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            getattr(faiss, f"set_deserialization_{name}")(value)
 
 
 def import_faiss() -> Any:

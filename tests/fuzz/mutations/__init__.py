@@ -5,7 +5,7 @@ Every function takes a random generator, so that a seed makes the same files aga
 
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.fuzz.mutations.archives import mutated_zip
@@ -19,7 +19,15 @@ from tests.fuzz.mutations.values import Rng, choose
 __all__ = ["mutate"]
 
 Change = Callable[[bytes, Rng], bytes]
-UNFIT = (ValueError, IndexError, KeyError, TypeError, RecursionError, NotImplementedError, struct.error)
+UNFIT: tuple[type[Exception], ...] = (
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    RecursionError,
+    NotImplementedError,
+    struct.error,
+)
 UNFIT += (zipfile.BadZipFile, OSError, EOFError, RuntimeError, AttributeError)
 
 
@@ -41,7 +49,7 @@ def mutate(root: Path, pattern: str, rng: Rng) -> None:
             file.write_bytes(mutated_bytes(content, rng))
 
 
-def fitting(name: str, content: bytes) -> list[Change]:
+def fitting(name: str, content: bytes) -> Sequence[Change]:
     """Changes for a file's format."""
     if content[:4] == b"PK\x03\x04":
         return [mutated_zip] * 5 + [mutated_bytes]

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.fuzz.mutations.values import Rng, choose
 
 BESIDE = "../beside"  # of the folder that is read: files that must not be touched
-ADDED = (
+ADDED: tuple[str, ...] = (
     "layer_9999999999-model_00-model_states.pt",
     "mp_rank_99999999_model_states.pt",
     "layer_00-model_99999-model_states.pt",
@@ -37,7 +37,7 @@ ADDED = (
     "vocabulary.json",
 )
 ADDED += ("\x1b[2J.json", "a\nb.yml", "\udcff.json")
-FOLDERS = ("params", "checkpoints", "snapshots", "blobs", "configs", "global_step99999999999999999999")
+FOLDERS: tuple[str, ...] = ("params", "checkpoints", "snapshots", "blobs", "configs", "global_step99999999999999999999")
 FOLDERS += ("checkpoints/" + "9" * 200, "checkpoints/\x1b[2J")
 
 

@@ -1,5 +1,6 @@
 """Recorded results of PyTorch, and files that `parity` reads."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,23 @@ def make_fixture(folder: Path) -> None:
 
 
 def read_fixture(folder: Path) -> Any:
+    from jaxmodels.io.bounded import errors_naming
     from parity.golden.fixture import read
     from parity.golden.replay import rebuilt
 
     fixture = read(folder / "one")
-    return list(fixture.named_parameters()), [fixture.get_submodule(path) for path in fixture.layers], rebuilt(fixture)
+    with errors_naming(folder / "one"):  # as `replay` does
+        model = rebuilt(fixture)
+    return model, list(fixture.named_parameters()), [fixture.get_submodule(path) for path in fixture.layers]
+
+
+def seal(folder: Path) -> None:
+    """Write the checksum of the changed tensors to the JSON, so that their content is reached."""
+    from jaxmodels.io.bounded import sha256_of
+
+    about = json.loads((folder / "one.json").read_bytes())
+    about["sha256"] = sha256_of(folder / "one.safetensors", 10**6)
+    (folder / "one.json").write_text(json.dumps(about))
 
 
 def make_state(folder: Path) -> None:
@@ -62,7 +75,8 @@ def verify(name: str) -> Any:
 
 
 TARGETS = (
-    Target("fixture", make_fixture, read_fixture),
+    Target("fixture", make_fixture, read_fixture, seal=seal),
+    Target("fixture's tensors", make_fixture, read_fixture, "*.safetensors", seal=seal),
     Target("fixture's JSON", make_fixture, read_fixture, "*.json"),
     Target("mutation state", make_state, read_state, changes=True),
     Target("settings", make_settings, read_settings),

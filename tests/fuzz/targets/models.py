@@ -37,8 +37,7 @@ def make_transformer(folder: Path) -> None:
     import jaxmodels
     from jaxmodels.transformer import AutoregressiveTransformer
 
-    sizes = {"n_vocab": 7, "d_model": 12, "n_layers": 2, "heads": 3, "d_ff": 20}
-    jaxmodels.save(AutoregressiveTransformer(**sizes, rngs=nnx.Rngs(SEED)), folder)
+    jaxmodels.save(AutoregressiveTransformer(7, 12, 3, 20, 2, rngs=nnx.Rngs(SEED)), folder)
 
 
 def make_retro(folder: Path) -> None:
@@ -70,11 +69,11 @@ def make_lora(folder: Path) -> None:
     jaxmodels.save(model, folder)
 
 
-def make_streamed(folder: Path, file_bytes: int = 10**9) -> None:
+def make_streamed(folder: Path) -> None:
     from jaxmodels.convert.flax import write_flax
     from jaxmodels.convert.source import model_source
 
-    write_flax(model_source(neox_model()), folder, **({} if file_bytes == 10**9 else {"file_bytes": file_bytes}))
+    write_flax(model_source(neox_model()), folder, file_bytes=5000)
 
 
 def make_hf(folder: Path, file_bytes: int = 10**9) -> None:
@@ -95,7 +94,7 @@ def make_bins(folder: Path, old: bool = False) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((names[::2], names[1::2]), start=1):
         file = f"pytorch_model-{i:05}-of-00002.bin"
         torch.save({n: tensors[n].clone() for n in part}, folder / file, _use_new_zipfile_serialization=not old)
@@ -119,7 +118,7 @@ def make_ranks(folder: Path, old: bool = False) -> None:
     step = next(folder.glob("global_step*"))
     files = sorted(step.glob("layer_*-model_*-model_states.pt"))
     for rank in range(3):
-        module = {}
+        module: dict[str, Any] = {}
         for file in files:
             if f"model_{rank:02}-" in file.name:
                 layer = int(file.name[6:8])

@@ -33,9 +33,9 @@ def read_index(folder: Path) -> Any:
 
 def seal(folder: Path) -> None:
     """Write the checksums of the changed files to about.json, so that its content is reached."""
+    from jaxmodels.io.bounded import sha256_of
     from jaxmodels.io.npy import map_array
     from jaxmodels.retro.retrieval.corpus import Corpus
-    from jaxmodels.retro.retrieval.files import sha256_of
     from jaxmodels.text import load_vocabulary
 
     file = folder / "index" / "about.json"

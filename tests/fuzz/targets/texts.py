@@ -124,9 +124,9 @@ def read_settings(folder: Path) -> Any:
         found = settings_of(argparse.Namespace(logit_bias=biases, **sampling))
         for text in layouts:
             layout = Layout.parse(text)
-            for shape in ((6, 5), (5, 3, 1)):
-                axes = layout.fit(shape, [None] * len(layout.flax))
-                axes.to_torch(axes.to_flax(np.zeros(shape)))
+            rank = len(layout.flax) - (("...",) in layout.flax)
+            axes = layout.fit((6, 5), [None] * rank)
+            axes.to_torch(axes.to_flax(np.zeros((6, 5))))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return found, read_prompt(folder / "prompt.txt")
