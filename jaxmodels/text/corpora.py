@@ -31,6 +31,7 @@ def load_corpus(name: str) -> str:
         raise ValueError(
             f"text={name!r} must be python_docs, tiny_shakespeare or a readable UTF-8 file: {error}"
         ) from None
+    text = text.removeprefix("\ufeff")  # a byte order mark
     if not text:
         raise ValueError(f"text={name!r} is an empty file")
     return text

@@ -1,12 +1,11 @@
 """Vocabularies of tokenizer files, and the file of a vocabulary of any class."""
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +13,9 @@ import numpy as np
 
 from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_bytes, read_object, read_text
 from jaxmodels.process.extras import require
-from jaxmodels.process.texts import quoted, shortened
+from jaxmodels.process.texts import quoted
+from jaxmodels.text.cuts import Cuts
+from jaxmodels.text.errors import refusing
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
 
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
@@ -106,6 +107,39 @@ class TokenizerFile(Vocabulary):
         with refusing("the tokenizer cannot encode the text"):
             return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+        """Encode texts as `encode`, each by itself, on all cores; `ids_of` makes ids of the results."""
+        for text in texts:
+            utf8(text)
+        with refusing("the tokenizer cannot encode the text"):
+            return list(self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))  # without offsets
+
+    def ids_of(self, encoded: Any) -> np.ndarray:
+        """Ids of a result of `encode_batch`: int32 [n]."""
+        return np.asarray(encoded.ids, np.int32)
+
+    def unknown_in(self, text: str) -> list[str]:
+        """Parts of a text that become the unknown token."""
+        with refusing("the tokenizer cannot encode the text"):
+            found = self.tokenizer.encode(text, add_special_tokens=False)
+        spans = (span for token, span in zip(found.ids, found.offsets, strict=True) if token == self.unknown)
+        return [text[start:stop] for start, stop in spans]
+
+    @functools.cached_property
+    def cuts(self) -> Cuts:
+        """Places where a text can be cut so that the ids of its pieces are those of the whole."""
+        return Cuts(self.tokenizer.to_str())
+
+    @functools.cached_property
+    def unknown(self) -> int | None:
+        """Id of the token for what the vocabulary lacks; None if there is none."""
+        model = self.tokenizer.model
+        if type(model).__name__ == "Unigram":
+            unknown = json.loads(self.tokenizer.to_str())["model"].get("unk_id")
+            return None if unknown is None else int(unknown)
+        token = getattr(model, "unk_token", None)
+        return None if token is None else self.tokenizer.token_to_id(token)
+
     def encode_prompt(self, text: str) -> np.ndarray:
         """Encode a text to be continued to int32 ids, after the special tokens that the tokenizer puts before texts.
 
@@ -126,7 +160,7 @@ class TokenizerFile(Vocabulary):
 
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""
-        write_json(file, {"tokenizer": self.content})
+        write_json(file, {"tokenizer": self.content, "eos": list(self.eos)})
 
     def described(self) -> dict[str, Any]:
         """Fields that tell this vocabulary from others of its class, as JSON values."""
@@ -206,24 +240,6 @@ def token_id(value: Any) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"\d{1,10}", value):
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
-
-
-@contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Context in which any error of the package tokenizers becomes a ValueError, with its first line."""
-    try:
-        yield
-    except Exception as error:  # the package raises bare Exceptions
-        raise ValueError(f"{what}: {first_line(error)}") from None
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust; it is no Exception, and has no module to import
-            raise
-        raise ValueError(f"{what}: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Beginning of an error's message."""
-    return shortened(str(error).strip().partition("\n")[0], 300)
 
 
 def content_of(token: Any) -> str | None:
@@ -309,7 +325,9 @@ def load_vocabulary(file: Path) -> Vocabulary:
         case {"bytes": 256}:
             return ByteVocabulary()
         case {"tokenizer": str(tokenizer)}:
-            vocabulary = TokenizerFile(tokenizer)
+            eos = content.get("eos")
+            ends = tuple(i for i in map(token_id, eos) if i is not None) if isinstance(eos, list) else ()
+            vocabulary = TokenizerFile(tokenizer, ends)
             with errors_naming(file):
                 len(vocabulary)
             return vocabulary

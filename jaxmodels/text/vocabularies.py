@@ -1,8 +1,10 @@
 """Vocabularies without a tokenizer: characters, as in the original experiments, and bytes."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +13,7 @@ import numpy as np
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
 from jaxmodels.process.texts import quoted
+from jaxmodels.text.cuts import Anywhere, Cuts
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -27,12 +30,33 @@ class Vocabulary:
     unit: ClassVar[str]
     eos: tuple[int, ...] = ()
 
+    @property
+    def cuts(self) -> Anywhere | Cuts:
+        """Places where a text can be cut so that the ids of its pieces are those of the whole."""
+        return Anywhere()
+
+    @property
+    def unknown(self) -> int | None:
+        """Id of the token for what the vocabulary lacks; None if there is none."""
+        return None
+
     def __len__(self) -> int:
         raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text to int32 ids."""
         raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+        """Encode texts, each by itself, on all cores if a tokenizer does; `ids_of` makes ids of the results.
+
+        They are two steps so that ids can be made of one batch while the next is encoded.
+        """
+        return [self.encode(text) for text in texts]
+
+    def ids_of(self, encoded: Any) -> np.ndarray:
+        """Ids of a result of `encode_batch`: int32 [n]."""
+        return np.asarray(encoded)
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """Encode a text to be continued to int32 ids; the same, unless a tokenizer puts special tokens before it."""
@@ -76,14 +100,26 @@ class CharVocabulary(Vocabulary):
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode a text to int32 ids [len(text)]; raises ValueError listing unknown characters."""
-        ids = {character: i for i, character in enumerate(self.characters)}
-        unknown = sorted(set(text) - ids.keys())
-        if unknown:
-            raise ValueError(
-                f"text has characters {''.join(unknown)!r}, which are not among the {len(self)} of the vocabulary"
-            )
-        return np.fromiter((ids[character] for character in text), np.int32, len(text))
+        """Encode a text to int32 ids [len(text)]; raises ValueError that counts unknown characters and shows ten."""
+        ids = self.table[code_points(text)]
+        if ids.size and ids.min() < 0:
+            self.refuse({character: text.count(character) for character in set(text) - set(self.characters)})
+        return ids
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """Id of each code point; -1 for those that are not in the vocabulary."""
+        table = np.full(sys.maxunicode + 1, -1, np.int32)
+        table[code_points(self.characters)] = np.arange(len(self))
+        return table
+
+    def refuse(self, unknown: Mapping[str, int]) -> None:
+        """Raise ValueError if there are characters, given with their counts, that the vocabulary lacks."""
+        if not unknown:
+            return
+        raise ValueError(
+            f"text has {listed(unknown)}; the vocabulary has {len(self)} characters and cannot encode others"
+        )
 
     def decode(self, ids: Any, *, skip_special: bool = False) -> str:
         """Decode ids [n] to text; raises ValueError if one is outside the vocabulary."""
@@ -135,6 +171,19 @@ class ByteVocabulary(Vocabulary):
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""
         write_json(file, {"bytes": 256})
+
+
+def listed(unknown: Mapping[str, int], shown: int = 10) -> str:
+    """Number of unknown characters, or of other texts, and the most frequent of them."""
+    most = sorted(unknown, key=lambda text: (-unknown[text], text))
+    others = f" and {len(most) - shown:,} others" if len(most) > shown else ""
+    what = ", ".join(quoted(text) for text in most[:shown])
+    return f"{sum(unknown.values()):,} unknown characters: {what}{others}"
+
+
+def code_points(text: str) -> np.ndarray:
+    """Code points of a text: uint32 [len(text)]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def utf8(text: str) -> bytes:

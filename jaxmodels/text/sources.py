@@ -1,0 +1,201 @@
+"""What `--text` names: a corpus, a file, or a folder of documents, as sources to train on and to validate on."""
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+
+from jaxmodels.io.bounded import read_object
+from jaxmodels.process.texts import quoted
+from jaxmodels.text.corpora import load_corpus
+from jaxmodels.text.documents import KINDS, Files, Source, Text, TextFile, kind_of
+from jaxmodels.text.vocabularies import CharVocabulary, code_points
+
+CORPORA = ("python_docs", "tiny_shakespeare")
+TRAINING, VALIDATION, TEST = "train", "validation", "test"
+SPLITS = {
+    **dict.fromkeys(("train", "training"), TRAINING),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), TEST),
+}
+SPLIT_NAME = re.compile(rf"(?<![A-Za-z])({'|'.join(SPLITS)})(?![A-Za-z])", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """A text to train on, and one to validate on: None if that is the last tenth of the documents.
+
+    notes: sentences to print about the text.
+    """
+
+    train: Source
+    validation: Source | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def both(self) -> list[Source]:
+        return [self.train, *([self.validation] if self.validation is not None else [])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """Numbers of a text's characters by code point, and of its ends of lines."""
+
+    characters: np.ndarray
+    line_ends: dict[str, int]
+
+    @property
+    def vocabulary(self) -> CharVocabulary:
+        """Vocabulary of the characters, sorted."""
+        return CharVocabulary("".join(map(chr, np.flatnonzero(self.characters).tolist())))
+
+    def unknown(self, vocabulary: CharVocabulary) -> dict[str, int]:
+        """Characters that a vocabulary lacks, and how often they are in the text."""
+        missing = self.characters.copy()
+        missing[code_points(vocabulary.characters)] = 0
+        return {chr(c): int(missing[c]) for c in np.flatnonzero(missing).tolist()}
+
+
+class Counter:
+    """Counts a text's characters and ends of lines, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self.seen = np.zeros(0x110000, np.int64)
+        self.ends = {"LF": 0, "CRLF": 0, "CR": 0}
+        self.length, self.carriage = 0, False
+
+    def add(self, chunk: str, *, characters: bool) -> None:
+        """Count a chunk; its characters one by one only if asked, as that takes longer."""
+        both = chunk.count("\r\n")
+        split = self.carriage and chunk.startswith("\n")  # a CRLF over two chunks
+        self.ends["CRLF"] += both + split
+        self.ends["CR"] += chunk.count("\r") - both - split
+        self.ends["LF"] += chunk.count("\n") - both - split
+        self.carriage = chunk.endswith("\r")
+        self.length += len(chunk)
+        if characters:
+            points = code_points(chunk)
+            found = np.bincount(points, minlength=1)
+            self.seen[: len(found)] += found
+
+    @property
+    def census(self) -> Census:
+        return Census(self.seen, self.ends)
+
+    def notes(self, name: str) -> list[str]:
+        """Sentence on ends of lines other than LF, which are kept."""
+        if not self.ends["CRLF"] and not self.ends["CR"]:
+            return []
+        found = ", ".join(f"{n:,} {kind}" for kind, n in self.ends.items() if n)
+        mixed = sum(n > 0 for n in self.ends.values()) > 1
+        return [f"{name} has {'different ends of lines' if mixed else 'ends of lines'}: {found}; they are kept"]
+
+
+def open_sources(text: str, field: str = "text") -> Sources:
+    """Sources of a corpus by name, a UTF-8 file, a JSONL, Arrow or Parquet file, or a folder of such files.
+
+    A single text is split at 90 % of its characters, which takes one pass over it. Raises ValueError if it is none of
+    these, empty, or not UTF-8.
+    """
+    path = Path(text)
+    if text in CORPORA:
+        content = load_corpus(text)
+        cut = int(0.9 * len(content))
+        return Sources(Text(text, content[:cut]), Text(text, content[cut:]))
+    if path.is_dir():
+        return of_folder(path, field)
+    if kind_of(path) != "text":
+        return Sources(Files(text, (path,), field), None)
+    return split_file(path, text)
+
+
+def split_file(file: Path, text: str) -> Sources:
+    """Two parts of a text file: the first int(0.9·n) characters, and the rest."""
+    counter, places = Counter(), []
+    try:
+        (document,) = TextFile(file).documents()
+        at, end = document.offset, document.offset
+        for chunk in document.chunks:
+            places.append((counter.length, end))
+            counter.add(chunk, characters=False)
+            end += len(chunk.encode())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text={text!r} must be {', '.join(CORPORA)}, a readable UTF-8, JSONL, Arrow or Parquet file, or a folder "
+            f"of such files: {error}"
+        ) from None
+    if not counter.length:
+        raise ValueError(f"text={text!r} is an empty file")
+    cut = int(0.9 * counter.length)
+    first, place = places[max(i for i, (length, _) in enumerate(places) if length <= cut)]
+    chunk = "".join(itertools.islice(TextFile(file).read(place), 2))
+    middle = place + len(chunk[: cut - first].encode())
+    notes = counter.notes(text)
+    if at:
+        notes.insert(0, f"{text} begins with a byte order mark, which is left out")
+    return Sources(TextFile(file, at, middle), TextFile(file, middle, end), tuple(notes))
+
+
+def of_folder(folder: Path, field: str) -> Sources:
+    """Sources of a folder of `datasets.save_to_disk`, or of JSONL, Arrow, Parquet and .txt files.
+
+    Files whose path names validation data are validated on; those of test data are left out.
+    """
+    found: dict[str, list[Path]] = {TRAINING: [], VALIDATION: [], TEST: []}
+    for file in sorted(files_of(folder)):
+        named = SPLIT_NAME.findall(str(file.relative_to(folder)))
+        found[SPLITS[named[-1].lower()] if named else TRAINING].append(file)
+    if not found[TRAINING]:
+        raise ValueError(
+            f"text={str(folder)!r} has no {', '.join(sorted(KINDS))} files to train on, and is not a folder written by "
+            "train.tokenize"
+        )
+    train, validation = (
+        Files(str(folder), tuple(found[split]), field) if found[split] else None for split in (TRAINING, VALIDATION)
+    )
+    assert train is not None
+    left_out = f"{folder}: {len(found[TEST])} files of test data are left out"
+    return Sources(train, validation, (left_out,) if found[TEST] else ())
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Files of documents in a folder; of a folder of datasets, those that its state.json names."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_object(folder / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list) or not all(isinstance(name, str) and is_plain(name) for name in splits):
+            raise ValueError(f"{folder / 'dataset_dict.json'} has splits={quoted(splits)}, must be names of folders")
+        return [file for name in splits for file in files_of(folder / name)]
+    if (folder / "state.json").is_file():
+        return saved_files(folder / "state.json")
+    names = (file for file in folder.rglob("*") if file.suffix.lower() in KINDS and file.is_file())
+    return [file for file in names if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def saved_files(state: Path) -> list[Path]:
+    """Arrow files of a dataset that `datasets` saved; raises ValueError if the file names none."""
+    about = read_object(state)
+    files = about.get("_data_files")
+    listed = files if isinstance(files, list) else []
+    names = [str(each.get("filename", "")) if isinstance(each, dict) else "" for each in listed]
+    if not names or not all(map(is_plain, names)):
+        raise ValueError(f"{state} has _data_files={quoted(files)}, must name the Arrow files beside it")
+    if about.get("_indices_data_files"):
+        raise ValueError(
+            f"{state} has _indices_data_files, which are not read; save the dataset after flatten_indices()"
+        )
+    return [state.with_name(name) for name in names]
+
+
+def is_plain(name: str) -> bool:
+    return Path(name).name == name and name not in ("", ".", "..")
+
+
+def count(sources: Sources) -> Census:
+    """Count the characters of both texts."""
+    counter = Counter()
+    for source in sources.both:
+        for chunk in source.chunks():
+            counter.add(chunk, characters=True)
+    return counter.census

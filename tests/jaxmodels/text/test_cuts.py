@@ -1,0 +1,134 @@
+"""Cuts of a text between pieces: the ids of the pieces are those of the whole text, whatever the tokenizer."""
+
+import itertools
+import random
+
+import pytest
+
+from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, Vocabulary
+from jaxmodels.text.documents import Text
+from jaxmodels.text.patterns import Pattern, Unsupported
+from jaxmodels.text.pieces import pieces
+from tests.jaxmodels.text.tokenizers import GPT2, LLAMA3, MAKERS, UNCUT, made
+
+ALPHABET = [*"aAbs tT12 . ,'\n\r\t-_<中日，。éﬁﾞİΣßก", "  ", "\r\n", "\n\n", " the", "'s", " of", "is", "the language"]
+ALPHABET += [
+    " <mask> ",
+    "Class ",
+    "<|endoftext|>",
+    "e\u0301",
+    "한",
+    "\u1161",
+    "\u0e33",
+    " \u0301",
+    "👩‍👧",
+    "\u00a0",
+    "</s>",
+]
+ALPHABET += ["[MASK]", "<unk>", "word", "``", "''", "▁", "▁▁"]
+
+
+def text(rng: random.Random, longest: int) -> str:
+    return "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, longest)))
+
+
+def ids(vocabulary: Vocabulary, texts: list[str]) -> list[list[int]]:
+    return [vocabulary.ids_of(found).tolist() for found in vocabulary.encode_batch(texts)]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_cut_keeps_the_ids(name):
+    vocabulary, rng = TokenizerFile(made(name).to_str()), random.Random(0)
+    cuts, checked = vocabulary.cuts, []
+    assert cuts.reason is None
+    for _ in range(130):
+        whole = text(rng, 23)
+        places = [i for i in range(1, len(whole)) if cuts.last(whole, i - 1, i) == i]
+        checked += [(whole, whole[:i], whole[i + cuts.dropped :]) for i in places]
+    assert len(checked) > 30
+    found = ids(vocabulary, [part for parts in checked for part in parts])
+    for i, parts in enumerate(checked):
+        whole_ids, left, right = found[3 * i : 3 * i + 3]
+        assert left + right == whole_ids, parts
+
+
+@pytest.mark.parametrize("name", [*MAKERS, "characters of ours", "bytes"])
+def test_pieces_of_any_size_have_the_ids_of_the_text(name):
+    rng = random.Random(1)
+    whole = "".join(text(rng, 23) for _ in range(41))
+    ours: dict[str, Vocabulary] = {"characters of ours": CharVocabulary.of(whole), "bytes": ByteVocabulary()}
+    vocabulary = ours.get(name) or TokenizerFile(made(name).to_str())
+    for size in (1, 3, 31, 211, rng.randint(4, 97)):
+        found = list(pieces(Text("text", whole), vocabulary.cuts, size=size))
+        assert len(found) > 1
+        assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True]
+        joined = itertools.chain.from_iterable(ids(vocabulary, [piece.text for piece in found]))
+        assert list(joined) == vocabulary.encode(whole).tolist(), size
+
+
+def test_pieces_are_about_as_long_as_asked():
+    vocabulary = TokenizerFile(made("pythia").to_str())
+    found = list(pieces(Text("text", "some words and more of them. " * 500), vocabulary.cuts, size=200))
+    assert max(len(piece.text) for piece in found) <= 200
+    assert min(len(piece.text) for piece in found[:-1]) > 150
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_a_text_that_cannot_be_cut_is_encoded_whole_or_refused(name, monkeypatch):
+    vocabulary = TokenizerFile(made(name).to_str())
+    assert vocabulary.cuts.reason is not None
+    assert [piece.text for piece in pieces(Text("text", "a word " * 50), vocabulary.cuts, size=3)] == ["a word " * 50]
+    monkeypatch.setattr("jaxmodels.text.pieces.LONGEST", 100)
+    with pytest.raises(ValueError, match=r"story.txt has 100 characters .*its (model|regular expression)"):
+        list(pieces(Text("story.txt", "a word " * 50), vocabulary.cuts, size=3))
+
+
+def test_a_text_without_a_place_is_refused(monkeypatch):
+    monkeypatch.setattr("jaxmodels.text.pieces.LONGEST", 1000)
+    vocabulary = TokenizerFile(made("bert").to_str())
+    with pytest.raises(ValueError, match=r"genome has 1,000 characters"):
+        list(pieces(Text("genome", "ACGT" * 500), vocabulary.cuts, size=100))
+    found = list(pieces(Text("genome", "ACGT" * 200 + " " + "ACGT" * 200), vocabulary.cuts, size=100))
+    assert [len(piece.text) for piece in found] == [800, 801]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "before", "after", "may"),
+    [
+        (GPT2, "a", " ", True),
+        (GPT2, " ", "a", False),  # the space belongs to the word
+        (GPT2, "'", "s", False),
+        (GPT2, ".", "\n", True),
+        (LLAMA3, ".", "\n", False),  # ends of lines belong to punctuation before them
+        (LLAMA3, ".", " ", True),
+        (LLAMA3, "'", "S", False),
+        (LLAMA3, "中", "。", True),
+        (r"a(?=b)", "a", "b", False),
+        (r"a(?!b)|a", "a", "c", True),
+        (r"(?:ab)+", "b", "a", False),
+        (r"a{2,}", "a", "a", False),
+        (r"[^\s[ab]]+", "c", "a", True),
+        (r"\w++", "a", "-", True),
+        (r"x(?:y(?=.{2}))", "y", "z", False),
+    ],
+)
+def test_patterns(pattern, before, after, may):
+    assert Pattern(pattern).may_cut(before, after) is may
+
+
+def test_a_character_is_sure_to_be_in_a_match():
+    assert Pattern(GPT2).always_matches("a")
+    assert Pattern(GPT2).always_matches(" ")
+    assert not Pattern(r"\s+(?!\S)").always_matches(" ")
+    assert not Pattern(r" {2,}").always_matches(" ")
+    assert not Pattern(r"(?>a*)a").always_matches("a")
+    assert Pattern(r"(?i:k)").always_matches("K")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(?<=a)b", r"\bword", "^a", "a$", r"(a)\1", "[a", "(a", "a)", r"\p{Han}", "[a&&b]", "a*", "", "a**", r"\X"],
+)
+def test_other_patterns_are_not_supported(pattern):
+    with pytest.raises(Unsupported):
+        Pattern(pattern)
