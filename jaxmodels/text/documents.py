@@ -235,7 +235,7 @@ def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[st
             if row + batch.num_rows <= offset:
                 row += batch.num_rows
                 continue
-            column = strings(batch, field)
+            column = strings(file, batch, field)
             for first in range(0, len(column), ROWS):
                 for text in column.slice(first, ROWS).to_pylist():
                     if text is not None and row >= offset:
@@ -250,19 +250,19 @@ def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[st
             raise ValueError(f"{file} {reason}") from None
 
 
-def strings(batch: Any, field: str) -> Any:
+def strings(file: Path, batch: Any, field: str) -> Any:
     """Column of strings of a batch; raises ValueError if there is none of that name."""
     import pyarrow
 
     if field not in batch.schema.names:
         names = ", ".join(quoted(name, 40) for name in batch.schema.names[:20])
-        raise ValueError(f"has no column {quoted(field)}; it has {names}")
+        raise ValueError(f"{file} has no column {quoted(field)}; it has {names}")
     column = batch.column(batch.schema.names.index(field))
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
     if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in ("string", "large_string", "string_view")):
-        raise ValueError(f"has {kind} in the column {quoted(field)}, must be strings")
+        raise ValueError(f"{file} has {kind} in the column {quoted(field)}, must be strings")
     return column
 
 

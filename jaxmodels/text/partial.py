@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -144,6 +145,9 @@ def fill(
     """
     dtype = np.min_scalar_type(len(vocabulary) - 1)
     state = State.load(folder, key, dtype)
+    if state.part or any(ids for ids, _ in state.lengths):
+        done = sum(ids for ids, _ in state.lengths)
+        print(f"{sources.train.name}: continues after {done:,} tokens of an interrupted process", file=sys.stderr)
     for part, source in enumerate(sources.both):
         if state.part > part:
             continue
@@ -151,9 +155,10 @@ def fill(
         files = Growing(ids, dtype, lengths[0]), Growing(documents, np.int64, lengths[1])
         if not lengths[1]:
             files[1].append(np.zeros(1, np.int64))
-        read_part(folder, source, vocabulary, end if source.many else end[:0], state, files, report)
-        for file in files:
-            file.close()
+        with files[0].opened, files[1].opened:
+            read_part(folder, source, vocabulary, end if source.many else end[:0], state, files, report)
+            for file in files:
+                file.close()
         state.part, state.place = part + 1, BEGINNING
         state.save(folder)
     if sources.validation is None:

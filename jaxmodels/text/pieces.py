@@ -21,11 +21,12 @@ class Piece:
     name: str
 
 
-def pieces(source: Source, cuts: Anywhere | Cuts, place: Place = BEGINNING, size: int = PIECE) -> Iterator[Piece]:
-    """Cut a source's documents, from a place on, into pieces of about `size` characters.
+def pieces(source: Source, cuts: Anywhere | Cuts, place: Place = BEGINNING, size: int | None = None) -> Iterator[Piece]:
+    """Cut a source's documents, from a place on, into pieces of about `size` characters (default PIECE).
 
     Raises ValueError, naming the document, if one of more than LONGEST characters has no place to cut.
     """
+    size = size or PIECE
     for file in range(place.file, len(source)):
         first = file == place.file
         for document in source.documents(file, place.offset if first else 0):
