@@ -77,12 +77,13 @@ class Source:
         return sum(map(nbytes, self.tensors.values()))
 
 
+@functools.lru_cache(maxsize=4)  # tracing a model takes longer than opening its files
 def abstract(config: NeoXConfig) -> NeoX:
-    """Abstract model: shapes and dtypes without values."""
+    """Abstract model: shapes and dtypes without values. Cached, so not to be modified."""
     return nnx.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0)))
 
 
-@functools.lru_cache(maxsize=4)  # tracing a model takes longer than opening its files
+@functools.lru_cache(maxsize=4)
 def named(config: NeoXConfig) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of all tensors, in the order of the model's parts: embedding, blocks, final norm, readout."""
     arrays = flat_arrays(abstract(config))

@@ -10,14 +10,12 @@ memory, and copies what it reads.
 """
 
 import collections
-import concurrent.futures
 import contextlib
+import functools
 import gc
-import io
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ import numpy as np
 
 from jaxmodels.io.bounded import open_regular, read_object
 from jaxmodels.io.content import explained
+from jaxmodels.io.pipeline import Progress, run_in_threads, write_at
 from jaxmodels.process.texts import quoted, shortened
-from jaxmodels.weights.lazy import nbytes, pieces
+from jaxmodels.weights.lazy import Index, nbytes, row_slices, values
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -54,9 +53,6 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # limit of the format
 FILE_BYTES = 5_000_000_000
 PIECE_BYTES = 1_000_000  # small enough to be in the processor's cache when it is written
-FLUSH_BYTES = 256_000_000
-
-Progress = Callable[[int], None]
 
 
 @contextlib.contextmanager
@@ -204,7 +200,10 @@ def write_folder(
 
 
 def write_file(file: Path, tensors: Mapping[str, Any], progress: Progress = lambda n: None) -> None:
-    """Write one file and flush it to disk; raises ValueError if the format lacks a dtype."""
+    """Write one file, which the caller flushes to disk.
+
+    Raises ValueError if the format lacks a dtype, and OSError, naming the file, e.g. if the disk is full.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     offset = 0
     for name, tensor in tensors.items():
@@ -216,48 +215,21 @@ def write_file(file: Path, tensors: Mapping[str, Any], progress: Progress = lamb
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # align the tensors
 
-    def stream(readers: concurrent.futures.Executor) -> Iterator[np.ndarray]:
-        yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    def tasks(descriptor: int) -> Iterator[Callable[[], int]]:
+        start = 8 + len(text)
         for tensor in tensors.values():
-            for piece in pieces(tensor, PIECE_BYTES, readers):
-                yield piece.reshape(-1).view(np.uint8)
-                progress(piece.nbytes)
+            for index in row_slices(tensor, PIECE_BYTES):
+                yield functools.partial(write_piece, descriptor, start, tensor, index)
+                start += math.prod(part.stop - part.start for part in index) * np.dtype(tensor.dtype).itemsize
 
-    with concurrent.futures.ThreadPoolExecutor(2) as readers:
-        write_stream(file, stream(readers))
-
-
-def write_stream(file: Path, stream: Iterable[np.ndarray]) -> None:
-    """Write pieces to a file and flush it to disk, in threads while the next piece is made.
-
-    Raises OSError, naming the file, if the disk is full.
-    """
     try:
-        with file.open("xb", buffering=0) as out, concurrent.futures.ThreadPoolExecutor(2) as threads:
-            write_to(out, threads, stream)
+        with file.open("xb", buffering=0) as out:
+            write_at(out.fileno(), 0, np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
+            run_in_threads(tasks(out.fileno()), progress)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
-def write_to(out: io.FileIO, threads: concurrent.futures.Executor, stream: Iterable[np.ndarray]) -> None:
-    """Body of `write_stream`."""
-
-    def write(piece: np.ndarray) -> int:
-        rest = piece.data
-        while rest:  # an unbuffered write may be partial, e.g. on a disk that is almost full
-            rest = rest[out.write(rest) :]
-        return piece.nbytes
-
-    writing = threads.submit(int)
-    flushing: concurrent.futures.Future[None] = threads.submit(os.fsync, out.fileno())
-    unflushed = 0
-    for piece in stream:
-        unflushed += writing.result()
-        writing = threads.submit(write, piece)
-        if unflushed > FLUSH_BYTES and flushing.done():  # flush while writing, not only at the end
-            flushing.result()
-            flushing = threads.submit(os.fsync, out.fileno())
-            unflushed = 0
-    writing.result()
-    flushing.result()
-    os.fsync(out.fileno())
+def write_piece(descriptor: int, start: int, tensor: Any, index: Index) -> int:
+    """Write a slice of a tensor to a position in a file; returns its number of bytes."""
+    return write_at(descriptor, start, values(tensor, index))

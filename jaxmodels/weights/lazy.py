@@ -5,21 +5,16 @@ tensors. `fill(out, tensor, index)` reads a slice into an array of the caller. H
 are copied once, from the file's pages to `out`; only `Combined` allocates intermediate arrays, of small vectors.
 """
 
-import collections
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 Index = tuple[slice, ...]  # one slice for each axis, with start and stop, step 1
 ALIGNMENT = 64
-TILE = 1024, 8  # of the result, if NumPy transposes; 5 times faster than square tiles, and those than no tiles
-TRANSPOSED_ROWS = 256  # of the result at a time, if JAX transposes
+TILE = 256  # rows and columns that are transposed at a time, in the processor's cache
 
 
 class Tensor(Protocol):
@@ -86,51 +81,54 @@ def copy(out: np.ndarray, values: np.ndarray) -> None:
 
 
 def transpose(out: np.ndarray, values: np.ndarray) -> None:
-    """Copy column-major values into row-major `out`, with JAX if possible: twice as fast as tiles in NumPy."""
-    host = cpu() if values.dtype.itemsize <= 4 else None  # JAX would narrow 8-byte values
-    if host is not None:
-        for i in range(0, out.shape[0], TRANSPOSED_ROWS):
-            rows = slice(i, i + TRANSPOSED_ROWS)
-            np.copyto(out[rows], np.asarray(jax.device_put(values[rows], host)), casting="unsafe")
-        return
-    for i in range(0, out.shape[0], TILE[0]):
-        for j in range(0, out.shape[1], TILE[1]):
-            tile = slice(i, i + TILE[0]), slice(j, j + TILE[1])
-            np.copyto(out[tile], values[tile], casting="unsafe")
+    """Copy column-major values into row-major `out`, tile by tile.
 
-
-@functools.cache
-def cpu() -> jax.Device | None:
-    """JAX's CPU device of this process; None if JAX_PLATFORMS excludes it."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
-
-
-def pieces(tensor: Any, n_bytes: int, readers: Executor | None = None, ahead: int = 2) -> Iterator[np.ndarray]:
-    """Iterate over all values in order, as arrays of whole rows: about n_bytes each, at most 4 times that, or one row.
-
-    readers: threads that read up to `ahead` pieces in advance; default: read in the caller's thread.
+    Each tile is first copied as it is into a small buffer, whose rows do not have the source's distance: a multiple of
+    4 KB would map all of them to the same few places of the processor's cache. As fast as JAX's transfer to a device,
+    which would also initialize a backend.
     """
+    buffer = np.empty((TILE, TILE + ALIGNMENT // values.itemsize), values.dtype)
+    for j in range(0, out.shape[1], TILE):
+        for i in range(0, out.shape[0], TILE):
+            tile = slice(i, i + TILE), slice(j, j + TILE)
+            source = values[tile].T
+            rows = buffer[: source.shape[0], : source.shape[1]]
+            np.copyto(rows, source)
+            np.copyto(out[tile], rows.T, casting="unsafe")
+
+
+def slice_view(tensor: Any, index: Index) -> np.ndarray | None:
+    """Slice of a tensor without a copy, row-major; None if only `read` can make it."""
+    found = tensor[index] if isinstance(tensor, np.ndarray) else getattr(tensor, "slice_view", no_view)(index)
+    return found if isinstance(found, np.ndarray) and found.flags.c_contiguous else None
+
+
+def no_view(index: Index) -> None:
+    """`slice_view` of a tensor that has none."""
+
+
+def values(tensor: Any, index: Index | None = None) -> np.ndarray:
+    """Slice of a tensor, default all of it, row-major: without a copy if possible."""
+    index = whole(tensor.shape) if index is None else index
+    found = slice_view(tensor, index)
+    return read(tensor, index) if found is None else found
+
+
+def row_slices(tensor: Any, n_bytes: int) -> Iterator[Index]:
+    """Indices of a tensor's values in order, whole rows: about n_bytes each, at most 4 times that, or one row."""
     if not tensor.shape:
-        yield read(tensor)
+        yield ()
         return
     row = max(1, nbytes(tensor) // max(1, tensor.shape[0]))
     # Rows of a transposed matrix are columns on disk: reading few at a time would touch every page of the file.
     step = max(1, n_bytes // row, min(512, 4 * n_bytes // row))
-    starts = range(0, tensor.shape[0], step)
-    indices = ((slice(i, min(i + step, tensor.shape[0])), *whole(tensor.shape[1:])) for i in starts)
-    if readers is None:
-        yield from (read(tensor, index) for index in indices)
-        return
-    reading: collections.deque[Future[np.ndarray]] = collections.deque()
-    for index in indices:
-        reading.append(readers.submit(read, tensor, index))
-        if len(reading) > ahead:
-            yield reading.popleft().result()
-    while reading:
-        yield reading.popleft().result()
+    for i in range(0, tensor.shape[0], step):
+        yield (slice(i, min(i + step, tensor.shape[0])), *whole(tensor.shape[1:]))
+
+
+def pieces(tensor: Any, n_bytes: int) -> Iterator[np.ndarray]:
+    """Iterate over all values in order, as arrays of the sizes of `row_slices`."""
+    return (read(tensor, index) for index in row_slices(tensor, n_bytes))
 
 
 def equal(a: Any, b: Any, rows: int = 256) -> bool:
@@ -174,6 +172,15 @@ class Joined:
                 fill(out[target], part, replaced(index, self.axis, slice(start - begin, stop - begin)))
             begin += size
 
+    def slice_view(self, index: Index) -> np.ndarray | None:
+        wanted, begin = index[self.axis], 0
+        for part in self.parts:
+            start, stop = wanted.start - begin, wanted.stop - begin
+            begin += part.shape[self.axis]
+            if start >= 0 and wanted.stop <= begin:
+                return slice_view(part, replaced(index, self.axis, slice(start, stop)))
+        return None
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cut:
@@ -203,6 +210,11 @@ class Cut:
                 replaced(index, self.axis, slice(start, stop)),
             )
         out[replaced(inside, self.axis, slice(stop - start, out.shape[self.axis]))] = 0
+
+    def slice_view(self, index: Index) -> np.ndarray | None:
+        start, stop = (self.start + end for end in (index[self.axis].start, index[self.axis].stop))
+        beyond = stop > self.tensor.shape[self.axis]
+        return None if beyond else slice_view(self.tensor, replaced(index, self.axis, slice(start, stop)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -279,6 +291,10 @@ class Layer:
     def read_into(self, out: np.ndarray, index: Index) -> None:
         fill(out[None], self.tensor, (slice(self.i, self.i + 1), *index))
 
+    def slice_view(self, index: Index) -> np.ndarray | None:
+        found = slice_view(self.tensor, (slice(self.i, self.i + 1), *index))
+        return None if found is None else found[0]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cast:
@@ -296,6 +312,9 @@ class Cast:
         fill(out, self.tensor, index)
         with np.errstate(invalid="ignore"):
             self.check(out, index)
+
+    def slice_view(self, index: Index) -> np.ndarray | None:
+        return slice_view(self.tensor, index) if self.tensor.dtype == self.dtype else None
 
     def check(self, out: np.ndarray, index: Index) -> None:
         """Raises ValueError if the cast made a value infinite."""

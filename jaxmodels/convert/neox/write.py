@@ -1,10 +1,11 @@
 """Writer of GPT-NeoX checkpoints."""
 
-import concurrent.futures
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from jaxmodels.convert.neox.read import DIVISIBLE_BY, VOCABULARY_FILE
 from jaxmodels.convert.neox.shards import layer_file
 from jaxmodels.convert.neox.yaml import settings_of, yaml_text
 from jaxmodels.convert.source import Source, model_source
-from jaxmodels.io.atomic import atomic_folder, flush
-from jaxmodels.io.safetensors import Progress
+from jaxmodels.io.atomic import atomic_folder
+from jaxmodels.io.pipeline import Progress, run_in_threads, start_writeback
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.process.extras import require
-from jaxmodels.weights.lazy import Cut, read
+from jaxmodels.weights.lazy import Cut, values
 from jaxmodels.weights.names import as_tensor
 from jaxmodels.weights.progress import progress_bar
 
@@ -38,7 +39,7 @@ def save_neox(model: NeoX, folder: str | os.PathLike, model_parallel: int = 2, *
 
 
 def write_neox(source: Source, folder: str | os.PathLike, model_parallel: int = 2, *, overwrite: bool = False) -> None:
-    """Write an open checkpoint as `save_neox` does; a few blocks, or a rank's part of the embedding, are in memory."""
+    """Write an open checkpoint as `save_neox` does; two files' tensors at most are in memory."""
     config = source.config
     check_ranks(config, model_parallel)
     with (
@@ -47,7 +48,7 @@ def write_neox(source: Source, folder: str | os.PathLike, model_parallel: int = 
     ):
         step = temporary / STEP
         step.mkdir()
-        write_shards(step, shards(source, model_parallel), model_parallel, advance)
+        write_shards(step, shards(source, model_parallel), advance)
         for rank in range(model_parallel):
             write_pt(step / f"mp_rank_{rank:02}_model_states.pt", rank_state(model_parallel))
         (temporary / "configs").mkdir()
@@ -74,28 +75,21 @@ def shards(source: Source, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
             )
 
 
-def write_shards(step: Path, files: Iterable[tuple[str, dict[str, Any]]], ranks: int, advance: Progress) -> None:
-    """Write two files at a time, while the tensors of the next are merged and the last are flushed.
+def write_shards(step: Path, files: Iterable[tuple[str, dict[str, Any]]], advance: Progress) -> None:
+    """Write all files, two at a time; of these, tensors that are not on disk as they are written are in memory."""
+    with warnings.catch_warnings():
+        # Tensors are views of mapped files where possible, and torch warns of memory that is not writable.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        run_in_threads((functools.partial(write_shard, step / name, tensors) for name, tensors in files), advance)
 
-    At most three files are in memory, each the share of one rank of a layer.
-    """
-    writing = 2 if ranks > 1 else 1
-    with concurrent.futures.ThreadPoolExecutor(writing) as writers, concurrent.futures.ThreadPoolExecutor(1) as disk:
 
-        def write(file: Path, arrays: dict[str, Any]) -> concurrent.futures.Future[None]:
-            write_pt(file, arrays)
-            arrays.clear()  # free the memory now: the future keeps a reference to its arguments
-            return disk.submit(flush, file)
-
-        written: list[concurrent.futures.Future[concurrent.futures.Future[None]]] = []
-        for name, tensors in files:
-            if len(written) >= writing:
-                written[-writing].result()
-            arrays = {key: read(tensor) for key, tensor in tensors.items()}
-            advance(sum(array.nbytes for array in arrays.values()))
-            written.append(writers.submit(write, step / name, arrays))
-        for file in written:
-            file.result().result()
+def write_shard(file: Path, tensors: Mapping[str, Any]) -> int:
+    """Write one file; returns the number of bytes of its tensors."""
+    arrays = {key: values(tensor) for key, tensor in tensors.items()}
+    write_pt(file, arrays)
+    with file.open("rb") as written:
+        start_writeback(written.fileno())
+    return sum(array.nbytes for array in arrays.values())
 
 
 def check_ranks(config: NeoXConfig, ranks: int) -> None:
