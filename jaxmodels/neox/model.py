@@ -78,7 +78,7 @@ class NeoX(nnx.Module):
         model = cls(NeoXConfig(**fields), stacked=stacked, rngs=rngs)
         return model if int8_threshold is None else quantize(model, int8_threshold)
 
-    def adapted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def adapted(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Rename a state_dict of the original implementation for `from_torch`; see `jaxmodels.neox.sequential`."""
         return adapted(state_dict, self.settings)
 

@@ -17,17 +17,21 @@ import numpy as np
 
 from jaxmodels.neox.config import NeoXConfig
 from jaxmodels.rope import check_frequencies
-from jaxmodels.weights.names import as_numpy
+from jaxmodels.weights.names import Renamed, as_numpy
+
+# The rotary frequencies, the causal mask in transformers' older files, and the value of masked scores there.
+BUFFERS = (".attention.rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
-def adapted(state_dict: Mapping[str, Any], config: NeoXConfig) -> dict[str, Any]:
+def adapted(state_dict: Mapping[str, Any], config: NeoXConfig) -> Mapping[str, Any]:
     """Rename a state_dict to the twins' names, and leave out rotary frequencies and masks.
 
     Raises ValueError if a frequency or mask contradicts the configuration.
     """
     flat = bool(state_dict) and all(re.match(r"\d+\.", key) for key in state_dict)
-    named = {twin_name(key, config.n_layers) if flat else key: tensor for key, tensor in state_dict.items()}
-    return {key: tensor for key, tensor in named.items() if not is_buffer(key, tensor, config)}
+    named = {twin_name(key, config.n_layers) if flat else key: key for key in state_dict}
+    buffers = {new for new, old in named.items() if new.endswith(BUFFERS) and is_buffer(new, state_dict[old], config)}
+    return Renamed(state_dict, {new: old for new, old in named.items() if new not in buffers})
 
 
 def twin_name(key: str, n_layers: int) -> str:
@@ -41,16 +45,17 @@ def twin_name(key: str, n_layers: int) -> str:
 
 def is_buffer(key: str, tensor: Any, config: NeoXConfig) -> bool:
     """True for stored rotary frequencies and causal masks; raises ValueError if they contradict the configuration."""
-    if key.endswith(".attention.rotary_emb.inv_freq"):
+    frequencies, mask_name, masked_bias = BUFFERS
+    if key.endswith(frequencies):
         check_frequencies(key, as_numpy(tensor), config.d_rope, config.rope_base)
         return True
-    if key.endswith(".attention.bias"):  # the causal mask in transformers' older files
+    if key.endswith(mask_name):
         mask = as_numpy(tensor)
         mask = mask.view(np.bool_) if mask.dtype == np.uint8 and mask.max(initial=0) <= 1 else mask.astype(bool)
         if mask.ndim < 2 or not (mask == triangle(*mask.shape[-2:])).all():
             raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask")
         return True
-    return key.endswith(".attention.masked_bias")
+    return key.endswith(masked_bias)
 
 
 @functools.lru_cache(maxsize=1)  # the masks of all layers are equal

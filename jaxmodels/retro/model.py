@@ -29,7 +29,7 @@ from jaxmodels.retro import decode
 from jaxmodels.retro.attention import ROTARY_BASE, ChunkedCrossAttention, CrossAttention, SelfAttention
 from jaxmodels.retro.decode import RetroCache
 from jaxmodels.rope import check_frequencies
-from jaxmodels.weights.names import as_numpy
+from jaxmodels.weights.names import Renamed, as_numpy
 
 
 class FeedForward(nnx.Module):
@@ -77,7 +77,7 @@ class NearestNeighborEncoder(nnx.Module):
         names = ["chunk_len", "n_layers", "d_model", "n_heads", "d_k", "d_ff"]
         return {name: getattr(self, name) for name in names} | {"ca_layers": sorted(self.ca_layers)}
 
-    def adapted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def adapted(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Prepare a state_dict of the original implementation for `from_torch`; see `without_theta`."""
         return without_theta(state_dict, self.d_k)
 
@@ -159,7 +159,7 @@ class RetroModel(nnx.Module):
         built = None if encoder is None else NearestNeighborEncoder(**encoder, rngs=rngs)
         return cls(**sizes, encoder=built, rngs=rngs)
 
-    def adapted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def adapted(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Prepare a state_dict of the original implementation for `from_torch`; see `without_theta`."""
         return without_theta(state_dict, self.d_k)
 
@@ -280,7 +280,7 @@ def check_ca_layers(ca_layers: Iterable[int], n_layers: int) -> frozenset[int]:
     return layers
 
 
-def without_theta(state_dict: Mapping[str, Any], d_k: int) -> dict[str, Any]:
+def without_theta(state_dict: Mapping[str, Any], d_k: int) -> Mapping[str, Any]:
     """State_dict without the rotary frequencies that the original implementation stores as `rotary_pe.theta`.
 
     Raises ValueError if they are not those of this base and width.
@@ -288,4 +288,4 @@ def without_theta(state_dict: Mapping[str, Any], d_k: int) -> dict[str, Any]:
     stored = {key for key in state_dict if key.endswith("rotary_pe.theta")}
     for key in stored:
         check_frequencies(key, as_numpy(state_dict[key]), d_k, ROTARY_BASE)
-    return {key: tensor for key, tensor in state_dict.items() if key not in stored}
+    return Renamed(state_dict, {key: key for key in state_dict if key not in stored})

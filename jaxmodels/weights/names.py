@@ -22,6 +22,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from jaxmodels.weights.lazy import aligned, copy
+
 Model = TypeVar("Model", bound=nnx.Module)
 Path = tuple[str | int, ...]
 
@@ -136,14 +138,51 @@ def from_torch(model: Model, state_dict: Mapping[str, Any], dtype: Any = None) -
         places[entry.path].append(entry)
     leaves = {}
     for path, parts_of in places.items():  # one array at a time: a state_dict may make its tensors when asked
-        parts = [entry.to_flax(as_numpy(state_dict[entry.key])) for entry in parts_of]
-        array = parts[0] if stacked_at(path) is None else np.stack(parts)
-        cast = dtype is not None and is_floating(array.dtype)
-        with np.errstate(over="ignore"):  # reported below, with the array's name
-            leaves[path] = jnp.array(array, dtype if cast else None, copy=True)  # copy: never share torch's memory
-        if cast and jnp.isinf(leaves[path]).sum() > np.isinf(array).sum():
-            raise ValueError(f"{dotted(path)} has values that overflow in dtype={np.dtype(dtype).name}")
+        parts = (entry.to_flax(as_numpy(state_dict[entry.key])) for entry in parts_of)
+        leaves[path] = placed(parts, len(parts_of), stacked_at(path) is not None, dtype, dotted(path))
     return with_arrays(model, leaves)
+
+
+def placed(parts: Iterator[np.ndarray], n: int, stacked: bool, dtype: Any, name: str) -> jax.Array:
+    """The array of n parts that are made one at a time, or of one; dtype: cast floating values.
+
+    Raises ValueError with the array's name if a finite value overflows.
+    """
+    whole: np.ndarray | None = None
+    infinite = 0
+    for i, part in enumerate(parts):
+        cast = dtype is not None and is_floating(part.dtype)
+        wanted = np.dtype(dtype) if cast else part.dtype
+        infinite += int(np.isinf(part).sum()) if cast else 0
+        if whole is None:
+            whole = aligned((n, *part.shape), wanted)
+        elif wanted != whole.dtype:
+            whole = whole.astype(np.promote_types(wanted, whole.dtype))
+        copy(whole[i], part)
+    assert whole is not None, "an array has at least one part"
+    if dtype is not None and is_floating(whole.dtype) and np.isinf(whole).sum() > infinite:
+        raise ValueError(f"{name} has values that overflow in dtype={np.dtype(dtype).name}")
+    # JAX uses aligned memory as it is: it is not PyTorch's, and nobody else's.
+    return jax.device_put(whole if stacked else whole[0])
+
+
+class Renamed(Mapping[str, Any]):
+    """A state_dict's tensors under other keys; each is read when it is asked for, as the state_dict may make it then.
+
+    keys: the state_dict's key of each.
+    """
+
+    def __init__(self, state_dict: Mapping[str, Any], keys: Mapping[str, str]):
+        self.state_dict, self.keys_of = state_dict, keys
+
+    def __getitem__(self, key: str) -> Any:
+        return self.state_dict[self.keys_of[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
 
 
 def matched(

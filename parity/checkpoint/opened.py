@@ -70,7 +70,7 @@ class Checkpoint:
             if self.format == "tensors" and neox and any(name.startswith("gpt_neox.") for name in tensors):
                 tensors = twin_names(tensors, flax_module.settings, self.where)
             elif self.format == "tensors" and hasattr(flax_module, "adapted"):
-                tensors = flax_module.adapted(tensors)
+                tensors = dict(flax_module.adapted(tensors))
             with jax.enable_x64(True):  # 64-bit tensors are refused without it
                 check_fit(flat_arrays(flax_module), tensors, None)
         except ConversionError as error:

@@ -22,15 +22,15 @@ def randomized(
     Constant floating buffers, such as a BatchNorm's running statistics or a mean and a standard deviation of inputs,
     are perturbed too if they are `carried` to the other side; nonzero ones keep their sign. Masks (integers, booleans,
     large constants) and buffers outside of the state_dict are left alone, and so are parameters and buffers that are
-    to be `kept`.
+    to be `kept`. The copy shares the memory of parameters that are not perturbed.
     """
-    module = copied(module)
+    module = copied(module, shared=True)
     generator = torch.Generator().manual_seed(seed)
     saved = module.state_dict().keys()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if is_constant(parameter) and not kept(name):
-                parameter.add_(SPREAD * noise_like(parameter, generator))
+                parameter.data = parameter + SPREAD * noise_like(parameter, generator)
         for name, buffer in module.named_buffers():
             if name not in saved or not is_constant(buffer) or kept(name) or not carried(name):
                 continue

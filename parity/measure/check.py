@@ -266,7 +266,7 @@ class Readings:
         self.progress("decoding")
         yield from self.decoding(ours, limit=LIMIT * why.allowed)
         self.progress("training mode")
-        yield from train_mode(self.comparison, self.side, ours, self.skipped, self.notes)
+        yield from train_mode(self.comparison, lambda: self.side, ours, self.skipped, self.notes)
         self.drop_side()
         yield from self.trained(ours, why.allowed)
         for kind, of_kind in narrow.items():
@@ -319,6 +319,7 @@ class Readings:
         self.progress("training")
 
         def side() -> TorchSide:
+            free(self.comparison)
             fresh = self.comparison.torch_side("float64")
             fresh.narrows = self.narrows
             return fresh

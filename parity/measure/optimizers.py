@@ -131,9 +131,11 @@ class Training:
         rng = np.random.default_rng(seed)
         spreads = {kind: {name: Spread(tensor) for name, tensor in tensors.items()} for kind, tensors in truth.items()}
         for _ in range(RUNS):
-            for kind, tensors in self.outcome(side(), Moving(ulp, rng)).items():
-                for name, tensor in tensors.items():
-                    spreads[kind][name].add(tensor, truth[kind][name])
+            found = self.outcome(side(), Moving(ulp, rng))
+            for kind, spread in spreads.items():
+                for name in spread:
+                    spread[name].add(found[kind][name], truth[kind][name])
+            del found  # or it is in memory with the next
         noises = {kind: of_spreads(of_kind, ulp) for kind, of_kind in spreads.items()}
         largest = max(noises["training loss"].values(), key=lambda noise: noise.unit)  # one number may move by chance
         return noises | {"training loss": dict.fromkeys(noises["training loss"], largest)}

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,33 +65,35 @@ class NotComparable(Exception):
 
 
 def train_mode(
-    comparison: Comparison, side: TorchSide, ours: JaxSide, skipped: dict[str, str], notes: list[str]
+    comparison: Comparison, side: Callable[[], TorchSide], ours: JaxSide, skipped: dict[str, str], notes: list[str]
 ) -> Iterator[Check]:
     """Checks of the settings and of a step; reasons for what is not compared go to `skipped` and `notes`.
 
-    side, ours: both sides in float64. Nothing for modules without such settings, at no cost.
+    side: gives PyTorch's side in float64. ours: Flax's. Nothing for modules without such settings, at no cost.
     """
+    module = comparison.torch
+    assert isinstance(module, torch.nn.Module), "a recording has no training mode"
     try:
-        theirs, ours_too = torch_settings(side.module), flax_settings(ours.module)
+        theirs, ours_too = torch_settings(module), flax_settings(ours.module)
         if theirs:
             found = compared(
                 theirs,
                 ours_too,
                 comparison.weights,
                 lambda: (
-                    torch_calls(side, comparison.inputs, theirs),
+                    torch_calls(side(), comparison.inputs, theirs),
                     flax_calls(ours, comparison.inputs, ours_too),
                 ),
             )
             notes += found.notes
             yield from of_settings(found)
-            if any(tracks(part) for part in side.module.modules()):
-                yield from step(comparison, side, ours, found.pairs, notes)
+            if any(tracks(part) for part in module.modules()):
+                yield from step(comparison, side(), ours, found.pairs, notes)
     except NotComparable as reason:
         skipped[A_STEP] = str(reason)
     except Exception as error:  # no reading of training may lose the others
         skipped[A_STEP] = first_line(error)
-    updates = unseen_updates(side.module)
+    updates = unseen_updates(module)
     if updates:
         notes.append(f"not compared, as it changes in training only: {', '.join(updates)}")
 

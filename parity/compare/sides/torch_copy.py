@@ -9,14 +9,27 @@ import torch
 from torch import nn
 
 
-def copied(module: nn.Module, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> nn.Module:
+def copied(
+    module: nn.Module,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    *,
+    shared: bool = False,
+) -> nn.Module:
     """A deep copy of a module, optionally in another floating dtype and on another device.
 
-    Complex tensors stay complex, in the dtype of that width. In float64 tensors that are plain attributes of a module
-    follow, as operations on mixed dtypes may fail; `Module.to` leaves them.
+    shared: the copy's parameters are others, but have the memory of the module's until they are replaced. Complex
+    tensors stay complex, in the dtype of that width. In float64 tensors that are plain attributes of a module follow,
+    as operations on mixed dtypes may fail; `Module.to` leaves them.
     """
     # Tensors that were computed from parameters, such as the weight of the older `weight_norm`, refuse to be copied.
     computed = {id(t): t.detach().clone() for m in module.modules() for t in tensors(vars(m)) if t.grad_fn is not None}
+    if shared:
+        computed |= {
+            id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            for p in module.parameters()
+            if type(p) is nn.Parameter
+        }
     trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     with torch.no_grad():  # or copies of TorchScript's parameters are results of an operation, without gradients
         module = copy.deepcopy(module, computed)
