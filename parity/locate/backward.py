@@ -39,6 +39,7 @@ class Backward:
         run = self.run = forward.run
         self.forward, self.side, self.batch = forward, forward.side, batch
         self.gradients: Gradients = {}
+        self.hints: dict[str, str] = {}
         keys = [key for key in run.calls if key in forward.keys and run.calls[key].gradients]
         self.readings = {
             path: PathErrors(reading.flax_path, reading.flax_type, reading.calls, limit=reading.limit)
@@ -158,9 +159,17 @@ class Backward:
         if found is None:
             return None  # another layout, e.g. of attention weights; the enclosing module is compared
         names = [name for name in found if name in theirs]
+        self.hints[key[0]] = self.hint(key, found, theirs)
         noises = self.noises(key, theirs)
         ours = [found[name] for name in names]
         return self.errors(ours, [theirs[name] for name in names], [noises[name] for name in names])
+
+    def hint(self, key: Key, ours: Gradients, theirs: Gradients) -> str:
+        """The known reason why gradients of a call differ; empty if there is none."""
+        row, name = getattr(self.run.modules[key[0]], "padding_idx", None), f"{key[0]}.weight".lstrip(".")
+        if row is None or name not in ours or theirs[name][row].any() or not ours[name][row].any():
+            return ""
+        return f"padding_idx={row}: PyTorch gives this row no gradient"
 
     def of_torch(self, key: Key, rng: np.random.Generator | None = None) -> Gradients:
         """PyTorch's gradients of a call alone, of inputs ('input x') and parameters; zero where there is none."""
@@ -283,6 +292,7 @@ class Backward:
             isolated=reading.isolated,
             limit=reading.limit,
             verdict=verdict,
+            hint=self.hints.get(path, "") if verdict == "culprit" else "",
             reason=reading.reason,
             children=parts,
         )

@@ -377,15 +377,18 @@ def located(
 ) -> Divergence | None:
     """The first sub-module that differs, traced in float64 on the CPU, independent of the device.
 
-    Gradients are traced if all outputs agree, and a narrower dtype if only that one failed.
+    Gradients are traced if all outputs agree, and then before the forward pass; a narrower dtype if only that one failed.
     """
     found = None
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         ours = comparison.jax_side("float64", side.state_dict())
-        found = trace(side, ours, batch, memory_limit=memory_limit).divergence
         wide = [check for check in failed if check.precision == "float64" or not comparison.float64]
-        if found is None and any("gradients" in check.kind or "train" in check.kind for check in wide):
-            found = trace(side, ours, batch, gradients=True, memory_limit=memory_limit).divergence
+        of_gradients = ["gradients" in check.kind or "train" in check.kind for check in wide]
+        agree = bool(wide) and all(of_gradients)
+        if not agree:
+            found = trace(side, ours, batch, memory_limit=memory_limit).divergence
+        if found is None and any(of_gradients):
+            found = trace(side, ours, batch, gradients=True, outputs_agree=agree, memory_limit=memory_limit).divergence
     narrow = [check.precision for check in failed if check.precision in ULPS and check.precision != "float64"]
     if found is None and narrow and not wide:
         sides = comparison.sides(narrow[0])

@@ -192,6 +192,7 @@ def torch_training(side: TorchSide, training: Training, moving: Moving | None = 
         for group in optimizer.param_groups:
             group["lr"] = rate
         if moving is not None:
+            side.module.zero_grad(set_to_none=True)  # moving a large parameter needs memory
             move(trained.values(), moving.ulp, moving.rng)
             batch = batch.with_inputs(batch.inputs.moved(moving.ulp, moving.rng))
         loss, *_ = side.differentiate(batch, 1.0 if moving is None else moving.rng.uniform(1, 2))

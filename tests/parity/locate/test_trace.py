@@ -98,6 +98,50 @@ def test_the_first_gradient_that_differs_is_named_if_all_outputs_agree():
     assert all(part.verdict == "agrees" for part in found.forward.walk())
 
 
+class Mixed(nn.Module):
+    """An embedding whose row 0 is not trained, and a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.mix = nn.Embedding(11, 7, padding_idx=0), Scaled()
+
+    def forward(self, x):
+        return self.mix(self.emb(x))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(7, 5)
+
+    def forward(self, x):
+        return torch.tanh(self.lin(x)) / 7
+
+
+class FlaxMixed(nnx.Module):
+    def __init__(self, rngs):
+        self.emb, self.mix = nnx.Embed(11, 7, rngs=rngs), FlaxScaled(rngs)
+
+    def __call__(self, x):
+        return self.mix(self.emb(x))
+
+
+class FlaxScaled(nnx.Module):
+    def __init__(self, rngs):
+        self.lin = nnx.Linear(7, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.lin(x)) * np.float32(1 / 7)  # float32 inside, which the outputs' check allows
+
+
+def test_a_wrong_gradient_is_named_before_a_constant_in_float32():
+    ids = np.array([[3, 0, 4, 5], [0, 1, 2, 9], [7, 7, 0, 2]])
+    report = parity.check(Mixed(), FlaxMixed(nnx.Rngs(0)), ids, readings=("output", "gradients"))
+    assert (report.divergence.path, report.divergence.stage) == ("emb", "backward"), str(report)
+    assert "padding_idx=0" in report.divergence.hint
+    assert any("float32 inside" in note for note in report.notes)
+
+
 def test_an_error_in_float32_alone_is_traced_in_float32():
     def narrow(y):
         return y if y.dtype == jnp.float64 else y.astype(jnp.bfloat16).astype(y.dtype)
