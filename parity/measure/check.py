@@ -377,7 +377,7 @@ def located(
 ) -> Divergence | None:
     """The first sub-module that differs, traced in float64 on the CPU, independent of the device.
 
-    Gradients are traced if all outputs agree, and then before the forward pass; a narrower dtype if only that one failed.
+    Gradients are traced if all outputs agree, before the forward pass; a narrower dtype if only that one failed.
     """
     found = None
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from torch import nn
 
 import parity
 from jaxmodels import layers
