@@ -41,7 +41,7 @@ from rich.table import Table
 from jaxmodels.process.signals import interruptible
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.retro.retrieval.corpus import Corpus
-from jaxmodels.retro.retrieval.embedders import embedder_of
+from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
 from jaxmodels.retro.retrieval.examples import (
     Kind,
     Lookup,
@@ -64,7 +64,7 @@ from jaxmodels.training.data import Example, Task, Windows
 from jaxmodels.training.experiment import Experiment, Interrupted, check_unchanged, never
 from jaxmodels.training.loop import Evaluation, Result
 from jaxmodels.training.run import check_folder
-from jaxmodels.training.script import Session, as_program, parse
+from jaxmodels.training.script import Session, as_program, parse, peek
 from jaxmodels.training.step import Batch, Program, State, put
 from jaxmodels.training.tokenize import Tokens
 from jaxmodels.weights.names import dotted, flat_arrays
@@ -166,6 +166,7 @@ class Config(AdamWConfig):
 
 class Retro(Experiment[Config]):
     config_class = Config
+    embedder: Embedder | None = None  # of a saved run's index, as named by the user
     retriever: Retriever | None = None  # opened once: jit captures it, and would compile again for another one
 
     @property
@@ -276,7 +277,13 @@ class Retro(Experiment[Config]):
     def saved_index(self, run: Path) -> ChunkIndex:
         """Load the index that a run was trained with, from its configured folder or the one next to the run."""
         folder = Path(self.config.index)
-        return ChunkIndex.load(folder if folder.exists() else run.absolute().parent / folder.name)
+        found = folder if folder.exists() else run.absolute().parent / folder.name
+        return ChunkIndex.load(found, embedder=self.embedder)
+
+    def use_embedder(self, name: str) -> None:
+        if not self.config.retrieval:
+            super().use_embedder(name)
+        self.embedder = embedder_of(name)
 
     def held_out(self, run: Path, vocabulary: Vocabulary, sha256: str) -> Sequence[Example]:
         tokens = self.tokens(vocabulary)
@@ -299,6 +306,15 @@ class Retro(Experiment[Config]):
 
 
 EXPERIMENT = Retro
+
+
+def check_embedder(config: Config, run: Path, named: str | None) -> None:
+    """Raise ValueError if a run is resumed whose embedder loads a model by a name that the user has not given."""
+    if config.retrieval and named is None and not isinstance(embedder_of(config.embedder), HashedNGrams):
+        raise ValueError(
+            f"{run} was trained with the embedder {config.embedder}, which loads a model by that name; if you trust "
+            f"it, name it yourself: --embedder {config.embedder}"
+        )
 
 
 def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: Mesh) -> RetroModel:
@@ -350,6 +366,7 @@ def main(arguments: Sequence[str]) -> int:
     with interruptible() as stop:
         given, command = parse(Retro, PROGRAM, arguments)
         if command.resume is not None:
+            check_embedder(given.config, command.resume, peek(arguments, "--embedder"))
             return script.main(Retro, PROGRAM, arguments, stop)
         config = dataclasses.replace(given.config, index=given.config.index or str(command.run / "index"))
         experiments = {"retrieval": Retro(config)}

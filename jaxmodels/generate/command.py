@@ -131,6 +131,11 @@ def add_settings(arguments: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="module of a run's experiment, such as my_project.experiment; it is imported, and registers its model",
     )
+    add(
+        "--embedder",
+        metavar="NAME",
+        help="embedder of a run's chunk index, such as bert:MODEL; required if it loads a model (default: n-grams)",
+    )
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
@@ -296,10 +301,14 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
         from jaxmodels.training.run import experiment_of, read_about
 
         experiment = experiment_of(opened.folder, options.experiment, opened.model_name)
+        if options.embedder is not None:
+            experiment.use_embedder(options.embedder)
         if options.window is None and read_about(opened.folder).config.get("checkpoint") is None:
             window = max(2, experiment.config.seq_len)
-    elif options.experiment is not None:
-        raise ValueError(f"--experiment is for training runs; {opened.name} is not one")
+    else:
+        for flag in ("experiment", "embedder"):
+            if getattr(options, flag) is not None:
+                raise ValueError(f"--{flag} is for training runs; {opened.name} is not one")
     model = load_listed(opened, dtype)
     if getattr(options, "int8", False):
         if not isinstance(model, NeoX):

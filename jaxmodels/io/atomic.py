@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import sys
 import time
 import uuid
@@ -18,6 +19,7 @@ from pathlib import Path
 from jaxmodels.io import manifest
 from jaxmodels.process.texts import visible
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.old)?")  # of `temporary_name`
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 SWAPPING = 0.2  # seconds; a process that is not killed takes microseconds between the two renames
 FLUSHING = 8  # threads

@@ -3,17 +3,16 @@
 import argparse
 import datetime
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxmodels.io import manifest, steps
+from jaxmodels.io.atomic import TEMPORARY
 from jaxmodels.process import programs
 from jaxmodels.process.texts import visible
 
 PROGRAM = "jaxmodels clean"
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.old)?")  # of `jaxmodels.io.atomic.temporary_name`
 EXAMPLES = """\
 examples:
   jaxmodels clean checkpoints/            # list, remove nothing

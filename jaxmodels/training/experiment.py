@@ -258,6 +258,13 @@ class Experiment(Generic[ConfigT]):
         """Cut a text, int [N], into the examples that a run's model is evaluated on."""
         return Windows(ids, self.config.seq_len, "given")
 
+    def use_embedder(self, name: str) -> None:
+        """Name the embedder of a saved run's chunk index, which may load a model from a network.
+
+        Raises ValueError if the run has no index.
+        """
+        raise ValueError(f"embedder={name!r} (--embedder) is for runs with a chunk index, such as train.retro's")
+
     def generator(self, model: Any, run: Path) -> Any:
         """Wrap a run's model for generating text, if it needs something besides the tokens."""
         return model

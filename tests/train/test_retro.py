@@ -14,7 +14,7 @@ import pytest
 
 from jaxmodels.retro.retrieval import examples
 from jaxmodels.retro.retrieval.corpus import Corpus
-from jaxmodels.retro.retrieval.embedders import HashedNGrams
+from jaxmodels.retro.retrieval.embedders import BertMean, HashedNGrams
 from jaxmodels.retro.retrieval.examples import Lookup, Samples, attach, make_once, samples_of, start_positions
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import CharVocabulary
@@ -22,6 +22,7 @@ from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import latest_model
 from jaxmodels.training.commands import evaluate, sample
 from jaxmodels.training.data import Windows
+from jaxmodels.training.run import saved_experiment, write_about
 from tests.train_common import TEXT, start_two
 from train import retro
 
@@ -319,3 +320,37 @@ def test_bad_input_is_a_value_error_before_any_training(arguments, message, text
     with pytest.raises(ValueError, match=message):
         retro.main(arguments.format(text=text).split())
     assert not list(tmp_path.glob("runs"))
+
+
+def test_a_saved_run_loads_no_model_that_the_user_has_not_named(tmp_path, monkeypatch):
+    """A run's files name an embedder; only a flag makes it load the model of that name, from a network if need be."""
+    name, folder, run = "bert:someone/remote", tmp_path / "index", tmp_path / "run"
+    vocabulary = CharVocabulary.of(TEXT)
+    corpus = Corpus.of(vocabulary.encode(TEXT), vocabulary)
+    ChunkIndex.build(folder, corpus, L, HashedNGrams(64, 1, 3))
+    about = json.loads((folder / "about.json").read_text())
+    about |= {"embedder": name, "fingerprint": corpus.fingerprint(L, name)}
+    (folder / "about.json").write_text(json.dumps(about))
+    (run / "checkpoints").mkdir(parents=True)
+    (tmp_path / "sea.txt").write_text(TEXT)
+    config = retro.Config(embedder=name, chunk_len=L, index=str(folder), text=str(tmp_path / "sea.txt"))
+    write_about(run, retro.Retro(config), "0" * 64, {})
+    monkeypatch.setattr("socket.socket", lambda *args, **kwargs: pytest.fail("a network was used"))
+    monkeypatch.setattr(BertMean, "loaded", property(lambda self: pytest.fail("a model was loaded")))
+    experiment = saved_experiment(run)
+    for refused in (
+        lambda: experiment.generator(None, run),
+        lambda: experiment.examples(corpus.tokens, run),
+        lambda: experiment.held_out(run, vocabulary, "0" * 64),
+        lambda: retro.main(["--resume", str(run)]),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*--embedder"):
+            refused()
+    monkeypatch.setattr(BertMean, "width", 64)
+    experiment.use_embedder(name)
+    assert len(experiment.saved_index(run)) == len(corpus.chunks(L))
+    experiment.use_embedder("bert:another/one")
+    with pytest.raises(ValueError, match=f"embedder={name}, not embedder=bert:another/one"):
+        experiment.saved_index(run)
+    with pytest.raises(ValueError, match="chunk index"):
+        retro.Retro(retro.Config(retrieval=False)).use_embedder(name)

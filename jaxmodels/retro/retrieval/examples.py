@@ -126,7 +126,7 @@ def attach(
 
     def kept() -> np.ndarray:
         neighbors = read(file, fingerprint, shape)
-        if neighbors is None:
+        if neighbors is None or not np.isin(neighbors, np.append(index.starts, -1)).all():  # damaged
             neighbors = look_up(samples, index, lookup, interrupted).astype(np.int32)
             with atomic_file(file) as new, open(new, "wb") as opened:
                 np.savez(opened, fingerprint=fingerprint, neighbors=neighbors)

@@ -5,11 +5,13 @@ FOLDER/tokens.npy              ids [T];  documents.npy: start of each document, 
 FOLDER/vocabulary.json         `jaxmodels.text.load_vocabulary` reads it
 FOLDER/index-0000062500.faiss  FAISS's own file, after that many chunks
 
-FAISS checks little of what it reads: a damaged file may end the process. "sha256" binds its file to about.json, and is
-compared before FAISS sees the file.
+FAISS may allocate any amount of memory for a damaged file. "sha256" binds its file to about.json, and is compared
+before FAISS sees the file. Whoever wrote both may have written anything: what FAISS may allocate is limited, and what
+it has read is checked. Symbolic links in the folder are refused.
 """
 
 import contextlib
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io import manifest
+from jaxmodels.io.atomic import TEMPORARY, atomic_file
 from jaxmodels.io.bounded import read_object, sha256_of
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.texts import quoted
@@ -29,6 +32,7 @@ FORMAT = 2
 NAME = re.compile(r"index-\d{10}\.faiss")  # so that a folder can name no file outside of it, and none of others
 # Most bytes of FAISS's file: of its tables, and for each chunk and each of its vector's values.
 HEADER_BYTES, CHUNK_BYTES, VALUE_BYTES = 2**28, 2**14, 16
+LEAST_LIMIT = 2**26  # bytes that FAISS may allocate for a small file: tables that it computes
 TEXTS, NUMBERS = ("fingerprint", "embedder", "factory"), ("chunk_len", "chunks", "added")
 
 
@@ -36,6 +40,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """Content of about.json; raises ValueError if the folder holds no index, or a field is not what `build` writes."""
     file = folder / "about.json"
     try:
+        manifest.refuse_links(folder)
         about = read_object(file)
         if about["format"] != FORMAT:
             raise ValueError(f"format {quoted(about['format'])}, this version reads {FORMAT}; build it again")
@@ -56,6 +61,19 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no chunk index: {file.name} has no {error}") from None
     except ValueError as error:
         raise ValueError(f"{folder} holds no chunk index: {error}") from None
+
+
+def is_empty(folder: Path) -> bool:
+    """True if a folder is missing, or holds nothing but what a killed build left under a temporary name."""
+    manifest.refuse_links(folder)
+    return not folder.exists() or all(TEMPORARY.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
+
+
+def remove_superseded(folder: Path, about: dict[str, Any]) -> None:
+    """Remove FAISS's files that a killed build had replaced: named as such, and not the one that about.json names."""
+    for path in folder.iterdir():
+        if NAME.fullmatch(path.name) and path.name != about["index"]:
+            path.unlink()
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
@@ -107,21 +125,56 @@ def read_searcher(folder: Path, about: dict[str, Any], width: int) -> Any:
         raise ValueError(
             f"{file} has {searcher.ntotal} chunks of width {searcher.d}, about.json {about['added']} of width {width}"
         )
+    if searcher.metric_type != faiss.METRIC_INNER_PRODUCT or not searcher.is_trained:
+        raise ValueError(f"{file} has metric {searcher.metric_type} and is_trained={searcher.is_trained}")
+    ids = stored_ids(searcher)
+    if ids is not None and not np.array_equal(np.sort(ids), np.arange(about["added"])):
+        raise ValueError(f"{file} does not hold each chunk from 0 to {about['added'] - 1} once")
     return searcher
 
 
 @contextlib.contextmanager
 def lengths_limited(faiss: Any, size: int) -> Iterator[None]:
-    """Context in which FAISS refuses lengths that a file of `size` bytes cannot hold, before it allocates memory."""
-    limits = ("vector_byte_limit", "loop_limit")
+    """Context in which FAISS refuses lengths far beyond the `size` bytes of a file, before it allocates memory."""
+    limits = {"vector_byte_limit": max(LEAST_LIMIT, size), "loop_limit": size}
     before = {name: getattr(faiss, f"get_deserialization_{name}")() for name in limits}
-    for name in limits:
-        getattr(faiss, f"set_deserialization_{name}")(size)
+    for name, limit in limits.items():
+        getattr(faiss, f"set_deserialization_{name}")(limit)
     try:
         yield
     finally:
         for name, value in before.items():
             getattr(faiss, f"set_deserialization_{name}")(value)
+
+
+def stored_ids(searcher: Any) -> np.ndarray | None:
+    """Numbers of the chunks as an index stores them, int64 [n]; None if they are the order in which they were added."""
+    faiss = import_faiss()
+    searcher = faiss.downcast_index(searcher)
+    if isinstance(searcher, faiss.IndexPreTransform):
+        return stored_ids(searcher.index)
+    if isinstance(searcher, faiss.IndexIDMap):
+        return faiss.vector_to_array(searcher.id_map)
+    if not isinstance(searcher, faiss.IndexIVF):
+        return None
+
+    def lists() -> Iterator[np.ndarray]:
+        inverted = searcher.invlists
+        for number in range(inverted.nlist):
+            if size := inverted.list_size(number):
+                yield faiss.rev_swig_ptr(inverted.get_ids(number), size)
+
+    return np.concatenate([np.empty(0, np.int64), *lists()])
+
+
+def write_searcher(searcher: Any, file: Path) -> None:
+    """Write FAISS's index to a file; raises OSError, as of a full disk, which FAISS's own writer does not see."""
+    faiss = import_faiss()
+    with open(file, "wb") as opened:
+        try:
+            faiss.write_index(searcher, faiss.PyCallbackIOWriter(opened.write))
+        except RuntimeError as error:
+            raise OSError(errno.EIO, reason(error), str(file)) from None
 
 
 def import_faiss() -> Any:

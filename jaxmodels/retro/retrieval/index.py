@@ -24,11 +24,14 @@ from jaxmodels.retro.retrieval.files import (
     FORMAT,
     check_same,
     import_faiss,
+    is_empty,
     read_about,
     read_corpus,
     read_searcher,
     reason,
+    remove_superseded,
     write_about,
+    write_searcher,
 )
 
 EXACT_UP_TO = 200_000  # chunks; with 512 features they take 0.4 GB, and a query about 10 ms
@@ -94,12 +97,13 @@ class ChunkIndex:
             about = read_about(folder)
             check_same(folder, about, wanted)
         else:
-            if folder.exists() and any(folder.iterdir()):
+            if not is_empty(folder):
                 raise ValueError(f"{folder} is not empty and holds no chunk index; choose another folder")
             searcher = make_searcher(factory, embedder.width)  # raises if FAISS refuses it, before anything is written
             about = {"format": FORMAT, **wanted, "chunks": len(starts), "added": 0, "index": None, "sha256": None}
             folder.mkdir(parents=True, exist_ok=True)
             write_about(folder, about)
+        remove_superseded(folder, about)
         if about["added"]:
             searcher = read_searcher(folder, about, embedder.width)
         else:
@@ -122,12 +126,10 @@ class ChunkIndex:
 
     def save(self, folder: Path) -> None:
         """Save the chunks added so far, atomically."""
-        import faiss
-
         added, before = self.searcher.ntotal, self.about["index"]
         name = f"index-{added:010}.faiss"
         with atomic_file(folder / name) as temporary:
-            faiss.write_index(self.searcher, str(temporary))
+            write_searcher(self.searcher, temporary)
         self.about |= {"added": added, "index": name, "sha256": sha256_of(folder / name)}
         write_about(folder, self.about)
         if before not in (None, name):
@@ -213,7 +215,10 @@ class ChunkIndex:
         set_n_probe(self.searcher, self.n_probe)
         fetch = min(4 * k + 8, len(self))
         while True:
-            places = self.searcher.search(vectors, fetch)[1]
+            try:
+                places = self.searcher.search(vectors, fetch)[1]
+            except RuntimeError as error:
+                raise ValueError(f"the index cannot be searched: {reason(error)}") from None
             if places.max(initial=-1) >= len(self):
                 raise ValueError(f"the index names chunk {places.max()} of {len(self)}: it is of another corpus")
             starts = np.where(places < 0, -1, self.starts[places])  # FAISS returns -1 for none

@@ -105,6 +105,11 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         metavar="MODULE",
         help="module of the run's experiment, such as my_project.experiment; it is imported, and registers its model",
     )
+    add(
+        "--embedder",
+        metavar="NAME",
+        help="embedder of a run's chunk index, such as bert:MODEL; required if it loads a model (default: n-grams)",
+    )
     return arguments
 
 
@@ -165,6 +170,8 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
     Raises ValueError if there is no text, or if a run's model reads something besides the tokens.
     """
     opened = open_source(options.checkpoint, revision=options.revision)
+    if options.embedder is not None:
+        raise ValueError("--embedder is for a run with a chunk index, evaluated on one text without --stride")
     if not options.text:
         raise ValueError("--text is required: python_docs, tiny_shakespeare, UTF-8 files or JSONL")
     documents = [document for name in options.text for document in read_documents(name, options.jsonl_field)]
@@ -199,10 +206,14 @@ def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:
     folder = options.checkpoint
     if is_run(folder):
         experiment, model, vocabulary = open_run(folder, options.experiment, mesh)
+        if options.embedder is not None:
+            experiment.use_embedder(options.embedder)
         if options.seq_len is not None:
             config = dataclasses.replace(experiment.config, seq_len=options.seq_len)
             experiment = type(experiment)(config)
         return Checkpoint(model, vocabulary, experiment)
+    if options.embedder is not None:
+        raise ValueError(f"--embedder is for training runs; {folder} is not one")
     model = open_model(folder, mesh)
     if options.tokenizer is not None:
         return Checkpoint(model, TokenizerFile.read(options.tokenizer))
