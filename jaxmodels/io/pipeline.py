@@ -17,7 +17,7 @@ import numpy as np
 Progress = Callable[[int], None]
 
 THREADS = 2
-BLOCK_BYTES = 8_000_000  # whose writing to disk is begun at once
+BLOCK_BYTES = 1 << 23  # written to disk together; a multiple of the page size
 SYNC_FILE_RANGE_WRITE = 2  # of Linux's sync_file_range
 
 

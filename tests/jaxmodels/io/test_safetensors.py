@@ -32,6 +32,24 @@ def test_the_package_reads_what_we_write(tmp_path):
     assert read["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
+def test_every_byte_is_the_package_s(tmp_path, monkeypatch):
+    """Written in pieces of a few rows, in two threads; the package orders tensors by the size of their dtype."""
+    monkeypatch.setattr("jaxmodels.io.safetensors.PIECE_BYTES", 300)
+    rng = np.random.default_rng(0)
+    arrays = {f"tensor {i:02}": rng.normal(size=(31, 11 + i)).astype(np.float16) for i in range(20)}
+    lazy = {
+        name: Transposed(np.ascontiguousarray(array.T)) if i % 2 else array
+        for i, (name, array) in enumerate(arrays.items())
+    }
+    write_file(tmp_path / "ours", lazy)
+    tensors = {name: as_tensor(array) for name, array in arrays.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    ours, theirs = ((tmp_path / name).read_bytes() for name in ("ours", "theirs"))
+    start = [8 + int.from_bytes(content[:8], "little") for content in (ours, theirs)]
+    assert json.loads(ours[8 : start[0]]) == json.loads(theirs[8 : start[1]])
+    assert ours[start[0] :] == theirs[start[1] :]
+
+
 def test_we_read_what_the_package_writes(tmp_path):
     tensors = {name: as_tensor(array) for name, array in ARRAYS.items()} | {"mask": torch.tensor([[True, False]])}
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})

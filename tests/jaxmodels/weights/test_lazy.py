@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmodels.weights.lazy import Cast, Combined, Cut, Joined, Layer, Stacked, Transposed, pieces, read
+from jaxmodels.weights.lazy import Cast, Combined, Cut, Joined, Layer, Stacked, Transposed, pieces, read, values
 
 RNG = np.random.default_rng(0)
 
@@ -35,7 +35,9 @@ def cases():
     yield "larger than a tile", Transposed(large), large.T
     yield "larger than a tile, twice transposed", Stacked([Transposed(large)]), large.T[None]
     wide = array(1031, 37, dtype=np.float64)
-    yield "eight bytes, which JAX would narrow", Transposed(wide), wide.T
+    yield "eight bytes", Transposed(wide), wide.T
+    square = array(521, 523, dtype=np.float32)
+    yield "several tiles both ways, cast", Transposed(Cast(square, np.dtype(np.float16))), square.T.astype(np.float16)
     yield "from columns", Transposed(np.asfortranarray(large)), large.T
 
 
@@ -48,6 +50,32 @@ def test_every_slice_is_numpys(tensor, expected):
         ends = [sorted(RNG.integers(0, size + 1, 2)) for size in expected.shape]
         index = tuple(slice(int(start), int(stop)) for start, stop in ends)
         np.testing.assert_array_equal(read(tensor, index), expected[index])
+
+
+@pytest.mark.parametrize(("tensor", "expected"), [pytest.param(t, e, id=name) for name, t, e in cases()])
+def test_values_to_write_are_row_major_whether_they_are_copied_or_not(tensor, expected):
+    for index in (None, tuple(slice(size // 3, size) for size in expected.shape)):
+        found = values(tensor, index)
+        assert found.flags.c_contiguous
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected if index is None else expected[index])
+
+
+def test_rows_in_memory_are_not_copied():
+    a, b, stack = array(7, 5), array(3, 5), array(4, 7, 5)
+    rows = slice(1, 3), slice(0, 5)
+    same = Cast(Cut(Joined([a, b], 0), 0, 5, 10), np.dtype(np.float16))
+    for tensor, index, owner in (
+        (a, rows, a),
+        (Layer(stack, 2), rows, stack),
+        (same, (slice(2, 5), slice(0, 5)), b),
+        (same, (slice(0, 2), slice(0, 5)), a),
+    ):
+        assert np.shares_memory(values(tensor, index), owner)
+    over_both = slice(0, 5), slice(0, 5)
+    columns = slice(0, 7), slice(1, 3)
+    for tensor, index in ((same, over_both), (a, columns), (Transposed(a), None), (Cut(a, 0, 5, 9), None)):
+        assert not np.shares_memory(values(tensor, index), a)
 
 
 @pytest.mark.parametrize("n_bytes", [1, 10, 64, 10_000])

@@ -62,6 +62,21 @@ def test_what_lies_on_disk(tmp_path):
     assert rank_file["mp_world_size"] == 2
 
 
+@pytest.mark.parametrize("dtype", [None, "float16"], ids=["as it is", "cast"])
+def test_every_byte_is_torch_s(tmp_path, dtype):
+    """Files of tensors that are written from the mapped files are those of tensors in memory."""
+    write(tmp_path / "source", 2, dtype=torch.float16 if dtype is None else torch.float32)
+    source = open_neox(tmp_path / "source")
+    write_neox(source if dtype is None else source.cast(dtype), tmp_path / "out", 4)
+    files = sorted((tmp_path / "out").glob("*/layer_*"))
+    assert len(files) == 4 * 6
+    (tmp_path / "again").mkdir()
+    for file in files:
+        again = tmp_path / "again" / file.name
+        torch.save(torch.load(file), again)
+        assert again.read_bytes() == file.read_bytes(), file.name
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5, 7, 8])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 def test_shares_of_a_bias_sum_to_it_again(dtype, ranks):
