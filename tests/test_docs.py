@@ -23,6 +23,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "SECURITY.md",
     *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")),
 ]
 # Anywhere in a page, also inside another command; flags end at a comment, a quote or the line's end.

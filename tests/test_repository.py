@@ -91,3 +91,19 @@ def test_extras_that_messages_name_exist():
     named |= set(re.findall(r'require\("(\w+)"', text))
     assert {"torch", "train", "retro"} <= named
     assert named - {"extra"} <= project["optional-dependencies"].keys()
+
+
+def test_promises_about_files_of_others_name_tests_that_exist():
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    named = [re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row) for row in rows]
+    assert len(rows) > 15
+    assert all(named)
+    for file, name in (test for tests in named for test in tests):
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
+def test_pinned_dependencies_are_audited_weekly_and_when_they_change():
+    audit = yaml.safe_load((ROOT / ".github/workflows/audit.yml").read_text())
+    assert audit[True]["schedule"]
+    assert {"pyproject.toml", "constraints.txt"} <= set(audit[True]["pull_request"]["paths"])
