@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.sharding import PartitionSpec
 
+from jaxmodels.layers import definer
+
 
 @runtime_checkable
 class LanguageModel(Protocol):
@@ -52,6 +54,12 @@ class DividedReadout(Protocol):
 
     def read(self, x: jax.Array) -> jax.Array:
         """Output [..., D] of the last layer -> logits [..., V]."""
+
+
+def has_divided_readout(model: Any) -> bool:
+    """True if a model's logits are `read(features(ids))`: not if a subclass of it overrides the call alone."""
+    kind = type(model)
+    return isinstance(model, DividedReadout) and issubclass(definer(kind, "features"), definer(kind, "__call__"))
 
 
 class Saved(Protocol):

@@ -66,6 +66,7 @@ def score(
     stride: int | None = None,
     batch_size: int | None = None,
     bos: int | None = None,
+    loss_chunk: int | None = None,
 ) -> Scores:
     """Score documents with a language model: loss, perplexity, bits per byte and character of each and of all.
 
@@ -78,6 +79,8 @@ def score(
         is scored once, after at least max_length - stride others or all that precede it.
     batch_size: windows that are computed together; default as many as have 4,096 tokens.
     bos: id that is put before each document, so that its first token is predicted too; by default it is not.
+    loss_chunk: tokens whose logits are computed together; default as many as have 2²⁴ logits on a CPU, 2²⁶ on another
+        device.
 
     Documents are computed by length, the longest first, padded to a few compiled shapes; a document's score does not
     depend on the others but for rounding. A document without a predicted token has tokens=0 and loss=None. Raises
@@ -86,8 +89,9 @@ def score(
     """
     check_model(model)
     max_length, stride = checked_window(model, max_length, stride)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for name, value in (("batch_size", batch_size), ("loss_chunk", loss_chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     if isinstance(texts, str):
         raise ValueError("texts is one string; pass a list of documents")
     texts = list(texts)
@@ -101,7 +105,8 @@ def score(
             rows.append(row)
             owners.append(i)
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), int)
-    for i, found in zip(owners, score_rows(model, rows, batch_size=batch_size, longest=max_length - 1), strict=True):
+    scored = score_rows(model, rows, batch_size=batch_size, longest=max_length - 1, chunk=loss_chunk)
+    for i, found in zip(owners, scored, strict=True):
         nats[i] -= found.log_probs.sum(dtype=np.float64)
         tokens[i] += len(found.log_probs)
     wrong = np.flatnonzero(np.isnan(nats))

@@ -6,19 +6,22 @@ the scored positions alone.
 Axes: B rows of a batch, S tokens of a row, N scored positions, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.cross_entropy import token_log_probs
-from jaxmodels.protocols import DividedReadout
+from jaxmodels.cross_entropy import chunks, token_log_probs
+from jaxmodels.protocols import has_divided_readout
 
 BATCH_TOKENS = 4096  # tokens of a batch by default
+WORKERS = 2  # batches computed, and programs compiled, at a time on one device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,16 @@ class RowScores:
 
     log_probs: np.ndarray
     greedy: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of a compiled batch: as in `score_rows`, and as in `jaxmodels.cross_entropy.chunks`."""
+
+    greedy: bool
+    chunk: int | None
+    platform: str
+    devices: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,29 +83,58 @@ def score_rows(
     batch_size: int | None = None,
     longest: int | None = None,
     greedy: bool = False,
+    chunk: int | None = None,
 ) -> list[RowScores]:
     """Log-probabilities of the rows' targets, in the order given.
 
     batch_size: rows of a batch; default as many as have BATCH_TOKENS tokens. longest: most tokens that the model takes.
-    greedy: also find where the target is the most likely token.
+    greedy: also find where the target is the most likely token. chunk: tokens whose logits are computed together; see
+    `jaxmodels.cross_entropy`.
     """
     found: list[RowScores | None] = [None] * len(rows)
-    pending: list[tuple[Batch, Any]] = []
+    planned = list(batches([len(row.ids) for row in rows], batch_size, longest))
+    devices = devices_of(model)
+    # Two batches at a time on one device: what runs on one core in one of them, as compilation, leaves a core to the
+    # other. On several devices, concurrent programs would wait for each other's collectives.
+    workers = WORKERS if len(devices) == 1 else 1
+    settings = Settings(greedy, chunk, devices[0].platform, len(devices))
+    programs: dict[tuple[tuple[int, int], int], Future[Any]] = {}  # by shape and number of scored positions
 
-    def finish(batch: Batch, arrays: Any) -> None:
-        log_probs, first = np.asarray(arrays[0]), None if arrays[1] is None else np.asarray(arrays[1])
-        at = 0
-        for i in batch.rows:
-            part = slice(at, at := at + len(rows[i].positions))
-            found[i] = RowScores(log_probs[part], None if first is None else first[part])
+    def run(batch: Batch, program: Future[Any], arguments: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+        return [np.asarray(array) for array in program.result()(model, *arguments) if array is not None]
 
-    for batch in batches([len(row.ids) for row in rows], batch_size, longest):
-        pending.append((batch, compute(model, [rows[i] for i in batch.rows], batch.shape, greedy)))
-        if len(pending) > 1:  # fetch one batch while the next is computed
-            finish(*pending.pop(0))
-    for item in pending:
-        finish(*item)
+    with pool(workers) as compiling, pool(workers) as running:
+        pending = []
+        for batch in planned:
+            arguments = inputs(model, [rows[i] for i in batch.rows], batch.shape)
+            key = batch.shape, len(arguments[1])
+            if key not in programs:  # traced here: settings such as enable_x64 are this thread's
+                programs[key] = compiling.submit(_compute.lower(model, *arguments, settings).compile)
+            pending.append((batch, running.submit(run, batch, programs[key], arguments)))
+        for batch, future in pending:
+            log_probs, *first = future.result()
+            at = 0
+            for i in batch.rows:
+                part = slice(at, at := at + len(rows[i].positions))
+                found[i] = RowScores(log_probs[part], first[0][part] if first else None)
     return [scores for scores in found if scores is not None]
+
+
+@contextlib.contextmanager
+def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that, if the block raises, finish only what they have begun."""
+    executor = ThreadPoolExecutor(workers)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def devices_of(model: Any) -> list[Any]:
+    """Devices that hold a model's arrays."""
+    arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
+    found = {device for array in arrays for device in array.devices()}
+    return sorted(found, key=lambda device: device.id) or jax.devices()[:1]
 
 
 def batches(lengths: Sequence[int], batch_size: int | None, longest: int | None) -> Iterator[Batch]:
@@ -115,8 +157,8 @@ def padded_length(n: int) -> int:
     return -(-n // step) * step
 
 
-def compute(model: Any, rows: Sequence[Row], shape: tuple[int, int], greedy: bool) -> Any:
-    """Start the computation of a batch: arrays of at least as many scored positions as the rows have together."""
+def inputs(model: Any, rows: Sequence[Row], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """Arguments of `_compute`: ids; positions and targets, at least as many as the rows have; their number."""
     b, s = shape
     ids = np.zeros(shape, np.int32)
     for i, row in enumerate(rows):
@@ -130,20 +172,21 @@ def compute(model: Any, rows: Sequence[Row], shape: tuple[int, int], greedy: boo
     positions, targets = np.zeros((2, size), np.int32)
     positions[:n] = np.concatenate([i * jump + row.positions * step for i, row in enumerate(rows)])
     targets[:n] = np.concatenate([row.targets for row in rows])
-    return _compute(model, ids, positions, targets, np.int32(n), greedy)
+    return ids, positions, targets, np.asarray(n, np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="greedy")
+@functools.partial(jax.jit, static_argnames="settings")
 def _compute(
-    model: Any, ids: jax.Array, positions: jax.Array, targets: jax.Array, n: jax.Array, greedy: bool
+    model: Any, ids: jax.Array, positions: jax.Array, targets: jax.Array, n: jax.Array, settings: Settings
 ) -> tuple[jax.Array, jax.Array | None]:
-    divided = isinstance(model, DividedReadout)
+    divided = has_divided_readout(model)
     x = model.features(ids) if divided else model(ids)  # [B, S, D] or the logits; by sequence_axis [S, B, …]
-    return token_log_probs(
-        model.read if divided else lambda logits: logits,
-        x.reshape(-1, x.shape[-1]),
-        positions,
-        targets,
-        n,
-        greedy=greedy,
-    )
+    with chunks(settings.chunk, settings.platform, settings.devices):
+        return token_log_probs(
+            model.read if divided else lambda logits: logits,
+            x.reshape(-1, x.shape[-1]),
+            positions,
+            targets,
+            n,
+            greedy=settings.greedy,
+        )

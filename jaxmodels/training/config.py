@@ -57,6 +57,9 @@ class Config:
     remat: Remat = "none"
     """recompute in the backward pass instead of storing: none; layers; dots (everything in a layer but its matrix
     products)"""
+    loss_chunk: int | None = None
+    """tokens of a batch whose logits are computed together; None: as many as have 2²⁴ logits on a CPU, 2²⁶ on each
+    other device"""
     every: int = 500
     """validate, sample and checkpoint every N steps"""
     validation_batches: int | None = None
@@ -90,11 +93,11 @@ class Config:
     def positive(self) -> list[str]:
         """Names of the fields that must be at least 1, if set."""
         counts = ["seq_len", "batch_size", "accumulate", "steps", "warmup", "every"]
-        return [*counts, "validation_batches", "keep", "keep_every"]
+        return [*counts, "loss_chunk", "validation_batches", "keep", "keep_every"]
 
     @property
     def numerics(self) -> Numerics:
-        return Numerics(self.accumulate, self.compute_dtype, self.param_dtype, self.remat)
+        return Numerics(self.accumulate, self.compute_dtype, self.param_dtype, self.remat, self.loss_chunk)
 
     @classmethod
     def default(cls) -> Self:

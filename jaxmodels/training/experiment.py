@@ -146,7 +146,7 @@ class Experiment(Generic[ConfigT]):
             self.transformation,
             mesh,
             config.numerics,
-            losses=self.losses,
+            losses=token_losses if type(self).losses is Experiment.losses else self.losses,
             trains=self.trains,
             dropout=getattr(config, "dropout", 0) > 0,
         )

@@ -16,7 +16,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmodels.cross_entropy import Read, chunks, mean_nats, token_nats
 from jaxmodels.layers import Fixed, Frozen, hooks
+from jaxmodels.protocols import has_divided_readout
 from jaxmodels.sharding import BATCH, activation_placement, batch_sharding, parameter_specs
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 
@@ -58,26 +60,38 @@ class Metrics:
 def token_losses(model: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Cross-entropy of each next token: {"tokens": int [B, S + 1]} -> nats [B, S], in float32 or wider.
 
-    Other arrays of the batch are passed to the model's call under their names.
+    Other arrays of the batch are passed to the model's call under their names. If the model's readout is divided from
+    the rest (`DividedReadout`), the logits are computed in chunks; see `jaxmodels.cross_entropy`.
     """
+    nats = token_nats(*readout(model, batch, rng), model.sequence_axis)
+    return nats.T if model.sequence_axis == 0 else nats
+
+
+def mean_loss(model: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    """Mean of `token_losses`, whose gradient takes one product with the readout less."""
+    return mean_nats(*readout(model, batch, rng), model.sequence_axis)
+
+
+def readout(model: Any, batch: Batch, rng: jax.Array | None) -> tuple[Read, jax.Array, jax.Array]:
+    """Function to logits, its argument [B, S, D] or [S, B, D], and targets: the model's readout, or the identity."""
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]  # [B, S]
     if model.sequence_axis == 0:
         inputs, targets = inputs.T, targets.T  # [S, B]
     others = {name: array for name, array in batch.items() if name != "tokens"} | ({} if rng is None else {"rng": rng})
-    logits = model(inputs, **others)  # [S, B, V] or [B, S, V]
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return nats.T if model.sequence_axis == 0 else nats
+    if has_divided_readout(model):
+        return model.read, model.features(inputs, **others), targets
+    return lambda logits: logits, model(inputs, **others), targets
 
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """Numerical settings of a step: accumulation, dtypes, rematerialization."""
+    """Numerical settings of a step: accumulation, dtypes, rematerialization, tokens of a chunk of the cross-entropy."""
 
     accumulate: int = 1
     compute_dtype: Precision = "float32"
     param_dtype: Precision = "float32"
     remat: Remat = "none"
+    loss_chunk: int | None = None
 
 
 class Program:
@@ -196,32 +210,36 @@ class Program:
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Trace models with activations constrained to the mesh, and with layers rematerialized if requested."""
-        remat = REMAT[self.numerics.remat]
-        with hooks(placement=activation_placement(self.mesh) if self.mesh.size > 1 else None, remat=remat):
+        """Trace models with the numerical settings, and with activations constrained to the mesh."""
+        placement = activation_placement(self.mesh) if self.mesh.size > 1 else None
+        platform = self.mesh.devices.flat[0].platform
+        with (
+            hooks(placement=placement, remat=REMAT[self.numerics.remat]),
+            chunks(self.numerics.loss_chunk, platform, self.mesh.size),
+        ):
             yield
 
     def gradients(self, state: State, batch: Batch) -> tuple[jax.Array, Arrays]:
         """Mean loss and its gradient over a batch, computed in `accumulate` parts one after the other."""
         rng = jax.random.fold_in(state.key, state.step) if self.dropout else None
 
-        def mean_loss(params: Arrays, part: Batch, rng: jax.Array | None) -> jax.Array:
-            part_state = dataclasses.replace(state, params=params)
-            return self.losses(self.model(part_state, self.numerics.compute_dtype), part, rng).mean()
+        def loss(params: Arrays, part: Batch, rng: jax.Array | None) -> jax.Array:
+            model = self.model(dataclasses.replace(state, params=params), self.numerics.compute_dtype)
+            return mean_loss(model, part, rng) if self.losses is token_losses else self.losses(model, part, rng).mean()
 
         n = self.numerics.accumulate
         if n == 1:
-            return jax.value_and_grad(mean_loss)(state.params, batch, rng)
+            return jax.value_and_grad(loss)(state.params, batch, rng)
 
         def add(carry: Any, part_and_number: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             part, number = part_and_number
             part_rng = None if rng is None else jax.random.fold_in(rng, number)
             part = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, batch_sharding(self.mesh)), part)
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(mean_loss)(state.params, part, part_rng)), None
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(state.params, part, part_rng)), None
 
         # A part is every n-th row, so that each device already holds its rows of it: [B, ...] -> [n, B / n, ...]
         parts = jax.tree.map(lambda a: a.reshape(-1, n, *a.shape[1:]).swapaxes(0, 1), dict(batch))
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(mean_loss, state.params, take(parts, 0), rng))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(loss, state.params, take(parts, 0), rng))
         sums, _ = jax.lax.scan(add, (zeros, jax.tree.map(jnp.zeros_like, state.params)), (parts, jnp.arange(n)))
         return jax.tree.map(lambda a: a / n, sums)
 

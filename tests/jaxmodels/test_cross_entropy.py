@@ -1,12 +1,16 @@
 """Log-probabilities in chunks, compared with those of whole logits."""
 
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmodels import cross_entropy
-from jaxmodels.cross_entropy import chunk_length, token_log_probs
+from jaxmodels.cross_entropy import chunk_length, chunks, mean_nats, token_log_probs, token_nats
 from tests.common import assert_close, normal
 
 T, D, V = 11, 5, 23
@@ -34,17 +38,79 @@ def test_chunks_give_the_log_softmax(size, n):
     assert found[0].dtype == jnp.float64
 
 
-@pytest.mark.usefixtures("x64", "_small_chunks")
-def test_gradient():
-    x, weights, positions, targets = problem(13)
+B, S = 3, 11
+WEIGHTS = np.maximum(np.random.default_rng(3).normal(size=(B, S)), 0)  # of the tokens in a loss, some of them 0
 
-    def chunked(weights):
-        return token_log_probs(lambda x: x @ weights, x, positions, targets)[0].sum()
 
-    def whole(weights):
-        return jax.nn.log_softmax(x @ weights)[positions, targets].sum()
+READOUTS = {"tied": lambda p, x: x @ p["table"].T, "untied": lambda p, x: x @ p["kernel"] + p["bias"]}
 
-    assert_close(jax.grad(chunked)(weights), jax.grad(whole)(weights))
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", ["mean", "weighted"])
+@pytest.mark.parametrize(("readout", "axis"), [("tied", 0), ("untied", 1)])
+def test_losses_and_gradients_are_those_of_whole_logits(readout, kind, axis):
+    parameters = {"table": normal(4, V, D), "kernel": normal(5, D, V), "bias": normal(6, V)}
+    drawn = (np.random.default_rng(seed).integers(0, V, (B, S)) for seed in (0, 1))
+    ids, targets, weights = (jnp.asarray(a if axis else a.T) for a in (*drawn, WEIGHTS))
+    read = READOUTS[readout]
+
+    def whole(p):
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(read(p, jnp.tanh(p["table"][ids]))), targets[..., None], 2)
+        return -log_probs.mean() if kind == "mean" else -(log_probs[..., 0] * weights).sum()
+
+    def loss(p, chunk):
+        with chunks(chunk):
+            arguments = lambda x: read(p, x), jnp.tanh(p["table"][ids]), targets, axis
+            return mean_nats(*arguments) if kind == "mean" else (token_nats(*arguments) * weights).sum()
+
+    expected = jax.jit(jax.value_and_grad(whole))(parameters)
+    for chunk in (1, 4 * B, B * S):  # single positions; chunks of which the last is padded; one
+        found = jax.jit(jax.value_and_grad(functools.partial(loss, chunk=chunk)))(parameters)
+        jax.tree.map(assert_close, found, expected)
+    assert_close(jax.jit(functools.partial(loss, chunk=4 * B))(parameters), expected[0])  # without gradients
+
+
+@pytest.mark.parametrize("loss", [mean_nats, token_nats])
+def test_no_product_is_computed_for_weights_that_are_not_trained(loss):
+    x, weights, _, _ = problem(1)
+    targets = jnp.zeros((1, T), int)
+
+    def of(x):
+        with chunks(3):
+            return loss(lambda x: x @ weights, x[None], targets, 1).sum()
+
+    products = str(jax.make_jaxpr(jax.grad(of))(x)).count("dot_general[")
+    assert products == {mean_nats: 2, token_nats: 3}[loss]  # logits (again), and the gradient by x
+
+
+@pytest.mark.parametrize("loss", [mean_nats, token_nats])
+def test_gradients_of_half_precision_weights_are_summed_in_float32(loss):
+    x, weights = normal(0, 1, 400, D).astype(jnp.bfloat16), normal(1, D, V).astype(jnp.bfloat16)
+    targets = jnp.zeros((1, 400), int)
+
+    def of(weights, chunk, dtype):
+        with chunks(chunk):
+            return loss(lambda x: x @ weights.astype(dtype), x.astype(dtype), targets, 1).mean()
+
+    expected = jax.grad(of)(weights.astype(jnp.float32), 400, jnp.float32)
+    found = jax.grad(of)(weights, 1, jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    error = np.abs(found.astype(jnp.float32) - expected).max() / np.abs(expected).max()
+    assert error < 0.01
+
+
+@pytest.mark.parametrize("loss", [mean_nats, token_nats])
+def test_the_logits_are_never_whole(loss):
+    x, weights, _, _ = problem(1)
+    targets = jnp.zeros((2, T), int)
+
+    def of(x, weights):
+        with chunks(8):
+            return loss(lambda x: x @ weights, jnp.stack([x, x]), targets, 1).sum()
+
+    text = jax.jit(jax.grad(of, (0, 1))).lower(x, weights).as_text()
+    sizes = [math.prod(map(int, dims.split("x"))) for dims in re.findall(r"tensor<([\dx]+)xf32>", text)]
+    assert 2 * T * V > max(sizes) == 2 * 4 * V
 
 
 def test_of_equal_logits_the_first_is_greedy():
@@ -61,5 +127,11 @@ def test_half_precision_logits_are_widened():
 
 def test_a_chunk_is_bounded():
     assert chunk_length(50_304, 4096) == 256
-    assert chunk_length(50_304, 5) == 8
+    assert chunk_length(50_304, 256, rows=8) == 32
+    assert chunk_length(50_304, 5) == 5
     assert chunk_length(1 << 30, 100) == 1
+    assert chunk_length(97, 1024, rows=128) == 1024
+    with chunks(None, "tpu", devices=4):
+        assert chunk_length(50_304, 2048, rows=16) == 256
+    with chunks(100):
+        assert chunk_length(50_304, 2048, rows=3) == 32

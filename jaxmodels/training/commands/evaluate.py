@@ -98,6 +98,13 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     add("--bos", action="store_true", help="begin each document with the bos token, and predict its first token too")
     add("--json", type=Path, metavar="FILE", help="also write the scores of all documents to a file")
     add("--batch-size", type=int, metavar="N", help="sequences per batch (default 16; of documents, by their length)")
+    add(
+        "--loss-chunk",
+        type=int,
+        metavar="N",
+        help="tokens whose logits are computed together (default: as many as have 2²⁴ logits on a CPU, 2²⁶ on each "
+        "other device)",
+    )
     add("--mesh", default="", help="devices along the axes data, fsdp and tensor, as in training (default: data=all)")
     add("--compute-dtype", choices=get_args(Precision), default="float32", help="dtype to compute in (default float32)")
     add(
@@ -121,7 +128,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 def print_scores(options: argparse.Namespace) -> None:
     """Evaluate a checkpoint with the flags of `parser` and print the scores; raises ValueError for bad input."""
-    for name in ("seq_len", "batch_size", "stride"):
+    for name in ("seq_len", "batch_size", "stride", "loss_chunk"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -134,7 +141,8 @@ def print_scores(options: argparse.Namespace) -> None:
         return
     opened = open_checkpoint(options, mesh)
     examples, unit = examples_of(options, opened), opened.vocabulary.unit
-    found = evaluate(opened, examples, mesh, batch_size, options.compute_dtype)
+    numerics = Numerics(compute_dtype=options.compute_dtype, loss_chunk=options.loss_chunk)
+    found = evaluate(opened, examples, mesh, batch_size, numerics)
     text = only_text(options) or f"held-out part of {opened.experiment.config.text if opened.experiment else ''}"
     print(f"{visible(text)}: {found.tokens:,} {unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {unit}")
@@ -194,6 +202,7 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
         stride=options.stride,
         batch_size=options.batch_size,
         bos=bos if options.bos else None,
+        loss_chunk=options.loss_chunk,
     )
     if options.json is not None:
         with atomic_file(options.json) as temporary:
@@ -237,12 +246,11 @@ def examples_of(options: argparse.Namespace, opened: Checkpoint) -> Sequence[Exa
 
 
 def evaluate(
-    opened: Checkpoint, examples: Sequence[Example], mesh: Mesh, batch_size: int, compute_dtype: Precision
+    opened: Checkpoint, examples: Sequence[Example], mesh: Mesh, batch_size: int, numerics: Numerics
 ) -> Scores:
     """Score a model on every token of the examples except their first; raises ValueError if the loss is NaN."""
     model, vocabulary = opened.model, opened.vocabulary
     losses = token_losses if opened.experiment is None else opened.experiment.losses
-    numerics = Numerics(compute_dtype=compute_dtype)
     program = Program(lambda: model, optax.identity(), mesh, numerics, losses=losses)
     nats = Evaluation(program, examples, batch_size, Stop())(program.state_of(model))
     assert nats is not None, "this Stop is never set"

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformer
 from jaxmodels.neox import NeoX, NeoXConfig
-from jaxmodels.protocols import DividedReadout
+from jaxmodels.protocols import DividedReadout, has_divided_readout
 from jaxmodels.retro import RetroModel
 from jaxmodels.scoring import Score, rows, score
 from jaxmodels.scoring.rows import batches, padded_length
@@ -93,6 +93,28 @@ def test_documents_of_different_lengths_score_as_alone(name):
     assert found.total.bits_per_byte is found.total.bits_per_character is None
 
 
+class Doubled(NeoX):
+    """A model whose call is not that of its parts."""
+
+    def __call__(self, ids, start=None):
+        return 2 * super().__call__(ids, start)
+
+
+def test_a_subclass_that_overrides_the_call_alone_is_scored_by_its_call():
+    model, texts = neox(), documents(5, 9)
+    doubled = Doubled(model.settings, rngs=nnx.Rngs(0))
+    assert not has_divided_readout(doubled)
+    assert has_divided_readout(model)
+    assert score(doubled, texts).total.nats != pytest.approx(score(model, texts).total.nats, rel=1e-3)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_chunk_does_not_change_the_scores():
+    model, texts = neox(), documents(7, 3, 7, 3)
+    expected = score(model, texts).total.nats
+    assert score(model, texts, loss_chunk=1).total.nats == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["neox", "synthesizer"])
 @pytest.mark.parametrize(("max_length", "stride"), [(7, 3), (7, 6), (2, 1)])
@@ -172,13 +194,13 @@ def test_a_tokenizer_is_anything_that_names_one(tmp_path):
 
 def test_few_shapes_are_compiled(monkeypatch):
     shapes = set()
-    compute = rows.compute
+    inputs = rows.inputs
 
-    def noting(model, rows, shape, greedy):
+    def noting(model, rows, shape):
         shapes.add(shape)
-        return compute(model, rows, shape, greedy)
+        return inputs(model, rows, shape)
 
-    monkeypatch.setattr(rows, "compute", noting)
+    monkeypatch.setattr(rows, "inputs", noting)
     score(neox(), documents(*range(2, 19)), batch_size=4)
     assert shapes == {(4, 18), (4, 16), (1, 16)}  # of inputs of 1 to 17 tokens
 
@@ -202,6 +224,7 @@ def test_batches_are_sorted_by_length_and_hold_all_rows():
         ({"stride": 0}, "stride=0"),
         ({"stride": 19}, "stride=19 .*18"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"loss_chunk": 0}, "loss_chunk=0"),
         ({"bos": V}, f"bos={V} .*{V - 1}"),
         ({"texts": "abc"}, "texts"),
         ({"texts": ["abc"]}, "tokenizer=None"),

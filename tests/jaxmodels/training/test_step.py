@@ -63,6 +63,23 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(state):
             np.testing.assert_allclose(summed[name], gradient, rtol=0, atol=1e-13 * np.abs(gradient).max() + 1e-16)
 
 
+@pytest.mark.usefixtures("x64")
+def test_cross_entropy_in_chunks_does_not_change_the_gradients(state):
+    wide = {name: np.asarray(array, np.float64) for name, array in state.params.items()}
+    wide = dataclasses.replace(state, params=wide)
+    _, expected = gradients(program(make=transformer), wide)
+    for losses in (token_losses, lambda model, batch, rng: token_losses(model, batch, rng) * 1.0):
+        made = program(make=transformer, numerics=Numerics(loss_chunk=4 * B), losses=losses)
+        with made.tracing():
+            traced = jax.jit(lambda state, made=made: made.gradients(state, BATCH)).trace(wide)
+        text = str(traced.jaxpr)
+        assert f"f64[4,{B},{V}]" in text
+        assert f"f64[{S},{B},{V}]" not in text
+        _, found = traced.lower().compile()(wide)
+        for name, gradient in expected.items():
+            np.testing.assert_allclose(found[name], gradient, rtol=0, atol=1e-13 * np.abs(gradient).max() + 1e-16)
+
+
 def test_rematerialization_does_not_change_the_gradients(state):
     none, dots, layers = (program(make=transformer, numerics=Numerics(remat=r)) for r in ("none", "dots", "layers"))
     products = {}

@@ -121,7 +121,7 @@ def test_a_run_is_evaluated_in_its_own_vocabulary_and_on_its_own_text(make_run, 
     text.write_text(TEXT)
     tokens = open_tokens(str(text), VOCABULARY)
     folder = make_run(rope.Rope(rope.Config(text=str(text), seq_len=S)), VOCABULARY, tokens.sha256, model)
-    line, loss = evaluated(capsys, folder)
+    line, loss = evaluated(capsys, folder, "--loss-chunk=3")
     assert line.startswith(f"held-out part of {text}: ")
     assert loss == pytest.approx(expected_loss(model, tokens.validation), abs=2e-4)
     text.write_text(TEXT.replace("sea", "tea"))
@@ -149,7 +149,7 @@ def test_a_run_without_a_text_is_evaluated_on_its_held_out_problems(make_run, ca
     assert loss == pytest.approx(float(expected), abs=2e-4)
 
 
-@pytest.mark.parametrize("flag", ["seq-len", "batch-size"])
+@pytest.mark.parametrize("flag", ["seq-len", "batch-size", "loss-chunk"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_a_size_below_1_is_refused_before_any_work(flag, value):
     with pytest.raises(ValueError, match=f"^{flag.replace('-', '_')}={value} .*1"):
