@@ -149,9 +149,9 @@ def _token_nats_forward(read: Any, *arguments: Any) -> tuple[jax.Array, Any]:
 
 
 def _token_nats_backward(read: Any, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-    arguments, marks = saved
-    _, weights, x = _gradients(read, *arguments, cotangent, marks)
-    return weights, x, None
+    (weights, x, targets), marks = saved
+    _, *gradients = _gradients(read, weights, x, targets, cotangent, marks)
+    return *gradients, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -167,7 +167,8 @@ def _weighted_sum(
 
 
 def _weighted_sum_forward(read: Any, *arguments: Any) -> tuple[jax.Array, Any]:
-    total, *gradients = _gradients(read, *_values(arguments), _trained(arguments[0]))
+    weights, x, targets, factors = _values(arguments)
+    total, *gradients = _gradients(read, weights, x, targets, factors, _trained(arguments[0]))
     return total, gradients
 
 
