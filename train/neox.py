@@ -241,11 +241,11 @@ class Neox(Experiment[Config]):
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
         c = self.config
         if c.checkpoint is None:
-            return open_tokens(c.text, vocabulary)
+            return open_tokens(c.text, vocabulary, c.text_field)
         if vocabulary is None and not Path(c.text).is_dir():
             known = None if self.resumed is None else load_vocabulary(self.resumed / "vocabulary.json")
             vocabulary = known or self.opened.vocabulary(c.tokenizer)
-        tokens = open_tokens(c.text, vocabulary)
+        tokens = open_tokens(c.text, vocabulary, c.text_field)
         largest = max((int(part.max()) for part in (tokens.train, tokens.validation) if len(part)), default=0)
         if largest >= self.base.n_vocab:  # a tokenizer may have tokens without rows, if the text has none of them
             raise ValueError(

@@ -24,8 +24,12 @@ class Config:
     PRESETS: ClassVar[tuple[str, ...]] = ("default",)
 
     text: str = "python_docs"
-    """python_docs (the language reference inside every Python), tiny_shakespeare (downloaded once), a UTF-8 FILE, or a
-    FOLDER written by python -m train.tokenize"""
+    """python_docs (the language reference inside every Python), tiny_shakespeare (downloaded once), a UTF-8 FILE, a
+    FOLDER written by python -m train.tokenize, or documents: a .jsonl, .parquet or .arrow file, or a folder of them"""
+    text_field: str = "text"
+    """field or column of .jsonl, .parquet and .arrow files that holds the text"""
+    within_documents: bool = False
+    """train on sequences that do not cross documents; leaves out what is shorter than a sequence"""
     seq_len: int = 128
     """tokens per training sequence"""
     batch_size: int = 16

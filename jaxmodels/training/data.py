@@ -42,16 +42,65 @@ class Windows(Sequence[Example]):
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self.at(i * self.seq_len)
+        return self.at(self.place(i)[0])
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Where window i begins, and the text stops."""
+        return i * self.seq_len, len(self.ids)
 
     def at(self, start: int) -> Example:
         return {"tokens": np.asarray(self.ids[start : start + self.seq_len + 1], np.int32)}
 
     def shifted(self, i: int, rng: np.random.Generator) -> Example:
-        """Window i moved by a random 0 … S-1 tokens; by fewer near the end of the text."""
-        start = i * self.seq_len
-        room = len(self.ids) - self.seq_len - 1 - start
+        """Window i moved by a random 0 … S-1 tokens; by fewer near the end of the text or document."""
+        start, stop = self.place(i)
+        room = stop - self.seq_len - 1 - start
         return self.at(start + int(rng.integers(0, min(self.seq_len - 1, room), endpoint=True)))
+
+
+class DocumentWindows(Windows):
+    """Documents cut into inputs of S tokens that do not cross from one document to the next.
+
+    A document's rest that is shorter than a sequence, and a shorter document, is left out: the models have no mask
+    between documents. starts: where each document begins, and the end, int [D + 1]. Raises ValueError with the text's
+    `name` if no document has S + 1 tokens.
+    """
+
+    def __init__(self, ids: np.ndarray, seq_len: int, name: str, starts: np.ndarray):
+        lengths = np.diff(starts)
+        used = np.maximum(lengths - 1, 0) // seq_len  # windows of each document
+        if not used.sum():
+            raise ValueError(
+                f"{name} text has documents of at most {int(lengths.max(initial=0))} tokens; within_documents with "
+                f"seq_len={seq_len} needs at least {seq_len + 1}"
+            )
+        documents = np.flatnonzero(used)
+        object.__setattr__(self, "starts", np.asarray(starts[:-1])[documents])
+        object.__setattr__(self, "stops", np.asarray(starts[1:])[documents])
+        object.__setattr__(self, "firsts", np.concatenate([[0], np.cumsum(used[documents])]))
+        super().__init__(ids, seq_len, name)
+
+    starts: np.ndarray
+    stops: np.ndarray
+    firsts: np.ndarray  # number of the first window of each document, and of all
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Where window i begins and its document stops."""
+        document = int(np.searchsorted(self.firsts, i, side="right")) - 1
+        start = int(self.starts[document]) + (i - int(self.firsts[document])) * self.seq_len
+        return start, int(self.stops[document])
+
+
+def windows_of(
+    ids: np.ndarray, seq_len: int, name: str, documents: np.ndarray | None, *, within_documents: bool
+) -> Windows:
+    """Windows of a text, which may cross documents unless `within_documents`; raises ValueError if none fits."""
+    if not within_documents or documents is None:
+        return Windows(ids, seq_len, name)
+    return DocumentWindows(ids, seq_len, name, documents)
 
 
 def endless(windows: Windows, seed: int) -> grain.MapDataset:

@@ -47,7 +47,7 @@ from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.config import Config
-from jaxmodels.training.data import Example, Task, Windows, endless
+from jaxmodels.training.data import Example, Task, Windows, endless, windows_of
 from jaxmodels.training.ngram import NGram
 from jaxmodels.training.optimizers import adam, adamw, make_schedule
 from jaxmodels.training.original import Original
@@ -82,6 +82,8 @@ class Experiment(Generic[ConfigT]):
     config_class: ClassVar[type[Config]] = Config
 
     def __init__(self, config: ConfigT):
+        if config.within_documents and type(self).task is not Experiment.task:
+            raise ValueError(f"within_documents: {type(self).__name__} makes its own examples, which are not documents")
         self.config = config
 
     @property
@@ -181,19 +183,26 @@ class Experiment(Generic[ConfigT]):
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
         """Read the text as token ids, in a saved run's vocabulary if given; raises ValueError if it cannot be read."""
-        return open_tokens(self.config.text, vocabulary)
+        return open_tokens(self.config.text, vocabulary, self.config.text_field)
 
     def task(self) -> Task:
         """Cut the text into examples; raises ValueError if it is shorter than a sequence."""
-        tokens, seq_len = self.tokens(), self.config.seq_len
+        tokens, seq_len, within = self.tokens(), self.config.seq_len, self.config.within_documents
+        if within and tokens.documents is None:
+            raise ValueError(f"within_documents: text={self.config.text!r} is one text, not several documents")
+        train = windows_of(tokens.train, seq_len, "training", tokens.train_documents, within_documents=within)
+        held_out = windows_of(
+            tokens.validation, seq_len, "validation", tokens.validation_documents, within_documents=within
+        )
+        share = f"; {len(train) * seq_len / len(tokens.train):.0%} of them in sequences within documents"
         return Task(
-            endless(Windows(tokens.train, seq_len, "training"), self.config.seed),
-            Windows(tokens.validation, seq_len, "validation"),
+            endless(train, self.config.seed),
+            held_out,
             tokens.vocabulary,
             tokens.sha256,
-            self.summary(tokens),
-            tokens.train,
-            tokens.validation,
+            self.summary(tokens) + (share if within else ""),
+            None if within else tokens.train,  # for the baseline, which predicts the whole text
+            None if within else tokens.validation,
         )
 
     def summary(self, tokens: Tokens) -> str:
@@ -201,7 +210,7 @@ class Experiment(Generic[ConfigT]):
         n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
         return (
             f"{self.config.text}: {len(tokens.train):,} {unit}s to train on, {len(tokens.validation):,} to validate, "
-            f"{n:,} different ones"
+            f"{n:,} different ones{''.join(f'; {note}' for note in tokens.notes)}"
         )
 
     # Reports while training.
@@ -252,6 +261,9 @@ class Experiment(Generic[ConfigT]):
             return task.validation
         tokens = self.tokens(vocabulary)
         check_unchanged(f"text={self.config.text!r}", run, now=tokens.sha256, then=sha256)
+        if self.config.within_documents:
+            starts = tokens.validation_documents
+            return windows_of(tokens.validation, self.config.seq_len, "validation", starts, within_documents=True)
         return self.examples(tokens.validation, run)
 
     def examples(self, ids: np.ndarray, run: Path) -> Sequence[Example]:

@@ -1,6 +1,7 @@
 """Scripts other than rope: what differs from it."""
 
 import dataclasses
+import json
 import re
 
 import chex
@@ -23,7 +24,7 @@ from jaxmodels.training.tokenize import tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
 from jaxmodels.weights.names import flat_arrays
 from tests.train_common import TEXT, TINY
-from train import feedback, feedback_kv, neox, rope_value, synthesizer
+from train import feedback, feedback_kv, neox, rope, rope_value, synthesizer
 from train.rope_value import VOCABULARY, answer, problem, question, sequence
 
 
@@ -197,3 +198,24 @@ def test_neox_refuses_what_it_cannot_tune(tmp_path):
     jaxmodels.save(quantize(model), tmp_path / "int8")
     with pytest.raises(ValueError, match=r"checkpoint='.*int8'"):
         neox.Neox(neox.Config(checkpoint=str(tmp_path / "int8"))).model(5)
+
+
+def test_documents_of_a_file_are_trained_on_apart(tmp_path):
+    lines = [{"body": "a" * 9}, {"body": "b" * 30}, {"body": "c" * 17}, {"body": "d" * 12}]
+    file = tmp_path / "documents.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = rope.Config(text=str(file), text_field="body", seq_len=11, within_documents=True)
+    task = rope.Rope(config).task()
+    assert task.vocabulary.characters == "\nabcd"
+    seen = {task.vocabulary.decode(task.train[i]["tokens"]) for i in range(200)}
+    assert all(len(set(text) - {"\n"}) == 1 for text in seen)
+    assert any(text.endswith("b\n\n") for text in seen)
+    assert "a" not in "".join(seen)  # shorter than a sequence
+    assert "53% of them in sequences within documents" in task.about
+    assert rope.Rope(config).held_out(tmp_path, task.vocabulary, task.sha256)[0]["tokens"].shape == (12,)
+    with pytest.raises(ValueError, match=r"no column|has 'text'=None"):
+        rope.Rope(rope.Config(text=str(file))).task()
+    with pytest.raises(ValueError, match="within_documents: text='python_docs' is one text"):
+        rope.Rope(rope.Config(within_documents=True)).task()
+    with pytest.raises(ValueError, match="within_documents: RopeValue"):
+        rope_value.RopeValue(rope_value.Config(within_documents=True))

@@ -1,12 +1,14 @@
 """Batches of training windows: contents, order, resuming."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from jaxmodels.sharding import make_mesh
-from jaxmodels.training.data import Batches, Windows, endless, in_batches
+from jaxmodels.training.data import Batches, DocumentWindows, Windows, endless, in_batches
 
 N, S, B = 1103, 11, 7  # 100 windows: batches reach over the ends of epochs
 IDS = np.arange(N, dtype=np.uint16)  # a token is its own place
@@ -91,3 +93,22 @@ def test_batches_have_the_sharding_that_steps_expect(batches):
     batch = next(batches())["tokens"]
     assert isinstance(batch, jax.Array)
     assert batch.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
+
+
+def test_windows_within_documents_never_cross_and_use_all_that_fits():
+    lengths = [3, 17, S, S + 1, 0, 5 * S + 2, 1]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    windows = DocumentWindows(document, S, "training", starts)
+    assert len(windows) == sum(max(0, n - 1) // S for n in lengths)
+    rng = np.random.default_rng(0)
+    for i in range(len(windows)):
+        for tokens in (windows[i]["tokens"], *(windows.shifted(i, rng)["tokens"] for _ in range(13))):
+            assert tokens.shape == (S + 1,)
+            assert len(set(tokens.tolist())) == 1
+    covered = [windows.place(i)[0] for i in range(len(windows))]
+    assert all(b - a >= S for a, b in itertools.pairwise(covered))
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+    with pytest.raises(ValueError, match=rf"validation text .* at most {S} tokens.*seq_len={S} .*{S + 1}"):
+        DocumentWindows(np.zeros(2 * S, int), S, "validation", np.asarray([0, S, 2 * S]))
