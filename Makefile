@@ -71,11 +71,11 @@ $(READY): pyproject.toml constraints.txt
 	.venv-golden/bin/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(GOLDEN)]'
 	touch $@
 
-# transformers 4.57 is the last version with Flax models; its own requirements replace two of the pins.
+# transformers 4.57 is the last version with Flax models; its own requirements replace three of the pins.
 .venv-zoo/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-zoo
 	.venv-zoo/bin/python -m pip install --quiet --upgrade pip
 	.venv-zoo/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	grep -v -E '^(transformers|tokenizers)==' $(or $(CONSTRAINTS),/dev/null) > .venv-zoo/constraints.txt || true
+	grep -v -E '^(transformers|tokenizers|huggingface[-_]hub)==' $(or $(CONSTRAINTS),/dev/null) > .venv-zoo/constraints.txt || true
 	.venv-zoo/bin/python -m pip install --quiet --constraint .venv-zoo/constraints.txt --editable '.[torch,golden]' transformers==4.57.6
 	touch $@
