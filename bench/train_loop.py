@@ -37,7 +37,10 @@ def main() -> None:
     from jaxmodels.process.signals import Stop
     from jaxmodels.training import metrics
     from jaxmodels.training.config import Options
-    from jaxmodels.training.loop import Loop, StepMetrics, Trainer
+    from jaxmodels.training.loop import Loop, StepMetrics
+    from jaxmodels.training.reporting.progress import Line
+    from jaxmodels.training.reporting.trackers import TensorBoard, Trackers
+    from jaxmodels.training.trainer import Trainer
     from train import rope
 
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "shown", "w", encoding="utf-8") as shown:
@@ -45,12 +48,14 @@ def main() -> None:
         experiment = rope.Rope(config)
         run = Trainer(experiment, Path(folder) / "run", Options())
         log = metrics.Log(run.folder, [])
-        line = metrics.Line(Console(file=shown), 10**6, 0, config.batch_size * config.seq_len, 0.0, None)
+        trackers = Trackers([log, TensorBoard(run.folder, 0)], run.folder)
+        line = Line(Console(file=shown), 10**6, 0, config.batch_size * config.seq_len, 0.0, None)
 
         class Callbacks:
             def on_step(self, metrics: StepMetrics) -> None:
                 line.advance(metrics.loss, metrics.seconds)
-                log.step(metrics.step, metrics.loss, metrics.grad_norm, metrics.seconds)
+                values = {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "seconds": metrics.seconds}
+                trackers.step(metrics.step, values)
 
             def on_compile(self, length: int, seconds: float) -> None:
                 pass
@@ -74,7 +79,7 @@ def main() -> None:
         with line:
             seconds = alternate({"steps alone": alone, "in the loop": in_the_loop}, options.rounds)
         run.close()
-        log.close()
+        trackers.close()
     report(f"{options.steps} steps, batch {options.batch}, float32", seconds, against="steps alone")
     step = statistics.median(seconds["steps alone"]) / options.steps
     pairs = zip(seconds["in the loop"], seconds["steps alone"], strict=True)

@@ -6,12 +6,14 @@ Each subcommand is the `main(argv, prog)` of the module that implements it, whic
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 from jaxmodels import __version__
-from jaxmodels.process.programs import run
+from jaxmodels.process.programs import end_at_ctrl_c, interrupt, run
 
 
 class Command(NamedTuple):
@@ -37,6 +39,7 @@ COMMANDS = {
     "lm-eval": Command("jaxmodels.scoring.lm_eval", "tasks of lm-evaluation-harness, with lm-eval's own arguments"),
     "sample": Command("jaxmodels.training.commands.sample", "write text with the model of a training run"),
     "tokenize": Command("jaxmodels.training.tokenize", "encode a text once, for training"),
+    "new": Command("jaxmodels.training.commands.new", "write a file to begin an experiment of one's own with"),
     "plot": Command("jaxmodels.training.commands.plot", "draw the loss curves of training runs"),
     "clean": Command("jaxmodels.io.clean", "list and remove what killed runs left behind"),
     "plan": Command("jaxmodels.training.plan.command", "compile a training step for a TPU slice: memory and speed"),
@@ -83,10 +86,23 @@ def call(name: str, argv: Sequence[str], prog: str) -> int:
     def imported() -> int | None:
         prepare(name)
         command = COMMANDS[name]
-        function: Callable[..., int | None] = importlib.import_module(command.module).main
+        function: Callable[..., int | None] = import_quietly(command.module, prog).main
         return function([*command.first, *argv], prog=prog)
 
     return run(imported, prog)
+
+
+def import_quietly(module: str, prog: str) -> ModuleType:
+    """Import a module; Ctrl-C meanwhile ends the process with one line."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not interrupt:
+        return importlib.import_module(module)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_at_ctrl_c(prog)
+    try:
+        return importlib.import_module(module)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def prepare(name: str) -> None:

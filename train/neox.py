@@ -241,7 +241,7 @@ class Neox(Experiment[Config]):
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
         c = self.config
         if c.checkpoint is None:
-            return open_tokens(c.text, vocabulary, c.text_field)
+            return super().tokens(vocabulary)
         if vocabulary is None and not Path(c.text).is_dir():
             known = None if self.resumed is None else load_vocabulary(self.resumed / "vocabulary.json")
             vocabulary = known or self.opened.vocabulary(c.tokenizer)

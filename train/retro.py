@@ -62,11 +62,12 @@ from jaxmodels.training.checkpoints import latest_model, open_model
 from jaxmodels.training.config import AdamWConfig
 from jaxmodels.training.data import Example, Task, Windows
 from jaxmodels.training.experiment import Experiment, Interrupted, check_unchanged, never
-from jaxmodels.training.loop import Evaluation, Result
+from jaxmodels.training.loop import Evaluation
 from jaxmodels.training.run import check_folder
-from jaxmodels.training.script import Session, as_program, parse, peek
+from jaxmodels.training.script import Session, as_program, parse, peek, sampling
 from jaxmodels.training.step import Batch, Program, State, put
 from jaxmodels.training.tokenize import Tokens
+from jaxmodels.training.trainer import Result
 from jaxmodels.weights.names import dotted, flat_arrays
 
 PROGRAM = "python -m train.retro"
@@ -120,7 +121,7 @@ class Config(AdamWConfig):
         for name in ("ca_layers", "encoder_ca_layers"):  # JSON has lists
             given = getattr(self, name)
             if given is not None and not given:
-                raise ValueError(f"{name}=() must name at least one layer")
+                raise ValueError(f"{name}=() must name at least one layer, from 0; omit it for the default")
             object.__setattr__(self, name, None if given is None else tuple(given))
         super().__post_init__()
         if self.dropout:
@@ -365,8 +366,9 @@ def main(arguments: Sequence[str]) -> int:
     """Train and compare the model and its plain decoder; returns the exit code. Raises ValueError for bad input."""
     with interruptible() as stop:
         given, command = parse(Retro, PROGRAM, arguments)
-        if command.resume is not None:
-            check_embedder(given.config, command.resume, peek(arguments, "--embedder"))
+        source = command.resume or command.branch
+        if source is not None:
+            check_embedder(given.config, source, peek(arguments, "--embedder"))
             return script.main(Retro, PROGRAM, arguments, stop)
         config = dataclasses.replace(given.config, index=given.config.index or str(command.run / "index"))
         experiments = {"retrieval": Retro(config)}
@@ -374,7 +376,7 @@ def main(arguments: Sequence[str]) -> int:
             experiments["plain"] = Retro(dataclasses.replace(config, retrieval=False))
         for name, experiment in experiments.items():
             check_folder(experiment, command.run / name)
-        session = Session(command.options, stop, f"{PROGRAM} and the same flags again")
+        session = Session(command.options, stop, f"{PROGRAM} and the same flags again", PROGRAM)
         for experiment in experiments.values():
             experiment.check_inputs(make_mesh(command.options.mesh))
         try:
@@ -393,7 +395,7 @@ def main(arguments: Sequence[str]) -> int:
         if losses is None:
             return stop.exit_code
         session.console.print(table(results, losses))
-        session.console.print(f"saved; write text with: python -m train.sample {command.run / 'retrieval'}")
+        session.console.print(f"saved; write text with: {sampling(Retro, PROGRAM, command.run / 'retrieval')}")
         return 0
 
 

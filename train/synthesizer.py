@@ -34,9 +34,9 @@ from jaxmodels.process.signals import interruptible
 from jaxmodels.training import script
 from jaxmodels.training.config import TransformerConfig
 from jaxmodels.training.experiment import Experiment
-from jaxmodels.training.loop import Result
 from jaxmodels.training.run import check_folder
 from jaxmodels.training.script import Session, as_program, parse
+from jaxmodels.training.trainer import Result
 from jaxmodels.transformer import AutoregressiveTransformer
 
 PROGRAM = "python -m train.synthesizer"
@@ -92,10 +92,12 @@ def main(arguments: Sequence[str]) -> int:
         experiment, command = parse(Synthesizer, PROGRAM, arguments)
         if experiment.config.attention != "all":
             return script.main(Synthesizer, PROGRAM, arguments, stop)
+        if command.branch is not None:
+            raise ValueError("attention='all': --branch begins one run; name its kind with --attention")
         experiments = {kind: Synthesizer(dataclasses.replace(experiment.config, attention=kind)) for kind in KINDS}
         for kind, one in experiments.items():
             check_folder(one, command.run / kind)
-        session = Session(command.options, stop, f"{PROGRAM} and the same flags again")
+        session = Session(command.options, stop, f"{PROGRAM} and the same flags again", PROGRAM)
         results: dict[str, Result] = {}
         for kind, one in experiments.items():
             session.console.print(f"\n{kind}")

@@ -173,14 +173,14 @@ def check(options: argparse.Namespace) -> None:
     """Raise ValueError if a setting is out of range."""
     from jaxmodels.generate.sampling import integer
     from jaxmodels.generate.text import check_stops
+    from jaxmodels.process.seeds import seed_32
 
     settings_of(options)
     for name in ("max_new_tokens", "num_return_sequences", "batch_size"):
         integer(name, getattr(options, name))
     if options.window is not None and options.window != 0:
         integer("window", options.window, 2)
-    if not 0 <= options.seed < 2**32:
-        raise ValueError(f"seed={options.seed} must be from 0 to 2³² - 1")
+    options.seed = seed_32(options.seed)
     check_stops(options.stop)
 
 

@@ -26,8 +26,10 @@ FLUSHING = 8  # threads
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
-def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+def check_target(target: Path, *, overwrite: bool | None, source: Path | None = None) -> None:
     """Raises ValueError if a folder must not be written.
+
+    overwrite: None if the caller has no such option.
 
     The target must not be a file. A folder that is not empty needs `overwrite`, and must have been written by this
     module, with nothing foreign in it. It must not contain `source`, which has not been read yet. A target that is
@@ -39,7 +41,8 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{target} is not empty; choose another folder, or pass overwrite (--overwrite)")
+        option = "" if overwrite is None else ", or pass overwrite (--overwrite)"
+        raise ValueError(f"{target} is not empty; choose another folder{option}")
     if source is not None and source.resolve().is_relative_to(target.resolve()):
         raise ValueError(
             f"{target} contains the source {source}, which overwriting would delete; choose another folder"

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from jaxmodels.process.texts import shortened, visible
+from jaxmodels.process.streams import discard, escape_unencodable, say
+from jaxmodels.process.texts import shortened
 
 
 def run(main: Callable[[], int | None], command: str) -> int:
@@ -22,21 +23,44 @@ def run(main: Callable[[], int | None], command: str) -> int:
     """
     try:
         with interruptible():
+            escape_unencodable()
             try:
                 code = main()
             finally:
                 sys.stdout.flush()  # after --help too, which exits by SystemExit
             return code or 0
     except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
+        say(f"{command}: interrupted")
         return 130
     except BrokenPipeError:
-        # The interpreter flushes standard output once more as it exits, and would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 141
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{command}: {visible(shortened(str(error)), keep=chr(10))}", file=sys.stderr)
+        say(f"{command}: {shortened(str(error))}")
         return 2
+
+
+def end_at_ctrl_c(command: str) -> None:
+    """End this process at Ctrl-C with one line and exit code 130, until `run` is called: for slow imports.
+
+    Nothing is raised: extension modules that are being imported turn a KeyboardInterrupt into other errors. Does
+    nothing if Ctrl-C is ignored or handled otherwise, as in a notebook.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        global starting
+        starting = command
+        signal.signal(signal.SIGINT, exit_at_once)
+
+
+starting = ""  # command whose modules are being imported
+
+
+def exit_at_once(number: int, frame: FrameType | None) -> None:
+    """Signal handler of `end_at_ctrl_c`."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{starting}: interrupted\n".encode())
+    os._exit(130)
 
 
 @contextlib.contextmanager
@@ -47,7 +71,7 @@ def interruptible() -> Iterator[None]:
     Python ignores exceptions of such callbacks: the command would go on. Here it is handled a little later.
     """
     main_thread = threading.current_thread() is threading.main_thread()
-    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not main_thread or signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, exit_at_once):
         yield
         return
     signal.signal(signal.SIGINT, interrupt)

@@ -2,4 +2,4 @@
 
 from jaxmodels.process.extras import require
 
-require("train", "filelock", "grain", "optax", "orbax.checkpoint", "rich")
+require("train", "filelock", "grain", "optax", "orbax.checkpoint", "rich", "tyro")

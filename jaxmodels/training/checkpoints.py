@@ -16,15 +16,17 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import sys
+import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import filelock
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import jaxmodels
@@ -36,7 +38,8 @@ from jaxmodels.io.npy import map_array
 from jaxmodels.io.steps import FORMAT, MARK, check_run, is_step, latest_step, problem, read_mark, steps
 from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
-from jaxmodels.process.texts import visible
+from jaxmodels.process.failures import cause, naming
+from jaxmodels.process.streams import warn
 from jaxmodels.training.step import Program, State
 
 LOCK = ".lock"
@@ -71,7 +74,13 @@ class Checkpoints:
         self.folder, self.program = run / "checkpoints", program
         self.keep, self.keep_every = keep, keep_every
         self.writing: threading.Thread | None = None
+        self.step, self.begun = 0, False  # of the last checkpoint that was begun; until it is known to be complete
         self.error: BaseException | None = None
+        self.retrying = False  # the last checkpoint could not be written
+        self.accepted, self.discarded = threading.Event(), False
+        self.finite: Callable[..., Any] | None = None
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(is_not_about_saving)  # once: a logger keeps one of each filter
         self.lock = filelock.FileLock(run / LOCK, timeout=0, fallback_to_soft=False)
         check_run(run)
         if is_first():
@@ -88,55 +97,137 @@ class Checkpoints:
         agree(False)  # a barrier: no process reads or writes before the folder is clean
 
     def save(self, position: Position) -> None:
-        """Start writing, after the previous checkpoint is complete. The arrays may be donated once this returns."""
-        self.wait()
+        """Start writing, after the previous checkpoint is complete. The arrays may be donated once this returns.
+
+        If the previous one could not be written, this one replaces it; raises OSError if two in a row could not. An
+        error of this one sets `failed`.
+        """
+        self.settle()
         folder = (self.folder / str(position.step)).absolute()
         if problem(folder) is None:
             return
-        if is_first():
-            if folder.exists():
-                stored.remove(folder)
-            stored.begin(folder)
-        agree(False)
-        state = position.state
-        parts = [
-            ocp.save_async(folder / "model" / "params", {**state.params, **state.fixed}),
-            ocp.save_async(folder / "state", training_arrays(state)),
-        ]
+        self.step, self.begun = position.step, True
+        state, parts = position.state, []
+        try:
+            if is_first():
+                if folder.exists():
+                    stored.remove(folder)
+                stored.begin(folder)
+        except (OSError, ValueError) as error:
+            self.error = error
+        if agree(self.error is not None):
+            self.error = self.error or OSError(f"{folder}: another process could not write it")
+            return
+        try:
+            parts.append(ocp.save_async(folder / "model" / "params", {**state.params, **state.fixed}))
+            parts.append(ocp.save_async(folder / "state", training_arrays(state)))
+        except Exception as error:  # Orbax raises many kinds
+            self.error = error
         losses, about = np.asarray(position.losses, np.float32), {"step": position.step, "data": position.data}
-        self.writing = threading.Thread(target=self.finish, args=(folder, parts, losses, about))
+        self.accepted.clear()
+        self.writing = threading.Thread(target=self.complete, args=(folder, parts, losses, about))
         self.writing.start()
 
-    def finish(self, folder: Path, parts: list[Any], losses: np.ndarray, about: dict[str, Any]) -> None:
+    def complete(self, folder: Path, parts: list[Any], losses: np.ndarray, about: dict[str, Any]) -> None:
         """Wait for Orbax and complete the checkpoint; runs in the writing thread."""
-        try:
-            for part in parts:
+        for part in parts:
+            try:
                 part.result()
-            if is_first():
-                (folder / "model" / "config.json").write_text(describe(self.program.abstract), encoding="utf-8")
-                np.save(folder / "losses.npy", losses)
+            except BaseException as error:
+                self.error = self.error or error
+        try:
+            if self.error is not None:
+                if is_first():
+                    with contextlib.suppress(OSError, ValueError):
+                        stored.remove(folder)  # it may have filled the disk
+            elif is_first():
+                with naming(folder / "model" / "config.json") as file:
+                    file.write_text(describe(self.program.abstract), encoding="utf-8")
+                with naming(folder / "losses.npy") as file:
+                    np.save(file, losses)
                 files = {str(file.relative_to(folder)): flushed_size(file) for file in all_files(folder)}
                 with atomic_file(folder / MARK) as new:
                     new.write_text(json.dumps({"format": FORMAT, **about, "files": files}), encoding="utf-8")
-                self.remove_old(about["step"])
+                self.accepted.wait()
+                if not self.discarded:
+                    self.remove_old(about["step"])
         except BaseException as error:
             self.error = error
 
-    def wait(self) -> None:
-        """Wait until the checkpoint that is being written is complete; raises the writing thread's error."""
+    @property
+    def failed(self) -> bool:
+        """True if a checkpoint could not be written, as far as this process knows; `save` writes another."""
+        return self.error is not None
+
+    def accept(self) -> None:
+        """Let the last checkpoint replace older ones: its validation loss is finite."""
+        self.accepted.set()
+
+    def discard(self, step: int) -> None:
+        """Delete a checkpoint whose validation loss is not finite. Older ones have been kept."""
+        self.discarded = True
+        try:
+            self.join()
+            if is_first() and (self.folder / str(step)).exists():
+                stored.remove(self.folder / str(step))
+        finally:
+            self.discarded = False
+
+    def join(self) -> BaseException | None:
+        """Wait for the writing thread; returns its error."""
+        self.accepted.set()
         if self.writing is not None:
             self.writing.join()
             self.writing = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        error, self.error = self.error, None
+        return error
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is complete. Prints a warning if it could not be written.
+
+        Raises OSError if the one before could not be written either.
+        """
+        begun, self.begun = self.begun, False
+        error = self.join()
+        if not begun:
+            return
+        if not agree(error is not None):
+            self.retrying = False
+            return
+        reason = self.reason(error) if error is not None else "another process could not write its part"
+        if self.retrying:
+            raise OSError(f"checkpoint {self.step} could not be saved either: {reason}")
+        self.retrying = True
+        warn(f"checkpoint {self.step} could not be saved: {reason}; trying again")
+
+    def reason(self, error: BaseException) -> str:
+        """Why the last checkpoint could not be written, with the file."""
+        return cause(error, self.folder / str(self.step))
+
+    def finish(self, position: Position) -> None:
+        """Wait until the last checkpoint is complete, or write this one if it could not be; raises like `settle`."""
+        self.settle()
+        if self.retrying:
+            self.save(position)
+            self.settle()
 
     def close(self) -> None:
-        """Wait for the current write, then release the run's lock."""
+        """Wait for the current write, then release the run's lock. Prints a warning if the write fails."""
         try:
-            self.wait()
+            error = self.join()
+            if error is not None:
+                warn(f"checkpoint {self.step} could not be saved: {self.reason(error)}")
         finally:
             self.lock.release()
+
+    def not_finite(self, state: State) -> str:
+        """Names of the first arrays of a state that have a NaN or an infinity; "" if there are none."""
+        if self.finite is None:
+            self.finite = lower_finite(self.program).compile()
+        flags = np.asarray(self.finite(state))
+        wrong = [name for name, finite in zip(inexact_names(state), flags, strict=True) if not finite]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        return ", ".join(wrong[:3]) + more
 
     def remove_old(self, last: int) -> None:
         for step in [step for step in steps(self.folder) if step <= last][: -self.keep]:
@@ -144,7 +235,7 @@ class Checkpoints:
                 try:
                     stored.remove(self.folder / str(step))
                 except ValueError as error:
-                    print(f"warning: {visible(str(error))}", file=sys.stderr, flush=True)
+                    warn(str(error))
 
     def restore(self) -> Position | None:
         """Read the latest complete checkpoint, sharded as the program requires; None if there is none.
@@ -160,6 +251,8 @@ class Checkpoints:
             if not agree(wrong is not None):  # either all processes read it, or none
                 try:
                     position = self.read(folder)
+                    names = self.not_finite(position.state)
+                    wrong = f"{folder} has values that are not finite: {names}" if names else None
                 except ValueError as error:
                     wrong = str(error)
                 if not agree(wrong is not None):
@@ -228,8 +321,30 @@ def flushed_size(file: Path) -> int:
     return file.stat().st_size
 
 
+def inexact_names(state: State) -> list[str]:
+    """Names of a state's floating-point arrays: the model's by path, the optimizer's as in checkpoints."""
+    named = {**state.params, **state.fixed, **training_arrays(state)}
+    return sorted(name for name, array in named.items() if jnp.issubdtype(array.dtype, jnp.inexact))
+
+
+def lower_finite(program: Program) -> jax.stages.Lowered:
+    """Trace the check of `inexact_names`: State -> bool [n], True for an array that is finite."""
+
+    def finite(state: State) -> jax.Array:
+        named = {**state.params, **state.fixed, **training_arrays(state)}
+        return jnp.stack([jnp.isfinite(named[name]).all() for name in inexact_names(state)])
+
+    replicated = NamedSharding(program.mesh, PartitionSpec())
+    return jax.jit(finite, out_shardings=replicated).lower(program.abstract_state())
+
+
+def is_not_about_saving(record: logging.LogRecord) -> bool:
+    """False for Orbax's own reports of failed writes, hundreds of lines of tracebacks: `settle` prints the reason."""
+    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in str(record.msg))
+
+
 def warn_skipped(step: int, reason: str) -> None:
-    print(f"warning: checkpoint {step} is skipped: {visible(reason)}", file=sys.stderr, flush=True)
+    warn(f"checkpoint {step} is skipped: {reason}")
 
 
 def latest_model(run: Path, mesh: Mesh | None = None) -> tuple[Any, int]:

@@ -6,9 +6,12 @@ below a field is its text in --help.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
+
+import tyro
 
 from jaxmodels.process.distributed import Processes
+from jaxmodels.process.seeds import seed_32
 from jaxmodels.training.optimizers import OptimizerName, ScheduleName, make_schedule
 from jaxmodels.training.step import Numerics, Precision, Remat
 
@@ -73,7 +76,7 @@ class Config:
     keep_every: int | None = None
     """also keep checkpoints whose step is a multiple of this"""
     seed: int = 0
-    """seed of initial weights, order of the examples and dropout"""
+    """seed of initial weights, order of the examples and dropout; one of 2³² or more is hashed to 32 bits"""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of range."""
@@ -81,8 +84,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be at least 0 and below 2³²")
+        object.__setattr__(self, "seed", seed_32(self.seed))
         for name in ("learning_rate", "eps", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -166,19 +168,24 @@ class AdamWConfig(TransformerConfig):
     """Adam's decay rate of squared gradients"""
 
 
+MULTI_PROCESS = tyro.conf.arg(name="multi-process", prefix_name=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Execution options of a run: devices, processes, compile cache, profile, logs."""
 
     mesh: str = ""
     """devices along the axes data, fsdp and tensor, e.g. fsdp=4,tensor=2; data takes the remaining ones"""
-    processes: Processes = dataclasses.field(default_factory=Processes)
+    processes: Annotated[Processes, MULTI_PROCESS] = dataclasses.field(default_factory=Processes)
     compile_cache: Path | None = None
     """folder that keeps compiled programs for the next start"""
     profile: int = 0
     """trace N steps, beginning with the second, into RUN/profile, for TensorBoard and Perfetto"""
     tensorboard: bool = True
     """write TensorBoard files in addition to metrics.jsonl"""
+    wandb: str | None = None
+    """project of Weights & Biases to log to as well (pip install 'jaxmodels[wandb]')"""
 
     def __post_init__(self) -> None:
         if self.profile < 0:

@@ -48,9 +48,10 @@ from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.config import Config
 from jaxmodels.training.data import Example, Task, Windows, endless, windows_of
-from jaxmodels.training.ngram import NGram
 from jaxmodels.training.optimizers import adam, adamw, make_schedule
 from jaxmodels.training.original import Original
+from jaxmodels.training.reporting.ngram import NGram
+from jaxmodels.training.reporting.trackers import Tracker
 from jaxmodels.training.step import Batch, Program, State, token_losses
 from jaxmodels.training.tokenize import Tokens, open_tokens
 from jaxmodels.weights.names import dotted, flat_arrays
@@ -80,6 +81,7 @@ class Experiment(Generic[ConfigT]):
     """A language model trained on a text. A subclass gives `config_class` and `model`; the rest has defaults."""
 
     config_class: ClassVar[type[Config]] = Config
+    vocabulary: Vocabulary | None = None  # of the run that is continued, to encode another text with
 
     def __init__(self, config: ConfigT):
         if config.within_documents and type(self).task is not Experiment.task:
@@ -183,7 +185,7 @@ class Experiment(Generic[ConfigT]):
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
         """Read the text as token ids, in a saved run's vocabulary if given; raises ValueError if it cannot be read."""
-        return open_tokens(self.config.text, vocabulary, self.config.text_field)
+        return open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
 
     def task(self) -> Task:
         """Cut the text into examples; raises ValueError if it is shorter than a sequence."""
@@ -246,6 +248,10 @@ class Experiment(Generic[ConfigT]):
     def n_tokens(self, vocabulary: Vocabulary) -> int:
         """Number of ids that a sample may consist of: a checkpoint's embedding may have more rows."""
         return len(vocabulary)
+
+    def trackers(self, run: Path) -> list[Tracker]:
+        """Further receivers of a run's numbers, such as a tracking service; called when training begins."""
+        return []
 
     # Saved runs: for `evaluate` and `sample`.
 

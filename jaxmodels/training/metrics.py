@@ -1,29 +1,24 @@
-"""Metrics of a run while it trains: the progress line, RUN/metrics.jsonl, TensorBoard files, and profiles.
-
-metrics.jsonl has a line per step, {"step": 7, "loss": …, "grad_norm": …, "seconds": …}, and one per evaluation,
-{"step": 500, "validation_loss": …}. Losses are in nats per token.
+"""metrics.jsonl of a run: a line per step, {"step": 7, "loss": …, "grad_norm": …, "seconds": …}, and one per
+evaluation, {"step": 500, "validation_loss": …}. Losses are in nats per token.
 """
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import read_text
 from jaxmodels.io.steps import check_run
-from jaxmodels.process.extras import require
+from jaxmodels.process.failures import cause
+from jaxmodels.process.streams import warn
 from jaxmodels.process.texts import quoted
 
 FILE = "metrics.jsonl"
 LOSSES = ("loss", "validation_loss")
 LARGEST = 2**30  # bytes of metrics.jsonl: ten million steps
-TENSORBOARD_EVERY = 10  # steps; each number takes 50 bytes
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -57,21 +52,29 @@ def is_line(content: Any) -> bool:
     return all(type(loss) is float or (type(loss) is int and abs(loss) < 2**63) for loss in losses)
 
 
-class Log:
-    """metrics.jsonl and TensorBoard files of a run that has taken len(losses) steps; drops lines of later steps."""
+def as_line(values: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl. Numbers that are not finite, which JSON lacks, become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
 
-    def __init__(self, run: Path, losses: Sequence[float], *, tensorboard: bool = True):
+
+class Log:
+    """metrics.jsonl of a run that has taken len(losses) steps, as a tracker; drops lines of later steps.
+
+    If the disk is full, lines wait in memory until they can be written.
+    """
+
+    every = 1
+
+    def __init__(self, run: Path, losses: Sequence[float]):
         run.mkdir(parents=True, exist_ok=True)
         kept = self.lines_until(run, losses)
         with atomic_file(run / FILE) as new:
-            new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.file = open(run / FILE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self.writer = None
-        if tensorboard:
-            require("train", "tensorboardX")
-            from tensorboardX import SummaryWriter
-
-            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=len(losses) + 1)
+            new.write_text("".join(map(as_line, kept)), encoding="utf-8")
+        self.path, self.file = run / FILE, open(run / FILE, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self.waiting, self.warned = b"", False
 
     @staticmethod
     def lines_until(run: Path, losses: Sequence[float]) -> list[dict[str, Any]]:
@@ -88,85 +91,31 @@ class Log:
             kept += evaluations.get(step, [])
         return kept
 
-    def write(self, step: int, values: dict[str, float], *, every: int = 1) -> None:
-        """Write a line, and to TensorBoard if the step is a multiple of `every`."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.writer is not None and step % every == 0:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line."""
+        self.waiting += as_line({"step": step, **values}).encode()
+        self.write_waiting()
 
-    def step(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
-        values = {"loss": loss, "grad_norm": grad_norm, "seconds": round(seconds, 6)}
-        self.write(step, values, every=TENSORBOARD_EVERY)
+    def write_waiting(self) -> None:
+        """Write the lines that wait, whole lines only; warns once if that fails."""
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            written = self.file.write(self.waiting)
+            if written == len(self.waiting):
+                self.waiting = b""
+                return
+            reason = f"{self.path}: only part of a line could be written"
+        except OSError as error:
+            reason = cause(error, self.path)
+        os.ftruncate(self.file.fileno(), size)
+        if not self.warned:
+            self.warned = True
+            warn(f"{reason}; lines wait in memory")
 
     def close(self) -> None:
+        if self.waiting:
+            self.warned = True
+            self.write_waiting()
         self.file.close()
-        if self.writer is not None:
-            self.writer.close()
-
-
-class Trace:
-    """Profile of `n` steps and the reports between them, written to a folder.
-
-    It begins with the second step of this process; the first one is for warm-up.
-    """
-
-    def __init__(self, folder: Path, step: int, n: int):
-        self.folder, self.bounds = folder, [step + 1, step + 1 + n] if n else []
-
-    def until(self, step: int) -> int:
-        """Next step, at most `step`, after which `at` must be called."""
-        return min([step, *self.bounds])
-
-    def at(self, step: int) -> None:
-        """Start or stop the profile if it is due after this step."""
-        if self.bounds[:1] == [step]:
-            begins = len(self.bounds) == 2
-            del self.bounds[0]
-            jax.profiler.start_trace(str(self.folder)) if begins else jax.profiler.stop_trace()
-
-    def close(self) -> None:
-        """Stop the profile if it was started."""
-        if len(self.bounds) == 1:
-            self.bounds = []
-            jax.profiler.stop_trace()
-
-
-class Line:
-    """Progress line: steps, loss, tokens per second, share of the devices' peak if it is known, time left.
-
-    tokens, flops: of a step. peak: FLOP/s of all devices, or None.
-    """
-
-    def __init__(self, console: Console, steps: int, done: int, tokens: int, flops: float, peak: float | None):
-        columns = ["step {task.completed}/{task.total}", "loss {task.fields[loss]:.3f}", "{task.fields[speed]}"]
-        step, loss, speed = map(TextColumn, columns)
-        self.progress = Progress(
-            step, BarColumn(bar_width=None), loss, speed, TimeRemainingColumn(), TextColumn("left"), console=console
-        )
-        self.task = self.progress.add_task("training", total=steps, completed=done, loss=math.nan, speed="")
-        self.tokens, self.flops, self.peak = tokens, flops, peak
-        self.loss = self.seconds = math.nan
-
-    def __enter__(self) -> "Line":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def advance(self, loss: float, seconds: float, share: float = 1.0) -> None:
-        """Add a step; shows averages over about twenty. share: part of a full step's tokens that it used."""
-        self.loss = smooth(self.loss, loss)
-        self.seconds = smooth(self.seconds, seconds / share)
-        self.progress.update(self.task, advance=1, loss=self.loss, speed=self.speed())
-
-    def speed(self) -> str:
-        if not self.seconds > 0:
-            return ""
-        text = f"{self.tokens / self.seconds:,.0f} tokens/s"
-        return text if self.peak is None else f"{text}, {self.flops / self.seconds / self.peak:.0%} of peak"
-
-
-def smooth(average: float, value: float) -> float:
-    return value if math.isnan(average) else 0.95 * average + 0.05 * value
+        if self.waiting:
+            warn(f"{self.path} lacks the last {self.waiting.count(chr(10).encode())} lines")

@@ -2,24 +2,27 @@
 
 RUN/config.json     {"format": 3, "script": "train.rope", "standalone": true, "config": {…}, "sha256": …}
                     if it fine-tunes a checkpoint: "original" and "token_ids", see `jaxmodels.training.original`
+                    if it was branched: "branches": [{"run": …, "step": …, "changed": {name: [before, after]}}, …]
 RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/profile/, RUN/.lock
 """
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jax.sharding import Mesh
 
+from jaxmodels.convert.companions import Companions
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import read_object
-from jaxmodels.io.steps import check_run, steps
+from jaxmodels.io.steps import check_run, latest_step, problem, steps
 from jaxmodels.models import names
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
-from jaxmodels.training.checkpoints import LOCK, UnknownModel, latest_model
+from jaxmodels.training.checkpoints import LOCK, Checkpoints, Position, UnknownModel, latest_model
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, experiment_class, script_of
 
@@ -40,6 +43,14 @@ class About:
     sha256: str  # of the data
     standalone: bool | None  # see `Experiment`; None in folders of older versions
     original: dict[str, Any] = dataclasses.field(default_factory=dict)  # `Original.about` of a run that fine-tunes
+    branches: list[dict[str, Any]] = dataclasses.field(
+        default_factory=list
+    )  # checkpoints it was branched from, in order
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Entries of config.json that a resumed run keeps."""
+        return {**self.original, **({"branches": self.branches} if self.branches else {})}
 
 
 def is_run(folder: Path) -> bool:
@@ -61,13 +72,25 @@ def read_about(run: Path) -> About:
             if not isinstance(about[name], kind):
                 raise ValueError(f"{file} has {name}={quoted(about[name])}, must be a {kind.__name__}")
         original = {key: about[key] for key in ORIGINAL if key in about}
-        return About(about["script"], about["config"], about["sha256"], about.get("standalone"), original)
+        branches = about.get("branches", [])
+        if not isinstance(branches, list) or not all(map(is_branch, branches)):
+            raise ValueError(f"{file} has branches={quoted(branches)}, must be a list of objects with run and step")
+        return About(about["script"], about["config"], about["sha256"], about.get("standalone"), original, branches)
     except KeyError as error:
         raise ValueError(f"{file} does not describe a training run: it has no {error}") from None
 
 
+def is_branch(entry: Any) -> bool:
+    """True for an entry of `branches` in config.json."""
+    named = isinstance(entry, dict) and isinstance(entry.get("run"), str) and isinstance(entry.get("changed"), dict)
+    return named and type(entry.get("step")) is int
+
+
 def write_about(run: Path, experiment: Experiment[Any], sha256: str, original: Mapping[str, Any]) -> None:
-    """Write config.json: the experiment, its complete configuration, the checksum of its data, and its origin."""
+    """Write config.json: the experiment, its complete configuration, the checksum of its data, and its origin.
+
+    original: further entries, of `Original.about` and `Branch.about`.
+    """
     about = {
         "format": FORMAT,
         "script": script_of(type(experiment)),
@@ -139,13 +162,17 @@ def unknown_model(run: Path, named: str | None, error: object) -> ValueError:
     return ValueError(f"{run}: {error}{hint}")
 
 
-def check_folder(experiment: Experiment[Any], run: Path) -> None:
+def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None" = None) -> None:
     """Raise ValueError if a folder holds something other than a run, or a run with other hyperparameters.
 
-    A run without a checkpoint may start again with any hyperparameters. Raises ValueError too if a file of the run is
-    a symbolic link.
+    A run without a checkpoint may start again with any hyperparameters. branch: what a new run begins with; a run that
+    has begun must have been branched from it. Raises ValueError too if a file of the run is a symbolic link.
     """
     check_run(run)
+    if branch is not None:
+        branch.check(experiment)
+        if run.absolute() == branch.run:
+            raise ValueError(f"{run} cannot be branched into itself: name another folder with --out")
     if not (run / FILE).exists():
         if run.exists() and (not run.is_dir() or any(not is_leftover(file) for file in run.iterdir())):
             raise ValueError(f"{run} exists and holds no training run: name another folder with --out")
@@ -153,16 +180,120 @@ def check_folder(experiment: Experiment[Any], run: Path) -> None:
     if not has_begun(run):
         read_about(run)  # raises for the config.json of a model
         return
-    saved = saved_config(type(experiment), run)
-    may = MAY_CHANGE if saved.schedule == "cosine" else MAY_CHANGE | {"steps"}
-    theirs, ours = dataclasses.asdict(saved), dataclasses.asdict(experiment.config)
-    changed = [name for name in theirs if name not in may and theirs[name] != ours[name]]
-    if changed:
-        was, now = (", ".join(f"{name}={values[name]}" for name in changed) for values in (theirs, ours))
+    if branch is not None and not branch.is_origin(run):
         raise ValueError(
-            f"{run} was trained with {was}, not {now}: continue it with --resume {run}, or name another folder "
-            "with --out"
+            f"{run} was not branched from {branch.run} at step {branch.step}: name another folder with --out"
         )
+    saved, config = saved_config(type(experiment), run), experiment.config
+    may = MAY_CHANGE if saved.schedule == "cosine" else MAY_CHANGE | {"steps"}
+    changed = {name: values for name, values in differing(saved, config).items() if name not in may}
+    if changed:
+        was, now = (", ".join(f"{name}={values[i]}" for name, values in changed.items()) for i in (0, 1))
+        raise ValueError(
+            f"{run} was trained with {was}, not {now}: continue it unchanged with --resume {run}, name another folder "
+            f"with --out, or continue with these from a step on, in a new run, with --branch {run}"
+        )
+    taken = steps(run / "checkpoints")[-1]
+    if config.steps < taken:
+        raise ValueError(f"steps={config.steps} is less than the {taken} steps that {run} has taken")
+
+
+def differing(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields of two configurations of one class that differ, with both values."""
+    ours, theirs = dataclasses.asdict(before), dataclasses.asdict(after)
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Checkpoint of a run that a new run, with other hyperparameters, begins with.
+
+    run: absolute folder of the run.
+    """
+
+    run: Path
+    step: int
+
+    @classmethod
+    def at(cls, run: Path, step: int | None = None) -> Self:
+        """The checkpoint of a step, default the latest complete one; raises ValueError if the run has none."""
+        read_about(run)
+        if step is None:
+            step = int(latest_step(run)[0].name)
+        found = steps(run / "checkpoints")
+        if step not in found:
+            have = ", ".join(map(str, found)) or "none"
+            raise ValueError(f"from_step={step}: {run} has no checkpoint of it; it has {have}")
+        return cls(run.absolute(), step)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Self:
+        """The checkpoint that an entry of `branches` in config.json names; raises ValueError if it is gone."""
+        return cls.at(Path(entry["run"]), entry["step"])
+
+    def check(self, experiment: Experiment[Any]) -> None:
+        """Raise ValueError if the checkpoint is damaged or of another script, or if no steps are left to take."""
+        saved_config(type(experiment), self.run)
+        if wrong := problem(self.folder):
+            raise ValueError(f"from_step={self.step}: {wrong}")
+        if experiment.config.steps <= self.step:
+            raise ValueError(f"steps={experiment.config.steps} must be above from_step={self.step}")
+
+    @property
+    def folder(self) -> Path:
+        return self.run / "checkpoints" / str(self.step)
+
+    def is_origin(self, run: Path) -> bool:
+        """True if a run was branched from this checkpoint."""
+        branches = read_about(run).branches
+        return bool(branches) and (Path(branches[-1]["run"]), branches[-1]["step"]) == (self.run, self.step)
+
+    def changed(self, experiment: Experiment[Any]) -> dict[str, tuple[Any, Any]]:
+        """Hyperparameters that the new run changes: name -> (before, after)."""
+        return differing(saved_config(type(experiment), self.run), experiment.config)
+
+    def about(self, experiment: Experiment[Any]) -> dict[str, Any]:
+        """Entries of the new run's config.json about its origin."""
+        source = read_about(self.run)
+        own = {"run": str(self.run), "step": self.step, "changed": self.changed(experiment)}
+        return {**source.original, "branches": [*source.branches, own]}
+
+    def sentence(self, experiment: Experiment[Any]) -> str:
+        """What a new run prints about its origin."""
+        changed = self.changed(experiment).items()
+        what = ", ".join(f"{name}={after} (before: {before})" for name, (before, after) in changed)
+        return f"branched from {self.run} at step {self.step}: {what or 'nothing changed'}"
+
+    def position(
+        self, checkpoints: Checkpoints, experiment: Experiment[Any], sha256: str, start: dict[str, Any]
+    ) -> Position:
+        """Read the checkpoint as the position that the new run begins at.
+
+        The order of examples goes on after those that were used, unless the data, its order or its sequences differ:
+        then it starts anew. sha256: of the new run's data. start: state of its batches at the start. Raises ValueError
+        if the arrays do not fit the new configuration.
+        """
+        try:
+            position = checkpoints.read(self.folder)
+        except ValueError as error:
+            names = ", ".join(self.changed(experiment)) or "nothing"
+            raise ValueError(f"{self.run} at step {self.step} does not fit, with {names} changed: {error}") from None
+        if names := checkpoints.not_finite(position.state):
+            raise ValueError(f"{self.run} at step {self.step} has values that are not finite: {names}")
+        before, after = saved_config(type(experiment), self.run), experiment.config
+        same = sha256 == read_about(self.run).sha256
+        if same and (before.seq_len, before.seed) == (after.seq_len, after.seed):
+            used = position.data["next_index"] * before.batch_size
+            start = {**start, "next_index": -(-used // after.batch_size)}
+        return Position(position.state, start, position.losses)
+
+    def copy_files(self, run: Path) -> None:
+        """Copy the metrics, and what belongs to a checkpoint that is fine-tuned, to the new run."""
+        if read_about(self.run).original:
+            Companions.of(self.run).write(run)
+        if (self.run / "metrics.jsonl").exists() and not (run / "metrics.jsonl").exists():
+            with atomic_file(run / "metrics.jsonl") as new:
+                shutil.copyfile(self.run / "metrics.jsonl", new)
 
 
 def has_begun(run: Path) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,15 @@ from jaxmodels.process import programs
 from jaxmodels.process.allocator import keep_freed_memory
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.extras import require
+from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop, interruptible
+from jaxmodels.process.streams import Output
+from jaxmodels.process.texts import visible
 from jaxmodels.training.config import Config, Options
-from jaxmodels.training.experiment import ConfigT, Experiment
-from jaxmodels.training.loop import Result, Trainer
-from jaxmodels.training.run import check_folder, saved_config
+from jaxmodels.training.experiment import ConfigT, Experiment, script_of
+from jaxmodels.training.reporting.trackers import Callback
+from jaxmodels.training.run import Branch, check_folder, saved_config
+from jaxmodels.training.trainer import Result, Trainer
 
 require("train", "tyro")
 import tyro  # noqa: E402
@@ -37,29 +42,66 @@ class Command:
     """folder of the run, new or to be resumed"""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """folder of a run to resume with its own hyperparameters; --steps may be raised (not with schedule=cosine)"""
-    options: Options = dataclasses.field(default_factory=Options)
+    branch: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """folder of a run whose checkpoint a new run begins with; the flags that differ from that run's, such as
+    --learning-rate, --schedule, --steps, --batch-size and --text, apply from there on and are recorded in config.json.
+    --out is then FOLDER-from-STEP by default"""
+    from_step: int | None = None
+    """step of --branch's checkpoint; if omitted: the latest"""
+    options: Annotated[Options, tyro.conf.arg(name="execution")] = dataclasses.field(default_factory=Options)
 
     @property
     def run(self) -> Path:
         return self.resume or self.out
 
+    @property
+    def origin(self) -> Branch | None:
+        """Checkpoint that a new run begins with; raises ValueError if there is none of that step."""
+        return None if self.branch is None else Branch.at(self.branch, self.from_step)
+
 
 def parse(
     kind: type[Experiment[ConfigT]], program: str, arguments: Sequence[str]
 ) -> tuple[Experiment[ConfigT], Command]:
-    """Parse a command line; omitted flags come from --resume's run, else from --preset.
+    """Parse a command line; omitted flags come from the run of --resume or --branch, else from --preset.
 
-    Raises ValueError if --resume names no run, or for an unknown preset.
+    Raises ValueError if there is no such run, or for an unknown preset.
     """
-    resume, preset = peek(arguments, "--resume"), peek(arguments, "--preset")
-    if resume is not None and peek(arguments, "--out") is not None:
+    resume, branch, preset, out = (peek(arguments, flag) for flag in ("--resume", "--branch", "--preset", "--out"))
+    if resume is not None and branch is not None:
+        raise ValueError("--resume continues a run, --branch begins a new one: omit one of them")
+    if resume is not None and out is not None:
         raise ValueError("--resume continues in the run's own folder; omit --out")
-    saved = None if resume is None else saved_config(kind, Path(resume))
+    if branch is None and peek(arguments, "--from-step") is not None:
+        raise ValueError("--from-step needs --branch, the run whose checkpoint the new run begins with")
+    for flag, value in (("out", out), ("resume", resume), ("branch", branch)):
+        if value is not None:
+            local(value, flag)
+    source = resume if branch is None else branch
+    saved = None if source is None else saved_config(kind, Path(source).expanduser())
     chosen = preset or kind.config_class.PRESETS[0]
     config: Any = saved if saved is not None and preset is None else kind.config_class.of_preset(chosen)
-    folder = Path("runs") / program.rpartition(".")[2]
+    folder = Path("runs") / script_of(kind).rpartition(".")[2]
     command = parse_flags(with_presets(Command, kind), (config, chosen, folder), arguments, program)
+    command = with_local_paths(command)
+    if branch is not None and out is None:
+        origin = command.origin
+        command = dataclasses.replace(command, out=Path(f"{origin.run}-from-{origin.step}"))
     return kind(command.config), command
+
+
+def with_local_paths(values: Any) -> Any:
+    """Expand `~` in a dataclass of flags and those inside it; raises ValueError for folders that are URLs."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        if isinstance(value, Path):
+            changed[field.name] = local(value, field.name)
+        elif isinstance(value, str) and value.startswith("~"):
+            changed[field.name] = os.path.expanduser(value)
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = with_local_paths(value)
+    return dataclasses.replace(values, **changed)
 
 
 def with_presets(command: type, kind: type[Experiment[Any]]) -> Any:
@@ -67,7 +109,10 @@ def with_presets(command: type, kind: type[Experiment[Any]]) -> Any:
     config_class = kind.config_class
     names: Any = Literal.__getitem__(config_class.PRESETS)
     text = f"defaults of all other flags; {config_class.describe_presets()}"
-    fields: list[Any] = [("config", config_class), ("preset", Annotated[names, tyro.conf.arg(help=text)])]
+    fields: list[Any] = [
+        ("config", Annotated[config_class, tyro.conf.arg(name="hyperparameter")]),
+        ("preset", Annotated[names, tyro.conf.arg(help=text)]),
+    ]
     made = dataclasses.make_dataclass(command.__name__, fields, bases=(command,), frozen=True)
     made.__doc__ = command.__doc__
     return made
@@ -106,11 +151,19 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
 class Session:
     """Training process, connected to the other processes if there are any. Only the first process prints.
 
-    resume: command that continues a stopped run.
+    resume: command that continues a stopped run. program: the script, e.g. "python -m train.rope".
+    callback: called with each step's and validation's numbers; nothing is printed then.
     """
 
-    def __init__(self, options: Options, stop: Stop, resume: str):
-        self.options, self.stop, self.resume = options, stop, resume
+    def __init__(
+        self,
+        options: Options,
+        stop: Stop,
+        resume: str,
+        program: str | None = None,
+        callback: Callback | None = None,
+    ):
+        self.options, self.stop, self.resume, self.program, self.callback = options, stop, resume, program, callback
         options.processes.initialize()
         agree(False)  # connects the processes: some backends wait at most 30 seconds for the first connection
         if options.compile_cache is not None:
@@ -118,12 +171,15 @@ class Session:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         if jax.default_backend() == "cpu":
             keep_freed_memory()
-        output = sys.stdout if is_first() else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
-        self.console = Console(file=output, highlight=False, markup=False, soft_wrap=True)
+        quiet = callback is not None or not is_first()
+        output: Any = Output(sys.stdout, stop.pipe_closed)
+        self.console = Console(file=output, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
 
-    def train(self, experiment: Experiment[Any], folder: Path) -> Result | None:
+    def train(self, experiment: Experiment[Any], folder: Path, branch: Branch | None = None) -> Result | None:
         """Train a run to its result; None if it was stopped. Raises ValueError for bad input, before any work."""
-        with contextlib.closing(Trainer(experiment, folder, self.options)) as trainer:
+        with contextlib.closing(
+            Trainer(experiment, folder, self.options, branch, self.program, self.callback)
+        ) as trainer:
             return trainer.run(self.stop, self.console, self.resume)
 
 
@@ -137,18 +193,57 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     with interruptible() if caught is None else contextlib.nullcontext(caught) as stop:
         experiment, command = parse(kind, program, arguments)
-        folder = command.run
-        check_folder(experiment, folder)
-        session = Session(command.options, stop, f"{program} --resume {folder}")
-        if session.train(experiment, folder) is None:
+        folder, origin = command.run, command.origin
+        check_folder(experiment, folder, origin)
+        shown = shlex.quote(str(folder))
+        session = Session(command.options, stop, f"{program} --resume {shown}", program)
+        if session.train(experiment, folder, origin) is None:
             return stop.exit_code
-        session.console.print(f"saved; write text with: python -m train.sample {folder}")
+        session.console.print(visible(f"saved; write text with: {sampling(kind, program, folder)}"))
         return 0
 
 
-def run_script(kind: type[Experiment[Any]], program: str) -> None:
-    """Run `main` as a program."""
+def train(
+    experiment: Experiment[Any],
+    folder: Path | str,
+    *,
+    callback: Callback | None = None,
+    options: Options | None = None,
+    branch: Branch | None = None,
+) -> Result | None:
+    """Train a run from Python, for example in a notebook; the same call resumes a run that was interrupted.
+
+    callback(step, values): called after each step with loss, grad_norm and seconds, and after each validation with
+    validation_loss; nothing is printed then. branch: checkpoint of another run to begin with. Returns None if a signal,
+    such as a notebook's interrupt, stopped it; it is saved then. Raises ValueError for bad input, before any work, and
+    if the run diverges.
+    """
+    run = local(folder, "folder")
+    check_folder(experiment, run, branch)
+    with interruptible() as stop:
+        return Session(options or Options(), stop, "the same call", None, callback).train(experiment, run, branch)
+
+
+def sampling(kind: type[Experiment[Any]], program: str, folder: Path) -> str:
+    """Command that writes text with a run of an experiment."""
+    folder_as_typed = shlex.quote(str(folder))
+    if program.startswith("python -m train."):
+        return f"python -m train.sample {folder_as_typed}"
+    return f"jaxmodels sample {folder_as_typed} --experiment {script_of(kind)}"
+
+
+def run_script(kind: type[Experiment[Any]], program: str | None = None) -> None:
+    """Run `main` as a program. program: how it was started, for messages; default from the interpreter's arguments."""
+    program = program or started_as()
     as_program(lambda arguments: main(kind, program, arguments), program)
+
+
+def started_as() -> str:
+    """How this program was started: "python FILE" or "python -m MODULE"."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"python {shlex.quote(os.path.relpath(sys.argv[0]))}"
 
 
 def as_program(function: Callable[[Sequence[str]], int], program: str) -> None:

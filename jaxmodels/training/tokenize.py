@@ -92,7 +92,7 @@ def tokenize(
     """Write a folder of tokens and print its sizes; raises ValueError for bad input."""
     if kind == "tokenizer" and tokenizer is None:
         raise ValueError("--kind tokenizer needs --tokenizer FILE")
-    check_target(out, overwrite=False)  # before the work
+    check_target(out, overwrite=None)  # before the work
     given = None if tokenizer is None else TokenizerFile.read(tokenizer)
     sources = open_sources(text, field)
     for note in sources.notes:

@@ -176,7 +176,9 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.slow
 def test_it_trains_alike_on_one_device_and_on_eight(runs):
     folder, out = runs
-    assert re.search(r"^step 3: loss \d\.\d+, validation loss \d\.\d+, written greedily:\n    .*\|", out, re.M)
+    assert re.search(
+        r"^step 3: loss \d\.\d+ \(mean of 3 steps\), validation loss \d\.\d+, written greedily:\n    .*\|", out, re.M
+    )
     assert len(losses(folder / "one")) == 6
     np.testing.assert_allclose(losses(folder / "eight"), losses(folder / "one"), rtol=1e-5)
     about = read_about(folder / "one")
@@ -291,7 +293,7 @@ def test_a_model_that_cannot_decode_trains_without_samples(own, tmp_path, capsys
     assert train(lacking(own, init_cache=None, decode=None), "--out", run, "--steps", 3) == 0
     out = capsys.readouterr().out
     assert "no sample: Lacking has no init_cache, decode\n" in out
-    assert re.search(r"^step 3: loss \d\.\d+, validation loss \d\.\d+$", out, re.M)
+    assert re.search(r"^step 3: loss \d\.\d+ \(mean of 3 steps\), validation loss \d\.\d+$", out, re.M)
     from my_project.model import MLP
 
     monkeypatch.delattr(MLP, "init_cache")

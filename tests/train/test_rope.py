@@ -61,7 +61,9 @@ def run(run_and_output) -> Path:
 
 def test_a_run_prints_its_result_and_writes_its_files(run_and_output):
     run, out = run_and_output
-    assert re.search(r"^step 5: loss \d\.\d+, validation loss \d\.\d+, written greedily:\n    .*\|", out, re.M)
+    assert re.search(
+        r"^step 5: loss \d\.\d+ \(mean of 5 steps\), validation loss \d\.\d+, written greedily:\n    .*\|", out, re.M
+    )
     assert "step 7/7" in out  # the progress bar
     bar, reached = re.search(r"(\d\.\d+)  character 4-gram .*\n +(\d\.\d+)  this model after 7 steps", out).groups()
     assert 0 < float(bar) < float(reached)  # seven steps are not enough

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +17,7 @@ from jaxmodels.convert import kinds
 from jaxmodels.convert.open import open_source
 from jaxmodels.io.atomic import atomic_file, recover
 from jaxmodels.process import programs
+from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
 from jaxmodels.scoring import score
@@ -128,6 +130,11 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 def print_scores(options: argparse.Namespace) -> None:
     """Evaluate a checkpoint with the flags of `parser` and print the scores; raises ValueError for bad input."""
+    options.checkpoint = local(options.checkpoint, "SOURCE")
+    options.text = None if options.text is None else [os.path.expanduser(text) for text in options.text]
+    for name in ("tokenizer", "json"):
+        if getattr(options, name) is not None:
+            setattr(options, name, local(getattr(options, name), name))
     for name in ("seq_len", "batch_size", "stride", "loss_chunk"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -254,9 +261,9 @@ def evaluate(
     program = Program(lambda: model, optax.identity(), mesh, numerics, losses=losses)
     nats = Evaluation(program, examples, batch_size, Stop())(program.state_of(model))
     assert nats is not None, "this Stop is never set"
-    if math.isnan(nats):
+    if not math.isfinite(nats):
         raise ValueError(
-            f"loss is nan over {len(examples)} sequences; weights must be finite, and the model's vocabulary must "
+            f"loss is {nats} over {len(examples)} sequences; weights must be finite, and the model's vocabulary must "
             f"have at least the {len(vocabulary)} {vocabulary.unit}s of the given one"
         )
     ids = np.concatenate([examples[i]["tokens"][1:] for i in range(len(examples))])

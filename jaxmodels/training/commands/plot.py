@@ -9,6 +9,7 @@ import numpy as np
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.process import programs
 from jaxmodels.process.extras import require
+from jaxmodels.process.paths import local
 from jaxmodels.training import metrics
 
 PROGRAM = "python -m train.plot"
@@ -36,7 +37,7 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run the command and return its exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    return programs.run(lambda: draw(options.runs, options.out), prog)
+    return programs.run(lambda: draw([local(run, "RUN") for run in options.runs], local(options.out, "out")), prog)
 
 
 def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -45,8 +46,10 @@ def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises ValueError if the run has none.
     """
     lines = metrics.read(run)
-    train = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
-    validation = np.array([(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line])
+    train = np.array([(line["step"], line["loss"]) for line in lines if line.get("loss") is not None])
+    validation = np.array(
+        [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
+    )
     if not len(train):
         raise ValueError(f"{run / metrics.FILE} has no losses yet")
     parts = np.array_split(train, min(len(train), POINTS))

@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxmodels.convert.open import open_source
 from jaxmodels.generate.command import add_settings, check, continue_prompts
 from jaxmodels.process import programs
+from jaxmodels.process.paths import local
 from jaxmodels.training.run import read_about
 
 PROGRAM = "python -m train.sample"
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 def sample(options: argparse.Namespace) -> None:
     """Print a prompt and its continuation, from the flags of `parser`; raises ValueError for bad input."""
+    options.run = local(options.run, "RUN")
     if options.length < 1:
         raise ValueError(f"length={options.length} must be at least 1")
     given = vars(options) | {

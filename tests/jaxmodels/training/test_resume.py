@@ -15,8 +15,8 @@ import pytest
 from jaxmodels.io.checkpoint import read_arrays
 from jaxmodels.io.steps import steps
 from jaxmodels.training import metrics
-from jaxmodels.training.loop import Trainer
 from jaxmodels.training.script import main, parse
+from jaxmodels.training.trainer import Trainer
 from tests.train_common import TEXT, TINY, start
 from train import rope
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxmodels.training.ngram import NGram
+from jaxmodels.training.reporting.ngram import NGram
 
 V = 7
 

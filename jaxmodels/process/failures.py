@@ -1,0 +1,55 @@
+"""One line for an exception of a library that wrote files: the reason, and the file."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# Reasons that operating systems give, in the words of C++ libraries, which put them in long texts.
+REASONS = [os.strerror(number) for number in (28, 122, 27, 30, 13, 1, 5, 2, 24, 107, 116)]
+
+
+def cause(error: BaseException, folder: Path) -> str:
+    """Reason of a failed write, with the file inside `folder` that it names; the folder if it names none."""
+    chain = list(causes(error))
+    for one in chain:
+        if isinstance(one, OSError) and one.errno and one.strerror:
+            return f"{one.filename or file_in(str(one), folder)}: {one.strerror}"
+    for one in chain:
+        for reason in REASONS:
+            if reason in str(one):
+                return f"{file_in(str(one), folder)}: {reason}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0] if len(lines[0]) <= 200 else f"{lines[0][:200]} …"
+    return first if str(folder) in first else f"{folder}: {first}"
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[Path]:
+    """Context in which an OSError that names no file, as of a full disk, names this one."""
+    try:
+        yield file
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror or str(error), str(file)) from error
+        raise
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, those it was raised from or groups, and theirs; each once."""
+    found, seen = [error], set()
+    while found:
+        one = found.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        found += [other for other in (one.__cause__, one.__context__) if other is not None]
+        found += one.exceptions if isinstance(one, BaseExceptionGroup) else []
+
+
+def file_in(text: str, folder: Path) -> str:
+    """First path inside a folder that a text names; the folder if there is none."""
+    match = re.search(rf"{re.escape(str(folder.absolute()))}[^\s\"'`,;\])]*", text)
+    return match[0].rstrip(":.") if match else str(folder)

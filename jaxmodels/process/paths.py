@@ -1,0 +1,21 @@
+"""Folders that a user names: `~` is expanded, and URLs are refused."""
+
+import re
+from pathlib import Path
+
+MOUNTS = {"gs": "gcsfuse BUCKET /mnt/BUCKET", "s3": "mount-s3 BUCKET /mnt/BUCKET"}
+
+
+def local(path: Path | str, name: str) -> Path:
+    """Path on a file system, with `~` expanded; raises ValueError, naming the argument, for the URL of a bucket."""
+    url = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path))  # Path has made one slash of two
+    if url is None:
+        return Path(path).expanduser()
+    scheme, inside = url.groups()
+    bucket, _, rest = inside.partition("/")
+    mount = MOUNTS.get(scheme)
+    how = "" if mount is None else f", e.g. with {mount.replace('BUCKET', bucket or 'BUCKET')}"
+    raise ValueError(
+        f"{name}={scheme}://{inside} must be a folder of a file system: mount it{how}, and name "
+        f"{name}=/mnt/{bucket or 'BUCKET'}/{rest}"
+    )

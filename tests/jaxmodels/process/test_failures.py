@@ -1,0 +1,32 @@
+"""One line for the exceptions of libraries that wrote files."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxmodels.process.failures import cause, naming
+
+LONG = (
+    'RESOURCE_EXHAUSTED: Failed writing: "/runs/a/7/model/d/54ae": Failed to write 43 bytes to file 40: No space left '
+    "on device [os_error_code='28']\nTraceback …"
+)
+
+
+def test_the_reason_and_the_file_are_found_in_what_was_raised():
+    folder = Path("/runs/a/7")
+    assert cause(ValueError(LONG), folder) == "/runs/a/7/model/d/54ae: No space left on device"
+    outer = RuntimeError("save failed")
+    outer.__cause__ = ExceptionGroup("several", [TypeError("x"), ValueError(LONG)])
+    assert cause(outer, folder) == "/runs/a/7/model/d/54ae: No space left on device"
+    assert cause(PermissionError(13, "Permission denied", "/runs/b"), folder) == "/runs/b: Permission denied"
+    assert cause(OSError(28, "No space left on device"), folder) == "/runs/a/7: No space left on device"
+    assert cause(KeyError("no\nfile"), folder).startswith("/runs/a/7: ")
+    assert cause(ValueError("x" * 1000 + "\ny"), folder) == f"/runs/a/7: {'x' * 200} …"
+
+
+def test_an_error_without_a_file_gets_one():
+    with pytest.raises(OSError, match="'/runs/a'") as caught, naming(Path("/runs/a")):
+        raise OSError(28, "No space left on device")
+    assert (caught.value.errno, caught.value.filename) == (28, "/runs/a")
+    with pytest.raises(OSError, match="'/runs/b'"), naming(Path("/runs/a")):
+        raise OSError(28, "No space left on device", "/runs/b")

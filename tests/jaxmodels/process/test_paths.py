@@ -1,0 +1,22 @@
+"""Folders that a user names."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxmodels.process.paths import local
+
+
+def test_the_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert local("~/runs/a b", "out") == Path("/home/somebody/runs/a b")
+    for path in ("runs/~x", "a:b/c", "/x", "nothing"):
+        assert local(path, "out") == Path(path)
+
+
+@pytest.mark.parametrize("given", ["gs://bucket/a/run", Path("gs://bucket/a/run")])
+def test_a_bucket_is_refused_with_how_to_mount_it(given):
+    with pytest.raises(ValueError, match=r"^out=gs://bucket/a/run .*gcsfuse bucket .*out=/mnt/bucket/a/run$"):
+        local(given, "out")
+    with pytest.raises(ValueError, match=r"^resume=hdfs://"):
+        local("hdfs://x/y", "resume")

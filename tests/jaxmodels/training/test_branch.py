@@ -1,0 +1,197 @@
+"""Runs that diverge keep their last good checkpoint, from which a new run goes on with other hyperparameters."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import optax
+import pytest
+
+from jaxmodels.io.steps import steps
+from jaxmodels.training import metrics
+from jaxmodels.training.checkpoints import Checkpoints, Position
+from jaxmodels.training.run import Branch, check_folder, read_about, write_about
+from jaxmodels.training.script import main, parse
+from tests.train_common import ROOT, TEXT, TINY, program, start
+from train import rope
+
+PROGRAM = "python -m train.rope"
+
+
+def run_of(folder: Path, *complete: int, **fields: object) -> rope.Rope:
+    """A folder of a run with empty checkpoints."""
+    experiment = rope.Rope(rope.Config(**fields))
+    for step in complete:
+        (folder / "checkpoints" / str(step)).mkdir(parents=True)
+        mark = {"format": 2, "step": step, "data": {}, "files": {}}
+        (folder / "checkpoints" / str(step) / "complete.json").write_text(json.dumps(mark))
+    write_about(folder, experiment, "0" * 64, {})
+    return experiment
+
+
+def test_fewer_steps_than_taken_are_refused(tmp_path):
+    run_of(tmp_path / "run", 5, 12, steps=20)
+    check_folder(rope.Rope(rope.Config(steps=12)), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"steps=11 .*12 .*run"):
+        check_folder(rope.Rope(rope.Config(steps=11)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--branch", "{run}", "--from-step", "7"], "from_step=7: .*5, 12"),
+        (["--branch", "{run}", "--steps", "12"], "steps=12 .*from_step=12"),
+        (["--branch", "{run}", "--out", "{run}"], "{run} .*--out"),
+        (["--branch", "{run}", "--out", "{other}"], "{other} was not branched from {run} at step 12.*--out"),
+        (["--branch", "{run}", "--resume", "{run}"], "--resume .*--branch"),
+        (["--branch", "{run}/nothing"], "{run}/nothing "),
+        (["--from-step", "5"], "--from-step .*--branch"),
+        (["--resume", "{run}", "--d-ff", "13"], "d_ff=512, not d_ff=13.*--branch {run}"),
+    ],
+)
+def test_a_branch_that_cannot_begin_is_refused(flags, message, tmp_path):
+    names = {"run": tmp_path / "run", "other": tmp_path / "other"}
+    run_of(names["run"], 5, 12, steps=20)
+    run_of(names["other"], 5, steps=20)
+    with pytest.raises(ValueError, match=message.format(**names)):
+        main(rope.Rope, PROGRAM, [flag.format(**names) for flag in flags])
+
+
+def test_flags_of_a_branch_come_from_its_run(tmp_path):
+    run_of(tmp_path / "run", 5, 12, steps=20, d_ff=13)
+    for flags, step in (([], 12), (["--from-step", "5"], 5)):
+        experiment, command = parse(rope.Rope, PROGRAM, ["--branch", str(tmp_path / "run"), *flags, "--warmup", "3"])
+        assert (experiment.config.d_ff, experiment.config.steps, experiment.config.warmup) == (13, 20, 3)
+        assert command.run == tmp_path / f"run-from-{step}"
+        assert command.origin == Branch(tmp_path / "run", step)
+        assert command.origin.changed(experiment) == {"warmup": (500, 3)}
+
+
+def test_arrays_that_are_not_finite_are_named(tmp_path):
+    made = program(optax.adam(0.1))
+    checkpoints = Checkpoints(tmp_path / "run", made, keep=1)
+    state = made.make_state(0)
+    assert checkpoints.not_finite(state) == ""
+    (name,) = state.params
+    broken = dataclasses.replace(state, params={name: state.params[name].at[1, 2].set(np.nan)})
+    assert checkpoints.not_finite(broken) == name
+    checkpoints.close()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path / "run", program(optax.adam(0.1)), keep=1)
+    yield opened
+    opened.close()
+
+
+def test_older_checkpoints_are_kept_until_a_new_one_is_accepted(checkpoints):
+    state = checkpoints.program.make_state(0)
+
+    def save(n: int) -> None:
+        checkpoints.save(Position(state, {"next_index": n}, [0.5] * n))
+
+    save(1)
+    checkpoints.accept()
+    save(2)
+    checkpoints.discard(2)
+    assert steps(checkpoints.folder) == [1]
+    assert not (checkpoints.folder / "2").exists()
+    save(3)
+    checkpoints.accept()
+    checkpoints.settle()
+    assert steps(checkpoints.folder) == [3]
+
+
+def test_metrics_are_json(tmp_path):
+    log = metrics.Log(tmp_path, [])
+    log.write(3, {"score": math.nan, "other": np.float32(0.5).item(), "large": -math.inf})
+    log.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 3, "score": None, "other": 0.5, "large": None}
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory, compile_cache) -> list[str]:
+    """Flags of a run."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "sea.txt").write_text(TEXT)
+    flags = [*TINY, "--text", folder / "sea.txt", "--no-tensorboard", "--compile-cache", compile_cache]
+    return [*map(str, flags)]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics.read(run) if "loss" in line]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_how_to_go_on(new, tmp_path):
+    flags = ["--steps", "19", "--keep", "1", "--schedule", "constant", "--clip", "None"]
+    run = tmp_path / "a run"
+    assert main(rope.Rope, PROGRAM, [*new, *flags, "--learning-rate", "0.01", "--steps", "5", "--out", str(run)]) == 0
+    out = tmp_path / "diverged"
+    process = start("train.rope", "--branch", run, *flags[:2], "--learning-rate", "1e30", "--out", out)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert re.fullmatch(rf"python -m train.rope: step \d+: .*python -m train.rope --branch {out} .*\n", err)
+    assert steps(out / "checkpoints") == [5]
+    assert len(losses(out)) < 19
+    # the command that it printed, with another rate and text, in the first run's vocabulary
+    (tmp_path / "other.txt").write_text(TEXT.replace("sea", "tea")[:3000])
+    command = re.search(r"-m (train.rope --branch .*)\n", err)[1].split()
+    changed = [
+        "--learning-rate=0.02",
+        "--batch-size=6",
+        "--text",
+        tmp_path / "other.txt",
+        "--out",
+        tmp_path / "good",
+        *flags[:2],
+    ]
+    process = start(*command, *changed)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "batch_size=6 (before: 4)" in out
+    about = read_about(tmp_path / "good")
+    assert [(Path(entry["run"]).name, entry["step"]) for entry in about.branches] == [("a run", 5), ("diverged", 5)]
+    assert about.branches[1]["changed"]["batch_size"] == [4, 6]
+    assert losses(tmp_path / "good")[:5] == losses(run)
+    assert len(losses(tmp_path / "good")) == 19
+    # it resumes as any other run
+    process = start("train.rope", "--resume", tmp_path / "good", "--steps", 23)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert len(losses(tmp_path / "good")) == 23
+    assert read_about(tmp_path / "good").branches == about.branches
+
+
+@pytest.mark.slow
+def test_a_branch_without_changes_takes_the_same_steps(new, tmp_path):
+    run = tmp_path / "run"
+    assert main(rope.Rope, PROGRAM, [*new, "--steps", "12", "--out", str(run)]) == 0
+    branch = ["--branch", str(run), "--from-step", "5", "--out", str(tmp_path / "branch"), "--no-tensorboard"]
+    assert main(rope.Rope, PROGRAM, branch) == 0
+    assert losses(tmp_path / "branch") == losses(run)
+    halved = ["--branch", str(run), "--from-step", "10", "--batch-size", "8", "--steps", "11", "--no-tensorboard"]
+    assert main(rope.Rope, PROGRAM, halved) == 0
+    mark = tmp_path / "run-from-10" / "checkpoints" / "11" / "complete.json"
+    assert json.loads(mark.read_text())["data"]["next_index"] == 10 * 4 // 8 + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--schedule", "constant", "--clip", "None"]])
+def test_a_first_step_that_diverges_saves_nothing(flags, new, tmp_path):
+    command = [sys.executable, "-m", "train.rope", *new, *flags, "--learning-rate", "1e30", "--steps", "1"]
+    done = subprocess.run([*command, "--out", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"python -m train.rope: step 1: .*\b(nan|inf)\b.*learning_rate\n", done.stderr)
+    assert steps(tmp_path / "run" / "checkpoints") == []

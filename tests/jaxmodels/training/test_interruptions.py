@@ -1,0 +1,207 @@
+"""Full disks, closed pipes, hung-up terminals and early signals, as real processes."""
+
+import itertools
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import optax
+import pytest
+
+from jaxmodels.io.steps import steps
+from jaxmodels.training import metrics
+from jaxmodels.training.checkpoints import Checkpoints, Position
+from jaxmodels.training.config import Options
+from jaxmodels.training.script import main, train
+from tests.train_common import ROOT, TEXT, TINY, program, start
+from train import rope
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path / "run", program(optax.adam(0.1)), keep=9)
+    yield opened
+    opened.close()
+
+
+def position(checkpoints: Checkpoints, n: int) -> Position:
+    return Position(checkpoints.program.make_state(0), {"next_index": n}, [0.5] * n)
+
+
+def block(checkpoints: Checkpoints, step: int) -> None:
+    """A file where the checkpoint's folder would be."""
+    checkpoints.folder.mkdir(exist_ok=True)
+    (checkpoints.folder / str(step)).touch()
+
+
+def test_a_failed_save_is_noticed_and_the_next_one_replaces_it(checkpoints, capsys):
+    block(checkpoints, 3)
+    checkpoints.save(position(checkpoints, 3))
+    assert checkpoints.failed
+    checkpoints.save(position(checkpoints, 4))
+    warning = rf"warning: checkpoint 3 could not be saved: {checkpoints.folder}/3 .*folder.*; trying again\n"
+    assert re.fullmatch(warning, capsys.readouterr().err)
+    checkpoints.finish(position(checkpoints, 4))
+    assert not checkpoints.failed
+    assert steps(checkpoints.folder) == [4]
+
+
+def test_the_last_save_is_tried_again_from_memory(checkpoints, capsys):
+    block(checkpoints, 3)
+    checkpoints.save(position(checkpoints, 3))
+    with pytest.raises(OSError, match=r"checkpoint 3 could not be saved either: .*/3 .*folder"):
+        checkpoints.finish(position(checkpoints, 3))
+    assert capsys.readouterr().err.count("\n") == 1
+    block(checkpoints, 5)
+    checkpoints.retrying = False
+    checkpoints.save(position(checkpoints, 5))
+    (checkpoints.folder / "5").unlink()
+    checkpoints.finish(position(checkpoints, 5))
+    assert steps(checkpoints.folder) == [5]
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory, compile_cache) -> list[str]:
+    """Flags of a run."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "sea.txt").write_text(TEXT)
+    return [*map(str, [*TINY, "--text", folder / "sea.txt", "--no-tensorboard"])]
+
+
+def test_training_from_python_calls_a_function_and_prints_nothing(new, tmp_path, capsys, compile_cache):
+    calls = []
+    config = rope.Config(
+        d_model=30, heads=3, d_ff=13, n_layers=1, seq_len=11, batch_size=4, text=new[-2], steps=3, every=2
+    )
+    options = Options(tensorboard=False, compile_cache=compile_cache)
+    result = train(rope.Rope(config), tmp_path / "run", callback=lambda *call: calls.append(call), options=options)
+    assert [(step, *values) for step, values in calls] == [
+        (1, "loss", "grad_norm", "seconds"),
+        (2, "loss", "grad_norm", "seconds"),
+        (2, "validation_loss"),
+        (3, "loss", "grad_norm", "seconds"),
+        (3, "validation_loss"),
+    ]
+    assert calls[-1][1]["validation_loss"] == result.loss
+    assert [{"step": step, **values} for step, values in calls] == metrics.read(tmp_path / "run")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_a_run_with_two_lines(new, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "train.rope", *new, "--steps", "40", "--out", str(run)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)),
+    )
+    assert done.returncode == 2, done.stderr
+    first, second = done.stderr.splitlines()
+    file = rf"{run}/checkpoints/\d+/\S+: File too large"
+    assert re.fullmatch(rf"warning: checkpoint 5 could not be saved: {file}; trying again", first)
+    assert re.fullmatch(rf"python -m train.rope: checkpoint \d+ could not be saved either: {file}", second)
+    assert steps(run / "checkpoints") == []
+
+
+def until(process: subprocess.Popen, text: str) -> str:
+    """Read a process's output up to a line with this text."""
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if text in line:
+            return shown
+    raise AssertionError(shown + process.stderr.read())
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_saves_and_ends_a_run(new, tmp_path):
+    process = start("train.rope", *new, "--steps", 100_000, "--every", 50, "--out", tmp_path / "run")
+    until(process, "step 50: loss")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141
+    err = process.stderr.read()
+    (stopped,) = re.findall(r"^standard output was closed: stopped at step (\d+); .*--resume .*/run\n$", err)
+    assert steps(tmp_path / "run" / "checkpoints")[-1] == int(stopped)
+    process.stderr.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_hangs_up_saves_and_ends_a_run_unless_it_ignores_that(new, tmp_path, ignored):
+    program = "import signal, sys, runpy; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    program += "sys.argv = sys.argv[1:]; runpy.run_module('train.rope', run_name='__main__', alter_sys=True)"
+    flags = [*new, "--steps", "20000", "--every", "50", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-c", program, "train.rope", *flags]
+    process = (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if ignored
+        else start("train.rope", *flags)
+    )
+    until(process, "step 50: loss")
+    process.send_signal(signal.SIGHUP)
+    if ignored:  # as under nohup
+        until(process, "step 100: loss")
+        process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    stopped = int(re.search(r"^stopped at step (\d+);", out, re.M)[1])
+    assert steps(tmp_path / "run" / "checkpoints")[-1] == stopped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["train.rope", "jaxmodels"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(module, tmp_path):
+    """JAX is replaced by a module that says that it is being imported, and waits."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    arguments = ["evaluate", "x"] if module == "jaxmodels" else []
+    process = start(module, *arguments, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    until(process, "importing")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    command = "jaxmodels evaluate" if module == "jaxmodels" else "python -m train.rope"
+    assert (process.returncode, re.fullmatch(r".*interrupted\n", err) is not None) == (130, True)
+    assert command in err
+
+
+@pytest.mark.slow
+def test_a_terminal_of_another_encoding_does_not_stop_a_run(new, tmp_path):
+    (tmp_path / "wide.txt").write_text(TEXT.replace("sea", "séa\x1b"))
+    flags = [*new, "--text", tmp_path / "wide.txt", "--steps", 2, "--out", tmp_path / "rün"]
+    process = start("train.rope", *flags, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "train.sample '" in out
+    assert "\x1b" not in out
+
+
+def test_a_bucket_is_refused_before_any_work(new, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--out", "--resume", "--branch"):
+        with pytest.raises(ValueError, match=rf"{flag[2:]}=gs://bucket/run .*gcsfuse"):
+            main(rope.Rope, "python -m train.rope", [*new, flag, "gs://bucket/run"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_without_a_terminal_there_is_a_line_every_ten_seconds(new, tmp_path):
+    process = start("train.rope", *new, "--steps", 10**6, "--every", 10**6, "--out", tmp_path / "run")
+    began, lines = time.monotonic(), []
+    threading.Timer(40, process.terminate).start()
+    for line in process.stdout:
+        lines.append((time.monotonic() - began, line))
+    process.communicate(timeout=120)
+    shown = [at for at, line in lines if re.match(r"step \d+/1000000", line)]
+    assert len(shown) >= 3
+    assert max(later - before for before, later in itertools.pairwise(shown)) < 11
+    assert "nan" not in "".join(line for _, line in lines)
