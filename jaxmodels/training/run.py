@@ -282,7 +282,8 @@ class Branch:
             raise ValueError(f"{self.run} at step {self.step} has values that are not finite: {names}")
         before, after = saved_config(type(experiment), self.run), experiment.config
         same = sha256 == read_about(self.run).sha256
-        if same and (before.seq_len, before.seed) == (after.seq_len, after.seed):
+        cut = ("seq_len", "within_documents", "seed")
+        if same and all(getattr(before, name) == getattr(after, name) for name in cut):
             used = position.data["next_index"] * before.batch_size
             start = {**start, "next_index": -(-used // after.batch_size)}
         return Position(position.state, start, position.losses)

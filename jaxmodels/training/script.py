@@ -82,6 +82,8 @@ def parse(
     chosen = preset or kind.config_class.PRESETS[0]
     config: Any = saved if saved is not None and preset is None else kind.config_class.of_preset(chosen)
     folder = Path("runs") / script_of(kind).rpartition(".")[2]
+    if any(argument.startswith("--tyro-") for argument in arguments):  # a shell completes the name of a file
+        program = Path(sys.argv[0]).name
     command = parse_flags(with_presets(Command, kind), (config, chosen, folder), arguments, program)
     command = with_local_paths(command)
     if branch is not None and out is None:

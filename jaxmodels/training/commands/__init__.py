@@ -1,1 +1,1 @@
-"""Commands on training runs, subcommands of `jaxmodels`: evaluate, sample, plot."""
+"""Commands on training runs, subcommands of `jaxmodels`: evaluate, sample, plot; and new, which writes a template."""

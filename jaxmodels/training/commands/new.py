@@ -8,6 +8,10 @@ from pathlib import Path
 from jaxmodels.process import programs
 from jaxmodels.process.paths import local
 
+EXAMPLES = """\
+examples:
+  jaxmodels new my_experiment.py
+"""
 TEMPLATE = Path(__file__).with_name("template.py")
 NAME = "my_experiment"
 
@@ -16,6 +20,8 @@ def parser(prog: str = "jaxmodels new") -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog=prog,
         description="Write a file with a model, its hyperparameters and the script that trains it, to be changed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_argument("file", type=Path, metavar="FILE", help="file to create, such as my_experiment.py")
     return arguments

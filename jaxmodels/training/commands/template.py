@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """A language model of one's own, trained on a text.
 
     python my_experiment.py --text FILE            # the same command resumes a run that was stopped

@@ -1,10 +1,13 @@
 """Hyperparameters and their presets."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from jaxmodels.training.config import Config
+from jaxmodels.training.script import main, parse
+from train import neox, retro
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,3 +44,28 @@ def test_a_config_with_presets_has_these_alone():
 def test_a_value_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
         Own(**{field: value})
+
+
+def test_help_lists_the_presets_and_names_its_boxes_for_what_they_hold(capsys):
+    with pytest.raises(SystemExit):
+        main(neox.Neox, "python -m train.neox", ["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for preset in neox.Config.PRESETS:
+        assert f"{preset}: " in shown
+    for box in ("hyperparameter options", "execution options", "multi-process options"):
+        assert f" {box} " in shown
+    assert "options options" not in shown
+    assert "config options" not in shown
+
+
+def test_paths_of_flags_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    flags = ["--out=~/run", "--text=~/a.txt", "--compile-cache=~/cache"]
+    experiment, command = parse(neox.Neox, "python -m train.neox", flags)
+    assert experiment.config.text == "/home/somebody/a.txt"
+    assert (command.run, command.options.compile_cache) == (Path("/home/somebody/run"), Path("/home/somebody/cache"))
+
+
+def test_a_list_of_layers_without_one_is_refused():
+    with pytest.raises(ValueError, match=r"^ca_layers=\(\) "):
+        parse(retro.Retro, "python -m train.retro", ["--ca-layers"])

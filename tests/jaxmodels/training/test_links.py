@@ -8,9 +8,9 @@ import jaxmodels
 from jaxmodels.convert.command import main as convert
 from jaxmodels.convert.open import open_source
 from jaxmodels.training.commands import evaluate, plot, sample
-from jaxmodels.training.loop import Trainer
 from jaxmodels.training.run import write_about
 from jaxmodels.training.script import main, parse
+from jaxmodels.training.trainer import Trainer
 from tests.jaxmodels.io.test_steps import complete
 from tests.train_common import TEXT, TINY
 from train.rope import Rope
