@@ -2,16 +2,26 @@
 
 Each is compiled as `python -m train.neox --preset finetune` compiles it, for one random checkpoint in float16, and the
 steps alternate in one process. A LoRA step computes no gradients of the base's weights and must not be slower than one
-of all weights. Memory: the state (weights, moments) and what the compiled step allocates besides.
+of all weights. "whole logits" computes the cross-entropy at once instead of in chunks. Memory: the state (weights,
+moments) and what the compiled step allocates besides.
+
+--transformers compares with transformers' model of the same sizes in float32, eager, with torch's clipping and AdamW:
+
+    python -m bench.finetune --batch 8 --length 256 --dtype float32 --kinds "all weights" "whole logits" --transformers
 """
 
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported by `main` once the processors are set
+    import numpy as np
 
 PRESETS = ("pythia_14m", "pythia_31m", "pythia_70m", "pythia_160m")
+KINDS = ("all weights", "whole logits", "LoRA", "LoRA on all maps", "biases")
 
 
 def parse() -> argparse.Namespace:
@@ -22,6 +32,8 @@ def parse() -> argparse.Namespace:
     add("--length", type=int, default=128, help="tokens of a sequence (default 128)")
     add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the checkpoint (float16)")
     add("--rank", type=int, default=8, help="rank of the adapter (default 8)")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=f"of {', '.join(KINDS)} (all)")
+    add("--transformers", action="store_true", help="also a step of transformers' model in PyTorch")
     add("--rounds", type=int, default=9, help="timed rounds of each (default 9)")
     add("--steps", type=int, default=3, help="steps of a round (default 3)")
     add("--threads", type=int, default=2, help="CPU threads (default 2)")
@@ -52,6 +64,7 @@ def main() -> None:
     sizes = PRESETS[options.model]()
     kinds: dict[str, dict[str, Any]] = {
         "all weights": {},
+        "whole logits": {"loss_chunk": options.batch * options.length},
         "LoRA": {"tune": "lora", "lora_rank": options.rank},
         "LoRA on all maps": {"tune": "lora", "lora_rank": options.rank, "lora_targets": tuple(TARGETS)},
         "biases": {"tune": "biases"},
@@ -62,7 +75,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(Path(folder) / "model")
         jaxmodels.save(cast(NeoX(sizes, rngs=nnx.Rngs(0)), options.dtype), checkpoint)
-        for name, fields in kinds.items():
+        for name in options.kinds:
+            fields = kinds[name]
             config = neox.Config(checkpoint=checkpoint, seq_len=options.length, batch_size=options.batch, **fields)
             experiment = neox.Neox(config)
             program = experiment.program(sizes.n_vocab, make_mesh())
@@ -80,13 +94,38 @@ def main() -> None:
                 jax.block_until_ready(last)
 
             steps[name] = run
+        if options.transformers:
+            steps["transformers"] = torch_steps(sizes, tokens, options)
     print(stamp(options.threads))
     seconds = alternate(steps, options.rounds)
     title = f"{options.steps} steps, {options.model} in {options.dtype}, batch {options.batch} × {options.length}"
-    report(title, seconds, against="all weights")
+    report(title, seconds, against=options.kinds[0])
     for name, (parameters, held, allocated) in memory.items():
         sizes_of = f"state {held / 1e6:7.1f} MB, step {allocated / 1e6:7.1f} MB"
         print(f"{name:17} {parameters:12,} trained parameters, {sizes_of}")
+
+
+def torch_steps(sizes: Any, tokens: "np.ndarray", options: argparse.Namespace) -> Callable[[], None]:
+    """Function that takes options.steps steps with transformers' model of the same sizes, in float32."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from jaxmodels.convert.hf.config import hf_config
+
+    torch.set_num_threads(options.threads)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(hf_config(sizes, "float32", {})))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.as_tensor(tokens, dtype=torch.long)
+
+    def run() -> None:
+        for _ in range(options.steps):
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 Read = Callable[[jax.Array], jax.Array]
 
 CHUNK = 1 << 24  # logits of a chunk on a CPU: 64 MB in float32. Smaller ones make the products' kernels slower.
+FORWARD_CHUNK = 1 << 23  # of a chunk on a CPU without a backward pass: closer to the caches' size
 DEVICE_CHUNK = 1 << 26  # of a chunk on each accelerator: fewer reductions of the read-out's gradient over a mesh
 
 
@@ -34,13 +35,17 @@ _chunk: contextvars.ContextVar[ChunkSize | None] = contextvars.ContextVar("chunk
 
 
 @contextlib.contextmanager
-def chunks(tokens: int | None, platform: str = "cpu", devices: int = 1) -> Iterator[None]:
+def chunks(
+    tokens: int | None, platform: str = "cpu", devices: int = 1, *, forward_only: bool = False
+) -> Iterator[None]:
     """Set the size of the chunks in functions traced inside the block.
 
     tokens: whose logits are computed together, over all devices; by default as many as the logits of `devices` devices
-    of a platform allow. jit caches what it traced: jit a new function for each setting.
+    of a platform allow. forward_only: no gradients are summed over the chunks; smaller ones are then faster on a CPU.
+    jit caches what it traced: jit a new function for each setting.
     """
-    token = _chunk.set(ChunkSize(tokens, (CHUNK if platform == "cpu" else DEVICE_CHUNK) * devices))
+    logits = (FORWARD_CHUNK if forward_only else CHUNK) if platform == "cpu" else DEVICE_CHUNK
+    token = _chunk.set(ChunkSize(tokens, logits * devices))
     try:
         yield
     finally:

@@ -79,7 +79,7 @@ def score(
         is scored once, after at least max_length - stride others or all that precede it.
     batch_size: windows that are computed together; default as many as have 4,096 tokens.
     bos: id that is put before each document, so that its first token is predicted too; by default it is not.
-    loss_chunk: tokens whose logits are computed together; default as many as have 2²⁴ logits on a CPU, 2²⁶ on another
+    loss_chunk: tokens whose logits are computed together; default as many as have 2²³ logits on a CPU, 2²⁶ on another
         device.
 
     Documents are computed by length, the longest first, padded to a few compiled shapes; a document's score does not

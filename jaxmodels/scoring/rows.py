@@ -181,7 +181,7 @@ def _compute(
 ) -> tuple[jax.Array, jax.Array | None]:
     divided = has_divided_readout(model)
     x = model.features(ids) if divided else model(ids)  # [B, S, D] or the logits; by sequence_axis [S, B, …]
-    with chunks(settings.chunk, settings.platform, settings.devices):
+    with chunks(settings.chunk, settings.platform, settings.devices, forward_only=True):
         return token_log_probs(
             model.read if divided else lambda logits: logits,
             x.reshape(-1, x.shape[-1]),

@@ -133,5 +133,7 @@ def test_a_chunk_is_bounded():
     assert chunk_length(97, 1024, rows=128) == 1024
     with chunks(None, "tpu", devices=4):
         assert chunk_length(50_304, 2048, rows=16) == 256
+    with chunks(None, forward_only=True):
+        assert chunk_length(50_304, 4096) == 128
     with chunks(100):
         assert chunk_length(50_304, 2048, rows=3) == 32

@@ -104,8 +104,8 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         "--loss-chunk",
         type=int,
         metavar="N",
-        help="tokens whose logits are computed together (default: as many as have 2²⁴ logits on a CPU, 2²⁶ on each "
-        "other device)",
+        help="tokens whose logits are computed together (default: as many as have 2²⁴ logits on a CPU, of documents "
+        "2²³, and 2²⁶ on each other device)",
     )
     add("--mesh", default="", help="devices along the axes data, fsdp and tensor, as in training (default: data=all)")
     add("--compute-dtype", choices=get_args(Precision), default="float32", help="dtype to compute in (default float32)")
