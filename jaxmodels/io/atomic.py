@@ -99,6 +99,16 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def names_file(file: Path) -> Iterator[None]:
+    """Context in which an OSError that names no file, as of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        raise_named(error, file, file)
+        raise
+
+
 def raise_named(error: BaseException, temporary: Path, target: Path) -> None:
     """Raise an OSError that names no file, or a temporary one, again with the name that the user knows.
 

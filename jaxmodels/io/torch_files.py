@@ -1,12 +1,14 @@
 """PyTorch checkpoint files (.pt), read without running code in them and written atomically."""
 
+import errno
+import io
 import pickle
 import re
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -176,13 +178,38 @@ def describe(content: Any) -> str:
 
 
 def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as a state_dict for `torch.load`, atomically."""
+    """Write arrays as a state_dict for `torch.load`, atomically; raises OSError, naming the file, for a full disk."""
     require("torch", "torch")
     import torch
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as temporary:
-        torch.save({name: as_tensor(array) for name, array in arrays.items()}, temporary)
+    with atomic_file(file) as temporary, open(temporary, "wb") as opened:
+        recorded: Any = Recorded(opened)
+        try:
+            torch.save({name: as_tensor(array) for name, array in arrays.items()}, recorded)
+        except RuntimeError:  # torch's writer raises it about its own position in the file
+            raise recorded.error or OSError(errno.EIO, "torch could not write it", str(file)) from None
+
+
+class Recorded(io.RawIOBase):
+    """File to write that keeps the first OSError: the writer of a library raises another exception for it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def numpy_globals() -> list[Any]:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.atomic import atomic_file, names_file
 from jaxmodels.io.bounded import read_object
 from jaxmodels.text.documents import Place, Source
 from jaxmodels.text.encoding import Unknown, encode
@@ -57,17 +57,20 @@ class Growing:
         np.lib.format.write_array_header_1_0(self.opened, about)
 
     def append(self, items: np.ndarray) -> None:
-        self.opened.write(np.ascontiguousarray(items, self.dtype).data)
+        with names_file(self.file):
+            self.opened.write(np.ascontiguousarray(items, self.dtype).data)
         self.length += len(items)
 
     def flush(self) -> None:
-        self.opened.flush()
-        os.fsync(self.opened.fileno())
+        with names_file(self.file):
+            self.opened.flush()
+            os.fsync(self.opened.fileno())
 
     def close(self) -> None:
-        self.opened.seek(0)
-        self.write_header(self.length)
-        self.opened.close()
+        with names_file(self.file):
+            self.opened.seek(0)
+            self.write_header(self.length)
+            self.opened.close()
 
 
 @dataclasses.dataclass
@@ -155,7 +158,7 @@ def fill(
         files = Growing(ids, dtype, lengths[0]), Growing(documents, np.int64, lengths[1])
         if not lengths[1]:
             files[1].append(np.zeros(1, np.int64))
-        with files[0].opened, files[1].opened:
+        with names_file(ids), files[0].opened, files[1].opened:
             read_part(folder, source, vocabulary, end if source.many else end[:0], state, files, report)
             for file in files:
                 file.close()

@@ -1,0 +1,33 @@
+"""Files that do not fit on the disk, and processes that are killed: real processes, and what they leave."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.train_common import ROOT
+
+
+def started(*arguments: str) -> str:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    """Files may have a few thousand bytes: the operating system refuses more, as it does on a full disk."""
+    found = [json.loads(line) for line in started("tests.jaxmodels.io.full_disk", str(tmp_path)).splitlines()]
+    files = {"pt": "model.pt", "safetensors": "hf/model.safetensors", "index": "index/index-0000000200.faiss"}
+    files |= {"tokens": "train.npy", "text": "report.json"}
+    assert [name for name, _, _ in found] == list(files)
+    for name, error, left in found:
+        assert error.startswith("OSError: [Errno 27] File too large: ")
+        assert files[name] in error
+        assert name in ("tokens", "text") or left == []  # ids that were made are kept, and work goes on with them
+
+
+@pytest.mark.parametrize("name", ["file", "folder", "folder, renamed twice"])
+def test_a_kill_before_any_operation_on_a_file_leaves_old_or_new(name):
+    points = int(started("tests.jaxmodels.io.kills", name, "1"))
+    assert points >= (3 if name == "file" else 15)
