@@ -9,6 +9,7 @@
 # EXTRAS       extras installed in .venv: dev (default), or dev,plan to compile for TPUs too (libtpu, 700 MB)
 # GOLDEN       extras installed in .venv-golden, which has no torch: golden, or golden,tpu (golden,cuda) for a device
 # PAIRS        pairs of the zoo, by name (default: all): make zoo PAIRS="bert gpt2"
+# MINUTES      time of the fuzzers (default: 60)
 # ARGS         further arguments: make parity ARGS="rope --report parity.html"
 
 PYTHON ?= python3
@@ -19,11 +20,12 @@ EXTRAS ?= dev
 GOLDEN ?= golden
 ARGS ?=
 PAIRS ?=
+MINUTES ?= 60
 
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help parity parity-golden zoo test test-slow train bench lint
+.PHONY: help parity parity-golden zoo test test-slow fuzz train bench lint
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -43,6 +45,9 @@ test: $(READY) ## run the tests, except those marked slow
 
 test-slow: $(READY) ## run the tests marked slow: real processes, signals, the built wheel
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+fuzz: $(READY) ## read changed files for MINUTES; a finding is saved in runs/fuzz with the line that repeats it
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 train: $(READY) ## train the small RoPE language model (8 minutes on two cores)
 	$(BIN)/python -m train.rope $(ARGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process import programs
-from jaxmodels.process.texts import for_terminal, visible
+from jaxmodels.process.texts import for_terminal, quoted, visible
 
 PROGRAM = "python -m jaxmodels.generate"
 EXAMPLES = """\
@@ -194,7 +194,7 @@ def settings_of(options: argparse.Namespace) -> Any:
         try:
             bias[int(token)] = float(value)
         except ValueError:
-            raise ValueError(f"logit_bias={given!r} must be ID=X, such as 13=-2.5 or 13=-inf") from None
+            raise ValueError(f"logit_bias={quoted(given)} must be ID=X, such as 13=-2.5 or 13=-inf") from None
     return Sampling(
         options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, bias or None
     )

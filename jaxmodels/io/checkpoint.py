@@ -1,5 +1,8 @@
 """Arrays in an Orbax folder, one entry per array, named by its dotted path; and the `config.json` next to it."""
 
+import functools
+import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxmodels.io.bounded import read_object
-from jaxmodels.process.texts import quoted
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import Type, dotted, flat_arrays, with_arrays
 from jaxmodels.weights.place import Shardings
 
@@ -46,13 +49,14 @@ def read_arrays(
     """
     from orbax.checkpoint import v1 as ocp
 
+    drop_late_messages()
     folder = folder.absolute()  # Orbax accepts no relative path
     try:
         stored = ocp.metadata(folder).metadata
         if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
-        raise ValueError(f"{folder} is not a complete Orbax checkpoint: {error}") from error
+        raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
     wrong += [
@@ -69,11 +73,38 @@ def read_arrays(
     try:
         arrays = ocp.load(folder, abstract)
     except Exception as error:  # many kinds here too
-        raise ValueError(f"{folder} is damaged: {error}") from error
+        raise ValueError(f"{folder} is damaged: {reason(error)}") from error
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
     if narrowed:
         raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
     return arrays
+
+
+@functools.cache
+def drop_late_messages() -> None:
+    """Drop what Orbax's threads print on arrays that could not be read, after the error of the first was raised.
+
+    It is a page of text for each array, with tracebacks, through Python's hook for exceptions that nobody can catch.
+    """
+    earlier = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not is_late(unraisable.exc_value):
+            earlier(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: not is_late((record.exc_info or (None, None))[1]))
+
+
+def reason(error: Exception) -> str:
+    """First line of an error of Orbax, cut: the others are TensorStore's configuration."""
+    return shortened(str(error).strip().partition("\n")[0], 500)
+
+
+def is_late(error: BaseException | None) -> bool:
+    """True for an error of TensorStore, which reads arrays, and of its event loop."""
+    text = str(error)
+    return "tensorstore" in text.lower() or (isinstance(error, RuntimeError) and text == "Event loop is closed")
 
 
 def stored_types(folder: Path) -> dict[str, Type]:
@@ -84,7 +115,7 @@ def stored_types(folder: Path) -> dict[str, Type]:
         stored = ocp.metadata(folder.absolute()).metadata
         return {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
     except Exception as error:  # Orbax raises many kinds
-        raise ValueError(f"{folder} is not a complete Orbax checkpoint: {error}") from error
+        raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:

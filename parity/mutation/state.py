@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from jaxmodels.io.bounded import read_text
+from jaxmodels.process.texts import shortened
 from parity.mutation.mutate import Outcome
 from parity.report.results import Check
 
@@ -73,14 +75,15 @@ class State:
         if file is None:
             yield cls()
             return
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        lines = read_text(file).splitlines() if file.exists() else []
         with file.open("a", encoding="utf-8") as opened:
             state = cls(opened)
             for number, line in enumerate(lines, start=1):
                 try:
                     state.take(json.loads(line))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"--state {file}, line {number} is not a verdict: {error!r}") from None
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    reason = shortened(repr(error), 300)
+                    raise ValueError(f"--state {file}, line {number} is not a verdict: {reason}") from None
             yield state
 
     def take(self, content: dict[str, Any]) -> None:

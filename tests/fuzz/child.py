@@ -19,7 +19,9 @@ def main(folder: Path) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from tests.fuzz.judge import Judge
-    from tests.fuzz.targets import TARGETS
+    from tests.fuzz.targets import TARGETS, faulty
+
+    targets = TARGETS | faulty.TARGETS
 
     box = folder / f"box-{os.getpid()}"
     judge = Judge(box)
@@ -28,10 +30,10 @@ def main(folder: Path) -> None:
     prepared: set[str] = set()
     for line in sys.stdin:
         request = json.loads(line)
-        target = TARGETS[request["target"]]
+        target = targets[request["target"]]
         template = folder / "templates" / target.name.replace(" ", "-").replace("'", "").replace(",", "")
         if target.name not in prepared:
-            judge.prepare(target, template)
+            judge.prepare(target, template, valid=target.name in TARGETS)
             prepared.add(target.name)
         if request.get("seed") is None:
             reply = {}

@@ -47,8 +47,8 @@ class Judge:
         box.mkdir(parents=True, exist_ok=True)
         self.capture = os.open(box.with_name(f"{box.name}.output"), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
-    def prepare(self, target: Target, template: Path) -> None:
-        """Make the example if there is none, and read it once; raises what the reader raises."""
+    def prepare(self, target: Target, template: Path, *, valid: bool = True) -> None:
+        """Make the example if there is none, and if it is valid read it once; raises what the reader raises."""
         if not template.exists():
             new = template.with_name(f"{template.name}.{os.getpid()}")
             shutil.rmtree(new, ignore_errors=True)
@@ -56,6 +56,8 @@ class Judge:
             target.make(new)
             with contextlib.suppress(OSError):  # another process was faster
                 new.rename(template)
+        if not valid:
+            return
         self.copy(template)
         with self.captured() as read_output:
             codes = target.read(self.box / SUBJECT)

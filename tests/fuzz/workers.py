@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.fuzz.judge import BYTES, memory
 
-DEADLINE = 30.0  # seconds by the clock, on a busy machine, after which a reader hangs
+DEADLINE = 20.0  # seconds of work, or of waiting for nothing, after which a reader hangs
 STARTING = 300.0  # seconds to import, make an example and read it
 CROWDED = 3e9  # resident bytes after which a process is replaced: compiled programs stay in JAX's caches
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Worker:
     """Child process, started when it is needed."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, deadline: float = DEADLINE):
+        self.folder, self.deadline = folder, deadline
         self.process: subprocess.Popen[bytes] | None = None
         self.ready: set[str] = set()
 
@@ -34,7 +34,7 @@ class Worker:
             if found.get("what"):
                 raise RuntimeError(f"the example of {target!r} is not read: {found['what']}")
             self.ready.add(target)
-        found = self.ask({"target": target, "seed": seed}, DEADLINE)
+        found = self.ask({"target": target, "seed": seed}, self.deadline)
         if self.process is not None and memory("VmRSS", self.process.pid) > CROWDED:
             self.close()
         return found
@@ -44,7 +44,7 @@ class Worker:
         process = self.running()
         assert process.stdin is not None
         assert process.stdout is not None
-        before, began = memory("VmRSS", process.pid), time.monotonic()
+        before, clock = memory("VmRSS", process.pid), Clock(process.pid)
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         while True:
@@ -56,7 +56,7 @@ class Worker:
                 return self.ended(f"ended the process with code {process.returncode}", "crash")
             if deadline != STARTING and memory("VmRSS", process.pid) - before > 1.5 * BYTES:
                 return self.ended(f"more than {1.5 * BYTES / 1e9:.1f} GB", "memory")
-            if time.monotonic() - began > deadline:
+            if clock.seconds() > deadline:
                 return self.ended(f"more than {deadline:.0f} s", "hang")
 
     def ended(self, what: str, kind: str) -> dict[str, Any]:
@@ -94,6 +94,34 @@ class Worker:
                     assert stream is not None
                     stream.close()
             self.process, self.ready = None, set()
+
+
+class Clock:
+    """Time that a process has worked or waited, without the time in which a busy machine gave it no processor."""
+
+    def __init__(self, process: int):
+        self.tasks = Path(f"/proc/{process}/task")
+        self.waited, self.asked = 0.0, time.monotonic()
+        self.began, _ = self.work()
+        self.worked = self.began
+
+    def seconds(self) -> float:
+        """Seconds since the clock was made; is called often."""
+        worked, runnable = self.work()
+        now = time.monotonic()
+        if not runnable and worked == self.worked:
+            self.waited += now - self.asked
+        self.worked, self.asked = worked, now
+        return self.waited + self.worked - self.began
+
+    def work(self) -> tuple[float, bool]:
+        """Processor time of all threads in seconds, and whether one of them would run if it could."""
+        ticks, runnable = 0, False
+        for file in self.tasks.glob("*/stat"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                fields = file.read_text().rpartition(")")[2].split()
+                ticks, runnable = ticks + int(fields[11]) + int(fields[12]), runnable or fields[0] == "R"
+        return ticks / os.sysconf("SC_CLK_TCK"), runnable
 
 
 def place_in(frames: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import sha256_of
+from jaxmodels.io.bounded import errors_naming, sha256_of
 from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
 from jaxmodels.retro.retrieval.files import (
@@ -168,7 +168,8 @@ class ChunkIndex:
                     f"{folder} was built with the embedder {embedder.name}, which loads a model by that name; if you "
                     "trust it, name it yourself: embedder=embedder_of(NAME), on command lines --embedder NAME"
                 )
-        return cls(own, about["chunk_len"], embedder, read_searcher(folder, about, embedder.width), about)
+        with errors_naming(folder):
+            return cls(own, about["chunk_len"], embedder, read_searcher(folder, about, embedder.width), about)
 
     def embed(self, chunks: np.ndarray) -> np.ndarray:
         """Embed chunks of ids [n, L] to float32 [n, width]."""

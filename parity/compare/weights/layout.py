@@ -18,6 +18,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxmodels.process.texts import quoted
+
+LONGEST = 1_000  # characters of a layout
 Shape = tuple[int, ...]
 Group = tuple[str, ...]
 
@@ -56,6 +59,8 @@ class Layout:
     @classmethod
     def parse(cls, text: str) -> "Layout":
         """Parse a layout; raises ValueError if it is malformed or no permutation."""
+        if len(text) > LONGEST:
+            raise ValueError(f"{quoted(text)} has {len(text):,} characters; a layout has at most {LONGEST:,}")
         pattern, _, given = text.partition("|")
         left, arrow, right = pattern.partition("->")
         if not arrow:

@@ -1,0 +1,189 @@
+"""Files that the fuzzers found, made anew: each is refused with one line that names a file."""
+
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+
+from jaxmodels.io.bounded import sha256_of
+from jaxmodels.text import TokenizerFile
+from tests.fuzz.judge import memory, peak_reset
+from tests.fuzz.targets import TARGETS
+
+TERABYTE = 10**12
+
+
+def sparse(name):
+    """Change that makes a file a terabyte of zeros, which takes no room on a disk."""
+
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        with (folder / name).open("wb") as opened:
+            opened.truncate(TERABYTE)
+
+    return change
+
+
+def text(name, content):
+    """Change that gives a file another content."""
+    return lambda folder: (folder / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+
+
+def field(name, **values):
+    """Change of top-level fields of a JSON file."""
+
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return change
+
+
+def array(name, header):
+    """Change that makes a .npy file of a header alone."""
+
+    def change(folder):
+        padded = header.encode().ljust(117) + b"\n"
+        (folder / name).write_bytes(b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded)
+
+    return change
+
+
+def sealed_faiss(old, new):
+    """Change of a number in FAISS's file, with the checksum in about.json that fits."""
+
+    def change(folder):
+        (file,) = (folder / "index").glob("*.faiss")
+        content = file.read_bytes()
+        at = content.index(old.to_bytes(8, "little"))
+        file.write_bytes(content[:at] + new.to_bytes(8, "little") + content[at + 8 :])
+        field("index/about.json", sha256=sha256_of(file))(folder)
+
+    return change
+
+
+NO_BYTES = "{'descr': '|V0', 'fortran_order': False, 'shape': (1000000000000000000,), }"
+NO_TEXT = "{'descr': '|S0', 'fortran_order': False, 'shape': (1000000000000,), }"
+VOCAB, ADDED, CONFIG = "vocab.json and merges.txt", "added_tokens.json", "tokenizer_config.json"
+FAISS = "index/index-0000000042.faiss"
+LINES = '{"step": 1, "loss": 2.5}\n'
+NUMBERS = 42 * 16  # of the vectors in FAISS's file
+# Target, change, and what the error says.
+CASES = {
+    "elements without bytes": ("npy", array("array.npy", NO_BYTES), "array.npy"),
+    "strings without bytes": ("npy", array("array.npy", NO_TEXT), "array.npy"),
+    "damaged tokenizer inside": ("vocabularies", text("tokens.json", '{"tokenizer": "{}"}'), "tokens.json"),
+    "infinite id": (VOCAB, text(ADDED, '{"a": 1e400}'), ADDED),
+    "id is a text": (VOCAB, text(ADDED, '{"a": "x"}'), ADDED),
+    "added tokens are a list": (VOCAB, field(CONFIG, added_tokens_decoder=[1]), CONFIG),
+    "merges without end": (VOCAB, sparse("merges.txt"), "merges.txt has 1,000,000,000,000 bytes"),
+    "special token is no Unicode": ("tokenizer", field(CONFIG, eos_token="\ud800"), CONFIG),
+    "chunk_len beyond 64 bits": ("chunk index's JSON", field("index/about.json", chunk_len=2**64), "index"),
+    "FAISS file without end": ("FAISS, flat", sparse(FAISS), "1,000,000,000,000 bytes"),
+    "FAISS length of a gigabyte": ("FAISS, flat", sealed_faiss(NUMBERS, 2**28), "cannot be read"),
+    "state without end": ("mutation state", sparse("state.jsonl"), "state.jsonl"),
+    "state is not UTF-8": ("mutation state", text("state.jsonl", "\ud800"), "state.jsonl"),
+    "layout of a megabyte": ("settings", text("layouts.txt", "o " * 500_000), "has 1,000,000 characters"),
+    "bias of a megabyte": ("settings", text("biases.txt", "1" * 10**6), "characters left out"),
+}
+BAD_LINES = ("1e400", "[]", '{"loss": 1.0}', '{"step": "a", "loss": 1}', '{"step": 1, "loss": "a"}')
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused(tmp_path, case):
+    name, change, said = CASES[case]
+    target = TARGETS[name]
+    target.make(tmp_path)
+    change(tmp_path)
+    peak_reset()
+    began, resident = time.process_time(), memory("VmRSS")
+    with pytest.raises((ValueError, OSError)) as refused:
+        target.read(tmp_path)
+    assert time.process_time() - began < 5
+    assert memory("VmHWM") - resident < 1e9
+    assert said in str(refused.value)
+    assert len(str(refused.value)) < 5_000
+
+
+@pytest.mark.parametrize(
+    "line", ["1e400", "[]", '{"loss": 1.0}', '{"step": "a", "loss": 1}', '{"step": 1, "loss": "a"}']
+)
+def test_a_line_of_metrics_is_an_object_with_numbers(tmp_path, line):
+    from jaxmodels.training import metrics
+
+    (tmp_path / "metrics.jsonl").write_text(f"{LINES}{line}\n{LINES}")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        metrics.read(tmp_path)
+
+
+def test_lines_of_metrics_that_a_kill_cut_are_left_out(tmp_path):
+    from jaxmodels.training import metrics
+
+    (tmp_path / "metrics.jsonl").write_text(f'{LINES}{{"step": 2, "lo\n{{"step": 3, "loss": NaN}}\n{{"step')
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 3]
+
+
+def test_neighbors_without_end_are_not_read(tmp_path):
+    sparse("train.npz")(tmp_path)
+    assert TARGETS["neighbors kept"].read(tmp_path) is None
+    (tmp_path / "train.npz").unlink()
+    os.mkfifo(tmp_path / "train.npz")
+    assert TARGETS["neighbors kept"].read(tmp_path) is None
+
+
+def test_a_file_beside_the_weights_without_end_is_not_copied(tmp_path):
+    from jaxmodels.convert.companions import Companions
+
+    sparse("vocab.txt")(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"vocab\.txt has 1,000,000,000,000 bytes"):
+        Companions.of(tmp_path).write(tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [10**300, "9" * 5_000, 0.5, [], 2**31])
+def test_an_id_of_a_special_token_has_31_bits(tmp_path, value):
+    from jaxmodels.convert.companions import Companions
+
+    (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": value}))
+    with pytest.raises(ValueError, match="bos_token_id") as refused:
+        Companions.of(tmp_path)
+    assert len(str(refused.value)) < 500
+
+
+def test_a_panic_of_the_tokenizer_is_refused(monkeypatch):
+    """The package is written in Rust, whose panics are no Exceptions."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Panics:
+        def encode(self, text, **settings):
+            raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
+
+    vocabulary = TokenizerFile("{}")
+    vocabulary.__dict__["tokenizer"] = Panics()
+    with pytest.raises(ValueError, match=r"^the tokenizer cannot encode the text: index out of bounds$"):
+        vocabulary.encode("abc")
+
+
+def test_a_model_that_is_not_registered_names_the_file(tmp_path):
+    import jaxmodels
+
+    (tmp_path / "params").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "model": "b" * 10**6, "config": {}}))
+    with pytest.raises(ValueError, match=r"config\.json: model=.*is not registered") as refused:
+        jaxmodels.load(tmp_path)
+    assert len(str(refused.value)) < 1_000
+
+
+def test_examples_keep_what_the_changes_refer_to(tmp_path):
+    """The changes above would otherwise be refused for another reason."""
+    for name in ("chunk index", "vocab.json and merges.txt", "settings", "mutation state"):
+        folder = tmp_path / name
+        folder.mkdir()
+        TARGETS[name].make(folder)
+        TARGETS[name].read(folder)
+    assert (tmp_path / "chunk index" / "index" / "index-0000000042.faiss").is_file()
+    assert np.load(tmp_path / "chunk index" / "index" / "documents.npy").tolist() == [0, 210]
