@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxmodels.convert.companions import FILES, TEMPLATES
 from jaxmodels.convert.kinds.unusable import check_hf, explain_names, matching
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import read_object, read_text
 from jaxmodels.io.checkpoint import STEM
 from jaxmodels.io.pretrained import chosen, variants
 from jaxmodels.process.extras import available
@@ -103,7 +103,7 @@ def fetched(name: str, names: Sequence[str], variant: str | None, fetch: Fetch) 
 def shard_patterns(names: Sequence[str], folder: Path) -> list[str]:
     """Patterns of GPT-NeoX's shards among a repository's files, of the step that `latest` names if there is one."""
     latest = folder / "latest"
-    step = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "global_step*"
+    step = read_text(latest, 4096).strip() if latest.is_file() else "global_step*"
     for places in ("", f"{step}/"):
         for pattern in SHARDS:
             if matching(names, [places + pattern]):

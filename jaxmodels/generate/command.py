@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.io.bounded import read_text
 from jaxmodels.process import programs
 from jaxmodels.process.texts import for_terminal, quoted, visible
 
@@ -202,11 +203,7 @@ def settings_of(options: argparse.Namespace) -> Any:
 
 def read_prompt(file: Path) -> str:
     """Text of a prompt's file, without its last newline; raises ValueError if it is not UTF-8."""
-    try:
-        text = file.read_bytes().decode("utf-8")  # not read_text, which would convert \r\n to \n
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be UTF-8: {error}") from None
-    return text.removesuffix("\n").removesuffix("\r")
+    return read_text(file).removesuffix("\n").removesuffix("\r")
 
 
 def continue_prompts(opened: Any, prompts: Sequence[str | None], options: argparse.Namespace) -> None:

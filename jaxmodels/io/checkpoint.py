@@ -1,9 +1,10 @@
 """Arrays in an Orbax folder, one entry per array, named by its dotted path; and the `config.json` next to it."""
 
+import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def read_arrays(
     drop_late_messages()
     folder = folder.absolute()  # Orbax accepts no relative path
     try:
-        stored = ocp.metadata(folder).metadata
+        with without_logs():
+            stored = ocp.metadata(folder).metadata
         if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
@@ -71,13 +73,29 @@ def read_arrays(
         for key, (shape, sharding) in targets.items()
     }
     try:
-        arrays = ocp.load(folder, abstract)
+        with without_logs():
+            arrays = ocp.load(folder, abstract)
     except Exception as error:  # many kinds here too
         raise ValueError(f"{folder} is damaged: {reason(error)}") from error
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
     if narrowed:
         raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
     return arrays
+
+
+@contextlib.contextmanager
+def without_logs() -> Iterator[None]:
+    """Context in which Orbax logs nothing: it logs the content of files that are damaged, and then raises."""
+    logger = logging.getLogger("absl")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 @functools.cache
@@ -112,7 +130,8 @@ def stored_types(folder: Path) -> dict[str, Type]:
     from orbax.checkpoint import v1 as ocp
 
     try:
-        stored = ocp.metadata(folder.absolute()).metadata
+        with without_logs():
+            stored = ocp.metadata(folder.absolute()).metadata
         return {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
     except Exception as error:  # Orbax raises many kinds
         raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.scoring.documents import Score, Scores, total_of
 from jaxmodels.text import load_corpus
 
@@ -49,10 +50,11 @@ def text_of(line: str, field: str, where: str) -> str:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+        raise ValueError(f"{where} is not JSON: {shortened(str(error), 200)}") from None
     if not isinstance(content, dict) or not isinstance(content.get(field), str):
-        has = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(f"{where} must be an object with a string {field!r}; it has {has or 'no fields'}")
+        names = [quoted(name, 40) for name in list(content)[:10]] if isinstance(content, dict) else []
+        has = ", ".join(names) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"{where} must be an object with a string {quoted(field)}; it has {has or 'no fields'}")
     return content[field]
 
 

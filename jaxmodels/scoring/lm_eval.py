@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxmodels.convert.open import Opened, open_source
 from jaxmodels.generate import generate
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import CONFIG_BYTES, read_object, read_text
 from jaxmodels.process import lm_eval as registration
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
@@ -318,7 +318,7 @@ class JaxModelsLM(TemplateLM):
             raise ValueError(f"{self.name} has no tokenizer.json; chat templates need one")
         settings = tokenizer_settings(self.files)
         template = self.files.get("chat_template.jinja")
-        text = settings.get("chat_template") if template is None else template.read_text(encoding="utf-8")
+        text = settings.get("chat_template") if template is None else read_text(template, CONFIG_BYTES)
         if text is None:
             raise ValueError(f"{self.name} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
         names = {name: token for name in ("bos_token", "eos_token") if (token := token_text(settings.get(name)))}

@@ -258,6 +258,7 @@ def strings(file: Path, batch: Any, field: str) -> Any:
         names = ", ".join(quoted(name, 40) for name in batch.schema.names[:20])
         raise ValueError(f"{file} has no column {quoted(field)}; it has {names}")
     column = batch.column(batch.schema.names.index(field))
+    column.validate(full=True)  # offsets outside the file would end the process
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type

@@ -81,6 +81,7 @@ CASES = {
     "merges without end": (VOCAB, sparse("merges.txt"), "merges.txt has 1,000,000,000,000 bytes"),
     "special token is no Unicode": ("tokenizer", field(CONFIG, eos_token="\ud800"), CONFIG),
     "chunk_len beyond 64 bits": ("chunk index's JSON", field("index/about.json", chunk_len=2**64), "index"),
+    "n-grams of no length": ("chunk index's JSON", field("index/about.json", embedder="ngrams:16:9:2"), "index"),
     "FAISS file without end": ("FAISS, flat", sparse(FAISS), "1,000,000,000,000 bytes"),
     "FAISS length of a gigabyte": ("FAISS, flat", sealed_faiss(NUMBERS, 2**28), "cannot be read"),
     "state without end": ("mutation state", sparse("state.jsonl"), "state.jsonl"),
@@ -125,6 +126,16 @@ def test_lines_of_metrics_that_a_kill_cut_are_left_out(tmp_path):
     assert [line["step"] for line in metrics.read(tmp_path)] == [1, 3]
 
 
+@pytest.mark.parametrize("shape", ["(30000000000,)", "((", "None"])
+def test_neighbors_with_a_damaged_header_are_not_read(tmp_path, shape):
+    make = TARGETS["neighbors kept"].make
+    make(tmp_path)
+    content = (tmp_path / "train.npz").read_bytes()
+    assert content.count(b"(3, 2, 5)") == 1
+    (tmp_path / "train.npz").write_bytes(content.replace(b"(3, 2, 5)", shape.encode().ljust(9)[:9]))
+    assert TARGETS["neighbors kept"].read(tmp_path) is None
+
+
 def test_neighbors_without_end_are_not_read(tmp_path):
     sparse("train.npz")(tmp_path)
     assert TARGETS["neighbors kept"].read(tmp_path) is None
@@ -150,6 +161,18 @@ def test_an_id_of_a_special_token_has_31_bits(tmp_path, value):
     with pytest.raises(ValueError, match="bos_token_id") as refused:
         Companions.of(tmp_path)
     assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("offset", [2**30, -(2**30)])
+def test_an_arrow_file_with_strings_outside_of_it_is_refused(tmp_path, offset):
+    """It would be read as memory of the process, or end it."""
+    TARGETS["sources, Arrow"].make(tmp_path)
+    file = tmp_path / "arrow" / "a.arrow"
+    content = file.read_bytes()
+    at = content.index(np.array([0, 5, 11], np.int32).tobytes()) + 4
+    file.write_bytes(content[:at] + np.int32(offset).tobytes() + content[at + 4 :])
+    with pytest.raises(ValueError, match=r"a\.arrow is not a readable Arrow file"):
+        TARGETS["sources, Arrow"].read(tmp_path)
 
 
 def test_a_panic_of_the_tokenizer_is_refused(monkeypatch):

@@ -162,7 +162,8 @@ class ChunkIndex:
         if about["added"] < about["chunks"]:
             raise ValueError(f"{folder} has {about['added']} of {about['chunks']} chunks; build it again to continue")
         if embedder is None:
-            embedder = embedder_of(about["embedder"])
+            with errors_naming(folder):
+                embedder = embedder_of(about["embedder"])
             if not isinstance(embedder, HashedNGrams):
                 raise ValueError(
                     f"{folder} was built with the embedder {embedder.name}, which loads a model by that name; if you "

@@ -81,17 +81,52 @@ def read_vocabularies(folder: Path) -> Any:
 
 def make_tokens(folder: Path) -> None:
     from jaxmodels.text import CharVocabulary
-    from jaxmodels.training.tokenize import write
+    from jaxmodels.text.tokens import write
 
     text = "to be or not to be " * 9
     write(folder / "tokens", text, CharVocabulary.of(text))
 
 
 def read_tokens(folder: Path) -> Any:
-    from jaxmodels.training.tokenize import open_tokens
+    from jaxmodels.text.tokens import open_tokens
 
     tokens = open_tokens(str(folder / "tokens"))
     return tokens.vocabulary.decode(np.array(tokens.train)), np.array(tokens.validation)
+
+
+def make_sources(folder: Path) -> None:
+    """Documents in every format, in a folder each."""
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = ["to be", "or not", "", "to be é\r\n", None, "that is"]
+    for kind in ("jsonl", "arrow", "stream", "parquet"):
+        (folder / kind).mkdir()
+    rows = [json.dumps({"text": text, "id": i}) for i, text in enumerate(texts) if text is not None]
+    (folder / "jsonl" / "train.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "jsonl" / "validation.jsonl").write_text(rows[0] + "\n")
+    table = pyarrow.table({"text": texts, "id": list(range(len(texts)))})
+    with pyarrow.ipc.new_file(folder / "arrow" / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    encoded = table.set_column(0, "text", table.column("text").dictionary_encode())
+    with pyarrow.ipc.new_stream(folder / "stream" / "a.arrow", encoded.schema) as stream:
+        stream.write_table(encoded)
+    parquet.write_table(table, folder / "parquet" / "a.parquet")
+
+
+def read_sources(folder: Path) -> Any:
+    from jaxmodels.text.sources import open_sources
+    from jaxmodels.text.tokens import vocabulary_of
+
+    found, refused = [], []
+    for kind in ("jsonl", "arrow", "stream", "parquet"):
+        try:
+            found.append(vocabulary_of(open_sources(str(folder / kind)), "chars"))
+        except ValueError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
+    return found
 
 
 def make_documents(folder: Path) -> None:
@@ -121,8 +156,8 @@ def read_settings(folder: Path) -> Any:
     layouts = (folder / "layouts.txt").read_bytes()[: 10**6].decode("utf-8", "replace").splitlines()
     sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
     try:
-        found = settings_of(argparse.Namespace(logit_bias=biases, **sampling))
-        for text in layouts:
+        found = settings_of(argparse.Namespace(logit_bias=biases.decode("utf-8", "replace").splitlines(), **sampling))
+        for text in layouts.decode("utf-8", "replace").splitlines():
             layout = Layout.parse(text)
             rank = len(layout.flax) - (("...",) in layout.flax)
             axes = layout.fit((6, 5), [None] * rank)
@@ -138,5 +173,8 @@ TARGETS = (
     Target("vocab.json and merges.txt", make_vocab, read_vocab),
     Target("vocabularies", make_vocabularies, read_vocabularies),
     Target("tokens", make_tokens, read_tokens),
+    Target("sources", make_sources, read_sources, "*.*"),
+    Target("sources, Arrow", make_sources, read_sources, "*.arrow"),
+    Target("sources, Parquet", make_sources, read_sources, "*.parquet"),
     Target("documents", make_documents, read_documents, "*.*"),
 )
