@@ -11,6 +11,7 @@ from jaxmodels.io.bounded import sha256_of
 from jaxmodels.text import TokenizerFile
 from tests.fuzz.judge import memory, peak_reset
 from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets.retro import seal
 
 TERABYTE = 10**12
 
@@ -64,6 +65,16 @@ def sealed_faiss(old, new):
     return change
 
 
+def sealed_about(**values):
+    """Change of fields of about.json, with the fingerprint that fits."""
+
+    def change(folder):
+        field("index/about.json", **values)(folder)
+        seal(folder)
+
+    return change
+
+
 NO_BYTES = "{'descr': '|V0', 'fortran_order': False, 'shape': (1000000000000000000,), }"
 NO_TEXT = "{'descr': '|S0', 'fortran_order': False, 'shape': (1000000000000,), }"
 VOCAB, ADDED, CONFIG = "vocab.json and merges.txt", "added_tokens.json", "tokenizer_config.json"
@@ -81,7 +92,11 @@ CASES = {
     "merges without end": (VOCAB, sparse("merges.txt"), "merges.txt has 1,000,000,000,000 bytes"),
     "special token is no Unicode": ("tokenizer", field(CONFIG, eos_token="\ud800"), CONFIG),
     "chunk_len beyond 64 bits": ("chunk index's JSON", field("index/about.json", chunk_len=2**64), "index"),
-    "n-grams of no length": ("chunk index's JSON", field("index/about.json", embedder="ngrams:16:9:2"), "index"),
+    "n-grams of no length": (
+        "chunk index's JSON",
+        sealed_about(embedder="ngrams:16:9:2"),
+        "index: width=16, shortest=9",
+    ),
     "FAISS file without end": ("FAISS, flat", sparse(FAISS), "1,000,000,000,000 bytes"),
     "FAISS length of a gigabyte": ("FAISS, flat", sealed_faiss(NUMBERS, 2**28), "cannot be read"),
     "state without end": ("mutation state", sparse("state.jsonl"), "state.jsonl"),

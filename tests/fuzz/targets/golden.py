@@ -37,9 +37,9 @@ def read_fixture(folder: Path) -> Any:
 
 def seal(folder: Path) -> None:
     """Write the checksum of the changed tensors to the JSON, so that their content is reached."""
-    from jaxmodels.io.bounded import sha256_of
+    from jaxmodels.io.bounded import read_object, sha256_of
 
-    about = json.loads((folder / "one.json").read_bytes())
+    about = read_object(folder / "one.json")
     about["sha256"] = sha256_of(folder / "one.safetensors", 10**6)
     (folder / "one.json").write_text(json.dumps(about))
 

@@ -33,13 +33,13 @@ def read_index(folder: Path) -> Any:
 
 def seal(folder: Path) -> None:
     """Write the checksums of the changed files to about.json, so that its content is reached."""
-    from jaxmodels.io.bounded import sha256_of
+    from jaxmodels.io.bounded import read_object, sha256_of
     from jaxmodels.io.npy import map_array
     from jaxmodels.retro.retrieval.corpus import Corpus
     from jaxmodels.text import load_vocabulary
 
     file = folder / "index" / "about.json"
-    about = json.loads(file.read_bytes())
+    about = read_object(file)
     faiss = folder / "index" / about["index"]
     if faiss.stat().st_size < 10**8 and faiss.is_file():
         about["sha256"] = sha256_of(faiss)

@@ -150,10 +150,10 @@ def make_settings(folder: Path) -> None:
 def read_settings(folder: Path) -> Any:
     """The readers of arguments name no file; here the file is added to their errors."""
     from jaxmodels.generate.command import read_prompt, settings_of
+    from jaxmodels.io.bounded import read_bytes
     from parity.compare.weights.layout import Layout
 
-    biases = (folder / "biases.txt").read_bytes()[: 10**6].decode("utf-8", "replace").splitlines()
-    layouts = (folder / "layouts.txt").read_bytes()[: 10**6].decode("utf-8", "replace").splitlines()
+    biases, layouts = (read_bytes(folder / f"{name}.txt", 10**7) for name in ("biases", "layouts"))
     sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
     try:
         found = settings_of(argparse.Namespace(logit_bias=biases.decode("utf-8", "replace").splitlines(), **sampling))
