@@ -24,7 +24,7 @@ from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY, atomic_file
 from jaxmodels.io.bounded import read_object, sha256_of
 from jaxmodels.io.npy import map_array
-from jaxmodels.process.texts import quoted
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.text import load_vocabulary
 
@@ -86,7 +86,7 @@ def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> N
     """Raises ValueError, with both values, if an index was built with other settings or another corpus than wanted."""
     differing = [name for name in wanted if name != "fingerprint" and wanted[name] != about[name]]
     if differing:
-        was, now = (", ".join(f"{name}={values[name]}" for name in differing) for values in (about, wanted))
+        was, now = (", ".join(f"{n}={shortened(str(values[n]), 200)}" for n in differing) for values in (about, wanted))
         raise ValueError(
             f"{folder} is stale: its index was built with {was}, not {now}; delete it or choose another folder"
         )
