@@ -119,7 +119,7 @@ def read(stem: str | os.PathLike) -> Fixture:
         return fixture_of(about, read_file(tensors_file))
     except KeyError as error:
         reason = f"it has no {quoted(error.args[0])}"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         reason = shortened(str(error), LONGEST)
     raise ValueError(f"stem={about_file.with_suffix('')} is not a fixture written by parity.record: {reason}")
 

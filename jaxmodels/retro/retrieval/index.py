@@ -221,8 +221,9 @@ class ChunkIndex:
                 places = self.searcher.search(vectors, fetch)[1]
             except RuntimeError as error:
                 raise ValueError(f"the index cannot be searched: {reason(error)}") from None
-            if places.max(initial=-1) >= len(self):
-                raise ValueError(f"the index names chunk {places.max()} of {len(self)}: it is of another corpus")
+            low, high = places.min(initial=-1), places.max(initial=-1)
+            if low < -1 or high >= len(self):
+                raise ValueError(f"the index names chunks {low} to {high} of {len(self)}: it is of another corpus")
             starts = np.where(places < 0, -1, self.starts[places])  # FAISS returns -1 for none
             good = starts >= 0
             if own is not None:
