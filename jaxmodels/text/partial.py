@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import atomic_file, names_file
+from jaxmodels.io.atomic import TEMPORARY, atomic_file, names_file
 from jaxmodels.io.bounded import read_object
 from jaxmodels.text.documents import Place, Source
 from jaxmodels.text.encoding import Unknown, encode
@@ -120,9 +120,16 @@ def files_of(folder: Path, part: int) -> tuple[Path, Path]:
 def locked(folder: Path) -> Iterator[None]:
     """Context in which no other process works in a folder, which is made if it does not exist.
 
-    Raises ValueError if another one does.
+    Raises ValueError if another one does, or if the folder is or holds a symbolic link or a file of others: it is
+    removed in the end.
     """
+    manifest.refuse_link(folder)
+    manifest.refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    own = {LOCK, PROGRESS, manifest.NAME, *(file.name for part in range(len(PARTS)) for file in files_of(folder, part))}
+    other = [path for path in folder.iterdir() if path.name not in own and not TEMPORARY.fullmatch(path.name)]
+    if other:
+        raise ValueError(f"{other[0]} was not written by this program: move it, or choose another folder to write")
     with open(folder / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
