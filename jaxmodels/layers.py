@@ -68,9 +68,9 @@ def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raises ValueError, naming the argument, if a size is below 1."""
+    """Raises ValueError, naming the argument, if a size is below 1, or true or false."""
     for name, size in sizes.items():
-        if size < 1:
+        if size < 1 or isinstance(size, bool):
             raise ValueError(f"{name}={size} must be at least 1")
 
 

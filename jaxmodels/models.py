@@ -23,13 +23,15 @@ from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_folder, recover
 from jaxmodels.io.bounded import errors_naming
-from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, save_arrays
-from jaxmodels.io.safetensors import is_folder, read_folder
+from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, save_arrays, stored_arrays
+from jaxmodels.io.safetensors import is_folder
 from jaxmodels.io.steps import latest_step
-from jaxmodels.process.texts import quoted, shortened
+from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.sharding import placement
 from jaxmodels.weights.names import check_floating, dotted, flat_arrays, is_floating, with_arrays
 from jaxmodels.weights.place import Shardings, from_flax_names, load_tensors
+from jaxmodels.weights.stored import Stored
+from jaxmodels.weights.stored import abstract as stored_model
 
 # Modules of this project's models, by the name in config.json. A file cannot cause any other import.
 MODULES = {
@@ -40,6 +42,8 @@ MODULES = {
     "RetroModel": "jaxmodels.retro",
 }
 REGISTERED: dict[str, type] = {}
+# Raised by constructors for values that no model has: a list instead of a string, a width of 0, one of 30 digits.
+UNFIT = (TypeError, AttributeError, ArithmeticError, LookupError, AssertionError, RecursionError, MemoryError)
 
 Class = TypeVar("Class", bound=type)
 
@@ -94,15 +98,28 @@ def name_of(model: Any) -> str:
     )
 
 
-def build(name: str, config: dict[str, Any], *, seed: int = 0) -> Any:
-    """Newly initialized model of a class by name; raises ValueError if `config` does not fit its arguments."""
+def build(name: str, config: Mapping[str, Any], *, seed: int = 0, rngs: nnx.Rngs | None = None) -> Any:
+    """Newly initialized model of a class by name; raises ValueError if `config` does not fit its arguments.
+
+    rngs: default of the seed.
+    """
     cls = model_class(name)
     make = getattr(cls, "from_config", cls)
     try:
-        return make(**config, rngs=nnx.Rngs(seed))
-    except (TypeError, AttributeError) as error:  # AttributeError: a list instead of a string
-        reason = str(error).partition("\n")[0]  # without JAX's note on its traceback
+        return make(**config, rngs=nnx.Rngs(seed) if rngs is None else rngs)
+    except UNFIT as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__  # without JAX's note on its traceback
         raise ValueError(f"config does not fit {name}: {shortened(reason, 300)}") from None
+
+
+def abstract(name: str, config: Mapping[str, Any], stored: Stored, where: str | os.PathLike) -> Any:
+    """Abstract model of a configuration that comes with stored tensors.
+
+    Raises ValueError as `build`, naming `where`, also if the model is far larger than what is stored: its parts are
+    then not made.
+    """
+    with errors_naming(where):
+        return stored_model(lambda rngs: build(name, config, rngs=rngs), stored, str(where))
 
 
 class Beside(Protocol):
@@ -160,13 +177,12 @@ def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shard
         check_floating(dtype)
     folder = model_folder(Path(source))
     name, config = read_config(folder)
-    with errors_naming(folder / "config.json"):
-        model = nnx.eval_shape(lambda: build(name, config))
     place = placement(model_class(name), shardings) if isinstance(shardings, Mesh) else shardings
+    stored = stored_arrays(folder)
+    model = abstract(name, config, Stored.of(stored), folder / "config.json")
     if is_folder(folder, STEM):
         with errors_naming(folder):
-            tensors = from_flax_names(model, read_folder(folder, STEM))
-            return load_tensors(model, tensors, dtype, place, folder.name)
+            return load_tensors(model, from_flax_names(model, stored), dtype, place, folder.name)
     model = load_arrays(folder / "params", model, place)
     return model if dtype is None else cast(model, dtype)
 
@@ -182,7 +198,7 @@ def model_folder(source: Path) -> Path:
     if (source / "checkpoints").is_dir():
         step, skipped = latest_step(source)
         for number, reason in skipped.items():
-            warnings.warn(f"skipped checkpoint {number} of {source}: {reason}", stacklevel=3)
+            warnings.warn(visible(f"skipped checkpoint {number} of {source}: {reason}"), stacklevel=3)
         return step / "model"
     return source
 

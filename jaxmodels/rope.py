@@ -3,6 +3,7 @@
 Axes: S sequence, B batch, H heads, d_k features of a head, d ≤ d_k features that are rotated.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def rotary_width(name: str, share: float, d_k: int) -> int:
 
     name: the argument that gave `share`, for the error message.
     """
-    d = int(d_k * share)
+    d = int(d_k * share) if 0 < share < math.inf else 0
     if d < 2 or d % 2 or d > d_k:
         raise ValueError(
             f"{name}={share} rotates {d} of d_k={d_k} features; must be an even number from 2 to d_k = d_model / heads"

@@ -124,8 +124,10 @@ def show_stage(item: pytest.Item, function: str = "", stage: object = "") -> Non
     terminal = getattr(reporter, "isatty", False) and os.environ.get("TERM") != "dumb"
     if item.config.get_verbosity() < 1 or not terminal:
         return
+    from jaxmodels.process.texts import visible
+
     room = shutil.get_terminal_size().columns - len(item.nodeid) - 2
-    shown = f"{function} {stage}".strip()[: max(room, 0)]
+    shown = visible(f"{function} {stage}").strip()[: max(room, 0)]
     capture = item.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():  # save the cursor's place, write, erase to the end of the line, go back
         sys.stdout.write(f"\x1b7{shown}\x1b[K\x1b8")

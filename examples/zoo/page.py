@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from examples.zoo.truth import Cause, differs
+from jaxmodels.process.texts import table_cell
 
 HEAD = """# The Flax models of transformers
 
@@ -57,12 +58,12 @@ def row(name: str, result: Mapping[str, Any]) -> str:
     if not true(name, result):
         remark = f"**judged wrongly**: {remark}".rstrip(": ")
     return ROW.format(
-        name=name,
+        name=table_cell(name),
         verdict=result["verdict"],
         noise=times(number(result["noise"])),
         names=result["names"],
         seconds=result["seconds"],
-        remark=remark.replace("|", "\\|"),
+        remark=table_cell(remark),
     )
 
 

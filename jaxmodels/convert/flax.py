@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from jaxmodels.convert.companions import Companions
-from jaxmodels.convert.source import Source, abstract, matched, model_source
+from jaxmodels.convert.source import Source, abstract, check_stored, matched, model_source
 from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.checkpoint import FORMAT, STEM, read_config
 from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
@@ -37,7 +37,9 @@ def open_flax(folder: str | os.PathLike) -> Source:
         config = NeoXConfig(**{key: value for key, value in fields.items() if key != "stacked"})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    held = from_flax_names(abstract(config), read_folder(folder, STEM))
+    stored = read_folder(folder, STEM)
+    check_stored(config, stored, folder / "config.json")
+    held = from_flax_names(abstract(config), stored)
     tensors = matched(folder, config, held)
     return Source("flax", folder, config, tensors, "safetensors", companions=Companions.of(folder))
 

@@ -26,6 +26,7 @@ from jaxmodels.io.checkpoint import STEM, read_config
 from jaxmodels.io.safetensors import is_folder
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import DTYPES
+from jaxmodels.process.texts import quoted, visible
 from jaxmodels.sharding import placement
 from jaxmodels.text import SLOW_NAMES, TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
 from jaxmodels.weights.names import check_floating
@@ -63,8 +64,9 @@ class Opened:
         """
         run = kinds.run_above(self.weights)
         found = {} if run is None else read_object(run / "config.json").get("original") or {}
-        if found and found.get("dtype") not in DTYPES:
-            raise ValueError(f"{run}/config.json has original dtype {found.get('dtype')!r}, must be one of {DTYPES}")
+        given = found.get("dtype") if isinstance(found, dict) else found
+        if found and given not in DTYPES:
+            raise ValueError(f"{run}/config.json has original dtype {quoted(given)}, must be one of {DTYPES}")
         return found
 
     @functools.cached_property
@@ -96,7 +98,7 @@ class Opened:
             return models.load(self.weights, dtype=dtype, shardings=shardings)
         source = self.neox()
         for doubt in source.doubts:
-            warnings.warn(doubt, InferredWarning, stacklevel=3)
+            warnings.warn(visible(doubt), InferredWarning, stacklevel=3)
         return source.model(dtype, placement(NeoX, shardings) if isinstance(shardings, Mesh) else shardings)
 
     def vocabulary(self, tokenizer: str | os.PathLike | None = None) -> Vocabulary:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 import jaxmodels
 from jaxmodels.convert.companions import Companions
@@ -24,14 +23,16 @@ from jaxmodels.convert.peft import write_peft
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
 from jaxmodels.io.bounded import read_json
-from jaxmodels.io.checkpoint import read_config
+from jaxmodels.io.checkpoint import read_config, stored_arrays
 from jaxmodels.io.torch_files import read_state_dict, write_state_dict
-from jaxmodels.models import build, load_saved
+from jaxmodels.models import abstract, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.lora import LoRA
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
+from jaxmodels.weights.stored import Stored
 
 # Values of --model: the class, and the arguments that the name implies.
 Names = Mapping[str, tuple[str, dict[str, Any]]]
@@ -47,8 +48,9 @@ def from_torch_file(options: argparse.Namespace, names: Names) -> str:
     check_target(options.target, overwrite=options.overwrite, source=source)
     name, config = class_and_config(options.model, json_object(options.config), names)
     with float64_allowed():
-        abstract = nnx.eval_shape(lambda: build(name, config))
-        model = from_torch(abstract, read_state_dict(source, options.key), options.dtype)
+        tensors = read_state_dict(source, options.key)
+        described = abstract(name, config, Stored.of(tensors), "--config")
+        model = from_torch(described, tensors, options.dtype)
         jaxmodels.save(model, options.target, overwrite=options.overwrite)
         return f"{options.target}: {summary(name, model)}"
 
@@ -81,10 +83,11 @@ def class_and_config(model: str, config: dict[str, Any], names: Names) -> tuple[
         config = config["config"]
     for argument, value in implied.items():
         if config.get(argument, value) != value:
-            raise ValueError(f"--model {model} has {argument}={value!r}, --config has {config[argument]!r}")
+            raise ValueError(f"--model {model} has {argument}={value!r}, --config has {quoted(config[argument])}")
     if model == "synthesizer" and config.get("attention") in (None, "rotary", "rotary_value", "relative", "plain"):
         raise ValueError(
-            f"--model synthesizer needs the attention of a synthesizer in --config, not {config.get('attention')!r}"
+            f"--model synthesizer needs the attention of a synthesizer in --config, not "
+            f"{quoted(config.get('attention'))}"
         )
     return name, implied | config
 
@@ -183,7 +186,9 @@ def inspect(options: argparse.Namespace) -> str:
         where.append(("merged adapter", described(LoRA(**settings["lora"]))))
     source = found.source
     if source is None:
-        arrays = flat_arrays(nnx.eval_shape(lambda: build(found.model_name, dict(found.config)))).values()
+        stored = Stored.of(stored_arrays(found.weights))
+        model = abstract(found.model_name, found.config, stored, found.weights / "config.json")
+        arrays = flat_arrays(model).values()
         what = f"{found.model_name}, {sum(array.size for array in arrays):,} parameters"
         lines = [f"{found.name}: {NAMES[found.kind]}, {what}{', int8' if found.is_quantized else ''}"]
         shown = dict(found.config)
@@ -192,7 +197,7 @@ def inspect(options: argparse.Namespace) -> str:
         shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff, "n_kv_heads": source.config.kv_heads}
         where.append(("largest layer", f"{largest_layer(source) / 1e6:,.1f} MB"))
     shown = {name: value for name, value in shown.items() if name not in ("dtype", "remat")}
-    lines += [f"  {name:18} {value}" for name, value in [*shown.items(), *where]]
+    lines += [f"  {name:18} {shortened(str(value), 300)}" for name, value in [*shown.items(), *where]]
     lines += [f"  {line}" for line in beside(found.companions)]
     lines += [f"  note: {note}" for note in (source.notes if source is not None else ())]
     return "\n".join(lines)

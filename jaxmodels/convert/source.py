@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import numbers
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxmodels.neox.config import DTYPES
 from jaxmodels.weights.lazy import Cast, Cut, nbytes
 from jaxmodels.weights.names import ConversionError, entries, flat_arrays, shortened
 from jaxmodels.weights.place import Shardings, load_tensors, tensors_of
+from jaxmodels.weights.stored import Stored
 
 VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row per token
 
@@ -75,6 +77,14 @@ class Source:
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(map(nbytes, self.tensors.values()))
+
+
+def check_stored(config: NeoXConfig, tensors: Mapping[str, Any], where: str | os.PathLike) -> None:
+    """Raises ValueError, beginning with `where`, if a configuration is far larger than the tensors that are stored.
+
+    Nothing of the model is made, which would take minutes for a configuration of a million layers.
+    """
+    Stored.of(tensors).check(Stored(config.n_layers, config.parameters()), str(where))
 
 
 @functools.lru_cache(maxsize=4)  # tracing a model takes longer than opening its files

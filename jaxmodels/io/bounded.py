@@ -5,6 +5,7 @@ read, up to a size. A JSON text of that size takes about twenty times as much me
 of empty lists.
 """
 
+import collections
 import contextlib
 import hashlib
 import io
@@ -70,6 +71,15 @@ def read_text(file: str | os.PathLike, limit: int = TEXT_BYTES) -> str:
         return read_bytes(file, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Object of a JSON text; raises ValueError if a key is there twice, of which Python would drop one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counted = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"{quoted(counted.most_common(1)[0][0])} is there twice")
+    return found
 
 
 def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,12 +13,15 @@ import jax
 import numpy as np
 
 from jaxmodels.io.bounded import read_object
+from jaxmodels.io.safetensors import is_folder, read_folder
 from jaxmodels.process.texts import quoted, shortened
-from jaxmodels.weights.names import Type, dotted, flat_arrays, with_arrays
+from jaxmodels.weights.names import ConversionError, Type, dotted, flat_arrays, with_arrays
+from jaxmodels.weights.names import shortened as some
 from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
 STEM = "params"
+COMPRESSION = 2**16  # bytes of an array in one of a file: zstandard, which Orbax uses, reaches 2**15
 
 
 def save_arrays(folder: Path, module: Any) -> None:
@@ -52,13 +56,7 @@ def read_arrays(
 
     drop_late_messages()
     folder = folder.absolute()  # Orbax accepts no relative path
-    try:
-        with without_logs():
-            stored = ocp.metadata(folder).metadata
-        if stored is None:  # Orbax logs the reason and returns None
-            raise ValueError("its metadata cannot be read")
-    except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
-        raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
+    stored = stored_types(folder)
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
     wrong += [
@@ -67,7 +65,8 @@ def read_arrays(
         if key in stored and stored[key].shape != shape
     ]
     if wrong:
-        raise ValueError(f"{folder} does not hold the arrays of its configuration:\n  " + "\n  ".join(wrong))
+        lines = "\n  ".join(some(wrong, ConversionError.SHOWN))
+        raise ValueError(f"{folder} does not hold the arrays of its configuration:\n  {lines}")
     abstract = {
         key: jax.ShapeDtypeStruct(shape, stored[key].dtype, sharding=sharding)
         for key, (shape, sharding) in targets.items()
@@ -126,15 +125,36 @@ def is_late(error: BaseException | None) -> bool:
 
 
 def stored_types(folder: Path) -> dict[str, Type]:
-    """Shapes and dtypes of the arrays in an Orbax folder by name; raises ValueError if it cannot be read."""
+    """Shapes and dtypes of the arrays in an Orbax folder by name.
+
+    Raises ValueError if it cannot be read, or if its files are too few bytes for its arrays: what is absent in them
+    would be read as zeros.
+    """
     from orbax.checkpoint import v1 as ocp
 
     try:
         with without_logs():
             stored = ocp.metadata(folder.absolute()).metadata
-        return {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
-    except Exception as error:  # Orbax raises many kinds
+        if stored is None:  # Orbax logs the reason and returns None
+            raise ValueError("its metadata cannot be read")
+        types = {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
+    except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
+    claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in types.values())
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if claimed > COMPRESSION * held:
+        raise ValueError(
+            f"{folder} is not a complete Orbax checkpoint: {claimed:,} bytes of arrays in files of {held:,}"
+        )
+    return types
+
+
+def stored_arrays(folder: Path) -> dict[str, Any]:
+    """Arrays of a model's folder by name, each with shape and dtype: its safetensors, else `stored_types` of Orbax's.
+
+    Raises ValueError if they are missing or damaged.
+    """
+    return dict(read_folder(folder, STEM)) if is_folder(folder, STEM) else dict(stored_types(folder / STEM))
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -144,7 +164,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{folder} holds no config.json written by jaxmodels.save")
     content = read_object(file)
     try:
-        if content["format"] != FORMAT:
+        if content["format"] != FORMAT or isinstance(content["format"], bool):
             raise ValueError(f"{file} has format {quoted(content['format'])}, this version reads {FORMAT}")
         name, config = content["model"], content["config"]
     except KeyError as error:

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 from jaxmodels.io.bounded import read_json
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_tensors
+from jaxmodels.process.texts import quoted
 from jaxmodels.weights.prefixes import shown
 
 SINGLE, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 NAME = re.compile(r"(?:model\.(?:(.+)\.)?safetensors|pytorch_model\.(?:(.+)\.)?bin)")
 INDEX_NAME = re.compile(r"(?:model\.safetensors|pytorch_model\.bin)\.index\.(?:(.+)\.)?json")
 SHARD = re.compile(r"-\d+-of-\d+\.")  # model-00001-of-00002.fp16.safetensors, or with the variant before the number
+LONGEST = 1000  # characters of the path of a file in its folder
 OTHERS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -150,6 +152,6 @@ def read_shards(folder: Path, index: Path, notes: list[str]) -> Weights:
 def inside(folder: Path, name: str, where: Path) -> Path:
     """Path of a file in a folder; raises ValueError, beginning with `where`, if the name leads out of it."""
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts or not path.name:
-        raise ValueError(f"{where} names {name!r}, which is not a file in this folder")
+    if path.is_absolute() or ".." in path.parts or not path.name or len(name) > LONGEST:
+        raise ValueError(f"{where} names {quoted(name)}, which is not a file in this folder")
     return folder / path

@@ -9,7 +9,6 @@ tensors to files, as in transformers. The `safetensors` package is not used: it 
 memory, and copies what it reads.
 """
 
-import collections
 import contextlib
 import functools
 import gc
@@ -22,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxmodels.io.bounded import open_regular, read_object
+from jaxmodels.io.bounded import open_regular, read_object, without_repetition
 from jaxmodels.io.content import explained
 from jaxmodels.io.pipeline import Progress, run_in_threads, write_at
 from jaxmodels.process.texts import quoted, shortened
@@ -102,15 +101,6 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Object of a JSON text; raises ValueError if a key is there twice, of which Python would drop one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counted = collections.Counter(name for name, _ in pairs)
-        raise ValueError(f"{quoted(counted.most_common(1)[0][0])} is there twice")
-    return found
-
-
 def check_places(header: Mapping[str, Any], size: int) -> None:
     """Raises ValueError unless the tensors' values follow each other from 0 to `size`, in any order."""
     end, before = 0, "the beginning"
@@ -151,17 +141,19 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     try:
         weight_map: dict[str, str] = read_object(index)["weight_map"]
         files = sorted(set(weight_map.values()))
-        outside = [name for name in files if Path(name).name != name]
+        outside = [name for name in files if Path(name).name != name or len(name) > 255]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is not the index of a safetensors folder: {error!r}") from None
+        raise ValueError(f"{index} is not the index of a safetensors folder: {shortened(repr(error), 300)}") from None
     if outside:
-        raise ValueError(f"{index} names {outside[0]!r}, which is not a file name in this folder")
+        raise ValueError(f"{index} names {quoted(outside[0])}, which is not a file name in this folder")
     tensors: dict[str, np.ndarray] = {}
+    listed: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        listed.setdefault(name, set()).add(tensor)
     for name in files:
         held = read_file(folder / name)
-        listed = {tensor for tensor, place in weight_map.items() if place == name}
-        if held.keys() != listed:
-            different = ", ".join(sorted(held.keys() ^ listed)[:5])
+        if held.keys() != listed[name]:
+            different = ", ".join(shortened(tensor, 100) for tensor in sorted(held.keys() ^ listed[name])[:5])
             raise ValueError(f"{folder / name} differs from {index.name} in the tensors {different}")
         tensors |= held
     return tensors

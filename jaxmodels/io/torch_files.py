@@ -101,7 +101,7 @@ def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """
     path, state = state_dict_in(file, read_pt(file, numpy_globals()))
     arrays = {name: array for name, array in as_arrays(file, state).items() if array is not None}
-    return arrays, [f"the tensors are in entry {path!r} of {file.name}"] if path else []
+    return arrays, [f"the tensors are in entry {quoted(path)} of {file.name}"] if path else []
 
 
 def state_dict_in(file: Path, content: Any) -> tuple[str, Mapping[Any, Any]]:
@@ -156,7 +156,7 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
             arrays[str(name)] = as_numpy(tensor) if kept else None
         except ValueError as error:
             narrow = "; float8 weights are not supported" if "float8" in str(tensor.dtype) else ""
-            raise ValueError(f"{file} has {name!r}: {error}{narrow}") from None
+            raise ValueError(f"{file} has {quoted(name)}: {error}{narrow}") from None
     return arrays
 
 

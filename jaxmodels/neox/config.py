@@ -4,10 +4,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from jaxmodels.process.texts import quoted
 from jaxmodels.rope import rotary_width
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 NORMS = ("layernorm", "rmsnorm")
+LARGEST = 1e30  # of a number; integers beyond a float's range cannot be computed with
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -57,11 +59,11 @@ class NeoXConfig:
             if size is None and name in ("n_ff", "n_kv_heads"):
                 continue
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}={size!r} must be an integer of at least 1")
+                raise ValueError(f"{name}={quoted(size)} must be an integer of at least 1")
         for name in ("parallel_residual", "tied", "remat", "attention_bias", "ffn_bias"):
             flag = getattr(self, name)
             if not isinstance(flag, bool):
-                raise ValueError(f"{name}={flag!r} must be True or False")
+                raise ValueError(f"{name}={quoted(flag)} must be True or False")
         if self.n_ff == 4 * self.n_hidden:
             object.__setattr__(self, "n_ff", None)  # so that equal models have equal configurations
         if self.n_kv_heads == self.n_heads:
@@ -70,17 +72,21 @@ class NeoXConfig:
             raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
         if self.n_hidden % self.n_heads:
             raise ValueError(f"n_hidden={self.n_hidden} is not divisible by n_heads={self.n_heads}")
+        for name in ("rope_percentage", "rope_base", "layer_norm_eps"):
+            number = getattr(self, name)
+            if not isinstance(number, int | float) or isinstance(number, bool) or abs(number) > LARGEST:
+                raise ValueError(f"{name}={quoted(number)} must be a number")
         rotary_width("rope_percentage", self.rope_percentage, self.d_k)
         if not 1 < self.rope_base < math.inf:
             raise ValueError(f"rope_base={self.rope_base} must be above 1 and finite")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation={quoted(self.activation)} must be one of {', '.join(ACTIVATIONS)}")
         if self.norm not in NORMS:
-            raise ValueError(f"norm={self.norm!r} must be one of {', '.join(NORMS)}")
+            raise ValueError(f"norm={quoted(self.norm)} must be one of {', '.join(NORMS)}")
         if not 0 < self.layer_norm_eps < 1:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be between 0 and 1")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype={quoted(self.dtype)} must be one of {', '.join(DTYPES)}")
 
     @property
     def d_k(self) -> int:

@@ -17,6 +17,7 @@ from jaxmodels.layers import Frozen, uniform
 from jaxmodels.neox.block import BLOCK_RULES, Block
 from jaxmodels.neox.config import NeoXConfig
 from jaxmodels.neox.model import NeoX
+from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 
 # Linear maps of a block by their names in transformers and PEFT: attribute of the block, and the map's name in it.
@@ -53,14 +54,14 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} must be an integer of at least 1")
+            raise ValueError(f"rank={quoted(self.rank)} must be an integer of at least 1")
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
         if not number or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha!r} must be above 0 and finite")
+            raise ValueError(f"alpha={quoted(self.alpha)} must be above 0 and finite")
         known = [name for name in TARGETS if name in self.targets]
         if not known or len(known) < len(self.targets):
             given = " ".join(map(str, self.targets))
-            raise ValueError(f"targets={given!r} must be different names of {', '.join(TARGETS)}, at least one")
+            raise ValueError(f"targets={quoted(given)} must be different names of {', '.join(TARGETS)}, at least one")
         object.__setattr__(self, "targets", tuple(known))
 
     @property

@@ -4,7 +4,6 @@ Axes: B batch, S sequence, H heads, D = n_hidden = H·d_k features, V vocabulary
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +24,10 @@ from jaxmodels.layers import (
     rematerialized,
 )
 from jaxmodels.neox.block import BLOCK_RULES, Block, Embedding, FinalNorm, Readout, Tables, stack, unstack
-from jaxmodels.neox.config import NeoXConfig
+from jaxmodels.neox.config import LARGEST, NeoXConfig
 from jaxmodels.neox.int8 import int8_block
 from jaxmodels.neox.sequential import adapted
+from jaxmodels.process.texts import quoted
 from jaxmodels.rope import rotary_tables
 
 
@@ -75,6 +75,8 @@ class NeoX(nnx.Module):
 
         int8_threshold: quantize the blocks' weights; see `quantize`. fields: those of NeoXConfig.
         """
+        if not isinstance(stacked, bool):
+            raise ValueError(f"stacked={quoted(stacked)} must be True or False")
         model = cls(NeoXConfig(**fields), stacked=stacked, rngs=rngs)
         return model if int8_threshold is None else quantize(model, int8_threshold)
 
@@ -231,8 +233,8 @@ def quantize(model: NeoX, threshold: float = 6.0) -> NeoX:
         raise ValueError(f"model is a {type(model).__name__}; quantize supports NeoX")
     if model.int8_threshold is not None:
         raise ValueError(f"model is already quantized, with threshold={model.int8_threshold}")
-    if not 0 <= threshold < math.inf:
-        raise ValueError(f"threshold={threshold} must be 0 (no outliers) or more, and finite")
+    if isinstance(threshold, bool) or not 0 <= threshold <= LARGEST:
+        raise ValueError(f"threshold={quoted(threshold)} must be 0 (no outliers) or more, and finite")
     layers = [model.layers] if model.is_stacked else model.blocks()
     new = [int8_block(layer, float(threshold)) for layer in layers]
     return model.with_layers(new[0] if model.is_stacked else nnx.List(new))

@@ -22,6 +22,8 @@ from jaxmodels.weights.names import Renamed, as_numpy
 # The rotary frequencies, the causal mask in transformers' older files, and the value of masked scores there.
 BUFFERS = (".attention.rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
+MASK = 2**26  # values of a stored causal mask, of 8,192 tokens
+
 
 def adapted(state_dict: Mapping[str, Any], config: NeoXConfig) -> Mapping[str, Any]:
     """Rename a state_dict to the twins' names, and leave out rotary frequencies and masks.
@@ -51,6 +53,8 @@ def is_buffer(key: str, tensor: Any, config: NeoXConfig) -> bool:
         return True
     if key.endswith(mask_name):
         mask = as_numpy(tensor)
+        if mask.size > MASK:
+            raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask of at most {MASK:,} values")
         mask = mask.view(np.bool_) if mask.dtype == np.uint8 and mask.max(initial=0) <= 1 else mask.astype(bool)
         if mask.ndim < 2 or not (mask == triangle(*mask.shape[-2:])).all():
             raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask")

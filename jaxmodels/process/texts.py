@@ -29,6 +29,11 @@ def shortened(text: str, longest: int = LONGEST) -> str:
     return f"{text[:head]} … ({len(text) - longest:,} characters left out) … {text[len(text) - longest + head :]}"
 
 
+def table_cell(text: str) -> str:
+    """Text in one cell of a table in Markdown: a bar would end the cell, a line break the table."""
+    return visible(text).replace("|", "\\|")
+
+
 def quoted(value: Any, longest: int = 80) -> str:
     """repr of a value for an error text, shortened; integers of thousands of digits are described."""
     try:

@@ -275,7 +275,7 @@ def call(module: Any, *arguments: jax.Array) -> jax.Array:
 def check_ca_layers(ca_layers: Iterable[int], n_layers: int) -> frozenset[int]:
     """Convert layer numbers to a frozenset; raises ValueError if one is outside 0 … n_layers - 1."""
     layers = frozenset(ca_layers)
-    if not layers <= set(range(n_layers)):
+    if not all(0 <= layer < n_layers for layer in layers):
         raise ValueError(f"ca_layers={sorted(layers)} must be layers from 0 to {n_layers - 1}")
     return layers
 

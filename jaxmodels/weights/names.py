@@ -22,12 +22,14 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from jaxmodels.process import texts
 from jaxmodels.weights.lazy import aligned, copy
 
 Model = TypeVar("Model", bound=nnx.Module)
 Path = tuple[str | int, ...]
 
 RENAMED = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # last word of a path: Flax -> PyTorch
+LONGEST = 300  # characters of a line in an error
 NARROWED = "64 bits wide while jax_enable_x64 is off"
 
 
@@ -52,11 +54,12 @@ class ConversionError(ValueError):
 def shortened(entries: list[str], most: int) -> list[str]:
     """At most so many lines for entries: if there are more, equal layers share a line, and the rest is counted."""
     if len(entries) <= most:
-        return entries
+        return [texts.shortened(entry, LONGEST) for entry in entries]
     alike: dict[str, list[str]] = {}
     for entry in entries:
         alike.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", entry), []).append(entry)
     lines = [same[0] if len(same) == 1 else f"{form} ({len(same)} of them)" for form, same in alike.items()]
+    lines = [texts.shortened(line, LONGEST) for line in lines]
     return lines if len(lines) <= most else [*lines[: most - 1], f"… and {len(lines) - most + 1} more"]
 
 

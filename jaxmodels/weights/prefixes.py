@@ -8,6 +8,10 @@ import collections
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jaxmodels.process.texts import quoted, shortened
+
+LONGEST = 200  # characters of a name in a text
+
 
 def prefix_of(names: Iterable[str], known: Callable[[str], bool]) -> str | None:
     """Words to remove from names to make them known ones, e.g. 'module.'; None if most of the others do not have them.
@@ -44,7 +48,7 @@ def proposal(names: Iterable[str], prefix: str) -> str:
     begin = all(name.startswith(prefix) for name in names if without(name, prefix) is not None)
     which = f"all {count}" if count == len(names) else f"{count} of {len(names)}"
     has = "begin with" if begin else "contain"
-    return f"the names of {which} tensors {has} {prefix!r}; pass --strip-prefix {prefix}"
+    return f"the names of {which} tensors {has} {quoted(prefix)}; pass --strip-prefix {shortened(prefix, LONGEST)}"
 
 
 def stripped(
@@ -58,27 +62,29 @@ def stripped(
     prefix = prefix.rstrip(".") + "."
     changed = {name: without(name, prefix) for name in tensors}
     if prefix == "." or not any(new is not None for new in changed.values()):
-        raise ValueError(f"{where} has no tensor with strip_prefix={prefix!r} in its name; it has {shown(tensors)}")
+        raise ValueError(
+            f"{where} has no tensor with strip_prefix={quoted(prefix)} in its name; it has {shown(tensors)}"
+        )
     held: dict[str, Any] = {}
     left = []
     for name, tensor in tensors.items():
         new = changed[name] or name
         if new in held:
-            raise ValueError(f"{where} has two tensors that are {new} without {prefix!r}")
+            raise ValueError(f"{where} has two tensors that are {quoted(new)} without {quoted(prefix)}")
         if changed[name] is None and not known(name):
             left.append(name)
         else:
             held[new] = tensor
-    notes = [f"{prefix!r} was removed from the names of {sum(map(bool, changed.values()))} tensors"]
+    notes = [f"{quoted(prefix)} was removed from the names of {sum(map(bool, changed.values()))} tensors"]
     if left:
-        notes.append(f"{len(left)} tensors without {prefix!r} in their names were left out: {shown(left)}")
+        notes.append(f"{len(left)} tensors without {quoted(prefix)} in their names were left out: {shown(left)}")
     return held, notes
 
 
 def shown(names: Iterable[str]) -> str:
     """First of some names."""
     names = list(names)
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return ", ".join(shortened(str(name), LONGEST) for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def without(name: str, prefix: str) -> str | None:

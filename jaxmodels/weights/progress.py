@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from jaxmodels.process.texts import visible
 from jaxmodels.weights.lazy import nbytes
 
 SHOWN_FROM = 500_000_000  # bytes; less takes only seconds
@@ -23,7 +24,7 @@ def progress_bar(description: str, tensors: Iterable[Any]) -> Iterator[Callable[
     except ModuleNotFoundError:
         yield lambda n: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(visible(description), total=total)
         yield lambda n: bar.advance(task, n)

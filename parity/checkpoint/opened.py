@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
 from jaxmodels.convert.hf import twin_names
 from jaxmodels.convert.hub import is_id
@@ -26,9 +25,11 @@ from jaxmodels.convert.open import local_folder, open_source
 from jaxmodels.convert.operations import float64_allowed
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_pt, read_state_dict
-from jaxmodels.models import build
+from jaxmodels.models import abstract
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import ConversionError, as_numpy, check_fit, flat_arrays, to_torch
+from jaxmodels.weights.stored import Stored
 
 HF = "hf"  # value of Checkpoint.format
 
@@ -60,7 +61,11 @@ class Checkpoint:
         config = self.config if self.model else config
         if config.get("int8_threshold") is not None:
             raise ValueError(f"{self.where}: the model is quantized; compare its weights before that")
-        return dataclasses.replace(self, model=model, config=config, tensors=self.fitted(abstract(model, config)))
+        return dataclasses.replace(self, model=model, config=config, tensors=self.fitted(self.abstract(model, config)))
+
+    def abstract(self, model: str, config: Mapping[str, Any]) -> Any:
+        """A registered Flax model with shapes only; raises ValueError if it is far larger than the tensors."""
+        return abstract(model, config, Stored.of(self.tensors), self.where)
 
     def fitted(self, flax_module: Any) -> dict[str, Any]:
         """The tensors by the twin's names; raises ValueError listing those that do not fit a Flax model."""
@@ -91,11 +96,6 @@ def is_source(given: Any) -> bool:
     return is_stored(given) or isinstance(given, Mapping)
 
 
-def abstract(model: str, config: Mapping[str, Any]) -> Any:
-    """A registered Flax model with shapes only."""
-    return nnx.eval_shape(lambda: build(model, dict(config)))
-
-
 def opened(
     source: Source, config: NeoXConfig | None = None, row_bias: str | None = None, default: NeoXConfig | None = None
 ) -> Checkpoint:
@@ -117,7 +117,7 @@ def opened(
     content = read_pt(path)
     held = [key for key, value in content.items() if is_state_dict(value)] if isinstance(content, Mapping) else []
     if len(held) == 1:  # with an optimizer's state, a step, and so on
-        note = f"the state_dict is the entry {held[0]!r} of {path.name}"
+        note = f"the state_dict is the entry {quoted(held[0])} of {path.name}"
         return Checkpoint(str(path), "tensors", state_dict(content[held[0]]), notes=(note,))
     return Checkpoint(str(path), "tensors", state_dict(read_state_dict(path)))
 

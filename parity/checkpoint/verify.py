@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
+from jaxmodels.process.texts import visible
 from parity.cases.processes import prepare_jax
 
 if TYPE_CHECKING:
@@ -89,13 +90,13 @@ def verify(options: argparse.Namespace) -> int:
 
     first, second = both_opened(options.source, options.target, read_neox_config(options.config), options.row_bias)
     for note in (*first.notes, *second.notes) if not options.numerics else ():
-        print(f"note: {note}")
+        print(visible(f"note: {note}"))
     same = True
     if different := different_settings(first.config, second.config):
         same = False
-        print(f"{first.where} and {second.where} have different configurations: {'; '.join(different)}")
+        print(visible(f"{first.where} and {second.where} have different configurations: {'; '.join(different)}"))
     equal, text = compare_tensors(first.tensors, second.tensors)
-    print(text, flush=True)
+    print(visible(text, keep="\n"), flush=True)
     if shapes(first) != shapes(second):
         return 1  # their outputs cannot be compared
     report = None

@@ -5,10 +5,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flax import nnx
-
 from jaxmodels.io.bounded import errors_naming
-from jaxmodels.models import build
+from jaxmodels.models import abstract
+from jaxmodels.weights.stored import Stored
 from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.loss import Batch
@@ -64,7 +63,7 @@ def rebuilt(fixture: Fixture) -> Any:
         raise ValueError(
             f"flax_module=None: {fixture.name} does not describe its Flax model; pass one to parity.replay"
         )
-    return nnx.eval_shape(lambda: build(about["model"], about["config"]))
+    return abstract(about["model"], about["config"], Stored.of(fixture.state), fixture.name)
 
 
 def read_replay(comparison: Comparison, fixture: Fixture) -> Report:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxmodels.process.allocator import return_freed_memory
+from jaxmodels.process.texts import table_cell
 from parity.cases import Make, load_cases, select
 from parity.cases.suite import pair_of
 from parity.compare.inputs import Inputs
@@ -125,7 +126,7 @@ def page(rows: list[Row], idle: int, total: int, alarms: Alarms, seeds: int, com
         lines += ["", "| case | sub-module | mistake | found by | named | hint |", "|---|---|---|---|---|---|"]
         lines += map(str, sorted(rows, key=lambda row: (row.case, row.culprit, row.operator)))
     lines += ["", "## The mistakes", "", "| mistake | change |", "|---|---|"]
-    lines += [f"| {operator.name} | {operator.about} |" for operator in OPERATORS.values()]
+    lines += [f"| {table_cell(operator.name)} | {table_cell(operator.about)} |" for operator in OPERATORS.values()]
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxmodels.io.bounded import read_text
-from jaxmodels.process.texts import shortened
+from jaxmodels.process.texts import shortened, table_cell
 from parity.mutation.mutate import Outcome
 from parity.report.results import Check
 
@@ -54,7 +54,8 @@ class Row:
         reading = f"{self.kind} {self.value:.0e}" if self.found else "**not found**"
         named = "yes" if self.named else "**nothing**" if self.where is None else f"**{self.where or 'the model'}**"
         culprit = f"`{self.culprit}`" if self.culprit else "the model"
-        return f"| {self.case} | {culprit} | {self.operator} | {reading} | {named} | {self.hint} |"
+        cells = (self.case, culprit, self.operator, reading, named, self.hint)
+        return f"| {' | '.join(map(table_cell, cells))} |"
 
 
 class State:

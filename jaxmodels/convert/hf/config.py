@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import read_json
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.process.texts import quoted, shortened
 
 # Field of NeoXConfig, key, and transformers' default of an absent key; None: the key is required.
 KEYS: tuple[tuple[str, str, Any], ...] = (
@@ -45,9 +46,9 @@ def read_hf_json(file: Path) -> dict[str, Any]:
     """Content of a config.json; raises ValueError, naming it, if it is not GPT-NeoX's."""
     content = read_json(file)
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {content!r}; expected a JSON object")
+        raise ValueError(f"{file} holds {quoted(content)}; expected a JSON object")
     if content.get("model_type") != "gpt_neox":
-        raise ValueError(f"{file} has model_type {content.get('model_type')!r}; expected 'gpt_neox'")
+        raise ValueError(f"{file} has model_type {quoted(content.get('model_type'))}; expected 'gpt_neox'")
     return content
 
 
@@ -78,32 +79,35 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
     found |= rotary(file, content, notes)
     activation = content.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"{file} has hidden_act {activation!r}; supported are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{file} has hidden_act {quoted(activation)}; supported are {', '.join(ACTIVATIONS)}")
     heads = content.get("num_key_value_heads")
     if heads is not None and checked(file, "num_key_value_heads", heads, int, notes) != found["n_heads"]:
         raise ValueError(
-            f"{file} has num_key_value_heads {heads!r}; supported is that of num_attention_heads, {found['n_heads']!r}"
+            f"{file} has num_key_value_heads {quoted(heads)}; supported is that of num_attention_heads, "
+            f"{quoted(found['n_heads'])}"
         )
     try:
         config = NeoXConfig(**found, activation=ACTIVATIONS[activation])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from None
-    return config, [f"hidden_act {activation!r} in config.json means {config.activation} here", *notes]
+        raise ValueError(f"{file}: {shortened(str(error), 400)}") from None
+    return config, [f"hidden_act {quoted(activation)} in config.json means {config.activation} here", *notes]
 
 
 def rotary(file: Path, content: Mapping[str, Any], notes: list[str]) -> dict[str, float]:
     """Fields of the rotary embedding; appends notes on keys that transformers does not read."""
     for key in ("rope_scaling", "rope_parameters"):
         if content.get(key) is not None and not isinstance(content[key], dict):
-            raise ValueError(f"{file} has {key} {content[key]!r}, which is not a JSON object")
+            raise ValueError(f"{file} has {key} {quoted(content[key])}, which is not a JSON object")
     where = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
     rope = {key: value for key, value in (content.get(where) or {}).items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"{file} has scaled rotary embeddings ({where} {rope}); supported is rope_type 'default'")
+        raise ValueError(
+            f"{file} has scaled rotary embeddings ({where} {quoted(rope)}); supported is rope_type 'default'"
+        )
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
-        raise ValueError(f"{file} has {where} for each of {', '.join(nested)}; supported is one for all layers")
+        raise ValueError(f"{file} has {where} for each of {quoted(nested)}; supported is one for all layers")
     fields = {}
     for key, older, field, default in ROTARY:
         used, value = next(
@@ -112,7 +116,7 @@ def rotary(file: Path, content: Mapping[str, Any], notes: list[str]) -> dict[str
         )
         fields[field] = checked(file, used, value, float, notes)
         if content.get(key) is not None and content[key] != value:
-            notes.append(f"{key} {content[key]!r} in config.json is not read, as by transformers; it is {value}")
+            notes.append(f"{key} {quoted(content[key])} in config.json is not read, as by transformers; it is {value}")
     return fields
 
 
@@ -123,11 +127,11 @@ def checked(file: Path, key: str, value: Any, kind: Any, notes: list[str]) -> An
     """
     if kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{file} has {key} {value!r}; expected true or false")
+            raise ValueError(f"{file} has {key} {quoted(value)}; expected true or false")
         return value
     if kind in (str, str | None):
         if not isinstance(value, str):
-            raise ValueError(f"{file} has {key} {value!r}; expected a string")
+            raise ValueError(f"{file} has {key} {quoted(value)}; expected a string")
         return value
     try:
         number = None if isinstance(value, bool) else float(value)
@@ -135,10 +139,12 @@ def checked(file: Path, key: str, value: Any, kind: Any, notes: list[str]) -> An
         number = None
     whole = kind is not float
     if number is None or not math.isfinite(number) or (whole and not number.is_integer()):
-        raise ValueError(f"{file} has {key} {value!r}; expected {'an integer' if whole else 'a number'}")
+        raise ValueError(f"{file} has {key} {quoted(value)}; expected {'an integer' if whole else 'a number'}")
     if isinstance(value, str):
-        notes.append(f"{key} in config.json is the string {value!r}, read as a number")
-    return int(number) if whole else number
+        notes.append(f"{key} in config.json is the string {quoted(value)}, read as a number")
+    if whole:
+        return value if isinstance(value, int) else int(number)  # a float has 53 bits
+    return number
 
 
 # What transformers' GPTNeoXConfig has no setting for: field of NeoXConfig, and the value that its model has.

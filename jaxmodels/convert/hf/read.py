@@ -9,7 +9,7 @@ from jaxmodels.convert.companions import Companions
 from jaxmodels.convert.hf.config import DEFAULT_IDS, read_config, read_hf_json
 from jaxmodels.convert.hf.names import BASE, READOUT, check_no_adapter, known_names, twin_names
 from jaxmodels.convert.neox.layout import hf_name
-from jaxmodels.convert.source import Source, matched, named
+from jaxmodels.convert.source import Source, check_stored, matched, named
 from jaxmodels.io.pretrained import Weights, read_pretrained
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.weights.place import Shardings
@@ -42,6 +42,7 @@ def open_hf(folder: str | os.PathLike, *, strip_prefix: str | None = None, varia
     content = read_hf_json(folder / "config.json")
     config, notes = read_config(folder / "config.json")
     weights = read_pretrained(folder, variant, content.get("transformers_weights"))
+    check_stored(config, weights.tensors, folder / "config.json")
     tensors, known = weights.tensors, known_names(config)
     if strip_prefix is not None:
         tensors, removed = stripped(tensors, strip_prefix, known, str(weights.file))

@@ -27,6 +27,9 @@ NAMES: dict[Kind, str] = {
 SHARDS = ("latest", "global_step*", "*model_states.pt", "*optim_states.pt")
 
 
+CHILD_BYTES = 2**17  # of a subfolder's config.json: hundreds of larger ones would take minutes
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """A recognized checkpoint. folder: of a run, the run itself; step: folder of one step of a run, if it was named.
@@ -128,6 +131,9 @@ def children(folder: Path) -> list[tuple[str, str]]:
     found = []
     for path in sorted(path for path in folder.iterdir() if path.is_dir())[:200]:
         try:
+            file = path / "config.json"
+            if file.is_file() and file.stat().st_size > CHILD_BYTES:
+                continue
             place = recognized(path)
         except (ValueError, OSError):
             continue

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER
-from jaxmodels.io.bounded import read_bytes, read_object
+from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_object
 from jaxmodels.io.content import POINTERS
 from jaxmodels.io.pretrained import chosen
+from jaxmodels.process.texts import quoted
 
 HF_WEIGHTS = (
     "model*.safetensors",
@@ -206,8 +207,8 @@ def adapter(file: Path) -> str:
     content = read_object(file)
     base, kind = content.get("base_model_name_or_path"), content.get("peft_type", "an adapter")
     return (
-        f"holds adapter weights of PEFT ({kind}) for the base model {base!r}, not a model: merge them with peft's "
-        "merge_and_unload() and save_pretrained(), and load the result"
+        f"holds adapter weights of PEFT ({quoted(kind)}) for the base model {quoted(base)}, not a model: merge them "
+        "with peft's merge_and_unload() and save_pretrained(), and load the result"
     )
 
 
@@ -223,11 +224,16 @@ def check_pointers(folder: Path, patterns: Iterable[str]) -> None:
     for path in sorted(folder.iterdir()):
         if not any(path.name == pattern or fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
             continue
-        if path.is_symlink() and not path.exists():
-            raise ValueError(f"{path} is a link to a file that is missing: run `hf download` again")
-        text = pointer_text(path)
-        if text is not None:
-            raise ValueError(f"{path} {text}")
+        check_pointer(path)
+
+
+def check_pointer(path: Path) -> None:
+    """Raises ValueError, naming the file, as `check_pointers`."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to a file that is missing: run `hf download` again")
+    text = pointer_text(path)
+    if text is not None:
+        raise ValueError(f"{path} {text}")
 
 
 def pointer_text(path: Path) -> str | None:
@@ -278,15 +284,15 @@ def check_hf(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises ValueError if the config.json of a Hugging Face folder is of another model or of quantized weights."""
     if config["model_type"] != MODEL_TYPE:
         raise ValueError(
-            f"{folder / 'config.json'} has model_type {config['model_type']!r}; expected {MODEL_TYPE!r}, the only "
-            "Hugging Face architecture that is supported"
+            f"{folder / 'config.json'} has model_type {quoted(config['model_type'])}; expected {MODEL_TYPE!r}, the "
+            "only Hugging Face architecture that is supported"
         )
     quantization = config.get("quantization_config") or config.get("quantization")  # the second is MLX's
     if quantization:
         method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else quantization
         raise ValueError(
-            f"{folder / 'config.json'} has a quantization_config of {method!r}: quantized weights are not supported; "
-            "load the model they were made from (int8: `jaxmodels quantize`)"
+            f"{folder / 'config.json'} has a quantization_config of {quoted(method)}: quantized weights are not "
+            "supported; load the model they were made from (int8: `jaxmodels quantize`)"
         )
 
 
@@ -304,10 +310,10 @@ def check_weights(folder: Path, variant: str | None) -> None:
         return
     weight_map = index.get("weight_map")
     files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else {name}
-    for file in sorted(file for file in files if Path(file).name == file):
-        check_pointers(folder, [file])
-        if file.endswith(".safetensors") and (folder / file).is_file():
-            check_header(folder / file)
+    for path in sorted(path for path in folder.iterdir() if path.name in files):  # an index may name a million files
+        check_pointer(path)
+        if path.suffix == ".safetensors" and path.is_file():
+            check_header(path)
 
 
 def check_header(file: Path) -> None:
@@ -321,7 +327,7 @@ def check_header(file: Path) -> None:
     for name in header:
         method = next((method for end, method in QUANTIZED_NAMES.items() if name.endswith(end)), None)
         if method is not None:
-            raise ValueError(f"{file} has weights quantized by {method} ({name}), not supported; {FROM_FLOATS}")
+            raise ValueError(f"{file} has weights quantized by {method} ({quoted(name)}), not supported; {FROM_FLOATS}")
 
 
 FROM_FLOATS = "load the model they were made from, in float16, bfloat16 or float32"
@@ -332,7 +338,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
-            if size > min(file.stat().st_size, 100_000_000):
+            if size > min(file.stat().st_size, CONFIG_BYTES):  # 100,000 tensors: no model with packed weights has more
                 return {}
             header = json.loads(opened.read(size))
     except (OSError, ValueError, RecursionError):

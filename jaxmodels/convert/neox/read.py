@@ -35,10 +35,14 @@ from jaxmodels.io.bounded import read_object
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.sequential import is_buffer
+from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import Cut, read
+from jaxmodels.weights.names import ConversionError
+from jaxmodels.weights.names import shortened as some
 from jaxmodels.weights.place import Shardings
 
 MAX_DRIFT = 1e-2
+SPARE = 100  # layers that may be missing before they are not listed by number
 DIVISIBLE_BY = 128
 RANKS = 8  # accept the vocabulary padding of up to this many ranks, also if the files are of fewer
 ROW_BIASES = ("sum", "mean", "first")
@@ -80,7 +84,7 @@ def load_neox(
     """
     source = open_neox(folder, config, row_bias)
     for doubt in source.doubts:
-        warnings.warn(doubt, InferredWarning, stacklevel=2)
+        warnings.warn(visible(doubt), InferredWarning, stacklevel=2)
     return source.with_layers(layers).model(dtype, shardings)
 
 
@@ -130,7 +134,7 @@ def open_neox(
             problems.append(f"{where[0].file.name}: {name.disk[0]} gives {list(tensor.shape)}, expected {list(shape)}")
         tensors[key] = grouped(held, config) if name.merge == QKV and config.n_kv_heads is not None else tensor
     if problems:
-        raise ValueError(f"{shards.step} contradicts its configuration:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{shards.step} contradicts its configuration:\n  {listed(problems)}")
     if config.n_kv_heads is not None:
         notes.append(f"query_key_value is read as GPT-NeoX writes n_kv_heads={config.n_kv_heads} since November 2024")
     notes += drifting(parts, row_bias, shards)
@@ -147,7 +151,7 @@ def open_neox(
             doubts.append(notes[-1])
     ranks = settings.get("model_parallel_size", shards.ranks)
     if ranks != shards.ranks:
-        notes.append(f"the configuration has model_parallel_size={ranks}, the files are of {shards.ranks} ranks")
+        notes.append(f"model_parallel_size={quoted(ranks)} in the configuration, the files are of {shards.ranks} ranks")
     layout = f"{shards.layout} of {shards.ranks} model-parallel rank{'s'[: shards.ranks > 1]} in {shards.step.name}"
     companions = Companions.of(folder, *({shards.step} - {folder}))
     return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts), companions)
@@ -179,7 +183,7 @@ def by_name(shards: Shards, form: Form) -> dict[str, tuple[Name, list[Any], list
                 key = f"layers.{layer - 2}.{name.twin}" if name.twin in OF_BLOCK else name.twin
                 found[key] = (name, parts, ranks)
     if problems:
-        raise ValueError(f"{shards.step} does not hold the tensors of a GPT-NeoX model:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{shards.step} does not hold the tensors of a GPT-NeoX model:\n  {listed(problems)}")
     if READOUT[0].twin in found and shards.ranks > 1:
         name, held, where = found[READOUT[0].twin]
         n_hidden = found[FINAL_NORM[0].twin][1][0].shape[0]
@@ -194,8 +198,10 @@ def tables(shards: Shards, form: Form) -> dict[int, tuple[Name, ...]]:
     known = final_norm[0].disk
     norms = [layer for layer, ranks in shards.layers.items() if not ranks[0].tensors.keys().isdisjoint(known)]
     if len(norms) != 1 or norms[0] < 4:
-        raise ValueError(f"{shards.step} must have {known[0]} in one layer from number 4 on, not in {norms}")
+        raise ValueError(f"{shards.step} must have {known[0]} in one layer from number 4 on, not in {quoted(norms)}")
     norm = norms[0]
+    if norm > 2 * len(shards.layers) + SPARE:  # before any list of that length is made
+        raise ValueError(f"{shards.step} has layer files up to number {norm}, but only {len(shards.layers)} of them")
     expected: dict[int, tuple[Name, ...]] = (
         {0: EMBEDDING} | dict.fromkeys(range(2, norm - 1), form.rows(BLOCK)) | {norm: final_norm}
     )
@@ -203,14 +209,21 @@ def tables(shards: Shards, form: Form) -> dict[int, tuple[Name, ...]]:
         expected[norm + 1] = READOUT
     missing, extra = sorted(expected.keys() - shards.layers.keys()), sorted(shards.layers.keys() - expected.keys())
     if missing:
-        raise ValueError(
-            f"{shards.step} lacks layer {', '.join(f'{layer:02}' for layer in missing)} of 00 to {norm:02}"
-        )
+        raise ValueError(f"{shards.step} lacks layer {numbers(missing)} of 00 to {norm:02}")
     if extra:
-        raise ValueError(
-            f"{shards.step} has layer {', '.join(f'{layer:02}' for layer in extra)}; the final norm is {norm:02}"
-        )
+        raise ValueError(f"{shards.step} has layer {numbers(extra)}; the final norm is {norm:02}")
     return expected
+
+
+def numbers(layers: list[int]) -> str:
+    """Numbers of layers as in the names of files, at most ten of them."""
+    shown = [shortened(f"{layer:02}", 40) for layer in layers[:10]]
+    return ", ".join(shown) + (f" and {len(layers) - 10} more" if len(layers) > 10 else "")
+
+
+def listed(problems: list[str]) -> str:
+    """Lines on what is wrong; many that are alike are counted."""
+    return "\n  ".join(some(problems, ConversionError.SHOWN))
 
 
 def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[str, Any]:
@@ -269,7 +282,7 @@ def read_vocabulary(file: Path, rows: int) -> int | None:
     except ValueError as error:
         raise ValueError(f"{file} must hold n_vocab: {error}") from None
     if not isinstance(n_vocab, int) or isinstance(n_vocab, bool) or not 1 <= n_vocab <= rows:
-        raise ValueError(f"{file} has n_vocab={n_vocab!r}; it must be from 1 to the vocabulary's {rows} rows")
+        raise ValueError(f"{file} has n_vocab={quoted(n_vocab)}; it must be from 1 to the vocabulary's {rows} rows")
     return n_vocab
 
 
@@ -368,8 +381,9 @@ def drifting(parts: Parts, row_bias: str, shards: Shards) -> list[str]:
     if far:
         worst = max(far, key=far.__getitem__)
         warnings.warn(
-            f"{shards.step}: {len(far)} tensors that should be equal on all ranks differ by more than {MAX_DRIFT}, "
-            f"{worst} by {far[worst]:.3g}; norms are averaged, so that the model differs from that of every rank",
+            f"{visible(str(shards.step))}: {len(far)} tensors that should be equal on all ranks differ by more than "
+            f"{MAX_DRIFT}, {worst} by {far[worst]:.3g}; norms are averaged, so that the model differs from that of "
+            "every rank",
             ReplicaDriftWarning,
             stacklevel=3,
         )

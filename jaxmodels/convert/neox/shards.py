@@ -1,6 +1,7 @@
 """Files of a GPT-NeoX checkpoint: find them, check that they are complete, open them without reading values."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,15 +12,16 @@ import numpy as np
 from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, FREQUENCIES, READOUT, Form
 from jaxmodels.io.bounded import read_text
 from jaxmodels.io.torch_files import as_arrays, describe, numpy_globals, read_pt
+from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import is_floating
 from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
 
-LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+LAYER_FILE = re.compile(r"layer_([0-9]+)-model_([0-9]+)-model_states\.pt")
+RANK_FILE = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
 FORMS = (Form("layernorm", True, True), Form("rmsnorm", True, True))
 TABLE = (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)
 KNOWN = {disk for form in FORMS for name in form.rows(TABLE) for disk in name.disk} | {FREQUENCIES}
-SEQUENTIAL = re.compile(r"sequential\.(\d+)\.(.+)")
+SEQUENTIAL = re.compile(r"sequential\.(\d{1,9})\.(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ def find_step(folder: Path) -> Path:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{latest} cannot be read: {error}") from None
         if not name or Path(name).name != name or not (folder / name).is_dir():
-            raise ValueError(f"{latest} names {name!r}, which is not a folder in {folder}")
+            raise ValueError(f"{latest} names {quoted(name)}, which is not a folder in {folder}")
         return folder / name
     if has_shards(folder):
         return folder
@@ -90,9 +92,10 @@ def open_step(step: Path, strip_prefix: str | None = None) -> Shards:
     if found:
         ranks = 1 + max(rank for _, rank in found)
         layers = sorted({layer for layer, _ in found})
-        absent = [layer_file(layer, rank) for layer in layers for rank in range(ranks) if (layer, rank) not in found]
+        every = ((layer, rank) for layer in layers for rank in range(ranks))  # not listed: a name may have any number
+        absent = [layer_file(*one) for one in itertools.islice((one for one in every if one not in found), 5)]
         if absent:
-            raise ValueError(f"{step} has files of {ranks} model-parallel ranks, but lacks {', '.join(absent[:5])}")
+            raise ValueError(f"{step} has files of {ranks} model-parallel ranks, but lacks {', '.join(absent)}")
         shards = {
             layer: [Shard(file, tensors_in(file, strip_prefix)) for file in (found[layer, r] for r in range(ranks))]
             for layer in layers
@@ -100,9 +103,10 @@ def open_step(step: Path, strip_prefix: str | None = None) -> Shards:
         return Shards(step, "layer files", shards)
 
     files = {rank: file for (rank,), file in matching(step, RANK_FILE).items()}
-    absent = [f"mp_rank_{rank:02}_model_states.pt" for rank in range(max(files, default=0)) if rank not in files]
+    lacking = itertools.islice((rank for rank in range(max(files, default=0)) if rank not in files), 5)
+    absent = [f"mp_rank_{rank:02}_model_states.pt" for rank in lacking]
     if absent or not files:
-        raise ValueError(f"{step} lacks {', '.join(absent[:5]) or 'layer_*-model_*-model_states.pt'}")
+        raise ValueError(f"{step} lacks {', '.join(absent) or 'layer_*-model_*-model_states.pt'}")
     by_layer: dict[int, list[Shard]] = {}
     for rank, file in sorted(files.items()):
         split: dict[int, dict[str, Any]] = {}
@@ -111,7 +115,7 @@ def open_step(step: Path, strip_prefix: str | None = None) -> Shards:
             if match is None and tensor is None:
                 continue
             if match is None:
-                raise ValueError(f"{file} has {name!r} in its module; expected sequential.XX.NAME")
+                raise ValueError(f"{file} has {quoted(name)} in its module; expected sequential.XX.NAME")
             split.setdefault(int(match[1]), {})[match[2]] = tensor
         for layer, tensors in split.items():
             by_layer.setdefault(layer, []).append(Shard(file, tensors))

@@ -4,6 +4,7 @@ Keys have dashes or underscores, which may be mixed. Absent keys have GPT-NeoX's
 of its published models: the default of `rotary_pct`, for example, is 1.0.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import read_text
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.process.texts import quoted, shortened
 
 # Field of NeoXConfig, key, and default of an absent key; None: the field follows from the tensors, or is required.
 KEYS: tuple[tuple[str, str, Any], ...] = (
@@ -78,14 +80,16 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
             raise ValueError(f"{file} must be a mapping of settings, not a {type(content).__name__}")
         for key, value in content.items():
             key, value = str(key).replace("-", "_"), unquoted(value)
-            if settings.get(key, value) != value:
-                raise ValueError(f"{file} has {key}: {value!r}, but before it stands {key}: {settings[key]!r}")
+            if key in settings and settings[key] != value:
+                name = shortened(key, 80)
+                before = quoted(settings[key])
+                raise ValueError(f"{file} has {name}: {quoted(value)}, but before it stands {name}: {before}")
             settings[key] = value
     return settings
 
 
 def parsed(text: str) -> Any:
-    """Content of a YAML text; raises yaml.YAMLError if it is not one, or repeats a list or mapping by an alias.
+    """Content of a YAML text; raises yaml.YAMLError if it is none, or has an alias of a list or mapping.
 
     A few aliases of aliases of lists stand for more values than any memory holds, as soon as they are printed.
     """
@@ -105,7 +109,9 @@ def parsed(text: str) -> Any:
 def one_line(error: Exception) -> str:
     """Message of an error, without the lines that YAML quotes."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    return f"line {mark.line + 1}: {problem}" if mark is not None and problem else " ".join(str(error).split())
+    if mark is not None and problem:
+        return f"line {mark.line + 1}: {shortened(problem, 300)}"
+    return shortened(" ".join(str(error).split()), 300)
 
 
 def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -117,16 +123,16 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, allowed in REQUIRED:
         value = settings.get(key, None if key in EXPLICIT else allowed[0])
         if value not in allowed:
-            setting = f"{key}: {value!r}" if value is not None else f"no {key}"
+            setting = f"{key}: {quoted(value)}" if value is not None else f"no {key}"
             supported = " or ".join("none" if value is None else repr(value) for value in allowed)
             raise ValueError(f"{where} has {setting}; supported is {supported}")
     kinds = kinds_in(settings.get("attention_config"))
     if not kinds <= set(ATTENTION):
-        other = ", ".join(sorted(kinds - set(ATTENTION)))
+        other = ", ".join(shortened(kind, 40) for kind in sorted(kinds - set(ATTENTION))[:5])
         raise ValueError(f"{where} has attention_config of {other}; supported is {' or '.join(map(repr, ATTENTION))}")
     prompt = settings.get("soft_prompt_tuning")
     if prompt is not None and not (isinstance(prompt, Mapping) and prompt.get("enabled") is False):
-        raise ValueError(f"{where} has soft_prompt_tuning: {prompt!r}; supported is enabled: false")
+        raise ValueError(f"{where} has soft_prompt_tuning: {quoted(prompt)}; supported is enabled: false")
     found: dict[str, Any] = {}
     for field, key, absent in KEYS:
         value = settings.get(key, absent)
@@ -176,20 +182,20 @@ def checked(field: str, key: str, value: Any, where: str) -> Any:
     """Convert a setting to the type of its field; raises ValueError if it has another type."""
     try:
         number = float(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None or (field in WHOLE and not number.is_integer()):
+    if number is None or not math.isfinite(number) or (field in WHOLE and not number.is_integer()):
         raise ValueError(
-            f"{where} has {key}: {value!r}, which must be {'an integer' if field in WHOLE else 'a number'}"
+            f"{where} has {key}: {quoted(value)}, which must be {'an integer' if field in WHOLE else 'a number'}"
         )
-    return int(number) if field in WHOLE else number
+    return number if field not in WHOLE else value if isinstance(value, int) else int(number)
 
 
 def checked_flag(key: str, settings: Mapping[str, Any], where: str, default: bool = False) -> bool:
     """Value of a flag; raises ValueError if it is not a boolean."""
     value = settings.get(key, default)
     if not isinstance(value, bool):
-        raise ValueError(f"{where} has {key}: {value!r}, which must be true or false")
+        raise ValueError(f"{where} has {key}: {quoted(value)}, which must be true or false")
     return value
 
 
