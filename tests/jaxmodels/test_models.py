@@ -186,7 +186,8 @@ def test_the_disk_has_everything_before_the_old_one_goes(model, copy, monkeypatc
     monkeypatch.undo()
     last = len(events) - 1 - events[::-1].index("rename")
     assert {path.stat().st_ino for path in (copy, *copy.rglob("*"))} <= set(events[:last])
-    assert events[last + 1 :] == [copy.parent.stat().st_ino, "removal"]
+    assert events[last + 1] == copy.parent.stat().st_ino
+    assert set(events[last + 2 :]) == {"removal"}
 
 
 def test_a_symbolic_link_stays_one(model, copy, tmp_path):
