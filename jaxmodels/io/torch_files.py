@@ -25,6 +25,7 @@ DTYPE_CLASSES = ("BoolDType", "UInt32DType", "Int32DType", "Int64DType", "Float3
 DAMAGED = (
     *(RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError),
     *(struct.error, zipfile.BadZipFile, MemoryError, OverflowError, RecursionError, NotImplementedError),
+    SystemError,  # NumPy's, for some states of a dtype
 )
 REPEATED_BYTES = 2**24  # of a tensor that repeats its values, such as a mask, in a smaller file
 

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from jaxmodels.io import torch_files
 from jaxmodels.io.bounded import read_json
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_pt, read_tensors
@@ -117,3 +118,16 @@ def test_a_pointer_in_place_of_json(tmp_path):
     (tmp_path / "config.json").write_bytes(CONTENTS["git-lfs"])
     with pytest.raises(ValueError, match=r"config\.json is .*git-lfs"):
         read_json(tmp_path / "config.json")
+
+
+def test_an_error_that_numpy_does_not_explain_names_the_file(tmp_path, monkeypatch):
+    """NumPy's C code returns an error without an exception for some pickled states of a dtype."""
+    file = tmp_path / "old.pt"
+    torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+
+    def failing(_):
+        raise SystemError("returned NULL without setting an exception")
+
+    monkeypatch.setattr(torch_files, "read_legacy", failing)
+    with pytest.raises(ValueError, match=r"old\.pt.*returned NULL"):
+        read_tensors(file)
