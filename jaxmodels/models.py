@@ -177,7 +177,9 @@ def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shard
         check_floating(dtype)
     folder = model_folder(Path(source))
     name, config = read_config(folder)
-    place = placement(model_class(name), shardings) if isinstance(shardings, Mesh) else shardings
+    with errors_naming(folder / "config.json"):
+        cls = model_class(name)
+    place = placement(cls, shardings) if isinstance(shardings, Mesh) else shardings
     stored = stored_arrays(folder)
     model = abstract(name, config, Stored.of(stored), folder / "config.json")
     if is_folder(folder, STEM):

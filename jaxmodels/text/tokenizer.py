@@ -24,6 +24,7 @@ CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", VOCAB, MERGES)
 MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 SPECIAL_NAME = re.compile(r"<\|.+\|>")  # in a vocab.json, which does not say what is special
+LARGEST_ID = 2**24  # published vocabularies have up to 262,144 tokens
 END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
 
 
@@ -87,8 +88,7 @@ class TokenizerFile(Vocabulary):
         largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=None)
         if largest is None:
             raise ValueError("a tokenizer without tokens")
-        if largest >= 2**31:
-            raise ValueError(f"a tokenizer with the id {largest}; ids are at most 2³¹ - 1")
+        check_largest(largest)
         return int(largest) + 1
 
     def __len__(self) -> int:
@@ -195,6 +195,7 @@ def byte_level(file: Path) -> str:
     with refusing(f"with {MERGES} not a byte-level tokenizer"):
         model = models.BPE.from_file(str(file), str(file.with_name(MERGES)))
     tokenizer = Tokenizer(model)
+    check_largest(max(tokenizer.get_vocab().values(), default=0))
     prefix = bool(config.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=True)
@@ -215,6 +216,12 @@ def byte_level(file: Path) -> str:
         entry = {"id": i, "content": about["content"]} | {name: bool(about.get(name, flags[name])) for name in flags}
         content["added_tokens"].append(entry)
     return json.dumps(content)
+
+
+def check_largest(largest: int) -> None:
+    """Raises ValueError for an id of a token that no vocabulary has: memory is taken for all ids up to the largest."""
+    if largest > LARGEST_ID:
+        raise ValueError(f"a tokenizer with the id {largest}; ids are at most {LARGEST_ID}")
 
 
 def added_tokens(file: Path, entries: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -178,6 +178,17 @@ def test_an_id_of_a_special_token_has_31_bits(tmp_path, value):
     assert len(str(refused.value)) < 500
 
 
+@pytest.mark.parametrize("value", [2**24 + 1, 2**31 - 1])
+def test_an_id_of_a_vocabulary_takes_no_memory_for_those_below(tmp_path, value):
+    """The tokenizers package lists all ids up to the largest when it writes a vocabulary."""
+    TARGETS["vocab.json and merges.txt"].make(tmp_path)
+    (file,) = tmp_path.rglob("vocab.json")
+    vocabulary = json.loads(file.read_text())
+    file.write_text(json.dumps(vocabulary | {next(iter(vocabulary)): value}))
+    with pytest.raises(ValueError, match=rf"vocab\.json.*{value}"):
+        TokenizerFile.read(file)
+
+
 @pytest.mark.parametrize("offset", [2**30, -(2**30)])
 def test_an_arrow_file_with_strings_outside_of_it_is_refused(tmp_path, offset):
     """It would be read as memory of the process, or end it."""
