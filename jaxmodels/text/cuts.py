@@ -224,7 +224,7 @@ def normalized(step: Step, text: str) -> str:
 
 
 def normalize(step: Step, before: str, after: str) -> set[tuple[str, str]]:
-    """What characters beside a cut may become; raises NoCut if a normalizer does not map both sides independently."""
+    """Characters that those beside a cut may become; raises NoCut if a normalizer does not map both sides independently."""
     kind = step["type"]
     if kind == "Replace":
         pattern = Pattern.of(step["pattern"])
@@ -244,7 +244,7 @@ def normalize(step: Step, before: str, after: str) -> set[tuple[str, str]]:
 
 
 def replaced(pattern: Pattern, c: str, content: str) -> set[str]:
-    """What a character beside a cut may become: the content, if it is in a match; raises NoCut if that is empty."""
+    """Characters that one beside a cut may become: the content, if it is in a match; raises NoCut if that is empty."""
     if not pattern.touches(c):
         return {c}
     if not content:

@@ -75,7 +75,7 @@ class Growing:
 
 @dataclasses.dataclass
 class State:
-    """What of a folder counts. part: index of the source that is read; lengths: ids and documents of each part."""
+    """Part of a folder that counts. part: index of the source that is read; lengths: ids and documents of each part."""
 
     key: str
     part: int = 0

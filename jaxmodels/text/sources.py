@@ -1,4 +1,4 @@
-"""What `--text` names: a corpus, a file, or a folder of documents, as sources to train on and to validate on."""
+"""Sources that `--text` names: a corpus, a file, or a folder of documents, as sources to train on and to validate on."""
 
 import dataclasses
 import itertools

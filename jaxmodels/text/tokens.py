@@ -226,7 +226,7 @@ def read(folder: Path) -> Tokens:
 def read_documents(
     folder: Path, lengths: object, parts: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """Where the documents of each part begin; raises ValueError if the files are not what tokens.json says."""
+    """Beginnings of the documents of each part; raises ValueError if the files are not what tokens.json says."""
     if lengths is None:
         return None, None
     if not isinstance(lengths, dict):
