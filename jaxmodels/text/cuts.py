@@ -224,7 +224,7 @@ def normalized(step: Step, text: str) -> str:
 
 
 def normalize(step: Step, before: str, after: str) -> set[tuple[str, str]]:
-    """Characters that those beside a cut may become; raises NoCut if a normalizer does not map both sides independently."""
+    """Characters that those beside a cut may become; raises NoCut if a normalizer does not map the sides separately."""
     kind = step["type"]
     if kind == "Replace":
         pattern = Pattern.of(step["pattern"])

@@ -25,7 +25,7 @@ OTHER_BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 class Place(NamedTuple):
-    """Position from which reading goes on: file of a source, place in the file, characters of the document there that are done."""
+    """Position from which reading goes on: file of a source, place in it, characters that are done of the document there."""
 
     file: int = 0
     offset: int = 0

@@ -1,4 +1,4 @@
-"""Sources that `--text` names: a corpus, a file, or a folder of documents, as sources to train on and to validate on."""
+"""Sources that `--text` names, to train on and to validate on: a corpus, a file, or a folder of documents."""
 
 import dataclasses
 import itertools
