@@ -50,6 +50,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # limit of the format
+# Lists and objects, of which a tensor has 3, and commas in a header: others of that size take 3 GB as Python objects.
+MAX_OPENED, MAX_COMMAS = 3_000_001, 10_000_000
 FILE_BYTES = 5_000_000_000
 PIECE_BYTES = 1_000_000  # small enough to be in the processor's cache when it is written
 
@@ -80,7 +82,10 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
         size = int.from_bytes(data[:8].tobytes(), "little")
         if len(data) < 8 or size > min(len(data) - 8, MAX_HEADER):
             raise ValueError(f"header of {size} bytes in a file of {len(data)}")
-        header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=without_repetition)
+        text = data[8 : 8 + size].tobytes()
+        if text.count(b"[") + text.count(b"{") > MAX_OPENED or text.count(b",") > MAX_COMMAS:
+            raise ValueError("a header of more values than a million tensors have")
+        header = json.loads(text, object_pairs_hook=without_repetition)
         about = header.pop("__metadata__", None)
         if about is not None and not all(isinstance(text, str) for text in about.values()):
             raise ValueError("__metadata__ must be an object of strings")

@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxmodels.io.torch_legacy import read_legacy
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import as_numpy, as_tensor
+from jaxmodels.weights.pickles import TooMuchError, check_work
 
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
 DEPTH = 2  # of an entry with the state_dict
@@ -27,6 +29,7 @@ DAMAGED = (
     *(struct.error, zipfile.BadZipFile, MemoryError, OverflowError, RecursionError, NotImplementedError),
     SystemError,  # NumPy's, for some states of a dtype
 )
+PICKLE_BYTES = 2**26  # of the structure, without the numbers
 REPEATED_BYTES = 2**24  # of a tensor that repeats its values, such as a mask, in a smaller file
 
 
@@ -71,27 +74,45 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
         with torch.serialization.safe_globals(list(safe_globals)):
             if not is_zip:
                 return read_legacy(file)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            check_structure(file)
+            with warnings.catch_warnings():  # torch's own use of what it deprecates, and notes on the pickle's protocol
+                warnings.simplefilter("ignore")
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         refers = f"holds more than tensors: it refers to {shortened(named[1], 100)}" if named else ""
         why = refers or "is damaged or holds more than tensors"
         raise explained(file, f"is refused, as it {why}") from None
+    except TooMuchError as error:
+        raise ValueError(f"{file} is refused: {error}") from None
     except DAMAGED as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise explained(file, f"is truncated or not a PyTorch checkpoint: {reason}") from None
 
 
 def check_stored(file: Path) -> None:
-    """Raises ValueError if a zip has compressed entries, which cannot be memory-mapped."""
+    """Raises ValueError if a zip has compressed entries, which cannot be memory-mapped, or too large a pickle."""
     try:
         with zipfile.ZipFile(file) as archive:
-            compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            entries = archive.infolist()
     except DAMAGED as error:
         raise ValueError(f"{file} is a damaged zip file: {error}") from None
+    compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if compressed:
         raise ValueError(f"{file} has compressed entries ({compressed[0]}); save it again with torch.save")
+    size = max((entry.file_size for entry in entries if entry.filename.lower().endswith(".pkl")), default=0)
+    if size > PICKLE_BYTES:
+        raise ValueError(f"{file} has a pickle of {size:,} bytes; at most {PICKLE_BYTES:,} are read")
+
+
+def check_structure(file: Path) -> None:
+    """Raises TooMuchError if the pickle of a zip file asks for more work than any checkpoint does."""
+    import torch
+
+    # Torch's own reader, which may find another entry in a damaged zip than Python's.
+    with torch.serialization._open_zipfile_reader(str(file)) as reader:
+        check_work(io.BytesIO(reader.get_record("data.pkl")))
 
 
 def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -9,6 +9,8 @@
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxmodels.weights.pickles import check_work
+
 COUNT_BYTES = 8
 
 
@@ -70,10 +72,21 @@ def read_pickles(content: BinaryIO, storage: Any) -> tuple[Any, list[str]]:
             held = held[start * width : (start + length) * width]
         return torch.storage.TypedStorage(wrap_storage=held, dtype=kind.dtype, _internal=True)
 
-    magic, protocol = (unpickler.load(content, encoding="utf-8") for _ in range(2))
+    def load() -> Any:
+        return unpickler.load(counted(content), encoding="utf-8")
+
+    magic, protocol = load(), load()
     if (magic, protocol) != (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION):
         raise RuntimeError("it begins with other bytes")
-    unpickler.load(content, encoding="utf-8")  # the system
-    reader = unpickler.Unpickler(content, encoding="utf-8")
+    load()  # the system
+    reader = unpickler.Unpickler(counted(content), encoding="utf-8")
     reader.persistent_load = persistent_load  # type: ignore[method-assign]
-    return reader.load(), unpickler.load(content, encoding="utf-8")
+    return reader.load(), load()
+
+
+def counted(content: BinaryIO) -> BinaryIO:
+    """The same file, if the pickle at its position asks for a bounded amount of work; raises TooMuchError otherwise."""
+    position = content.tell()
+    check_work(content)
+    content.seek(position)
+    return content

@@ -1,5 +1,6 @@
 """PyTorch files that would swell, or be read as garbage, or run code."""
 
+import io
 import os
 import pickle
 import zipfile
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from jaxmodels.io.torch_files import read_pt, read_state_dict, read_tensors
+from jaxmodels.weights.pickles import check_work
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -71,3 +73,75 @@ def test_an_array_of_a_pickle_takes_no_memory_before_it_is_measured(tmp_path):
             new.writestr(entry.filename, content)
     with pytest.raises(ValueError, match=r"model\.pt"):
         read_tensors(file)
+
+
+def doubled(times: int) -> bytes:
+    """Instructions for a tuple of twice the same tuple of twice the same …"""
+    return b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(times))
+
+
+def calling(module: bytes, name: bytes, arguments: bytes) -> bytes:
+    return b"c" + module + b"\n" + name + b"\n" + arguments + b"R"
+
+
+LARGE = b"\x8a\x05" + (4 * 10**9).to_bytes(5, "little")
+A = b"X\x01\x00\x00\x00a"
+WORK = {
+    "a key that is hashed 2⁶⁰ times": b"}" + doubled(60) + b"K\x01s",
+    "a set that is": b"}" + A + calling(b"builtins", b"set", b"]" + doubled(60) + b"a\x85") + b"s",
+    "a key of larger tuples": b"}" + doubled(18) + b"".join(b"q\x20h\x20h\x20\x87" for _ in range(20)) + b"K\x01s",
+    "bytes that are filled": b"}" + A + calling(b"builtins", b"bytearray", LARGE + b"\x85") + b"s",
+    "objects that are filled": b"}"
+    + A
+    + calling(b"numpy", b"ndarray", b"J\x40\x42\x0f\x00J\x40\x42\x0f\x00\x86X\x01\x00\x00\x00O\x86")
+    + b"s",
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("work", WORK)
+def test_a_structure_that_takes_unbounded_work_is_refused(tmp_path, zipped, work):
+    file, content = tmp_path / "model.pt", b"\x80\x02" + WORK[work] + b"."
+    if zipped:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", "3")
+    else:
+        head = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
+        file.write_bytes(b"".join(pickle.dumps(one, 2) for one in head) + content + pickle.dumps([], 2))
+    with pytest.raises(ValueError, match=r"model\.pt is refused: .*2,000,000 values"):
+        read_tensors(file)
+
+
+def test_instructions_are_counted():
+    check_work(io.BytesIO(b"\x80\x02" + b"]" * 36 + b"."), most=37)
+    with pytest.raises(ValueError, match="more than 37 values"):
+        check_work(io.BytesIO(b"\x80\x02" + b"]" * 37 + b"."), most=37)
+
+
+def test_a_pickle_larger_than_any_checkpoints_is_not_read(tmp_path):
+    file = tmp_path / "model.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/DATA.pkl", bytes(2**26 + 1))
+    with pytest.raises(ValueError, match=r"model\.pt has a pickle of 67,108,865 bytes"):
+        read_pt(file)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_structure_of_many_kinds_is_read_as_before(tmp_path, zipped):
+    shared = torch.arange(6.0)
+    content = {
+        "state_dict": {
+            "a": shared,
+            "b": shared[2:5],
+            "mask": torch.ones(1).expand(7, 5),
+            "half": torch.zeros(3).half(),
+        },
+        "step": 70_000_000_000,
+        "shape": [(3, 5), 1.5, None, True, b"x", {2}, torch.Size([2, 3])],
+    }
+    torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    found = read_pt(tmp_path / "model.pt")
+    assert found["step"] == content["step"]
+    assert found["shape"][:-1] == content["shape"][:-1]
+    assert torch.equal(found["state_dict"]["b"], shared[2:5])

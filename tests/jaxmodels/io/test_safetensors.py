@@ -194,6 +194,15 @@ def test_what_is_read_is_what_the_package_reads(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", [b"[],", b'{"":[]},', b'"ab",'])
+def test_a_header_of_far_more_values_than_tensors_have_is_refused(tmp_path, part):
+    text = b'{"a":[' + part * (90_000_000 // len(part)) + b"0]}"
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match=r"a\.safetensors .*a million tensors"):
+        read_file(file)
+
+
 def test_the_largest_header_takes_seconds(tmp_path):
     """93 MB for a million empty tensors, as the format allows."""
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
