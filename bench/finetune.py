@@ -71,7 +71,8 @@ def main() -> None:
     }
     shape = (options.batch, options.length + 1)
     tokens = np.random.default_rng(0).integers(0, sizes.n_vocab, shape, np.int32)
-    steps, memory = {}, {}
+    steps: dict[str, Callable[[], object]] = {}
+    memory: dict[str, tuple[int, int, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(Path(folder) / "model")
         jaxmodels.save(cast(NeoX(sizes, rngs=nnx.Rngs(0)), options.dtype), checkpoint)

@@ -25,7 +25,7 @@ OTHER_BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 class Place(NamedTuple):
-    """Position from which reading goes on: file of a source, place in it, characters that are done of the document there."""
+    """Position from which reading goes on: file of a source, place in it, and characters done of the document there."""
 
     file: int = 0
     offset: int = 0
