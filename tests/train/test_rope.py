@@ -200,7 +200,7 @@ def test_a_long_text_never_exceeds_the_trained_length(run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prompt", "sea ñ"], "characters 'ñ'"),
+        (["--prompt", "sea ñ"], "characters: 'ñ'"),
         (["--prompt", ""], "prompt=''"),
         (["--length", "0"], "length=0 .*1"),
         (["--temperature", "-1"], "temperature=-1"),

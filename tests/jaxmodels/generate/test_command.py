@@ -185,7 +185,7 @@ def test_a_text_beyond_the_trained_positions_is_said(checkpoint, capsys, tmp_pat
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--top-k", "3"], "temperature"),
         (["--temperature", "-1"], r"temperature=-1\.0"),
-        (["--seed", str(2**70)], r"seed=1180591620717411303424\b.*2³²"),
+        (["--seed", "-1"], r"seed=-1\b"),
         (["--temperature", "1", "--top-p", "2"], r"top_p=2\.0"),
         (["--stop", ""], "stop=''"),
         (["--tokenizer", "nowhere.json"], r"nowhere\.json"),

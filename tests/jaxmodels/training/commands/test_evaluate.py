@@ -235,7 +235,7 @@ def test_a_run_is_scored_in_strides(make_run, tmp_path, capsys, monkeypatch):
     ("flags", "message"),
     [
         (["--text", "c.jsonl"], "c.jsonl.*--jsonl-field"),
-        (["--text", "c.jsonl", "--jsonl-field", "words"], "c.jsonl:1 .*'words'.*id, text"),
+        (["--text", "c.jsonl", "--jsonl-field", "words"], "c.jsonl:1 .*'words'.*'id', 'text'"),
         (["--text", "bad.jsonl", "--jsonl-field", "text"], "bad.jsonl:2 "),
         (["--text", "a.txt", "none.txt"], "none.txt"),
         (["--text", "a.txt", "--bos"], "--bos"),
