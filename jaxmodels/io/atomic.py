@@ -19,7 +19,9 @@ from pathlib import Path
 from jaxmodels.io import manifest
 from jaxmodels.process.texts import visible
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.old)?")  # of `temporary_name`
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.old)?")  # of folders, whose manifest tells them from those of others
+# Of files, which have nothing else that does: a user's own may end in eight digits, such as a date.
+TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.jaxmodels")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 SWAPPING = 0.2  # seconds; a process that is not killed takes microseconds between the two renames
 FLUSHING = 8  # threads
@@ -89,6 +91,7 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(target)
     temporary = temporary_name(target)
+    temporary = temporary.with_name(f"{temporary.name}.jaxmodels")
     try:
         yield temporary
         flush(temporary)

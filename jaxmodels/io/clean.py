@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxmodels.io import manifest, steps
-from jaxmodels.io.atomic import TEMPORARY
+from jaxmodels.io.atomic import TEMPORARY, TEMPORARY_FILE
 from jaxmodels.process import programs
 from jaxmodels.process.texts import visible
 
@@ -60,7 +60,7 @@ def clean(folder: Path, *, delete: bool) -> None:
         if delete:
             remove(path)
     if not count:
-        print(f"{folder}: nothing to remove" + (f"; {young} may be in use" if young else ""))
+        print(f"{visible(str(folder))}: nothing to remove" + (f"; {young} may be in use" if young else ""))
     elif delete:
         print(f"removed {count}, {total:,} bytes")
     else:
@@ -80,7 +80,7 @@ def leftovers(folder: Path) -> Iterator[Path]:
                 folders.remove(name)
                 yield here / name
         for name in sorted(files):
-            if TEMPORARY.fullmatch(name) and not (here / name).is_symlink() and (here / name).is_file():
+            if TEMPORARY_FILE.fullmatch(name) and not (here / name).is_symlink() and (here / name).is_file():
                 yield here / name
 
 

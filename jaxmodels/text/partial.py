@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import TEMPORARY, atomic_file, names_file
+from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file, names_file
 from jaxmodels.io.bounded import read_object
 from jaxmodels.text.documents import Place, Source
 from jaxmodels.text.encoding import Unknown, encode
@@ -127,7 +127,7 @@ def locked(folder: Path) -> Iterator[None]:
     manifest.refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = {LOCK, PROGRESS, manifest.NAME, *(file.name for part in range(len(PARTS)) for file in files_of(folder, part))}
-    other = [path for path in folder.iterdir() if path.name not in own and not TEMPORARY.fullmatch(path.name)]
+    other = [path for path in folder.iterdir() if path.name not in own and not TEMPORARY_FILE.fullmatch(path.name)]
     if other:
         raise ValueError(f"{other[0]} was not written by this program: move it, or choose another folder to write")
     with open(folder / LOCK, "w") as lock:

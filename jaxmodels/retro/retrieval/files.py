@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import TEMPORARY, atomic_file
+from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
 from jaxmodels.io.bounded import read_object, sha256_of
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.texts import quoted, shortened
@@ -66,7 +66,12 @@ def read_about(folder: Path) -> dict[str, Any]:
 def is_empty(folder: Path) -> bool:
     """True if a folder is missing, or holds nothing but what a killed build left under a temporary name."""
     manifest.refuse_links(folder)
-    return not folder.exists() or all(TEMPORARY.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
+    return not folder.exists() or all(map(is_temporary, folder.iterdir()))
+
+
+def is_temporary(path: Path) -> bool:
+    """True for a file that a killed build left under a temporary name."""
+    return TEMPORARY_FILE.fullmatch(path.name) is not None and path.is_file()
 
 
 def remove_superseded(folder: Path, about: dict[str, Any]) -> None:

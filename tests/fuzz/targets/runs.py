@@ -46,7 +46,7 @@ def make_leftovers(folder: Path) -> None:
     """A folder in which a killed process has left a part of a model, and a file, long ago."""
     make_model(folder / "model")
     (folder / "model").rename(folder / ".model.0a1b2c3d")
-    (folder / ".notes.txt.0a1b2c3d").write_text("half")
+    (folder / ".notes.txt.0a1b2c3d.jaxmodels").write_text("half")
     (folder / "notes.txt").write_text("whole")
 
 

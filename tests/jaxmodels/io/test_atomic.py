@@ -167,6 +167,7 @@ def aged(folder: Path) -> None:
 
 def test_clean_lists_and_then_removes_the_leftovers_alone(tmp_path, capsys):
     kept = ["model.safetensors", ".gitignore", ".config.json.12345678x", "a.12345678", ".cache.0123abcd/photo.jpg"]
+    kept += [".backup.20241126", ".jaxmodels", ".env.0123abcd.jaxmodels.txt"]
     for name in kept:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
@@ -175,12 +176,12 @@ def test_clean_lists_and_then_removes_the_leftovers_alone(tmp_path, capsys):
     left.mkdir(parents=True)
     manifest.begin(left)
     (left / "half").write_text("ha")
-    (tmp_path / "inside" / ".about.json.00000000").write_text("ha")
+    (tmp_path / "inside" / ".about.json.00000000.jaxmodels").write_text("ha")
     aged(tmp_path)
     assert clean([str(tmp_path)]) == 0
     listed = capsys.readouterr().out
     assert ".model.89abcdef" in listed
-    assert ".about.json.00000000" in listed
+    assert ".about.json.00000000.jaxmodels" in listed
     assert "2 to remove" in listed
     assert left.exists()
     assert clean([str(tmp_path), "--delete"]) == 0
@@ -191,10 +192,10 @@ def test_clean_lists_and_then_removes_the_leftovers_alone(tmp_path, capsys):
 
 
 def test_clean_keeps_what_may_be_in_use(tmp_path, capsys):
-    (tmp_path / ".about.json.00000000").write_text("ha")
+    (tmp_path / ".about.json.00000000.jaxmodels").write_text("ha")
     assert clean([str(tmp_path), "--delete"]) == 0
     assert "1 may be in use" in capsys.readouterr().out
-    assert (tmp_path / ".about.json.00000000").exists()
+    assert (tmp_path / ".about.json.00000000.jaxmodels").exists()
     assert clean([str(tmp_path / "nowhere")]) == 2
 
 

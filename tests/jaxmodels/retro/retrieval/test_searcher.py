@@ -108,7 +108,7 @@ def test_a_link_in_the_folder_is_refused(folder, name, tmp_path):
 def test_a_build_goes_on_where_a_killed_one_left_temporary_and_superseded_files(folder, tmp_path):
     new = tmp_path / "new"
     new.mkdir()
-    (new / ".about.json.0123abcd").write_text('{"form')
+    (new / ".about.json.0123abcd.jaxmodels").write_text('{"form')
     assert len(ChunkIndex.build(new, CORPUS, L, NGRAMS)) == N
     (folder / "index-0000000003.faiss").write_text("old")
     ChunkIndex.build(folder, CORPUS, L, NGRAMS)
