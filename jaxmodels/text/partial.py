@@ -130,13 +130,13 @@ def locked(folder: Path) -> Iterator[None]:
     other = [path for path in folder.iterdir() if path.name not in own and not TEMPORARY_FILE.fullmatch(path.name)]
     if other:
         raise ValueError(f"{other[0]} was not written by this program: move it, or choose another folder to write")
+    if manifest.foreign(folder) is not None:  # before any other file, so that `jaxmodels clean` lists what is left
+        manifest.begin(folder)
     with open(folder / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder} is being written by another process") from None
-        if not (folder / manifest.NAME).exists():
-            manifest.begin(folder)
         yield
 
 

@@ -11,7 +11,6 @@ TOKENS/train_documents.npy, …     where each document begins, and the end: int
 import dataclasses
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -198,7 +197,7 @@ def write_sources(folder: Path, sources: Sources, vocabulary: Vocabulary, end_to
             (new / "tokens.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             for file in files:
                 file.rename(new / file.name)
-        shutil.rmtree(partial)
+        manifest.remove(partial)
     return tokens
 
 

@@ -1,19 +1,22 @@
 """`python -m tests.jaxmodels.io.kills OPERATION STRIDE`: kill an operation before its first, second, … file operation.
 
 Each time a new process does the whole of it on a fresh copy and is killed by SIGKILL. Then the target must be whole,
-old or new, once it is recovered; the operation must succeed when it is done again; and `jaxmodels clean` must remove
-the rest. Prints the number of points.
+old or new, once it is recovered; `jaxmodels clean` must list whatever else is left; the operation must succeed when it
+is done again; and `jaxmodels clean` must remove the rest. Prints the number of points.
 """
 
 import contextlib
+import importlib
 import io
 import itertools
+import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -81,8 +84,8 @@ def save_model(target: Path, text: str) -> None:
     import jaxmodels
     from jaxmodels.transformer import AutoregressiveTransformer
 
-    sizes = {"n_vocab": 7, "d_model": 6, "n_layers": 1, "heads": 3, "d_ff": 5, "dropout": 0.0, "attention": "plain"}
-    jaxmodels.save(AutoregressiveTransformer(**sizes, rngs=nnx.Rngs(0)), target, overwrite=True)
+    model = AutoregressiveTransformer(7, 6, 3, 5 + len(text), 1, attention="plain", rngs=nnx.Rngs(0))
+    jaxmodels.save(model, target, overwrite=True)
     jaxmodels.load(target)
 
 
@@ -92,7 +95,7 @@ def write_hf(target: Path, text: str) -> None:
     from jaxmodels.convert.hf import save_hf
     from jaxmodels.neox import NeoX, NeoXConfig
 
-    model = NeoX(NeoXConfig(n_vocab=7, n_hidden=12, n_layers=2, n_heads=3), rngs=nnx.Rngs(0))
+    model = NeoX(NeoXConfig(n_vocab=7 + len(text), n_hidden=24, n_layers=1, n_heads=3), rngs=nnx.Rngs(0))
     save_hf(model, target, overwrite=True)
 
 
@@ -107,12 +110,23 @@ OPERATIONS: dict[str, Callable[[Path, str], None]] = {
 }
 REPLACES = ("folder", "folder, renamed twice", "file", "model", "hf")  # a target that exists
 GROWS = ("index",)  # its files appear one by one, and it is continued
+IMPORTS = {  # before the processes are forked: JAX alone takes seconds
+    "tokens": ("jaxmodels.training.tokenize",),
+    "index": ("jaxmodels.retro.retrieval.index",),
+    "model": ("jaxmodels.transformer",),
+    "hf": ("jaxmodels.convert.hf", "jaxmodels.neox"),
+}
 
 
 def contents(target: Path) -> object:
-    """Content of a file, or names and sizes of a folder's files."""
+    """Content of a file, or names and sizes of a folder's files; of a model's, which have random names, that all are
+    there.
+    """
     if target.is_file():
         return target.read_text()
+    if (target / "params" / "state").is_dir():
+        complete = json.loads((target / manifest.NAME).read_text())["complete"]
+        return complete, manifest.foreign(target), (target / "config.json").read_text()
     files = sorted(file for file in target.rglob("*") if file.is_file())
     return {str(file.relative_to(target)): file.stat().st_size for file in files}
 
@@ -125,6 +139,8 @@ def forked(function: Callable[[], None]) -> int:
         try:
             function()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -150,6 +166,8 @@ def check(name: str, number: int, before: Path, whole: list[object]) -> bool:
         atomic.recover(target)
         found = contents(target) if target.exists() else None
         assert name in GROWS or found in whole, (number, found)
+        left = {path for path in folder.iterdir() if path != target}
+        assert left <= set(clean.leftovers(folder)), (number, left)
         assert forked(lambda: operation(target, "new")) == 0, number
         for path in folder.rglob("*"):
             os.utime(path, (time.time() - 2 * manifest.SETTLED,) * 2)
@@ -164,6 +182,8 @@ def main(name: str, stride: int) -> int:
     """Check every stride-th point of an operation; returns their number."""
     warnings.simplefilter("ignore")  # of JAX, on forks; none of its threads runs in this process
     operation = OPERATIONS[name]
+    for module in IMPORTS.get(name, ()):
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as scratch:
         before, new = Path(scratch, "before"), Path(scratch, "new")
         if name in REPLACES:

@@ -31,3 +31,8 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
 def test_a_kill_before_any_operation_on_a_file_leaves_old_or_new(name):
     points = int(started("tests.jaxmodels.io.kills", name, "1"))
     assert points >= (3 if name == "file" else 15)
+
+
+@pytest.mark.slow
+def test_tokenizing_that_is_killed_before_any_operation_on_a_file_can_be_continued():
+    assert int(started("tests.jaxmodels.io.kills", "tokens", "1")) >= 40
