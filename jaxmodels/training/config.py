@@ -12,7 +12,7 @@ import tyro
 
 from jaxmodels.process.distributed import Processes
 from jaxmodels.process.seeds import seed_32
-from jaxmodels.training.optimizers import OptimizerName, ScheduleName, make_schedule
+from jaxmodels.training.optimizers import OptimizerName, ScheduleName, check_momentum, make_schedule
 from jaxmodels.training.step import Numerics, Precision, Remat
 
 
@@ -42,7 +42,10 @@ class Config:
     steps: int = 2000
     """total steps; raise it to extend a finished run (not with schedule=cosine)"""
     optimizer: OptimizerName = "original"
-    """original: Adam with epsilon added before bias correction, as the original experiments; torch: after it; adamw"""
+    """original: Adam with epsilon added before bias correction, as the original experiments; torch: after it; adamw;
+    adafactor; lion; muon: for matrices of layers, AdamW for the rest. --learning-rate is the preset's for each of them;
+    common peak rates: adamw and muon 1e-3, lion 1e-4 (with --weight-decay 1), adafactor 1e-2 (relative to the root
+    mean square of a parameter)"""
     schedule: ScheduleName = "noam"
     """learning rate schedule: noam; cosine, down to a tenth at the last step; or constant"""
     learning_rate: float = 1.0
@@ -54,13 +57,16 @@ class Config:
     eps: float = 1e-8
     """Adam's epsilon"""
     weight_decay: float = 0.1
-    """decay of matrices with optimizer=adamw"""
+    """decay of matrices with optimizer=adamw, adafactor, lion or muon"""
     clip: float | None = 1.0
     """clip gradients to this global norm; None: no clipping"""
     compute_dtype: Precision = "float32"
     """dtype of the step's computation; losses, softmax and norms are always computed in float32"""
     param_dtype: Precision = "float32"
     """dtype of parameters and optimizer moments"""
+    momentum_dtype: Precision | None = None
+    """dtype of the optimizer's first moments; None: that of the parameters. bfloat16 halves their memory; averages of
+    squared gradients keep the parameters' dtype. Not for optimizer=adafactor, which has no momentum"""
     remat: Remat = "none"
     """recompute in the backward pass instead of storing: none; layers; dots (everything in a layer but its matrix
     products)"""
@@ -93,6 +99,7 @@ class Config:
             raise ValueError(f"weight_decay={self.weight_decay} must be at least 0")
         if not 0 <= self.b2 < 1:
             raise ValueError(f"b2={self.b2} must be at least 0 and below 1")
+        check_momentum(self.optimizer, self.momentum_dtype)
         # Raises if a cosine does not fit the steps; any width will do, as it only scales the rates.
         make_schedule(self.schedule, self.learning_rate, width=1, warmup=self.warmup, steps=self.steps)
 
@@ -159,7 +166,10 @@ class AdamWConfig(TransformerConfig):
     """Hyperparameters of a run with AdamW and a cosine schedule, instead of the originals' Adam and Noam schedule."""
 
     optimizer: OptimizerName = "adamw"
-    """original: Adam with epsilon added before bias correction, as the original experiments; torch: after it; adamw"""
+    """original: Adam with epsilon added before bias correction, as the original experiments; torch: after it; adamw;
+    adafactor; lion; muon: for matrices of layers, AdamW for the rest. --learning-rate is the preset's for each of them;
+    common peak rates: adamw and muon 1e-3, lion 1e-4 (with --weight-decay 1), adafactor 1e-2 (relative to the root
+    mean square of a parameter)"""
     schedule: ScheduleName = "cosine"
     """learning rate schedule: noam; cosine, down to a tenth at the last step; or constant"""
     learning_rate: float = 2e-3

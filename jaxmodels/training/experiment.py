@@ -48,7 +48,7 @@ from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.config import Config
 from jaxmodels.training.data import Example, Task, Windows, endless, windows_of
-from jaxmodels.training.optimizers import adam, adamw, make_schedule
+from jaxmodels.training.optimizers import make_optimizer, make_schedule
 from jaxmodels.training.original import Original
 from jaxmodels.training.reporting.ngram import NGram
 from jaxmodels.training.reporting.trackers import Tracker
@@ -121,9 +121,15 @@ class Experiment(Generic[ConfigT]):
         rate = make_schedule(
             config.schedule, config.learning_rate, width=width, warmup=config.warmup, steps=config.steps
         )
-        if config.optimizer == "adamw":
-            return adamw(rate, config.weight_decay, config.clip, b2=config.b2, eps=config.eps)
-        return adam(rate, config.optimizer, config.clip, b2=config.b2, eps=config.eps)
+        return make_optimizer(
+            config.optimizer,
+            rate,
+            weight_decay=config.weight_decay,
+            max_norm=config.clip,
+            b2=config.b2,
+            eps=config.eps,
+            momentum_dtype=config.momentum_dtype,
+        )
 
     def losses(self, model: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
         """Loss of each predicted token, whose mean is minimized: nats [B, S]. rng: key for dropout, or None."""

@@ -187,11 +187,15 @@ class Program:
         """Shapes, dtypes and shardings of the state."""
         shapes = jax.eval_shape(self.init, jax.ShapeDtypeStruct((), jnp.uint32))
 
+        arrays = shapes.params | shapes.fixed
+
         def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            # Optimizer moments have the names and shapes of their parameters, and are placed like them.
-            name = getattr(path[-1], "key", "")
-            like = shapes.params.get(name) or shapes.fixed.get(name)
-            spec = self.specs[name] if like is not None and like.shape == leaf.shape else PartitionSpec()
+            # Optimizer moments are in dicts by the names of their parameters, and are placed like them.
+            name = next((key for key in (getattr(part, "key", "") for part in reversed(path)) if key in arrays), None)
+            spec = PartitionSpec()
+            if name is not None:
+                rows = getattr(path[-1], "name", "") == "v_row"
+                spec = moment_spec(self.specs[name], arrays[name].shape, leaf.shape, rows)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
 
         return jax.tree_util.tree_map_with_path(placed, shapes)
@@ -285,6 +289,22 @@ class Program:
 
     def abstract_stop(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.mesh.size,), bool, sharding=stop_sharding(self.mesh))
+
+
+def moment_spec(spec: PartitionSpec, of: tuple[int, ...], shape: tuple[int, ...], rows: bool) -> PartitionSpec:
+    """PartitionSpec of an optimizer's array for a parameter of shape `of`: as the parameter's on the axes they share.
+
+    An array with one of the last two axes averaged, of Adafactor, is divided along the others. rows: of a square
+    matrix, the last axis was averaged, not the one before. Any other shape is replicated.
+    """
+    if shape == of:
+        return spec
+    entries = (*spec, *(None,) * (len(of) - len(spec)))
+    for axis in (-1, -2) if rows else (-2, -1):
+        kept = [i for i in range(len(of)) if i != len(of) + axis]
+        if len(of) > 1 and shape == tuple(of[i] for i in kept):
+            return PartitionSpec(*(entries[i] for i in kept))
+    return PartitionSpec()
 
 
 def without_optimizer(state: State) -> State:

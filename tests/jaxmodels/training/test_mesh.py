@@ -27,7 +27,9 @@ from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.sharding import check_batch, make_mesh, parameter_specs, parse_sizes
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training.metrics import read
+from jaxmodels.training.optimizers import make_optimizer
 from jaxmodels.training.script import main
+from jaxmodels.training.step import Program
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import ATTENTIONS
 from tests.train_common import EIGHT_DEVICES, ROOT, TEXT, TINY, program, start, start_two
@@ -76,6 +78,29 @@ MODELS = [
         rngs=nnx.Rngs(0),
     ),
 ]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
+def test_optimizer_states_are_divided_like_their_parameters(name):
+    sizes = NeoXConfig(n_vocab=64, n_hidden=128, n_heads=4, n_layers=3)
+    mesh = abstract_mesh(fsdp=4, tensor=2)
+    program = Program(lambda: NeoX(sizes, rngs=nnx.Rngs(0)), make_optimizer(name, 0.1), mesh)
+    state = program.abstract_state()
+    found = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state.optimizer)}
+    path = "layers.ffn.dense_h_h4.kernel"  # [3, 128, 512]
+    spec = program.specs[path]
+    assert spec == P(None, "fsdp", "tensor")
+    if name == "adafactor":
+        factored = state.optimizer[1][path][0]
+        assert (factored.v_row.shape, factored.v_col.shape) == ((3, 128), (3, 512))
+        assert (factored.v_row.sharding.spec, factored.v_col.sharding.spec) == (P(None, "fsdp"), P(None, "tensor"))
+        assert (3, 128, 512) not in found
+        square = state.optimizer[1]["layers.attention.output.kernel"][0]  # [3, 128, 128]
+        rows, columns = program.specs["layers.attention.output.kernel"][1:]
+        assert rows != columns
+        assert (square.v_row.sharding.spec, square.v_col.sharding.spec) == (P(None, rows), P(None, columns))
+    else:
+        assert found[3, 128, 512] == spec
 
 
 @pytest.mark.parametrize("make", MODELS, ids=[*ATTENTIONS, "feedback", "feedback_kv", "neox", "lora", "retro"])

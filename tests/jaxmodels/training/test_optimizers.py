@@ -1,12 +1,26 @@
 """Optimizers and schedules against closed forms and PyTorch."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxmodels.training.optimizers import adam, adamw, clip_by_norm, make_schedule, noam, scale_by_adam
+from jaxmodels.training.optimizers import (
+    adafactor,
+    adam,
+    adamw,
+    clip_by_norm,
+    lion,
+    make_optimizer,
+    make_schedule,
+    muon,
+    muon_axes,
+    noam,
+    scale_by_adam,
+)
 
 D, WARMUP, STEPS = 13, 7, 29
 EPS = 0.1  # large, so that its place matters
@@ -143,3 +157,118 @@ def test_clipping_is_over_all_gradients_and_leaves_small_ones():
     np.testing.assert_allclose([clipped["a"], clipped["b"]], [[0.6], [0.8]], rtol=1e-6)
     small = {"a": jnp.array([0.3]), "b": jnp.array([0.4])}
     np.testing.assert_array_equal(apply(clip_by_norm(1.0), [small])["a"], small["a"])
+
+
+LAYERS, IN, OUT = 2, 3, 5
+SHAPES = {
+    "layers.ffn.kernel": (LAYERS, IN, OUT),  # stacked layers
+    "layers.ffn.bias": (LAYERS, OUT),
+    "encoder.layers.0.output.kernel": (OUT, IN),  # a list of layers
+    "layers.lora_a": (LAYERS, IN, 2),
+    "emb.embedding": (7, IN),
+    "readout.linear.kernel": (IN, 7),
+}
+RATE, DECAY = 0.03, 0.4
+
+
+def arrays(seed: int, dtype: type = np.float64) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {path: rng.normal(size=shape).astype(dtype) for path, shape in SHAPES.items()}
+
+
+def layers_of(path: str, array: np.ndarray) -> list[np.ndarray]:
+    return list(array) if path.startswith("layers.") else [array]
+
+
+def in_torch(make, begun: dict, steps: list[dict], only: Sequence[str] = tuple(SHAPES)) -> dict[str, np.ndarray]:
+    """Parameters after steps of torch's optimizer, each layer a parameter of its own."""
+    torch = pytest.importorskip("torch")
+    parameters = {path: [torch.tensor(a, requires_grad=True) for a in layers_of(path, begun[path])] for path in only}
+    decayed = {True: [], False: []}
+    for path, tensors in parameters.items():
+        decayed[path.split(".")[-1] in ("kernel", "lora_a")] += tensors
+    groups = [{"params": tensors, "weight_decay": DECAY * decays} for decays, tensors in decayed.items() if tensors]
+    optimizer = make(torch.optim, groups)
+    for gradient in steps:
+        for path, tensors in parameters.items():
+            for tensor, value in zip(tensors, layers_of(path, gradient[path]), strict=True):
+                tensor.grad = torch.tensor(value)
+        optimizer.step()
+    return {
+        path: np.stack([t.detach().numpy() for t in tensors]).reshape(begun[path].shape)
+        for path, tensors in parameters.items()
+    }
+
+
+@pytest.mark.usefixtures("x64")
+def test_adafactor_against_torch_layer_by_layer():
+    begun, steps = arrays(0), [arrays(seed) for seed in range(1, 5)]
+    expected = in_torch(lambda optim, groups: optim.Adafactor(groups, lr=RATE, eps=(1e-30, 1e-3)), begun, steps)
+    got = apply(adafactor(RATE, DECAY, None, smallest_factored=1), steps, jax.tree.map(jnp.asarray, begun))
+    for path in SHAPES:
+        # optax computes the decay rate of squares in float32
+        np.testing.assert_allclose(got[path], expected[path], rtol=1e-6, err_msg=path)
+
+
+def test_muon_against_torch_on_matrices_of_layers_and_adamw_on_the_rest():
+    begun, gradient = arrays(0, np.float32), arrays(1, np.float32)
+    matrices = ["layers.ffn.kernel", "encoder.layers.0.output.kernel", "layers.lora_a"]
+    assert [path for path, shape in SHAPES.items() if muon_axes(path, len(shape)) is not None] == matrices
+    expected = in_torch(
+        lambda optim, groups: optim.Muon(groups, lr=RATE, adjust_lr_fn="match_rms_adamw"), begun, [gradient], matrices
+    )
+    expected |= in_torch(
+        lambda optim, groups: optim.AdamW(groups, lr=RATE), begun, [gradient], [p for p in SHAPES if p not in matrices]
+    )
+    got = apply(muon(RATE, DECAY, None), [gradient], jax.tree.map(jnp.asarray, begun))
+    for path in SHAPES:
+        # torch orthogonalizes in bfloat16, whose rounding is 2⁻⁹ of an update of the largest RATE · 0.2 · √5
+        atol = RATE * 0.02 if path in matrices else 1e-6
+        np.testing.assert_allclose(got[path], expected[path], rtol=0, atol=atol, err_msg=path)
+        assert np.abs(expected[path] - begun[path]).max() > 3 * RATE * 0.02
+
+
+@pytest.mark.usefixtures("x64")
+def test_muon_of_stacked_layers_is_that_of_each_layer():
+    begun, steps = arrays(0), [arrays(seed) for seed in range(1, 4)]
+    path = "layers.ffn.kernel"
+    got = apply(muon(RATE, DECAY, None), steps, jax.tree.map(jnp.asarray, begun))[path]
+    plain = optax.contrib.muon(RATE, weight_decay=DECAY, consistent_rms=0.2)
+    for layer in range(LAYERS):
+        alone = [{"a": step[path][layer]} for step in steps]
+        expected = apply(plain, alone, {"a": jnp.asarray(begun[path][layer])})["a"]
+        np.testing.assert_allclose(got[layer], expected, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_lion_closed_form():
+    begun, steps = arrays(0), [arrays(seed) for seed in range(1, 5)]
+    got = apply(lion(RATE, DECAY, None), steps, jax.tree.map(jnp.asarray, begun))
+    for path, parameter in begun.items():
+        p, m = parameter.copy(), 0.0
+        for g in (step[path] for step in steps):
+            decay = DECAY * (path.split(".")[-1] in ("kernel", "lora_a"))
+            p -= RATE * (np.sign(0.9 * m + 0.1 * g) + decay * p)
+            m = 0.99 * m + 0.01 * g
+        np.testing.assert_allclose(got[path], p, rtol=1e-12, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["original", "torch", "adamw", "lion", "muon"])
+def test_momentum_in_bfloat16_halves_it_and_follows_float32(name):
+    begun, steps = arrays(0, np.float32), [arrays(seed, np.float32) for seed in range(1, 5)]
+    narrow = make_optimizer(name, RATE, max_norm=None, momentum_dtype="bfloat16")
+    states = jax.tree.leaves(jax.eval_shape(narrow.init, begun))
+    moments = [leaf for leaf in states if leaf.dtype == jnp.bfloat16]
+    assert sorted(leaf.shape for leaf in moments) == sorted(SHAPES.values())
+    wide = make_optimizer(name, RATE, max_norm=None)
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(jax.eval_shape(wide.init, begun)))
+    begun = jax.tree.map(jnp.asarray, begun)
+    first = [apply(transformation, steps[:1], begun) for transformation in (narrow, wide)]
+    for path in SHAPES:
+        np.testing.assert_allclose(*(p[path] for p in first), rtol=0, atol=RATE * 0.02, err_msg=path)
+        assert first[0][path].dtype == np.float32
+
+
+def test_momentum_of_adafactor_is_refused():
+    with pytest.raises(ValueError, match=r"momentum_dtype=bfloat16: optimizer=adafactor"):
+        make_optimizer("adafactor", RATE, momentum_dtype="bfloat16")
