@@ -45,7 +45,7 @@ class Windows(Sequence[Example]):
         return self.at(self.place(i)[0])
 
     def place(self, i: int) -> tuple[int, int]:
-        """Where window i begins, and the text stops."""
+        """Beginning of window i, and the end of the text."""
         return i * self.seq_len, len(self.ids)
 
     def at(self, start: int) -> Example:
@@ -88,7 +88,7 @@ class DocumentWindows(Windows):
         return int(self.firsts[-1])
 
     def place(self, i: int) -> tuple[int, int]:
-        """Where window i begins and its document stops."""
+        """Beginning of window i, and the end of its document."""
         document = int(np.searchsorted(self.firsts, i, side="right")) - 1
         start = int(self.starts[document]) + (i - int(self.firsts[document])) * self.seq_len
         return start, int(self.stops[document])

@@ -259,7 +259,7 @@ class Branch:
         return {**source.original, "branches": [*source.branches, own]}
 
     def sentence(self, experiment: Experiment[Any]) -> str:
-        """What a new run prints about its origin."""
+        """Lines that a new run prints about its origin."""
         changed = self.changed(experiment).items()
         what = ", ".join(f"{name}={after} (before: {before})" for name, (before, after) in changed)
         return f"branched from {self.run} at step {self.step}: {what or 'nothing changed'}"

@@ -34,7 +34,7 @@ class TooMuchError(ValueError):
 
 
 class Value:
-    """What is known of a value: of how many it consists, and the product of the integers in it."""
+    """Knowledge of a value: of how many it consists, and the product of the integers in it."""
 
     __slots__ = ("count", "fills", "product")
 

@@ -1,1 +1,1 @@
-"""What a run shows and records: progress, metrics.jsonl, TensorBoard, Weights & Biases, callbacks, profiles."""
+"""Output and records of a run: progress, metrics.jsonl, TensorBoard, Weights & Biases, callbacks, profiles."""

@@ -90,7 +90,7 @@ class Line:
         return ", ".join(filter(None, parts))
 
     def shown(self) -> str:
-        """What is known besides the number of steps: nothing before the first one."""
+        """Text beside the number of steps: nothing before the first one."""
         parts = []
         if self.activity:
             parts.append(f"{self.activity} for {time.monotonic() - self.began:.0f} s")
