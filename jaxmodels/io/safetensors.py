@@ -122,7 +122,9 @@ def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     """Tensor of a header's entry, as a view of the bytes after the header; raises ValueError if it does not fit."""
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and 0 <= number < 2**63 for number in (start, stop, *shape)):
-        raise ValueError(f"offsets {quoted([start, stop])} and shape {quoted(list(shape))} must be whole numbers of 63 bits")
+        raise ValueError(
+            f"offsets {quoted([start, stop])} and shape {quoted(list(shape))} must be whole numbers of 63 bits"
+        )
     if not start <= stop <= len(data):
         raise ValueError(f"values at {start} to {stop} of {len(data)} bytes")
     if math.prod(shape) * dtype.itemsize != stop - start:
