@@ -146,7 +146,7 @@ class Judge:
 
 
 def error_problem(error: BaseException, box: Path) -> Outcome | None:
-    """What is wrong with an exception; None if nothing is."""
+    """Reason why an exception is a finding; None if it is none."""
     text = str(error)
     if not isinstance(error, ValueError | OSError):
         lines = "".join(traceback.format_exception(error, limit=-8))
