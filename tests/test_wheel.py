@@ -22,6 +22,7 @@ SUBCOMMANDS = (
     "lm-eval",
     "sample",
     "tokenize",
+    "new",
     "plot",
     "clean",
     "plan",

@@ -3,7 +3,6 @@
 import itertools
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -95,16 +94,11 @@ def test_training_from_python_calls_a_function_and_prints_nothing(new, tmp_path,
 @pytest.mark.slow
 def test_a_disk_that_stays_full_ends_a_run_with_two_lines(new, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "train.rope", *new, "--steps", "40", "--out", str(run)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)),
-    )
+    limited = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)); "
+    limited += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", limited, "-m", "train.rope", *new, "--steps", "40", "--out", str(run)]
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     first, second = done.stderr.splitlines()
     file = rf"{run}/checkpoints/\d+/\S+: File too large"
