@@ -25,7 +25,7 @@ MINUTES ?= 60
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help parity parity-golden zoo test test-slow fuzz train bench lint
+.PHONY: help parity parity-golden zoo test test-slow fuzz train docs bench lint
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -51,6 +51,9 @@ fuzz: $(READY) ## read changed files for MINUTES; a finding is saved in runs/fuz
 
 train: $(READY) ## train the small RoPE language model (8 minutes on two cores)
 	$(BIN)/python -m train.rope $(ARGS)
+
+docs: $(READY) ## build the site into site/, for a browser without a server: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
 
 bench: $(READY) ## time training steps against PyTorch
 	$(BIN)/python -m bench.rope $(ARGS)

@@ -24,7 +24,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "SECURITY.md",
-    *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")),
+    *sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/**/*.md")),
 ]
 # Anywhere in a page, also inside another command; flags end at a comment, a quote or the line's end.
 TRAIN = re.compile(r"python -m train\.(\w+)(?: +([^#'`\n]*))?", re.M)
@@ -156,7 +156,7 @@ def test_a_command_of_a_page_is_accepted(page, command, monkeypatch):
 
 def test_the_pages_have_commands():
     found = commands()
-    assert {program for page, program, _ in found if page == "docs/tpu.md"} >= {"plan", "tokenize", "rope", "evaluate"}
+    assert {program for page, program, _ in found if page == "docs/guides/tpu.md"} >= {"plan", "tokenize", "rope", "evaluate"}
     assert len(found) > 15
     assert any("--distributed" in flags and "--mesh fsdp=16 --out" in flags for _, _, flags in found)
     others = [command for _, command in shell_commands()]

@@ -1,4 +1,4 @@
-"""The worked example of docs/porting.md: GPT-2 of transformers against a port with other names."""
+"""The worked example of docs/parity/check.md: GPT-2 of transformers against a port with other names."""
 
 import importlib.util
 from pathlib import Path

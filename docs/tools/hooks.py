@@ -1,0 +1,104 @@
+"""Hooks of MkDocs: generated pages, links to files of the repository, links from names to the reference."""
+
+import os
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("COLUMNS", "88")  # width of usage lines
+os.environ.setdefault("NO_COLOR", "1")
+
+from docs.tools import commands, reference  # noqa: E402
+
+# Pages whose source is a file of the repository's root.
+PROJECT = {
+    "project/changelog.md": "CHANGELOG.md",
+    "project/contributing.md": "CONTRIBUTING.md",
+    "project/security.md": "SECURITY.md",
+}
+LINK = re.compile(r"(\]\()(?!https?://|mailto:|#)([^)\s#]+)(#[^)\s]*)?(\))")
+# Inline code, outside of links and headings.
+CODE = re.compile(r"<(a|h\d|pre)\b.*?</\1>|<code>([^<]+)</code>", re.S)
+SHIM = "https://unpkg.com/iframe-worker/shim"  # which the theme loads for the search of a site opened from a file
+COMMAND = re.compile(r"(jaxmodels|parity) ([a-z][a-z-]*)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages of the reference and those of the root's files."""
+    for page in reference.PAGES:
+        files.append(File.generated(config, page, content=reference.page(page)))
+    for page, make in commands.PAGES.items():
+        files.append(File.generated(config, page, content=make()))
+    for page, source in PROJECT.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    return files
+
+
+def destination(page: str, target: str, repository: str) -> str:
+    """Link of a page, written for the repository, as a link of the site.
+
+    page: path in docs/, or in PROJECT. Files that are no pages are linked on the repository's own site.
+    """
+    source = PROJECT.get(page, f"docs/{page}")
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+    pages = {file: made for made, file in PROJECT.items()}
+    made = pages.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+    if made is None or made.startswith("tools/") or made.endswith(".py"):
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"{repository}/{kind}/main/{path}"
+    return posixpath.relpath(made, posixpath.dirname(page))
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links as they work on the site; code blocks are left alone."""
+    here = page.file.src_uri
+    if here.startswith("reference/"):
+        return markdown
+    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)
+
+    def linked(match: re.Match[str]) -> str:
+        return f"{match[1]}{destination(here, match[2], config['repo_url'])}{match[3] or ''}{match[4]}"
+
+    return "".join(part if part.startswith("```") else LINK.sub(linked, part) for part in parts)
+
+
+def target_of(code: str) -> str | None:
+    """Page and anchor of what a piece of inline code names; None if the reference has no entry for it."""
+    name = code.partition("(")[0]
+    names = reference.public()
+    if name in names:
+        return f"{names[name]}#{name}"
+    match = COMMAND.match(code)
+    if match and match[1] == "jaxmodels" and match[2] in commands.COMMANDS:
+        return f"reference/command-jaxmodels.md#jaxmodels-{match[2]}"
+    if code == "parity" or (match and match[2] == "verify"):
+        return "reference/command-parity.md#" + ("parity" if code == "parity" else "parity-verify")
+    return None
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Link names of the reference and commands in inline code."""
+    here = page.file.src_uri
+
+    def linked(match: re.Match[str]) -> str:
+        target = target_of(match[2]) if match[2] else None
+        if target is None or target.partition("#")[0] == here:
+            return match[0]
+        file = files.get_file_from_path(target.partition("#")[0])
+        if file is None:
+            return match[0]
+        return f'<a href="{file.url_relative_to(page.file)}#{target.partition("#")[2]}">{match[0]}</a>'
+
+    return CODE.sub(linked, html)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Scripts from this site only."""
+    folder = posixpath.dirname(page.file.src_uri) or "."
+    return output.replace(SHIM, posixpath.relpath("assets/iframe-worker.js", folder))
