@@ -116,6 +116,7 @@ class Attention(nnx.Module):
         """Causal attention [B, H, S, d_k]: each block of queries over its static prefix of keys."""
         return attend_in_blocks(query, key, value, self.get_scores, self.dropout, rng)
 
+    # [attention.softmax]
     def finish(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         """[B, H, S, d_k] -> [S, B, D]: restore, concatenate the heads, output projection."""
         x = self.restore(x.transpose(2, 0, 1, 3), positions)  # [S, B, H, d_k]
@@ -173,6 +174,7 @@ def attend_in_blocks(
     return jnp.concatenate(blocks, axis=2)
 
 
+# [attention.softmax]
 def attend(
     scores: jax.Array,
     value: jax.Array,

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxmodels.attention import MultiHeadAttention, heads_first
 
 
+# [rope.tables]
 def rotary_tables(positions: jax.Array, d: int, base: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of m·θ_i for positions m of any shape [...] -> two arrays [..., d/2].
 
@@ -25,6 +26,7 @@ def rotary_tables(positions: jax.Array, d: int, base: float, dtype: Any) -> tupl
     return jnp.cos(angle), jnp.sin(angle)
 
 
+# [rope.rotate]
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the first d features of x [..., d_k] by cos/sin; leave the rest unchanged.
 
@@ -48,6 +50,7 @@ class RotaryPositionalEmbeddings(nnx.Module):
         self.d = d
         self.base = base
 
+    # [rope.positions]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None, inverse: bool = False) -> jax.Array:
         """x [S, B, H, d_k] -> the same shape.
 
@@ -101,6 +104,7 @@ class RotaryPEMultiHeadAttention(MultiHeadAttention):
         self.query_rotary_pe = RotaryPositionalEmbeddings(d_rope)
         self.key_rotary_pe = RotaryPositionalEmbeddings(d_rope)
 
+    # [rope.attention]
     def project(
         self, query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -129,6 +133,7 @@ class RotaryValuePEMultiHeadAttention(RotaryPEMultiHeadAttention):
         d_rope_value = rotary_width("rope_value_percentage", rope_value_percentage, self.d_k)
         self.value_rotary_pe = RotaryPositionalEmbeddings(d_rope_value)
 
+    # [rope.values]
     def project(
         self, query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -137,5 +142,6 @@ class RotaryValuePEMultiHeadAttention(RotaryPEMultiHeadAttention):
         value = self.value_rotary_pe(self.value(value), positions)
         return heads_first(query), heads_first(key), heads_first(value)
 
+    # [rope.values]
     def restore(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         return self.value_rotary_pe(x, positions, inverse=True)

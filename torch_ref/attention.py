@@ -66,6 +66,7 @@ class Attention(nn.Module):
                 value = torch.cat([cache["value"], value])
             cache.update(key=key, value=value)
 
+        # [attention.softmax]
         scores = self.get_scores(query, key, value)
         if mask is not None:
             scores = scores.masked_fill(~mask.unsqueeze(-1), float("-inf"))

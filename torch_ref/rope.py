@@ -11,6 +11,7 @@ from torch import nn
 from torch_ref.attention import MultiHeadAttention
 
 
+# [rope.tables]
 def rotary_tables(
     positions: torch.Tensor, d: int, base: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,6 +21,7 @@ def rotary_tables(
     return angle.cos(), angle.sin()
 
 
+# [rope.rotate]
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first d features of x [..., d_k] by cos/sin, which broadcast to [..., d/2]; leave the rest."""
     d = 2 * cos.shape[-1]
@@ -40,6 +42,7 @@ class RotaryPositionalEmbeddings(nn.Module):
         self.d = d
         self.base = base
 
+    # [rope.positions]
     def forward(self, x: torch.Tensor, offset: int = 0, inverse: bool = False) -> torch.Tensor:
         """x [S, B, H, d_k] -> the same shape; the first token stands at position `offset`; `inverse` rotates back."""
         if self.d > x.shape[-1]:
@@ -68,6 +71,7 @@ class RotaryPEMultiHeadAttention(MultiHeadAttention):
         self.query_rotary_pe = RotaryPositionalEmbeddings(d_rope)
         self.key_rotary_pe = RotaryPositionalEmbeddings(d_rope)
 
+    # [rope.attention]
     def project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int
     ) -> tuple[Any, Any, torch.Tensor]:
@@ -90,11 +94,13 @@ class RotaryValuePEMultiHeadAttention(RotaryPEMultiHeadAttention):
         d_rope_value = rotary_width("rope_value_percentage", rope_value_percentage, self.d_k)
         self.value_rotary_pe = RotaryPositionalEmbeddings(d_rope_value)
 
+    # [rope.values]
     def project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int
     ) -> tuple[Any, Any, torch.Tensor]:
         query, key, value = super().project(query, key, value, offset)
         return query, key, self.value_rotary_pe(value, offset)
 
+    # [rope.values]
     def restore(self, x: torch.Tensor, offset: int) -> torch.Tensor:
         return self.value_rotary_pe(x, offset, inverse=True)

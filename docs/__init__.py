@@ -1,0 +1,1 @@
+"""Sources of the site, and the programs that generate parts of it."""

@@ -1,0 +1,1 @@
+"""Figures of the pages, drawn from arrays of the code; `python -m docs.figures` draws all of them."""
