@@ -9,7 +9,7 @@ import pytest
 markdown = pytest.importorskip("markdown")
 pytest.importorskip("latex2mathml")
 
-from docs import annotate  # noqa: E402
+from docs.tools import annotate  # noqa: E402
 
 PAGES = sorted(annotate.PAGES.glob("*.md"))
 PASSAGES = annotate.collect()

@@ -28,7 +28,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "annotated"
 SIDES = {"torch_ref": "torch", "jaxmodels": "flax"}
 TITLES = {"torch": "PyTorch", "flax": "Flax"}
@@ -254,6 +254,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str | None:
     """MkDocs: replace passages, equations and figures by placeholders."""
     if ROW.search(markdown) is None:
         return None
+    page.meta["hide"] = ["navigation", "toc"]  # room for three columns
     text, page.meta["pieces"] = prepare(markdown, collect())
     return text
 
