@@ -22,6 +22,13 @@ TEXT = "".join(f"{i} men and {i * i % 89} women went to sea [in a boat]. The end
 SIZES = {"d-model": 30, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "batch-size": 4, "warmup": 5, "every": 5}
 TINY = [f"--{name}={value}" for name, value in SIZES.items()]
 
+
+def at_a_constant_rate(flags: list[str]) -> list[str]:
+    """Flags of a run whose gradients are not clipped, as they may diverge."""
+    kept = [flag for flag in flags if not flag.startswith("--warmup=")]
+    return [*kept, "--schedule", "constant", "--clip", "None"]
+
+
 # 62 windows of this many tokens, in batches that reach over the end of an epoch
 V, S, B = 7, 11, 4
 IDS = np.tile(np.array([0, 1, 2, 3, 4, 5, 6, 3, 1], np.int32), 76)

@@ -68,6 +68,14 @@ class Config(TransformerConfig):
     def positive(self) -> list[str]:
         return [*super().positive(), "memory", "double_every"]
 
+    def unused(self) -> dict[str, str]:
+        found = super().unused()
+        if self.start_len is None:
+            found["double_every"] = "start_len=None begins with whole sequences"
+        if self.remat != "none":
+            found["remat"] = "the backward pass of a Feedback Transformer always recomputes its layers"
+        return found
+
     @classmethod
     def small(cls) -> "Config":
         """Minutes on two CPU cores."""

@@ -64,7 +64,7 @@ class Config(AdamWConfig):
     """share of a head's features that are rotated"""
     checkpoint: str | None = None
     """GPT-NeoX to start from: a folder of Hugging Face, of GPT-NeoX's shards or of jaxmodels.save, a run, or a Hub id;
-    its sizes override the flags"""
+    the model has its sizes"""
     tokenizer: str | None = None
     """tokenizer.json to encode a text with; if omitted: the checkpoint's own"""
     tune: Tune = "all"
@@ -92,6 +92,15 @@ class Config(AdamWConfig):
             raise ValueError(f"lora_{error}") from None
         if self.tune != "lora" and lora != LoRA():
             raise ValueError(f"lora_rank, lora_alpha and lora_targets need tune='lora', not tune={self.tune!r}")
+
+    def unused(self) -> dict[str, str]:
+        found = super().unused()
+        if self.checkpoint is None:
+            found["tokenizer"] = "it is for --checkpoint; encode a new model's text with jaxmodels tokenize"
+        else:
+            sizes = ("d_model", "heads", "d_ff", "n_layers", "rope_percentage")
+            found |= dict.fromkeys(sizes, f"the sizes of a model are those of checkpoint={self.checkpoint!r}")
+        return found
 
     @property
     def lora(self) -> LoRA:

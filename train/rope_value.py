@@ -112,6 +112,9 @@ class Config(TransformerConfig):
     def positive(self) -> list[str]:
         return [*super().positive(), "digits"]
 
+    def unused(self) -> dict[str, str]:
+        return super().unused() | {"text_field": "the examples are generated"}
+
     @classmethod
     def small(cls) -> "Config":
         """Minutes on two CPU cores."""

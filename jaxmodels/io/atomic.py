@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxmodels.io import manifest
+from jaxmodels.process.paths import local
 from jaxmodels.process.texts import visible
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.old)?")  # of folders, whose manifest tells them from those of others
@@ -33,10 +34,11 @@ def check_target(target: Path, *, overwrite: bool | None, source: Path | None = 
 
     overwrite: None if the caller has no such option.
 
-    The target must not be a file. A folder that is not empty needs `overwrite`, and must have been written by this
-    module, with nothing foreign in it. It must not contain `source`, which has not been read yet. A target that is
-    missing because a process was killed while it replaced it is recovered first.
+    The target must not be a file, nor the URL of a bucket. A folder that is not empty needs `overwrite`, and must have
+    been written by this module, with nothing foreign in it. It must not contain `source`, which has not been read yet.
+    A target that is missing because a process was killed while it replaced it is recovered first.
     """
+    local(target, "target")
     recover(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; expected a folder")

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.scoring.rows import check_model, score_rows, vocabulary_size
+from jaxmodels.scoring.rows import Programs, Row, check_model, score_rows, vocabulary_size
 from jaxmodels.scoring.windows import rows_of
 from jaxmodels.text import Vocabulary, as_vocabulary
+from jaxmodels.text.documents import Source
+from jaxmodels.text.tokens import encode_whole
 
+GROUP = 2**21  # tokens of windows that are held, sorted and computed together
 LONGEST = 2048  # tokens of a window if the model names no length
 
 
@@ -59,7 +62,7 @@ class Scores:
 
 def score(
     model: Any,
-    texts: Iterable[str | np.ndarray | Sequence[int]],
+    texts: Iterable[str | Source | np.ndarray | Sequence[int]],
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
@@ -70,7 +73,8 @@ def score(
 ) -> Scores:
     """Score documents with a language model: loss, perplexity, bits per byte and character of each and of all.
 
-    texts: strings, which need the tokenizer, or sequences of token ids.
+    texts: strings or sources of `jaxmodels.text.documents`, which need the tokenizer, or sequences of token ids. Those
+        of an iterator are taken one after the other; a source is read in pieces.
     tokenizer: vocabulary of texts: one of `jaxmodels.text`, of tokenizers or of transformers, or the path of a
         tokenizer.json or of its folder. Special tokens are not added.
     max_length: tokens of a window, of which the first is not predicted; default the model's max_len, or 2,048. Longer
@@ -82,10 +86,10 @@ def score(
     loss_chunk: tokens whose logits are computed together; default as many as have 2²³ logits on a CPU, 2²⁶ on another
         device.
 
-    Documents are computed by length, the longest first, padded to a few compiled shapes; a document's score does not
-    depend on the others but for rounding. A document without a predicted token has tokens=0 and loss=None. Raises
-    ValueError if the model is not a language model, a setting is out of range, a document has ids outside the model's
-    vocabulary, or a loss is NaN.
+    Windows are computed by length, the longest of GROUP tokens first, padded to a few compiled shapes; a document's
+    score does not depend on the others but for rounding. A document without a predicted token has tokens=0 and
+    loss=None. Raises ValueError if the model is not a language model, a setting is out of range, a document has ids
+    outside the model's vocabulary, or a loss is NaN.
     """
     check_model(model)
     max_length, stride = checked_window(model, max_length, stride)
@@ -94,29 +98,58 @@ def score(
             raise ValueError(f"{name}={value} must be at least 1")
     if isinstance(texts, str):
         raise ValueError("texts is one string; pass a list of documents")
-    texts = list(texts)
     vocabulary = None if tokenizer is None else as_vocabulary(tokenizer)
-    documents = [encoded(text, i, vocabulary) for i, text in enumerate(texts)]
-    check_ids(model, documents, bos)
-    begun = [ids if bos is None else np.concatenate([[bos], ids]) for ids in documents]
-    rows, owners = [], []
-    for i, ids in enumerate(begun):
+    n_vocab = checked_vocabulary(model, bos)
+    group, programs = Group(), Programs()
+    nats: list[float] = []
+    tokens: list[int] = []
+    sizes: list[tuple[int | None, int | None]] = []
+
+    def compute() -> None:
+        settings: Any = {"batch_size": batch_size, "longest": max_length - 1, "chunk": loss_chunk}
+        found = score_rows(model, group.rows, programs=programs, **settings)
+        for i, row in zip(group.owners, found, strict=True):
+            nats[i] -= float(row.log_probs.sum(dtype=np.float64))
+            tokens[i] += len(row.log_probs)
+            if math.isnan(nats[i]):
+                raise ValueError(f"loss of document {i} is nan; the model's weights must be finite")
+        group.clear()
+
+    begin = () if bos is None else (bos,)
+    pairs: Iterable[Any] = ((text, encoded(text, i, vocabulary, begin)) for i, text in enumerate(texts))
+    if isinstance(texts, Sequence):  # all of them are in memory, so that bad ones are found before the work
+        pairs = list(pairs)
+        for i, (_, ids) in enumerate(pairs):
+            check_document(i, ids, n_vocab)
+    for i, (text, ids) in enumerate(pairs):
+        check_document(i, ids, n_vocab)
+        nats.append(0.0)
+        tokens.append(0)
+        sizes.append(text_sizes(text, ids, vocabulary, bos is None) if isinstance(text, str | Source) else (None, None))
         for row in rows_of(ids, max_length, stride):
-            rows.append(row)
-            owners.append(i)
-    nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), int)
-    scored = score_rows(model, rows, batch_size=batch_size, longest=max_length - 1, chunk=loss_chunk)
-    for i, found in zip(owners, scored, strict=True):
-        nats[i] -= found.log_probs.sum(dtype=np.float64)
-        tokens[i] += len(found.log_probs)
-    wrong = np.flatnonzero(np.isnan(nats))
-    if wrong.size:
-        raise ValueError(f"loss of document {wrong[0]} is nan; the model's weights must be finite")
-    scores = []
-    for i, text in enumerate(texts):
-        sizes = text_sizes(text, documents[i], vocabulary, bos is None) if isinstance(text, str) else (None, None)
-        scores.append(Score(int(tokens[i]), float(nats[i]), *sizes))
+            group.add(row, i)
+            if group.size >= GROUP:
+                compute()
+    compute()
+    scores = [Score(n, loss, *size) for n, loss, size in zip(tokens, nats, sizes, strict=True)]
     return Scores(tuple(scores), total_of(scores))
+
+
+@dataclasses.dataclass
+class Group:
+    """Windows that are computed together, each with the index of its document. size: their tokens."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    owners: list[int] = dataclasses.field(default_factory=list)
+    size: int = 0
+
+    def add(self, row: Row, owner: int) -> None:
+        self.rows.append(row)
+        self.owners.append(owner)
+        self.size += len(row.ids)
+
+    def clear(self) -> None:
+        self.rows, self.owners, self.size = [], [], 0
 
 
 def checked_window(model: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
@@ -143,49 +176,62 @@ def model_length(model: Any) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def encoded(text: Any, i: int, tokenizer: Vocabulary | None) -> np.ndarray:
-    """Ids of document i, int [n]; raises ValueError if it is neither a text nor ids, or has no tokenizer."""
-    if isinstance(text, str):
+def encoded(text: Any, i: int, tokenizer: Vocabulary | None, begin: Sequence[int] = ()) -> np.ndarray:
+    """Ids of document i after those of `begin`, int [n]; raises ValueError if it is neither a text nor ids.
+
+    A text needs a tokenizer. The ids of a source, which is read in pieces, are memory-mapped.
+    """
+    if isinstance(text, str | Source):
         if tokenizer is None:
             raise ValueError("tokenizer=None, but the documents are text; pass the model's tokenizer, or ids")
         try:
-            text.encode("utf-8")
+            if isinstance(text, str):
+                text.encode("utf-8")
         except UnicodeEncodeError as error:  # JSON may have half of a surrogate pair
             raise ValueError(f"document {i} is not valid Unicode: {error}") from None
-        return np.asarray(tokenizer.encode(text), np.int64)
+        return encode_whole(text, tokenizer, begin)
     ids = np.asarray(text)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"document {i} must be a string or a sequence of ids, got {ids.dtype}{list(ids.shape)}")
-    return ids.astype(np.int64)
+    return np.concatenate([np.asarray(begin, np.int64), ids.astype(np.int64)])
 
 
-def check_ids(model: Any, documents: Sequence[np.ndarray], bos: int | None) -> None:
-    """Raises ValueError, naming the document, if an id is outside the model's vocabulary."""
+def checked_vocabulary(model: Any, bos: int | None) -> int:
+    """Number of ids of a model; raises ValueError if `bos` is not one of them."""
     n_vocab = vocabulary_size(model)
     if bos is not None and not (is_integer(bos) and 0 <= bos < n_vocab):
         raise ValueError(f"bos={bos} must be an id from 0 to {n_vocab - 1}")
-    for i, ids in enumerate(documents):
-        outside = ids[(ids < 0) | (ids >= n_vocab)]
-        if outside.size:
+    return n_vocab
+
+
+def check_document(i: int, ids: np.ndarray, n_vocab: int) -> None:
+    """Raises ValueError if document i has an id outside the model's vocabulary."""
+    for first in range(0, len(ids), GROUP):
+        part = ids[first : first + GROUP]
+        if part.min() < 0 or part.max() >= n_vocab:
+            outside = part[(part < 0) | (part >= n_vocab)][0]
             raise ValueError(
-                f"document {i} has id {outside[0]}, outside of the model's vocabulary of {n_vocab}; the tokenizer must "
-                "be the model's own"
+                f"document {i} has id {outside}, outside of the model's vocabulary of {n_vocab}; the tokenizer must be "
+                "the model's own"
             )
 
 
-def text_sizes(text: str, ids: np.ndarray, tokenizer: Vocabulary | None, but_first: bool) -> tuple[int, int]:
+def text_sizes(text: str | Source, ids: np.ndarray, tokenizer: Vocabulary | None, but_first: bool) -> tuple[int, int]:
     """Number of characters and bytes of a text, without those of its first token if that was not predicted.
 
     A character that the first token begins and others end counts with the others.
     """
     assert tokenizer is not None, "a text was encoded"
-    n, n_bytes = len(text), len(text.encode("utf-8"))
+    n, n_bytes, beginning = 0, 0, ""
+    for chunk in [text] if isinstance(text, str) else text.chunks():
+        beginning = beginning or chunk
+        n, n_bytes = n + len(chunk), n_bytes + len(chunk.encode("utf-8"))
     if not but_first or not len(ids):
         return n, n_bytes
     if tokenizer.unit == "byte":
-        return n - (ids[0] < 128), n_bytes - 1
+        return n - int(ids[0] < 128), n_bytes - 1
     first = tokenizer.decode(ids[:1])
-    if not text.startswith(first):
+    if not beginning.startswith(first):
         first = first.rstrip("\N{REPLACEMENT CHARACTER}")
     return n - len(first), n_bytes - len(first.encode("utf-8"))
 

@@ -1,31 +1,34 @@
 """Documents in text files and JSONL, and tables of their scores."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmodels.io.bounded import open_regular
+from jaxmodels.io.content import recognised
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.scoring.documents import Score, Scores, total_of
-from jaxmodels.text import load_corpus
+from jaxmodels.text.documents import LINE_BYTES, Source
+from jaxmodels.text.sources import open_text
 
 MOST_ROWS = 20  # documents of a JSONL file that have rows of their own in a table
 
 
 class Document(NamedTuple):
-    """A text, its file as the user named it, and its line there if the file is JSONL."""
+    """A text, its file as the user named it, and its line there if the file is JSONL. A long text is a source."""
 
     file: str
     line: int | None
-    text: str
+    text: str | Source
 
     @property
     def name(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
 
-def read_documents(name: str, field: str | None = None) -> list[Document]:
-    """Documents of a corpus or file.
+def read_documents(name: str, field: str | None = None) -> Iterator[Document]:
+    """Read the documents of a corpus or file, one after the other.
 
     name: python_docs, tiny_shakespeare or a UTF-8 file. field: of the JSON objects in a file whose name ends in .jsonl,
     one a line: the document's text; empty lines are skipped. Raises ValueError, naming file and line, if one cannot be
@@ -33,16 +36,38 @@ def read_documents(name: str, field: str | None = None) -> list[Document]:
     """
     path = Path(name)
     if path.suffix not in (".jsonl", ".ndjson"):
-        return [Document(name, None, load_corpus(name))]
+        text = open_text(name)
+        if not isinstance(text, str):
+            for _ in text.chunks():  # errors come before the work
+                pass
+        yield Document(name, None, text)
+        return
     if field is None:
         raise ValueError(f"text={name!r} is JSONL; name the field that holds the text, such as --jsonl-field text")
-    found = []
-    for number, line in enumerate(load_corpus(name).split("\n"), start=1):
-        if line.strip():
-            found.append(Document(name, number, text_of(line, field, f"{name}:{number}")))
-    if not found:
+    number = 0
+    for number, line in json_lines(path):
+        yield Document(name, number, text_of(line, field, f"{name}:{number}"))
+    if not number:
         raise ValueError(f"text={name!r} has no documents")
-    return found
+
+
+def json_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and content of each line of a UTF-8 file that is not blank."""
+    try:
+        with open_regular(file) as opened:
+            for number, line in enumerate(iter(lambda: opened.readline(LINE_BYTES + 1), b""), start=1):
+                if len(line) > LINE_BYTES:
+                    raise ValueError(f"line {number} has more than {LINE_BYTES:,} bytes")
+                text = line.decode("utf-8")
+                if text.strip("\ufeff \t\r\n"):
+                    yield number, text.removeprefix("\ufeff") if number == 1 else text
+    except UnicodeDecodeError as error:
+        reason = f"line {number} is not UTF-8: {error.reason}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    else:
+        return
+    raise ValueError(f"text={str(file)!r} must be a readable UTF-8 file: {recognised(file) or reason}")
 
 
 def text_of(line: str, field: str, where: str) -> str:

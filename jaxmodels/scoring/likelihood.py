@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmodels.scoring.documents import check_ids, encoded
+from jaxmodels.scoring.documents import check_document, checked_vocabulary, encoded
 from jaxmodels.scoring.rows import Row, score_rows
 
 
@@ -38,7 +38,9 @@ def loglikelihood(
     pairs = [
         (encoded(a, i, None), encoded(b, i, None)) for i, (a, b) in enumerate(zip(contexts, continuations, strict=True))
     ]
-    check_ids(model, [np.concatenate(pair) for pair in pairs], None)
+    n_vocab = checked_vocabulary(model, None)
+    for i, pair in enumerate(pairs):
+        check_document(i, np.concatenate(pair), n_vocab)
     shared: dict[tuple[bytes, int], int] = {}  # input and length of the continuation -> index of a row
     inputs: list[np.ndarray] = []
     targets: list[list[np.ndarray]] = []

@@ -20,6 +20,7 @@ import numpy as np
 from jaxmodels.cross_entropy import chunks, token_log_probs
 from jaxmodels.protocols import has_divided_readout
 
+Programs = dict[tuple[tuple[int, int], int], Future[Any]]  # by shape and number of scored positions
 BATCH_TOKENS = 4096  # tokens of a batch by default
 WORKERS = 2  # batches computed, and programs compiled, at a time on one device
 
@@ -84,12 +85,14 @@ def score_rows(
     longest: int | None = None,
     greedy: bool = False,
     chunk: int | None = None,
+    programs: Programs | None = None,
 ) -> list[RowScores]:
     """Log-probabilities of the rows' targets, in the order given.
 
     batch_size: rows of a batch; default as many as have BATCH_TOKENS tokens. longest: most tokens that the model takes.
     greedy: also find where the target is the most likely token. chunk: tokens whose logits are computed together; see
-    `jaxmodels.cross_entropy`.
+    `jaxmodels.cross_entropy`. programs: compiled programs of earlier calls with the same model and settings, to which
+    this one's are added.
     """
     found: list[RowScores | None] = [None] * len(rows)
     planned = list(batches([len(row.ids) for row in rows], batch_size, longest))
@@ -98,7 +101,7 @@ def score_rows(
     # other. On several devices, concurrent programs would wait for each other's collectives.
     workers = WORKERS if len(devices) == 1 else 1
     settings = Settings(greedy, chunk, devices[0].platform, len(devices))
-    programs: dict[tuple[tuple[int, int], int], Future[Any]] = {}  # by shape and number of scored positions
+    programs = {} if programs is None else programs
 
     def run(batch: Batch, program: Future[Any], arguments: tuple[np.ndarray, ...]) -> list[np.ndarray]:
         return [np.asarray(array) for array in program.result()(model, *arguments) if array is not None]

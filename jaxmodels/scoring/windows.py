@@ -22,9 +22,7 @@ def windows(n: int, max_length: int, stride: int) -> Iterator[tuple[int, int, in
             return
 
 
-def rows_of(ids: np.ndarray, max_length: int, stride: int) -> list[Row]:
+def rows_of(ids: np.ndarray, max_length: int, stride: int) -> Iterator[Row]:
     """Rows that score ids[1:] once each."""
-    found = []
     for begin, end, first in windows(len(ids), max_length, stride):
-        found.append(Row(ids[begin : end - 1], np.arange(first - 1 - begin, end - 1 - begin), ids[first:end]))
-    return found
+        yield Row(ids[begin : end - 1], np.arange(first - 1 - begin, end - 1 - begin), ids[first:end])

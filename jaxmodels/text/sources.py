@@ -20,6 +20,7 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), TEST),
 }
+WHOLE = 2**22  # bytes of a text that is not read in pieces
 SPLIT_NAME = re.compile(rf"(?<![A-Za-z])({'|'.join(SPLITS)})(?![A-Za-z])", re.IGNORECASE)
 
 
@@ -109,6 +110,25 @@ def open_sources(text: str, field: str = "text") -> Sources:
     if kind_of(path) != "text":
         return Sources(Files(text, (path,), field), None)
     return split_file(path, text)
+
+
+def names_documents(text: str) -> bool:
+    """True for the name of a JSONL, Arrow or Parquet file, or of a folder that may have such files."""
+    path = Path(text)
+    if text in CORPORA:
+        return False
+    return not (path / "tokens.json").exists() if path.is_dir() else kind_of(path) != "text"
+
+
+def open_text(text: str) -> str | TextFile:
+    """Text of a corpus by name or of a UTF-8 file; of one above WHOLE bytes a source, which is read in pieces.
+
+    Raises ValueError if the name is neither.
+    """
+    path = Path(text)
+    if text in CORPORA or not path.is_file() or path.stat().st_size <= WHOLE:
+        return load_corpus(text)
+    return TextFile(path)
 
 
 def split_file(file: Path, text: str) -> Sources:

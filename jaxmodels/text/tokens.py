@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,17 @@ from jaxmodels.io.npy import map_array
 from jaxmodels.process.progress import progress
 from jaxmodels.process.texts import quoted, visible
 from jaxmodels.text.corpora import split
-from jaxmodels.text.documents import Text
-from jaxmodels.text.encoding import SEPARATOR, SHOWN, Unknown
-from jaxmodels.text.partial import PARTS, files_of, fill, locked
+from jaxmodels.text.documents import Source, Text
+from jaxmodels.text.encoding import SEPARATOR, SHOWN, Unknown, encode
+from jaxmodels.text.partial import PARTS, Growing, files_of, fill, locked
+from jaxmodels.text.pieces import pieces
 from jaxmodels.text.sources import Sources, count, open_sources
 from jaxmodels.text.tokenizer import TokenizerFile, load_vocabulary
-from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary
+from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8
 
 FORMAT = 2
 HASHED = 2**20  # ids that are hashed at once
+CONTEXT = 64  # ids before others that may decide how these are decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,42 @@ def open_tokens(text: str, vocabulary: Vocabulary | None = None, field: str = "t
     vocabulary = vocabulary_of(sources, vocabulary or "chars")
     with tempfile.TemporaryDirectory(prefix="jaxmodels-tokens-") as folder:  # mapped files stay without their names
         return encode_to(Path(folder), sources, vocabulary, end_ids(vocabulary, sources))
+
+
+def encode_whole(text: str | Source, vocabulary: Vocabulary, begin: Sequence[int] = ()) -> np.ndarray:
+    """Ids of all of a text, after those of `begin`: int32 [n], or memory-mapped if the text is a source of pieces.
+
+    Raises ValueError if the vocabulary cannot encode it.
+    """
+    if isinstance(text, str):
+        return np.concatenate([np.asarray(begin, np.int32), vocabulary.encode(text)])
+    if isinstance(vocabulary, CharVocabulary):
+        vocabulary.refuse(count(Sources(text, None)).unknown(vocabulary))
+    size = sum(text.sizes())
+    with (
+        tempfile.TemporaryDirectory(prefix="jaxmodels-tokens-") as folder,  # a mapped file stays without its name
+        progress(f"encoding {visible(text.name)}") as report,
+    ):
+        file = Path(folder) / "ids.npy"
+        growing = Growing(file, np.min_scalar_type(max(len(vocabulary) - 1, *begin, 0)))
+        growing.append(np.asarray(begin, np.int32))
+        for batch in encode(vocabulary, pieces(text, vocabulary.cuts), np.zeros(0, np.int32), Unknown()):
+            growing.append(batch.ids)
+            report(min(batch.place.offset, size), size, f"{growing.length:,} tokens")
+        growing.close()
+        return map_array(file)
+
+
+def decoded_size(vocabulary: Vocabulary, parts: Iterable[np.ndarray]) -> tuple[int, int]:
+    """Number of characters and UTF-8 bytes of the text that ids stand for, which come in parts of any length."""
+    before, sizes = np.zeros(0, np.int32), [0, 0]
+    for ids in parts:
+        # What lies before a part decides how it is decoded: the rest of a character, or the beginning of the text.
+        for sign, some in ((1, np.concatenate([before, ids])), (-1, before)):
+            text = vocabulary.decode(some) if len(some) else ""
+            sizes = [sizes[0] + sign * len(text), sizes[1] + sign * len(utf8(text))]
+        before = np.concatenate([before, ids])[-CONTEXT:]
+    return sizes[0], sizes[1]
 
 
 def vocabulary_of(sources: Sources, kind: str | Vocabulary) -> Vocabulary:

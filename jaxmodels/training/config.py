@@ -12,7 +12,8 @@ import tyro
 
 from jaxmodels.process.distributed import Processes
 from jaxmodels.process.seeds import seed_32
-from jaxmodels.training.optimizers import OptimizerName, ScheduleName, check_momentum, make_schedule
+from jaxmodels.text.sources import names_documents
+from jaxmodels.training.optimizers import OptimizerName, ScheduleName, check_momentum, make_schedule, without_effect
 from jaxmodels.training.step import Numerics, Precision, Remat
 
 
@@ -51,11 +52,11 @@ class Config:
     learning_rate: float = 1.0
     """noam: factor lr of lr · d_model^-½ · min(t^-½, t · warmup^-3/2) at step t; otherwise the peak rate"""
     warmup: int = 500
-    """steps until the schedule's peak"""
+    """steps until the peak of schedule=noam or cosine"""
     b2: float = 0.999
-    """Adam's decay rate of squared gradients"""
+    """decay rate of squared gradients with optimizer=original, torch, adamw or muon"""
     eps: float = 1e-8
-    """Adam's epsilon"""
+    """epsilon of optimizer=original, torch, adamw or muon"""
     weight_decay: float = 0.1
     """decay of matrices with optimizer=adamw, adafactor, lion or muon"""
     clip: float | None = 1.0
@@ -107,6 +108,18 @@ class Config:
         """Names of the fields that must be at least 1, if set."""
         counts = ["seq_len", "batch_size", "accumulate", "steps", "warmup", "every"]
         return [*counts, "loss_chunk", "validation_batches", "keep", "keep_every"]
+
+    def unused(self) -> dict[str, str]:
+        """Fields that have no effect with the values of the others, each with the reason.
+
+        A command refuses such a flag if it is given. The fields themselves may have any value, such as a preset's.
+        """
+        found = without_effect(self.optimizer)
+        if self.schedule == "constant":
+            found["warmup"] = "schedule=constant has no warmup; noam and cosine have"
+        if not names_documents(self.text):
+            found["text_field"] = f"text={self.text!r} has no fields or columns; .jsonl, .parquet and .arrow files have"
+        return found
 
     @property
     def numerics(self) -> Numerics:
@@ -175,7 +188,7 @@ class AdamWConfig(TransformerConfig):
     learning_rate: float = 2e-3
     """noam: factor lr of lr · d_model^-½ · min(t^-½, t · warmup^-3/2) at step t; otherwise the peak rate"""
     b2: float = 0.95
-    """Adam's decay rate of squared gradients"""
+    """decay rate of squared gradients with optimizer=original, torch, adamw or muon"""
 
 
 MULTI_PROCESS = tyro.conf.arg(name="multi-process", prefix_name=False)

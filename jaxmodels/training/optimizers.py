@@ -20,6 +20,12 @@ ScheduleName = Literal["noam", "cosine", "constant"]
 DType = str | None  # of a state; None: that of the parameters
 
 WITHOUT_MOMENTUM: tuple[OptimizerName, ...] = ("adafactor",)
+# Optimizers that a hyperparameter has an effect on.
+HAVE: dict[str, tuple[OptimizerName, ...]] = {
+    "b2": ("original", "torch", "adamw", "muon"),
+    "eps": ("original", "torch", "adamw", "muon"),
+    "weight_decay": ("adamw", "adafactor", "lion", "muon"),
+}
 MATRICES = ("kernel", "lora_a", "lora_b")
 # Modules that map features to logits, whose matrices Muon leaves to Adam (https://kellerjordan.github.io/posts/muon).
 READOUTS = ("generator", "readout", "read")
@@ -107,6 +113,15 @@ def check_momentum(name: OptimizerName, momentum_dtype: DType) -> None:
     """Raises ValueError if an optimizer has no first moments to have a dtype."""
     if momentum_dtype is not None and name in WITHOUT_MOMENTUM:
         raise ValueError(f"momentum_dtype={momentum_dtype}: optimizer={name} has no momentum; omit it")
+
+
+def without_effect(name: OptimizerName) -> dict[str, str]:
+    """Hyperparameters that an optimizer does not have, each with the optimizers that have it."""
+    return {
+        field: f"optimizer={name} has no {field}; {', '.join(having[:-1])} and {having[-1]} have"
+        for field, having in HAVE.items()
+        if name not in having
+    }
 
 
 def adam(

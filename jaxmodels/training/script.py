@@ -86,6 +86,7 @@ def parse(
         program = Path(sys.argv[0]).name
     command = parse_flags(with_presets(Command, kind), (config, chosen, folder), arguments, program)
     command = with_local_paths(command)
+    refuse_unused(command.config, arguments)
     if branch is not None and out is None:
         origin = command.origin
         command = dataclasses.replace(command, out=Path(f"{origin.run}-from-{origin.step}"))
@@ -148,6 +149,15 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
         if name == flag:
             value = after if equals else next(iter(arguments[i + 1 :]), None)
     return value
+
+
+def refuse_unused(config: Config, arguments: Sequence[str]) -> None:
+    """Raise ValueError if a flag of a command line has no effect with the others."""
+    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    given = {flag[2:].removeprefix("no-").replace("-", "_") for flag in flags}
+    for name, reason in config.unused().items():
+        if name in given:
+            raise ValueError(f"{name}={getattr(config, name)} has no effect: {reason}")
 
 
 class Session:

@@ -4,15 +4,17 @@ The folder that it writes is described in `jaxmodels.text.tokens`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmodels.io.atomic import check_target
 from jaxmodels.process import programs
+from jaxmodels.process.paths import local
 from jaxmodels.process.texts import visible
 from jaxmodels.text import TokenizerFile
-from jaxmodels.text.sources import CORPORA, open_sources
+from jaxmodels.text.sources import CORPORA, names_documents, open_sources
 from jaxmodels.text.tokens import Tokens, open_tokens, vocabulary_of, write, write_sources
 
 __all__ = ["Tokens", "main", "open_tokens", "parser", "tokenize", "write"]
@@ -52,7 +54,6 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--kind",
         choices=("chars", "bytes", "tokenizer"),
-        default="chars",
         help="tokens: characters of the text, bytes of its UTF-8, or those of --tokenizer (default chars)",
     )
     arguments.add_argument(
@@ -63,7 +64,6 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     )
     arguments.add_argument(
         "--field",
-        default="text",
         metavar="NAME",
         help="field or column of JSONL, Arrow and Parquet files that holds the text (default text)",
     )
@@ -84,20 +84,26 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 def tokenize(
     text: str,
     out: Path,
-    kind: str = "chars",
+    kind: str | None = None,
     tokenizer: Path | None = None,
-    field: str = "text",
+    field: str | None = None,
     end_token: str | None = None,
 ) -> None:
     """Write a folder of tokens and print its sizes; raises ValueError for bad input."""
+    text, out = os.path.expanduser(text), local(out, "TOKENS")
+    tokenizer = None if tokenizer is None else local(tokenizer, "tokenizer")
     if kind == "tokenizer" and tokenizer is None:
         raise ValueError("--kind tokenizer needs --tokenizer FILE")
+    if tokenizer is not None and kind not in (None, "tokenizer"):
+        raise ValueError(f"--kind {kind} and --tokenizer {tokenizer} name two vocabularies: omit one of them")
+    if field is not None and not names_documents(text):
+        raise ValueError(f"--field {field}: {text} has no fields or columns; .jsonl, .parquet and .arrow files have")
     check_target(out, overwrite=None)  # before the work
     given = None if tokenizer is None else TokenizerFile.read(tokenizer)
-    sources = open_sources(text, field)
+    sources = open_sources(text, field or "text")
     for note in sources.notes:
         print(visible(note), file=sys.stderr)
-    tokens = write_sources(out, sources, vocabulary_of(sources, given or kind), end_token)
+    tokens = write_sources(out, sources, vocabulary_of(sources, given or kind or "chars"), end_token)
     for note in tokens.notes[len(sources.notes) :]:
         print(visible(note), file=sys.stderr)
     counts = tokens.documents

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,9 +21,12 @@ from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
 from jaxmodels.scoring import score
-from jaxmodels.scoring.files import as_json, read_documents, table
+from jaxmodels.scoring.files import Document, as_json, read_documents, table
 from jaxmodels.sharding import check_batch, make_mesh
-from jaxmodels.text import TokenizerFile, Vocabulary, load_corpus, load_vocabulary
+from jaxmodels.text import TokenizerFile, Vocabulary, load_vocabulary
+from jaxmodels.text.documents import Source, kind_of
+from jaxmodels.text.sources import open_text
+from jaxmodels.text.tokens import decoded_size, encode_whole
 from jaxmodels.training.checkpoints import open_model
 from jaxmodels.training.data import Example, Windows
 from jaxmodels.training.experiment import Experiment
@@ -32,6 +35,7 @@ from jaxmodels.training.run import is_run, open_run, read_about, saved_experimen
 from jaxmodels.training.step import Numerics, Precision, Program, token_losses
 
 PROGRAM = "python -m train.evaluate"
+SOME = 1024  # sequences that are decoded at once
 EXAMPLES = """\
 examples:
   jaxmodels evaluate runs/rope                    # the held-out part of the text it was trained on
@@ -163,6 +167,8 @@ def in_sequences(options: argparse.Namespace) -> bool:
     of_documents = (options.stride, options.jsonl_field, options.json, options.revision, options.bos or None)
     if any(value is not None for value in of_documents) or len(options.text or ()) > 1:
         return False
+    if kind_of(Path(only_text(options) or "")) == "jsonl":
+        return False
     return is_run(options.checkpoint) or (options.seq_len is not None and read_kind(options.checkpoint) == "model")
 
 
@@ -189,7 +195,9 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
         raise ValueError("--embedder is for a run with a chunk index, evaluated on one text without --stride")
     if not options.text:
         raise ValueError("--text is required: python_docs, tiny_shakespeare, UTF-8 files or JSONL")
-    documents = [document for name in options.text for document in read_documents(name, options.jsonl_field)]
+    for name in options.text:  # errors come before the work
+        for _ in read_documents(name, options.jsonl_field):
+            pass
     if opened.kind == "run":
         experiment = saved_experiment(opened.folder, options.experiment)
         if type(experiment).losses is not Experiment.losses or type(experiment).examples is not Experiment.examples:
@@ -201,9 +209,17 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
     dtype = None if opened.is_quantized else options.compute_dtype
     model = opened.model(dtype=dtype, shardings=mesh if mesh.size > 1 else None)
     window = None if options.seq_len is None else options.seq_len + 1
+    documents: list[Document] = []
+
+    def texts() -> Iterator[str | Source]:
+        for name in options.text:
+            for document in read_documents(name, options.jsonl_field):
+                documents.append(document._replace(text=""))
+                yield document.text
+
     scores = score(
         model,
-        [document.text for document in documents],
+        texts(),
         tokenizer=vocabulary,
         max_length=window,
         stride=options.stride,
@@ -246,10 +262,10 @@ def examples_of(options: argparse.Namespace, opened: Checkpoint) -> Sequence[Exa
         for flag, value in (("--seq-len", options.seq_len), ("--text", options.text)):
             if value is None:
                 raise ValueError(f"{flag} is required for a model folder that is not a training run")
-        return Windows(opened.vocabulary.encode(load_corpus(options.text[0])), options.seq_len, "given")
+        return Windows(encode_whole(open_text(options.text[0]), opened.vocabulary), options.seq_len, "given")
     if options.text is None:
         return experiment.held_out(run, opened.vocabulary, read_about(run).sha256)
-    return experiment.examples(opened.vocabulary.encode(load_corpus(options.text[0])), run)
+    return experiment.examples(encode_whole(open_text(options.text[0]), opened.vocabulary), run)
 
 
 def evaluate(
@@ -266,9 +282,10 @@ def evaluate(
             f"loss is {nats} over {len(examples)} sequences; weights must be finite, and the model's vocabulary must "
             f"have at least the {len(vocabulary)} {vocabulary.unit}s of the given one"
         )
-    ids = np.concatenate([examples[i]["tokens"][1:] for i in range(len(examples))])
-    written, n = vocabulary.decode(ids), len(ids)
-    # For bytes, count the tokens: the text may begin inside a character, which does not decode.
-    n_bytes = n if vocabulary.unit == "byte" else len(written.encode("utf-8"))
+    some = [range(first, min(first + SOME, len(examples))) for first in range(0, len(examples), SOME)]
+    parts = (np.concatenate([examples[i]["tokens"][1:] for i in part]) for part in some)
+    n = sum(len(examples[i]["tokens"]) - 1 for i in range(len(examples)))
+    characters, n_bytes = decoded_size(vocabulary, parts)
     bits = n * nats / math.log(2)
-    return Scores(n, nats, bits / len(written), bits / n_bytes)
+    # For bytes, count the tokens: the text may begin inside a character, which does not decode.
+    return Scores(n, nats, bits / characters, bits / (n if vocabulary.unit == "byte" else n_bytes))

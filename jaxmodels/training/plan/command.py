@@ -22,7 +22,7 @@ from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, Experiment, experiment_class
 from jaxmodels.training.plan.table import DoesNotFit, advice, make_plan, table
 from jaxmodels.training.plan.topology import generation_of, topology_devices
-from jaxmodels.training.script import parse_flags, peek, with_presets
+from jaxmodels.training.script import parse_flags, peek, refuse_unused, with_presets
 
 PROGRAM = "python -m train.plan"
 EXAMPLES = """\
@@ -76,6 +76,7 @@ def parse(arguments: Sequence[str], prog: str = PROGRAM) -> tuple[Experiment[Any
     preset = peek(arguments, "--preset") or kind.config_class.PRESETS[0]
     defaults = (kind.config_class.of_preset(preset), preset)
     command = parse_flags(with_presets(Command, kind), defaults, arguments[1:], f"{prog} {arguments[0]}")
+    refuse_unused(command.config, arguments[1:])
     return kind(command.config), command
 
 

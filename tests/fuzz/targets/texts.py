@@ -137,7 +137,7 @@ def make_documents(folder: Path) -> None:
 def read_documents(folder: Path) -> Any:
     from jaxmodels.scoring.files import read_documents
 
-    return read_documents(str(folder / "text.txt")), read_documents(str(folder / "lines.jsonl"), "text")
+    return [*read_documents(str(folder / "text.txt")), *read_documents(str(folder / "lines.jsonl"), "text")]
 
 
 def make_settings(folder: Path) -> None:

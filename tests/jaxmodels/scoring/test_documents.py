@@ -16,6 +16,7 @@ from jaxmodels.scoring import Score, rows, score
 from jaxmodels.scoring.rows import batches, padded_length
 from jaxmodels.scoring.windows import windows
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile
+from jaxmodels.text.documents import TextFile
 from tests.common import V, filled, language_model
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
@@ -245,3 +246,16 @@ def test_weights_that_are_not_finite_are_refused():
     model.readout.linear.kernel[...] = jnp.full_like(model.readout.linear.kernel[...], jnp.nan)
     with pytest.raises(ValueError, match="document 1 is nan"):
         score(model, [[1], [1, 2, 3]])
+
+
+@pytest.mark.parametrize("bos", [None, 3])
+def test_windows_are_scored_in_groups_and_a_source_in_pieces(bos, tmp_path, monkeypatch):
+    text = "went to sea, ñandú; " * 11
+    (tmp_path / "a.txt").write_text(text)
+    model, tokenizer, texts = neox(256), ByteVocabulary(), [text, "in a boat", text[7:]]
+    expected = score(model, texts, tokenizer=tokenizer, bos=bos)
+    monkeypatch.setattr("jaxmodels.scoring.documents.GROUP", 50)
+    found = score(model, iter([TextFile(tmp_path / "a.txt"), *texts[1:]]), tokenizer=tokenizer, bos=bos)
+    for one, other in zip((*found.documents, found.total), (*expected.documents, expected.total), strict=True):
+        assert (one.tokens, one.characters, one.n_bytes) == (other.tokens, other.characters, other.n_bytes)
+        assert one.nats == pytest.approx(other.nats, rel=1e-6)

@@ -17,7 +17,7 @@ from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import Checkpoints, Position
 from jaxmodels.training.run import Branch, check_folder, read_about, write_about
 from jaxmodels.training.script import main, parse
-from tests.train_common import ROOT, TEXT, TINY, program, start
+from tests.train_common import ROOT, TEXT, TINY, at_a_constant_rate, program, start
 from train import rope
 
 PROGRAM = "python -m train.rope"
@@ -135,9 +135,9 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_how_to_go_on(new, tmp_path):
-    flags = ["--steps", "19", "--keep", "1", "--schedule", "constant", "--clip", "None"]
-    run = tmp_path / "a run"
-    assert main(rope.Rope, PROGRAM, [*new, *flags, "--learning-rate", "0.01", "--steps", "5", "--out", str(run)]) == 0
+    flags = ["--steps", "19", "--keep", "1"]
+    run, begun = tmp_path / "a run", [*at_a_constant_rate(new), *flags]
+    assert main(rope.Rope, PROGRAM, [*begun, "--learning-rate", "0.01", "--steps", "5", "--out", str(run)]) == 0
     out = tmp_path / "diverged"
     process = start("train.rope", "--branch", run, *flags[:2], "--learning-rate", "1e30", "--out", out)
     _, err = process.communicate(timeout=300)
@@ -188,9 +188,9 @@ def test_a_branch_without_changes_takes_the_same_steps(new, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--schedule", "constant", "--clip", "None"]])
+@pytest.mark.parametrize("flags", [list, at_a_constant_rate])
 def test_a_first_step_that_diverges_saves_nothing(flags, new, tmp_path):
-    command = [sys.executable, "-m", "train.rope", *new, *flags, "--learning-rate", "1e30", "--steps", "1"]
+    command = [sys.executable, "-m", "train.rope", *flags(new), "--learning-rate", "1e30", "--steps", "1"]
     done = subprocess.run([*command, "--out", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"python -m train.rope: step 1: .*\b(nan|inf)\b.*learning_rate\n", done.stderr)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmodels.training.config import Config
 from jaxmodels.training.script import main, parse
-from train import neox, retro
+from train import feedback, neox, retro, rope, rope_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +69,31 @@ def test_paths_of_flags_are_expanded(monkeypatch):
 def test_a_list_of_layers_without_one_is_refused():
     with pytest.raises(ValueError, match=r"^ca_layers=\(\) "):
         parse(retro.Retro, "python -m train.retro", ["--ca-layers"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        (rope.Rope, "--optimizer lion --b2 0.99", r"^b2=0\.99 .*optimizer=lion .*original, torch, adamw and muon"),
+        (rope.Rope, "--optimizer adafactor --eps=1e-8", r"^eps=1e-08 .*optimizer=adafactor .*muon"),
+        (rope.Rope, "--optimizer torch --weight-decay 0", r"^weight_decay=0\.0 .*=torch .*adafactor, lion and muon"),
+        (rope.Rope, "--schedule constant --warmup 3", r"^warmup=3 .*noam and cosine"),
+        (rope.Rope, "--text-field body", r"^text_field=body .*text='python_docs' .*\.parquet"),
+        (rope_value.RopeValue, "--text-field body", r"^text_field=body "),
+        (feedback.Feedback, "--double-every 7", r"^double_every=7 .*start_len=None"),
+        (feedback.Feedback, "--remat layers", r"^remat=layers "),
+        (neox.Neox, "--tokenizer t.json", r"^tokenizer=t\.json .*--checkpoint"),
+        (neox.Neox, "--checkpoint x --d-model 64", r"^d_model=64 .*checkpoint='x'"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(kind, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(kind, "python -m train.x", flags.split())
+
+
+def test_values_that_were_not_given_may_have_no_effect(tmp_path):
+    config = parse(neox.Neox, "python -m train.neox", ["--preset", "finetune", "--optimizer", "lion"])[0].config
+    assert (config.eps, config.optimizer) == (1e-16, "lion")
+    (tmp_path / "a.jsonl").touch()
+    flags = ["--text", str(tmp_path / "a.jsonl"), "--text-field", "body", "--optimizer=muon", "--b2=0.9"]
+    assert parse(rope.Rope, "python -m train.rope", flags)[0].config.text_field == "body"

@@ -17,7 +17,7 @@ from jaxmodels.io.steps import steps
 from jaxmodels.training import metrics
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.trainer import Trainer
-from tests.train_common import TEXT, TINY, start
+from tests.train_common import TEXT, TINY, at_a_constant_rate, start
 from train import rope
 
 STEPS = 40
@@ -95,6 +95,24 @@ def test_a_run_killed_at_any_moment_resumes_exactly(new, straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon", "adamw"])
+def test_the_state_of_every_optimizer_resumes_exactly_after_a_kill(new, tmp_path, optimizer):
+    steps_here = ["--steps", 14, "--optimizer", optimizer, "--learning-rate", 0.01]
+    large = ["--d-model", 129, "--d-ff", 131]  # matrices whose squares are factored
+    flags = [*new, *steps_here, *(large if optimizer == "adafactor" else ["--momentum-dtype", "bfloat16"])]
+    finish(*flags, "--out", tmp_path / "straight")
+    run = tmp_path / "run"
+    process = start("train.rope", *flags, "--out", run)
+    while process.poll() is None and not (run / "checkpoints" / "5" / "complete.json").exists():
+        time.sleep(0.001)
+    process.kill()
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    finish(*flags, "--out", run)
+    assert_same(run, numbers(tmp_path / "straight"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "after"),
     [
@@ -147,13 +165,13 @@ def test_leftovers_of_a_kill_before_the_configuration_was_written_do_not_matter(
 @pytest.mark.slow
 def test_a_run_without_checkpoint_may_restart_with_other_hyperparameters(new, tmp_path):
     run = tmp_path / "run"
-    constant = ["--schedule", "constant", "--clip", "None", "--learning-rate"]
+    constant = at_a_constant_rate(new)
     with pytest.raises(ValueError, match=r"^step \d+: .* not finite"):
-        finish(*new, "--out", run, "--steps", 4, *constant, "1e30")
-    finish(*new, "--out", run, "--steps", 4, *constant, "0.01")
+        finish(*constant, "--out", run, "--steps", 4, "--learning-rate", "1e30")
+    finish(*constant, "--out", run, "--steps", 4, "--learning-rate", "0.01")
     assert steps(run / "checkpoints") == [4]
     with pytest.raises(ValueError, match=r"was trained with learning_rate=0\.01, not "):
-        finish(*new, "--out", run, "--steps", 4, *constant, "0.1")
+        finish(*constant, "--out", run, "--steps", 4, "--learning-rate", "0.1")
 
 
 @pytest.mark.slow

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, load_vocabulary
+from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, load_vocabulary, sources
+from jaxmodels.text import pieces as cut
+from jaxmodels.text.sources import open_text
+from jaxmodels.text.tokens import decoded_size, encode_whole
 from jaxmodels.training.tokenize import open_tokens, parser, tokenize
+from tests.jaxmodels.tokenizer import byte_level_tokenizer
 from tests.train_common import TEXT
 
 SPICED = TEXT + "ñandú 𝄞\n"
@@ -140,3 +144,47 @@ def test_ids_of_a_vocabulary_with_gaps_do_not_wrap(tmp_path):
     np.save(file, np.load(file).astype(np.uint8))  # as an older version counted
     with pytest.raises(ValueError, match=r"train\.npy has uint8.*300"):
         open_tokens(str(tmp_path / "tokens"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("{text} gs://bucket/tokens", r"^TOKENS=gs://bucket/tokens .*gcsfuse"),
+        ("{text} {out} --kind bytes --tokenizer {tokenizer}", r"--kind bytes .*--tokenizer"),
+        ("{text} {out} --field body", r"--field body: .*sea\.txt .*\.jsonl"),
+    ],
+)
+def test_flags_that_contradict_the_rest_are_refused(flags, message, text, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        run(flags.format(text=text, out=tmp_path / "tokens", tokenizer=tokenizer).split())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["chars", "bytes", "tokenizer"])
+def test_a_large_text_is_encoded_in_pieces_as_it_is_whole(kind, text, tokenizer, monkeypatch):
+    made = {"chars": CharVocabulary.of(SPICED), "bytes": ByteVocabulary()}
+    vocabulary = made.get(kind) or TokenizerFile.read(tokenizer)
+    whole = encode_whole(open_text(text), vocabulary, (3,))
+    monkeypatch.setattr(sources, "WHOLE", 100)
+    monkeypatch.setattr(cut, "PIECE", 64)
+    parts = encode_whole(open_text(text), vocabulary, (3,))
+    assert isinstance(parts, np.memmap)
+    np.testing.assert_array_equal(parts, whole)
+    assert whole[0] == 3
+
+
+def test_unknown_characters_of_a_large_text_are_counted_in_all_of_it(text, monkeypatch):
+    monkeypatch.setattr(sources, "WHOLE", 100)
+    with pytest.raises(ValueError, match=rf"{SPICED.count('m') + SPICED.count('ñ')} unknown characters"):
+        encode_whole(open_text(text), CharVocabulary("".join(set(SPICED) - {"m", "ñ"})))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tokenizer"])
+def test_the_size_of_decoded_text_does_not_depend_on_its_parts(kind):
+    vocabulary = ByteVocabulary() if kind == "bytes" else TokenizerFile.of(byte_level_tokenizer())
+    text = "ñandú 𝄞 went to sea; " * 9
+    ids = vocabulary.encode(text)
+    parts = [ids[first : first + 3] for first in range(0, len(ids), 3)]
+    assert decoded_size(vocabulary, parts) == (len(text), len(text.encode()))

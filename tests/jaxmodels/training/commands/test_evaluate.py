@@ -251,3 +251,30 @@ def test_bad_documents_are_refused(flags, message, documents, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         scores("model", *flags)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A model with its vocabulary."""
+    jaxmodels.save(transformer(), tmp_path / "model")
+    VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("documents", [[], ["--stride", 5]])
+def test_a_large_text_is_read_in_pieces(documents, saved, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text").write_text("\ufeff" + TEXT[: 20 * S + 1])
+    shown = []
+    for whole in (2**22, 100):
+        monkeypatch.setattr("jaxmodels.text.sources.WHOLE", whole)
+        monkeypatch.setattr(evaluate, "SOME", 3)
+        scores(saved, "--text", tmp_path / "text", "--seq-len", S, *documents)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert f" {20 * S} " in shown[0]
+
+
+def test_jsonl_needs_a_field_for_sequences_too(saved, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": TEXT}))
+    with pytest.raises(ValueError, match=r"a\.jsonl.*--jsonl-field"):
+        scores(saved, "--text", tmp_path / "a.jsonl", "--seq-len", S)
