@@ -1,12 +1,15 @@
 """The pages: their commands as the programs' own parsers read them, their imports, their links."""
 
+import argparse
 import ast
 import importlib
 import importlib.util
+import itertools
 import math
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -15,8 +18,10 @@ import pytest
 from jaxmodels.command import COMMANDS
 from jaxmodels.sharding import AXES, check_batch, parse_sizes
 from jaxmodels.training import config, script
+from jaxmodels.training.commands import template
 from jaxmodels.training.experiment import EXPERIMENTS
 from jaxmodels.training.plan import command as plan
+from parity.plugin import FILES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -28,8 +33,11 @@ PAGES = [
 ]
 # Anywhere in a page, also inside another command; flags end at a comment, a quote or the line's end.
 TRAIN = re.compile(r"python -m train\.(\w+)(?: +([^#'`\n]*))?", re.M)
-# A line of a code block, or inline code.
-SHELL = re.compile(r"(?:^ *\$ |^|`)((?:python -m |make |jaxmodels |parity )[^`\n]*)", re.M)
+# Inline code that is a command.
+INLINE = re.compile(r"(?:python -m |python examples/|make |jaxmodels |parity |pytest )[^`\n]*")
+# Programs that pages show and that are not of this project: their arguments are not checked.
+OTHERS = {"cd", "chmod", "cp", "gcloud", "gcsfuse", "git", "hf", "pre-commit"}
+OWN = {"./my_experiment.py", "jaxmodels", "make", "parity", "pip", "pytest", "python"}
 PARSERS = {
     "jaxmodels": "jaxmodels.command",
     "jaxmodels.convert": "jaxmodels.convert.command",
@@ -60,20 +68,36 @@ def commands() -> list[tuple[str, str, str]]:
     return [command for command in dict.fromkeys(found) if "…" not in command[2] and command[1].islower()]
 
 
+def in_block(language: str, content: str) -> list[str]:
+    """Commands of a code block: its lines, or if some begin with `$ `, those."""
+    lines = content.replace("\\\n", " ").splitlines()
+    prompted = [line[2:] for line in lines if line.startswith("$ ")]
+    if prompted or language in ("sh", "bash"):
+        return prompted or [line for line in lines if line.strip()]
+    is_command = bool(lines) and lines[0].split(" ")[0] in OWN | OTHERS
+    return [line for line in lines if line.split(" ")[0] in OWN | OTHERS] if is_command and not language else []
+
+
 def shell_commands() -> list[tuple[str, str]]:
-    """(page, command) of all others, without comments. Inline code may name a command without its arguments."""
+    """(page, command) of all commands except those of training scripts. Inline code may leave its arguments out."""
     found = []
     for page in PAGES:
-        lines = "\n".join(content for language, content in blocks(page) if language in ("", "sh", "bash"))
-        text = lines.replace("\\\n", " ")
+        listed = [line for block in blocks(page) for line in in_block(*block)]
         inline = re.sub(r"^```.*?^```", "", read(page), flags=re.M | re.S).replace("\n", " ")
-        spans = [span for span in re.findall(r"`([^`]+)`", inline) if SHELL.match(span)]
-        found += [(page, command) for command in [*SHELL.findall(text), *spans]]
+        spans = [span for span in re.findall(r"`([^`]+)`", inline) if INLINE.match(span)]
+        found += [(page, command) for command in [*listed, *spans]]
     return [c for c in dict.fromkeys(found) if "…" not in c[1] and not c[1].startswith("python -m train.")]
 
 
-def words(command: str) -> list[str]:
-    return shlex.split(command, comments=True)
+def programs(command: str) -> list[list[str]]:
+    """Words of each program of a command line; what is behind a pipe or a redirection is left out."""
+    parts: list[list[str]] = [[]]
+    for word in shlex.split(command, comments=True):
+        if word == "&&":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return [list(itertools.takewhile(lambda word: word not in ("|", ">"), part)) for part in parts]
 
 
 def accepted(parser, arguments: list[str]) -> None:
@@ -96,13 +120,17 @@ def check_plan(arguments: list[str]) -> None:
 
 def check_subcommand(name: str, arguments: list[str]) -> None:
     """A subcommand of `jaxmodels`."""
+    if name == "--version":
+        return
     assert name in COMMANDS
     if name == "plan":
         if arguments and arguments[0] in EXPERIMENTS:
             check_plan(arguments)
     elif arguments:
-        module = importlib.import_module(COMMANDS[name].module)
-        accepted(module.parser("jaxmodels"), [*COMMANDS[name].first, *arguments])
+        parser = importlib.import_module(COMMANDS[name].module).parser("jaxmodels")
+        if arguments in (["neox"], ["torch"]):  # of convert, named without its arguments
+            arguments = [*arguments, "--help"]
+        accepted(parser, [*COMMANDS[name].first, *arguments])
 
 
 def check_module(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +141,64 @@ def check_module(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
     elif name.startswith("bench."):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         importlib.import_module(name).parse()
+
+
+def check_make(arguments: list[str]) -> None:
+    """`make TARGET VARIABLE=VALUE`."""
+    targets = [argument for argument in arguments if "=" not in argument]
+    variables = [argument.partition("=")[0] for argument in arguments if "=" in argument]
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets
+    assert all(re.search(rf"^{re.escape(target)}:", makefile, re.M) for target in targets)
+    assert all(re.search(rf"^{variable} \?=", makefile, re.M) for variable in variables)
+
+
+def check_pip(arguments: list[str]) -> None:
+    """`pip install`: extras of this package exist."""
+    assert arguments[0] == "install"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, group in re.findall(r"([\w.]+)\[([\w,]+)\]", " ".join(arguments)):
+        assert package in ("jaxmodels", ".")
+        assert set(group.split(",")) <= extras.keys()
+
+
+def check_file(file: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python FILE`: an example, or the file that `jaxmodels new` writes."""
+    if file.removeprefix("./") == "my_experiment.py":
+        monkeypatch.setattr(script, "saved_config", lambda kind, run: kind.config_class())
+        monkeypatch.setattr(script.Command, "origin", property(lambda self: argparse.Namespace(run="RUN", step=1)))
+        if not any(flag in ("--help", "--tyro-print-completion") for flag in flags):
+            script.parse(template.EXPERIMENT, file, flags)
+        return
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert all(f'"{flag}"' in text for flag in flags if flag.startswith("-"))
+
+
+def check_program(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of a page, but for those of training scripts."""
+    if program == "make":
+        check_make(arguments)
+    elif program == "jaxmodels":
+        check_subcommand(*arguments[:1], arguments[1:])
+    elif program == "parity":
+        verify = arguments[:1] == ["verify"]
+        module = importlib.import_module("parity.checkpoint.verify" if verify else "parity.command")
+        accepted(module.parser(program), arguments[1:] if verify else arguments)
+    elif program == "pip":
+        check_pip(arguments)
+    elif program == "pytest":
+        assert {flag for flag in arguments if flag.startswith("--")} <= {
+            f"--parity-{kind}" for kind in (*FILES, "device")
+        }
+    elif program in ("python", "./my_experiment.py"):
+        if arguments[0] == "-m":
+            check_module(arguments[1], arguments[2:], monkeypatch)
+        elif arguments[0] == "-c":
+            ast.parse(arguments[1])
+        else:
+            check_file(*([arguments[0], arguments[1:]] if program == "python" else [program, arguments]), monkeypatch)
+    else:
+        assert program in OTHERS
 
 
 @pytest.mark.parametrize(("page", "program", "flags"), commands(), ids=lambda part: part[:60])
@@ -135,28 +221,14 @@ def test_a_training_command_of_a_page_is_accepted(page, program, flags, monkeypa
 
 @pytest.mark.parametrize(("page", "command"), shell_commands(), ids=lambda part: part[:60])
 def test_a_command_of_a_page_is_accepted(page, command, monkeypatch):
-    program, *arguments = words(command)
-    if program == "make":
-        targets = [argument for argument in arguments if "=" not in argument]
-        variables = [argument.partition("=")[0] for argument in arguments if "=" in argument]
-        makefile = (ROOT / "Makefile").read_text()
-        assert targets
-        assert all(re.search(rf"^{re.escape(target)}:", makefile, re.M) for target in targets)
-        assert all(re.search(rf"^{variable} \?=", makefile, re.M) for variable in variables)
-    elif program == "jaxmodels":
-        check_subcommand(*arguments[:1], arguments[1:])
-    elif program == "parity":
-        module, arguments = (
-            ("checkpoint.verify", arguments[1:]) if arguments[:1] == ["verify"] else ("command", arguments)
-        )
-        accepted(importlib.import_module(f"parity.{module}").parser(program), arguments)
-    else:
-        check_module(arguments[1], arguments[2:], monkeypatch)
+    for program, *arguments in programs(command):
+        check_program(program, arguments, monkeypatch)
 
 
 def test_the_pages_have_commands():
     found = commands()
-    assert {program for page, program, _ in found if page == "docs/guides/tpu.md"} >= {"plan", "tokenize", "rope", "evaluate"}
+    on_tpus = {program for page, program, _ in found if page == "docs/guides/tpu.md"}
+    assert on_tpus >= {"plan", "tokenize", "rope", "evaluate"}
     assert len(found) > 15
     assert any("--distributed" in flags and "--mesh fsdp=16 --out" in flags for _, _, flags in found)
     others = [command for _, command in shell_commands()]

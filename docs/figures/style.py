@@ -37,10 +37,10 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(drawn: Figure, name: str) -> Path:
-    """Write a figure to `docs/annotated/figures/NAME.svg`; the same arrays give the same bytes."""
-    FOLDER.mkdir(exist_ok=True)
-    file = FOLDER / f"{name}.svg"
+def save(drawn: Figure, name: str, folder: Path = FOLDER) -> Path:
+    """Write a figure to NAME.svg in a folder; the same arrays give the same bytes."""
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.svg"
     with mpl.rc_context({"svg.hashsalt": name}):
         drawn.savefig(file, transparent=True, metadata={"Date": None})
     text = file.read_text(encoding="utf-8")

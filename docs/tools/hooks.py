@@ -4,6 +4,7 @@ import os
 import posixpath
 import re
 import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("COLUMNS", "88")  # width of usage lines
 os.environ.setdefault("NO_COLOR", "1")
 
-from docs.tools import commands, reference  # noqa: E402
+from docs.tools import annotate, commands, reference  # noqa: E402
 
 # Pages whose source is a file of the repository's root.
 PROJECT = {
@@ -26,6 +27,13 @@ LINK = re.compile(r"(\]\()(?!https?://|mailto:|#)([^)\s#]+)(#[^)\s]*)?(\))")
 # Inline code, outside of links and headings.
 CODE = re.compile(r"<(a|h\d|pre)\b.*?</\1>|<code>([^<]+)</code>", re.S)
 SHIM = "https://unpkg.com/iframe-worker/shim"  # which the theme loads for the search of a site opened from a file
+# A picture in two versions: on a repository's page by the system's colors, on the site by the page's.
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]*)">'
+    r'\s*<img (.*?) src="([^"]*)"[^>]*>\s*</picture>'
+)
+# A figure that stands alone, whose colors are those of the page if it is a part of it.
+FIGURE = re.compile(r'<p><img alt="([^"]*)" src="([^":]*\.svg)" ?/?></p>')
 COMMAND = re.compile(r"(jaxmodels|parity) ([a-z][a-z-]*)")
 
 
@@ -95,7 +103,12 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
             return match[0]
         return f'<a href="{file.url_relative_to(page.file)}#{target.partition("#")[2]}">{match[0]}</a>'
 
-    return CODE.sub(linked, html)
+    def drawn(match: re.Match[str]) -> str:
+        folder = posixpath.dirname(f"docs/{here}")
+        return annotate.figure(ROOT / posixpath.normpath(posixpath.join(folder, match[2])), unescape(match[1]))
+
+    html = PICTURE.sub(r'<img class="only-dark" \2 src="\1"><img class="only-light" \2 src="\3">', html)
+    return CODE.sub(linked, FIGURE.sub(drawn, html))
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
