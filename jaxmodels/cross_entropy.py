@@ -83,18 +83,22 @@ def token_nats(read: Read, x: jax.Array, targets: jax.Array, axis: int) -> jax.A
     return jax.lax.slice_in_dim(_merge(found, axis), 0, targets.shape[axis], axis=axis)
 
 
-def mean_nats(read: Read, x: jax.Array, targets: jax.Array, axis: int) -> jax.Array:
-    """Mean of `token_nats`, a scalar.
+def mean_nats(read: Read, x: jax.Array, targets: jax.Array, axis: int, weights: jax.Array | None = None) -> jax.Array:
+    """Mean of `token_nats`, or their sum with weights of the shape of targets; a scalar.
 
     The gradient is computed in the forward pass, when the logits of a chunk are there: a product of x with the
     read-out less than the gradient of `token_nats`, which must know the weight of each token first.
     """
     divided = _divide(read, x, targets, axis)
     if divided is None:
-        return nats(read(x), targets).mean()
+        found = nats(read(x), targets)
+        return found.mean() if weights is None else (found * weights).sum()
     n, length = divided.x.shape[0], divided.x.shape[1 + axis]
-    valid = jnp.expand_dims((jnp.arange(n * length) < targets.shape[axis]).reshape(n, length), 2 - axis)
-    factors = jnp.where(valid, 1 / targets.size, 0).astype(divided.dtype)  # [K, 1, C] or [K, C, 1]
+    if weights is None:
+        valid = jnp.expand_dims((jnp.arange(n * length) < targets.shape[axis]).reshape(n, length), 2 - axis)
+        factors = jnp.where(valid, 1 / targets.size, 0).astype(divided.dtype)  # [K, 1, C] or [K, C, 1]
+    else:
+        factors = _split(weights, axis, n, length).astype(divided.dtype)  # [K, …, C, …], zeros for padding
     return _weighted_sum(divided.read, divided.weights, divided.x, divided.targets, factors)
 
 

@@ -33,7 +33,7 @@ class Config:
     text_field: str = "text"
     """field or column of .jsonl, .parquet and .arrow files that holds the text"""
     within_documents: bool = False
-    """train on sequences that do not cross documents; leaves out what is shorter than a sequence"""
+    """train and validate on sequences that do not cross documents; their ends are padded, and padding is in no loss"""
     seq_len: int = 128
     """tokens per training sequence"""
     batch_size: int = 16

@@ -1,6 +1,7 @@
 """Training examples: an endless random sequence, indexed by position, so that a run resumes on any number of processes.
 
-Axes: B batch, S sequence. An example is a dict of arrays with "tokens", int [S + 1]; a batch stacks examples.
+Axes: B batch, S sequence. An example is a dict of arrays with "tokens", int [S + 1], and if some of them are padding,
+"predicted", bool [S]; a batch stacks examples.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.sharding import batch_sharding
 from jaxmodels.text import Vocabulary
+from jaxmodels.training.step import PREDICTED
 
 Example = Mapping[str, np.ndarray]
 PREFETCHED = 8  # batches; they take little memory, and the loader threads compete with the loop for the GIL
@@ -42,43 +44,48 @@ class Windows(Sequence[Example]):
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self.at(self.place(i)[0])
+        return self.at(*self.place(i))
+
+    @property
+    def n_predicted(self) -> int:
+        """Number of tokens that the windows predict."""
+        return len(self) * self.seq_len
 
     def place(self, i: int) -> tuple[int, int]:
         """Beginning of window i, and the end of the text."""
         return i * self.seq_len, len(self.ids)
 
-    def at(self, start: int) -> Example:
+    def at(self, start: int, stop: int | None = None) -> Example:
+        """Window that begins at a token of a text, or of a document that ends before token `stop`."""
         return {"tokens": np.asarray(self.ids[start : start + self.seq_len + 1], np.int32)}
 
     def shifted(self, i: int, rng: np.random.Generator) -> Example:
         """Window i moved by a random 0 … S-1 tokens; by fewer near the end of the text or document."""
         start, stop = self.place(i)
-        room = stop - self.seq_len - 1 - start
-        return self.at(start + int(rng.integers(0, min(self.seq_len - 1, room), endpoint=True)))
+        room = max(0, stop - self.seq_len - 1 - start)
+        return self.at(start + int(rng.integers(0, min(self.seq_len - 1, room), endpoint=True)), stop)
 
 
 class DocumentWindows(Windows):
     """Documents cut into inputs of S tokens that do not cross from one document to the next.
 
-    A document's rest that is shorter than a sequence, and a shorter document, is left out: the models have no mask
-    between documents. starts: where each document begins, and the end, int [D + 1]. Raises ValueError with the text's
-    `name` if no document has S + 1 tokens.
+    The end of a document, and a shorter one, is padded on the right, where a causal model does not see it, and examples
+    have "predicted", bool [S]: False for targets that are padding. starts: where each document begins, and the end,
+    int [D + 1]. Raises ValueError with the text's `name` if no document has two tokens.
     """
 
     def __init__(self, ids: np.ndarray, seq_len: int, name: str, starts: np.ndarray):
         lengths = np.diff(starts)
-        used = np.maximum(lengths - 1, 0) // seq_len  # windows of each document
+        used = -(-np.maximum(lengths - 1, 0) // seq_len)  # windows of each document
         if not used.sum():
-            raise ValueError(
-                f"{name} text has documents of at most {int(lengths.max(initial=0))} tokens; within_documents with "
-                f"seq_len={seq_len} needs at least {seq_len + 1}"
-            )
+            raise ValueError(f"{name} text has no document of at least 2 tokens, as within_documents needs")
         documents = np.flatnonzero(used)
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "seq_len", seq_len)
+        object.__setattr__(self, "name", name)
         object.__setattr__(self, "starts", np.asarray(starts[:-1])[documents])
         object.__setattr__(self, "stops", np.asarray(starts[1:])[documents])
         object.__setattr__(self, "firsts", np.concatenate([[0], np.cumsum(used[documents])]))
-        super().__init__(ids, seq_len, name)
 
     starts: np.ndarray
     stops: np.ndarray
@@ -87,11 +94,36 @@ class DocumentWindows(Windows):
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
+    @property
+    def n_predicted(self) -> int:
+        return int((self.stops - self.starts - 1).sum())
+
     def place(self, i: int) -> tuple[int, int]:
         """Beginning of window i, and the end of its document."""
         document = int(np.searchsorted(self.firsts, i, side="right")) - 1
         start = int(self.starts[document]) + (i - int(self.firsts[document])) * self.seq_len
         return start, int(self.stops[document])
+
+    def at(self, start: int, stop: int | None = None) -> Example:
+        stop = len(self.ids) if stop is None else stop
+        ids = np.asarray(self.ids[start : min(start + self.seq_len + 1, stop)], np.int32)
+        padding = self.seq_len + 1 - len(ids)
+        return {"tokens": np.pad(ids, (0, padding)), PREDICTED: np.arange(self.seq_len) < len(ids) - 1}
+
+
+def n_predicted(examples: Sequence[Example]) -> int:
+    """Number of tokens that examples predict, without padding."""
+    if isinstance(examples, Windows):
+        return examples.n_predicted
+    if not len(examples) or PREDICTED not in examples[0]:
+        return len(examples) * (len(examples[0]["tokens"]) - 1) if len(examples) else 0
+    return sum(int(examples[i][PREDICTED].sum()) for i in range(len(examples)))
+
+
+def without_padding(example: Example) -> np.ndarray:
+    """Tokens of an example, int [n + 1], of which the last n are predicted."""
+    tokens = example["tokens"]
+    return tokens[: 1 + int(example[PREDICTED].sum())] if PREDICTED in example else tokens
 
 
 def windows_of(
@@ -176,9 +208,15 @@ def stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}  # [B, ...]
 
 
-def in_batches(examples: Sequence[Example], batch_size: int, mesh: Mesh) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Iterate over a finite sequence in equal batches, each with its number of valid rows; the last is padded."""
+def in_batches(
+    examples: Sequence[Example], batch_size: int, mesh: Mesh
+) -> Iterator[tuple[dict[str, jax.Array], int, int]]:
+    """Iterate over a finite sequence in equal batches, each with its numbers of valid rows and of predicted tokens.
+
+    The last batch is padded with rows that are not valid.
+    """
     for first in range(0, len(examples), batch_size):
-        rows = stack([examples[i % len(examples)] for i in range(first, first + batch_size)])
-        placed = place_rows(rows, np.arange(batch_size), batch_size, batch_sharding(mesh))
-        yield placed, min(batch_size, len(examples) - first)
+        chosen = [examples[i % len(examples)] for i in range(first, first + batch_size)]
+        placed = place_rows(stack(chosen), np.arange(batch_size), batch_size, batch_sharding(mesh))
+        valid = chosen[: len(examples) - first]
+        yield placed, len(valid), n_predicted(valid)

@@ -47,12 +47,12 @@ from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.config import Config
-from jaxmodels.training.data import Example, Task, Windows, endless, windows_of
+from jaxmodels.training.data import Example, Task, Windows, endless, windows_of, without_padding
 from jaxmodels.training.optimizers import make_optimizer, make_schedule
 from jaxmodels.training.original import Original
 from jaxmodels.training.reporting.ngram import NGram
 from jaxmodels.training.reporting.trackers import Tracker
-from jaxmodels.training.step import Batch, Program, State, token_losses
+from jaxmodels.training.step import PREDICTED, Batch, Program, State, token_losses
 from jaxmodels.training.tokenize import Tokens, open_tokens
 from jaxmodels.weights.names import dotted, flat_arrays
 
@@ -145,7 +145,11 @@ class Experiment(Generic[ConfigT]):
 
     def abstract_batch(self) -> Batch:
         """Shapes and dtypes of a batch."""
-        return {"tokens": jax.ShapeDtypeStruct((self.config.batch_size, self.config.seq_len + 1), np.int32)}
+        rows, length = self.config.batch_size, self.config.seq_len
+        batch = {"tokens": jax.ShapeDtypeStruct((rows, length + 1), np.int32)}
+        if self.config.within_documents:
+            batch[PREDICTED] = jax.ShapeDtypeStruct((rows, length), np.bool_)
+        return batch
 
     def program(self, n_vocab: int, mesh: Mesh) -> Program:
         """Build the training step for a mesh; raises ValueError if they do not fit."""
@@ -202,13 +206,14 @@ class Experiment(Generic[ConfigT]):
         held_out = windows_of(
             tokens.validation, seq_len, "validation", tokens.validation_documents, within_documents=within
         )
-        share = f"; {len(train) * seq_len / len(tokens.train):.0%} of them in sequences within documents"
+        share = train.n_predicted / (len(train) * seq_len)
+        filled = f"; {len(train):,} sequences within documents, {share:.0%} of their places filled"
         return Task(
             endless(train, self.config.seed),
             held_out,
             tokens.vocabulary,
             tokens.sha256,
-            self.summary(tokens) + (share if within else ""),
+            self.summary(tokens) + (filled if within else ""),
             None if within else tokens.train,  # for the baseline, which predicts the whole text
             None if within else tokens.validation,
         )
@@ -244,7 +249,7 @@ class Experiment(Generic[ConfigT]):
         """
         if missing_decoding(model):
             return "", {}
-        ids = task.validation[0]["tokens"][:PROMPT_TOKENS]
+        ids = without_padding(task.validation[0])[:PROMPT_TOKENS]
         n_tokens = self.n_tokens(task.vocabulary)
         written = continue_text(
             model, ids, SAMPLE_TOKENS, self.config.seq_len, interrupted=interrupted, n_tokens=n_tokens

@@ -162,9 +162,9 @@ class Evaluation:
         total, tokens = 0.0, 0
         pending: list[tuple[jax.Array, int]] = []
         placed = in_batches(self.examples, self.batch_size, self.program.mesh)
-        for rows, n in itertools.islice(placed, batches):
+        for rows, n, predicted in itertools.islice(placed, batches):
             pending.append((self.compiled(state, rows), n))
-            tokens += n * (rows["tokens"].shape[1] - 1)
+            tokens += predicted
             if len(pending) > 1:  # add up one batch while the next is computed
                 total += sum_of_rows(*pending.pop(0))
             if agree(bool(self.stop)):

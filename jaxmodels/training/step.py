@@ -1,6 +1,7 @@
 """Training step and evaluation as pure functions over arrays, for one device or a mesh.
 
 Axes: B batch, S sequence, V vocabulary. A batch is a dict of arrays whose first axis is B; "tokens" is int [B, S + 1].
+If it has "predicted", bool [B, S], the other targets are padding: they are in no loss, and models do not see the array.
 Losses are in nats per token.
 """
 
@@ -22,6 +23,7 @@ from jaxmodels.protocols import has_divided_readout
 from jaxmodels.sharding import BATCH, activation_placement, batch_sharding, parameter_specs
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 
+PREDICTED = "predicted"
 Arrays = dict[str, jax.Array]
 Batch = Mapping[str, Any]
 Losses = Callable[[Any, Batch, jax.Array | None], jax.Array]
@@ -67,9 +69,11 @@ def token_losses(model: Any, batch: Batch, rng: jax.Array | None = None) -> jax.
     return nats.T if model.sequence_axis == 0 else nats
 
 
-def mean_loss(model: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    """Mean of `token_losses`, whose gradient takes one product with the readout less."""
-    return mean_nats(*readout(model, batch, rng), model.sequence_axis)
+def mean_loss(model: Any, batch: Batch, rng: jax.Array | None = None, weights: jax.Array | None = None) -> jax.Array:
+    """Mean of `token_losses`, or sum with weights [B, S]; its gradient takes one product with the readout less."""
+    if weights is not None and model.sequence_axis == 0:
+        weights = weights.T
+    return mean_nats(*readout(model, batch, rng), model.sequence_axis, weights)
 
 
 def readout(model: Any, batch: Batch, rng: jax.Array | None) -> tuple[Read, jax.Array, jax.Array]:
@@ -226,12 +230,20 @@ class Program:
     def gradients(self, state: State, batch: Batch) -> tuple[jax.Array, Arrays]:
         """Mean loss and its gradient over a batch, computed in `accumulate` parts one after the other."""
         rng = jax.random.fold_in(state.key, state.step) if self.dropout else None
+        n = self.numerics.accumulate
+        shares = batch.get(PREDICTED)
+        if shares is not None:  # each part's loss is its share of the whole batch's mean
+            shares = n * shares / shares.sum()
+            batch = {**batch, PREDICTED: shares}
 
         def loss(params: Arrays, part: Batch, rng: jax.Array | None) -> jax.Array:
             model = self.model(dataclasses.replace(state, params=params), self.numerics.compute_dtype)
-            return mean_loss(model, part, rng) if self.losses is token_losses else self.losses(model, part, rng).mean()
+            inputs, weights = without_mask(part), part.get(PREDICTED)
+            if self.losses is token_losses:
+                return mean_loss(model, inputs, rng, weights)
+            losses = self.losses(model, inputs, rng)
+            return losses.mean() if weights is None else (losses * weights).sum()
 
-        n = self.numerics.accumulate
         if n == 1:
             return jax.value_and_grad(loss)(state.params, batch, rng)
 
@@ -275,12 +287,14 @@ class Program:
 
     def lower_evaluation(self, batch: Batch) -> jax.stages.Lowered:
         """Trace the sum of each row's losses, without dropout: (State without optimizer, batch) -> nats [B]."""
-        compute = self.numerics.compute_dtype
+
+        def sums(state: State, batch: Batch) -> jax.Array:
+            losses = self.losses(self.model(state, self.numerics.compute_dtype), without_mask(batch), None)
+            predicted = batch.get(PREDICTED)
+            return (losses if predicted is None else losses * predicted).sum(axis=1)
+
         with self.tracing():
-            rows = jax.jit(
-                lambda state, batch: self.losses(self.model(state, compute), batch, None).sum(axis=1),
-                out_shardings=NamedSharding(self.mesh, PartitionSpec()),
-            )
+            rows = jax.jit(sums, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
             return rows.lower(without_optimizer(self.abstract_state()), self.abstract_batch(batch))
 
     def abstract_batch(self, batch: Batch) -> Batch:
@@ -317,7 +331,15 @@ def stop_sharding(mesh: Mesh) -> NamedSharding:
 
 def shortened(batch: Batch, length: int | None) -> Batch:
     """Keep the first `length` tokens of each sequence, and the one predicted from them."""
-    return batch if length is None else {**batch, "tokens": batch["tokens"][:, : length + 1]}
+    if length is None:
+        return batch
+    cut = {name: batch[name][:, :stop] for name, stop in (("tokens", length + 1), (PREDICTED, length)) if name in batch}
+    return {**batch, **cut}
+
+
+def without_mask(batch: Batch) -> Batch:
+    """Arrays of a batch that a model is called with."""
+    return {name: array for name, array in batch.items() if name != PREDICTED}
 
 
 def take(parts: Batch, i: int) -> Batch:

@@ -23,7 +23,7 @@ from jaxmodels.text import load_vocabulary
 from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import Checkpoints, Position
 from jaxmodels.training.config import Options
-from jaxmodels.training.data import Batches, Example, Task
+from jaxmodels.training.data import Batches, Example, Task, n_predicted
 from jaxmodels.training.experiment import Experiment, missing_decoding
 from jaxmodels.training.loop import Diverged, Evaluation, Loop, StepMetrics
 from jaxmodels.training.plan import flops
@@ -282,7 +282,7 @@ class Trainer:
         if type(self.experiment).report is Experiment.report and missing_decoding(self.program.abstract):
             missing = ", ".join(missing_decoding(self.program.abstract))
             self.say(f"reports have no sample: {type(self.program.abstract).__name__} has no {missing}")
-        predicted = len(self.held_out()) * self.config.seq_len
+        predicted = n_predicted(self.held_out())
         baseline = self.experiment.baseline(self.task, predicted)
         if baseline is not None:
             self.say(f"{baseline[0]}: validation loss {baseline[1]:.3f} nats per {unit}")

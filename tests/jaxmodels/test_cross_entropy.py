@@ -46,7 +46,7 @@ READOUTS = {"tied": lambda p, x: x @ p["table"].T, "untied": lambda p, x: x @ p[
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", ["mean", "weighted"])
+@pytest.mark.parametrize("kind", ["mean", "weighted mean", "weighted"])
 @pytest.mark.parametrize(("readout", "axis"), [("tied", 0), ("untied", 1)])
 def test_losses_and_gradients_are_those_of_whole_logits(readout, kind, axis):
     parameters = {"table": normal(4, V, D), "kernel": normal(5, D, V), "bias": normal(6, V)}
@@ -61,7 +61,9 @@ def test_losses_and_gradients_are_those_of_whole_logits(readout, kind, axis):
     def loss(p, chunk):
         with chunks(chunk):
             arguments = lambda x: read(p, x), jnp.tanh(p["table"][ids]), targets, axis
-            return mean_nats(*arguments) if kind == "mean" else (token_nats(*arguments) * weights).sum()
+            if kind == "weighted":
+                return (token_nats(*arguments) * weights).sum()
+            return mean_nats(*arguments, None if kind == "mean" else weights)
 
     expected = jax.jit(jax.value_and_grad(whole))(parameters)
     for chunk in (1, 4 * B, B * S):  # single positions; chunks of which the last is padded; one

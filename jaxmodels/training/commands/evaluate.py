@@ -28,7 +28,7 @@ from jaxmodels.text.documents import Source, kind_of
 from jaxmodels.text.sources import open_text
 from jaxmodels.text.tokens import decoded_size, encode_whole
 from jaxmodels.training.checkpoints import open_model
-from jaxmodels.training.data import Example, Windows
+from jaxmodels.training.data import Example, Windows, n_predicted, without_padding
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.loop import Evaluation
 from jaxmodels.training.run import is_run, open_run, read_about, saved_experiment
@@ -283,8 +283,8 @@ def evaluate(
             f"have at least the {len(vocabulary)} {vocabulary.unit}s of the given one"
         )
     some = [range(first, min(first + SOME, len(examples))) for first in range(0, len(examples), SOME)]
-    parts = (np.concatenate([examples[i]["tokens"][1:] for i in part]) for part in some)
-    n = sum(len(examples[i]["tokens"]) - 1 for i in range(len(examples)))
+    parts = (np.concatenate([without_padding(examples[i])[1:] for i in part]) for part in some)
+    n = n_predicted(examples)
     characters, n_bytes = decoded_size(vocabulary, parts)
     bits = n * nats / math.log(2)
     # For bytes, count the tokens: the text may begin inside a character, which does not decode.

@@ -1,14 +1,12 @@
 """Batches of training windows: contents, order, resuming."""
 
-import itertools
-
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from jaxmodels.sharding import make_mesh
-from jaxmodels.training.data import Batches, DocumentWindows, Windows, endless, in_batches
+from jaxmodels.training.data import Batches, DocumentWindows, Windows, endless, in_batches, n_predicted, without_padding
 
 N, S, B = 1103, 11, 7  # 100 windows: batches reach over the ends of epochs
 IDS = np.arange(N, dtype=np.uint16)  # a token is its own place
@@ -79,9 +77,10 @@ def test_validation_windows_predict_each_token_once_and_the_last_batch_is_padded
     with pytest.raises(IndexError):
         WINDOWS[100]
     batched = list(in_batches(WINDOWS, B, make_mesh()))
-    assert {batch["tokens"].shape for batch, _ in batched} == {(B, S + 1)}
-    assert [n for _, n in batched] == [B] * 14 + [2]
-    np.testing.assert_array_equal(np.concatenate([batch["tokens"][:n] for batch, n in batched]), tokens)
+    assert {batch["tokens"].shape for batch, _, _ in batched} == {(B, S + 1)}
+    assert [(n, predicted) for _, n, predicted in batched] == [(B, B * S)] * 14 + [(2, 2 * S)]
+    np.testing.assert_array_equal(np.concatenate([batch["tokens"][:n] for batch, n, _ in batched]), tokens)
+    assert n_predicted(WINDOWS) == n_predicted([WINDOWS[i] for i in range(100)]) == 100 * S
 
 
 def test_a_text_shorter_than_a_sequence_is_an_error():
@@ -95,20 +94,23 @@ def test_batches_have_the_sharding_that_steps_expect(batches):
     assert batch.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
 
 
-def test_windows_within_documents_never_cross_and_use_all_that_fits():
-    lengths = [3, 17, S, S + 1, 0, 5 * S + 2, 1]
+def test_windows_within_documents_never_cross_and_predict_each_token_once():
+    lengths = [3, 17, S, S + 1, 0, 5 * S + 2, 1, 2]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    document = np.repeat(np.arange(len(lengths)), lengths)
-    windows = DocumentWindows(document, S, "training", starts)
-    assert len(windows) == sum(max(0, n - 1) // S for n in lengths)
+    ids = 100 * np.repeat(np.arange(len(lengths)), lengths) + np.concatenate([np.arange(n) for n in lengths])
+    windows = DocumentWindows(ids, S, "training", starts)
+    assert len(windows) == sum(-(-max(0, n - 1) // S) for n in lengths)
+    predicted = np.concatenate([without_padding(windows[i])[1:] for i in range(len(windows))])
+    np.testing.assert_array_equal(predicted, [token for token in ids if token % 100])
+    assert n_predicted(windows) == n_predicted([windows[i] for i in range(len(windows))]) == len(predicted)
     rng = np.random.default_rng(0)
-    for i in range(len(windows)):
-        for tokens in (windows[i]["tokens"], *(windows.shifted(i, rng)["tokens"] for _ in range(13))):
-            assert tokens.shape == (S + 1,)
-            assert len(set(tokens.tolist())) == 1
-    covered = [windows.place(i)[0] for i in range(len(windows))]
-    assert all(b - a >= S for a, b in itertools.pairwise(covered))
+    shifted = [windows.shifted(i, rng) for i in range(len(windows)) for _ in range(40)]
+    for example in shifted:
+        assert example["tokens"].shape == (S + 1,)
+        assert example["predicted"].shape == (S,)
+        assert len(set(without_padding(example) // 100)) == 1
+    assert {token for example in shifted for token in without_padding(example)[1:]} == set(predicted)
     with pytest.raises(IndexError):
         windows[len(windows)]
-    with pytest.raises(ValueError, match=rf"validation text .* at most {S} tokens.*seq_len={S} .*{S + 1}"):
-        DocumentWindows(np.zeros(2 * S, int), S, "validation", np.asarray([0, S, 2 * S]))
+    with pytest.raises(ValueError, match=r"validation text .* 2 tokens.*within_documents"):
+        DocumentWindows(np.zeros(2, int), S, "validation", np.asarray([0, 1, 2]))

@@ -80,6 +80,36 @@ def test_cross_entropy_in_chunks_does_not_change_the_gradients(state):
             np.testing.assert_allclose(found[name], gradient, rtol=0, atol=1e-13 * np.abs(gradient).max() + 1e-16)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("losses", [token_losses, lambda model, batch, rng: token_losses(model, batch, rng) * 1.0])
+def test_padding_is_in_no_loss_and_every_other_token_counts_once(state, losses):
+    wide = {name: np.asarray(array, np.float64) for name, array in state.params.items()}
+    wide = dataclasses.replace(state, params=wide)
+    lengths = np.asarray([1, 7, S, 3, 2, 5])  # of the predicted tokens
+    batch = {"tokens": TOKENS, "predicted": np.arange(S) < lengths[:, None]}
+
+    def whole(params):
+        model = program(make=transformer).model(dataclasses.replace(wide, params=params))
+        found = [token_losses(model, {"tokens": row[None, : n + 1]}) for row, n in zip(TOKENS, lengths, strict=True)]
+        return jnp.concatenate(found, axis=1).mean()
+
+    loss, expected = jax.jit(jax.value_and_grad(whole))(wide.params)
+    for numerics in (Numerics(), Numerics(2), Numerics(3, loss_chunk=4)):
+        made = program(make=transformer, numerics=numerics, losses=losses)
+        with made.tracing():
+            found, gradient = jax.jit(lambda state, batch, made=made: made.gradients(state, batch))(wide, batch)
+        np.testing.assert_allclose(found, loss, rtol=1e-13)
+        for name, array in expected.items():
+            np.testing.assert_allclose(gradient[name], array, rtol=0, atol=1e-13 * np.abs(array).max() + 1e-16)
+    if losses is token_losses:
+        rows = (
+            program(make=transformer)
+            .lower_evaluation(batch)
+            .compile()(dataclasses.replace(state, optimizer=None), batch)
+        )
+        np.testing.assert_allclose(rows.sum() / lengths.sum(), loss, rtol=1e-5)
+
+
 def test_rematerialization_does_not_change_the_gradients(state):
     none, dots, layers = (program(make=transformer, numerics=Numerics(remat=r)) for r in ("none", "dots", "layers"))
     products = {}
