@@ -5,18 +5,19 @@ Modules take and return [S, B, D]; inside, arrays are head-major, [B, H, S, d_k]
 In einsums: i query, j key, b batch, h head, d feature, r table row.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxmodels.attention_kernels import chosen_kernel, fused_attention
 from jaxmodels.cache import visible, write
-from jaxmodels.layers import Dropout, HeadProjection, Linear, check_sizes
+from jaxmodels.layers import Dropout, HeadProjection, Linear, check_sizes, definer
 
 Mask = jax.Array | Literal["causal"] | None
 
@@ -53,9 +54,9 @@ class Attention(nnx.Module):
     """Base class: scores -> mask -> softmax over keys -> dropout -> weighted values -> output projection.
 
     A subclass defines `project` (tokens to head-major queries, keys and values), `get_scores` and, if the weighted sum
-    must be rotated back, `restore`. `mask='causal'` (queries and keys are the same tokens) is the fast path: queries
-    are cut into blocks, and each block attends only to the keys up to its own end. Raises ValueError if d_model is not
-    divisible by heads.
+    must be rotated back, `restore`. `mask='causal'` (queries and keys are the same tokens) is the fast path, see
+    `jaxmodels.attention_kernels`; it is fused only if the subclass defines `products` and there is no dropout of
+    weights. Raises ValueError if d_model is not divisible by heads.
     """
 
     def __init__(self, heads: int, d_model: int, dropout_prob: float, *, rngs: nnx.Rngs):
@@ -81,6 +82,10 @@ class Attention(nnx.Module):
         """Logits [B, H, S, N] of projected queries over n keys; `first` is the first query's position in the keys."""
         raise NotImplementedError
 
+    def products(self, query: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        """Queries and keys [B, H, S, d_k] whose products times `scale` are the scores; None if they are others."""
+        return None
+
     def restore(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         """Transform the weighted sum [S, B, H, d_k] before the output projection; the identity by default."""
         return x
@@ -105,16 +110,25 @@ class Attention(nnx.Module):
         if isinstance(mask, str):
             if mask != "causal" or s != n:
                 raise ValueError(f"mask={mask!r} with {s} queries and {n} keys; 'causal' needs equal numbers")
-            x = self.attend_in_blocks(q, k, v, rng)
+            x = self.attend_causally(q, k, v, rng)
         else:
             if mask is not None:
                 mask = check_mask(mask, s, n, query.shape[1]).transpose(2, 0, 1)[:, None]  # [1 or B, 1, S or 1, N]
             x = attend(self.get_scores(q, k, n, n - s), v, mask, self.dropout, rng)
         return self.finish(x, None)
 
-    def attend_in_blocks(self, query: Any, key: jax.Array | None, value: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """Causal attention [B, H, S, d_k]: each block of queries over its static prefix of keys."""
-        return attend_in_blocks(query, key, value, self.get_scores, self.dropout, rng)
+    def attend_causally(self, query: Any, key: jax.Array | None, value: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """Causal attention [B, H, S, d_k] by the kernel that is set; raises ValueError as `chosen_kernel`."""
+        products, drops = self.products(query, key), rng is not None and self.dropout.rate > 0
+        unfused = None
+        if products is None:
+            unfused = f"needs scores that are products of queries and keys, which {type(self).__name__}'s are not"
+        elif drops or type(self.dropout) is not Dropout:
+            unfused = f"has no dropout of attention weights, which is {getattr(self.dropout, 'rate', self.dropout)}"
+        kernel = chosen_kernel(value, unfused)
+        if products is not None and kernel in ("cudnn", "splash"):
+            return fused_attention(*products, value, self.scale, kernel)
+        return attend_unfused(query, key, value, self.get_scores, self.dropout, rng, whole=kernel == "plain")
 
     # [attention.softmax]
     def finish(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
@@ -141,7 +155,7 @@ class Attention(nnx.Module):
         new = {"value": v} if k is None else {"key": k, "value": v}
         cache = {name: write(cache[name], array, positions) for name, array in new.items()}
         if positions is None:
-            return self.finish(self.attend_in_blocks(q, k, v, None), None), cache
+            return self.finish(self.attend_causally(q, k, v, None), None), cache
         n = cache["value"].shape[2]
         first = positions[0]  # scalar, or [B] for ragged rows
         scores = self.get_scores(q, cache.get("key"), n, first)  # [B, H, S, N]
@@ -149,20 +163,23 @@ class Attention(nnx.Module):
         return self.finish(x, positions), cache
 
 
-def attend_in_blocks(
+def attend_unfused(
     query: Any,
     key: jax.Array | None,
     value: jax.Array,
     get_scores: Callable[[Any, Any, int, int], jax.Array],
     dropout: Callable[[jax.Array, jax.Array | None], jax.Array] = without_dropout,
     rng: jax.Array | None = None,
+    *,
+    whole: bool = False,
 ) -> jax.Array:
     """Causal attention [B, H, S, d_k]; arguments as in `Attention.get_scores` and `attend`.
 
-    Queries are cut into blocks, and each block attends only to the keys up to its own end.
+    Queries are cut into blocks, and each block attends only to the keys up to its own end. whole: compute the whole
+    score matrix instead.
     """
     s = value.shape[2]
-    block = max(MIN_BLOCK, -(-s // MAX_BLOCKS))
+    block = s if whole else max(MIN_BLOCK, -(-s // MAX_BLOCKS))
     blocks = []
     for first in range(0, s, block):
         end = min(first + block, s)
@@ -198,23 +215,26 @@ def attend(
     return (x / total).astype(value.dtype)
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, kernel: Literal["plain"] | None = None
+) -> jax.Array:
     """Causal self-attention, batch-first: three [B, S, H, d_k] -> [B, S, H, d_k].
 
-    Uses cuDNN's fused kernel on CUDA devices if it supports dtype and d_k. Otherwise computes blocks of queries: XLA
-    has no fused kernel on CPUs, and masked scores would be half of the work.
+    By the kernel that is set, see `jaxmodels.attention_kernels`; raises ValueError as `chosen_kernel`. kernel: 'plain'
+    for the whole score matrix whatever is set.
     """
-    if cudnn_supports(query):
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
     scale = 1 / math.sqrt(query.shape[-1])
     q, k, v = (transpose_heads(a) for a in (query, key, value))  # [B, H, S, d_k]
-    return transpose_heads(attend_in_blocks(q, k, v, lambda q, k, n, first: dot_product_scores(q, k, scale)))
+    chosen = kernel or chosen_kernel(q)
+    if chosen in ("cudnn", "splash"):
+        return transpose_heads(fused_attention(q, k, v, scale, chosen))
+    scores = functools.partial(causal_scores, scale=scale)
+    return transpose_heads(attend_unfused(q, k, v, scores, whole=chosen == "plain"))
 
 
-def cudnn_supports(query: jax.Array) -> bool:
-    """True if cuDNN's kernel supports the queries: 16 bits, d_k up to 128 in steps of 8, on CUDA."""
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
-    return fits and "cuda" in jax.extend.backend.get_backend().platform_version
+def causal_scores(query: jax.Array, key: jax.Array, n: int, first: int, scale: float) -> jax.Array:
+    """`dot_product_scores` with the arguments of `Attention.get_scores`."""
+    return dot_product_scores(query, key, scale)
 
 
 def check_mask(mask: jax.Array, s: int, n: int, batch: int) -> jax.Array:
@@ -243,6 +263,11 @@ class MultiHeadAttention(Attention):
         self, query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         return heads_first(self.query(query)), heads_first(self.key(key)), heads_first(self.value(value))
+
+    def products(self, query: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        assert key is not None
+        own = definer(type(self), "get_scores") is MultiHeadAttention  # a subclass may define other scores
+        return (query, key) if own else None
 
     def get_scores(self, query: Any, key: jax.Array | None, n: int, first: int | jax.Array) -> jax.Array:
         assert key is not None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.attention import Attention, dot_product_scores, heads_first
-from jaxmodels.layers import Fixed, HeadProjection, Linear, check_sizes, uniform
+from jaxmodels.layers import Fixed, HeadProjection, Linear, check_sizes, definer, uniform
 
 RANK = 8  # k of factorized_random, as in the paper
 
@@ -185,6 +185,12 @@ class SynthesizerAttention(Attention):
         if self.vanilla:
             projected["vanilla"] = heads_first(self.query(query))
         return projected, heads_first(self.key(key)) if self.vanilla else None, heads_first(self.value(value))
+
+    def products(self, query: Any, key: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        if self.parts != ("vanilla",) or definer(type(self), "get_scores") is not SynthesizerAttention:
+            return None
+        assert key is not None
+        return query["vanilla"], key
 
     def get_scores(self, query: Any, key: jax.Array | None, n: int, first: int | jax.Array) -> jax.Array:
         logits = []  # one entry per part, each [1 or B, H, S, n]

@@ -19,8 +19,10 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
+import tyro
 from flax import nnx
 
+from jaxmodels.attention_kernels import Kernel
 from jaxmodels.feedback import AutoregressiveModel
 from jaxmodels.feedback.parallel import from_parallel
 from jaxmodels.text import Vocabulary, load_vocabulary
@@ -55,6 +57,7 @@ class Config(TransformerConfig):
     """curriculum of lengths: the first steps compute with this many tokens of each sequence; None: with seq_len"""
     double_every: int = 300
     """double the curriculum's length every N steps, up to seq_len"""
+    attention_kernel: tyro.conf.Suppress[Kernel] = "auto"  # the recurrence has one implementation
     from_parallel: str | None = None
     """start from the weights of this run of python -m train.rope --attention relative, with these sizes on this text"""
 

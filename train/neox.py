@@ -32,7 +32,7 @@ from jaxmodels.io.steps import latest_step
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.text import Vocabulary, load_vocabulary
-from jaxmodels.training.config import AdamWConfig
+from jaxmodels.training.config import AdamWConfig, AttentionKernel
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.original import Original, open_neox, original_of, types_of, widest
 from jaxmodels.training.script import run_script
@@ -60,6 +60,9 @@ class Config(AdamWConfig):
     """total steps; raise it to extend a finished run (not with schedule=cosine)"""
     warmup: int = 100
     """steps until the schedule's peak"""
+    attention_kernel: AttentionKernel = "auto"
+    """kernel of causal attention. auto: fused where it applies, otherwise blocks; fused: cuDNN on CUDA devices, splash
+    attention on TPUs; blocks: each block of queries over its prefix of the keys; plain: the whole score matrix"""
     rope_percentage: float = 0.25
     """share of a head's features that are rotated"""
     checkpoint: str | None = None

@@ -59,7 +59,7 @@ from jaxmodels.sharding import make_mesh
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training import script
 from jaxmodels.training.checkpoints import latest_model, open_model
-from jaxmodels.training.config import AdamWConfig
+from jaxmodels.training.config import AdamWConfig, AttentionKernel
 from jaxmodels.training.data import Example, Task, Windows
 from jaxmodels.training.experiment import Experiment, Interrupted, check_unchanged, never
 from jaxmodels.training.loop import Evaluation
@@ -86,6 +86,9 @@ class Config(AdamWConfig):
     """hidden features of a feed-forward network"""
     d_k: int | None = None
     """features of an attention head; if omitted: d_model / heads"""
+    attention_kernel: AttentionKernel = "auto"
+    """kernel of causal attention. auto: fused where it applies, otherwise blocks; fused: cuDNN on CUDA devices, splash
+    attention on TPUs; blocks: each block of queries over its prefix of the keys; plain: the whole score matrix"""
     chunk_len: int = 16
     """tokens per chunk; neighbors are twice as long"""
     neighbors: int = 2

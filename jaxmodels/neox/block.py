@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         """x [B, S, D] -> [B, S, D]. plain: compute the whole score matrix."""
         query, key, value = self.project(x, rotary)
         key, value = self.repeat(key), self.repeat(value)  # [B, S, H, d_k]
-        y = plain_attention(query, key, value) if plain else causal_attention(query, key, value)  # [B, S, H, d_k]
+        y = causal_attention(query, key, value, kernel="plain" if plain else None)  # [B, S, H, d_k]
         return self.output(y.reshape(x.shape))
 
     def project(self, x: jax.Array, rotary: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -136,17 +136,6 @@ class Attention(nnx.Module):
             y = attend(scores, cache["value"], mask).reshape(query.shape)  # [B, H, S, d_k]
             y = transpose_heads(y).astype(x.dtype)  # the cache may have another dtype
         return self.output(y.reshape(x.shape)), cache
-
-
-def plain_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`causal_attention` with the whole score matrix: three [B, S, H, d_k] -> [B, S, H, d_k].
-
-    Not `jax.nn.dot_product_attention`: without cuDNN its softmax is float32 even for float64, and it refuses float16
-    on CPUs.
-    """
-    query, key, value = (transpose_heads(a) for a in (query, key, value))  # [B, H, S, d_k]
-    scores = dot_product_scores(query, key, 1 / math.sqrt(query.shape[-1]))  # [B, H, S, S]
-    return transpose_heads(attend(scores, value, visible(jnp.arange(scores.shape[2]), scores.shape[3])))
 
 
 class FeedForward(nnx.Module):

@@ -10,11 +10,15 @@ from typing import Annotated, Any, ClassVar, Self
 
 import tyro
 
+from jaxmodels.attention_kernels import Kernel, check_kernel
 from jaxmodels.process.distributed import Processes
 from jaxmodels.process.seeds import seed_32
 from jaxmodels.text.sources import names_documents
 from jaxmodels.training.optimizers import OptimizerName, ScheduleName, check_momentum, make_schedule, without_effect
 from jaxmodels.training.step import Numerics, Precision, Remat
+
+# For scripts whose flag --attention does not name a kind of attention.
+AttentionKernel = Annotated[Kernel, tyro.conf.arg(aliases=("--attention",))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +168,19 @@ class TransformerConfig(Config):
     """layers"""
     dropout: float = 0.0
     """dropout rate of features and attention weights"""
+    attention_kernel: Kernel = "auto"
+    """kernel of causal attention. auto: fused where it applies, otherwise blocks; fused: cuDNN on CUDA devices, splash
+    attention on TPUs; blocks: each block of queries over its prefix of the keys; plain: the whole score matrix"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kernel(self.attention_kernel)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+
+    @property
+    def numerics(self) -> Numerics:
+        return dataclasses.replace(super().numerics, attention_kernel=self.attention_kernel)
 
     def positive(self) -> list[str]:
         return [*super().positive(), "d_model", "heads", "d_ff", "n_layers"]

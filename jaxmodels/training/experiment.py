@@ -155,7 +155,7 @@ class Experiment(Generic[ConfigT]):
         """Build the training step for a mesh; raises ValueError if they do not fit."""
         config = self.config
         check_batch(mesh, config.batch_size, config.accumulate)
-        return Program(
+        program = Program(
             lambda: self.model(n_vocab),
             self.transformation,
             mesh,
@@ -164,6 +164,8 @@ class Experiment(Generic[ConfigT]):
             trains=self.trains,
             dropout=getattr(config, "dropout", 0) > 0,
         )
+        program.check_kernel(self.abstract_batch())
+        return program
 
     def check(self, model: Any) -> None:
         """Raise ValueError if a model, which may be abstract, lacks what a run needs. Called before the first step."""

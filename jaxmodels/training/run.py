@@ -31,7 +31,7 @@ FILE = "config.json"
 ORIGINAL = ("original", "token_ids")  # entries of config.json about the checkpoint that was fine-tuned
 # Fields that may differ when a run is resumed; text and index are compared by content. `steps` may change too, except
 # with a cosine schedule, which depends on it.
-MAY_CHANGE = {"text", "index", "every", "validation_batches", "keep", "keep_every"}
+MAY_CHANGE = {"text", "index", "every", "validation_batches", "keep", "keep_every", "attention_kernel"}
 
 
 @dataclasses.dataclass(frozen=True)

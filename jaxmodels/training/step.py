@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmodels.attention_kernels import Kernel, attention_kernel
 from jaxmodels.cross_entropy import Read, chunks, mean_nats, token_nats
 from jaxmodels.layers import Fixed, Frozen, hooks
 from jaxmodels.protocols import has_divided_readout
@@ -89,13 +90,14 @@ def readout(model: Any, batch: Batch, rng: jax.Array | None) -> tuple[Read, jax.
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """Numerical settings of a step: accumulation, dtypes, rematerialization, tokens of a chunk of the cross-entropy."""
+    """Numerical settings of a step: accumulation, dtypes, rematerialization, chunks of the cross-entropy, attention."""
 
     accumulate: int = 1
     compute_dtype: Precision = "float32"
     param_dtype: Precision = "float32"
     remat: Remat = "none"
     loss_chunk: int | None = None
+    attention_kernel: Kernel = "auto"
 
 
 class Program:
@@ -224,8 +226,15 @@ class Program:
         with (
             hooks(placement=placement, remat=REMAT[self.numerics.remat]),
             chunks(self.numerics.loss_chunk, platform, self.mesh.size),
+            attention_kernel(self.numerics.attention_kernel, self.mesh),
         ):
             yield
+
+    def check_kernel(self, batch: Batch) -> None:
+        """Raise ValueError if the attention kernel 'fused' is set and does not apply to the step, which is traced."""
+        if self.numerics.attention_kernel == "fused":
+            with self.tracing():
+                jax.eval_shape(lambda *arguments: self.gradients(*arguments), self.abstract_state(), batch)
 
     def gradients(self, state: State, batch: Batch) -> tuple[jax.Array, Arrays]:
         """Mean loss and its gradient over a batch, computed in `accumulate` parts one after the other."""
