@@ -300,7 +300,7 @@ for kernel in ("auto", "fused", "plain"):
     numerics = Numerics(compute_dtype="bfloat16", remat="layers", attention_kernel=kernel)
     program = Program(lambda: NeoX(sizes, rngs=nnx.Rngs(0)), make_optimizer("adamw", 1e-2), mesh, numerics)
     text = program.lower_step({"tokens": jax.ShapeDtypeStruct((4, 390), np.int32)}).compile().as_text()
-    found[kernel] = [len(re.findall(r"\\[[\\d,]*389,389\\]|\\[[\\d,]*512,512\\]", text)), "splash" in text]
+    found[kernel] = [len(re.findall(r"\\[[\\d,]*389,389\\]|\\[[\\d,]*512,512\\]", text)), "splash_mha" in text]
 print(json.dumps(found))
 """
 
