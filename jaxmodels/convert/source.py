@@ -16,7 +16,7 @@ from jaxmodels.convert.companions import Companions
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import DTYPES
 from jaxmodels.weights.lazy import Cast, Cut, nbytes
-from jaxmodels.weights.names import ConversionError, entries, flat_arrays, shortened
+from jaxmodels.weights.names import entries, flat_arrays, listed
 from jaxmodels.weights.place import Shardings, load_tensors, tensors_of
 from jaxmodels.weights.stored import Stored
 
@@ -121,8 +121,8 @@ def matched(
 ) -> dict[str, Any]:
     """Tensors of a configuration, in order, from the tensors that a folder holds.
 
-    disk_name: function of a tensor's name to that on disk, for error messages. Raises ValueError listing every tensor
-    that is missing, unexpected, misshapen or not of a floating type of DTYPES.
+    disk_name: function of a tensor's name to that on disk, for error messages. Raises ValueError that counts tensors
+    that are missing, unexpected, misshapen or not of a floating type of DTYPES.
     """
     wanted = named(config)
     problems = [f"missing {disk_name(key)}" for key in wanted if key not in held]
@@ -139,8 +139,7 @@ def matched(
         more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         problems.append(f"{keys[0]}{more} is {name}, {reason}")
     if problems:
-        lines = "\n  ".join(shortened(problems, ConversionError.SHOWN))
-        raise ValueError(f"{folder} does not hold the tensors of its configuration:\n  {lines}")
+        raise ValueError(f"{folder} does not hold the tensors of its configuration: {listed(problems)}")
     return {key: held[key] for key in wanted}
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from jaxmodels.io.bounded import read_object
 from jaxmodels.io.safetensors import is_folder, read_folder
 from jaxmodels.process.texts import quoted, shortened
-from jaxmodels.weights.names import ConversionError, Type, dotted, flat_arrays, with_arrays
-from jaxmodels.weights.names import shortened as some
+from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, with_arrays
 from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
@@ -65,8 +64,7 @@ def read_arrays(
         if key in stored and stored[key].shape != shape
     ]
     if wrong:
-        lines = "\n  ".join(some(wrong, ConversionError.SHOWN))
-        raise ValueError(f"{folder} does not hold the arrays of its configuration:\n  {lines}")
+        raise ValueError(f"{folder} does not hold the arrays of its configuration: {listed(wrong)}")
     abstract = {
         key: jax.ShapeDtypeStruct(shape, stored[key].dtype, sharding=sharding)
         for key, (shape, sharding) in targets.items()

@@ -74,7 +74,7 @@ def leftovers(folder: Path) -> Iterator[Path]:
         for name in sorted(folders):
             if TEMPORARY.fullmatch(name):
                 folders.remove(name)
-                if manifest.is_ours(here / name) or is_begun(here / name):
+                if is_begun(here / name) or manifest.unproven(here / name) is None:
                     yield here / name
             elif here.name == "checkpoints" and is_unfinished(here / name):
                 folders.remove(name)

@@ -1,5 +1,6 @@
-"""Files that are not what their name says, recognised by their first bytes."""
+"""Kinds of files by name and first bytes: those that are not what their name says, and those that are written here."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -62,3 +63,50 @@ def recognised(file: Path) -> str | None:
 def explained(file: Path, otherwise: str) -> ValueError:
     """Error for a file that could not be read: says what the file is, or `otherwise`."""
     return ValueError(f"{file} {recognised(file) or shortened(otherwise, 400)}")
+
+
+# Files in the folders that this program writes: path in the folder, and first bytes; () if they may be any.
+# A process that is killed leaves the beginning of a file, or nothing of it.
+SPACES = b" \t\r\n"
+TEMPORARY = r"((?:.*/)?)\.([^/]+)\.[0-9a-f]{8}\.jaxmodels"  # of `jaxmodels.io.atomic.atomic_file`
+ORBAX = r"((model/)?params|state)(\.orbax-checkpoint-tmp[^/]*)?/"
+WRITTEN: dict[str, tuple[bytes, ...]] = {
+    r"(model/)?config\.json": (b"{",),
+    r"configs/model\.yml": (),
+    r"configs/vocabulary\.json": (b"{",),
+    r"latest": (b"global_step",),
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json": (b"{",),
+    r"(generation_config|vocabulary|adapter_config|tokens|progress|complete)\.json": (b"{",),
+    r"(merges|vocab)\.txt|tokenizer\.model|(additional_chat_templates/[^/]+|chat_template)\.jinja|lock": (),
+    r"(model|params|adapter_model)(-\d{5}-of-\d{5})?\.safetensors": (),  # `is_safetensors` looks at its header
+    r"(model|params)\.safetensors\.index\.json": (b"{",),
+    r"global_step\d+/(layer_\d+-model_\d+|mp_rank_\d+)(-|_)model_states\.pt": (b"PK\x03\x04",),
+    r"(train|validation)(_documents)?\.npy|losses\.npy": (b"\x93NUMPY",),
+    rf"{ORBAX}((_CHECKPOINT)?_METADATA|state/(_METADATA|_sharding(\.__lock)?|array_metadatas/process_\d+))": (b"{",),
+    rf"{ORBAX}(orbax\.checkpoint|commit_success\.txt)": (b"Checkpoint commit",),
+    rf"{ORBAX}state/(ocdbt\.process_\d+/)?(d/[0-9a-f]{{32}}|manifest\.ocdbt)(\.__lock)?": (b"\x0c\xdb",),
+}
+
+
+def is_written_here(folder: Path, name: str) -> bool:
+    """True if a file may be a part of a folder that this program was writing: by its path in it, and its beginning.
+
+    Empty files, and those that begin with zeros, as after the machine stopped, hold nothing.
+    """
+    file = folder / name
+    name = re.sub(TEMPORARY, r"\1\2", name)
+    found = next((beginnings for pattern, beginnings in WRITTEN.items() if re.fullmatch(pattern, name)), None)
+    if found is None or file.is_symlink() or not file.is_file():
+        return False
+    try:
+        with file.open("rb") as content:
+            head = content.read(HEAD)
+    except OSError:
+        return False
+    if not head.strip(b"\0") or (name.endswith(".json") and not head.strip(SPACES)):
+        return True
+    if name.endswith(".safetensors"):
+        return len(head) <= 8 or head[8:9] == b"{"
+    return not found or any(
+        text.startswith(start[: len(text)]) for start in found for text in (head, head.lstrip(SPACES))
+    )

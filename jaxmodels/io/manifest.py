@@ -4,6 +4,10 @@ FOLDER/.jaxmodels.json    {"format": 1, "complete": true, "files": {"config.json
 
 The sizes in bytes of all files. A folder is replaced or removed only if it has a manifest, and nothing that the
 manifest does not list.
+
+While a folder is filled, it has a temporary name, and {"format": 1, "complete": false, "name": its name, "files": {}}.
+If its writer is killed, it is removed only under that name, and only if each of its files is of a kind that is written
+to such folders (`jaxmodels.io.content.WRITTEN`): anybody can write a manifest into the folder of another.
 """
 
 import json
@@ -12,8 +16,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxmodels.io.bounded import read_object
+from jaxmodels.io.content import is_written_here
 from jaxmodels.process.texts import quoted
 
 NAME = ".jaxmodels.json"
@@ -22,9 +28,9 @@ OLD = ".old"  # ends the name of a folder that is being replaced
 SETTLED = 3600.0  # seconds without a change, after which a temporary name belongs to no running process
 
 
-def begin(folder: Path) -> None:
-    """Write the manifest of a folder that is about to be filled."""
-    write(folder, complete=False, files={})
+def begin(folder: Path, name: str | None = None) -> None:
+    """Write the manifest of a folder that is about to be filled; name: the one that it will have, if not its own."""
+    write(folder, complete=False, name=folder.name if name is None else name, files={})
 
 
 def finish(folder: Path) -> None:
@@ -52,18 +58,14 @@ def sizes(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def foreign(folder: Path) -> str | None:
-    """Reason why a folder must not be replaced: it has no manifest, or files that the manifest does not list."""
-    if not (folder / NAME).is_file():
-        return f"it was not written by this program, as it has no {NAME}"
+    """Reason why a folder must not be replaced: no complete manifest, or files that the manifest does not list."""
     try:
-        about = read_object(folder / NAME)
+        about = read(folder)
     except ValueError as error:
         return str(error)
-    listed = about.get("files")
-    if about.get("format") != FORMAT or not isinstance(listed, dict):
-        return f"{folder / NAME} is no manifest of format {FORMAT}"
-    if about.get("complete") is not True:
-        return None  # it was being written
+    if about["complete"] is not True:
+        return f"{folder / NAME} says that it is not complete"
+    listed = about["files"]
     known = {str(parent) for name in listed for parent in Path(name).parents}  # folders that may be empty by now
     for name, size in sizes(folder):
         if listed.get(name) != size and not (name in known and not (folder / name).is_symlink()):
@@ -72,8 +74,41 @@ def foreign(folder: Path) -> str | None:
     return None
 
 
+def unproven(folder: Path) -> str | None:
+    """Reason why what a killed process left must not be removed: nothing shows that this program wrote all of it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is not a folder"
+    try:
+        about = read(folder)
+    except ValueError as error:
+        return str(error)
+    if about["complete"] is True:
+        return foreign(folder)
+    if about.get("name") != folder.name:
+        return f"{folder / NAME} is of a folder with the name {quoted(about.get('name'))}"
+    for name, _ in sizes(folder):
+        if not is_written_here(folder, name) and not is_empty(folder / name):
+            return f"{quoted(name)} in it is nothing that this program writes there"
+    return None
+
+
+def is_empty(path: Path) -> bool:
+    """True for an empty folder."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Content of a folder's manifest; raises ValueError if it has none, or not one of this format."""
+    if not (folder / NAME).is_file():
+        raise ValueError(f"it was not written by this program, as it has no {NAME}")
+    about = read_object(folder / NAME)
+    if about.get("format") != FORMAT or not isinstance(about.get("files"), dict) or "complete" not in about:
+        raise ValueError(f"{folder / NAME} is no manifest of format {FORMAT}")
+    return about
+
+
 def is_ours(folder: Path) -> bool:
-    """True if a folder has a manifest and nothing foreign."""
+    """True if a folder has a complete manifest and nothing foreign."""
     return folder.is_dir() and not folder.is_symlink() and foreign(folder) is None
 
 

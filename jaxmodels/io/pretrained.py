@@ -136,7 +136,7 @@ def read_shards(folder: Path, index: Path, notes: list[str]) -> Weights:
     for name in sorted(set(weight_map.values())):
         file = inside(folder, name, index)
         if not file.is_file():
-            raise ValueError(f"{file} does not exist, though {index.name} names it")
+            raise ValueError(f"{index} names {quoted(name)}, which does not exist in its folder")
         held = read_one(file, notes)
         tensors |= held
         places |= dict.fromkeys(held, name)

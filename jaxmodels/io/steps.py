@@ -20,6 +20,7 @@ MARK = "complete.json"
 CHECKPOINTS = "checkpoints"
 WRITTEN = (CHECKPOINTS, "tensorboard", "profile")  # folders of a run
 PARTS = ("model", "state", "losses.npy")  # of a step, besides MARK and the manifest
+ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # follows a folder's name while Orbax writes it
 LONGEST = 15  # digits of a step's number
 
 
@@ -106,7 +107,7 @@ def begin(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)
     temporary.mkdir()
-    manifest.begin(temporary)
+    manifest.begin(temporary, folder.name)
     temporary.rename(folder)
 
 
@@ -120,7 +121,9 @@ def foreign(folder: Path) -> str | None:
             listed = read_mark(folder)["files"]
             other = [name for name in found if name not in listed]
         elif (folder / manifest.NAME).is_file():
-            other = [name for name in found if PurePath(name).parts[0] not in PARTS]
+            if reason := manifest.unproven(folder):
+                return reason
+            other = [name for name in found if PurePath(name).parts[0].partition(ORBAX_TEMPORARY)[0] not in PARTS]
         else:
             return f"it has neither {MARK} nor {manifest.NAME}" if found else None
     except ValueError as error:

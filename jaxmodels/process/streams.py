@@ -69,9 +69,9 @@ def warn(sentence: str) -> None:
 
 
 def say(sentence: str) -> None:
-    """Print a line to standard error, if it can be written."""
+    """Print a line to standard error, if it can be written; line breaks, as in a file's name, are escaped."""
     try:
-        print(visible(sentence, keep="\n"), file=sys.stderr, flush=True)
+        print(visible(sentence), file=sys.stderr, flush=True)
     except OSError:
         discard(sys.stderr)
 

@@ -130,7 +130,7 @@ def locked(folder: Path) -> Iterator[None]:
     other = [path for path in folder.iterdir() if path.name not in own and not TEMPORARY_FILE.fullmatch(path.name)]
     if other:
         raise ValueError(f"{other[0]} was not written by this program: move it, or choose another folder to write")
-    if manifest.foreign(folder) is not None:  # before any other file, so that `jaxmodels clean` lists what is left
+    if manifest.unproven(folder) is not None:  # before any other file, so that `jaxmodels clean` lists what is left
         manifest.begin(folder)
     with open(folder / LOCK, "w") as lock:
         try:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_bytes, read_object, read_text
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted
+from jaxmodels.text import limits
 from jaxmodels.text.cuts import Cuts
 from jaxmodels.text.errors import refusing
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
@@ -74,13 +75,20 @@ class TokenizerFile(Vocabulary):
         require("neox", "tokenizers")
         from tokenizers import Tokenizer
 
-        with refusing("not a tokenizer.json"):
+        with refusing("not a tokenizer.json", silent=True):
+            limits.check(self.content)
             tokenizer = Tokenizer.from_str(self.content)
+            limits.probe(tokenizer, self.content)
         tokenizer.no_truncation()  # published files store settings of somebody's last call
         tokenizer.no_padding()
         if getattr(tokenizer.model, "dropout", None):
             tokenizer.model.dropout = None
         return tokenizer
+
+    @functools.cached_property
+    def may_panic(self) -> bool:
+        """True if parts of the file may end the package's code: regular expressions and tables of its own."""
+        return '"Regex"' in self.content or '"Precompiled"' in self.content
 
     @functools.cached_property
     def size(self) -> int:
@@ -104,14 +112,14 @@ class TokenizerFile(Vocabulary):
     def encode(self, text: str) -> np.ndarray:
         """Encode a text to int32 ids, without the special tokens that some tokenizers add around it."""
         utf8(text)
-        with refusing("the tokenizer cannot encode the text"):
+        with refusing("the tokenizer cannot encode the text", silent=self.may_panic):
             return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """Encode texts as `encode`, each by itself, on all cores; `ids_of` makes ids of the results."""
         for text in texts:
             utf8(text)
-        with refusing("the tokenizer cannot encode the text"):
+        with refusing("the tokenizer cannot encode the text", silent=self.may_panic):
             return list(self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))  # without offsets
 
     def ids_of(self, encoded: Any) -> np.ndarray:
@@ -120,7 +128,7 @@ class TokenizerFile(Vocabulary):
 
     def unknown_in(self, text: str) -> list[str]:
         """Parts of a text that become the unknown token."""
-        with refusing("the tokenizer cannot encode the text"):
+        with refusing("the tokenizer cannot encode the text", silent=self.may_panic):
             found = self.tokenizer.encode(text, add_special_tokens=False)
         spans = (span for token, span in zip(found.ids, found.offsets, strict=True) if token == self.unknown)
         return [text[start:stop] for start, stop in spans]
@@ -146,7 +154,7 @@ class TokenizerFile(Vocabulary):
         Those that it puts after texts are left out: they would end the text.
         """
         ids = self.encode(text)
-        with refusing("the tokenizer cannot encode the text"):
+        with refusing("the tokenizer cannot encode the text", silent=self.may_panic):
             whole = self.tokenizer.encode(text)
         first = next((i for i, added in enumerate(whole.special_tokens_mask) if not added), 0)
         before = np.asarray(whole.ids[:first], np.int32)
@@ -155,7 +163,7 @@ class TokenizerFile(Vocabulary):
 
     def decode(self, ids: Any, *, skip_special: bool = False) -> str:
         """Decode ids [n] to text, with or without special tokens; incomplete characters become �."""
-        with refusing("the tokenizer cannot decode these ids"):
+        with refusing("the tokenizer cannot decode these ids", silent=self.may_panic):
             return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special)
 
     def save(self, file: Path) -> None:

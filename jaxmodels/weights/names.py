@@ -29,26 +29,32 @@ Model = TypeVar("Model", bound=nnx.Module)
 Path = tuple[str | int, ...]
 
 RENAMED = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # last word of a path: Flax -> PyTorch
-LONGEST = 300  # characters of a line in an error
+LONGEST = 300  # characters of an entry in an error
+FEW = 5  # entries of a kind in an error of one line
 NARROWED = "64 bits wide while jax_enable_x64 is off"
 
 
 class ConversionError(ValueError):
     """State_dict and model do not fit; `problems` lists every entry at fault, by kind. Nothing was converted.
 
-    The message has at most SHOWN lines of a kind; entries that differ in numbers only, such as those of equal layers,
-    share a line.
+    The message is one line, with a few entries of each kind; a traceback adds up to SHOWN of them, one a line. Entries
+    that differ in numbers only, such as those of equal layers, are counted.
     """
 
     SHOWN = 20
 
     def __init__(self, problems: Mapping[str, list[str]]):
         self.problems = {kind: entries for kind, entries in problems.items() if entries}
-        lines = [
-            f"{kind} ({len(entries)}):\n    " + "\n    ".join(shortened(entries, self.SHOWN))
-            for kind, entries in self.problems.items()
-        ]
-        super().__init__("weights and model do not fit; nothing was converted\n  " + "\n  ".join(lines))
+        few = [f"{kind} ({len(entries)}): {listed(entries)}" for kind, entries in self.problems.items()]
+        super().__init__(f"weights and model do not fit; nothing was converted: {'; '.join(few)}")
+        for kind, entries in self.problems.items():
+            lines = map(texts.visible, shortened(entries, self.SHOWN))
+            self.add_note(f"  {kind} ({len(entries)}):\n    " + "\n    ".join(lines))
+
+
+def listed(entries: list[str]) -> str:
+    """FEW entries at most, in one line: if there are more, those of equal layers are counted, and the rest too."""
+    return ", ".join(map(texts.visible, shortened(entries, FEW)))
 
 
 def shortened(entries: list[str], most: int) -> list[str]:

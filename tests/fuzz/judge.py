@@ -153,6 +153,8 @@ def error_problem(error: BaseException, box: Path) -> Outcome | None:
         return Outcome(lines[-3000:], f"{type(error).__name__} {place_of(error)}")
     if len(text) > LONGEST:
         return Outcome(f"error of {len(text)} characters: {text[:300]}…", f"long error {place_of(error)}")
+    if "\n" in text or "\r" in text:
+        return Outcome(f"error of several lines: {text[:1000]}", f"several lines {place_of(error)}")
     if "weights_only=False" in text:
         return Outcome(f"advice to run the file's code: {text}", f"advice {place_of(error)}")
     named = {os.path.basename(path) for path in listing(box)} | {str(box)}

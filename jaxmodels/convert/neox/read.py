@@ -37,8 +37,7 @@ from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.sequential import is_buffer
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import Cut, read
-from jaxmodels.weights.names import ConversionError
-from jaxmodels.weights.names import shortened as some
+from jaxmodels.weights.names import listed
 from jaxmodels.weights.place import Shardings
 
 MAX_DRIFT = 1e-2
@@ -134,7 +133,7 @@ def open_neox(
             problems.append(f"{where[0].file.name}: {name.disk[0]} gives {list(tensor.shape)}, expected {list(shape)}")
         tensors[key] = grouped(held, config) if name.merge == QKV and config.n_kv_heads is not None else tensor
     if problems:
-        raise ValueError(f"{shards.step} contradicts its configuration:\n  {listed(problems)}")
+        raise ValueError(f"{shards.step} contradicts its configuration: {listed(problems)}")
     if config.n_kv_heads is not None:
         notes.append(f"query_key_value is read as GPT-NeoX writes n_kv_heads={config.n_kv_heads} since November 2024")
     notes += drifting(parts, row_bias, shards)
@@ -183,7 +182,7 @@ def by_name(shards: Shards, form: Form) -> dict[str, tuple[Name, list[Any], list
                 key = f"layers.{layer - 2}.{name.twin}" if name.twin in OF_BLOCK else name.twin
                 found[key] = (name, parts, ranks)
     if problems:
-        raise ValueError(f"{shards.step} does not hold the tensors of a GPT-NeoX model:\n  {listed(problems)}")
+        raise ValueError(f"{shards.step} does not hold the tensors of a GPT-NeoX model: {listed(problems)}")
     if READOUT[0].twin in found and shards.ranks > 1:
         name, held, where = found[READOUT[0].twin]
         n_hidden = found[FINAL_NORM[0].twin][1][0].shape[0]
@@ -219,11 +218,6 @@ def numbers(layers: list[int]) -> str:
     """Numbers of layers as in the names of files, at most ten of them."""
     shown = [shortened(f"{layer:02}", 40) for layer in layers[:10]]
     return ", ".join(shown) + (f" and {len(layers) - 10} more" if len(layers) > 10 else "")
-
-
-def listed(problems: list[str]) -> str:
-    """Lines on what is wrong; many that are alike are counted."""
-    return "\n  ".join(some(problems, ConversionError.SHOWN))
 
 
 def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Changes of zip files, such as those of torch.save and np.savez: entries, their order, and the central directory."""
 
 import io
+import lzma
 import struct
 import warnings
 import zipfile
+import zlib
 
 from tests.fuzz.mutations.octets import mutated_bytes
 from tests.fuzz.mutations.pickles import mutated_pickle
@@ -20,8 +22,11 @@ def mutated_zip(content: bytes, rng: Rng) -> bytes:
     """Zip file with one entry or field changed; raises zipfile.BadZipFile if it is none."""
     if rng.random() < 0.3:
         return mutated_record(content, rng)
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    except (lzma.LZMAError, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise zipfile.BadZipFile(str(error)) from None  # it was changed before
     i = int(rng.integers(len(entries)))
     pickles = [j for j, (name, _) in enumerate(entries) if name.endswith("data.pkl")]
     if pickles and rng.random() < 0.5:

@@ -17,11 +17,13 @@ def make_fixture(folder: Path) -> None:
     from flax import nnx
 
     import parity
+    import torch_ref.transformer
     from jaxmodels.transformer import AutoregressiveTransformer
 
     model = nnx.eval_shape(lambda: AutoregressiveTransformer(7, 4, 2, 5, 1, rngs=nnx.Rngs(0)))
-    inputs = {"input": np.ones((2, 3), np.float32)}
-    parity.record(torch.nn.Linear(3, 5), inputs, folder / "one", flax_module=model)
+    torch.manual_seed(0)
+    twin = torch_ref.transformer.AutoregressiveTransformer(7, 4, 2, 5, 1)
+    parity.record(twin, {"x": np.ones((2, 3), np.int64)}, folder / "one", flax_module=model)
 
 
 def read_fixture(folder: Path) -> Any:

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the processes end before another device would be ready
+
 from jaxmodels.io import atomic, clean, manifest
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
@@ -41,9 +43,9 @@ def kill_before(number: int, folder: Path) -> None:
 
 def write_folder(target: Path, text: str) -> None:
     with atomic.atomic_folder(target, overwrite=True) as new:
-        (new / "params").mkdir()
-        (new / "params" / "a").write_text(text)
-        (new / "config.json").write_text(text)
+        (new / "configs").mkdir()
+        (new / "configs" / "model.yml").write_text(text)
+        (new / "config.json").write_text(json.dumps({"text": text}))
 
 
 def in_two_steps(target: Path, text: str) -> None:

@@ -84,6 +84,7 @@ FOREIGN = {
     "no manifest": lambda folder: (folder / manifest.NAME).unlink(),
     "another manifest": lambda folder: (folder / manifest.NAME).write_text('{"format": 2}'),
     "no list": lambda folder: (folder / manifest.NAME).write_text('{"format": 1, "complete": true, "files": 3}'),
+    "an unfinished manifest": lambda folder: manifest.begin(folder),
     "no JSON": lambda folder: (folder / manifest.NAME).write_text("{"),
 }
 
@@ -175,7 +176,7 @@ def test_clean_lists_and_then_removes_the_leftovers_alone(tmp_path, capsys):
     left = tmp_path / "inside" / ".model.89abcdef"
     left.mkdir(parents=True)
     manifest.begin(left)
-    (left / "half").write_text("ha")
+    (left / "config.json").write_text('{"ha')
     (tmp_path / "inside" / ".about.json.00000000.jaxmodels").write_text("ha")
     aged(tmp_path)
     assert clean([str(tmp_path)]) == 0
@@ -189,6 +190,40 @@ def test_clean_lists_and_then_removes_the_leftovers_alone(tmp_path, capsys):
     assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()) == sorted(
         [*kept, ".link.0123abcd"]
     )
+
+
+# What somebody has put into a folder of the user's, or the user into one of theirs, where a manifest claims everything.
+CLAIMED = {
+    "a file": {"thesis.tex": "mine"},
+    "a file of a known name": {"config.json": "mine", "tokenizer.json": "[mine]"},
+    "a file in a known folder": {"params/thesis.tex": "mine", "params/state/d/thesis.tex": "mine"},
+    "another content": {"model.safetensors": "mine, and longer than a header's length"},
+    "another archive": {"global_step0/layer_00-model_00-model_states.pt": "mine"},
+}
+
+
+@pytest.mark.parametrize("what", CLAIMED)
+@pytest.mark.parametrize("name", [".model.0a1b2c3d", ".model.20241126.old"])
+def test_an_unfinished_manifest_claims_no_file_of_others(what, name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    manifest.begin(folder)
+    for file, text in CLAIMED[what].items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert contents(folder) == CLAIMED[what]
+
+
+def test_an_unfinished_manifest_belongs_to_a_folder_of_its_name(tmp_path):
+    for name in (".model.0a1b2c3d", ".photos.20241126"):
+        (tmp_path / name).mkdir()
+        manifest.begin(tmp_path / name, ".model.0a1b2c3d")
+        (tmp_path / name / "config.json").write_text("{}")
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert contents(tmp_path) == {".photos.20241126/config.json": "{}"}
 
 
 def test_clean_keeps_what_may_be_in_use(tmp_path, capsys):

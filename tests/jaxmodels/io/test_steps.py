@@ -41,7 +41,9 @@ def test_a_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["photo.jpg", "photos/1.jpg", "models/1.jpg"])
+@pytest.mark.parametrize(
+    "name", ["photo.jpg", "photos/1.jpg", "models/1.jpg", "model/1.jpg", "state/notes", "losses.npy"]
+)
 def test_an_unfinished_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
     for begun in (True, False):
         folder = tmp_path / str(begun) / "2019"
@@ -56,9 +58,10 @@ def test_an_unfinished_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
 def test_an_unfinished_step_of_this_program_s_is_removed(tmp_path):
     folder = tmp_path / "7"
     steps.begin(folder)
-    for name in ("model/params/d/0", "state/d/0", ".complete.json.0123abcd"):
+    block = f"state/d/{'0' * 32}"
+    for name in (f"model/params/{block}", f"state.orbax-checkpoint-tmp/{block}", ".complete.json.0123abcd.jaxmodels"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("half")
+        (folder / name).write_bytes(b"{" if "json" in name else b"\x0c\xdb:*q")
     steps.remove(folder)
     (tmp_path / "8").mkdir()  # killed between two calls
     steps.remove(tmp_path / "8")

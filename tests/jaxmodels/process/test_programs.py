@@ -79,7 +79,8 @@ def test_an_expected_failure_is_one_line(error, code, line, capsys):
 def test_a_very_long_error_is_shortened(capsys):
     assert run(raising(ValueError("first\n" + "x" * 10**6 + " last")), "command") == 2
     line = capsys.readouterr().err
-    assert line.startswith("command: first\n")
+    assert line.startswith(r"command: first\nxx")
+    assert line.count("\n") == 1  # its end
     assert line.endswith("x last\n")
     assert len(line) < 5_000
 

@@ -107,6 +107,20 @@ def test_every_misfit_in_one_error_and_nothing_changed():
     assert_same_bits(to_torch(model), before)
 
 
+def test_a_misfit_is_one_line_with_a_few_names_whatever_they_hold():
+    names = [f"a.{i}.b" for i in range(7)] + [f"\u202e{c}\n\x1b[2J{c * 500}" for c in "cdefgh"]
+    error = ConversionError({"missing": names, "unexpected": ["x\ny"], "misshapen": []})
+    assert str(error).isprintable()
+    assert "missing (13): a.*.b (7 of them), " in str(error)
+    assert r"\u202ec\n\x1b[2Jcc" in str(error)
+    assert str(error).count(r"\u202e") == 3
+    assert r"… and 3 more; unexpected (1): x\ny" in str(error)
+    assert len(str(error)) < 1_500
+    notes = "\n".join(error.__notes__)
+    assert notes.count(r"\u202e") == 6
+    assert notes.replace("\n", "").isprintable()
+
+
 def test_a_transposed_square_matrix_cannot_be_told_but_others_can():
     state_dict = torch_language_model("rotary").state_dict()
     key = "encoder.layers.0.feed_forward.layer1.weight"

@@ -374,7 +374,7 @@ def latest_is_binary(folder):
         (twice, r"layer_03-model_01-model_states\.pt\b"),
         (
             missing_tensor,
-            r"layer_03-model_01-.*missing mlp\.dense_4h_to_h\.bias\n.*layer_04-model_00-.*missing attention",
+            r"layer_03-model_01-.*missing mlp\.dense_4h_to_h\.bias, .*layer_04-model_00-.*missing attention",
         ),
         (extra_tensor, r"layer_03-model_01-.*unexpected attention\.query_norm\.weight"),
         (whole_numbers, r"layer_03-model_01-.*missing attention\.dense\.weight"),
