@@ -21,6 +21,7 @@ from jaxmodels.training import config, script
 from jaxmodels.training.commands import template
 from jaxmodels.training.experiment import EXPERIMENTS
 from jaxmodels.training.plan import command as plan
+from jaxmodels.training.plan.topology import chips, parse_topology
 from parity.plugin import FILES
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +116,7 @@ def fits(settings: config.Config, mesh: str, n_devices: int) -> None:
 
 def check_plan(arguments: list[str]) -> None:
     _, command = plan.parse(arguments)
-    fits(command.config, command.mesh, math.prod(map(int, command.topology.partition(":")[2].split("x"))))
+    fits(command.config, command.mesh, chips(parse_topology(command.topology)[1]))
 
 
 def check_subcommand(name: str, arguments: list[str]) -> None:

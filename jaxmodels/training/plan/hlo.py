@@ -1,58 +1,28 @@
-"""Collectives of a compiled program, parsed from its HLO text: their number, and the bytes that each device sends."""
+"""Computations of a compiled program: its HLO text, how often each part runs, sizes of its arrays."""
 
-import dataclasses
 import math
 import re
-from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, **{f"{kind}{n}": n for kind in "suf" for n in (2, 4, 8, 16, 32, 64)}, "c64": 64}
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-# Name of the computation of a TPU's reduce-scatter: a fusion of an all-reduce and a slice; only the slice is sent.
-SCATTERS = "all-reduce-scatter"
-SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+# An array's type: dtype, sizes, and the layout, which names a memory other than HBM: f32[8,128]{1,0:T(8,128)S(1)}
+ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+OPERAND = re.compile(r"%([\w.\-]+)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """All collectives of one kind in a program: number of runs, and bytes that a device sends in a ring."""
+class Instruction(NamedTuple):
+    """One line of a computation. rest: attributes after the operands."""
 
-    kind: str
-    count: int
-    moved: float
-
-
-def collectives(text: str) -> list[Collective]:
-    """Collectives by kind, largest first; one in a loop counts once per iteration.
-
-    The number of iterations is the constant that the loop's condition compares with; a loop without one counts once.
-    """
-    computations, entry = split_computations(text)
-    times = repetitions(computations, entry)
-    # An asynchronous collective appears in several computations, its start, its parts and its end, under one channel.
-    # It runs as often as its start: its parts may be inside a loop, to overlap with what that computes.
-    found: dict[str, tuple[str, int, float]] = {}
-    for name, lines in computations.items():
-        for line in lines:
-            match = COLLECTIVE.search(line)
-            if match is None or not times[name]:
-                continue
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else f"{name} {line}"
-            count = min(times[name], found[key][1] if key in found else times[name])
-            kind, n = match[2], group_size(line)
-            result = bytes_of(result_of_start(kind, match[1]) if match[3] else match[1])
-            if name.startswith(SCATTERS):
-                kind, result = "reduce-scatter", result // n
-            found[key] = (kind, count, count * sent(kind, result, n))
-    by_kind: dict[str, list[tuple[str, int, float]]] = defaultdict(list)
-    for entry_found in found.values():
-        by_kind[entry_found[0]].append(entry_found)
-    kinds = [Collective(kind, sum(n for _, n, _ in all_), sum(b for *_, b in all_)) for kind, all_ in by_kind.items()]
-    return sorted(kinds, key=lambda collective: -collective.moved)
+    name: str
+    type: str
+    opcode: str
+    operands: list[str]
+    rest: str
+    root: bool
 
 
 def split_computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -121,22 +91,52 @@ def first_constant(names: list[str], lines: str) -> int | None:
     return next((int(match[1]) for match in found if match), None)
 
 
-def bytes_of(shapes: str) -> int:
-    """Bytes of all arrays in a type; XLA combines collectives of one kind into one whose result is a tuple."""
-    return sum(
-        math.prod(map(int, filter(None, shape.split(",")))) * BITS[kind] // 8
-        for kind, shape in SHAPE.findall(shapes)
-        if kind in BITS
-    )
+def instructions(lines: list[str]) -> Iterator[Instruction]:
+    """Instructions of a computation's lines, in the order of the schedule."""
+    for line in lines:
+        start = re.match(r"^ +(ROOT )?%([\w.\-]+) = ", line)
+        if start is None:
+            continue
+        kind, rest = split_type(line[start.end() :])
+        opcode, _, rest = rest.partition("(")
+        depth, end = 1, len(rest)
+        for match in re.finditer(r"[()]", rest):
+            depth += 1 if match[0] == "(" else -1
+            if not depth:
+                end = match.start()
+                break
+        operands = [rest[:end]] if opcode in ("parameter", "constant") else OPERAND.findall(rest[:end])
+        yield Instruction(start[2], kind, opcode, operands, rest[end + 1 :], bool(start[1]))
 
 
-def result_of_start(kind: str, shapes: str) -> str:
-    """Results in the type of a collective's start, which is (operands, results, contexts…); each may be a tuple.
+def split_type(text: str) -> tuple[str, str]:
+    """Type at the beginning of a text, and what follows the space after it."""
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return text[: match.end()], text[match.end() + 1 :]
+    return text, ""
 
-    An all-reduce's start has the type of its results only, unless it is wrapped in a generic async operation.
+
+def dims(shape: str) -> tuple[int, ...]:
+    """Sizes of an array from the text between its brackets."""
+    return tuple(map(int, filter(None, shape.split(","))))
+
+
+def bytes_of(shapes: str, *, hbm: bool = False) -> int:
+    """Bytes of all arrays in a type; XLA combines collectives of one kind into one whose result is a tuple.
+
+    hbm: only of arrays in HBM, not of those in a faster memory.
     """
-    parts = elements(shapes)
-    return shapes if len(parts) < 2 or (kind == "all-reduce" and parts[0][0] != "(") else parts[1]
+    return sum(
+        math.prod(dims(shape)) * BITS[kind] // 8
+        for kind, shape, layout in ARRAY.findall(shapes)
+        if kind in BITS and not (hbm and "S(" in layout)
+    )
 
 
 def elements(shapes: str) -> list[str]:
@@ -151,27 +151,3 @@ def elements(shapes: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts]
-
-
-def group_size(line: str) -> int:
-    """Number of devices that take part in one collective."""
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(match[2])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]) if axis in sizes)
-    return 2
-
-
-def sent(kind: str, result: int, n: int) -> float:
-    """Bytes that each of n devices sends in a ring for a collective whose result has `result` bytes."""
-    match kind:
-        case "all-reduce":
-            return 2 * result * (n - 1) / n
-        case "reduce-scatter":
-            return float(result * (n - 1))
-        case "collective-permute":
-            return float(result)
-    return result * (n - 1) / n

@@ -3,30 +3,36 @@
 import dataclasses
 import math
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jaxmodels.training.plan import flops, hlo
+from jaxmodels.training.plan import buffers, flops, traffic
+from jaxmodels.training.plan.collectives import Collective, collectives
 from jaxmodels.training.plan.topology import HBM
 from jaxmodels.training.step import Batch, Program
 
 GIB = 2**30
-# Messages of the compiler when a program does not fit.
-EXHAUSTED = (r"Used ([\d.]+)G of ([\d.]+)G hbm", r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
+# The compiler's messages when a program does not fit. The second counts temporaries alone.
+USED = re.compile(r"Used ([\d.]+[KMG]?) of ([\d.]+[KMG]?) hbm")
+TEMPORARIES = re.compile(r"temporaries \(([\d.]+[KMG]?)\) exceeds available HBM \(([\d.]+[KMG]?)\)")
+SMALL = 0.005  # share of the peak below which a part is shown with the others
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Memory and lower bounds of time (seconds) of a compiled step, per device."""
 
-    arguments: int  # bytes: parameters, optimizer, batch
-    temporaries: int  # bytes: activations, gradients, program
+    peak: int  # bytes of HBM, arguments included
+    parts: dict[str, int]  # bytes at the peak by kind; {} if the compiler wrote no report
     limit: float  # bytes
     flops: float  # of the matrix products on all devices, without recomputation
-    collectives: list[hlo.Collective]
+    accessed: float  # bytes of HBM read and written
+    collectives: list[Collective]
     compute: float
     memory: float
     network: float
@@ -41,43 +47,83 @@ class Plan:
 
 
 class DoesNotFit(ValueError):
-    """A step needs more memory than a device has."""
+    """The compiler refuses a step for want of memory. need, limit: in GiB per device."""
+
+    def __init__(self, message: str, need: float, limit: float):
+        super().__init__(message)
+        self.need, self.limit = need, limit
 
 
-def make_plan(program: Program, batch: Batch, generation: str) -> Plan:
-    """Compile a step for its mesh of a topology's devices; raises DoesNotFit if the compiler runs out of memory."""
+def make_plan(program: Program, batch: Batch, generation: str, n_vocab: int) -> Plan:
+    """Compile a step for its mesh of a topology's devices; raises DoesNotFit if the compiler refuses it for memory."""
     lowered = program.lower_step(batch)
     began = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        used = next(filter(None, (re.search(pattern, str(error)) for pattern in EXHAUSTED)), None)
-        if used is None:
-            raise
-        need = f"{used[1]} GiB of memory per device, available {used[2]} GiB"
-        raise DoesNotFit(f"does not fit: it needs {need}; {advice(program, generation)}") from None
-    seconds = time.perf_counter() - began
-    memory, text, n = compiled.memory_analysis(), compiled.as_text(), program.mesh.size
-    assert memory is not None, "a TPU's compiler reports it"
-    assert text is not None
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    work = 3 * flops.of_forward(program, batch)  # the backward pass is twice the forward pass
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        try:
+            compiled = lowered.compile(compiler_options=buffers.dump_options(Path(folder)))
+        except jax.errors.JaxRuntimeError as error:
+            parts = buffers.parts_at_peak(Path(folder), shapes_of(program, n_vocab))
+            refusal = refused(str(error), parts, program, generation)
+            if refusal is None:
+                raise
+            raise refusal from None
+        seconds = time.perf_counter() - began
+        memory, text, n = compiled.memory_analysis(), compiled.as_text(), program.mesh.size
+        assert memory is not None, "a TPU's compiler reports it"
+        assert text is not None
+        parts = buffers.parts_at_peak(Path(folder), shapes_of(program, n_vocab))
+    work = flops.of_step(program, batch)
     repeated = 4 / 3 if program.numerics.remat == "layers" else 1.0
-    peak, bandwidth, links = flops.peak(program.mesh.devices.flat[0].device_kind) or (math.inf,) * 3
-    found = hlo.collectives(text)
+    peak, bandwidth, _ = flops.peak(program.mesh.devices.flat[0].device_kind) or (math.inf,) * 3
+    found, accessed = collectives(text, program.mesh), traffic.accessed(text)
     return Plan(
-        arguments=arguments,
-        temporaries=temporaries,
+        # The compiler's figure is that of the faster memory, if more is held there than in HBM.
+        peak=min(memory.peak_memory_in_bytes, sum(parts.values()) or math.inf),
+        parts=parts,
         limit=HBM[generation] * GIB,
         flops=work,
+        accessed=accessed,
         collectives=found,
         compute=repeated * work / n / peak,
-        # each argument is read and its new value written; each temporary is written and read at least once
-        memory=2 * (arguments + memory.temp_size_in_bytes) / bandwidth,
-        network=sum(collective.moved for collective in found) / (links or math.inf),
+        memory=accessed / bandwidth,
+        network=sum(collective.seconds for collective in found),
         seconds_to_compile=seconds,
     )
+
+
+def shapes_of(program: Program, n_vocab: int) -> buffers.Shapes:
+    """Sizes of the parameters and of the vocabulary on one device."""
+    arrays = program.abstract_state()
+    leaves = [*arrays.params.values(), *arrays.fixed.values()]
+    sizes = {n_vocab, n_vocab // program.mesh.shape["tensor"]}
+    return buffers.Shapes.of(((leaf.shape, leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves), sizes)
+
+
+def refused(message: str, parts: dict[str, int], program: Program, generation: str) -> DoesNotFit | None:
+    """The compiler's refusal as an error of one line; None if it failed for another reason.
+
+    parts: bytes by kind, as in `Plan`; {} if they are not known.
+    """
+    match = USED.search(message) or TEMPORARIES.search(message)
+    if match is None:
+        return None
+    need, limit = (gib(size) for size in match.groups())
+    need = max(need, sum(parts.values()) / GIB)
+    largest = sorted(((size, part) for part, size in parts.items() if part != "other"), reverse=True)[:3]
+    held = ", ".join(f"{part} {size / GIB:.3g}" for size, part in largest)
+    of_it = f" ({held})" if held else ""
+    return DoesNotFit(
+        f"does not fit: it needs {need:.4g} GiB of memory per device{of_it}, available {limit:.4g} GiB; "
+        f"{advice(program, generation)}",
+        need,
+        limit,
+    )
+
+
+def gib(size: str) -> float:
+    """GiB of a size as the compiler writes it, such as 39.32G or 512.5M."""
+    number, unit = float(size.rstrip("KMG")), size[-1]
+    return number * {"K": 2**10, "M": 2**20, "G": 2**30}.get(unit, 1) / GIB
 
 
 def state_bytes(program: Program) -> int:
@@ -108,13 +154,21 @@ def table(plan: Plan, mesh: Mesh, tokens: int) -> Table:
     peak = (flops.peak(kind) or (math.inf,))[0]
     rows = {
         "devices": f"{mesh.size} × {kind}: " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        "memory per device": f"{(plan.arguments + plan.temporaries) / GIB:.3g} of {plan.limit / GIB:.4g} GiB",
-        "    parameters, optimizer, batch": f"{plan.arguments / GIB:.3g} GiB",
-        "    temporaries and program": f"{plan.temporaries / GIB:.3g} GiB",
-        "matrix products of a step": f"{plan.flops:.3g} FLOP over all devices, {plan.flops / tokens:.3g} per token",
+        "memory per device": f"{plan.peak / GIB:.3g} of {plan.limit / GIB:.4g} GiB",
     }
+    shares = {part: size for part, size in plan.parts.items() if part != "other" and size >= SMALL * plan.peak}
+    for part, size in sorted(shares.items(), key=lambda item: -item[1]):
+        rows[f"    {part}"] = f"{size / GIB:.3g} GiB"
+    if shares:
+        rows["    other"] = f"{(plan.peak - sum(shares.values())) / GIB:.3g} GiB"
+    rows["matrix products of a step"] = f"{plan.flops:.3g} FLOP over all devices, {plan.flops / tokens:.3g} per token"
+    rows["memory read and written"] = f"{plan.accessed / GIB:.3g} GiB per device"
     for collective in plan.collectives:
-        rows[collective.kind] = f"{collective.count:,} a step, {collective.moved / GIB:.3g} GiB sent per device"
+        over = f" over {collective.axes}" if collective.axes else ""
+        rows[collective.kind + over] = (
+            f"{collective.count:,} a step, {collective.moved / GIB:.3g} GiB sent per device, "
+            f"{1e3 * collective.seconds:.3g} ms"
+        )
     rows |= {
         "least time: matrix products": f"{1e3 * plan.compute:.3g} ms",
         "least time: memory": f"{1e3 * plan.memory:.3g} ms",
