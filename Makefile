@@ -54,6 +54,7 @@ train: $(READY) ## train the small RoPE language model (8 minutes on two cores)
 
 docs: $(READY) ## build the site into site/, for a browser without a server: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+	$(BIN)/python -m docs.tools.links site
 
 bench: $(READY) ## time training steps against PyTorch
 	$(BIN)/python -m bench.rope $(ARGS)

@@ -256,20 +256,6 @@ def test_the_examples_in_a_commands_help_are_accepted(name):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_imports_of_a_page_resolve(page):
-    for language, content in blocks(page):
-        if language != "python" or "…" in content:
-            continue
-        for node in ast.walk(ast.parse(content)):
-            if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names)
-            elif isinstance(node, ast.Import):
-                for alias in node.names:
-                    importlib.import_module(alias.name)
-
-
-@pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
         if not target.startswith(("http://", "https://")):

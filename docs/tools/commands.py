@@ -58,9 +58,8 @@ def name_of(action: argparse.Action) -> str:
 
 def entry(action: argparse.Action) -> str:
     """An argument as an item of a definition list."""
-    text = (action.help or "").replace("%%", "%")
-    if "%(" in text:
-        text = text % {"default": action.default, "prog": "", "choices": action.choices}
+    known = {"%%": "%", "%(default)s": str(action.default), "%(prog)s": "", "%(choices)s": str(action.choices)}
+    text = re.sub(r"%%|%\(\w+\)s", lambda match: known[match[0]], action.help or "")
     return f"`{name_of(action)}`\n:   {escaped(text.removesuffix(' (default: None)')) or '–'}\n"
 
 

@@ -22,7 +22,7 @@ def as_list(text: str, known: set[str]) -> str:
         found = ITEM.match(line)
         names = re.sub(r"\(.*?\)", "", found[1]).split(", ") if found else []
         if found and set(names) <= known:
-            if lines and not inside:
+            if lines and lines[-1] and not inside:
                 lines.append("")
             lines.append("- " + ", ".join(f"`{name}`" for name in names) + f": {found[2]}")
             inside = True

@@ -71,7 +71,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)
 
     def linked(match: re.Match[str]) -> str:
-        return f"{match[1]}{destination(here, match[2], config['repo_url'])}{match[3] or ''}{match[4]}"
+        return f"{match[1]}{destination(here, match[2], config['extra']['repository'])}{match[3] or ''}{match[4]}"
 
     return "".join(part if part.startswith("```") else LINK.sub(linked, part) for part in parts)
 
@@ -115,3 +115,8 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
     """Scripts from this site only."""
     folder = posixpath.dirname(page.file.src_uri) or "."
     return output.replace(SHIM, posixpath.relpath("assets/iframe-worker.js", folder))
+
+
+def on_post_template(output: str, template_name: str, config: Any) -> str:
+    """The same for pages without a source, such as that of a missing page."""
+    return output.replace(SHIM, "/assets/iframe-worker.js")

@@ -14,7 +14,7 @@ import parity
 from docs.tools.browser import Browser
 
 ROOT = Path(__file__).parents[2]
-WIDTH, SCALE, COLORS = 960, 1.5, 160
+WIDTH, SCALE, COLORS = 960, 1.5, 256
 
 
 def report() -> parity.Report:
@@ -37,7 +37,7 @@ def main() -> None:
             end = browser.run("document.querySelector('dl').getBoundingClientRect().bottom")
             file = ROOT / "docs" / "assets" / f"report-{name}.png"
             browser.screenshot(file, clip=(0, 0, WIDTH, end + 16))
-            Image.open(file).convert("RGB").quantize(COLORS).save(file, optimize=True)
+            Image.open(file).convert("RGB").quantize(COLORS, kmeans=1).save(file, optimize=True)
 
 
 if __name__ == "__main__":
