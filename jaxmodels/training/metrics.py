@@ -2,15 +2,16 @@
 evaluation, {"step": 500, "validation_loss": …}. Losses are in nats per token.
 """
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import read_text
+from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.steps import check_run
 from jaxmodels.process.failures import cause
 from jaxmodels.process.streams import warn
@@ -19,29 +20,44 @@ from jaxmodels.process.texts import quoted
 FILE = "metrics.jsonl"
 LOSSES = ("loss", "validation_loss")
 LARGEST = 2**30  # bytes of metrics.jsonl: ten million steps
+LEAST, LINE = 2**24, 2**16  # bytes of metrics.jsonl that a run of any length may have, and of a line
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl, except one truncated by a kill.
+    """Read the lines of a run's metrics.jsonl; raises ValueError as `each`."""
+    return list(each(run))
 
-    Raises ValueError, naming the file, if it is missing, or if a line is not an object with a step and numbers.
+
+def each(run: Path, limit: int = LARGEST) -> Iterator[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl, one at a time, except those truncated by a kill.
+
+    limit: in bytes. Raises ValueError, naming the file, if it is missing or larger, or if a line is not an object with
+    a step and numbers.
     """
     check_run(run)
     try:
-        text = read_text(run / FILE, LARGEST)
+        opened = open_regular(run / FILE)
     except (OSError, ValueError) as error:
         raise ValueError(f"{run} holds no {FILE}: {error}") from None
-    lines = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):  # ValueError: not JSON, or an integer of thousands of digits
-            continue
-        if not is_line(content):
-            found = quoted(content)
-            raise ValueError(f"{run / FILE}, line {number}, is {found}; expected an object with a step and numbers")
-        lines.append(content)
-    return lines
+    with opened:
+        if (size := os.fstat(opened.fileno()).st_size) > limit:
+            raise ValueError(f"{run / FILE} has {size:,} bytes; at most {limit:,} are read")
+        for number in itertools.count(1):
+            line = opened.readline(LINE + 1)
+            if not line:
+                return
+            if len(line) > LINE:
+                raise ValueError(f"{run / FILE}, line {number}, has more than {LINE:,} bytes")
+            try:
+                content = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise ValueError(f"{run / FILE}, line {number}, is not UTF-8") from None
+            except (ValueError, RecursionError):  # ValueError: not JSON, or an integer of thousands of digits
+                continue
+            if not is_line(content):
+                found = quoted(content)
+                raise ValueError(f"{run / FILE}, line {number}, is {found}; expected an object with a step and numbers")
+            yield content
 
 
 def is_line(content: Any) -> bool:
@@ -79,11 +95,13 @@ class Log:
     @staticmethod
     def lines_until(run: Path, losses: Sequence[float]) -> list[dict[str, Any]]:
         """Lines to keep: one per step taken, and evaluations before the last step, which is evaluated again."""
-        old = read(run) if (run / FILE).exists() else []
-        steps = {line["step"]: line for line in old if "loss" in line}
+        steps: dict[int, dict[str, Any]] = {}
         evaluations: dict[int, list[dict[str, Any]]] = {}
-        for line in old:
-            if "loss" not in line and line["step"] < len(losses):
+        limit = min(LARGEST, LEAST + LINE * len(losses))
+        for line in each(run, limit) if (run / FILE).exists() else ():
+            if "loss" in line:
+                steps |= {line["step"]: line} if 0 < line["step"] <= len(losses) else {}
+            elif line["step"] < len(losses):
                 evaluations.setdefault(line["step"], []).append(line)
         kept = evaluations.get(0, [])
         for step, loss in enumerate(losses, start=1):

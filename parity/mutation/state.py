@@ -7,16 +7,25 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from jaxmodels.io.bounded import read_text
+from jaxmodels.io.manifest import refuse_link
 from jaxmodels.process.texts import shortened, table_cell
 from parity.mutation.mutate import Outcome
 from parity.report.results import Check
 
+LARGEST = 2**26  # bytes of a file; a verdict has some hundred
+
 Alarms = dict[str, list[tuple[int, Check]]]
+
+
+def without_links(path: str, flags: int) -> int:
+    """Open a file, but not through a link that has taken its place since it was checked."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +80,14 @@ class State:
     def opened(cls, file: Path | None) -> Iterator["State"]:
         """Context with the verdicts in a file, to which others are added; without a file, with none.
 
-        Raises ValueError, naming file and line, if a line is not a verdict.
+        Raises ValueError, naming file and line, if a line is not a verdict, or if the file is a link: it is written.
         """
         if file is None:
             yield cls()
             return
-        lines = read_text(file).splitlines() if file.exists() else []
-        with file.open("a", encoding="utf-8") as opened:
+        refuse_link(file)
+        lines = read_text(file, LARGEST).splitlines() if file.exists() else []
+        with open(file, "a", encoding="utf-8", opener=without_links) as opened:
             state = cls(opened)
             for number, line in enumerate(lines, start=1):
                 try:

@@ -141,6 +141,35 @@ def test_lines_of_metrics_that_a_kill_cut_are_left_out(tmp_path):
     assert [line["step"] for line in metrics.read(tmp_path)] == [1, 3]
 
 
+def test_metrics_are_read_line_by_line(tmp_path):
+    """Of a million lines that a run does not have, none is kept; a line without end is refused."""
+    from jaxmodels.training import metrics
+
+    (tmp_path / "metrics.jsonl").write_text(
+        f"{LINES}" + '{"step": 9, "loss": 1.5, "note": "xxxxxxxxxxxxxxxx"}\n' * 200_000
+    )
+    peak_reset()
+    resident = memory("VmRSS")
+    assert metrics.Log.lines_until(tmp_path, [2.0]) == [{"step": 1, "loss": 2.0}]
+    assert memory("VmHWM") - resident < 2e7
+    (tmp_path / "metrics.jsonl").write_text(LINES + "x" * 70_000)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, has more than 65,536 bytes"):
+        metrics.read(tmp_path)
+    sparse("metrics.jsonl")(tmp_path)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has 1,000,000,000,000 bytes"):
+        metrics.Log.lines_until(tmp_path, [2.0])
+
+
+def test_a_state_that_is_a_link_is_not_written_to(tmp_path):
+    from parity.mutation.state import State
+
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "state.jsonl").symlink_to("mine")
+    with pytest.raises(ValueError, match=r"state\.jsonl is a symbolic link"), State.opened(tmp_path / "state.jsonl"):
+        pass
+    assert (tmp_path / "mine").read_text() == ""
+
+
 @pytest.mark.parametrize("shape", ["(30000000000,)", "((", "None"])
 def test_neighbors_with_a_damaged_header_are_not_read(tmp_path, shape):
     make = TARGETS["neighbors kept"].make

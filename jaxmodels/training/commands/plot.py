@@ -1,6 +1,7 @@
 """Loss curves of runs as a PNG file: `jaxmodels plot`, or `python -m train.plot` in a checkout."""
 
 import argparse
+import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,15 +46,18 @@ def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError if the run has none.
     """
-    lines = metrics.read(run)
-    train = np.array([(line["step"], line["loss"]) for line in lines if line.get("loss") is not None])
-    validation = np.array(
-        [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
-    )
+    numbers: dict[str, array.array] = {
+        name: array.array("d") for name in metrics.LOSSES
+    }  # a list takes 20 times as much
+    for line in metrics.each(run):
+        for name, found in numbers.items():
+            if line.get(name) is not None:
+                found.extend((line["step"], line[name]))
+    train, validation = (np.frombuffer(numbers[name], np.float64).reshape(-1, 2) for name in metrics.LOSSES)
     if not len(train):
         raise ValueError(f"{run / metrics.FILE} has no losses yet")
     parts = np.array_split(train, min(len(train), POINTS))
-    return np.array([part.mean(axis=0) for part in parts]), validation.reshape(-1, 2)
+    return np.array([part.mean(axis=0) for part in parts]), validation
 
 
 def draw(runs: Sequence[Path], out: Path) -> None:
