@@ -76,12 +76,12 @@ class Example:
         return float(np.abs(original(rounded, x, dtype) - original(rounded, x)).max())
 
 
-def strips(drawn: Figure, rows: Sequence[tuple[str, np.ndarray, str]]) -> None:
-    """One row of dots per array, on a logarithmic axis."""
+def strips(drawn: Figure, rows: Sequence[tuple[str, np.ndarray, str]], smallest: float) -> None:
+    """One row of dots per array, on a logarithmic axis; smaller values are drawn at `smallest`."""
     ax = drawn.add_subplot()
     rng = np.random.default_rng(1)
     for i, (_, values, color) in enumerate(rows):
-        values = np.maximum(values.ravel(), SMALLEST)
+        values = np.maximum(values.ravel(), smallest)
         ax.scatter(values, -i + rng.uniform(-0.28, 0.28, values.shape), s=5, color=color, alpha=0.6, lw=0)
     ax.set_xscale("log")
     ax.set_yticks([-i for i in range(len(rows))], [label for label, _, _ in rows])
@@ -95,7 +95,7 @@ def noise(example: Example) -> None:
     colors = (GREEN, ORANGE, PURPLE)
     rows = [("PyTorch, inputs moved\nby one unit", example.noise, BLUE)]
     rows += [(name, values, color) for (name, values), color in zip(example.ports.items(), colors, strict=True)]
-    strips(drawn, rows)
+    strips(drawn, rows, SMALLEST)
     ax = drawn.axes[0]
     limit = LIMIT * example.noise.max()
     ax.axvline(limit, color=INK, lw=1)
@@ -129,24 +129,30 @@ def dtypes(example: Example) -> None:
     save(drawn, "dtypes", DOCS / "parity" / "figures")
 
 
-def table_values(page: str, pattern: str) -> np.ndarray:
-    """Numbers of a page's tables."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    return np.array([float(value) for value in re.findall(pattern, text, re.M)])
+def agreement() -> np.ndarray:
+    """Values in float64 of all cases of the page on agreement."""
+    text = (DOCS / "agreement.md").read_text(encoding="utf-8")
+    head, _, *rows = [line.split("|")[2:-1] for line in re.findall(r"^\|.*\|$", text[text.index("| case |") :], re.M)]
+    columns = [i for i, title in enumerate(head) if "float64" in title]
+    values = [row[i].strip().removesuffix("×") for row in rows for i in columns]
+    return np.array([float(value) for value in values if value != "–"])
+
+
+def planted() -> np.ndarray:
+    """Values of all planted errors of the page on mutations."""
+    text = (DOCS / "mutations.md").read_text(encoding="utf-8")
+    return np.array([float(value) for value in re.findall(r"^\|[^|]+\|[^|]+\|[^|]+\| [\w ]+ (\d\S*) \|", text, re.M)])
 
 
 def limits() -> None:
     """Every measured value of the project's cases and of its planted errors, in units of the noise."""
-    cases = table_values("agreement.md", r"(?<=\| )([\d.]+)×")
-    planted = table_values("mutations.md", r"\| (?:output|\w+ gradients|[\w ]+) (\d[\d.]*e\+\d+) \|")
+    correct, wrong = agreement(), planted()
     drawn = figure(8.5, 2.4)
-    strips(
-        drawn,
-        [
-            (f"{len(cases)} values\nof correct pairs", cases, GREEN),
-            (f"{len(planted)} planted\nerrors", planted, ORANGE),
-        ],
-    )
+    rows = [
+        (f"{len(correct)} values\nof correct pairs", correct, GREEN),
+        (f"{len(wrong)} planted\nerrors", wrong, ORANGE),
+    ]
+    strips(drawn, rows, 0.1)
     ax = drawn.axes[0]
     ax.axvline(LIMIT, color=INK, lw=1)
     ax.annotate(f"limit: {LIMIT}", (LIMIT, 0.5), xytext=(4, 0), textcoords="offset points", color=INK, size=10)
