@@ -143,6 +143,7 @@ class Attention(nnx.Module):
         shape = (batch, self.heads, max_len, self.d_k)
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
+    # [attention.cache]
     def decode(
         self, x: jax.Array, cache: dict[str, jax.Array], positions: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -163,6 +164,7 @@ class Attention(nnx.Module):
         return self.finish(x, positions), cache
 
 
+# [attention.causal]
 def attend_unfused(
     query: Any,
     key: jax.Array | None,
@@ -274,6 +276,7 @@ class MultiHeadAttention(Attention):
         return dot_product_scores(query, key, self.scale)
 
 
+# [attention.scores]
 def dot_product_scores(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
     """scale · q_i·k_j: [B, H, S, d_k], [B, H, N, d_k] -> [B, H, S, N]; accumulated in float32 at least."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -300,11 +303,13 @@ class RelativeMultiHeadAttention(MultiHeadAttention):
         if n > self.P:
             raise ValueError(f"{n} keys given; the relative position tables reach back P={self.P} at most")
 
+    # [relative.scores]
     def get_scores(self, query: Any, key: jax.Array | None, n: int, first: int | jax.Array) -> jax.Array:
         assert key is not None
         content = dot_product_scores(query + self.query_pos_bias[:, None], key, self.scale)
         return content + self.position_scores(query, n, first) * self.scale
 
+    # [relative.rows]
     def position_scores(self, query: jax.Array, n: int, first: int | jax.Array) -> jax.Array:
         """q_i·E[P - distance] + b[P - distance], unscaled: [B, H, S, N]; `first` an int, a scalar or one per row [B].
 
@@ -324,6 +329,7 @@ class RelativeMultiHeadAttention(MultiHeadAttention):
         return shear(jnp.einsum("bhid,rhd->bhir", query, table) + bias.T[:, None], n)
 
 
+# [relative.rows]
 def shear(x: jax.Array, n: int) -> jax.Array:
     """out[…, i, j] = x[…, i, S-1-i+j] for j < n: [..., S, S+n-1] -> [..., S, n], by a pad and a reshape."""
     *lead, s, width = x.shape

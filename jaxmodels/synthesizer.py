@@ -29,6 +29,7 @@ class DenseSynthesizer(nnx.Module):
         self.linear1 = Linear(d_model, d_model, rngs=rngs)
         self.linear2 = Linear(d_model, max_len, rngs=rngs)
 
+    # [synthesizer.dense]
     def __call__(self, x: jax.Array, v: jax.Array) -> jax.Array:
         """x and v [..., n, d] -> [..., n, d]; raises ValueError if n > max_len or leading axes differ."""
         if x.ndim < 2 or x.shape[:-1] != v.shape[:-1]:
@@ -55,12 +56,14 @@ class DenseLogits(nnx.Module):
         self.projection = nnx.Param(init(rngs.params(), (heads, d_k, size)))
         self.projection_bias = nnx.Param(init(rngs.params(), (heads, size)))
 
+    # [synthesizer.heads]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """x [S, B, D] -> [S, B, H, size]."""
         hidden = jax.nn.relu(self.hidden(x))  # [S, B, H, d_k]
         return jnp.einsum("sbhd,hdl->sbhl", hidden, self.projection[...]) + self.projection_bias[...]
 
 
+# [synthesizer.random]
 def table_rows(table: jax.Array, n: int, positions: jax.Array | None) -> jax.Array:
     """Rows of a table [H, l, …] at positions [S] or [S, B], default the first n -> [S, 1 or B, H, …]."""
     if positions is None:
@@ -77,6 +80,7 @@ class RandomLogits(nnx.Module):
         table = jax.random.normal(rngs.params(), (heads, max_len, max_len), jnp.float32)
         self.table = nnx.Param(table) if trainable else Fixed(table)
 
+    # [synthesizer.random]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """x [S, B, D], of which only the length is used -> [S, 1 or B, H, l]."""
         table = self.table[...]
@@ -85,6 +89,7 @@ class RandomLogits(nnx.Module):
         return table_rows(table, len(x), positions)
 
 
+# [synthesizer.factorized]
 def default_factors(max_len: int) -> tuple[int, int]:
     """Default (a, b) of factorized_dense: a = ⌈√l⌉, b = ⌈l/a⌉."""
     a = math.isqrt(max_len - 1) + 1
@@ -107,6 +112,7 @@ class FactorizedDenseLogits(nnx.Module):
         self.factor_a = DenseLogits(heads, d_model, a, rngs=rngs)
         self.factor_c = DenseLogits(heads, d_model, b, rngs=rngs)
 
+    # [synthesizer.factorized]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """x [S, B, D] -> [S, B, H, l]."""
         outer = self.factor_a(x)[..., :, None] * self.factor_c(x)[..., None, :]  # [S, B, H, a, b]
@@ -121,6 +127,7 @@ class FactorizedRandomLogits(nnx.Module):
         self.left = nnx.Param(init(rngs.params(), (heads, max_len, RANK), jnp.float32))
         self.right = nnx.Param(init(rngs.params(), (heads, max_len, RANK), jnp.float32))
 
+    # [synthesizer.factorized]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """x [S, B, D], of which only the length is used -> [S, 1 or B, H, l]."""
         left = table_rows(self.left[...], len(x), positions)  # [S, 1 or B, H, k]
@@ -192,6 +199,7 @@ class SynthesizerAttention(Attention):
         assert key is not None
         return query["vanilla"], key
 
+    # [synthesizer.mixture]
     def get_scores(self, query: Any, key: jax.Array | None, n: int, first: int | jax.Array) -> jax.Array:
         logits = []  # one entry per part, each [1 or B, H, S, n]
         for part in self.parts:

@@ -58,6 +58,7 @@ class Attention(nn.Module):
         mask [S or 1, N, 1 or B] bool, True = may attend. `cache` is a dict that keeps this layer's keys
         and values between calls: the tokens given are appended to it, and all of it is attended to.
         """
+        # [attention.cache]
         offset = len(cache["value"]) if cache else 0
         query, key, value = self.project(query, key, value, offset)
         if cache is not None:
@@ -88,6 +89,7 @@ class MultiHeadAttention(Attention):
     ) -> tuple[Any, Any, torch.Tensor]:
         return self.query(query), self.key(key), self.value(value)
 
+    # [attention.scores]
     def get_scores(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.einsum("ibhd,jbhd->ijbh", query, key) * self.scale
 
@@ -111,9 +113,11 @@ class RelativeMultiHeadAttention(MultiHeadAttention):
         s, n = len(query), len(key)
         if n > self.P:
             raise ValueError(f"{n} keys given, but the relative position tables reach back {self.P} at most")
+        # [relative.rows]
         device = query.device
         distance = torch.arange(n - s, n, device=device)[:, None] - torch.arange(n, device=device)[None, :]
         row = self.P - distance  # [S, N]
+        # [relative.scores]
         content = torch.einsum("ibhd,jbhd->ijbh", query + self.query_pos_bias, key)
         position = torch.einsum("ibhd,ijhd->ijbh", query, self.key_pos_embeddings[row])
         return (content + position + self.key_pos_bias[row][:, :, None, :]) * self.scale

@@ -38,6 +38,7 @@ class FeedbackAttention(nn.Module):
         self.key_pos_bias = nn.Parameter(torch.zeros(self.P, heads))
         self.query_pos_bias = nn.Parameter(torch.zeros(heads, self.d_k))
 
+    # [feedback.attention]
     def forward(self, *, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query [B, D]; key and value [n, B, D], or [n, B, H, d_k] if they are precomputed -> [B, D]."""
         n = len(key)
@@ -64,6 +65,7 @@ class FeedbackTransformerLayer(nn.Module):
         self.norm_ff = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout_prob)
 
+    # [feedback.layer]
     def forward(self, *, x: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None) -> torch.Tensor:
         """x [B, D], key and value as in the attention, or None -> [B, D]."""
         if key is not None:
@@ -110,6 +112,7 @@ class Feedback(nn.Module):
             self.key = HeadProjection(d_model, heads, d_model // heads, bias=False)
             self.value = HeadProjection(d_model, heads, d_model // heads, bias=False)
 
+    # [feedback.step]
     def step(
         self, x: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,6 +123,7 @@ class Feedback(nn.Module):
             outputs.append(x)
         return x, torch.einsum("lbd,l->bd", torch.stack(outputs), self.weights.softmax(dim=0))
 
+    # [feedback.slots]
     def last(self, memories: list[torch.Tensor]) -> torch.Tensor | None:
         """Stack the memories that a step sees: [n, …]; None if there are none."""
         memories = memories if self.memory is None else memories[-self.memory :]
@@ -129,6 +133,7 @@ class Feedback(nn.Module):
 class FeedbackTransformer(Feedback):
     """Each layer projects the memories to its own keys and values."""
 
+    # [feedback.loop]
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[S, B, D] -> [S, B, D]."""
         outputs: list[torch.Tensor] = []
@@ -146,6 +151,7 @@ class FeedbackTransformerKV(Feedback):
 
     shares_kv = True
 
+    # [feedback.loop]
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[S, B, D] -> [S, B, D]."""
         outputs: list[torch.Tensor] = []

@@ -19,6 +19,7 @@ import torch
 from torch_ref.feedback import FeedbackTransformerKV as PlainFeedbackTransformerKV
 
 
+# [feedback.gradient]
 class View(torch.autograd.Function):
     """First rows of the memory, of which `newest` is the last; see the module's docstring."""
 
@@ -48,6 +49,7 @@ class Stack:
         else:
             self.memory, self.gradient = (like.new_zeros(length, *like.shape) for _ in range(2))
 
+    # [feedback.recurrence]
     def append(self, row: torch.Tensor) -> torch.Tensor:
         """Append a row and return all rows so far, which may be differentiated once."""
         self.memory.data[self.n] = row.detach()  # through .data, so that autograd does not record the write
@@ -62,6 +64,7 @@ class FeedbackTransformerKV(PlainFeedbackTransformerKV):
         super().__init__(d_model, heads, d_ff, n_layers, dropout_prob)
         self.key_stack, self.value_stack = Stack(), Stack()
 
+    # [feedback.recurrence]
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[S, B, D] -> [S, B, D]."""
         outputs, key, value = [], None, None

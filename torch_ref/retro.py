@@ -48,6 +48,7 @@ class SelfAttention(Attention):
         self.is_causal = is_causal
         self.register_load_state_dict_pre_hook(drop_theta)
 
+    # [retro.attention]
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h [B, S, D] -> the same shape."""
         s, z = h.shape[1], self.norm(h)
@@ -62,6 +63,7 @@ class SelfAttention(Attention):
         return h + self.output(x.flatten(2))
 
 
+# [retro.theta]
 def drop_theta(module: SelfAttention, state_dict: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
     """Remove the originals' frequencies from a state_dict; raises ValueError if they have another base."""
     key = f"{prefix}rotary_pe.theta"
@@ -76,6 +78,7 @@ def drop_theta(module: SelfAttention, state_dict: dict[str, torch.Tensor], prefi
 class CrossAttention(Attention):
     """Neighbors' tokens attend to the chunk that they were retrieved for: e + W_o softmax(QKᵀ/√d_k) V, Q of LN(e)."""
 
+    # [retro.cross]
     def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """e [B, C, N, M, D], h [B, C, chunk_len, D] (normed already) -> [B, C, N, M, D]."""
         q = self.heads(self.query(self.norm(e)))
@@ -95,6 +98,7 @@ class ChunkedCrossAttention(Attention):
         super().__init__(d_model, n_heads, d_k)
         self.chunk_len = chunk_len
 
+    # [retro.chunked]
     def forward(self, h: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         """h [B, S, D], e [B, C, N, M, D] -> [B, S, D]."""
         chunks, shift = e.shape[1], self.chunk_len - 1
@@ -137,6 +141,7 @@ class NearestNeighborEncoder(nn.Module):
         self.ffw = nn.ModuleList(FeedForward(d_model, d_ff) for _ in range(n_layers))
         self.norm_h = nn.LayerNorm(d_model)
 
+    # [retro.encoder]
     def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """e [B, C, N, M, D], h [B, S, D], S ≥ C·chunk_len -> [B, C, N, M, D]."""
         chunks = e.shape[1]
@@ -194,6 +199,7 @@ class RetroModel(nn.Module):
                 f"ret must be [B, C, N, M], C = {x.shape[1] // self.chunk_len} chunks of chunk_len={self.chunk_len} in "
                 f"{x.shape[1]} tokens; got {list(ret.shape)}"
             )
+        # [retro.model]
         h, e = self.emb(x), None
         neighbors = None if ret is None or ret.shape[1] == 0 else self.emb(ret)
         cca = iter(self.cca)

@@ -27,6 +27,7 @@ class DenseSynthesizer(nn.Module):
         self.linear1 = nn.Linear(d_model, d_model)
         self.linear2 = nn.Linear(d_model, max_len)
 
+    # [synthesizer.dense]
     def forward(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """x and v [..., n, d] -> [..., n, d]."""
         n = x.shape[-2]
@@ -51,6 +52,7 @@ class DenseLogits(nn.Module):
         self.projection = nn.Parameter(torch.empty(heads, d_k, size).uniform_(-bound, bound))
         self.projection_bias = nn.Parameter(torch.empty(heads, size).uniform_(-bound, bound))
 
+    # [synthesizer.heads]
     def forward(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
         """x [S, B, D] -> [S, B, H, size]."""
         hidden = torch.relu(self.hidden(x))
@@ -68,6 +70,7 @@ class RandomLogits(nn.Module):
         else:
             self.register_buffer("table", table)
 
+    # [synthesizer.random]
     def forward(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
         rows = self.table[:, offset : offset + len(x)]  # [H, S, l]
         return rows.transpose(0, 1)[:, None].expand(-1, x.shape[1], -1, -1)
@@ -85,11 +88,13 @@ class FactorizedDenseLogits(nn.Module):
         self.factor_a = DenseLogits(heads, d_model, a)
         self.factor_c = DenseLogits(heads, d_model, b)
 
+    # [synthesizer.factorized]
     def forward(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
         outer = self.factor_a(x)[..., :, None] * self.factor_c(x)[..., None, :]
         return outer.flatten(-2)[..., : self.max_len]
 
 
+# [synthesizer.factorized]
 def default_factors(max_len: int) -> tuple[int, int]:
     """a = ⌈√l⌉, b = ⌈l/a⌉."""
     a = math.isqrt(max_len - 1) + 1
@@ -104,6 +109,7 @@ class FactorizedRandomLogits(nn.Module):
         self.left = nn.Parameter(torch.randn(heads, max_len, RANK) * RANK**-0.25)
         self.right = nn.Parameter(torch.randn(heads, max_len, RANK) * RANK**-0.25)
 
+    # [synthesizer.factorized]
     def forward(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
         rows = torch.einsum("hsk,hlk->shl", self.left[:, offset : offset + len(x)], self.right)
         return rows[:, None].expand(-1, x.shape[1], -1, -1)
@@ -159,6 +165,7 @@ class SynthesizerAttention(Attention):
         projected = (self.query(query), rows) if vanilla else (None, rows)
         return projected, self.key(key) if vanilla else None, self.value(value)
 
+    # [synthesizer.mixture]
     def get_scores(self, query: Any, key: Any, value: torch.Tensor) -> torch.Tensor:
         query, rows = query
         logits = []

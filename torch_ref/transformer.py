@@ -103,6 +103,7 @@ class AutoregressiveTransformer(nn.Module):
         self.encoder = Encoder(layers, d_model)
         self.generator = Generator(n_vocab, d_model)
 
+    # [attention.causal]
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [S, B] int -> logits [S, B, V]."""
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool, device=ids.device).tril()[:, :, None]

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parents[1] / "annotated" / "figures"
@@ -35,6 +38,26 @@ def figure(width: float, height: float) -> Figure:
     """A new figure of this size in inches, with the settings of all."""
     mpl.rcParams.update(SETTINGS)  # type: ignore[arg-type]
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def heat(ax: Axes, values: np.ndarray, color: str, largest: float | None = None) -> None:
+    """Draw a matrix: a color whose opacity is the value over the largest, so that it suits any background."""
+    shade = np.clip(np.asarray(values) / (values.max() if largest is None else largest), 0, 1)
+    image = np.concatenate([np.broadcast_to(to_rgb(color), (*shade.shape, 3)), shade[..., None]], axis=-1)
+    ax.imshow(image, interpolation="none", aspect="equal")
+    ax.spines[["top", "right"]].set_visible(True)
+    ax.tick_params(length=2)
+
+
+def arrow(color: str, width: float = 1.2) -> dict[str, Any]:
+    """Arguments `arrowprops` of an arrow."""
+    return {
+        "arrowstyle": "-|>,head_width=0.2,head_length=0.35",
+        "color": color,
+        "lw": width,
+        "shrinkA": 0,
+        "shrinkB": 0,
+    }
 
 
 def save(drawn: Figure, name: str, folder: Path = FOLDER) -> Path:

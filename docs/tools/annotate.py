@@ -36,6 +36,7 @@ MARKER = re.compile(r" *# \[([a-z]+\.[a-z_]+)(?:: ([a-z]+))?\]")
 ROW = re.compile(r"<!-- passage: ([a-z]+\.[a-z_]+)((?: \| [a-z]+=[^|]+)*) -->")
 FIGURE = re.compile(r"^!\[([^\]]+)\]\(figures/([\w-]+\.svg)\)$", re.M)
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![`\\$])\$([^$`\n]+?)\$", re.S)
+NOISE = re.compile(r"  # (noqa|type: ignore)\b.*")
 LEADING = re.compile(r'^(?:<span class="w">\s*</span>|\s+)')
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.S)
 
@@ -116,21 +117,22 @@ def blocks(node: ast.AST) -> Iterator[list[Any]]:
 
 def shown(lines: list[str], tree: ast.Module, first: int, last: int) -> str:
     """Lines of a passage without other markers, checks of arguments (as …), and docstrings after their first line."""
-    kept = {n: lines[n - 1] for n in range(first, last + 1) if not MARKER.fullmatch(lines[n - 1])}
+    kept: dict[int, str | None] = {
+        n: None if MARKER.fullmatch(lines[n - 1]) else lines[n - 1] for n in range(first, last + 1)
+    }
     for node in ast.walk(tree):
         start, end = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0)
         if not first <= start <= end <= last:
             continue
         if isinstance(node, ast.Assert) or is_check(node):
-            text = kept[start]
-            kept.update(dict.fromkeys(range(start, end + 1), ""))
-            kept[start] = text[: len(text) - len(text.lstrip())] + "# …"
+            kept.update(dict.fromkeys(range(start, end + 1)))
+            kept[start] = " " * node.col_offset + "# …"
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             doc = node.body[0]
             if doc.end_lineno != doc.lineno:
-                kept[doc.lineno] += '"""'
-                kept.update(dict.fromkeys(range(doc.lineno + 1, (doc.end_lineno or 0) + 1), ""))
-    text = textwrap.dedent("\n".join(line for line in kept.values() if line.strip()))
+                kept.update(dict.fromkeys(range(doc.lineno, (doc.end_lineno or 0) + 1)))
+                kept[doc.lineno] = lines[doc.lineno - 1] + '"""'
+    text = textwrap.dedent("\n".join(NOISE.sub("", line) for line in kept.values() if line is not None))
     return re.sub(r"^( *# …\n)( *# …\n)+", r"\1", text, flags=re.M)
 
 
@@ -208,9 +210,11 @@ def mathml(tex: str, block: bool) -> str:
     left = [e.text for e in root.iter() if e.text and ("\\" in e.text or "&" in e.text)]
     if left:
         raise ValueError(f"equation {tex!r} holds {', '.join(left)}, which is not converted")
-    # Browsers follow the style of a cell, not its columnalign. A function's name needs a space after it.
+    # Browsers follow the style of a cell, not its columnalign. Names of functions are identifiers: operators would have
+    # wide spaces around them.
     text = re.sub(r'columnalign="(\w+)"', r'style="text-align:\1"', text)
-    text = re.sub(r"<mi>(cos|sin|max|min)</mi>", r'<mi>\1</mi><mspace width="0.17em"/>', text)
+    text = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", text)
+    text = re.sub(r"<mi>(cos|sin|max|min|LN)</mi>", r'<mi>\1</mi><mspace width="0.17em"/>', text)
     return f'<div class="equation">{text}</div>' if block else text
 
 

@@ -84,6 +84,7 @@ class FeedbackAttention(nnx.Module):
             raise ValueError(f"query must be [B, D], key and value {expected} with n of at least 1, got {given}")
         if len(key) > self.P:
             raise ValueError(f"{len(key)} memories given; the position tables reach back P={self.P} at most")
+        # [feedback.attention]
         if self.key is not None:
             key, value = self.key(key), self.value(value)  # [n, B, H, d_k]
         n, q = len(value), self.query(query)  # [B, H, d_k]
@@ -99,6 +100,7 @@ class FeedbackAttention(nnx.Module):
         return weights if rng is None else self.dropout(weights.transpose(2, 0, 1), rng).transpose(1, 2, 0)
 
 
+# [feedback.slots]
 def attend(
     attn: FeedbackAttention,
     z: jax.Array,
@@ -122,6 +124,7 @@ def attend(
     return attn.output(x.reshape(z.shape)) * visible.any(axis=-1)
 
 
+# [feedback.slots]
 def roll_to_slots(scores: jax.Array, position: jax.Array) -> jax.Array:
     """Roll scores [B, H, N] of the distances N … 1 to the slots at those distances: (j - position) mod N."""
     if position.ndim:
@@ -139,6 +142,7 @@ class FeedbackTransformerLayer(nnx.Module):
         self.norm_ff = LayerNorm(d_model, rngs=rngs)
         self.dropout = Dropout(dropout_prob)
 
+    # [feedback.layer]
     def __call__(
         self, x: jax.Array, key: jax.Array | Slots | None, value: jax.Array | None, rng: jax.Array | None = None
     ) -> jax.Array:
@@ -148,6 +152,7 @@ class FeedbackTransformerLayer(nnx.Module):
             return self._residual(x, None, rng)
         return self._residual(x, self.attn(query=self.norm_self_attn(x), key=key, value=value, rng=attn_rng), rng)
 
+    # [feedback.layer]
     def _residual(self, x: jax.Array, attended: jax.Array | None, rng: jax.Array | None) -> jax.Array:
         rng_attn, rng_hidden, rng_ff = split_rng(rng, 3)
         if attended is not None:

@@ -100,6 +100,7 @@ class Feedback(nnx.Module):
         outputs, state = run_segment(self, x_seq, state, rng)
         return self.norm(outputs), state
 
+    # [feedback.loop]
     def plain(self, x_seq: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """Same as the call, as a Python loop over steps, each over arrays of the memories that exist.
 
@@ -118,6 +119,7 @@ class Feedback(nnx.Module):
             memories.append(self.remember(self.mix(states)))
         return self.norm(jnp.stack(outputs))
 
+    # [feedback.step]
     def mix(self, states: list[jax.Array]) -> jax.Array:
         """Mix a step's input and its layers' outputs, each [..., D], into its memory [..., D]."""
         return jnp.tensordot(jax.nn.softmax(self.weights[...]), jnp.stack(states), 1)
@@ -139,6 +141,7 @@ class Feedback(nnx.Module):
 class FeedbackTransformer(Feedback):
     """Variant in which each layer projects the memories to its own keys (no bias) and values (with bias)."""
 
+    # [feedback.loop]
     def remember(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         return m, m
 
@@ -148,6 +151,7 @@ class FeedbackTransformerKV(Feedback):
 
     shares_kv = True
 
+    # [feedback.loop]
     def remember(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.key(m), self.value(m)
 

@@ -64,6 +64,7 @@ def scan(
     return forward(graphdef, weights, rest, x_seq, rng, carried, known)[0]
 
 
+# [feedback.recurrence]
 def run_step(
     graphdef: Any,
     weights: Any,
@@ -86,6 +87,7 @@ def at_step(rng: Key, t: int | jax.Array) -> Key:
     return None if rng is None else jax.random.fold_in(rng, t)
 
 
+# [feedback.recurrence]
 def forward(
     graphdef: Any, weights: Any, rest: Any, x_seq: jax.Array, rng: Key, carried: Memory, known: jax.Array
 ) -> tuple[tuple[jax.Array, Memory], Any]:
@@ -108,6 +110,7 @@ def forward(
     return (jnp.concatenate(outputs), memory), (weights, rest, x_seq, rng, known, memory, states)
 
 
+# [feedback.gradient]
 def backward(graphdef: Any, residuals: Any, d_results: Any) -> tuple[Any, None, jax.Array, None, None, None]:
     """Gradients of weights and x_seq, accumulated in float32 at least; the carried memory gets none."""
     (tables, floats), rest, x_seq, rng, known, memory, states = residuals

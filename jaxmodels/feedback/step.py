@@ -17,6 +17,7 @@ Memory = tuple[tuple[jax.Array, jax.Array], ...]  # (key, value) [B, H, N, d_k] 
 Key = jax.Array | None
 
 
+# [feedback.step]
 @read_only
 def step(
     model: Any,
@@ -100,6 +101,7 @@ def product_of_rows(x: jax.Array, kernel: jax.Array, *others: Any, **settings: A
     return product(kernel, x.T).T
 
 
+# [feedback.gradient]
 @jax.custom_vjp
 def pinned(x: jax.Array, value: jax.Array) -> jax.Array:
     """`value`, with the gradient of x: the known value of x, which is then not computed again."""

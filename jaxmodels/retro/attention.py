@@ -65,6 +65,7 @@ class SelfAttention(Attention):
             raise ValueError(f"d_k={d_k} must be even and at least 2, as all of it is rotated by position")
         self.is_causal = is_causal
 
+    # [retro.attention]
     def __call__(self, h: jax.Array) -> jax.Array:
         """h [B, S, D] -> [B, S, D]."""
         query, key, value = self.project(h, jnp.arange(h.shape[1]))
@@ -72,6 +73,7 @@ class SelfAttention(Attention):
             return h + self.attend(query, transpose_heads(key), transpose_heads(value))
         return h + self.join_heads(causal_attention(query, key, value))
 
+    # [retro.attention]
     def project(self, h: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query and key, rotated by positions [S] or [S, B], and value, each [B, S, H, d_k]."""
         z = self.norm(h)
@@ -101,6 +103,7 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """e + W_o softmax(QKᵀ/√d_k) V, Q of LN(e): a neighbor's tokens attend to the chunk that it was retrieved for."""
 
+    # [retro.cross]
     def __call__(self, e: jax.Array, h: jax.Array) -> jax.Array:
         """e [B, C, N, M, D], h [B, C, L, D] (already normalized) -> [B, C, N, M, D]."""
         b, c, n, m, d = e.shape
@@ -120,6 +123,7 @@ class ChunkedCrossAttention(Attention):
         super().__init__(d_model, n_heads, d_k, rngs=rngs)
         self.chunk_len = chunk_len
 
+    # [retro.chunked]
     def __call__(self, h: jax.Array, e: jax.Array) -> jax.Array:
         """h [B, S, D], e [B, C, N, M, D] -> [B, S, D]."""
         b, s, d = h.shape
@@ -132,6 +136,7 @@ class ChunkedCrossAttention(Attention):
         x = self.attend(query, *self.keys_and_values_of_neighbors(e.reshape(b * c, *e.shape[2:])))  # [B·C, L, D]
         return h + jnp.pad(x.reshape(b, c * self.chunk_len, d), [(0, 0), (shift, 0), (0, 0)])[:, :s]
 
+    # [retro.chunked]
     def keys_and_values_of_neighbors(self, e: jax.Array) -> tuple[jax.Array, jax.Array]:
         """e [G, N, M, D] -> keys and values, each [G, H, N·M, d_k]."""
         return self.keys_and_values(e.reshape(len(e), -1, e.shape[-1]))

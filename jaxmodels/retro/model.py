@@ -81,6 +81,7 @@ class NearestNeighborEncoder(nnx.Module):
         """Prepare a state_dict of the original implementation for `from_torch`; see `without_theta`."""
         return without_theta(state_dict, self.d_k)
 
+    # [retro.encoder]
     def __call__(self, e: jax.Array, h: jax.Array) -> jax.Array:
         """e [B, C, N, M, D], h [B, S, D], S ≥ C·L -> [B, C, N, M, D]."""
         b, c, *_, d = e.shape
@@ -175,6 +176,7 @@ class RetroModel(nnx.Module):
         """x int [B, S] -> output [B, S, D] of the last layer, of which `read` makes the logits; as the call."""
         check_ids(x, "[B, S]")
         self.check_neighbors(x, ret)
+        # [retro.model]
         h, e = constrain(self.emb(x), "BSD"), None  # [B, S, D]
         neighbors = None if ret is None or ret.shape[1] == 0 or not self.ca_layers else self.emb(ret)  # [B, C, N, M, D]
         cca = iter(self.cca)
@@ -186,6 +188,7 @@ class RetroModel(nnx.Module):
             h = constrain(rematerialized(call)(ffw, h), "BSD")
         return h
 
+    # [retro.model]
     def encode(self, neighbors: jax.Array, h: jax.Array) -> jax.Array:
         """Encode embedded neighbors [B, C, N, M, D] with h [B, S, D] -> e [B, C, N, M, D]."""
         assert self.encoder is not None, "checked by the constructor"
@@ -280,6 +283,7 @@ def check_ca_layers(ca_layers: Iterable[int], n_layers: int) -> frozenset[int]:
     return layers
 
 
+# [retro.theta]
 def without_theta(state_dict: Mapping[str, Any], d_k: int) -> Mapping[str, Any]:
     """State_dict without the rotary frequencies that the original implementation stores as `rotary_pe.theta`.
 
