@@ -2,6 +2,7 @@
 
 import pydoc_data.topics
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,15 @@ LENGTH, BATCH, STEPS, HEADS = 24, 16, 600, 2
 def trained(kind: str, ids: jax.Array, n_vocab: int) -> AutoregressiveTransformer:
     """A model of one layer after STEPS steps."""
     model = AutoregressiveTransformer(n_vocab, 64, HEADS, 128, 1, kind, max_len=LENGTH, rngs=nnx.Rngs(0))
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    params, rest = states
     optimizer = optax.adam(3e-3)
 
     def loss(params: nnx.State, text: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params, rest)(text[:-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, text[1:]).mean()
 
-    def step(carry: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
+    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         params, state = carry
         starts = jax.random.randint(key, (BATCH,), 0, len(ids) - LENGTH)
         value, gradient = jax.value_and_grad(loss)(params, ids[starts + jnp.arange(LENGTH + 1)[:, None]])

@@ -126,7 +126,7 @@ def shown(lines: list[str], tree: ast.Module, first: int, last: int) -> str:
             continue
         if isinstance(node, ast.Assert) or is_check(node):
             kept.update(dict.fromkeys(range(start, end + 1)))
-            kept[start] = " " * node.col_offset + "# …"
+            kept[start] = lines[start - 1][: len(lines[start - 1]) - len(lines[start - 1].lstrip())] + "# …"
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             doc = node.body[0]
             if doc.end_lineno != doc.lineno:
@@ -214,7 +214,7 @@ def mathml(tex: str, block: bool) -> str:
     # wide spaces around them.
     text = re.sub(r'columnalign="(\w+)"', r'style="text-align:\1"', text)
     text = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", text)
-    text = re.sub(r"<mi>(cos|sin|max|min|LN)</mi>", r'<mi>\1</mi><mspace width="0.17em"/>', text)
+    text = re.sub(r"(<mi>(?:cos|sin|LN|FF)</mi>)(?!<mo [^>]*>&#x00028;)", r'\1<mspace width="0.17em"/>', text)
     return f'<div class="equation">{text}</div>' if block else text
 
 
