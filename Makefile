@@ -25,7 +25,7 @@ MINUTES ?= 60
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help parity parity-golden zoo test test-slow fuzz train docs bench lint
+.PHONY: help parity parity-golden zoo test test-slow fuzz train docs bench plans lint
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -59,6 +59,9 @@ docs: $(READY) ## build the site into site/, for a browser without a server: sit
 bench: $(READY) ## time training steps against PyTorch
 	$(BIN)/python -m bench.rope $(ARGS)
 	$(BIN)/python -m bench.feedback $(ARGS)
+
+plans: $(READY) ## compile training steps for TPU slices (hours; EXTRAS=dev,plan); writes docs/plans.md
+	$(BIN)/python -m bench.plans $(ARGS)
 
 lint: $(READY) ## run ruff and mypy
 	$(BIN)/ruff check .
