@@ -200,11 +200,11 @@ def most(store: Store, topology: str) -> None:
         n += 1
 
 
-def missing(store: Store) -> list[str]:
-    """Commands of the steps that are not compiled; of those of neox_20b, the first of each generation."""
+def missing(store: Store) -> list[tuple[str, str]]:
+    """Slice and name of each step that is not compiled; of those of neox_20b, the first of each generation."""
     found = [step for generation in GENERATIONS for step in steps(generation)]
     found += [language_model("neox_20b", slices_for_20b(each)[0], 1, "neox_20b") for each in GENERATIONS]
-    return [step.key for step in found if step.key not in store.rows]
+    return [(step.topology, step.name) for step in found if step.key not in store.rows]
 
 
 def maxtext() -> list[Row]:

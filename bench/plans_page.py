@@ -25,8 +25,8 @@ tokens and rematerialized layers.
 """
 
 
-def page(rows: Sequence[Row], missing: Sequence[str], maxtext: Sequence[Row]) -> str:
-    """Text of the page. missing: commands of steps that are not compiled."""
+def page(rows: Sequence[Row], missing: Sequence[tuple[str, str]], maxtext: Sequence[Row]) -> str:
+    """Text of the page. missing: slice and name of each step that is not compiled."""
     versions = rows[0]["versions"] if rows else {"jax": "?", "libtpu": "?"}
     parts = [HEAD.format(**versions)]
     parts.append(section("Scripts", "Presets of the scripts, on the smallest slice.", rows, "scripts"))
@@ -42,10 +42,12 @@ def page(rows: Sequence[Row], missing: Sequence[str], maxtext: Sequence[Row]) ->
     parts.append(held(rows))
     parts.append(peers(rows, maxtext))
     if missing:
-        commands = "\n".join(f"python -m train.plan {command}" for command in missing)
+        slices = dict.fromkeys(topology for topology, _ in missing)
+        named = {slice_: ", ".join(name for topology, name in missing if topology == slice_) for slice_ in slices}
         parts.append(
             f"## Not compiled yet\n\n{len(missing)} steps have no row above; `make plans` goes on with them:\n\n"
-            f"```\n{commands}\n```\n"
+            + "\n".join(f"- `{slice_}`: {names}" for slice_, names in named.items())
+            + "\n"
         )
     return "\n".join(part for part in parts if part)
 

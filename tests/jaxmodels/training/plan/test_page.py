@@ -92,11 +92,12 @@ def test_the_page_says_what_is_refused_and_what_is_missing():
     one = row(plans.language_model("neox_20b", "v5e:4x8", 1, "neox_20b"), **FITS, versions=VERSIONS)
     two = row(plans.language_model("neox_20b", "v5e:4x4", 1, "neox_20b"), need=17.5, limit=15.75, versions=VERSIONS)
     peer = {"key": "neox_20b v5e:4x8 fsdp=32 1", "flags": ["head_dim=96"], "peak": 4 * 2**30}
-    text = page([one, two], ["rope --preset small"], [peer])
+    text = page([one, two], [("v6e:1x1", "rope small"), ("v6e:1x1", "rope original")], [peer])
     assert "| neox_20b | v5e:4x8 | 1 | 3 of 15.75 | 5 | 7 | all-gather fsdp 2 | 13 ms, matrix products | 17 |" in text
     assert "`v5e:4x8` holds it; `v5e:4x4` needs 17.5 of 15.75 GiB" in text
     assert "| neox_20b | v5e:4x8 | fsdp=32 | 1 | 3.000 | 4.000 |" in text
-    assert "python -m train.plan rope --preset small" in text
+    assert "2 steps" in text
+    assert "- `v6e:1x1`: rope small, rope original" in text
     assert "head_dim=96" in text
 
 
