@@ -23,9 +23,11 @@ from jaxmodels.io.bounded import CONFIG_BYTES, read_object, read_text
 from jaxmodels.process import lm_eval as registration
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
+from jaxmodels.process.texts import quoted
 from jaxmodels.scoring.documents import LONGEST, model_length
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
+from jaxmodels.scoring.templates import check, limited
 from jaxmodels.text import TokenizerFile
 
 require("eval", "lm_eval")  # before the imports from it, which would fail without naming the extra
@@ -302,12 +304,14 @@ class JaxModelsLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Write a conversation as one text by the source's chat template; needs transformers."""
-        return self.rendering().apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        tokenizer = self.rendering()
+        with limited(f"the chat template of {self.name}"):
+            return tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
 
     def rendering(self) -> Any:
         """Tokenizer of transformers with the source's chat template."""
@@ -322,6 +326,9 @@ class JaxModelsLM(TemplateLM):
         if text is None:
             raise ValueError(f"{self.name} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
         names = {name: token for name in ("bos_token", "eos_token") if (token := token_text(settings.get(name)))}
+        if not isinstance(text, str):
+            raise ValueError(f"{self.name} has chat_template={quoted(text)}, must be a string")
+        check(text, f"the chat template of {self.name}")
         return PreTrainedTokenizerFast(tokenizer_object=self.vocabulary.tokenizer, chat_template=text, **names)
 
 

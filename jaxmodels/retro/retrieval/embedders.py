@@ -111,8 +111,10 @@ class BertMean:
         try:
             import transformers
 
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
-            model = transformers.AutoModel.from_pretrained(self.model).eval().requires_grad_(False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+            model = (
+                transformers.AutoModel.from_pretrained(self.model, trust_remote_code=False).eval().requires_grad_(False)
+            )
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install transformers torch") from None
         except (OSError, ValueError, ImportError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxmodels.process.extras import require
-from jaxmodels.process.failures import cause
+from jaxmodels.process.failures import cause, naming
 from jaxmodels.process.streams import warn
 
 FLUSH_SECONDS = 10.0
@@ -99,21 +99,28 @@ class TensorBoard:
 
         (run / "tensorboard").mkdir(parents=True, exist_ok=True)
         self.writer, self.event, self.scalar = EventsWriter(str(run / "tensorboard" / "events")), event_pb2, scalar
+        self.records = self.writer._py_recordio_writer
+        self.file = Path(self.records.path)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self.writer.write_event(event_pb2.Event(wall_time=time.time(), step=steps + 1, session_log=start))
         self.flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         now = time.time()
-        for name, value in values.items():
-            summary = self.scalar(name, value)
-            self.writer.write_event(self.event.Event(wall_time=now, step=step, summary=summary))
-        if time.monotonic() - self.flushed > FLUSH_SECONDS:
-            self.writer.flush()
-            self.flushed = time.monotonic()
+        with naming(self.file):
+            for name, value in values.items():
+                summary = self.scalar(name, value)
+                self.writer.write_event(self.event.Event(wall_time=now, step=step, summary=summary))
+            if time.monotonic() - self.flushed > FLUSH_SECONDS:
+                self.writer.flush()
+                self.flushed = time.monotonic()
 
     def close(self) -> None:
-        self.writer.close()
+        with naming(self.file):
+            try:
+                self.writer.close()
+            finally:
+                self.records.close()  # not closed, if it cannot be flushed
 
 
 class WandB:

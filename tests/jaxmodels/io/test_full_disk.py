@@ -36,3 +36,10 @@ def test_a_kill_before_any_operation_on_a_file_leaves_old_or_new(name):
 @pytest.mark.slow
 def test_tokenizing_that_is_killed_before_any_operation_on_a_file_can_be_continued():
     assert int(started("tests.jaxmodels.io.kills", "tokens", "1")) >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stride", "least"), [("hf", 4, 3), ("index", 9, 4), ("model", 13, 3)])
+def test_checkpoints_and_indexes_whose_writer_is_killed_are_whole_and_what_is_left_is_removed(name, stride, least):
+    """Some points of each; `python -m tests.jaxmodels.io.kills model 1` tries all of them."""
+    assert int(started("tests.jaxmodels.io.kills", name, str(stride))) >= least

@@ -1,5 +1,6 @@
 """PyTorch files that would swell, or be read as garbage, or run code."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import jaxmodels
+from jaxmodels.command import main as command
 from jaxmodels.io.torch_files import read_pt, read_state_dict, read_tensors
 from jaxmodels.weights.pickles import check_work
+from tests.fuzz.targets import TARGETS
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -53,6 +57,47 @@ def test_code_does_not_run_and_no_advice_says_how(tmp_path, monkeypatch, zipped,
             read(tmp_path / "model.pt")
         assert "weights_only" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+OPTIMIZER = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00002-of-00002.bin", "mp_rank_01_model_states.pt"]
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_of_a_model_does_not_run_and_no_advice_says_how(tmp_path, monkeypatch, name, zipped):
+    """Files that a folder names, beside good ones, opened by everything that opens a folder."""
+    monkeypatch.chdir(tmp_path)
+    TARGETS["Hugging Face, .bin" if name.endswith(".bin") else "shards of ranks"].make(tmp_path)
+    if name == "pytorch_model.bin":
+        for part in tmp_path.glob("pytorch_model*"):
+            part.unlink()
+    file = next(tmp_path.rglob(name), tmp_path / name)
+    torch.save({"module": Runs(), "a": torch.ones(3)}, file, _use_new_zipfile_serialization=zipped)
+    torch.save({"state": Runs()}, file.with_name(OPTIMIZER), _use_new_zipfile_serialization=zipped)
+    for read in (jaxmodels.load, describe, lambda folder: describe(folder / OPTIMIZER)):
+        with pytest.raises(ValueError, match=r"(bin|pt) is refused.*system|optim_states\.pt") as error:
+            read(tmp_path)
+        assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_optimizer_state_of_a_good_checkpoint_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TARGETS["shards of ranks"].make(tmp_path)
+    torch.save({"optimizer": Runs()}, next(tmp_path.rglob("mp_rank_00_model_states.pt")).with_name(OPTIMIZER))
+    jaxmodels.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def describe(path):
+    """`jaxmodels inspect` and `verify`."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = command(["inspect", str(path)]) | command(["verify", str(path), str(path)])
+    if code:
+        raise ValueError(said.getvalue())
 
 
 def reconstructing(n: int) -> bytes:

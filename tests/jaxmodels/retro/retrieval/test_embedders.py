@@ -1,5 +1,6 @@
 """Embedders of text chunks: hashed n-grams, BERT, sentence-transformers."""
 
+import json
 import sys
 from typing import Any
 
@@ -97,3 +98,19 @@ def test_weights_that_are_not_there_are_a_value_error(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match=r"embedder bert:.*nothing\b"):
         BertMean(str(tmp_path / "nothing")).embed(TEXTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [BertMean, SentenceTransformer])
+def test_code_in_the_folder_of_an_embedder_neither_runs_nor_is_asked_about(kind, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    if kind is SentenceTransformer:
+        pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asks"))
+    classes = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": classes}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.A", "evil.A"]}}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass AutoConfig: pass\n")
+    with pytest.raises(ValueError, match=r"embedder (bert|sentence):.* cannot be loaded"):
+        kind(str(tmp_path)).embed(["a"])
+    assert not (tmp_path / "ran").exists()

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import signal
 import sys
 import types
 
@@ -57,6 +58,24 @@ def test_a_tracker_that_cannot_write_is_dropped_with_a_warning(tmp_path, capsys)
     assert len(calls) == 1
     err = capsys.readouterr().err
     assert err == "warning: Full receives nothing from step 1 on: /full/events: No space left on device\n"
+
+
+def test_tensorboard_on_a_full_disk_is_dropped_with_a_warning_that_names_the_file(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    trackers = Trackers([TensorBoard(tmp_path, 0)], tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        for step in range(10, 20_000, 10):
+            trackers.step(step, {"loss": 1.0})
+        trackers.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: TensorBoard receives nothing from step ")
+    assert f"{tmp_path}/tensorboard/events" in line
+    assert line.endswith(": File too large")
 
 
 def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, capsys):
