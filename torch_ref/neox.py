@@ -48,6 +48,7 @@ class Attention(nn.Module):
         self.qkv_lin = nn.Linear(config.n_hidden, d_qkv, bias=config.attention_bias)
         self.output = nn.Linear(config.n_hidden, config.n_hidden, bias=config.attention_bias)
 
+    # [neox.attention]
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """x [B, S, D], positions [B, S], mask [B, S, S] (True = may attend) -> [B, S, D]."""
         qkv = self.qkv_lin(x).unflatten(-1, (self.kv_heads, self.group + 2, self.d_k))  # [B, S, K, H/K + 2, d_k]
@@ -71,6 +72,7 @@ class FeedForward(nn.Module):
         self.dense_h4_h = nn.Linear(width, config.n_hidden, bias=config.ffn_bias)
         self.approximate = {"gelu": "none", "gelu_tanh": "tanh"}[config.activation]
 
+    # [neox.ffn]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense_h4_h(nn.functional.gelu(self.dense_h_h4(x), approximate=self.approximate))
 
@@ -86,6 +88,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn = FeedForward(config)
 
+    # [neox.block]
     def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         attended = self.attention(self.pre_ln_attn(x), positions, mask)
         if self.parallel_residual:
@@ -139,6 +142,7 @@ class NeoX(nn.Module):
             elif parameter.ndim == 2:
                 parameter.normal_(std=narrow if "attention.output" in name or "dense_h4_h" in name else wide)
 
+    # [neox.model]
     def forward(self, ids: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
         """ids [B, S] -> logits [B, S, V]; start [B] counts left padding, where logits are 0."""
         s = torch.arange(ids.shape[1], device=ids.device)

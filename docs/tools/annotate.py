@@ -33,7 +33,7 @@ PAGES = ROOT / "docs" / "annotated"
 SIDES = {"torch_ref": "torch", "jaxmodels": "flax"}
 TITLES = {"torch": "PyTorch", "flax": "Flax"}
 MARKER = re.compile(r" *# \[([a-z]+\.[a-z_]+)(?:: ([a-z]+))?\]")
-ROW = re.compile(r"<!-- passage: ([a-z]+\.[a-z_]+)((?: \| [a-z]+=[^|]+)*) -->")
+ROW = re.compile(r"<!-- passage: ([a-z]+\.[a-z_]+)((?: \| [a-z]+=[^|\n]+?)*) -->")
 FIGURE = re.compile(r"^!\[([^\]]+)\]\(figures/([\w-]+\.svg)\)$", re.M)
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![`\\$])\$([^$`\n]+?)\$", re.S)
 NOISE = re.compile(r"  # (noqa|type: ignore)\b.*")

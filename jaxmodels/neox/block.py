@@ -96,6 +96,7 @@ class Attention(nnx.Module):
         self.qkv_lin = Linear(d, config.d_qkv, input_std(config), config.dtype, bias, rngs=rngs)
         self.output = Linear(d, d, output_std(config), config.dtype, bias, rngs=rngs)
 
+    # [neox.attention]
     def __call__(self, x: jax.Array, rotary: Tables, plain: bool = False) -> jax.Array:
         """x [B, S, D] -> [B, S, D]. plain: compute the whole score matrix."""
         query, key, value = self.project(x, rotary)
@@ -103,6 +104,7 @@ class Attention(nnx.Module):
         y = causal_attention(query, key, value, kernel="plain" if plain else None)  # [B, S, H, d_k]
         return self.output(y.reshape(x.shape))
 
+    # [neox.attention]
     def project(self, x: jax.Array, rotary: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, S, D] -> rotated query [B, S, H, d_k]; rotated key and value, each [B, S, K, d_k]."""
         group = self.heads // self.kv_heads
@@ -147,6 +149,7 @@ class FeedForward(nnx.Module):
         self.dense_h4_h = Linear(d_ff, d, output_std(config), config.dtype, bias, rngs=rngs)
         self.approximate = config.activation == "gelu_tanh"
 
+    # [neox.ffn]
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] -> [B, S, D]."""
         hidden = constrain(self.dense_h_h4(x), "BSF")
@@ -168,6 +171,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.ffn = FeedForward(config, rngs=rngs)
 
+    # [neox.block]
     def __call__(self, x: jax.Array, rotary: Tables, plain: bool = False) -> jax.Array:
         """x [B, S, D] -> [B, S, D]. plain: compute the whole score matrix."""
         return self.residual(x, self.attention(self.pre_ln_attn(x), rotary, plain))
@@ -179,6 +183,7 @@ class Block(nnx.Module):
         attended, cache = self.attention.decode(self.pre_ln_attn(x), rotary, cache, positions)
         return self.residual(x, attended), cache
 
+    # [neox.block]
     def residual(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Add attention and feed-forward network to the residual stream x [B, S, D]."""
         if self.parallel_residual:

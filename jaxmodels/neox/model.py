@@ -130,6 +130,7 @@ class NeoX(nnx.Module):
         """Body of the call and of `plain`."""
         return self.read(self.features(ids, start, plain))
 
+    # [neox.model]
     def features(self, ids: jax.Array, start: jax.Array | None = None, plain: bool = False) -> jax.Array:
         """ids int [B, S] -> output [B, S, D] of the final norm, of which `read` makes the logits; as the call."""
         check_ids(ids, "[B, S]")
@@ -153,6 +154,7 @@ class NeoX(nnx.Module):
         x = self.final_norm(x)  # [B, S, D]
         return x if start is None else move_right(x, start)
 
+    # [neox.model]
     def embed(self, ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, Tables]:
         """Embed ids [B, S] -> x [B, S, D] in the compute dtype, and rotary tables of positions [S] or [S, B]."""
         x = constrain(self.embedding(ids), "BSD")

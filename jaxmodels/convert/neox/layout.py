@@ -20,6 +20,7 @@ from jaxmodels.neox import NeoXConfig
 from jaxmodels.weights.lazy import Combined, Cut, Joined, read
 
 # Ways to merge the shards of model-parallel ranks.
+# [neox.layout: kinds]
 VOCABULARY = "rows of the vocabulary"  # concatenated along axis 0, then cut or padded
 READOUT_COLUMNS = "columns of the readout"  # with output_layer_parallelism: row; concatenated along axis 1
 ROWS = "rows"  # concatenated along axis 0
@@ -49,6 +50,7 @@ FINAL_NORM = (
 )
 READOUT = (Name("readout.linear.weight", VOCABULARY, ("final_linear.weight",), "embed_out.weight"),)
 # Second names: newer GPT-NeoX; last names: TransformerEngine.
+# [neox.layout: names]
 BLOCK = (
     Name("pre_ln_attn.weight", REPLICA, ("input_layernorm.weight",)),
     Name("pre_ln_attn.bias", REPLICA, ("input_layernorm.bias",)),
@@ -63,6 +65,7 @@ BLOCK = (
     Name("ffn.dense_h4_h.weight", COLUMNS, ("mlp.dense_4h_to_h.weight", "mlp.linear2.weight", "mlp.fc2_weight")),
     Name("ffn.dense_h4_h.bias", ROW_BIAS, ("mlp.dense_4h_to_h.bias", "mlp.linear2.bias", "mlp.fc2_bias")),
 )
+
 FREQUENCIES = "attention.rotary_emb.inv_freq"  # not a parameter; compared with the configuration
 SKIPPED = re.compile(r".*_extra_state|attention\.(bias|masked_bias)")  # state of TransformerEngine; causal masks
 
@@ -115,6 +118,7 @@ def hf_name(key: str) -> str:
     return f"gpt_neox.layers.{layer}.{HF_NAMES[twin]}"
 
 
+# [neox.ranks: merge]
 def merged(name: Name, parts: Parts, row_bias: str) -> Any:
     """Merge the ranks' tensors into one. row_bias: 'sum', 'mean' or 'first'."""
     if len(parts) == 1:
@@ -125,6 +129,7 @@ def merged(name: Name, parts: Parts, row_bias: str) -> Any:
     return Joined(parts, 1 if name.merge in (COLUMNS, READOUT_COLUMNS) else 0)
 
 
+# [neox.ranks: merge]
 def mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
     """Mean in float64, rounded once; exact if all vectors are equal."""
     first = vectors[0]
@@ -133,6 +138,7 @@ def mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return np.mean([vector.astype(np.float64) for vector in vectors], axis=0).astype(first.dtype)
 
 
+# [neox.ranks: merge]
 def total(vectors: Sequence[np.ndarray]) -> np.ndarray:
     """Sum in float64, rounded once."""
     wide = vectors[0].astype(np.float64)
@@ -176,6 +182,7 @@ def ungrouped(tensor: Any, ranks: int, config: NeoXConfig) -> Parts:
     ]
 
 
+# [neox.ranks: split]
 def split(name: Name, tensor: Any, ranks: int, config: NeoXConfig) -> Parts:
     """Inverse of `merged` and `grouped`: the tensors of each rank. Sizes must be divisible by `ranks`.
 
@@ -192,6 +199,7 @@ def split(name: Name, tensor: Any, ranks: int, config: NeoXConfig) -> Parts:
     return [Cut(tensor, axis, rank * size, (rank + 1) * size) for rank in range(ranks)]
 
 
+# [neox.ranks: split]
 def share(biases: Sequence[np.ndarray], rank: int, ranks: int) -> np.ndarray:
     """Share of a rank of a row bias: bias / ranks, rounded; the last rank takes the remainder to make the sum exact."""
     bias = biases[0]
