@@ -255,6 +255,15 @@ def test_the_examples_in_a_commands_help_are_accepted(name):
         check_subcommand(command, arguments)
 
 
+def test_every_page_is_in_the_navigation():
+    """The navigation of mkdocs.yml has each page once, and no other but the generated ones."""
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", config[config.index("\nnav:") :], re.M)
+    assert len(listed) == len(set(listed))
+    written = {name for name in listed if not name.startswith(("reference/", "project/"))}
+    assert written == {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):

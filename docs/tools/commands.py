@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import re
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.
 
 def section(parser: argparse.ArgumentParser, title: str, level: int = 2) -> str:
     """One command: usage, description, arguments and examples."""
-    usage = parser.format_usage().removeprefix("usage: ").strip()
+    usage = textwrap.dedent(parser.format_usage().replace("usage: ", "       ", 1)).strip()
     parts = [f"{'#' * level} {title}\n"]
     if parser.description:
         parts.append(escaped(parser.description) + "\n")

@@ -25,7 +25,7 @@ PROJECT = {
 }
 LINK = re.compile(r"(\]\()(?!https?://|mailto:|#)([^)\s#]+)(#[^)\s]*)?(\))")
 # Inline code, outside of links and headings.
-CODE = re.compile(r"<(a|h\d|pre)\b.*?</\1>|<code>([^<]+)</code>", re.S)
+CODE = re.compile(r'<(a|h\d|pre)\b.*?</\1>|<code(?: class="short")?>([^<]+)</code>', re.S)
 SHIM = "https://unpkg.com/iframe-worker/shim"  # which the theme loads for the search of a site opened from a file
 # A picture in two versions: on a repository's page by the system's colors, on the site by the page's.
 PICTURE = re.compile(
@@ -34,6 +34,8 @@ PICTURE = re.compile(
 )
 # A figure that stands alone, whose colors are those of the page if it is a part of it.
 FIGURE = re.compile(r'<p><img alt="([^"]*)" src="([^":]*\.svg)" ?/?></p>')
+# Inline code that fits on a line of a phone, such as a flag; a line must not end within it.
+SHORT = re.compile(r"<code>([^<]{1,26})</code>")
 COMMAND = re.compile(r"(jaxmodels|parity) ([a-z][a-z-]*)")
 
 
@@ -107,6 +109,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
         folder = posixpath.dirname(f"docs/{here}")
         return annotate.figure(ROOT / posixpath.normpath(posixpath.join(folder, match[2])), unescape(match[1]))
 
+    html = SHORT.sub(r'<code class="short">\1</code>', html)
     html = PICTURE.sub(r'<img class="only-dark" \2 src="\1"><img class="only-light" \2 src="\3">', html)
     return CODE.sub(linked, FIGURE.sub(drawn, html))
 
