@@ -185,8 +185,9 @@ def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shard
     if is_folder(folder, STEM):
         with errors_naming(folder):
             return load_tensors(model, from_flax_names(model, stored), dtype, place, folder.name)
-    model = load_arrays(folder / "params", model, place)
-    return model if dtype is None else cast(model, dtype)
+    if dtype is None:
+        return load_arrays(folder / "params", model, place)
+    return cast(model, flat_arrays(load_arrays(folder / "params", model, place)), dtype)
 
 
 def model_folder(source: Path) -> Path:
@@ -205,12 +206,15 @@ def model_folder(source: Path) -> Path:
     return source
 
 
-def cast(model: Any, dtype: Any) -> Any:
-    """Model with its floating arrays cast, on their devices; raises ValueError if a finite value overflows."""
-    arrays = {}
-    for path, array in flat_arrays(model).items():
-        if is_floating(array.dtype):
-            arrays[path] = array.astype(dtype)
+def cast(model: Any, arrays: dict[Any, Any], dtype: Any) -> Any:
+    """Model with the given arrays, whose floating ones are cast one by one, on their devices, and dropped.
+
+    Raises ValueError if a finite value overflows.
+    """
+    for path in list(arrays):
+        array = arrays[path]
+        if is_floating(array.dtype) and array.dtype != dtype:
+            arrays[path] = array.astype(dtype).block_until_ready()  # so that few arrays are in memory twice
             if jnp.isinf(arrays[path]).sum() > jnp.isinf(array).sum():
                 raise ValueError(f"{dotted(path)} has values that overflow in dtype={jnp.dtype(dtype).name}")
     return with_arrays(model, arrays)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxmodels import models
@@ -22,7 +23,7 @@ from jaxmodels.convert.neox.read import InferredWarning, open_neox
 from jaxmodels.convert.source import Source
 from jaxmodels.io.atomic import recover
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
-from jaxmodels.io.checkpoint import STEM, read_config
+from jaxmodels.io.checkpoint import STEM, read_config, stored_arrays
 from jaxmodels.io.safetensors import is_folder
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import DTYPES
@@ -31,6 +32,7 @@ from jaxmodels.sharding import placement
 from jaxmodels.text import SLOW_NAMES, TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
 from jaxmodels.weights.names import check_floating
 from jaxmodels.weights.place import Shardings
+from jaxmodels.weights.precision import is_narrow, say, wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,20 @@ class Opened:
         for doubt in source.doubts:
             warnings.warn(visible(doubt), InferredWarning, stacklevel=3)
         return source.model(dtype, placement(NeoX, shardings) if isinstance(shardings, Mesh) else shardings)
+
+    def compute_dtype(self, override: str = "--dtype") -> str | None:
+        """Name of the dtype to load the weights in for inference if none was asked for; None to keep their own.
+
+        On a CPU it is float32 for weights in 16 bits, which is said in a line on standard error with `override`, the
+        way to choose another one; see `jaxmodels.weights.precision`. A configuration's own compute dtype is kept.
+        """
+        if is_narrow(self.config.get("dtype")):
+            return None
+        stored = stored_arrays(self.weights) if self.opened is None else self.opened.tensors
+        found = wide_dtype(stored, jax.default_backend())
+        if found is not None:
+            say(stored, override)
+        return found
 
     def vocabulary(self, tokenizer: str | os.PathLike | None = None) -> Vocabulary:
         """Vocabulary of the given file (tokenizer.json, or vocabulary.json of a run), else the checkpoint's own.

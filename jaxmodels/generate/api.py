@@ -15,6 +15,7 @@ from jaxmodels.generate.sampling import Sampling, integer
 from jaxmodels.generate.text import TextStream, check_stops, pieces
 from jaxmodels.protocols import LanguageModel, check_decoding
 from jaxmodels.text import Vocabulary, as_vocabulary
+from jaxmodels.weights.precision import for_inference
 
 ROWS = 16  # of a batch of texts
 CHUNK = 16  # tokens between two searches for stop texts
@@ -39,6 +40,7 @@ def generate(
     start: Any = None,
     window: int | None = None,
     batch_size: int = ROWS,
+    dtype: Any = None,
     rng: jax.Array | None = None,
 ) -> Any:
     """Continue prompts: ids int [S, B] -> new tokens int32 [n, B] (batch-first models: [B, S] -> [B, n]), or texts.
@@ -62,6 +64,8 @@ def generate(
     start: int [B], number of left-padding ids in each row.
     window: number of tokens that the model attends to: a longer text is continued from its last window // 2 tokens.
     batch_size: texts are continued in batches of so many rows, sorted by length.
+    dtype: floating dtype of the weights in this call; default their own, but float32 for 16-bit weights on CPUs, which
+        is exact and faster (logged once).
     rng: key of the draws; default `jax.random.key(0)`. Each row draws by a key of its own.
 
     Settings are applied in the order of transformers: bias, penalty, temperature, top-k, top-p, min-p. The prompt takes
@@ -73,7 +77,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, logit_bias)
     copies = integer("num_return_sequences", num_return_sequences)
-    shared = Shared(model, max_new_tokens, sampling, copies, n_tokens, window, rng)
+    shared = Shared(model, max_new_tokens, sampling, copies, n_tokens, window, rng, dtype)
     if not is_text(ids):
         check_ids_arguments(tokenizer, stop)
         decoding = shared.decoding(ids, stop_tokens or (), start=start)
@@ -102,6 +106,7 @@ def stream(
     n_tokens: int | None = None,
     start: Any = None,
     window: int | None = None,
+    dtype: Any = None,
     rng: jax.Array | None = None,
 ) -> Iterator[Any]:
     """Iterate over the tokens int32 [B], or the pieces of text, of which `generate` returns the whole.
@@ -111,7 +116,7 @@ def stream(
     beginning of a stop text. Arguments are checked by the call, before the first item.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, logit_bias)
-    shared = Shared(model, max_new_tokens, sampling, 1, n_tokens, window, rng)
+    shared = Shared(model, max_new_tokens, sampling, 1, n_tokens, window, rng, dtype)
     if not is_text(ids):
         check_ids_arguments(tokenizer, stop)
         return shared.decoding(ids, stop_tokens or (), start=start).each()
@@ -134,12 +139,14 @@ class Shared:
     n_tokens: int | None
     window: int | None
     key: jax.Array | None
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         check_decoding(self.model)
         integer("max_new_tokens", self.n)
         if self.window is not None:
             integer("window", self.window, 2)
+        object.__setattr__(self, "model", for_inference(self.model, self.dtype))
 
     def decoding(self, ids: Any, stop_tokens: Sequence[int], **others: Any) -> Decoding:
         """Decoding of a matrix of ids."""

@@ -57,7 +57,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (default: 0)")
     add_settings(arguments)
     add("--batch-size", type=int, default=16, metavar="N", help="sequences computed together, if several (default: 16)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="cast the weights (default: keep their dtype)")
     add("--int8", action="store_true", help="quantize a NeoX's blocks to 8 bits (LLM.int8), after the cast")
     add(
         "--tokenizer",
@@ -104,6 +103,11 @@ def add_settings(arguments: argparse.ArgumentParser) -> None:
         help="add X to the logit of a token; -inf excludes it; repeatable",
     )
     add("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="cast the weights (default: keep their dtype, but on a CPU float32 for 16-bit ones, exact and faster)",
+    )
     add(
         "--num-return-sequences",
         "--num-sequences",
@@ -227,7 +231,7 @@ def continue_prompts(opened: Any, prompts: Sequence[str | None], options: argpar
         warn(f"the text may exceed the max_len={limit} tokens of training")
     copies = options.num_return_sequences
     key = jax.random.key(options.seed)
-    shared = Shared(model, options.max_new_tokens, settings_of(options), copies, None, window, key)
+    shared = Shared(model, options.max_new_tokens, settings_of(options), copies, None, window, key, options.dtype)
     if len(texts) * copies == 1:
         print_stream(shared, encoded, texts[0], options.report)
         return
@@ -290,7 +294,7 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
     """
     from jaxmodels.neox import NeoX, quantize
 
-    dtype = getattr(options, "dtype", None)
+    dtype = options.dtype
     if opened.is_quantized and dtype is not None:
         raise ValueError(f"--dtype={dtype} cannot be applied to the int8 model in {opened.name}")
     experiment, window = None, options.window or None
@@ -306,7 +310,7 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
         for flag in ("experiment", "embedder"):
             if getattr(options, flag) is not None:
                 raise ValueError(f"--{flag} is for training runs; {opened.name} is not one")
-    model = load_listed(opened, dtype)
+    model = load_listed(opened, opened.compute_dtype() if dtype is None else dtype)
     if getattr(options, "int8", False):
         if not isinstance(model, NeoX):
             raise ValueError(f"--int8 quantizes a NeoX; {opened.name} holds a {opened.model_name}")

@@ -61,7 +61,8 @@ class JaxModelsLM(TemplateLM):
     """Language model of this project for lm-eval.
 
     source: a folder that `jaxmodels.load` reads, or a Hub id. revision: of a Hub id. tokenizer: a tokenizer.json or
-    vocabulary.json; default the source's own. dtype: of the weights; "auto" as they are stored. batch_size: rows, or
+    vocabulary.json; default the source's own. dtype: of the weights; "auto" as they are stored, but float32 for
+    16-bit ones on a CPU. batch_size: rows, or
     "auto". max_length: most tokens that the model reads; default its max_len. max_gen_toks: most tokens to write, if a
     task does not say. prefix_token_id: context of texts without one; default the bos or else the eos token.
     add_bos_token: whether the tokenizer adds special tokens; default as it is stored. seed: of sampling.
@@ -98,7 +99,8 @@ class JaxModelsLM(TemplateLM):
         self.files = dict(opened.companions.files)
         self.add_bos_token, self.seed, self.generated = add_bos_token, seed, 0
         self.batch_size = parsed_batch_size(batch_size)
-        self.model = opened.model(dtype=None if dtype == "auto" else dtype)
+        self.dtype = None if dtype == "auto" else dtype
+        self.model = opened.model(dtype=self.dtype or opened.compute_dtype("dtype=…"))
         self.max_length = max_length or model_length(self.model) or LONGEST
         self.max_gen_toks = int(max_gen_toks)
         self.given_prefix = prefix_token_id
@@ -291,6 +293,7 @@ class JaxModelsLM(TemplateLM):
                 temperature=temperature,
                 stop_tokens=stops,
                 start=jnp.asarray(start) if start.any() else None,
+                dtype=self.dtype,
                 rng=key if temperature else None,
                 **settings,
             )

@@ -206,7 +206,7 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
     bos = opened.companions.token_ids.bos
     if options.bos and bos is None:
         raise ValueError(f"--bos: {opened.name} names no bos token")
-    dtype = None if opened.is_quantized else options.compute_dtype
+    dtype = opened.compute_dtype("--compute-dtype") if opened.is_quantized else options.compute_dtype
     model = opened.model(dtype=dtype, shardings=mesh if mesh.size > 1 else None)
     window = None if options.seq_len is None else options.seq_len + 1
     documents: list[Document] = []

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +16,11 @@ from flax import nnx
 from tokenizers import Tokenizer, models
 
 import jaxmodels
+from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.hf import save_hf
 from jaxmodels.convert.neox import save_neox
 from jaxmodels.convert.open import open_source
+from jaxmodels.convert.source import model_source
 from jaxmodels.generate import generate, stream
 from jaxmodels.generate.command import load_listed, main, parser, read_model
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
@@ -143,6 +146,28 @@ def test_weights_are_cast_where_asked(checkpoint):
         model = load_listed(open_source(checkpoint), dtype)
         assert not model.is_stacked
         assert {array.dtype for array in jax.tree.leaves(model)} == {jnp.dtype(dtype or "float32")}
+
+
+@pytest.mark.parametrize(("stored", "kind"), [("float16", "hf"), ("bfloat16", "flax"), ("float16", "orbax")])
+def test_weights_in_16_bits_are_computed_in_float32_on_a_cpu(tmp_path, model, stored, kind, capsys):
+    narrow = jax.tree.map(lambda array: array.astype(stored), model)
+    if kind == "flax":
+        write_flax(model_source(narrow), tmp_path / "narrow")
+    else:
+        {"hf": save_hf, "orbax": jaxmodels.save}[kind](narrow, tmp_path / "narrow")
+
+    def read(*more):
+        options = parser("generate").parse_args(command(tmp_path / "narrow", *more))
+        return read_model(open_source(tmp_path / "narrow"), options)[0]
+
+    wide = read()
+    line = capsys.readouterr().err
+    assert (line.count("\n"), stored in line, "--dtype" in line) == (1, True, True)
+    chex.assert_trees_all_equal(wide, jax.tree.map(lambda array: array.astype(jnp.float32), narrow.unstacked()))
+    assert {array.dtype for array in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
+    for given in (stored, "float32"):
+        assert {array.dtype for array in jax.tree.leaves(read("--dtype", given))} == {jnp.dtype(given)}
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
