@@ -15,15 +15,17 @@ import jax
 import pytest
 
 # The tests compile thousands of small programs and run each once or twice. Disabling most optimizations halves the
-# time; XLA's older fusion emitters, without MLIR, save another third. Child processes inherit the flag, and XLA exits
-# at an unknown flag, hence the version check.
+# time; XLA's older fusion emitters, without MLIR, save another third. XLA divides a program into up to 32 modules for
+# as many threads, which takes a fifth more processor time than one. Child processes inherit the flags, and XLA exits at
+# an unknown one, hence the version check.
 if jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+    FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_disable_most_optimizations", True)
 # Tracing creates millions of small objects that stay in JAX's caches. With Python's default thresholds, garbage
 # collection takes 8 % of the suite's time.
 gc.set_threshold(100_000, 50, 100)
-CROWDED = 1.0e9  # bytes; above it a module's compiled programs are dropped before the next one begins
+CROWDED = 1.0e9  # bytes added since the last time that compiled programs were dropped: then they are dropped again
 
 
 def resident_bytes() -> int:
@@ -35,15 +37,31 @@ def resident_bytes() -> int:
         return 0
 
 
+def pytest_collection_finish() -> None:
+    """Leave what the imports made, a million objects that stay, out of later garbage collections."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _begun() -> list[int]:
+    """Resident memory after the last time that compiled programs were dropped."""
+    return [resident_bytes()]
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _clear_compiled_programs() -> Iterator[None]:
-    """Otherwise the compiled programs of the whole suite take several gigabytes in each worker."""
+def _clear_compiled_programs(_begun: list[int]) -> Iterator[None]:
+    """Otherwise the compiled programs of the whole suite take several gigabytes in each worker.
+
+    Dropping them takes a second: after every module that would be an eighth of the suite's time.
+    """
     yield
-    if resident_bytes() > CROWDED:
+    if resident_bytes() > _begun[0] + CROWDED:
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
+        _begun[0] = resident_bytes()
 
 
 @pytest.fixture

@@ -142,7 +142,10 @@ def end_ids(vocabulary: Vocabulary, sources: Sources, end_token: str | None = No
     if not isinstance(vocabulary, TokenizerFile):
         return vocabulary.encode(SEPARATOR)
     if not vocabulary.eos:
-        raise ValueError("the tokenizer's files name no end token, which separates documents; name it with --end-token")
+        raise ValueError(
+            "the tokenizer's files name no end token, which separates documents; name it with jaxmodels tokenize "
+            "--end-token TOKEN"
+        )
     return np.asarray(vocabulary.eos[:1], np.int32)
 
 
