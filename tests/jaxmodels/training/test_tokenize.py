@@ -192,5 +192,5 @@ def test_the_size_of_decoded_text_does_not_depend_on_its_parts(kind):
 
 def test_documents_need_an_end_token_and_the_message_names_the_command_that_takes_it(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "men and women"}\n' * 2)
-    with pytest.raises(ValueError, match="end token.*jaxmodels tokenize --end-token"):
+    with pytest.raises(ValueError, match=r"end token.*jaxmodels tokenize --end-token"):
         open_tokens(str(tmp_path / "a.jsonl"), TokenizerFile.read(tokenizer))
