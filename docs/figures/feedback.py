@@ -10,7 +10,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from docs.figures.style import BLUE, GREEN, INK, ORANGE, SOFT, arrow, figure, heat, save
 from jaxmodels.feedback import FeedbackTransformerKV
 from jaxmodels.feedback.recurrence import forward, last_rows, run_step
-from jaxmodels.feedback.step import no_memory, reach, split_weights
+from jaxmodels.feedback.step import Memory, no_memory, reach, split_weights
 
 STEPS, BATCH, D, HEADS, LAYERS = 12, 8, 32, 4, 3
 
@@ -28,16 +28,19 @@ def reverse_scan() -> np.ndarray:
     d_outputs = jax.random.normal(jax.random.key(2), outputs.shape)
     d_memory = jax.tree.map(jnp.zeros_like, memory)
     sums = np.zeros((STEPS, STEPS))
-    for t in reversed(range(STEPS)):
 
-        def f(x: jax.Array, memory: tuple, t: int = t) -> tuple:
+    @jax.jit
+    def pulled(x: jax.Array, memory: Memory, d_memory: Memory, dy: jax.Array, t: jax.Array) -> Memory:
+        def f(memory: Memory) -> tuple[jax.Array, Memory]:
             weights = last_rows(tables, STEPS), floats, rest
-            states, new = run_step(graphdef, weights, x, memory, jnp.int32(t), None, jnp.int32(0))
+            states, new = run_step(graphdef, weights, x, memory, t, None, jnp.int32(0))
             return states[-1], new
 
-        _, pull = jax.vjp(f, x[t], memory)
-        _, dm = pull((d_outputs[t], jax.tree.map(lambda d, t=t: d[:, :, t], d_memory)))
-        d_memory = jax.tree.map(jnp.add, d_memory, dm)
+        (added,) = jax.vjp(f, memory)[1]((dy, jax.tree.map(lambda d: d[:, :, t], d_memory)))
+        return jax.tree.map(jnp.add, d_memory, added)
+
+    for t in reversed(range(STEPS)):
+        d_memory = pulled(x[t], memory, d_memory, d_outputs[t], jnp.int32(t))
         sums[t] = np.sqrt((np.asarray(d_memory[0][0]) ** 2).sum((0, 1, 3)))
     return sums
 
@@ -53,8 +56,8 @@ def diagram(ax: Axes) -> None:
         for earlier in range(t):
             ends = (t - 0.3 + 0.12 * earlier, 3.27), (earlier + 0.12, top - 0.24)
             ax.annotate("", *ends, arrowprops=arrow(ORANGE))
-        ax.plot(t, top, "o", ms=21, color=BLUE)
-        ax.text(t, top, f"$m_{t}$", ha="center", va="center", fontsize=11, color="#ffffff")
+        ax.plot(t, top, "o", ms=21, mfc="none", mec=BLUE, mew=1.6)
+        ax.text(t, top, f"$m_{t}$", ha="center", va="center", fontsize=11)
         ax.text(t, -0.65, f"step {t}", ha="center", va="center", fontsize=10)
     ax.set(xlim=(-0.5, steps - 0.5), ylim=(-0.9, top + 0.5))
     ax.axis("off")

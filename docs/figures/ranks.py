@@ -33,7 +33,7 @@ def draw_array(ax: Axes, x: float, y: float, array: np.ndarray, numbers: bool) -
     if not numbers:
         for color in np.unique(array):
             i, j = np.nonzero(array == color)
-            corner, size = (x + j.min(), y + i.min()), (np.ptp(j) + 1, np.ptp(i) + 1)
+            corner, size = (x + j.min(), y + i.min()), (float(np.ptp(j)) + 1, float(np.ptp(i)) + 1)
             ax.add_patch(Rectangle(corner, *size, fc=COLORS[color], alpha=0.75, ec=SOFT, lw=0.6))
         return
     for (i, j), value in np.ndenumerate(array):
