@@ -22,11 +22,14 @@ def for_terminal(text: str, stream: TextIO) -> str:
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
-    """Text of at most `longest` characters and a note: the middle of a longer one is left out."""
+    """One line of at most `longest` characters and a note: the middle of a longer text is left out, control characters
+    are escaped.
+    """
     if len(text) <= longest:
-        return text
+        return visible(text)
     head = longest * 3 // 4
-    return f"{text[:head]} … ({len(text) - longest:,} characters left out) … {text[len(text) - longest + head :]}"
+    note = f" … ({len(text) - longest:,} characters left out) … "
+    return visible(text[:head]) + note + visible(text[len(text) - longest + head :])
 
 
 def table_cell(text: str) -> str:

@@ -19,6 +19,8 @@ from jaxmodels.text.vocabularies import utf8
 
 BLOCK = 2**20  # bytes of a text file that are read at once
 LINE_BYTES = 2**25  # of a line of JSONL
+LEAST_TEXT, EXPANSION = 2**28, 1_000  # characters of a compressed file: of any, and for each of its bytes
+EXPANDED = 2**30  # bytes of a column in a group of rows that may be more than 100 times as many as in the file
 ROWS = 256  # of a column that are decoded at once
 BOM = codecs.BOM_UTF8
 OTHER_BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
@@ -133,6 +135,8 @@ class TextFile(Source):
                     place = at + len(block) - len(error.object) + error.start
                     otherwise = f"is not UTF-8: {error.reason} at byte {place}"
                     raise ValueError(f"{self.file} {recognised(self.file) or otherwise}") from None
+                if len(block) == BLOCK and not block.strip(b"\0"):  # such as a sparse file of terabytes
+                    raise ValueError(f"{self.file} is no text: it has a million zero bytes from byte {at:,} on")
                 if text:
                     yield text
                 if not block:
@@ -226,7 +230,8 @@ def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[st
     """Name, text, number and next number of each row of an Arrow or Parquet file; empty values are left out."""
     require("data", "pyarrow")
     open_regular(file).close()
-    row, batches = 0, arrow_batches(file) if kind == "arrow" else parquet_batches(file, field)
+    row, most = 0, LEAST_TEXT + EXPANSION * file.stat().st_size
+    batches = arrow_batches(file) if kind == "arrow" else parquet_batches(file, field)
     while True:
         try:
             batch = next(batches, None)
@@ -238,6 +243,9 @@ def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[st
             column = strings(file, batch, field)
             for first in range(0, len(column), ROWS):
                 for text in column.slice(first, ROWS).to_pylist():
+                    most -= len(text or "")
+                    if most < 0:
+                        raise ValueError(f"{file} holds more than {EXPANSION:,} times as much text as it has bytes")
                     if text is not None and row >= offset:
                         yield f"{file}, row {row:,}", text, row, row + 1
                     row += 1
@@ -286,4 +294,10 @@ def parquet_batches(file: Path, field: str) -> Iterator[Any]:
 
     with parquet.ParquetFile(str(file), buffer_size=2**20, pre_buffer=False) as opened:
         columns = [field] if field in opened.schema_arrow.names else None
+        for group in range(opened.metadata.num_row_groups):
+            about = opened.metadata.row_group(group)
+            for part in map(about.column, range(about.num_columns)):
+                if part.total_uncompressed_size > max(EXPANDED, 100 * part.total_compressed_size):
+                    size = part.total_uncompressed_size
+                    raise ValueError(f"{file} has {size:,} bytes in a column of a group of rows; at most {EXPANDED:,}")
         yield from opened.iter_batches(batch_size=ROWS, columns=columns, use_threads=False)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxmodels.process.texts import shortened, visible
+from jaxmodels.process.texts import visible
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.workers import Worker
 
@@ -81,7 +81,7 @@ class Campaign:
         with (self.folder / "findings.jsonl").open("a", encoding="utf-8") as saved:
             print(json.dumps({"target": name, "seed": seed, **found, "repeat": repeat}), file=saved)
         if self.signatures[found["signature"]] <= SHOWN:
-            what = visible(shortened(found["what"]), keep="\n")
+            what = visible(found["what"][:4_000], keep="\n")
             print(f"\nFINDING in {name!r}: {found['signature']}\n{what}\n{repeat}", flush=True)
 
     def progress(self) -> None:

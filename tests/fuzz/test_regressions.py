@@ -107,6 +107,36 @@ CASES = {
 BAD_LINES = ("1e400", "[]", '{"loss": 1.0}', '{"step": "a", "loss": 1}', '{"step": 1, "loss": "a"}')
 
 
+ODD = "\x9b31m\r\n\b"
+
+
+def renamed(file):
+    """Change of a tensor's name in an index to one that would be several lines on a terminal."""
+
+    def change(folder):
+        content = json.loads((folder / file).read_text())
+        content["weight_map"][ODD] = content["weight_map"].pop(next(iter(content["weight_map"])))
+        (folder / file).write_text(json.dumps(content))
+
+    return change
+
+
+CASES |= {
+    "a tensor's name of several lines": ("model, streamed", renamed("params.safetensors.index.json"), "x9b31m"),
+    "a rule's name of several lines": (
+        "tokenizer",
+        text("tokenizer.json", json.dumps({"normalizer": {"type": ODD}})),
+        "j",
+    ),
+    "a file's name of several lines": (
+        "Hugging Face, in parts",
+        field("model.safetensors.index.json", weight_map={"a": ODD}),
+        "index.json names",
+    ),
+    "a text without end": ("documents", sparse("text.txt"), "text.txt is no text"),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_refused(tmp_path, case):
     name, change, said = CASES[case]
@@ -121,6 +151,7 @@ def test_it_is_refused(tmp_path, case):
     assert memory("VmHWM") - resident < 1e9
     assert said in str(refused.value)
     assert len(str(refused.value)) < 5_000
+    assert str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -228,6 +259,24 @@ def test_an_arrow_file_with_strings_outside_of_it_is_refused(tmp_path, offset):
     file.write_bytes(content[:at] + np.int32(offset).tobytes() + content[at + 4 :])
     with pytest.raises(ValueError, match=r"a\.arrow is not a readable Arrow file"):
         TARGETS["sources, Arrow"].read(tmp_path)
+
+
+def test_a_parquet_file_that_repeats_a_text_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """A thousand bytes may stand for any number of megabytes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from jaxmodels.text import documents
+
+    monkeypatch.setattr(documents, "LEAST_TEXT", 10**6)
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1_000, pyarrow.int32()), ["a" * 10**4])
+    parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "a.parquet", compression="zstd")
+    rows = documents.Files("a", (tmp_path / "a.parquet",)).documents()
+    with pytest.raises(ValueError, match=r"a\.parquet holds more than 1,000 times as much text"):
+        list(rows)
+    monkeypatch.setattr(documents, "EXPANDED", 10**3)
+    with pytest.raises(ValueError, match=r"a\.parquet has \d+,\d+ bytes in a column of a group of rows"):
+        next(documents.Files("a", (tmp_path / "a.parquet",)).documents())
 
 
 def test_a_panic_of_the_tokenizer_is_refused(monkeypatch):

@@ -14,6 +14,8 @@ def test_control_characters_marks_and_lone_surrogates_are_escaped():
 
 
 def test_a_long_text_keeps_its_ends():
+    assert shortened("a\r\n\x1b[2J") == r"a\r\n\x1b[2J"
+    assert shortened("\n" * 500, 4).startswith(r"\n\n\n … (496")
     assert shortened("x" * 97, 97) == "x" * 97
     text = shortened("a" * 500 + "b" * 500, 100)
     assert text.startswith("a" * 75)
