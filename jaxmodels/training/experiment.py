@@ -132,7 +132,10 @@ class Experiment(Generic[ConfigT]):
         )
 
     def losses(self, model: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
-        """Loss of each predicted token, whose mean is minimized: nats [B, S]. rng: key for dropout, or None."""
+        """Loss of each predicted token, whose mean is minimized: nats [B, S]. rng: key for dropout, or None.
+
+        With within_documents the mean is over the tokens that are not padding; it is taken by the caller.
+        """
         return token_losses(model, batch, rng)
 
     def trains(self, path: str) -> bool:
