@@ -100,8 +100,9 @@ def parts_at_peak(folder: Path, shapes: Shapes) -> dict[str, int]:
     lines, entry = split_computations(text)
     operations = operations_of(lines)
     found: dict[str, int] = defaultdict(int, other=rest)
-    for name, size in arguments.items():
-        path = operations.get(name, ("", ""))[1]
+    for names, size in arguments:
+        # of the values in an argument's place, the argument itself
+        path = next((operations[name][1] for name in names if operations.get(name, ("",))[0] == "parameter"), "")
         state = (
             "optimizer" if ".optimizer" in path else "parameters" if re.search(r"\.(params|fixed)", path) else "batch"
         )
@@ -124,23 +125,24 @@ def parts_at_peak(folder: Path, shapes: Shapes) -> dict[str, int]:
     return dict(found)
 
 
-def read_report(assigned: str, ranges: str) -> tuple[dict[str, int], int, list[Buffer]]:
-    """Bytes of each argument by its instruction's name, bytes of constants, and the temporaries in HBM."""
+def read_report(assigned: str, ranges: str) -> tuple[list[tuple[list[str], int]], int, list[Buffer]]:
+    """Names and bytes of each argument's values, bytes of constants, and the temporaries in HBM."""
     lifetimes = {(name, index): (int(a), int(b)) for name, index, a, b in RANGE.findall(ranges)}
-    arguments: dict[str, int] = {}
+    arguments: list[tuple[list[str], int]] = []
     buffers: list[Buffer] = []
     kind, size, rest = "", 0, 0
     for line in assigned.splitlines():
         if match := ALLOCATION.match(line):
             size, kind = int(match[1]), "" if ", color" in match[2] else match[2]
             rest += size if "constant" in kind else 0
+            if ", parameter" in kind:
+                arguments.append(([], size))
             continue
         match = VALUE.match(line)
         if match is None or not kind:
             continue
         if ", parameter" in kind:
-            arguments[match[1]] = size
-            kind = ""  # further values of the allocation are in the same place
+            arguments[-1][0].append(match[1])
         elif "preallocated-temp" in kind and (span := lifetimes.get((match[1], match[2] or ""))):
             buffers.append(Buffer(match[1], *span, int(match[4]), int(match[3]), match[5]))
     return arguments, rest, buffers

@@ -12,6 +12,7 @@ FREE = {
 }
 SLICES = {"dynamic-slice", "slice", "gather"}  # read only as much of their first operand as they return
 VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}  # passed through inside a fusion
+COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 KERNELS = ("tpu_custom_call", "tpu_custom_call_v2")
 
 
@@ -87,7 +88,10 @@ def _of_fusion(each: Instruction, operands: list[str], computations: Mapping[str
     kinds = elements(each.type)
     if len(roots) != len(kinds):
         return read + _hbm(each.type)
-    return read + sum(_written(i, kind, by_name, computations) for i, kind in zip(roots, kinds, strict=True))
+    # A collective that runs beside products is in all their fusions, with its results: it counts at its end.
+    passed = {"parameter"} if each.name.startswith("async-collective-done") else {"parameter", *COLLECTIVES}
+    written = [(i, kind) for i, kind in zip(roots, kinds, strict=True) if i.opcode not in passed]
+    return read + sum(_written(i, kind, by_name, computations) for i, kind in written)
 
 
 def _read(name: str, whole: int, body: list[Instruction], computations: Mapping[str, list[Instruction]]) -> int:

@@ -205,6 +205,15 @@ TRAFFIC = """
   ROOT %dus = f32[44,5]{1,0} dynamic-update-slice(%b, %u, %j, %j)
 }
 
+%async_collective_fusion.1 (g: bf16[6,5], h: bf16[24,5], c: f32[3,2]) -> (f32[3,2], bf16[6,5], bf16[24,5]) {
+  %g = bf16[6,5]{1,0} parameter(0)
+  %h = bf16[24,5]{1,0} parameter(1)
+  %c = f32[3,2]{1,0} parameter(2)
+  %m = f32[3,2]{1,0} multiply(%c, %c)
+  %ag = bf16[24,5]{1,0} all-gather(%g), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %out = (f32[3,2]{1,0}, bf16[6,5]{1,0}, bf16[24,5]{1,0}) tuple(%m, %g, %ag)
+}
+
 %cond (p: (s32[], f32[44,5])) -> pred[] {
   %bound = s32[]{:T(128)S(6)} constant(44)
   %n = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
@@ -222,6 +231,10 @@ TRAFFIC = """
 ENTRY %main (x: f32[44,5]) -> f32[44,5] {
   %y = f32[44,5]{1,0} parameter(0)
   %w = (s32[], f32[44,5]) while(%t0), condition=%cond, body=%body
+  %g0 = bf16[6,5]{1,0:S(1)} get-tuple-element(%w), index=2
+  %h0 = bf16[24,5]{1,0} get-tuple-element(%w), index=3
+  %c0 = f32[3,2]{1,0} get-tuple-element(%w), index=4
+  %fc = (f32[3,2]{1,0}, bf16[6,5]{1,0}, bf16[24,5]{1,0}) fusion(%g0, %h0, %c0), calls=%async_collective_fusion.1
   %cs = (bf16[7,3]{1,0:S(1)}, bf16[7,3]{1,0}, u32[]{:S(2)}) copy-start(%z), cross_program_prefetch_index=0
   ROOT %neg = f32[44,5]{1,0} negate(%y)
 }
@@ -230,7 +243,9 @@ ENTRY %main (x: f32[44,5]) -> f32[44,5] {
 
 def test_memory_traffic_counts_slices_and_updates_in_each_iteration_and_nothing_in_vmem():
     row, array = 5 * 4, 44 * 5 * 4
-    assert traffic.accessed(TRAFFIC) == 44 * (row + row) + 7 * 3 * 2 + 2 * array
+    assert (
+        traffic.accessed(TRAFFIC) == 44 * (row + row) + 7 * 3 * 2 + 2 * array + 2 * 3 * 2 * 4
+    )  # and what the all-gather runs beside
 
 
 REPORT = {
@@ -246,8 +261,8 @@ ENTRY %main (a: f32[10,6]) -> f32[10,6] {
 """,
     "-buffer-assignment": """
 allocation 0: size 512, parameter 0, shape |f32[10,6]| at ShapeIndex {}, maybe-live-out:
- value: <1 param.1 @0> (size=512,offset=0): f32[10,6]{1,0}
  value: <9 later.1 @0> (size=512,offset=0): f32[10,6]{1,0}
+ value: <1 param.1 @0> (size=512,offset=0): f32[10,6]{1,0}
 allocation 1: size 1024, parameter 1, shape |f32[10,6]| at ShapeIndex {}:
  value: <2 param.2 @0> (size=1024,offset=0): f32[10,6]{1,0}
 allocation 2: size 16, constant:
