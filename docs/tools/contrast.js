@@ -22,6 +22,18 @@
     }
     return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
   };
+  // In a figure: the shapes that a pointer at the text's center would meet.
+  const within = (text, page) => {
+    text.scrollIntoView({block: "center", inline: "center", behavior: "instant"});
+    const box = text.getBoundingClientRect();
+    const met = document.elementsFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+    return met.filter(e => e instanceof SVGElement && !e.closest("text")).reverse().reduce((color, shape) => {
+      const style = getComputedStyle(shape);
+      if (style.fill === "none" || shape.tagName === "svg" || shape.tagName === "g") return color;
+      const [r, g, b, a] = rgba(style.fill);
+      return over([r, g, b, a * style.fillOpacity * style.opacity], color);
+    }, page);
+  };
   const luminance = color => {
     const [r, g, b] = color.slice(0, 3).map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
@@ -33,7 +45,7 @@
     if (!text || !element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
     if (["SCRIPT", "STYLE", "NOSCRIPT"].includes(element.tagName) || element.closest("[aria-hidden=true]:not(svg)")) continue;
     const style = getComputedStyle(element), size = parseFloat(style.fontSize), svg = element.closest("svg");
-    const back = behind(element), front = over(rgba(svg ? style.fill : style.color), back);
+    const page = behind(element), back = svg ? within(element, page) : page, front = over(rgba(svg ? style.fill : style.color), back);
     const [light, dark] = [luminance(front), luminance(back)].sort((a, b) => b - a);
     const ratio = (light + 0.05) / (dark + 0.05);
     const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
