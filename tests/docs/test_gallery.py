@@ -45,7 +45,9 @@ def test_verdicts_and_lines_are_those_of_the_zoo():
         assert f"| {name} | differs |" in zoo
 
 
-@pytest.mark.parametrize(("side", "file", "line", "code"), QUOTES, ids=[f"{file}:{line}" for _, file, line, _ in QUOTES])
+@pytest.mark.parametrize(
+    ("side", "file", "line", "code"), QUOTES, ids=[f"{file}:{line}" for _, file, line, _ in QUOTES]
+)
 def test_quotes_are_exact(side, file, line, code):
     spec = importlib.util.find_spec("transformers")
     if spec is None or importlib.metadata.version("transformers") != VERSION:

@@ -62,6 +62,12 @@ def test_a_block_that_is_not_run_says_why(page):
     assert all(len(block.about) > 10 for block in blocks(page) if block.kind == "not run")
 
 
+def test_the_site_begins_with_the_example_of_the_readme():
+    ours, readme = blocks("docs/index.md")[0], blocks("README.md")[0]
+    assert ours.code == readme.code
+    assert readme.output.startswith(ours.output.partition("…")[0])
+
+
 def without_numbers(text: str) -> str:
     """A report's text in one line, its measured numbers left out."""
     return re.sub(r"[\d.]+(e[+-]\d+)?", "N", " ".join(text.split()))
