@@ -83,7 +83,7 @@ class Trainer:
         experiment.check(self.program.abstract)
         if resumed and read_about(folder).sha256 != self.task.sha256:
             raise ValueError(
-                f"{folder} was trained on other data than text={self.config.text!r} has now: resume with the same"
+                f"{folder} was trained on another text than {self.config.text}: resume with its own --text"
             )
         with contextlib.ExitStack() as stack:
             self.checkpoints = Checkpoints(folder, self.program, self.config.keep, self.config.keep_every)
