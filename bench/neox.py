@@ -41,6 +41,11 @@ def parse() -> argparse.Namespace:
         choices=["float32", "bfloat16", "float16"],
         help="dtype of the models (default: float32; bfloat16 on a GPU)",
     )
+    arguments.add_argument(
+        "--quantized",
+        action="store_true",
+        help="also decode with 8-bit weights (`quantize(model, kind='weights')`) and with LLM.int8",
+    )
     arguments.add_argument("--no-compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     return arguments.parse_args()
 
@@ -78,14 +83,14 @@ def main() -> None:
         for batch in options.batch:
             ids = np.random.default_rng(0).integers(0, config.n_vocab, (batch, options.prompt))
             what = f"{name}, batch {batch}, {options.dtype}"
-            read, write = flax_calls(config, ids, options)
+            read, writes = flax_calls(config, ids, options)
             torch_read, torch_writes = torch_calls(config, ids, options)
             product, share = large_product(config, ids.size, options.dtype)
             seconds = alternate({"Flax": read, "transformers eager": torch_read, "limit": product}, options.rounds)
             seconds["limit"] = [second * share for second in seconds["limit"]]
             report(f"Reading {options.prompt} tokens: {what}", seconds, against="Flax")
             conclude(seconds, batch * options.prompt)
-            functions = {"Flax": write} | torch_writes | {"limit": products_per_token(config, batch, options)}
+            functions = writes | torch_writes | {"limit": products_per_token(config, batch, options)}
             seconds = alternate(functions, options.rounds)
             report(f"Writing {options.tokens} tokens: {what}", seconds, against="Flax")
             conclude(seconds, batch * options.tokens)
@@ -98,23 +103,21 @@ def conclude(seconds: Seconds, tokens: int) -> None:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
     rate = tokens / statistics.median(seconds["Flax"])
-    others = [f"{ratio(name, 'Flax'):.2f}× as fast as {name}" for name in seconds if name.startswith("transformers")]
+    peers = [name for name in seconds if name not in ("Flax", "limit")]
+    others = [f"{ratio(name, 'Flax'):.2f}× as fast as {name}" for name in peers]
     print(f"Flax: {rate:.0f} tokens/s, {ratio('Flax', 'limit'):.2f}× the limit's time, {', '.join(others)}\n")
 
 
 def flax_calls(
     config: "NeoXConfig", ids: "np.ndarray", options: argparse.Namespace
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Prefill of the prompt, and decoding after it by the loop of `jaxmodels.generate`."""
-    import copy
-
+) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
+    """Prefill of the prompt, and decoding after it by the loop of `jaxmodels.generate`, by the kind of weights."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from jaxmodels.generate import Sampling
-    from jaxmodels.generate.loop import Decoding, capacity
-    from jaxmodels.neox import NeoX
+    from jaxmodels.generate.loop import capacity
+    from jaxmodels.neox import NeoX, quantize
 
     @jax.jit
     def make() -> NeoX:
@@ -124,8 +127,25 @@ def flax_calls(
     model, (batch, length) = make(), ids.shape
     prompt = jnp.asarray(ids)
     read = jax.jit(lambda model, ids: model.prefill(ids, model.init_cache(batch, capacity(length + 1))))
+    models = {"Flax": model}
+    if options.quantized:
+        models |= {"8-bit weights": quantize(model, kind="weights"), "LLM.int8": quantize(model)}
+    writes = {name: writer(model, ids, options.tokens) for name, model in models.items()}
+    return lambda: jax.block_until_ready(read(model, prompt)), writes
+
+
+def writer(model: Any, ids: "np.ndarray", tokens: int) -> Callable[[], object]:
+    """Decoding of a number of tokens after a prompt that was read already."""
+    import copy
+
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmodels.generate import Sampling
+    from jaxmodels.generate.loop import Decoding
+
     # The first token comes from the prompt's logits, so N decoding steps write N + 1 tokens.
-    decoding = Decoding(model, ids, options.tokens + 1, Sampling())
+    decoding = Decoding(model, ids, tokens + 1, Sampling())
     decoding.advance(1)
 
     def write() -> None:
@@ -133,7 +153,7 @@ def flax_calls(
         again.state = jax.tree.map(jnp.copy, decoding.state)  # a few MB; the loop takes its state over
         again.advance().block_until_ready()
 
-    return lambda: jax.block_until_ready(read(model, prompt)), write
+    return write
 
 
 def torch_calls(

@@ -156,14 +156,20 @@ def add_neox(formats: Any) -> None:
     quantize = add(
         "quantize",
         help="write a GPT-NeoX checkpoint with int8 weights",
-        description="Write SRC with the blocks' linear maps in 8 bits (LLM.int8), for `jaxmodels.load` and generate.",
+        description="Write SRC with its linear maps in 8 bits, for `jaxmodels.load` and generate.",
     )
     quantize.add_argument("target", type=Path, metavar="DST", help="folder to write")
     quantize.add_argument(
+        "--kind",
+        choices=["llm.int8", "weights"],
+        default="llm.int8",
+        help="llm.int8: the blocks' linear maps by LLM.int8; weights: those and the readout, with activations that are "
+        "not rounded, which is faster on a CPU (default: llm.int8)",
+    )
+    quantize.add_argument(
         "--threshold",
         type=float,
-        default=6.0,
-        help="input features of this magnitude or larger are computed in 16 bits; 0: none (default: 6)",
+        help="of llm.int8: input features of this magnitude or larger are computed in 16 bits; 0: none (default: 6)",
     )
     quantize.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     add_changes(quantize)

@@ -56,7 +56,7 @@ class Opened:
     @property
     def is_quantized(self) -> bool:
         """True if the model was saved with int8 weights."""
-        return self.config.get("int8_threshold") is not None
+        return any(self.config.get(key) is not None for key in ("int8_threshold", "quantization"))
 
     @functools.cached_property
     def original(self) -> dict[str, str]:

@@ -166,10 +166,12 @@ def described(lora: LoRA) -> str:
 
 def quantized(options: argparse.Namespace) -> str:
     """Write SRC with int8 weights to DST."""
+    if options.kind == "weights" and options.threshold is not None:
+        raise ValueError(f"--threshold={options.threshold:g} is for --kind llm.int8, not for --kind weights")
     place = local_folder(options.source, options.revision, options.variant)
     check_target(options.target, overwrite=options.overwrite, source=place)
     source = prepared(open_given(options), options)
-    model = quantize(source.model(), options.threshold)
+    model = quantize(source.model(), options.threshold, kind=options.kind)
     jaxmodels.save(model, options.target, overwrite=options.overwrite, companions=source.companions)
     return f"{options.target}: {summary('NeoX', model)}"
 

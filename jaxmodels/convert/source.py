@@ -147,7 +147,7 @@ def model_source(model: NeoX) -> Source:
     """Source of a model in memory; raises ValueError if it is not a NeoX, is quantized, or lacks blocks."""
     if not isinstance(model, NeoX):
         raise ValueError(f"model is a {type(model).__name__}, not a NeoX")
-    if model.int8_threshold is not None:
+    if model.quantization is not None:
         raise ValueError("model is quantized; only jaxmodels.save writes int8 weights")
     folder = Path("model")
     return Source("model", folder, model.settings, matched(folder, model.settings, tensors_of(model)))

@@ -57,7 +57,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (default: 0)")
     add_settings(arguments)
     add("--batch-size", type=int, default=16, metavar="N", help="sequences computed together, if several (default: 16)")
-    add("--int8", action="store_true", help="quantize a NeoX's blocks to 8 bits (LLM.int8), after the cast")
+    add(
+        "--quantize",
+        choices=["llm.int8", "weights"],
+        help="quantize a NeoX to 8 bits after the cast: llm.int8, or weights, which is faster on a CPU (see jaxmodels "
+        "quantize)",
+    )
+    add("--int8", action="store_const", dest="quantize", const="llm.int8", help="the same as --quantize llm.int8")
     add(
         "--tokenizer",
         type=Path,
@@ -311,10 +317,11 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
             if getattr(options, flag) is not None:
                 raise ValueError(f"--{flag} is for training runs; {opened.name} is not one")
     model = load_listed(opened, opened.compute_dtype() if dtype is None else dtype)
-    if getattr(options, "int8", False):
+    kind = getattr(options, "quantize", None)  # `sample` has no such option
+    if kind is not None:
         if not isinstance(model, NeoX):
-            raise ValueError(f"--int8 quantizes a NeoX; {opened.name} holds a {opened.model_name}")
-        model = quantize(model)
+            raise ValueError(f"--quantize={kind} (--int8) is for a NeoX; {opened.name} holds a {opened.model_name}")
+        model = quantize(model, kind=kind)
     if experiment is not None:
         model = experiment.generator(model, opened.folder)
     return model, window

@@ -27,6 +27,8 @@ BLOCK_RULES = (
     (r"(attention\.qkv_lin|ffn\.dense_h_h4)\.bias", P("tensor")),
     (r"(attention\.output|ffn\.dense_h4_h)\.kernel", P("tensor", "fsdp")),
     (r"(attention\.output|ffn\.dense_h4_h)\.bias", P()),
+    (r"(attention\.qkv_lin|ffn\.dense_h_h4)\.weight", P("tensor", "fsdp")),  # of `WeightOnlyLinear`, [O, I]
+    (r"(attention\.output|ffn\.dense_h4_h)\.weight", P("fsdp", "tensor")),
 )
 
 

@@ -10,6 +10,7 @@ does differentiating through one of the products.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -123,18 +124,22 @@ def outliers(x: jax.Array, features: jax.Array, kernel: jax.Array, absmax: jax.A
     return jax.lax.switch((n > 0).astype(jnp.int32) + (n > size), [none, few, many])
 
 
-def int8_block(block: Block, threshold: float) -> Block:
-    """Copy of a block, or of stacked ones, with int8 linear maps.
+def with_linears(block: Block, make: Callable[[nnx.Linear], nnx.Module]) -> Block:
+    """Copy of a block, or of stacked ones, with `make` applied to its linear maps.
 
-    Raises ValueError as `Int8Linear`, and if a linear map is of another class: what it adds (LoRA) would be lost.
+    Raises ValueError if a linear map is of another class: what it adds (LoRA) would be lost.
     """
     block = jax.tree.map(lambda array: array, block)
     for owner, name in LINEARS:
         part = getattr(block, owner, None)
-        linear = getattr(part, name, None)
-        if type(linear) not in (Linear, nnx.Linear):
-            kind = type(linear if part is not None else None).__name__
-            raise ValueError(f"{owner}.{name} is a {kind}; it must be a Linear to be quantized")
-        assert isinstance(linear, nnx.Linear)
-        setattr(part, name, Int8Linear(linear, threshold))
+        setattr(part, name, make(plain_linear(getattr(part, name, None), f"{owner}.{name}", part is None)))
     return block
+
+
+def plain_linear(linear: Any, name: str, absent: bool = False) -> nnx.Linear:
+    """The linear map; raises ValueError with its name in the model if it is of another class."""
+    if type(linear) not in (Linear, nnx.Linear):
+        kind = type(None if absent else linear).__name__
+        raise ValueError(f"{name} is a {kind}; it must be a Linear to be quantized")
+    assert isinstance(linear, nnx.Linear)
+    return linear

@@ -147,7 +147,7 @@ class LoRANeoX(NeoX):
 
         Raises ValueError if the model is not a plain NeoX: quantized, or with an adapter.
         """
-        if type(model) is not NeoX or model.int8_threshold is not None:
+        if type(model) is not NeoX or model.quantization is not None:
             kind = type(model).__name__ if type(model) is not NeoX else "quantized NeoX"
             raise ValueError(f"model is a {kind}; an adapter needs a NeoX that is not quantized")
         copy = jax.tree.map(lambda array: array, model)

@@ -25,10 +25,14 @@ from jaxmodels.layers import (
 )
 from jaxmodels.neox.block import BLOCK_RULES, Block, Embedding, FinalNorm, Readout, Tables, stack, unstack
 from jaxmodels.neox.config import LARGEST, NeoXConfig
-from jaxmodels.neox.int8 import int8_block
+from jaxmodels.neox.int8 import Int8Linear, plain_linear, with_linears
 from jaxmodels.neox.sequential import adapted
+from jaxmodels.neox.weight_only import WeightOnlyLinear
 from jaxmodels.process.texts import quoted
 from jaxmodels.rope import rotary_tables
+
+KINDS = ("llm.int8", "weights")  # of `quantize`
+THRESHOLD = 6.0
 
 
 class NeoX(nnx.Module):
@@ -65,19 +69,32 @@ class NeoX(nnx.Module):
     def config(self) -> dict[str, Any]:
         """Arguments of `from_config`, as JSON values."""
         config = dataclasses.asdict(self.settings) | {"stacked": self.is_stacked}
+        if self.quantization == "weights":
+            return config | {"quantization": "weights"}
         return config if self.int8_threshold is None else config | {"int8_threshold": self.int8_threshold}
 
     @classmethod
     def from_config(
-        cls, *, stacked: bool = True, int8_threshold: float | None = None, rngs: nnx.Rngs, **fields: Any
+        cls,
+        *,
+        stacked: bool = True,
+        int8_threshold: float | None = None,
+        quantization: str | None = None,
+        rngs: nnx.Rngs,
+        **fields: Any,
     ) -> "NeoX":
         """Build the model of a `config()`; raises ValueError if a value is out of range.
 
-        int8_threshold: quantize the blocks' weights; see `quantize`. fields: those of NeoXConfig.
+        int8_threshold: quantize the blocks' weights by LLM.int8. quantization: "weights" for 8-bit weights alone. See
+        `quantize`. fields: those of NeoXConfig.
         """
         if not isinstance(stacked, bool):
             raise ValueError(f"stacked={quoted(stacked)} must be True or False")
         model = cls(NeoXConfig(**fields), stacked=stacked, rngs=rngs)
+        if quantization is not None:
+            if quantization != "weights" or int8_threshold is not None:
+                raise ValueError(f"quantization={quoted(quantization)} must be 'weights', without int8_threshold")
+            return quantize(model, kind="weights")
         return model if int8_threshold is None else quantize(model, int8_threshold)
 
     def adapted(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -91,10 +108,21 @@ class NeoX(nnx.Module):
 
     @property
     def int8_threshold(self) -> float | None:
-        """Outlier threshold of a quantized model, see `quantize`; None if the model is not quantized."""
+        """Outlier threshold of a model quantized by LLM.int8, see `quantize`; None for another one."""
+        return getattr(self.first_linear, "threshold", None)
+
+    @property
+    def quantization(self) -> str | None:
+        """Kind of a quantized model, see `quantize`; None if the model is not quantized."""
+        if isinstance(self.first_linear, WeightOnlyLinear):
+            return "weights"
+        return None if self.int8_threshold is None else "llm.int8"
+
+    @property
+    def first_linear(self) -> Any:
+        """A linear map of the first block, or of the stacked ones."""
         layer = self.layers if self.is_stacked else self.layers[0]
-        linear = getattr(getattr(layer, "attention", None), "qkv_lin", None)
-        return getattr(linear, "threshold", None)
+        return getattr(getattr(layer, "attention", None), "qkv_lin", None)
 
     def unstacked(self) -> "NeoX":
         """Model with a list of layers, each array a copy of its slice; itself if it has one already."""
@@ -223,23 +251,41 @@ class NeoX(nnx.Module):
         return x, tuple(new)
 
 
-def quantize(model: NeoX, threshold: float = 6.0) -> NeoX:
-    """Model with the blocks' linear maps in 8 bits (LLM.int8); all other arrays are shared with the given one.
+def quantize(model: NeoX, threshold: float | None = None, *, kind: str = "llm.int8") -> NeoX:
+    """Model with linear maps in 8 bits; all other arrays are shared with the given one.
 
-    threshold: input features of this magnitude or larger are computed in 16 bits; 0 for none. See `Int8Linear`. Stacked
-    layers stay stacked. Raises ValueError if the model is not a NeoX or is quantized already, if the threshold is
-    negative or not finite, if a weight is not finite in float16, or if one of the linear maps was replaced by another
-    kind of module.
+    kind: "llm.int8" for the blocks' linear maps by LLM.int8, which rounds activations too: see `Int8Linear`. "weights"
+        for those and the readout with 8-bit weights and activations as they are: see `WeightOnlyLinear`. It decodes
+        faster on a CPU.
+    threshold: for LLM.int8: input features of this magnitude or larger are computed in 16 bits; 0 for none, default 6.
+
+    Stacked layers stay stacked. Raises ValueError if the model is not a NeoX or is quantized already, if the kind is
+    unknown, if the threshold is negative, not finite or of another kind, if a weight is not finite (for LLM.int8 in
+    float16), or if one of the linear maps was replaced by another kind of module.
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind={quoted(kind)} must be one of {', '.join(KINDS)}")
     if not isinstance(model, NeoX):
         raise ValueError(f"model is a {type(model).__name__}; quantize supports NeoX")
-    if model.int8_threshold is not None:
-        raise ValueError(f"model is already quantized, with threshold={model.int8_threshold}")
+    if model.quantization is not None:
+        with_threshold = "" if model.int8_threshold is None else f", with threshold={model.int8_threshold}"
+        raise ValueError(f"model is already quantized, kind={model.quantization}{with_threshold}")
+    if kind == "weights" and threshold is not None:
+        raise ValueError(f"threshold={quoted(threshold)} is for kind='llm.int8'; kind='weights' has no outliers")
+    threshold = THRESHOLD if threshold is None else threshold
     if isinstance(threshold, bool) or not 0 <= threshold <= LARGEST:
         raise ValueError(f"threshold={quoted(threshold)} must be 0 (no outliers) or more, and finite")
+
+    def make(linear: nnx.Linear) -> nnx.Module:
+        return WeightOnlyLinear(linear) if kind == "weights" else Int8Linear(linear, float(threshold))
+
     layers = [model.layers] if model.is_stacked else model.blocks()
-    new = [int8_block(layer, float(threshold)) for layer in layers]
-    return model.with_layers(new[0] if model.is_stacked else nnx.List(new))
+    new = [with_linears(layer, make) for layer in layers]
+    quantized = model.with_layers(new[0] if model.is_stacked else nnx.List(new))
+    if kind == "weights" and not model.settings.tied:
+        readout: Any = quantized.readout
+        readout.linear = make(plain_linear(getattr(readout, "linear", None), "readout.linear"))
+    return quantized
 
 
 def checked_start(start: jax.Array, batch: int, s: int) -> jax.Array:

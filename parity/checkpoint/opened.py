@@ -59,7 +59,7 @@ class Checkpoint:
         if self.model not in ("", model):
             raise ValueError(f"{self.where} holds a {self.model}, not a {model}")
         config = self.config if self.model else config
-        if config.get("int8_threshold") is not None:
+        if any(config.get(key) is not None for key in ("int8_threshold", "quantization")):
             raise ValueError(f"{self.where}: the model is quantized; compare its weights before that")
         return dataclasses.replace(self, model=model, config=config, tensors=self.fitted(self.abstract(model, config)))
 

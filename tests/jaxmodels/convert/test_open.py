@@ -321,6 +321,17 @@ def test_quantize(published, tmp_path, capsys):
         assert re.search(r"int8 is quantized", error)
 
 
+def test_quantize_weights(published, tmp_path, capsys):
+    arguments = ("quantize", published, tmp_path / "int8", "--kind", "weights")
+    code, _, error = command(capsys, *arguments, "--threshold", 3)
+    assert (code, "--threshold=3" in error, (tmp_path / "int8").exists()) == (2, True, False)
+    assert command(capsys, *arguments)[0] == 0
+    opened = open_source(tmp_path / "int8")
+    assert (opened.is_quantized, opened.model().quantization) == (True, "weights")
+    shown = command(capsys, "inspect", tmp_path / "int8")[1]
+    assert re.search(r"quantization +weights", shown)
+
+
 def test_a_folder_of_hugging_face_as_a_state_dict(published, tmp_path, capsys):
     assert command(capsys, "torch", published, tmp_path / "model.pt")[0] == 0
     state = torch.load(tmp_path / "model.pt")

@@ -1,0 +1,77 @@
+"""Linear maps with 8-bit weights and activations as they are (weight-only quantization).
+
+Axes: R rows of a call (all leading axes), I input features, O output features; stacked layers' weights have a leading
+layer axis.
+
+A decoded token reads every weight once, so that its time is that of reading them: 8 bits take a quarter of float32's
+memory traffic, provided that no whole matrix of float32 is made on the way. On a CPU, for few rows, TILE outputs at a
+time are converted and multiplied.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.layers import Fixed
+
+TILE = 256  # outputs: 1 MB of float32 with 1,024 features, which a core's cache holds
+FEW = 16  # rows; with more, the conversion of the whole matrix is a small part of the product
+
+
+class WeightOnlyLinear(nnx.Module):
+    """y = s (x q) + b, where s is max |w| / 127 of an output's weights, and q = round(w / s).
+
+    weight: q, int8 [O, I]: an output's weights are contiguous. scale: s, float32 [O]. bias: [O]. A weight differs from
+    the given one by s/2 at most, hence an output by s/2 · Σ|x|, besides rounding noise of the product. Rows are
+    independent of each other.
+
+    Raises ValueError if a weight is not finite.
+    """
+
+    def __init__(self, linear: nnx.Linear):
+        weight, scale = quantized(linear.kernel[...])
+        if not isinstance(scale, jax.core.Tracer) and not jnp.isfinite(scale).all():
+            raise ValueError("a linear map has weights that are infinite or NaN: it cannot be quantized")
+        self.weight, self.scale = Fixed(weight), Fixed(scale)
+        self.bias = linear.bias
+        self.dtype = linear.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., I] -> [..., O], in the compute dtype of the linear map; by default the widest of x and bias."""
+        dtype = self.dtype or (x.dtype if self.bias is None else jnp.promote_types(x.dtype, self.bias.dtype))
+        y = product(x.astype(dtype), self.weight[...], self.scale[...])  # [..., O]
+        return (y if self.bias is None else y + self.bias[...]).astype(dtype)
+
+
+@jax.jit
+def quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights [..., I, O] -> int8 [..., O, I], and float32 [..., O], the value that 1 represents."""
+    weight = kernel.swapaxes(-1, -2).astype(jnp.float32)
+    scale = jnp.abs(weight).max(-1) / 127
+    divisor = jnp.where(scale == 0, 1, scale)[..., None]
+    return jnp.clip(jnp.round(weight / divisor), -127, 127).astype(jnp.int8), scale
+
+
+def product(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., I] times the quantized weights [O, I] -> [..., O], in float32 at least."""
+    rows = x.reshape(-1, x.shape[-1])  # [R, I]
+    if len(rows) <= FEW and len(weight) > TILE:
+        y = jax.lax.platform_dependent(rows, weight, cpu=by_tiles, default=whole)
+    else:
+        y = whole(rows, weight)
+    return (y * scale.astype(y.dtype)).reshape(*x.shape[:-1], len(weight))
+
+
+def whole(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [R, I] times integers [O, I] -> [R, O], summed in float32 at least; int8 is exact in every dtype of x."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=wide)
+
+
+def by_tiles(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same as `whole`, TILE outputs after each other; the last O mod TILE ones by themselves."""
+    n = len(weight) // TILE
+    tiles = weight[: n * TILE].reshape(n, TILE, -1)
+    y = jax.lax.map(lambda tile: whole(x, tile), tiles)  # [n, R, TILE]
+    y = y.swapaxes(0, 1).reshape(len(x), n * TILE)
+    return y if n * TILE == len(weight) else jnp.concatenate([y, whole(x, weight[n * TILE :])], axis=1)
