@@ -256,7 +256,7 @@ def repository() -> str:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str | None:
     """MkDocs: replace passages, equations and figures by placeholders."""
-    if ROW.search(markdown) is None:
+    if not page.file.src_uri.startswith("annotated/"):
         return None
     page.meta["hide"] = ["navigation", "toc"]  # room for three columns
     text, page.meta["pieces"] = prepare(markdown, collect())

@@ -11,7 +11,7 @@ pytest.importorskip("latex2mathml")
 
 from docs.tools import annotate  # noqa: E402
 
-PAGES = sorted(annotate.PAGES.glob("*.md"))
+PAGES = sorted(page for page in annotate.PAGES.glob("*.md") if page.name != "index.md")
 PASSAGES = annotate.collect()
 
 
