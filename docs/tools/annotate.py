@@ -210,8 +210,8 @@ def mathml(tex: str, block: bool) -> str:
     left = [e.text for e in root.iter() if e.text and ("\\" in e.text or "&" in e.text)]
     if left:
         raise ValueError(f"equation {tex!r} holds {', '.join(left)}, which is not converted")
-    # Browsers follow the style of a cell, not its columnalign. Names of functions and ∞ are identifiers: operators would
-    # have wide spaces around them.
+    # Browsers follow the style of a cell, not its columnalign. Names of functions and ∞ are identifiers: operators
+    # would have wide spaces around them.
     text = re.sub(r'columnalign="(\w+)"', r'style="text-align:\1"', text)
     text = re.sub(r"<mo>([A-Za-z]{2,}|&#x0221E;)</mo>", r"<mi>\1</mi>", text)
     text = re.sub(r"(<mi>(?:cos|sin|LN|FF)</mi>)(?!<mo [^>]*>&#x00028;)", r'\1<mspace width="0.17em"/>', text)
