@@ -181,7 +181,7 @@ class Embed(nnx.Embed):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         # Not nnx.Embed's lookup, which casts to the dtype of the table at construction: a model made in float32 and
         # given float64 weights would compute and differentiate in float32 from here on.
-        table = constrain(self.embedding[...], "VD")  # replicated: any device may look up any row
+        table = constrain(self.embedding[...], "V.")  # replicated: any device may look up any row
         return table.at[inputs].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)  # [..., D]
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:

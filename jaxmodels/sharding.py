@@ -23,9 +23,11 @@ P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # both divide the rows of a batch
 
-# Mesh axes that divide an axis of an activation, by its letter in `constrain`: batch, heads, hidden features.
+# Mesh axes that divide an axis of an activation, by its letter in `constrain`: batch, heads, hidden features, and
+# features of the residual stream, which is saved between layers for the backward pass: the products that add to it are
+# then reduced and scattered, and the norms' outputs gathered, which takes as much communication as reducing them whole.
 # Axes with other letters are not divided.
-ACTIVATIONS = {"B": BATCH, "H": "tensor", "F": "tensor"}
+ACTIVATIONS: dict[str, str | tuple[str, ...]] = {"B": BATCH, "H": "tensor", "F": "tensor", "D": "tensor"}
 
 
 def parse_sizes(text: str, n_devices: int) -> dict[str, int]:
@@ -120,11 +122,19 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
 
 
 def activation_placement(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """Function that places activations on a mesh: the `placement` of `jaxmodels.layers.hooks`."""
+    """Function that places activations on a mesh: the `placement` of `jaxmodels.layers.hooks`.
+
+    An axis whose size the mesh does not divide stays whole.
+    """
+
+    def axes_of(letter: str, size: int) -> str | tuple[str, ...] | None:
+        axes = ACTIVATIONS.get(letter)
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return None if size % math.prod(mesh.shape[name] for name in names) else axes
 
     def constrain(x: jax.Array, name: str) -> jax.Array:
         if len(name) != x.ndim:
             raise ValueError(f"name={name!r} has {len(name)} axes, the array has shape {list(x.shape)}")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*map(ACTIVATIONS.get, name))))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*map(axes_of, name, x.shape))))
 
     return constrain

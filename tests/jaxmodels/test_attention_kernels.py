@@ -72,7 +72,7 @@ from jaxmodels.sharding import make_mesh
 from tests.jaxmodels.test_attention_kernels import errors, trained
 sizes = ("data=8", "data=2,fsdp=2,tensor=2", "tensor=8")
 print(json.dumps([[errors(3, 131, 5, 11, make_mesh(each)) for each in sizes],
-                  [trained("fused", make_mesh("data=2,fsdp=2,tensor=2")), trained("plain", make_mesh("fsdp=8"))]]))
+                  [trained("fused", make_mesh("fsdp=2,tensor=4")), trained("plain", make_mesh("fsdp=8"))]]))
 """
 
 

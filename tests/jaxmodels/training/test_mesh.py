@@ -24,7 +24,7 @@ from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.process.distributed import VARIABLES, Processes
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
-from jaxmodels.sharding import check_batch, make_mesh, parameter_specs, parse_sizes
+from jaxmodels.sharding import activation_placement, check_batch, make_mesh, parameter_specs, parse_sizes
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training.metrics import read
 from jaxmodels.training.optimizers import make_optimizer
@@ -151,6 +151,24 @@ def test_a_batch_that_does_not_split_is_an_error():
         check_batch(mesh, 12, 2)
 
 
+@pytest.mark.parametrize(
+    ("shape", "name", "spec"),
+    [
+        ((6, 5, 8), "BSD", P(("data", "fsdp"), None, "tensor")),
+        ((6, 5, 10), "BSD", P(("data", "fsdp"), None, None)),
+        ((5, 6, 8), "SBD", P(None, ("data", "fsdp"), "tensor")),
+        ((5, 4, 8), "SBD", P(None, None, "tensor")),  # 4 rows for 6 devices
+        ((6, 5, 6, 7), "BSHK", P(("data", "fsdp"), None, None, None)),
+        ((6, 5, 12), "BSF", P(("data", "fsdp"), None, "tensor")),
+        ((23, 12), "V.", P(None, None)),
+    ],
+)
+def test_activations_are_divided_by_the_axes_that_fit(monkeypatch, shape, name, spec):
+    monkeypatch.setattr(jax.lax, "with_sharding_constraint", lambda x, sharding: sharding.spec)
+    place = activation_placement(abstract_mesh(data=2, fsdp=3, tensor=4))
+    assert place(jax.ShapeDtypeStruct(shape, np.float32), name) == spec
+
+
 def test_constrain_is_the_identity_unless_a_mesh_is_set():
     x = np.ones((2, 3))
     assert constrain(x, "SB") is x
@@ -160,8 +178,6 @@ def test_constrain_is_the_identity_unless_a_mesh_is_set():
     made = program()
     with made.tracing():
         assert constrain(x, "SB") is x  # one device
-    from jaxmodels.sharding import activation_placement
-
     with pytest.raises(ValueError, match=r"'SBD' .*3.*\[2, 3\]"):
         activation_placement(make_mesh())(x, "SBD")
 
