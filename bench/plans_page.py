@@ -108,12 +108,13 @@ def twenty(rows: Sequence[Row]) -> str:
         smaller = [row for row in refused if row["topology"] != slice_]
         line = f"- {generation}: `{slice_}` holds it"
         line += "".join(f"; `{r['topology']}` needs {r['need']:.4g} of {r['limit']:.4g} GiB" for r in smaller)
+        line += "" if smaller else "; smaller slices were not compiled"
         more = [row for row in refused if row["topology"] == slice_ and row["sequences"] == most["sequences"] + 1]
         if more:
-            line += f". At most {most['sequences']:g} sequences per chip; {more[0]['sequences']:g} need "
+            line += f". Most sequences per chip: {most['sequences']:g}; {more[0]['sequences']:g} need "
             line += f"{more[0]['need']:.4g} GiB."
         else:
-            line += f". {most['sequences']:g} sequences per chip fit; more were not tried."
+            line += f". Sequences per chip: {most['sequences']:g}; more were not compiled."
         lines.append(line)
     return "The smallest slice of each generation that holds the model with AdamW:\n\n" + "\n".join(lines)
 

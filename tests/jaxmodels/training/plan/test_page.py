@@ -79,7 +79,7 @@ def test_a_cut_run_goes_on_with_the_steps_that_are_missing(tmp_path, monkeypatch
     assert not set(first) & set(done)
     found = {row["sequences"]: "peak" in row for row in again.rows.values()}
     assert found == {1: True, 2: True, 3: True, 4: False}
-    assert "At most 3 sequences per chip; 4 need 16 GiB." in (tmp_path / "plans.md").read_text()
+    assert "Most sequences per chip: 3; 4 need 16 GiB." in (tmp_path / "plans.md").read_text()
 
 
 def test_steps_of_other_versions_are_compiled_again(tmp_path):
