@@ -12,7 +12,7 @@ from torch import nn
 from jaxmodels.weights.names import as_numpy
 from parity.compare.inputs import Inputs, named_leaves
 from parity.compare.loss import Batch, Kinds, torch_loss
-from parity.compare.noise import HUGE, RUNS, ULPS, Noise, Spread, of_spreads
+from parity.compare.noise import BLOCK, HUGE, RUNS, ULPS, Noise, Spread, of_spreads
 from parity.compare.sides.torch_copy import cast, copied, slow_paths
 from parity.compare.sides.wide_torch import Rounding, widened
 
@@ -209,15 +209,17 @@ def copy_tensors(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.
 
 
 def move(tensors: Iterable[torch.Tensor], ulp: float, rng: np.random.Generator) -> None:
-    """Move every floating element, in place, by up to `ulp` relative to its size."""
+    """Move every floating element, in place, by up to `ulp` relative to its size; large tensors piece by piece."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     with torch.no_grad():
         for tensor in tensors:
-            if tensor.is_floating_point() or tensor.is_complex():
-                by = (
-                    torch.rand(tensor.shape, generator=generator, dtype=torch.float64).mul_(2 * ulp).sub_(ulp).add_(1.0)
-                )
-                tensor.mul_(torch.where(tensor.abs() < HUGE, by.to(tensor.device), 1.0))
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            for part in (
+                tensor.split(max(1, BLOCK * len(tensor) // tensor.numel())) if tensor.numel() > BLOCK else [tensor]
+            ):
+                by = torch.rand(part.shape, generator=generator, dtype=torch.float64).mul_(2 * ulp).sub_(ulp).add_(1.0)
+                part.mul_(torch.where(part.abs() < HUGE, by.to(part.device), 1.0))
 
 
 def gradient(tensor: torch.Tensor) -> np.ndarray:
