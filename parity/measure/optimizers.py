@@ -15,7 +15,7 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
 from parity.compare.noise import Noise, Spread, of_spreads
-from parity.compare.sides.jax_side import JaxSide, compiled
+from parity.compare.sides.jax_side import JaxSide, as_in_torch, compiled
 from parity.compare.sides.torch_side import TorchSide, as_arrays, gradient, move
 
 RUNS = 2  # of a training, to measure its noise
@@ -223,11 +223,9 @@ def jax_training(side: JaxSide, training: Training, *, spent: bool = False) -> I
         named = side.weights.read(tree, gradients=gradients)
         return {name: array for name, array in named.items() if not matches(name, training.frozen)}
 
-    params: Any = side.params
+    params: Any = taken(side) if spent else side.params
     gradients: Any = None
     state = optimizer(training.rates[0]).init(params)
-    if spent:
-        del side.params, side.module
 
     def of_gradients() -> dict[str, np.ndarray]:
         return read(gradients, gradients=True)
@@ -242,10 +240,19 @@ def jax_training(side: JaxSide, training: Training, *, spent: bool = False) -> I
     step = compiled(update, donated=(0, 1) if spent else ())
     for batch, rate in zip(training.batches, training.rates, strict=True):
         (loss, _), (gradients, _) = side.value_and_grad(params, *side.arguments(batch), side.rest)
-        gradients = jax.tree.map(jnp.conj, gradients)  # PyTorch's gradient of a complex array
+        gradients = as_in_torch(gradients)
         params, state = step(params, state, gradients, jnp.asarray(rate, side.dtype))
         gradients = None if spent else gradients
         yield Step(np.array(loss), of_gradients, moments, parameters)
+
+
+def taken(side: JaxSide) -> Any:
+    """The parameters of a side, which loses them, in memory that XLA can use again; NumPy's it cannot."""
+    arrays, structure = jax.tree.flatten(side.params)
+    del side.params, side.module
+    for i in range(len(arrays)):  # one by one, so that there are no two copies of all of them
+        arrays[i] = jnp.array(arrays[i], copy=True)
+    return jax.tree.unflatten(structure, arrays)
 
 
 def whole(moment: Any) -> Any:

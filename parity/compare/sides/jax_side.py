@@ -75,6 +75,11 @@ def current_device() -> jax.Device:
     return config.jax_default_device or jax.devices()[0]
 
 
+def as_in_torch(gradients: Any) -> Any:
+    """JAX's gradients as PyTorch defines them: that of a complex array is the conjugate. Others are not copied."""
+    return jax.tree.map(lambda a: jnp.conj(a) if jnp.iscomplexobj(a) else a, gradients)
+
+
 def differentiable(_: Any, variable: Any) -> bool:
     """True for parameters of floats; integers, as those of quantized layers, have no gradient."""
     dtype = getattr(variable, "dtype", None)
@@ -165,8 +170,7 @@ class JaxSide:
         (_, outputs), (of_params, of_inputs) = value, gradients
         kinds = {
             "output": {name: np.asarray(output) for name, output in outputs.items()},
-            # JAX's gradient of a complex array is the conjugate of PyTorch's.
-            "parameter gradients": self.weights.read(jax.tree.map(jnp.conj, of_params), gradients=True),
+            "parameter gradients": self.weights.read(as_in_torch(of_params), gradients=True),
             "input gradients": {name: np.conj(gradient) for name, gradient in of_inputs.items()},
         }
         return {kind: tensors for kind, tensors in kinds.items() if tensors}
