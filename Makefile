@@ -25,7 +25,7 @@ MINUTES ?= 60
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help parity parity-golden zoo test test-slow fuzz train docs bench plans lint
+.PHONY: help parity parity-golden zoo test test-slow fuzz train docs accelerator bench plans lint
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -55,6 +55,9 @@ train: $(READY) ## train the small RoPE language model (8 minutes on two cores)
 docs: $(READY) ## build the site into site/, for a browser without a server: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
 	$(BIN)/python -m docs.tools.links site
+
+accelerator: $(READY) ## parity, tests and timings on a GPU (ARGS="--device tpu": a TPU); writes docs/accelerator.md
+	$(BIN)/python -m bench.accelerator $(ARGS)
 
 bench: $(READY) ## time training steps against PyTorch
 	$(BIN)/python -m bench.rope $(ARGS)

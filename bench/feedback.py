@@ -8,7 +8,6 @@ number of steps, beyond the 512 of the comparison with the stack; decoding; and 
 
 import argparse
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from bench.device import add_device, synchronize, torch_device, use
 
 
 class Size(NamedTuple):
@@ -50,8 +51,7 @@ ORIGINAL = Size(512, 128, layers=6, batch=64)
 def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.feedback", description=__doc__)
     arguments.add_argument("--rounds", type=int, default=3, help="timed calls of each (default 3)")
-    arguments.add_argument("--threads", type=int, default=1, help="CPU threads for both frameworks (default 1)")
-    arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="device for both (default cpu)")
+    add_device(arguments, threads=1)
     arguments.add_argument(
         "--sizes",
         type=Size.of,
@@ -73,19 +73,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if options.device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        # XLA sizes its thread pool once, at start, by the number of processors it may use.
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-
-    import torch
+    use(options.device, options.threads)
 
     from bench.timing import stamp
 
-    torch.set_num_threads(options.threads)
     console = Console(width=120, highlight=False)
-    console.print(stamp(options.threads) + (f", {torch.cuda.get_device_name()}" if options.device == "gpu" else ""))
+    console.print(stamp(options.threads, options.device))
     console.print(gradients(options))
     if options.growth:
         for d_model in (128, 256):
@@ -144,7 +137,7 @@ def torch_gradient(size: Size, device: str, compiled: bool = False) -> Callable[
 
     from torch_ref.feedback_stack import FeedbackTransformerKV
 
-    where = "cuda" if device == "gpu" else "cpu"
+    where = torch_device(device)
     model = FeedbackTransformerKV(*size.arguments).to(where)
     x = torch.randn(size.shape, device=where, requires_grad=True)
     call = torch.compile(model) if compiled else model
@@ -153,8 +146,7 @@ def torch_gradient(size: Size, device: str, compiled: bool = False) -> Callable[
         model.zero_grad(set_to_none=True)
         x.grad = None
         call(x).square().sum().backward()
-        if where == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     return run
 
@@ -245,7 +237,7 @@ def torch_decoding(size: Size, n_vocab: int, n: int, device: str) -> Callable[[]
 
     from torch_ref.feedback import AutoregressiveModel, FeedbackTransformerKV
 
-    where = "cuda" if device == "gpu" else "cpu"
+    where = torch_device(device)
     transformer = FeedbackTransformerKV(*size.arguments)
     model = AutoregressiveModel(n_vocab, transformer).to(where).eval()
     shape = n, size.batch, size.heads, size.d_model // size.heads
@@ -259,8 +251,7 @@ def torch_decoding(size: Size, n_vocab: int, n: int, device: str) -> Callable[[]
             x, memory = transformer.step(model.src_embed(token), *seen)
             keys[t], values[t] = transformer.key(memory), transformer.value(memory)
             token = model.generator(transformer.norm(x)).argmax(dim=-1)
-        if where == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     return run
 

@@ -8,10 +8,11 @@ once. Weights are random: the times do not depend on them.
 """
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from bench.device import add_device, synchronize, torch_device, use
 
 if TYPE_CHECKING:  # imported by `main` once the processors are set
     import numpy as np
@@ -34,8 +35,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--prompt", type=int, default=128, metavar="S", help="tokens of the prompt (default 128)")
     arguments.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
     arguments.add_argument("--rounds", type=int, default=9, help="timed calls of each (default 9)")
-    arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
-    arguments.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="device for both (default cpu)")
+    add_device(arguments, threads=2)
     arguments.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -53,14 +53,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     options.dtype = options.dtype or {"cpu": "float32", "gpu": "bfloat16"}[options.device]
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share the GPU's memory
-    if options.device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        # XLA sizes its thread pool once, at start, by the number of processors it may use.
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    use(options.device, options.threads)
 
-    import jax
     import numpy as np
     import torch
 
@@ -73,11 +67,8 @@ def main() -> None:
         raise SystemExit(
             f"python -m bench.neox: unknown --sizes {', '.join(unknown)}; choose from {', '.join(PRESETS)}"
         )
-    torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    print(stamp(options.threads))
-    if options.device == "gpu":
-        print(jax.devices("gpu")[0].device_kind)
+    print(stamp(options.threads, options.device))
     for name in options.sizes:
         config: NeoXConfig = PRESETS[name]()
         for batch in options.batch:
@@ -169,20 +160,16 @@ def torch_calls(
     from jaxmodels.generate.loop import capacity
 
     theirs = GPTNeoXConfig.from_dict(hf_config(config, options.dtype, {}))
-    device = {"cpu": "cpu", "gpu": "cuda"}[options.device]
+    device = torch_device(options.device)
     model = GPTNeoXForCausalLM(theirs).eval().to(device, getattr(torch, options.dtype))
     prompt = torch.as_tensor(ids, device=device)
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     def fill(cache: Any) -> torch.Tensor:
         return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(dim=-1)
 
     def read() -> None:
         fill(DynamicCache(config=theirs))
-        wait()
+        synchronize(options.device)
 
     dynamic = DynamicCache(config=theirs)
     first = fill(dynamic)
@@ -191,7 +178,7 @@ def torch_calls(
         token = first
         for _ in range(options.tokens):
             token = step(token, past_key_values=cache, use_cache=True).logits.argmax(dim=-1).clone()
-        wait()
+        synchronize(options.device)
 
     writes: dict[str, Callable[[], object]] = {
         "transformers eager": lambda: write_with(model, copy.deepcopy(dynamic))  # a copy of a few MB

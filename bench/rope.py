@@ -8,10 +8,11 @@ Then times the parts of the Flax step separately and prints their share of the s
 import argparse
 import functools
 import math
-import os
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from bench.device import add_device, synchronize, torch_device, use
 
 if TYPE_CHECKING:  # imported by `main` once the processors are set
     import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # imported by `main` once the processors are set
 def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.rope", description=__doc__)
     arguments.add_argument("--rounds", type=int, default=9, help="timed steps of each (default 9)")
-    arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
+    add_device(arguments, threads=2)
     arguments.add_argument("--sequence", type=int, default=512, help="tokens of a sequence (default 512)")
     arguments.add_argument("--batch", type=int, default=4, help="sequences of a step (default 4)")
     arguments.add_argument("--no-compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
@@ -33,19 +34,15 @@ N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS = 65, 128, 16, 512, 6  # the originals' 
 
 def main() -> None:
     options = parse()
-    # XLA sizes its thread pool once, at start, by the number of processors it may use.
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    use(options.device, options.threads)
 
     import numpy as np
-    import torch
 
     from bench.timing import alternate, report, stamp
 
-    torch.set_num_threads(options.threads)
     ids = np.random.default_rng(0).integers(0, N_VOCAB, (options.sequence + 1, options.batch))
-    steps = {"Flax": flax_step(ids)} | torch_steps(ids, compiled=not options.no_compile)
-    print(stamp(options.threads))
+    steps = {"Flax": flax_step(ids)} | torch_steps(ids, options.device, compiled=not options.no_compile)
+    print(stamp(options.threads, options.device))
     shape = f"S {options.sequence}, batch {options.batch}, d {D_MODEL}, H {HEADS}, L {N_LAYERS}, float32"
     report(f"Training step: {shape}", alternate(steps, options.rounds), against="Flax")
 
@@ -138,13 +135,14 @@ def flax_parts(ids: "np.ndarray") -> dict[str, Callable[[], object]]:
     }
 
 
-def torch_steps(ids: "np.ndarray", *, compiled: bool) -> dict[str, Callable[[], object]]:
+def torch_steps(ids: "np.ndarray", device: str, *, compiled: bool) -> dict[str, Callable[[], object]]:
     """Training steps of the PyTorch models by name."""
     import torch
 
     from torch_ref.transformer import AutoregressiveTransformer
 
-    inputs, labels = torch.as_tensor(ids[:-1]), torch.as_tensor(ids[1:])
+    where = torch_device(device)
+    inputs, labels = torch.as_tensor(ids[:-1], device=where), torch.as_tensor(ids[1:], device=where)
 
     def step(module: Any) -> Callable[[], None]:
         optimizer = torch.optim.Adam(module.parameters(), lr=1e-4)
@@ -154,19 +152,23 @@ def torch_steps(ids: "np.ndarray", *, compiled: bool) -> dict[str, Callable[[], 
             logits = module(inputs)
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
             optimizer.step()
+            synchronize(device)
 
         return run
 
     def twin() -> torch.nn.Module:
-        return AutoregressiveTransformer(N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS)
+        return AutoregressiveTransformer(N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS).to(where)
+
+    def fused() -> torch.nn.Module:
+        return fused_model().to(where)
 
     steps: dict[str, Callable[[], object]] = {
         "PyTorch twin, eager": step(twin()),
-        "PyTorch fused attention, eager": step(fused_model()),
+        "PyTorch fused attention, eager": step(fused()),
     }
     if compiled:
         steps["PyTorch twin, compiled"] = step(torch.compile(twin()))
-        steps["PyTorch fused attention, compiled"] = step(torch.compile(fused_model()))
+        steps["PyTorch fused attention, compiled"] = step(torch.compile(fused()))
     return steps
 
 
@@ -202,8 +204,9 @@ def fused_model() -> "torch.nn.Module":
             self.readout = nn.Linear(D_MODEL, N_VOCAB)
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            position = torch.arange(len(ids), dtype=torch.float32)
-            angle = torch.outer(position, torch.exp(-math.log(10_000) * torch.arange(0, d_k, 2) / d_k))
+            position = torch.arange(len(ids), dtype=torch.float32, device=ids.device)
+            frequency = torch.exp(-math.log(10_000) * torch.arange(0, d_k, 2, device=ids.device) / d_k)
+            angle = torch.outer(position, frequency)
             cos, sin = angle.cos(), angle.sin()
             x = self.embed(ids.T)
             for layer in self.layers:

@@ -1,15 +1,17 @@
 """`python -m bench.scripts`: the training step of every script, compared with its PyTorch twin.
 
 The Flax step is the one that the script compiles, at the sizes of a preset. PyTorch's step has the same sizes, clipping
-and variant of Adam, in eager mode. Both alternate in one process; prints one line per model.
+and variant of Adam, in eager mode. Both alternate in one process; prints one line per model, with the peak of memory
+that XLA plans for the step.
 """
 
 import argparse
 import dataclasses
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any
+
+from bench.device import add_device, synchronize, torch_device, use
 
 N_VOCAB = 65
 # Script and its --attention; "" if it has no such flag.
@@ -33,8 +35,9 @@ def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.scripts", description=__doc__)
     arguments.add_argument("models", nargs="*", metavar="SCRIPT", help="rope, feedback, … (default: all of them)")
     arguments.add_argument("--preset", default="small", help="preset of the scripts (default small)")
+    arguments.add_argument("--sequence", type=int, help="tokens of a sequence (default: the preset's)")
     arguments.add_argument("--rounds", type=int, default=7, help="timed steps of each (default 7)")
-    arguments.add_argument("--threads", type=int, default=2, help="CPU threads for both frameworks (default 2)")
+    add_device(arguments, threads=2)
     options = arguments.parse_args()
     unknown = sorted(set(options.models) - {script for script, _ in MODELS})
     if unknown:
@@ -44,39 +47,40 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    # XLA sizes its thread pool once, at start, by the number of processors it may use.
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    use(options.device, options.threads)
 
     import numpy as np
-    import torch
 
     from bench.timing import alternate, stamp
     from jaxmodels.process.allocator import keep_freed_memory
     from jaxmodels.training.experiment import experiment_class
 
     keep_freed_memory()  # as the scripts do; PyTorch becomes faster too
-    torch.set_num_threads(options.threads)
-    print(stamp(options.threads))
+    print(stamp(options.threads, options.device))
     print(f"\nTraining steps, --preset {options.preset}")
-    print(f"{'':28}{'batch':>12}{'Flax ms':>9}{'PyTorch ms':>12}{'÷ Flax':>8}")
+    print(f"{'':28}{'batch':>12}{'Flax ms':>9}{'PyTorch ms':>12}{'÷ Flax':>8}{'Flax MB':>9}")
     for script, attention in MODELS:
         if options.models and script not in options.models:
             continue
         kind = experiment_class(script)
         config: Any = kind.config_class.of_preset(options.preset)
+        if options.sequence:
+            config = dataclasses.replace(config, seq_len=options.sequence)
         experiment = kind(dataclasses.replace(config, attention=attention) if attention else config)
         rng = np.random.default_rng(0)
         batch = {name: rng.integers(0, N_VOCAB, a.shape, np.int32) for name, a in experiment.abstract_batch().items()}
-        steps = {"Flax": flax_step(experiment, batch), "PyTorch": torch_step(experiment, batch)}
+        step, peak = flax_step(experiment, batch)
+        steps = {"Flax": step, "PyTorch": torch_step(experiment, batch, options.device)}
         seconds = alternate(steps, options.rounds)
         ratio = statistics.median(a / b for a, b in zip(seconds["PyTorch"], seconds["Flax"], strict=True))
         ours, theirs = (1e3 * statistics.median(seconds[name]) for name in ("Flax", "PyTorch"))
         size = f"{config.batch_size} × {config.seq_len}"
-        print(f"{' '.join(filter(None, [script, attention])):28}{size:>12}{ours:>9.0f}{theirs:>12.0f}{ratio:>8.2f}")
+        name = " ".join(filter(None, [script, attention]))
+        print(f"{name:28}{size:>12}{ours:>9.0f}{theirs:>12.0f}{ratio:>8.2f}{peak / 1e6:>9.0f}")
 
 
-def flax_step(experiment: Any, batch: dict[str, Any]) -> Callable[[], None]:
+def flax_step(experiment: Any, batch: dict[str, Any]) -> tuple[Callable[[], None], int]:
+    """The script's training step, and its peak of memory in bytes."""
     import jax
     import numpy as np
 
@@ -91,16 +95,17 @@ def flax_step(experiment: Any, batch: dict[str, Any]) -> Callable[[], None]:
         state[0], metrics = compiled(state[0], placed, np.zeros(1, bool))
         jax.block_until_ready((state[0].params, metrics))
 
-    return run
+    return run, compiled.memory_analysis().peak_memory_in_bytes
 
 
-def torch_step(experiment: Any, batch: dict[str, Any]) -> Callable[[], None]:
+def torch_step(experiment: Any, batch: dict[str, Any], device: str) -> Callable[[], None]:
     import torch
 
-    module, config = twin(experiment), experiment.config
+    where = torch_device(device)
+    module, config = twin(experiment).to(where), experiment.config
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind(module.parameters(), lr=1e-4)
-    tensors = {name: torch.as_tensor(array, dtype=torch.long) for name, array in batch.items()}
+    tensors = {name: torch.as_tensor(array, dtype=torch.long, device=where) for name, array in batch.items()}
     inputs, targets = tensors["tokens"][:, :-1], tensors["tokens"][:, 1:]
     others = {name: tensor for name, tensor in tensors.items() if name != "tokens"}
     if experiment.model(N_VOCAB).sequence_axis == 0:
@@ -113,6 +118,7 @@ def torch_step(experiment: Any, batch: dict[str, Any]) -> Callable[[], None]:
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
         optimizer.step()
+        synchronize(device)
 
     return run
 

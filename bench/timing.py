@@ -44,11 +44,17 @@ def report(title: str, seconds: Mapping[str, list[float]], against: str) -> None
     Console(width=100).print(table)
 
 
-def stamp(threads: int) -> str:
-    """Processor, threads and versions, for the heading of a table."""
+def stamp(threads: int, device: str = "cpu") -> str:
+    """Processor, threads, versions and GPU, for the heading of a table."""
     packages = ("jax", "flax", "torch", "numpy")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return f"{processor()}, {threads} threads; Python {platform.python_version()}, {versions}"
+    line = f"{processor()}, {threads} threads; Python {platform.python_version()}, {versions}"
+    if device == "cpu":
+        return line
+
+    import jax
+
+    return f"{line}; {jax.devices(device)[0].device_kind}"
 
 
 def processor() -> str:
