@@ -14,6 +14,9 @@ NAMES = sorted(file.stem for file in (ROOT / "bench").glob("*.py"))
 LIBRARIES = {"__init__", "device", "timing"}
 COMMANDS = {
     "accelerator": None,  # has a test of its own
+    "maxtext": None,  # runs in an environment of MaxText's
+    "plans": None,  # tests/jaxmodels/training/test_plan.py compiles a few
+    "plans_page": None,  # a library of bench.plans
     "feedback": ["--sizes", "16x13", "--growth", "32", "--tokens", "3", "--rounds", "1"],
     "finetune": ["--model", "pythia_14m", "--batch", "1", "--length", "7", "--rounds", "1", "--steps", "1"],
     "neox": [
