@@ -214,7 +214,9 @@ def mathml(tex: str, block: bool) -> str:
     # would have wide spaces around them.
     text = re.sub(r'columnalign="(\w+)"', r'style="text-align:\1"', text)
     text = re.sub(r"<mo>([A-Za-z]{2,}|&#x0221E;)</mo>", r"<mi>\1</mi>", text)
-    text = re.sub(r"(<mi>(?:cos|sin|LN|FF)</mi>)(?!<mo [^>]*>&#x00028;)", r'\1<mspace width="0.17em"/>', text)
+    text = re.sub(
+        r"(?<!<msub>)(<mi>(?:cos|sin|LN|FF)</mi>)(?!<mo [^>]*>&#x00028;)", r'\1<mspace width="0.17em"/>', text
+    )
     return f'<div class="equation">{text}</div>' if block else text
 
 

@@ -2,6 +2,7 @@
 
 import html
 import re
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,15 @@ def f(x):
 def test_a_passage_without_its_twin_is_refused(tmp_path, torch, flax, expected):
     with pytest.raises(ValueError, match=expected):
         annotate.collect(tree(tmp_path, torch, flax))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_equations_are_valid_mathml(page):
+    children = {"msub": 2, "msup": 2, "mfrac": 2, "munder": 2, "mover": 2, "msubsup": 3, "munderover": 3}
+    for text in re.findall(r"<math.*?</math>", built(page), re.S):
+        for element in ET.fromstring(text).iter():
+            name = element.tag.partition("}")[2]
+            assert len(element) == children.get(name, len(element)), text
 
 
 def test_a_page_that_names_an_unknown_passage_is_refused(tmp_path):
