@@ -255,6 +255,15 @@ def test_the_examples_in_a_commands_help_are_accepted(name):
         check_subcommand(command, arguments)
 
 
+def test_the_readme_is_short_and_its_outputs_are_narrow():
+    assert len(read("README.md").splitlines()) < 150
+    assert all(len(line) <= 100 for _, content in blocks("README.md") for line in content.splitlines())
+    assert [line for _, content in blocks("README.md")[:1] for line in in_block("", content)] == [
+        "make parity     # Flax against PyTorch, every case",
+        "make test       # the test suite",
+    ]
+
+
 def test_every_page_is_in_the_navigation():
     """The navigation of mkdocs.yml has each page once, and no other but the generated ones."""
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
