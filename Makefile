@@ -25,7 +25,7 @@ MINUTES ?= 60
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help parity parity-golden zoo test test-slow fuzz train docs accelerator bench plans lint
+.PHONY: help parity parity-golden zoo test test-slow fuzz train docs notebooks accelerator bench plans lint
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -58,6 +58,9 @@ docs: $(READY) ## build the site into site/, for a browser without a server: sit
 
 accelerator: $(READY) ## parity, tests and timings on a GPU (ARGS="--device tpu": a TPU); writes docs/accelerator.md
 	$(BIN)/python -m bench.accelerator $(ARGS)
+
+notebooks: $(READY) ## run the notebooks of examples/ and save their outputs, which make docs shows
+	$(BIN)/python -m docs.tools.notebooks $(ARGS)
 
 bench: $(READY) ## time training steps against PyTorch
 	$(BIN)/python -m bench.rope $(ARGS)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("COLUMNS", "88")  # width of usage lines
 os.environ.setdefault("NO_COLOR", "1")
 
-from docs.tools import annotate, commands, reference  # noqa: E402
+from docs.tools import annotate, commands, notebooks, reference  # noqa: E402
 
 # Pages whose source is a file of the repository's root.
 PROJECT = {
@@ -40,24 +40,27 @@ COMMAND = re.compile(r"(jaxmodels|parity) ([a-z][a-z-]*)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages of the reference and those of the root's files."""
+    """Add the pages of the reference, those of the root's files, and the notebooks."""
     for page in reference.PAGES:
         files.append(File.generated(config, page, content=reference.page(page)))
     for page, make in commands.PAGES.items():
         files.append(File.generated(config, page, content=make()))
     for page, source in PROJECT.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for page, source in notebooks.PAGES.items():
+        files.append(File.generated(config, page, content=notebooks.page(source)))
     return files
 
 
 def destination(page: str, target: str, repository: str) -> str:
     """Link of a page, written for the repository, as a link of the site.
 
-    page: path in docs/, or in PROJECT. Files that are no pages are linked on the repository's own site.
+    page: path in docs/, in PROJECT or of a notebook. Files that are no pages are linked on the repository's own site.
     """
-    source = PROJECT.get(page, f"docs/{page}")
+    own = PROJECT | notebooks.PAGES
+    source = own.get(page, f"docs/{page}")
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    pages = {file: made for made, file in PROJECT.items()}
+    pages = {file: made for made, file in own.items()}
     made = pages.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
     if made is None or made.startswith("tools/") or made.endswith(".py"):
         kind = "tree" if (ROOT / path).is_dir() else "blob"
@@ -111,7 +114,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
 
     html = SHORT.sub(r'<code class="short">\1</code>', html)
     html = PICTURE.sub(r'<img class="only-dark" \2 src="\1"><img class="only-light" \2 src="\3">', html)
-    return CODE.sub(linked, FIGURE.sub(drawn, html))
+    html = CODE.sub(linked, FIGURE.sub(drawn, html))
+    return notebooks.fill(html, notebooks.PAGES[here]) if here in notebooks.PAGES else html
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

@@ -185,7 +185,10 @@ class Session:
             keep_freed_memory()
         quiet = callback is not None or not is_first()
         output: Any = Output(sys.stdout, stop.pipe_closed)
-        self.console = Console(file=output, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+        # force_jupyter: in a notebook, too, the output goes to sys.stdout, which a user can redirect.
+        self.console = Console(
+            file=output, highlight=False, markup=False, soft_wrap=True, quiet=quiet, force_jupyter=False
+        )
 
     def train(self, experiment: Experiment[Any], folder: Path, branch: Branch | None = None) -> Result | None:
         """Train a run to its result; None if it was stopped. Raises ValueError for bad input, before any work."""

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxmodels.process.signals import Stop
+from jaxmodels.training.config import Options
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.run import read_about, saved_experiment, write_about
+from jaxmodels.training.script import Session
 from tests.train_common import ROOT, start
 from train import rope, rope_value
 
@@ -32,6 +35,12 @@ def test_a_missing_package_is_one_line_that_names_the_extra(program, module, tmp
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert re.fullmatch(rf"python -m {program}: .*\b{module}\b.*'jaxmodels\[train\]'\n", err)
+
+
+def test_output_in_a_notebook_goes_to_the_stream_that_a_user_can_redirect(monkeypatch, capsys):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    Session(Options(), Stop(), "again").console.print("a line")
+    assert capsys.readouterr().out == "a line\n"
 
 
 @pytest.fixture

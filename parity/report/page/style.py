@@ -30,9 +30,9 @@ SERIES = 6
 
 # An id that no element has: its specificity puts the rules before those of a notebook.
 ROOT = ".parity:not(#_)"
-# Notebooks that have a scheme of their own, whatever the system's: JupyterLab, VS Code, Colab.
-LIGHT = ["[data-jp-theme-light=true]", ".vscode-light", "html[theme=light]"]
-DARK = ["[data-jp-theme-light=false]", ".vscode-dark", "html[theme=dark]"]
+# Pages that have a scheme of their own, whatever the system's: JupyterLab, VS Code, Colab, MkDocs Material.
+LIGHT = ["[data-jp-theme-light=true]", ".vscode-light", "html[theme=light]", "[data-md-color-scheme=default]"]
+DARK = ["[data-jp-theme-light=false]", ".vscode-dark", "html[theme=dark]", "[data-md-color-scheme=slate]"]
 
 RULES = """
 { box-sizing: border-box; margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere }
