@@ -4,6 +4,8 @@ import contextlib
 import functools
 import logging
 import math
+import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import kind_of, read_object
 from jaxmodels.io.safetensors import is_folder, read_folder
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, with_arrays
@@ -20,6 +22,7 @@ from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
 STEM = "params"
+METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for an array
 COMPRESSION = 2**16  # bytes of an array in one of a file: zstandard, which Orbax uses, reaches 2**15
 
 
@@ -130,6 +133,7 @@ def stored_types(folder: Path) -> dict[str, Type]:
     """
     from orbax.checkpoint import v1 as ocp
 
+    check_files(folder)
     try:
         with without_logs():
             stored = ocp.metadata(folder.absolute()).metadata
@@ -145,6 +149,24 @@ def stored_types(folder: Path) -> dict[str, Type]:
             f"{folder} is not a complete Orbax checkpoint: {claimed:,} bytes of arrays in files of {held:,}"
         )
     return types
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError, naming the file, for what Orbax would wait for without end, or read whole however large it is.
+
+    All but its files of numbers are JSON.
+    """
+    for path, folders, files in os.walk(folder):
+        for name in folders:
+            if (Path(path) / name).is_symlink():
+                raise ValueError(f"{Path(path) / name} is a symbolic link; expected a folder")
+        for name in files:
+            file = Path(path) / name
+            about = file.stat()
+            if not stat.S_ISREG(about.st_mode):
+                raise ValueError(f"{file} is a {kind_of(about.st_mode)}; expected a regular file")
+            if Path(path).name != "d" and about.st_size > METADATA_BYTES:
+                raise ValueError(f"{file} has {about.st_size:,} bytes; at most {METADATA_BYTES:,} are read")
 
 
 def stored_arrays(folder: Path) -> dict[str, Any]:

@@ -137,6 +137,23 @@ CASES |= {
 }
 
 
+def fifo(name):
+    """Change that makes a file one that is waited for without end."""
+
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+ORBAX = "params/state/array_metadatas/process_0"
+CASES |= {
+    "a FIFO in Orbax's folder": ("model", fifo(ORBAX), "process_0 is a FIFO; expected a regular file"),
+    "metadata without end": ("model", sparse("params/state/_METADATA"), "_METADATA has 1,000,000,000,000 bytes"),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_refused(tmp_path, case):
     name, change, said = CASES[case]
