@@ -48,25 +48,41 @@ class ConversionError(ValueError):
         few = [f"{kind} ({len(entries)}): {listed(entries)}" for kind, entries in self.problems.items()]
         super().__init__(f"weights and model do not fit; nothing was converted: {'; '.join(few)}")
         for kind, entries in self.problems.items():
-            lines = map(texts.visible, shortened(entries, self.SHOWN))
+            lines = shortened(entries, self.SHOWN)
             self.add_note(f"  {kind} ({len(entries)}):\n    " + "\n    ".join(lines))
 
 
 def listed(entries: list[str]) -> str:
     """FEW entries at most, in one line: if there are more, those of equal layers are counted, and the rest too."""
-    return ", ".join(map(texts.visible, shortened(entries, FEW)))
+    if len(entries) <= FEW:
+        return ", ".join(texts.shortened(entry, LONGEST) for entry in entries)
+    found = [
+        texts.shortened(same[0], LONGEST) + f" (and {len(same) - 1} alike)" * (len(same) > 1) for same in alike(entries)
+    ]
+    more = f", … and {len(found) - FEW} more" * (len(found) > FEW)
+    return ", ".join(found[:FEW]) + more
 
 
 def shortened(entries: list[str], most: int) -> list[str]:
     """At most so many lines for entries: if there are more, equal layers share a line, and the rest is counted."""
     if len(entries) <= most:
         return [texts.shortened(entry, LONGEST) for entry in entries]
-    alike: dict[str, list[str]] = {}
-    for entry in entries:
-        alike.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", entry), []).append(entry)
-    lines = [same[0] if len(same) == 1 else f"{form} ({len(same)} of them)" for form, same in alike.items()]
-    lines = [texts.shortened(line, LONGEST) for line in lines]
+    forms = [same[0] if len(same) == 1 else f"{form(same[0])} ({len(same)} of them)" for same in alike(entries)]
+    lines = [texts.shortened(line, LONGEST) for line in forms]
     return lines if len(lines) <= most else [*lines[: most - 1], f"… and {len(lines) - most + 1} more"]
+
+
+def alike(entries: list[str]) -> list[list[str]]:
+    """Entries in groups of those that differ in the numbers of layers only."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        found.setdefault(form(entry), []).append(entry)
+    return list(found.values())
+
+
+def form(entry: str) -> str:
+    """Entry with * for the numbers between its dots."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", entry)
 
 
 @dataclasses.dataclass(frozen=True)
