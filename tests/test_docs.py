@@ -270,6 +270,9 @@ def test_every_page_is_in_the_navigation():
     listed = re.findall(r"^ +- .*: (\S+\.md)$", config[config.index("\nnav:") :], re.M)
     assert len(listed) == len(set(listed))
     written = {name for name in listed if not name.startswith(("reference/", "project/"))}
+    notebooks = {f"examples/{path.stem}.md" for path in ROOT.glob("examples/*.ipynb")}
+    assert notebooks == {name for name in written if name.startswith("examples/")}
+    written -= notebooks
     assert written == {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")}
 
 
