@@ -20,6 +20,7 @@ SECONDS = 900  # of a cell, on a machine that does other work too
 # Pages of the site, and their notebooks.
 PAGES = {f"examples/{file.stem}.md": f"examples/{file.name}" for file in sorted(FOLDER.glob("*.ipynb"))}
 PIECE = "NOTEBOOK-OUTPUT-{}-END"  # stands for a picture or HTML until Markdown has been converted
+ANSI = re.compile(r"\x1b\[[\d;]*m")  # colors of a terminal
 ALT = "Figure drawn by the code above"
 
 
@@ -55,6 +56,8 @@ def cleaned(notebook: Any) -> Any:
         if cell.cell_type != "code":
             continue
         for output in cell.outputs:
+            if "text" in output:
+                output.text = ANSI.sub("", output.text)
             data = output.get("data", {})
             if any(kind in data for kind in ("image/png", "text/html")):
                 data.pop("text/plain", None)
@@ -84,7 +87,7 @@ def page(source: str) -> str:
             if "text/html" in data or "image/png" in data:
                 parts.append(PIECE.format(f"{number}-{place}"))
             elif shown := output.get("text") or data.get("text/plain"):
-                parts.append(fenced(re.sub(r"\x1b\[[\d;]*m", "", shown), ""))
+                parts.append(fenced(ANSI.sub("", shown), ""))
     return "\n\n".join(parts) + "\n"
 
 
