@@ -17,6 +17,9 @@ class LanguageModel(Protocol):
     """Model that `jaxmodels.generate.generate` can decode.
 
     sequence_axis: 0 if ids are [S, B], 1 if they are [B, S]. Caches are `jaxmodels.cache.Cache` or a subclass.
+
+    A class may also have `cache_by_position = True`, which `jaxmodels.generate.generate_many` needs: all that a row
+    reads of the cache is in `layers`, by `Cache.positions`, and nothing depends on `Cache.length` itself.
     """
 
     sequence_axis: int

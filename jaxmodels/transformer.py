@@ -141,6 +141,7 @@ class AutoregressiveTransformer(nnx.Module):
     """
 
     sequence_axis = 0
+    cache_by_position = True
     sharding_rules = (
         *SMALL_RULES,
         *ATTENTION_RULES,

@@ -40,6 +40,7 @@ class Feedback(nnx.Module):
     """
 
     sequence_axis = 0
+    cache_by_position = True
     shares_kv = False  # True: one key and one value projection for all layers
 
     def __init__(
@@ -166,6 +167,7 @@ class AutoregressiveModel(nnx.Module):
     """
 
     sequence_axis = 0
+    cache_by_position = True
     sharding_rules = (
         *SMALL_RULES,
         *ATTENTION_RULES,

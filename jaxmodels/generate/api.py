@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxmodels.generate.loop import Decoding, vocabulary_size
+from jaxmodels.generate.many import Continuous, check_continuous
 from jaxmodels.generate.sampling import Sampling, integer
 from jaxmodels.generate.text import TextStream, check_stops, pieces
 from jaxmodels.protocols import LanguageModel, check_decoding
@@ -128,6 +129,67 @@ def stream(
     return pieces(prompts.stream(prompt), (token[0] for token in decoding.each()))
 
 
+def generate_many(
+    model: LanguageModel,
+    prompts: Sequence[Any],
+    max_new_tokens: int | Sequence[int],
+    *,
+    tokenizer: Any = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    stop: str | Sequence[str] = (),
+    n_tokens: int | None = None,
+    rows: int = ROWS,
+    dtype: Any = None,
+    rng: jax.Array | None = None,
+) -> list[Any]:
+    """Continue many prompts of different lengths and ends: a row whose text ends makes room for the next prompt.
+
+    prompts: texts, continued to str; or sequences of ids int [S], continued to arrays int32 [at most max_new_tokens],
+        of which a stop token is the last. Results are in the order of the prompts.
+    max_new_tokens: for all prompts, or a number for each.
+    rows: number of prompts that are decoded together.
+    rng: prompt k draws as row k of `generate` does, by `fold_in(rng, k)`, whatever is decoded beside it.
+
+    Other arguments are those of `generate`. Tokens are those of each prompt alone, up to rounding. Raises ValueError as
+    `generate`, and if the model has no `cache_by_position`: see `jaxmodels.protocols.LanguageModel`.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, logit_bias)
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
+        raise ValueError("prompts must be a list of texts or of sequences of ids, at least one")
+    prompts = list(prompts)
+    each: Any = [max_new_tokens] * len(prompts) if np.ndim(max_new_tokens) == 0 else max_new_tokens
+    given: list[int] = list(each)
+    if len(given) != len(prompts):
+        raise ValueError(f"max_new_tokens has {len(given)} numbers for {len(prompts)} prompts")
+    check_continuous(model)
+    shared = Shared(model, max(integer("max_new_tokens", n) for n in given), sampling, 1, n_tokens, None, rng, dtype)
+    if is_text(prompts):
+        return list(continue_many(shared, Prompts.of(prompts, tokenizer, stop, stop_tokens, None), rows, given))
+    check_ids_arguments(tokenizer, stop)
+    ids = [sequence(k, one) for k, one in enumerate(prompts)]
+    found: list[list[np.ndarray]] = [[] for _ in ids]
+    continuous = shared.continuous(ids, given, rows, stop_tokens or (), n_tokens)
+    for result in continuous.results():
+        found[result.prompt].append(result.tokens)
+    return [np.concatenate(parts) for parts in found]
+
+
+def sequence(number: int, ids: Any) -> np.ndarray:
+    """Prompt int32 [S]; raises ValueError, with its number, if it is not a non-empty sequence of integers."""
+    found = np.asarray(ids)
+    if found.ndim != 1 or not found.size or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"prompts[{number}] must be a non-empty sequence of ids, got {found.dtype}{list(found.shape)}")
+    if max(found.max(), -found.min()) > np.iinfo(np.int32).max:
+        raise ValueError(f"prompts[{number}] has ids from {found.min()} to {found.max()}, beyond the vocabulary")
+    return found.astype(np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shared:
     """Arguments that `generate` and `stream` have in common."""
@@ -160,12 +222,31 @@ class Shared:
         padded = np.stack([np.pad(one, (longest - len(one), 0)) for one in ids])  # [B, S]
         start = None if len({longest, *map(len, ids)}) == 1 else longest - np.asarray([len(one) for one in ids])
         numbers = [i * self.copies + copy for i in chosen for copy in range(self.copies)]
+        n_tokens, stop_tokens = self.ends(prompts)
+        ids_of = padded if self.model.sequence_axis == 1 else padded.T
+        return self.decoding(ids_of, stop_tokens, start=start, rows=numbers, n_tokens=n_tokens)
+
+    def ends(self, prompts: "Prompts") -> tuple[int, tuple[int, ...]]:
+        """Size of the vocabulary that is drawn from, and the stop tokens of texts."""
         n_tokens = self.n_tokens
         if n_tokens is None:
             n_tokens = min(len(prompts.vocabulary), vocabulary_size(self.model))
-        stop_tokens = (*prompts.stop_tokens, *(token for token in prompts.ends if token < n_tokens))
-        ids_of = padded if self.model.sequence_axis == 1 else padded.T
-        return self.decoding(ids_of, stop_tokens, start=start, rows=numbers, n_tokens=n_tokens)
+        return n_tokens, (*prompts.stop_tokens, *(token for token in prompts.ends if token < n_tokens))
+
+    def continuous(
+        self, ids: Sequence[np.ndarray], n: Sequence[int], rows: int, stops: Sequence[int], n_tokens: int | None
+    ) -> Continuous:
+        """Continuous decoding of prompts, each with its copies next to each other."""
+        return Continuous(
+            self.model,
+            [one for one in ids for _ in range(self.copies)],
+            [one for one in n for _ in range(self.copies)],
+            self.sampling,
+            rows=rows,
+            stop_tokens=stops,
+            n_tokens=n_tokens,
+            key=self.key,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +294,33 @@ def continue_texts(shared: Shared, prompts: Prompts, batch_size: int) -> list[st
         for number, i in enumerate(chosen):
             found[i] = texts[number * shared.copies : (number + 1) * shared.copies]
     return [text for i in range(len(lengths)) for text in found[i]]
+
+
+def continue_many(shared: Shared, prompts: Prompts, rows: int, n: Sequence[int]) -> Iterator[str]:
+    """Iterate over the continuations in the order of the prompts, each as soon as it and those before it are written.
+
+    n: new tokens of each prompt.
+    """
+    n_tokens, stop_tokens = shared.ends(prompts)
+    continuous = shared.continuous(prompts.ids, n, rows, stop_tokens, n_tokens)
+    streams: dict[int, TextStream] = {}
+    texts: dict[int, str] = {}
+    ready: dict[int, str] = {}
+    following = 0
+    for k, tokens, ended in continuous.results(CHUNK if prompts.stops else None):
+        if k not in streams:
+            streams[k], texts[k] = prompts.stream(prompts.ids[k // shared.copies]), ""
+        stream = streams[k]
+        for token in tokens:
+            if not stream.ended:
+                texts[k] += stream.add(token)
+        if stream.ended and not ended:
+            continuous.stop(k)
+        if stream.ended or ended:
+            ready[k] = texts.pop(k) + streams.pop(k).rest()
+        while following in ready:
+            yield ready.pop(following)
+            following += 1
 
 
 def batches(order: Sequence[int], lengths: Sequence[int], size: int, equal: bool) -> Iterator[list[int]]:

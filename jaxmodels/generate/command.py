@@ -53,6 +53,21 @@ def parser(prog: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="UTF-8 file with a text to continue, without its last newline; repeatable",
     )
+    add(
+        "--prompts",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 file with a text to continue in each line, or JSONL (.jsonl) with one in each object; blank lines "
+        "are left out; repeatable",
+    )
+    add(
+        "--prompt-field",
+        default="prompt",
+        metavar="NAME",
+        help="field of JSONL objects with the text (default: prompt)",
+    )
     add("--max-new-tokens", type=int, default=100, metavar="N", help="maximum number of new tokens (default: 100)")
     add("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (default: 0)")
     add_settings(arguments)
@@ -164,8 +179,10 @@ def run(options: argparse.Namespace) -> None:
 
     check(options)
     prompts = [*options.prompt, *map(read_prompt, options.prompt_file)]
+    for file in options.prompts:
+        prompts += read_prompts(file, options.prompt_field)
     if not prompts:
-        raise ValueError("a prompt is required: --prompt TEXT or --prompt-file FILE")
+        raise ValueError("a prompt is required: --prompt TEXT, --prompt-file FILE or --prompts FILE")
     if options.tokenizer is not None:
         TokenizerFile.read(options.tokenizer)
     opened = open_source(
@@ -216,6 +233,19 @@ def read_prompt(file: Path) -> str:
     return read_text(file).removesuffix("\n").removesuffix("\r")
 
 
+def read_prompts(file: Path, field: str) -> list[str]:
+    """Texts of the lines, or of the JSON objects, of a file; raises ValueError, naming it, if there is none."""
+    from jaxmodels.text.documents import kind_of, lines
+
+    if kind_of(file) == "jsonl":
+        found = [text for _, text, _, _ in lines(file, field, 0)]
+    else:
+        found = [line.removesuffix("\r") for line in read_text(file).split("\n") if line.strip()]
+    if not found:
+        raise ValueError(f"{file} has no prompts: every line is blank")
+    return found
+
+
 def continue_prompts(opened: Any, prompts: Sequence[str | None], options: argparse.Namespace) -> None:
     """Read the model and print the prompts with their continuations; None stands for the default prompt.
 
@@ -223,7 +253,8 @@ def continue_prompts(opened: Any, prompts: Sequence[str | None], options: argpar
     """
     import jax
 
-    from jaxmodels.generate.api import Prompts, Shared, continue_texts
+    from jaxmodels.generate.api import Prompts, Shared, continue_many, continue_texts
+    from jaxmodels.generate.many import supports
 
     vocabulary = opened.vocabulary(options.tokenizer)
     texts = [default_prompt(vocabulary) if prompt is None else prompt for prompt in prompts]
@@ -241,7 +272,11 @@ def continue_prompts(opened: Any, prompts: Sequence[str | None], options: argpar
     if len(texts) * copies == 1:
         print_stream(shared, encoded, texts[0], options.report)
         return
-    for number, text in enumerate(continue_texts(shared, encoded, options.batch_size)):
+    if len(texts) * copies > options.batch_size and window is None and supports(model):
+        found = continue_many(shared, encoded, options.batch_size, [options.max_new_tokens] * len(texts))
+    else:
+        found = iter(continue_texts(shared, encoded, options.batch_size))
+    for number, text in enumerate(found):
         prompt, copy = divmod(number, copies)
         written = for_terminal(f"{texts[prompt]}{text}", sys.stdout)
         print(f"--- prompt {prompt + 1}, sequence {copy + 1} ---\n{written}", flush=True)

@@ -178,20 +178,10 @@ class Decoding:
         self.ids: jax.Array | None = ids
         self.offset = len(ids) - first  # new token i is token offset + i of the segment
         length, batch = ids.shape
-        self.total = self.admitted(batch, len(ids) + self.end - first)
+        self.total = admitted(self.model, batch, len(ids) + self.end - first)
         self.cache = self.model.init_cache(batch, min(self.total, capacity(length + 1)), start=self.start)
         self.cache.check_room(length, batch, empty=True)  # outside jit, where the values of start are known
         self.slots = self.room(self.cache)
-
-    def admitted(self, batch: int, total: int) -> int:
-        """`total` slots, or a few more if the model has them; raises ValueError if total exceeds its tables."""
-        jax.eval_shape(lambda: self.model.init_cache(batch, total))
-        more = -(-total // SLOTS) * SLOTS
-        try:
-            jax.eval_shape(lambda: self.model.init_cache(batch, more))
-        except ValueError:
-            return total
-        return more
 
     @staticmethod
     def room(cache: Any) -> float:
@@ -277,6 +267,17 @@ def drawn(token: jax.Array) -> np.ndarray:
     if (found < 0).any():
         raise ValueError(NOT_FINITE)
     return found
+
+
+def admitted(model: LanguageModel, batch: int, total: int) -> int:
+    """`total` slots, or a few more if the model has them; raises ValueError if total exceeds its tables."""
+    jax.eval_shape(lambda: model.init_cache(batch, total))
+    more = -(-total // SLOTS) * SLOTS
+    try:
+        jax.eval_shape(lambda: model.init_cache(batch, more))
+    except ValueError:
+        return total
+    return more
 
 
 def capacity(tokens: int) -> int:

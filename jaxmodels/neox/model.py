@@ -44,6 +44,7 @@ class NeoX(nnx.Module):
     """
 
     sequence_axis = 1
+    cache_by_position = True
     # Paths of listed layers contain their numbers; stacked arrays have a leading layer axis.
     sharding_rules = (
         (r"embedding\.emb\.embedding", P("tensor", "fsdp")),

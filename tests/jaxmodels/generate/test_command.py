@@ -171,6 +171,35 @@ def test_weights_in_16_bits_are_computed_in_float32_on_a_cpu(tmp_path, model, st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_file_of_prompts_is_continued_in_its_order(tmp_path, checkpoint, tokenizer, cut, kind, capsys):
+    prompts = ["The statement ", "if", "a while loop", "The"]
+    lines = prompts if kind == "txt" else [json.dumps({"prompt": prompt}) for prompt in prompts]
+    file = tmp_path / f"prompts.{kind}"
+    file.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    arguments = [str(checkpoint), "--prompts", str(file), "--max-new-tokens", "5", "--batch-size"]
+    shown = []
+    for size in ("2", "4"):  # continuous, and one batch
+        assert main([*arguments, size]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert shown[0].count("--- prompt") == len(prompts)
+    for prompt in prompts:
+        new = np.asarray(generate(cut, jnp.asarray([tokenizer.encode(prompt).ids]), 5))[0].tolist()
+        assert prompt + tokenizer.decode(new) in shown[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("a.txt", "\n \n", "a.txt"), ("b.jsonl", '{"text": "x"}\n', "b.jsonl.*'prompt'"), ("c.jsonl", "x\n", "c.jsonl")],
+)
+def test_a_file_without_prompts_is_refused(tmp_path, checkpoint, name, content, message, capsys):
+    (tmp_path / name).write_text(content)
+    assert main([str(checkpoint), "--prompts", str(tmp_path / name)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.slow
 def test_int8_writes_what_the_quantized_model_generates(checkpoint, cut, tokenizer, new, capsys):
     ids = jnp.asarray([tokenizer.encode(PROMPT).ids])
     quantized = np.asarray(generate(quantize(cut), ids, N))[0].tolist()

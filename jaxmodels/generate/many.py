@@ -1,0 +1,278 @@
+"""Continuous batching: many prompts in a fixed number of rows; a row that ends makes room for the next prompt.
+
+Axes: B rows, S prompt tokens, N slots of the cache, V vocabulary.
+
+Keys and values are stored by position (`jaxmodels.cache`), and a row's position is `cache.length` - `cache.start`: a
+new prompt of p tokens is read into a cache of one row, which is copied to row r, with start[r] = length - p. The other
+rows are not touched. Rows decode together until one of them ends.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.generate.loop import NOT_FINITE, Fixed, admitted, capacity, check_vocabulary, vocabulary_size
+from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
+from jaxmodels.protocols import LanguageModel, check_decoding
+
+SHORTEST = 16  # tokens to which prompts are padded; longer ones to powers of two, so that few lengths are compiled
+
+
+class State(NamedTuple):
+    """Arrays that the loop carries."""
+
+    i: jax.Array  # int32 [B], number of new tokens of each row's prompt
+    n: jax.Array  # int32 [B], number at which a row ends
+    last: jax.Array  # int32 [B]
+    out: jax.Array  # int32 [B, n]
+    done: jax.Array  # bool [B]; these rows are computed and not used
+    finite: jax.Array  # bool; False if a token was drawn from logits that are NaN, infinite or all excluded
+    keys: jax.Array  # [B], of each row's prompt
+    seen: jax.Array | None  # bool [B, V], for the repetition penalty
+    cache: Any
+
+
+class Compiled(NamedTuple):
+    """Compiled functions of a model's structure; they take the model's arrays as a list.
+
+    admit: read a prompt into a row and draw its first token. proceed: draw tokens until a row ends, or a number of
+    steps is done.
+    """
+
+    admit: Callable[..., State]
+    proceed: Callable[..., State]
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(structure: Any, fixed: Fixed) -> Compiled:
+    """Functions for models of one structure; see `jaxmodels.generate.loop.compiled`."""
+
+    def token_of(logits: jax.Array, keys: jax.Array, i: jax.Array, knobs: Knobs, seen: Any) -> tuple[jax.Array, ...]:
+        """Tokens [B], and for each row whether there was something to draw from and whether it ends the row."""
+        logits = processed(logits[:, : fixed.n_vocab], knobs, fixed.top_k, seen)
+        token = draw(logits, knobs, jax.vmap(jax.random.fold_in)(keys, i))
+        return token, jnp.isfinite(logits.max(axis=-1)), jnp.isin(token, jnp.asarray(fixed.stop_tokens, jnp.int32))
+
+    def admit(
+        weights: list[jax.Array],
+        state: State,
+        row: jax.Array,
+        ids: jax.Array,
+        start: jax.Array,
+        n: jax.Array,
+        key: jax.Array,
+        knobs: Knobs,
+    ) -> State:
+        model = jax.tree.unflatten(structure, weights)
+        text = jnp.where(jnp.arange(len(ids)) < start, fixed.n_vocab, ids)  # padding is beyond the vocabulary
+        new = model.init_cache(1, state.cache.max_len, start=start[None])
+        logits, new = model.prefill(jnp.expand_dims(ids, 1 - model.sequence_axis), new)  # [1, V]
+        layers = jax.tree.map(lambda all_, one: all_.at[row].set(one[0]), state.cache.layers, new.layers)
+        starts = state.cache.start.at[row].set(state.cache.length - (len(ids) - start))
+        cache = dataclasses.replace(state.cache, layers=layers, start=starts)
+        own = None if state.seen is None else jnp.zeros((1, fixed.n_vocab), bool).at[0, text].set(True, mode="drop")
+        token, finite, ended = token_of(logits, key[None], jnp.zeros(1, jnp.int32), knobs, own)
+        seen = None
+        if own is not None and state.seen is not None:
+            seen = state.seen.at[row].set(own[0].at[token[0]].set(True))
+        return State(
+            state.i.at[row].set(1),
+            state.n.at[row].set(n),
+            state.last.at[row].set(token[0]),
+            state.out.at[row, 0].set(token[0]),
+            state.done.at[row].set(ended[0] | (n <= 1)),
+            state.finite & finite[0],
+            state.keys.at[row].set(key),
+            seen,
+            cache,
+        )
+
+    def proceed(weights: list[jax.Array], state: State, steps: jax.Array, knobs: Knobs) -> State:
+        model = jax.tree.unflatten(structure, weights)
+        axis, rows = model.sequence_axis, jnp.arange(len(state.done))
+        before = state.done
+
+        def going(carry: tuple[jax.Array, State]) -> jax.Array:
+            return (carry[0] < steps) & (carry[1].done == before).all()
+
+        def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+            step, s = carry
+            logits, cache = model.decode(jnp.expand_dims(s.last, axis), s.cache)
+            token, finite, ended = token_of(jnp.take(logits, 0, axis=axis), s.keys, s.i, knobs, s.seen)
+            token = jnp.where(s.done, s.last, token)
+            out = s.out.at[rows, jnp.where(s.done, s.out.shape[1], s.i)].set(token, mode="drop")
+            i = s.i + ~s.done
+            done = s.done | ended | (i >= s.n)
+            seen = None if s.seen is None else s.seen.at[rows, token].set(True)
+            return step + 1, State(i, s.n, token, out, done, s.finite & (finite | s.done).all(), s.keys, seen, cache)
+
+        return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
+
+    return Compiled(jax.jit(admit, donate_argnames="state"), jax.jit(proceed, donate_argnames="state"))
+
+
+class Result(NamedTuple):
+    """Tokens of one prompt that were written since its last result; `ended` with the last of them."""
+
+    prompt: int
+    tokens: np.ndarray  # int32
+    ended: bool
+
+
+class Continuous:
+    """Continuations of prompts of any lengths, in `rows` rows of one cache.
+
+    prompts: ids int [S] each. n: new tokens of each. key, numbers: prompt k draws its token i with
+    fold_in(fold_in(key, numbers[k]), i); default 0, 1, …. A prompt ends with a stop token, which is its last, or after
+    n tokens. The cache begins with room for the first prompts, and grows in powers of two.
+
+    Raises ValueError if the model lacks a member of `LanguageModel` or does not store its cache by position, if an
+    argument is out of range, or if a prompt and its new tokens exceed the model's tables.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[np.ndarray],
+        n: Sequence[int],
+        sampling: Sampling,
+        *,
+        rows: int,
+        stop_tokens: Sequence[int] = (),
+        n_tokens: int | None = None,
+        key: jax.Array | None = None,
+        numbers: Sequence[int] | None = None,
+    ):
+        check_continuous(model)
+        self.model = model.unstacked() if hasattr(model, "unstacked") else model
+        self.prompts, self.n = list(prompts), [integer("max_new_tokens", one) for one in n]
+        stops = tuple(integer("stop_tokens: id", token, 0) for token in stop_tokens)
+        self.weights, structure = jax.tree.flatten(self.model)
+        n_vocab = vocabulary_size(self.model)
+        if n_tokens is not None:
+            if not 1 <= integer("n_tokens", n_tokens, 0) <= n_vocab:
+                raise ValueError(f"n_tokens={n_tokens} must be from 1 to the vocabulary size {n_vocab}")
+            n_vocab = int(n_tokens)
+        check_vocabulary(n_vocab, np.concatenate([np.asarray(one) for one in self.prompts])[:, None], None, stops)
+        self.knobs = sampling.knobs(n_vocab)
+        self.compiled = compiled(structure, Fixed(n_vocab, sampling.top_k, stops))
+        key = jax.random.key(0) if key is None else key
+        ordered = np.arange(len(self.prompts)) if numbers is None else np.asarray(numbers)
+        self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ordered, jnp.uint32))
+        self.rows = min(integer("rows", rows), len(self.prompts))
+        needed = [len(prompt) + more for prompt, more in zip(self.prompts, self.n, strict=True)]
+        self.total = admitted(self.model, self.rows, max(needed))
+        first = max(len(prompt) for prompt in self.prompts[: self.rows])
+        cache = self.model.init_cache(
+            self.rows, min(self.total, capacity(first + 1)), start=jnp.zeros(self.rows, jnp.int32)
+        )
+        seen = None if self.knobs.penalty is None else jnp.zeros((self.rows, n_vocab), bool)
+        self.state = State(  # different arrays, as all of them are donated
+            i=jnp.zeros(self.rows, jnp.int32),
+            n=jnp.zeros(self.rows, jnp.int32),
+            last=jnp.zeros(self.rows, jnp.int32),
+            out=jnp.zeros((self.rows, max(self.n)), jnp.int32),
+            done=jnp.ones(self.rows, bool),
+            finite=jnp.asarray(True),
+            keys=jnp.repeat(self.keys[:1], self.rows),
+            seen=seen,
+            cache=cache,
+        )
+        self.held: list[int | None] = [None] * self.rows  # prompt of each row
+        self.read = [0] * self.rows  # tokens of each row that were returned
+
+    def results(self, chunk: int | None = None) -> Iterator[Result]:
+        """Iterate over the tokens of prompts as they are written: all of a prompt's, or at least every `chunk` tokens.
+
+        Raises ValueError if there was nothing to draw from.
+        """
+        following = 0
+        while following < len(self.prompts) or any(prompt is not None for prompt in self.held):
+            for row in range(self.rows):
+                if self.held[row] is None and following < len(self.prompts):
+                    self.admit(row, following)
+                    following += 1
+            steps = min(self.left(row) for row in range(self.rows) if self.held[row] is not None)
+            steps = steps if chunk is None else min(steps, chunk)
+            if steps > 0:
+                self.state = self.compiled.proceed(self.weights, self.state, jnp.int32(steps), self.knobs)
+            yield from self.collected(chunk is not None)
+
+    def left(self, row: int) -> int:
+        """Tokens that a row can write before it ends or the cache must grow, which it does here if there is none."""
+        prompt = self.held[row]
+        assert prompt is not None
+        i = int(self.counts[row])
+        if self.ended[row]:
+            return 0
+        slots = len(self.prompts[prompt]) + i  # that the next token needs
+        if slots > self.room():
+            self.grow(slots)
+        return int(min(self.n[prompt] - i, self.room() - slots + 1))
+
+    def room(self) -> float:
+        cache = self.state.cache
+        return float("inf") if cache.is_ring else cache.max_len
+
+    def grow(self, slots: int) -> None:
+        self.state = self.state._replace(cache=self.state.cache.grown(min(capacity(slots), self.total)))
+
+    def admit(self, row: int, prompt: int) -> None:
+        """Read a prompt into a row."""
+        ids = np.asarray(self.prompts[prompt], np.int32)
+        length = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), self.total)
+        if length > self.room():
+            self.grow(length)
+        length = int(min(length, self.room()))
+        start = length - len(ids)
+        padded = jnp.asarray(np.pad(ids, (start, 0)))
+        arguments = (jnp.int32(row), padded, jnp.int32(start), jnp.int32(self.n[prompt]), self.keys[prompt])
+        self.state = self.compiled.admit(self.weights, self.state, *arguments, self.knobs)
+        self.held[row], self.read[row] = prompt, 0
+        self.fetch()
+
+    def fetch(self) -> None:
+        """Copy the counts and ends of all rows to the host."""
+        self.counts, self.ended = np.asarray(self.state.i), np.asarray(self.state.done)
+
+    def collected(self, partly: bool) -> Iterator[Result]:
+        """New tokens of the rows that have ended, which become free; `partly`: and of the others."""
+        self.fetch()
+        if not self.state.finite:
+            raise ValueError(NOT_FINITE)
+        out = np.asarray(self.state.out) if partly or self.ended.any() else None
+        for row, prompt in enumerate(self.held):
+            if prompt is None or out is None or not (partly or self.ended[row]):
+                continue
+            tokens, ended = out[row, self.read[row] : self.counts[row]].copy(), bool(self.ended[row])
+            self.read[row] = int(self.counts[row])
+            if ended:
+                self.held[row] = None
+            yield Result(prompt, tokens, ended)
+
+    def stop(self, prompt: int) -> None:
+        """End a prompt, which makes room for the next one."""
+        if prompt in self.held:
+            row = self.held.index(prompt)
+            self.state = self.state._replace(done=self.state.done.at[row].set(True))
+            self.held[row] = None
+
+
+def supports(model: Any) -> bool:
+    """True if a model's rows can be replaced one by one: its cache is by position; see `jaxmodels.protocols`."""
+    return bool(getattr(model, "cache_by_position", False))
+
+
+def check_continuous(model: Any) -> None:
+    """Raises ValueError if a model cannot decode, or does not store keys and values by position."""
+    check_decoding(model)
+    if not supports(model):
+        raise ValueError(
+            f"model is a {type(model).__name__} without cache_by_position=True: its cache may not be stored by "
+            "position, which replacing a row needs; use generate, which continues prompts in fixed batches"
+        )
