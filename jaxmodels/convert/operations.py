@@ -29,7 +29,7 @@ from jaxmodels.models import abstract, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.lora import LoRA
-from jaxmodels.process.texts import quoted, shortened
+from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
 from jaxmodels.weights.stored import Stored
@@ -52,7 +52,7 @@ def from_torch_file(options: argparse.Namespace, names: Names) -> str:
         described = abstract(name, config, Stored.of(tensors), "--config")
         model = from_torch(described, tensors, options.dtype)
         jaxmodels.save(model, options.target, overwrite=options.overwrite)
-        return f"{options.target}: {summary(name, model)}"
+        return f"{visible(str(options.target))}: {summary(name, model)}"
 
 
 def to_torch_file(options: argparse.Namespace) -> str:
@@ -68,7 +68,7 @@ def to_torch_file(options: argparse.Namespace) -> str:
         flags = {name: getattr(options, name) for name in ("revision", "strip_prefix", "variant")}
         model = open_source(options.source, **flags).model(dtype=options.dtype)
         write_state_dict(options.target, to_torch(model))
-    return f"{options.target}: {summary(type(model).__name__, model)}"
+    return f"{visible(str(options.target))}: {summary(type(model).__name__, model)}"
 
 
 def class_and_config(model: str, config: dict[str, Any], names: Names) -> tuple[str, dict[str, Any]]:
@@ -143,7 +143,7 @@ def neox(options: argparse.Namespace) -> str:
     else:
         write_flax(source, options.target, overwrite=options.overwrite)
     notes = "".join(f"\n  {line}" for line in [*beside(source.companions), *map("note: {}".format, source.notes)])
-    return f"{options.target}: NeoX as {options.to}, {totals(source)}{notes}"
+    return f"{visible(str(options.target))}: NeoX as {options.to}, {totals(source)}{notes}"
 
 
 def adapter(options: argparse.Namespace) -> str:
@@ -156,7 +156,8 @@ def adapter(options: argparse.Namespace) -> str:
     model = load_saved(opened.weights)
     base = opened.original.get("source")
     write_peft(model, options.target, base, opened.companions, overwrite=options.overwrite)
-    return f"{options.target}: LoRA adapter for PEFT, {described(model.lora)}; base model: {base or 'not known'}"
+    about = f"{options.target}: LoRA adapter for PEFT, {described(model.lora)}; base model: {base or 'not known'}"
+    return visible(about)
 
 
 def described(lora: LoRA) -> str:
@@ -173,7 +174,7 @@ def quantized(options: argparse.Namespace) -> str:
     source = prepared(open_given(options), options)
     model = quantize(source.model(), options.threshold, kind=options.kind)
     jaxmodels.save(model, options.target, overwrite=options.overwrite, companions=source.companions)
-    return f"{options.target}: {summary('NeoX', model)}"
+    return f"{visible(str(options.target))}: {summary('NeoX', model)}"
 
 
 def inspect(options: argparse.Namespace) -> str:
@@ -192,10 +193,10 @@ def inspect(options: argparse.Namespace) -> str:
         model = abstract(found.model_name, found.config, stored, found.weights / "config.json")
         arrays = flat_arrays(model).values()
         what = f"{found.model_name}, {sum(array.size for array in arrays):,} parameters"
-        lines = [f"{found.name}: {NAMES[found.kind]}, {what}{', int8' if found.is_quantized else ''}"]
+        lines = [f"{visible(found.name)}: {NAMES[found.kind]}, {what}{', int8' if found.is_quantized else ''}"]
         shown = dict(found.config)
     else:
-        lines = [f"{found.name}: {NAMES[found.kind]} ({source.layout}), {totals(source)}"]
+        lines = [f"{visible(found.name)}: {NAMES[found.kind]} ({source.layout}), {totals(source)}"]
         shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff, "n_kv_heads": source.config.kv_heads}
         where.append(("largest layer", f"{largest_layer(source) / 1e6:,.1f} MB"))
     shown = {name: value for name, value in shown.items() if name not in ("dtype", "remat")}
@@ -223,7 +224,7 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
                 raise ValueError(f"--{flag} is for NeoX; {options.source} holds a {first.model_name}")
         ours, theirs = (side.model_name for side in (first, second))
         if ours != theirs:
-            return False, f"{options.source} holds a {ours}, {options.target} a {theirs}"
+            return False, visible(f"{options.source} holds a {ours}, {options.target} a {theirs}")
         config, other = first.config, second.config
         tensors: Mapping[str, Any] = to_torch(first.model())
         others: Mapping[str, Any] = to_torch(second.model())
@@ -234,7 +235,8 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
     equal, text = compare_tensors(tensors, others)
     different = different_settings(config, other)
     if different:
-        text = f"{options.source} and {options.target} have different configurations: {'; '.join(different)}\n{text}"
+        pair = visible(f"{options.source} and {options.target} have different configurations: {'; '.join(different)}")
+        text = f"{pair}\n{text}"
     return equal and not different, text
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.convert.companions import Companions
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import errors_naming, read_object
 from jaxmodels.io.steps import check_run, latest_step, problem, steps
 from jaxmodels.models import names
 from jaxmodels.process.texts import quoted
@@ -110,7 +110,8 @@ def saved_config(kind: type[Experiment[ConfigT]], run: Path) -> ConfigT:
         raise ValueError(f"{run} is a run of {about.script}, not of {script}")
     config_class: Any = kind.config_class
     try:
-        return config_class(**about.config)
+        with errors_naming(run / FILE):
+            return config_class(**about.config)
     except TypeError as error:
         raise ValueError(f"{run / FILE} has a configuration that {script} does not take: {error}") from None
 
@@ -127,7 +128,8 @@ def saved_experiment(run: Path, named: str | None = None) -> Experiment[Any]:
         kind = experiment_class(named)
         return kind(saved_config(kind, run))
     if about.standalone:
-        return Experiment(Config.from_saved(about.config))
+        with errors_naming(run / FILE):
+            return Experiment(Config.from_saved(about.config))
     if about.script not in EXPERIMENTS.values():
         raise ValueError(f"{run} needs its script {about.script}: name it with --experiment {about.script}")
     kind = experiment_class(about.script)

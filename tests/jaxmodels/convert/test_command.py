@@ -14,9 +14,11 @@ import torch
 
 import jaxmodels
 import torch_ref.transformer
+from jaxmodels.command import main as command
 from jaxmodels.convert.command import main
 from jaxmodels.generate import generate
 from jaxmodels.io import manifest
+from tests.fuzz.targets import TARGETS
 
 CONFIG = {"n_vocab": 13, "d_model": 12, "heads": 3, "d_ff": 17, "n_layers": 2}
 
@@ -243,3 +245,17 @@ def test_the_config_json_of_a_checkpoint_is_a_configuration(pt, tmp_path):
     config = tmp_path / "out" / "config.json"
     assert convert("--model", "rope", "--config", config, file, tmp_path / "again") == 0
     assert (tmp_path / "again" / "config.json").read_text() == config.read_text()
+
+
+def test_names_of_several_lines_are_printed_in_one(tmp_path, capsys):
+    """Names of folders, as a stranger's archive may have them, cannot imitate output or steer the terminal."""
+    folder = tmp_path / "a\n\x1b[31mred\u202e"
+    TARGETS["model"].make(folder)
+    for arguments in (["inspect", str(folder)], ["verify", str(folder), str(folder)]):
+        assert command(arguments) == 0
+        printed = capsys.readouterr().out
+        assert printed.replace("\n", "").isprintable()
+        assert r"a\n\x1b[31mred\u202e" in printed or "verify" in arguments
+    assert command(["inspect", str(folder / "nothing")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()

@@ -181,7 +181,10 @@ def test_a_value_that_overflows_leaves_nothing_behind(tmp_path, capsys):
         ),
         (lambda config: config | {"config": {"n_vocab": -1}}, "config.json: n_vocab=-1"),
         (lambda config: config | {"config": {"color": 1}}, "color"),
-        (lambda config: config | {"config": config["config"] | {"n_layers": 4}}, "missing layers.3.attention.output.bias"),
+        (
+            lambda config: config | {"config": config["config"] | {"n_layers": 4}},
+            "missing layers.3.attention",
+        ),
         (lambda config: config | {"config": config["config"] | {"n_ff": 157}}, "has shape [156], expected [157]"),
     ],
 )
