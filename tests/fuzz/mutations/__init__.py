@@ -18,6 +18,7 @@ from tests.fuzz.mutations.values import Rng, choose
 
 __all__ = ["mutate"]
 
+LARGEST = 10**7  # bytes of a file that is changed again
 Change = Callable[[bytes, Rng], bytes]
 UNFIT: tuple[type[Exception], ...] = (
     ValueError,
@@ -42,6 +43,8 @@ def mutate(root: Path, pattern: str, rng: Rng) -> None:
         change_folder(root, rng)
         return
     for _ in range(choose(rng, (1, 1, 2, 3))):
+        if file.stat().st_size > LARGEST:  # by the change before; a further one would take gigabytes itself
+            return
         content = file.read_bytes()
         try:
             file.write_bytes(choose(rng, fitting(file.name, content))(content, rng))
