@@ -35,6 +35,8 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 _placement: contextvars.ContextVar[Callable[[jax.Array, str], jax.Array] | None]
 _placement = contextvars.ContextVar("placement", default=None)
 _remat: contextvars.ContextVar[Callable[[Callable], Callable] | None] = contextvars.ContextVar("remat", default=None)
+_lookup: contextvars.ContextVar[Callable[[jax.Array, jax.Array], jax.Array] | None]
+_lookup = contextvars.ContextVar("lookup", default=None)
 
 
 @contextlib.contextmanager
@@ -42,17 +44,20 @@ def hooks(
     *,
     placement: Callable[[jax.Array, str], jax.Array] | None = None,
     remat: Callable[[Callable], Callable] | None = None,
+    lookup: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Iterator[None]:
     """Set the functions that `constrain` and `rematerialized` apply in models traced inside the block.
 
-    jit caches what it traced: jit a new function for each setting.
+    lookup: replaces `rows_of` in `Embed`, for tables that are divided over a mesh. jit caches what it traced: jit a new
+    function for each setting.
     """
-    tokens = _placement.set(placement), _remat.set(remat)
+    tokens = _placement.set(placement), _remat.set(remat), _lookup.set(lookup)
     try:
         yield
     finally:
         _placement.reset(tokens[0])
         _remat.reset(tokens[1])
+        _lookup.reset(tokens[2])
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
@@ -169,6 +174,11 @@ class LayerNorm(nnx.LayerNorm):
         super().__init__(d_model, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
+def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows [..., D] of a table [V, D] at int ids [...]; NaN for ids outside it."""
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
 class Embed(nnx.Embed):
     """Embedding table initialized with N(0, std), by default as `torch.nn.Embedding`.
 
@@ -181,8 +191,7 @@ class Embed(nnx.Embed):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         # Not nnx.Embed's lookup, which casts to the dtype of the table at construction: a model made in float32 and
         # given float64 weights would compute and differentiate in float32 from here on.
-        table = constrain(self.embedding[...], "V.")  # replicated: any device may look up any row
-        return table.at[inputs].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)  # [..., D]
+        return (_lookup.get() or rows_of)(self.embedding[...], inputs)  # [..., D]
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Tied readout: query [..., D] -> logits [..., V], in the query's dtype."""

@@ -16,12 +16,14 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxmodels.layers import rows_of
 from jaxmodels.weights.names import Model, dotted, flat_arrays, with_arrays
 from jaxmodels.weights.place import Shardings
 
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # both divide the rows of a batch
+LANES = 128  # a TPU pads the last axis of an array to a multiple of it
 
 # Mesh axes that divide an axis of an activation, by its letter in `constrain`: batch, heads, hidden features, and
 # features of the residual stream, which is saved between layers for the backward pass: the products that add to it are
@@ -138,3 +140,26 @@ def activation_placement(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*map(axes_of, name, x.shape))))
 
     return constrain
+
+
+def divided_lookup(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`rows_of` of an embedding table that is divided over a mesh: the `lookup` of `jaxmodels.layers.hooks`.
+
+    On a mesh of fsdp alone, each device looks up all ids of the batch in its part of the features, and the result is
+    then redistributed to the rows of each device: neither the table nor its gradient is ever whole. With other axes, if
+    fsdp does not divide D, or if the rows of all ids take more memory than the table, each device gathers the table.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def place(array: jax.Array, *spec: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(*spec)))
+
+    def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+        n_vocab, d = table.shape
+        stored = -(-(d // fsdp) // LANES) * LANES  # of each row on a device
+        if mesh.size > fsdp or d % fsdp or ids.size * stored >= n_vocab * d:
+            return rows_of(place(table), ids)
+        rows = rows_of(place(table, None, "fsdp"), place(ids))
+        return place(rows, *(None,) * ids.ndim, "fsdp")
+
+    return look_up

@@ -21,7 +21,7 @@ from jaxmodels.attention_kernels import Kernel, attention_kernel
 from jaxmodels.cross_entropy import Read, chunks, mean_nats, token_nats
 from jaxmodels.layers import Fixed, Frozen, hooks
 from jaxmodels.protocols import has_divided_readout
-from jaxmodels.sharding import BATCH, activation_placement, batch_sharding, parameter_specs
+from jaxmodels.sharding import BATCH, activation_placement, batch_sharding, divided_lookup, parameter_specs
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 
 PREDICTED = "predicted"
@@ -221,10 +221,12 @@ class Program:
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Trace models with the numerical settings, and with activations constrained to the mesh."""
-        placement = activation_placement(self.mesh) if self.mesh.size > 1 else None
+        several = self.mesh.size > 1
+        placement = activation_placement(self.mesh) if several else None
+        lookup = divided_lookup(self.mesh) if several else None
         platform = self.mesh.devices.flat[0].platform
         with (
-            hooks(placement=placement, remat=REMAT[self.numerics.remat]),
+            hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup),
             chunks(self.numerics.loss_chunk, platform, self.mesh.size),
             attention_kernel(self.numerics.attention_kernel, self.mesh),
         ):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -24,7 +25,14 @@ from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.process.distributed import VARIABLES, Processes
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
-from jaxmodels.sharding import activation_placement, check_batch, make_mesh, parameter_specs, parse_sizes
+from jaxmodels.sharding import (
+    activation_placement,
+    check_batch,
+    divided_lookup,
+    make_mesh,
+    parameter_specs,
+    parse_sizes,
+)
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training.metrics import read
 from jaxmodels.training.optimizers import make_optimizer
@@ -167,6 +175,60 @@ def test_activations_are_divided_by_the_axes_that_fit(monkeypatch, shape, name, 
     monkeypatch.setattr(jax.lax, "with_sharding_constraint", lambda x, sharding: sharding.spec)
     place = activation_placement(abstract_mesh(data=2, fsdp=3, tensor=4))
     assert place(jax.ShapeDtypeStruct(shape, np.float32), name) == spec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "specs"),
+    [
+        ({"fsdp": 4}, (2048, 8), [P(None, "fsdp"), P(), P(None, None, "fsdp")]),
+        ({"fsdp": 4}, (64, 8), [P()]),  # the rows of all ids would take more memory than the table
+        ({"fsdp": 4}, (2048, 10), [P()]),
+        ({"data": 2, "fsdp": 4}, (2048, 8), [P()]),
+        ({"fsdp": 4, "tensor": 2}, (2048, 8), [P()]),
+    ],
+)
+def test_embedding_tables_are_divided_in_the_lookup(monkeypatch, sizes, shape, specs):
+    found = []
+    monkeypatch.setattr(jax.lax, "with_sharding_constraint", lambda x, sharding: (found.append(sharding.spec), x)[1])
+    table, ids = np.random.default_rng(0).random(shape, np.float32), np.array([[3, 5, shape[0]], [0, -1, 7]])
+    rows = divided_lookup(abstract_mesh(**sizes))(jnp.asarray(table), jnp.asarray(ids))
+    assert found == specs
+    np.testing.assert_array_equal(rows[0, :2], table[[3, 5]])
+    assert np.isnan(rows[0, 2]).all()
+    assert np.isnan(rows[1, 1]).all()
+
+
+LOOKUP = """
+import re
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxmodels.layers import rows_of
+from jaxmodels.sharding import divided_lookup, make_mesh
+
+mesh, random = make_mesh("fsdp=8"), np.random.default_rng(0)
+table, ids = random.normal(size=(4099, 16)).astype(np.float32), random.integers(0, 4099, (8, 3)).astype(np.int32)
+weight = random.normal(size=(8, 3, 16)).astype(np.float32)
+
+def both(look_up):
+    def function(table, ids):
+        rows, pull = jax.vjp(lambda table: look_up(table, ids), table)
+        return rows, pull(weight)[0]
+    return function
+
+by_row, by_feature = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P(None, "fsdp"))
+compiled = jax.jit(both(divided_lookup(mesh)), in_shardings=(by_feature, by_row), out_shardings=(by_row, by_feature))
+assert not re.search(r"f32\\[4099,16\\]", compiled.lower(table, ids).compile().as_text())
+found, expected = compiled(table, ids), both(rows_of)(table, ids)
+np.testing.assert_array_equal(found[0], expected[0])
+np.testing.assert_allclose(found[1], expected[1], rtol=1e-6, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_neither_an_embedding_table_nor_its_gradient_is_whole_on_a_device():
+    command, environment = [sys.executable, "-c", LOOKUP], os.environ | EIGHT_DEVICES
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_constrain_is_the_identity_unless_a_mesh_is_set():
