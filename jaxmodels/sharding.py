@@ -27,7 +27,7 @@ LANES = 128  # a TPU pads the last axis of an array to a multiple of it
 
 # Mesh axes that divide an axis of an activation, by its letter in `constrain`: batch, heads, hidden features, and
 # features of the residual stream, which is saved between layers for the backward pass: the products that add to it are
-# then reduced and scattered, and the norms' outputs gathered, which takes as much communication as reducing them whole.
+# then reduced and scattered, and the norms' outputs gathered: about the communication of reducing them whole.
 # Axes with other letters are not divided.
 ACTIVATIONS: dict[str, str | tuple[str, ...]] = {"B": BATCH, "H": "tensor", "F": "tensor", "D": "tensor"}
 
