@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -225,6 +226,16 @@ def test_neighbors_with_a_damaged_header_are_not_read(tmp_path, shape):
     content = (tmp_path / "train.npz").read_bytes()
     assert content.count(b"(3, 2, 5)") == 1
     (tmp_path / "train.npz").write_bytes(content.replace(b"(3, 2, 5)", shape.encode().ljust(9)[:9]))
+    assert TARGETS["neighbors kept"].read(tmp_path) is None
+
+
+def test_neighbors_that_are_no_array_are_not_read(tmp_path):
+    TARGETS["neighbors kept"].make(tmp_path)
+    with zipfile.ZipFile(tmp_path / "train.npz") as old:
+        entries = {name: old.read(name) for name in old.namelist()} | {"neighbors.npy": b"no array"}
+    with zipfile.ZipFile(tmp_path / "train.npz", "w") as new:
+        for name, content in entries.items():
+            new.writestr(name, content)
     assert TARGETS["neighbors kept"].read(tmp_path) is None
 
 

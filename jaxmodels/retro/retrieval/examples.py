@@ -172,7 +172,9 @@ def read(file: Path, fingerprint: str, shape: tuple[int, ...]) -> np.ndarray | N
                 neighbors = kept["neighbors"] if str(kept["fingerprint"]) == fingerprint else None
     except Exception:  # headers are parsed as Python: from damaged ones come tokenize.TokenError, SyntaxError, others
         return None
-    return neighbors if neighbors is not None and (neighbors.shape, neighbors.dtype) == (shape, np.int32) else None
+    if not isinstance(neighbors, np.ndarray):  # of an entry that is no array, NumPy returns the bytes
+        return None
+    return neighbors if (neighbors.shape, neighbors.dtype) == (shape, np.int32) else None
 
 
 def nearest_neighbors(samples: Samples, index: ChunkIndex, k: int) -> Samples:
