@@ -26,9 +26,9 @@ BATCH = ("data", "fsdp")  # both divide the rows of a batch
 LANES = 128  # a TPU pads the last axis of an array to a multiple of it
 
 # Mesh axes that divide an axis of an activation, by its letter in `constrain`: batch, heads, hidden features, and
-# features of the residual stream, which is saved between layers for the backward pass: the products that add to it are
-# then reduced and scattered, and the norms' outputs gathered: about the communication of reducing them whole.
-# Axes with other letters are not divided.
+# features of the residual stream. Saved between layers for the backward pass, it would take most of the memory; the
+# price is communication, as layers gather their inputs, in rings that overlap with products. Axes with other letters
+# are not divided.
 ACTIVATIONS: dict[str, str | tuple[str, ...]] = {"B": BATCH, "H": "tensor", "F": "tensor", "D": "tensor"}
 
 
