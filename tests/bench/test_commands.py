@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(file.stem for file in (ROOT / "bench").glob("*.py"))
+NAMES = sorted(file.stem for file in (ROOT / "bench").glob("*.py")) + ["generation.many"]
 LIBRARIES = {"__init__", "device", "timing"}
 COMMANDS = {
     "accelerator": None,  # has a test of its own
@@ -18,6 +18,7 @@ COMMANDS = {
     "plans": None,  # tests/jaxmodels/training/test_plan.py compiles a few
     "plans_page": None,  # a library of bench.plans
     "feedback": ["--sizes", "16x13", "--growth", "32", "--tokens", "3", "--rounds", "1"],
+    "generation.many": ["--size", "pythia_14m", "--prompts", "3", "--rows", "2", "--longest", "9", "--rounds", "1"],
     "finetune": ["--model", "pythia_14m", "--batch", "1", "--length", "7", "--rounds", "1", "--steps", "1"],
     "neox": [
         "--sizes",
@@ -31,6 +32,7 @@ COMMANDS = {
         "--rounds",
         "1",
         "--no-compile",
+        "--quantized",
     ],
     "neox_shards": ["--gigabytes", "0.003", "--hidden", "96", "--heads", "4", "--vocabulary", "127", "--rounds", "1"],
     "published": None,  # a library of bench.neox_shards
