@@ -49,7 +49,7 @@ def main() -> None:
 
     def mixed(smallest: int) -> list[int]:
         drawn = random.uniform(np.log(smallest), np.log(options.longest), options.prompts)
-        return [round(float(length)) for length in np.exp(drawn)]
+        return [round(length) for length in np.exp(drawn)]
 
     lengths, wanted = mixed(min(8, options.longest)), mixed(min(4, options.longest))
     prompts = [random.integers(0, config.n_vocab, length) for length in lengths]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(file.stem for file in (ROOT / "bench").glob("*.py")) + ["generation.many"]
+NAMES = [*sorted(file.stem for file in (ROOT / "bench").glob("*.py")), "generation.many"]
 LIBRARIES = {"__init__", "device", "timing"}
 COMMANDS = {
     "accelerator": None,  # has a test of its own
