@@ -164,7 +164,7 @@ def add_neox(formats: Any) -> None:
         choices=["llm.int8", "weights"],
         default="llm.int8",
         help="llm.int8: the blocks' linear maps by LLM.int8; weights: those and the readout, with activations that are "
-        "not rounded, for decoding on CPUs (default: llm.int8)",
+        "not rounded (default: llm.int8)",
     )
     quantize.add_argument(
         "--threshold",

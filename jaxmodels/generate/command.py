@@ -75,8 +75,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--quantize",
         choices=["llm.int8", "weights"],
-        help="quantize a NeoX to 8 bits after the cast: llm.int8, or weights, for decoding on CPUs (see jaxmodels "
-        "quantize)",
+        help="quantize a NeoX to 8 bits after the cast: llm.int8, or weights (see jaxmodels quantize)",
     )
     add("--int8", action="store_const", dest="quantize", const="llm.int8", help="the same as --quantize llm.int8")
     add(

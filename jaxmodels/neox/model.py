@@ -256,8 +256,7 @@ def quantize(model: NeoX, threshold: float | None = None, *, kind: str = "llm.in
     """Model with linear maps in 8 bits; all other arrays are shared with the given one.
 
     kind: "llm.int8" for the blocks' linear maps by LLM.int8, which rounds activations too: see `Int8Linear`. "weights"
-        for those and the readout with 8-bit weights and activations as they are: see `WeightOnlyLinear`. Decoding reads a
-        quarter of float32's bytes.
+        for those and the readout with 8-bit weights and activations as they are: see `WeightOnlyLinear`.
     threshold: for LLM.int8: input features of this magnitude or larger are computed in 16 bits; 0 for none, default 6.
 
     Stacked layers stay stacked. Raises ValueError if the model is not a NeoX or is quantized already, if the kind is
