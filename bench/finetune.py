@@ -58,6 +58,7 @@ def main() -> None:
     from jaxmodels.process.allocator import keep_freed_memory
     from jaxmodels.sharding import make_mesh
     from jaxmodels.text import ByteVocabulary
+    from jaxmodels.weights.names import flat_arrays
     from train import neox
 
     keep_freed_memory()
@@ -75,7 +76,9 @@ def main() -> None:
     memory: dict[str, tuple[int, int, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(Path(folder) / "model")
-        jaxmodels.save(cast(NeoX(sizes, rngs=nnx.Rngs(0)), options.dtype), checkpoint)
+        model = NeoX(sizes, rngs=nnx.Rngs(0))
+        jaxmodels.save(cast(model, flat_arrays(model), options.dtype), checkpoint)
+        del model
         for name in options.kinds:
             fields = kinds[name]
             config = neox.Config(checkpoint=checkpoint, seq_len=options.length, batch_size=options.batch, **fields)
