@@ -25,7 +25,7 @@ MINUTES ?= 60
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: help parity parity-golden zoo test test-slow fuzz train docs notebooks accelerator bench plans lint
+.PHONY: help parity parity-golden zoo test test-slow fuzz train docs site notebooks accelerator bench plans lint
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -52,14 +52,16 @@ fuzz: $(READY) ## read changed files for MINUTES; a finding is saved in runs/fuz
 train: $(READY) ## train the small RoPE language model (8 minutes on two cores)
 	$(BIN)/python -m train.rope $(ARGS)
 
-docs: $(READY) ## build the site into site/, for a browser without a server: site/index.html
+docs: notebooks site ## run the notebooks, and build the site into site/, for a browser without a server: site/index.html
+
+site: $(READY) ## build the site alone, with the outputs that the notebooks have
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
 	$(BIN)/python -m docs.tools.links site
 
 accelerator: $(READY) ## parity, tests and timings on a GPU (ARGS="--device tpu": a TPU); writes docs/accelerator.md
 	$(BIN)/python -m bench.accelerator $(ARGS)
 
-notebooks: $(READY) ## run the notebooks of examples/ and save their outputs, which make docs shows
+notebooks: $(READY) ## run the notebooks of examples/ and save their outputs, which the site shows
 	$(BIN)/python -m docs.tools.notebooks $(ARGS)
 
 bench: $(READY) ## time training steps against PyTorch
