@@ -119,7 +119,7 @@ class Attention(nnx.Module):
 
     def attend_causally(self, query: Any, key: jax.Array | None, value: jax.Array, rng: jax.Array | None) -> jax.Array:
         """Causal attention [B, H, S, d_k] by the kernel that is set; raises ValueError as `chosen_kernel`."""
-        products, drops = self.products(query, key), rng is not None and self.dropout.rate > 0
+        products, drops = self.products(query, key), rng is not None and getattr(self.dropout, "rate", 1.0) > 0
         unfused = None
         if products is None:
             unfused = f"needs scores that are products of queries and keys, which {type(self).__name__}'s are not"

@@ -81,7 +81,7 @@ PAGES = {
         "Functions for every language model of this package and for classes with the members of `LanguageModel`. The "
         "guides are [Generate](../guides/generation.md) and [Score](../guides/scoring.md).",
         {
-            "jaxmodels.generate": ("generate", "stream", "Sampling"),
+            "jaxmodels.generate": ("generate", "generate_many", "stream", "Sampling"),
             "jaxmodels.scoring": ("score", "Scores", "Score", "loglikelihood", "Likelihood"),
             "jaxmodels.protocols": ("LanguageModel", "ReadsMoreThanIds", "DividedReadout"),
         },

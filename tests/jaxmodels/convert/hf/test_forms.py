@@ -133,7 +133,7 @@ def test_a_tensor_that_its_file_lacks(tmp_path, made, kind):
     with pytest.raises(ValueError, match=rf"^\S*{second} lacks {name}\b.*$"):
         open_hf(tmp_path)
     (tmp_path / second).unlink()
-    with pytest.raises(ValueError, match=rf"^\S*{second} does not exist.*$"):
+    with pytest.raises(ValueError, match=rf"^\S*{index} names '{second}', which does not exist.*$"):
         open_hf(tmp_path)
 
 
