@@ -99,7 +99,7 @@ def platform_of(setting: Setting) -> str:
 
 
 def missing(platform: str, query: jax.Array) -> str | None:
-    """What the fused kernel of a platform lacks for these queries, as the end of a sentence; None if nothing."""
+    """The lack of a platform's fused kernel for these queries, as the end of a sentence; None if nothing."""
     dtype, d_k = query.dtype, query.shape[-1]
     if platform == "cuda":
         if dtype not in (jnp.bfloat16, jnp.float16):

@@ -144,11 +144,7 @@ class Decoding:
             raise ValueError("start must be None with a window")
         batch = self.prompt.shape[1]
         self.weights, structure = jax.tree.flatten(self.model)
-        n_vocab = vocabulary_size(self.model)
-        if n_tokens is not None:
-            if not 1 <= integer("n_tokens", n_tokens, 0) <= n_vocab:
-                raise ValueError(f"n_tokens={n_tokens} must be from 1 to the vocabulary size {n_vocab}")
-            n_vocab = int(n_tokens)
+        n_vocab = drawn_from(self.model, n_tokens)
         self.knobs = sampling.knobs(n_vocab)
         self.compiled = compiled(structure, Fixed(n_vocab, sampling.top_k, stops))
         numbers = np.arange(batch * copies) if rows is None else np.asarray(rows)
@@ -289,6 +285,16 @@ def vocabulary_size(model: LanguageModel) -> int:
     """V of a model's logits."""
     weights, structure = jax.tree.flatten(model)
     return size_of_logits(structure, tuple((array.shape, array.dtype) for array in weights))
+
+
+def drawn_from(model: LanguageModel, n_tokens: int | None) -> int:
+    """Number of ids that tokens are drawn from: the first n_tokens, or all; raises ValueError if there are fewer."""
+    n_vocab = vocabulary_size(model)
+    if n_tokens is None:
+        return n_vocab
+    if not 1 <= integer("n_tokens", n_tokens, 0) <= n_vocab:
+        raise ValueError(f"n_tokens={n_tokens} must be from 1 to the vocabulary size {n_vocab}")
+    return int(n_tokens)
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.generate.loop import NOT_FINITE, Fixed, admitted, capacity, check_vocabulary, vocabulary_size
+from jaxmodels.generate.loop import NOT_FINITE, Fixed, admitted, capacity, check_vocabulary, drawn_from
 from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
 
@@ -153,11 +153,7 @@ class Continuous:
         self.prompts, self.n = list(prompts), [integer("max_new_tokens", one) for one in n]
         stops = tuple(integer("stop_tokens: id", token, 0) for token in stop_tokens)
         self.weights, structure = jax.tree.flatten(self.model)
-        n_vocab = vocabulary_size(self.model)
-        if n_tokens is not None:
-            if not 1 <= integer("n_tokens", n_tokens, 0) <= n_vocab:
-                raise ValueError(f"n_tokens={n_tokens} must be from 1 to the vocabulary size {n_vocab}")
-            n_vocab = int(n_tokens)
+        n_vocab = drawn_from(self.model, n_tokens)
         check_vocabulary(n_vocab, np.concatenate([np.asarray(one) for one in self.prompts])[:, None], None, stops)
         self.knobs = sampling.knobs(n_vocab)
         self.compiled = compiled(structure, Fixed(n_vocab, sampling.top_k, stops))

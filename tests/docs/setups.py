@@ -1,4 +1,4 @@
-"""What the Python blocks of a page find: names defined before them, and files in the current folder."""
+"""The surroundings of a page's Python blocks: names defined before them, and files in the current folder."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""What the figures show, from the arrays they are drawn from."""
+"""The statements of the figures, from the arrays they are drawn from."""
 
 import numpy as np
 import pytest

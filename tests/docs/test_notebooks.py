@@ -27,7 +27,7 @@ print(json.dumps(kinds(notebooks.execute(notebooks.read(notebooks.ROOT / sys.arg
 
 
 def kinds(notebook: Any) -> list[list[str]]:
-    """What each code cell shows: streams, and the kinds of data."""
+    """The outputs of each code cell: streams, and the kinds of data."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [sorted({kind for o in cell.outputs for kind in o.get("data", {o.get("name"): 0})}) for cell in cells]
 

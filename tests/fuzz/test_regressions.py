@@ -191,7 +191,7 @@ def test_lines_of_metrics_that_a_kill_cut_are_left_out(tmp_path):
 
 
 def test_metrics_are_read_line_by_line(tmp_path):
-    """Of a million lines that a run does not have, none is kept; a line without end is refused."""
+    """A million lines that a run does not have are not kept; a line without end is refused."""
     from jaxmodels.training import metrics
 
     (tmp_path / "metrics.jsonl").write_text(

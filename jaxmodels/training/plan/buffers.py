@@ -1,4 +1,4 @@
-"""What a compiled program holds in HBM at its peak, by kind, read from the compiler's buffer report."""
+"""The contents of HBM at a compiled program's peak, by kind, read from the compiler's buffer report."""
 
 import dataclasses
 import itertools
