@@ -23,10 +23,14 @@ SIZES = {"d-model": 30, "heads": 3, "d-ff": 13, "n-layers": 1, "seq-len": 11, "b
 TINY = [f"--{name}={value}" for name, value in SIZES.items()]
 
 
+def without_warmup(flags: list[str]) -> list[str]:
+    """Flags for a preset with a constant learning rate, for which --warmup is refused."""
+    return [flag for flag in flags if not flag.startswith("--warmup=")]
+
+
 def at_a_constant_rate(flags: list[str]) -> list[str]:
     """Flags of a run whose gradients are not clipped, as they may diverge."""
-    kept = [flag for flag in flags if not flag.startswith("--warmup=")]
-    return [*kept, "--schedule", "constant", "--clip", "None"]
+    return [*without_warmup(flags), "--schedule", "constant", "--clip", "None"]
 
 
 # 62 windows of this many tokens, in batches that reach over the end of an epoch

@@ -24,7 +24,7 @@ from jaxmodels.training.script import main
 from jaxmodels.training.tokenize import tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
 from jaxmodels.weights.names import flat_arrays
-from tests.train_common import TEXT, TINY
+from tests.train_common import TEXT, TINY, without_warmup
 from train import feedback, feedback_kv, neox, rope, rope_value, synthesizer
 from train.rope_value import VOCABULARY, answer, problem, question, sequence
 
@@ -99,7 +99,12 @@ def tiny(compile_cache):
 
 @pytest.mark.slow
 def test_rope_value_scores_its_answers(tiny, tmp_path, capsys):
-    assert main(rope_value.RopeValue, "python -m train.rope_value", [*tiny, "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(
+            rope_value.RopeValue, "python -m train.rope_value", [*without_warmup(tiny), "--out", str(tmp_path / "run")]
+        )
+        == 0
+    )
     assert "0 of 64 answers right, such as" in capsys.readouterr().out
     assert metrics.read(tmp_path / "run")[-1]["score"] == 0
     assert sample.main([str(tmp_path / "run"), "--length", "3"]) == 0  # as the run's last line says
@@ -175,7 +180,9 @@ def test_neox_tunes_only_biases(tiny, tmp_path):
     tokenize(str(tmp_path / "sea.txt"), tmp_path / "tokens")
     before = flat_arrays(saved_neox(tmp_path / "model").stacked())
     flags = ["--preset=finetune", "--tune=biases", "--checkpoint", str(tmp_path / "model"), "--text"]
-    arguments = [*tiny, *flags, str(tmp_path / "tokens"), "--out", str(tmp_path / "run")]
+    sizes = ("--d-model=", "--heads=", "--d-ff=", "--n-layers=")  # those of the checkpoint
+    kept = [flag for flag in without_warmup(tiny) if not flag.startswith(sizes)]
+    arguments = [*kept, *flags, str(tmp_path / "tokens"), "--out", str(tmp_path / "run")]
     assert main(neox.Neox, "python -m train.neox", arguments) == 0
     after = flat_arrays(latest_model(tmp_path / "run")[0])
     changed = {".".join(map(str, path)) for path in before if (before[path] != after[path]).any()}

@@ -130,7 +130,7 @@ def test_a_step_that_does_not_fit_is_refused_with_suggestions():
     _, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert re.fullmatch(
-        r"python -m train.plan: does not fit: it needs [\d.]+ GiB of memory per device \(saved activations [^)]*\), "
+        r"python -m train.plan: does not fit: it needs [\d.]+ GiB of memory per device \(\w[^)]*\), "
         r"available 15.75 GiB; "
         r"parameters and optimizer take [\d.e-]+ GiB of it, activations the rest: try remat=layers, .*\n",
         err,
