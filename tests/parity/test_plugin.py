@@ -73,7 +73,7 @@ def port(tmp_path):
     (tmp_path / "test_port.py").write_text(PORT)
     torch_module, _, x = mlp()
     parity.record(torch_module, x, tmp_path / "mlp")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
 
     def run(*arguments):
         command = [sys.executable, "-m", "pytest", "-p", "parity.plugin", "-q", "--strict-markers", *arguments]
