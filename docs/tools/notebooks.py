@@ -5,6 +5,7 @@ and saves the outputs, in about a minute each on two cores.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def execute(notebook: Any) -> Any:
     import nbclient
     from jupyter_client.manager import AsyncKernelManager
 
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed, JAX prints warnings where there is no TPU
     manager = AsyncKernelManager(kernel_name="python3", transport="ipc")
     nbclient.NotebookClient(notebook, manager, timeout=SECONDS, resources={"metadata": {"path": str(ROOT)}}).execute()
     return cleaned(notebook)
