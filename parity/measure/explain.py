@@ -29,8 +29,7 @@ Limits = dict[str, dict[str, float]]
 class Explanation:
     """The limit of each tensor in float64, by kind, and the notes on those above `LIMIT`.
 
-    rounding: the values that are rounding; of a less stable algorithm the largest one, for all tensors that show it.
-    allowed: the largest value that passes for either reason, at least 1.
+    rounding: the values that are rounding. allowed: the largest value that passes for either reason, at least 1.
     """
 
     limits: Limits
@@ -65,8 +64,7 @@ def explained(
             "by an algorithm that is less stable than PyTorch's"
         )
         for (kind, name), value in rounding.items():
-            limits[kind][name] = value
-            ordinary[kind][name] = max(rounding.values())  # in float32 another tensor may be the one that loses most
+            limits[kind][name] = ordinary[kind][name] = value
     most = LIMIT * ULPS["float32"] / ULPS["float64"]  # what float32 costs
     left = {at: v for at, v in over.items() if at not in rounding and v <= most}
     if left:

@@ -40,6 +40,7 @@ CPU_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_parallel_codegen_split_count": 32,  # the default: results round alike whatever XLA_FLAGS says
 }
 
 
