@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from tests.fuzz.mutations.values import INTEGERS, NUMBERS, STRINGS, Rng, choose
 
+GROWTH = 10**7  # bytes that a change may add
+
 
 def mutated_bytes(content: bytes, rng: Rng) -> bytes:
     """Content with one change."""
@@ -96,18 +98,19 @@ def replaced(content: bytearray, pattern: bytes, new: bytes, rng: Rng) -> bytes:
 
 
 def relined(content: bytes, rng: Rng) -> bytes:
-    """A line of a text is removed, repeated, moved or made long."""
+    """A line of a text is removed, repeated, moved or made long; at most `GROWTH` bytes are added."""
     lines = content.split(b"\n")
     i = int(rng.integers(len(lines)))
+    most = GROWTH // (len(lines[i]) + 1)
     change = int(rng.integers(4))
     if change == 0:
         del lines[i]
     elif change == 1:
-        lines[i:i] = [lines[i]] * int(rng.integers(1, 1000))
+        lines[i:i] = [lines[i]] * min(int(rng.integers(1, 1000)), most)
     elif change == 2:
         lines.insert(int(rng.integers(len(lines))), lines.pop(i))
     else:
-        lines[i] = lines[i] * int(rng.integers(2, 10_000))
+        lines[i] = lines[i] * min(int(rng.integers(2, 10_000)), 1 + most)
     return b"\n".join(lines)
 
 
