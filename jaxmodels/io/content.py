@@ -52,12 +52,20 @@ def recognised(file: Path) -> str | None:
         return "is full of zeros, as after an interrupted download: download it again"
     if head[257:262] == b"ustar":
         return "is a tar archive: unpack it"
-    if start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file):
+    if start.startswith(b"PK\x03\x04") and not is_zip(file):
         return "is truncated: it is a zip file without its end"
     size = int.from_bytes(head[:8], "little")
     if file.suffix != ".safetensors" and head[8:10] in (b'{"', b"{}") and size <= file.stat().st_size - 8:
         return "is a safetensors file, though its name does not end in .safetensors"
     return None
+
+
+def is_zip(file: Path) -> bool:
+    """True for a zip file whose directory of entries is found."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # its end names other disks
+        return False
 
 
 def explained(file: Path, otherwise: str) -> ValueError:

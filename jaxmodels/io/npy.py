@@ -1,6 +1,7 @@
 """NumPy's .npy files, mapped into memory, without pickles and with one kind of error."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -15,11 +16,12 @@ def map_array(file: Path) -> np.ndarray:
     numbers, such as Python objects as a pickle.
     """
     try:
-        open_regular(file).close()
-        array = np.lib.format.open_memmap(file, mode="r")  # np.load would also open .npz files
-        if array.dtype.kind not in "biufc":  # elements of no bytes fit any number of times into any file
-            raise ValueError(f"dtype {array.dtype}")
-        return array
+        # Checked before NumPy maps it: it divides by the size of an element, which may be 0 and ends the process.
+        with open_regular(file) as content:
+            shape, dtype = read_header(content)
+        if dtype.kind not in "biufc" or min(shape, default=0) < 0:
+            raise ValueError(f"dtype {dtype}, shape {shape}")
+        return np.lib.format.open_memmap(file, mode="r")  # np.load would also open .npz files
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
     except MemoryError:
@@ -27,3 +29,13 @@ def map_array(file: Path) -> np.ndarray:
     # The header is parsed as Python: from damaged ones come SyntaxError, TypeError, tokenize.TokenError and others.
     except Exception as error:
         raise ValueError(f"{file} is not a .npy file of numbers: {quoted(str(error), 200)}") from None
+
+
+def read_header(content: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype in the header of a .npy file; raises various errors if it is damaged."""
+    version = np.lib.format.read_magic(content)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:  # 3.0 is for names in other alphabets, which numbers do not have
+        raise ValueError(f"format {version}")
+    shape, _, dtype = readers[version](content)
+    return shape, dtype

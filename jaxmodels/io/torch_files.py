@@ -4,7 +4,6 @@ import errno
 import io
 import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.content import explained
+from jaxmodels.io.content import explained, is_zip
 from jaxmodels.io.torch_legacy import read_legacy
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted, shortened
@@ -23,12 +22,7 @@ from jaxmodels.weights.pickles import TooMuchError, check_work
 
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
 DEPTH = 2  # of an entry with the state_dict
-DTYPE_CLASSES = ("BoolDType", "UInt32DType", "Int32DType", "Int64DType", "Float32DType", "Float64DType")
-DAMAGED = (
-    *(RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError),
-    *(struct.error, zipfile.BadZipFile, MemoryError, OverflowError, RecursionError, NotImplementedError),
-    SystemError,  # NumPy's, for some states of a dtype
-)
+FUNCTIONS = ("_reconstruct", "scalar")  # by which NumPy's pickles make arrays and numbers
 PICKLE_BYTES = 2**26  # of the structure, without the numbers
 REPEATED_BYTES = 2**24  # of a tensor that repeats its values, such as a mask, in a smaller file
 
@@ -67,12 +61,12 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
 
     if not file.is_file():
         raise ValueError(f"{file} is not a file" if not file.exists() else f"{file} is not a regular file")
-    is_zip = zipfile.is_zipfile(file)
-    if is_zip:
+    zipped = is_zip(file)
+    if zipped:
         check_stored(file)
     try:
         with torch.serialization.safe_globals(list(safe_globals)):
-            if not is_zip:
+            if not zipped:
                 return read_legacy(file)
             check_structure(file)
             with warnings.catch_warnings():  # torch's own use of what it deprecates, and notes on the pickle's protocol
@@ -86,7 +80,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
         raise explained(file, f"is refused, as it {why}") from None
     except TooMuchError as error:
         raise ValueError(f"{file} is refused: {error}") from None
-    except DAMAGED as error:
+    except Exception as error:  # a damaged pickle gives any arguments to the functions that it may call
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise explained(file, f"is truncated or not a PyTorch checkpoint: {reason}") from None
 
@@ -96,7 +90,7 @@ def check_stored(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-    except DAMAGED as error:
+    except Exception as error:  # from damaged ones come BadZipFile, NotImplementedError, struct.error and others
         raise ValueError(f"{file} is a damaged zip file: {error}") from None
     compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if compressed:
@@ -234,11 +228,21 @@ class Recorded(io.RawIOBase):
         self.file.flush()
 
 
-def numpy_globals() -> list[Any]:
-    """Classes that NumPy's random state and its numbers refer to in a pickle, under names of older and newer NumPy."""
-    from numpy._core.multiarray import _reconstruct, scalar
+class NumPyValue:
+    """Stands for an array, number or dtype of NumPy in a pickle, which is not read.
 
-    dtypes = [getattr(np.dtypes, name) for name in DTYPE_CLASSES]
-    functions = [(_reconstruct, "_reconstruct"), (scalar, "scalar")]
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-    return [np.ndarray, np.dtype, *dtypes, *((f, f"{module}.{name}") for f, name in functions for module in modules)]
+    NumPy takes whatever state a pickle gives its dtypes and arrays, so that a file could make it read anywhere.
+    """
+
+    def __init__(self, *arguments: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def numpy_globals() -> list[Any]:
+    """What NumPy's random state and its numbers refer to in a pickle, under names of older and newer NumPy."""
+    functions = [f"{module}.multiarray.{name}" for module in ("numpy.core", "numpy._core") for name in FUNCTIONS]
+    names = ["numpy.ndarray", "numpy.dtype", *functions, *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__)]
+    return [(NumPyValue, name) for name in names]

@@ -22,6 +22,7 @@ import numpy as np
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file, names_file
 from jaxmodels.io.bounded import read_object
+from jaxmodels.io.npy import map_array
 from jaxmodels.text.documents import Place, Source
 from jaxmodels.text.encoding import Unknown, encode
 from jaxmodels.text.pieces import BEGINNING, pieces
@@ -212,11 +213,11 @@ def read_part(
 
 def split_documents(folder: Path, dtype: Any) -> None:
     """Move the last tenth of the ids to the validation part: whole documents, if there are several."""
-    starts = np.load(folder / "train_documents.npy", mmap_mode="r")
+    starts = map_array(folder / "train_documents.npy")
     total = int(starts[-1])
     first = min(int(np.searchsorted(starts, int(0.9 * total))), max(1, len(starts) - 2))
     cut = int(starts[first]) if len(starts) > 2 else int(0.9 * total)
-    ids = np.load(folder / "train.npy", mmap_mode="r")
+    ids = map_array(folder / "train.npy")
     tail = Growing(folder / "validation.npy", dtype)
     for at in range(cut, total, COPIED):
         tail.append(ids[at : at + COPIED])

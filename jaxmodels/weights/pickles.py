@@ -1,8 +1,8 @@
 """Work that a pickle asks for, counted before it is loaded.
 
 PyTorch's unpickler runs no code of a file, but does everything else that the file says: a hundred bytes can ask for a
-dictionary whose key is a tuple of tuples of tuples …, each the same twice, of which Python hashes 2⁶⁰, or for an array
-of any size that is filled. Here the instructions are followed with numbers in place of values.
+dictionary whose key is a tuple of tuples of tuples …, each the same twice, of which Python hashes 2⁶⁰, or for bytes of
+any number. Here the instructions are followed with numbers in place of values.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import BinaryIO
 # Values and instructions; a tensor takes about 35, so that this is 57,000 tensors. Each use of a value counts anew.
 MOST = 2_000_000
 # Functions that PyTorch's unpickler is allowed to call, and that allocate and fill as much as their argument says.
-FILLING = (b"bytearray", b"ndarray", b"_reconstruct", b"Counter")
+FILLING = (b"bytearray", b"Counter")
 
 MARK, STOP, GLOBAL, TUPLE = pickle.MARK[0], pickle.STOP[0], pickle.GLOBAL[0], pickle.TUPLE[0]
 PUTS = {pickle.BINPUT[0]: "<B", pickle.LONG_BINPUT[0]: "<I"}

@@ -5,14 +5,13 @@ import itertools
 import json
 import os
 import tarfile
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER
 from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_object
-from jaxmodels.io.content import POINTERS
+from jaxmodels.io.content import POINTERS, is_zip
 from jaxmodels.io.pretrained import chosen
 from jaxmodels.process.texts import quoted
 
@@ -197,7 +196,7 @@ def kind_of_file(path: Path) -> str:
         return "a file of transformers' Flax weights, which is not supported"
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         return "a file of PyTorch"
-    if zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+    if is_zip(path) or tarfile.is_tarfile(path):
         return "an archive, which must be unpacked"
     return "a single file"
 

@@ -76,7 +76,8 @@ def change_folder(root: Path, rng: Rng) -> None:
         file.write_bytes(theirs)
         other.write_bytes(content)
     elif change == 3:
-        shutil.copy(file, file.with_name(choose(rng, ADDED)))
+        if (added := file.with_name(choose(rng, ADDED))) != file:
+            shutil.copy(file, added)
     elif change == 4:
         folder = root / choose(rng, FOLDERS)
         try:

@@ -100,24 +100,20 @@ def describe(path):
         raise ValueError(said.getvalue())
 
 
-def reconstructing(n: int) -> bytes:
-    """A pickle that asks NumPy for an array of n numbers without giving any."""
-    return (
-        b"\x80\x02}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
-        + pickle.dumps((n,), 2)[2:-1]
-        + b"U\x01d\x87Rs."
-    )
+def zip_with(file, structure):
+    """A .pt file of a pickle."""
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", structure)
+        archive.writestr("archive/version", "3")
 
 
-def test_an_array_of_a_pickle_takes_no_memory_before_it_is_measured(tmp_path):
-    file = tmp_path / "model.pt"
-    torch.save({"a": np.float64(1.0)}, tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as old, zipfile.ZipFile(file, "w") as new:
-        for entry in old.infolist():
-            content = reconstructing(10**14) if entry.filename.endswith("data.pkl") else old.read(entry)
-            new.writestr(entry.filename, content)
-    with pytest.raises(ValueError, match=r"model\.pt"):
-        read_tensors(file)
+def legacy_with(file, structure):
+    """A .pt file of PyTorch before 1.6 of a pickle."""
+    head = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
+    file.write_bytes(b"".join(pickle.dumps(one, 2) for one in head) + structure + pickle.dumps([], 2))
+
+
+FORMATS = [zip_with, legacy_with]
 
 
 def doubled(times: int) -> bytes:
@@ -136,26 +132,55 @@ WORK = {
     "a set that is": b"}" + A + calling(b"builtins", b"set", b"]" + doubled(60) + b"a\x85") + b"s",
     "a key of larger tuples": b"}" + doubled(18) + b"".join(b"q\x20h\x20h\x20\x87" for _ in range(20)) + b"K\x01s",
     "bytes that are filled": b"}" + A + calling(b"builtins", b"bytearray", LARGE + b"\x85") + b"s",
-    "objects that are filled": b"}"
-    + A
-    + calling(b"numpy", b"ndarray", b"J\x40\x42\x0f\x00J\x40\x42\x0f\x00\x86X\x01\x00\x00\x00O\x86")
-    + b"s",
 }
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+# Dtypes that say that their numbers are Python objects, and arrays of any size and element.
+UINT32 = calling(b"numpy", b"dtype", b"X\x02\x00\x00\x00u4\x89\x88\x87")
+FLAGGED = b"(K\x03X\x01\x00\x00\x00<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb"
+NUMPY = {
+    "a dtype with flags": UINT32 + FLAGGED,
+    "an array of such a dtype": calling(b"numpy", b"ndarray", b"K\x05" + UINT32 + FLAGGED + b"\x86"),
+    "an array of objects": calling(b"numpy", b"ndarray", LARGE + b"X\x01\x00\x00\x00O\x86"),
+    "an array that is made later": calling(
+        b"numpy.core.multiarray", b"_reconstruct", b"cnumpy\nndarray\n" + LARGE + b"U\x01d\x87"
+    ),
+    "a number": calling(b"numpy.core.multiarray", b"scalar", UINT32 + b"U\x01d\x86"),
+}
+
+
+@pytest.mark.parametrize("write", FORMATS)
+@pytest.mark.parametrize("value", NUMPY)
+def test_values_of_numpy_are_not_made(tmp_path, write, value):
+    write(tmp_path / "model.pt", b"\x80\x02}" + A + NUMPY[value] + b"s.")
+    with pytest.raises(ValueError, match=r"model\.pt holds no tensors by name; it holds entries 'a'"):
+        read_tensors(tmp_path / "model.pt")
+    assert np.zeros(2, np.uint32).dtype.hasobject is False
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_functions_get_any_arguments(tmp_path, write):
+    encoded = calling(b"_codecs", b"encode", A + b"X\x02\x00\x00\x00no\x86")
+    write(tmp_path / "model.pt", b"\x80\x02}" + A + encoded + b"s.")
+    with pytest.raises(ValueError, match=r"model\.pt is .*unknown encoding"):
+        read_tensors(tmp_path / "model.pt")
+
+
+def test_a_zip_of_several_disks_is_refused(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "model.pt")
+    content = (tmp_path / "model.pt").read_bytes()
+    at = content.rindex(b"PK\x06\x07")  # the locator of the 64-bit directory; its last number is that of the disks
+    (tmp_path / "model.pt").write_bytes(content[: at + 16] + b"\x07" + content[at + 17 :])
+    with pytest.raises(ValueError, match=r"model\.pt is "):
+        read_tensors(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("write", FORMATS)
 @pytest.mark.parametrize("work", WORK)
-def test_a_structure_that_takes_unbounded_work_is_refused(tmp_path, zipped, work):
-    file, content = tmp_path / "model.pt", b"\x80\x02" + WORK[work] + b"."
-    if zipped:
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("archive/data.pkl", content)
-            archive.writestr("archive/version", "3")
-    else:
-        head = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
-        file.write_bytes(b"".join(pickle.dumps(one, 2) for one in head) + content + pickle.dumps([], 2))
+def test_a_structure_that_takes_unbounded_work_is_refused(tmp_path, write, work):
+    write(tmp_path / "model.pt", b"\x80\x02" + WORK[work] + b".")
     with pytest.raises(ValueError, match=r"model\.pt is refused: .*2,000,000 values"):
-        read_tensors(file)
+        read_tensors(tmp_path / "model.pt")
 
 
 def test_instructions_are_counted():
