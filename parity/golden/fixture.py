@@ -168,11 +168,12 @@ def text_of(about: Mapping[str, Any], field: str) -> str:
 
 
 def texts_of(about: Mapping[str, Any], field: str, kind: type) -> Any:
-    """Field that is a list of strings, or an object of strings."""
+    """Field that is a list or an object of strings: names, also of types, which hold no character 0."""
     value = about[field]
     held = (*value.values(), *value) if isinstance(value, dict) else value
-    if not isinstance(value, kind) or not all(isinstance(text, str) for text in held):
-        raise ValueError(f"{field}={quoted(value)} must be {'an object' if kind is dict else 'a list'} of strings")
+    if not isinstance(value, kind) or not all(isinstance(text, str) and text.isprintable() for text in held):
+        of = f"{'an object' if kind is dict else 'a list'} of strings of printable characters"
+        raise ValueError(f"{field}={quoted(value)} must be {of}")
     return value
 
 

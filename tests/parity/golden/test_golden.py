@@ -130,6 +130,7 @@ def test_tensors_of_another_recording_are_refused(recorded, tmp_path):
         ("own values", []),
         ("names", {"up.weight": 3}),
         ("layers", ["up"]),
+        ("layers", {"up": "Linear\0"}),
         ("untrained", "up.weight"),
         ("name", ["mlp"]),
         ("model", {"model": "NeoX"}),
