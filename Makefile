@@ -64,9 +64,8 @@ accelerator: $(READY) ## parity, tests and timings on a GPU (ARGS="--device tpu"
 notebooks: $(READY) ## run the notebooks of examples/ and save their outputs, which the site shows
 	$(BIN)/python -m docs.tools.notebooks $(ARGS)
 
-bench: $(READY) ## time training steps against PyTorch
-	$(BIN)/python -m bench.rope $(ARGS)
-	$(BIN)/python -m bench.feedback $(ARGS)
+bench: $(READY) ## run the commands of docs/bench.md and write their tables there (an hour)
+	$(BIN)/python -m bench.page $(ARGS)
 
 plans: $(READY) ## compile training steps for TPU slices (hours; EXTRAS=dev,plan); writes docs/plans.md
 	$(BIN)/python -m bench.plans $(ARGS)

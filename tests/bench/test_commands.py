@@ -35,6 +35,7 @@ COMMANDS = {
         "--quantized",
     ],
     "neox_shards": ["--gigabytes", "0.003", "--hidden", "96", "--heads", "4", "--vocabulary", "127", "--rounds", "1"],
+    "page": None,  # has tests of its own
     "published": None,  # a library of bench.neox_shards
     "retro": ["--only", "step", "--chunks", "2", "--batch", "1", "--rounds", "1"],
     "rope": ["--sequence", "17", "--batch", "2", "--rounds", "1", "--no-compile"],
