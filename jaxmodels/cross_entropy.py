@@ -2,7 +2,9 @@
 
 The logits of all positions take B·S·V numbers, 800 MB for 4,096 tokens of a vocabulary of 50,304, and are read several
 times. Here at most one chunk of them exists, in the backward pass too. If all logits fit one chunk, they are computed
-at once.
+at once. On a mesh, each device computes those of its own tokens, with the read-out's weights gathered for each chunk;
+or, where that takes less communication, those of a part of the vocabulary for the tokens of all devices: see
+`DividedVocabulary`.
 
 Axes: B batch, S sequence, C positions of a chunk, K chunks, T positions, N scored positions, D features of the last
 layer, V vocabulary. `read` computes logits [..., V] from x [..., D]; it may close over the model's parameters.
@@ -17,18 +19,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.sharding import DividedVocabulary
+
 Read = Callable[[jax.Array], jax.Array]
 
 CHUNK = 1 << 24  # logits of a chunk on a CPU: 64 MB in float32. Smaller ones make the products' kernels slower.
 FORWARD_CHUNK = 1 << 23  # of a chunk on a CPU without a backward pass: closer to the caches' size
 DEVICE_CHUNK = 1 << 26  # of a chunk on each accelerator: fewer reductions of the read-out's gradient over a mesh
+DIVIDED_CHUNK = 1 << 24  # the same with the vocabulary divided: smaller chunks take no more communication
 
 
 class ChunkSize(NamedTuple):
-    """Number of tokens of a chunk if it is set, otherwise the number of logits that a chunk may have."""
+    """Number of tokens of a chunk if it is set, otherwise the number of logits that a chunk may have.
+
+    divided: the number if the vocabulary is divided over the mesh of `vocabulary`.
+    """
 
     tokens: int | None
     logits: int
+    divided: int = 0
+    vocabulary: DividedVocabulary | None = None
 
 
 _chunk: contextvars.ContextVar[ChunkSize | None] = contextvars.ContextVar("chunk", default=None)
@@ -36,30 +46,37 @@ _chunk: contextvars.ContextVar[ChunkSize | None] = contextvars.ContextVar("chunk
 
 @contextlib.contextmanager
 def chunks(
-    tokens: int | None, platform: str = "cpu", devices: int = 1, *, forward_only: bool = False
+    tokens: int | None,
+    platform: str = "cpu",
+    devices: int = 1,
+    *,
+    forward_only: bool = False,
+    vocabulary: DividedVocabulary | None = None,
 ) -> Iterator[None]:
     """Set the size of the chunks in functions traced inside the block.
 
     tokens: whose logits are computed together, over all devices; by default as many as the logits of `devices` devices
     of a platform allow. forward_only: no gradients are summed over the chunks; smaller ones are then faster on a CPU.
-    jit caches what it traced: jit a new function for each setting.
+    vocabulary: divides that of a read-out over a mesh where it applies. jit caches what it traced: jit a new function
+    for each setting.
     """
     logits = (FORWARD_CHUNK if forward_only else CHUNK) if platform == "cpu" else DEVICE_CHUNK
-    token = _chunk.set(ChunkSize(tokens, logits * devices))
+    token = _chunk.set(ChunkSize(tokens, logits * devices, min(logits, DIVIDED_CHUNK) * devices, vocabulary))
     try:
         yield
     finally:
         _chunk.reset(token)
 
 
-def chunk_length(n_vocab: int, positions: int, rows: int = 1) -> int:
+def chunk_length(n_vocab: int, positions: int, rows: int = 1, *, divided: bool = False) -> int:
     """Number of positions, of `rows` sequences each, whose logits are computed together.
 
     A power of two if it is not all positions: with at most as many logits as a chunk may have, or the set number of
-    tokens; see `chunks`.
+    tokens; see `chunks`. divided: the vocabulary is divided over a mesh.
     """
     size = _chunk.get() or ChunkSize(None, CHUNK)
-    most = max(1, (size.logits // n_vocab if size.tokens is None else size.tokens) // rows)
+    logits = size.divided if divided else size.logits
+    most = max(1, (logits // n_vocab if size.tokens is None else size.tokens) // rows)
     return positions if most >= positions else 1 << (most.bit_length() - 1)
 
 
@@ -78,7 +95,7 @@ def token_nats(read: Read, x: jax.Array, targets: jax.Array, axis: int) -> jax.A
     divided = _divide(read, x, targets, axis)
     if divided is None:
         return nats(read(x), targets)
-    found = _token_nats(divided.read, divided.weights, divided.x, divided.targets)  # [K, …, C, …]
+    found = _token_nats(divided.reader, divided.weights, divided.x, divided.targets)  # [K, …, C, …]
     found = jnp.moveaxis(found, 0, axis)
     return jax.lax.slice_in_dim(_merge(found, axis), 0, targets.shape[axis], axis=axis)
 
@@ -99,35 +116,75 @@ def mean_nats(read: Read, x: jax.Array, targets: jax.Array, axis: int, weights: 
         factors = jnp.where(valid, 1 / targets.size, 0).astype(divided.dtype)  # [K, 1, C] or [K, C, 1]
     else:
         factors = _split(weights, axis, n, length).astype(divided.dtype)  # [K, …, C, …], zeros for padding
-    return _weighted_sum(divided.read, divided.weights, divided.x, divided.targets, factors)
+    return _weighted_sum(divided.reader, divided.weights, divided.x, divided.targets, factors)
+
+
+class _Reader(NamedTuple):
+    """Function read(x, *weights) to the logits of a chunk, and where its arrays are placed.
+
+    batch_axis: of a chunk.
+    """
+
+    read: Callable[..., jax.Array]
+    batch_axis: int
+    vocabulary: DividedVocabulary | None
+
+    def logits(self, x: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+        found = self.read(x, *weights)
+        return found if self.vocabulary is None else self.vocabulary.logits(found, self.batch_axis)
+
+    def gathered(self, x: jax.Array) -> jax.Array:
+        """Place a chunk where its logits are computed."""
+        return x if self.vocabulary is None else self.vocabulary.tokens(x, self.batch_axis)
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """Place each row of a chunk on its device."""
+        return x if self.vocabulary is None else self.vocabulary.rows(x, self.batch_axis)
 
 
 class _Divided(NamedTuple):
-    """Arguments of `token_nats` in chunks: read(x, *weights), x [K, B, C, D] or [K, C, B, D], targets without D.
+    """Arguments of `token_nats` in chunks: x [K, B, C, D] or [K, C, B, D], targets without D.
 
     dtype: of the nats.
     """
 
-    read: Callable[..., jax.Array]
+    reader: _Reader
     weights: tuple[jax.Array, ...]
     x: jax.Array
     targets: jax.Array
     dtype: Any
 
 
-def _divide(read: Read, x: jax.Array, targets: jax.Array, axis: int) -> _Divided | None:
-    """Divide the axis S into chunks of nearly equal length, the last one padded; None if one chunk holds all."""
+def _divide(read: Read, x: jax.Array, targets: jax.Array, axis: int, *, whole: bool = False) -> _Divided | None:
+    """Divide the axis S into chunks of nearly equal length, the last one padded; None if one chunk holds all.
+
+    whole: do not divide the vocabulary.
+    """
     positions = targets.shape[axis]
+    rows = targets.size // positions
     logits = jax.eval_shape(read, x)
-    length = chunk_length(logits.shape[-1], positions, targets.size // positions)
+    n_vocab = logits.shape[-1]
+    length = chunk_length(n_vocab, positions, rows)
     if length == positions:
         return None
+    vocabulary = None if whole else (_chunk.get() or ChunkSize(None, CHUNK)).vocabulary
+    if vocabulary is not None and not vocabulary.applies(n_vocab, targets.size, -(-positions // length)):
+        vocabulary = None
+    if vocabulary is not None:
+        length = chunk_length(n_vocab, positions, rows, divided=True)
     n = -(-positions // length)
     length = -(-positions // n)
-    x, targets = (_split(array, axis, n, length) for array in (x, targets))
+    chunked = _split(x, axis, n, length)
     # The parameters that `read` closes over become arguments: a custom derivative must not close over them.
-    converted, weights = jax.closure_convert(read, x[0])
-    return _Divided(converted, tuple(weights), x, targets, jnp.promote_types(logits.dtype, jnp.float32))
+    converted, weights = jax.closure_convert(read, chunked[0])
+    if vocabulary is not None:
+        placed = [vocabulary.weight(weight, n_vocab) for weight in weights]
+        if any(weight is None for weight in placed):
+            return _divide(read, x, targets, axis, whole=True)
+        weights = placed
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    reader = _Reader(converted, 1 - axis, vocabulary)
+    return _Divided(reader, tuple(weights), chunked, _split(targets, axis, n, length), dtype)
 
 
 def _split(array: jax.Array, axis: int, n: int, length: int) -> jax.Array:
@@ -145,43 +202,46 @@ def _merge(array: jax.Array, axis: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_nats(
-    read: Callable[..., jax.Array], weights: tuple[jax.Array, ...], x: jax.Array, targets: jax.Array
-) -> jax.Array:
+def _token_nats(reader: _Reader, weights: tuple[jax.Array, ...], x: jax.Array, targets: jax.Array) -> jax.Array:
     """Nats [K, …] of chunks x [K, …, D]."""
-    return jax.lax.map(lambda chunk: nats(read(chunk[0], *weights), chunk[1]), (x, targets))
+
+    def of(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = reader.logits(reader.gathered(chunk[0]), weights)
+        return nats(logits, chunk[1]) if reader.vocabulary is None else _nats_and_slope(logits, chunk[1])[0]
+
+    return jax.lax.map(of, (x, targets))
 
 
-def _token_nats_forward(read: Any, *arguments: Any) -> tuple[jax.Array, Any]:
+def _token_nats_forward(reader: Any, *arguments: Any) -> tuple[jax.Array, Any]:
     values, marks = _values(arguments), _trained(arguments[0])
-    return _token_nats(read, *values), (values, marks)
+    return _token_nats(reader, *values), (values, marks)
 
 
-def _token_nats_backward(read: Any, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _token_nats_backward(reader: Any, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     (weights, x, targets), marks = saved
-    _, *gradients = _gradients(read, weights, x, targets, cotangent, marks)
+    _, *gradients = _gradients(reader, weights, x, targets, cotangent, marks)
     return *gradients, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_sum(
-    read: Callable[..., jax.Array],
+    reader: _Reader,
     weights: tuple[jax.Array, ...],
     x: jax.Array,
     targets: jax.Array,
     factors: jax.Array,
 ) -> jax.Array:
     """Sum of factors times nats of chunks x [K, …, D]; not differentiated by the factors."""
-    return (_token_nats(read, weights, x, targets) * factors).sum()
+    return (_token_nats(reader, weights, x, targets) * factors).sum()
 
 
-def _weighted_sum_forward(read: Any, *arguments: Any) -> tuple[jax.Array, Any]:
+def _weighted_sum_forward(reader: Any, *arguments: Any) -> tuple[jax.Array, Any]:
     weights, x, targets, factors = _values(arguments)
-    total, *gradients = _gradients(read, weights, x, targets, factors, _trained(arguments[0]))
+    total, *gradients = _gradients(reader, weights, x, targets, factors, _trained(arguments[0]))
     return total, gradients
 
 
-def _weighted_sum_backward(read: Any, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _weighted_sum_backward(reader: Any, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     weights, x = jax.tree.map(lambda a: a * cotangent.astype(a.dtype), gradients)
     return weights, x, None, None
 
@@ -201,7 +261,7 @@ def _trained(weights: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _gradients(
-    read: Callable[..., jax.Array],
+    reader: _Reader,
     weights: tuple[jax.Array, ...],
     x: jax.Array,
     targets: jax.Array,
@@ -217,22 +277,51 @@ def _gradients(
     def body(sums: Any, chunk: Any) -> tuple[Any, jax.Array]:
         x, targets, factors = chunk
 
-        def losses(x: jax.Array, own: Sequence[jax.Array]) -> jax.Array:
+        def logits_of(x: jax.Array, own: Sequence[jax.Array]) -> jax.Array:
             replaced = dict(zip(places, own, strict=True))
-            return nats(read(x, *(replaced.get(i, weight) for i, weight in enumerate(weights))), targets)
+            return reader.logits(x, [replaced.get(i, weight) for i, weight in enumerate(weights)])
 
-        found, pull = jax.vjp(losses, x, [weights[i] for i in places])
-        factors = jnp.broadcast_to(factors, found.shape).astype(found.dtype)
-        dx, own = pull(factors)
+        own = [weights[i] for i in places]
+        if reader.vocabulary is None:
+            found, pull = jax.vjp(lambda x, own: nats(logits_of(x, own), targets), x, own)
+            factors = jnp.broadcast_to(factors, found.shape).astype(found.dtype)
+            dx, own = pull(factors)
+        else:
+            logits, pull = jax.vjp(logits_of, reader.gathered(x), own)
+            found, slope = _nats_and_slope(logits, targets)
+            factors = jnp.broadcast_to(factors, found.shape).astype(found.dtype)
+            dx, own = pull((slope * factors[..., None]).astype(logits.dtype))
+            dx = reader.own(dx)
         total, gradients = sums
         gradients = [a + b.astype(a.dtype) for a, b in zip(gradients, own, strict=True)]
         return (total + (found * factors).sum(), gradients), dx
 
-    zeros = [jnp.zeros(weights[i].shape, jnp.promote_types(weights[i].dtype, jnp.float32)) for i in places]
-    (total, own), dx = jax.lax.scan(body, (jnp.zeros((), factors.dtype), zeros), (x, targets, factors))
+    # A zero that waits for x: XLA may allocate an array that depends on nothing before the layers are computed.
+    zero, x = jax.lax.optimization_barrier((jnp.zeros((), factors.dtype), x))
+    zeros = [jnp.full(weights[i].shape, zero, jnp.promote_types(weights[i].dtype, jnp.float32)) for i in places]
+    (total, own), dx = jax.lax.scan(body, (zero, zeros), (x, targets, factors))
     gradients = dict(zip(places, own, strict=True))
     found = tuple(gradients[i].astype(w.dtype) if i in gradients else None for i, w in enumerate(weights))
+    if any(weights[i].dtype != own.dtype for i, own in gradients.items()):
+        # Before the rest of the backward pass, so that the wider sums are not held meanwhile.
+        found, dx = jax.lax.optimization_barrier((found, dx))
     return total, found, dx
+
+
+def _nats_and_slope(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`nats`, and their derivatives by the logits, softmax(logits) - onehot(target): [..., V].
+
+    Sums over the vocabulary instead of an indexed access, which each device computes for its part of one that is
+    divided. On a CPU without a mesh this is slower.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    largest = logits.max(axis=-1, keepdims=True)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    found = jnp.log(total[..., 0]) + largest[..., 0] - jnp.where(chosen, logits, 0).sum(axis=-1)
+    return found, exponentials / total - chosen
 
 
 def token_log_probs(

@@ -72,6 +72,29 @@ def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if wrap is None else wrap(read_only(function))
 
 
+def in_turn(
+    first: Callable[[jax.Array], jax.Array], second: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> jax.Array:
+    """first(x) + second(x). Where layers are rematerialized, the second's derivative is computed before the first is.
+
+    XLA would otherwise compute both again at once, and hold what both need.
+    """
+    wrap = _remat.get()
+    if wrap is not jax.checkpoint:
+        return first(x) + second(x)
+    found, x = _derivative_after(wrap(first)(x), x)
+    return found + second(x)
+
+
+@jax.custom_vjp
+def _derivative_after(result: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The identity; the cotangent of the result waits for that of x."""
+    return result, x
+
+
+_derivative_after.defvjp(lambda *arrays: (arrays, None), lambda _, cotangents: jax.lax.optimization_barrier(cotangents))
+
+
 def check_sizes(**sizes: int) -> None:
     """Raises ValueError, naming the argument, if a size is below 1, or true or false."""
     for name, size in sizes.items():

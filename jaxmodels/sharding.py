@@ -24,6 +24,7 @@ P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # both divide the rows of a batch
 LANES = 128  # a TPU pads the last axis of an array to a multiple of it
+FILLED = 0.9  # least share of a device's part of the vocabulary that is not padding
 
 # Mesh axes that divide an axis of an activation, by its letter in `constrain`: batch, heads, hidden features, and
 # features of the residual stream. Saved between layers for the backward pass, it would take most of the memory; the
@@ -163,3 +164,52 @@ def divided_lookup(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return place(rows, *(None,) * ids.ndim, "fsdp")
 
     return look_up
+
+
+class DividedVocabulary:
+    """Placement of a read-out in chunks of tokens: each device computes the logits of its part of the vocabulary.
+
+    The tokens of a chunk are gathered over fsdp, and the gradient by their features is reduce-scattered. Otherwise the
+    weights are gathered for each chunk, and their gradient is reduce-scattered. The rows along `data` stay apart.
+
+    Axes: B batch, C positions of a chunk, D features, V vocabulary.
+    """
+
+    PARTS = ("fsdp", "tensor")  # divide the vocabulary
+
+    def __init__(self, mesh: Mesh):
+        self.mesh, self.parts = mesh, mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+    def applies(self, n_vocab: int, tokens: int, chunks: int) -> bool:
+        """True if it takes less communication than to gather the weights for each of so many chunks of the tokens."""
+        size = n_vocab // self.parts
+        stored = -(-size // LANES) * LANES
+        if self.mesh.shape["fsdp"] == 1 or n_vocab % self.parts or size < FILLED * stored:
+            return False
+        # In rows of D features: the tokens and their gradient; the weights twice and their gradient for each chunk.
+        return 2 * tokens // self.mesh.shape["data"] <= 3 * chunks * n_vocab // self.mesh.shape["tensor"]
+
+    def weight(self, array: jax.Array, n_vocab: int) -> jax.Array | None:
+        """Divide an array of the read-out along its axis V; None if it has not exactly one such axis."""
+        if array.shape.count(n_vocab) != 1:
+            return None
+        return self.place(array, *(self.PARTS if size == n_vocab else None for size in array.shape))
+
+    def logits(self, array: jax.Array, batch_axis: int) -> jax.Array:
+        """Divide the logits of a chunk, [B, C, V] or [C, B, V], along V."""
+        return self.place(array, *self.batch("data", batch_axis), self.PARTS)
+
+    def tokens(self, array: jax.Array, batch_axis: int) -> jax.Array:
+        """Gather a chunk's tokens, [B, C, D] or [C, B, D]."""
+        return self.place(array, *self.batch("data", batch_axis), None)
+
+    def rows(self, array: jax.Array, batch_axis: int) -> jax.Array:
+        """Divide a chunk's gradient, [B, C, D] or [C, B, D], as the batch is."""
+        features = None if array.shape[-1] % self.mesh.shape["tensor"] else "tensor"
+        return self.place(array, *self.batch(BATCH, batch_axis), features)
+
+    def batch(self, axes: str | tuple[str, ...], batch_axis: int) -> tuple[Any, Any]:
+        return (axes, None) if batch_axis == 0 else (None, axes)
+
+    def place(self, array: jax.Array, *spec: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, P(*spec)))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodels.attention import attend, causal_attention, dot_product_scores, transpose_heads
 from jaxmodels.cache import visible, write
-from jaxmodels.layers import Embed, LayerNorm, constrain
+from jaxmodels.layers import Embed, LayerNorm, constrain, in_turn
 from jaxmodels.neox.config import NeoXConfig
 from jaxmodels.rope import rotate
 
@@ -176,6 +176,10 @@ class Block(nnx.Module):
     # [neox.block]
     def __call__(self, x: jax.Array, rotary: Tables, plain: bool = False) -> jax.Array:
         """x [B, S, D] -> [B, S, D]. plain: compute the whole score matrix."""
+        if self.parallel_residual and not plain:
+            return x + in_turn(
+                lambda x: self.attention(self.pre_ln_attn(x), rotary), lambda x: self.ffn(self.pre_ln_ffn(x)), x
+            )
         return self.residual(x, self.attention(self.pre_ln_attn(x), rotary, plain))
 
     def decode(

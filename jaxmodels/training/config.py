@@ -77,7 +77,7 @@ class Config:
     products)"""
     loss_chunk: int | None = None
     """tokens of a batch whose logits are computed together; None: as many as have 2²⁴ logits on a CPU, 2²⁶ on each
-    other device"""
+    other device, or 2²⁴ if it computes those of a part of the vocabulary"""
     every: int = 500
     """validate, sample and checkpoint every N steps"""
     validation_batches: int | None = None

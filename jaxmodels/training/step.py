@@ -15,13 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.attention_kernels import Kernel, attention_kernel
 from jaxmodels.cross_entropy import Read, chunks, mean_nats, token_nats
 from jaxmodels.layers import Fixed, Frozen, hooks
 from jaxmodels.protocols import has_divided_readout
-from jaxmodels.sharding import BATCH, activation_placement, batch_sharding, divided_lookup, parameter_specs
+from jaxmodels.sharding import (
+    BATCH,
+    DividedVocabulary,
+    activation_placement,
+    batch_sharding,
+    divided_lookup,
+    parameter_specs,
+)
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 
 PREDICTED = "predicted"
@@ -224,10 +232,11 @@ class Program:
         several = self.mesh.size > 1
         placement = activation_placement(self.mesh) if several else None
         lookup = divided_lookup(self.mesh) if several else None
+        vocabulary = DividedVocabulary(self.mesh) if several else None
         platform = self.mesh.devices.flat[0].platform
         with (
             hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup),
-            chunks(self.numerics.loss_chunk, platform, self.mesh.size),
+            chunks(self.numerics.loss_chunk, platform, self.mesh.size, vocabulary=vocabulary),
             attention_kernel(self.numerics.attention_kernel, self.mesh),
         ):
             yield
@@ -273,11 +282,21 @@ class Program:
     def step(self, state: State, batch: Batch, stop: jax.Array) -> tuple[State, Metrics]:
         """Take one step; a pure function. stop: bool [devices], the flag of each device's process."""
         loss, gradients = self.gradients(state, batch)
+        gradients = {name: self.stored_like(name, gradient) for name, gradient in gradients.items()}
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(loss.dtype))) for _, g in sorted(gradients.items())])
         updates, optimizer = self.transformation.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         state = dataclasses.replace(state, step=state.step + 1, params=params, optimizer=optimizer)
         return state, Metrics(loss, squares, stop.any())
+
+    def stored_like(self, name: str, gradient: jax.Array) -> jax.Array:
+        """Place a gradient as its parameter is, on the mesh and in memory.
+
+        Otherwise XLA may compute the update in another order of the axes, and copy the parameter and its moments to it
+        and back.
+        """
+        placed = jax.lax.with_sharding_constraint(gradient, NamedSharding(self.mesh, self.specs[name]))
+        return with_layout_constraint(placed, Layout(tuple(range(gradient.ndim))))
 
     def lower_step(self, batch: Batch, length: int | None = None) -> jax.stages.Lowered:
         """Trace the step for batches of these shapes, which may be abstract. The step donates the state.

@@ -2,16 +2,22 @@
 
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxmodels import cross_entropy
 from jaxmodels.cross_entropy import chunk_length, chunks, mean_nats, token_log_probs, token_nats
+from jaxmodels.sharding import AXES, DividedVocabulary
 from tests.common import assert_close, normal
+from tests.train_common import EIGHT_DEVICES, ROOT
 
 T, D, V = 11, 5, 23
 
@@ -139,3 +145,89 @@ def test_a_chunk_is_bounded():
         assert chunk_length(50_304, 4096) == 128
     with chunks(100):
         assert chunk_length(50_304, 2048, rows=3) == 32
+    with chunks(None, "tpu", devices=4):  # 2²⁴ logits of each device
+        assert chunk_length(50_304, 2048, rows=16, divided=True) == 64
+
+
+@pytest.mark.parametrize("target", [0, 2])
+def test_logits_that_are_not_finite_give_the_losses_of_jax(target):
+    logits = jnp.asarray([[0.0, -jnp.inf, 1], [jnp.nan, 0, 1], [jnp.inf, 0, 1], [-jnp.inf] * 3, [1e30, -1e30, 0]])
+    targets = jnp.full(5, target)
+    expected, pull = jax.vjp(lambda x: cross_entropy.nats(x, targets), logits)
+    found, slope = cross_entropy._nats_and_slope(logits, targets)
+    np.testing.assert_array_equal(found, expected)
+    finite = np.isfinite(expected)
+    np.testing.assert_allclose(slope[finite], pull(jnp.ones(5))[0][finite], rtol=1e-6)
+    assert np.isnan(slope[~finite]).any(axis=-1)[:2].all()
+
+
+def vocabulary(**sizes: int) -> DividedVocabulary:
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return DividedVocabulary(AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_vocab", "tokens", "chunks", "expected"),
+    [
+        ({"fsdp": 4}, 50_432, 32_768, 8, True),
+        ({"fsdp": 32}, 50_432, 65_536, 2, True),
+        ({"data": 8, "fsdp": 4}, 50_432, 262_144, 8, True),
+        ({"fsdp": 32, "tensor": 8}, 50_432, 524_288, 2, False),  # few chunks of a device's few weights
+        ({"fsdp": 4}, 50_257, 32_768, 8, False),  # not divisible
+        ({"fsdp": 64}, 50_432, 65_536, 8, False),  # 788 columns are stored as 896
+        ({"tensor": 4}, 50_432, 32_768, 8, False),  # divided already
+    ],
+)
+def test_the_vocabulary_is_divided_where_that_takes_less_communication(sizes, n_vocab, tokens, chunks, expected):
+    assert vocabulary(**sizes).applies(n_vocab, tokens, chunks) is expected
+
+
+DIVIDED = """
+import functools, re
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxmodels.cross_entropy import chunks, mean_nats, token_nats
+from jaxmodels.sharding import DividedVocabulary, make_mesh
+
+jax.config.update("jax_enable_x64", True)
+B, S, D, V = 8, 11, 8, 1024
+random = np.random.default_rng(0)
+x, kernel, bias = (random.normal(size=shape) for shape in ((B, S, D), (D, V), (V,)))
+targets, weights = random.integers(0, V, (B, S)), random.random((B, S))
+cases = {  # read-out and its weights, square ones are not divided, axis of S
+    "untied": (lambda x, w, b: x @ w + b, (kernel, bias), 1),
+    "tied": (lambda x, w: x @ w.T, (kernel.T,), 0),
+}
+
+def function(read, axis, vocabulary, tokens, loss):
+    def of(x, weight):
+        turn = (lambda a: a.swapaxes(0, 1)) if axis == 0 else (lambda a: a)
+        with chunks(tokens, vocabulary=vocabulary):
+            arguments = lambda x: read(x, *weight), turn(x), turn(targets), axis
+            if loss == "mean":
+                return mean_nats(*arguments)
+            return (token_nats(*arguments) * turn(weights)).sum()
+    return jax.jit(jax.value_and_grad(of, (0, 1)))
+
+for sizes in ("fsdp=8", "data=2,fsdp=2,tensor=2"):
+    mesh = make_mesh(sizes)
+    for (name, (read, parameters, axis)), loss in zip(cases.items(), ("mean", "weighted"), strict=True):
+        place = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, P(*spec)))
+        arguments = place(x, ("data", "fsdp")), tuple(place(p, *["fsdp"] * (p.ndim - 1)) for p in parameters)
+        expected = function(read, axis, None, B * S, loss)(*arguments)
+        divided = function(read, axis, DividedVocabulary(mesh), 4 * B, loss)
+        found = divided(*arguments)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+        shapes = re.findall(r"f64\\[([\\d,]+)\\]", divided.lower(*arguments).compile().as_text())
+        sizes_found = {tuple(map(int, shape.split(","))) for shape in shapes}
+        part = V // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+        logits = [shape for shape in sizes_found if len(shape) == 3 and shape[-1] in (part, V)]
+        assert logits and {shape[-1] for shape in logits} == {part}, logits
+"""
+
+
+def test_losses_of_a_divided_vocabulary_are_those_of_whole_logits_on_meshes():
+    command, environment = [sys.executable, "-c", DIVIDED], os.environ | EIGHT_DEVICES
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

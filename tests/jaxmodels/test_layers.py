@@ -10,7 +10,18 @@ from flax import nnx
 
 import torch_ref.transformer
 from jaxmodels.convert import to_torch
-from jaxmodels.layers import Dropout, Embed, FeedForward, HeadProjection, LayerNorm, Linear, split_rng
+from jaxmodels.layers import (
+    Dropout,
+    Embed,
+    FeedForward,
+    HeadProjection,
+    LayerNorm,
+    Linear,
+    hooks,
+    in_turn,
+    rematerialized,
+    split_rng,
+)
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import normal
 
@@ -129,3 +140,23 @@ def test_split_rng():
     assert split_rng(None, 3) == (None, None, None)
     keys = split_rng(jax.random.key(0), 3)
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
+
+
+def test_rematerialized_branches_are_differentiated_one_after_the_other(x64):
+    weights = jnp.asarray(normal(0, 5)), jnp.asarray(normal(1, 5))
+    x = jnp.asarray(normal(2, 5))
+
+    def loss(x, first, second):
+        layer = rematerialized(lambda x: in_turn(lambda x: jnp.tanh(first * x), lambda x: jnp.sin(second * x), x))
+        return layer(x).sum()
+
+    def gradients(remat):
+        with hooks(remat=remat):
+            return jax.grad(loss, (0, 1, 2))(x, *weights), str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, *weights))
+
+    expected, plain = gradients(None)
+    found, program = gradients(jax.checkpoint)
+    chex.assert_trees_all_equal(found, expected)
+    assert "optimization_barrier" not in plain
+    cosine, barrier, tanh = (program.rindex(name) for name in ("= cos", "= optimization_barrier", "= tanh"))
+    assert cosine < barrier < tanh

@@ -49,6 +49,9 @@ def _moved(each: Instruction, types: Mapping[str, str], computations: Mapping[st
         called = re.search(r"calls=%?([\w.\-]+)", each.rest)
         inner = [i for i in computations.get(called[1] if called else "", ()) if i.opcode not in FREE]
         return sum(_inner(i, operands) for i in inner)
+    if each.opcode == "slice-start":  # ((source), destination, context): the same in another notation
+        source, destination = elements(each.type)[:2]
+        return bytes_of(destination) * (bool(_hbm(source)) + bool(_hbm(destination)))
     if each.opcode.endswith("-start"):  # a collective reads its operands and writes as much as it receives
         results = elements(each.type)
         return sum(map(_hbm, operands)) + _hbm(results[1] if len(results) > 1 else each.type)

@@ -236,6 +236,7 @@ ENTRY %main (x: f32[44,5]) -> f32[44,5] {
   %c0 = f32[3,2]{1,0} get-tuple-element(%w), index=4
   %fc = (f32[3,2]{1,0}, bf16[6,5]{1,0}, bf16[24,5]{1,0}) fusion(%g0, %h0, %c0), calls=%async_collective_fusion.1
   %cs = (bf16[7,3]{1,0:S(1)}, bf16[7,3]{1,0}, u32[]{:S(2)}) copy-start(%z), cross_program_prefetch_index=0
+  %ss = ((f32[44,5]{1,0}), f32[3,5]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%y), slice={[0:3], [0:5]}
   ROOT %neg = f32[44,5]{1,0} negate(%y)
 }
 """
@@ -244,7 +245,7 @@ ENTRY %main (x: f32[44,5]) -> f32[44,5] {
 def test_memory_traffic_counts_slices_and_updates_in_each_iteration_and_nothing_in_vmem():
     row, array = 5 * 4, 44 * 5 * 4
     assert (
-        traffic.accessed(TRAFFIC) == 44 * (row + row) + 7 * 3 * 2 + 2 * array + 2 * 3 * 2 * 4
+        traffic.accessed(TRAFFIC) == 44 * (row + row) + 7 * 3 * 2 + 3 * row + 2 * array + 2 * 3 * 2 * 4
     )  # and what the all-gather runs beside
 
 
