@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from jaxmodels import __version__
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.programs import end_at_ctrl_c, interrupt, run
 
 
@@ -50,7 +51,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """Parser of the options before a subcommand, with the text of --help."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         usage=f"{prog} [-h] [--version] COMMAND …",
         description="Convert, inspect, evaluate and sample from Flax models.",

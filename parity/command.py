@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxmodels import __version__
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
 from parity.cases.processes import default_workers, examine_in_processes, prepare_jax
@@ -36,7 +37,7 @@ Exit code: 0 if all cases agree, 1 if a case differs, 2 after an error.
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Compare Flax models with their PyTorch counterparts and print how closely they agree.",
         epilog=EXAMPLES.format(prog=prog),

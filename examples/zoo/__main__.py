@@ -4,7 +4,6 @@ Each result is stored in runs/zoo when it is there, and the page is written from
 interrupted: --resume leaves out the pairs that have a result.
 """
 
-import argparse
 import functools
 import sys
 import time
@@ -13,11 +12,12 @@ from pathlib import Path
 from examples.zoo import page, runner
 from examples.zoo.registry import PAIRS
 from examples.zoo.truth import CAUSES, located
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.programs import run
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog="python -m examples.zoo", description="Compare Flax models with PyTorch's."
     )
     arguments.add_argument("pairs", nargs="*", metavar="PAIR", help=f"pairs to run (default: all): {', '.join(PAIRS)}")

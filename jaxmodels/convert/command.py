@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.texts import visible
 
 PROGRAM = "python -m jaxmodels.convert"
@@ -56,9 +57,7 @@ FLOATS = ["float32", "bfloat16", "float16"]
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Arguments of the command."""
-    arguments = argparse.ArgumentParser(
-        prog=prog, description="Convert and compare checkpoints of PyTorch and Flax, bit for bit."
-    )
+    arguments = Parser(prog=prog, description="Convert and compare checkpoints of PyTorch and Flax, bit for bit.")
     formats = arguments.add_subparsers(dest="format", required=True, metavar="FORMAT")
     pt = formats.add_parser(
         "torch",

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import read_text
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.texts import for_terminal, quoted, visible
 
 PROGRAM = "python -m jaxmodels.generate"
@@ -31,7 +32,7 @@ Of a checkpoint's generation_config.json only the end tokens are used: sampling 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Arguments of the command."""
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Continue prompts with a model. Greedy by default.",
         epilog=EXAMPLES,

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import re
+import stat
 import sys
 import time
 import uuid
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxmodels.io import manifest
+from jaxmodels.io.bounded import kind_of
 from jaxmodels.process.paths import local
 from jaxmodels.process.texts import visible
 
@@ -65,9 +67,13 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
     """
     target = Path(target).resolve()
     check_target(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
-    temporary.mkdir()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise_named(error, temporary, target)
+        raise
     try:
         manifest.begin(temporary)
         yield temporary
@@ -89,9 +95,11 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
     """Context with a temporary path to write to, which replaces the target at the end, or is deleted on an exception.
 
     Several processes may write one target: it is then the complete file of one of them. If the target is a symbolic
-    link, the link is replaced. An OSError, as of a full disk, names the target.
+    link, the link is replaced. Raises ValueError, before anything is written, if the target is a folder, a FIFO, a
+    device or a socket, or a link to one. An OSError, as of a full disk, names the target.
     """
     target = Path(target)
+    check_file(target)
     temporary = temporary_name(target)
     temporary = temporary.with_name(f"{temporary.name}.jaxmodels")
     try:
@@ -99,9 +107,21 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
         flush(temporary)
         temporary.replace(target)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise_named(error, temporary, target)
         raise
+
+
+def check_file(target: Path) -> None:
+    """Raise ValueError if a path is something other than a regular file, which a rename would replace.
+
+    /dev/null, /dev/stdout and the FIFOs of a shell are such paths: the superuser could replace a device by a file.
+    """
+    with contextlib.suppress(OSError):  # there is nothing, or the writer says what is wrong
+        mode = target.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{target} is a {kind_of(mode)}; expected a regular file, or a new one, to write")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ of empty lists.
 
 import collections
 import contextlib
+import errno
 import gc
 import hashlib
 import io
@@ -23,20 +24,44 @@ from jaxmodels.process.texts import quoted, shortened
 CONFIG_BYTES = 2**24  # of a JSON or YAML text: 17 MB; the index of a model with 90,000 tensors has 9 MB
 TOKENIZER_BYTES = 2**26  # of a tokenizer.json, or a vocabulary that holds one; the largest published have 35 MB
 TEXT_BYTES = 2**28  # of any other text
+# Files of more bytes are looked at for holes, and refused if they have more than this for each byte that was written.
+HOLES_FROM, MOST_HOLES = 2**28, 1000
+PARTS = 1000  # of a file that are looked at
 
 
 def open_regular(file: str | os.PathLike) -> io.BufferedReader:
     """Open a regular file to read bytes; raises ValueError, naming it, for a folder, a FIFO, a device or a socket.
 
-    Raises OSError as `open` does.
+    Raises ValueError too for a large file of which the disk holds next to nothing, as of an interrupted download: its
+    holes are read as zeros, terabytes of them. Raises OSError as `open` does.
     """
     # Opening a FIFO would wait for a writer; the flag has no effect on regular files.
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode):
         os.close(descriptor)
-        raise ValueError(f"{file} is a {kind_of(mode)}; expected a regular file")
+        raise ValueError(f"{file} is a {kind_of(about.st_mode)}; expected a regular file")
+    if about.st_size > HOLES_FROM and about.st_blocks * 512 * MOST_HOLES < about.st_size:
+        held = bytes_held(descriptor, about.st_size)  # st_blocks is 0 on some mounted buckets, and for small files
+        if held * MOST_HOLES < about.st_size:
+            os.close(descriptor)
+            raise ValueError(f"{file} has {about.st_size:,} bytes, of which {held:,} were ever written: it is sparse")
     return os.fdopen(descriptor, "rb")
+
+
+def bytes_held(descriptor: int, size: int) -> int:
+    """Bytes of an open file outside of its holes; all if the file system does not tell, or if it has many parts."""
+    held, end = 0, 0
+    for _ in range(PARTS):
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        except OSError as error:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            return held if error.errno == errno.ENXIO else size  # ENXIO: there is nothing but a hole
+        held += end - start
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return size
 
 
 def kind_of(mode: int) -> str:

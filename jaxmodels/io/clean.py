@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxmodels.io import manifest, steps
 from jaxmodels.io.atomic import TEMPORARY, TEMPORARY_FILE
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.texts import visible
 
 PROGRAM = "jaxmodels clean"
@@ -26,7 +27,7 @@ within the last hour may be in use, and stays.
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Arguments of the command."""
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="List what killed runs left in a folder and in the folders inside, and remove it.",
         epilog=EXAMPLES,
@@ -85,8 +86,10 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def is_begun(folder: Path) -> bool:
-    """True for a folder that holds nothing but an unfinished manifest: the process was killed as it wrote that."""
-    return not folder.is_symlink() and {path.name for path in folder.iterdir()} <= {manifest.NAME}
+    """True for an empty folder, or one with a manifest alone: the process was killed as it wrote that."""
+    if folder.is_symlink():
+        return False
+    return all(path.name == manifest.NAME and path.is_file() and not path.is_symlink() for path in folder.iterdir())
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -40,7 +40,10 @@ def finish(folder: Path) -> None:
 
 def write(folder: Path, **content: object) -> None:
     """Write a folder's manifest."""
-    (folder / NAME).write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
+    # A link of that name would lead to a file of others.
+    descriptor = os.open(folder / NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
 
 
 def sizes(folder: Path) -> Iterator[tuple[str, int]]:
@@ -68,7 +71,9 @@ def foreign(folder: Path) -> str | None:
     listed = about["files"]
     known = {str(parent) for name in listed for parent in Path(name).parents}  # folders that may be empty by now
     for name, size in sizes(folder):
-        if listed.get(name) != size and not (name in known and not (folder / name).is_symlink()):
+        empty = is_empty(folder / name)
+        same = type(listed.get(name)) is int and listed[name] == size and (size >= 0 or empty)
+        if not same and not (empty and name in known):
             changed = "has changed since" if name in listed else "was not written by this program"
             return f"{quoted(name)} in it {changed}"
     return None
@@ -99,7 +104,7 @@ def is_empty(path: Path) -> bool:
 
 def read(folder: Path) -> dict[str, Any]:
     """Content of a folder's manifest; raises ValueError if it has none, or not one of this format."""
-    if not (folder / NAME).is_file():
+    if (folder / NAME).is_symlink() or not (folder / NAME).is_file():
         raise ValueError(f"it was not written by this program, as it has no {NAME}")
     about = read_object(folder / NAME)
     if about.get("format") != FORMAT or not isinstance(about.get("files"), dict) or "complete" not in about:

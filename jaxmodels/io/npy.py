@@ -1,5 +1,7 @@
 """NumPy's .npy files, mapped into memory, without pickles and with one kind of error."""
 
+import math
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,15 +14,19 @@ from jaxmodels.process.texts import quoted
 def map_array(file: Path) -> np.ndarray:
     """Array of a .npy file, memory-mapped and read-only.
 
-    Raises ValueError, naming the file, if it is missing, damaged, shorter than its header says, or holds anything but
-    numbers, such as Python objects as a pickle.
+    Raises ValueError, naming the file, if it is missing, damaged, shorter or longer than its header says, or holds
+    anything but numbers, such as Python objects as a pickle.
     """
     try:
         # Checked before NumPy maps it: it divides by the size of an element, which may be 0 and ends the process.
         with open_regular(file) as content:
             shape, dtype = read_header(content)
+            start, size = content.tell(), os.fstat(content.fileno()).st_size
         if dtype.kind not in "biufc" or min(shape, default=0) < 0:
             raise ValueError(f"dtype {dtype}, shape {shape}")
+        end = start + math.prod(shape) * dtype.itemsize
+        if end < size:
+            raise ValueError(f"its array ends at byte {end:,}, the file has {size:,}")
         return np.lib.format.open_memmap(file, mode="r")  # np.load would also open .npz files
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None

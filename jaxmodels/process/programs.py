@@ -16,8 +16,8 @@ from jaxmodels.process.texts import shortened
 def run(main: Callable[[], int | None], command: str) -> int:
     """Call a command's main function and return the exit code of its process, with one line for each expected failure.
 
-    0 or what `main` returns; 2 for a ValueError, an OSError or a missing package; 130 for Ctrl-C; 141 if the reader of
-    a pipe has closed it (`… | head`). Any other exception is a bug and keeps its traceback.
+    0 or what `main` returns; 2 for a ValueError, an OSError, a missing package or too little memory; 130 for Ctrl-C;
+    141 if the reader of a pipe has closed it (`… | head`). Any other exception is a bug and keeps its traceback.
 
     command: prefix of the line, e.g. "jaxmodels convert".
     """
@@ -38,6 +38,16 @@ def run(main: Callable[[], int | None], command: str) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         say(f"{command}: {shortened(str(error))}")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say(f"{command}: not enough memory: {shortened(str(error).partition(chr(10))[0] or 'no reason given', 400)}")
+        return 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if Python, NumPy or XLA could not allocate memory, which is no bug."""
+    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 def end_at_ctrl_c(command: str) -> None:

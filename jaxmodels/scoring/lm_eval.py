@@ -21,6 +21,7 @@ from jaxmodels.convert.open import Opened, open_source
 from jaxmodels.generate import generate
 from jaxmodels.io.bounded import CONFIG_BYTES, read_object, read_text
 from jaxmodels.process import lm_eval as registration
+from jaxmodels.process.arguments import Parser, errors_escaped
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
 from jaxmodels.process.texts import quoted
@@ -374,7 +375,7 @@ def token_text(value: Any) -> str | None:
 
 def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     """Parser of the help text; lm-eval parses the arguments."""
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         usage=f"{prog} [-h] [run | ls | validate] [ARGUMENTS OF lm-eval]",
         description="Run lm-evaluation-harness with the model type jaxmodels, which is the default of --model.",
@@ -393,7 +394,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             parser(prog).print_help()
             return
-        given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        given = Parser(add_help=False, allow_abbrev=False)
         given.add_argument("--model", "-M")
         if arguments[0] == "run" or arguments[0].startswith("-"):
             options = [*arguments] if arguments[0] == "run" else ["run", *arguments]
@@ -404,7 +405,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         from lm_eval.__main__ import cli_evaluate
 
         sys.argv = [prog, *options]
-        cli_evaluate()
+        with errors_escaped():
+            cli_evaluate()
 
     return run(harness, prog)
 

@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file, names_file
 from jaxmodels.io.bounded import read_object
 from jaxmodels.io.npy import map_array
+from jaxmodels.process.streams import say
 from jaxmodels.text.documents import Place, Source
 from jaxmodels.text.encoding import Unknown, encode
 from jaxmodels.text.pieces import BEGINNING, pieces
@@ -158,7 +158,7 @@ def fill(
     state = State.load(folder, key, dtype)
     if state.part or any(ids for ids, _ in state.lengths):
         done = sum(ids for ids, _ in state.lengths)
-        print(f"{sources.train.name}: continues after {done:,} tokens of an interrupted process", file=sys.stderr)
+        say(f"{sources.train.name}: continues after {done:,} tokens of an interrupted process")
     for part, source in enumerate(sources.both):
         if state.part > part:
             continue

@@ -20,8 +20,8 @@ from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.extras import require
 from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop, interruptible
-from jaxmodels.process.streams import Output
-from jaxmodels.process.texts import visible
+from jaxmodels.process.streams import Output, say
+from jaxmodels.process.texts import shortened, visible
 from jaxmodels.training.config import Config, Options
 from jaxmodels.training.experiment import ConfigT, Experiment, script_of
 from jaxmodels.training.reporting.trackers import Callback
@@ -137,7 +137,7 @@ def parse_flags(command: Any, defaults: tuple[Any, ...], arguments: Sequence[str
         refused = exit.__context__
         if isinstance(getattr(refused, "arg", None), str) and isinstance(getattr(refused, "message", None), str):
             raise ValueError(refused.message) from None  # type: ignore[union-attr]
-        sys.stderr.write(shown.getvalue())
+        sys.stderr.write(visible(shown.getvalue(), keep="\n"))
         raise
 
 
@@ -284,5 +284,5 @@ def together(program: str) -> Iterator[None]:
         if not isinstance(error, ValueError | OSError | KeyboardInterrupt):  # a bug, not bad input
             traceback.print_exc()
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else error
-        print(f"{program}: process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
+        say(f"{program}: process {jax.process_index()}: {shortened(str(message))}")
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxmodels.io.atomic import check_target
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.paths import local
 from jaxmodels.process.texts import visible
 from jaxmodels.text import TokenizerFile
@@ -38,7 +39,7 @@ and those of test data are left out; else the last tenth of the documents is for
 
 
 def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Encode a text to a folder of tokens, which --text of the training scripts takes.",
         epilog=EXAMPLES,

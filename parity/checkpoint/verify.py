@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
 from jaxmodels.process.texts import visible
@@ -34,7 +35,7 @@ Exit code: 0 if everything agrees, 1 if something differs, 2 after an error.
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Compare two checkpoints: SRC, cast to DST's dtypes, with DST.",
         epilog=EXAMPLES.format(prog=prog),

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from jaxmodels.process.allocator import return_freed_memory
-from jaxmodels.process.texts import table_cell
+from jaxmodels.process.arguments import Parser
+from jaxmodels.process.texts import shortened, table_cell
 from parity.cases import Make, load_cases, select
 from parity.cases.suite import pair_of
 from parity.compare.inputs import Inputs
@@ -154,7 +155,7 @@ def unbroken_lines(alarms: Alarms, seeds: int) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog="python -m parity.mutations",
         description="Plant porting mistakes in the Flax models, one at a time, and print a Markdown table of those "
         "that parity finds and names. Exit code: 1 if one is not found, if fewer than 90 % are named correctly, or if "
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows, idle, total = score(chosen, options.count, options.seed, state, say)
                 alarms = judged(cases if options.seeds else {}, options.seeds, state, say)
         except ValueError as error:
-            print(f"python -m parity.mutations: {error}", file=sys.stderr)
+            print(f"python -m parity.mutations: {shortened(str(error))}", file=sys.stderr)
             return 2
     command = " ".join(["python -m parity.mutations", *(sys.argv[1:] if argv is None else argv)])
     print(page(rows, idle, total, alarms, options.seeds, command), end="")

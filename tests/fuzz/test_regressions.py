@@ -134,7 +134,7 @@ CASES |= {
         field("model.safetensors.index.json", weight_map={"a": ODD}),
         "index.json names",
     ),
-    "a text without end": ("documents", sparse("text.txt"), "text.txt is no text"),
+    "a text without end": ("documents", sparse("text.txt"), "text.txt has 1,000,000,000,000 bytes"),
 }
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
+from jaxmodels.process.texts import quoted
 from jaxmodels.retro.retrieval.embedders import embedder_of
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import load_corpus
@@ -22,7 +24,7 @@ INDEX is built by `python -m train.retro`. A bar separates each chunk from its c
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Arguments of the command."""
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Print the nearest chunks of a corpus, with their continuations, for each chunk of a text.",
         epilog=EXAMPLES,
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         require("retro", "faiss", "sklearn")
         embedder = None if options.embedder is None else embedder_of(options.embedder)
         index = ChunkIndex.load(options.index, embedder=embedder)
+        if not 1 <= options.k <= len(index):
+            raise ValueError(f"k={quoted(options.k)} must be from 1 to the {len(index):,} chunks of {options.index}")
         text = options.prompt if options.text is None else load_corpus(options.text)
         show(index, text, options.k)
 

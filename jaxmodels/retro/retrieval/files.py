@@ -6,8 +6,8 @@ FOLDER/vocabulary.json         `jaxmodels.text.load_vocabulary` reads it
 FOLDER/index-0000062500.faiss  FAISS's own file, after that many chunks
 
 FAISS may allocate any amount of memory for a damaged file. "sha256" binds its file to about.json, and is compared
-before FAISS sees the file. Whoever wrote both may have written anything: what FAISS may allocate is limited, and what
-it has read is checked. Symbolic links in the folder are refused.
+before FAISS sees the file. Whoever wrote both may have written anything: what FAISS may allocate is limited, it opens
+no other file, and what it has read is checked. Symbolic links in the folder are refused.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ import numpy as np
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
-from jaxmodels.io.bounded import read_object, sha256_of
+from jaxmodels.io.bounded import open_regular, read_object, sha256_of
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.text import load_vocabulary
 
 FORMAT = 2
-NAME = re.compile(r"index-\d{10}\.faiss")  # so that a folder can name no file outside of it, and none of others
+NAME = re.compile(r"index-[0-9]{10}\.faiss")  # so that a folder can name no file outside of it, and none of others
 # Most bytes of FAISS's file: of its tables, and for each chunk and each of its vector's values.
 HEADER_BYTES, CHUNK_BYTES, VALUE_BYTES = 2**28, 2**14, 16
 LEAST_LIMIT = 2**26  # bytes that FAISS may allocate for a small file: tables that it computes
@@ -120,12 +120,16 @@ def read_searcher(folder: Path, about: dict[str, Any], width: int) -> Any:
     try:
         if sha256_of(file, most) != about["sha256"]:
             raise ValueError(f"{file} has another sha256 than about.json: it is damaged or of another index")
-        with lengths_limited(faiss, file.stat().st_size):
-            searcher = faiss.read_index(str(file))
+        with lengths_limited(faiss, file.stat().st_size), open_regular(file) as opened:
+            # Inverted lists may lie in another file, of any name, which FAISS would open for writing. The flag has it
+            # look beside the file that it reads, which is none that it knows, and so refuse them.
+            searcher = faiss.read_index(faiss.PyCallbackIOReader(opened.read), faiss.IO_FLAG_ONDISK_SAME_DIR)
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     except (RuntimeError, MemoryError) as error:
-        raise ValueError(f"{file} cannot be read: {reason(error)}") from None
+        elsewhere = "IO_FLAG_ONDISK_SAME_DIR" in str(error)
+        why = "its inverted lists lie in another file" if elsewhere else reason(error)
+        raise ValueError(f"{file} cannot be read: {why}") from None
     if (searcher.ntotal, searcher.d) != (about["added"], width):
         raise ValueError(
             f"{file} has {searcher.ntotal} chunks of width {searcher.d}, about.json {about['added']} of width {width}"

@@ -17,6 +17,7 @@ from jaxmodels.convert import kinds
 from jaxmodels.convert.open import open_source
 from jaxmodels.io.atomic import atomic_file, recover
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
@@ -70,7 +71,7 @@ class Checkpoint:
 
 
 def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Print loss, perplexity, and bits per character and byte of a model on a text.",
         epilog=EXAMPLES,

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.paths import local
+from jaxmodels.process.texts import visible
 
 EXAMPLES = """\
 examples:
@@ -17,7 +19,7 @@ NAME = "my_experiment"
 
 
 def parser(prog: str = "jaxmodels new") -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Write a file with a model, its hyperparameters and the script that trains it, to be changed.",
         epilog=EXAMPLES,
@@ -43,4 +45,4 @@ def write(file: Path) -> None:
             new.write(TEMPLATE.read_text(encoding="utf-8").replace(NAME, name))
     except FileExistsError:
         raise ValueError(f"FILE={file} exists; name another file") from None
-    print(f"{file}: train it with python {file}, see python {file} --help")
+    print(visible(f"{file}: train it with python {file}, see python {file} --help"))

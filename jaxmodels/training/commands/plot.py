@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
 from jaxmodels.process.paths import local
 from jaxmodels.training import metrics
@@ -22,7 +23,7 @@ POINTS = 200  # of a curve of training losses, each the mean of several steps
 
 
 def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Draw training losses as lines and validation losses as points, in nats per token.",
         epilog=EXAMPLES,

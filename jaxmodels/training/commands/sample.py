@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxmodels.convert.open import open_source
 from jaxmodels.generate.command import add_settings, check, continue_prompts
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.paths import local
 from jaxmodels.training.run import read_about
 
@@ -21,7 +22,7 @@ examples:
 
 
 def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         description="Print a prompt and its continuation by the model of a run's latest checkpoint.",
         epilog=EXAMPLES,

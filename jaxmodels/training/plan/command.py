@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from jaxmodels.process import programs
+from jaxmodels.process.arguments import Parser
+from jaxmodels.process.streams import say
 from jaxmodels.sharding import make_mesh
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, Experiment, experiment_class
@@ -53,7 +55,7 @@ class Command:
 
 def overview(prog: str) -> argparse.ArgumentParser:
     """Parser of `--help` before an experiment is named, whose flags depend on it."""
-    arguments = argparse.ArgumentParser(
+    arguments = Parser(
         prog=prog,
         usage=f"{prog} [-h] EXPERIMENT …",
         description="Compile a training step for a TPU slice, without a TPU, and print its memory and speed.",
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         try:
             plan(arguments, prog)
         except DoesNotFit as error:
-            print(f"{prog}: {error}", file=sys.stderr)
+            say(f"{prog}: {error}")
             return 1
         return 0
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -253,3 +254,61 @@ def test_a_full_disk_leaves_the_old_folder_whole(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert contents(folder) == {"file": "one"}
     assert list(tmp_path.iterdir()) == [folder]
+
+
+# What a folder of others may hold, with a manifest that claims it.
+FORGED = {
+    "a link": (lambda path: path.symlink_to(path.parent.parent / "mine"), -1),
+    "a FIFO": (os.mkfifo, -1),
+    "a size that is no number": (lambda path: path.write_text("m"), True),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_manifest_claims_nothing(what, tmp_path):
+    make, size = FORGED[what]
+    (tmp_path / "mine").write_text("mine")
+    folder = tmp_path / ".model.0a1b2c3d"
+    folder.mkdir()
+    make(folder / "x")
+    manifest.write(folder, complete=True, files={"x": size})
+    assert "'x' in it" in (manifest.foreign(folder) or "")
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert os.path.lexists(folder / "x")
+
+
+def test_a_manifest_is_a_file_that_lies_there_itself(tmp_path):
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(json.dumps({"format": 1, "complete": True, "files": {"x": 1}}))
+    for name in (".linked.0a1b2c3d", ".folder.0a1b2c3d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".linked.0a1b2c3d" / manifest.NAME).symlink_to(elsewhere)
+    (tmp_path / ".linked.0a1b2c3d" / "x").write_text("m")
+    (tmp_path / ".folder.0a1b2c3d" / manifest.NAME).mkdir()
+    (tmp_path / ".folder.0a1b2c3d" / manifest.NAME / "thesis.tex").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(OSError, match=r"\.linked\.0a1b2c3d"):
+        manifest.begin(tmp_path / ".linked.0a1b2c3d")
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "link to a device"])
+def test_only_a_regular_file_is_replaced(kind, tmp_path):
+    target = tmp_path / "scores.json"
+    make = {"FIFO": os.mkfifo, "folder": Path.mkdir, "link to a device": lambda path: path.symlink_to("/dev/null")}
+    make[kind](target)
+    before = target.lstat()
+    with pytest.raises(ValueError, match=r"scores\.json is a (FIFO|folder|device)"), atomic_file(target) as temporary:
+        temporary.write_text("new")
+    assert (target.lstat().st_ino, list(tmp_path.iterdir())) == (before.st_ino, [target])
+
+
+def test_an_error_names_the_target_and_no_temporary_name(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for write_to, name in ((atomic_file, "file/scores.json"), (atomic_folder, "file/model")):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))) as caught, write_to(tmp_path / name):
+            pass
+        assert re.search(r"\.[0-9a-f]{8}", str(caught.value).removeprefix(str(tmp_path))) is None

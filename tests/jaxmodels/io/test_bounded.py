@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_json, read_object, read_text
+from jaxmodels.io.bounded import CONFIG_BYTES, open_regular, read_bytes, read_json, read_object, read_text
 
 PROGRAM = """
 import resource, sys
@@ -112,3 +112,26 @@ def test_the_largest_file_that_is_read_takes_less_than_a_gigabyte(unit, tmp_path
     file.write_text("[" + unit * ((CONFIG_BYTES - 3) // len(unit)) + "0]")
     assert file.stat().st_size <= CONFIG_BYTES
     assert int(read_elsewhere(file)[-1]) < 700
+
+
+@pytest.mark.parametrize("written", [0, 4096])
+def test_a_large_file_of_which_nothing_was_written_is_refused(written, tmp_path):
+    file = tmp_path / "tokens.npy"
+    with file.open("wb") as opened:
+        opened.seek(2**39)
+        opened.write(b"x" * written)
+        opened.truncate(2**40)
+    with pytest.raises(ValueError, match=r"tokens\.npy has 1,099,511,627,776 bytes, of which [\d,]{1,6} were"):
+        open_regular(file)
+
+
+@pytest.mark.parametrize("blocks", [0, 2**20 // 512])
+def test_a_file_system_that_does_not_tell_has_no_holes(blocks, tmp_path, monkeypatch):
+    """As mounted buckets, which count no blocks, and name all of a file data."""
+    monkeypatch.setattr("jaxmodels.io.bounded.HOLES_FROM", 2**16)
+    file = tmp_path / "tokens.npy"
+    file.write_bytes(bytes(2**20))
+    about = os.stat_result([*file.stat()[:10]] + [0] * 3, {"st_blocks": blocks})
+    monkeypatch.setattr("jaxmodels.io.bounded.os.fstat", lambda descriptor: about)
+    with open_regular(file) as opened:
+        assert len(opened.read()) == 2**20

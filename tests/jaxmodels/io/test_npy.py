@@ -38,6 +38,7 @@ def header(text: str) -> bytes:
         b"\x93NUMPY\x03" + header("{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }\n")[7:] + bytes(8),
         header("\x00\n"),
         header("(" * 5000),
+        header("{'descr': '|u1', 'fortran_order': False, 'shape': (3,), }\n") + bytes(4),
     ],
 )
 def test_other_content_is_one_line(tmp_path, content):

@@ -83,7 +83,7 @@ def test_every_changed_byte_of_the_search_file_is_noticed_before_faiss_reads_it(
     faiss = pytest.importorskip("faiss")
     file = next(folder.glob("*.faiss"))
     whole = bytearray(file.read_bytes())
-    monkeypatch.setattr(faiss, "read_index", lambda name: pytest.fail("FAISS read a damaged file"))
+    monkeypatch.setattr(faiss, "read_index", lambda *given: pytest.fail("FAISS read a damaged file"))
     rng = np.random.default_rng(0)
     for place in rng.integers(0, len(whole), 23):
         damaged = bytearray(whole)

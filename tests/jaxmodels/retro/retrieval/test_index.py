@@ -250,5 +250,7 @@ def test_the_command_prints_what_it_finds(tmp_path, capsys):
         start, shown = lines[1].split(maxsplit=1)
         start = int(start)
         assert shown == f"{TEXT[start : start + L]!r} | {TEXT[start + L : start + 2 * L]!r}"
+    assert neighbors_command([str(tmp_path / "index"), "--prompt", TEXT[50:64], "--k", "999999999"]) == 2
+    assert re.search(r"\bk=999999999\b.* \d+ chunks", capsys.readouterr().err)
     assert neighbors_command([str(tmp_path / "index"), "--prompt", "men"]) == 2
     assert re.search(r"\b3 characters.*chunk_len=5\b", capsys.readouterr().err)

@@ -142,3 +142,17 @@ def test_a_search_that_faiss_refuses_is_one_line(folder, monkeypatch):
     with pytest.raises(ValueError, match="cannot be searched: no cells"):
         chunks.neighbors(CORPUS.passages(CORPUS.chunks(L)[:2], L))
     assert index.make_searcher("Flat", WIDTH).ntotal == 0
+
+
+def test_inverted_lists_in_another_file_are_refused_and_the_file_is_not_opened(folder, tmp_path):
+    elsewhere = tmp_path / "mine.ivfdata"
+    searcher = faiss.deserialize_index(np.frombuffer(made("IVF2,Flat"), np.uint8))
+    lists = faiss.OnDiskInvertedLists(searcher.nlist, searcher.code_size, str(elsewhere))
+    lists.merge_from_1(searcher.invlists)
+    searcher.replace_invlists(lists)
+    exchange(folder, faiss.serialize_index(searcher).tobytes())
+    for content in (elsewhere.read_bytes(), b"mine", None):  # FAISS would read the first, and look for the last
+        elsewhere.unlink() if content is None else elsewhere.write_bytes(content)
+        with pytest.raises(ValueError, match=r"index-\d+\.faiss cannot be read: .* in another file"):
+            ChunkIndex.load(folder)
+        assert (elsewhere.read_bytes() if elsewhere.exists() else None) == content
