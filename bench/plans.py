@@ -32,6 +32,7 @@ PYTHIA = tuple(name for name in PRESETS if name not in ("pythia_14m", "pythia_31
 CHIPS = {"pythia_70m": 4, "pythia_160m": 4, "pythia_410m": 4, "pythia_1b": 4, "pythia_1_4b": 8, "pythia_2_8b": 8}
 LARGER = 32  # chips for larger ones
 SEQUENCES = 4  # per chip
+LONG = (8192, 32_768)  # tokens of the long sequences, one per chip
 Row = dict[str, Any]
 
 
@@ -84,15 +85,22 @@ def scripts(generation: str) -> Iterator[Step]:
             yield Step("scripts", f"{name} {preset}", topology, flags, batch / n)
 
 
-def language_model(size: str, topology: str, per_chip: int, table: str, mesh: str = "") -> Step:
-    """A size of GPT-NeoX with AdamW, float32 parameters, bfloat16 computation and rematerialized layers."""
+def language_model(
+    size: str, topology: str, per_chip: int, table: str, mesh: str = "", length: int | None = None
+) -> Step:
+    """A size of GPT-NeoX with AdamW, float32 parameters, bfloat16 computation and rematerialized layers.
+
+    length: of the sequences, default 2048; it is part of the step's name.
+    """
     config, n = PRESETS[size](), chips(parse_topology(topology)[1])
     sizes = {"d-model": config.n_hidden, "heads": config.n_heads, "d-ff": config.d_ff, "n-layers": config.n_layers}
     preset = ("--preset", "neox_20b" if size == "neox_20b" else "pythia_70m")
     own = [] if size in ("neox_20b", "pythia_70m") else [word for k, v in sizes.items() for word in (f"--{k}", str(v))]
     vocab = () if size in ("neox_20b", "pythia_70m") else ("--n-vocab", str(config.n_vocab))
     place = ("--topology", topology, "--mesh", mesh or f"fsdp={n}", "--batch-size", str(n * per_chip))
-    return Step(table, size, topology, ("neox", *preset, *own, *vocab, "--remat", "layers", *place), per_chip)
+    tokens = () if length is None else ("--seq-len", str(length))
+    name = size if length is None else f"{size}, {length:,} tokens"
+    return Step(table, name, topology, ("neox", *preset, *own, *vocab, *tokens, "--remat", "layers", *place), per_chip)
 
 
 def pythia(generation: str) -> Iterator[Step]:
@@ -108,6 +116,8 @@ def steps(generation: str) -> Iterator[Step]:
     if generation == "v5e":
         yield language_model("neox_20b", "v5e:8x8", 1, "neox_20b")
         yield language_model("neox_20b", "v5e:16x16", 1, "neox_20b", "fsdp=32,tensor=8")
+        for length in LONG:
+            yield language_model("pythia_1_4b", "v5e:4x4", 1, "context", length=length)
 
 
 class Store:

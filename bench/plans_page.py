@@ -20,8 +20,8 @@ Training steps compiled for TPU slices on a machine without TPUs, with jax {jax}
   HBM at its bandwidth, or collectives on the links along their mesh axes. They are not forecasts.
 - **Compiled**: processor seconds to trace and compile the step.
 
-All language models on `train.neox` have AdamW, float32 parameters and moments, bfloat16 computation, sequences of 2048
-tokens and rematerialized layers.
+All language models on `train.neox` have AdamW, float32 parameters and moments, bfloat16 computation, rematerialized
+layers, and, if the step does not say otherwise, sequences of 2048 tokens.
 """
 
 
@@ -36,6 +36,15 @@ def page(rows: Sequence[Row], missing: Sequence[tuple[str, str]], maxtext: Seque
             "Parameters and optimizer are divided over all chips (`fsdp`).",
             [row for row in rows if row["table"] == "pythia"],
             "pythia",
+        )
+    )
+    parts.append(
+        section(
+            "Long context",
+            "Pythia-1.4B's sizes on sequences of 8,192 and 32,768 tokens, one per chip. Each sequence is on one chip: no "
+            "attention or activation is divided along it.",
+            rows,
+            "context",
         )
     )
     parts.append(section("GPT-NeoX-20B", twenty(rows), [row for row in rows if "peak" in row], "neox_20b"))

@@ -39,6 +39,8 @@ def test_every_step_is_accepted_by_the_planner_and_named_once():
     steps = [step for generation in plans.GENERATIONS for step in plans.steps(generation)]
     assert len({step.key for step in steps}) == len(steps)
     names = {step.name for step in steps}
+    long = next(step for step in steps if step.name == "pythia_1_4b, 32,768 tokens")
+    assert command.parse(long.arguments)[0].config.seq_len == 32_768
     assert names >= {"rope original", "feedback_kv small", "retro original", *plans.PYTHIA, "neox_20b"}
     for step in (step for step in steps if step.topology == "v4:2x2x1" and step.table == "scripts"):
         _, options = command.parse(step.arguments)
