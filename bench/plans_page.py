@@ -41,8 +41,8 @@ def page(rows: Sequence[Row], missing: Sequence[tuple[str, str]], maxtext: Seque
     parts.append(
         section(
             "Long context",
-            "Pythia-1.4B's sizes on sequences of 8,192 and 32,768 tokens, one per chip. Each sequence is on one chip: no "
-            "attention or activation is divided along it.",
+            "Pythia-1.4B's sizes on sequences of 8,192 and 32,768 tokens, each on one chip: nothing is divided along "
+            "the sequence.",
             rows,
             "context",
         )
@@ -134,14 +134,18 @@ def held(rows: Sequence[Row]) -> str:
     if not chosen:
         return ""
     kinds = ["parameters", "optimizer", "gradients", "gathered weights", "weights in the compute dtype"]
-    kinds += ["saved activations", "logits"]
+    kinds += ["saved activations", "activations", "logits"]
     lines = []
     for row in chosen:
         named = [row["parts"].get(kind, 0) / GIB for kind in kinds]
         cells = [f"{size:.2f}" for size in (*named, row["peak"] / GIB - sum(named))]
         lines.append([row["name"], row["topology"], f"{row['sequences']:g}", *cells])
     head = ["step", "slice", "sequences per chip", *kinds, "other"]
-    return f"## What is held at the peak\n\nGiB of a chip's HBM, by kind.\n\n{markdown(head, lines)}\n"
+    text = (
+        "GiB of a chip's HBM, by kind. Saved activations wait for the backward pass; other activations are those being "
+        "computed, with their gradients."
+    )
+    return f"## What is held at the peak\n\n{text}\n\n{markdown(head, lines)}\n"
 
 
 def peers(rows: Sequence[Row], maxtext: Sequence[Row]) -> str:

@@ -46,15 +46,18 @@ class Shapes:
     """Sizes on one device by which arrays are told apart.
 
     shards: of each parameter's part on a device; whole: of any parameter with some of its axes gathered; vocabulary:
-    sizes of the logits' last axis.
+    sizes of the logits' last axis; tokens: number of a device's tokens, 0 if it is not known.
     """
 
     shards: frozenset[tuple[int, ...]]
     whole: frozenset[tuple[int, ...]]
     vocabulary: frozenset[int]
+    tokens: int = 0
 
     @classmethod
-    def of(cls, parameters: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], vocabulary: Iterable[int]) -> "Shapes":
+    def of(
+        cls, parameters: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], vocabulary: Iterable[int], tokens: int = 0
+    ) -> "Shapes":
         """Build from the shape of each parameter and of a device's part of it; stacked layers are the leading axis."""
         shards: set[tuple[int, ...]] = set()
         whole: set[tuple[int, ...]] = set()
@@ -66,7 +69,7 @@ class Shapes:
                 for kept in (sizes, sizes[1:]):
                     if len(squeezed(kept)) > 1:
                         (shards if sizes == shard else whole).add(squeezed(kept))
-        return cls(frozenset(shards), frozenset(whole - shards), frozenset(vocabulary))
+        return cls(frozenset(shards), frozenset(whole - shards), frozenset(vocabulary), tokens)
 
     def parameter(self, shape: tuple[int, ...]) -> bool:
         return any(each in group for each in (shape, shape[::-1]) for group in (self.shards, self.whole))
@@ -89,8 +92,8 @@ def parts_at_peak(folder: Path, shapes: Shapes) -> dict[str, int]:
     """Bytes in HBM when most is held, by kind; {} if the folder has no report that can be read.
 
     Kinds: parameters, optimizer, batch, gradients, gathered weights, weights in the compute dtype, saved activations,
-    logits, other. Temporaries are told apart by their shape and by the operation that wrote them. The compiler writes
-    the report of a program that does not fit, too.
+    activations (those being computed, and their gradients), logits, other. Temporaries are told apart by their shape
+    and by the operation that wrote them. The compiler writes the report of a program that does not fit, too.
     """
     files = [next(iter(folder.glob(f"*.after_optimizations{end}.txt")), None) for end in REPORT]
     if None in files:
@@ -197,4 +200,5 @@ def kind_of(buffer: Buffer, written: list[tuple[str, str]], shapes: Shapes, trip
     begun = [name for _, name in written if name]
     if len(shape) > 1 and (shape[0] in trips or (backward and begun and not any("transpose(" in n for n in begun))):
         return "saved activations"
-    return "other"
+    floats = match[1].startswith(("f", "bf"))
+    return "activations" if shapes.tokens and floats and math.prod(shape) % shapes.tokens == 0 else "other"

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from rich.table import Table
 
+from jaxmodels.sharding import BATCH
 from jaxmodels.training.plan import buffers, flops, traffic
 from jaxmodels.training.plan.collectives import Collective, collectives
 from jaxmodels.training.plan.topology import HBM
@@ -62,7 +63,7 @@ def make_plan(program: Program, batch: Batch, generation: str, n_vocab: int) -> 
         try:
             compiled = lowered.compile(compiler_options=buffers.dump_options(Path(folder)))
         except jax.errors.JaxRuntimeError as error:
-            parts = buffers.parts_at_peak(Path(folder), shapes_of(program, n_vocab))
+            parts = buffers.parts_at_peak(Path(folder), shapes_of(program, batch, n_vocab))
             refusal = refused(str(error), parts, program, generation)
             if refusal is None:
                 raise
@@ -71,7 +72,7 @@ def make_plan(program: Program, batch: Batch, generation: str, n_vocab: int) -> 
         memory, text, n = compiled.memory_analysis(), compiled.as_text(), program.mesh.size
         assert memory is not None, "a TPU's compiler reports it"
         assert text is not None
-        parts = buffers.parts_at_peak(Path(folder), shapes_of(program, n_vocab))
+        parts = buffers.parts_at_peak(Path(folder), shapes_of(program, batch, n_vocab))
     work = flops.of_step(program, batch)
     repeated = 4 / 3 if program.numerics.remat == "layers" else 1.0
     peak, bandwidth, _ = flops.peak(program.mesh.devices.flat[0].device_kind) or (math.inf,) * 3
@@ -91,12 +92,17 @@ def make_plan(program: Program, batch: Batch, generation: str, n_vocab: int) -> 
     )
 
 
-def shapes_of(program: Program, n_vocab: int) -> buffers.Shapes:
-    """Sizes of the parameters and of the vocabulary on one device."""
-    arrays = program.abstract_state()
+def shapes_of(program: Program, batch: Batch, n_vocab: int) -> buffers.Shapes:
+    """Sizes of the parameters, of the vocabulary and of a batch on one device."""
+    arrays, mesh = program.abstract_state(), program.mesh.shape
     leaves = [*arrays.params.values(), *arrays.fixed.values()]
-    sizes = {n_vocab, n_vocab // program.mesh.shape["tensor"]}
-    return buffers.Shapes.of(((leaf.shape, leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves), sizes)
+    parameters = [(leaf.shape, leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+    part = n_vocab // (mesh["fsdp"] * mesh["tensor"])  # see `DividedVocabulary`
+    divided = [tuple(part if size == n_vocab else size for size in shape) for shape, _ in parameters]
+    parameters += [(shape, shape) for shape, (whole, _) in zip(divided, parameters, strict=True) if shape != whole]
+    rows, length = batch["tokens"].shape
+    tokens = rows * (length - 1) // program.numerics.accumulate // math.prod(mesh[axis] for axis in BATCH)
+    return buffers.Shapes.of(parameters, {n_vocab, n_vocab // mesh["tensor"], part}, tokens)
 
 
 def refused(message: str, parts: dict[str, int], program: Program, generation: str) -> DoesNotFit | None:

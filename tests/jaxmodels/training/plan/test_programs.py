@@ -258,6 +258,7 @@ ENTRY %main (a: f32[10,6]) -> f32[10,6] {
   %save.1 = f32[5,7,6]{2,1,0} broadcast(%param.1), metadata={op_name="jit(step)/jvp()/tanh"}
   %logits.1 = f32[7,97]{1,0} fusion(%all-gather.1), metadata={op_name="jit(step)/jvp()/dot_general"}
   %grad.1 = f32[10,6]{1,0} fusion(%logits.1), metadata={op_name="jit(step)/transpose(jvp())/dot_general"}
+  %heads.1 = bf16[7,2,8]{2,1,0} fusion(%logits.1), metadata={op_name="jit(step)/transpose(jvp())/mul"}
 }
 """,
     "-buffer-assignment": """
@@ -274,6 +275,8 @@ allocation 3: size 10000, preallocated-temp:
  value: <6 logits.1 @0> (size=4000,offset=3000): f32[7,97]{1,0}
  value: <7 grad.1 @0> (size=1500,offset=7000): f32[10,6]{1,0}
  value: <8 same.1 @0> (size=1500,offset=7000): f32[10,6]{1,0}
+ value: <11 heads.1 @0> (size=300,offset=8500): bf16[7,2,8]{2,1,0}
+ value: <12 odd.1 @0> (size=30,offset=8800): bf16[15]{0}
 allocation 4: size 9999, color 1, preallocated-temp:
  value: <10 vmem.1 @1> (size=9999,offset=0): f32[7,97]{1,0:S(1)}
 """,
@@ -284,13 +287,15 @@ allocation 4: size 9999, color 1, preallocated-temp:
     logits.1{}:5-6
     grad.1{}:6-8
     same.1{}:6-8
+    heads.1{}:6-7
+    odd.1{}:5-7
     vmem.1{}:3-9
 """,
 }
 
 
 def test_the_buffer_report_names_what_is_held_at_the_peak(tmp_path):
-    shapes = buffers.Shapes.of([((40, 6), (10, 6))], [97])
+    shapes = buffers.Shapes.of([((40, 6), (10, 6))], [97], tokens=14)
     assert buffers.parts_at_peak(tmp_path, shapes) == {}
     for end, text in REPORT.items():
         (tmp_path / f"module_0001.jit_step.after_optimizations{end}.txt").write_text(text)
@@ -301,5 +306,6 @@ def test_the_buffer_report_names_what_is_held_at_the_peak(tmp_path):
         "saved activations": 2000,
         "logits": 4000,
         "gradients": 1500,
-        "other": 16,
+        "activations": 300,
+        "other": 46,
     }
