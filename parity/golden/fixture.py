@@ -6,7 +6,8 @@
     STEM.json          {"format": 3, "sha256": of STEM.safetensors, "name": …, and the fields below}
 
 "noise" is the rounding noise of these results in float64, and "own values" are PyTorch's values in float32 in units of
-float32's, by kind and tensor; see `parity.compare.noise`. "model" is the name and the
+float32's, by kind and tensor; see `parity.compare.noise`. "constants" says how far the results move with each constant
+that the module holds in a narrow float: a tensor that may have no counterpart in Flax. "model" is the name and the
 configuration from which `jaxmodels.models.build` builds the Flax model; null for a class that is not registered.
 """
 
@@ -46,7 +47,8 @@ class Fixture:
     """One recording; it has the methods of `weights.TorchModule`, so that it can replace the PyTorch module.
 
     model: {"model": name, "config": {…}}. results: by kind, by PyTorch's name. layers: types of the modules that own
-    the weights, by path. names: each parameter name, with the first name of the same parameter. torch: its version.
+    the weights, by path. names: each parameter name, with the first name of the same parameter. constants: by name, how
+    far the results move, in units of the noise, by kind and tensor. torch: its version.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Fixture:
     results: Kinds
     noises: dict[str, dict[str, Noise]]
     own_values: dict[str, dict[str, float]]
+    constants: dict[str, dict[str, dict[str, float]]]
     zero_gradients: tuple[str, ...]
     untrained: tuple[str, ...]
     layers: dict[str, str]
@@ -138,7 +141,10 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
         raise ValueError(f"model={quoted(model)} must be null or an object of model and config")
     results = {kind: groups[kind] for kind in KINDS if kind in groups}
     noises = {kind: {n: Noise(*pair) for n, pair in of.items()} for kind, of in numbers_of(about, "noise", 2).items()}
-    own = {kind: {n: value for n, (value,) in of.items()} for kind, of in numbers_of(about, "own values", 1).items()}
+    own = values_of(about, "own values")
+    moves = about.get("constants", {})  # older recordings have none
+    if not isinstance(moves, dict):
+        raise ValueError(f"constants={quoted(moves)} must be an object")
     for field, held in (("noise", noises), ("own values", own)):
         if lacking := [f"{kind}/{n}" for kind, of in results.items() for n in of if n not in held.get(kind, {})]:
             raise ValueError(f"{field} lacks {quoted(lacking[0])}")
@@ -152,6 +158,7 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
         results=results,
         noises=noises,
         own_values=own,
+        constants={constant: values_of(moves, constant) for constant in moves},
         zero_gradients=tuple(texts_of(about, "zero gradients", list)),
         untrained=tuple(texts_of(about, "untrained", list)),
         layers=texts_of(about, "layers", dict),
@@ -195,6 +202,12 @@ def numbers_of(about: Mapping[str, Any], field: str, length: int) -> dict[str, d
                 raise ValueError(f"{field} of {quoted(f'{kind}/{name}')} is {quoted(value)}, must be {length} numbers")
             found.setdefault(kind, {})[name] = [float(number) for number in numbers]
     return found
+
+
+def values_of(about: Mapping[str, Any], field: str) -> dict[str, dict[str, float]]:
+    """Field with a number for each kind of results and each tensor."""
+    found = numbers_of(about, field, 1)
+    return {kind: {name: value for name, (value,) in of_kind.items()} for kind, of_kind in found.items()}
 
 
 def stems(folder: str | os.PathLike) -> list[Path]:

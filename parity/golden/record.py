@@ -12,9 +12,13 @@ from jaxmodels.models import describe, name_of
 from jaxmodels.weights.names import as_numpy
 from parity.compare.comparison import Comparison
 from parity.compare.noise import ULPS
+from parity.compare.sides.torch_side import TorchSide
 from parity.compare.weights import aliases
 from parity.golden.fixture import files_of, write
+from parity.measure.explain import Changes, moves_by
 from parity.measure.reference import Reference
+
+AVERAGES = ("running_mean", "running_var")
 
 
 def record(
@@ -68,9 +72,9 @@ def write_recording(
         side = comparison.torch_side("float64")
         batch, results = comparison.evaluated(side)
         noises = side.noises(batch, results, ULPS["float64"], comparison.seed)
-        own = Reference(comparison, batch, results, noises).values(
-            comparison.torch_side("float32").evaluate(batch), "float32"
-        )
+        reference = Reference(comparison, batch, results, noises)
+        own = reference.values(comparison.torch_side("float32").evaluate(batch), "float32")
+        constants = moves_by_constants(reference, side)
     groups: dict[str, Mapping[str, Any]] = {
         "state": {key: as_numpy(tensor) for key, tensor in module.state_dict().items()},
         "inputs": batch.inputs.named(),
@@ -87,11 +91,26 @@ def write_recording(
         "untrained": [key for key, parameter in module.named_parameters() if not parameter.requires_grad],
         "noise": {kind: {n: [one.unit, one.masks_from] for n, one in of.items()} for kind, of in noises.items()},
         "own values": own,
+        "constants": constants,
         "layers": {path: type(module.get_submodule(path)).__name__ for path in owners(module.state_dict())},
         "names": aliases(module),
         "torch": importlib.metadata.version("torch"),
     }
     write(stem, tensors, about)
+
+
+def moves_by_constants(reference: Reference, side: TorchSide) -> dict[str, dict[str, dict[str, float]]]:
+    """How far the results move with each constant that the module holds in a narrow float, in units of the noise.
+
+    These are all floating tensors that PyTorch does not train, but for BatchNorm's averages, which Flax has too.
+    """
+    found = {}
+    for name, tensor in side.narrow_constants(lambda key: key.rpartition(".")[2] in AVERAGES).items():
+        changes = Changes()
+        for values in moves_by(reference, side, name, tensor):
+            changes.add(values)
+        found[name] = changes.largest
+    return found
 
 
 def owners(state_dict: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,9 @@ from parity.compare.comparison import Comparison
 from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.loss import Batch
 from parity.compare.names import Names
+from parity.compare.noise import LIMIT
 from parity.golden.fixture import Fixture, read
+from parity.measure.explain import Changes, Limits, explained
 from parity.measure.reference import Reference, judged, judged_narrow, round_trip
 from parity.report.report import Report
 from parity.report.results import Check
@@ -72,30 +74,47 @@ def read_replay(comparison: Comparison, fixture: Fixture) -> Report:
     batch = Batch(fixture.inputs, comparison.labels, fixture.targets)
     reference = Reference(comparison, batch, fixture.results, fixture.noises)
     skipped: dict[str, str] = {}
+    notes: list[str] = []
     with comparison.strict_precision():
-        checks = list(readings(reference, fixture, skipped))
+        checks = list(readings(reference, fixture, skipped, notes))
     if not all(check.passed for check in checks):
         skipped["first divergence"] = NO_TRACE
     stamp = environment(comparison.device, comparison.float64, seed=None) | {"torch": f"{fixture.torch}, recorded"}
-    return Report(fixture.name, checks, time.perf_counter() - began, stamp, skipped=skipped)
+    return Report(fixture.name, checks, time.perf_counter() - began, stamp, skipped=skipped, notes=tuple(notes))
 
 
-def readings(reference: Reference, fixture: Fixture, skipped: dict[str, str]) -> Iterator[Check]:
-    """The checks of one fixture; adds those that do not apply to `skipped`, with the reason."""
+def readings(reference: Reference, fixture: Fixture, skipped: dict[str, str], notes: list[str]) -> Iterator[Check]:
+    """The checks of one fixture; adds those that do not apply to `skipped`, with the reason, and to `notes`."""
     comparison = reference.comparison
     yield round_trip(comparison)
-    for precision in ("float64", "float32") if comparison.float64 else ("float32",):
-        side = comparison.jax_side(precision)
+    with comparison.strict_precision(False):  # as the module runs; see `Readings.narrow` of a check
+        side = comparison.jax_side("float32")
+        narrow = reference.values(side.evaluate(reference.batch), "float32")
+    rounding: Limits = {}
+    allowed = 1.0
+    if comparison.float64:
+        side = comparison.jax_side("float64")
         result = side.evaluate(reference.batch)
-        for kind, values in reference.values(result, precision).items():
-            if precision == "float64":
-                yield judged(kind, precision, values)
-            else:
-                yield judged_narrow(kind, precision, values, fixture.own_values[kind])
-        if precision == "float64":
-            yield from reference.zeros(result)
-        if precision == comparison.precision and decodes(side.module):
-            try:
-                yield reference.decoding(side, own=fixture.own_values.get("output"))
-            except NotDecodable as reason:
-                skipped["cached decoding"] = str(reason)
+        values = reference.values(result)
+        why = explained(
+            reference, lambda changes: add_recorded(changes, fixture, comparison), side, result, values, narrow
+        )
+        notes += why.notes
+        rounding, allowed = why.rounding, why.allowed
+        for kind, of_kind in values.items():
+            yield judged(kind, "float64", of_kind, why.limits[kind])
+        yield from reference.zeros(result)
+    for kind, of_kind in narrow.items():
+        yield judged_narrow(kind, "float32", of_kind, fixture.own_values[kind], rounding.get(kind))
+    if decodes(side.module):
+        try:
+            yield reference.decoding(side, own=fixture.own_values.get("output"), limit=LIMIT * allowed)
+        except NotDecodable as reason:
+            skipped["cached decoding"] = str(reason)
+
+
+def add_recorded(changes: Changes, fixture: Fixture, comparison: Comparison) -> None:
+    """Add how far PyTorch's results moved with the constants that the port does not get from the fixture."""
+    for name, moves in fixture.constants.items():
+        if not (name in fixture.state and comparison.weights.carries(name)) and changes.add(moves) > 1:
+            changes.named.append(f"{name} in PyTorch")

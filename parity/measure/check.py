@@ -27,7 +27,7 @@ from parity.compare.store import DEFAULT_LIMIT, Store, Stored, check_limit, stor
 from parity.compare.weights import Weights
 from parity.locate.trace import trace
 from parity.locate.tree import Divergence
-from parity.measure.explain import NAMED, explained
+from parity.measure.explain import NAMED, Changes, add_torch_constants, explained
 from parity.measure.memory import free, too_large
 from parity.measure.optimizers import OPTIMIZERS, Training
 from parity.measure.plain import fused, has_plain
@@ -257,7 +257,7 @@ class Readings:
         ours = self.comparison.jax_side("float64")
         result = ours.evaluate(self.reference.batch, gradients=self.gradients)
         values, narrow, own = self.refined(self.reference.values(result), narrow, own)
-        why = explained(self.reference, lambda: self.side, ours, result, values, narrow)
+        why = explained(self.reference, self.add_constants, ours, result, values, narrow)
         self.notes += [*unmatched(self.reference.kinds["output"], result["output"])]
         self.notes += [*widened_notes(casts, ours), *why.notes]
         self.over = {n for kind, of in values.items() for n, v in of.items() if not v <= why.limits[kind][n]}
@@ -292,6 +292,10 @@ class Readings:
         self.drop_side()
         wide, narrow, own = (rescaled(values, before, self.reference) for values in (wide, narrow, own))
         return wide, narrow, own
+
+    def add_constants(self, changes: Changes) -> None:
+        """Add how far results move with the narrow constants of PyTorch's side."""
+        add_torch_constants(changes, self.reference, self.side)
 
     def narrow(self) -> tuple[Values, Values]:
         """Values of Flax and PyTorch in float32, as the modules run; one side after the other."""

@@ -7,7 +7,8 @@ float32 inside  a side holds a constant or table in a narrow float. Moving these
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +16,10 @@ from parity.compare import noise
 from parity.compare.loss import Kinds
 from parity.compare.noise import LIMIT, ULPS
 from parity.compare.sides.jax_side import JaxSide
-from parity.compare.sides.torch_side import TorchSide
 from parity.measure.reference import Reference, Values
+
+if TYPE_CHECKING:
+    from parity.compare.sides.torch_side import TorchSide  # recordings are explained without torch
 
 RUNS = 2
 SHRINKS = 4.0  # a value in float64 is rounding if it is at most this multiple of the value in float32
@@ -38,9 +41,25 @@ class Explanation:
     allowed: float = 1.0
 
 
+@dataclasses.dataclass
+class Changes:
+    """How far results move with narrow constants, in units of the noise, and the names of the constants that matter."""
+
+    largest: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    named: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, found: Values) -> float:
+        """Add the changes of a run; return the largest of them."""
+        for kind, of_kind in found.items():
+            known = self.largest.setdefault(kind, {})
+            for name, value in of_kind.items():
+                known[name] = max(known.get(name, 0.0), value)
+        return max((value for of_kind in found.values() for value in of_kind.values()), default=0.0)
+
+
 def explained(
     reference: Reference,
-    torch: Callable[[], TorchSide],
+    torch: Callable[[Changes], None],
     flax: JaxSide,
     result: Kinds,
     values: Values,
@@ -48,7 +67,7 @@ def explained(
 ) -> Explanation:
     """The limits for the values of a result in float64, given those of a float32 run.
 
-    If no value exceeds `LIMIT`, nothing is run. torch: gives PyTorch's side in float64.
+    If no value exceeds `LIMIT`, nothing is run. torch: adds the changes by the narrow constants of PyTorch's side.
     """
     limits = {kind: dict.fromkeys(of_kind, LIMIT) for kind, of_kind in values.items()}
     over = {(kind, name): v for kind, of_kind in values.items() for name, v in of_kind.items() if not v <= LIMIT}
@@ -68,13 +87,15 @@ def explained(
     most = LIMIT * ULPS["float32"] / ULPS["float64"]  # what float32 costs
     left = {at: v for at, v in over.items() if at not in rounding and v <= most}
     if left:
-        changes, named = changes_by_constants(reference, torch(), flax, result)
-        inside = {at: v for at, v in left.items() if v <= LIMIT * (1 + changes.get(at[0], {}).get(at[1], 0.0))}
+        changes = Changes()
+        add_flax_constants(changes, reference, flax, result)
+        torch(changes)
+        inside = {at: v for at, v in left.items() if v <= LIMIT * (1 + changes.largest.get(at[0], {}).get(at[1], 0.0))}
         if inside:
             kind, name = max(inside, key=inside.__getitem__)
             notes.append(
-                f"float32 inside: {', '.join(named)}; the rounding of these constants explains differences of up to "
-                f"{inside[kind, name]:.2g} × noise, most in {kind} of {name}"
+                f"float32 inside: {', '.join(changes.named)}; the rounding of these constants explains differences of "
+                f"up to {inside[kind, name]:.2g} × noise, most in {kind} of {name}"
             )
             for (kind, name), value in inside.items():
                 limits[kind][name] = value
@@ -82,41 +103,42 @@ def explained(
     return Explanation(limits, ordinary, tuple(notes), max(passing, default=1.0))
 
 
-def changes_by_constants(
-    reference: Reference, torch: TorchSide, flax: JaxSide, result: Kinds
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """How far results move with the narrow constants of both sides, in units of the noise, and the constants' names."""
-    changes: dict[str, dict[str, float]] = {}
-    named: list[str] = []
+def add_flax_constants(changes: Changes, reference: Reference, flax: JaxSide, result: Kinds) -> None:
+    """Add how far results move with the narrow constants of the port."""
     rng = np.random.default_rng(reference.comparison.seed)
     gradients = reference.kinds.keys() != {"output"}
 
-    def add(moved: Kinds, base: Kinds) -> float:
-        found = differences(reference, moved, base)
-        for kind, of_kind in found.items():
-            for name, value in of_kind.items():
-                known = changes.setdefault(kind, {})
-                known[name] = max(known.get(name, 0.0), value)
-        return max((value for of_kind in found.values() for value in of_kind.values()), default=0.0)
+    def moved(only: int | None = None) -> Values:
+        found = flax.with_moved_constants(reference.batch, rng, only, gradients=gradients)
+        return differences(reference, found, result)
 
     for _ in range(RUNS if flax.constants else 0):
-        add(flax.with_moved_constants(reference.batch, rng, gradients=gradients), result)
-    named += [
-        f"{constant} in Flax"
-        for i, constant in enumerate(flax.constants[:NAMED])
-        if add(flax.with_moved_constants(reference.batch, rng, i, gradients=gradients), result) > 1
+        changes.add(moved())
+    changes.named += [
+        f"{constant} in Flax" for i, constant in enumerate(flax.constants[:NAMED]) if changes.add(moved(i)) > 1
     ]
+
+
+def add_torch_constants(changes: Changes, reference: Reference, torch: "TorchSide") -> None:
+    """Add how far results move with the narrow constants of PyTorch's side in float64."""
     constants = torch.narrow_constants(reference.comparison.weights.carries)
     for i, (name, tensor) in enumerate(constants.items()):
-        for _ in range(RUNS if i < NAMED else 1):
-            with torch.moved_constants({name: tensor}, rng):
-                moves = add(torch.evaluate(reference.batch, gradients=gradients), reference.kinds) > 1
-        if moves and i < NAMED:
-            named.append(f"{name} ({list(tensor.shape)}) in PyTorch")
-    return changes, named
+        most = max(map(changes.add, moves_by(reference, torch, name, tensor, RUNS if i < NAMED else 1)))
+        if most > 1 and i < NAMED:
+            changes.named.append(f"{name} ({list(tensor.shape)}) in PyTorch")
 
 
-def differences(reference: Reference, moved: Kinds, base: Kinds) -> Mapping[str, Mapping[str, float]]:
+def moves_by(reference: Reference, torch: "TorchSide", name: str, tensor: Any, runs: int = RUNS) -> Iterator[Values]:
+    """How far PyTorch's results move with one of its narrow constants, in each of some runs."""
+    rng = np.random.default_rng([reference.comparison.seed, *name.encode()])
+    gradients = reference.kinds.keys() != {"output"}
+    for _ in range(runs):
+        with torch.moved_constants({name: tensor}, rng):
+            moved = torch.evaluate(reference.batch, gradients=gradients)
+        yield differences(reference, moved, reference.kinds)
+
+
+def differences(reference: Reference, moved: Kinds, base: Kinds) -> Values:
     """Differences of two results of one side, in units of the noise; tensors without a noise are left out."""
     found = {}
     for kind, of_kind in base.items():

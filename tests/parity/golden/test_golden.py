@@ -62,6 +62,83 @@ def test_a_right_model_agrees_and_a_wrong_one_does_not(recorded):
     assert "first divergence" in report.skipped
 
 
+class TorchScaled(torch.nn.Module):
+    """Scales its inputs by a table that it holds in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(5, 7)
+        self.register_buffer("table", torch.linspace(0.3, 1.7, 5))
+        self.register_buffer("other", torch.linspace(0.1, 0.9, 7), persistent=False)
+
+    def forward(self, x):
+        return torch.tanh(self.up(x * self.table)) * self.other
+
+
+class FlaxScaled(nnx.Module):
+    """The same with tables in float64, and with a factor in float32."""
+
+    factor = np.float32(1 / 3)
+
+    def __init__(self, *, rngs):
+        self.up = nnx.Linear(5, 7, rngs=rngs)
+
+    def __call__(self, x):
+        y = jnp.tanh(self.up(x * np.linspace(0.3, 1.7, 5))) * np.linspace(0.1, 0.9, 7)
+        return y * jnp.float32(self.factor) * 3
+
+
+class FlaxExact(FlaxScaled):
+    factor = np.float32(1)
+
+    def __call__(self, x):
+        return super().__call__(x) / 3
+
+
+class FlaxScaledOff(FlaxScaled):
+    factor = np.float32(1 / 3 * (1 + 1e-5))
+
+
+def test_what_is_float32_inside_is_explained_as_in_a_check(tmp_path):
+    """Constants of PyTorch's side are recorded, those of Flax's are moved when the fixture is replayed."""
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).standard_normal((3, 5))
+    parity.record(TorchScaled(), x, tmp_path / "scaled")
+    settings = {"names": {"table": None}}
+    report = parity.replay(FlaxScaled(rngs=nnx.Rngs(0)), tmp_path / "scaled", **settings)
+    assert report.passed, str(report)
+    assert report.value("output", "float64") > 1e5
+    (note,) = report.notes
+    assert {"table in PyTorch", "other in PyTorch"} <= set(
+        note.removeprefix("float32 inside: ").split(";")[0].split(", ")
+    )
+    assert "in Flax" in note
+    checked = parity.check(TorchScaled(), FlaxScaled(rngs=nnx.Rngs(0)), x, steps=0, **settings)
+    assert checked.passed, str(checked)
+    wrong = parity.replay(FlaxScaledOff(rngs=nnx.Rngs(0)), tmp_path / "scaled", **settings)
+    assert not wrong.passed
+
+    assert parity.replay(FlaxExact(rngs=nnx.Rngs(0)), tmp_path / "scaled", **settings).passed
+    about = json.loads((tmp_path / "scaled.json").read_text())
+    assert about["constants"].keys() == {"table", "other"}
+    (tmp_path / "scaled.json").write_text(json.dumps({k: v for k, v in about.items() if k != "constants"}))
+    assert not parity.replay(FlaxExact(rngs=nnx.Rngs(0)), tmp_path / "scaled", **settings).passed
+
+
+def test_a_less_stable_algorithm_replays_with_a_note(tmp_path):
+    x = np.random.default_rng(0).standard_normal((5, 7)) + 300
+    parity.record(torch.nn.Sequential(torch.nn.LayerNorm(7)), x, tmp_path / "norm")
+
+    def port(epsilon):
+        return nnx.Sequential(nnx.LayerNorm(7, use_fast_variance=True, epsilon=epsilon, rngs=nnx.Rngs(0)))
+
+    report = parity.replay(port(1e-5), tmp_path / "norm", names={"0": "layers.0"})
+    assert report.passed, str(report)
+    assert report.value("output", "float64") > 32
+    assert any(note.startswith("rounding: ") for note in report.notes)
+    assert not parity.replay(port(1e-6), tmp_path / "norm", names={"0": "layers.0"}).passed
+
+
 def test_float32_alone_on_a_device_without_float64(recorded):
     report = parity.replay(*recorded, float64=False)
     assert report.passed
@@ -128,6 +205,8 @@ def test_tensors_of_another_recording_are_refused(recorded, tmp_path):
         ("noise", {"output": {"output": ["1", 2]}}),
         ("own values", {"output": {"output": None}}),
         ("own values", []),
+        ("constants", [1.0]),
+        ("constants", {"table": {"output": {"output": "much"}}}),
         ("names", {"up.weight": 3}),
         ("layers", ["up"]),
         ("layers", {"up": "Linear\0"}),
