@@ -21,6 +21,8 @@ QUERY = re.compile(r"(^|[._])(q|query|queries|wq|to_q|q_proj|q_lin|query_proj)$"
 KEY = re.compile(r"(^|[._])(k|key|keys|wk|to_k|k_proj|k_lin|key_proj)$")
 VALUE = re.compile(r"(^|[._])(v|value|values|wv|to_v|v_proj|v_lin|value_proj)$")
 OUT = re.compile(r"(^|[.])(o|out|output|wo|to_out|o_proj|out_proj|out_lin|c_proj|proj|dense)$")
+KEY_VALUE = re.compile(r"(^|[._])(w?kv|kv_proj|to_kv|key_value|c_kv|kv_lin)$")
+QUERY_KEY_VALUE = re.compile(r"(^|[._])(w?qkv|qkv_proj|to_qkv|query_key_value|c_attn)$")
 MOST_DIVISORS = 30
 PARTS = ("query", "key", "value")
 LAYOUTS = ("thd", "htd", "hdt", "tdh")  # part, head, feature
@@ -186,12 +188,7 @@ def inputs(subject: Subject) -> Iterator[Mistake]:
 
 def shared_keys(subject: Subject) -> Iterator[Mistake]:
     """Groups of query heads that share keys: heads repeated one by one for all of them tiled, and the reverse."""
-    layers = dict(matrices(subject.module))
-    queries, keys, outs = ([n for n in layers if word.search(n)] for word in (QUERY, KEY, OUT))
-    for query, key, out in zip(queries, keys, outs, strict=False):
-        total, few = n_features(layers[query])[0], n_features(layers[key])[0]
-        if total == few or total % few or n_features(layers[out])[1] != total:
-            continue
+    for query, total, few, out in grouped(dict(matrices(subject.module))):
         shared = total // few
         for width in divisors(few):
             groups = few // width
@@ -202,7 +199,31 @@ def shared_keys(subject: Subject) -> Iterator[Mistake]:
                 ((groups, shared), "Flax repeats each, PyTorch tiles them"),
             ):
                 index = np.arange(total).reshape(*there, width).transpose(1, 0, 2).ravel()
-                yield Mistake(
-                    f"keys and values shared by {shared} heads: {text}",
-                    values(rows(layers[query], index) | columns(layers[out], index)),
-                )
+                rest = np.arange(total, n_features(query)[0])  # keys and values in one layer with the queries
+                changed = rows(query, np.concatenate([index, rest])) | columns(out, index)
+                yield Mistake(f"keys and values shared by {shared} heads: {text}", values(changed))
+
+
+def grouped(layers: dict[str, Any]) -> Iterator[tuple[Any, int, int, Any]]:
+    """Attentions whose keys have fewer features than their queries: the layer of the queries, both numbers, the output.
+
+    Keys and values may be in layers of their own, in one together, or in one with the queries.
+    """
+    queries, keys, both, fused, outs = (
+        [layer for name, layer in layers.items() if word.search(name)]
+        for word in (QUERY, KEY, KEY_VALUE, QUERY_KEY_VALUE, OUT)
+    )
+    found = [
+        (query, n_features(query)[0], n_features(key)[0], out)
+        for query, key, out in zip(queries, keys, outs, strict=False)
+    ]
+    found += [
+        (query, n_features(query)[0], n_features(kv)[0] // 2, out)
+        for query, kv, out in zip(queries, both, outs, strict=False)
+    ]
+    for layer, out in zip(fused, outs, strict=False):
+        total = n_features(out)[1]
+        found.append((layer, total, (n_features(layer)[0] - total) // 2, out))
+    for query, total, few, out in found:
+        if 0 < few < total and total % few == 0 and n_features(out)[1] == total:
+            yield query, total, few, out

@@ -150,3 +150,31 @@ def test_shared_keys_and_rotary_pairs():
     assert hint_of(module, port(), x) == ""
     assert "Flax tiles them" in hint_of(module, port(repeat=tiled), x)
     assert "Flax rotates adjacent features" in hint_of(module, port(split=False), x)
+
+
+class FusedKeys(nn.Module):
+    """Groups of three heads that share keys, whose layer is one with the values', and with the queries' too."""
+
+    def __init__(self, *, queries):
+        super().__init__()
+        self.num_heads, self.head_dim = 6, 4
+        if queries:
+            self.qkv_proj = nn.Linear(7, 40)
+        else:
+            self.wq, self.wkv = nn.Linear(7, 24, bias=False), nn.Linear(7, 16)
+        self.wo = nn.Linear(24, 7)
+
+    def forward(self, x, repeat=torch.repeat_interleave):
+        qkv = self.qkv_proj(x) if hasattr(self, "qkv_proj") else torch.cat([self.wq(x), self.wkv(x)], -1)
+        q, k, v = (p.unflatten(-1, (-1, 4)).transpose(1, 2) for p in qkv.split([24, 8, 8], -1))
+        y = F.scaled_dot_product_attention(q, *(repeat(a, 3, 1) for a in (k, v)), is_causal=True)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("queries", [False, True])
+def test_shared_keys_in_fused_layers(queries):
+    module = FusedKeys(queries=queries).double()
+    x = RNG.standard_normal((2, 5, 7))
+    with torch.no_grad():
+        wrong = module(torch.as_tensor(x), tiled).numpy()
+    assert "shared by 3 heads: Flax tiles them" in hint_of(module, wrong, x)
