@@ -29,6 +29,7 @@ def compare_tensors(tensors: Mapping[str, Any], others: Mapping[str, Any]) -> tu
     everything is equal, and the text to print. Raises ValueError if a value overflows in the cast.
     """
     lines, compared = [], 0
+    casts: dict[str, None] = {}
     both = [name for name in tensors if name in others]
     with progress_bar("comparing", [tensors[name] for name in both]) as advance:
         for name in both:
@@ -38,6 +39,7 @@ def compare_tensors(tensors: Mapping[str, Any], others: Mapping[str, Any]) -> tu
                 lines.append(f"  {name}: shape {list(tensor.shape)} and {list(other.shape)}")
                 continue
             if tensor.dtype != other.dtype:
+                casts[f"{np.dtype(tensor.dtype).name} to {np.dtype(other.dtype).name}"] = None
                 tensor = Cast(tensor, np.dtype(other.dtype), name)
             count, largest = difference(tensor, other)
             compared += size
@@ -49,6 +51,8 @@ def compare_tensors(tensors: Mapping[str, Any], others: Mapping[str, Any]) -> tu
     if lines:
         return False, "\n".join([f"{len(lines)} of {len(both)} tensors differ:", *lines, *absent])
     equal = f"all {len(both)} tensors are equal, {compared:,} values bit for bit"
+    if casts:
+        equal += f", after the cast of SRC from {', '.join(casts)}"
     if absent:
         return False, "\n".join(
             [f"of the tensors that both have, {equal}" if both else "no tensor is in both", *absent]

@@ -191,9 +191,10 @@ def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None"
     changed = {name: values for name, values in differing(saved, config).items() if name not in may}
     if changed:
         was, now = (", ".join(f"{name}={values[i]}" for name, values in changed.items()) for i in (0, 1))
+        fixed = " (a cosine schedule ends at its last step)" if "steps" in changed else ""
         raise ValueError(
-            f"{run} was trained with {was}, not {now}: continue it unchanged with --resume {run}, name another folder "
-            f"with --out, or continue with these from a step on, in a new run, with --branch {run}"
+            f"{run} was trained with {was}, not {now}{fixed}: continue it unchanged with --resume {run}, name another "
+            f"folder with --out, or continue with these from a step on, in a new run, with --branch {run}"
         )
     taken = steps(run / "checkpoints")[-1]
     if config.steps < taken:

@@ -94,6 +94,14 @@ def test_arguments_of_a_docstring_become_a_list():
         "Compare.\n\n- `x`: first,\n  indented. y: no\n- `a`, `b`: two\n\nRaises ValueError if x: no.\n\nnote: prose"
     )
     assert as_list(text, {"x", "a", "b"}) == expected
+    run_in = "Compare x; b: no.\n\nx: first. a, b: two; c: no. Raises ValueError\nif x is no. More."
+    expected = (
+        "Compare x.\n\n- `b`: no.\n\n- `x`: first.\n- `a`, `b`: two; c: no.\n\nRaises ValueError\nif x is no. More."
+    )
+    assert as_list(run_in, {"x", "a", "b"}) == expected
+    assert as_list("a, b: two\n    indented.\nProse.\n\nx: first,\nnot indented", {"x", "a", "b"}) == (
+        "- `a`, `b`: two\n  indented.\n\nProse.\n\n- `x`: first,\n  not indented"
+    )
     assert as_list("Compare.\nx: first,\nnot indented", {"x"}) == "Compare.\n\n- `x`: first,\n  not indented"
 
 

@@ -90,7 +90,9 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
         config = NeoXConfig(**found, activation=ACTIVATIONS[activation])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {shortened(str(error), 400)}") from None
-    return config, [f"hidden_act {quoted(activation)} in config.json means {config.activation} here", *notes]
+    if config.activation != activation:
+        notes.insert(0, f"hidden_act {quoted(activation)} in config.json means {config.activation} here")
+    return config, notes
 
 
 def rotary(file: Path, content: Mapping[str, Any], notes: list[str]) -> dict[str, float]:

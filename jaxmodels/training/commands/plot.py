@@ -80,4 +80,4 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     with atomic_file(out) as temporary:
         figure.savefig(temporary, format=out.suffix.removeprefix(".") or "png", dpi=120)
     pyplot.close(figure)
-    print(f"{out}: {len(found)} runs")
+    print(f"{out}: {len(found)} run{'s' * (len(found) > 1)}")

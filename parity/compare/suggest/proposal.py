@@ -21,6 +21,11 @@ from parity.compare.suggest.tree import Node, flax_tree, submodules, torch_tree
 from parity.compare.suggest.verification import Candidate, Runs, options, resolved
 from parity.compare.weights import Mapped, Twins
 
+UNDECIDED = (
+    "verify=True did not decide: no candidate agrees with PyTorch and all others differ. If the port has a bug, find "
+    "it first: parity.check with these names, or with one of the others"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
@@ -28,7 +33,7 @@ class Suggestion:
 
     ambiguous: by PyTorch's name, other Flax names that fit equally well; the order of definition decided. `*` stands
     for any number. unmatched_*: parts without a counterpart. problems: the error that `parity.check` would raise.
-    layouts: for `layouts=`, of tensors that fit in several ways, if a run has told which.
+    layouts: for `layouts=`, of tensors that fit in several ways, if a run has told which. note: why runs did not.
     """
 
     names: dict[str, Any]
@@ -37,6 +42,7 @@ class Suggestion:
     unmatched_flax: list[str]
     problems: str = ""
     layouts: dict[str, str] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
     @property
     def complete(self) -> bool:
@@ -51,6 +57,7 @@ class Suggestion:
         if self.layouts:
             lines += ["layouts = {", *(f"    {name!r}: {layout!r}," for name, layout in self.layouts.items()), "}"]
         lines += [f"ambiguous: {n} could also be {', '.join(others)}" for n, others in self.ambiguous.items()]
+        lines += [self.note] if self.note else []
         lines += [f"no counterpart in Flax: {name}" for name in self.unmatched_torch]
         lines += [f"no counterpart in PyTorch: {name}" for name in self.unmatched_flax]
         return "\n".join([*lines, *([self.problems] if self.problems else [])])
@@ -134,11 +141,12 @@ def suggest(
     best = Candidate({}, names, {})
     resolved_all = False
     if verify and given is not None and (doubts or fits_several(search, best)):
-        found = verified(search, given, channels_last, doubts, names, seed)
-        if found is not None:
-            best, resolved_all = found, True
+        decided = verified(search, given, channels_last, doubts, names, seed)
+        if decided is not None:
+            best, resolved_all = decided, True
             match = search.match(best.forced) if doubts else match
-    return suggestion(search, best, match, resolved_all)
+    found = suggestion(search, best, match, resolved_all)
+    return dataclasses.replace(found, note=UNDECIDED) if verify and found.ambiguous else found
 
 
 def suggestion(search: Search, best: Candidate, match: Match, resolved_all: bool) -> Suggestion:

@@ -215,6 +215,9 @@ def test_no_candidate_that_agrees_leaves_the_ambiguity():
 
     suggestion = parity.suggest(Torch(), Flax(), ROWS, verify=True)
     assert suggestion.ambiguous == {"one": ["blue"], "two": ["red"]}
+    assert suggestion.note in str(suggestion)
+    assert "verify=True" in suggestion.note
+    assert parity.suggest(Torch(), Flax(), ROWS).note == ""
 
 
 class Recurrent(nn.Module):
