@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,12 @@ def execute(notebook: Any) -> Any:
     from jupyter_client.manager import AsyncKernelManager
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed, JAX prints warnings where there is no TPU
-    manager = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    nbclient.NotebookClient(notebook, manager, timeout=SECONDS, resources={"metadata": {"path": str(ROOT)}}).execute()
+    with tempfile.TemporaryDirectory() as folder:  # the sockets of a kernel lie beside its connection file
+        manager = AsyncKernelManager(
+            kernel_name="python3", transport="ipc", connection_file=os.path.join(folder, "kernel.json")
+        )
+        resources = {"metadata": {"path": str(ROOT)}}
+        nbclient.NotebookClient(notebook, manager, timeout=SECONDS, resources=resources).execute()
     return cleaned(notebook)
 
 

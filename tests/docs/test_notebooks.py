@@ -100,3 +100,16 @@ def test_a_notebook_runs(source, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == kinds(notebooks.read(ROOT / source))
+
+
+@pytest.mark.slow
+def test_notebooks_that_run_at_once_have_sockets_of_their_own():
+    program = """
+import os, nbformat
+from docs.tools import notebooks
+
+cell = nbformat.v4.new_code_cell("import os, time; time.sleep(2); print(os.getppid())")
+print(os.getpid() == int(notebooks.execute(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs[0].text))
+"""
+    running = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
+    assert [one.communicate(timeout=300)[0] for one in running] == [b"True\n"] * 3
