@@ -328,7 +328,7 @@ def check_unchanged(what: str, run: Path, *, now: str, then: str) -> None:
     if now != then:
         before = shortened(then, 80)
         raise ValueError(
-            f"{what} has changed since {run} was trained on it: sha256 {now} now, {before} then; name a text with --text"
+            f"{what} has changed since {run} was trained: sha256 {now} now, {before} then; name a text with --text"
         )
 
 
