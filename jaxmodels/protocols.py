@@ -49,6 +49,14 @@ class ReadsMoreThanIds(Protocol):
 
 
 @runtime_checkable
+class Narrow(Protocol):
+    """Language model that can decode in float32 with weights that stay in 16 bits; see `jaxmodels.native`."""
+
+    def narrowed(self) -> Any | None:
+        """Such a model, or None if its weights or this process's device do not allow it; itself if it is one."""
+
+
+@runtime_checkable
 class DividedReadout(Protocol):
     """Language model whose logits are `read(features(ids))`, so that those of some positions are computed alone."""
 

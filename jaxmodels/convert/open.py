@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxmodels import models
+from jaxmodels import models, native
 from jaxmodels.convert import hub, kinds
 from jaxmodels.convert.companions import MERGES, TOKENIZER, VOCAB, VOCABULARY, Companions
 from jaxmodels.convert.flax import open_flax
@@ -32,7 +32,7 @@ from jaxmodels.sharding import placement
 from jaxmodels.text import SLOW_NAMES, TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
 from jaxmodels.weights.names import check_floating
 from jaxmodels.weights.place import Shardings
-from jaxmodels.weights.precision import is_narrow, say, wide_dtype
+from jaxmodels.weights.precision import choice, is_narrow, say, wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +103,20 @@ class Opened:
             warnings.warn(visible(doubt), InferredWarning, stacklevel=3)
         return source.model(dtype, placement(NeoX, shardings) if isinstance(shardings, Mesh) else shardings)
 
-    def compute_dtype(self, override: str = "--dtype") -> str | None:
+    def compute_dtype(self, override: str = "--dtype", *, narrow: bool = False) -> str | None:
         """Name of the dtype to load the weights in for inference if none was asked for; None to keep their own.
 
         On a CPU it is float32 for weights in 16 bits, which is said in a line on standard error with `override`, the
         way to choose another one; see `jaxmodels.weights.precision`. A configuration's own compute dtype is kept.
+        narrow: return None for a NeoX that can be `narrowed` once it is loaded.
         """
         if is_narrow(self.config.get("dtype")):
             return None
         stored = stored_arrays(self.weights) if self.opened is None else self.opened.tensors
         found = wide_dtype(stored, jax.default_backend())
-        if found is not None:
-            say(stored, override)
+        if found is None or (narrow and self.model_name == "NeoX" and not self.is_quantized and native.available()):
+            return None
+        say(choice([array.dtype for array in stored.values()], override))
         return found
 
     def vocabulary(self, tokenizer: str | os.PathLike | None = None) -> Vocabulary:

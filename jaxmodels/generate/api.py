@@ -66,7 +66,7 @@ def generate(
     window: number of tokens that the model attends to: a longer text is continued from its last window // 2 tokens.
     batch_size: texts are continued in batches of so many rows, sorted by length.
     dtype: floating dtype of the weights in this call; default their own, but float32 for 16-bit weights on CPUs, which
-        is exact and faster (logged once).
+        is exact and faster (logged once); the weights of a NeoX then stay in 16 bits if its kernel can be compiled.
     rng: key of the draws; default `jax.random.key(0)`. Each row draws by a key of its own.
 
     Settings are applied in the order of transformers: bias, penalty, temperature, top-k, top-p, min-p. The prompt takes

@@ -127,7 +127,7 @@ def add_settings(arguments: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="cast the weights (default: keep their dtype, but on a CPU float32 for 16-bit ones, exact and faster)",
+        help="cast the weights (default: keep their dtype; on a CPU compute 16-bit ones in float32, exact and faster)",
     )
     add(
         "--num-return-sequences",
@@ -334,6 +334,7 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
     Raises ValueError if the checkpoint or an option of it is unusable.
     """
     from jaxmodels.neox import NeoX, quantize
+    from jaxmodels.weights.precision import for_inference, say
 
     dtype = options.dtype
     if opened.is_quantized and dtype is not None:
@@ -351,12 +352,14 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
         for flag in ("experiment", "embedder"):
             if getattr(options, flag) is not None:
                 raise ValueError(f"--{flag} is for training runs; {opened.name} is not one")
-    model = load_listed(opened, opened.compute_dtype() if dtype is None else dtype)
     kind = getattr(options, "quantize", None)  # `sample` has no such option
+    model = load_listed(opened, opened.compute_dtype(narrow=kind is None) if dtype is None else dtype)
     if kind is not None:
         if not isinstance(model, NeoX):
             raise ValueError(f"--quantize={kind} (--int8) is for a NeoX; {opened.name} holds a {opened.model_name}")
         model = quantize(model, kind=kind)
+    if dtype is None:
+        model = for_inference(model, override="--dtype", tell=say)
     if experiment is not None:
         model = experiment.generator(model, opened.folder)
     return model, window

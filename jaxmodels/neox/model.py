@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxmodels import native
 from jaxmodels.cache import Cache, align_left, make_cache, unless_overrun
 from jaxmodels.layers import (
     check_decodes,
@@ -26,6 +27,7 @@ from jaxmodels.layers import (
 from jaxmodels.neox.block import BLOCK_RULES, Block, Embedding, FinalNorm, Readout, Tables, stack, unstack
 from jaxmodels.neox.config import LARGEST, NeoXConfig
 from jaxmodels.neox.int8 import Int8Linear, plain_linear, with_linears
+from jaxmodels.neox.narrow import NarrowLinear, can_narrow, narrowed
 from jaxmodels.neox.sequential import adapted
 from jaxmodels.neox.weight_only import WeightOnlyLinear
 from jaxmodels.process.texts import quoted
@@ -132,6 +134,18 @@ class NeoX(nnx.Module):
     def blocks(self) -> list[Block]:
         """List of the layers."""
         return unstack(self.layers, self.settings.n_layers) if self.is_stacked else list(self.layers)
+
+    def narrowed(self) -> "NeoX | None":
+        """Model that computes in float32 with the 16-bit weights of this one, without a copy of them; for inference.
+
+        None if its weights are in other dtypes or of other modules, or if this process's device is no CPU, or the
+        kernel of `jaxmodels.native` cannot be compiled. Itself if it is such a model. Layers are listed.
+        """
+        if isinstance(self.first_linear, NarrowLinear):
+            return self
+        if type(self) is not NeoX or not can_narrow(self) or not native.available():
+            return None
+        return narrowed(self, nnx.List(self.blocks()))
 
     def stacked(self) -> "NeoX":
         """Inverse of `unstacked`."""

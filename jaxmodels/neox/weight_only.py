@@ -4,14 +4,16 @@ Axes: R rows of a call (all leading axes), I input features, O output features; 
 layer axis.
 
 A decoded token reads every weight once, so that its time is that of reading them: 8 bits take a quarter of float32's
-memory traffic, provided that no whole matrix of float32 is made on the way. On a CPU, for few rows, TILE outputs at a
-time are converted and multiplied.
+memory traffic, provided that no whole matrix of float32 is made on the way. On a CPU the compiled kernel of
+`jaxmodels.native` computes products of float32 rows; without it, for few rows, TILE outputs at a time are converted and
+multiplied by XLA.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels import native
 from jaxmodels.layers import Fixed
 
 TILE = 256  # outputs: 1 MB of float32 with 1,024 features, which a core's cache holds
@@ -54,6 +56,8 @@ def quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def product(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     """x [..., I] times the quantized weights [O, I] -> [..., O], in float32 at least."""
+    if x.dtype == jnp.float32 and native.available():
+        return native.product(x, weight, scale, True)
     rows = x.reshape(-1, x.shape[-1])  # [R, I]
     if len(rows) <= FEW and len(weight) > TILE:
         y = jax.lax.platform_dependent(rows, weight, cpu=by_tiles, default=whole)

@@ -1,14 +1,15 @@
 """Compute dtype of weights that are stored in 16 bits, on CPUs.
 
 XLA's products of bfloat16 and float16 on a CPU take about 20 times as long as those of float32. Every number of these
-dtypes is a float32, so that a cast of the weights is exact, and activations are then rounded less.
+dtypes is a float32, so that a cast of the weights is exact, and activations are then rounded less. A model may compute
+in float32 without a cast, with a method `narrowed`: see `jaxmodels.protocols.Narrow`.
 """
 
 import functools
 import logging
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,24 +40,44 @@ def floating(dtypes: Iterable[Any]) -> set[str]:
     return {np.dtype(dtype).name for dtype in dtypes if is_floating(dtype)}
 
 
-def choice(dtypes: Iterable[Any], override: str) -> str:
-    """Sentence on weights that are computed in float32. override: how to choose another dtype, such as "--dtype"."""
-    names = sorted(floating(dtypes) & {*NARROW})
-    return f"{' and '.join(names)} weights are computed in {WIDE}, exactly and faster on a CPU; {override} overrides"
+def choice(dtypes: Iterable[Any], override: str, *, kept: bool = False) -> str:
+    """Sentence on weights that are computed in float32.
+
+    override: how to choose another dtype, such as "--dtype". kept: the weights stay in 16 bits, as by `narrowed`.
+    """
+    names = " and ".join(sorted(floating(dtypes) & {*NARROW}))
+    if kept:
+        return f"{names} weights are kept and computed in {WIDE} by a compiled kernel; {override} overrides"
+    return f"{names} weights are computed in {WIDE}, exactly and faster on a CPU; {override} overrides"
 
 
-def say(stored: Mapping[str, Any], override: str) -> None:
-    """Print `choice` as a line on standard error."""
-    print(f"note: {choice([array.dtype for array in stored.values()], override)}", file=sys.stderr)
+def say(message: str) -> None:
+    """Print a note as a line on standard error."""
+    print(f"note: {message}", file=sys.stderr)
 
 
-def for_inference(model: Model, dtype: Any = None) -> Model:
+@functools.lru_cache(maxsize=16)
+def log(message: str) -> None:
+    """Log a message once; without a logging configuration it is a line on standard error."""
+    logging.getLogger("jaxmodels").warning(message)
+
+
+def for_inference(
+    model: Model, dtype: Any = None, *, override: str = "generate(…, dtype=…)", tell: Callable[[str], None] = log
+) -> Model:
     """Model with its floating weights cast to the dtype to compute in; itself if there is nothing to cast.
 
-    model: a pytree. dtype: default float32 for 16-bit weights on CPUs, which is logged once, else that of each weight.
-    A model with a module that names 16 bits as its own compute dtype is left as it is by default. Raises ValueError if
-    dtype is not floating.
+    model: a pytree. dtype: default float32 for 16-bit weights on CPUs, else that of each weight. A model with a module
+    that names 16 bits as its own compute dtype is left as it is by default; one whose method `narrowed` returns a model
+    is replaced by that one. override, tell: how to choose another dtype, and where the default is told; logged once if
+    omitted. Raises ValueError if dtype is not floating.
     """
+    if dtype is None and callable(getattr(model, "narrowed", None)):
+        small = cast(Any, model).narrowed()
+        if small is not None:
+            if small is not model:
+                tell(choice([leaf.dtype for leaf in jax.tree.leaves(model)], override, kept=True))
+            return small
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     arrays = {i: leaf for i, (path, leaf) in enumerate(leaves) if SCALES not in jax.tree_util.keystr(path)}
     arrays = {i: leaf for i, leaf in arrays.items() if isinstance(leaf, jax.Array) and is_floating(leaf.dtype)}
@@ -69,7 +90,7 @@ def for_inference(model: Model, dtype: Any = None) -> Model:
         if found is None or names_compute_dtype(model):
             return model
         wanted = jnp.dtype(found)
-        log(choice([leaf.dtype for leaf in arrays.values()], "generate(…, dtype=…)"))
+        tell(choice([leaf.dtype for leaf in arrays.values()], override))
     if all(leaf.dtype == wanted for leaf in arrays.values()):
         return model
     new = [arrays[i].astype(wanted) if i in arrays else leaf for i, (_, leaf) in enumerate(leaves)]
@@ -90,9 +111,3 @@ def is_narrow(dtype: Any) -> bool:
         return np.dtype(dtype).name in NARROW
     except TypeError:  # another attribute of that name
         return False
-
-
-@functools.lru_cache(maxsize=16)
-def log(message: str) -> None:
-    """Log a message once; without a logging configuration it is a line on standard error."""
-    logging.getLogger("jaxmodels").warning(message)

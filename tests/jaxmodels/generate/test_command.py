@@ -16,6 +16,7 @@ from flax import nnx
 from tokenizers import Tokenizer, models
 
 import jaxmodels
+from jaxmodels import native
 from jaxmodels.convert.flax import write_flax
 from jaxmodels.convert.hf import save_hf
 from jaxmodels.convert.neox import save_neox
@@ -149,7 +150,11 @@ def test_weights_are_cast_where_asked(checkpoint):
 
 
 @pytest.mark.parametrize(("stored", "kind"), [("float16", "hf"), ("bfloat16", "flax"), ("float16", "orbax")])
-def test_weights_in_16_bits_are_computed_in_float32_on_a_cpu(tmp_path, model, stored, kind, capsys):
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_weights_in_16_bits_are_computed_in_float32_on_a_cpu(
+    tmp_path, model, stored, kind, by_kernel, capsys, monkeypatch
+):
+    monkeypatch.setattr(native, "available", lambda: by_kernel)
     narrow = jax.tree.map(lambda array: array.astype(stored), model)
     if kind == "flax":
         write_flax(model_source(narrow), tmp_path / "narrow")
@@ -163,8 +168,11 @@ def test_weights_in_16_bits_are_computed_in_float32_on_a_cpu(tmp_path, model, st
     wide = read()
     line = capsys.readouterr().err
     assert (line.count("\n"), stored in line, "--dtype" in line) == (1, True, True)
-    chex.assert_trees_all_equal(wide, jax.tree.map(lambda array: array.astype(jnp.float32), narrow.unstacked()))
-    assert {array.dtype for array in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
+    expected = [array.astype(jnp.float32) for array in jax.tree.leaves(narrow.unstacked())]
+    chex.assert_trees_all_equal([array.astype(jnp.float32) for array in jax.tree.leaves(wide)], expected)
+    kept = {jnp.dtype(stored)} if by_kernel else set()
+    assert {array.dtype for array in jax.tree.leaves(wide)} == {jnp.dtype("float32")} | kept
+    assert wide.init_cache(1, 2).layers[0]["key"].dtype == jnp.float32
     for given in (stored, "float32"):
         assert {array.dtype for array in jax.tree.leaves(read("--dtype", given))} == {jnp.dtype(given)}
     assert capsys.readouterr().err == ""

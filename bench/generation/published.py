@@ -1,0 +1,157 @@
+"""`python -m bench.generation.published`: writing from published folders, at each side's default dtype.
+
+For each size a Hugging Face folder with random weights in 16 bits is written and loaded as users load it: by the
+commands of this project and by transformers, both at their defaults; beside them this project in float32 and with
+8-bit weights. Each writes the same number of tokens greedily after the same prompt, at batch 1. Calls alternate in one
+process; ratios are medians of the rounds' ratios.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.device import use
+
+SIZES = ("pythia_70m", "pythia_160m", "pythia_410m")
+OURS = ("default", "float32", "weights-8")
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m bench.generation.published", description=__doc__)
+    add = arguments.add_argument
+    add("--sizes", nargs="+", default=list(SIZES), metavar="NAME", help="presets of NeoXConfig (default: 70m to 410m)")
+    add("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=["float16", "bfloat16"], help="of the folders")
+    add("--prompt", type=int, default=32, metavar="S", help="tokens of the prompt (default 32)")
+    add("--tokens", type=int, default=32, metavar="N", help="tokens to write (default 32)")
+    add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
+    add("--threads", type=int, default=2, help="CPU threads (default 2)")
+    return arguments.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    use("cpu", options.threads)
+
+    import torch
+
+    from bench.timing import stamp
+    from jaxmodels.neox.config import PRESETS
+
+    unknown = [name for name in options.sizes if name not in PRESETS]
+    if unknown:
+        raise SystemExit(f"unknown --sizes {', '.join(unknown)}; choose from {', '.join(PRESETS)}")
+    torch.set_grad_enabled(False)
+    heading = f"{'size, stored in':<24}{'model':<26}{'tokens/s':>9}{'÷ transformers':>16}{'÷ float32':>11}{'MB':>7}"
+    print(f"{stamp(options.threads)}\n\n{heading}", flush=True)
+    for name in options.sizes:
+        for dtype in options.dtypes:
+            with tempfile.TemporaryDirectory() as folder:
+                print("\n".join(rows(name, dtype, Path(folder), options)), flush=True)
+
+
+def rows(name: str, dtype: str, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Lines of the table for one folder."""
+    from bench.timing import alternate
+
+    write_folder(name, dtype, folder)
+    calls, sizes = {}, {}
+    for kind in OURS:
+        calls[kind], sizes[kind] = ours(folder, kind, options)
+    calls["transformers"], sizes["transformers"], its = theirs(folder, options)
+    seconds = alternate(calls, options.rounds)
+    names = {
+        "default": "ours, default",
+        "float32": "ours, --dtype float32",
+        "weights-8": "ours, --quantize weights",
+        "transformers": f"transformers, {its}",
+    }
+    lines: list[str] = []
+    for kind, label in names.items():
+
+        def ratio(other: str, kind: str = kind) -> str:
+            pairs = zip(seconds[other], seconds[kind], strict=True)
+            return f"{statistics.median(a / b for a, b in pairs):.2f}"
+
+        rate = options.tokens / statistics.median(seconds[kind])
+        what = f"{name}, {dtype}" if not lines else ""
+        line = f"{what:<24}{label:<26}{rate:>9.1f}{ratio('transformers'):>16}{ratio('float32'):>11}"
+        lines.append(f"{line}{sizes[kind] / 1e6:>7.0f}")
+    return lines
+
+
+def write_folder(name: str, dtype: str, folder: Path) -> None:
+    """Save a model of random weights as transformers saves it, in 16 bits."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from jaxmodels.convert.hf.config import hf_config
+    from jaxmodels.neox.config import PRESETS
+
+    config = GPTNeoXConfig.from_dict(hf_config(PRESETS[name](), dtype, {}))
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+
+
+def ours(folder: Path, kind: str, options: argparse.Namespace) -> tuple[Callable[[], object], int]:
+    """Decoding by this project of a folder, with the dtype of `generate`, and the bytes of the model's arrays."""
+    import jax
+    import numpy as np
+
+    import jaxmodels
+    from jaxmodels.neox import quantize
+    from jaxmodels.weights.precision import for_inference
+
+    model = jaxmodels.load(folder, dtype=None if kind == "default" else "float32").unstacked()
+    model = quantize(model, kind="weights") if kind == "weights-8" else for_inference(model)
+    ids = np.random.default_rng(0).integers(0, model.settings.n_vocab, (1, options.prompt))
+    return writer(model, ids, options.tokens), sum(array.nbytes for array in jax.tree.leaves(model))
+
+
+def writer(model: Any, ids: Any, tokens: int) -> Callable[[], object]:
+    """Decoding of a number of tokens after a prompt that was read already."""
+    import copy
+
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmodels.generate import Sampling
+    from jaxmodels.generate.loop import Decoding
+
+    decoding = Decoding(model, ids, tokens + 1, Sampling())  # the first one comes from the prompt's logits
+    decoding.advance(1)
+
+    def write() -> None:
+        again = copy.copy(decoding)
+        again.state = jax.tree.map(jnp.copy, decoding.state)  # a few MB; the loop takes its state over
+        again.advance().block_until_ready()
+
+    return write
+
+
+def theirs(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], object], int, str]:
+    """The same by transformers, the bytes of its parameters, and the dtype that it chose."""
+    import copy
+
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, options.prompt))
+    cache = DynamicCache(config=model.config)
+    first = model(torch.as_tensor(ids), past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    def write() -> None:
+        token, own = first, copy.deepcopy(cache)  # a copy of a few MB
+        for _ in range(options.tokens):
+            token = model(token, past_key_values=own, use_cache=True).logits.argmax(-1)
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return write, size, str(model.dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+// Products of float32 rows with weights that are stored in 16, 8 or 4 bits, summed in float32.
+//
+// Axes: R rows of x, I input features, O outputs. Two layouts of the weights: `by_output`, [O, I], where an output's
+// weights are contiguous, and `by_input`, [I, O]. Few rows: a stored weight is read once, widened in registers, and
+// used for all rows, so that the time is that of reading the weights. More rows: a panel of weights is widened into
+// the cache first. The order of a sum depends neither on the number of threads nor on the other rows of its kind.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
+constexpr int64_t kBlock = 96;        // rows multiplied with one widened panel: they stay in a core's cache
+constexpr int64_t kColumns = 4096;    // outputs of a part in the layout [I, O]
+constexpr int64_t kSum = 64;          // products in one running sum
+constexpr size_t kAhead = 1024;       // bytes that are prefetched ahead of those in use
+constexpr int64_t kPartBytes = 1 << 17;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef float UnalignedFloats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint32_t UnalignedWords __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+
+inline Floats Load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
+inline void Store(float* p, Floats v) { *reinterpret_cast<UnalignedFloats*>(p) = v; }
+inline Floats Spread(float v) { return Floats{} + v; }
+
+inline float Sum(Floats v) {
+  float parts[kLanes];
+  Store(parts, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+
+struct Float32 {
+  typedef float Stored;
+  static Floats Widen(const float* p) { return Load(p); }
+};
+
+// 16 numbers of 16 or 8 bits to 32 bits. GCC divides its own conversion of vectors into small pieces.
+inline Words WidenHalves(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
+#endif
+}
+
+inline Floats WidenBytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  Floats result;
+  std::memcpy(&result, halves, sizeof result);
+  return result;
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Floats);
+#endif
+}
+
+struct BFloat16 {
+  typedef uint16_t Stored;
+  static Floats Widen(const uint16_t* p) { return (Floats)(WidenHalves(p) << 16); }
+};
+
+struct Float16 {
+  typedef uint16_t Stored;
+  static Floats Widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    __m256 halves[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + 1))};
+    Floats result;
+    std::memcpy(&result, halves, sizeof result);
+    return result;
+#else
+    // No subnormal float32 on the way: XLA's threads take them for zeros.
+    Words bits = WidenHalves(p), magnitude = bits & 0x7fff;
+    Words subnormal = (Words)(magnitude < 0x400), special = (Words)(magnitude >= 0x7c00);  // the second: infinity, NaN
+    Words widened = (magnitude << 13) + (112u << 23) + (special & (112u << 23));
+    Words small = (Words)(__builtin_convertvector((Ints)magnitude, Floats) * 0x1p-24f);
+    return (Floats)((widened & ~subnormal) | (small & subnormal) | ((bits & 0x8000) << 16));
+#endif
+  }
+};
+
+struct Int8 {
+  typedef int8_t Stored;
+  static Floats Widen(const int8_t* p) { return WidenBytes(p); }
+};
+
+// The last weights of a row, fewer than kLanes, with zeros behind them.
+template <typename W>
+Floats WidenTail(const typename W::Stored* p, int64_t count) {
+  typename W::Stored padded[kLanes] = {};
+  std::memcpy(padded, p, count * sizeof *p);
+  return W::Widen(padded);
+}
+
+// Calls f(0), …, f(parts - 1) on this thread and those of XLA's pool. It waits only for parts that were begun: a task
+// that the pool starts late finds none left, so that a busy pool cannot block it.
+template <typename F>
+void Parallel(ffi::ThreadPool& pool, int64_t parts, const F& f) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  int64_t threads = std::min(parts, std::max<int64_t>(1, pool.num_threads()));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < parts; ++i) f(i);
+    return;
+  }
+  auto state = std::make_shared<State>();
+  const F* function = &f;  // used only while parts are left, hence while this call waits
+  auto work = [state, function, parts] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < parts;) {
+      (*function)(i);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule(std::function<void()>(work));
+  work();
+  for (int64_t spins = 0; state->done.load(std::memory_order_acquire) < parts; ++spins)
+    if (spins > 4096) std::this_thread::yield();
+}
+
+struct Problem {
+  const float* x;      // [R, I]
+  const float* scale;  // [O], or null
+  float* y;            // [R, O]
+  int64_t rows, features, outputs;
+};
+
+// ---- Weights [O, I] ----
+
+// Outputs o … o + N - 1 of rows r … r + M - 1.
+template <typename W, int M, int N>
+inline void Dots(const Problem& p, const typename W::Stored* w, int64_t r, int64_t o) {
+  const float* x = p.x + r * p.features;
+  Floats sums[M][N] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= p.features; i += kLanes) {
+    Floats weights[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) weights[n] = W::Widen(w + n * p.features + i);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      Floats values = Load(x + m * p.features + i);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) sums[m][n] += values * weights[n];
+    }
+  }
+  if (int64_t left = p.features - i; left > 0) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      Floats weights = WidenTail<W>(w + n * p.features + i, left);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sums[m][n] += WidenTail<Float32>(x + m * p.features + i, left) * weights;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n)
+      p.y[(r + m) * p.outputs + o + n] = Sum(sums[m][n]) * (p.scale ? p.scale[o + n] : 1.0f);
+}
+
+// The same for output o alone: one stream of memory, which the processor prefetches best, and several running sums.
+template <typename W, int M>
+inline void LongDots(const Problem& p, const typename W::Stored* w, int64_t r, int64_t o) {
+  constexpr int U = 4;
+  const float* x = p.x + r * p.features;
+  Floats sums[M][U] = {};
+  int64_t i = 0;
+  for (; i + U * kLanes <= p.features; i += U * kLanes) {
+    for (size_t ahead = 0; ahead < U * kLanes * sizeof *w; ahead += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + ahead);
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u) {
+      Floats weights = W::Widen(w + i + u * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sums[m][u] += Load(x + m * p.features + i + u * kLanes) * weights;
+    }
+  }
+  for (; i < p.features; i += kLanes) {
+    int64_t left = std::min(kLanes, p.features - i);
+    Floats weights = WidenTail<W>(w + i, left);
+    for (int m = 0; m < M; ++m) sums[m][0] += WidenTail<Float32>(x + m * p.features + i, left) * weights;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    float sum = Sum((sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3]));
+    p.y[(r + m) * p.outputs + o] = sum * (p.scale ? p.scale[o] : 1.0f);
+  }
+}
+
+template <typename W, int N>
+void AllDots(const Problem& p, const typename W::Stored* w, int64_t begin, int64_t end, int64_t o) {
+  int64_t r = begin;
+  for (; r + 2 <= end; r += 2) Dots<W, 2, N>(p, w, r, o);
+  if (r < end) Dots<W, 1, N>(p, w, r, o);
+}
+
+template <typename W>
+void ByOutput(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored* w) {
+  constexpr int N = 8;
+  int64_t bytes = p.features * p.outputs * sizeof *w;
+  int64_t parts = std::clamp<int64_t>(bytes * std::max<int64_t>(1, p.rows / 2) / kPartBytes, 1, 16);
+  int64_t size = ((p.outputs + parts - 1) / parts + N - 1) / N * N;
+  Parallel(pool, (p.outputs + size - 1) / size, [&](int64_t part) {
+    int64_t end = std::min(p.outputs, (part + 1) * size), o = part * size;
+    if (p.rows == 1) {
+      for (; o < end; ++o) LongDots<W, 1>(p, w + o * p.features, 0, o);
+      return;
+    }
+    if (p.rows == 2) {
+      for (; o < end; ++o) LongDots<W, 2>(p, w + o * p.features, 0, o);
+      return;
+    }
+    if (p.rows <= kFew) {
+      for (; o + N <= end; o += N) AllDots<W, N>(p, w + o * p.features, 0, p.rows, o);
+      for (; o < end; ++o) AllDots<W, 1>(p, w + o * p.features, 0, p.rows, o);
+      return;
+    }
+    std::vector<float> wide(N * p.features);
+    for (int64_t r = 0; r < p.rows; r += kBlock) {
+      int64_t last = std::min(p.rows, r + kBlock);
+      for (int64_t o = part * size; o < end; o += N) {
+        int64_t n = std::min<int64_t>(N, end - o), count = n * p.features, i = 0;
+        const typename W::Stored* stored = w + o * p.features;
+        for (; i + kLanes <= count; i += kLanes) Store(&wide[i], W::Widen(stored + i));
+        if (i < count) {
+          Floats tail = WidenTail<W>(stored + i, count - i);
+          std::memcpy(&wide[i], &tail, (count - i) * sizeof(float));
+        }
+        if (n == N) {
+          AllDots<Float32, N>(p, wide.data(), r, last, o);
+        } else {
+          for (int64_t k = 0; k < n; ++k) AllDots<Float32, 1>(p, &wide[k * p.features], r, last, o + k);
+        }
+      }
+    }
+  });
+}
+
+// ---- Weights [I, O] ----
+
+// Adds the inputs i … i + K - 1 to `count` outputs of each row. y: [R] rows, `stride` apart.
+template <typename W, int K>
+inline void AddInputs(const Problem& p, const typename W::Stored* w, int64_t i, int64_t count, float* y, int64_t stride) {
+  const float* x = p.x + i;
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    Floats weights[K];
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+      weights[k] = W::Widen(w + k * p.outputs + c);
+      __builtin_prefetch(w + (k + K) * p.outputs + c);
+    }
+    for (int64_t r = 0; r < p.rows; ++r) {
+      Floats sum = Spread(x[r * p.features]) * weights[0];  // short sums first: fewer roundings
+#pragma GCC unroll 16
+      for (int k = 1; k < K; ++k) sum += Spread(x[r * p.features + k]) * weights[k];
+      Store(y + r * stride + c, Load(y + r * stride + c) + sum);
+    }
+  }
+  if (int64_t left = count - c; left > 0) {
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+      Floats weights = WidenTail<W>(w + k * p.outputs + c, left);
+      for (int64_t r = 0; r < p.rows; ++r) {
+        Floats sum = Load(y + r * stride + c);
+        Store(y + r * stride + c, sum + Spread(x[r * p.features + k]) * weights);
+      }
+    }
+  }
+}
+
+// A block of M rows times a widened panel [I, 2 · kLanes], in sums of kSum products that are added up.
+template <int M>
+inline void Block(const Problem& p, const float* panel, int64_t r, int64_t o, int64_t count) {
+  const float* x = p.x + r * p.features;
+  float totals[M][2 * kLanes] = {};
+  for (int64_t begin = 0; begin < p.features; begin += kSum) {
+    int64_t end = std::min(p.features, begin + kSum);
+    Floats sums[M][2] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      Floats left = Load(panel + i * 2 * kLanes), right = Load(panel + i * 2 * kLanes + kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        Floats value = Spread(x[m * p.features + i]);
+        sums[m][0] += value * left;
+        sums[m][1] += value * right;
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      Store(totals[m], Load(totals[m]) + sums[m][0]);
+      Store(totals[m] + kLanes, Load(totals[m] + kLanes) + sums[m][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) std::memcpy(p.y + (r + m) * p.outputs + o, totals[m], count * sizeof(float));
+}
+
+template <typename W>
+void ByInput(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored* w) {
+  constexpr int K = 4;
+  constexpr int64_t kPanel = 2 * kLanes;
+  if (p.rows <= kFew) {
+    int64_t threads = std::max<int64_t>(1, pool.num_threads());
+    int64_t size = std::min(kColumns, (p.outputs + threads - 1) / threads);
+    size = (size + kPanel - 1) / kPanel * kPanel;
+    Parallel(pool, (p.outputs + size - 1) / size, [&](int64_t part) {
+      int64_t o = part * size, count = std::min(p.outputs - o, size), i = 0;
+      std::vector<float> y(p.rows * size);
+      if (p.rows > kFew / 2)  // sums of more rows are loaded and stored half as often
+        for (; i + 2 * K <= p.features; i += 2 * K)
+          AddInputs<W, 2 * K>(p, w + i * p.outputs + o, i, count, y.data(), size);
+      for (; i + K <= p.features; i += K) AddInputs<W, K>(p, w + i * p.outputs + o, i, count, y.data(), size);
+      for (; i < p.features; ++i) AddInputs<W, 1>(p, w + i * p.outputs + o, i, count, y.data(), size);
+      for (int64_t r = 0; r < p.rows; ++r)
+        std::memcpy(p.y + r * p.outputs + o, &y[r * size], count * sizeof(float));
+    });
+    return;
+  }
+  int64_t panels = (p.outputs + kPanel - 1) / kPanel;
+  Parallel(pool, panels, [&](int64_t part) {
+    int64_t o = part * kPanel, count = std::min(p.outputs - o, kPanel);
+    std::vector<float> panel(p.features * kPanel);
+    for (int64_t i = 0; i < p.features; ++i) {
+      const typename W::Stored* row = w + i * p.outputs + o;
+      for (int64_t c = 0; c < count; c += kLanes)
+        Store(&panel[i * kPanel + c],
+              count - c >= kLanes ? W::Widen(row + c) : WidenTail<W>(row + c, count - c));
+    }
+    int64_t r = 0;
+    for (; r + 12 <= p.rows; r += 12) Block<12>(p, panel.data(), r, o, count);
+    for (; r + 4 <= p.rows; r += 4) Block<4>(p, panel.data(), r, o, count);
+    for (; r < p.rows; ++r) Block<1>(p, panel.data(), r, o, count);
+  });
+}
+
+// ---- The interface ----
+
+ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight, ffi::AnyBuffer scale,
+                   ffi::ResultBuffer<ffi::F32> y, bool by_output) {
+  auto shape = weight.dimensions(), rows = x.dimensions(), out = y->dimensions();
+  if (shape.size() != 2 || rows.size() != 2 || out.size() != 2)
+    return ffi::Error::InvalidArgument("x, weight and y must be matrices");
+  Problem p{x.typed_data(), nullptr, y->typed_data(), rows[0], rows[1], out[1]};
+  if (shape[by_output ? 0 : 1] != p.outputs || shape[by_output ? 1 : 0] != p.features || out[0] != p.rows)
+    return ffi::Error::InvalidArgument("x [R, I], weight and y [R, O] do not fit");
+  if (scale.element_count() > 0) {
+    if (scale.element_type() != ffi::F32 || (int64_t)scale.element_count() != p.outputs || !by_output)
+      return ffi::Error::InvalidArgument("scale must be float32 [O]");
+    p.scale = static_cast<const float*>(scale.untyped_data());
+  }
+  const void* data = weight.untyped_data();
+  const uint16_t* halves = static_cast<const uint16_t*>(data);
+  switch (weight.element_type()) {
+    case ffi::F16:
+      by_output ? ByOutput<Float16>(pool, p, halves) : ByInput<Float16>(pool, p, halves);
+      return ffi::Error::Success();
+    case ffi::BF16:
+      by_output ? ByOutput<BFloat16>(pool, p, halves) : ByInput<BFloat16>(pool, p, halves);
+      return ffi::Error::Success();
+    case ffi::S8:
+      if (!by_output) return ffi::Error::InvalidArgument("int8 weights must be [O, I]");
+      ByOutput<Int8>(pool, p, static_cast<const int8_t*>(data));
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("weight must be float16, bfloat16 or int8");
+  }
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Products, Product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("by_output"));
+#pragma GCC visibility pop

@@ -1,0 +1,142 @@
+"""The compiled kernel: products within float32's rounding, in every layout, dtype and number of rows."""
+
+import ctypes
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodels import native
+from jaxmodels.native import build
+from jaxmodels.native.products import kernel, plain
+from tests.common import normal
+
+needs_kernel = pytest.mark.skipif(not native.available(), reason="the kernel cannot be compiled here")
+SIZES = [(1, 1), (7, 5), (16, 32), (131, 67), (517, 2053)]  # features, outputs; more than a part of the work
+ROWS = [1, 2, 3, 5, 8, 9, 13, 101]  # below and above those that are multiplied without a widened copy
+
+
+def weights(dtype, inputs, outputs):
+    """Weights [O, I] and their scales."""
+    if dtype == "int8":
+        integers = jax.random.randint(jax.random.key(2), (outputs, inputs), -127, 128).astype(jnp.int8)
+        return integers, jax.random.uniform(jax.random.key(3), (outputs,), minval=0.01)
+    return normal(2, outputs, inputs).astype(dtype), None
+
+
+def check(y, x, weight, scale):
+    """y [R, O] is x [R, I] times weight [O, I], each sum of I products within the bound of its roundings."""
+    x, wide = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    wide = wide if scale is None else wide * np.asarray(scale, np.float64)[:, None]
+    bound = 2**-24 * (np.sqrt(x.shape[-1]) + 2) * (np.abs(x) @ np.abs(wide).T)
+    assert (np.abs(np.asarray(y, np.float64) - x @ wide.T) <= bound).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_a_product_is_rounded_as_one_of_float32(dtype, inputs, outputs):
+    weight, scale = weights(dtype, inputs, outputs)
+    for rows in ROWS:
+        x = normal(1, rows, inputs)
+        check(kernel(True, x, weight, scale), x, weight, scale)
+        if dtype != "int8":
+            check(kernel(False, x, weight.T, None), x, weight, None)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("by_output", [True, False])
+def test_every_number_of_16_bits_is_widened_exactly(dtype, by_output):
+    every = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype)).reshape(1, -1)  # NaN, float16's subnormal ones too
+    weight = jnp.asarray(every.T if by_output else every)
+    for rows in (1, 9):
+        with np.errstate(all="ignore"):
+            found = np.asarray(kernel(by_output, jnp.ones((rows, 1)), weight, None))
+        wide = every.astype(np.float32)
+        wide[np.abs(wide) < np.finfo(np.float32).tiny] = 0  # of bfloat16: XLA's threads take them for zeros
+        np.testing.assert_array_equal(found, np.broadcast_to(wide, found.shape))
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", [3, 11])
+def test_rows_are_independent_of_each_other(rows):
+    weight, _ = weights("float16", 131, 67)
+    x = normal(1, rows, 131)
+    others = x.at[0].set(jnp.inf)
+    for by_output, given in ((True, weight), (False, weight.T)):
+        found = kernel(by_output, others, given, None)[1:]
+        np.testing.assert_array_equal(found, kernel(by_output, x, given, None)[1:])
+
+
+@needs_kernel
+def test_derivatives_are_those_of_xla_s_product():
+    weight, x = normal(2, 13, 7).astype("float16"), normal(1, 2, 3, 13)
+    found = jax.grad(lambda x, w: (native.product(x, w) ** 2).sum(), (0, 1))(x, weight)
+    expected = jax.grad(lambda x, w: (plain(False, x, w, None) ** 2).sum(), (0, 1))(x, weight)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), rtol=2e-3, atol=1e-4)
+    integers, scale = weights("int8", 13, 7)
+    grad = jax.grad(lambda x: native.product(x, integers, scale, True).sum())(x)
+    np.testing.assert_allclose(grad, jnp.broadcast_to(scale @ integers, x.shape), rtol=1e-5, atol=1e-4)
+
+
+@needs_kernel
+def test_it_is_called_in_jit_vmap_and_for_leading_axes():
+    weight, x = normal(2, 13, 7).astype("float16"), normal(1, 2, 3, 13)
+    expected = plain(False, x, weight, None)
+    np.testing.assert_allclose(jax.jit(native.product)(x, weight), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(lambda x: native.product(x, weight))(x), expected, rtol=1e-5, atol=1e-5)
+    assert "jaxmodels_products" in jax.jit(native.product).lower(x, weight).as_text()
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("x", "weight", "by_output"),
+    [((3, 7), (5, 13), False), ((3, 7), (13, 5), True)],
+)
+def test_shapes_that_do_not_fit_are_refused(x, weight, by_output):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+        jax.block_until_ready(kernel(by_output, jnp.ones(x), jnp.ones(weight, "float16"), None))
+
+
+def test_without_the_kernel_xla_computes_the_same(monkeypatch):
+    monkeypatch.setattr("jaxmodels.native.products.available", lambda: False)
+    x = normal(1, 3, 131)
+    for dtype in ("float16", "bfloat16", "int8"):
+        weight, scale = weights(dtype, 131, 67)
+        check(native.product(x, weight, scale, True), x, weight, scale)
+
+
+def test_other_dtypes_are_left_to_xla(x64):
+    weight, x = normal(2, 13, 7).astype("float16"), normal(1, 3, 13)
+    assert native.product(x.astype("float64"), weight).dtype == jnp.float64
+    assert native.product(x.astype("float32"), weight.astype("float32")).dtype == jnp.float32
+
+
+@pytest.mark.slow
+@needs_kernel
+@pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"]])
+def test_processors_without_wide_vectors(flags, tmp_path):
+    """The source's other branches: without F16C and AVX2, and with those but without AVX-512."""
+    if jax.devices()[0].platform != "cpu" or build.platform.machine() != "x86_64":
+        pytest.skip("flags of x86-64")
+    file = tmp_path / "products.so"
+    rest = [flag for flag in build.FLAGS if not flag.startswith("-march")]
+    headers = jax.ffi.include_dir()
+    build.run([*build.find_compiler(), *rest, *flags, "-isystem", headers, str(build.SOURCE), "-o", str(file)])
+    name = "jaxmodels_test" + flags[0].replace("-", "_").replace("=", "_")
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.CDLL(str(file)).Products), platform="cpu")
+    for dtype in ("float16", "bfloat16", "int8"):
+        weight, scale = weights(dtype, 131, 67)
+        for rows in (1, 3, 8, 13):
+            x = normal(1, rows, 131)
+            call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((rows, 67), jnp.float32))
+            check(call(x, weight, jnp.zeros(0) if scale is None else scale, by_output=True), x, weight, scale)
+            if scale is None:
+                check(call(x, weight.T, jnp.zeros(0), by_output=False), x, weight, None)
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)[:, None]
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((1, 2**16), jnp.float32))
+    found = call(jnp.ones((1, 1)), jnp.asarray(every), jnp.zeros(0), by_output=True)
+    np.testing.assert_array_equal(np.asarray(found)[0], every[:, 0].astype(np.float32))
