@@ -123,7 +123,9 @@ def sees(pattern: Pattern | str | None, text: str) -> bool:
 
 
 def check_template(step: Step) -> None:
-    """Raise ValueError for a post-processor that repeats a text, or adds thousands of special tokens."""
+    """Raise ValueError for a post-processor that repeats a text, or adds special tokens without ids, or thousands."""
+    special = step.get("special_tokens")
+    known = special if isinstance(special, dict) else {}
     for name in ("single", "pair"):
         pieces = objects(step.get(name))
         if len(pieces) > TEMPLATE:
@@ -131,8 +133,11 @@ def check_template(step: Step) -> None:
         for text in ("A", "B"):
             if sum((piece.get("Sequence") or {}).get("id") == text for piece in pieces if "Sequence" in piece) > 1:
                 raise ValueError(f"its template {name!r} repeats the text {text}")
-    special = step.get("special_tokens")
-    for token in special.values() if isinstance(special, dict) else ():
+        tokens = [piece["SpecialToken"] for piece in pieces if isinstance(piece.get("SpecialToken"), dict)]
+        unknown = [token.get("id") for token in tokens if token.get("id") not in known]
+        if unknown:
+            raise ValueError(f"its template {name!r} has the special token {quoted(unknown[0])} without ids")
+    for token in known.values():
         if isinstance(token, dict) and isinstance(token.get("ids"), list) and len(token["ids"]) > TEMPLATE:
             raise ValueError(f"its special token {quoted(token.get('id'))} has {len(token['ids']):,} ids")
 

@@ -34,11 +34,12 @@ class TokenizerFile(Vocabulary):
     """Vocabulary of a tokenizer.json; needs the package tokenizers.
 
     content: text of the file. Truncation, padding and dropout of merges that are stored in it are switched off.
-    eos: ids that end a text; tokenizer.json does not say which they are.
+    eos: ids that end a text; tokenizer.json does not say which they are. file: where the content was read, for errors.
     """
 
     content: str
     eos: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    file: str | None = dataclasses.field(default=None, compare=False, repr=False)  # no part of fingerprints
     unit: ClassVar[str] = "token"
 
     @classmethod
@@ -51,11 +52,11 @@ class TokenizerFile(Vocabulary):
         path = find_tokenizer(None, Path(file)) if Path(file).is_dir() else Path(file)
         try:
             content = byte_level(path) if path.name == VOCAB else read_text(path, TOKENIZER_BYTES)
-            vocabulary = cls(content)
+            vocabulary = cls(content, file=str(path))
             len(vocabulary)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer={path} cannot be read: {error}") from None
-        return cls(content, end_tokens(path.parent, vocabulary))
+        return cls(content, end_tokens(path.parent, vocabulary), str(path))
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TokenizerFile":
@@ -85,6 +86,11 @@ class TokenizerFile(Vocabulary):
             tokenizer.model.dropout = None
         return tokenizer
 
+    @property
+    def name(self) -> str:
+        """Subject of errors about the tokenizer: its file, if it was read from one."""
+        return "the tokenizer" if self.file is None else f"tokenizer={self.file}"
+
     @functools.cached_property
     def may_panic(self) -> bool:
         """True if parts of the file may end the package's code: regular expressions and tables of its own."""
@@ -112,14 +118,14 @@ class TokenizerFile(Vocabulary):
     def encode(self, text: str) -> np.ndarray:
         """Encode a text to int32 ids, without the special tokens that some tokenizers add around it."""
         utf8(text)
-        with refusing("the tokenizer cannot encode the text", silent=self.may_panic):
+        with refusing(f"{self.name} cannot encode the text", silent=self.may_panic):
             return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """Encode texts as `encode`, each by itself, on all cores; `ids_of` makes ids of the results."""
         for text in texts:
             utf8(text)
-        with refusing("the tokenizer cannot encode the text", silent=self.may_panic):
+        with refusing(f"{self.name} cannot encode the text", silent=self.may_panic):
             return list(self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))  # without offsets
 
     def ids_of(self, encoded: Any) -> np.ndarray:
@@ -128,7 +134,7 @@ class TokenizerFile(Vocabulary):
 
     def unknown_in(self, text: str) -> list[str]:
         """Parts of a text that become the unknown token."""
-        with refusing("the tokenizer cannot encode the text", silent=self.may_panic):
+        with refusing(f"{self.name} cannot encode the text", silent=self.may_panic):
             found = self.tokenizer.encode(text, add_special_tokens=False)
         spans = (span for token, span in zip(found.ids, found.offsets, strict=True) if token == self.unknown)
         return [text[start:stop] for start, stop in spans]
@@ -154,16 +160,16 @@ class TokenizerFile(Vocabulary):
         Those that it puts after texts are left out: they would end the text.
         """
         ids = self.encode(text)
-        with refusing("the tokenizer cannot encode the text", silent=self.may_panic):
+        with refusing(f"{self.name} cannot encode the text", silent=True):  # templates may panic too
             whole = self.tokenizer.encode(text)
-        first = next((i for i, added in enumerate(whole.special_tokens_mask) if not added), 0)
-        before = np.asarray(whole.ids[:first], np.int32)
+            first = next((i for i, added in enumerate(whole.special_tokens_mask) if not added), 0)
+            before = np.asarray(whole.ids[:first], np.int32)
         same = whole.ids[first : first + len(ids)] == ids.tolist()  # not if the mask has its own meaning
         return np.concatenate([before, ids]) if same else ids
 
     def decode(self, ids: Any, *, skip_special: bool = False) -> str:
         """Decode ids [n] to text, with or without special tokens; incomplete characters become �."""
-        with refusing("the tokenizer cannot decode these ids", silent=self.may_panic):
+        with refusing(f"{self.name} cannot decode these ids", silent=self.may_panic):
             return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special)
 
     def save(self, file: Path) -> None:
@@ -342,7 +348,7 @@ def load_vocabulary(file: Path) -> Vocabulary:
         case {"tokenizer": str(tokenizer)}:
             eos = content.get("eos")
             ends = tuple(i for i in map(token_id, eos) if i is not None) if isinstance(eos, list) else ()
-            vocabulary = TokenizerFile(tokenizer, ends)
+            vocabulary = TokenizerFile(tokenizer, ends, str(file))
             with errors_naming(file):
                 len(vocabulary)
             return vocabulary

@@ -148,20 +148,23 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     for field, held in (("noise", noises), ("own values", own)):
         if lacking := [f"{kind}/{n}" for kind, of in results.items() for n in of if n not in held.get(kind, {})]:
             raise ValueError(f"{field} lacks {quoted(lacking[0])}")
+    state, layers = groups.get("state", {}), texts_of(about, "layers", dict)
+    if without := sorted({name.rpartition(".")[0] for name in state} - layers.keys()):
+        raise ValueError(f"layers lacks {quoted(without[0])}, which owns tensors")
     return Fixture(
         name=text_of(about, "name"),
         model=model,
         inputs=Inputs(args, named),
         labels=groups["labels"][""] if "labels" in groups else None,
         targets=groups.get("targets") or {name: np.zeros(()) for name in groups["output"]},
-        state=groups.get("state", {}),
+        state=state,
         results=results,
         noises=noises,
         own_values=own,
         constants={constant: values_of(moves, constant) for constant in moves},
         zero_gradients=tuple(texts_of(about, "zero gradients", list)),
         untrained=tuple(texts_of(about, "untrained", list)),
-        layers=texts_of(about, "layers", dict),
+        layers=layers,
         names=texts_of(about, "names", dict),
         torch=text_of(about, "torch"),
     )

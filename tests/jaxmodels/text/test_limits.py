@@ -62,6 +62,10 @@ SWELLS = {
     "decoded": ({"decoder": sequence("decoders", *[DOUBLE] * 40)}, "decoder may make"),
     "many steps": ({"pre_tokenizer": sequence("pretokenizers", *[{"type": "WhitespaceSplit"}] * 300)}, "300 steps"),
     "repeated by a template": ({"post_processor": template(text("A"), text("A"))}, "repeats the text A"),
+    "an unknown special token": (
+        {"post_processor": template({"SpecialToken": {"id": "x", "type_id": 0}}, text("A"))},
+        "special token 'x' without ids",
+    ),
     "a special token of many": ({"post_processor": template(text("A"), ids=2_000)}, "2,000 ids"),
     "a long token": ({"model": {**MODEL, "vocab": {"a" * 60_000: 0}}}, "a token of 60,000"),
     "long pieces": ({"model": UNIGRAM}, "a token of 600"),

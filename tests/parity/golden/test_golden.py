@@ -210,6 +210,7 @@ def test_tensors_of_another_recording_are_refused(recorded, tmp_path):
         ("names", {"up.weight": 3}),
         ("layers", ["up"]),
         ("layers", {"up": "Linear\0"}),
+        ("layers", {"up": "Linear"}),
         ("untrained", "up.weight"),
         ("name", ["mlp"]),
         ("model", {"model": "NeoX"}),
