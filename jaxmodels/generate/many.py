@@ -7,6 +7,7 @@ new prompt of p tokens is read into a cache of one row, which is copied to row r
 rows are not touched. Rows decode together until one of them ends.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,13 @@ from jaxmodels.generate.loop import NOT_FINITE, Fixed, admitted, capacity, check
 from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
 
-SHORTEST = 16  # tokens to which prompts are padded; longer ones to powers of two, so that few lengths are compiled
+SHORTEST = 16  # tokens to which prompts are padded at least; see `padded_length`
+
+
+def padded_length(length: int) -> int:
+    """Number of tokens to which a prompt is padded: 2ᵏ or 3·2ᵏ, so that few lengths are compiled."""
+    power = max(SHORTEST, 1 << (length - 1).bit_length())
+    return 3 * power // 4 if power > SHORTEST and length <= 3 * power // 4 else power
 
 
 class State(NamedTuple):
@@ -129,7 +136,8 @@ class Continuous:
 
     prompts: ids int [S] each. n: new tokens of each. key, numbers: prompt k draws its token i with
     fold_in(fold_in(key, numbers[k]), i); default 0, 1, …. A prompt ends with a stop token, which is its last, or after
-    n tokens. The cache begins with room for the first prompts, and grows in powers of two.
+    n tokens. Prompts with the largest n are read first. The cache begins with room for the first prompts, and grows in
+    powers of two.
 
     Raises ValueError if the model lacks a member of `LanguageModel` or does not store its cache by position, if an
     argument is out of range, or if a prompt and its new tokens exceed the model's tables.
@@ -163,7 +171,9 @@ class Continuous:
         self.rows = min(integer("rows", rows), len(self.prompts))
         needed = [len(prompt) + more for prompt, more in zip(self.prompts, self.n, strict=True)]
         self.total = admitted(self.model, self.rows, max(needed))
-        first = max(len(prompt) for prompt in self.prompts[: self.rows])
+        # The longest continuations first: the rows then end at about the same time.
+        self.order = sorted(range(len(self.prompts)), key=lambda k: -self.n[k])
+        first = max(len(self.prompts[k]) for k in self.order[: self.rows])
         cache = self.model.init_cache(
             self.rows, min(self.total, capacity(first + 1)), start=jnp.zeros(self.rows, jnp.int32)
         )
@@ -187,12 +197,11 @@ class Continuous:
 
         Raises ValueError if there was nothing to draw from.
         """
-        following = 0
-        while following < len(self.prompts) or any(prompt is not None for prompt in self.held):
+        following = collections.deque(self.order)
+        while following or any(prompt is not None for prompt in self.held):
             for row in range(self.rows):
-                if self.held[row] is None and following < len(self.prompts):
-                    self.admit(row, following)
-                    following += 1
+                if self.held[row] is None and following:
+                    self.admit(row, following.popleft())
             steps = min(self.left(row) for row in range(self.rows) if self.held[row] is not None)
             steps = steps if chunk is None else min(steps, chunk)
             if steps > 0:
@@ -221,7 +230,7 @@ class Continuous:
     def admit(self, row: int, prompt: int) -> None:
         """Read a prompt into a row."""
         ids = np.asarray(self.prompts[prompt], np.int32)
-        length = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), self.total)
+        length = min(padded_length(len(ids)), self.total)
         if length > self.room():
             self.grow(length)
         length = int(min(length, self.room()))

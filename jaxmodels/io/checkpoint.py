@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.io.bounded import kind_of, read_object
+from jaxmodels.io.bounded import kind_of, read_json, read_object
 from jaxmodels.io.safetensors import is_folder, read_folder
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, with_arrays
@@ -23,6 +23,7 @@ from jaxmodels.weights.place import Shardings
 FORMAT = 1
 STEM = "params"
 METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for an array
+JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")
 COMPRESSION = 2**16  # bytes of an array in one of a file: zstandard, which Orbax uses, reaches 2**15
 
 
@@ -100,7 +101,7 @@ def without_logs() -> Iterator[None]:
 
 @functools.cache
 def drop_late_messages() -> None:
-    """Drop what Orbax's threads print on arrays that could not be read, after the error of the first was raised.
+    """Drop what Orbax's threads and tasks print on what could not be read, after the error of the first was raised.
 
     It is a page of text for each array, with tracebacks, through Python's hook for exceptions that nobody can catch.
     """
@@ -111,7 +112,9 @@ def drop_late_messages() -> None:
             earlier(unraisable)
 
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(lambda record: not is_late((record.exc_info or (None, None))[1]))
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not is_late((record.exc_info or (None, None))[1]) and "orbax" not in record.getMessage()
+    )
 
 
 def reason(error: Exception) -> str:
@@ -152,9 +155,9 @@ def stored_types(folder: Path) -> dict[str, Type]:
 
 
 def check_files(folder: Path) -> None:
-    """Raise ValueError, naming the file, for what Orbax would wait for without end, or read whole however large it is.
+    """Raise ValueError, naming the file, for what Orbax would wait for without end, read whole or not survive.
 
-    All but its files of numbers are JSON.
+    Objects nested a thousand deep overflow the stack of TensorStore, which ends the process.
     """
     for path, folders, files in os.walk(folder):
         for name in folders:
@@ -167,6 +170,8 @@ def check_files(folder: Path) -> None:
                 raise ValueError(f"{file} is a {kind_of(about.st_mode)}; expected a regular file")
             if Path(path).name != "d" and about.st_size > METADATA_BYTES:
                 raise ValueError(f"{file} has {about.st_size:,} bytes; at most {METADATA_BYTES:,} are read")
+            if name in JSON_FILES or Path(path).name == "array_metadatas":
+                read_json(file, METADATA_BYTES)
 
 
 def stored_arrays(folder: Path) -> dict[str, Any]:

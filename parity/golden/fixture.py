@@ -137,8 +137,10 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     positional = [f"input {i}" for i in range(number_of(about, "positional", len(named)))]
     args = tuple(named.pop(name) for name in positional)
     model = about["model"]
-    if model is not None and not (isinstance(model, dict) and isinstance(model["config"], dict)):
-        raise ValueError(f"model={quoted(model)} must be null or an object of model and config")
+    if model is not None and not (
+        isinstance(model, dict) and isinstance(model.get("model"), str) and isinstance(model.get("config"), dict)
+    ):
+        raise ValueError(f"model={quoted(model)} must be null or an object of model, a name, and config, an object")
     results = {kind: groups[kind] for kind in KINDS if kind in groups}
     noises = {kind: {n: Noise(*pair) for n, pair in of.items()} for kind, of in numbers_of(about, "noise", 2).items()}
     own = values_of(about, "own values")

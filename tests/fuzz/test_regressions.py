@@ -148,9 +148,17 @@ def fifo(name):
     return change
 
 
+def written(name, content):
+    """Change that replaces the content of a file."""
+    return lambda folder: (folder / name).write_bytes(content)
+
+
 ORBAX = "params/state/array_metadatas/process_0"
+NESTED = b'{"a": ' * 100_000 + b"1" + b"}" * 100_000
 CASES |= {
     "a FIFO in Orbax's folder": ("model", fifo(ORBAX), "process_0 is a FIFO; expected a regular file"),
+    "nested places of arrays": ("model", written("params/state/_sharding", NESTED), "_sharding is not read: its lists"),
+    "metadata of arrays that are no JSON": ("model", written(ORBAX, b"ID"), "process_0 is not JSON"),
     "metadata without end": ("model", sparse("params/state/_METADATA"), "_METADATA has 1,000,000,000,000 bytes"),
 }
 

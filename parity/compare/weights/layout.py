@@ -21,6 +21,7 @@ import numpy as np
 from jaxmodels.process.texts import quoted
 
 LONGEST = 1_000  # characters of a layout
+SHOWN = 300  # of them in an error
 Shape = tuple[int, ...]
 Group = tuple[str, ...]
 
@@ -64,26 +65,26 @@ class Layout:
         pattern, _, given = text.partition("|")
         left, arrow, right = pattern.partition("->")
         if not arrow:
-            raise ValueError(f"{text!r} must be two sides with -> between them, as in 'o i -> i o'")
+            raise ValueError(f"{quoted(text, SHOWN)} must be two sides with -> between them, as in 'o i -> i o'")
         sizes = {}
         for part in given.replace(",", " ").split():
             name, _, size = part.partition("=")
             if not name.isidentifier() or not size.isdigit() or int(size) < 1:
-                raise ValueError(f"{text!r}: {part!r} must be a size such as h=4")
+                raise ValueError(f"{quoted(text, SHOWN)}: {quoted(part)} must be a size such as h=4")
             sizes[name] = int(size)
         torch, backwards = groups(left, text)
         flax, reverse = groups(right, text)
         names = [[name for group in side for name in group] for side in (torch, flax)]
         if backwards:
-            raise ValueError(f"{text!r}: ~ must be on the right side of ->")
+            raise ValueError(f"{quoted(text, SHOWN)}: ~ must be on the right side of ->")
         for side in names:
             twice = sorted({name for name in side if side.count(name) > 1})
             if twice:
-                raise ValueError(f"{text!r}: {', '.join(twice)} must be once on each side")
+                raise ValueError(f"{quoted(text, SHOWN)}: {', '.join(twice)} must be once on each side")
         alone = sorted(set(names[0]) ^ set(names[1]))
         unknown = sorted(set(sizes) - set(names[0]))
         if alone or unknown:
-            raise ValueError(f"{text!r}: {', '.join(alone or unknown)} must be on both sides of ->")
+            raise ValueError(f"{quoted(text, SHOWN)}: {', '.join(alone or unknown)} must be on both sides of ->")
         return cls(text.strip(), torch, flax, sizes, frozenset(reverse))
 
     def fit(self, torch: Shape, flax: Sequence[int | None]) -> Axes:
@@ -95,7 +96,9 @@ class Layout:
         sides = [expanded(side, rest) for side in (self.torch, self.flax)]
         for side, groups_of, shape in zip(("PyTorch", "Flax"), sides, (torch, flax), strict=True):
             if len(groups_of) != len(shape):
-                raise ValueError(f"{self.text!r} has {len(groups_of)} axes for {side}, which has {shown(shape)}")
+                raise ValueError(
+                    f"{quoted(self.text, SHOWN)} has {len(groups_of)} axes for {side}, which has {shown(shape)}"
+                )
         sizes = dict(self.sizes)
         equations = [*zip(sides[0], torch, strict=True), *zip(sides[1], flax, strict=True)]
         progress = True
@@ -108,7 +111,7 @@ class Layout:
                     continue
                 if size % max(known, 1) or (not unknown and known != size):
                     raise ValueError(
-                        f"{self.text!r}: PyTorch has {shown(torch)}, Flax has {shown(flax)}; "
+                        f"{quoted(self.text, SHOWN)}: PyTorch has {shown(torch)}, Flax has {shown(flax)}; "
                         f"({' '.join(group)}) is {known}{'' if not unknown else ' × ' + unknown[0]}, not {size}"
                     )
                 if unknown:
@@ -117,8 +120,9 @@ class Layout:
         unknown = [name for name in names if name not in sizes]
         if unknown:
             raise ValueError(
-                f"{self.text!r}: PyTorch has {shown(torch)}, Flax has {shown(flax)}, which leaves the size of "
-                f"{', '.join(unknown)} open; give it: {self.text.partition('|')[0].strip()!r} + ' | {unknown[0]}=…'"
+                f"{quoted(self.text, SHOWN)}: PyTorch has {shown(torch)}, Flax has {shown(flax)}, which leaves the "
+                f"size of {', '.join(unknown)} open; give it: "
+                f"{quoted(self.text.partition('|')[0].strip(), SHOWN)} + ' | {unknown[0]}=…'"
             )
         order = [name for group in sides[1] for name in group]
         return Axes(
@@ -152,9 +156,12 @@ def groups(side: str, text: str) -> tuple[tuple[Group, ...], set[str]]:
             else:
                 inside.append(name)
         else:
-            raise ValueError(f"{text!r}: {token!r} must be the name of an axis, 1, ~, ... or parentheses around names")
+            raise ValueError(
+                f"{quoted(text, SHOWN)}: {quoted(token)} must be the name of an axis, 1, ~, ... or parentheses around "
+                "names"
+            )
     if inside is not None:
-        raise ValueError(f"{text!r}: ( must be closed")
+        raise ValueError(f"{quoted(text, SHOWN)}: ( must be closed")
     return tuple(found), reverse
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxmodels.feedback import AutoregressiveModel, FeedbackTransformerKV
 from jaxmodels.generate import Sampling, generate, generate_many
 from jaxmodels.generate.loop import Decoding
-from jaxmodels.generate.many import Continuous
+from jaxmodels.generate.many import Continuous, padded_length
 from jaxmodels.neox import NeoX, NeoXConfig
 from tests.common import filled, language_model
 
@@ -70,10 +70,15 @@ def test_a_row_that_ends_makes_room_at_once(model):
     results = list(continuous.results())
     assert sorted(result.prompt for result in results) == list(range(len(PROMPTS)))
     assert all(result.ended for result in results)
-    # Steps of both rows: the second row decodes prompts 1, 2, 3, … beside the first one, not after it.
-    assert int(continuous.state.cache.length) < sum(NEW) * 0.75
-    order = [result.prompt for result in results]
-    assert order.index(2) < order.index(0)
+    # Steps of both rows, which are full until the end: the longest texts are first.
+    assert int(continuous.state.cache.length) < sum(NEW) / 2 + 2
+    assert [NEW[k] for k in continuous.order] == sorted(NEW, reverse=True)
+
+
+def test_padded_lengths_are_few():
+    lengths = [padded_length(length) for length in range(1, 193)]
+    assert all(length <= padded for length, padded in enumerate(lengths, 1))
+    assert sorted(set(lengths)) == [16, 24, 32, 48, 64, 96, 128, 192]
 
 
 @pytest.mark.slow

@@ -214,6 +214,7 @@ def test_tensors_of_another_recording_are_refused(recorded, tmp_path):
         ("untrained", "up.weight"),
         ("name", ["mlp"]),
         ("model", {"model": "NeoX"}),
+        ("model", {"config": {}}),
         ("sha256", None),
     ],
 )
