@@ -1,5 +1,6 @@
 """transformers' GPT-NeoX with the names of the twins. `transformers` is imported when a model is made."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from jaxmodels.convert.hf.config import check_expressible
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.process.texts import shortened
 from torch_ref.rope import rotary_tables
 
 
@@ -84,9 +86,14 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None, dtype: torch.dtype |
     if folder is None:
         model = GPTNeoXForCausalLM(theirs).eval()
     else:
+        if (Path(folder) / "adapter_config.json").exists():  # with peft, transformers loads what this file names
+            raise ValueError(f"{folder} has an adapter_config.json beside its weights: move it away")
         logging.disable_progress_bar()  # its progress bar would mix with our output
         try:
             model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **sdpa).eval()
+        except Exception as error:  # of many kinds, for fields that this project does not read
+            first = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{folder} cannot be loaded by transformers: {shortened(first, 300)}") from error
         finally:
             logging.enable_progress_bar()
     own = model.gpt_neox.rotary_emb

@@ -4,12 +4,20 @@ An embedder has a `width`, a `name` that contains everything its vectors depend 
 `embed(texts) -> float32 [n, width]`, with rows of norm 1 or 0, so that an inner product is the cosine.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from jaxmodels.io.bounded import read_json
+from jaxmodels.process.texts import quoted
+
+OWN_MODULES = re.compile(r"sentence_transformers\.([a-z_]+\.)+(Transformer|Pooling|Normalize)")
 
 
 class Embedder(Protocol):
@@ -77,7 +85,9 @@ class SentenceTransformer:
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install sentence-transformers") from None
         try:
-            return sentence_transformers.SentenceTransformer(self.model, device="cpu")
+            check_modules(self.model)
+            with offline(self.model):
+                return sentence_transformers.SentenceTransformer(self.model, device="cpu", trust_remote_code=False)
         except Exception as error:  # of many kinds, from missing files to failed downloads
             raise ValueError(f"embedder {self.name} cannot be loaded: {str(error).partition(chr(10))[0]}") from None
 
@@ -90,6 +100,35 @@ class SentenceTransformer:
         return np.asarray(
             self.loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False), np.float32
         )
+
+
+def check_modules(model: str) -> None:
+    """Raise ValueError if a folder of sentence-transformers names classes that are not its own plain ones.
+
+    Before version 6 the package imports any class that modules.json in a folder names; some of its own classes import
+    those that their configurations name.
+    """
+    file = Path(model) / "modules.json"
+    entries = read_json(file) if file.is_file() else []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        named = entry.get("type") if isinstance(entry, dict) else entry
+        if not isinstance(named, str) or not OWN_MODULES.fullmatch(named):
+            raise ValueError(f"{file} names the class {quoted(named)}, which is not imported from a folder")
+
+
+@contextlib.contextmanager
+def offline(model: str) -> Iterator[None]:
+    """Context in which huggingface_hub uses no network if a model is a folder: its files may name others on the Hub."""
+    if not Path(model).is_dir():
+        yield
+        return
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +150,10 @@ class BertMean:
         try:
             import transformers
 
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
-            model = (
-                transformers.AutoModel.from_pretrained(self.model, trust_remote_code=False).eval().requires_grad_(False)
-            )
+            with offline(self.model):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+                model = transformers.AutoModel.from_pretrained(self.model, trust_remote_code=False)
+                model = model.eval().requires_grad_(False)
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install transformers torch") from None
         except (OSError, ValueError, ImportError) as error:

@@ -212,3 +212,18 @@ def test_a_model_without_a_twin_needs_a_module():
         parity.check(torch_module.state_dict(), flax_module, x)
     with pytest.raises(ValueError, match=r"torch_module=OrderedDict"):
         parity.suggest(torch_module.state_dict(), flax_module)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("adapter_config.json", {"base_model_name_or_path": "nobody/nothing"}, "adapter_config"),
+        ("config.json", {"dtype": "\x1b[31m"}, r"hf cannot be loaded by transformers: .*'\\x1b\[31m'"),
+    ],
+)
+def test_what_transformers_alone_reads_in_a_folder_is_a_value_error_too(file, content, match, tmp_path):
+    save_hf(neox(), tmp_path / "hf")
+    path = tmp_path / "hf" / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | content))
+    with pytest.raises(ValueError, match=match):
+        opened_pair(tmp_path / "hf", neox())

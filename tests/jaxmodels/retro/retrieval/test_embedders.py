@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -114,3 +115,46 @@ def test_code_in_the_folder_of_an_embedder_neither_runs_nor_is_asked_about(kind,
     with pytest.raises(ValueError, match=r"embedder (bert|sentence):.* cannot be loaded"):
         kind(str(tmp_path)).embed(["a"])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "evil.Model",
+        "os.system",
+        "sentence_transformers.models.Asym",
+        "sentence_transformers.models.Pooling\n",
+        None,
+        ["sentence_transformers.models.Pooling"],
+    ],
+)
+def test_no_class_that_a_folder_names_is_imported_by_sentence_transformers(named, tmp_path, monkeypatch):
+    """The package before version 6 imports them from the folder, or from anywhere."""
+    package = types.SimpleNamespace(SentenceTransformer=lambda *given, **named: pytest.fail("loads it"))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    modules = [{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}, {"idx": 1, "type": named}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"modules\.json names the class .*, which is not imported from a folder"):
+        SentenceTransformer(str(tmp_path)).embed(["a"])
+
+
+@pytest.mark.parametrize("kind", [BertMean, SentenceTransformer])
+def test_a_folder_that_names_another_model_uses_no_network(kind, tmp_path, monkeypatch):
+    """transformers, with peft, loads the model on the Hub that adapter_config.json names."""
+    hub = pytest.importorskip("huggingface_hub")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("socket.socket.connect", lambda *given: pytest.fail("opens a connection"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *given, **named: pytest.fail("looks up a host"))
+    found = []
+
+    def load(model, **settings):
+        found.append((hub.constants.is_offline_mode(), settings["trust_remote_code"]))
+        return transformers.AutoModel.from_pretrained(model, trust_remote_code=False)
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=load))
+    about = {"base_model_name_or_path": "nobody/nothing", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"embedder (bert|sentence):.* cannot be loaded"):
+        kind(str(tmp_path)).embed(["a"])
+    assert found == ([(True, False)] if kind is SentenceTransformer else [])
+    assert not hub.constants.is_offline_mode()
