@@ -18,7 +18,7 @@ import itertools
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.failures import cause, naming
 from jaxmodels.process.streams import warn
+from jaxmodels.process.texts import quoted
 from jaxmodels.training.step import Program, State
 
 LOCK = ".lock"
@@ -85,6 +86,8 @@ class Checkpoints:
         check_run(run)
         if is_first():
             run.mkdir(parents=True, exist_ok=True)
+            if (run / LOCK).exists() and not (run / LOCK).is_file():
+                raise ValueError(f"{run / LOCK} is no regular file, which no process could lock")
             try:
                 self.lock.acquire()
             except filelock.Timeout:
@@ -244,7 +247,7 @@ class Checkpoints:
         model or optimizer.
         """
         found = steps(self.folder)
-        skipped: list[int] = []
+        skipped: dict[int, str] = {}
         for step in reversed(found):
             folder = self.folder / str(step)
             wrong = problem(folder)
@@ -258,15 +261,15 @@ class Checkpoints:
                 if not agree(wrong is not None):
                     self.set_aside(skipped)
                     return position
-            wrong = wrong or "another process cannot read it"
-            warn_skipped(step, wrong)
-            skipped.append(step)
+            skipped[step] = wrong or "another process cannot read it"
         if found:
-            raise ValueError(f"{self.folder} has no checkpoint that can be read: {wrong}")
+            raise ValueError(f"{self.folder} has no checkpoint that can be read: {'; '.join(skipped.values())}")
         return None
 
-    def set_aside(self, damaged: list[int]) -> None:
-        """Rename damaged checkpoints, so that they can be inspected and are not read again."""
+    def set_aside(self, damaged: Mapping[int, str]) -> None:
+        """Warn of damaged checkpoints, and rename them, so that they can be inspected and are not read again."""
+        for step, reason in damaged.items():
+            warn_skipped(step, reason)
         for step in damaged if is_first() else ():
             names = (f"{step}.damaged{number or ''}" for number in itertools.count())
             aside = next(self.folder / name for name in names if not (self.folder / name).exists())
@@ -295,6 +298,13 @@ class Checkpoints:
         if losses.shape != (about["step"],) or losses.dtype != np.float32:
             found = f"{losses.dtype}{list(losses.shape)}"
             raise ValueError(f"{folder / 'losses.npy'} has {found}, must be float32[{about['step']}]")
+        if not np.isfinite(losses).all():
+            raise ValueError(f"{folder / 'losses.npy'} has losses that are not finite")
+        used = about["data"].get("next_index")
+        if type(used) is not int or not 0 <= used < 2**53:
+            raise ValueError(
+                f"{folder / MARK} has data={quoted(about['data'])}; next_index must be a number of batches"
+            )
         return Position(state, about["data"], losses.tolist())
 
 

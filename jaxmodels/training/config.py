@@ -5,6 +5,8 @@ below a field is its text in --help.
 """
 
 import dataclasses
+import types
+import typing
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -13,6 +15,7 @@ import tyro
 from jaxmodels.attention_kernels import Kernel, check_kernel
 from jaxmodels.process.distributed import Processes
 from jaxmodels.process.seeds import seed_32
+from jaxmodels.process.texts import quoted
 from jaxmodels.text.sources import names_documents
 from jaxmodels.training.optimizers import OptimizerName, ScheduleName, check_momentum, make_schedule, without_effect
 from jaxmodels.training.step import Numerics, Precision, Remat
@@ -149,9 +152,42 @@ class Config:
 
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> Self:
-        """Build from a run's saved values, ignoring fields that this class does not have."""
+        """Build from a run's saved values, ignoring fields that this class does not have; raises as `check_types`."""
         names = {field.name for field in dataclasses.fields(cls)}
+        cls.check_types(values)
         return cls(**{name: value for name, value in values.items() if name in names})
+
+    @classmethod
+    def check_types(cls, values: dict[str, Any]) -> None:
+        """Raise ValueError for a value of a field that is not of its type, as a file of others may have.
+
+        Fields of other types than numbers, strings, truth values, None and choices of these are not looked at.
+        """
+        try:
+            hints = typing.get_type_hints(cls)
+        except NameError:  # of a class inside a function, whose module postpones annotations
+            return
+        for name, kind in hints.items():
+            if name in values and not fits(values[name], kind):
+                raise ValueError(f"{name}={quoted(values[name])} must be {described(kind)}")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """True if a value of a JSON text may stand for one of a type, or if nothing is known of the type."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return any(type(value) is type(one) and value == one for one in typing.get_args(kind))
+    if kind is float:
+        return type(value) in (int, float)
+    if kind in (int, str, bool, types.NoneType):
+        return type(value) is kind
+    return True
+
+
+def described(kind: Any) -> str:
+    """A type as in its annotation."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ from jaxmodels.generate import Sampling
 from jaxmodels.generate.loop import Decoding
 from jaxmodels.models import build, describe, name_of
 from jaxmodels.process.distributed import to_host
+from jaxmodels.process.texts import shortened
 from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
@@ -325,8 +326,9 @@ def check_config(model: Any) -> None:
 def check_unchanged(what: str, run: Path, *, now: str, then: str) -> None:
     """Raise ValueError if the checksum of a run's data is not that of its training."""
     if now != then:
+        before = shortened(then, 80)
         raise ValueError(
-            f"{what} has changed since {run} was trained on it: sha256 {now} now, {then} then; name a text with --text"
+            f"{what} has changed since {run} was trained: sha256 {now} now, {before} then; name a text with --text"
         )
 
 

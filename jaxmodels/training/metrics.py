@@ -20,6 +20,8 @@ from jaxmodels.process.texts import quoted
 FILE = "metrics.jsonl"
 LOSSES = ("loss", "validation_loss")
 LARGEST = 2**30  # bytes of metrics.jsonl: ten million steps
+LARGEST_LOSS = 3.4028235e38  # that float32 has; matplotlib computes with larger ones, and fails
+MOST_UNREADABLE = 1000  # lines, of which a kill leaves one
 LEAST, LINE = 2**24, 2**16  # bytes of metrics.jsonl that a run of any length may have, and of a line
 
 
@@ -31,8 +33,8 @@ def read(run: Path) -> list[dict[str, Any]]:
 def each(run: Path, limit: int = LARGEST) -> Iterator[dict[str, Any]]:
     """Lines of a run's metrics.jsonl, one at a time, except those truncated by a kill.
 
-    limit: in bytes. Raises ValueError, naming the file, if it is missing or larger, or if a line is not an object with
-    a step and numbers.
+    limit: in bytes. Raises ValueError, naming the file, if it is missing or larger, if a line is not an object with a
+    step and numbers, or if more lines are truncated than kills may leave.
     """
     check_run(run)
     try:
@@ -42,7 +44,10 @@ def each(run: Path, limit: int = LARGEST) -> Iterator[dict[str, Any]]:
     with opened:
         if (size := os.fstat(opened.fileno()).st_size) > limit:
             raise ValueError(f"{run / FILE} has {size:,} bytes; at most {limit:,} are read")
+        unreadable = 0
         for number in itertools.count(1):
+            if unreadable > MOST_UNREADABLE:
+                raise ValueError(f"{run / FILE} has more than {MOST_UNREADABLE:,} lines that are not JSON")
             line = opened.readline(LINE + 1)
             if not line:
                 return
@@ -53,6 +58,7 @@ def each(run: Path, limit: int = LARGEST) -> Iterator[dict[str, Any]]:
             except UnicodeDecodeError:
                 raise ValueError(f"{run / FILE}, line {number}, is not UTF-8") from None
             except (ValueError, RecursionError):  # ValueError: not JSON, or an integer of thousands of digits
+                unreadable += 1
                 continue
             if not is_line(content):
                 found = quoted(content)
@@ -60,12 +66,18 @@ def each(run: Path, limit: int = LARGEST) -> Iterator[dict[str, Any]]:
             yield content
 
 
+def limit_of(steps: int) -> int:
+    """Bytes that metrics.jsonl of a run of some steps may have."""
+    return min(LARGEST, LEAST + LINE * steps)
+
+
 def is_line(content: Any) -> bool:
-    """True for an object with a step, and with numbers as losses."""
+    """True for an object with a step, and with numbers as losses; null, NaN and infinities are read too."""
     if not isinstance(content, dict) or type(content.get("step")) is not int or not 0 <= content["step"] < 2**63:
         return False
     losses = [content[name] for name in LOSSES if name in content]
-    return all(type(loss) is float or (type(loss) is int and abs(loss) < 2**63) for loss in losses)
+    numbers = [loss for loss in losses if loss is not None]
+    return all(type(loss) in (int, float) and not LARGEST_LOSS < abs(loss) < math.inf for loss in numbers)
 
 
 def as_line(values: Mapping[str, Any]) -> str:
@@ -97,8 +109,7 @@ class Log:
         """Lines to keep: one per step taken, and evaluations before the last step, which is evaluated again."""
         steps: dict[int, dict[str, Any]] = {}
         evaluations: dict[int, list[dict[str, Any]]] = {}
-        limit = min(LARGEST, LEAST + LINE * len(losses))
-        for line in each(run, limit) if (run / FILE).exists() else ():
+        for line in each(run, limit_of(len(losses))) if (run / FILE).exists() else ():
             if "loss" in line:
                 steps |= {line["step"]: line} if 0 < line["step"] <= len(losses) else {}
             elif line["step"] < len(losses):

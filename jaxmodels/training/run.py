@@ -6,6 +6,7 @@ RUN/config.json     {"format": 3, "script": "train.rope", "standalone": true, "c
 RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/profile/, RUN/.lock
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,10 +19,12 @@ from jax.sharding import Mesh
 from jaxmodels.convert.companions import Companions
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import errors_naming, read_object
+from jaxmodels.io.checkpoint import read_config
 from jaxmodels.io.steps import check_run, latest_step, problem, steps
 from jaxmodels.models import names
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
+from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import LOCK, Checkpoints, Position, UnknownModel, latest_model
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, experiment_class, script_of
@@ -71,6 +74,8 @@ def read_about(run: Path) -> About:
         for name, kind in (("config", dict), ("script", str), ("sha256", str)):
             if not isinstance(about[name], kind):
                 raise ValueError(f"{file} has {name}={quoted(about[name])}, must be a {kind.__name__}")
+        if about.get("standalone") not in (None, True, False):
+            raise ValueError(f"{file} has standalone={quoted(about['standalone'])}, must be true or false")
         original = {key: about[key] for key in ORIGINAL if key in about}
         branches = about.get("branches", [])
         if not isinstance(branches, list) or not all(map(is_branch, branches)):
@@ -111,9 +116,27 @@ def saved_config(kind: type[Experiment[ConfigT]], run: Path) -> ConfigT:
     config_class: Any = kind.config_class
     try:
         with errors_naming(run / FILE):
+            config_class.check_types(about.config)
+            check_layers(run, about.config)
             return config_class(**about.config)
     except TypeError as error:
         raise ValueError(f"{run / FILE} has a configuration that {script} does not take: {error}") from None
+
+
+def check_layers(run: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a run's configuration has another number of layers than its last checkpoint.
+
+    They are made before the arrays of the checkpoint are compared with them: millions of them would take hours.
+    """
+    for step in steps(run / "checkpoints")[-1:]:
+        with contextlib.suppress(ValueError):  # a checkpoint that cannot be read is skipped later
+            stored = read_config(run / "checkpoints" / str(step) / "model")[1]
+            if {type(fields.get("n_layers")) for fields in (config, stored)} == {int}:
+                break
+    else:
+        return
+    if config["n_layers"] != stored["n_layers"]:
+        raise ValueError(f"n_layers={quoted(config['n_layers'])}, but checkpoint {step} has {stored['n_layers']}")
 
 
 def saved_experiment(run: Path, named: str | None = None) -> Experiment[Any]:
@@ -295,9 +318,11 @@ class Branch:
         """Copy the metrics, and what belongs to a checkpoint that is fine-tuned, to the new run."""
         if read_about(self.run).original:
             Companions.of(self.run).write(run)
-        if (self.run / "metrics.jsonl").exists() and not (run / "metrics.jsonl").exists():
-            with atomic_file(run / "metrics.jsonl") as new:
-                shutil.copyfile(self.run / "metrics.jsonl", new)
+        if (self.run / metrics.FILE).exists() and not (run / metrics.FILE).exists():
+            for _ in metrics.each(self.run):
+                pass  # raises if it is not what a run writes
+            with atomic_file(run / metrics.FILE) as new:
+                shutil.copyfile(self.run / metrics.FILE, new)
 
 
 def has_begun(run: Path) -> bool:

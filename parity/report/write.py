@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.atomic import atomic_file, check_file
 from parity.report.junit import junit as as_junit
 from parity.report.page.html import page as as_page
 from parity.report.report import Report
@@ -42,10 +42,14 @@ def write(
 
 
 def check_folder(argument: str, file: Path) -> None:
-    """Raise ValueError if the folder of a file to write does not exist. argument: name and value for the message."""
+    """Raise ValueError if the folder of a file to write does not exist, or if the file is no regular one.
+
+    argument: name and value for the message.
+    """
     folder = file.absolute().parent
     if not folder.is_dir():
         raise ValueError(f"{argument}: folder {folder} does not exist")
+    check_file(file)
 
 
 def as_json(reports: Sequence[Report]) -> str:

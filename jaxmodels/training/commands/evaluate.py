@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.convert import kinds
 from jaxmodels.convert.open import open_source
-from jaxmodels.io.atomic import atomic_file, recover
+from jaxmodels.io.atomic import atomic_file, check_file, recover
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.paths import local
@@ -196,6 +196,8 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
         raise ValueError("--embedder is for a run with a chunk index, evaluated on one text without --stride")
     if not options.text:
         raise ValueError("--text is required: python_docs, tiny_shakespeare, UTF-8 files or JSONL")
+    if options.json is not None:
+        check_file(options.json)
     for name in options.text:  # errors come before the work
         for _ in read_documents(name, options.jsonl_field):
             pass

@@ -1,17 +1,20 @@
-"""Loss curves of runs as a PNG file: `jaxmodels plot`, or `python -m train.plot` in a checkout."""
+"""Loss curves of runs as a picture: `jaxmodels plot`, or `python -m train.plot` in a checkout."""
 
 import argparse
 import array
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.atomic import atomic_file, check_file
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
 from jaxmodels.process.paths import local
+from jaxmodels.process.texts import shortened, visible
 from jaxmodels.training import metrics
 
 PROGRAM = "python -m train.plot"
@@ -19,6 +22,8 @@ EXAMPLES = """\
 examples:
   jaxmodels plot runs/rope runs/synthesizer/* --out curves.png
 """
+FORMATS = (".png", ".svg", ".pdf")  # others need programs that may not be there, such as LaTeX
+LABEL = 80  # characters of a run's name
 POINTS = 200  # of a curve of training losses, each the mean of several steps
 
 
@@ -31,7 +36,11 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     )
     arguments.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     arguments.add_argument(
-        "--out", type=Path, default=Path("curves.png"), metavar="FILE", help="PNG file to write (default curves.png)"
+        "--out",
+        type=Path,
+        default=Path("curves.png"),
+        metavar="FILE",
+        help="file to write, .png, .svg or .pdf (default curves.png)",
     )
     return arguments
 
@@ -52,7 +61,7 @@ def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
     }  # a list takes 20 times as much
     for line in metrics.each(run):
         for name, found in numbers.items():
-            if line.get(name) is not None:
+            if line.get(name) is not None and math.isfinite(line[name]):
                 found.extend((line["step"], line[name]))
     train, validation = (np.frombuffer(numbers[name], np.float64).reshape(-1, 2) for name in metrics.LOSSES)
     if not len(train):
@@ -62,7 +71,10 @@ def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(runs: Sequence[Path], out: Path) -> None:
-    """Plot several runs to a PNG file; raises ValueError if one of them has no losses."""
+    """Plot several runs to a file; raises ValueError for another format, and if one of the runs has no losses."""
+    if out.suffix not in ("", *FORMATS):
+        raise ValueError(f"out={str(out)!r} must end in {', '.join(FORMATS)}")
+    check_file(out)
     found = {run: curves(run) for run in runs}
     require("train", "matplotlib")
     import matplotlib
@@ -70,14 +82,21 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     matplotlib.use("agg")  # no window
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for run, (train, validation) in found.items():
-        (line,) = axes.plot(*train.T, alpha=0.5)
-        last = f": {validation[-1, 1]:.3f} at step {validation[-1, 0]:,.0f}" if len(validation) else ""
-        axes.plot(*validation.T, "o-", color=line.get_color(), label=f"{run}{last}")
-    axes.set(xlabel="step", ylabel="nats per token; line: training, points: validation")
-    axes.legend()
-    with atomic_file(out) as temporary:
-        figure.savefig(temporary, format=out.suffix.removeprefix(".") or "png", dpi=120)
-    pyplot.close(figure)
-    print(f"{out}: {len(found)} run{'s' * (len(found) > 1)}")
+    # Not the settings of a matplotlibrc in the current folder, which may be of others.
+    with pyplot.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on names that the font lacks, or that leave no room
+        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        shown = []
+        for run, (train, validation) in found.items():
+            (line,) = axes.plot(*train.T, alpha=0.5)
+            last = f": {validation[-1, 1]:.3f} at step {validation[-1, 0]:,.0f}" if len(validation) else ""
+            (points,) = axes.plot(*validation.T, "o-", color=line.get_color())
+            shown.append((points, f"{shortened(str(run), LABEL)}{last}"))
+        axes.set(xlabel="step", ylabel="nats per token; line: training, points: validation")
+        # Handles and labels: a label that begins with _ would be left out. A name is no formula, whatever it holds.
+        for text in axes.legend(*zip(*shown, strict=True)).get_texts():
+            text.set_parse_math(False)
+        with atomic_file(out) as temporary:
+            figure.savefig(temporary, format=out.suffix.removeprefix(".") or "png", dpi=120)
+        pyplot.close(figure)
+    print(visible(f"{out}: {len(found)} run{'s' * (len(found) > 1)}"))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 import time
@@ -211,13 +212,23 @@ def damage(file: Path, how: str) -> None:
             file.unlink()
         case "zeros":  # of the same length
             file.write_bytes(bytes(file.stat().st_size))
+        case "not finite":
+            np.save(file, np.load(file) * np.nan)
+        case "no position":
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"data": {"next_index": -1}}))
 
 
 # Orbax leaves tasks behind if one of its files is damaged; the test that runs when they are collected gets a warning.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("state/state/d/*", "cut"), ("model/params/state/manifest.ocdbt", "zeros"), ("losses.npy", "gone")],
+    [
+        ("state/state/d/*", "cut"),
+        ("model/params/state/manifest.ocdbt", "zeros"),
+        ("losses.npy", "gone"),
+        ("losses.npy", "not finite"),
+        ("complete.json", "no position"),
+    ],
 )
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(new, ended, tmp_path, capsys, name, how):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
@@ -231,12 +242,29 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(new, ended, tmp_path, ca
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"5", "10", "12.damaged"}
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_an_error(new, ended, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_an_error_without_warnings(new, ended, tmp_path, capsys):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     for step in (5, 10, 12):
         damage(run / "checkpoints" / str(step) / "losses.npy", "cut")
-    with pytest.raises(ValueError, match=f"{run / 'checkpoints'} has no checkpoint"):
+    with pytest.raises(ValueError, match=f"{run / 'checkpoints'} has no checkpoint.*/12/.*/10/.*/5/"):
         main(rope.Rope, "train.rope", [*new, "--out", str(run)])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_lock_that_no_process_could_hold_is_refused(new, ended, tmp_path):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    (run / ".lock").unlink()
+    (run / ".lock").mkdir()
+    with pytest.raises(ValueError, match=r"/\.lock is no regular file"):
+        main(rope.Rope, "train.rope", [*new, "--out", str(run)])
+
+
+def test_metrics_that_no_run_writes_are_not_copied_to_a_branch(new, ended, tmp_path):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    os.truncate(run / "metrics.jsonl", 2**40)
+    with pytest.raises(ValueError, match=r"/run/metrics\.jsonl has 1,099,511,627,776 bytes"):
+        main(rope.Rope, "train.rope", ["--branch", str(run), "--steps", "15", "--out", str(tmp_path / "branch")])
+    assert {path.name for path in (tmp_path / "branch").iterdir()} == {".lock"}
 
 
 def test_checkpoints_are_kept_by_keep_and_keep_every(new, tmp_path):

@@ -1,10 +1,15 @@
 """A run's config.json, as it is read."""
 
+import dataclasses
+import importlib
 import json
+import re
 
 import pytest
 
-from jaxmodels.training.run import read_about
+from jaxmodels.training.experiment import EXPERIMENTS
+from jaxmodels.training.run import read_about, saved_config, saved_experiment
+from train import rope
 
 ABOUT = {"format": 3, "script": "train.rope", "standalone": True, "config": {"seq_len": 7}, "sha256": "0" * 64}
 
@@ -21,6 +26,7 @@ def test_a_configuration_is_read(tmp_path):
         ({"format": 4}, r"format 4\b.*3"),
         ({"config": [1, 2]}, r"config=\[1, 2\].*dict"),
         ({"config": None}, "config=None.*dict"),
+        ({"standalone": "yes"}, "standalone='yes'"),
     ],
 )
 def test_another_content_is_refused_by_name(tmp_path, change, match):
@@ -34,3 +40,51 @@ def test_a_missing_entry_is_refused_by_name(tmp_path, missing):
     (tmp_path / "config.json").write_text(json.dumps({name: ABOUT[name] for name in ABOUT if name != missing}))
     with pytest.raises(ValueError, match=missing):
         read_about(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("text", ["a"], "str"),
+        ("text", 5, "str"),
+        ("learning_rate", "x", "float"),
+        ("learning_rate", True, "float"),
+        ("eps", None, "float"),
+        ("clip", [1.0], r"float \| None"),
+        ("steps", True, "int"),
+        ("seq_len", 7.5, "int"),
+        ("keep_every", "7", r"int \| None"),
+        ("within_documents", 1, "bool"),
+        ("optimizer", "\x1b[31m", r"Literal\['original'"),
+        ("param_dtype", {}, "Literal"),
+    ],
+)
+@pytest.mark.parametrize("standalone", [True, False])
+def test_a_value_of_another_type_is_refused_by_name(field, value, kind, standalone, tmp_path):
+    about = ABOUT | {"config": {field: value}, "standalone": standalone}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=rf"config\.json: {field}={re.escape(repr(value))} must be {kind}"):
+        saved_experiment(tmp_path)
+
+
+def test_the_configuration_of_every_preset_is_read_again(tmp_path):
+    for module in EXPERIMENTS.values():
+        kind = importlib.import_module(module).EXPERIMENT
+        for name in kind.config_class.PRESETS:
+            saved = json.loads(json.dumps(dataclasses.asdict(kind.config_class.of_preset(name))))
+            kind.config_class.check_types(saved)
+
+
+def test_other_layers_than_the_checkpoint_s_are_refused_at_once(tmp_path):
+    step = tmp_path / "checkpoints" / "4"
+    (step / "model").mkdir(parents=True)
+    (step / "complete.json").write_text("{}")
+    model = {"format": 1, "model": "AutoregressiveTransformer", "config": {"n_layers": 3}}
+    (step / "model" / "config.json").write_text(json.dumps(model))
+    for layers in (10**8, 3):
+        (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"config": {"n_layers": layers}}))
+        if layers == 3:
+            assert saved_config(rope.Rope, tmp_path).n_layers == 3
+        else:
+            with pytest.raises(ValueError, match=r"config\.json: n_layers=100000000, but checkpoint 4 has 3"):
+                saved_config(rope.Rope, tmp_path)
