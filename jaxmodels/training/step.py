@@ -7,6 +7,7 @@ Losses are in nats per token.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -290,13 +291,17 @@ class Program:
         return state, Metrics(loss, squares, stop.any())
 
     def stored_like(self, name: str, gradient: jax.Array) -> jax.Array:
-        """Place a gradient as its parameter is, on the mesh and in memory.
+        """Place a gradient as its parameter is, on the mesh and in each device's memory.
 
-        Otherwise XLA may compute the update in another order of the axes, and copy the parameter and its moments to it
+        XLA would otherwise compute an update in another order of the axes, and copy the parameter and its moments to it
         and back.
         """
-        placed = jax.lax.with_sharding_constraint(gradient, NamedSharding(self.mesh, self.specs[name]))
-        return with_layout_constraint(placed, Layout(tuple(range(gradient.ndim))))
+        if self.mesh.size == 1:
+            return gradient
+        order = Layout(tuple(range(gradient.ndim)))
+        # On each device's part: the partitioner gathers the operand of a layout constraint.
+        place = functools.partial(jax.shard_map, mesh=self.mesh, in_specs=self.specs[name], out_specs=self.specs[name])
+        return place(lambda part: with_layout_constraint(part, order), check_vma=False)(gradient)
 
     def lower_step(self, batch: Batch, length: int | None = None) -> jax.stages.Lowered:
         """Trace the step for batches of these shapes, which may be abstract. The step donates the state.
