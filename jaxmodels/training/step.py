@@ -7,7 +7,6 @@ Losses are in nats per token.
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.attention_kernels import Kernel, attention_kernel
@@ -283,25 +281,11 @@ class Program:
     def step(self, state: State, batch: Batch, stop: jax.Array) -> tuple[State, Metrics]:
         """Take one step; a pure function. stop: bool [devices], the flag of each device's process."""
         loss, gradients = self.gradients(state, batch)
-        gradients = {name: self.stored_like(name, gradient) for name, gradient in gradients.items()}
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(loss.dtype))) for _, g in sorted(gradients.items())])
         updates, optimizer = self.transformation.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         state = dataclasses.replace(state, step=state.step + 1, params=params, optimizer=optimizer)
         return state, Metrics(loss, squares, stop.any())
-
-    def stored_like(self, name: str, gradient: jax.Array) -> jax.Array:
-        """Place a gradient as its parameter is, on the mesh and in each device's memory.
-
-        XLA would otherwise compute an update in another order of the axes, and copy the parameter and its moments to it
-        and back.
-        """
-        if self.mesh.size == 1:
-            return gradient
-        order = Layout(tuple(range(gradient.ndim)))
-        # On each device's part: the partitioner gathers the operand of a layout constraint.
-        place = functools.partial(jax.shard_map, mesh=self.mesh, in_specs=self.specs[name], out_specs=self.specs[name])
-        return place(lambda part: with_layout_constraint(part, order), check_vma=False)(gradient)
 
     def lower_step(self, batch: Batch, length: int | None = None) -> jax.stages.Lowered:
         """Trace the step for batches of these shapes, which may be abstract. The step donates the state.

@@ -231,27 +231,6 @@ def test_neither_an_embedding_table_nor_its_gradient_is_whole_on_a_device():
     assert done.returncode == 0, done.stderr
 
 
-STORED = """
-import re
-import jax, optax
-from jaxmodels.sharding import make_mesh
-from jaxmodels.training.step import Program
-from tests.train_on_meshes import neox
-
-program = Program(neox, optax.adam(1e-2), make_mesh("fsdp=4,tensor=2"))
-place = jax.jit(lambda arrays: {name: program.stored_like(name, array) for name, array in arrays.items()})
-text = place.lower(program.abstract_state().params).compile().as_text()
-assert "ENTRY" in text and not re.search("all-gather|all-reduce|all-to-all|permute", text)
-"""
-
-
-@pytest.mark.slow
-def test_gradients_are_stored_without_communication():
-    command, environment = [sys.executable, "-c", STORED], os.environ | EIGHT_DEVICES
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_constrain_is_the_identity_unless_a_mesh_is_set():
     x = np.ones((2, 3))
     assert constrain(x, "SB") is x
