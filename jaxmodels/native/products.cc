@@ -1,14 +1,15 @@
-// Products of float32 rows with weights that are stored in 16, 8 or 4 bits, summed in float32.
+// Products of float32 rows with weights that are stored in 16 or 8 bits, summed in float32.
 //
-// Axes: R rows of x, I input features, O outputs. Two layouts of the weights: `by_output`, [O, I], where an output's
-// weights are contiguous, and `by_input`, [I, O]. Few rows: a stored weight is read once, widened in registers, and
-// used for all rows, so that the time is that of reading the weights. More rows: a panel of weights is widened into
-// the cache first. The order of a sum depends neither on the number of threads nor on the other rows of its kind.
+// Axes: R rows of x, I input features, O outputs. Weights are [O, I]: an output's weights are contiguous. Few rows: a
+// stored weight is read once, widened in registers, and used for all rows, so that the time is that of reading the
+// weights. More rows: the weights of a few outputs are widened into the cache first. The order of a sum depends on the
+// number of rows, but neither on the other rows' values nor on the number of threads.
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -26,8 +27,6 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
 constexpr int64_t kBlock = 96;        // rows multiplied with one widened panel: they stay in a core's cache
-constexpr int64_t kColumns = 4096;    // outputs of a part in the layout [I, O]
-constexpr int64_t kSum = 64;          // products in one running sum
 constexpr size_t kAhead = 1024;       // bytes that are prefetched ahead of those in use
 constexpr int64_t kPartBytes = 1 << 17;
 
@@ -41,7 +40,6 @@ typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
 
 inline Floats Load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
 inline void Store(float* p, Floats v) { *reinterpret_cast<UnalignedFloats*>(p) = v; }
-inline Floats Spread(float v) { return Floats{} + v; }
 
 inline float Sum(Floats v) {
   float parts[kLanes];
@@ -153,8 +151,6 @@ struct Problem {
   int64_t rows, features, outputs;
 };
 
-// ---- Weights [O, I] ----
-
 // Outputs o … o + N - 1 of rows r … r + M - 1.
 template <typename W, int M, int N>
 inline void Dots(const Problem& p, const typename W::Stored* w, int64_t r, int64_t o) {
@@ -224,7 +220,7 @@ void AllDots(const Problem& p, const typename W::Stored* w, int64_t begin, int64
 }
 
 template <typename W>
-void ByOutput(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored* w) {
+void Multiply(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored* w) {
   constexpr int N = 8;
   int64_t bytes = p.features * p.outputs * sizeof *w;
   int64_t parts = std::clamp<int64_t>(bytes * std::max<int64_t>(1, p.rows / 2) / kPartBytes, 1, 16);
@@ -247,7 +243,7 @@ void ByOutput(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored*
     std::vector<float> wide(N * p.features);
     for (int64_t r = 0; r < p.rows; r += kBlock) {
       int64_t last = std::min(p.rows, r + kBlock);
-      for (int64_t o = part * size; o < end; o += N) {
+      for (o = part * size; o < end; o += N) {
         int64_t n = std::min<int64_t>(N, end - o), count = n * p.features, i = 0;
         const typename W::Stored* stored = w + o * p.features;
         for (; i + kLanes <= count; i += kLanes) Store(&wide[i], W::Widen(stored + i));
@@ -265,116 +261,16 @@ void ByOutput(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored*
   });
 }
 
-// ---- Weights [I, O] ----
-
-// Adds the inputs i … i + K - 1 to `count` outputs of each row. y: [R] rows, `stride` apart.
-template <typename W, int K>
-inline void AddInputs(const Problem& p, const typename W::Stored* w, int64_t i, int64_t count, float* y, int64_t stride) {
-  const float* x = p.x + i;
-  int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) {
-    Floats weights[K];
-#pragma GCC unroll 16
-    for (int k = 0; k < K; ++k) {
-      weights[k] = W::Widen(w + k * p.outputs + c);
-      __builtin_prefetch(w + (k + K) * p.outputs + c);
-    }
-    for (int64_t r = 0; r < p.rows; ++r) {
-      Floats sum = Spread(x[r * p.features]) * weights[0];  // short sums first: fewer roundings
-#pragma GCC unroll 16
-      for (int k = 1; k < K; ++k) sum += Spread(x[r * p.features + k]) * weights[k];
-      Store(y + r * stride + c, Load(y + r * stride + c) + sum);
-    }
-  }
-  if (int64_t left = count - c; left > 0) {
-#pragma GCC unroll 16
-    for (int k = 0; k < K; ++k) {
-      Floats weights = WidenTail<W>(w + k * p.outputs + c, left);
-      for (int64_t r = 0; r < p.rows; ++r) {
-        Floats sum = Load(y + r * stride + c);
-        Store(y + r * stride + c, sum + Spread(x[r * p.features + k]) * weights);
-      }
-    }
-  }
-}
-
-// A block of M rows times a widened panel [I, 2 · kLanes], in sums of kSum products that are added up.
-template <int M>
-inline void Block(const Problem& p, const float* panel, int64_t r, int64_t o, int64_t count) {
-  const float* x = p.x + r * p.features;
-  float totals[M][2 * kLanes] = {};
-  for (int64_t begin = 0; begin < p.features; begin += kSum) {
-    int64_t end = std::min(p.features, begin + kSum);
-    Floats sums[M][2] = {};
-    for (int64_t i = begin; i < end; ++i) {
-      Floats left = Load(panel + i * 2 * kLanes), right = Load(panel + i * 2 * kLanes + kLanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        Floats value = Spread(x[m * p.features + i]);
-        sums[m][0] += value * left;
-        sums[m][1] += value * right;
-      }
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      Store(totals[m], Load(totals[m]) + sums[m][0]);
-      Store(totals[m] + kLanes, Load(totals[m] + kLanes) + sums[m][1]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) std::memcpy(p.y + (r + m) * p.outputs + o, totals[m], count * sizeof(float));
-}
-
-template <typename W>
-void ByInput(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored* w) {
-  constexpr int K = 4;
-  constexpr int64_t kPanel = 2 * kLanes;
-  if (p.rows <= kFew) {
-    int64_t threads = std::max<int64_t>(1, pool.num_threads());
-    int64_t size = std::min(kColumns, (p.outputs + threads - 1) / threads);
-    size = (size + kPanel - 1) / kPanel * kPanel;
-    Parallel(pool, (p.outputs + size - 1) / size, [&](int64_t part) {
-      int64_t o = part * size, count = std::min(p.outputs - o, size), i = 0;
-      std::vector<float> y(p.rows * size);
-      if (p.rows > kFew / 2)  // sums of more rows are loaded and stored half as often
-        for (; i + 2 * K <= p.features; i += 2 * K)
-          AddInputs<W, 2 * K>(p, w + i * p.outputs + o, i, count, y.data(), size);
-      for (; i + K <= p.features; i += K) AddInputs<W, K>(p, w + i * p.outputs + o, i, count, y.data(), size);
-      for (; i < p.features; ++i) AddInputs<W, 1>(p, w + i * p.outputs + o, i, count, y.data(), size);
-      for (int64_t r = 0; r < p.rows; ++r)
-        std::memcpy(p.y + r * p.outputs + o, &y[r * size], count * sizeof(float));
-    });
-    return;
-  }
-  int64_t panels = (p.outputs + kPanel - 1) / kPanel;
-  Parallel(pool, panels, [&](int64_t part) {
-    int64_t o = part * kPanel, count = std::min(p.outputs - o, kPanel);
-    std::vector<float> panel(p.features * kPanel);
-    for (int64_t i = 0; i < p.features; ++i) {
-      const typename W::Stored* row = w + i * p.outputs + o;
-      for (int64_t c = 0; c < count; c += kLanes)
-        Store(&panel[i * kPanel + c],
-              count - c >= kLanes ? W::Widen(row + c) : WidenTail<W>(row + c, count - c));
-    }
-    int64_t r = 0;
-    for (; r + 12 <= p.rows; r += 12) Block<12>(p, panel.data(), r, o, count);
-    for (; r + 4 <= p.rows; r += 4) Block<4>(p, panel.data(), r, o, count);
-    for (; r < p.rows; ++r) Block<1>(p, panel.data(), r, o, count);
-  });
-}
-
-// ---- The interface ----
-
 ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight, ffi::AnyBuffer scale,
-                   ffi::ResultBuffer<ffi::F32> y, bool by_output) {
+                   ffi::ResultBuffer<ffi::F32> y) {
   auto shape = weight.dimensions(), rows = x.dimensions(), out = y->dimensions();
   if (shape.size() != 2 || rows.size() != 2 || out.size() != 2)
     return ffi::Error::InvalidArgument("x, weight and y must be matrices");
   Problem p{x.typed_data(), nullptr, y->typed_data(), rows[0], rows[1], out[1]};
-  if (shape[by_output ? 0 : 1] != p.outputs || shape[by_output ? 1 : 0] != p.features || out[0] != p.rows)
-    return ffi::Error::InvalidArgument("x [R, I], weight and y [R, O] do not fit");
+  if (shape[0] != p.outputs || shape[1] != p.features || out[0] != p.rows)
+    return ffi::Error::InvalidArgument("x [R, I], weight [O, I] and y [R, O] do not fit");
   if (scale.element_count() > 0) {
-    if (scale.element_type() != ffi::F32 || (int64_t)scale.element_count() != p.outputs || !by_output)
+    if (scale.element_type() != ffi::F32 || (int64_t)scale.element_count() != p.outputs)
       return ffi::Error::InvalidArgument("scale must be float32 [O]");
     p.scale = static_cast<const float*>(scale.untyped_data());
   }
@@ -382,14 +278,13 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
   const uint16_t* halves = static_cast<const uint16_t*>(data);
   switch (weight.element_type()) {
     case ffi::F16:
-      by_output ? ByOutput<Float16>(pool, p, halves) : ByInput<Float16>(pool, p, halves);
+      Multiply<Float16>(pool, p, halves);
       return ffi::Error::Success();
     case ffi::BF16:
-      by_output ? ByOutput<BFloat16>(pool, p, halves) : ByInput<BFloat16>(pool, p, halves);
+      Multiply<BFloat16>(pool, p, halves);
       return ffi::Error::Success();
     case ffi::S8:
-      if (!by_output) return ffi::Error::InvalidArgument("int8 weights must be [O, I]");
-      ByOutput<Int8>(pool, p, static_cast<const int8_t*>(data));
+      Multiply<Int8>(pool, p, static_cast<const int8_t*>(data));
       return ffi::Error::Success();
     default:
       return ffi::Error::InvalidArgument("weight must be float16, bfloat16 or int8");
@@ -405,6 +300,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Products, Product,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("by_output"));
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 #pragma GCC visibility pop

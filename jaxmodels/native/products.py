@@ -37,36 +37,33 @@ def registered() -> bool:
     return True
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def product(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None, by_output: bool = False) -> jax.Array:
-    """x [..., I] times weights -> float32 [..., O].
+@jax.custom_jvp
+def product(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """x [..., I] times weights [O, I] -> float32 [..., O].
 
-    x: float32. weight: float16 or bfloat16 [I, O], or [O, I] with `by_output`; int8 [O, I] with `by_output` and a
-    scale, float32 [O], the value that 1 represents. Each product is exact in float32 or rounded once, and sums are
-    float32's. Rows are independent of each other. Derivatives are those of `plain`, computed by XLA.
+    x: float32. weight: float16, bfloat16 or int8. scale: float32 [O], the value that 1 represents; default 1. Sums are
+    float32's; rows do not depend on each other's values. Other dtypes are multiplied by XLA, and so are all where the
+    kernel is not `available`. Derivatives are computed by XLA.
     """
     if x.dtype != jnp.float32 or weight.dtype.name not in (*NARROW, "int8") or not available():
-        return plain(by_output, x, weight, scale)
-    return jax.lax.platform_dependent(
-        x, weight, scale, cpu=functools.partial(kernel, by_output), default=functools.partial(plain, by_output)
-    )
+        return plain(x, weight, scale)
+    return jax.lax.platform_dependent(x, weight, scale, cpu=kernel, default=plain)
 
 
 @product.defjvp
-def _(by_output: bool, primals: Any, tangents: Any) -> Any:
-    return jax.jvp(functools.partial(plain, by_output), primals, tangents)
+def _(primals: Any, tangents: Any) -> Any:
+    return jax.jvp(plain, primals, tangents)
 
 
-def kernel(by_output: bool, x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
+def kernel(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
     """The same by the compiled kernel."""
-    rows, outputs = x.reshape(-1, x.shape[-1]), weight.shape[0 if by_output else 1]  # [R, I]
-    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((len(rows), outputs), jnp.float32), vmap_method="sequential")
-    y = call(rows, weight, jnp.zeros(0, jnp.float32) if scale is None else scale, by_output=by_output)
-    return y.reshape(*x.shape[:-1], outputs)
+    rows = x.reshape(-1, x.shape[-1])  # [R, I]
+    shape = jax.ShapeDtypeStruct((len(rows), len(weight)), jnp.float32)
+    call = jax.ffi.ffi_call(TARGET, shape, vmap_method="sequential")
+    return call(rows, weight, jnp.zeros(0, jnp.float32) if scale is None else scale).reshape(*x.shape[:-1], -1)
 
 
-def plain(by_output: bool, x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
+def plain(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
     """The same by XLA, with the weights widened."""
-    wide = weight.astype(x.dtype)
-    y = x @ (wide.T if by_output else wide)
+    y = x @ weight.astype(x.dtype).T
     return y if scale is None else y * scale.astype(y.dtype)

@@ -136,7 +136,7 @@ class NeoX(nnx.Module):
         return unstack(self.layers, self.settings.n_layers) if self.is_stacked else list(self.layers)
 
     def narrowed(self) -> "NeoX | None":
-        """Model that computes in float32 with the 16-bit weights of this one, without a copy of them; for inference.
+        """Model that computes in float32 with the 16-bit weights of this one, as they are; for inference.
 
         None if its weights are in other dtypes or of other modules, or if this process's device is no CPU, or the
         kernel of `jaxmodels.native` cannot be compiled. Itself if it is such a model. Layers are listed.

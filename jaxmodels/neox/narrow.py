@@ -21,16 +21,17 @@ from jaxmodels.weights.precision import WIDE
 class NarrowLinear(nnx.Module):
     """y = xW + b in float32, with W in 16 bits, as stored.
 
-    kernel: W, float16 or bfloat16 [I, O], the given array. bias: float32 [O].
+    weight: W transposed, float16 or bfloat16 [O, I]: an output's weights are contiguous, and read at once. bias:
+    float32 [O].
     """
 
     def __init__(self, linear: nnx.Linear):
-        self.kernel = Frozen(linear.kernel[...])
+        self.weight = Frozen(linear.kernel[...].swapaxes(-1, -2))
         self.bias = linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., I] -> float32 [..., O]."""
-        y = native.product(x.astype(jnp.float32), self.kernel[...])  # [..., O]
+        y = native.product(x.astype(jnp.float32), self.weight[...])  # [..., O]
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -46,7 +47,7 @@ class NarrowEmbed(nnx.Module):
 
     def attend(self, query: jax.Array) -> jax.Array:
         """Tied readout: query [..., D] -> float32 logits [..., V]."""
-        return native.product(query.astype(jnp.float32), self.embedding[...], None, True)
+        return native.product(query.astype(jnp.float32), self.embedding[...])
 
 
 def narrowed(model: Any, listed: nnx.List) -> Any:

@@ -57,7 +57,7 @@ def quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 def product(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     """x [..., I] times the quantized weights [O, I] -> [..., O], in float32 at least."""
     if x.dtype == jnp.float32 and native.available():
-        return native.product(x, weight, scale, True)
+        return native.product(x, weight, scale)
     rows = x.reshape(-1, x.shape[-1])  # [R, I]
     if len(rows) <= FEW and len(weight) > TILE:
         y = jax.lax.platform_dependent(rows, weight, cpu=by_tiles, default=whole)

@@ -40,20 +40,16 @@ def test_a_product_is_rounded_as_one_of_float32(dtype, inputs, outputs):
     weight, scale = weights(dtype, inputs, outputs)
     for rows in ROWS:
         x = normal(1, rows, inputs)
-        check(kernel(True, x, weight, scale), x, weight, scale)
-        if dtype != "int8":
-            check(kernel(False, x, weight.T, None), x, weight, None)
+        check(kernel(x, weight, scale), x, weight, scale)
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("by_output", [True, False])
-def test_every_number_of_16_bits_is_widened_exactly(dtype, by_output):
+def test_every_number_of_16_bits_is_widened_exactly(dtype):
     every = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype)).reshape(1, -1)  # NaN, float16's subnormal ones too
-    weight = jnp.asarray(every.T if by_output else every)
     for rows in (1, 9):
         with np.errstate(all="ignore"):
-            found = np.asarray(kernel(by_output, jnp.ones((rows, 1)), weight, None))
+            found = np.asarray(kernel(jnp.ones((rows, 1)), jnp.asarray(every.T), None))
         wide = every.astype(np.float32)
         wide[np.abs(wide) < np.finfo(np.float32).tiny] = 0  # of bfloat16: XLA's threads take them for zeros
         np.testing.assert_array_equal(found, np.broadcast_to(wide, found.shape))
@@ -65,27 +61,25 @@ def test_rows_are_independent_of_each_other(rows):
     weight, _ = weights("float16", 131, 67)
     x = normal(1, rows, 131)
     others = x.at[0].set(jnp.inf)
-    for by_output, given in ((True, weight), (False, weight.T)):
-        found = kernel(by_output, others, given, None)[1:]
-        np.testing.assert_array_equal(found, kernel(by_output, x, given, None)[1:])
+    np.testing.assert_array_equal(kernel(others, weight, None)[1:], kernel(x, weight, None)[1:])
 
 
 @needs_kernel
 def test_derivatives_are_those_of_xla_s_product():
-    weight, x = normal(2, 13, 7).astype("float16"), normal(1, 2, 3, 13)
+    weight, x = normal(2, 7, 13).astype("float16"), normal(1, 2, 3, 13)
     found = jax.grad(lambda x, w: (native.product(x, w) ** 2).sum(), (0, 1))(x, weight)
-    expected = jax.grad(lambda x, w: (plain(False, x, w, None) ** 2).sum(), (0, 1))(x, weight)
+    expected = jax.grad(lambda x, w: (plain(x, w, None) ** 2).sum(), (0, 1))(x, weight)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), rtol=2e-3, atol=1e-4)
     integers, scale = weights("int8", 13, 7)
-    grad = jax.grad(lambda x: native.product(x, integers, scale, True).sum())(x)
+    grad = jax.grad(lambda x: native.product(x, integers, scale).sum())(x)
     np.testing.assert_allclose(grad, jnp.broadcast_to(scale @ integers, x.shape), rtol=1e-5, atol=1e-4)
 
 
 @needs_kernel
 def test_it_is_called_in_jit_vmap_and_for_leading_axes():
-    weight, x = normal(2, 13, 7).astype("float16"), normal(1, 2, 3, 13)
-    expected = plain(False, x, weight, None)
+    weight, x = normal(2, 7, 13).astype("float16"), normal(1, 2, 3, 13)
+    expected = plain(x, weight, None)
     np.testing.assert_allclose(jax.jit(native.product)(x, weight), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.vmap(lambda x: native.product(x, weight))(x), expected, rtol=1e-5, atol=1e-5)
     assert "jaxmodels_products" in jax.jit(native.product).lower(x, weight).as_text()
@@ -93,12 +87,11 @@ def test_it_is_called_in_jit_vmap_and_for_leading_axes():
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("x", "weight", "by_output"),
-    [((3, 7), (5, 13), False), ((3, 7), (13, 5), True)],
+    ("weight", "scale", "message"), [((5, 13), 5, "do not fit"), ((5, 7), 3, "scale"), ((5, 7, 1), 5, "matrices")]
 )
-def test_shapes_that_do_not_fit_are_refused(x, weight, by_output):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
-        jax.block_until_ready(kernel(by_output, jnp.ones(x), jnp.ones(weight, "float16"), None))
+def test_shapes_that_do_not_fit_are_refused(weight, scale, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(kernel(jnp.ones((3, 7)), jnp.ones(weight, "float16"), jnp.ones(scale)))
 
 
 def test_without_the_kernel_xla_computes_the_same(monkeypatch):
@@ -106,11 +99,11 @@ def test_without_the_kernel_xla_computes_the_same(monkeypatch):
     x = normal(1, 3, 131)
     for dtype in ("float16", "bfloat16", "int8"):
         weight, scale = weights(dtype, 131, 67)
-        check(native.product(x, weight, scale, True), x, weight, scale)
+        check(native.product(x, weight, scale), x, weight, scale)
 
 
 def test_other_dtypes_are_left_to_xla(x64):
-    weight, x = normal(2, 13, 7).astype("float16"), normal(1, 3, 13)
+    weight, x = normal(2, 7, 13).astype("float16"), normal(1, 3, 13)
     assert native.product(x.astype("float64"), weight).dtype == jnp.float64
     assert native.product(x.astype("float32"), weight.astype("float32")).dtype == jnp.float32
 
@@ -133,10 +126,8 @@ def test_processors_without_wide_vectors(flags, tmp_path):
         for rows in (1, 3, 8, 13):
             x = normal(1, rows, 131)
             call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((rows, 67), jnp.float32))
-            check(call(x, weight, jnp.zeros(0) if scale is None else scale, by_output=True), x, weight, scale)
-            if scale is None:
-                check(call(x, weight.T, jnp.zeros(0), by_output=False), x, weight, None)
+            check(call(x, weight, jnp.zeros(0) if scale is None else scale), x, weight, scale)
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)[:, None]
     call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((1, 2**16), jnp.float32))
-    found = call(jnp.ones((1, 1)), jnp.asarray(every), jnp.zeros(0), by_output=True)
+    found = call(jnp.ones((1, 1)), jnp.asarray(every), jnp.zeros(0))
     np.testing.assert_array_equal(np.asarray(found)[0], every[:, 0].astype(np.float32))
