@@ -22,7 +22,9 @@ SECONDS = 900  # of a cell, on a machine that does other work too
 # Pages of the site, and their notebooks.
 PAGES = {f"examples/{file.stem}.md": f"examples/{file.name}" for file in sorted(FOLDER.glob("*.ipynb"))}
 PIECE = "NOTEBOOK-OUTPUT-{}-END"  # stands for a picture or HTML until Markdown has been converted
-ANSI = re.compile(r"\x1b\[[\d;]*m")  # colors of a terminal
+ANSI = re.compile(r"\x1b\[\??[\d;]*[A-Za-z]")  # colors and cursor movements of a terminal
+TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r"/tmp\w{8}\b")
+LANGUAGE = {"name": "python", "version": "3.11"}
 ALT = "Figure drawn by the code above"
 
 
@@ -47,24 +49,28 @@ def execute(notebook: Any) -> Any:
     from jupyter_client.manager import AsyncKernelManager
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed, JAX prints warnings where there is no TPU
-    with tempfile.TemporaryDirectory() as folder:  # the sockets of a kernel lie beside its connection file
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, without widgets
+    # The sockets of a kernel lie beside its connection file; their paths may have 107 bytes.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         manager = AsyncKernelManager(
             kernel_name="python3", transport="ipc", connection_file=os.path.join(folder, "kernel.json")
         )
         resources = {"metadata": {"path": str(ROOT)}}
-        nbclient.NotebookClient(notebook, manager, timeout=SECONDS, resources=resources).execute()
+        options = {"timeout": SECONDS, "resources": resources, "coalesce_streams": True}
+        nbclient.NotebookClient(notebook, manager, **options).execute()
     return cleaned(notebook)
 
 
 def cleaned(notebook: Any) -> Any:
     """Leave out what differs from run to run, and the text of outputs that are pictures or pages."""
+    notebook.metadata["language_info"] = dict(LANGUAGE)
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type != "code":
             continue
         for output in cell.outputs:
             if "text" in output:
-                output.text = ANSI.sub("", output.text)
+                output.text = TEMPORARY.sub("/tmp/folder", ANSI.sub("", output.text))
             data = output.get("data", {})
             if any(kind in data for kind in ("image/png", "text/html")):
                 data.pop("text/plain", None)

@@ -17,9 +17,7 @@ from jaxmodels.process.programs import run
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = Parser(
-        prog="python -m examples.zoo", description="Compare Flax models with PyTorch's."
-    )
+    arguments = Parser(prog="python -m examples.zoo", description="Compare Flax models with PyTorch's.")
     arguments.add_argument("pairs", nargs="*", metavar="PAIR", help=f"pairs to run (default: all): {', '.join(PAIRS)}")
     arguments.add_argument("--resume", action="store_true", help="leave out pairs that have a stored result")
     arguments.add_argument(

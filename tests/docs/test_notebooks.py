@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_a_page_of_every_kind_of_output(tmp_path, monkeypatch):
     html = notebooks.fill(markdown.markdown(text, extensions=["extra"]), "n.ipynb")
     assert '<div class="notebook-html"><p>\n\nx</p></div>' in html
     assert 'src="data:image/png;base64,iVBORw0KGgo="' in html
+
+
+def test_what_differs_from_run_to_run_is_left_out():
+    shown = f"\x1b[31ma\x1b[0m\x1b[?25h in {tempfile.gettempdir()}/tmpab_12xyz/run\n"
+    stream = nbformat.v4.new_output("stream", name="stdout", text=shown)
+    picture = {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure size 1 at 0x7f>"}
+    outputs = [stream, nbformat.v4.new_output("display_data", data=picture)]
+    cell = nbformat.v4.new_code_cell("f()", outputs=outputs, metadata={"execution": {"started": "10:00"}})
+    notebook = notebooks.cleaned(nbformat.v4.new_notebook(cells=[cell]))
+    assert notebook.cells[0].metadata == {}
+    assert notebook.cells[0].outputs[0].text == "a in /tmp/folder/run\n"
+    assert notebook.cells[0].outputs[1].data == {"image/png": "iVBORw0KGgo="}
+    assert notebook.metadata.language_info.keys() == {"name", "version"}
 
 
 def test_what_is_no_notebook_is_refused(tmp_path, capsys):

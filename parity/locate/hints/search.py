@@ -31,7 +31,11 @@ from parity.locate.hints.mistake import Context, Family, Mistake, Subject, recor
 
 EXPLAINED = patterns.EXPLAINED
 CERTAIN = 1e-8  # a mistake that leaves less unexplained ends the search; others are compared
-SECONDS = 2.0  # of processor time, for one sub-module
+# Processor time for one sub-module: as many of its calls as all candidates need, so that a slow or busy machine tries
+# them too; at least SECONDS, at most MOST.
+CALLS = 300
+SECONDS = 2.0
+MOST = 30.0
 
 Arrays = list[np.ndarray]
 Repeat = Callable[[nn.Module], list[torch.Tensor]]  # the call with PyTorch's inputs, by another module
@@ -92,10 +96,11 @@ class Search:
         began = time.process_time()
         with recorded_functions() as recorder:
             self.repeat(self.module)
+        seconds = min(max(SECONDS, CALLS * (time.process_time() - began)), MOST)
         subject = Subject(self.module, recorder.used)
         best, left = "", EXPLAINED
         for candidate in candidates(subject):
-            if left < CERTAIN or time.process_time() - began > SECONDS:
+            if left < CERTAIN or time.process_time() - began > seconds:
                 break
             if isinstance(candidate, Mistake):
                 text, share = candidate.text, self.share(candidate.change)

@@ -171,6 +171,23 @@ class FusedKeys(nn.Module):
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
+def test_a_slow_machine_searches_as_far(monkeypatch):
+    """The time for a search grows with that of a call: the factors are the last of about a hundred candidates."""
+
+    class Products(FusedKeys):
+        def forward(self, x, factor=1.0):
+            q, k, v = (a.unflatten(-1, (-1, 4)).transpose(1, 2) for a in (self.wq(x), *self.wkv(x).chunk(2, -1)))
+            k, v = (factor * a.repeat_interleave(3, 1) for a in (k, v))
+            return self.wo((((q @ k.mT) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    module = Products(queries=False).double()
+    x = RNG.standard_normal((2, 5, 7))
+    with torch.no_grad():
+        wrong = module(torch.as_tensor(x), 1.01).numpy()
+    monkeypatch.setattr("parity.locate.hints.search.SECONDS", 0.0)
+    assert "matrix products are 1.01 times" in hint_of(module, wrong, x)
+
+
 @pytest.mark.parametrize("queries", [False, True])
 def test_shared_keys_in_fused_layers(queries):
     module = FusedKeys(queries=queries).double()
