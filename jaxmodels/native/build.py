@@ -76,8 +76,12 @@ def find_compiler() -> list[str]:
 
 
 def cache() -> Path:
-    """Folder of the compiled libraries."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "native"
+    """Folder of the compiled libraries. A relative $XDG_CACHE_HOME is ignored, as its specification says.
+
+    It would lie in the current folder, which may be of others.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "jaxmodels" / "native"
 
 
 def private_folder(folder: Path) -> Path:

@@ -86,6 +86,12 @@ def test_the_folder_and_file_are_the_user_s_alone(private, monkeypatch, tmp_path
         build.check_own(file)
 
 
+@pytest.mark.parametrize("given", ["", ".", "cache"])
+def test_the_cache_is_never_in_the_current_folder(given, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert build.cache() == Path.home() / ".cache" / "jaxmodels" / "native"
+
+
 def test_the_name_depends_on_source_compiler_processor_and_headers(private, tmp_path, monkeypatch):
     version = compiler(tmp_path, "#!/bin/sh\necho 1\n")
     first = build.key([version], "headers")
