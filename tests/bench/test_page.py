@@ -31,7 +31,7 @@ def test_each_command_of_the_page_is_found_once():
     found = commands(PAGE.read_text())
     assert len(found) == len(set(found)) > 5
     for command in found:
-        assert (ROOT / "bench" / f"{command.split()[2].removeprefix('bench.')}.py").exists(), command
+        assert (ROOT / f"{command.split()[2].replace('.', '/')}.py").exists(), command
 
 
 def test_output_replaces_the_block_of_its_command_only():
