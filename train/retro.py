@@ -321,6 +321,20 @@ def check_embedder(config: Config, run: Path, named: str | None) -> None:
         )
 
 
+def check_index(config: Config, run: Path, named: str | None) -> None:
+    """Raise ValueError if a run is resumed that names a folder for its index which is not beside it and holds no index.
+
+    The index would be written there, wherever a run of others says.
+    """
+    folder = Path(config.index).absolute()
+    beside = folder.resolve().is_relative_to(run.absolute().resolve().parent)
+    if config.retrieval and config.index and named is None and not beside and not (folder / "about.json").is_file():
+        raise ValueError(
+            f"{run} names {folder} for its index, which is not beside it and holds none; name the folder to write it "
+            "to yourself: --index FOLDER"
+        )
+
+
 def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: Mesh) -> RetroModel:
     """Load the decoder of a run, or of a folder written by `jaxmodels.save`, for a model, which may be abstract.
 
@@ -372,6 +386,7 @@ def main(arguments: Sequence[str]) -> int:
         source = command.resume or command.branch
         if source is not None:
             check_embedder(given.config, source, peek(arguments, "--embedder"))
+            check_index(given.config, source, peek(arguments, "--index"))
             return script.main(Retro, PROGRAM, arguments, stop)
         config = dataclasses.replace(given.config, index=given.config.index or str(command.run / "index"))
         experiments = {"retrieval": Retro(config)}

@@ -326,6 +326,21 @@ def test_bad_input_is_a_value_error_before_any_training(arguments, message, text
     assert not list(tmp_path.glob("runs"))
 
 
+def test_an_index_is_written_to_no_folder_that_a_run_of_others_names(tmp_path):
+    """A run's config.json may name any folder; it is written to beside the run, or if the user names it."""
+    run, elsewhere = tmp_path / "theirs" / "retrieval", tmp_path / "home" / "index"
+    (run / "checkpoints").mkdir(parents=True)
+    (tmp_path / "sea.txt").write_text(TEXT)
+    for folder in (elsewhere, run.parent / ".." / "home" / "index"):
+        config = retro.Config(chunk_len=L, index=str(folder), text=str(tmp_path / "sea.txt"))
+        write_about(run, retro.Retro(config), "0" * 64, {})
+        with pytest.raises(ValueError, match=r"/theirs/retrieval names .*/home/index for its index.*--index FOLDER"):
+            retro.main(["--resume", str(run)])
+    assert not elsewhere.parent.exists()
+    for index, named in ((run.parent / "index", None), (elsewhere, str(elsewhere))):
+        retro.check_index(dataclasses.replace(config, index=str(index)), run, named)
+
+
 def test_a_saved_run_loads_no_model_that_the_user_has_not_named(tmp_path, monkeypatch):
     """A run's files name an embedder; only a flag makes it load the model of that name, from a network if need be."""
     name, folder, run = "bert:someone/remote", tmp_path / "index", tmp_path / "run"

@@ -318,7 +318,7 @@ def resolved(
         check_sizes_match(sizes, given, f"{shards.step} contradicts config")
         return config, []
     if files:
-        where = ", ".join(file.name for file in files)
+        where = listed([file.name for file in files])
         found = fields(settings, str(files[0]) if len(files) == 1 else f"{files[0].parent} ({where})")
         if "n_heads" not in found:
             raise ValueError(
