@@ -37,6 +37,9 @@ _placement = contextvars.ContextVar("placement", default=None)
 _remat: contextvars.ContextVar[Callable[[Callable], Callable] | None] = contextvars.ContextVar("remat", default=None)
 _lookup: contextvars.ContextVar[Callable[[jax.Array, jax.Array], jax.Array] | None]
 _lookup = contextvars.ContextVar("lookup", default=None)
+_unroll: contextvars.ContextVar[bool] = contextvars.ContextVar("unroll", default=False)
+
+UNROLLED = 12  # layers; the time to compile grows with them
 
 
 @contextlib.contextmanager
@@ -45,19 +48,22 @@ def hooks(
     placement: Callable[[jax.Array, str], jax.Array] | None = None,
     remat: Callable[[Callable], Callable] | None = None,
     lookup: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    unroll: bool = False,
 ) -> Iterator[None]:
     """Set the functions that `constrain` and `rematerialized` apply in models traced inside the block.
 
-    lookup: replaces `rows_of` in `Embed`, for tables that are divided over a mesh. jit caches what it traced: jit a new
-    function for each setting.
+    lookup: replaces `rows_of` in `Embed`, for tables that are divided over a mesh. unroll: compile up to `UNROLLED`
+    stacked layers one by one, which is faster on a CPU. jit caches what it traced: jit a new function for each setting.
     """
     tokens = _placement.set(placement), _remat.set(remat), _lookup.set(lookup)
+    unrolled = _unroll.set(unroll)
     try:
         yield
     finally:
         _placement.reset(tokens[0])
         _remat.reset(tokens[1])
         _lookup.reset(tokens[2])
+        _unroll.reset(unrolled)
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
@@ -70,6 +76,14 @@ def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a layer's call in the current `remat` hook, e.g. `jax.checkpoint`; see `hooks` and `read_only`."""
     wrap = _remat.get()
     return function if wrap is None else wrap(read_only(function))
+
+
+def unrolls(n_layers: int) -> bool:
+    """True if so many stacked layers are to be compiled one by one.
+
+    Not if they are rematerialized: outside a loop, XLA would merge the recomputed operations with the first ones.
+    """
+    return _unroll.get() and _remat.get() is None and n_layers <= UNROLLED
 
 
 def in_turn(

@@ -23,6 +23,7 @@ from jaxmodels.layers import (
     float_dtype,
     read_only,
     rematerialized,
+    unrolls,
 )
 from jaxmodels.neox.block import BLOCK_RULES, Block, Embedding, FinalNorm, Readout, Tables, stack, unstack
 from jaxmodels.neox.config import LARGEST, NeoXConfig
@@ -190,7 +191,8 @@ class NeoX(nnx.Module):
             remat = self.settings.remat
             body = jax.checkpoint(read_only(body), prevent_cse=False) if remat else rematerialized(body)
         if self.is_stacked:
-            x, _ = jax.lax.scan(read_only(body), x, self.layers)
+            n = self.settings.n_layers
+            x, _ = jax.lax.scan(read_only(body), x, self.layers, unroll=unrolls(n) and not self.settings.remat)
         else:
             for layer in self.layers:
                 x, _ = body(x, layer)

@@ -234,7 +234,7 @@ class Program:
         vocabulary = DividedVocabulary(self.mesh) if several else None
         platform = self.mesh.devices.flat[0].platform
         with (
-            hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup),
+            hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup, unroll=platform == "cpu"),
             chunks(self.numerics.loss_chunk, platform, self.mesh.size, vocabulary=vocabulary),
             attention_kernel(self.numerics.attention_kernel, self.mesh),
         ):

@@ -11,6 +11,7 @@ from flax import nnx
 import torch_ref.transformer
 from jaxmodels.convert import to_torch
 from jaxmodels.layers import (
+    UNROLLED,
     Dropout,
     Embed,
     FeedForward,
@@ -21,6 +22,7 @@ from jaxmodels.layers import (
     in_turn,
     rematerialized,
     split_rng,
+    unrolls,
 )
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import normal
@@ -160,3 +162,12 @@ def test_rematerialized_branches_are_differentiated_one_after_the_other(x64):
     assert "optimization_barrier" not in plain
     cosine, barrier, tanh = (program.rindex(name) for name in ("= cos", "= optimization_barrier", "= tanh"))
     assert cosine < barrier < tanh
+
+
+def test_few_layers_are_unrolled_without_rematerialization():
+    assert not unrolls(2)
+    with hooks(unroll=True):
+        assert unrolls(UNROLLED)
+        assert not unrolls(UNROLLED + 1)
+    with hooks(unroll=True, remat=jax.checkpoint):
+        assert not unrolls(2)
