@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from jaxmodels.process.texts import quoted, shortened
 CONFIG_BYTES = 2**24  # of a JSON or YAML text: 17 MB; the index of a model with 90,000 tensors has 9 MB
 TOKENIZER_BYTES = 2**26  # of a tokenizer.json, or a vocabulary that holds one; the largest published have 35 MB
 TEXT_BYTES = 2**28  # of any other text
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes the halves of a character beyond 16 bits
 # Files of more bytes are looked at for holes, and refused if they have more than this for each byte that was written.
 HOLES_FROM, MOST_HOLES = 2**28, 1000
 PARTS = 1000  # of a file that are looked at
@@ -124,7 +126,11 @@ def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
     """Content of a JSON file; raises ValueError, naming it, if it cannot be read, is too large or is not JSON."""
     try:
         with without_collection():
-            return json.loads(read_text(file, limit))
+            text = read_text(file, limit)
+            content = json.loads(text)
+            if SURROGATE.search(text):  # a half of a character, which no text in UTF-8 may hold, raises here
+                json.dumps(content, ensure_ascii=False).encode("utf-8")
+            return content
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:

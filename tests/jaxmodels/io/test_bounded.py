@@ -135,3 +135,12 @@ def test_a_file_system_that_does_not_tell_has_no_holes(blocks, tmp_path, monkeyp
     monkeypatch.setattr("jaxmodels.io.bounded.os.fstat", lambda descriptor: about)
     with open_regular(file) as opened:
         assert len(opened.read()) == 2**20
+
+
+def test_half_of_a_character_is_refused(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"embedder": "\\ud83d\\ude00 \\u0120"}')
+    assert read_json(file) == {"embedder": "\N{GRINNING FACE} \u0120"}
+    file.write_text('{"embedder": ["\\uD800"]}')
+    with pytest.raises(ValueError, match=r"a\.json is not read: .*ud800"):
+        read_json(file)
