@@ -67,7 +67,7 @@ notebooks: $(READY) ## run the notebooks of examples/ and save their outputs, wh
 bench: $(READY) ## run the commands of docs/bench.md and write their tables there (an hour)
 	$(BIN)/python -m bench.page $(ARGS)
 
-plans: $(READY) ## compile training steps for TPU slices (hours; EXTRAS=dev,plan); writes docs/plans.md
+plans: $(READY) ## compile training steps for TPU slices (an hour; EXTRAS=dev,plan); writes docs/plans.md
 	$(BIN)/python -m bench.plans $(ARGS)
 
 lint: $(READY) ## run ruff and mypy

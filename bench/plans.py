@@ -1,16 +1,20 @@
 """`make plans`: training steps compiled for TPU slices without a TPU, and docs/plans.md with their figures.
 
-Compiles one step after the other and appends each as a JSON line to runs/plans/plans.jsonl; a run that was cut goes on.
-Steps of another version of jax or libtpu, or whose flags changed, are compiled again. The page is written after each
-step. All steps take hours on one core. Needs libtpu: pip install 'jaxmodels[train,plan]'.
+Compiles one step after the other, up to its code, and appends each as a JSON line to runs/plans/plans.jsonl; a run that
+was cut goes on. Steps of another version of jax or libtpu, or whose flags changed, are compiled again, and with --again
+all. The page is written after each step. All steps take an hour on one core. Needs libtpu:
+pip install 'jaxmodels[train,plan]'.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,7 @@ def parse() -> argparse.Namespace:
     add = arguments.add_argument
     add("--only", default="", metavar="TEXT", help="only steps whose command contains TEXT")
     add("--minutes", type=float, metavar="N", help="begin no further step after N minutes")
+    add("--again", action="store_true", help="compile steps that are there again: the code of the step changed")
     add("--page", action="store_true", help="write the page from the steps that are there")
     return arguments.parse_args()
 
@@ -123,12 +128,13 @@ def steps(generation: str) -> Iterator[Step]:
 class Store:
     """Compiled steps as JSON lines, by the planner's arguments and the versions."""
 
-    def __init__(self, file: Path, only: str = "", deadline: float = float("inf")):
+    def __init__(self, file: Path, only: str = "", deadline: float = float("inf"), again: bool = False):
         self.file, self.only, self.deadline = file, only, deadline
         self.versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
         lines = file.read_text().splitlines() if file.exists() else []
         rows = [json.loads(line) for line in lines]
-        self.rows: dict[str, Row] = {row["key"]: row for row in rows if row["versions"] == self.versions}
+        rows = [row for row in rows if row["versions"] == self.versions and not (again and only in row["key"])]
+        self.rows: dict[str, Row] = {row["key"]: row for row in rows}
 
     def of(self, step: Step) -> Row | None:
         """Figures of a step, compiled now if it was not; None if it was not and is not asked for."""
@@ -148,7 +154,28 @@ class Store:
 
 
 def compiled(step: Step) -> Row:
-    """Compile a step; its figures, or what it needs if it does not fit."""
+    """Compile a step in a process of its own, up to its code; its figures, or what it needs if it does not fit."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_row, args=(step, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise ValueError(f"the planner ended without a result: python -m train.plan {step.key}") from None
+    finally:
+        process.join()
+
+
+def send_row(step: Step, sender: Connection) -> None:
+    """Send a step's figures and end the process, in which the compiler goes on to generate code."""
+    sender.send(figures(step))
+    os._exit(0)
+
+
+def figures(step: Step) -> Row:
+    """Figures of a step; its end of the process is the caller's, see `make_plan`."""
     experiment, options = command.parse(step.arguments, "make plans")
     generation, _ = parse_topology(step.topology)
     mesh = make_mesh(options.mesh, topology_devices(step.topology))
@@ -167,7 +194,7 @@ def compiled(step: Step) -> Row:
     }
     began = time.process_time()
     try:
-        found = make_plan(program, experiment.abstract_batch(), generation, n_vocab)
+        found = make_plan(program, experiment.abstract_batch(), generation, n_vocab, generate_code=False)
     except DoesNotFit as error:
         return row | {"need": error.need, "limit": error.limit}
     row["processor_seconds"] = time.process_time() - began
@@ -226,7 +253,7 @@ def maxtext() -> list[Row]:
 def main() -> None:
     options = parse()
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    store = Store(STORE, options.only, 0 if options.page else deadline)
+    store = Store(STORE, options.only, 0 if options.page else deadline, options.again)
     for generation in GENERATIONS:
         for step in steps(generation):
             store.of(step)

@@ -11,14 +11,15 @@ HEAD = """\
 Training steps compiled for TPU slices on a machine without TPUs, with jax {jax} and libtpu {libtpu}. Written by
 `make plans`. No step of this page has run on a TPU; [Training on TPUs](guides/tpu.md) explains the planner.
 
-- **HBM**: peak per chip in the compiler's buffer report, arguments included. The compiler accepts every step that has a
-  peak here.
+- **HBM**: peak per chip in the compiler's buffer report, arguments included. The compiler finds room for the buffers of
+  every step that has a peak here.
 - **PFLOP**: of the matrix products of a step on all chips, without recomputation.
 - **Accessed**: HBM read and written by a chip in a step, each operand of an instruction once, in GiB.
 - **Sent**: by a chip in the collectives of a step, in GiB.
 - **At least**: the largest of three lower bounds of a step's time, and which it is: matrix products at the chip's peak,
   HBM at its bandwidth, or collectives on the links along their mesh axes. They are not forecasts.
-- **Compiled**: processor seconds to trace and compile the step.
+- **Compiled**: processor seconds to trace the step, and to compile it until its buffers are placed. Code, which takes
+  the compiler minutes more, is not generated.
 
 All language models on `train.neox` have AdamW, float32 parameters and moments, bfloat16 computation, rematerialized
 layers, and, if the step does not say otherwise, sequences of 2048 tokens.

@@ -88,6 +88,16 @@ def dump_options(folder: Path) -> dict[str, str | bool]:
     return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
 
 
+def placed(folder: Path) -> bool:
+    """True once the compiler has accepted the places of a program's buffers and written its report."""
+    return next(folder.glob("*.after_optimizations_after_buffer_assignment.txt"), None) is not None
+
+
+def program_text(folder: Path) -> str:
+    """HLO text of the program in a report, as it is scheduled."""
+    return next(folder.glob("*.after_optimizations.txt")).read_text()
+
+
 def parts_at_peak(folder: Path, shapes: Shapes) -> dict[str, int]:
     """Bytes in HBM when most is held, by kind; {} if the folder has no report that can be read.
 

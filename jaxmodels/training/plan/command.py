@@ -10,7 +10,9 @@ program. Needs libtpu: pip install 'jaxmodels[train,plan]'.
 import argparse
 import dataclasses
 import math
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ from jaxmodels.process.streams import say
 from jaxmodels.sharding import make_mesh
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, Experiment, experiment_class
-from jaxmodels.training.plan.table import DoesNotFit, make_plan, table
+from jaxmodels.training.plan.table import COMPILER, DoesNotFit, make_plan, table
 from jaxmodels.training.plan.topology import parse_topology, topology_devices
 from jaxmodels.training.script import parse_flags, peek, refuse_unused, with_presets
 
@@ -48,6 +50,8 @@ class Command:
     v5litepod-8, v5e-8, v6e-8; v4-8 and v5p-8 count TensorCores, two per chip"""
     mesh: str = ""
     """devices along the axes data, fsdp and tensor, as in training; data takes the remaining ones"""
+    generate_code: bool = False
+    """let the compiler finish, which takes minutes; what is printed is known once it has placed the buffers"""
     n_vocab: int | None = None
     """vocabulary size, which the text would determine; if omitted: the experiment's own, which is 256 unless it has
     another (50432 for the published sizes of neox)"""
@@ -95,7 +99,12 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
             return 1
         return 0
 
-    return programs.run(planned, prog)
+    code = programs.run(planned, prog)
+    if any(thread.name == COMPILER for thread in threading.enumerate()):  # it would hold up the exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def plan(arguments: Sequence[str], prog: str = PROGRAM) -> None:
@@ -114,6 +123,6 @@ def plan(arguments: Sequence[str], prog: str = PROGRAM) -> None:
         f"{config.seq_len} tokens; compute {config.compute_dtype}, parameters {config.param_dtype}, "
         f"remat {config.remat}, accumulate {config.accumulate}"
     )
-    found = make_plan(program, experiment.abstract_batch(), generation, n_vocab)
+    found = make_plan(program, experiment.abstract_batch(), generation, n_vocab, generate_code=command.generate_code)
     console.print(table(found, mesh, config.batch_size * config.seq_len))
     console.print("fits")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ GIB = 2**30
 # The compiler's messages when a program does not fit. The second counts temporaries alone.
 USED = re.compile(r"Used ([\d.]+[KMG]?) of ([\d.]+[KMG]?) hbm")
 TEMPORARIES = re.compile(r"temporaries \(([\d.]+[KMG]?)\) exceeds available HBM \(([\d.]+[KMG]?)\)")
+COMPILER = "compiler"  # name of the thread that compiles
 SMALL = 0.005  # share of the peak below which a part is shown with the others
 
 
@@ -29,7 +31,7 @@ class Plan:
     """Memory and lower bounds of time (seconds) of a compiled step, per device."""
 
     peak: int  # bytes of HBM, arguments included
-    parts: dict[str, int]  # bytes at the peak by kind; {} if the compiler wrote no report
+    parts: dict[str, int]  # bytes at the peak by kind
     limit: float  # bytes
     flops: float  # of the matrix products on all devices, without recomputation
     accessed: float  # bytes of HBM read and written
@@ -55,13 +57,17 @@ class DoesNotFit(ValueError):
         self.need, self.limit = need, limit
 
 
-def make_plan(program: Program, batch: Batch, generation: str, n_vocab: int) -> Plan:
-    """Compile a step for its mesh of a topology's devices; raises DoesNotFit if the compiler refuses it for memory."""
+def make_plan(program: Program, batch: Batch, generation: str, n_vocab: int, *, generate_code: bool = True) -> Plan:
+    """Compile a step for its mesh of a topology's devices; raises DoesNotFit if the compiler refuses it for memory.
+
+    generate_code: if not, the plan is made once the compiler has scheduled the program and placed its buffers, which
+    takes seconds where code takes minutes. A thread is left that goes on: end the process with `os._exit`.
+    """
     lowered = program.lower_step(batch)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="plan-", ignore_cleanup_errors=True) as folder:
         try:
-            compiled = lowered.compile(compiler_options=buffers.dump_options(Path(folder)))
+            compile_step(lowered, Path(folder), generate_code)
         except jax.errors.JaxRuntimeError as error:
             parts = buffers.parts_at_peak(Path(folder), shapes_of(program, batch, n_vocab))
             refusal = refused(str(error), parts, program, generation)
@@ -69,17 +75,14 @@ def make_plan(program: Program, batch: Batch, generation: str, n_vocab: int) -> 
                 raise
             raise refusal from None
         seconds = time.perf_counter() - began
-        memory, text, n = compiled.memory_analysis(), compiled.as_text(), program.mesh.size
-        assert memory is not None, "a TPU's compiler reports it"
-        assert text is not None
+        text = buffers.program_text(Path(folder))
         parts = buffers.parts_at_peak(Path(folder), shapes_of(program, batch, n_vocab))
-    work = flops.of_step(program, batch)
+    work, n = flops.of_step(program, batch), program.mesh.size
     repeated = 4 / 3 if program.numerics.remat == "layers" else 1.0
     peak, bandwidth, _ = flops.peak(program.mesh.devices.flat[0].device_kind) or (math.inf,) * 3
     found, accessed = collectives(text, program.mesh), traffic.accessed(text)
     return Plan(
-        # The compiler's figure is that of the faster memory, if more is held there than in HBM.
-        peak=min(memory.peak_memory_in_bytes, sum(parts.values()) or math.inf),
+        peak=sum(parts.values()),
         parts=parts,
         limit=HBM[generation] * GIB,
         flops=work,
@@ -90,6 +93,24 @@ def make_plan(program: Program, batch: Batch, generation: str, n_vocab: int) -> 
         network=sum(collective.seconds for collective in found),
         seconds_to_compile=seconds,
     )
+
+
+def compile_step(lowered: jax.stages.Lowered, folder: Path, generate_code: bool) -> None:
+    """Compile with the compiler's report in a folder; raises the compiler's errors. See `make_plan`."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            lowered.compile(compiler_options=buffers.dump_options(folder))
+        except BaseException as error:  # raised in the calling thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=COMPILER, daemon=True)
+    thread.start()
+    while thread.is_alive() and (generate_code or not buffers.placed(folder)):
+        thread.join(0.05)
+    if errors:
+        raise errors[0]
 
 
 def shapes_of(program: Program, batch: Batch, n_vocab: int) -> buffers.Shapes:
@@ -181,7 +202,7 @@ def table(plan: Plan, mesh: Mesh, tokens: int) -> Table:
         "least time: communication": f"{1e3 * plan.network:.3g} ms",
         "a step takes at least": f"{1e3 * longest:.3g} ms, bound by {name}: {tokens / longest:,.0f} tokens/s, "
         f"{plan.flops / mesh.size / longest / peak:.0%} of peak",
-        "compiled in": f"{plan.seconds_to_compile:.1f} s",
+        "compiler": f"{plan.seconds_to_compile:.1f} s",
     }
     for label, text in rows.items():
         shown.add_row(label, text)
