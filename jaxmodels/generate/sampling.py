@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.process.texts import quoted
+
 SMALLEST = float(np.finfo(np.float32).tiny)  # XLA flushes smaller numbers to 0
 LARGEST = 1 / SMALLEST  # XLA may multiply by the reciprocal
 DRAWING = ("top_k", "top_p", "min_p")  # settings that have no effect on the most likely token
@@ -120,10 +122,12 @@ def number(name: str, value: Any, allowed: str) -> float:
 
 
 def integer(name: str, value: Any, smallest: int = 1) -> int:
-    """Convert a setting to int; raises ValueError if it is not an integer or below `smallest`."""
+    """Convert a setting to int; raises ValueError if it is not an integer from `smallest` to 2³¹ - 1."""
     found = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(found, bool) or not isinstance(found, numbers.Integral) or found < smallest:
         raise ValueError(f"{name}={value!r} must be an integer of at least {smallest}")
+    if found >= 2**31:
+        raise ValueError(f"{name}={quoted(value)} must be at most {2**31 - 1}")
     return int(found)
 
 

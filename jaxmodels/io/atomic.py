@@ -62,8 +62,8 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
     """Context with a temporary folder to fill, which replaces the target at the end, or is deleted on an exception.
 
     If the target is a symbolic link, the folder it points to is replaced. The new folder is on disk before the old one
-    is deleted. Raises ValueError as `check_target` before anything is written, and OSError naming the target if it
-    cannot be replaced.
+    is deleted. Raises ValueError as `check_target` before anything is written, and again before the target is replaced,
+    and OSError naming the target if it cannot be.
     """
     target = Path(target).resolve()
     check_target(target, overwrite=overwrite)
@@ -79,6 +79,7 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
         yield temporary
         manifest.finish(temporary)
         flush_all((*temporary.rglob("*"), temporary))
+        check_target(target, overwrite=overwrite)  # again: hours may have passed, and others write there too
         old = replace(target, temporary)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -161,8 +162,8 @@ def replace(target: Path, new: Path) -> Path | None:
     `recover` undoes the first. Raises OSError naming the target, with nothing changed.
     """
     try:
-        if not target.exists():
-            new.rename(target)
+        if not target.exists() or not any(target.iterdir()):
+            new.rename(target)  # fails if a file has come into an empty folder
             return None
         if exchange(target, new):
             return new

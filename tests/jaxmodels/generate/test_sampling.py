@@ -182,6 +182,7 @@ def test_numbers_of_any_kind(settings):
         ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
         ({"temperature": 1.0, "top_k": 2.5}, r"top_k=2\.5 .*integer"),
         ({"temperature": 1.0, "top_k": True}, "top_k=True"),
+        ({"temperature": 1.0, "top_k": 2**31}, "top_k=2147483648 must be at most 2147483647"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0\.0"),
         ({"temperature": 1.0, "top_p": 1.1}, r"top_p=1\.1"),
         ({"temperature": 1.0, "top_p": "x"}, r"top_p='x' .*at most 1"),

@@ -312,3 +312,34 @@ def test_an_error_names_the_target_and_no_temporary_name(tmp_path):
         with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))) as caught, write_to(tmp_path / name):
             pass
         assert re.search(r"\.[0-9a-f]{8}", str(caught.value).removeprefix(str(tmp_path))) is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_others_write_to_the_target_meanwhile_is_kept(overwrite, tmp_path):
+    target = tmp_path / "model"
+    if overwrite:
+        write(target, **{"config.json": "old"})
+
+    def convert():
+        with atomic_folder(target, overwrite=overwrite) as new:
+            (new / "config.json").write_text("new")
+            target.mkdir(exist_ok=True)
+            (target / "thesis.tex").write_text("mine")
+
+    with pytest.raises(ValueError, match=rf"{target} is not (empty|overwritten)"):
+        convert()
+    assert contents(target) == {"thesis.tex": "mine"} | ({"config.json": "old"} if overwrite else {})
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_second_of_two_writers_of_a_new_folder_is_refused(tmp_path):
+    target = tmp_path / "model"
+
+    def second():
+        with atomic_folder(target) as new:
+            (new / "config.json").write_text("second")
+            write(target, **{"config.json": "first"})
+
+    with pytest.raises(ValueError, match=rf"{target} is not empty"):
+        second()
+    assert contents(target) == {"config.json": "first"}
