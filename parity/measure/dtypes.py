@@ -7,7 +7,7 @@ distributions too: KL(reference ‖ model), and the most likely tokens.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -21,6 +21,7 @@ from parity.compare.noise import ULPS
 from parity.compare.store import DEFAULT_LIMIT, check_limit
 from parity.locate.trace import trace
 from parity.locate.tree import Part
+from parity.measure.explain import explained_alone
 from parity.measure.reference import Reference, judged, judged_narrow
 from parity.report.results import Agreement, Check, Row, Sweep
 from parity.report.stamp import environment
@@ -66,6 +67,7 @@ def read_sweep(
     began = time.perf_counter()
     rows: list[Row] = []
     checks: list[Check] = []
+    notes: list[str] = []
     for dtype in dtypes:
         if dtype == "float64" and not comparison.float64:
             continue
@@ -78,7 +80,12 @@ def read_sweep(
             result, own = sides.jax.evaluate(batch), sides.torch.evaluate(batch)
             values, of_torch = reference.values(result, dtype), reference.values(own, dtype)
             kinds = [kind for kind in KINDS if kind in values]
-            found = {kind: judged_in(dtype, f"sweep: {kind}", values[kind], of_torch[kind]) for kind in kinds}
+            if dtype == "float64":
+                why = explained_alone(reference, sides.reference, sides.jax, result)
+                notes += why.notes
+                found = {kind: judged(f"sweep: {kind}", dtype, values[kind], why.limits[kind]) for kind in kinds}
+            else:
+                found = {kind: judged_narrow(f"sweep: {kind}", dtype, values[kind], of_torch[kind]) for kind in kinds}
             checks += found.values()
             ours: Agreement | None = None
             theirs: Agreement | None = None
@@ -95,12 +102,7 @@ def read_sweep(
             worst = {kind: (check.value, max(of_torch[kind].values())) for kind, check in found.items()}
             rows.append(Row(dtype, worst, ours, theirs, parts))
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
-    return Sweep(rows, checks, time.perf_counter() - began, stamp)
-
-
-def judged_in(dtype: str, kind: str, values: Mapping[str, float], own: Mapping[str, float]) -> Check:
-    """A check in any dtype."""
-    return judged(kind, dtype, values) if dtype == "float64" else judged_narrow(kind, dtype, values, own)
+    return Sweep(rows, checks, time.perf_counter() - began, stamp, tuple(notes))
 
 
 def traced(sides: Sides, batch: Batch, memory_limit: int) -> Part:

@@ -7,12 +7,14 @@ float32 inside  a side holds a constant or table in a narrow float. Moving these
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parity.compare import noise
+from parity.compare.comparison import Comparison
 from parity.compare.loss import Kinds
 from parity.compare.noise import LIMIT, ULPS
 from parity.compare.sides.jax_side import JaxSide
@@ -39,6 +41,26 @@ class Explanation:
     rounding: Limits
     notes: tuple[str, ...] = ()
     allowed: float = 1.0
+
+
+def allowed_by(comparison: Comparison, torch: "TorchSide") -> tuple[float, tuple[str, ...]]:
+    """The largest value of outputs and gradients in float64 that passes, at least 1, and the notes on the reason."""
+    batch, kinds = comparison.evaluated(torch)
+    reference = Reference(comparison, batch, kinds, torch.noises(batch, kinds, ULPS["float64"], comparison.seed))
+    flax = comparison.jax_side("float64")
+    why = explained_alone(reference, torch, flax, flax.evaluate(batch))
+    return why.allowed, why.notes
+
+
+def explained_alone(reference: Reference, torch: "TorchSide", flax: JaxSide, result: Kinds) -> Explanation:
+    """`explained`, with a float32 run of its own if a value exceeds `LIMIT`. torch and flax: in float64."""
+    comparison, values = reference.comparison, reference.values(result)
+    narrow: Values = {}
+    if not all(value <= LIMIT for of_kind in values.values() for value in of_kind.values()):
+        with comparison.strict_precision(False):
+            narrow = reference.values(comparison.jax_side("float32").evaluate(reference.batch), "float32")
+    constants = functools.partial(add_torch_constants, reference=reference, torch=torch)
+    return explained(reference, constants, flax, result, values, narrow)
 
 
 @dataclasses.dataclass

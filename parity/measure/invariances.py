@@ -25,6 +25,7 @@ from parity.compare.loss import Batch, Kinds, jax_loss
 from parity.compare.noise import Noises
 from parity.compare.sides.adapters import with_weights
 from parity.compare.sides.jax_side import Arrays, JaxSide, compiled, current_device
+from parity.compare.sides.widen import Widened
 from parity.report.results import Check, Invariances
 from parity.report.stamp import environment
 
@@ -136,7 +137,7 @@ class Subject:
         return name, ids
 
     def evaluate(self, function: Callable[[Any, Arrays], Arrays], *, fast: bool = True) -> Kinds:
-        """Results of function(model, values) -> outputs; compiled if fast."""
+        """Results of function(model, values) -> outputs; compiled if fast. Casts are widened as in the base."""
         side = self.side
 
         def objective(
@@ -146,7 +147,8 @@ class Subject:
             return jax_loss(outputs, labels, targets), outputs
 
         derive = jax.value_and_grad(objective, has_aux=True)
-        derive = compiled(derive) if fast else derive
+        prepare = compiled if fast else eager
+        derive = Widened(derive, prepare) if side.casts else prepare(derive)
         (_, outputs), gradients = derive(side.params, *side.arguments(self.batch))
         return self.results(outputs, gradients)
 
@@ -176,6 +178,11 @@ class Subject:
         if axis is None:
             raise NotApplicable("batch_axis is not known")
         return self.batch.inputs.named()[name].shape[axis]
+
+
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, which runs operation by operation."""
+    return function
 
 
 def batch_axes(side: JaxSide, given: BatchAxis) -> dict[str, int | None]:

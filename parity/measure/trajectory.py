@@ -17,6 +17,7 @@ from parity.compare.arguments import modules
 from parity.compare.comparison import Comparison, Settings
 from parity.compare.names import matches
 from parity.compare.noise import LIMIT, ULPS
+from parity.measure.explain import allowed_by
 from parity.measure.optimizers import OPTIMIZERS, RUNS, Moving, Optimizer, Training
 from parity.report.results import Reading, Trajectory
 from parity.report.stamp import environment
@@ -87,7 +88,8 @@ def read_trajectory(
         batch = comparison.batch(reference.outputs(comparison.inputs))
         rates = [float(learning_rate(s) if callable(learning_rate) else learning_rate) for s in range(steps)]
         training = Training(rule, [batch.varied(step) for step in range(steps)], rates, comparison.frozen)
-        rng, ulp = np.random.default_rng(comparison.seed), ULPS[precision]
+        allowed, notes = allowed_by(comparison, reference) if precision == "float64" else (1.0, ())
+        rng, ulp = np.random.default_rng(comparison.seed), ULPS[precision] * allowed
         moving = [training.steps(reference, Moving(ulp, rng)) for _ in range(RUNS)]
         both = zip(training.steps(reference), training.steps(comparison.jax_side(precision)), strict=True)
         largest = noise.Largest()
@@ -101,4 +103,4 @@ def read_trajectory(
             losses["flax"].append(float(result["loss"]["loss"]))
             progress(step)
     stamp = environment(comparison.device, comparison.float64, comparison.seed)
-    return Trajectory(name, precision, readings, losses, time.perf_counter() - began, stamp)
+    return Trajectory(name, precision, readings, losses, time.perf_counter() - began, stamp, notes)

@@ -59,7 +59,8 @@ class Reading(Check):
 class Trajectory:
     """Training of both sides, compared after every step.
 
-    readings: in the order of computation. losses: of 'torch' and 'flax', by step.
+    readings: in the order of computation. losses: of 'torch' and 'flax', by step. notes: why the unit of the readings
+    is larger than the rounding noise.
     """
 
     optimizer: str
@@ -68,6 +69,7 @@ class Trajectory:
     losses: dict[str, list[float]]
     seconds: float
     environment: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -102,6 +104,7 @@ class Trajectory:
             "environment": self.environment,
             "checks": self.checks(),
             "trajectories": (self,),
+            "notes": self.notes,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class Trajectory:
         lines = [f"{self.optimizer}, {self.precision}, {steps} steps, × noise"]
         lines += ["  ".join(map(str.rjust, row, widths)) for row in (headings, *rows)]
         at = self.parted
+        lines += [f"  {note}" for note in self.notes]
         lines.append(
             "  no step differs"
             if at is None
@@ -183,12 +187,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A pair in several dtypes; `checks` limit Flax's error to a multiple of PyTorch's own."""
+    """A pair in several dtypes; `checks` limit Flax's error to a multiple of PyTorch's own.
+
+    notes: why a value in float64 may be larger than the rounding noise.
+    """
 
     rows: list[Row]
     checks: list[Check]
     seconds: float
     environment: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -196,7 +204,13 @@ class Sweep:
 
     def contents(self) -> dict[str, Any]:
         """Fields of a `Report` with this result only."""
-        return {"seconds": self.seconds, "environment": self.environment, "checks": self.checks, "sweep": self}
+        return {
+            "seconds": self.seconds,
+            "environment": self.environment,
+            "checks": self.checks,
+            "sweep": self,
+            "notes": self.notes,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON can hold; infinities and NaN as strings."""
