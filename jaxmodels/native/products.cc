@@ -27,7 +27,6 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
 constexpr int64_t kBlock = 96;        // rows multiplied with one widened panel: they stay in a core's cache
-constexpr size_t kAhead = 1024;       // bytes that are prefetched ahead of those in use
 constexpr int64_t kPartBytes = 1 << 17;
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -191,8 +190,6 @@ inline void LongDots(const Problem& p, const typename W::Stored* w, int64_t r, i
   Floats sums[M][U] = {};
   int64_t i = 0;
   for (; i + U * kLanes <= p.features; i += U * kLanes) {
-    for (size_t ahead = 0; ahead < U * kLanes * sizeof *w; ahead += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + ahead);
 #pragma GCC unroll 16
     for (int u = 0; u < U; ++u) {
       Floats weights = W::Widen(w + i + u * kLanes);
