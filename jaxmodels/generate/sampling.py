@@ -126,7 +126,7 @@ def integer(name: str, value: Any, smallest: int = 1) -> int:
     found = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(found, bool) or not isinstance(found, numbers.Integral) or found < smallest:
         raise ValueError(f"{name}={value!r} must be an integer of at least {smallest}")
-    if found >= 2**31:
+    if int(found) >= 2**31:
         raise ValueError(f"{name}={quoted(value)} must be at most {2**31 - 1}")
     return int(found)
 
