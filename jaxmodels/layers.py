@@ -87,17 +87,27 @@ def unrolls(n_layers: int) -> bool:
 
 
 def in_turn(
-    first: Callable[[jax.Array], jax.Array], second: Callable[[jax.Array], jax.Array], x: jax.Array
+    first: Callable[[jax.Array], jax.Array], second: Callable[[jax.Array], jax.Array], x: jax.Array, name: str
 ) -> jax.Array:
     """first(x) + second(x). Where layers are rematerialized, the second's derivative is computed before the first is.
 
-    XLA would otherwise compute both again at once, and hold what both need.
+    XLA would otherwise compute both again at once, and hold what both need. name: the axes as in `constrain`, by which
+    the derivative by the result is placed once for the products of both: "BSG" gathers the features.
     """
     wrap = _remat.get()
     if wrap is not jax.checkpoint:
         return first(x) + second(x)
     found, x = _derivative_after(wrap(first)(x), x)
-    return found + second(x)
+    return _derivative_placed(found + second(x), name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _derivative_placed(x: jax.Array, name: str) -> jax.Array:
+    """The identity; its cotangent is placed on the mesh."""
+    return x
+
+
+_derivative_placed.defvjp(lambda x, name: (x, None), lambda name, _, cotangent: (constrain(cotangent, name),))
 
 
 @jax.custom_vjp

@@ -54,7 +54,7 @@ SYSTEMS = {
 }
 NEIGHBORS = {"ret": np.random.default_rng(1).integers(0, V, (B, S // CHUNK, 3, 5), np.int32)}
 # accumulation and rematerialization must not depend on the mesh either
-NUMERICS = {"rope": Numerics(accumulate=2, remat="layers"), "neox": Numerics(remat="dots")}
+NUMERICS = {"rope": Numerics(accumulate=2, remat="layers"), "neox": Numerics(remat="layers")}
 
 
 def losses(make_model, numerics: Numerics, others: dict[str, np.ndarray], meshes: list[str]) -> dict[str, list[float]]:

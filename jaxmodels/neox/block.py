@@ -178,7 +178,7 @@ class Block(nnx.Module):
         """x [B, S, D] -> [B, S, D]. plain: compute the whole score matrix."""
         if self.parallel_residual and not plain:
             return x + in_turn(
-                lambda x: self.attention(self.pre_ln_attn(x), rotary), lambda x: self.ffn(self.pre_ln_ffn(x)), x
+                lambda x: self.attention(self.pre_ln_attn(x), rotary), lambda x: self.ffn(self.pre_ln_ffn(x)), x, "BSG"
             )
         return self.residual(x, self.attention(self.pre_ln_attn(x), rotary, plain))
 

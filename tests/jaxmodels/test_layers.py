@@ -149,7 +149,7 @@ def test_rematerialized_branches_are_differentiated_one_after_the_other(x64):
     x = jnp.asarray(normal(2, 5))
 
     def loss(x, first, second):
-        layer = rematerialized(lambda x: in_turn(lambda x: jnp.tanh(first * x), lambda x: jnp.sin(second * x), x))
+        layer = rematerialized(lambda x: in_turn(lambda x: jnp.tanh(first * x), lambda x: jnp.sin(second * x), x, "G"))
         return layer(x).sum()
 
     def gradients(remat):
