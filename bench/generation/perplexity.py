@@ -24,8 +24,8 @@ def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.generation.perplexity", description=__doc__)
     add = arguments.add_argument
     add("source", nargs="?", metavar="SOURCE", help="checkpoint of a NeoX with a tokenizer (default: train one)")
-    add("--steps", type=int, default=600, metavar="N", help="training steps without SOURCE (default 600)")
-    add("--hidden", type=int, default=256, metavar="D", help="features of the trained model (default 256)")
+    add("--steps", type=int, default=300, metavar="N", help="training steps without SOURCE (default 300)")
+    add("--hidden", type=int, default=128, metavar="D", help="features of the trained model (default 128)")
     add("--layers", type=int, default=4, metavar="L", help="its layers (default 4)")
     add("--length", type=int, default=128, metavar="S", help="tokens of a window (default 128)")
     add("--windows", type=int, default=200, metavar="N", help="windows to test on, at most (default 200)")
