@@ -37,7 +37,7 @@ TRAIN = re.compile(r"python -m train\.(\w+)(?: +([^#'`\n]*))?", re.M)
 # Inline code that is a command.
 INLINE = re.compile(r"(?:python -m |python examples/|make |jaxmodels |parity |pytest )[^`\n]*")
 # Programs that pages show and that are not of this project: their arguments are not checked.
-OTHERS = {"cd", "chmod", "cp", "gcloud", "gcsfuse", "git", "hf", "pre-commit"}
+OTHERS = {"cd", "chmod", "cp", "gcloud", "gcsfuse", "git", "hf", "pre-commit", "source"}
 OWN = {"./my_experiment.py", "jaxmodels", "make", "parity", "pip", "pytest", "python"}
 PARSERS = {
     "jaxmodels": "jaxmodels.command",
