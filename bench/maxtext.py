@@ -71,6 +71,7 @@ def flags(size: str, accelerator: str, mesh: str, per_chip: int) -> list[str]:
     sizes = dict(zip(NAMES, SIZES[size], strict=True))
     sizes["base_num_kv_heads"] = sizes["base_num_query_heads"]
     axes = [f"ici_{axis}_parallelism={n}" for axis, n in re.findall(r"(\w+)=(\d+)", mesh)]
+    axes += ["allow_split_physical_axes=true"] if len(axes) > 1 else []  # 8 chips of a row of 16
     chips = [f"compile_topology={accelerator}", f"per_device_batch_size={per_chip}"]
     return [*chips, *axes, *(f"{name}={value}" for name, value in sizes.items())]
 
