@@ -15,6 +15,7 @@ from jaxmodels import __version__
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
+from jaxmodels.process.texts import visible
 from parity.cases.processes import default_workers, examine_in_processes, prepare_jax
 
 if TYPE_CHECKING:
@@ -259,7 +260,8 @@ def record_all(options: argparse.Namespace, console: "Console") -> int:
                 seed=options.seed,
                 name=name,
             )
-    console.print(f"{len(list(options.record.glob('*.json')))} fixtures in {options.record}", highlight=False)
+    n = len(list(options.record.glob("*.json")))
+    console.print(f"{n} fixtures in {visible(str(options.record))}", highlight=False, markup=False)
     return 0
 
 

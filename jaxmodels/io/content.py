@@ -78,6 +78,7 @@ def explained(file: Path, otherwise: str) -> ValueError:
 SPACES = b" \t\r\n"
 TEMPORARY = r"((?:.*/)?)\.([^/]+)\.[0-9a-f]{8}\.jaxmodels"  # of `jaxmodels.io.atomic.atomic_file`
 ORBAX = r"((model/)?params|state)(\.orbax-checkpoint-tmp[^/]*)?/"
+BLOCK = rf"{ORBAX}state/(ocdbt\.process_\d+/)?d/[0-9a-f]{{32}}"
 WRITTEN: dict[str, tuple[bytes, ...]] = {
     r"(model/)?config\.json": (b"{",),
     r"configs/model\.yml": (),
@@ -96,12 +97,15 @@ WRITTEN: dict[str, tuple[bytes, ...]] = {
 }
 
 
-def is_written_here(folder: Path, name: str) -> bool:
+def is_written_here(folder: Path, name: str, *, complete: bool = False) -> bool:
     """True if a file may be a part of a folder that this program was writing: by its path in it, and its beginning.
 
-    Empty files, and those that begin with zeros, as after the machine stopped, hold nothing.
+    Empty files, and those that begin with zeros, as after the machine stopped, hold nothing. complete: of a folder that
+    was finished, in which Orbax's blocks of numbers begin with any bytes.
     """
     file = folder / name
+    if complete and re.fullmatch(BLOCK, name):
+        return file.is_file() and not file.is_symlink()
     name = re.sub(TEMPORARY, r"\1\2", name)
     found = next((beginnings for pattern, beginnings in WRITTEN.items() if re.fullmatch(pattern, name)), None)
     if found is None or file.is_symlink() or not file.is_file():

@@ -85,7 +85,8 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
         text = data[8 : 8 + size].tobytes()
         if text.count(b"[") + text.count(b"{") > MAX_OPENED or text.count(b",") > MAX_COMMAS:
             raise ValueError("a header of more values than a million tensors have")
-        header = json.loads(text, object_pairs_hook=without_repetition)
+        header = json.loads(text.decode(), object_pairs_hook=without_repetition)  # of bytes, it takes UTF-16 too
+        "".join(header).encode()  # a name may not hold half of a character
         about = header.pop("__metadata__", None)
         if about is not None and not all(isinstance(text, str) for text in about.values()):
             raise ValueError("__metadata__ must be an object of strings")
@@ -121,6 +122,8 @@ def check_places(header: Mapping[str, Any], size: int) -> None:
 def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     """Tensor of a header's entry, as a view of the bytes after the header; raises ValueError if it does not fit."""
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if not isinstance(entry["shape"], list):
+        raise ValueError(f"shape {quoted(entry['shape'])} must be a list")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (start, stop, *shape)):
         raise ValueError(
             f"offsets {quoted([start, stop])} and shape {quoted(list(shape))} must be whole numbers of 63 bits"

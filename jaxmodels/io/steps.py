@@ -13,6 +13,7 @@ from typing import Any
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import temporary_name
 from jaxmodels.io.bounded import read_object
+from jaxmodels.io.content import is_written_here
 from jaxmodels.process.texts import quoted
 
 FORMAT = 2
@@ -119,7 +120,7 @@ def foreign(folder: Path) -> str | None:
     try:
         if (folder / MARK).exists():
             listed = read_mark(folder)["files"]
-            other = [name for name in found if name not in listed]
+            other = [name for name in found if name not in listed or not is_written_here(folder, name, complete=True)]
         elif (folder / manifest.NAME).is_file():
             if reason := manifest.unproven(folder):
                 return reason

@@ -4,6 +4,7 @@ import errno
 import io
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import explained, is_zip
 from jaxmodels.io.torch_legacy import read_legacy
 from jaxmodels.process.extras import require
@@ -23,6 +25,7 @@ from jaxmodels.weights.pickles import TooMuchError, check_work
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
 DEPTH = 2  # of an entry with the state_dict
 FUNCTIONS = ("_reconstruct", "scalar")  # by which NumPy's pickles make arrays and numbers
+END, END64 = 22, 98  # bytes of the end of a zip file without a comment, and of one of 64-bit sizes
 PICKLE_BYTES = 2**26  # of the structure, without the numbers
 REPEATED_BYTES = 2**24  # of a tensor that repeats its values, such as a mask, in a smaller file
 
@@ -61,6 +64,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
 
     if not file.is_file():
         raise ValueError(f"{file} is not a file" if not file.exists() else f"{file} is not a regular file")
+    open_regular(file).close()  # refuses sparse files
     zipped = is_zip(file)
     if zipped:
         check_stored(file)
@@ -87,6 +91,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
 
 def check_stored(file: Path) -> None:
     """Raises ValueError if a zip has compressed entries, which cannot be memory-mapped, or too large a pickle."""
+    check_directory(file)
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -98,6 +103,29 @@ def check_stored(file: Path) -> None:
     size = max((entry.file_size for entry in entries if entry.filename.lower().endswith(".pkl")), default=0)
     if size > PICKLE_BYTES:
         raise ValueError(f"{file} has a pickle of {size:,} bytes; at most {PICKLE_BYTES:,} are read")
+
+
+def check_directory(file: Path) -> None:
+    """Raises ValueError unless a zip's directory of entries ends where its end begins.
+
+    Of two directories, one that ends there and one that lies where the end says, Python reads the first, PyTorch the
+    second.
+    """
+    size = file.stat().st_size
+    with open_regular(file) as content:
+        content.seek(max(0, size - END64))
+        tail = content.read()
+    end = len(tail) - END
+    held, offset, start = *struct.unpack("<II", tail[end + 12 : end + 20]), size - END
+    if (
+        len(tail) == END64 and tail[end - 20 : end - 16] == b"PK\x06\x07"
+    ):  # the end of a zip of 64-bit sizes is before it
+        (place,) = struct.unpack("<Q", tail[end - 12 : end - 4])
+        held, offset, start = *struct.unpack("<QQ", tail[40:56]), place
+        if place != size - END64 or tail[:4] != b"PK\x06\x06":
+            start = -1
+    if tail[end : end + 4] != b"PK\x05\x06" or offset + held != start:
+        raise ValueError(f"{file} is a damaged zip file: its directory is not where its last {END} bytes say")
 
 
 def check_structure(file: Path) -> None:

@@ -25,8 +25,8 @@ def read_legacy(file: Path) -> Any:
         offsets = storage_offsets(content, file.stat().st_size)
         mapped = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
 
-        def storage(key: str, n_bytes: int) -> Any:
-            return mapped[offsets[key] : offsets[key] + n_bytes]
+        def storage(key: str, count: int, width: int) -> Any:
+            return mapped[offsets[key] : offsets[key] + count * width]
 
         return read_pickles(content, storage)[0]
 
@@ -35,27 +35,35 @@ def storage_offsets(content: BinaryIO, size: int) -> dict[str, int]:
     """Position of the values of each storage; raises RuntimeError if they do not fill the rest of the file."""
     import torch
 
-    n_bytes: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] = {}
 
-    def storage(key: str, n: int) -> Any:
-        n_bytes[key] = n
-        return torch.UntypedStorage(n, device="meta")
+    def storage(key: str, count: int, width: int) -> Any:
+        sizes[key] = count, width
+        return torch.UntypedStorage(count * width, device="meta")
 
     _, keys = read_pickles(content, storage)
-    if sorted(keys) != sorted(n_bytes):
+    if sorted(keys) != sorted(sizes):
         raise RuntimeError("it does not hold the storages that its tensors refer to")
     offsets, position = {}, content.tell()
     for key in keys:
+        count, width = sizes[key]
+        content.seek(position)
+        held = int.from_bytes(content.read(COUNT_BYTES), "little")
+        if held != count:
+            raise RuntimeError(f"a storage of {held} numbers where its tensors refer to {count}")
         offsets[key] = position + COUNT_BYTES
-        position = offsets[key] + n_bytes[key]
-    if position > size:
+        position = offsets[key] + count * width
+    if position != size:
         raise RuntimeError(f"values up to byte {position} in a file of {size}")
     content.seek(0)
     return offsets
 
 
 def read_pickles(content: BinaryIO, storage: Any) -> tuple[Any, list[str]]:
-    """Content and keys of the storages, without running code; storage: function of a key and a size in bytes."""
+    """Content and keys of the storages, without running code.
+
+    storage: function of a key, a number of values and the bytes of each.
+    """
     import torch
     from torch import _weights_only_unpickler as unpickler
 
@@ -65,7 +73,7 @@ def read_pickles(content: BinaryIO, storage: Any) -> tuple[Any, list[str]]:
         _, kind, key, _, count, view = saved
         width = torch._utils._element_size(kind.dtype)
         if key not in storages:
-            storages[key] = storage(key, count * width)
+            storages[key] = storage(key, count, width)
         held = storages[key]
         if view is not None:  # a part of the storage
             _, start, length = view

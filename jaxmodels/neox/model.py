@@ -191,8 +191,10 @@ class NeoX(nnx.Module):
             remat = self.settings.remat
             body = jax.checkpoint(read_only(body), prevent_cse=False) if remat else rematerialized(body)
         if self.is_stacked:
-            n = self.settings.n_layers
-            x, _ = jax.lax.scan(read_only(body), x, self.layers, unroll=unrolls(n) and not self.settings.remat)
+            # Not if weights are narrower than activations: those of all layers would be widened at once.
+            uniform = all(array.dtype == x.dtype for array in jax.tree.leaves(self.layers))
+            unroll = unrolls(self.settings.n_layers) and uniform and not self.settings.remat
+            x, _ = jax.lax.scan(read_only(body), x, self.layers, unroll=unroll)
         else:
             for layer in self.layers:
                 x, _ = body(x, layer)

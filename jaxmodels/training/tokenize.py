@@ -109,7 +109,8 @@ def tokenize(
         print(visible(note), file=sys.stderr)
     counts = tokens.documents
     documents = "" if counts is None else f" in {counts['train']:,} and {counts['validation']:,} documents,"
+    where = visible(str(out))
     print(
-        f"{out}: {len(tokens.train):,} tokens to train on, {len(tokens.validation):,} to validate,{documents} "
+        f"{where}: {len(tokens.train):,} tokens to train on, {len(tokens.validation):,} to validate,{documents} "
         f"of {len(tokens.vocabulary):,} {tokens.vocabulary.unit}s"
     )

@@ -65,14 +65,14 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
     Raises ValueError, naming the file, if one is not a YAML mapping or contradicts an earlier one.
     """
     try:
-        import yaml
+        import yaml  # noqa: F401
     except ModuleNotFoundError:
         raise ValueError(f"{files[0]}: reading it needs pyyaml: pip install 'jaxmodels[neox]'") from None
     settings: dict[str, Any] = {}
     for file in files:
         try:
             content = parsed(read_text(file, YAML_BYTES))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        except Exception as error:  # also KeyError, IndexError, OverflowError, of values that are not of their tag
             raise ValueError(f"{file} is not a YAML file: {one_line(error)}") from None
         if content is None:
             continue

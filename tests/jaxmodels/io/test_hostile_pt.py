@@ -175,6 +175,48 @@ def test_a_zip_of_several_disks_is_refused(tmp_path):
         read_tensors(tmp_path / "model.pt")
 
 
+def test_a_zip_of_two_directories_is_refused(tmp_path):
+    """Python reads the one before the end, PyTorch the one at the offset that the end names."""
+    file = tmp_path / "model.pt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1000))
+    content = file.read_bytes()
+    start, end = content.index(b"PK\x01\x02"), content.index(b"PK\x05\x06")
+    directory = bytearray(content[start:end])
+    directory[10:12] = bytes(2)  # stored
+    file.write_bytes(content[:end] + directory + content[end:])
+    with zipfile.ZipFile(file) as archive:
+        assert archive.infolist()[0].compress_type == zipfile.ZIP_STORED
+    with pytest.raises(ValueError, match=r"model\.pt is a damaged zip file: its directory"):
+        read_tensors(file)
+
+
+@pytest.mark.parametrize("change", ["count", "shift", "more"])
+def test_old_files_hold_the_numbers_that_their_tensors_refer_to(tmp_path, change):
+    file = tmp_path / "model.pt"
+    torch.save({"a": torch.arange(7.0)}, file, _use_new_zipfile_serialization=False)
+    content = file.read_bytes()
+    assert read_tensors(file)[0]["a"].tolist() == [*range(7)]
+    at = len(content) - 28 - 8
+    parts = {
+        "count": content[:at] + b"\x09" + content[at + 1 :],
+        "shift": content[: at + 8] + b"abc" + content[at + 8 :],
+        "more": content + b"x",
+    }
+    file.write_bytes(parts[change])
+    with pytest.raises(ValueError, match=r"model\.pt is truncated or not a PyTorch checkpoint"):
+        read_tensors(file)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_file_of_which_nothing_was_written_is_refused(tmp_path, old):
+    file = tmp_path / "model.pt"
+    torch.save({"a": torch.arange(7.0)}, file, _use_new_zipfile_serialization=not old)
+    os.truncate(file, 10**12)
+    with pytest.raises(ValueError, match=r"model\.pt"):
+        read_tensors(file)
+
+
 @pytest.mark.parametrize("write", FORMATS)
 @pytest.mark.parametrize("work", WORK)
 def test_a_structure_that_takes_unbounded_work_is_refused(tmp_path, write, work):

@@ -193,6 +193,30 @@ def test_what_is_read_is_what_the_package_reads(tmp_path):
     assert both > 20
 
 
+ENTRY = '{"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ENTRY.replace("[]", '""').encode(),
+        ENTRY.replace("[]", "{}").encode(),
+        ENTRY.replace('"a"', '"\\ud800"').encode(),
+        ENTRY.encode("utf-16"),
+        ENTRY.encode("utf-16-le"),
+        ENTRY.encode("utf-8-sig"),
+    ],
+)
+def test_a_header_is_utf8_and_a_shape_is_a_list(tmp_path, text):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match=r"a\.safetensors\b"):
+        read_file(file)
+    text = ENTRY.encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert read_file(file)["a"].shape == ()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [b"[],", b'{"":[]},', b'"ab",'])
 def test_a_header_of_far_more_values_than_tensors_have_is_refused(tmp_path, part):

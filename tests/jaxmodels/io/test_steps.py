@@ -14,9 +14,9 @@ def complete(run, step: int = 7):
     """A step with two files and its complete.json."""
     folder = run / "checkpoints" / str(step)
     steps.begin(folder)
-    for name in ("model/config.json", "losses.npy"):
+    for name, content in (("model/config.json", b'{"a"}'), ("losses.npy", b"\x93NUMP")):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("12345")
+        (folder / name).write_bytes(content)
     about = {"format": 2, "step": step, "data": {}, "files": {"model/config.json": 5, "losses.npy": 5}}
     (folder / "complete.json").write_text(json.dumps(about))
     return folder
@@ -39,6 +39,18 @@ def test_a_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
     with pytest.raises(ValueError, match=f"{folder} is not removed: '{name}'"):
         steps.remove(folder)
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["diary.txt", "model/diary.txt", "losses.npy"])
+def test_a_list_of_files_proves_nothing(name, tmp_path):
+    folder = tmp_path / "7"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    about = {"format": 2, "step": 7, "data": {}, "files": {name: 4}}
+    (folder / "complete.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"{folder} is not removed: '{name}'"):
+        steps.remove(folder)
+    assert (folder / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize(

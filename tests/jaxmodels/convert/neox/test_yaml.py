@@ -270,3 +270,14 @@ def test_aliases_of_numbers_are_read(tmp_path):
 def read_yaml_text(folder, text):
     (folder / "a.yml").write_text(text)
     return read_yaml([folder / "a.yml"])
+
+
+@pytest.mark.parametrize(
+    "value", ["!!bool foo", '!!int ""', '!!float ""', "!!timestamp foo", ":".join("1" * 200) + ".5"]
+)
+def test_a_value_that_is_not_of_its_tag_is_one_line(tmp_path, value):
+    file = tmp_path / "model.yml"
+    file.write_text(f"a: {value}\n")
+    with pytest.raises(ValueError, match=r"model\.yml is not a YAML file") as refused:
+        read_yaml([file])
+    assert "\n" not in str(refused.value)
