@@ -22,7 +22,7 @@ from jaxmodels.convert.open import Opened, local_folder, open_source
 from jaxmodels.convert.peft import write_peft
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
-from jaxmodels.io.bounded import read_json
+from jaxmodels.io.bounded import errors_naming, read_json
 from jaxmodels.io.checkpoint import read_config, stored_arrays
 from jaxmodels.io.torch_files import read_state_dict, write_state_dict
 from jaxmodels.models import abstract, load_saved
@@ -50,7 +50,8 @@ def from_torch_file(options: argparse.Namespace, names: Names) -> str:
     with float64_allowed():
         tensors = read_state_dict(source, options.key)
         described = abstract(name, config, Stored.of(tensors), "--config")
-        model = from_torch(described, tensors, options.dtype)
+        with errors_naming(source):
+            model = from_torch(described, tensors, options.dtype)
         jaxmodels.save(model, options.target, overwrite=options.overwrite)
         return f"{visible(str(options.target))}: {summary(name, model)}"
 

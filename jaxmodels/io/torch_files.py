@@ -7,7 +7,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ DEPTH = 2  # of an entry with the state_dict
 FUNCTIONS = ("_reconstruct", "scalar")  # by which NumPy's pickles make arrays and numbers
 END, END64 = 22, 98  # bytes of the end of a zip file without a comment, and of one of 64-bit sizes
 PICKLE_BYTES = 2**26  # of the structure, without the numbers
+ALL_REPEATED_BYTES = 2**28  # of all such tensors
 REPEATED_BYTES = 2**24  # of a tensor that repeats its values, such as a mask, in a smaller file
 
 
@@ -49,7 +50,8 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     if not content:
         raise ValueError(f"{file} holds no tensors")
     for name, tensor in content.items():
-        check_size(file, name, tensor)
+        check_tensor(file, name, tensor)
+    check_repeated(file, content.values())
     return dict(content)
 
 
@@ -191,6 +193,7 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
 
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}")
+    check_repeated(file, content.values())
     arrays = {}
     for name, tensor in content.items():
         kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
@@ -202,6 +205,31 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
             narrow = "; float8 weights are not supported" if "float8" in str(tensor.dtype) else ""
             raise ValueError(f"{file} has {quoted(name)}: {error}{narrow}") from None
     return arrays
+
+
+def check_tensor(file: Path, name: Any, tensor: Any) -> None:
+    """Raises ValueError if a tensor has no name, is not dense, holds no values, or is larger than its file."""
+    import torch
+
+    if not isinstance(name, str):
+        raise ValueError(f"{file} has a tensor under {quoted(name)}; expected a name")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type == "meta":
+        raise ValueError(f"{file} has {quoted(name)}, which is not a dense tensor with values")
+    check_size(file, name, tensor)
+
+
+def check_repeated(file: Path, tensors: Iterable[Any]) -> None:
+    """Raises ValueError if the tensors that repeat their values are together more than a model's masks."""
+    import torch
+
+    dense = [t for t in tensors if isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_nested]
+    sizes = [t.numel() * t.element_size() for t in dense]
+    total = sum(size for size, t in zip(sizes, dense, strict=True) if size > t.untyped_storage().nbytes())
+    if total > ALL_REPEATED_BYTES:
+        raise ValueError(
+            f"{file} has tensors of {total:,} bytes that repeat their values by strides of 0; at most "
+            f"{ALL_REPEATED_BYTES:,} are read: save contiguous copies"
+        )
 
 
 def check_size(file: Path, name: Any, tensor: Any) -> None:

@@ -175,6 +175,29 @@ def test_a_zip_of_several_disks_is_refused(tmp_path):
         read_tensors(tmp_path / "model.pt")
 
 
+ODD = {
+    "a number for a name": ({5: torch.ones(2)}, "under 5; expected a name"),
+    "no values": ({"b": torch.empty(3, device="meta")}, "'b', which is not a dense tensor"),
+    "sparse": ({"b": torch.eye(3).to_sparse()}, "'b', which is not a dense tensor"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_named_dense_tensor_is_refused(tmp_path, odd):
+    held, said = ODD[odd]
+    torch.save({"a": torch.ones(3), **held}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=rf"model\.pt has .*{said}"):
+        read_state_dict(tmp_path / "model.pt")
+
+
+def test_many_tensors_that_repeat_a_value_are_counted_together(tmp_path):
+    held = {f"mask {i}": torch.ones(1).expand(2048, 2047) for i in range(17)}
+    torch.save(held, tmp_path / "model.pt")
+    for read in (read_state_dict, read_tensors):
+        with pytest.raises(ValueError, match=r"model\.pt has tensors of 285,0\d\d,\d{3} bytes"):
+            read(tmp_path / "model.pt")
+
+
 def test_a_zip_of_two_directories_is_refused(tmp_path):
     """Python reads the one before the end, PyTorch the one at the offset that the end names."""
     file = tmp_path / "model.pt"
