@@ -193,7 +193,6 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
 
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}")
-    check_repeated(file, content.values())
     arrays = {}
     for name, tensor in content.items():
         kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
@@ -204,6 +203,7 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
         except ValueError as error:
             narrow = "; float8 weights are not supported" if "float8" in str(tensor.dtype) else ""
             raise ValueError(f"{file} has {quoted(name)}: {error}{narrow}") from None
+    check_repeated(file, content.values())
     return arrays
 
 
