@@ -298,7 +298,7 @@ class NumPyValue:
 
 
 def numpy_globals() -> list[Any]:
-    """What NumPy's random state and its numbers refer to in a pickle, under names of older and newer NumPy."""
+    """Stand-ins for NumPy's random state and numbers in a pickle, under names of older and newer NumPy."""
     functions = [f"{module}.multiarray.{name}" for module in ("numpy.core", "numpy._core") for name in FUNCTIONS]
     names = ["numpy.ndarray", "numpy.dtype", *functions, *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__)]
     return [(NumPyValue, name) for name in names]

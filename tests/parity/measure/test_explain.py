@@ -1,4 +1,4 @@
-"""What is float32 inside a port passes in every function with the same note, and a wrong formula beside it fails."""
+"""Parts of a port that are float32 inside pass in every function with the same note; a wrong formula beside fails."""
 
 import jax.numpy as jnp
 import numpy as np
