@@ -112,7 +112,7 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Context without garbage collection, which takes two thirds of the time to parse a text of many lists."""
+    """Context without garbage collection, which visits the objects of a long text again and again, in vain."""
     collects = gc.isenabled()
     gc.disable()
     try:

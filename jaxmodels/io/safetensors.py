@@ -9,9 +9,7 @@ tensors to files, as in transformers. The `safetensors` package is not used: it 
 memory, and copies what it reads.
 """
 
-import contextlib
 import functools
-import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxmodels.io.bounded import open_regular, read_object, without_repetition
+from jaxmodels.io.bounded import open_regular, read_object, without_collection, without_repetition
 from jaxmodels.io.content import explained
 from jaxmodels.io.pipeline import Progress, run_in_threads, write_at
 from jaxmodels.process.texts import quoted, shortened
@@ -56,19 +54,7 @@ FILE_BYTES = 5_000_000_000
 PIECE_BYTES = 1_000_000  # small enough to be in the processor's cache when it is written
 
 
-@contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Pause the garbage collector, which would visit the objects of a long header again and again: it has no cycles."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
-
-
-@without_collector()
+@without_collection()
 def read_file(file: Path) -> dict[str, np.ndarray]:
     """Tensors of one file by name, memory-mapped and read-only.
 
