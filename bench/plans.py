@@ -8,7 +8,6 @@ pip install 'jaxmodels[train,plan]'.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ from jaxmodels.training.experiment import EXPERIMENTS, experiment_class
 from jaxmodels.training.plan import command
 from jaxmodels.training.plan.table import GIB, DoesNotFit, make_plan
 from jaxmodels.training.plan.topology import HBM, SLICES, chips, parse_topology, topology_devices
+from parity.report.stamp import version
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "runs" / "plans" / "plans.jsonl"
@@ -130,7 +130,7 @@ class Store:
 
     def __init__(self, file: Path, only: str = "", deadline: float = float("inf"), again: bool = False):
         self.file, self.only, self.deadline = file, only, deadline
-        self.versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+        self.versions = {name: version(name) for name in ("jax", "libtpu")}
         lines = file.read_text().splitlines() if file.exists() else []
         rows = [json.loads(line) for line in lines]
         rows = [row for row in rows if row["versions"] == self.versions and not (again and only in row["key"])]
