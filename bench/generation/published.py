@@ -11,9 +11,9 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench.device import use
+from bench.neox import writer
 
 SIZES = ("pythia_70m", "pythia_160m", "pythia_410m")
 OURS = ("default", "float32", "weights-8")
@@ -108,27 +108,6 @@ def ours(folder: Path, kind: str, options: argparse.Namespace) -> tuple[Callable
     model = quantize(model, kind="weights") if kind == "weights-8" else for_inference(model)
     ids = np.random.default_rng(0).integers(0, model.settings.n_vocab, (1, options.prompt))
     return writer(model, ids, options.tokens), sum(array.nbytes for array in jax.tree.leaves(model))
-
-
-def writer(model: Any, ids: Any, tokens: int) -> Callable[[], object]:
-    """Decoding of a number of tokens after a prompt that was read already."""
-    import copy
-
-    import jax
-    import jax.numpy as jnp
-
-    from jaxmodels.generate import Sampling
-    from jaxmodels.generate.loop import Decoding
-
-    decoding = Decoding(model, ids, tokens + 1, Sampling())  # the first one comes from the prompt's logits
-    decoding.advance(1)
-
-    def write() -> None:
-        again = copy.copy(decoding)
-        again.state = jax.tree.map(jnp.copy, decoding.state)  # a few MB; the loop takes its state over
-        again.advance().block_until_ready()
-
-    return write
 
 
 def theirs(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], object], int, str]:
