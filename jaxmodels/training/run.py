@@ -117,7 +117,8 @@ def saved_config(kind: type[Experiment[ConfigT]], run: Path) -> ConfigT:
     try:
         with errors_naming(run / FILE):
             config_class.check_types(about.config)
-            check_layers(run, about.config)
+            if about.config.get("checkpoint") is None:  # a fine-tuned model has the sizes of its source
+                check_layers(run, about.config)
             return config_class(**about.config)
     except TypeError as error:
         raise ValueError(f"{run / FILE} has a configuration that {script} does not take: {error}") from None

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmodels.training.experiment import EXPERIMENTS
 from jaxmodels.training.run import read_about, saved_config, saved_experiment
-from train import rope
+from train import neox, rope
 
 ABOUT = {"format": 3, "script": "train.rope", "standalone": True, "config": {"seq_len": 7}, "sha256": "0" * 64}
 
@@ -88,3 +88,13 @@ def test_other_layers_than_the_checkpoint_s_are_refused_at_once(tmp_path):
         else:
             with pytest.raises(ValueError, match=r"config\.json: n_layers=100000000, but checkpoint 4 has 3"):
                 saved_config(rope.Rope, tmp_path)
+
+
+def test_a_fine_tuned_run_has_the_layers_of_its_source_instead_of_the_flag_s(tmp_path):
+    step = tmp_path / "checkpoints" / "2"
+    (step / "model").mkdir(parents=True)
+    (step / "complete.json").write_text("{}")
+    (step / "model" / "config.json").write_text(json.dumps({"format": 1, "model": "NeoX", "config": {"n_layers": 3}}))
+    config = {"checkpoint": "elsewhere", "n_layers": 7}
+    (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"script": "train.neox", "config": config}))
+    assert saved_config(neox.Neox, tmp_path).n_layers == 7
