@@ -6,6 +6,7 @@ HF_HUB_OFFLINE.
 
 import contextlib
 import errno
+import glob
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from jaxmodels.io.bounded import read_object, read_text
 from jaxmodels.io.checkpoint import STEM
 from jaxmodels.io.pretrained import chosen, variants
 from jaxmodels.process.extras import available
+from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -105,8 +107,9 @@ def shard_patterns(names: Sequence[str], folder: Path) -> list[str]:
     """Patterns of GPT-NeoX's shards among a repository's files, of the step that `latest` names if there is one."""
     latest = folder / "latest"
     step = read_text(latest, 4096).strip() if latest.is_file() else "global_step*"
-    if Path(step).name != step:
+    if not is_plain(step):
         raise ValueError(f"{latest} names {quoted(step)}, which is not a folder beside it")
+    step = step if step == "global_step*" else glob.escape(step)
     for places in ("", f"{step}/"):
         for pattern in SHARDS:
             if matching(names, [places + pattern]):

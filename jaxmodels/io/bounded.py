@@ -155,6 +155,17 @@ def errors_naming(where: str | os.PathLike) -> Iterator[None]:
         raise
 
 
+def is_integer(value: Any, number: int) -> bool:
+    """True if a value of a JSON text is an integer of that size: in Python, True and 1.0 are equal to 1."""
+    return type(value) is int and value == number
+
+
+def check_format(where: str | os.PathLike, found: Any, number: int, advice: str = "") -> None:
+    """Raise ValueError, beginning with `where`, unless the format that a file names is the integer `number`."""
+    if not is_integer(found, number):
+        raise ValueError(f"{where} has format {quoted(found)}, this version reads {number}{advice}")
+
+
 def read_object(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> dict[str, Any]:
     """Content of a JSON file that holds an object; raises ValueError as `read_json`, and for other values."""
     content = read_json(file, limit)

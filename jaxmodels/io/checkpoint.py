@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.io.bounded import kind_of, read_json, read_object
+from jaxmodels.io.bounded import check_format, kind_of, read_json, read_object
 from jaxmodels.io.safetensors import is_folder, read_folder
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, with_arrays
@@ -189,8 +189,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{folder} holds no config.json written by jaxmodels.save")
     content = read_object(file)
     try:
-        if content["format"] != FORMAT or isinstance(content["format"], bool):
-            raise ValueError(f"{file} has format {quoted(content['format'])}, this version reads {FORMAT}")
+        check_format(file, content["format"], FORMAT)
         name, config = content["model"], content["config"]
     except KeyError as error:
         raise ValueError(f"{file} is not a config.json written by jaxmodels.save: it has no {error}") from None

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import is_integer, read_object
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.texts import quoted
 
@@ -107,7 +107,11 @@ def read(folder: Path) -> dict[str, Any]:
     if (folder / NAME).is_symlink() or not (folder / NAME).is_file():
         raise ValueError(f"it was not written by this program, as it has no {NAME}")
     about = read_object(folder / NAME)
-    if about.get("format") != FORMAT or not isinstance(about.get("files"), dict) or "complete" not in about:
+    if (
+        not is_integer(about.get("format"), FORMAT)
+        or not isinstance(about.get("files"), dict)
+        or "complete" not in about
+    ):
         raise ValueError(f"{folder / NAME} is no manifest of format {FORMAT}")
     return about
 

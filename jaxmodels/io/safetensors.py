@@ -22,6 +22,7 @@ import numpy as np
 from jaxmodels.io.bounded import open_regular, read_object, without_collection, without_repetition
 from jaxmodels.io.content import explained
 from jaxmodels.io.pipeline import Progress, run_in_threads, write_at
+from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.lazy import Index, nbytes, row_slices, values
 
@@ -137,7 +138,7 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     try:
         weight_map: dict[str, str] = read_object(index)["weight_map"]
         files = sorted(set(weight_map.values()))
-        outside = [name for name in files if Path(name).name != name or len(name) > 255]
+        outside = [name for name in files if not is_plain(name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not the index of a safetensors folder: {shortened(repr(error), 300)}") from None
     if outside:

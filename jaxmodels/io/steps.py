@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import temporary_name
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import check_format, read_object
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.texts import quoted
 
@@ -57,8 +57,7 @@ def read_mark(folder: Path) -> dict[str, Any]:
     """Content of a step's complete.json; raises ValueError, naming the file, if a field is not what a run writes."""
     file = folder / MARK
     mark = read_object(file)
-    if mark.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {quoted(mark.get('format'))}, this version reads {FORMAT}")
+    check_format(file, mark.get("format"), FORMAT)
     files, step = mark.get("files"), mark.get("step")
     if isinstance(step, bool) or not isinstance(step, int) or str(step) != folder.name:
         raise ValueError(f"{file} has step={quoted(step)}, must be {folder.name}")

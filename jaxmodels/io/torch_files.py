@@ -4,9 +4,7 @@ import errno
 import io
 import pickle
 import re
-import struct
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,17 +14,15 @@ import numpy as np
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import explained, is_zip
-from jaxmodels.io.torch_legacy import read_legacy
+from jaxmodels.io.torch_formats import made_on_cpu, read_legacy, read_zipped
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import as_numpy, as_tensor
-from jaxmodels.weights.pickles import TooMuchError, check_work
+from jaxmodels.weights.pickles import TooMuchError
 
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
 DEPTH = 2  # of an entry with the state_dict
 FUNCTIONS = ("_reconstruct", "scalar")  # by which NumPy's pickles make arrays and numbers
-END, END64 = 22, 98  # bytes of the end of a zip file without a comment, and of one of 64-bit sizes
-PICKLE_BYTES = 2**26  # of the structure, without the numbers
 ALL_REPEATED_BYTES = 2**28  # of all such tensors
 REPEATED_BYTES = 2**24  # of a tensor that repeats its values, such as a mask, in a smaller file
 
@@ -68,16 +64,10 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
         raise ValueError(f"{file} is not a file" if not file.exists() else f"{file} is not a regular file")
     open_regular(file).close()  # refuses sparse files
     zipped = is_zip(file)
-    if zipped:
-        check_stored(file)
     try:
-        with torch.serialization.safe_globals(list(safe_globals)):
-            if not zipped:
-                return read_legacy(file)
-            check_structure(file)
-            with warnings.catch_warnings():  # torch's own use of what it deprecates, and notes on the pickle's protocol
-                warnings.simplefilter("ignore")
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings(), made_on_cpu():
+            warnings.simplefilter("ignore")  # torch's own use of what it deprecates, and notes on the pickle's protocol
+            return read_zipped(file) if zipped else read_legacy(file)
     except pickle.UnpicklingError as error:
         # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -87,56 +77,10 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
     except TooMuchError as error:
         raise ValueError(f"{file} is refused: {error}") from None
     except Exception as error:  # a damaged pickle gives any arguments to the functions that it may call
+        if isinstance(error, ValueError) and str(error).startswith(f"{file} "):
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise explained(file, f"is truncated or not a PyTorch checkpoint: {reason}") from None
-
-
-def check_stored(file: Path) -> None:
-    """Raises ValueError if a zip has compressed entries, which cannot be memory-mapped, or too large a pickle."""
-    check_directory(file)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    except Exception as error:  # from damaged ones come BadZipFile, NotImplementedError, struct.error and others
-        raise ValueError(f"{file} is a damaged zip file: {error}") from None
-    compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if compressed:
-        raise ValueError(f"{file} has compressed entries ({compressed[0]}); save it again with torch.save")
-    size = max((entry.file_size for entry in entries if entry.filename.lower().endswith(".pkl")), default=0)
-    if size > PICKLE_BYTES:
-        raise ValueError(f"{file} has a pickle of {size:,} bytes; at most {PICKLE_BYTES:,} are read")
-
-
-def check_directory(file: Path) -> None:
-    """Raises ValueError unless a zip's directory of entries ends where its end begins.
-
-    Of two directories, one that ends there and one that lies where the end says, Python reads the first, PyTorch the
-    second.
-    """
-    size = file.stat().st_size
-    with open_regular(file) as content:
-        content.seek(max(0, size - END64))
-        tail = content.read()
-    end = len(tail) - END
-    held, offset, start = *struct.unpack("<II", tail[end + 12 : end + 20]), size - END
-    if (
-        len(tail) == END64 and tail[end - 20 : end - 16] == b"PK\x06\x07"
-    ):  # the end of a zip of 64-bit sizes is before it
-        (place,) = struct.unpack("<Q", tail[end - 12 : end - 4])
-        held, offset, start = *struct.unpack("<QQ", tail[40:56]), place
-        if place != size - END64 or tail[:4] != b"PK\x06\x06":
-            start = -1
-    if tail[end : end + 4] != b"PK\x05\x06" or offset + held != start:
-        raise ValueError(f"{file} is a damaged zip file: its directory is not where its last {END} bytes say")
-
-
-def check_structure(file: Path) -> None:
-    """Raises TooMuchError if the pickle of a zip file asks for more work than any checkpoint does."""
-    import torch
-
-    # Torch's own reader, which may find another entry in a damaged zip than Python's.
-    with torch.serialization._open_zipfile_reader(str(file)) as reader:
-        check_work(io.BytesIO(reader.get_record("data.pkl")))
 
 
 def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -1,8 +1,10 @@
-"""Folders that a user names: `~` is expanded, and URLs are refused."""
+"""Folders that a user names: `~` is expanded, and URLs are refused; names in files of others beside them."""
 
 import re
 from pathlib import Path
+from typing import Any
 
+LONGEST = 255  # bytes of a name on common file systems
 MOUNTS = {"gs": "gcsfuse BUCKET /mnt/BUCKET", "s3": "mount-s3 BUCKET /mnt/BUCKET"}
 
 
@@ -19,3 +21,10 @@ def local(path: Path | str, name: str) -> Path:
         f"{name}={scheme}://{inside} must be a folder of a file system: mount it{how}, and name "
         f"{name}=/mnt/{bucket or 'BUCKET'}/{rest}"
     )
+
+
+def is_plain(name: Any) -> bool:
+    """True for a string that names one file or folder beside the file in which it stands, and nothing elsewhere."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= LONGEST

@@ -13,15 +13,12 @@ from typing import Any, NamedTuple
 
 from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import recognised
-from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted
+from jaxmodels.text.tables.columns import columns
 from jaxmodels.text.vocabularies import utf8
 
 BLOCK = 2**20  # bytes of a text file that are read at once
 LINE_BYTES = 2**25  # of a line of JSONL
-LEAST_TEXT, EXPANSION = 2**28, 1_000  # characters of a compressed file: of any, and for each of its bytes
-EXPANDED = 2**30  # bytes of a group of rows that may be more than 100 times as many as the file has
-ROWS = 256  # of a column that are decoded at once
 BOM = codecs.BOM_UTF8
 OTHER_BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
@@ -224,78 +221,3 @@ def text_of(where: str, line: bytes, field: str, file: Path) -> str:
         has = f"; it has {', '.join(quoted(name, 40) for name in list(found)[:10])}" if field not in found else ""
         raise ValueError(f"{where} has {quoted(field)}={quoted(text)}, must be a string{has}")
     return text
-
-
-def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[str, str, int, int]]:
-    """Name, text, number and next number of each row of an Arrow or Parquet file; empty values are left out."""
-    require("data", "pyarrow")
-    open_regular(file).close()
-    row, most = 0, LEAST_TEXT + EXPANSION * file.stat().st_size
-    batches = arrow_batches(file) if kind == "arrow" else parquet_batches(file, field)
-    while True:
-        try:
-            batch = next(batches, None)
-            if batch is None:
-                return
-            if row + batch.num_rows <= offset:
-                row += batch.num_rows
-                continue
-            column = strings(file, batch, field)
-            for first in range(0, len(column), ROWS):
-                for text in column.slice(first, ROWS).to_pylist():
-                    most -= len(text or "")
-                    if most < 0:
-                        raise ValueError(f"{file} holds more than {EXPANSION:,} times as much text as it has bytes")
-                    if text is not None and row >= offset:
-                        yield f"{file}, row {row:,}", text, row, row + 1
-                    row += 1
-        except GeneratorExit:
-            raise
-        except Exception as error:  # pyarrow raises many kinds for damaged files
-            if str(error).startswith(str(file)):
-                raise
-            reason = recognised(file) or f"is not a readable {kind.capitalize()} file: {quoted(str(error), 200)}"
-            raise ValueError(f"{file} {reason}") from None
-
-
-def strings(file: Path, batch: Any, field: str) -> Any:
-    """Column of strings of a batch; raises ValueError if there is none of that name."""
-    import pyarrow
-
-    if field not in batch.schema.names:
-        names = ", ".join(quoted(name, 40) for name in batch.schema.names[:20])
-        raise ValueError(f"{file} has no column {quoted(field)}; it has {names}")
-    column = batch.column(batch.schema.names.index(field))
-    column.validate(full=True)  # offsets outside the file would end the process
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    kind = column.type
-    if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in ("string", "large_string", "string_view")):
-        raise ValueError(f"{file} has {kind} in the column {quoted(field)}, must be strings")
-    return column
-
-
-def arrow_batches(file: Path) -> Iterator[Any]:
-    """Record batches of an Arrow file: a stream, as datasets writes it, or the random-access format."""
-    import pyarrow
-
-    with pyarrow.memory_map(str(file)) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            reader = pyarrow.ipc.open_file(mapped)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            mapped.seek(0)
-            yield from pyarrow.ipc.open_stream(mapped)
-
-
-def parquet_batches(file: Path, field: str) -> Iterator[Any]:
-    """Record batches of one column of a Parquet file; of all columns if it is not there."""
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(str(file), buffer_size=2**20, pre_buffer=False) as opened:
-        columns = [field] if field in opened.schema_arrow.names else None
-        for group in range(opened.metadata.num_row_groups):  # not by column: damaged sizes of one end the process
-            size = opened.metadata.row_group(group).total_byte_size
-            if size > max(EXPANDED, 100 * file.stat().st_size):
-                raise ValueError(f"{file} has {size:,} bytes in a group of rows; at most {EXPANDED:,}")
-        yield from opened.iter_batches(batch_size=ROWS, columns=columns, use_threads=False)

@@ -100,9 +100,18 @@ class State:
             count, examples = found["unknown"]
             unknown = Unknown(count, Counter(examples))
             state = cls(found["key"], found["part"], Place(*found["place"]), found["lengths"], unknown)
-            if state.key == key and all(state.is_there(folder, part, dtype) for part in range(len(PARTS))):
+            if (
+                state.key == key
+                and state.is_whole()
+                and all(state.is_there(folder, part, dtype) for part in range(len(PARTS)))
+            ):
                 return state
         return cls(key)
+
+    def is_whole(self) -> bool:
+        """True if all of its numbers are ones: True and 1.0 are equal to 1 in Python."""
+        numbers = [self.part, *self.place, self.unknown.count, *(n for pair in self.lengths for n in pair)]
+        return all(type(number) is int and number >= 0 for number in numbers) and self.part <= len(PARTS)
 
     def is_there(self, folder: Path, part: int, dtype: Any) -> bool:
         """True if the files of a part hold as many items as they should."""

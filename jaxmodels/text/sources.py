@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodels.io.bounded import read_object
+from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.corpora import load_corpus
 from jaxmodels.text.documents import KINDS, Files, Source, Text, TextFile, kind_of
@@ -206,10 +207,6 @@ def saved_files(state: Path) -> list[Path]:
             f"{state} has _indices_data_files, which are not read; save the dataset after flatten_indices()"
         )
     return [state.with_name(name) for name in names]
-
-
-def is_plain(name: str) -> bool:
-    return Path(name).name == name and name not in ("", ".", "..")
 
 
 def count(sources: Sources) -> Census:

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import atomic_folder, recover
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import check_format, is_integer, read_object
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.progress import progress
 from jaxmodels.process.texts import quoted, visible
@@ -248,8 +248,7 @@ def read(folder: Path) -> Tokens:
     try:
         manifest.refuse_links(folder)
         about = read_object(file)
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{file} has format {quoted(about.get('format'))}, this version reads {FORMAT}")
+        check_format(file, about.get("format"), FORMAT)
         parts = {name: map_array(folder / f"{name}.npy") for name in ("train", "validation")}
         vocabulary = load_vocabulary(folder / "vocabulary.json")
         for name, part in parts.items():
@@ -275,7 +274,12 @@ def read_documents(
     for name, ids in parts.items():
         file = folder / f"{name}_documents.npy"
         starts = map_array(file)
-        if starts.ndim != 1 or starts.dtype != np.int64 or not len(starts) or len(starts) - 1 != lengths.get(name):
+        if (
+            starts.ndim != 1
+            or starts.dtype != np.int64
+            or not len(starts)
+            or not is_integer(lengths.get(name), len(starts) - 1)
+        ):
             raise ValueError(
                 f"{file} has {starts.dtype}{list(starts.shape)}; tokens.json says {quoted(lengths.get(name))} documents"
             )
@@ -290,7 +294,7 @@ def check_part(file: Path, ids: np.ndarray, length: object, n_vocab: int) -> Non
     """Raise ValueError if an array does not hold as many ids as tokens.json says, or an id is not in the vocabulary."""
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{file} has {ids.dtype}{list(ids.shape)}, must be integers [n]")
-    if len(ids) != length:
+    if not is_integer(length, len(ids)):
         raise ValueError(f"{file} has {len(ids)} tokens, tokens.json says {quoted(length)}")
     if n_vocab - 1 > np.iinfo(ids.dtype).max:
         raise ValueError(

@@ -20,6 +20,8 @@ from jaxmodels.text.sources import names_documents
 from jaxmodels.training.optimizers import OptimizerName, ScheduleName, check_momentum, make_schedule, without_effect
 from jaxmodels.training.step import Numerics, Precision, Remat
 
+# Each layer is a module of its own when a model is built; published ones have up to 1,000.
+MOST_LAYERS = 2_000
 # For scripts whose flag --attention does not name a kind of attention.
 AttentionKernel = Annotated[Kernel, tyro.conf.arg(aliases=("--attention",))]
 
@@ -98,6 +100,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+            if name.endswith("layers") and value is not None and value > MOST_LAYERS:
+                raise ValueError(f"{name}={value} must be at most {MOST_LAYERS:,}")
         object.__setattr__(self, "seed", seed_32(self.seed))
         for name in ("learning_rate", "eps", "clip"):
             value = getattr(self, name)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.convert.companions import Companions
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import errors_naming, read_object
+from jaxmodels.io.bounded import check_format, errors_naming, read_object
 from jaxmodels.io.checkpoint import read_config
 from jaxmodels.io.steps import check_run, latest_step, problem, steps
 from jaxmodels.models import names
@@ -69,12 +69,11 @@ def read_about(run: Path) -> About:
         raise ValueError(f"{run} holds no training run")
     try:
         about = read_object(file)
-        if about["format"] != FORMAT:
-            raise ValueError(f"{file} has format {quoted(about['format'])}, this version reads {FORMAT}")
+        check_format(file, about["format"], FORMAT)
         for name, kind in (("config", dict), ("script", str), ("sha256", str)):
             if not isinstance(about[name], kind):
                 raise ValueError(f"{file} has {name}={quoted(about[name])}, must be a {kind.__name__}")
-        if about.get("standalone") not in (None, True, False):
+        if not isinstance(about.get("standalone"), bool | None):
             raise ValueError(f"{file} has standalone={quoted(about['standalone'])}, must be true or false")
         original = {key: about[key] for key in ORIGINAL if key in about}
         branches = about.get("branches", [])

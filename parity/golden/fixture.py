@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import read_object, sha256_of
+from jaxmodels.io.bounded import is_integer, read_object, sha256_of
 from jaxmodels.io.safetensors import read_file, write_file
 from jaxmodels.process.texts import quoted, shortened
 from parity.compare.inputs import Inputs
@@ -112,7 +112,7 @@ def read(stem: str | os.PathLike) -> Fixture:
         raise ValueError(f"stem={stem} is not a fixture: {' and '.join(missing)} does not exist")
     try:
         about = read_object(about_file)
-        if about["format"] != FORMAT:
+        if not is_integer(about["format"], FORMAT):
             raise ValueError(
                 f"format={quoted(about['format'])} must be {FORMAT}; record it again, with parity.record or "
                 "parity --record FOLDER"

@@ -13,6 +13,7 @@ from jaxmodels.convert.companions import TOKENIZER
 from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_object
 from jaxmodels.io.content import POINTERS, is_zip
 from jaxmodels.io.pretrained import chosen
+from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted
 
 HF_WEIGHTS = (
@@ -273,7 +274,7 @@ def named_step(folder: Path) -> Path:
     latest = folder / "latest"
     if latest.is_file():
         name = read_bytes(latest, 4096).decode("utf-8", "replace").strip()
-        named = folder / name if name and Path(name).name == name else folder
+        named = folder / name if is_plain(name) else folder
         return named if named.is_dir() else folder
     steps = [step for step in folder.glob("global_step*") if step.is_dir()]
     return steps[0] if len(steps) == 1 and not any(folder.glob("*_states.pt")) else folder

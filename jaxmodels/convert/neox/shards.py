@@ -12,6 +12,7 @@ import numpy as np
 from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, FREQUENCIES, READOUT, Form
 from jaxmodels.io.bounded import read_text
 from jaxmodels.io.torch_files import as_arrays, describe, numpy_globals, read_pt
+from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import is_floating
 from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
@@ -56,7 +57,7 @@ def find_step(folder: Path) -> Path:
             name = read_text(latest, 4096).strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{latest} cannot be read: {error}") from None
-        if not name or Path(name).name != name or not (folder / name).is_dir():
+        if not is_plain(name) or not (folder / name).is_dir():
             raise ValueError(f"{latest} names {quoted(name)}, which is not a folder in {folder}")
         return folder / name
     if has_shards(folder):

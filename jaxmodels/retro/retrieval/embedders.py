@@ -14,9 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxmodels.io.bounded import read_json
-from jaxmodels.process.texts import quoted
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_json
+from jaxmodels.io.safetensors import read_file
+from jaxmodels.io.torch_files import read_pt
+from jaxmodels.process.texts import quoted, shortened
 
+WEIGHTS = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 OWN_MODULES = re.compile(r"sentence_transformers\.([a-z_]+\.)+(Transformer|Pooling|Normalize)")
 
 
@@ -84,12 +87,9 @@ class SentenceTransformer:
             import sentence_transformers
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install sentence-transformers") from None
-        try:
+        with loading(self):
             check_modules(self.model)
-            with offline(self.model):
-                return sentence_transformers.SentenceTransformer(self.model, device="cpu", trust_remote_code=False)
-        except Exception as error:  # of many kinds, from missing files to failed downloads
-            raise ValueError(f"embedder {self.name} cannot be loaded: {str(error).partition(chr(10))[0]}") from None
+            return sentence_transformers.SentenceTransformer(self.model, device="cpu", trust_remote_code=False)
 
     @property
     def width(self) -> int:
@@ -114,6 +114,33 @@ def check_modules(model: str) -> None:
         named = entry.get("type") if isinstance(entry, dict) else entry
         if not isinstance(named, str) or not OWN_MODULES.fullmatch(named):
             raise ValueError(f"{file} names the class {quoted(named)}, which is not imported from a folder")
+
+
+@contextlib.contextmanager
+def loading(embedder: "SentenceTransformer | BertMean") -> Iterator[None]:
+    """Context in which a library loads a model: raises ValueError in one line, naming a damaged file of a folder."""
+    try:
+        check_files(Path(embedder.model))
+        with offline(embedder.model):
+            yield
+    except Exception as error:  # of many kinds, from missing files to failed downloads
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"embedder {embedder.name} cannot be loaded: {shortened(reason, 500)}") from None
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError, naming the file, if weights or configurations in an embedder's folder are damaged.
+
+    The libraries that read them do not name the file, and may map what is not there.
+    """
+    found = [*folder.glob("*"), *folder.glob("*/*")]  # sentence-transformers has a folder for each part
+    for file in sorted(file for file in found if not file.is_dir()):
+        if file.suffix == ".json":
+            read_json(file, TOKENIZER_BYTES)
+        elif file.suffix == ".safetensors":
+            read_file(file)
+        elif WEIGHTS.fullmatch(file.name):
+            read_pt(file)
 
 
 @contextlib.contextmanager
@@ -149,16 +176,12 @@ class BertMean:
     def loaded(self) -> tuple[Any, Any]:
         try:
             import transformers
-
-            with offline(self.model):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
-                model = transformers.AutoModel.from_pretrained(self.model, trust_remote_code=False)
-                model = model.eval().requires_grad_(False)
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install transformers torch") from None
-        except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"embedder {self.name} cannot be loaded: {str(error).partition(chr(10))[0]}") from None
-        return tokenizer, model
+        with loading(self):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+            model = transformers.AutoModel.from_pretrained(self.model, trust_remote_code=False)
+            return tokenizer, model.eval().requires_grad_(False)
 
     @property
     def width(self) -> int:

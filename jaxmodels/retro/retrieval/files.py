@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
-from jaxmodels.io.bounded import open_regular, read_object, sha256_of
+from jaxmodels.io.bounded import check_format, open_regular, read_object, sha256_of
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.retro.retrieval.corpus import Corpus
@@ -42,8 +42,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         manifest.refuse_links(folder)
         about = read_object(file)
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {quoted(about['format'])}, this version reads {FORMAT}; build it again")
+        check_format(file.name, about["format"], FORMAT, "; build it again")
         found = {name: about[name] for name in (*TEXTS, *NUMBERS, "index", "sha256")}
         for name in TEXTS:
             if not isinstance(found[name], str):

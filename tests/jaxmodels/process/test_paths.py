@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.process.paths import local
+from jaxmodels.process.paths import is_plain, local
 
 
 def test_the_home_folder_is_expanded(monkeypatch):
@@ -20,3 +20,15 @@ def test_a_bucket_is_refused_with_how_to_mount_it(given):
         local(given, "out")
     with pytest.raises(ValueError, match=r"^resume=hdfs://"):
         local("hdfs://x/y", "resume")
+
+
+@pytest.mark.parametrize("name", ["a", "global_step7", "..a", "é.pt", "a" * 255])
+def test_a_name_beside_a_file_is_plain(name):
+    assert is_plain(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/", "/a", "a/", "a/b", "../a", "..\\a", "a\0", "a" * 256, "é" * 128, 7, None]
+)
+def test_a_name_of_another_place_is_not_plain(name):
+    assert not is_plain(name)

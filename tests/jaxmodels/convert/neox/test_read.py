@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import jaxmodels
 from jaxmodels.convert import to_torch
 from jaxmodels.convert.neox import load_neox
 from jaxmodels.convert.neox.read import InferredWarning, ReplicaDriftWarning, open_neox
@@ -406,6 +407,18 @@ def test_damage_is_one_error_that_names_the_file(tmp_path, monkeypatch, damage, 
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         load_neox(tmp_path)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../other", "/", "global_step143/..", "a\\b", "a\0b", "x" * 400, "*", ""])
+def test_latest_names_a_folder_beside_it(tmp_path, name):
+    """`..` too is the last part of its own path."""
+    write(tmp_path / "checkpoint")
+    (tmp_path / "layer_00-model_00-model_states.pt").touch()
+    (tmp_path / "checkpoint" / "latest").write_text(name)
+    for read in (load_neox, jaxmodels.load):
+        with pytest.raises(ValueError, match=r"latest names|latest .* not") as refused:
+            read(tmp_path / "checkpoint")
+        assert str(refused.value).isprintable()
 
 
 class Evil:

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmodels.retro.retrieval.embedders import BertMean, HashedNGrams, SentenceTransformer, embedder_of, whole_words
+from jaxmodels.retro.retrieval.embedders import (
+    BertMean,
+    HashedNGrams,
+    SentenceTransformer,
+    embedder_of,
+    loading,
+    whole_words,
+)
 
 TEXTS = ["the sea was calm", "the sea was calmer", "kings and queens", "the sea was calm"]
 
@@ -158,3 +165,36 @@ def test_a_folder_that_names_another_model_uses_no_network(kind, tmp_path, monke
         kind(str(tmp_path)).embed(["a"])
     assert found == ([(True, False)] if kind is SentenceTransformer else [])
     assert not hub.constants.is_offline_mode()
+
+
+DAMAGED = {
+    "model.safetensors": b'\x08\0\0\0\0\0\0\0{"a": 1}',
+    "model-00001-of-00002.safetensors": b"",
+    "2_Dense/model.safetensors": (10**9).to_bytes(8, "little"),
+    "pytorch_model.bin": b"PK\x03\x04",
+    "2_Dense/pytorch_model.bin": b"\x80\x02",
+    "config.json": b"{",
+    "1_Pooling/config.json": b"[" * 10**5,
+    "tokenizer.json": b"\xff",
+}
+
+
+@pytest.mark.parametrize("kind", [BertMean, SentenceTransformer])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_in_the_folder_of_an_embedder_is_named(kind, name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(DAMAGED[name])
+    with (
+        pytest.raises(ValueError, match=rf"^embedder .* cannot be loaded: .*{name} ") as refused,
+        loading(kind(str(tmp_path))),
+    ):
+        pytest.fail("it is read by the library")
+    assert str(refused.value).isprintable()
+
+
+def test_an_error_of_several_lines_becomes_one(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"^embedder bert:.* cannot be loaded: wrong size$"),
+        loading(BertMean(str(tmp_path))),
+    ):
+        raise RuntimeError("\nwrong size\nsize mismatch for a: …")

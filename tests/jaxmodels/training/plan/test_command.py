@@ -80,6 +80,8 @@ def test_every_script_that_trains_is_listed():
         (["rope", "--topology", ""], "topology=''.*v5e-8"),
         (["rope", "--preset", "huge"], "preset='huge'.*small, original"),
         (["rope", "--n-vocab", "0"], "n_vocab=0 must be at least 1"),
+        (["rope", "--n-layers", "1000000000"], "n_layers=1000000000 must be at most 2,000"),
+        (["retro", "--encoder-layers", "2001"], "encoder_layers=2001 must be at most 2,000"),
     ],
 )
 def test_bad_input_is_a_value_error(arguments, message):

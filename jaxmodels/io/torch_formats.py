@@ -1,0 +1,281 @@
+"""The two formats of PyTorch files. The numbers are views of the mapped file.
+
+Since torch 1.6, a zip of entries that are not compressed:
+
+    NAME/data.pkl     the content; tensors refer to storages by key
+    NAME/data/KEY     values of a storage
+    NAME/byteorder    little or big
+
+Before, a file of pickles:
+
+    a pickle each: magic number, protocol, system, the content (tensors refer to storages by key), list of keys
+    for each key: number of elements, 8 bytes, then the values
+
+`torch.load` maps a zip without comparing the entries with the sizes that the pickle names, and reads an old file as a
+whole.
+"""
+
+import contextlib
+import io
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from jaxmodels.io.bounded import open_regular
+from jaxmodels.process.texts import quoted
+from jaxmodels.weights.pickles import check_work
+
+COUNT_BYTES = 8
+END, END64 = 22, 98  # bytes of the end of a zip file without a comment, and of one of 64-bit sizes
+LOCAL = struct.Struct("<4s2x2H16x2H")  # of an entry's own header: signature, flags, method, lengths of name and rest
+UTF8 = 0x800  # flag of a name in UTF-8
+PICKLE_BYTES = 2**26  # of the structure, without the numbers
+# Operations by which tensors are made of storages or of other tensors. None of them fills memory.
+MAKING = {f"aten.{name}" for name in ("set_.source_Storage_storage_offset", "empty_strided.default", "detach.default")}
+MAKING |= {"aten._empty_affine_quantized.default", "aten._empty_per_channel_affine_quantized.default"}
+MAKING |= {"aten._nested_view_from_buffer.default", "aten.alias.default"}
+MAKING |= {"aten._sparse_coo_tensor_with_dims_and_tensors.default"}
+MAKING |= {"aten.sparse_compressed_tensor.comp_plain_value_size"}
+EMPTY = "aten.empty.memory_format"  # without values, until it gets a storage
+Storage = Callable[[str, Any, int], Any]  # of a key, a dtype and a number of bytes
+
+
+class Entry(NamedTuple):
+    """Place of the values of an entry in a zip file, in bytes."""
+
+    offset: int
+    size: int
+
+
+def read_zipped(file: Path) -> Any:
+    """Content of a zip file, whose tensors are views of the mapped file.
+
+    Raises ValueError if it is damaged or has compressed entries, pickle.UnpicklingError if it contains code, and
+    RuntimeError if an entry has not the size of the storage that tensors refer to.
+    """
+    import torch
+
+    with open_regular(file) as opened:
+        entries = entries_of(file, opened)
+
+        def content(name: str) -> bytes:
+            if name not in entries:
+                raise RuntimeError(f"it has no {quoted(name)}")
+            opened.seek(entries[name].offset)
+            return opened.read(entries[name].size)
+
+        root = next(iter(entries), "").partition("/")[0]
+        order = content(f"{root}/byteorder") if f"{root}/byteorder" in entries else b"little"
+        if order not in (b"little", b"big"):
+            raise RuntimeError(f"its byteorder is {quoted(order)}")
+        structure = io.BytesIO(content(f"{root}/data.pkl"))
+    mapped = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+
+    def storage(key: str, dtype: Any, size: int) -> Any:
+        entry = entries.get(f"{root}/data/{key}")
+        if entry is None:
+            raise RuntimeError(f"it has no entry of the storage {quoted(key)}")
+        if entry.size != size:
+            raise RuntimeError(f"storage {quoted(key)} has {entry.size:,} bytes where its tensors refer to {size:,}")
+        part = mapped[entry.offset : entry.offset + size]
+        if order.decode() != sys.byteorder:
+            part.byteswap(dtype)  # in memory: the map is private
+        return part
+
+    return unpickler(structure, storage).load()
+
+
+def entries_of(file: Path, opened: BinaryIO) -> dict[str, Entry]:
+    """Places of the entries of a zip file by name, in its order.
+
+    Raises ValueError, naming the file, if entries are compressed or encrypted, if two have a name or bytes in common,
+    or if the pickle is too large.
+    """
+    check_directory(file)
+    try:
+        with zipfile.ZipFile(opened) as archive:
+            entries, end = archive.infolist(), archive.start_dir
+    except Exception as error:  # from damaged ones come BadZipFile, NotImplementedError, struct.error and others
+        raise ValueError(f"{file} is a damaged zip file: {error}") from None
+    compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise ValueError(f"{file} has compressed entries ({quoted(compressed[0])}); save it again with torch.save")
+    size = max((entry.file_size for entry in entries if entry.filename.lower().endswith(".pkl")), default=0)
+    if size > PICKLE_BYTES:
+        raise ValueError(f"{file} has a pickle of {size:,} bytes; at most {PICKLE_BYTES:,} are read")
+    if len({entry.orig_filename.lower() for entry in entries}) < len(entries):  # PyTorch compares names so
+        raise ValueError(f"{file} is a damaged zip file: two entries have the same name")
+    places = {entry.orig_filename: place_of(file, opened, entry) for entry in entries}
+    for entry in sorted(entries, key=lambda entry: entry.header_offset, reverse=True):
+        place = places[entry.orig_filename]
+        if place.offset + place.size > end:
+            raise ValueError(f"{file} is a damaged zip file: {quoted(entry.orig_filename)} overlaps what follows it")
+        end = entry.header_offset
+    return places
+
+
+def place_of(file: Path, opened: BinaryIO, entry: zipfile.ZipInfo) -> Entry:
+    """Place of an entry's values; raises ValueError, naming the file, if its own header is not that of the directory.
+
+    Sizes may be missing there: they may follow the values.
+    """
+    opened.seek(entry.header_offset)
+    header = opened.read(LOCAL.size)
+    name = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF8 else "cp437")
+    signature, flags, method, length, rest = LOCAL.unpack(header.ljust(LOCAL.size, b"\0"))
+    same = (signature, method, opened.read(length)) == (b"PK\x03\x04", zipfile.ZIP_STORED, name)
+    if not same or flags & 1 or entry.compress_size != entry.file_size:
+        raise ValueError(f"{file} is a damaged zip file: the header of {quoted(entry.orig_filename)} differs")
+    return Entry(entry.header_offset + LOCAL.size + length + rest, entry.file_size)
+
+
+def check_directory(file: Path) -> None:
+    """Raises ValueError unless a zip's directory of entries ends where its end begins.
+
+    Of two directories, one that ends there and one that lies where the end says, Python reads the first, PyTorch the
+    second.
+    """
+    size = file.stat().st_size
+    with open_regular(file) as content:
+        content.seek(max(0, size - END64))
+        tail = content.read()
+    end = len(tail) - END
+    held, offset, start = *struct.unpack("<II", tail[end + 12 : end + 20]), size - END
+    if (
+        len(tail) == END64 and tail[end - 20 : end - 16] == b"PK\x06\x07"
+    ):  # the end of a zip of 64-bit sizes is before it
+        (place,) = struct.unpack("<Q", tail[end - 12 : end - 4])
+        held, offset, start = *struct.unpack("<QQ", tail[40:56]), place
+        if place != size - END64 or tail[:4] != b"PK\x06\x06":
+            start = -1
+    if tail[end : end + 4] != b"PK\x05\x06" or offset + held != start:
+        raise ValueError(f"{file} is a damaged zip file: its directory is not where its last {END} bytes say")
+
+
+def read_legacy(file: Path) -> Any:
+    """Content of a file of the old format, whose tensors are views of the mapped file.
+
+    Raises pickle.UnpicklingError if it contains code, and RuntimeError, EOFError and others if it is damaged.
+    """
+    import torch
+
+    with open_regular(file) as content:
+        offsets = storage_offsets(content, file.stat().st_size)
+        mapped = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+
+        def storage(key: str, dtype: Any, size: int) -> Any:
+            return mapped[offsets[key] : offsets[key] + size]
+
+        return read_pickles(content, storage)[0]
+
+
+def storage_offsets(content: BinaryIO, size: int) -> dict[str, int]:
+    """Position of the values of each storage; raises RuntimeError if they do not fill the rest of the file."""
+    import torch
+
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def storage(key: str, dtype: Any, n_bytes: int) -> Any:
+        sizes[key] = n_bytes, torch._utils._element_size(dtype)
+        return torch.UntypedStorage(n_bytes, device="meta")
+
+    _, keys = read_pickles(content, storage)
+    if sorted(keys) != sorted(sizes):
+        raise RuntimeError("it does not hold the storages that its tensors refer to")
+    offsets, position = {}, content.tell()
+    for key in keys:
+        n_bytes, width = sizes[key]
+        content.seek(position)
+        held = int.from_bytes(content.read(COUNT_BYTES), "little")
+        if held * width != n_bytes:
+            raise RuntimeError(f"a storage of {held} numbers where its tensors refer to {n_bytes // width}")
+        offsets[key] = position + COUNT_BYTES
+        position = offsets[key] + n_bytes
+    if position != size:
+        raise RuntimeError(f"values up to byte {position} in a file of {size}")
+    content.seek(0)
+    return offsets
+
+
+def read_pickles(content: BinaryIO, storage: Storage) -> tuple[Any, list[str]]:
+    """Content and keys of the storages of a file of the old format, without running code."""
+    import torch
+    from torch import _weights_only_unpickler
+
+    def load() -> Any:
+        return _weights_only_unpickler.load(counted(content), encoding="utf-8")
+
+    magic, protocol = load(), load()
+    if (magic, protocol) != (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION):
+        raise RuntimeError("it begins with other bytes")
+    load()  # the system
+    return unpickler(content, storage).load(), load()
+
+
+def unpickler(content: BinaryIO, storage: Storage) -> Any:
+    """PyTorch's unpickler, which runs no code, at the position of a file, with storages of a function.
+
+    The function is called once for each key. Raises TooMuchError; `load` raises RuntimeError if tensors refer to a
+    storage with different sizes or dtypes.
+    """
+    import torch
+    from torch import _weights_only_unpickler
+
+    storages: dict[str, tuple[Any, int, Any]] = {}
+
+    def persistent_load(saved: Any) -> Any:
+        _, kind, key, _, count, *view = saved
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if type(key) is not str or type(count) is not int or count < 0:
+            raise RuntimeError(f"a storage {quoted(key)} of {quoted(count)} numbers")
+        width = torch._utils._element_size(dtype)
+        if key not in storages:
+            storages[key] = dtype, count, storage(key, dtype, count * width)
+        if storages[key][:2] != (dtype, count):
+            raise RuntimeError(f"its tensors refer to different sizes or dtypes of the storage {quoted(key)}")
+        held = storages[key][2]
+        if view and view[0] is not None:  # a part of the storage
+            _, start, length = view[0]
+            held = held[start * width : (start + length) * width]
+        return torch.storage.TypedStorage(wrap_storage=held, dtype=dtype, _internal=True)
+
+    reader = _weights_only_unpickler.Unpickler(counted(content), encoding="utf-8")
+    reader.persistent_load = persistent_load  # type: ignore[method-assign]
+    return reader
+
+
+@contextlib.contextmanager
+def made_on_cpu() -> Iterator[None]:
+    """Context in which PyTorch's unpickler makes tensors in the CPU's memory, and computes nothing.
+
+    A pickle may have tensors of one number, repeated, converted to another dtype, which fills the memory. Raises
+    RuntimeError for such operations.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Making(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(func)
+            if name not in MAKING and not (name == EMPTY and 0 in args[0]):
+                raise RuntimeError(f"its structure asks for the operation {name}")
+            return func(*args, **(kwargs or {}))
+
+    place: Any = torch.serialization._serialization_tls
+    before, place.map_location = place.map_location, "cpu"  # as torch.load does for tensors of other devices
+    try:
+        with Making():
+            yield
+    finally:
+        place.map_location = before
+
+
+def counted(content: BinaryIO) -> BinaryIO:
+    """The same file, if the pickle at its position asks for a bounded amount of work; raises TooMuchError otherwise."""
+    position = content.tell()
+    check_work(content)
+    content.seek(position)
+    return content

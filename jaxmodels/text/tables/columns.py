@@ -1,0 +1,64 @@
+"""Rows of a column of strings in Arrow and Parquet files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.io.bounded import open_regular
+from jaxmodels.io.content import recognised
+from jaxmodels.process.extras import require
+from jaxmodels.process.texts import quoted
+from jaxmodels.text.tables import arrow, parquet
+
+LEAST_TEXT, EXPANSION = 2**28, 1_000  # characters of a compressed file: of any, and for each of its bytes
+
+
+def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[str, str, int, int]]:
+    """Name, text, number and next number of each row of an Arrow or Parquet file; empty values are left out.
+
+    Raises ValueError, naming the file, if it is damaged, has no such column of strings, or stands for far more text
+    than it has bytes.
+    """
+    require("data", "pyarrow")
+    open_regular(file).close()
+    row, most = 0, LEAST_TEXT + EXPANSION * file.stat().st_size
+    batches = arrow.batches(file) if kind == "arrow" else parquet.batches(file, field)
+    while True:
+        try:
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if row + batch.num_rows <= offset:
+                row += batch.num_rows
+                continue
+            column = strings(file, batch, field)
+            for i in range(len(column)):  # one by one: rows may repeat one text of any length
+                text = column[i].as_py()
+                most -= len(text or "")
+                if most < 0:
+                    raise ValueError(f"{file} holds more than {EXPANSION:,} times as much text as it has bytes")
+                if text is not None and row >= offset:
+                    yield f"{file}, row {row:,}", text, row, row + 1
+                row += 1
+        except GeneratorExit:
+            raise
+        except Exception as error:  # pyarrow raises many kinds for damaged files
+            if str(error).startswith(str(file)):
+                raise
+            reason = recognised(file) or f"is not a readable {kind.capitalize()} file: {quoted(str(error), 200)}"
+            raise ValueError(f"{file} {reason}") from None
+
+
+def strings(file: Path, batch: Any, field: str) -> Any:
+    """Column of strings of a batch; raises ValueError if there is none of that name."""
+    import pyarrow
+
+    if field not in batch.schema.names:
+        names = ", ".join(quoted(name, 40) for name in batch.schema.names[:20])
+        raise ValueError(f"{file} has no column {quoted(field)}; it has {names}")
+    column = batch.column(batch.schema.names.index(field))
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in ("string", "large_string", "string_view")):
+        raise ValueError(f"{file} has {column.type} in the column {quoted(field)}, must be strings")
+    column.validate(full=True)  # offsets outside the file would end the process
+    return column

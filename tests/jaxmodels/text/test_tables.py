@@ -1,0 +1,178 @@
+"""Columns of texts in Arrow and Parquet files, and files that stand for far more than they have."""
+
+import itertools
+import struct
+
+import pytest
+
+from jaxmodels.text.documents import Files
+from jaxmodels.text.tables import arrow, columns, parquet, sizes
+from tests.fuzz.judge import memory, peak_reset
+
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet as writer  # noqa: E402
+
+TEXTS = ["to be", "or not", "", "to be é", None, "that is", "to be"] * 101
+READ = [text for text in TEXTS if text is not None]
+TYPES = {
+    "string": pyarrow.string(),
+    "large": pyarrow.large_string(),
+    "view": pyarrow.string_view(),
+    "dictionary": pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+}
+
+
+def table(kind="string"):
+    """A table of texts and other columns, with nested ones."""
+    values = pyarrow.array(TEXTS, pyarrow.string())
+    text = values.dictionary_encode() if kind == "dictionary" else values.cast(TYPES[kind])
+    rows = range(len(TEXTS))
+    return pyarrow.table({"id": list(rows), "text": text, "list": [[i] * (i % 3) for i in rows]})
+
+
+def write_arrow(file, content, new, compression=None, rows=None):
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression, emit_dictionary_deltas=True)
+    with new(file, content.schema, options=options) as opened:
+        opened.write_table(content, rows)
+
+
+def read(file):
+    return [document.chunks.__next__() for document in Files("a", (file,)).documents()]
+
+
+@pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
+@pytest.mark.parametrize("form", ["new_file", "new_stream"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_arrow_files_of_every_kind(tmp_path, kind, form, compression):
+    write_arrow(tmp_path / "a.arrow", table(kind), getattr(pyarrow.ipc, form), compression, 53)
+    assert read(tmp_path / "a.arrow") == READ
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd", "brotli"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("encoding", ["dictionary", "PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_parquet_files_of_every_kind(tmp_path, codec, version, encoding):
+    settings = {"use_dictionary": True} if encoding == "dictionary" else {"use_dictionary": False}
+    if encoding != "dictionary":
+        settings["column_encoding"] = {"text": encoding}
+    file = tmp_path / "a.parquet"
+    writer.write_table(
+        table(), file, compression=codec, data_page_version=version, row_group_size=251, data_page_size=64, **settings
+    )
+    assert read(file) == READ
+    assert [d.name.rpartition(" ")[2] for d in itertools.islice(Files("a", (file,)).documents(0, 300), 2)] == [
+        "300",
+        "301",
+    ]
+
+
+def test_a_dictionary_column_of_parquet_is_read_as_one(tmp_path):
+    writer.write_table(table("dictionary"), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == READ
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Limits of a part of a file in the size of a test's."""
+    for module in (sizes, parquet):
+        monkeypatch.setattr(module, "LEAST_PART", 10**5)
+    monkeypatch.setattr(sizes, "RATIO", 10)
+
+
+ZEROS = {"text": ["0" * 10**6, "to be"]}
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+@pytest.mark.parametrize("form", ["new_file", "new_stream"])
+def test_an_arrow_batch_that_grows_is_not_decompressed(tmp_path, monkeypatch, small, form, compression):
+    write_arrow(tmp_path / "a.arrow", pyarrow.table(ZEROS), getattr(pyarrow.ipc, form), compression)
+    monkeypatch.setattr(pyarrow, "memory_map", lambda *given: pytest.fail("reads it"))
+    with pytest.raises(
+        ValueError, match=r"a\.arrow has 1,000,\d{3} bytes in a batch at byte [\d,]+ after decompression"
+    ):
+        read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("form", ["new_file", "new_stream"])
+def test_dictionaries_that_grow_are_counted_together(tmp_path, monkeypatch, form):
+    for module in (sizes, parquet):
+        monkeypatch.setattr(module, "LEAST_PART", 10**5)
+    monkeypatch.setattr(sizes, "RATIO", 1)
+    kind = pyarrow.schema([("text", pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))])
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd", emit_dictionary_deltas=True)
+    values = []
+    with getattr(pyarrow.ipc, form)(tmp_path / "a.arrow", kind, options=options) as opened:
+        for i in range(7):
+            values.append(f"{i}" * 20_000)
+            array = pyarrow.DictionaryArray.from_arrays(pyarrow.array([i], pyarrow.int32()), pyarrow.array(values))
+            opened.write_batch(pyarrow.record_batch([array], schema=kind))
+    with pytest.raises(ValueError, match=r"a\.arrow has 1\d\d,\d{3} bytes in dictionaries up to byte"):
+        read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_parquet_page_that_grows_is_not_decompressed(tmp_path, small, monkeypatch, version, dictionary):
+    """What the file's own metadata say of its size is not asked."""
+    file = tmp_path / "a.parquet"
+    writer.write_table(
+        pyarrow.table(ZEROS), file, compression="zstd", use_dictionary=dictionary, data_page_version=version
+    )
+    monkeypatch.setattr(writer.ParquetFile, "iter_batches", lambda *given, **named: pytest.fail("reads it"))
+    with pytest.raises(ValueError, match=r"a\.parquet has a page of 1,000,\d{3} bytes in the column 'text'"):
+        read(file)
+
+
+def test_values_that_take_no_bytes_are_counted(tmp_path, small):
+    writer.write_table(pyarrow.table({"text": ["a"] * 10**5}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(ValueError, match=r"a\.parquet has a page of [\d,]+ bytes in the column 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_rows_that_repeat_a_long_text_take_the_memory_of_one(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(parquet, "LEAST_PART", 2**22)
+    file = tmp_path / f"a.{suffix}"
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), ["a" * 3_000_000])
+    if suffix == "arrow":
+        write_arrow(file, pyarrow.table({"text": repeated}), pyarrow.ipc.new_stream, "zstd")
+    else:
+        writer.write_table(pyarrow.table({"text": repeated.dictionary_decode()}), file, compression="zstd")
+    peak_reset()
+    before = memory("VmRSS")
+    assert sum(len(next(document.chunks)) for document in Files("a", (file,)).documents()) == 64 * 3_000_000
+    assert memory("VmHWM") - before < 8e7
+    monkeypatch.setattr(columns, "LEAST_TEXT", 10**7)
+    with pytest.raises(ValueError, match="more than 1,000 times as much text"):
+        read(file)
+
+
+@pytest.mark.parametrize("form", ["new_file", "new_stream"])
+def test_every_changed_byte_of_an_arrow_file_is_read_or_refused(tmp_path, form):
+    """Places and lengths may be anything."""
+    file = tmp_path / "a.arrow"
+    write_arrow(file, pyarrow.table({"text": ["to be", "or not"]}), getattr(pyarrow.ipc, form), "zstd")
+    content = file.read_bytes()
+    for at in range(0, len(content) - 8, 12):
+        for value in (0x7FFFFFFF, 0xFFFFFFFF, 0):
+            file.write_bytes(content[:at] + struct.pack("<I", value) + content[at + 4 :])
+            try:
+                arrow.check_messages(file)
+            except ValueError:
+                continue
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\x15\x00", "has no sizes"),
+        (b"\x15\x00\x15\x01\x15\x00\x00", "has no sizes"),
+        (b"\x15" + b"\xff" * 11, "64 bits"),
+        (b"\x1c" * 20, "nested too deeply"),
+        (b"\x19\x00", "kind 9"),
+        (b"\x15", "refers to byte 1 of 1"),
+    ],
+)
+def test_a_damaged_header_of_a_page_is_refused(data, said):
+    with pytest.raises(ValueError, match=said):
+        list(parquet.pages(data + b"\0" * (said == "has no sizes"), 0, 100))
