@@ -7,6 +7,7 @@ to rounding.
 """
 
 import argparse
+import functools
 import inspect
 import json
 import sys
@@ -28,7 +29,7 @@ from jaxmodels.process.texts import quoted
 from jaxmodels.scoring.documents import LONGEST, model_length
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
-from jaxmodels.scoring.templates import check, limited
+from jaxmodels.scoring.templates import ChatTemplate
 from jaxmodels.text import TokenizerFile
 
 require("eval", "lm_eval")  # before the imports from it, which would fail without naming the extra
@@ -142,16 +143,14 @@ class JaxModelsLM(TemplateLM):
             add_special_tokens = True if self.add_bos_token is None else self.add_bos_token
             if self.has_prefix and has_bos_prefix(string, self.tok_decode([self.prefix_token_id], False)):
                 add_special_tokens = False
-        return self.vocabulary.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        return self.vocabulary.encode(string, special=add_special_tokens).tolist()
 
     @property
     def has_prefix(self) -> bool:
         return any(i is not None for i in (self.given_prefix, self.special["bos"], self.special["eos"]))
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        if not isinstance(self.vocabulary, TokenizerFile):
-            return self.vocabulary.decode(np.asarray(tokens, np.int64))
-        return self.vocabulary.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        return self.vocabulary.decode(np.asarray(tokens, np.int64), skip_special=skip_special_tokens)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
@@ -304,24 +303,16 @@ class JaxModelsLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Template of the source, for lm-eval's record; None if none is asked for."""
-        return self.rendering().get_chat_template() if chat_template else None
+        return self.template.text if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Write a conversation as one text by the source's chat template; needs transformers."""
-        tokenizer = self.rendering()
-        with limited(f"the chat template of {self.name}"):
-            return tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        return self.template.render(chat_history, generation=add_generation_prompt)
 
-    def rendering(self) -> Any:
-        """Tokenizer of transformers with the source's chat template."""
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The source's chat template."""
         require("eval", "transformers")
-        from transformers import PreTrainedTokenizerFast
-
         if not isinstance(self.vocabulary, TokenizerFile):
             raise ValueError(f"{self.name} has no tokenizer.json; chat templates need one")
         settings = tokenizer_settings(self.files)
@@ -332,8 +323,7 @@ class JaxModelsLM(TemplateLM):
         names = {name: token for name in ("bos_token", "eos_token") if (token := token_text(settings.get(name)))}
         if not isinstance(text, str):
             raise ValueError(f"{self.name} has chat_template={quoted(text)}, must be a string")
-        check(text, f"the chat template of {self.name}")
-        return PreTrainedTokenizerFast(tokenizer_object=self.vocabulary.tokenizer, chat_template=text, **names)
+        return ChatTemplate(text, names, f"the chat template of {self.name}")
 
 
 def parsed_batch_size(value: int | str) -> int | None:

@@ -13,11 +13,11 @@ What is not known to have these properties is never cut: the text is then encode
 import functools
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jaxmodels.text.errors import refusing
 from jaxmodels.text.patterns import WHITESPACE, Pattern, Unsupported, is_word
+from jaxmodels.text.untrusted import operations
 
 # Characters that a piece may begin with: none combines with what is before it.
 AFTER = frozenset(" \n\r\t!\"#$%&'()*+,-./:;<=>?@[\\]^{|}~—…、。「」『』《》！（），：；？")
@@ -29,6 +29,8 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 SAMPLES = [("a", " "), ("a", "\n"), ("a", "."), (".", " "), ("中", "。"), ("1", " ")]  # tried to say why none can
 REMOVE_SPACES = ("WhitespaceSplit", "BertPreTokenizer", "Whitespace")
 Step = dict[str, Any]
+Normalized = Callable[[Mapping[str, Any], str], str]
+IN_PROCESS: Normalized = functools.partial(operations.normalize, None)
 
 
 class NoCut(Exception):
@@ -49,20 +51,21 @@ class Anywhere:
 class Cuts:
     """Places where texts can be cut for a tokenizer.
 
-    content: text of a tokenizer.json, as the package writes it. dropped: number of characters, 0 or 1, that a cut
-    leaves out: a tokenizer that prepends a space to every text is given what follows a space. reason: why no text can
-    be cut; None if some can.
+    content: text of a tokenizer.json, as the package writes it. normalized: function that normalizes a text by a step
+    of it; default in this process. dropped: number of characters, 0 or 1, that a cut leaves out: a tokenizer that
+    prepends a space to every text is given what follows a space. reason: why no text can be cut; None if some can.
     """
 
-    def __init__(self, content: str):
+    def __init__(self, content: str, normalized: Normalized = IN_PROCESS):
         parts = json.loads(content)
+        self.normalize = normalized
         self.normalizers = flat(parts.get("normalizer"), "normalizers")
         self.pre_tokenizers = flat(parts.get("pre_tokenizer"), "pretokenizers")
         self.content = content
         self.model: Step = {name: value for name, value in parts["model"].items() if name not in ("vocab", "merges")}
         added = parts.get("added_tokens") or []
         self.raw = Added(token for token in added if not (token["normalized"] and self.normalizers))
-        whole = functools.partial(normalized, {"type": "Sequence", "normalizers": self.normalizers})
+        whole = functools.partial(self.normalize, {"type": "Sequence", "normalizers": self.normalizers})
         self.normalized = Added(
             {**token, "content": whole(token["content"])} for token in added if token["normalized"] and self.normalizers
         )
@@ -118,12 +121,34 @@ class Cuts:
             if step["type"] == "Prepend":
                 self.check_prepend(i, after)
             else:
-                images = {image for pair in images for image in normalize(step, *pair)}
+                images = {image for pair in images for image in self.images(step, *pair)}
             if not all(steady(c) for pair in images for c in pair):
                 raise NoCut(f"its normalizer {step['type']}")
         for before, after in images:
             self.normalized.check(before, after)
             self.check_words(before, after)
+
+    def images(self, step: Step, before: str, after: str) -> set[tuple[str, str]]:
+        """Characters that those beside a cut may become.
+
+        Raises NoCut if a normalizer does not map the sides separately.
+        """
+        kind = step["type"]
+        if kind == "Replace":
+            pattern = Pattern.of(step["pattern"])
+            if not pattern.may_cut(before, after):
+                raise NoCut("its normalizer Replace")
+            left, right = (replaced(pattern, c, step["content"]) for c in (before, after))
+            return {(a[-1], b[0]) for a in left for b in right}
+        if kind == "Strip":
+            if (step["strip_left"] and after in WHITESPACE) or (step["strip_right"] and before in WHITESPACE):
+                raise NoCut("its normalizer Strip")
+            return {(before, after)}
+        if kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Nmt", "Precompiled"):
+            one, other = self.normalize(step, before), self.normalize(step, after)
+            if one and other:
+                return {(one[-1], other[0])}
+        raise NoCut(f"its normalizer {kind}")
 
     def check_words(self, before: str, after: str) -> None:
         """Raise NoCut or Unsupported if pre-tokenizers and model may treat a cut in normalized text otherwise."""
@@ -145,7 +170,7 @@ class Cuts:
         if i or self.normalized.any or after in self.raw.first or not simple:
             raise NoCut("its normalizer Prepend, with what is beside it")
         whole = {"type": "Sequence", "normalizers": rest}
-        if normalized(whole, after) != normalized(whole, prefix):
+        if self.normalize(whole, after) != self.normalize(whole, prefix):
             raise NoCut("its normalizer Prepend")
 
     def check_model(self, before: str, after: str) -> None:
@@ -205,42 +230,6 @@ def steady(c: str) -> bool:
     """True if a character does not combine with those before it in any Unicode normal form."""
     first = unicodedata.normalize("NFKD", c)[0]
     return unicodedata.category(first)[0] not in "MC" and not "\u1160" <= first <= "\u11ff"
-
-
-@functools.lru_cache(maxsize=16)
-def normalizer(content: str) -> Any:
-    """Normalizer of the tokenizers package from its JSON text."""
-    from tokenizers import Tokenizer
-
-    model = {"type": "BPE", "vocab": {}, "merges": []}
-    return Tokenizer.from_str(
-        json.dumps({"version": "1.0", "normalizer": json.loads(content), "model": model})
-    ).normalizer
-
-
-def normalized(step: Step, text: str) -> str:
-    with refusing("the tokenizer cannot normalize the text"):
-        return str(normalizer(json.dumps(step)).normalize_str(text))
-
-
-def normalize(step: Step, before: str, after: str) -> set[tuple[str, str]]:
-    """Characters that those beside a cut may become; raises NoCut if a normalizer does not map the sides separately."""
-    kind = step["type"]
-    if kind == "Replace":
-        pattern = Pattern.of(step["pattern"])
-        if not pattern.may_cut(before, after):
-            raise NoCut("its normalizer Replace")
-        left, right = (replaced(pattern, c, step["content"]) for c in (before, after))
-        return {(a[-1], b[0]) for a in left for b in right}
-    if kind == "Strip":
-        if (step["strip_left"] and after in WHITESPACE) or (step["strip_right"] and before in WHITESPACE):
-            raise NoCut("its normalizer Strip")
-        return {(before, after)}
-    if kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Nmt", "Precompiled"):
-        one, other = normalized(step, before), normalized(step, after)
-        if one and other:
-            return {(one[-1], other[0])}
-    raise NoCut(f"its normalizer {kind}")
 
 
 def replaced(pattern: Pattern, c: str, content: str) -> set[str]:

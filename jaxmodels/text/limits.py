@@ -1,17 +1,16 @@
-"""Limits of a tokenizer.json, checked before it is used: its rules must not multiply a text, and must not take forever.
+"""Limits of a tokenizer.json, checked before it is used: no published one is beyond them.
 
-A file of a few bytes may have normalizers that each double a text, a template that repeats it, tokens of megabytes, or
-a regular expression that tries all ways to divide a word. What the rules may do is computed from the file; how long its
-regular expressions take is measured on short texts.
+A file of a few bytes may have normalizers that each double a text, a template that repeats it, or tokens of megabytes.
+What cannot be computed from the file, as how long its regular expressions take, is limited where it is used:
+`jaxmodels.text.untrusted`.
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.patterns import Pattern, Unsupported
+from jaxmodels.text.patterns import Nullable, Pattern, Unsupported
 
 STEPS = 256  # normalizers, pre-tokenizers, post-processors or decoders; published files have up to 30
 GROWTH = 32  # characters that the rules may make of one; the largest that Unicode's own forms make is 18
@@ -20,17 +19,20 @@ LONGEST_PIECE = 512  # of a Unigram model, which compares every place of a text 
 LONGEST_WORD = 1_000  # of WordPiece, which tries all parts of a word
 LONGEST_AFFIX = 100  # continuing_subword_prefix and such, of every character
 TEMPLATE = 1_000  # parts of a template, and ids of a special token
-PATTERN = 10_000  # characters of a regular expression
-SECONDS = 1.0  # for a probe; published tokenizers take some milliseconds
-RUNS = (16, 24, 32, 64, 250, 1_000)  # characters
-PROSE = "Wherever 2 or 3 are gathered, isn't it so: naïve größe, 中文 and déjà-vu;\n\tx_1 = f(a)[0] * 10.5  # (ok) "
+ADDED = 64  # special tokens that all templates together add to a text
+PATTERN = 10_000  # characters of all regular expressions; published tokenizers have up to 600
+LETTERS = 256  # different characters that replacements write, of which is computed what sees them
 NESTED = {"normalizers", "pretokenizers", "processors", "decoders"}
 Step = Mapping[str, Any]
 
 
-def check(content: str) -> None:
-    """Raise ValueError for a tokenizer.json whose rules may multiply a text or take time without bound."""
-    parts = json.loads(content)
+class Repeated(dict[str, Any]):
+    """Object of a JSON text that has a name twice, with the last value of each."""
+
+
+def check(content: str) -> dict[str, Any]:
+    """Content of a tokenizer.json; raises ValueError for one whose rules may multiply a text, or that is no object."""
+    parts = json.loads(content, object_pairs_hook=object_of)
     if not isinstance(parts, dict):
         raise ValueError("it is no object")
     found = {
@@ -39,14 +41,23 @@ def check(content: str) -> None:
     for name, kind in found.items():
         if len(kind) > STEPS:
             raise ValueError(f"its {name} has {len(kind):,} steps; at most {STEPS}")
+    size = sum(len(pattern) for kind in found.values() for pattern in expressions(kind))
+    if size > PATTERN:
+        raise ValueError(f"its regular expressions have {size:,} characters; at most {PATTERN:,}")
     for name in ("normalizer", "decoder"):
         growth = grows(found[name])
         if growth > GROWTH:
             raise ValueError(f"its {name} may make {quoted(round(growth))} characters of one; at most {GROWTH}")
-    for step in found["post_processor"]:
-        check_template(step)
+    check_templates(found["post_processor"])
     check_model(parts.get("model"))
     check_tokens(token.get("content") for token in objects(parts.get("added_tokens")))
+    return parts
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Object of a JSON text."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Repeated(found)
 
 
 def steps(step: Any) -> Iterator[Step]:
@@ -72,7 +83,8 @@ def grows(rules: list[Step]) -> float:
 
     Only a rule that may see what an earlier one has written multiplies its number.
     """
-    written: list[tuple[float, str, int]] = []  # growth so far, content and place of each Replace
+    letters = {c for rule in rules if isinstance(rule.get("content"), str) for c in rule["content"]}
+    written: list[tuple[float, set[str], int]] = []  # growth so far, characters and place of each Replace
     largest, other = 1.0, -1  # `other`: place of the last rule of another kind, which may change what was written
     for place, rule in enumerate(rules):
         kind, content = rule.get("type"), rule.get("content")
@@ -82,10 +94,10 @@ def grows(rules: list[Step]) -> float:
             other = place if kind not in ("Strip", "Fuse", "ByteFallback") else other
             continue
         factor, pattern = factor_of(rule["pattern"], content)
-        seen = [before for before, text, at in written if at < other or sees(pattern, text)]
-        growth = max([1.0, *seen]) * factor
-        written.append((growth, content, place))
-        largest = max(largest, growth)
+        sees = seen_by(pattern, letters)
+        growth = max([1.0, *(before for before, text, at in written if at < other or not sees.isdisjoint(text))])
+        written.append((growth * factor, set(content), place))
+        largest = max(largest, growth * factor)
     return largest
 
 
@@ -96,36 +108,38 @@ def factor_of(pattern: Step, content: str) -> tuple[float, Pattern | str | None]
         return max(1.0, len(content) / len(text)), text
     try:
         return max(1.0, len(content)), Pattern(str(pattern.get("Regex", ""))[:PATTERN])
-    except (Unsupported, IndexError, RecursionError):
-        return max(1.0, len(content) + inserts(pattern, content)), None
+    except Nullable:  # it writes between characters too
+        return len(content) + 1.0 if content else 1.0, None
+    except Unsupported:
+        return max(1.0, len(content)), None
 
 
-def inserts(pattern: Step, content: str) -> bool:
-    """True if a Replace may write between characters, by a pattern that matches nothing."""
-    from tokenizers import Regex, normalizers
-
-    if not content:
-        return False
-    try:
-        rule = normalizers.Replace(Regex(str(pattern.get("Regex", ""))[:PATTERN]), "\0")
-        return any(len(rule.normalize_str(text)) > len(text) for text in (PROSE, "a", " ", "\n\n", "1"))
-    except BaseException as error:  # an expression that is none is refused when it is used, also by a Rust panic
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        return True
-
-
-def sees(pattern: Pattern | str | None, text: str) -> bool:
-    """True if a pattern may match a part of a text, or what is beside it."""
+def seen_by(pattern: Pattern | str | None, letters: set[str]) -> set[str]:
+    """Those of some characters that a pattern may match, or look at beside a match."""
     if isinstance(pattern, str):
-        return not set(pattern).isdisjoint(text)
-    return pattern is None or any(map(pattern.touches, set(text)))
+        return letters & set(pattern)
+    return letters if pattern is None or len(letters) > LETTERS else {c for c in letters if pattern.touches(c)}
 
 
-def check_template(step: Step) -> None:
-    """Raise ValueError for a post-processor that repeats a text, or adds special tokens without ids, or thousands."""
+def check_templates(processors: list[Step]) -> None:
+    """Raise ValueError for post-processors that add many tokens to a text, one or all together."""
+    for name in ("single", "pair"):
+        added = sum(check_template(step)[name] for step in processors)
+        if added > ADDED:
+            raise ValueError(f"its template {name!r} adds {added:,} special tokens to each text; at most {ADDED}")
+
+
+def check_template(step: Step) -> dict[str, int]:
+    """Number of tokens that each template of a post-processor adds to a text.
+
+    Raises ValueError for one that repeats a text, or adds special tokens without ids, or thousands.
+    """
+    adds = {"single": 0, "pair": 0}
     special = step.get("special_tokens")
     known = special if isinstance(special, dict) else {}
+    for token in known.values():
+        if isinstance(token, dict) and isinstance(token.get("ids"), list) and len(token["ids"]) > TEMPLATE:
+            raise ValueError(f"its special token {quoted(token.get('id'))} has {len(token['ids']):,} ids")
     for name in ("single", "pair"):
         pieces = objects(step.get(name))
         if len(pieces) > TEMPLATE:
@@ -137,9 +151,9 @@ def check_template(step: Step) -> None:
         unknown = [token.get("id") for token in tokens if token.get("id") not in known]
         if unknown:
             raise ValueError(f"its template {name!r} has the special token {quoted(unknown[0])} without ids")
-    for token in known.values():
-        if isinstance(token, dict) and isinstance(token.get("ids"), list) and len(token["ids"]) > TEMPLATE:
-            raise ValueError(f"its special token {quoted(token.get('id'))} has {len(token['ids']):,} ids")
+        ids = [known[token["id"]].get("ids") for token in tokens if isinstance(known[token["id"]], dict)]
+        adds[name] = sum(len(found) for found in ids if isinstance(found, list))
+    return adds
 
 
 def check_model(model: Any) -> None:
@@ -168,36 +182,9 @@ def check_tokens(tokens: Any, most: int = LONGEST_TOKEN) -> None:
         raise ValueError(f"it has a token of {longest:,} characters; at most {most:,}")
 
 
-def probe(tokenizer: Any, content: str) -> None:
-    """Raise ValueError if a tokenizer with regular expressions of its own is very slow with short texts.
-
-    Oniguruma, which the package uses, gives up a match after ten million steps, but it may take nearly as many at each
-    place of a text. Its own time is measured, which does not depend on other processes.
-    """
-    patterns = list(expressions(json.loads(content)))
-    if not patterns:
-        return
-    if max(map(len, patterns)) > PATTERN:
-        raise ValueError(f"it has a regular expression of {max(map(len, patterns)):,} characters; at most {PATTERN:,}")
-    letters = sorted({c for pattern in patterns for c in pattern if c.isalnum()})[:40]
-    characters = dict.fromkeys(["a", "B", "0", " ", "\n", ".", "_", "é", "中", *letters])
-    texts = ["!".join(c * length for c in characters) for length in RUNS]
-    texts += [PROSE * (length // len(PROSE)) for length in (3_000, 10_000, 30_000)]
-    for text in texts:
-        began = time.thread_time()
-        try:
-            tokenizer.encode(text, add_special_tokens=False)
-        except Exception:  # a vocabulary without an unknown token
-            continue
-        seconds = time.thread_time() - began
-        if seconds > SECONDS:
-            raise ValueError(f"its regular expressions take {seconds:.1f} s for {len(text):,} characters")
-
-
-def expressions(value: Any) -> Iterator[str]:
+def expressions(found: list[Step]) -> Iterator[str]:
     """Regular expressions in the steps of a tokenizer.json."""
-    for name in ("normalizer", "pre_tokenizer", "decoder"):
-        for step in steps(value.get(name)):
-            pattern = step.get("pattern")
-            if isinstance(pattern, dict) and isinstance(pattern.get("Regex"), str):
-                yield pattern["Regex"]
+    for step in found:
+        pattern = step.get("pattern")
+        if isinstance(pattern, dict) and isinstance(pattern.get("Regex"), str):
+            yield pattern["Regex"]

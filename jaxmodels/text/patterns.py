@@ -4,17 +4,24 @@ The subset that published tokenizers use: alternatives, groups, classes, quantif
 its positions (atoms that match one character) with the positions that may follow each of them (Glushkov's automaton).
 """
 
+import contextlib
 import dataclasses
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 Test = Callable[[str], bool]  # of one character
 WHITESPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | set(map(chr, range(0x2000, 0x200B)))
+ATOMS = 300  # of a pattern; published ones have up to 70, and each may follow each
+DEPTH = 50  # of groups and classes
 CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "a": "\a", "e": "\x1b", "0": "\0"}
 
 
 class Unsupported(ValueError):
     """A pattern with a construct outside the subset; the message names it."""
+
+
+class Nullable(Unsupported):
+    """A pattern that may match nothing, between any two characters."""
 
 
 def is_word(c: str) -> bool:
@@ -79,14 +86,14 @@ class Pattern:
     """A regular expression in the syntax of the tokenizers package; raises Unsupported if it is outside the subset."""
 
     def __init__(self, source: str):
-        self.source, self.at, self.fold = source, 0, False
+        self.source, self.at, self.fold, self.depth = source, 0, False, 0
         self.atoms: list[Atom] = []
         self.follow: list[set[int]] = []
         self.whole = self.alternatives()
         if self.at < len(source):
             raise Unsupported(f"{source[self.at]!r} at {self.at}")
         if self.whole.nullable:
-            raise Unsupported("a pattern that matches nothing")
+            raise Nullable("a pattern that matches nothing")
 
     @classmethod
     def of(cls, pattern: dict[str, str]) -> "Pattern":
@@ -179,7 +186,8 @@ class Pattern:
     def single(self) -> Part:
         c = self.source[self.at]
         if c == "(":
-            return self.group()
+            with self.nested():
+                return self.group()
         if c == "[":
             return self.atom(self.character_class())
         if c == ".":
@@ -192,8 +200,19 @@ class Pattern:
         self.at += 1
         return self.atom(lambda other: other == c)
 
+    @contextlib.contextmanager
+    def nested(self) -> Iterator[None]:
+        """Context of a group or class; raises Unsupported if it is in too many others."""
+        if self.depth == DEPTH:
+            raise Unsupported(f"more than {DEPTH} nested groups or classes")
+        self.depth += 1
+        yield
+        self.depth -= 1
+
     def atom(self, test: Test, ahead: Part | None = None) -> Part:
         i = len(self.atoms)
+        if i == ATOMS:
+            raise Unsupported(f"more than {ATOMS} characters and classes")
         self.atoms.append(Atom(ignoring_case(test) if self.fold and ahead is None else test, ahead))
         self.follow.append(set())
         return Part(ahead is not None, {i}, {i}, False, {i} if ahead is None else set())
@@ -228,7 +247,8 @@ class Pattern:
             if self.source.startswith(("&&", "[:"), self.at):
                 raise Unsupported(repr(self.source[self.at : self.at + 2]))
             if self.source[self.at] == "[":
-                tests.append(self.character_class())
+                with self.nested():
+                    tests.append(self.character_class())
                 continue
             low = self.class_member()
             if not isinstance(low, str):
@@ -266,8 +286,7 @@ class Pattern:
             return SHORTHANDS[c] if c in SHORTHANDS else negated(SHORTHANDS[c.lower()])
         if c in ("p", "P"):
             if self.taken("{"):
-                end = self.source.find("}", self.at)
-                name, self.at = self.source[self.at : end], end + 1
+                name = self.up_to_brace()
             else:
                 name, self.at = self.source[self.at : self.at + 1], self.at + 1
             negate = (c == "P") != name.startswith("^")
@@ -283,14 +302,21 @@ class Pattern:
 
     def code_point(self, digits: int) -> str:
         if self.taken("{"):
-            end = self.source.find("}", self.at)
-            text, self.at = self.source[self.at : end], end + 1
+            text = self.up_to_brace()
         else:
             text, self.at = self.source[self.at : self.at + digits], self.at + digits
         try:
             return chr(int(text, 16))
         except (ValueError, OverflowError):
             raise Unsupported(f"the character code {text!r}") from None
+
+    def up_to_brace(self) -> str:
+        """Skip what comes before the next closing brace, and the brace."""
+        end = self.source.find("}", self.at)
+        if end < 0:
+            raise Unsupported("a { without its end")
+        text, self.at = self.source[self.at : end], end + 1
+        return text
 
     def taken(self, text: str) -> bool:
         """Skip a text if it comes next."""

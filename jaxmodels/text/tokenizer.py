@@ -12,11 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_bytes, read_object, read_text
+from jaxmodels.process.confined import Confined
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import limits
 from jaxmodels.text.cuts import Cuts
 from jaxmodels.text.errors import refusing
+from jaxmodels.text.untrusted import operations
+from jaxmodels.text.untrusted.plain import is_plain
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
 
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
@@ -27,6 +30,18 @@ MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained
 SPECIAL_NAME = re.compile(r"<\|.+\|>")  # in a vocab.json, which does not say what is special
 LARGEST_ID = 2**24  # published vocabularies have up to 262,144 tokens
 END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
+# Means of a confined tokenizer: seconds of processor time and megabytes, and more of both by the size of the work.
+SECONDS, MEGABYTES = 3.0, 500.0
+WORKS, BYTES_WORK = (
+    50_000.0,
+    250.0,
+)  # bytes a second of encoding, published tokenizers do 20 times as many; memory a byte
+READS, BYTES_READ = 1e6, 60.0  # of a tokenizer.json
+
+
+def means(size: int, memory: float, rate: float) -> dict[str, float]:
+    """Limits of work on some bytes, each of which takes so many bytes of memory, and so many of which take a second."""
+    return {"seconds": SECONDS + size / rate, "megabytes": MEGABYTES + size * memory / 1e6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,27 +89,36 @@ class TokenizerFile(Vocabulary):
     def tokenizer(self) -> Any:
         """`tokenizers.Tokenizer` of the content; raises ValueError if it is not a tokenizer's, or if it is empty."""
         require("neox", "tokenizers")
-        from tokenizers import Tokenizer
-
         with refusing("not a tokenizer.json", silent=True):
-            limits.check(self.content)
-            tokenizer = Tokenizer.from_str(self.content)
-            limits.probe(tokenizer, self.content)
-        tokenizer.no_truncation()  # published files store settings of somebody's last call
-        tokenizer.no_padding()
-        if getattr(tokenizer.model, "dropout", None):
-            tokenizer.model.dropout = None
-        return tokenizer
+            if self.confined is not None:
+                self.confined.start()  # reading it may fail in the same ways as using it
+            return operations.loaded(self.content)
+
+    @functools.cached_property
+    def confined(self) -> Confined | None:
+        """Process that works for a tokenizer that is not known to be harmless; None for one that is.
+
+        Raises ValueError for one that is refused.
+        """
+        if is_plain(limits.check(self.content)):
+            return None
+        size = len(self.content)
+        return Confined(operations.__name__, self.content, **means(size, BYTES_READ, READS))
+
+    def run(self, name: str, *arguments: Any, size: int) -> Any:
+        """Result of an operation of `jaxmodels.text.untrusted.operations`, here or in the confined process.
+
+        size: bytes of the texts, or of the ids.
+        """
+        tokenizer = self.tokenizer
+        if self.confined is None:
+            return getattr(operations, name)(tokenizer, *arguments)
+        return self.confined.call(name, *arguments, **means(size, BYTES_WORK, WORKS))
 
     @property
     def name(self) -> str:
         """Subject of errors about the tokenizer: its file, if it was read from one."""
         return "the tokenizer" if self.file is None else f"tokenizer={self.file}"
-
-    @functools.cached_property
-    def may_panic(self) -> bool:
-        """True if parts of the file may end the package's code: regular expressions and tables of its own."""
-        return '"Regex"' in self.content or '"Precompiled"' in self.content
 
     @functools.cached_property
     def size(self) -> int:
@@ -115,34 +139,40 @@ class TokenizerFile(Vocabulary):
         model = self.tokenizer.get_vocab(with_added_tokens=False).values()
         return 1 + max((token for token in model if token not in added), default=-1)
 
-    def encode(self, text: str) -> np.ndarray:
-        """Encode a text to int32 ids, without the special tokens that some tokenizers add around it."""
-        utf8(text)
-        with refusing(f"{self.name} cannot encode the text", silent=self.may_panic):
-            return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+        """Encode a text to int32 ids, by default without the special tokens that some tokenizers add around it."""
+        size = len(utf8(text))
+        with refusing(f"{self.name} cannot encode the text"):
+            return np.asarray(self.run("encode", text, special, size=size), np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """Encode texts as `encode`, each by itself, on all cores; `ids_of` makes ids of the results."""
-        for text in texts:
-            utf8(text)
-        with refusing(f"{self.name} cannot encode the text", silent=self.may_panic):
-            return list(self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))  # without offsets
+        size = sum(len(utf8(text)) for text in texts)
+        with refusing(f"{self.name} cannot encode the text"):
+            tokenizer = self.tokenizer
+            if self.confined is None:  # ids are made of the results later, in another thread
+                return list(tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
+            return list(self.run("encode_batch", list(texts), size=size))
 
     def ids_of(self, encoded: Any) -> np.ndarray:
         """Ids of a result of `encode_batch`: int32 [n]."""
-        return np.asarray(encoded.ids, np.int32)
+        return np.asarray(encoded if isinstance(encoded, list) else encoded.ids, np.int32)
 
     def unknown_in(self, text: str) -> list[str]:
         """Parts of a text that become the unknown token."""
-        with refusing(f"{self.name} cannot encode the text", silent=self.may_panic):
-            found = self.tokenizer.encode(text, add_special_tokens=False)
-        spans = (span for token, span in zip(found.ids, found.offsets, strict=True) if token == self.unknown)
-        return [text[start:stop] for start, stop in spans]
+        with refusing(f"{self.name} cannot encode the text"):
+            found = self.run("encode_with_offsets", text, size=len(utf8(text)))
+        return [text[start:stop] for token, (start, stop) in found if token == self.unknown]
 
     @functools.cached_property
     def cuts(self) -> Cuts:
         """Places where a text can be cut so that the ids of its pieces are those of the whole."""
-        return Cuts(self.tokenizer.to_str())
+        return Cuts(self.tokenizer.to_str(), self.normalize)
+
+    def normalize(self, step: Mapping[str, Any], text: str) -> str:
+        """Text as the normalizer of a step of the file makes it."""
+        with refusing(f"{self.name} cannot normalize the text"):
+            return str(self.run("normalize", step, text, size=len(utf8(text))))
 
     @functools.cached_property
     def unknown(self) -> int | None:
@@ -159,18 +189,15 @@ class TokenizerFile(Vocabulary):
 
         Those that it puts after texts are left out: they would end the text.
         """
-        ids = self.encode(text)
-        with refusing(f"{self.name} cannot encode the text", silent=True):  # templates may panic too
-            whole = self.tokenizer.encode(text)
-            first = next((i for i, added in enumerate(whole.special_tokens_mask) if not added), 0)
-            before = np.asarray(whole.ids[:first], np.int32)
-        same = whole.ids[first : first + len(ids)] == ids.tolist()  # not if the mask has its own meaning
-        return np.concatenate([before, ids]) if same else ids
+        size = len(utf8(text))
+        with refusing(f"{self.name} cannot encode the text"):
+            return np.asarray(self.run("encode_prompt", text, size=size), np.int32)
 
     def decode(self, ids: Any, *, skip_special: bool = False) -> str:
         """Decode ids [n] to text, with or without special tokens; incomplete characters become �."""
-        with refusing(f"{self.name} cannot decode these ids", silent=self.may_panic):
-            return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special)
+        tokens = np.asarray(ids).tolist()
+        with refusing(f"{self.name} cannot decode these ids"):
+            return str(self.run("decode", tokens, skip_special, size=4 * len(tokens)))
 
     def save(self, file: Path) -> None:
         """Write a file for `load_vocabulary`."""

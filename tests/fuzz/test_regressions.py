@@ -331,7 +331,7 @@ def test_a_panic_of_the_tokenizer_is_refused(monkeypatch):
             raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
 
     vocabulary = TokenizerFile("{}")
-    vocabulary.__dict__["tokenizer"] = Panics()
+    vocabulary.__dict__.update(tokenizer=Panics(), confined=None)
     with pytest.raises(ValueError, match=r"^the tokenizer cannot encode the text: index out of bounds$"):
         vocabulary.encode("abc")
 

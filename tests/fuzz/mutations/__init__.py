@@ -12,6 +12,7 @@ from tests.fuzz.mutations.archives import mutated_zip
 from tests.fuzz.mutations.entries import change_folder, exchange_file
 from tests.fuzz.mutations.octets import mutated_bytes, relined
 from tests.fuzz.mutations.pickles import mutated_pickle
+from tests.fuzz.mutations.rules import mutated_rules, other_template
 from tests.fuzz.mutations.tensors import mutated_npy, mutated_safetensors
 from tests.fuzz.mutations.trees import is_lines, mutated_json, mutated_lines, mutated_yaml
 from tests.fuzz.mutations.values import Rng, choose
@@ -66,6 +67,10 @@ def fitting(name: str, content: bytes) -> Sequence[Change]:
         return [mutated_yaml] * 4 + [mutated_bytes, relined]
     if is_lines(content):
         return [mutated_lines] * 4 + [mutated_bytes]
+    if name == "tokenizer.json":
+        return [mutated_json] * 2 + [mutated_rules] * 4 + [mutated_bytes]
+    if name.endswith(".jinja"):
+        return [other_template] * 4 + [mutated_bytes, relined]
     if content[:1] in (b"{", b"["):
         return [mutated_json] * 4 + [mutated_bytes]
-    return [mutated_bytes] * 3 + ([relined] if name.endswith((".txt", ".jsonl", ".jinja", "latest")) else [])
+    return [mutated_bytes] * 3 + ([relined] if name.endswith((".txt", ".jsonl", "latest")) else [])

@@ -77,17 +77,23 @@ SWELLS = {
         "max_input_chars_per_word=1000000000",
     ),
     "a long prefix": ({"model": {**MODEL, "continuing_subword_prefix": "#" * 1_000}}, "prefix has 1,000"),
-    "all divisions of a word": ({"pre_tokenizer": split(r"(?:\w+\w?)+[.,]!")}, "retry-limit|take .* s"),
-    "three loops": ({"pre_tokenizer": split(r"[^z]*[^y]*[^x]*[0-9]z")}, "retry-limit|take .* s"),
-    "of its own letters": ({"normalizer": replace("(?:ß+ß?)+[xy]", "a", "Regex")}, "retry-limit|take .* s"),
+    "tokens of a template": (
+        {"post_processor": template(*[{"SpecialToken": {"id": "b", "type_id": 0}}] * 999, text("A"))},
+        "adds 999 special tokens",
+    ),
+    "tokens of many templates": (
+        {
+            "post_processor": sequence(
+                "processors", *[template({"SpecialToken": {"id": "b", "type_id": 0}}, text("A"))] * 70
+            )
+        },
+        "adds 70 special tokens",
+    ),
     "a long expression": ({"pre_tokenizer": split("a|" * 10_000 + "b")}, "20,001 characters"),
 }
 
 
-SLOW = ("three loops",)
-
-
-@pytest.mark.parametrize("what", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SWELLS])
+@pytest.mark.parametrize("what", SWELLS)
 def test_it_is_refused_in_a_moment(what, capfd):
     parts, said = SWELLS[what]
     vocabulary, began = tokenizer(**parts), time.process_time()

@@ -1,0 +1,28 @@
+"""Chat templates as transformers renders them, in a child process of `process.confined`.
+
+Jinja's sandbox keeps a template from code and files, not from loops that take days, nor from numbers and texts without
+end, which one expression can make.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def operations() -> Mapping[str, Callable[..., Any]]:
+    """Operation `render`."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    def render(template: str, special: Mapping[str, str], messages: list[Any], generation: bool) -> str:
+        """Text of a conversation. special: special tokens by name, such as bos_token."""
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **dict(special))
+        found = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generation,
+            continue_final_message=not generation,
+        )
+        return str(found)
+
+    return {"render": render}

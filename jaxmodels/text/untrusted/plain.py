@@ -1,0 +1,172 @@
+"""Tokenizers whose work is known to be linear in a text, to grow it little and not to fail: most published ones.
+
+They are used as they are. All others, such as those with a regular expression that is not listed here, work in a
+confined process: how long an expression takes for a text that nobody has tried cannot be told from its own text.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxmodels.text.limits import NESTED, Step, grows
+
+STEPS = 16  # of a normalizer, pre-tokenizer, post-processor or decoder
+GROWTH = 64  # characters that all normalizers, or all decoders, may make of one
+UNICODE = {"NFKC": 18, "NFKD": 18, "Lowercase": 3, "NFC": 3, "NFD": 4, "Nmt": 1, "StripAccents": 1, "ByteLevel": 2}
+LONGEST = 100  # characters of a string that is looked for, or of an affix
+LONGEST_PIECE = 128  # of a Unigram model: each place of a text is compared with so many characters
+LONGEST_WORD = 200  # of WordPiece, which tries all parts of a word
+
+MARK = re.compile(r"<[^<>]{2,}>|\[[A-Z]{3,}\]")  # <mask>, [MASK]: no text has thousands of them by accident
+
+# Regular expressions of published tokenizers. Each takes time in proportion to the text: its alternatives differ in the
+# first character or two, and a repetition gives back one character at most, or is followed by nothing else.
+SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORD, OTHER = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = tuple(rf"[^\r\n\p{{L}}\p{{N}}]?{letters}" for letters in (f"{UPPER}*{LOWER}+", f"{UPPER}+{LOWER}*"))
+LINEAR = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2, GPT-NeoX
+    rf"{SHORT}|{WORD}|\p{{N}}{{1,3}}|{OTHER}|{SPACES}",  # GPT-4, Llama 3
+    rf"{SHORT}|{WORD}|\p{{N}}|{OTHER}|{SPACES}",  # Qwen 2
+    rf"{SHORT}|{WORD}|\p{{N}}+|{OTHER}|{SPACES}",
+    rf"{CASED[0]}{SHORT}?|{CASED[1]}{SHORT}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}",  # GPT-4o
+    rf"{CASED[0]}|{CASED[1]}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}",  # Mistral's Tekken
+    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",  # CLIP
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",  # BLOOM
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+    rf" ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}",  # DeepSeek-V3
+    "[0-9][0-9][0-9]",  # Falcon
+}
+# One character or a class of them, not of nested ones, and a repetition of it.
+ESCAPE, PROPERTY = r"\\[sSdDwWrnt]", r"\\[pP]\{[A-Za-z]{1,2}\}"
+CLASS = rf"\[\^?(?:[^\\\[\]&^]|{ESCAPE}|{PROPERTY})+\]"
+SINGLE = re.compile(rf"(?:[^\\\[\](){{}}.*+?|^$&]|{ESCAPE}|{PROPERTY}|{CLASS})(?:\+|\{{\d{{1,2}}(?:,\d{{0,2}})?\}})?")
+
+
+def is_plain(parts: Step) -> bool:
+    """True if all parts of a tokenizer.json, as `limits.check` returns it, are known to be harmless."""
+    if type(parts) is not dict:
+        return False
+    sections = {name: simple_steps(parts.get(name)) for name in PARTS}
+    for name, section in sections.items():
+        if section is None or len(section) > STEPS or not all(harmless(step, PARTS[name]) for step in section):
+            return False
+    normalizers, pre_tokenizers, decoders = (
+        sections[name] or [] for name in ("normalizer", "pre_tokenizer", "decoder")
+    )
+    unicode = 1
+    for kind in {step["type"] for step in normalizers}:
+        unicode *= UNICODE.get(kind, 1)
+    if unicode * grows(normalizers) > GROWTH or grows(decoders) > GROWTH:
+        return False
+    # Two of a kind may make four characters of one, and so on.
+    kinds = [step["type"] for step in (*normalizers, *pre_tokenizers)], [step["type"] for step in decoders]
+    if any(kinds[0].count(kind) > 1 for kind in ("ByteLevel", "Metaspace")):
+        return False
+    if any(kinds[1].count(kind) > 1 for kind in ("BPEDecoder", "WordPiece")):
+        return False
+    return harmless_model(parts.get("model")) and harmless_added(parts.get("added_tokens"))
+
+
+def simple_steps(step: Any) -> list[Step] | None:
+    """Steps of a section, those of sequences one after the other; None if it has anything but objects.
+
+    An object with a name twice is none: other libraries may read another value.
+    """
+    left: list[Any] = [] if step is None else [step]
+    found: list[Step] = []
+    while left:
+        step = left.pop(0)
+        if type(step) is not dict:
+            return None
+        if step.get("type") != "Sequence":
+            found.append(step)
+            continue
+        names = NESTED & step.keys()
+        if len(names) != 1 or not isinstance(inner := step[names.pop()], list):
+            return None
+        left[:0] = inner
+    return found
+
+
+def harmless(step: Step, kinds: Mapping[str, Callable[[Step], bool]]) -> bool:
+    """True if a step is of one of several kinds, and fulfils its condition."""
+    check = kinds.get(step["type"]) if isinstance(step.get("type"), str) else None
+    return check is not None and check(step)
+
+
+def always(step: Step) -> bool:
+    return True
+
+
+def harmless_pattern(step: Step) -> bool:
+    """True if the pattern of a step is a short string, or an expression that is known to take linear time."""
+    pattern = step.get("pattern")
+    if type(pattern) is not dict or len(pattern) != 1:
+        return False
+    ((kind, text),) = pattern.items()
+    if not isinstance(text, str):
+        return False
+    if kind == "Regex":
+        return text in LINEAR or SINGLE.fullmatch(text) is not None
+    return kind == "String" and 0 < len(text) <= LONGEST
+
+
+def harmless_strip(step: Step) -> bool:
+    """True if a decoder removes characters at the start only: both ends of one character are a panic."""
+    return step.get("stop") == 0
+
+
+def harmless_suffix(step: Step) -> bool:
+    """True if a decoder replaces a suffix: nothing is found between all characters."""
+    return isinstance(step.get("suffix"), str) and bool(step["suffix"])
+
+
+def harmless_model(model: Any) -> bool:
+    """True if a model takes time in proportion to the text."""
+    if type(model) is not dict:
+        return False
+    if model.get("type") == "WordPiece":
+        longest = model.get("max_input_chars_per_word")
+        return isinstance(longest, int) and longest <= LONGEST_WORD
+    if model.get("type") == "Unigram":
+        pieces = model.get("vocab")
+        return isinstance(pieces, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and len(pair[0]) <= LONGEST_PIECE
+            for pair in pieces
+        )
+    return model.get("type") in ("BPE", "WordLevel")
+
+
+def harmless_added(tokens: Any) -> bool:
+    """True if no added token sees what is beside it, for which the package reads all of the text before it."""
+    if not isinstance(tokens, list):
+        return tokens is None
+    for token in tokens:
+        if type(token) is not dict or token.get("single_word"):
+            return False
+        if (token.get("lstrip") or token.get("rstrip")) and not MARK.fullmatch(str(token.get("content"))):
+            return False
+    return True
+
+
+NORMALIZERS = dict.fromkeys(("BertNormalizer", "Strip", "Prepend", *UNICODE), always) | {"Replace": harmless_pattern}
+WORDS = ("Digits", "Punctuation", "UnicodeScripts", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+PRE_TOKENIZERS = dict.fromkeys((*WORDS, "ByteLevel", "CharDelimiterSplit", "Metaspace"), always) | {
+    "Split": harmless_pattern
+}
+POST_PROCESSORS = dict.fromkeys(("BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"), always)
+DECODERS = dict.fromkeys(("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "WordPiece"), always) | {
+    "BPEDecoder": harmless_suffix,
+    "Replace": harmless_pattern,
+    "Strip": harmless_strip,
+}
+PARTS: dict[str, Mapping[str, Callable[[Step], bool]]] = {
+    "normalizer": NORMALIZERS,
+    "pre_tokenizer": PRE_TOKENIZERS,
+    "post_processor": POST_PROCESSORS,
+    "decoder": DECODERS,
+}

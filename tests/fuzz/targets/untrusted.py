@@ -1,0 +1,45 @@
+"""Tokenizers and chat templates that are used, not only read."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz.targets.kind import Target
+from tests.fuzz.targets.texts import make_rich_tokenizer
+
+TEXTS = ("abc ab", "a" * 3_000, "-" * 3_000, "aé ß中\ufdfa\n\t0" * 300, " \n" * 1_000, "ab-" * 1_000 + "~")
+MESSAGES = [{"role": "user", "content": "Why?\né"}, {"role": "assistant", "content": "a" * 100}]
+
+
+def use_tokenizer(folder: Path) -> Any:
+    from jaxmodels.text import TokenizerFile
+    from jaxmodels.text.encoding import Unknown
+    from jaxmodels.text.pieces import cut
+
+    vocabulary = TokenizerFile.read(folder)
+    found = [vocabulary.ids_of(ids) for ids in vocabulary.encode_batch(TEXTS)]
+    prompts = [vocabulary.encode_prompt(text) for text in TEXTS[:2]]
+    pieces = [list(cut([text], vocabulary.cuts, 50, "text")) for text in TEXTS]
+    unknown = Unknown()
+    for text, ids in zip(TEXTS, found, strict=True):
+        unknown.add(vocabulary, text, ids)
+    return [vocabulary.decode(ids) for ids in found], prompts, pieces, vocabulary.special, unknown
+
+
+def make_template(folder: Path) -> None:
+    text = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content|trim }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(text + "{% if add_generation_prompt %}[assistant] {% endif %}")
+
+
+def use_template(folder: Path) -> Any:
+    from jaxmodels.io.bounded import CONFIG_BYTES, read_text
+    from jaxmodels.scoring.templates import ChatTemplate
+
+    file = folder / "chat_template.jinja"
+    template = ChatTemplate(read_text(file, CONFIG_BYTES), {"bos_token": "<s>"}, str(file))
+    return template.render(MESSAGES), template.render(MESSAGES, generation=False)
+
+
+TARGETS = (
+    Target("tokenizer, used", make_rich_tokenizer, use_tokenizer, "tokenizer.json"),
+    Target("chat template", make_template, use_template, "*.jinja"),
+)
