@@ -8,10 +8,15 @@ moments) and what the compiled step allocates besides.
 --transformers compares with transformers' model of the same sizes in float32, eager, with torch's clipping and AdamW:
 
     python -m bench.finetune --batch 8 --length 256 --dtype float32 --kinds "all weights" "whole logits" --transformers
+
+--memory takes the steps of each once more in a process of its own, and prints how much its memory grows by them.
 """
 
 import argparse
 import os
+import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +37,10 @@ def parse() -> argparse.Namespace:
     add("--length", type=int, default=128, help="tokens of a sequence (default 128)")
     add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the checkpoint (float16)")
     add("--rank", type=int, default=8, help="rank of the adapter (default 8)")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=f"of {', '.join(KINDS)} (all)")
+    add("--kinds", nargs="*", choices=KINDS, default=list(KINDS), metavar="KIND", help=f"of {', '.join(KINDS)} (all)")
     add("--transformers", action="store_true", help="also a step of transformers' model in PyTorch")
+    add("--memory", action="store_true", help="also the peak memory of each, in processes of their own")
+    add("--alone", action="store_true", help=argparse.SUPPRESS)  # print the growth of memory only
     add("--rounds", type=int, default=9, help="timed rounds of each (default 9)")
     add("--steps", type=int, default=3, help="steps of a round (default 3)")
     add("--threads", type=int, default=2, help="CPU threads (default 2)")
@@ -62,6 +69,9 @@ def main() -> None:
     from train import neox
 
     keep_freed_memory()
+    if options.transformers:
+        import transformers.models.gpt_neox  # noqa: F401  before its memory is measured
+    before = memory_of("VmRSS")
     sizes = PRESETS[options.model]()
     kinds: dict[str, dict[str, Any]] = {
         "all weights": {},
@@ -76,9 +86,10 @@ def main() -> None:
     memory: dict[str, tuple[int, int, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(Path(folder) / "model")
-        model = NeoX(sizes, rngs=nnx.Rngs(0))
-        jaxmodels.save(cast(model, flat_arrays(model), options.dtype), checkpoint)
-        del model
+        if options.kinds:
+            model = NeoX(sizes, rngs=nnx.Rngs(0))
+            jaxmodels.save(cast(model, flat_arrays(model), options.dtype), checkpoint)
+            del model
         for name in options.kinds:
             fields = kinds[name]
             config = neox.Config(checkpoint=checkpoint, seq_len=options.length, batch_size=options.batch, **fields)
@@ -100,13 +111,39 @@ def main() -> None:
             steps[name] = run
         if options.transformers:
             steps["transformers"] = torch_steps(sizes, tokens, options)
+    if options.alone:
+        for step in steps.values():
+            step()
+        print(memory_of("VmHWM") - before)
+        return
     print(stamp(options.threads))
     seconds = alternate(steps, options.rounds)
     title = f"{options.steps} steps, {options.model} in {options.dtype}, batch {options.batch} × {options.length}"
-    report(title, seconds, against=options.kinds[0])
+    report(title, seconds, against=next(iter(steps)))
     for name, (parameters, held, allocated) in memory.items():
         sizes_of = f"state {held / 1e6:7.1f} MB, step {allocated / 1e6:7.1f} MB"
         print(f"{name:17} {parameters:12,} trained parameters, {sizes_of}")
+    if options.memory:
+        for name in steps:
+            print(f"{name:17} memory grows by {grown(name) / 1e6:5.0f} MB")
+
+
+def grown(name: str) -> int:
+    """Bytes by which the memory of a process grows that takes the steps of one kind, beyond its imports."""
+    arguments = [a for a in sys.argv[1:] if a not in ("--transformers", "--memory")]
+    if "--kinds" in arguments:
+        first = arguments.index("--kinds")
+        rest = [a for a in arguments[first + 1 :] if a not in KINDS]
+        arguments = [*arguments[:first], *rest]
+    chosen = ["--transformers", "--kinds"] if name == "transformers" else ["--kinds", name]
+    command = [sys.executable, "-m", "bench.finetune", *arguments, "--alone", *chosen]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+
+
+def memory_of(field: str) -> int:
+    """Bytes in a field of /proc/self/status."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", text)[1])  # type: ignore[index]
 
 
 def torch_steps(sizes: Any, tokens: "np.ndarray", options: argparse.Namespace) -> Callable[[], None]:

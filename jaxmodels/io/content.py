@@ -78,6 +78,7 @@ def explained(file: Path, otherwise: str) -> ValueError:
 SPACES = b" \t\r\n"
 TEMPORARY = r"((?:.*/)?)\.([^/]+)\.[0-9a-f]{8}\.jaxmodels"  # of `jaxmodels.io.atomic.atomic_file`
 ORBAX = r"((model/)?params|state)(\.orbax-checkpoint-tmp[^/]*)?/"
+OCDBT = b"\x0c\xdb"
 BLOCK = rf"{ORBAX}state/(ocdbt\.process_\d+/)?d/[0-9a-f]{{32}}"
 WRITTEN: dict[str, tuple[bytes, ...]] = {
     r"(model/)?config\.json": (b"{",),
@@ -93,7 +94,8 @@ WRITTEN: dict[str, tuple[bytes, ...]] = {
     r"(train|validation)(_documents)?\.npy|losses\.npy": (b"\x93NUMPY",),
     rf"{ORBAX}((_CHECKPOINT)?_METADATA|state/(_METADATA|_sharding(\.__lock)?|array_metadatas/process_\d+))": (b"{",),
     rf"{ORBAX}(orbax\.checkpoint|commit_success\.txt)": (b"Checkpoint commit",),
-    rf"{ORBAX}state/(ocdbt\.process_\d+/)?(d/[0-9a-f]{{32}}|manifest\.ocdbt)(\.__lock)?": (b"\x0c\xdb",),
+    rf"{ORBAX}state/(ocdbt\.process_\d+/)?manifest\.ocdbt(\.__lock)?": (OCDBT,),
+    rf"{BLOCK}(\.__lock)?": (OCDBT, b"\x28\xb5\x2f\xfd"),  # nodes of its tree, and arrays compressed with zstd
 }
 
 

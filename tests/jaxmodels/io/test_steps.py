@@ -3,7 +3,9 @@
 import json
 import re
 
+import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from jaxmodels.io import manifest, steps
 from jaxmodels.io.clean import main as clean
@@ -65,6 +67,18 @@ def test_an_unfinished_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
         with pytest.raises(ValueError, match=f"{folder} is not removed"):
             steps.remove(folder)
         assert (folder / name).read_text() == "mine"
+
+
+def test_every_file_of_orbax_in_an_unfinished_step_is_this_program_s(tmp_path):
+    folder = tmp_path / "checkpoints" / "3"
+    steps.begin(folder)
+    rng = np.random.default_rng(3)
+    arrays = {f"a{i}": rng.normal(size=(37, 41)).astype("f4") for i in range(5)}
+    ocp.save(folder / "state", arrays)
+    assert len(list(folder.glob("state/state/**/d/*"))) > 1
+    assert steps.foreign(folder) is None
+    steps.remove(folder)
+    assert not folder.exists()
 
 
 def test_an_unfinished_step_of_this_program_s_is_removed(tmp_path):
