@@ -57,6 +57,13 @@ class Confined:
             self.start()
             return self.ask(name, arguments, seconds, megabytes)
 
+    def interrupt(self) -> None:
+        """End the child, also while another thread waits for it, where `call` raises KeyboardInterrupt."""
+        child = self.child
+        if child is not None and child.usable():
+            child.interrupted = True
+            child.process.kill()
+
     def ask(self, name: str, arguments: Any, seconds: float, megabytes: float) -> Any:
         """Send a request and wait for the reply."""
         child = self.child
@@ -70,6 +77,8 @@ class Confined:
                 why = reply.get("error")
             else:
                 code, why = child.exit_code(), None
+                if child.interrupted:
+                    raise KeyboardInterrupt
                 if code != -signal.SIGABRT:  # which is how Rust ends if there is no memory
                     why = {
                         -signal.SIGPROF: f"it takes more than {seconds:,.0f} s",
@@ -102,7 +111,7 @@ class Child:
             env=environment,
             start_new_session=True,
         )
-        self.owner = os.getpid()
+        self.owner, self.interrupted = os.getpid(), False
         self.finalizer = weakref.finalize(self, end, self.process, self.owner)
 
     def usable(self) -> bool:

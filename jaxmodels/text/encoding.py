@@ -52,13 +52,17 @@ def encode(vocabulary: Vocabulary, pieces: Iterable[Piece], end: np.ndarray, unk
     """
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[list[Piece], Future[list[Any]]] | None = None
-        for batch in batches(pieces):
-            started = batch, pool.submit(encoded, vocabulary, batch)
+        try:
+            for batch in batches(pieces):
+                started = batch, pool.submit(encoded, vocabulary, batch)
+                if waiting is not None:
+                    yield joined(vocabulary, *waiting, end, unknown)
+                waiting = started
             if waiting is not None:
                 yield joined(vocabulary, *waiting, end, unknown)
-            waiting = started
-        if waiting is not None:
-            yield joined(vocabulary, *waiting, end, unknown)
+        except BaseException:  # Ctrl-C: the pool waits for its thread
+            vocabulary.interrupt()
+            raise
 
 
 def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

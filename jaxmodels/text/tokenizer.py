@@ -158,6 +158,11 @@ class TokenizerFile(Vocabulary):
         """Ids of a result of `encode_batch`: int32 [n]."""
         return np.asarray(encoded if isinstance(encoded, list) else encoded.ids, np.int32)
 
+    def interrupt(self) -> None:
+        """End the work of another thread with this vocabulary, if a confined process does it."""
+        if self.confined is not None:
+            self.confined.interrupt()
+
     def unknown_in(self, text: str) -> list[str]:
         """Parts of a text that become the unknown token."""
         with refusing(f"{self.name} cannot encode the text"):

@@ -58,6 +58,9 @@ class Vocabulary:
         """Ids of a result of `encode_batch`: int32 [n]."""
         return np.asarray(encoded)
 
+    def interrupt(self) -> None:
+        """End the work of another thread with this vocabulary, if that is possible."""
+
     def encode_prompt(self, text: str) -> np.ndarray:
         """Encode a text to be continued to int32 ids; the same, unless a tokenizer puts special tokens before it."""
         return self.encode(text)

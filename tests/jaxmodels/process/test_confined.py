@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +54,24 @@ def test_what_it_does_is_one_line_and_the_next_call_goes_on(confined, name, said
 def test_an_operation_that_waits_is_ended(confined):
     with pytest.raises(ValueError, match="it takes more than 0 s"):
         confined.call("sleep", seconds=0.01, megabytes=10.0)
+
+
+def test_another_thread_is_interrupted(confined):
+    def call():
+        with pytest.raises(KeyboardInterrupt):
+            confined.call("hang", seconds=60.0, megabytes=10.0)
+        ended.append(time.monotonic())
+
+    ended: list[float] = []
+    confined.start()
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(0.1)
+    confined.interrupt()
+    began = time.monotonic()
+    thread.join()
+    assert ended[0] - began < 5
+    assert confined.call("add", 1, **MEANS) == 8
 
 
 def test_what_cannot_start_is_refused_every_time(capfd):

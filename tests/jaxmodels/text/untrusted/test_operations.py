@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -138,3 +139,28 @@ def test_a_command_ends_with_one_line_and_leaves_no_process(tmp_path):
                 assert str(tmp_path).encode() not in Path(f"/proc/{process}/environ").read_bytes()
             except OSError:
                 continue
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_command_at_once(tmp_path):
+    file, text = written(tmp_path, {"pre_tokenizer": split(SLOW)}), tmp_path / "text.txt"
+    text.write_text("-" * 900_000)  # for which a process has 12 seconds
+    command = [
+        sys.executable,
+        "-m",
+        "jaxmodels",
+        "tokenize",
+        str(text),
+        str(tmp_path / "out"),
+        "--tokenizer",
+        str(file),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".out.*")):
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "python -m jaxmodels tokenize: interrupted\n")
+    assert time.monotonic() - began < 5
