@@ -18,6 +18,7 @@ from jaxmodels.io.bounded import TOKENIZER_BYTES, read_json
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_pt
 from jaxmodels.process.texts import quoted, shortened
+from jaxmodels.text import TokenizerFile
 
 WEIGHTS = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 OWN_MODULES = re.compile(r"sentence_transformers\.([a-z_]+\.)+(Transformer|Pooling|Normalize)")
@@ -89,7 +90,12 @@ class SentenceTransformer:
             raise ValueError(f"embedder {self.name} needs: pip install sentence-transformers") from None
         with loading(self):
             check_modules(self.model)
+            self.tokenizers  # noqa: B018  # a bad one is refused before the library reads it
             return sentence_transformers.SentenceTransformer(self.model, device="cpu", trust_remote_code=False)
+
+    @functools.cached_property
+    def tokenizers(self) -> list[TokenizerFile]:
+        return confined_tokenizers(Path(self.model))
 
     @property
     def width(self) -> int:
@@ -97,9 +103,10 @@ class SentenceTransformer:
         return newer() if newer else self.loaded.get_sentence_embedding_dimension()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        return np.asarray(
-            self.loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False), np.float32
-        )
+        loaded = self.loaded
+        for confined in self.tokenizers:
+            confined.encode_batch(texts)
+        return np.asarray(loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False), np.float32)
 
 
 def check_modules(model: str) -> None:
@@ -143,6 +150,16 @@ def check_files(folder: Path) -> None:
             read_pt(file)
 
 
+def confined_tokenizers(folder: Path) -> list[TokenizerFile]:
+    """Tokenizers in an embedder's folder that are not known to be harmless; raises ValueError for one that is refused.
+
+    They encode each text in a process of their own first: the libraries, which read the same files, would hang with a
+    text for which that process is ended.
+    """
+    files = sorted([*folder.glob("tokenizer.json"), *folder.glob("*/tokenizer.json")])
+    return [found for found in map(TokenizerFile.read, files) if found.confined is not None]
+
+
 @contextlib.contextmanager
 def offline(model: str) -> Iterator[None]:
     """Context in which huggingface_hub uses no network if a model is a folder: its files may name others on the Hub."""
@@ -179,9 +196,14 @@ class BertMean:
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install transformers torch") from None
         with loading(self):
+            self.tokenizers  # noqa: B018  # a bad one is refused before the library reads it
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
             model = transformers.AutoModel.from_pretrained(self.model, trust_remote_code=False)
             return tokenizer, model.eval().requires_grad_(False)
+
+    @functools.cached_property
+    def tokenizers(self) -> list[TokenizerFile]:
+        return confined_tokenizers(Path(self.model))
 
     @property
     def width(self) -> int:
@@ -189,7 +211,10 @@ class BertMean:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         tokenizer, model = self.loaded
-        tokens = tokenizer([whole_words(text) for text in texts], return_tensors="pt", padding=True, truncation=True)
+        words = [whole_words(text) for text in texts]
+        for confined in self.tokenizers:
+            confined.encode_batch(words)
+        tokens = tokenizer(words, return_tensors="pt", padding=True, truncation=True)
         hidden = model(**tokens).last_hidden_state.numpy()
         mask = tokens["attention_mask"].numpy()[..., None]
         mean = (hidden * mask).sum(axis=1) / mask.sum(axis=1)

@@ -1,6 +1,7 @@
 """Embedders of text chunks: hashed n-grams, BERT, sentence-transformers."""
 
 import json
+import shutil
 import sys
 import types
 from typing import Any
@@ -198,3 +199,19 @@ def test_an_error_of_several_lines_becomes_one(tmp_path):
         loading(BertMean(str(tmp_path))),
     ):
         raise RuntimeError("\nwrong size\nsize mismatch for a: …")
+
+
+def test_a_text_that_the_tokenizer_of_an_embedder_cannot_encode_is_refused(bert, tmp_path, monkeypatch):
+    """The library would encode it for minutes."""
+    monkeypatch.setattr("jaxmodels.text.tokenizer.SECONDS", 0.25)
+    folder = shutil.copytree(bert[0], tmp_path / "bert")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    rule = {"type": "Split", "pattern": {"Regex": "(?:-|-){22}~|-"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": rule}))
+    embedder = BertMean(str(folder))
+    assert embedder.embed(["a sea b"]).shape == (1, 6)
+    with pytest.raises(ValueError, match=r"^tokenizer=.*tokenizer\.json cannot encode the text: it takes more than"):
+        embedder.embed(["a " + "-" * 3_000 + " b"])
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"normalizer": [rule]}))
+    with pytest.raises(ValueError, match=r"^embedder bert:.* cannot be loaded: .*tokenizer\.json"):
+        BertMean(str(folder)).embed(["a"])
