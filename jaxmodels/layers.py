@@ -37,7 +37,7 @@ _placement = contextvars.ContextVar("placement", default=None)
 _remat: contextvars.ContextVar[Callable[[Callable], Callable] | None] = contextvars.ContextVar("remat", default=None)
 _lookup: contextvars.ContextVar[Callable[[jax.Array, jax.Array], jax.Array] | None]
 _lookup = contextvars.ContextVar("lookup", default=None)
-_unroll: contextvars.ContextVar[bool] = contextvars.ContextVar("unroll", default=False)
+_cpu: contextvars.ContextVar[bool] = contextvars.ContextVar("cpu", default=False)
 
 UNROLLED = 12  # layers; the time to compile grows with them
 
@@ -48,22 +48,23 @@ def hooks(
     placement: Callable[[jax.Array, str], jax.Array] | None = None,
     remat: Callable[[Callable], Callable] | None = None,
     lookup: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-    unroll: bool = False,
+    cpu: bool = False,
 ) -> Iterator[None]:
     """Set the functions that `constrain` and `rematerialized` apply in models traced inside the block.
 
-    lookup: replaces `rows_of` in `Embed`, for tables that are divided over a mesh. unroll: compile up to `UNROLLED`
-    stacked layers one by one, which is faster on a CPU. jit caches what it traced: jit a new function for each setting.
+    lookup: replaces `rows_of` in `Embed`, for tables that are divided over a mesh. cpu: write the same computation as
+    one CPU computes it fastest, see `unrolls` and `RowLinear`. jit caches what it traced: jit a new function for each
+    setting.
     """
     tokens = _placement.set(placement), _remat.set(remat), _lookup.set(lookup)
-    unrolled = _unroll.set(unroll)
+    on_cpu = _cpu.set(cpu)
     try:
         yield
     finally:
         _placement.reset(tokens[0])
         _remat.reset(tokens[1])
         _lookup.reset(tokens[2])
-        _unroll.reset(unrolled)
+        _cpu.reset(on_cpu)
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
@@ -79,11 +80,11 @@ def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unrolls(n_layers: int) -> bool:
-    """True if so many stacked layers are to be compiled one by one.
+    """True if so many stacked layers are to be compiled one by one, which is faster on a CPU.
 
     Not if they are rematerialized: outside a loop, XLA would merge the recomputed operations with the first ones.
     """
-    return _unroll.get() and _remat.get() is None and n_layers <= UNROLLED
+    return _cpu.get() and _remat.get() is None and n_layers <= UNROLLED
 
 
 def in_turn(
@@ -203,12 +204,46 @@ def uniform(fan_in: int) -> Callable[..., jax.Array]:
     return init
 
 
-class Linear(nnx.Linear):
+class RowLinear(nnx.Linear):
+    """y = xW + b; in a step on one CPU, x [..., D] is a matrix of rows.
+
+    Otherwise the kernel's gradient would be a sum over several axes, for which XLA transposes a copy of the cotangent.
+    """
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        if not _cpu.get() or inputs.ndim < 3:
+            return super().__call__(inputs, out_sharding)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return super().__call__(rows, out_sharding).reshape(*inputs.shape[:-1], -1)
+
+
+class Linear(RowLinear):
     """y = xW + b, initialized as `torch.nn.Linear`; `kernel` is torch's `weight` transposed."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool = True, *, rngs: nnx.Rngs):
         init = uniform(d_in)
         super().__init__(d_in, d_out, use_bias=bias, kernel_init=init, bias_init=init, rngs=rngs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def standardized(x: jax.Array, epsilon: float) -> jax.Array:
+    """(x - mean) / √(variance + ε) over the last axis; its derivative is written out to take fewer passes over x."""
+    return _standardized_forward(x, epsilon)[0]
+
+
+def _standardized_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    mean = x.mean(axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.square(x - mean).mean(axis=-1, keepdims=True) + epsilon)
+    return (x - mean) * scale, (x, mean, scale)
+
+
+def _standardized_backward(epsilon: float, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array]:
+    x, mean, scale = saved
+    y = (x - mean) * scale
+    return (scale * (dy - dy.mean(axis=-1, keepdims=True) - y * (dy * y).mean(axis=-1, keepdims=True)),)
+
+
+standardized.defvjp(_standardized_forward, _standardized_backward)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -219,6 +254,14 @@ class LayerNorm(nnx.LayerNorm):
 
     def __init__(self, d_model: int, epsilon: float = 1e-5, dtype: Any = None, *, rngs: nnx.Rngs):
         super().__init__(d_model, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        scale, bias = self.scale, self.bias
+        if not _cpu.get() or mask is not None or scale is None or bias is None or self.dtype not in (None, x.dtype):
+            return super().__call__(x, mask=mask)
+        if not x.dtype == scale.dtype == bias.dtype == jnp.float32:
+            return super().__call__(x, mask=mask)
+        return standardized(x, self.epsilon) * scale[...] + bias[...]
 
 
 def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:

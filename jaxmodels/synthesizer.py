@@ -58,19 +58,19 @@ class DenseLogits(nnx.Module):
 
     # [synthesizer.heads]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """x [S, B, D] -> [S, B, H, size]."""
-        hidden = jax.nn.relu(self.hidden(x))  # [S, B, H, d_k]
-        return jnp.einsum("sbhd,hdl->sbhl", hidden, self.projection[...]) + self.projection_bias[...]
+        """x [S, B, D] -> [B, H, S, size]."""
+        hidden = heads_first(jax.nn.relu(self.hidden(x)))  # [B, H, S, d_k]
+        return jnp.einsum("bhsd,hdl->bhsl", hidden, self.projection[...]) + self.projection_bias[:, None]
 
 
 # [synthesizer.random]
 def table_rows(table: jax.Array, n: int, positions: jax.Array | None) -> jax.Array:
-    """Rows of a table [H, l, …] at positions [S] or [S, B], default the first n -> [S, 1 or B, H, …]."""
+    """Rows of a table [H, l, …] at positions [S] or [S, B], default the first n -> [1 or B, H, S, …]."""
     if positions is None:
-        return jnp.moveaxis(table[:, :n], 0, 1)[:, None]
-    rows = jnp.take(table, positions, axis=1, mode="clip")  # [H, S, …]; padding has negative positions
-    rows = jnp.moveaxis(rows, 0, positions.ndim)  # [S, H, …] or [S, B, H, …]
-    return rows[:, None] if positions.ndim == 1 else rows
+        return table[None, :, :n]
+    positions = positions[None] if positions.ndim == 1 else positions.T  # [1 or B, S]
+    rows = jnp.take(table, positions, axis=1, mode="clip")  # [H, 1 or B, S, …]; padding has negative positions
+    return rows.swapaxes(0, 1)
 
 
 class RandomLogits(nnx.Module):
@@ -82,7 +82,7 @@ class RandomLogits(nnx.Module):
 
     # [synthesizer.random]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """x [S, B, D], of which only the length is used -> [S, 1 or B, H, l]."""
+        """x [S, B, D], of which only the length is used -> [1 or B, H, S, l]."""
         table = self.table[...]
         if isinstance(self.table, Fixed):
             table = jax.lax.stop_gradient(table)
@@ -114,8 +114,8 @@ class FactorizedDenseLogits(nnx.Module):
 
     # [synthesizer.factorized]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """x [S, B, D] -> [S, B, H, l]."""
-        outer = self.factor_a(x)[..., :, None] * self.factor_c(x)[..., None, :]  # [S, B, H, a, b]
+        """x [S, B, D] -> [B, H, S, l]."""
+        outer = self.factor_a(x)[..., :, None] * self.factor_c(x)[..., None, :]  # [B, H, S, a, b]
         return outer.reshape(*outer.shape[:-2], -1)[..., : self.max_len]
 
 
@@ -129,9 +129,9 @@ class FactorizedRandomLogits(nnx.Module):
 
     # [synthesizer.factorized]
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """x [S, B, D], of which only the length is used -> [S, 1 or B, H, l]."""
-        left = table_rows(self.left[...], len(x), positions)  # [S, 1 or B, H, k]
-        return jnp.einsum("sbhk,hlk->sbhl", left, self.right[...])
+        """x [S, B, D], of which only the length is used -> [1 or B, H, S, l]."""
+        left = table_rows(self.left[...], len(x), positions)  # [1 or B, H, S, k]
+        return jnp.einsum("bhsk,hlk->bhsl", left, self.right[...])
 
 
 class SynthesizerAttention(Attention):
@@ -188,7 +188,7 @@ class SynthesizerAttention(Attention):
         self, query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array | None, jax.Array]:
         synthesized = [part for part in self.parts if part != "vanilla"]
-        projected = {part: heads_first(getattr(self, part)(query, positions)) for part in synthesized}
+        projected = {part: getattr(self, part)(query, positions) for part in synthesized}
         if self.vanilla:
             projected["vanilla"] = heads_first(self.query(query))
         return projected, heads_first(self.key(key)) if self.vanilla else None, heads_first(self.value(value))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodels.attention import attend, causal_attention, dot_product_scores, transpose_heads
 from jaxmodels.cache import visible, write
-from jaxmodels.layers import Embed, LayerNorm, constrain, in_turn
+from jaxmodels.layers import Embed, LayerNorm, RowLinear, constrain, in_turn
 from jaxmodels.neox.config import NeoXConfig
 from jaxmodels.rope import rotate
 
@@ -32,7 +32,7 @@ BLOCK_RULES = (
 )
 
 
-class Linear(nnx.Linear):
+class Linear(RowLinear):
     """y = xW + b; W is drawn from N(0, std), b is zero.
 
     dtype: compute dtype; default the widest of input and parameters.

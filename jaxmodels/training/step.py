@@ -233,8 +233,9 @@ class Program:
         lookup = divided_lookup(self.mesh) if several else None
         vocabulary = DividedVocabulary(self.mesh) if several else None
         platform = self.mesh.devices.flat[0].platform
+        cpu = platform == "cpu" and not several
         with (
-            hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup, unroll=platform == "cpu"),
+            hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup, cpu=cpu),
             chunks(self.numerics.loss_chunk, platform, self.mesh.size, vocabulary=vocabulary),
             attention_kernel(self.numerics.attention_kernel, self.mesh),
         ):

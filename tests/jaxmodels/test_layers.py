@@ -166,8 +166,47 @@ def test_rematerialized_branches_are_differentiated_one_after_the_other(x64):
 
 def test_few_layers_are_unrolled_without_rematerialization():
     assert not unrolls(2)
-    with hooks(unroll=True):
+    with hooks(cpu=True):
         assert unrolls(UNROLLED)
         assert not unrolls(UNROLLED + 1)
-    with hooks(unroll=True, remat=jax.checkpoint):
+    with hooks(cpu=True, remat=jax.checkpoint):
         assert not unrolls(2)
+
+
+def test_on_one_cpu_a_linear_map_has_rows_and_the_same_derivatives():
+    linear, x = Linear(7, 5, rngs=nnx.Rngs(0)), normal(0, 3, 11, 7)
+
+    def gradients(cpu):
+        with hooks(cpu=cpu):
+            derivative = jax.value_and_grad(lambda linear, x: jnp.sin(linear(x)).sum(), (0, 1))
+            return derivative(linear, x), str(jax.make_jaxpr(derivative)(linear, x))
+
+    expected, program = gradients(False)
+    found, by_rows = gradients(True)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    several = "(([0, 1], [0, 1]), ([], []))"
+    assert several in program
+    assert several not in by_rows
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0, 1), (30, 0.1)])
+def test_on_one_cpu_layer_norm_has_the_same_derivatives(mean, std):
+    x, dy, scale = mean + std * normal(0, 3, 11, 7), normal(1, 3, 11, 7), 1 + normal(2, 7) / 10
+    norm = LayerNorm(7, rngs=nnx.Rngs(0))
+    norm.scale.set_value(scale)
+
+    def gradients(cpu, dtype):
+        cast = jax.tree.map(lambda a: a.astype(dtype), (norm, x, dy))
+        with hooks(cpu=cpu):
+            y, pull = jax.vjp(lambda norm, x: norm(x), *cast[:2])
+            return y, pull(cast[2])
+
+    with jax.enable_x64(True):
+        exact = jax.tree.map(np.asarray, gradients(False, jnp.float64))
+    plain, found = gradients(False, jnp.float32), gradients(True, jnp.float32)
+
+    def error(tree):
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
+        return [np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max() for a, b in pairs]
+
+    assert all(ours < 2 * theirs + 1e-7 for ours, theirs in zip(error(found), error(plain), strict=True))
