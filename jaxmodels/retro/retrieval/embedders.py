@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,9 @@ from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_pt
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.text import TokenizerFile
+from jaxmodels.weights.names import listed
 
+MOST_LAYERS = 2_000  # of which each is made before its weights are looked for
 WEIGHTS = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 OWN_MODULES = re.compile(r"sentence_transformers\.([a-z_]+\.)+(Transformer|Pooling|Normalize)")
 
@@ -143,7 +145,11 @@ def check_files(folder: Path) -> None:
     found = [*folder.glob("*"), *folder.glob("*/*")]  # sentence-transformers has a folder for each part
     for file in sorted(file for file in found if not file.is_dir()):
         if file.suffix == ".json":
-            read_json(file, TOKENIZER_BYTES)
+            content = read_json(file, TOKENIZER_BYTES)
+            sizes = content.items() if file.name == "config.json" and isinstance(content, dict) else ()
+            for name, value in sizes:
+                if name.endswith("layers") and isinstance(value, int) and value > MOST_LAYERS:
+                    raise ValueError(f"{file} has {quoted(name)} of {quoted(value)}, must be at most {MOST_LAYERS:,}")
         elif file.suffix == ".safetensors":
             read_file(file)
         elif WEIGHTS.fullmatch(file.name):
@@ -158,6 +164,26 @@ def confined_tokenizers(folder: Path) -> list[TokenizerFile]:
     """
     files = sorted([*folder.glob("tokenizer.json"), *folder.glob("*/tokenizer.json")])
     return [found for found in map(TokenizerFile.read, files) if found.confined is not None]
+
+
+def check_complete(found: Mapping[str, Any]) -> None:
+    """Raise ValueError if transformers had to make up weights of a model; the pooler's are not used here."""
+    missing = [name for name in found["missing_keys"] if not name.startswith("pooler.")]
+    misshapen = [str(one[0]) if isinstance(one, tuple) else str(one) for one in found["mismatched_keys"]]
+    if missing or misshapen:
+        said = [f"missing {name}" for name in sorted(missing)] + [f"misshapen {name}" for name in sorted(misshapen)]
+        raise ValueError(f"its weights are not those of its config.json: {listed(said)}")
+
+
+@contextlib.contextmanager
+def without_reports(transformers: Any) -> Iterator[None]:
+    """Context in which transformers prints no tables on weights, whose names a file may choose."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager
@@ -195,10 +221,13 @@ class BertMean:
             import transformers
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install transformers torch") from None
-        with loading(self):
+        with loading(self), without_reports(transformers):
             self.tokenizers  # noqa: B018  # a bad one is refused before the library reads it
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
-            model = transformers.AutoModel.from_pretrained(self.model, trust_remote_code=False)
+            model, found = transformers.AutoModel.from_pretrained(
+                self.model, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            check_complete(found)
             return tokenizer, model.eval().requires_grad_(False)
 
     @functools.cached_property

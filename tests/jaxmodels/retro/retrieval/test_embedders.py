@@ -176,6 +176,7 @@ DAMAGED = {
     "2_Dense/pytorch_model.bin": b"\x80\x02",
     "config.json": b"{",
     "1_Pooling/config.json": b"[" * 10**5,
+    "0_Transformer/config.json": b'{"num_hidden_layers": 1000000000}',
     "tokenizer.json": b"\xff",
 }
 
@@ -215,3 +216,21 @@ def test_a_text_that_the_tokenizer_of_an_embedder_cannot_encode_is_refused(bert,
     (folder / "tokenizer.json").write_text(json.dumps(content | {"normalizer": [rule]}))
     with pytest.raises(ValueError, match=r"^embedder bert:.* cannot be loaded: .*tokenizer\.json"):
         BertMean(str(folder)).embed(["a"])
+
+
+@pytest.mark.parametrize("change", ["missing", "misshapen"])
+def test_weights_that_are_not_those_of_the_configuration_are_not_made_up(bert, change, tmp_path, capfd):
+    """transformers makes random ones, and prints a table."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder = tmp_path / "bert"
+    shutil.copytree(bert[0], folder)
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layer.0.output.dense.weight"))
+    tensors = {key: value for key, value in tensors.items() if key != name or change == "misshapen"}
+    if change == "misshapen":
+        tensors[name] = tensors[name][1:].clone()
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=rf"^embedder bert:.*not those of its config\.json: {change} \S*layer\.0\."):
+        BertMean(str(folder)).embed(["a"])
+    assert "REPORT" not in capfd.readouterr().err
