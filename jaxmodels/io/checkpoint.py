@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import math
 import os
@@ -24,6 +25,9 @@ FORMAT = 1
 STEM = "params"
 METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for an array
 JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")
+ZARR, OLDER_ZARR = "zarr.json", (".zarray", ".zgroup")  # ends of the keys with the descriptions of arrays
+ZARR_BYTES = 2**16  # of one; 500 for an array of two axes
+SHARDING = "sharding_indexed"  # the codec of chunks in chunks
 COMPRESSION = 2**16  # bytes of an array in one of a file: zstandard, which Orbax uses, reaches 2**15
 
 
@@ -139,10 +143,13 @@ def stored_types(folder: Path) -> dict[str, Type]:
     check_files(folder)
     try:
         with without_logs():
+            shapes = chunked_shapes(folder.absolute())
             stored = ocp.metadata(folder.absolute()).metadata
         if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
         types = {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
+        if other := [name for name, found in types.items() if shapes.get(name) != found.shape]:
+            raise ValueError(f"{quoted(other[0])} has another shape than its {ZARR}")
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
     claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in types.values())
@@ -152,6 +159,48 @@ def stored_types(folder: Path) -> dict[str, Type]:
             f"{folder} is not a complete Orbax checkpoint: {claimed:,} bytes of arrays in files of {held:,}"
         )
     return types
+
+
+def chunked_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of an Orbax folder by name, none of whose chunks is larger than its array.
+
+    A part of an array, however small, takes the memory of a whole chunk. What a chunk has beyond its shape is not
+    decompressed. Raises ValueError for other chunks, and for arrays in another format than Orbax writes today.
+    """
+    import tensorstore
+
+    place = {"driver": "file", "path": f"{folder / 'state'}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+    keys = [key.decode() for key in store.list().result()]
+    if older := [key for key in keys if key.endswith(OLDER_ZARR)]:
+        raise ValueError(f"{quoted(older[0])} is of zarr's second version, which is not read")
+    names = [key.removesuffix(f"/{ZARR}") for key in keys if key.endswith(f"/{ZARR}")]
+    texts = [store.read(f"{name}/{ZARR}") for name in names]
+    return {name: shape_of(name, text.result().value) for name, text in zip(names, texts, strict=True)}
+
+
+def shape_of(name: str, text: bytes) -> tuple[int, ...]:
+    """Shape of an array from its zarr.json; raises ValueError if its chunks are larger than the array."""
+    if len(text) > ZARR_BYTES:
+        raise ValueError(f"{ZARR} of {quoted(name)} has {len(text):,} bytes; at most {ZARR_BYTES:,} are read")
+    try:
+        about = json.loads(text)
+        shape = whole(about["shape"])
+        inner = [codec["configuration"] for codec in about["codecs"] if codec["name"] == SHARDING]
+        chunks = [whole(part["chunk_shape"]) for part in (about["chunk_grid"]["configuration"], *inner)]
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{ZARR} of {quoted(name)} is damaged: {shortened(repr(error), 200)}") from None
+    for chunk in chunks:
+        if len(chunk) != len(shape) or any(n > max(1, most) for n, most in zip(chunk, shape, strict=True)):
+            raise ValueError(f"{quoted(name)} has chunks of {quoted(list(chunk))} in shape {quoted(list(shape))}")
+    return shape
+
+
+def whole(numbers: Any) -> tuple[int, ...]:
+    """Shape from a list of a JSON text; raises TypeError if it is not one of whole numbers."""
+    if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise TypeError(f"a shape of {quoted(numbers)}")
+    return tuple(numbers)
 
 
 def check_files(folder: Path) -> None:

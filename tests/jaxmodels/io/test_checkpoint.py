@@ -1,0 +1,132 @@
+"""Orbax folders whose chunks are not those of their arrays: a part of an array takes the memory of a whole chunk."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels.io.checkpoint import chunked_shapes, read_arrays, stored_types
+
+ARRAYS = {
+    "layers.0.a": np.arange(35.0, dtype=np.float32).reshape(7, 5),
+    "b": np.zeros((), np.int32),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save(tmp_path / "params", {name: jax.numpy.asarray(array) for name, array in ARRAYS.items()})
+    return tmp_path / "params"
+
+
+def store(folder):
+    """Keys and values of a folder, as TensorStore has them."""
+    import tensorstore
+
+    place = {"driver": "file", "path": f"{folder / 'state'}/"}
+    return tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
+
+
+def change(folder, name, edit):
+    """Write another zarr.json of an array."""
+    key = f"{name}/zarr.json"
+    about = json.loads(store(folder).read(key).result().value)
+    edit(about)
+    store(folder).write(key, json.dumps(about).encode()).result()
+
+
+def test_arrays_of_every_shape_are_read(folder):
+    assert chunked_shapes(folder) == {name: array.shape for name, array in ARRAYS.items()}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = read_arrays(folder, {name: (array.shape, place) for name, array in ARRAYS.items()})
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def grid(shape):
+    return lambda about: about["chunk_grid"]["configuration"].update(chunk_shape=shape)
+
+
+def inner(shape):
+    return lambda about: about["codecs"][0]["configuration"].update(chunk_shape=shape)
+
+
+WRONG = {
+    "large chunks": (grid([2**30, 5]), r"'layers\.0\.a' has chunks of \[1073741824, 5\] in shape \[7, 5\]"),
+    "large chunks in them": (inner([7, 2**30]), r"'layers\.0\.a' has chunks of \[7, 1073741824\]"),
+    "chunks of other axes": (grid([7]), r"has chunks of \[7\] in shape \[7, 5\]"),
+    "chunks of a fraction": (grid([7.0, 5]), r"zarr\.json of 'layers\.0\.a' is damaged"),
+    "chunks of True": (grid([True, 5]), r"zarr\.json of 'layers\.0\.a' is damaged"),
+    "no chunks": (lambda about: about.pop("chunk_grid"), r"zarr\.json of 'layers\.0\.a' is damaged: .*chunk_grid"),
+    "a large shape": (lambda about: about.update(shape=[10**9, 5]), r"params is not a complete Orbax checkpoint"),
+    "a large text": (lambda about: about.update(attributes={"a": "a" * 70_000}), "at most 65,536 are read"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_chunks_are_compared_with_their_array(folder, wrong):
+    edit, said = WRONG[wrong]
+    change(folder, "layers.0.a", edit)
+    with pytest.raises(ValueError, match=said) as refused:
+        stored_types(folder)
+    assert str(refused.value).startswith(str(folder))
+    assert str(refused.value).isprintable()
+
+
+def test_a_description_that_is_nested_a_thousand_deep_does_not_end_the_process(folder):
+    store(folder).write("layers.0.a/zarr.json", b"[" * 50_000).result()
+    with pytest.raises(ValueError, match=r"zarr\.json of 'layers\.0\.a'"):
+        stored_types(folder)
+
+
+def test_another_version_of_zarr_is_refused(folder):
+    store(folder).write("c/.zarray", b"{}").result()
+    with pytest.raises(ValueError, match=r"'c/\.zarray' is of zarr's second version"):
+        stored_types(folder)
+
+
+def crc32c(data):
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+READ = """
+import sys, resource
+from pathlib import Path
+from jaxmodels.io.checkpoint import read_arrays, stored_types
+import jax
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+folder = Path(sys.argv[1])
+try:
+    read_arrays(folder, {name: (found.shape, place) for name, found in stored_types(folder).items()})
+except ValueError as error:
+    print(str(error).startswith(f"{folder} is damaged"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_chunk_that_grows_beyond_its_shape_takes_no_memory(folder):
+    """Of zstandard's blocks, each of 4 bytes, for 131,072 zeros. TensorStore reads what the shape needs."""
+    block = (131_072 << 3) | 2
+    frame = b"\x28\xb5\x2f\xfd\x00\x38" + (struct.pack("<I", block)[:3] + b"\0") * 20_000
+    frame += struct.pack("<I", block | 1)[:3] + b"\0"
+    index = struct.pack("<QQ", 0, len(frame))
+    value = store(folder).read("layers.0.a/c/0/0").result().value
+    assert struct.unpack("<I", value[-4:])[0] == crc32c(value[-20:-4])
+    store(folder).write("layers.0.a/c/0/0", frame + index + struct.pack("<I", crc32c(index))).result()
+    run = subprocess.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True)
+    refused, kilobytes = run.stdout.split()
+    assert refused == "True"
+    assert int(kilobytes) < 500_000
