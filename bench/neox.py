@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument(
         "--quantized",
         action="store_true",
-        help="also decode with 8-bit weights (`quantize(model, kind='weights')`) and with LLM.int8",
+        help="also decode with weights of 8 and 4 bits (`quantize(model, kind='weights')`, `'weights-4'`) and LLM.int8",
     )
     arguments.add_argument("--no-compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     return arguments.parse_args()
@@ -121,6 +121,7 @@ def flax_calls(
     models = {"Flax": model}
     if options.quantized:
         models |= {"8-bit weights": quantize(model, kind="weights"), "LLM.int8": quantize(model)}
+        models["4-bit weights"] = quantize(model, kind="weights-4")
     writes = {name: writer(model, ids, options.tokens) for name, model in models.items()}
     return lambda: jax.block_until_ready(read(model, prompt)), writes
 

@@ -31,7 +31,9 @@ COMMANDS = {
     ),
     "inspect": Command("jaxmodels.convert.command", "print what a checkpoint of any kind contains", ("inspect",)),
     "verify": Command("jaxmodels.convert.command", "compare two checkpoints bit for bit", ("verify",)),
-    "quantize": Command("jaxmodels.convert.command", "write a GPT-NeoX checkpoint with int8 weights", ("quantize",)),
+    "quantize": Command(
+        "jaxmodels.convert.command", "write a GPT-NeoX checkpoint with weights in 8 or 4 bits", ("quantize",)
+    ),
     "generate": Command("jaxmodels.generate.command", "continue prompts with a model"),
     "neighbors": Command("jaxmodels.retro.retrieval.command", "print the nearest chunks of a RETRO index for a text"),
     "evaluate": Command(

@@ -2,8 +2,8 @@
 
 For each size a Hugging Face folder with random weights in 16 bits is written and loaded as users load it: by the
 commands of this project and by transformers, both at their defaults; beside them this project in float32 and with
-8-bit weights. Each writes the same number of tokens greedily after the same prompt, at batch 1. Calls alternate in one
-process; ratios are medians of the rounds' ratios.
+weights of 8 and 4 bits. Each writes the same number of tokens greedily after the same prompt, at batch 1. Calls
+alternate in one process; ratios are medians of the rounds' ratios.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from bench.device import use
 from bench.neox import writer
 
 SIZES = ("pythia_70m", "pythia_160m", "pythia_410m")
-OURS = ("default", "float32", "weights-8")
+OURS = {"default": None, "float32": None, "weights-8": "weights", "weights-4": "weights-4"}  # as `quantize` names them
 
 
 def parse() -> argparse.Namespace:
@@ -44,7 +44,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown --sizes {', '.join(unknown)}; choose from {', '.join(PRESETS)}")
     torch.set_grad_enabled(False)
-    heading = f"{'size, stored in':<24}{'model':<26}{'tokens/s':>9}{'÷ transformers':>16}{'÷ float32':>11}{'MB':>7}"
+    heading = f"{'size, stored in':<24}{'model':<27}{'tokens/s':>9}{'÷ transformers':>16}{'÷ float32':>11}{'MB':>7}"
     print(f"{stamp(options.threads)}\n\n{heading}", flush=True)
     for name in options.sizes:
         for dtype in options.dtypes:
@@ -66,6 +66,7 @@ def rows(name: str, dtype: str, folder: Path, options: argparse.Namespace) -> li
         "default": "ours, default",
         "float32": "ours, --dtype float32",
         "weights-8": "ours, --quantize weights",
+        "weights-4": "ours, --quantize weights-4",
         "transformers": f"transformers, {its}",
     }
     lines: list[str] = []
@@ -77,7 +78,7 @@ def rows(name: str, dtype: str, folder: Path, options: argparse.Namespace) -> li
 
         rate = options.tokens / statistics.median(seconds[kind])
         what = f"{name}, {dtype}" if not lines else ""
-        line = f"{what:<24}{label:<26}{rate:>9.1f}{ratio('transformers'):>16}{ratio('float32'):>11}"
+        line = f"{what:<24}{label:<27}{rate:>9.1f}{ratio('transformers'):>16}{ratio('float32'):>11}"
         lines.append(f"{line}{sizes[kind] / 1e6:>7.0f}")
     return lines
 
@@ -105,7 +106,8 @@ def ours(folder: Path, kind: str, options: argparse.Namespace) -> tuple[Callable
     from jaxmodels.weights.precision import for_inference
 
     model = jaxmodels.load(folder, dtype=None if kind == "default" else "float32").unstacked()
-    model = quantize(model, kind="weights") if kind == "weights-8" else for_inference(model)
+    quantized = OURS[kind]
+    model = for_inference(model) if quantized is None else quantize(model, kind=quantized)
     ids = np.random.default_rng(0).integers(0, model.settings.n_vocab, (1, options.prompt))
     return writer(model, ids, options.tokens), sum(array.nbytes for array in jax.tree.leaves(model))
 

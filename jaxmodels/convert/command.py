@@ -154,16 +154,16 @@ def add_neox(formats: Any) -> None:
     add_changes(verify)
     quantize = add(
         "quantize",
-        help="write a GPT-NeoX checkpoint with int8 weights",
-        description="Write SRC with its linear maps in 8 bits, for `jaxmodels.load` and generate.",
+        help="write a GPT-NeoX checkpoint with weights in 8 or 4 bits",
+        description="Write SRC with its linear maps in 8 or 4 bits, for `jaxmodels.load` and generate.",
     )
     quantize.add_argument("target", type=Path, metavar="DST", help="folder to write")
     quantize.add_argument(
         "--kind",
-        choices=["llm.int8", "weights"],
+        choices=["llm.int8", "weights", "weights-4"],
         default="llm.int8",
         help="llm.int8: the blocks' linear maps by LLM.int8; weights: those and the readout, with activations that are "
-        "not rounded (default: llm.int8)",
+        "not rounded; weights-4: the same with 4-bit weights in groups of 128 (default: llm.int8)",
     )
     quantize.add_argument(
         "--threshold",

@@ -55,7 +55,7 @@ class Opened:
 
     @property
     def is_quantized(self) -> bool:
-        """True if the model was saved with int8 weights."""
+        """True if the model was saved with weights in 8 or 4 bits."""
         return any(self.config.get(key) is not None for key in ("int8_threshold", "quantization"))
 
     @functools.cached_property
@@ -86,7 +86,7 @@ class Opened:
         if self.model_name != "NeoX":
             raise ValueError(f"{self.name} holds a {self.model_name}, not a NeoX")
         if self.source is None:
-            raise ValueError(f"{self.name} is quantized to int8; name the model it was made from")
+            raise ValueError(f"{self.name} is quantized; name the model it was made from")
         return self.source
 
     def model(self, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:

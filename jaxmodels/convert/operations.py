@@ -126,7 +126,13 @@ def summary(name: str, model: Any) -> str:
     """Name, size and dtypes of a model in memory."""
     arrays = list(flat_arrays(model).values())
     dtypes = ", ".join(sorted({str(array.dtype) for array in arrays}))
-    return f"{name}, {sum(array.size for array in arrays):,} parameters in {len(arrays)} arrays, {dtypes}"
+    return f"{name}, {parameters(model):,} parameters in {len(arrays)} arrays, {dtypes}"
+
+
+def parameters(model: Any) -> int:
+    """Number of a model's parameters; a uint32 of 4-bit weights holds eight."""
+    eight = getattr(model, "quantization", None) == "weights-4"
+    return sum(array.size * (8 if eight and array.dtype == "uint32" else 1) for array in flat_arrays(model).values())
 
 
 def neox(options: argparse.Namespace) -> str:
@@ -167,9 +173,9 @@ def described(lora: LoRA) -> str:
 
 
 def quantized(options: argparse.Namespace) -> str:
-    """Write SRC with int8 weights to DST."""
-    if options.kind == "weights" and options.threshold is not None:
-        raise ValueError(f"--threshold={options.threshold:g} is for --kind llm.int8, not for --kind weights")
+    """Write SRC with weights in 8 or 4 bits to DST."""
+    if options.kind != "llm.int8" and options.threshold is not None:
+        raise ValueError(f"--threshold={options.threshold:g} is for --kind llm.int8, not for --kind {options.kind}")
     place = local_folder(options.source, options.revision, options.variant)
     check_target(options.target, overwrite=options.overwrite, source=place)
     source = prepared(open_given(options), options)
@@ -192,9 +198,10 @@ def inspect(options: argparse.Namespace) -> str:
     if source is None:
         stored = Stored.of(stored_arrays(found.weights))
         model = abstract(found.model_name, found.config, stored, found.weights / "config.json")
-        arrays = flat_arrays(model).values()
-        what = f"{found.model_name}, {sum(array.size for array in arrays):,} parameters"
-        lines = [f"{visible(found.name)}: {NAMES[found.kind]}, {what}{', int8' if found.is_quantized else ''}"]
+        what = f"{found.model_name}, {parameters(model):,} parameters"
+        if found.is_quantized:
+            what += ", 4 bits" if getattr(model, "quantization", None) == "weights-4" else ", int8"
+        lines = [f"{visible(found.name)}: {NAMES[found.kind]}, {what}"]
         shown = dict(found.config)
     else:
         lines = [f"{visible(found.name)}: {NAMES[found.kind]} ({source.layout}), {totals(source)}"]

@@ -148,6 +148,6 @@ def model_source(model: NeoX) -> Source:
     if not isinstance(model, NeoX):
         raise ValueError(f"model is a {type(model).__name__}, not a NeoX")
     if model.quantization is not None:
-        raise ValueError("model is quantized; only jaxmodels.save writes int8 weights")
+        raise ValueError("model is quantized; only jaxmodels.save writes quantized weights")
     folder = Path("model")
     return Source("model", folder, model.settings, matched(folder, model.settings, tensors_of(model)))

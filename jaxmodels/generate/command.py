@@ -75,8 +75,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, metavar="N", help="sequences computed together, if several (default: 16)")
     add(
         "--quantize",
-        choices=["llm.int8", "weights"],
-        help="quantize a NeoX to 8 bits after the cast: llm.int8, or weights (see jaxmodels quantize)",
+        choices=["llm.int8", "weights", "weights-4"],
+        help="quantize a NeoX to 8 bits after the cast, or with weights-4 to 4 (see jaxmodels quantize)",
     )
     add("--int8", action="store_const", dest="quantize", const="llm.int8", help="the same as --quantize llm.int8")
     add(
@@ -338,7 +338,7 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
 
     dtype = options.dtype
     if opened.is_quantized and dtype is not None:
-        raise ValueError(f"--dtype={dtype} cannot be applied to the int8 model in {opened.name}")
+        raise ValueError(f"--dtype={dtype} cannot be applied to the quantized model in {opened.name}")
     experiment, window = None, options.window or None
     if opened.kind == "run":
         from jaxmodels.training.run import experiment_of, read_about

@@ -1,4 +1,4 @@
-// Products of float32 rows with weights that are stored in 16 or 8 bits, summed in float32.
+// Products of float32 rows with weights that are stored in 16, 8 or 4 bits, summed in float32.
 //
 // Axes: R rows of x, I input features, O outputs. Weights are [O, I]: an output's weights are contiguous. Few rows: a
 // stored weight is read once, widened in registers, and used for all rows, so that the time is that of reading the
@@ -12,6 +12,7 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -28,6 +29,7 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
 constexpr int64_t kBlock = 96;        // rows multiplied with one widened panel: they stay in a core's cache
 constexpr int64_t kPartBytes = 1 << 17;
+constexpr int64_t kGroup = 128;       // input features with one scale, of 4-bit weights
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef float UnalignedFloats __attribute__((vector_size(64), aligned(4), may_alias));
@@ -216,38 +218,22 @@ void AllDots(const Problem& p, const typename W::Stored* w, int64_t begin, int64
   if (r < end) Dots<W, 1, N>(p, w, r, o);
 }
 
-template <typename W>
-void Multiply(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored* w) {
+// Calls few(begin, end) for parts of the outputs. With more rows than kFew it calls widen(o, n, panel) instead, for
+// outputs o … o + n - 1, n <= 8, and multiplies the panel [n, I]. bytes: those of all weights.
+template <typename Few, typename Panel>
+void Multiply(ffi::ThreadPool& pool, const Problem& p, int64_t bytes, const Few& few, const Panel& widen) {
   constexpr int N = 8;
-  int64_t bytes = p.features * p.outputs * sizeof *w;
   int64_t parts = std::clamp<int64_t>(bytes * std::max<int64_t>(1, p.rows / 2) / kPartBytes, 1, 16);
   int64_t size = ((p.outputs + parts - 1) / parts + N - 1) / N * N;
   Parallel(pool, (p.outputs + size - 1) / size, [&](int64_t part) {
     int64_t end = std::min(p.outputs, (part + 1) * size), o = part * size;
-    if (p.rows == 1) {
-      for (; o < end; ++o) LongDots<W, 1>(p, w + o * p.features, 0, o);
-      return;
-    }
-    if (p.rows == 2) {
-      for (; o < end; ++o) LongDots<W, 2>(p, w + o * p.features, 0, o);
-      return;
-    }
-    if (p.rows <= kFew) {
-      for (; o + N <= end; o += N) AllDots<W, N>(p, w + o * p.features, 0, p.rows, o);
-      for (; o < end; ++o) AllDots<W, 1>(p, w + o * p.features, 0, p.rows, o);
-      return;
-    }
+    if (p.rows <= kFew) return few(o, end);
     std::vector<float> wide(N * p.features);
     for (int64_t r = 0; r < p.rows; r += kBlock) {
       int64_t last = std::min(p.rows, r + kBlock);
       for (o = part * size; o < end; o += N) {
-        int64_t n = std::min<int64_t>(N, end - o), count = n * p.features, i = 0;
-        const typename W::Stored* stored = w + o * p.features;
-        for (; i + kLanes <= count; i += kLanes) Store(&wide[i], W::Widen(stored + i));
-        if (i < count) {
-          Floats tail = WidenTail<W>(stored + i, count - i);
-          std::memcpy(&wide[i], &tail, (count - i) * sizeof(float));
-        }
+        int64_t n = std::min<int64_t>(N, end - o);
+        widen(o, n, wide.data());
         if (n == N) {
           AllDots<Float32, N>(p, wide.data(), r, last, o);
         } else {
@@ -258,33 +244,134 @@ void Multiply(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored*
   });
 }
 
+template <typename W>
+void MultiplyBy(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored* w) {
+  constexpr int N = 8;
+  auto few = [&](int64_t o, int64_t end) {
+    if (p.rows == 1) {
+      for (; o < end; ++o) LongDots<W, 1>(p, w + o * p.features, 0, o);
+    } else if (p.rows == 2) {
+      for (; o < end; ++o) LongDots<W, 2>(p, w + o * p.features, 0, o);
+    } else {
+      for (; o + N <= end; o += N) AllDots<W, N>(p, w + o * p.features, 0, p.rows, o);
+      for (; o < end; ++o) AllDots<W, 1>(p, w + o * p.features, 0, p.rows, o);
+    }
+  };
+  auto widen = [&](int64_t o, int64_t n, float* wide) {
+    const typename W::Stored* stored = w + o * p.features;
+    int64_t count = n * p.features, i = 0;
+    for (; i + kLanes <= count; i += kLanes) Store(wide + i, W::Widen(stored + i));
+    if (i < count) {
+      Floats tail = WidenTail<W>(stored + i, count - i);
+      std::memcpy(wide + i, &tail, (count - i) * sizeof(float));
+    }
+  };
+  Multiply(pool, p, p.features * p.outputs * sizeof *w, few, widen);
+}
+
+// 128 weights of 4 bits in 16 words: bits 4 k to 4 k + 3 of word l are 8 + the integer of feature 16 k + l.
+struct Group {
+  Words words;
+  Floats scale;
+  Group(const uint32_t* w, float s) : words(*reinterpret_cast<const UnalignedWords*>(w)), scale(Levels() * s) {}
+  Floats At(int k) const {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_permutexvar_ps((__m512i)(words >> (4 * k)), (__m512)scale);
+#else
+    return (__builtin_convertvector((Ints)((words >> (4 * k)) & 15), Floats) - 8.0f) * scale;
+#endif
+  }
+  // Factor of the scale in each lane; with AVX-512 a table of the 16 weights.
+  static Floats Levels() {
+#if defined(__AVX512F__)
+    return Floats{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    return Floats{} + 1.0f;
+#endif
+  }
+};
+
+// Output o of rows r … r + M - 1, with words [O, I / 8] and a scale for each group, [O, I / 128].
+template <int M>
+inline void GroupDots(const Problem& p, const uint32_t* w, const float* scale, int64_t r, int64_t o) {
+  constexpr int U = M > 2 ? 1 : 4;
+  int64_t groups = p.features / kGroup;
+  const float* x = p.x + r * p.features;
+  Floats sums[M][U] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    Group group(w + (o * groups + g) * kLanes, scale[o * groups + g]);
+#pragma GCC unroll 16
+    for (int k = 0; k < kGroup / kLanes; ++k) {
+      Floats weights = group.At(k);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sums[m][k % U] += Load(x + m * p.features + g * kGroup + k * kLanes) * weights;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    Floats sum = sums[m][0];
+#pragma GCC unroll 16
+    for (int u = 1; u < U; ++u) sum += sums[m][u];
+    p.y[(r + m) * p.outputs + o] = Sum(sum);
+  }
+}
+
+void MultiplyByGroups(ffi::ThreadPool& pool, const Problem& p, const uint32_t* w, const float* scale) {
+  auto few = [&](int64_t o, int64_t end) {
+    for (; o < end; ++o) {
+      int64_t r = 0;
+      for (; r + 4 <= p.rows; r += 4) GroupDots<4>(p, w, scale, r, o);
+      for (; r + 2 <= p.rows; r += 2) GroupDots<2>(p, w, scale, r, o);
+      if (r < p.rows) GroupDots<1>(p, w, scale, r, o);
+    }
+  };
+  auto widen = [&](int64_t o, int64_t n, float* wide) {
+    int64_t groups = p.features / kGroup;
+    for (int64_t g = o * groups; g < (o + n) * groups; ++g) {
+      Group group(w + g * kLanes, scale[g]);
+#pragma GCC unroll 16
+      for (int k = 0; k < kGroup / kLanes; ++k, wide += kLanes) Store(wide, group.At(k));
+    }
+  };
+  Multiply(pool, p, p.features * p.outputs / 2, few, widen);
+}
+
 ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight, ffi::AnyBuffer scale,
                    ffi::ResultBuffer<ffi::F32> y) {
   auto shape = weight.dimensions(), rows = x.dimensions(), out = y->dimensions();
   if (shape.size() != 2 || rows.size() != 2 || out.size() != 2)
     return ffi::Error::InvalidArgument("x, weight and y must be matrices");
   Problem p{x.typed_data(), nullptr, y->typed_data(), rows[0], rows[1], out[1]};
-  if (shape[0] != p.outputs || shape[1] != p.features || out[0] != p.rows)
-    return ffi::Error::InvalidArgument("x [R, I], weight [O, I] and y [R, O] do not fit");
-  if (scale.element_count() > 0) {
-    if (scale.element_type() != ffi::F32 || (int64_t)scale.element_count() != p.outputs)
-      return ffi::Error::InvalidArgument("scale must be float32 [O]");
+  bool grouped = weight.element_type() == ffi::U32;
+  if (shape[0] != p.outputs || shape[1] * (grouped ? 8 : 1) != p.features || out[0] != p.rows)
+    return ffi::Error::InvalidArgument("x [R, I], weight [O, I] (4 bits: [O, I / 8]) and y [R, O] do not fit");
+  if (grouped && p.features % kGroup != 0)
+    return ffi::Error::InvalidArgument("with 4-bit weights I must be a multiple of 128");
+  int64_t scales = p.outputs * (grouped ? p.features / kGroup : 1);
+  if (grouped || scale.element_count() > 0) {
+    if (scale.element_type() != ffi::F32 || (int64_t)scale.element_count() != scales)
+      return ffi::Error::InvalidArgument("scale must be float32 [O], with 4-bit weights [O, I / 128]");
     p.scale = static_cast<const float*>(scale.untyped_data());
   }
   const void* data = weight.untyped_data();
+  if (grouped) {
+    const float* factors = std::exchange(p.scale, nullptr);  // the widened weights contain them
+    MultiplyByGroups(pool, p, static_cast<const uint32_t*>(data), factors);
+    return ffi::Error::Success();
+  }
   const uint16_t* halves = static_cast<const uint16_t*>(data);
   switch (weight.element_type()) {
     case ffi::F16:
-      Multiply<Float16>(pool, p, halves);
+      MultiplyBy<Float16>(pool, p, halves);
       return ffi::Error::Success();
     case ffi::BF16:
-      Multiply<BFloat16>(pool, p, halves);
+      MultiplyBy<BFloat16>(pool, p, halves);
       return ffi::Error::Success();
     case ffi::S8:
-      Multiply<Int8>(pool, p, static_cast<const int8_t*>(data));
+      MultiplyBy<Int8>(pool, p, static_cast<const int8_t*>(data));
       return ffi::Error::Success();
     default:
-      return ffi::Error::InvalidArgument("weight must be float16, bfloat16 or int8");
+      return ffi::Error::InvalidArgument("weight must be float16, bfloat16, int8 or, for 4 bits, uint32");
   }
 }
 

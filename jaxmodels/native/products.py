@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.native.build import library, log
+from jaxmodels.native.groups import padded, unpacked
 
 TARGET = "jaxmodels_products"
-NARROW = ("float16", "bfloat16")  # dtypes of floating weights that the kernel takes; besides int8
+NARROW = (
+    "float16",
+    "bfloat16",
+)  # dtypes of floating weights that the kernel takes; besides int8, and uint32 for 4 bits
 
 
 def available() -> bool:
@@ -41,11 +45,13 @@ def registered() -> bool:
 def product(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """x [..., I] times weights [O, I] -> float32 [..., O].
 
-    x: float32. weight: float16, bfloat16 or int8. scale: float32 [O], the value that 1 represents; default 1. Sums are
-    float32's; rows do not depend on each other's values. Other dtypes are multiplied by XLA, and so are all where the
-    kernel is not `available`. Derivatives are computed by XLA.
+    x: float32. weight: float16, bfloat16 or int8. scale: float32 [O], the value that 1 represents; default 1. Weights
+    of 4 bits and their scales are those of `packed`. Sums are float32's; rows do not depend on each other's values.
+    Other dtypes are multiplied by XLA, and so are all where the kernel is not `available`. Derivatives are computed by
+    XLA.
     """
-    if x.dtype != jnp.float32 or weight.dtype.name not in (*NARROW, "int8") or not available():
+    x = padded(x) if weight.dtype == jnp.uint32 else x
+    if x.dtype != jnp.float32 or weight.dtype.name not in (*NARROW, "int8", "uint32") or not available():
         return plain(x, weight, scale)
     return jax.lax.platform_dependent(x, weight, scale, cpu=kernel, default=plain)
 
@@ -65,5 +71,8 @@ def kernel(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Arra
 
 def plain(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
     """The same by XLA, with the weights widened."""
+    if weight.dtype == jnp.uint32:
+        assert scale is not None
+        return padded(x) @ unpacked(weight, scale).astype(x.dtype).T
     y = x @ weight.astype(x.dtype).T
     return y if scale is None else y * scale.astype(y.dtype)

@@ -34,7 +34,7 @@ from jaxmodels.neox.weight_only import WeightOnlyLinear
 from jaxmodels.process.texts import quoted
 from jaxmodels.rope import rotary_tables
 
-KINDS = ("llm.int8", "weights")  # of `quantize`
+KINDS = ("llm.int8", "weights", "weights-4")  # of `quantize`
 THRESHOLD = 6.0
 
 
@@ -73,9 +73,9 @@ class NeoX(nnx.Module):
     def config(self) -> dict[str, Any]:
         """Arguments of `from_config`, as JSON values."""
         config = dataclasses.asdict(self.settings) | {"stacked": self.is_stacked}
-        if self.quantization == "weights":
-            return config | {"quantization": "weights"}
-        return config if self.int8_threshold is None else config | {"int8_threshold": self.int8_threshold}
+        if self.int8_threshold is not None:
+            return config | {"int8_threshold": self.int8_threshold}
+        return config if self.quantization is None else config | {"quantization": self.quantization}
 
     @classmethod
     def from_config(
@@ -89,16 +89,18 @@ class NeoX(nnx.Module):
     ) -> "NeoX":
         """Build the model of a `config()`; raises ValueError if a value is out of range.
 
-        int8_threshold: quantize the blocks' weights by LLM.int8. quantization: "weights" for 8-bit weights alone. See
-        `quantize`. fields: those of NeoXConfig.
+        int8_threshold: quantize the blocks' weights by LLM.int8. quantization: "weights" or "weights-4" for the
+        weights alone. See `quantize`. fields: those of NeoXConfig.
         """
         if not isinstance(stacked, bool):
             raise ValueError(f"stacked={quoted(stacked)} must be True or False")
         model = cls(NeoXConfig(**fields), stacked=stacked, rngs=rngs)
         if quantization is not None:
-            if quantization != "weights" or int8_threshold is not None:
-                raise ValueError(f"quantization={quoted(quantization)} must be 'weights', without int8_threshold")
-            return quantize(model, kind="weights")
+            if quantization not in KINDS[1:] or int8_threshold is not None:
+                raise ValueError(
+                    f"quantization={quoted(quantization)} must be {' or '.join(KINDS[1:])}, without int8_threshold"
+                )
+            return quantize(model, kind=quantization)
         return model if int8_threshold is None else quantize(model, int8_threshold)
 
     def adapted(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -119,7 +121,7 @@ class NeoX(nnx.Module):
     def quantization(self) -> str | None:
         """Kind of a quantized model, see `quantize`; None if the model is not quantized."""
         if isinstance(self.first_linear, WeightOnlyLinear):
-            return "weights"
+            return KINDS[1] if self.first_linear.bits == 8 else KINDS[2]
         return None if self.int8_threshold is None else "llm.int8"
 
     @property
@@ -271,10 +273,11 @@ class NeoX(nnx.Module):
 
 
 def quantize(model: NeoX, threshold: float | None = None, *, kind: str = "llm.int8") -> NeoX:
-    """Model with linear maps in 8 bits; all other arrays are shared with the given one.
+    """Model with linear maps in 8 or 4 bits; all other arrays are shared with the given one.
 
     kind: "llm.int8" for the blocks' linear maps by LLM.int8, which rounds activations too: see `Int8Linear`. "weights"
-        for those and the readout with 8-bit weights and activations as they are: see `WeightOnlyLinear`.
+        for those and the readout with 8-bit weights and activations as they are, "weights-4" for the same with 4-bit
+        weights in groups of 128 input features: see `WeightOnlyLinear`.
     threshold: for LLM.int8: input features of this magnitude or larger are computed in 16 bits; 0 for none, default 6.
 
     Stacked layers stay stacked. Raises ValueError if the model is not a NeoX or is quantized already, if the kind is
@@ -288,19 +291,21 @@ def quantize(model: NeoX, threshold: float | None = None, *, kind: str = "llm.in
     if model.quantization is not None:
         with_threshold = "" if model.int8_threshold is None else f", with threshold={model.int8_threshold}"
         raise ValueError(f"model is already quantized, kind={model.quantization}{with_threshold}")
-    if kind == "weights" and threshold is not None:
-        raise ValueError(f"threshold={quoted(threshold)} is for kind='llm.int8'; kind='weights' has no outliers")
+    if kind != "llm.int8" and threshold is not None:
+        raise ValueError(f"threshold={quoted(threshold)} is for kind='llm.int8'; kind={kind!r} has no outliers")
     threshold = THRESHOLD if threshold is None else threshold
     if isinstance(threshold, bool) or not 0 <= threshold <= LARGEST:
         raise ValueError(f"threshold={quoted(threshold)} must be 0 (no outliers) or more, and finite")
 
     def make(linear: nnx.Linear) -> nnx.Module:
-        return WeightOnlyLinear(linear) if kind == "weights" else Int8Linear(linear, float(threshold))
+        if kind == "llm.int8":
+            return Int8Linear(linear, float(threshold))
+        return WeightOnlyLinear(linear, bits=4 if kind == "weights-4" else 8)
 
     layers = [model.layers] if model.is_stacked else model.blocks()
     new = [with_linears(layer, make) for layer in layers]
     quantized = model.with_layers(new[0] if model.is_stacked else nnx.List(new))
-    if kind == "weights" and not model.settings.tied:
+    if kind != "llm.int8" and not model.settings.tied:
         readout: Any = quantized.readout
         readout.linear = make(plain_linear(getattr(readout, "linear", None), "readout.linear"))
     return quantized

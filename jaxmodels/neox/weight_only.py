@@ -1,12 +1,12 @@
-"""Linear maps with 8-bit weights and activations as they are (weight-only quantization).
+"""Linear maps with weights of 8 or 4 bits and activations as they are (weight-only quantization).
 
 Axes: R rows of a call (all leading axes), I input features, O output features; stacked layers' weights have a leading
 layer axis.
 
 A decoded token reads every weight once, so that its time is that of reading them: 8 bits take a quarter of float32's
-memory traffic, provided that no whole matrix of float32 is made on the way. On a CPU the compiled kernel of
-`jaxmodels.native` computes products of float32 rows; without it, for few rows, TILE outputs at a time are converted and
-multiplied by XLA.
+memory traffic, 4 bits an eighth, provided that no whole matrix of float32 is made on the way. On a CPU the compiled
+kernel of `jaxmodels.native` computes products of float32 rows; without it, for few rows, TILE outputs at a time are
+converted and multiplied by XLA.
 """
 
 import jax
@@ -21,22 +21,26 @@ FEW = 16  # rows; with more, the conversion of the whole matrix is a small part 
 
 
 class WeightOnlyLinear(nnx.Module):
-    """y = s (x q) + b, where s is max |w| / 127 of an output's weights, and q = round(w / s).
+    """y = s (x q) + b, where q = round(w / s).
 
-    weight: q, int8 [O, I]: an output's weights are contiguous. scale: s, float32 [O]. bias: [O]. A weight differs from
-    the given one by s/2 at most, hence an output by s/2 · Σ|x|, besides rounding noise of the product. Rows are
-    independent of each other.
+    8 bits: s is max |w| / 127 of an output's weights. weight: q, int8 [O, I]: an output's weights are contiguous.
+    scale: s, float32 [O]. 4 bits: s is max |w| / 7 of 128 input features of an output. weight: uint32, eight of q in
+    one, and scale: float32 [O, groups], as `jaxmodels.native.packed` makes them. bias: [O].
+
+    A weight differs from the given one by s/2 at most, hence an output by Σ s/2 |x|, besides rounding noise of the
+    product. Rows are independent of each other.
 
     Raises ValueError if a weight is not finite.
     """
 
-    def __init__(self, linear: nnx.Linear):
-        weight, scale = quantized(linear.kernel[...])
+    def __init__(self, linear: nnx.Linear, bits: int = 8):
+        weight, scale = (quantized if bits == 8 else four_bits)(linear.kernel[...])
         if not isinstance(scale, jax.core.Tracer) and not jnp.isfinite(scale).all():
             raise ValueError("a linear map has weights that are infinite or NaN: it cannot be quantized")
         self.weight, self.scale = Fixed(weight), Fixed(scale)
         self.bias = linear.bias
         self.dtype = linear.dtype
+        self.bits = bits
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., I] -> [..., O], in the compute dtype of the linear map; by default the widest of x and bias."""
@@ -54,28 +58,42 @@ def quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(jnp.round(weight / divisor), -127, 127).astype(jnp.int8), scale
 
 
+def four_bits(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights [..., I, O] -> those of `native.packed`, and their scales."""
+    return native.packed(kernel.swapaxes(-1, -2))
+
+
 def product(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     """x [..., I] times the quantized weights [O, I] -> [..., O], in float32 at least."""
     if x.dtype == jnp.float32 and native.available():
         return native.product(x, weight, scale)
     rows = x.reshape(-1, x.shape[-1])  # [R, I]
     if len(rows) <= FEW and len(weight) > TILE:
-        y = jax.lax.platform_dependent(rows, weight, cpu=by_tiles, default=whole)
+        y = jax.lax.platform_dependent(rows, weight, scale, cpu=by_tiles, default=whole)
     else:
-        y = whole(rows, weight)
-    return (y * scale.astype(y.dtype)).reshape(*x.shape[:-1], len(weight))
+        y = whole(rows, weight, scale)
+    return y.reshape(*x.shape[:-1], len(weight))
 
 
-def whole(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [R, I] times integers [O, I] -> [R, O], summed in float32 at least; int8 is exact in every dtype of x."""
+def whole(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [R, I] times the quantized weights [O, I] -> [R, O], summed in float32 at least.
+
+    int8 is exact in every dtype of x; 4 bits are rounded to it with their scales.
+    """
+    grouped = weight.dtype == jnp.uint32
+    x = native.padded(x) if grouped else x
+    weight = (native.unpacked(weight, scale) if grouped else weight).astype(x.dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=wide)
+    y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+    return y if grouped else y * scale.astype(wide)
 
 
-def by_tiles(x: jax.Array, weight: jax.Array) -> jax.Array:
+def by_tiles(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     """The same as `whole`, TILE outputs after each other; the last O mod TILE ones by themselves."""
     n = len(weight) // TILE
-    tiles = weight[: n * TILE].reshape(n, TILE, -1)
-    y = jax.lax.map(lambda tile: whole(x, tile), tiles)  # [n, R, TILE]
+    tiles = [part[: n * TILE].reshape(n, TILE, *part.shape[1:]) for part in (weight, scale)]
+    y = jax.lax.map(lambda tile: whole(x, *tile), tiles)  # [n, R, TILE]
     y = y.swapaxes(0, 1).reshape(len(x), n * TILE)
-    return y if n * TILE == len(weight) else jnp.concatenate([y, whole(x, weight[n * TILE :])], axis=1)
+    if n * TILE == len(weight):
+        return y
+    return jnp.concatenate([y, whole(x, weight[n * TILE :], scale[n * TILE :])], axis=1)

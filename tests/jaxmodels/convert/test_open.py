@@ -321,15 +321,17 @@ def test_quantize(published, tmp_path, capsys):
         assert re.search(r"int8 is quantized", error)
 
 
-def test_quantize_weights(published, tmp_path, capsys):
-    arguments = ("quantize", published, tmp_path / "int8", "--kind", "weights")
+@pytest.mark.parametrize("kind", ["weights", "weights-4"])
+def test_quantize_weights(kind, published, tmp_path, capsys):
+    arguments = ("quantize", published, tmp_path / "int8", "--kind", kind)
     code, _, error = command(capsys, *arguments, "--threshold", 3)
     assert (code, "--threshold=3" in error, (tmp_path / "int8").exists()) == (2, True, False)
     assert command(capsys, *arguments)[0] == 0
     opened = open_source(tmp_path / "int8")
-    assert (opened.is_quantized, opened.model().quantization) == (True, "weights")
+    assert (opened.is_quantized, opened.model().quantization) == (True, kind)
     shown = command(capsys, "inspect", tmp_path / "int8")[1]
-    assert re.search(r"quantization +weights", shown)
+    assert re.search(rf"quantization +{kind}\n", shown)
+    assert ("4 bits" in shown) == (kind == "weights-4")
 
 
 def test_a_folder_of_hugging_face_as_a_state_dict(published, tmp_path, capsys):

@@ -228,7 +228,8 @@ def test_a_checkpoint_of_int8_weights_stays_as_it_is(tmp_path, checkpoint, model
         read(folder, "--dtype", "bfloat16")
     with pytest.raises(ValueError, match=r"threshold=3\.0"):
         read(folder, "--int8")
-    assert read(checkpoint, "--quantize", "weights").quantization == "weights"
+    for kind in ("weights", "weights-4"):
+        assert read(checkpoint, "--quantize", kind).quantization == kind
 
 
 def test_a_text_beyond_the_trained_positions_is_said(checkpoint, capsys, tmp_path):

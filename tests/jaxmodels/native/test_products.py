@@ -18,7 +18,9 @@ ROWS = [1, 2, 3, 5, 8, 9, 13, 101]  # below and above those that are multiplied 
 
 
 def weights(dtype, inputs, outputs):
-    """Weights [O, I] and their scales."""
+    """Weights [O, I] and their scales; uint32: those of `packed`."""
+    if dtype == "uint32":
+        return native.packed(normal(2, outputs, inputs))
     if dtype == "int8":
         integers = jax.random.randint(jax.random.key(2), (outputs, inputs), -127, 128).astype(jnp.int8)
         return integers, jax.random.uniform(jax.random.key(3), (outputs,), minval=0.01)
@@ -28,19 +30,22 @@ def weights(dtype, inputs, outputs):
 def check(y, x, weight, scale):
     """y [R, O] is x [R, I] times weight [O, I], each sum of I products within the bound of its roundings."""
     x, wide = np.asarray(x, np.float64), np.asarray(weight, np.float64)
-    wide = wide if scale is None else wide * np.asarray(scale, np.float64)[:, None]
+    if weight.dtype == jnp.uint32:
+        wide = np.asarray(native.unpacked(weight, scale), np.float64)[:, : x.shape[-1]]
+    else:
+        wide = wide if scale is None else wide * np.asarray(scale, np.float64)[:, None]
     bound = 2**-24 * (np.sqrt(x.shape[-1]) + 2) * (np.abs(x) @ np.abs(wide).T)
     assert (np.abs(np.asarray(y, np.float64) - x @ wide.T) <= bound).all()
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "uint32"])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
 def test_a_product_is_rounded_as_one_of_float32(dtype, inputs, outputs):
     weight, scale = weights(dtype, inputs, outputs)
     for rows in ROWS:
         x = normal(1, rows, inputs)
-        check(kernel(x, weight, scale), x, weight, scale)
+        check(kernel(native.padded(x) if dtype == "uint32" else x, weight, scale), x, weight, scale)
 
 
 @needs_kernel
@@ -87,17 +92,26 @@ def test_it_is_called_in_jit_vmap_and_for_leading_axes():
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("weight", "scale", "message"), [((5, 13), 5, "do not fit"), ((5, 7), 3, "scale"), ((5, 7, 1), 5, "matrices")]
+    ("features", "weight", "scale", "message"),
+    [
+        (7, jnp.ones((5, 13), "float16"), 5, "do not fit"),
+        (7, jnp.ones((5, 7), "float16"), 3, "scale"),
+        (7, jnp.ones((5, 7, 1), "float16"), 5, "matrices"),
+        (128, jnp.ones((5, 17), "uint32"), 5, "do not fit"),
+        (8, jnp.ones((5, 1), "uint32"), 5, "128"),
+        (256, jnp.ones((5, 32), "uint32"), 5, "scale"),
+        (256, jnp.ones((5, 32), "uint32"), 0, "scale"),
+    ],
 )
-def test_shapes_that_do_not_fit_are_refused(weight, scale, message):
+def test_shapes_that_do_not_fit_are_refused(features, weight, scale, message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(kernel(jnp.ones((3, 7)), jnp.ones(weight, "float16"), jnp.ones(scale)))
+        jax.block_until_ready(kernel(jnp.ones((3, features)), weight, jnp.ones(scale)))
 
 
 def test_without_the_kernel_xla_computes_the_same(monkeypatch):
     monkeypatch.setattr("jaxmodels.native.products.available", lambda: False)
     x = normal(1, 3, 131)
-    for dtype in ("float16", "bfloat16", "int8"):
+    for dtype in ("float16", "bfloat16", "int8", "uint32"):
         weight, scale = weights(dtype, 131, 67)
         check(native.product(x, weight, scale), x, weight, scale)
 
@@ -121,12 +135,13 @@ def test_processors_without_wide_vectors(flags, tmp_path):
     build.run([*build.find_compiler(), *rest, *flags, "-isystem", headers, str(build.SOURCE), "-o", str(file)])
     name = "jaxmodels_test" + flags[0].replace("-", "_").replace("=", "_")
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.CDLL(str(file)).Products), platform="cpu")
-    for dtype in ("float16", "bfloat16", "int8"):
+    for dtype in ("float16", "bfloat16", "int8", "uint32"):
         weight, scale = weights(dtype, 131, 67)
         for rows in (1, 3, 8, 13):
             x = normal(1, rows, 131)
             call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((rows, 67), jnp.float32))
-            check(call(x, weight, jnp.zeros(0) if scale is None else scale), x, weight, scale)
+            given = native.padded(x) if dtype == "uint32" else x
+            check(call(given, weight, jnp.zeros(0) if scale is None else scale), x, weight, scale)
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)[:, None]
     call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((1, 2**16), jnp.float32))
     found = call(jnp.ones((1, 1)), jnp.asarray(every), jnp.zeros(0))

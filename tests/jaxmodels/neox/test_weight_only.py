@@ -1,4 +1,4 @@
-"""8-bit weights with activations as they are: rounding within half a step, tiles equal to the whole product."""
+"""Weights of 8 and 4 bits, activations as they are: rounding within half a step, tiles equal to the whole product."""
 
 import json
 
@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 
 import jaxmodels
+from jaxmodels import native
 from jaxmodels.convert.hf import save_hf
 from jaxmodels.generate import generate
 from jaxmodels.layers import Linear
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.neox.int8 import LINEARS
 from jaxmodels.neox.lora import LoRA, LoRANeoX
-from jaxmodels.neox.weight_only import FEW, TILE, WeightOnlyLinear, by_tiles, product, quantized, whole
+from jaxmodels.neox.weight_only import FEW, TILE, WeightOnlyLinear, by_tiles, four_bits, product, quantized, whole
 from tests.common import filled, normal, run
 from tests.jaxmodels.neox.common import FORMS, ids, neox
 
@@ -34,27 +35,59 @@ def test_weights_are_rounded_to_half_a_step():
     assert not weight[1, 5].any()
 
 
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
-def test_an_output_is_within_the_bound_of_its_scale(rows):
+def test_four_bits_are_rounded_to_half_a_step_of_their_group():
+    kernel = normal(0, 3, IN, OUT).at[1, 128:, 5].set(0).at[:, 0].multiply(100)
+    words, scale = four_bits(kernel)
+    assert (words.dtype, words.shape, scale.dtype, scale.shape) == (jnp.uint32, (3, OUT, 32), jnp.float32, (3, OUT, 2))
+    padded = np.pad(np.asarray(kernel, np.float64).swapaxes(1, 2), [(0, 0), (0, 0), (0, 256 - IN)])
+    groups = padded.reshape(3, OUT, 2, 128)
+    np.testing.assert_allclose(scale, np.abs(groups).max(-1) / 7, rtol=1e-6)
+    found = np.asarray(native.unpacked(words, scale), np.float64).reshape(groups.shape)
+    steps = np.asarray(scale, np.float64)[..., None]
+    assert (np.abs(found - groups) <= 0.5001 * steps).all()
+    assert not found[1, 5, 1].any()
+    integers = np.unique(np.round(found / np.where(steps == 0, 1, steps)))
+    np.testing.assert_array_equal(integers, np.arange(-7, 8))
+
+
+def half_steps(given, bits):
+    """Half of the value that 1 represents, for each weight: [O, 1], or [O, I] with 4 bits."""
+    scale = np.asarray(given.scale[...], np.float64)
+    return scale[:, None] / 2 if bits == 8 else np.repeat(scale, 128, axis=1)[:, :IN] / 2
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_output_is_within_the_bound_of_its_scale(bits, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(native, "available", lambda: False)
     linear = filled(lambda: Linear(IN, OUT, rngs=nnx.Rngs(0)))
-    x = normal(1, rows, IN)
-    given = WeightOnlyLinear(linear)
-    exact = np.asarray(x, np.float64) @ np.asarray(linear.kernel[...], np.float64) + np.asarray(linear.bias[...])
-    bound = np.abs(x).sum(1, keepdims=True) * np.asarray(given.scale[...]) / 2
-    error = np.abs(np.asarray(run(given, x)) - exact)
-    assert (error <= 1.001 * bound + 1e-4).all()
-    assert error.max() > 0.02 * bound.max()  # the bound is of this size
+    given = WeightOnlyLinear(linear, bits)
+    for rows in (1, FEW, FEW + 1):
+        x = normal(1, rows, IN)
+        exact = np.asarray(x, np.float64) @ np.asarray(linear.kernel[...], np.float64) + np.asarray(linear.bias[...])
+        bound = np.abs(np.asarray(x, np.float64)) @ np.broadcast_to(half_steps(given, bits), (OUT, IN)).T
+        error = np.abs(np.asarray(given(x)) - exact)
+        assert (error <= 1.001 * bound + 1e-4).all()
+        assert error.max() > 0.02 * bound.max()  # the bound is of this size
 
 
-def test_tiles_are_the_whole_product(x64):
-    weight, scale = quantized(normal(0, IN, OUT))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tiles_are_the_whole_product(x64, bits):
     x = normal(1, 3, 5, IN).astype(jnp.float64)
-    expected = np.asarray(x) @ (np.asarray(weight, np.float64) * np.asarray(scale, np.float64)[:, None]).T
+    if bits == 8:
+        weight, scale = quantized(normal(0, IN, OUT))
+        wide = np.asarray(weight, np.float64) * np.asarray(scale, np.float64)[:, None]
+    else:
+        weight, scale = four_bits(normal(0, IN, OUT))
+        wide = np.asarray(native.unpacked(weight, scale), np.float64)[:, :IN]
+    expected = np.asarray(x) @ wide.T
     np.testing.assert_allclose(jax.jit(product)(x, weight, scale), expected, rtol=1e-12, atol=1e-12)
     flat = x.reshape(-1, IN)
-    np.testing.assert_allclose(by_tiles(flat, weight), whole(flat, weight), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(by_tiles(flat, weight, scale), whole(flat, weight, scale), rtol=1e-12, atol=1e-12)
     text = jax.jit(product).lower(x[0], weight, scale).compile().as_text()
-    assert f"f64[{OUT},{IN}]" not in text  # no whole matrix of floats is made
+    for dtype in ("f32", "f64"):  # no whole matrix of floats is made
+        assert f"{dtype}[{OUT},{IN if bits == 8 else 256}]" not in text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -72,7 +105,10 @@ def dequantized(model, reference):
     copy = jax.tree.map(lambda array: array, reference)
 
     def put(linear, small):
-        values = small.weight[...] * small.scale[...][..., None]
+        if small.bits == 8:
+            values = small.weight[...] * small.scale[...][..., None]
+        else:
+            values = native.unpacked(small.weight[...], small.scale[...])[..., : linear.kernel[...].shape[-2]]
         linear.kernel[...] = values.swapaxes(-1, -2)
 
     for owner, name in LINEARS:
@@ -82,19 +118,22 @@ def dequantized(model, reference):
     return copy
 
 
-@pytest.mark.parametrize("form", ["parallel", "tied", "variant"])
-def test_a_model_computes_with_its_rounded_weights(form):
+@pytest.mark.parametrize(
+    ("form", "kind"), [("parallel", "weights"), ("tied", "weights"), ("variant", "weights"), ("parallel", "weights-4")]
+)
+def test_a_model_computes_with_its_rounded_weights(form, kind):
     reference = neox(**FORMS[form])
-    model = quantize(reference, kind="weights")
-    assert (model.quantization, reference.quantization, model.int8_threshold) == ("weights", None, None)
+    model = quantize(reference, kind=kind)
+    assert (model.quantization, reference.quantization, model.int8_threshold) == (kind, None, None)
     expected = run(dequantized(model, reference), ids())
     np.testing.assert_allclose(run(model, ids()), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     error = np.abs(run(model, ids()) - run(reference, ids())).max() / np.abs(expected).max()
-    assert 0 < error < 0.1  # as LLM.int8's
+    assert 0 < error < (0.1 if kind == "weights" else 1)  # that of 8 bits as LLM.int8's
 
 
-def test_decoding_and_its_cache():
-    model = quantize(neox(stacked=False), kind="weights")
+@pytest.mark.parametrize("kind", ["weights", "weights-4"])
+def test_decoding_and_its_cache(kind):
+    model = quantize(neox(stacked=False), kind=kind)
     prompt = ids()[:, :7]
     text = prompt
     for _ in range(3):
@@ -102,12 +141,12 @@ def test_decoding_and_its_cache():
     np.testing.assert_array_equal(generate(model, prompt, 3), text[:, 7:])
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_saved_and_loaded_it_is_the_same(tmp_path, stacked):
-    model = quantize(neox(stacked), kind="weights")
+@pytest.mark.parametrize(("stacked", "kind"), [(True, "weights"), (False, "weights"), (True, "weights-4")])
+def test_saved_and_loaded_it_is_the_same(tmp_path, stacked, kind):
+    model = quantize(neox(stacked), kind=kind)
     jaxmodels.save(model, tmp_path / "model")
     loaded = jaxmodels.load(tmp_path / "model")
-    assert (loaded.quantization, loaded.is_stacked) == ("weights", stacked)
+    assert (loaded.quantization, loaded.is_stacked) == (kind, stacked)
     chex.assert_trees_all_equal_dtypes(nnx.state(loaded), nnx.state(model))
     chex.assert_trees_all_equal(nnx.state(loaded), nnx.state(model))
 
@@ -125,10 +164,12 @@ def test_a_saved_kind_that_is_none_is_refused(tmp_path, more):
 
 def test_what_cannot_be_quantized_is_refused(tmp_path):
     model = quantize(neox(), kind="weights")
-    for arguments, message in (({"kind": "int9"}, "int9"), ({"kind": "weights", "threshold": 6.0}, "threshold=6")):
+    cases = [({"kind": "int9"}, "int9")]
+    cases += [({"kind": kind, "threshold": 6.0}, f"threshold=6.*{kind}") for kind in ("weights", "weights-4")]
+    for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             quantize(neox(), **arguments)
-    for kind in ("llm.int8", "weights"):
+    for kind in ("llm.int8", "weights", "weights-4"):
         with pytest.raises(ValueError, match="already quantized"):
             quantize(model, kind=kind)
     with pytest.raises(ValueError, match="quantized"):
@@ -137,16 +178,18 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
         LoRANeoX.of(model, LoRA(3))
     wrong = neox()
     wrong.readout.linear.kernel[...] = wrong.readout.linear.kernel[...].at[1, 2].set(jnp.nan)
-    with pytest.raises(ValueError, match="NaN"):
-        quantize(wrong, kind="weights")
+    for kind in ("weights", "weights-4"):
+        with pytest.raises(ValueError, match="NaN"):
+            quantize(wrong, kind=kind)
 
 
-def test_bytes_are_a_quarter_of_float32_s():
+@pytest.mark.parametrize(("kind", "share"), [("weights", 0.26), ("weights-4", 0.135)])
+def test_bytes_are_a_share_of_float32_s(kind, share):
     whole = nnx.eval_shape(lambda: NeoX(NeoXConfig.pythia_70m(), rngs=nnx.Rngs(0)))
-    small = nnx.eval_shape(lambda model: quantize(model, kind="weights"), whole)
+    small = nnx.eval_shape(lambda model: quantize(model, kind=kind), whole)
 
     def size(model):
         parts = jax.tree.leaves((nnx.state(model.layers), nnx.state(model.readout)))
         return sum(array.size * array.dtype.itemsize for array in parts)
 
-    assert size(small) < 0.26 * size(whole)
+    assert size(small) < share * size(whole)
