@@ -76,14 +76,14 @@ class Confined:
                     return reply["value"]
                 why = reply.get("error")
             else:
-                code, why = child.exit_code(), None
+                code = child.exit_code()
                 if child.interrupted:
                     raise KeyboardInterrupt
-                if code != -signal.SIGABRT:  # which is how Rust ends if there is no memory
-                    why = {
-                        -signal.SIGPROF: f"it takes more than {seconds:,.0f} s",
-                        -signal.SIGALRM: f"it takes more than {WAITING * seconds:,.0f} s",
-                    }.get(code, f"it ends its process with code {code}")
+                why = {
+                    -signal.SIGPROF: f"it takes more than {seconds:,.0f} s",
+                    -signal.SIGALRM: f"it takes more than {WAITING * seconds:,.0f} s",
+                    -signal.SIGABRT: f"it takes more than {megabytes:,.0f} MB, or aborts",  # Rust does without memory
+                }.get(code, f"it ends its process with code {code}")
         except BaseException:
             child.finalizer()
             raise

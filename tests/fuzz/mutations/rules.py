@@ -140,7 +140,7 @@ VALUES = (
     "''.__class__",
     *map(str, INTEGERS),
 )
-OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "or", "is", "if")
+OPERATORS = ("+", "-", "*", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "or")
 
 
 def value(rng: Rng, depth: int = 0) -> str:
@@ -152,10 +152,10 @@ def value(rng: Rng, depth: int = 0) -> str:
     if kind < 4:
         return f"({one} {choose(rng, OPERATORS)} {other})"
     if kind == 4:
-        return f"{one}|{choose(rng, FILTERS.split())}" + (f"({other})" if rng.random() < 0.6 else "")
+        return f"({one})|{choose(rng, FILTERS.split())}" + (f"({other})" if rng.random() < 0.6 else "")
     if kind == 5:
-        return f"{one}.{choose(rng, METHODS.split())}({other})"
-    return f"{one}({other})" if rng.random() < 0.5 else f"{one}[{other}:{value(rng, depth + 1)}]"
+        return f"({one}).{choose(rng, METHODS.split())}({other})"
+    return f"({one})({other})" if rng.random() < 0.3 else f"({one})[{other}:{value(rng, depth + 1)}]"
 
 
 def statement(rng: Rng, depth: int = 0) -> str:
@@ -168,7 +168,7 @@ def statement(rng: Rng, depth: int = 0) -> str:
         3: f"{{% for x in {value(rng)} %}}{inner}{{% endfor %}}",
         4: f"{{% if {value(rng)} %}}{inner}{{% endif %}}",
         5: f"{{% set x = {value(rng)} %}}{inner}",
-        6: f"{{% macro f(x) %}}{inner}{{{{ f(x) }}}}{{% endmacro %}}{{{{ f(1) }}}}",
+        6: f"{{% macro f(x) %}}{inner}{choose(rng, ('', '', '{{ f(x) }}'))}{{% endmacro %}}{{{{ f(1) }}}}",
         7: f"{{% filter {choose(rng, FILTERS.split())} %}}{inner}{{% endfilter %}}\x1b[2J",
     }[kind]
 

@@ -6,15 +6,17 @@ from typing import Any
 from tests.fuzz.targets.kind import Target
 from tests.fuzz.targets.texts import make_rich_tokenizer
 
+SECONDS = 1.0  # of processor time in a confined process: less than usual, so that a busy machine makes no finding
 TEXTS = ("abc ab", "a" * 3_000, "-" * 3_000, "aé ß中\ufdfa\n\t0" * 300, " \n" * 1_000, "ab-" * 1_000 + "~")
 MESSAGES = [{"role": "user", "content": "Why?\né"}, {"role": "assistant", "content": "a" * 100}]
 
 
 def use_tokenizer(folder: Path) -> Any:
-    from jaxmodels.text import TokenizerFile
+    from jaxmodels.text import TokenizerFile, tokenizer
     from jaxmodels.text.encoding import Unknown
     from jaxmodels.text.pieces import cut
 
+    tokenizer.SECONDS = SECONDS
     vocabulary = TokenizerFile.read(folder)
     found = [vocabulary.ids_of(ids) for ids in vocabulary.encode_batch(TEXTS)]
     prompts = [vocabulary.encode_prompt(text) for text in TEXTS[:2]]
@@ -32,10 +34,11 @@ def make_template(folder: Path) -> None:
 
 def use_template(folder: Path) -> Any:
     from jaxmodels.io.bounded import CONFIG_BYTES, read_text
-    from jaxmodels.scoring.templates import ChatTemplate
+    from jaxmodels.scoring import templates
 
+    templates.SECONDS = SECONDS
     file = folder / "chat_template.jinja"
-    template = ChatTemplate(read_text(file, CONFIG_BYTES), {"bos_token": "<s>"}, str(file))
+    template = templates.ChatTemplate(read_text(file, CONFIG_BYTES), {"bos_token": "<s>"}, str(file))
     return template.render(MESSAGES), template.render(MESSAGES, generation=False)
 
 
