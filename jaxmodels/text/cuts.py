@@ -13,7 +13,7 @@ What is not known to have these properties is never cut: the text is then encode
 import functools
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxmodels.text.patterns import WHITESPACE, Pattern, Unsupported, is_word
@@ -29,7 +29,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 SAMPLES = [("a", " "), ("a", "\n"), ("a", "."), (".", " "), ("中", "。"), ("1", " ")]  # tried to say why none can
 REMOVE_SPACES = ("WhitespaceSplit", "BertPreTokenizer", "Whitespace")
 Step = dict[str, Any]
-Normalized = Callable[[Mapping[str, Any], str], str]
+Normalized = Callable[[Mapping[str, Any], Sequence[str]], list[str]]
 IN_PROCESS: Normalized = functools.partial(operations.normalize, None)
 
 
@@ -51,7 +51,7 @@ class Anywhere:
 class Cuts:
     """Places where texts can be cut for a tokenizer.
 
-    content: text of a tokenizer.json, as the package writes it. normalized: function that normalizes a text by a step
+    content: text of a tokenizer.json, as the package writes it. normalized: function that normalizes texts by a step
     of it; default in this process. dropped: number of characters, 0 or 1, that a cut leaves out: a tokenizer that
     prepends a space to every text is given what follows a space. reason: why no text can be cut; None if some can.
     """
@@ -64,11 +64,11 @@ class Cuts:
         self.content = content
         self.model: Step = {name: value for name, value in parts["model"].items() if name not in ("vocab", "merges")}
         added = parts.get("added_tokens") or []
+        changed = [token for token in added if token["normalized"] and self.normalizers]
         self.raw = Added(token for token in added if not (token["normalized"] and self.normalizers))
-        whole = functools.partial(self.normalize, {"type": "Sequence", "normalizers": self.normalizers})
-        self.normalized = Added(
-            {**token, "content": whole(token["content"])} for token in added if token["normalized"] and self.normalizers
-        )
+        whole = {"type": "Sequence", "normalizers": self.normalizers}
+        contents = self.normalize(whole, [token["content"] for token in changed]) if changed else []
+        self.normalized = Added({**token, "content": content} for token, content in zip(changed, contents, strict=True))
         self.dropped = int(any(step["type"] == "Prepend" for step in self.normalizers))
         self.known: dict[tuple[str, str], bool] = {}
         self.reason = self.explain()
@@ -145,7 +145,7 @@ class Cuts:
                 raise NoCut("its normalizer Strip")
             return {(before, after)}
         if kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Nmt", "Precompiled"):
-            one, other = self.normalize(step, before), self.normalize(step, after)
+            one, other = self.normalize(step, [before, after])
             if one and other:
                 return {(one[-1], other[0])}
         raise NoCut(f"its normalizer {kind}")
@@ -170,7 +170,8 @@ class Cuts:
         if i or self.normalized.any or after in self.raw.first or not simple:
             raise NoCut("its normalizer Prepend, with what is beside it")
         whole = {"type": "Sequence", "normalizers": rest}
-        if self.normalize(whole, after) != self.normalize(whole, prefix):
+        one, other = self.normalize(whole, [after, prefix])
+        if one != other:
             raise NoCut("its normalizer Prepend")
 
     def check_model(self, before: str, after: str) -> None:

@@ -174,10 +174,11 @@ class TokenizerFile(Vocabulary):
         """Places where a text can be cut so that the ids of its pieces are those of the whole."""
         return Cuts(self.tokenizer.to_str(), self.normalize)
 
-    def normalize(self, step: Mapping[str, Any], text: str) -> str:
-        """Text as the normalizer of a step of the file makes it."""
+    def normalize(self, step: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
+        """Texts as the normalizer of a step of the file makes them."""
+        size = sum(len(utf8(text)) for text in texts)
         with refusing(f"{self.name} cannot normalize the text"):
-            return str(self.run("normalize", step, text, size=len(utf8(text))))
+            return list(self.run("normalize", step, list(texts), size=size))
 
     @functools.cached_property
     def unknown(self) -> int | None:

@@ -55,9 +55,10 @@ def decode(tokenizer: Any, ids: Sequence[int], skip_special: bool) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
-def normalize(tokenizer: Any, step: Mapping[str, Any], text: str) -> str:
-    """Text as the normalizer of a step of a tokenizer.json makes it."""
-    return str(normalizer(json.dumps(step)).normalize_str(text))
+def normalize(tokenizer: Any, step: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
+    """Texts as the normalizer of a step of a tokenizer.json makes them."""
+    found = normalizer(json.dumps(step))
+    return [str(found.normalize_str(text)) for text in texts]
 
 
 @functools.lru_cache(maxsize=16)
