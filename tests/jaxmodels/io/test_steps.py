@@ -94,6 +94,18 @@ def test_an_unfinished_step_of_this_program_s_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_arrays_of_an_unfinished_step_are_removed(tmp_path):
+    folder = tmp_path / "7"
+    steps.begin(folder)
+    arrays = {"kernel": np.random.default_rng(0).standard_normal((61, 67)), "count": np.array(3, np.int32)}
+    for name in ("model/params", "state"):
+        ocp.save(folder / name, arrays)
+    for file in (folder / "state").rglob("*/d/*"):
+        file.write_bytes(file.read_bytes()[:1000])  # as a kill or a full disk leaves it
+    steps.remove(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
