@@ -10,6 +10,7 @@ If its writer is killed, it is removed only under that name, and only if each of
 to such folders (`jaxmodels.io.content.WRITTEN`): anybody can write a manifest into the folder of another.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -29,8 +30,15 @@ SETTLED = 3600.0  # seconds without a change, after which a temporary name belon
 
 
 def begin(folder: Path, name: str | None = None) -> None:
-    """Write the manifest of a folder that is about to be filled; name: the one that it will have, if not its own."""
-    write(folder, complete=False, name=folder.name if name is None else name, files={})
+    """Write the manifest of a folder that is about to be filled; name: the one that it will have, if not its own.
+
+    One that says so already is left as it is: on a full disk it could not be written again.
+    """
+    about = {"complete": False, "name": folder.name if name is None else name, "files": {}}
+    with contextlib.suppress(ValueError):
+        if read(folder) == {"format": FORMAT, **about}:
+            return
+    write(folder, **about)
 
 
 def finish(folder: Path) -> None:
@@ -123,6 +131,12 @@ def is_ours(folder: Path) -> bool:
 
 def remove(folder: Path) -> None:
     """Remove a folder, its manifest last: whenever the process is killed, what is left has one."""
+    clear(folder)
+    shutil.rmtree(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove everything in a folder but its manifest."""
     if not (folder / NAME).exists():
         begin(folder)
     for path in folder.iterdir():
@@ -132,7 +146,6 @@ def remove(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    shutil.rmtree(folder)
 
 
 def refuse_links(folder: Path) -> None:

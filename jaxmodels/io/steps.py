@@ -7,6 +7,7 @@ RUN/checkpoints/STEP/.jaxmodels.json  shows that this program began the step: se
 A checkpoint without complete.json was interrupted; one with files of another size than it lists is damaged.
 """
 
+import shutil
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -107,8 +108,12 @@ def begin(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)
     temporary.mkdir()
-    manifest.begin(temporary, folder.name)
-    temporary.rename(folder)
+    try:
+        manifest.begin(temporary, folder.name)
+        temporary.rename(folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def foreign(folder: Path) -> str | None:
@@ -141,8 +146,17 @@ def remove(folder: Path) -> None:
 
     Whenever the process is killed, what is left is not a checkpoint, and is removed by the next run.
     """
+    clear(folder)
+    manifest.remove(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a STEP folder holds but its manifest, which claims what Orbax's threads may still write there.
+
+    Raises ValueError like `remove`.
+    """
     if reason := foreign(folder):
         raise ValueError(f"{folder} is not removed: {reason}; move or delete it yourself")
     manifest.begin(folder)
     (folder / MARK).unlink(missing_ok=True)
-    manifest.remove(folder)
+    manifest.clear(folder)

@@ -142,7 +142,7 @@ class Checkpoints:
             if self.error is not None:
                 if is_first():
                     with contextlib.suppress(OSError, ValueError):
-                        stored.remove(folder)  # it may have filled the disk
+                        stored.clear(folder)  # it may have filled the disk
             elif is_first():
                 with naming(folder / "model" / "config.json") as file:
                     file.write_text(describe(self.program.abstract), encoding="utf-8")

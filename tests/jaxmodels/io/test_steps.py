@@ -1,6 +1,8 @@
 """Steps of a training run on disk: links are refused, only what this program wrote is removed."""
 
+import errno
 import json
+import os
 import re
 
 import numpy as np
@@ -102,7 +104,24 @@ def test_arrays_of_an_unfinished_step_are_removed(tmp_path):
         ocp.save(folder / name, arrays)
     for file in (folder / "state").rglob("*/d/*"):
         file.write_bytes(file.read_bytes()[:1000])  # as a kill or a full disk leaves it
+    written = (folder / manifest.NAME).stat().st_mtime_ns
+    steps.clear(folder)
+    assert [file.name for file in folder.iterdir()] == [manifest.NAME]
+    (folder / "state.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (folder / "state.orbax-checkpoint-tmp" / "state" / "_sharding").write_text("{")  # by a thread that goes on
+    steps.clear(folder)
+    assert (folder / manifest.NAME).stat().st_mtime_ns == written  # a full disk could not hold it a second time
     steps.remove(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_cannot_be_begun_leaves_nothing(tmp_path, monkeypatch):
+    def full(*names):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(manifest, "begin", full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        steps.begin(tmp_path / "7")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -105,6 +105,8 @@ def test_a_disk_that_stays_full_ends_a_run_with_two_lines(new, tmp_path):
     assert re.fullmatch(rf"warning: checkpoint 5 could not be saved: {file}; trying again", first)
     assert re.fullmatch(rf"python -m train.rope: checkpoint \d+ could not be saved either: {file}", second)
     assert steps(run / "checkpoints") == []
+    assert main(rope.Rope, "train.rope", [*new, "--steps", "40", "--out", str(run)]) == 0  # with room again
+    assert steps(run / "checkpoints") == [30, 35, 40]
 
 
 def until(process: subprocess.Popen, text: str) -> str:
