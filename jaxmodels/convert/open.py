@@ -218,7 +218,7 @@ def local_folder(name: str, revision: str | None = None, variant: str | None = N
 
     Recovers a folder that a killed process was replacing.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     recover(path)
     if not path.exists():
         hub.check_not_address(name)

@@ -3,7 +3,8 @@
 import argparse
 import contextlib
 from collections.abc import Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from jaxmodels.process.texts import shortened
 
@@ -11,12 +12,25 @@ from jaxmodels.process.texts import shortened
 class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` whose errors repeat an argument with its control characters escaped, and shortened.
 
-    The parsers of subcommands that it adds are of this class too.
+    The parsers of subcommands that it adds are of this class too. `~` is expanded in arguments of type Path: a shell
+    leaves it in `--out=~/FILE`.
     """
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.register("type", Path, expanded)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and an error, and exit with code 2."""
         super().error(shortened(message))
+
+
+def expanded(text: str) -> Path:
+    """Path with `~` expanded; raises argparse.ArgumentTypeError for `~NAME` if there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: {Path(text).parts[0]} is no user's home folder") from None
 
 
 @contextlib.contextmanager

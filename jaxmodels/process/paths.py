@@ -9,10 +9,19 @@ MOUNTS = {"gs": "gcsfuse BUCKET /mnt/BUCKET", "s3": "mount-s3 BUCKET /mnt/BUCKET
 
 
 def local(path: Path | str, name: str) -> Path:
-    """Path on a file system, with `~` expanded; raises ValueError, naming the argument, for the URL of a bucket."""
+    """Path on a file system, with `~` expanded.
+
+    Raises ValueError, naming the argument, for the URL of a bucket, and for `~NAME` if there is no such user.
+    """
     url = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path))  # Path has made one slash of two
     if url is None:
-        return Path(path).expanduser()
+        try:
+            return Path(path).expanduser()
+        except RuntimeError:
+            user = Path(path).parts[0]
+            raise ValueError(
+                f"{name}={path}: {user} is no user's home folder; a folder of that name is ./{user}"
+            ) from None
     scheme, inside = url.groups()
     bucket, _, rest = inside.partition("/")
     mount = MOUNTS.get(scheme)

@@ -5,6 +5,7 @@ below a field is its text in --help.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -103,6 +104,10 @@ class Config:
             if name.endswith("layers") and value is not None and value > MOST_LAYERS:
                 raise ValueError(f"{name}={value} must be at most {MOST_LAYERS:,}")
         object.__setattr__(self, "seed", seed_32(self.seed))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} must be a finite number")
         for name in ("learning_rate", "eps", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -9,6 +9,7 @@ RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/
 import contextlib
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxmodels.io.bounded import check_format, errors_naming, read_object
 from jaxmodels.io.checkpoint import read_config
 from jaxmodels.io.steps import check_run, latest_step, problem, steps
 from jaxmodels.models import names
+from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training import metrics
@@ -215,9 +217,10 @@ def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None"
     if changed:
         was, now = (", ".join(f"{name}={values[i]}" for name, values in changed.items()) for i in (0, 1))
         fixed = " (a cosine schedule ends at its last step)" if "steps" in changed else ""
+        typed = shlex.quote(str(run))
         raise ValueError(
-            f"{run} was trained with {was}, not {now}{fixed}: continue it unchanged with --resume {run}, name another "
-            f"folder with --out, or continue with these from a step on, in a new run, with --branch {run}"
+            f"{run} was trained with {was}, not {now}{fixed}: continue it unchanged with --resume {typed}, name "
+            f"another folder with --out, or continue with these from a step on, in a new run, with --branch {typed}"
         )
     taken = steps(run / "checkpoints")[-1]
     if config.steps < taken:
@@ -241,8 +244,9 @@ class Branch:
     step: int
 
     @classmethod
-    def at(cls, run: Path, step: int | None = None) -> Self:
+    def at(cls, run: Path | str, step: int | None = None) -> Self:
         """The checkpoint of a step, default the latest complete one; raises ValueError if the run has none."""
+        run = local(run, "branch")
         read_about(run)
         if step is None:
             step = int(latest_step(run)[0].name)

@@ -142,7 +142,7 @@ class Trainer:
         rate = f"{self.config.learning_rate / 10:.3g}"
         where = f"checkpoint {saved[-1]} is the last one before"
         if self.command is None:
-            return f"{where}: continue from it in a new run with Branch({str(self.folder)!r}, {saved[-1]})"
+            return f"{where}: continue from it in a new folder with branch=Branch.at({str(self.folder)!r}, {saved[-1]})"
         folder = shlex.quote(str(self.folder))
         return (
             f"{where}: continue from it in a new folder with another rate, e.g. {self.command} --branch {folder} "

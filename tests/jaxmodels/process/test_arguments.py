@@ -1,6 +1,7 @@
 """Errors about arguments cannot steer a terminal."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,13 @@ def test_the_parsers_of_a_library_are_escaped_for_a_while(capsys):
     with errors_escaped():
         assert SHOWN in refused(argparse.ArgumentParser(), HOSTILE, capsys=capsys)
     assert HOSTILE in refused(argparse.ArgumentParser(), HOSTILE, capsys=capsys)
+
+
+def test_the_home_folder_is_expanded_where_a_shell_leaves_it(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    parser = Parser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name")
+    given = parser.parse_args(["--out=~/a b", "--name=~/x"])
+    assert (given.out, given.name) == (Path("/home/somebody/a b"), "~/x")
+    assert "argument --out: ~nobody-here/x: ~nobody-here " in refused(parser, "--out=~nobody-here/x", capsys=capsys)

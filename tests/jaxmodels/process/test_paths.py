@@ -12,6 +12,8 @@ def test_the_home_folder_is_expanded(monkeypatch):
     assert local("~/runs/a b", "out") == Path("/home/somebody/runs/a b")
     for path in ("runs/~x", "a:b/c", "/x", "nothing"):
         assert local(path, "out") == Path(path)
+    with pytest.raises(ValueError, match=r"^out=~nobody-here/run: .*\./~nobody-here$"):
+        local("~nobody-here/run", "out")
 
 
 @pytest.mark.parametrize("given", ["gs://bucket/a/run", Path("gs://bucket/a/run")])

@@ -62,6 +62,15 @@ def test_a_branch_that_cannot_begin_is_refused(flags, message, tmp_path):
         main(rope.Rope, PROGRAM, [flag.format(**names) for flag in flags])
 
 
+def test_advice_can_be_typed_as_it_is_printed(tmp_path):
+    run = tmp_path / "a run"
+    run_of(run, 5, steps=20)
+    with pytest.raises(ValueError, match=re.escape(f"--resume '{run}', ")) as refused:
+        check_folder(rope.Rope(rope.Config(d_ff=13)), run)
+    assert str(refused.value).endswith(f"--branch '{run}'")
+    assert Branch.at(str(run), 5) == Branch(run, 5)  # as `train` says in a notebook
+
+
 def test_flags_of_a_branch_come_from_its_run(tmp_path):
     run_of(tmp_path / "run", 5, 12, steps=20, d_ff=13)
     for flags, step in (([], 12), (["--from-step", "5"], 5)):

@@ -1,6 +1,7 @@
 """Hyperparameters and their presets."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ class Own(Config):
     """Hyperparameters of an experiment outside the project, without presets."""
 
     context: int = 3
+    share: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,10 @@ def test_a_config_with_presets_has_these_alone():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("seq_len", -1), ("seed", -1), ("clip", 0.0), ("b2", 1.0), ("weight_decay", -0.5)],
+    [
+        *[("steps", 0), ("seq_len", -1), ("seed", -1), ("clip", 0.0), ("b2", 1.0), ("weight_decay", -0.5)],
+        *[("learning_rate", math.inf), ("eps", math.inf), ("clip", math.nan), ("share", -math.inf)],
+    ],
 )
 def test_a_value_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
