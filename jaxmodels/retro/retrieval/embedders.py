@@ -108,7 +108,9 @@ class SentenceTransformer:
         loaded = self.loaded
         for confined in self.tokenizers:
             confined.encode_batch(texts)
-        return np.asarray(loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False), np.float32)
+        with one_line(f"embedder {self.name} cannot embed the texts"):
+            vectors = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return finite(self, np.asarray(vectors, np.float32))
 
 
 def check_modules(model: str) -> None:
@@ -128,13 +130,27 @@ def check_modules(model: str) -> None:
 @contextlib.contextmanager
 def loading(embedder: "SentenceTransformer | BertMean") -> Iterator[None]:
     """Context in which a library loads a model: raises ValueError in one line, naming a damaged file of a folder."""
-    try:
+    with one_line(f"embedder {embedder.name} cannot be loaded"):
         check_files(Path(embedder.model))
         with offline(embedder.model):
             yield
-    except Exception as error:  # of many kinds, from missing files to failed downloads
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Context in which an error of a library, of any kind and length, becomes a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # from missing files and failed downloads to ids that a table lacks
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"embedder {embedder.name} cannot be loaded: {shortened(reason, 500)}") from None
+        raise ValueError(f"{what}: {shortened(reason, 500)}") from None
+
+
+def finite(embedder: "SentenceTransformer | BertMean", vectors: np.ndarray) -> np.ndarray:
+    """The vectors of an embedder; raises ValueError if one is not finite, as with weights that are not."""
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"embedder {embedder.name} gives vectors with NaN or infinities")
+    return vectors
 
 
 def check_files(folder: Path) -> None:
@@ -243,11 +259,13 @@ class BertMean:
         words = [whole_words(text) for text in texts]
         for confined in self.tokenizers:
             confined.encode_batch(words)
-        tokens = tokenizer(words, return_tensors="pt", padding=True, truncation=True)
-        hidden = model(**tokens).last_hidden_state.numpy()
-        mask = tokens["attention_mask"].numpy()[..., None]
-        mean = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
-        return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
+        with one_line(f"embedder {self.name} cannot embed the texts"):
+            tokens = tokenizer(words, return_tensors="pt", padding=True, truncation=True)
+            hidden = model(**tokens).last_hidden_state.float().numpy()
+            mask = tokens["attention_mask"].numpy()[..., None]
+        with np.errstate(all="ignore"):
+            mean = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
+            return finite(self, (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32))
 
 
 def whole_words(text: str) -> str:

@@ -42,9 +42,15 @@ FOLDERS += ("checkpoints/" + "9" * 200, "checkpoints/\x1b[2J")
 
 
 def exchange_file(file: Path, root: Path, rng: Rng) -> None:
-    """Replace a file by a FIFO, a folder, a sparse or an empty file, or a link: to a device, nothing or itself."""
+    """Replace a file by a FIFO, a folder, a sparse or an empty file, or a link: to a device, nothing or itself.
+
+    Or leave its content, with a hole in it or behind it.
+    """
+    change = int(rng.integers(11))
+    if change > 8:
+        dig(file, rng)
+        return
     file.unlink()
-    change = int(rng.integers(9))
     if change == 0:
         os.mkfifo(file)
     elif change == 1:
@@ -59,6 +65,18 @@ def exchange_file(file: Path, root: Path, rng: Rng) -> None:
     else:
         secret = os.path.relpath(root / BESIDE / "secret.txt", file.parent)
         file.symlink_to(("/dev/zero", "nowhere", file.name, secret)[change - 5])
+
+
+def dig(file: Path, rng: Rng) -> None:
+    """Leave a part of a file unwritten: at its end, or between two of its bytes. It is read as zeros."""
+    content = file.read_bytes()
+    at = int(rng.integers(len(content) + 1)) if rng.random() < 0.5 else len(content)
+    size = choose(rng, (4096, 10**6, 2**28, 2**28 + 1, 10**9, 2**32, 10**13))
+    with file.open("wb") as opened:
+        opened.write(content[:at])
+        opened.truncate(at + size)
+        opened.seek(0, os.SEEK_END)
+        opened.write(content[at:])
 
 
 def change_folder(root: Path, rng: Rng) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.fuzz.mutations.octets import relined
-from tests.fuzz.mutations.values import RAW, STRINGS, Rng, choose, odd_value
+from tests.fuzz.mutations.values import RAW, STRINGS, Rng, alike, choose, odd_value
 
 MARKER = "\ue000raw\ue000"  # stands for a text that json.dumps would not write
 
@@ -59,7 +59,7 @@ def mutated_json(content: bytes, rng: Rng) -> bytes:
     """JSON text with one value or key changed, added, removed or repeated; raises ValueError if it is not JSON."""
     tree = {"": json.loads(content)}
     holder, key = choose(rng, list(places(tree)))
-    raw, change = "", int(rng.integers(8))
+    raw, change = "", int(rng.integers(9))
     if change == 0 and holder is not tree:
         del holder[key]
     elif change == 1 and isinstance(holder, dict) and holder is not tree:
@@ -70,6 +70,8 @@ def mutated_json(content: bytes, rng: Rng) -> bytes:
         holder.extend([holder[key]] * int(rng.integers(1, 1000)))
     elif change in (4, 5):
         raw, holder[key] = choose(rng, RAW), MARKER
+    elif change == 8 and isinstance(holder[key], int):
+        holder[key] = alike(holder[key], rng)
     elif change == 6 and holder is not tree:
         other, other_key = choose(rng, list(places(tree[""])))
         holder[key] = json.loads(json.dumps(other[other_key]))

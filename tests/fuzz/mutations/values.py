@@ -77,6 +77,12 @@ def choose(rng: Rng, values: Sequence[Value]) -> Value:
     return values[int(rng.integers(len(values)))]
 
 
+def alike(value: int, rng: Rng) -> Any:
+    """A value that is equal to an integer in Python, or near to it, and another in JSON."""
+    others = (float(value), bool(value), str(value), -value, -1, value + 1, value - 1, [value], None)
+    return choose(rng, others if abs(value) < 2**53 else others[1:])
+
+
 def odd_value(rng: Rng) -> Any:
     """A number, string or container that is seldom expected."""
     return choose(rng, (*NUMBERS, *STRINGS, None, True, False, [], {}, [[]], {"": {}}, [None], [1, "a"], {"a": 1}))

@@ -234,3 +234,15 @@ def test_weights_that_are_not_those_of_the_configuration_are_not_made_up(bert, c
     with pytest.raises(ValueError, match=rf"^embedder bert:.*not those of its config\.json: {change} \S*layer\.0\."):
         BertMean(str(folder)).embed(["a"])
     assert "REPORT" not in capfd.readouterr().err
+
+
+def test_a_model_that_fails_on_texts_or_gives_no_numbers_is_refused(bert):
+    embedder = BertMean(bert[0])
+    weight = embedder.loaded[1].embeddings.word_embeddings.weight
+    kept = weight.data
+    weight.data = kept * float("inf")
+    with pytest.raises(ValueError, match=r"^embedder bert:.* gives vectors with NaN"):
+        embedder.embed(["a"])
+    weight.data = kept[:1]
+    with pytest.raises(ValueError, match=r"^embedder bert:.* cannot embed the texts: index out of range in self$"):
+        embedder.embed(["a b c d"])
