@@ -23,6 +23,7 @@ from jaxmodels.training.step import Numerics, Precision, Remat
 
 # Each layer is a module of its own when a model is built; published ones have up to 1,000.
 MOST_LAYERS = 2_000
+MOST = 2**31 - 1  # of what is counted: arrays and steps have 32-bit numbers
 # For scripts whose flag --attention does not name a kind of attention.
 AttentionKernel = Annotated[Kernel, tyro.conf.arg(aliases=("--attention",))]
 
@@ -101,8 +102,9 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-            if name.endswith("layers") and value is not None and value > MOST_LAYERS:
-                raise ValueError(f"{name}={value} must be at most {MOST_LAYERS:,}")
+            most = MOST_LAYERS if name.endswith("layers") else MOST
+            if value is not None and value > most:
+                raise ValueError(f"{name}={value} must be at most {most:,}")
         object.__setattr__(self, "seed", seed_32(self.seed))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
