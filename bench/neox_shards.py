@@ -6,6 +6,10 @@ that of the process at start (excluding pages of mapped files), in multiples of 
 per second relative to a plain sequential write of the same size with fsync, made just before and just after, as the
 median of the rounds' ratios.
 
+A second table says what bounds the speed, from the same processes: processor time, in user mode (reading, transposing,
+checksums of .pt files) and in the kernel (copies into the page cache), and the rate that all processors would reach if
+that were all; and the rates of conversion and plain write without fsync and without early writing to disk.
+
     python -m bench.neox_shards --gigabytes 6 --folder /some/disk
     python -m bench.neox_shards --gigabytes 6 --folder /some/disk --make-only      # create only the checkpoint
     python -m bench.neox_shards --form bin --gigabytes 0.325 --hidden 768 --heads 12 --vocabulary 50304  # Pythia-160M
@@ -14,6 +18,7 @@ median of the rounds' ratios.
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +105,12 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         f"largest layer {layer / 1e6:.0f} MB"
     )
     table = Table(title=title, title_justify="left")
+    bounds = Table(title="What bounds it: processor time, and rates without the disk", title_justify="left")
     for heading in ("to", "peak MB", "÷ largest layer", "GB/s", "plain write GB/s", "ratio"):
         table.add_column(heading, justify="right" if heading != "to" else "left")
+    headings = ("to", "user s/GB", "kernel s/GB", "plain write s/GB", "processors GB/s", "no disk GB/s", "plain GB/s")
+    for heading in headings:
+        bounds.add_column(heading, justify="right" if heading != "to" else "left")
     for to in options.to or TARGETS:
         rounds = [
             watched(folder / "checkpoint", folder / "target", to, options.ranks_written) for _ in range(options.rounds)
@@ -111,7 +122,16 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         name = f"{to}, mp {options.ranks_written}" if to == "neox" else to
         cells = (peak / 1e6, peak / layer, total / seconds / 1e9, total / plain / 1e9, ratio)
         table.add_row(name, *(f"{cell:.2f}" if i else f"{cell:.0f}" for i, cell in enumerate(cells)))
-    Console(width=110).print(table)
+        user, kernel, plain_used, cached, plain_cached = (
+            statistics.median(getattr(round, field) for round in rounds) / total * 1e9
+            for field in ("user", "system", "plain_used", "cached", "plain_cached")
+        )
+        limit = (os.cpu_count() or 1) / (user + kernel) if user + kernel else math.inf
+        shown = (user, kernel, plain_used, limit, 1 / cached, 1 / plain_cached)
+        bounds.add_row(name, *(f"{cell:.2f}" for cell in shown))
+    console = Console(width=120)
+    console.print(table)
+    console.print(bounds)
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
@@ -174,25 +194,35 @@ YAML = """{{
 """
 
 
-def plain_write(file: Path, total: int) -> float:
-    """Seconds to write `total` random bytes sequentially, with fsync at the end."""
+def plain_write(file: Path, total: int, sync: bool = True) -> float:
+    """Seconds to write `total` random bytes sequentially, by default with fsync at the end."""
     piece = np.random.default_rng(0).integers(0, 256, 8_000_000, dtype=np.uint8)
     began = time.perf_counter()
     with file.open("wb", buffering=0) as out:
         for start in range(0, total, piece.nbytes):
             out.write(piece[: total - start].data)
-        os.fsync(out.fileno())
+        if sync:
+            os.fsync(out.fileno())
     seconds = time.perf_counter() - began
     file.unlink()
     return seconds
 
 
 class Round(NamedTuple):
-    """Peak of anonymous memory above the start, in bytes; seconds of the conversion, and mean of the plain writes."""
+    """Peak of anonymous memory above the start, in bytes; seconds of the conversion, and mean of the plain writes.
+
+    user, system: seconds of processor time of the conversion. plain_used: that of a plain write.
+    cached, plain_cached: seconds of both without the disk.
+    """
 
     peak: int
     seconds: float
     plain: float
+    user: float
+    system: float
+    plain_used: float
+    cached: float
+    plain_cached: float
 
 
 def watched(source: Path, target: Path, to: str, ranks: int) -> Round:
@@ -232,17 +262,40 @@ def convert(source: str, target: str, to: str, ranks: int) -> None:
     plain, total = Path(target).with_name("plain"), open_source(source).neox().nbytes()
     print(json.dumps({"anonymous": anonymous(os.getpid())}), flush=True)
     plain_write(plain, total)
+    start = os.times()
     before = plain_write(plain, total)
-    began = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):
-        opened = open_source(source).neox()
-        if to == "neox":
-            write_neox(opened, target, ranks)
-        else:
-            {"flax": write_flax, "hf": write_hf}[to](opened, target)
-    seconds = time.perf_counter() - began
+    middle = os.times()
+
+    def converted() -> float:
+        began = time.perf_counter()
+        with contextlib.redirect_stdout(sys.stderr):
+            opened = open_source(source).neox()
+            if to == "neox":
+                write_neox(opened, target, ranks)
+            else:
+                {"flax": write_flax, "hf": write_hf}[to](opened, target)
+        return time.perf_counter() - began
+
+    seconds = converted()
+    end = os.times()
     shutil.rmtree(target)
-    print(json.dumps({"seconds": seconds, "plain": (before + plain_write(plain, total)) / 2}), flush=True)
+    result = {"seconds": seconds, "plain": (before + plain_write(plain, total)) / 2}
+    result |= {"user": end.user - middle.user, "system": end.system - middle.system}
+    result["plain_used"] = middle.user + middle.system - start.user - start.system
+    with without_disk():
+        result["cached"] = converted()
+    shutil.rmtree(target)
+    print(json.dumps(result | {"plain_cached": plain_write(plain, total, sync=False)}), flush=True)
+
+
+@contextlib.contextmanager
+def without_disk() -> Iterator[None]:
+    """Context in which nothing is flushed, nor written to disk early."""
+    with (
+        unittest.mock.patch("os.fsync"),
+        unittest.mock.patch("jaxmodels.io.pipeline.sync_file_range", return_value=None),
+    ):
+        yield
 
 
 def anonymous(pid: int) -> int:

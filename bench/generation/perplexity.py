@@ -1,23 +1,42 @@
-"""`python -m bench.generation.perplexity`: perplexity of a text with weights in 32, 16 and 8 bits.
+"""`python -m bench.generation.perplexity`: perplexity, size and speed of weights in 32, 16, 8 and 4 bits.
 
-Without SOURCE a small GPT-NeoX is trained first, on the bytes of Python's language reference, and tested on its last
-tenth. A model of this size has no outlier features, for which LLM.int8 is made: it shows the rounding of weights alone.
-With SOURCE, a checkpoint with a tokenizer is tested on the same text. Every window is read at once, so that all kinds
-see the same tokens. MB are those of all weights; of an 8-bit model the embedding stays in 32 bits, and with LLM.int8
-the readout too.
+Without SOURCE a GPT-NeoX is trained first, on the bytes of Python's language reference, and tested on its last tenth.
+A model of this size has no outlier features, for which LLM.int8 is made: it shows the rounding of weights alone. With
+SOURCE, a checkpoint with a tokenizer such as Pythia is tested on the same text.
+
+Peers read the same model from a Hugging Face folder: transformers, and if they are installed, torchao and bitsandbytes.
+Every window is read at once, so that all kinds see the same tokens. MB are those of all weights; which of them are
+quantized depends on the kind: LLM.int8 and NF4 leave embedding and readout as they are, the others the embedding.
+Tokens/s are those of greedy decoding at batch 1, timed in turns in one process; ratios are medians of the rounds'.
 """
 
 import argparse
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.device import use
+from bench.generation import peers
+from bench.neox import writer
 
 if TYPE_CHECKING:  # imported by `main` once the processors are set
     import numpy as np
 
 STEP = 1e-3  # of Adam
 BATCH = 8
+AGAINST = "transformers, float32"
+
+
+class Kind(NamedTuple):
+    """A model: mean loss of a window, decoding, and bytes of its weights."""
+
+    loss: Callable[["np.ndarray"], float]
+    write: Callable[[], object]
+    nbytes: int
 
 
 def parse() -> argparse.Namespace:
@@ -25,10 +44,13 @@ def parse() -> argparse.Namespace:
     add = arguments.add_argument
     add("source", nargs="?", metavar="SOURCE", help="checkpoint of a NeoX with a tokenizer (default: train one)")
     add("--steps", type=int, default=300, metavar="N", help="training steps without SOURCE (default 300)")
-    add("--hidden", type=int, default=128, metavar="D", help="features of the trained model (default 128)")
-    add("--layers", type=int, default=4, metavar="L", help="its layers (default 4)")
+    add("--hidden", type=int, default=256, metavar="D", help="features of the trained model (default 256)")
+    add("--layers", type=int, default=6, metavar="L", help="its layers (default 6)")
     add("--length", type=int, default=128, metavar="S", help="tokens of a window (default 128)")
-    add("--windows", type=int, default=200, metavar="N", help="windows to test on, at most (default 200)")
+    add("--windows", type=int, default=100, metavar="N", help="windows to test on, at most (default 100)")
+    add("--prompt", type=int, default=32, metavar="S", help="tokens of the prompt (default 32)")
+    add("--tokens", type=int, default=32, metavar="N", help="tokens to write (default 32)")
+    add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
     add("--threads", type=int, default=2, help="CPU threads (default 2)")
     return arguments.parse_args()
 
@@ -37,46 +59,86 @@ def main() -> None:
     options = parse()
     use("cpu", options.threads)
 
-    import jax
-    import jax.numpy as jnp
     import numpy as np
 
     import jaxmodels
-    from bench.timing import stamp
+    from bench.timing import alternate, stamp
+    from jaxmodels.convert.hf import save_hf
     from jaxmodels.convert.open import open_source
-    from jaxmodels.neox import quantize
     from jaxmodels.text.corpora import python_docs, split
 
     training, held_out = split(python_docs())
     print(stamp(options.threads), flush=True)
     if options.source is None:
-        data = (np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in (training, held_out))
-        learned, tokens = data
+        learned, tokens = (np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in (training, held_out))
         model = trained(learned, options)
-        what = f"{options.layers} layers of {options.hidden} features, {options.steps} steps, bytes"
+        what = f"trained here: {options.layers} layers of {options.hidden} features, {options.steps} steps, bytes"
     else:
-        opened = open_source(options.source)
-        tokens = np.asarray(opened.vocabulary().encode(held_out), np.int32)
+        tokens = np.asarray(open_source(options.source).vocabulary().encode(held_out), np.int32)
         model, what = jaxmodels.load(options.source, dtype="float32").unstacked(), options.source
     n = min(options.windows, (len(tokens) - 1) // options.length)
-    print(f"{what}; {n} windows of {options.length} held-out tokens\n\n{'weights':<34}{'perplexity':>11}{'MB':>8}")
+    windows = [tokens[i * options.length : (i + 1) * options.length + 1] for i in range(n)]
+    print(f"{what}; {n} windows of {options.length} held-out tokens; writing {options.tokens} tokens\n", flush=True)
+
+    prompt = tokens[None, : options.prompt]
+    kinds: dict[str, Kind | str] = ours(model, prompt, options.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(model, Path(folder) / "hf")
+        kinds |= theirs(Path(folder) / "hf", prompt, options.tokens)
+    usable = {name: kind for name, kind in kinds.items() if isinstance(kind, Kind)}
+    seconds = alternate({name: kind.write for name, kind in usable.items()}, options.rounds)
+    print(f"{'weights':<36}{'perplexity':>11}{'MB':>8}{'tokens/s':>10}{f'÷ {AGAINST}':>25}")
+    for name, kind in kinds.items():
+        if isinstance(kind, str):
+            print(f"{name:<36} not run: {kind}")
+            continue
+        perplexity = math.exp(statistics.fmean(kind.loss(window) for window in windows))
+        rate = options.tokens / statistics.median(seconds[name])
+        ratio = statistics.median(a / b for a, b in zip(seconds[AGAINST], seconds[name], strict=True))
+        print(f"{name:<36}{perplexity:>11.4f}{kind.nbytes / 1e6:>8.2f}{rate:>10.1f}{ratio:>25.2f}", flush=True)
+
+
+def ours(model: Any, prompt: "np.ndarray", tokens: int) -> dict[str, Kind | str]:
+    """A NeoX in float32, and what this project makes of it."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmodels.cross_entropy import nats
+    from jaxmodels.neox import quantize
+
+    @jax.jit
+    def loss(model: Any, window: Any) -> Any:
+        return nats(model(window[None, :-1]).astype(jnp.float32), window[None, 1:]).mean()
+
+    def kind(model: Any) -> Kind:
+        size = sum(array.nbytes for array in jax.tree.leaves(model))
+        return Kind(lambda window: float(loss(model, window)), writer(model, prompt, tokens), size)
 
     def cast(dtype: str) -> Any:
         return jax.tree.map(lambda array: array.astype(dtype), model)
 
     half = cast("float16")
-    kinds = {
+    models = {
         "float32": model,
         "float16, float32 arithmetic": half.narrowed() or half,
         "bfloat16": cast("bfloat16"),
         "8 bits, quantize(…, 'llm.int8')": quantize(model),
         "8 bits, quantize(…, 'weights')": quantize(model, kind="weights"),
+        "4 bits, quantize(…, 'weights-4')": quantize(model, kind="weights-4"),
     }
-    for name, kind in kinds.items():
-        size = sum(array.nbytes for array in jax.tree.leaves(kind))
-        print(
-            f"{name:<34}{perplexity(kind, jnp.asarray(tokens), n, options.length):>11.4f}{size / 1e6:>8.2f}", flush=True
-        )
+    return {name: kind(model) for name, model in models.items()}
+
+
+def theirs(folder: Path, prompt: "np.ndarray", tokens: int) -> dict[str, Kind | str]:
+    """The same model of a Hugging Face folder in other packages, or why one cannot be used."""
+    found: dict[str, Kind | str] = {}
+    for name, model in peers.peers(folder):
+        if isinstance(model, str):
+            found[name] = model
+            continue
+        write = peers.writer(model, prompt.astype("int64"), tokens)
+        found[name] = Kind(functools.partial(peers.loss, model), write, peers.nbytes(model))
+    return found
 
 
 def trained(tokens: "np.ndarray", options: argparse.Namespace) -> Any:
@@ -105,21 +167,6 @@ def trained(tokens: "np.ndarray", options: argparse.Namespace) -> Any:
         begins = random.integers(0, len(tokens) - options.length, BATCH)
         model, state = step(model, state, np.stack([tokens[i : i + options.length + 1] for i in begins]))
     return model
-
-
-def perplexity(model: Any, tokens: Any, n: int, length: int) -> float:
-    """exp of the mean loss of a token, over n windows, each read alone: LLM.int8's outliers depend on the batch."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxmodels.cross_entropy import nats
-
-    @jax.jit
-    def loss(model: Any, window: Any) -> Any:
-        return nats(model(window[None, :-1]).astype(jnp.float32), window[None, 1:]).mean()
-
-    windows = [tokens[i * length : (i + 1) * length + 1] for i in range(n)]
-    return math.exp(sum(float(loss(model, window)) for window in windows) / n)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.device import use
+from bench.generation import peers
 from bench.neox import writer
 
 SIZES = ("pythia_70m", "pythia_160m", "pythia_410m")
@@ -114,24 +115,12 @@ def ours(folder: Path, kind: str, options: argparse.Namespace) -> tuple[Callable
 
 def theirs(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], object], int, str]:
     """The same by transformers, the bytes of its parameters, and the dtype that it chose."""
-    import copy
-
     import numpy as np
-    import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = peers.loaded(folder)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, options.prompt))
-    cache = DynamicCache(config=model.config)
-    first = model(torch.as_tensor(ids), past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-
-    def write() -> None:
-        token, own = first, copy.deepcopy(cache)  # a copy of a few MB
-        for _ in range(options.tokens):
-            token = model(token, past_key_values=own, use_cache=True).logits.argmax(-1)
-
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return write, size, str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
+    return peers.writer(model, ids, options.tokens), peers.nbytes(model), dtype
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ COMMANDS = {
     "plans_page": None,  # a library of bench.plans
     "feedback": ["--sizes", "16x13", "--growth", "32", "--tokens", "3", "--rounds", "1"],
     "generation.many": ["--size", "pythia_14m", "--prompts", "3", "--rows", "2", "--longest", "9", "--rounds", "1"],
-    "generation.perplexity": ["--steps", "2", "--hidden", "32", "--layers", "2", "--length", "17", "--windows", "3"],
+    "generation.perplexity": [
+        *("--steps", "2", "--hidden", "32", "--layers", "2", "--length", "17", "--windows", "3"),
+        *("--prompt", "5", "--tokens", "3", "--rounds", "1"),
+    ],
     "generation.published": ["--sizes", "pythia_14m", "--prompt", "7", "--tokens", "3", "--rounds", "1"],
     "finetune": ["--model", "pythia_14m", "--batch", "1", "--length", "7", "--rounds", "1", "--steps", "1"],
     "neox": [
