@@ -45,10 +45,11 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}; choose an entry with --key")
     if not content:
         raise ValueError(f"{file} holds no tensors")
-    for name, tensor in content.items():
+    tensors = {name: plain(tensor) for name, tensor in content.items()}
+    for name, tensor in tensors.items():
         check_tensor(file, name, tensor)
-    check_repeated(file, content.values())
-    return dict(content)
+    check_repeated(file, tensors.values())
+    return tensors
 
 
 def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
@@ -138,7 +139,8 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}")
     arrays = {}
-    for name, tensor in content.items():
+    tensors = {name: plain(tensor) for name, tensor in content.items()}
+    for name, tensor in tensors.items():
         kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         if kept:
             check_size(file, name, tensor)
@@ -147,8 +149,18 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
         except ValueError as error:
             narrow = "; float8 weights are not supported" if "float8" in str(tensor.dtype) else ""
             raise ValueError(f"{file} has {quoted(name)}: {error}{narrow}") from None
-    check_repeated(file, content.values())
+    check_repeated(file, tensors.values())
     return arrays
+
+
+def plain(value: Any) -> Any:
+    """A tensor without attributes of its own, which shares its memory; any other value as it is.
+
+    A file may give a tensor attributes with the names of its methods.
+    """
+    import torch
+
+    return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
 
 
 def check_tensor(file: Path, name: Any, tensor: Any) -> None:

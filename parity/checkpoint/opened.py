@@ -118,7 +118,7 @@ def opened(
     held = [key for key, value in content.items() if is_state_dict(value)] if isinstance(content, Mapping) else []
     if len(held) == 1:  # with an optimizer's state, a step, and so on
         note = f"the state_dict is the entry {quoted(held[0])} of {path.name}"
-        return Checkpoint(str(path), "tensors", state_dict(content[held[0]]), notes=(note,))
+        return Checkpoint(str(path), "tensors", state_dict(read_state_dict(path, held[0])), notes=(note,))
     return Checkpoint(str(path), "tensors", state_dict(read_state_dict(path)))
 
 

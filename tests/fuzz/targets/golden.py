@@ -46,6 +46,14 @@ def seal(folder: Path) -> None:
     (folder / "one.json").write_text(json.dumps(about))
 
 
+def make_entry(folder: Path) -> None:
+    """A checkpoint with the weights in its only state_dict."""
+    import torch
+
+    tensors = {"a": torch.arange(15.0).view(3, 5), "b": torch.nn.Parameter(torch.ones(3))}
+    torch.save({"state_dict": tensors, "epoch": 7}, folder / "model.pt")
+
+
 def make_state(folder: Path) -> None:
     from parity.mutation.state import State
 
@@ -83,6 +91,7 @@ TARGETS = (
     Target("mutation state", make_state, read_state, changes=True),
     Target("settings", make_settings, read_settings),
     Target("parity, pt", make_pt, verify("model.pt")),
+    Target("parity, pt with an entry", make_entry, verify("model.pt")),
     Target("parity, safetensors", make_safetensors, verify("model.safetensors")),
     Target("parity, Hugging Face", make_hf, verify(".")),
 )

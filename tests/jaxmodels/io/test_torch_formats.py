@@ -260,3 +260,27 @@ def test_values_of_numpy_are_left_out_as_before(tmp_path):
     torch.save({"a": SHARED, "rng": np.random.RandomState(0).get_state()}, tmp_path / "model.pt")
     assert np.array_equal(read_tensors(tmp_path / "model.pt")[0]["a"], SHARED.numpy())
     assert "a" in read_pt(tmp_path / "model.pt", numpy_globals())
+
+
+NAMES = ("numel", "numpy", "detach", "cpu", "element_size", "untyped_storage", "data_ptr", "view", "stride")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_attributes_of_a_tensor_do_not_replace_its_methods(tmp_path, zipped):
+    file = tmp_path / "model.pt"
+    attributes = dict.fromkeys(NAMES, 5)
+    made = Rebuilt(torch._utils._rebuild_parameter_with_state, SHARED, False, collections.OrderedDict(), attributes)
+    torch.save({"a": made}, file, _use_new_zipfile_serialization=zipped)
+    assert read_pt(file)["a"].numel == 5
+    assert torch.equal(read_state_dict(file)["a"], SHARED)
+    assert np.array_equal(read_tensors(file)[0]["a"], SHARED.numpy())
+
+
+@pytest.mark.parametrize("entry", [True, False])
+def test_verify_measures_tensors_in_an_entry_too(tmp_path, entry):
+    from parity.checkpoint.opened import opened
+
+    file, tensors = tmp_path / "model.pt", {"wide": torch.zeros(1).expand(10**6, 10**6)}
+    torch.save({"state_dict": tensors, "step": 3} if entry else tensors, file)
+    with pytest.raises(ValueError, match=r"model\.pt has 'wide' of 4,000,000,000,000 bytes"):
+        opened(file)
