@@ -68,6 +68,10 @@ def is_plain(parts: Step) -> bool:
         return False
     if any(kinds[1].count(kind) > 1 for kind in ("BPEDecoder", "WordPiece")):
         return False
+    # Offsets that a post-processor trims must be those of characters of the text.
+    trims = any(step["type"] in ("ByteLevel", "RobertaProcessing") for step in sections["post_processor"] or [])
+    if trims and "Prepend" in kinds[0]:
+        return False
     return harmless_model(parts.get("model")) and harmless_added(parts.get("added_tokens"))
 
 

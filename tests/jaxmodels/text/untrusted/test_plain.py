@@ -61,6 +61,7 @@ UNKNOWN = {
     "a list for an object": {"normalizer": ["NFC"]},
     "a list in a sequence": {"normalizer": sequence("normalizers", ["NFC"])},
     "both ends of a token": {"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 1}},
+    "offsets outside of the text": {"normalizer": {"type": "Prepend", "prepend": "aa"}, "post_processor": LEVEL},
     "an empty suffix": {"decoder": {"type": "BPEDecoder", "suffix": ""}},
     "pieces of any length": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 200, -1.0]]}},
     "words of any length": {"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 500}},
