@@ -72,6 +72,8 @@ def is_plain(parts: Step) -> bool:
     trims = any(step["type"] in ("ByteLevel", "RobertaProcessing") for step in sections["post_processor"] or [])
     if trims and "Prepend" in kinds[0]:
         return False
+    if "Strip" in kinds[0] and parts.get("added_tokens"):  # it may look for tokens in the text as it was
+        return False
     return harmless_model(parts.get("model")) and harmless_added(parts.get("added_tokens"))
 
 

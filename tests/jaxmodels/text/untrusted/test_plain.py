@@ -61,6 +61,10 @@ UNKNOWN = {
     "a list for an object": {"normalizer": ["NFC"]},
     "a list in a sequence": {"normalizer": sequence("normalizers", ["NFC"])},
     "both ends of a token": {"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 1}},
+    "tokens of what was stripped": {
+        "normalizer": {"type": "Strip", "strip_left": True, "strip_right": True},
+        "added_tokens": [{"id": 0, "content": "a", "single_word": False}],
+    },
     "offsets outside of the text": {"normalizer": {"type": "Prepend", "prepend": "aa"}, "post_processor": LEVEL},
     "an empty suffix": {"decoder": {"type": "BPEDecoder", "suffix": ""}},
     "pieces of any length": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 200, -1.0]]}},
