@@ -173,8 +173,9 @@ def test_few_layers_are_unrolled_without_rematerialization():
         assert not unrolls(2)
 
 
-def test_on_one_cpu_a_linear_map_has_rows_and_the_same_derivatives():
-    linear, x = Linear(7, 5, rngs=nnx.Rngs(0)), normal(0, 3, 11, 7)
+@pytest.mark.parametrize(("d_out", "bias"), [(5, True), (7, False), (13, True)])
+def test_on_one_cpu_a_linear_map_has_rows_and_the_same_derivatives(d_out, bias):
+    linear, x = Linear(7, d_out, bias, rngs=nnx.Rngs(0)), normal(0, 3, 11, 7)
 
     def gradients(cpu):
         with hooks(cpu=cpu):
