@@ -15,6 +15,7 @@ from jaxmodels import __version__
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
+from jaxmodels.process.seeds import seed_32
 from jaxmodels.process.texts import visible
 from parity.cases.processes import default_workers, examine_in_processes, prepare_jax
 
@@ -163,6 +164,7 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value is not None and value < least:
             raise ValueError(f"--{flag} {value} must be at least {least}")
+    options.seed = seed_32(options.seed)
     try:
         jax.devices(options.device)
     except RuntimeError as error:

@@ -41,7 +41,10 @@ def check_not_address(source: str) -> None:
         raise ValueError(f"{source} is an address; name a model of the Hub by its id, ORG/NAME")
     name, at, revision = source.partition("@")
     if at and is_id(name):
-        raise ValueError(f"{source} is not the id of a model; name {name} with revision {revision!r} (--revision)")
+        raise ValueError(
+            f"{source} is not the id of a model; name {name} with revision={revision!r}, or run `hf download {name} "
+            f"--revision {revision} --local-dir DIR`, and name DIR"
+        )
 
 
 def download(name: str, revision: str | None = None, variant: str | None = None) -> Path:

@@ -48,7 +48,10 @@ def proposal(names: Iterable[str], prefix: str) -> str:
     begin = all(name.startswith(prefix) for name in names if without(name, prefix) is not None)
     which = f"all {count}" if count == len(names) else f"{count} of {len(names)}"
     has = "begin with" if begin else "contain"
-    return f"the names of {which} tensors {has} {quoted(prefix)}; pass --strip-prefix {shortened(prefix, LONGEST)}"
+    return (
+        f"the names of {which} tensors {has} {quoted(prefix)}; `jaxmodels convert neox`, inspect, verify and generate "
+        f"remove it with --strip-prefix {shortened(prefix, LONGEST)}"
+    )
 
 
 def stripped(

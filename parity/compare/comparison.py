@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.process.seeds import seed_32
 from jaxmodels.weights.names import as_numpy
 from parity.checkpoint.opened import is_source, is_stored
 from parity.compare.arguments import checked_labels, fitted, is_torch, modules
@@ -131,8 +132,7 @@ class Comparison:
         without a Flax module PyTorch runs alone. Raises ValueError for a negative seed and for inputs or modules of
         another kind, ConversionError if the weights do not fit, and RuntimeError if JAX has no such device.
         """
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be at least 0")
+        seed = seed_32(seed)
         labels = checked_labels(labels)
         notes: tuple[str, ...] = ()
         if is_source(torch_module) or is_stored(flax_module):

@@ -221,7 +221,7 @@ def test_models_that_cannot_be_loaded_are_refused_before_their_weights_are_sent(
     ("source", "message"),
     [
         ("https://huggingface.co/org/tiny-neox", "address.*ORG/NAME"),
-        ("org/tiny-neox@step1", r"org/tiny-neox.*'step1' \(--revision\)"),
+        ("org/tiny-neox@step1", r"org/tiny-neox with revision='step1', .*--revision step1 "),
         ("tiny-neox", "tiny-neox is not a folder"),
         ("org/tiny/neox", "org/tiny/neox is not a folder"),
     ],

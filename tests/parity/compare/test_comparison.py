@@ -7,6 +7,7 @@ import torch
 from flax import nnx
 
 import parity
+from jaxmodels.process.seeds import seed_32
 from parity.compare.comparison import Comparison
 from parity.compare.weights import OwnWeights, Twins
 from parity.measure.check import read_check
@@ -67,6 +68,7 @@ def test_modules_of_another_kind_are_named():
         Comparison.of(torch_module, torch_module, x)
 
 
-def test_a_negative_seed_is_refused():
+def test_a_seed_may_be_of_any_size_but_not_negative():
     with pytest.raises(ValueError, match="seed=-1"):
         Comparison.of(*mlp(), seed=-1)
+    assert Comparison.of(*mlp(), seed=10**40).seed == seed_32(10**40)
