@@ -11,7 +11,7 @@ from tests.fuzz.workers import Worker
 # Targets whose examples are made and read in milliseconds.
 FAST = (
     *("pt", "pt, old", "pt with entries", "pt with entries, old", "safetensors", "npy", "tokenizer, rich"),
-    *("vocab.json and merges.txt", "vocabularies", "documents", "neighbors kept"),
+    *("vocab.json and merges.txt", "vocabularies", "documents", "neighbors kept", "outputs", "output folder"),
 )
 SEEDS = range(4)
 # What each faulty reader is found for, by the beginning of the finding's signature; the last three end the process.

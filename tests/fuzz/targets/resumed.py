@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,16 @@ def make_trained(folder: Path) -> None:
         main(Rope, "python -m train.rope", flags)
 
 
+@contextlib.contextmanager
+def temporary_in(folder: Path) -> Iterator[None]:
+    """Context in which temporary files lie in a folder, where an attempt may write."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 def continued(*flags: str) -> Any:
     """Reader that opens a run as a training command does, and takes no step."""
 
@@ -34,7 +46,7 @@ def continued(*flags: str) -> Any:
 
         run, out = folder / "run", folder.with_name("out") / "new"
         given = [flag.replace("RUN", str(run)).replace("OUT", str(out)) for flag in flags]
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), temporary_in(folder.with_name("out")):
             warnings.simplefilter("ignore")  # of checkpoints that are skipped
             experiment, command = parse(Rope, "python -m train.rope", [*given, f"--text={folder / 'text.txt'}"])
             Trainer(experiment, command.run, command.options, command.origin).close()
