@@ -2,9 +2,11 @@
 
 Alternates in one run, for each size and batch, between the Flax model; transformers' GPTNeoXForCausalLM, eager, and for
 decoding also compiled with a static cache; and the limit. Prefill is one pass that fills the cache and returns the last
-position's logits; its limit is one large matrix product with the same number of operations. Decoding is greedy, after
-that prompt; its limit is one product of every weight matrix with one vector per row and token, which reads all weights
-once. Weights are random: the times do not depend on them.
+position's logits; its limit is one large matrix product with the same number of operations as the layers' products.
+Beside it are the prefill's own products alone, the readout's of one position included: no form of the rest, such as
+attention and activation, could be faster. Decoding is greedy, after that prompt; its limit is one product of every
+weight matrix with one vector per row and token, which reads all weights once. Weights are random: the times do not
+depend on them.
 """
 
 import argparse
@@ -20,6 +22,7 @@ if TYPE_CHECKING:  # imported by `main` once the processors are set
     from jaxmodels.neox import NeoXConfig
 
 Seconds = dict[str, list[float]]
+PRODUCTS = "its products alone"
 
 
 def parse() -> argparse.Namespace:
@@ -77,11 +80,13 @@ def main() -> None:
             read, writes = flax_calls(config, ids, options)
             torch_read, torch_writes = torch_calls(config, ids, options)
             product, share = large_product(config, ids.size, options.dtype)
-            seconds = alternate({"Flax": read, "transformers eager": torch_read, "limit": product}, options.rounds)
+            calls = {"Flax": read, "transformers eager": torch_read, "limit": product}
+            calls[PRODUCTS] = products(config, ids.size, batch, 1, options.dtype)
+            seconds = alternate(calls, options.rounds)
             seconds["limit"] = [second * share for second in seconds["limit"]]
             report(f"Reading {options.prompt} tokens: {what}", seconds, against="Flax")
             conclude(seconds, batch * options.prompt)
-            functions = writes | torch_writes | {"limit": products_per_token(config, batch, options)}
+            functions = writes | torch_writes | {"limit": products(config, batch, batch, options.tokens, options.dtype)}
             seconds = alternate(functions, options.rounds)
             report(f"Writing {options.tokens} tokens: {what}", seconds, against="Flax")
             conclude(seconds, batch * options.tokens)
@@ -94,7 +99,7 @@ def conclude(seconds: Seconds, tokens: int) -> None:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
     rate = tokens / statistics.median(seconds["Flax"])
-    peers = [name for name in seconds if name not in ("Flax", "limit")]
+    peers = [name for name in seconds if name not in ("Flax", "limit", PRODUCTS)]
     others = [f"{ratio(name, 'Flax'):.2f}× as fast as {name}" for name in peers]
     print(f"Flax: {rate:.0f} tokens/s, {ratio('Flax', 'limit'):.2f}× the limit's time, {', '.join(others)}\n")
 
@@ -215,24 +220,28 @@ def layer_shapes(config: "NeoXConfig") -> list[tuple[int, int]]:
     return [(d, 3 * d), (d, d), (d, d_ff), (d_ff, d)]
 
 
-def products_per_token(config: "NeoXConfig", batch: int, options: argparse.Namespace) -> Callable[[], object]:
-    """For each token in sequence, the product of every weight matrix with one vector per row."""
+def products(config: "NeoXConfig", rows: int, read: int, times: int, dtype: str) -> Callable[[], object]:
+    """Products of every weight matrix with vectors, a number of times in sequence.
+
+    rows: vectors for the layers' matrices; read: those for the readout.
+    """
     import jax
     import jax.numpy as jnp
 
     shapes = layer_shapes(config) * config.n_layers + [(config.n_hidden, config.n_vocab)]
-    weights = [jax.random.normal(jax.random.key(i), shape, options.dtype) for i, shape in enumerate(shapes)]
-    x = jnp.ones((batch, max(config.d_ff, config.n_hidden)), options.dtype)
+    weights = [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
+    x = jnp.ones((rows, max(config.d_ff, config.n_hidden)), dtype)
 
     @jax.jit
     def run(weights: list[jax.Array], x: jax.Array) -> jax.Array:
         def step(_: jax.Array, x: jax.Array) -> jax.Array:
-            # The largest entry of each product enters the next token's vector, so that XLA can neither remove a product
+            # The largest entry of each product enters the next one's vectors, so that XLA can neither remove a product
             # nor hoist it out of the loop.
-            largest = [(x[:, : len(w)] @ w).max(axis=1, keepdims=True) for w in weights]
-            return x + 1e-9 * sum(largest)
+            largest = [(x[:, : len(w)] @ w).max(axis=1, keepdims=True) for w in weights[:-1]]
+            last = (x[:read, : config.n_hidden] @ weights[-1]).max()
+            return x + 1e-9 * (sum(largest) + last)
 
-        return jax.lax.fori_loop(0, options.tokens, step, x)
+        return jax.lax.fori_loop(0, times, step, x)
 
     return lambda: run(weights, x).block_until_ready()
 
