@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.tables.sizes import LEAST_PART, RATIO, largest, mapped
+from jaxmodels.text.tables.sizes import RATIO, largest, mapped
 
 EXPANDED = 2**30  # bytes of a group of rows that may be more than `RATIO` times as many as the file has
-ROWS = 256  # that are decoded at once
+ROWS, DECODED = 256, 2**27  # rows that are decoded at once, and bytes that they may take
 VALUE_BYTES = 16  # that a value takes while it is decoded, besides its text
 DEPTH = 8  # of structures in a header
 TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
@@ -45,7 +45,7 @@ def batches(file: Path, field: str) -> Iterator[Any]:
             for group in range(opened.metadata.num_row_groups):
                 page = largest_page(file, data, opened.metadata.row_group(group), field)
                 # A text may be as long as a page, and each row may repeat it.
-                rows = max(1, min(ROWS, LEAST_PART // max(1, page)))
+                rows = max(1, min(ROWS, DECODED // max(1, page)))
                 yield from opened.iter_batches(rows, [group], [field], use_threads=False)
 
 

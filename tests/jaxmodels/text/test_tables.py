@@ -74,8 +74,7 @@ def test_a_dictionary_column_of_parquet_is_read_as_one(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """Limits of a part of a file in the size of a test's."""
-    for module in (sizes, parquet):
-        monkeypatch.setattr(module, "LEAST_PART", 10**5)
+    monkeypatch.setattr(sizes, "LEAST_PART", 10**5)
     monkeypatch.setattr(sizes, "RATIO", 10)
 
 
@@ -95,8 +94,7 @@ def test_an_arrow_batch_that_grows_is_not_decompressed(tmp_path, monkeypatch, sm
 
 @pytest.mark.parametrize("form", ["new_file", "new_stream"])
 def test_dictionaries_that_grow_are_counted_together(tmp_path, monkeypatch, form):
-    for module in (sizes, parquet):
-        monkeypatch.setattr(module, "LEAST_PART", 10**5)
+    monkeypatch.setattr(sizes, "LEAST_PART", 10**5)
     monkeypatch.setattr(sizes, "RATIO", 1)
     kind = pyarrow.schema([("text", pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))])
     options = pyarrow.ipc.IpcWriteOptions(compression="zstd", emit_dictionary_deltas=True)
@@ -131,7 +129,7 @@ def test_values_that_take_no_bytes_are_counted(tmp_path, small):
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
 def test_rows_that_repeat_a_long_text_take_the_memory_of_one(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(parquet, "LEAST_PART", 2**22)
+    monkeypatch.setattr(parquet, "DECODED", 2**22)
     file = tmp_path / f"a.{suffix}"
     repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), ["a" * 3_000_000])
     if suffix == "arrow":
