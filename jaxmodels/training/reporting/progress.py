@@ -7,10 +7,22 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 SECONDS = 10.0  # from one line to the next
 AVERAGED = 20  # steps
+WITHOUT_BAR = 100  # characters of all columns but the bar
+
+
+class CutColumn(TextColumn):
+    """Column whose text a narrow terminal cuts off, so that the others stay whole."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class Line:
@@ -29,10 +41,11 @@ class Line:
         self.thread: threading.Thread | None = None
         self.progress: Progress | None = None
         if console.is_terminal:
-            columns = ["step {task.completed}/{task.total}", "{task.fields[shown]}"]
-            step, shown = map(TextColumn, columns)
-            bar = BarColumn(bar_width=None)
-            self.progress = Progress(step, bar, shown, TimeRemainingColumn(), TextColumn("left"), console=console)
+            step, left = TextColumn("step {task.completed}/{task.total}"), TextColumn("left")
+            shown = CutColumn("{task.fields[shown]}", table_column=Column())
+            time_left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+            bar = BarColumn(max(4, console.width - WITHOUT_BAR), table_column=Column(no_wrap=True))
+            self.progress = Progress(step, bar, shown, time_left, left, console=console)
             self.task = self.progress.add_task("training", total=steps, completed=done, shown="")
 
     def __enter__(self) -> "Line":

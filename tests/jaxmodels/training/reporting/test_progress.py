@@ -33,6 +33,17 @@ def test_nothing_is_shown_before_the_first_step_and_averages_are_labeled(termina
     assert "loss 1.500 (mean of 20 steps)" in shown.getvalue()
 
 
+def test_a_narrow_terminal_shows_steps_and_time_whole():
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=70, highlight=False, color_system=None)
+    with Line(console, 300_000, 0, tokens=2**19, flops=6e9, peak=1e12) as found:
+        for _ in range(20):
+            found.advance(2.5, 0.25)
+        found.update()
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()).strip().splitlines()[-1]
+    assert re.search(r"step 20/300000 .*loss 2\.500 .* \d+:\d\d:\d\d left$", last), last
+
+
 def test_without_a_terminal_there_is_a_line_every_few_seconds(monkeypatch):
     monkeypatch.setattr(progress, "SECONDS", 0.01)
     shown = io.StringIO()
