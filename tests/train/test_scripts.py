@@ -18,8 +18,9 @@ from jaxmodels.sharding import make_mesh
 from jaxmodels.text import ByteVocabulary, CharVocabulary
 from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import latest_model
-from jaxmodels.training.commands import sample
+from jaxmodels.training.commands import evaluate, sample
 from jaxmodels.training.data import without_padding
+from jaxmodels.training.plan import flops
 from jaxmodels.training.script import main
 from jaxmodels.training.tokenize import tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
@@ -232,3 +233,23 @@ def test_documents_of_a_file_are_trained_on_apart(tmp_path):
         rope.Rope(rope.Config(within_documents=True)).task()
     with pytest.raises(ValueError, match="within_documents: RopeValue"):
         rope_value.RopeValue(rope_value.Config(within_documents=True))
+
+
+def test_padding_does_not_change_the_work_of_a_step():
+    counts = []
+    for within in (False, True):
+        made = rope.Rope(rope.Config(within_documents=within, d_model=30, heads=3, d_ff=13, n_layers=1, seq_len=11))
+        counts.append(flops.of_step(made.program(7, make_mesh()), made.abstract_batch()))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.slow
+def test_a_run_within_documents_trains_resumes_and_is_evaluated(tiny, tmp_path, capsys):
+    file, run = tmp_path / "documents.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps({"text": TEXT[i : i + 5 + i % 31]}) + "\n" for i in range(0, 2000, 17)))
+    assert main(rope.Rope, "rope", [*tiny, "--text", str(file), "--within-documents", "--out", str(run)]) == 0
+    assert main(rope.Rope, "rope", ["--resume", str(run), "--steps", "5"]) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(run)]) == 0
+    (loss,) = re.findall(r"^ +loss +([\d.]+)", capsys.readouterr().out, re.M)
+    assert float(loss) == pytest.approx(metrics.read(run)[-1]["validation_loss"], abs=1e-4)

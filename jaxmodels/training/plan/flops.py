@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxmodels.training.step import Batch, Program
+from jaxmodels.training.step import Batch, Program, without_mask
 
 # Vendors' figures per chip or GPU: dense bfloat16 FLOP/s; memory bandwidth in bytes/s; for TPUs, bytes/s over all
 # interconnect links together. A key is a prefix of `device_kind`.
@@ -38,7 +38,7 @@ def count(function: Callable[..., Any], *arguments: Any) -> int:
 
 def of_forward(program: Program, batch: Batch) -> int:
     """Count the FLOPs of a step's forward pass, over all devices."""
-    arguments = program.abstract_state(), program.abstract_batch(batch)
+    arguments = program.abstract_state(), program.abstract_batch(without_mask(batch))
     return count(lambda state, batch: program.losses(program.model(state), batch, None), *arguments)
 
 
