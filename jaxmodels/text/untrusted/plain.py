@@ -13,6 +13,7 @@ from jaxmodels.text.limits import NESTED, Step, grows
 STEPS = 16  # of a normalizer, pre-tokenizer, post-processor or decoder
 GROWTH = 64  # characters that all normalizers, or all decoders, may make of one
 UNICODE = {"NFKC": 18, "NFKD": 18, "Lowercase": 3, "NFC": 3, "NFD": 4, "Nmt": 1, "StripAccents": 1, "ByteLevel": 2}
+REMOVING = {"Strip", "StripAccents", "Nmt", "BertNormalizer"}  # remove spaces, marks or control characters
 LONGEST = 100  # characters of a string that is looked for, or of an affix
 LONGEST_PIECE = 128  # of a Unigram model: each place of a text is compared with so many characters
 LONGEST_WORD = 200  # of WordPiece, which tries all parts of a word
@@ -72,9 +73,7 @@ def is_plain(parts: Step) -> bool:
     trims = any(step["type"] in ("ByteLevel", "RobertaProcessing") for step in sections["post_processor"] or [])
     if trims and "Prepend" in kinds[0]:
         return False
-    if "Strip" in kinds[0] and parts.get("added_tokens"):  # it may look for tokens in the text as it was
-        return False
-    return harmless_model(parts.get("model")) and harmless_added(parts.get("added_tokens"))
+    return harmless_model(parts.get("model")) and harmless_added(parts.get("added_tokens"), normalizers)
 
 
 def simple_steps(step: Any) -> list[Step] | None:
@@ -147,14 +146,22 @@ def harmless_model(model: Any) -> bool:
     return model.get("type") in ("BPE", "WordLevel")
 
 
-def harmless_added(tokens: Any) -> bool:
-    """True if no added token sees what is beside it, for which the package reads all of the text before it."""
+def harmless_added(tokens: Any, normalizers: list[Step]) -> bool:
+    """True if no added token sees what is beside it, nor may be normalized to nothing.
+
+    To look beside a token, the package reads all of the text before it. An empty one is a panic.
+    """
     if not isinstance(tokens, list):
         return tokens is None
+    removes = any(step["type"] in REMOVING for step in normalizers)
+    removes_any = any(step["type"] == "Replace" and not step.get("content") for step in normalizers)
     for token in tokens:
-        if type(token) is not dict or token.get("single_word"):
+        if type(token) is not dict or not isinstance(content := token.get("content"), str) or token.get("single_word"):
             return False
-        if (token.get("lstrip") or token.get("rstrip")) and not MARK.fullmatch(str(token.get("content"))):
+        if (token.get("lstrip") or token.get("rstrip")) and not MARK.fullmatch(content):
+            return False
+        visible = any("!" <= c <= "~" for c in content)
+        if token.get("normalized", True) and (removes_any or (removes and not visible)):
             return False
     return True
 

@@ -61,9 +61,13 @@ UNKNOWN = {
     "a list for an object": {"normalizer": ["NFC"]},
     "a list in a sequence": {"normalizer": sequence("normalizers", ["NFC"])},
     "both ends of a token": {"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 1}},
-    "tokens of what was stripped": {
+    "a token that is stripped": {
         "normalizer": {"type": "Strip", "strip_left": True, "strip_right": True},
-        "added_tokens": [{"id": 0, "content": "a", "single_word": False}],
+        "added_tokens": [{"id": 0, "content": " ", "single_word": False, "normalized": True}],
+    },
+    "a token that is replaced": {
+        "normalizer": replace("a", "", "String"),
+        "added_tokens": [{"id": 0, "content": "a", "single_word": False, "normalized": True}],
     },
     "offsets outside of the text": {"normalizer": {"type": "Prepend", "prepend": "aa"}, "post_processor": LEVEL},
     "an empty suffix": {"decoder": {"type": "BPEDecoder", "suffix": ""}},
