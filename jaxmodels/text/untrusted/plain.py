@@ -69,9 +69,10 @@ def is_plain(parts: Step) -> bool:
         return False
     if any(kinds[1].count(kind) > 1 for kind in ("BPEDecoder", "WordPiece")):
         return False
-    # Offsets that a post-processor trims must be those of characters of the text.
+    # What is prepended is no part of the text: other steps look for its place there, as do those that trim offsets.
     trims = any(step["type"] in ("ByteLevel", "RobertaProcessing") for step in sections["post_processor"] or [])
-    if trims and "Prepend" in kinds[0]:
+    others = {step["type"] for step in normalizers} - {"Prepend", "Replace"}
+    if "Prepend" in kinds[0] and (trims or others or kinds[0].count("Prepend") > 1):
         return False
     return harmless_model(parts.get("model")) and harmless_added(parts.get("added_tokens"), normalizers)
 

@@ -70,6 +70,9 @@ UNKNOWN = {
         "added_tokens": [{"id": 0, "content": "a", "single_word": False, "normalized": True}],
     },
     "offsets outside of the text": {"normalizer": {"type": "Prepend", "prepend": "aa"}, "post_processor": LEVEL},
+    "a form of what was prepended": {
+        "normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "é"}, {"type": "NFD"})
+    },
     "an empty suffix": {"decoder": {"type": "BPEDecoder", "suffix": ""}},
     "pieces of any length": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 200, -1.0]]}},
     "words of any length": {"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 500}},
