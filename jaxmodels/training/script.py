@@ -176,6 +176,10 @@ class Session:
         callback: Callback | None = None,
     ):
         self.options, self.stop, self.resume, self.program, self.callback = options, stop, resume, program, callback
+        if options.tensorboard:
+            require("train", "tensorboardX")
+        if options.wandb is not None:
+            require("wandb", "wandb")
         options.processes.initialize()
         agree(False)  # connects the processes: some backends wait at most 30 seconds for the first connection
         if options.compile_cache is not None:

@@ -11,7 +11,10 @@ import pytest
 
 from jaxmodels.process.extras import MissingExtra
 from jaxmodels.training import metrics
+from jaxmodels.training.config import Options
 from jaxmodels.training.reporting.trackers import Function, TensorBoard, Trackers, WandB
+from jaxmodels.training.script import train
+from train import rope
 
 
 def test_each_tracker_gets_its_steps_and_every_validation(tmp_path):
@@ -123,3 +126,7 @@ def test_weights_and_biases_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxmodels.process.extras.available", lambda module: module != "wandb")
     with pytest.raises(MissingExtra, match=r"jaxmodels\[wandb\]"):
         WandB(tmp_path, "project", {})
+    experiment = rope.Rope(rope.Config())
+    with pytest.raises(MissingExtra, match=r"jaxmodels\[wandb\]"):
+        train(experiment, tmp_path / "run", options=Options(wandb="project"), callback=lambda *call: None)
+    assert not (tmp_path / "run").exists()  # before any work
