@@ -23,6 +23,7 @@ from jaxmodels.training.step import Numerics, Precision, Remat
 
 # Each layer is a module of its own when a model is built; published ones have up to 1,000.
 MOST_LAYERS = 2_000
+MOST_ROWS = 2**20  # of a batch, whose numbers are listed
 MOST = 2**31 - 1  # of what is counted: arrays and steps have 32-bit numbers
 # For scripts whose flag --attention does not name a kind of attention.
 AttentionKernel = Annotated[Kernel, tyro.conf.arg(aliases=("--attention",))]
@@ -102,7 +103,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-            most = MOST_LAYERS if name.endswith("layers") else MOST
+            most = MOST_LAYERS if name.endswith("layers") else MOST_ROWS if name == "batch_size" else MOST
             if value is not None and value > most:
                 raise ValueError(f"{name}={value} must be at most {most:,}")
         object.__setattr__(self, "seed", seed_32(self.seed))

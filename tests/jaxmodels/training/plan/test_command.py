@@ -83,6 +83,7 @@ def test_every_script_that_trains_is_listed():
         (["rope", "--n-layers", "1000000000"], "n_layers=1000000000 must be at most 2,000"),
         (["rope", "--n-vocab", "1000000000000"], "n_vocab=1000000000000 must be .*at most 2,147,483,647"),
         (["rope", "--seq-len", "1000000000000"], "seq_len=1000000000000 must be at most 2,147,483,647"),
+        (["rope", "--batch-size", "1048577"], "batch_size=1048577 must be at most 1,048,576"),
         (["retro", "--encoder-layers", "2001"], "encoder_layers=2001 must be at most 2,000"),
     ],
 )
