@@ -21,7 +21,7 @@ INSERTED = replace("(?<=a)", "a")
 TEXTS = {
     "other characters": ({"pre_tokenizer": split(SLOW)}, "-" * 3_000),
     "a normalizer": ({"normalizer": replace(SLOW)}, "-" * 3_000),
-    "all divisions of a word": ({"pre_tokenizer": split(r"(?:\w+\w?)+[.,]!")}, "a" * 100 + "!"),
+    "all divisions of a word": ({"pre_tokenizer": split(r"(?:\w+\w?)+[.,]!")}, "a" * 100 + " .!"),
     "its own letters": ({"normalizer": replace("(?:ß+ß?)+[xy]")}, "ß" * 100),
     "steps that insert": ({"normalizer": sequence("normalizers", *[INSERTED] * 40)}, "a"),
     "bytes of bytes": (
