@@ -66,7 +66,8 @@ def kernel(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Arra
     rows = x.reshape(-1, x.shape[-1])  # [R, I]
     shape = jax.ShapeDtypeStruct((len(rows), len(weight)), jnp.float32)
     call = jax.ffi.ffi_call(TARGET, shape, vmap_method="sequential")
-    return call(rows, weight, jnp.zeros(0, jnp.float32) if scale is None else scale).reshape(*x.shape[:-1], -1)
+    scale = jnp.zeros(0) if scale is None else scale
+    return call(rows, weight, scale.astype(jnp.float32)).reshape(*x.shape[:-1], -1)  # a cast model's is narrower
 
 
 def plain(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -108,6 +108,15 @@ def test_shapes_that_do_not_fit_are_refused(features, weight, scale, message):
         jax.block_until_ready(kernel(jnp.ones((3, features)), weight, jnp.ones(scale)))
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["int8", "uint32"])
+def test_scales_of_16_bits_are_widened(dtype):
+    weight, scale = weights(dtype, 131, 67)
+    x, scale = native.padded(normal(1, 3, 131)), scale.astype("bfloat16")
+    x = x if dtype == "uint32" else x[:, :131]
+    check(kernel(x, weight, scale), x, weight, scale)
+
+
 def test_without_the_kernel_xla_computes_the_same(monkeypatch):
     monkeypatch.setattr("jaxmodels.native.products.available", lambda: False)
     x = normal(1, 3, 131)
