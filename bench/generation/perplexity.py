@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     add("--hidden", type=int, default=256, metavar="D", help="features of the trained model (default 256)")
     add("--layers", type=int, default=6, metavar="L", help="its layers (default 6)")
     add("--length", type=int, default=128, metavar="S", help="tokens of a window (default 128)")
-    add("--windows", type=int, default=100, metavar="N", help="windows to test on, at most (default 100)")
+    add("--windows", type=int, default=60, metavar="N", help="windows to test on, at most (default 60)")
     add("--prompt", type=int, default=32, metavar="S", help="tokens of the prompt (default 32)")
     add("--tokens", type=int, default=32, metavar="N", help="tokens to write (default 32)")
     add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
