@@ -155,7 +155,8 @@ def add_settings(arguments: argparse.ArgumentParser) -> None:
     add(
         "--experiment",
         metavar="MODULE",
-        help="module of a run's experiment, such as my_project.experiment; it is imported, and registers its model",
+        help="module or .py file of a run's experiment, such as my_project.experiment; it is imported, and registers "
+        "its model",
     )
     add(
         "--embedder",

@@ -377,12 +377,15 @@ def script_of(kind: type[Experiment]) -> str:
 
 
 def experiment_class(name: str) -> type[Experiment]:
-    """Import an experiment by a name of EXPERIMENTS, or by the path of a module that the user named.
+    """Import an experiment by a name of EXPERIMENTS, or by a module or a .py file that the user named.
 
     Raises ValueError if there is no such module or it has no EXPERIMENT.
     """
-    module_name = EXPERIMENTS.get(name, name)
-    if module_name in EXPERIMENTS.values():
+    module_name, file = EXPERIMENTS.get(name, name), Path(os.path.expanduser(name))
+    if file.suffix == ".py" and file.is_file():  # as `python FILE` finds modules beside it
+        sys.path.insert(0, str(file.absolute().parent))
+        module_name = file.stem
+    elif module_name in EXPERIMENTS.values():
         check_checkout(module_name)
     elif os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` finds modules there, a console command does not
@@ -393,7 +396,7 @@ def experiment_class(name: str) -> type[Experiment]:
             raise  # the module exists, but one of its imports does not
         raise ValueError(
             f"experiment={name!r} must be one of {', '.join(EXPERIMENTS)}, or a module that can be imported, such as "
-            f"my_project.experiment: {error}"
+            f"my_project.experiment, or its file, such as folder/my_experiment.py: {error}"
         ) from None
     kind = getattr(module, "EXPERIMENT", None)
     if not (isinstance(kind, type) and issubclass(kind, Experiment)):

@@ -117,7 +117,8 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     add(
         "--experiment",
         metavar="MODULE",
-        help="module of the run's experiment, such as my_project.experiment; it is imported, and registers its model",
+        help="module or .py file of the run's experiment, such as my_project.experiment; it is imported, and registers "
+        "its model",
     )
     add(
         "--embedder",

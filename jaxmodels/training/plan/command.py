@@ -66,7 +66,7 @@ def overview(prog: str) -> argparse.ArgumentParser:
         epilog=EXAMPLES.format(prog=prog, names=", ".join(EXPERIMENTS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    arguments.add_argument("experiment", metavar="EXPERIMENT", help="name or module of an experiment")
+    arguments.add_argument("experiment", metavar="EXPERIMENT", help="name, module or .py file of an experiment")
     return arguments
 
 
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str], prog: str = PROGRAM) -> tuple[Experiment[Any
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
             f"experiment is missing: {prog} EXPERIMENT --help; EXPERIMENT is one of {', '.join(EXPERIMENTS)}, "
-            "or a module such as my_project.experiment"
+            "or a module such as my_project.experiment, or its file"
         )
     kind = experiment_class(arguments[0])
     preset = peek(arguments, "--preset") or kind.config_class.PRESETS[0]

@@ -3,12 +3,14 @@
 import ast
 import importlib.util
 import re
+import sys
 
 import pytest
 
 from jaxmodels.io.steps import steps
 from jaxmodels.training import metrics
 from jaxmodels.training.commands import new
+from jaxmodels.training.experiment import experiment_class, script_of
 from tests.train_common import ROOT, TEXT, start
 
 
@@ -29,6 +31,15 @@ def test_a_file_that_exists_or_is_no_module_is_refused(name, tmp_path, capsys):
     assert new.main([str(tmp_path / name)], "jaxmodels new") == 2
     assert re.fullmatch(rf"jaxmodels new: FILE={tmp_path}/{name} .*\n", capsys.readouterr().err)
     assert (tmp_path / "mine.py").read_text() == "x"
+
+
+def test_an_experiment_is_found_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert new.main([str(tmp_path / "found_by_file.py")], "jaxmodels new") == 0
+    kind = experiment_class(str(tmp_path / "found_by_file.py"))
+    assert (kind.__name__, script_of(kind)) == ("MyExperiment", "found_by_file")
+    with pytest.raises(ValueError, match=r"experiment='\S*/absent\.py' .*\.py"):
+        experiment_class(str(tmp_path / "absent.py"))
 
 
 @pytest.mark.slow
