@@ -137,6 +137,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 def make(folder: Path, options: argparse.Namespace) -> None:
     """Write a checkpoint in the released layout, float16, with random values."""
     import torch
+    from rich.console import Console
     from rich.progress import track
 
     ranks, hidden, rows = options.model_parallel, options.hidden, options.vocabulary
@@ -156,7 +157,11 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     step.mkdir(parents=True)
     norms = {f"{name}.{last}": values(hidden) for name in NORMS for last in ("weight", "bias")}
     final = {f"norm.{last}": values(hidden) for last in ("weight", "bias")}
-    for layer in track([0, *range(2, blocks + 2), blocks + 3, blocks + 4], description="making the checkpoint"):
+    for layer in track(
+        [0, *range(2, blocks + 2), blocks + 3, blocks + 4],
+        description="making the checkpoint",
+        console=Console(stderr=True),
+    ):
         for rank in range(ranks):
             if layer == 0:
                 tensors = {"word_embeddings.weight": values(rows // ranks, hidden)}
