@@ -23,7 +23,7 @@ from jaxmodels.sharding import DividedVocabulary
 
 Read = Callable[[jax.Array], jax.Array]
 
-CHUNK = 1 << 24  # logits of a chunk on a CPU: 64 MB in float32. Smaller ones make the products' kernels slower.
+CHUNK = 1 << 25  # logits of a chunk on a CPU: 128 MB in float32. Smaller ones make the products' kernels slower.
 FORWARD_CHUNK = 1 << 23  # of a chunk on a CPU without a backward pass: closer to the caches' size
 DEVICE_CHUNK = 1 << 26  # of a chunk on each accelerator: fewer reductions of the read-out's gradient over a mesh
 DIVIDED_CHUNK = 1 << 24  # the same with the vocabulary divided: smaller chunks take no more communication

@@ -84,7 +84,7 @@ class Config:
     """recompute in the backward pass instead of storing: none; layers; dots (everything in a layer but its matrix
     products)"""
     loss_chunk: int | None = None
-    """tokens of a batch whose logits are computed together; None: as many as have 2²⁴ logits on a CPU, 2²⁶ on each
+    """tokens of a batch whose logits are computed together; None: as many as have 2²⁵ logits on a CPU, 2²⁶ on each
     other device, or 2²⁴ if it computes those of a part of the vocabulary"""
     every: int = 500
     """validate, sample and checkpoint every N steps"""

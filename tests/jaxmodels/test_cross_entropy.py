@@ -134,8 +134,8 @@ def test_half_precision_logits_are_widened():
 
 
 def test_a_chunk_is_bounded():
-    assert chunk_length(50_304, 4096) == 256
-    assert chunk_length(50_304, 256, rows=8) == 32
+    assert chunk_length(50_304, 4096) == 512
+    assert chunk_length(50_304, 256, rows=8) == 64
     assert chunk_length(50_304, 5) == 5
     assert chunk_length(1 << 30, 100) == 1
     assert chunk_length(97, 1024, rows=128) == 1024

@@ -109,7 +109,7 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         "--loss-chunk",
         type=int,
         metavar="N",
-        help="tokens whose logits are computed together (default: as many as have 2²⁴ logits on a CPU, of documents "
+        help="tokens whose logits are computed together (default: as many as have 2²⁵ logits on a CPU, of documents "
         "2²³, and 2²⁶ on each other device)",
     )
     add("--mesh", default="", help="devices along the axes data, fsdp and tensor, as in training (default: data=all)")
