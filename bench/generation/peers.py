@@ -1,5 +1,6 @@
 """Models of a Hugging Face folder in transformers, as published and quantized by torchao and bitsandbytes."""
 
+import argparse
 import contextlib
 import copy
 import importlib.util
@@ -18,6 +19,15 @@ PEERS = {
     "bitsandbytes, LLM.int8": ("bitsandbytes", lambda folder: with_bitsandbytes(loaded(folder, "float32"), 8)),
     "bitsandbytes, 4 bits (NF4)": ("bitsandbytes", lambda folder: with_bitsandbytes(loaded(folder, "float32"), 4)),
 }
+
+
+def add_timing(arguments: argparse.ArgumentParser) -> None:
+    """Add the options of a comparison of models that write."""
+    add = arguments.add_argument
+    add("--prompt", type=int, default=32, metavar="S", help="tokens of the prompt (default 32)")
+    add("--tokens", type=int, default=32, metavar="N", help="tokens to write (default 32)")
+    add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
+    add("--threads", type=int, default=2, help="CPU threads (default 2)")
 
 
 def peers(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -48,10 +48,7 @@ def parse() -> argparse.Namespace:
     add("--layers", type=int, default=6, metavar="L", help="its layers (default 6)")
     add("--length", type=int, default=128, metavar="S", help="tokens of a window (default 128)")
     add("--windows", type=int, default=60, metavar="N", help="windows to test on, at most (default 60)")
-    add("--prompt", type=int, default=32, metavar="S", help="tokens of the prompt (default 32)")
-    add("--tokens", type=int, default=32, metavar="N", help="tokens to write (default 32)")
-    add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
-    add("--threads", type=int, default=2, help="CPU threads (default 2)")
+    peers.add_timing(arguments)
     return arguments.parse_args()
 
 

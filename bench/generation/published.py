@@ -25,10 +25,7 @@ def parse() -> argparse.Namespace:
     add = arguments.add_argument
     add("--sizes", nargs="+", default=list(SIZES), metavar="NAME", help="presets of NeoXConfig (default: 70m to 410m)")
     add("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=["float16", "bfloat16"], help="of the folders")
-    add("--prompt", type=int, default=32, metavar="S", help="tokens of the prompt (default 32)")
-    add("--tokens", type=int, default=32, metavar="N", help="tokens to write (default 32)")
-    add("--rounds", type=int, default=5, help="timed calls of each (default 5)")
-    add("--threads", type=int, default=2, help="CPU threads (default 2)")
+    peers.add_timing(arguments)
     return arguments.parse_args()
 
 

@@ -115,7 +115,7 @@ def factor_of(pattern: Step, content: str) -> tuple[float, Pattern | str | None]
 
 
 def seen_by(pattern: Pattern | str | None, letters: set[str]) -> set[str]:
-    """Those of some characters that a pattern may match, or look at beside a match."""
+    """Characters among `letters` that a pattern may match, or look at beside a match."""
     if isinstance(pattern, str):
         return letters & set(pattern)
     return letters if pattern is None or len(letters) > LETTERS else {c for c in letters if pattern.touches(c)}

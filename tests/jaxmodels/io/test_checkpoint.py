@@ -118,7 +118,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 def test_a_chunk_that_grows_beyond_its_shape_takes_no_memory(folder):
-    """Of zstandard's blocks, each of 4 bytes, for 131,072 zeros. TensorStore reads what the shape needs."""
+    """Blocks of zstandard have 4 bytes for 131,072 zeros. TensorStore reads what the shape needs."""
     block = (131_072 << 3) | 2
     frame = b"\x28\xb5\x2f\xfd\x00\x38" + (struct.pack("<I", block)[:3] + b"\0") * 20_000
     frame += struct.pack("<I", block | 1)[:3] + b"\0"

@@ -111,7 +111,7 @@ def test_dictionaries_that_grow_are_counted_together(tmp_path, monkeypatch, form
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_a_parquet_page_that_grows_is_not_decompressed(tmp_path, small, monkeypatch, version, dictionary):
-    """What the file's own metadata say of its size is not asked."""
+    """Sizes in the file's own metadata are not used."""
     file = tmp_path / "a.parquet"
     writer.write_table(
         pyarrow.table(ZEROS), file, compression="zstd", use_dictionary=dictionary, data_page_version=version
