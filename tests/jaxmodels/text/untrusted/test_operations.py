@@ -86,7 +86,9 @@ def test_a_text_that_cannot_be_encoded_is_one_line(what, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("what", ["slow", "a panic", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize(
+    "what", ["slow", "a panic", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(MORE))]
+)
 def test_ids_that_cannot_be_decoded_are_one_line(what, tmp_path, capfd):
     parts, ids = IDS[what]
     file, began = written(tmp_path, parts), time.monotonic()
