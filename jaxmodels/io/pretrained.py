@@ -42,7 +42,7 @@ class Weights(NamedTuple):
     notes: list[str]
 
 
-def read_pretrained(folder: Path, variant: str | None = None, name: str | None = None) -> Weights:
+def read_pretrained(folder: Path, variant: str | None = None, name: Any = None) -> Weights:
     """Read the weights of a folder.
 
     variant: such as 'fp16'; default: none, or the only one if all files are of a variant. name: a file or index, as the
@@ -149,8 +149,10 @@ def read_shards(folder: Path, index: Path, notes: list[str]) -> Weights:
     return Weights(tensors, index, {key: folder / name for key, name in (weight_map | places).items()}, notes)
 
 
-def inside(folder: Path, name: str, where: Path) -> Path:
-    """Path of a file in a folder; raises ValueError, beginning with `where`, if the name leads out of it."""
+def inside(folder: Path, name: Any, where: Path) -> Path:
+    """Path of a file in a folder; raises ValueError, beginning with `where`, if the name is none or leads out of it."""
+    if not isinstance(name, str) or "\0" in name:
+        raise ValueError(f"{where} names {quoted(name)}, which is not a file in this folder")
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.name or len(name) > LONGEST:
         raise ValueError(f"{where} names {quoted(name)}, which is not a file in this folder")

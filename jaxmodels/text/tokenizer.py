@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_bytes, read_object, read_text
+from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_object, read_text
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted
@@ -233,23 +233,26 @@ class TokenizerFile(Vocabulary):
 
 
 def byte_level(file: Path) -> str:
-    """tokenizer.json of a vocab.json and the merges.txt beside it, as GPT-2 and GPT-NeoX tokenize."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    """tokenizer.json of a vocab.json and the merges.txt beside it, as GPT-2 and GPT-NeoX tokenize.
 
+    It is made of checked values: a merge whose result is no token is a panic of the tokenizers package.
+    """
     config = json_beside(file, CONFIG)
-    for part in (file, file.with_name(MERGES)):  # before the package reads them, however large they are
-        read_bytes(part, TOKENIZER_BYTES)
-    with refusing(f"with {MERGES} not a byte-level tokenizer"):
-        model = models.BPE.from_file(str(file), str(file.with_name(MERGES)))
-    tokenizer = Tokenizer(model)
-    check_largest(max(tokenizer.get_vocab().values(), default=0))
-    prefix = bool(config.get("add_prefix_space", False))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=True)
+    prefix = config.get("add_prefix_space")
+    if not isinstance(prefix, bool | None):
+        raise ValueError(f"{file.with_name(CONFIG)} has add_prefix_space={quoted(prefix)}; expected true or false")
+    ids = {name: checked_id(file, i) for name, i in read_object(file, TOKENIZER_BYTES).items()}
+    check_largest(max(ids.values(), default=0))
+    vocabulary = dict(sorted(ids.items(), key=lambda entry: entry[1]))
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    content: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    content |= {"normalizer": None, "pre_tokenizer": level | {"add_prefix_space": bool(prefix)}}
+    content |= {"post_processor": level, "decoder": level}
+    content["model"] = model | {"vocab": vocabulary, "merges": read_merges(file.with_name(MERGES), vocabulary)}
     special = {**json_beside(file, SPECIAL), **config}
-    names = [content_of(special.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
-    content = json.loads(tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
+    names = [content_of(file.with_name(CONFIG), special, f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
     known = {name for name in (*names, *vocabulary) if name and (name in names or SPECIAL_NAME.fullmatch(name))}
     added = dict(added_tokens(file.with_name(CONFIG), config.get("added_tokens_decoder")))
     for name, i in json_beside(file, ADDED).items():
@@ -263,6 +266,24 @@ def byte_level(file: Path) -> str:
         entry = {"id": i, "content": about["content"]} | {name: bool(about.get(name, flags[name])) for name in flags}
         content["added_tokens"].append(entry)
     return json.dumps(content)
+
+
+def read_merges(file: Path, vocabulary: Mapping[str, int]) -> list[list[str]]:
+    """Pairs of tokens in a merges.txt; raises ValueError, naming the file, if one is not, or not of the vocabulary."""
+    merges: dict[tuple[str, ...], None] = {}
+    for number, line in enumerate(read_text(file, TOKENIZER_BYTES).removesuffix("\n").split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line.startswith("#version") or (number == 1 and not line):
+            continue
+        pair = tuple(line.split(" "))
+        if len(pair) != 2:
+            raise ValueError(f"{file} has {quoted(line)} in line {number:,}; expected two tokens")
+        unknown = [token for token in (*pair, "".join(pair)) if token not in vocabulary]
+        if unknown:
+            raise ValueError(f"{file} has {quoted(line)} in line {number:,}; {VOCAB} lacks {quoted(unknown[0])}")
+        merges.pop(pair, None)  # of a pair that is listed twice, the last place counts
+        merges[pair] = None
+    return [list(pair) for pair in merges]
 
 
 def check_largest(largest: int) -> None:
@@ -296,10 +317,16 @@ def token_id(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
 
 
-def content_of(token: Any) -> str | None:
-    """Text of a special token in a file of transformers: a string, or an object with "content"."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+def content_of(file: Path, settings: Mapping[str, Any], name: str) -> str | None:
+    """Text of a special token in a file of transformers: a string, or an object with "content"; None if there is none.
+
+    Raises ValueError, naming the file, for any other value.
+    """
+    value = settings.get(name)
+    token = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(token, str) and value is not None:
+        raise ValueError(f"{file} has {name}={quoted(value)}; expected a string, or an object with content")
+    return token
 
 
 def json_beside(file: Path, name: str) -> dict[str, Any]:
@@ -322,10 +349,13 @@ def end_tokens(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
         nested = content.get("token_ids")  # in a config.json of this project
         found = (nested if isinstance(nested, dict) else content).get("eos_token_id")
         several: list[Any] = found if isinstance(found, list) else [found]
+        for token in several:
+            if isinstance(token, bool) or not isinstance(token, int | float | str | None):
+                raise ValueError(f"{folder / name} has eos_token_id={quoted(found)}; expected an integer, or several")
         ids = [token for token in map(token_id, several) if token is not None]
         if ids:
             return tuple(ids)
-    names = [content_of(json_beside(beside, name).get("eos_token")) for name in (CONFIG, SPECIAL)]
+    names = [content_of(folder / name, json_beside(beside, name), "eos_token") for name in (CONFIG, SPECIAL)]
     for text in (*names, END_OF_TEXT):
         with refusing(f"{beside} names a special token that the tokenizer cannot look up"):
             token = None if text is None else vocabulary.tokenizer.token_to_id(text)

@@ -12,6 +12,7 @@ from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import Source, check_stored, matched, named
 from jaxmodels.io.pretrained import Weights, read_pretrained
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.process.texts import quoted
 from jaxmodels.weights.place import Shardings
 from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
 
@@ -41,6 +42,11 @@ def open_hf(folder: str | os.PathLike, *, strip_prefix: str | None = None, varia
     folder = Path(folder)
     content = read_hf_json(folder / "config.json")
     config, notes = read_config(folder / "config.json")
+    architectures = content.get("architectures")
+    if not isinstance(architectures, list | None) or not all(isinstance(name, str) for name in architectures or []):
+        raise ValueError(
+            f"{folder / 'config.json'} has architectures {quoted(architectures)}; expected a list of names"
+        )
     weights = read_pretrained(folder, variant, content.get("transformers_weights"))
     check_stored(config, weights.tensors, folder / "config.json")
     tensors, known = weights.tensors, known_names(config)
@@ -53,7 +59,7 @@ def open_hf(folder: str | os.PathLike, *, strip_prefix: str | None = None, varia
         prefix = prefix_of(tensors, known)
         if prefix is not None:
             raise ValueError(f"{weights.file}: {proposal(tensors, prefix)}")
-    check_complete(config, held, weights, content.get("architectures"))
+    check_complete(config, held, weights, architectures)
     found = matched(folder, config, held, hf_name)
     if not any(name.startswith(BASE) for name in tensors):
         notes.append("the names of the tensors have no 'gpt_neox.', as in a file of GPTNeoXModel")
@@ -68,7 +74,9 @@ def kind_of(file: Path) -> str:
     return f"{kind} in shards" if file.suffix == ".json" else kind
 
 
-def check_complete(config: NeoXConfig, held: Mapping[str, Any], weights: Weights, architectures: Any) -> None:
+def check_complete(
+    config: NeoXConfig, held: Mapping[str, Any], weights: Weights, architectures: list[str] | None
+) -> None:
     """Raises ValueError, naming the file, if tensors are missing for a reason that can be recognised."""
     missing = [hf_name(key) for key in named(config) if key not in held]
     absent = [name for name in missing if name in weights.files]
@@ -76,9 +84,9 @@ def check_complete(config: NeoXConfig, held: Mapping[str, Any], weights: Weights
         raise ValueError(f"{weights.files[absent[0]]} lacks {absent[0]}, though {weights.file.name} names it there")
     if READOUT not in missing:
         return
-    if isinstance(architectures, list) and architectures and ARCHITECTURE not in architectures:
+    if architectures and ARCHITECTURE not in architectures:
         raise ValueError(
-            f"{weights.file} has no {READOUT}, as it is of {architectures[0]}; supported is {ARCHITECTURE}"
+            f"{weights.file} has no {READOUT}, as it is of {quoted(architectures[0])}; supported is {ARCHITECTURE}"
         )
     if len(missing) == 1:
         raise ValueError(

@@ -4,6 +4,7 @@ import fnmatch
 import itertools
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -281,12 +282,18 @@ def named_step(folder: Path) -> Path:
 
 
 def check_hf(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError if the config.json of a Hugging Face folder is of another model or of quantized weights."""
+    """Raises ValueError if the config.json of a Hugging Face folder is of another model or of quantized weights.
+
+    Also if the name of its weights is not a string.
+    """
     if config["model_type"] != MODEL_TYPE:
         raise ValueError(
             f"{folder / 'config.json'} has model_type {quoted(config['model_type'])}; expected {MODEL_TYPE!r}, the "
             "only Hugging Face architecture that is supported"
         )
+    weights = config.get("transformers_weights")
+    if not isinstance(weights, str | None):
+        raise ValueError(f"{folder / 'config.json'} has transformers_weights {quoted(weights)}; expected a file's name")
     quantization = config.get("quantization_config") or config.get("quantization")  # the second is MLX's
     if quantization:
         method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else quantization
@@ -320,7 +327,7 @@ def check_header(file: Path) -> None:
     """Raises ValueError, naming the file, if a safetensors file holds float8 or packed weights; others are not read."""
     header = safetensors_header(file)
     dtypes = {str(entry.get("dtype")) for entry in header.values() if isinstance(entry, dict)}
-    small = sorted(dtype for dtype in dtypes if dtype.startswith(("F8", "F6", "F4")))
+    small = sorted(dtype for dtype in dtypes if SMALL_FLOAT.match(dtype))
     if small:
         bits = f"float{small[0][1]}"
         raise ValueError(f"{file} has {bits} weights ({', '.join(small)}), which are not supported; {FROM_FLOATS}")
@@ -330,6 +337,7 @@ def check_header(file: Path) -> None:
             raise ValueError(f"{file} has weights quantized by {method} ({quoted(name)}), not supported; {FROM_FLOATS}")
 
 
+SMALL_FLOAT = re.compile(r"F[468](?:_|$)")  # F8_E4M3, F6_E2M3, F4; not F64
 FROM_FLOATS = "load the model they were made from, in float16, bfloat16 or float32"
 
 

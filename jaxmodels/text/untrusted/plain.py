@@ -121,6 +121,27 @@ def harmless_pattern(step: Step) -> bool:
     return kind == "String" and 0 < len(text) <= LONGEST
 
 
+def harmless_template(step: Step) -> bool:
+    """True if a post-processor keeps a text once, and of two each once: others are a panic."""
+    return texts_of(step.get("single")) == ["A"] and texts_of(step.get("pair")) in (["A", "B"], ["B", "A"])
+
+
+def texts_of(template: Any) -> list[Any] | None:
+    """Names of the texts in a template; None if it has anything but texts and special tokens."""
+    if not isinstance(template, list):
+        return None
+    found = []
+    for piece in template:
+        if type(piece) is not dict or len(piece) != 1:
+            return None
+        ((kind, about),) = piece.items()
+        if kind not in ("Sequence", "SpecialToken") or type(about) is not dict:
+            return None
+        if kind == "Sequence":
+            found.append(about.get("id"))
+    return found
+
+
 def harmless_strip(step: Step) -> bool:
     """True if a decoder removes characters at the start only: both ends of one character are a panic."""
     return step.get("stop") == 0
@@ -144,7 +165,24 @@ def harmless_model(model: Any) -> bool:
             isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and len(pair[0]) <= LONGEST_PIECE
             for pair in pieces
         )
-    return model.get("type") in ("BPE", "WordLevel")
+    return model.get("type") == "WordLevel" or (model.get("type") == "BPE" and harmless_merges(model))
+
+
+def harmless_merges(model: Step) -> bool:
+    """True if the result of each merge of a BPE is a token, without which the package panics.
+
+    With a prefix of continuing subwords it cuts the second token, also inside a character, which ends the process.
+    """
+    tokens, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(tokens, dict) or not isinstance(merges, list) or model.get("continuing_subword_prefix"):
+        return False
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
+            return False
+        if "".join(pair) not in tokens:
+            return False
+    return True
 
 
 def harmless_added(tokens: Any, normalizers: list[Step]) -> bool:
@@ -172,7 +210,9 @@ WORDS = ("Digits", "Punctuation", "UnicodeScripts", "Whitespace", "WhitespaceSpl
 PRE_TOKENIZERS = dict.fromkeys((*WORDS, "ByteLevel", "CharDelimiterSplit", "Metaspace"), always) | {
     "Split": harmless_pattern
 }
-POST_PROCESSORS = dict.fromkeys(("BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"), always)
+POST_PROCESSORS = dict.fromkeys(("BertProcessing", "ByteLevel", "RobertaProcessing"), always) | {
+    "TemplateProcessing": harmless_template
+}
 DECODERS = dict.fromkeys(("ByteFallback", "ByteLevel", "Fuse", "Metaspace", "WordPiece"), always) | {
     "BPEDecoder": harmless_suffix,
     "Replace": harmless_pattern,

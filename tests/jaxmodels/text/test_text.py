@@ -267,6 +267,40 @@ def test_a_vocab_json_with_merges_is_a_tokenizer(tmp_path):
     assert len(TokenizerFile.read(tmp_path)) == 401
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "merges", "said"),
+    [
+        ({"a": 0, "b": 1}, "a b\n", r"merges\.txt has 'a b' in line 1; vocab\.json lacks 'ab'"),
+        ({"a": 0, "ab": 1}, "#version: 0.2\na b\n", r"merges\.txt has 'a b' in line 2; .*lacks 'b'"),
+        ({"a": 0, "b": 1, "ab": 2}, "a b c\n", r"merges\.txt has 'a b c' in line 1; expected two"),
+        ({"a": 0, "b": "x"}, "", r"vocab\.json has the id 'x'"),
+        ({"a": 0, "b": [1]}, "", r"vocab\.json has the id \[1\]"),
+        ({"a": 0, "b": 2**30}, "", "ids are at most"),
+    ],
+)
+def test_merges_that_do_not_fit_a_vocabulary_are_refused(tmp_path, vocabulary, merges, said, capfd):
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(ValueError, match=said):
+        TokenizerFile.read(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", {"eos_token_id": {"a": 1}}, "eos_token_id"),
+        ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token"),
+        ("special_tokens_map.json", {"eos_token": {"content": ["e"]}}, "eos_token"),
+    ],
+)
+def test_an_end_token_of_another_kind_is_refused(stored, name, content, said):
+    (stored.parent / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{name} has {said}="):
+        TokenizerFile.read(stored)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "vocab.txt", "vocab.json"])
 def test_other_tokenizers_say_how_to_convert_them(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")

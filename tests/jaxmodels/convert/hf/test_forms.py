@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from jaxmodels import command
 from jaxmodels.convert import to_torch
 from jaxmodels.convert.hf import load_hf, open_hf
 from jaxmodels.convert.neox.layout import hf_name
@@ -16,6 +17,7 @@ from jaxmodels.weights.lazy import read
 from jaxmodels.weights.names import as_numpy
 from tests.jaxmodels.convert.hf.folders import (
     buffers,
+    edit_config,
     model,
     published,
     write_bin,
@@ -167,6 +169,23 @@ def test_the_configuration_may_name_the_file(tmp_path, made):
     write_safetensors(tmp_path, published(made), "tuned.safetensors")
     assert_equal(held(tmp_path), published(made))
     assert transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path).lm_head.weight.shape == (84, 60)
+
+
+WRONG_KINDS = {
+    "transformers_weights": (["tuned.safetensors"], 3, {}, True, "tuned\0.safetensors"),
+    "architectures": ("GPTNeoXForCausalLM", 3, [["GPTNeoXForCausalLM"]], {}),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key in WRONG_KINDS for value in WRONG_KINDS[key]], ids=str)
+def test_a_name_in_the_configuration_that_is_none_is_refused(key, value, tmp_path, made, capsys):
+    write_config(tmp_path, made)
+    edit_config(tmp_path, **{key: value})
+    write_safetensors(tmp_path, published(made), "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        open_hf(tmp_path)
+    assert command.main(["inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 LAYOUTS = {

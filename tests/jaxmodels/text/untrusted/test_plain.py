@@ -1,5 +1,6 @@
 """Tokenizers that are known to be harmless work in this process, all others in a confined one, with equal results."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -45,7 +46,21 @@ def test_expressions_of_one_class_are_plain(pattern):
     assert plain(normalizer=replace(pattern))
 
 
+def template(single: str, pair: str) -> dict:
+    texts = [[{"Sequence": {"id": text, "type_id": 0}} for text in texts] for texts in (single, pair)]
+    return {"type": "TemplateProcessing", "single": texts[0], "pair": texts[1], "special_tokens": {}}
+
+
 UNKNOWN = {
+    "a template of the second text": {"post_processor": template("B", "")},
+    "a template of both texts for one": {"post_processor": template("AB", "AB")},
+    "a template without a text": {"post_processor": template("", "AB")},
+    "a template of one text for both": {"post_processor": template("A", "A")},
+    "a template of a sequence": {"post_processor": sequence("processors", template("B", "AB"))},
+    "a template in words": {"post_processor": {"type": "TemplateProcessing", "single": "$A", "pair": "$A $B"}},
+    "a merge without its result": {"model": MODEL | {"merges": [["a", "b"]]}},
+    "a merge of three": {"model": MODEL | {"merges": ["a b -"]}},
+    "a prefix of subwords": {"model": MODEL | {"continuing_subword_prefix": "#"}},
     "another expression": {"pre_tokenizer": split(r"(?:-|-){22}~|-")},
     "one that looks to the end": {"normalizer": replace(r"\s+$")},
     "in a sequence": {"pre_tokenizer": sequence("pretokenizers", LEVEL, split("a*b"))},
@@ -85,6 +100,15 @@ UNKNOWN = {
 @pytest.mark.parametrize("what", UNKNOWN)
 def test_anything_else_is_not(what):
     assert not plain(**UNKNOWN[what])
+
+
+@pytest.mark.parametrize("text", ["B", ""])
+def test_a_template_that_panics_prints_nothing(text, capfd):
+    vocabulary = TokenizerFile(json.dumps({"version": "1.0", "model": MODEL, "post_processor": template(text, "")}))
+    with contextlib.suppress(ValueError):
+        vocabulary.encode_prompt("ab")
+    assert capfd.readouterr().err == ""
+    assert plain(post_processor=template("A", "AB"))
 
 
 def test_a_name_twice_is_not():
