@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_bytes, read_object, read_text
+from jaxmodels.io.manifest import refuse_link
 from jaxmodels.process.texts import quoted
 
 GENERATION = "generation_config.json"
@@ -104,7 +106,8 @@ class Companions:
     def write(self, folder: Path) -> None:
         """Copy the files into a folder, byte for byte, under their published names.
 
-        A vocabulary.json with a tokenizer in it is written as tokenizer.json: it is what a run was trained with.
+        A vocabulary.json with a tokenizer in it is written as tokenizer.json: it is what a run was trained with. Raises
+        ValueError if a link takes the place of the folder of further templates, or a FIFO or a device that of a file.
         """
         inside = (
             read_object(self.files[VOCABULARY], TOKENIZER_BYTES).get("tokenizer") if VOCABULARY in self.files else None
@@ -113,12 +116,17 @@ class Companions:
             if name == VOCABULARY and isinstance(inside, str):
                 continue
             target = folder / name
+            if target.parent != folder:
+                refuse_link(target.parent)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not (target.exists() and target.samefile(file)):
-                target.write_bytes(read_bytes(file, TOKENIZER_BYTES))  # a copy of a sparse file would fill the disk
+                content = read_bytes(file, TOKENIZER_BYTES)  # a copy of a sparse file would fill the disk
+                with atomic_file(target) as new:
+                    new.write_bytes(content)
         same = TOKENIZER in self.files and read_text(self.files[TOKENIZER], TOKENIZER_BYTES) == inside
         if isinstance(inside, str) and not same:
-            (folder / TOKENIZER).write_text(inside, encoding="utf-8")
+            with atomic_file(folder / TOKENIZER) as new:
+                new.write_text(inside, encoding="utf-8")
 
     def in_config(self) -> dict[str, Any]:
         """Entry for a config.json of this project: {"token_ids": {…}}, or {} if there are none."""

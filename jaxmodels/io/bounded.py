@@ -51,6 +51,26 @@ def open_regular(file: str | os.PathLike) -> io.BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def open_in_place(file: str | os.PathLike) -> io.FileIO:
+    """Open a file to read and write where it lies, without truncating it, or create it.
+
+    Raises ValueError, naming it, if it is a symbolic link, a FIFO, a device or a socket, or if another name leads to
+    the same file (a hard link): what is written would change a file that lies elsewhere. Raises OSError as `open` does.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{file} is a symbolic link; expected a regular file to write") from None
+        raise
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        os.close(descriptor)
+        what = f"file with {about.st_nlink} names" if stat.S_ISREG(about.st_mode) else kind_of(about.st_mode)
+        raise ValueError(f"{file} is a {what}; expected a regular file without hard links to write")
+    return io.FileIO(descriptor, "r+b")
+
+
 def bytes_held(descriptor: int, size: int) -> int:
     """Bytes of an open file outside of its holes; all if the file system does not tell, or if it has many parts."""
     held, end = 0, 0

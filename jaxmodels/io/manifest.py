@@ -11,6 +11,7 @@ to such folders (`jaxmodels.io.content.WRITTEN`): anybody can write a manifest i
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.bounded import is_integer, read_object
+from jaxmodels.io.bounded import is_integer, open_in_place, read_object
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.texts import quoted
 
@@ -48,9 +49,12 @@ def finish(folder: Path) -> None:
 
 def write(folder: Path, **content: object) -> None:
     """Write a folder's manifest."""
+    with contextlib.suppress(OSError):
+        if (folder / NAME).lstat().st_nlink > 1:  # of a file of others, which keeps its other name
+            (folder / NAME).unlink()
     # A link of that name would lead to a file of others.
-    descriptor = os.open(folder / NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with open(descriptor, "w", encoding="utf-8") as file:
+    with io.TextIOWrapper(io.BufferedWriter(open_in_place(folder / NAME)), encoding="utf-8") as file:
+        file.truncate(0)
         file.write(json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
 
 

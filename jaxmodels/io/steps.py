@@ -7,20 +7,25 @@ RUN/checkpoints/STEP/.jaxmodels.json  shows that this program began the step: se
 A checkpoint without complete.json was interrupted; one with files of another size than it lists is damaged.
 """
 
+import contextlib
+import os
 import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import temporary_name
-from jaxmodels.io.bounded import check_format, read_object
+from jaxmodels.io.bounded import check_format, kind_of, read_object
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.texts import quoted
 
 FORMAT = 2
 MARK = "complete.json"
 CHECKPOINTS = "checkpoints"
-WRITTEN = (CHECKPOINTS, "tensorboard", "profile")  # folders of a run
+# Folders of a run that are read or written: of metrics and profiles, and of `jaxmodels.convert.companions`.
+FOLDERS = (CHECKPOINTS, "tensorboard", "profile", "additional_chat_templates", "configs")
 PARTS = ("model", "state", "losses.npy")  # of a step, besides MARK and the manifest
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # follows a folder's name while Orbax writes it
 LONGEST = 15  # digits of a step's number
@@ -38,20 +43,37 @@ def steps(folder: Path) -> list[int]:
 
 
 def check_run(run: Path) -> None:
-    """Raise ValueError if a file of a run, or a folder that is read or written there, is or holds a symbolic link.
+    """Raise ValueError if an entry of a run that is read or written is a symbolic link, or no file or folder.
 
-    Links to other folders, which nothing here follows, may lie in a run.
+    Those are all files of the run, and FOLDERS with everything in them; of `checkpoints`, the folders of steps. Links
+    to other folders, which nothing here follows, may lie in a run.
     """
     if not run.is_dir():
         return
     for path in sorted(run.iterdir()):
-        if path.is_symlink() and (path.name in WRITTEN or not path.is_dir()):
+        if path.name in FOLDERS or not path.is_dir():
             manifest.refuse_link(path)
-    for name in WRITTEN:
+            refuse_special(path)
+    for name in FOLDERS:
         for path in sorted((run / name).iterdir()) if (run / name).is_dir() else ():
             if is_step(path) or name != CHECKPOINTS:
-                manifest.refuse_link(path)
-                manifest.refuse_links(path)
+                for entry in (path, *entries(path)):
+                    manifest.refuse_link(entry)
+                    refuse_special(entry)
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """Files and folders in a folder, at any depth; those that vanish meanwhile are left out."""
+    for path, folders, files in os.walk(folder):
+        yield from (Path(path) / name for name in (*folders, *files))
+
+
+def refuse_special(path: Path) -> None:
+    """Raise ValueError, naming the path, if it is a FIFO, a device or a socket."""
+    with contextlib.suppress(FileNotFoundError):  # a file of another process, such as a temporary one
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ValueError(f"{path} is a {kind_of(mode)}; expected a regular file or a folder")
 
 
 def read_mark(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ FOLDER/progress.json                              how many of them count, and wh
 import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import time
@@ -20,7 +21,7 @@ import numpy as np
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file, names_file
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import open_in_place, read_object
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.streams import say
 from jaxmodels.text.documents import Place, Source
@@ -45,7 +46,9 @@ class Growing:
 
     def __init__(self, file: Path, dtype: Any, length: int = 0):
         self.file, self.dtype, self.length = file, np.dtype(dtype), length
-        self.opened: BinaryIO = open(file, "r+b" if length else "w+b")  # noqa: SIM115
+        self.opened: BinaryIO = io.BufferedRandom(open_in_place(file))
+        if not length:
+            self.opened.truncate(0)
         self.write_header(0)
         assert self.opened.tell() == HEADER
         end = HEADER + length * self.dtype.itemsize
@@ -131,7 +134,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Context in which no other process works in a folder, which is made if it does not exist.
 
     Raises ValueError if another one does, or if the folder is or holds a symbolic link or a file of others: it is
-    removed in the end.
+    removed in the end. Raises ValueError too if the file of the lock is none, or has another name elsewhere.
     """
     manifest.refuse_link(folder)
     manifest.refuse_links(folder)
@@ -142,7 +145,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise ValueError(f"{other[0]} was not written by this program: move it, or choose another folder to write")
     if manifest.unproven(folder) is not None:  # before any other file, so that `jaxmodels clean` lists what is left
         manifest.begin(folder)
-    with open(folder / LOCK, "w") as lock:
+    with open_in_place(folder / LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -33,6 +33,7 @@ import jaxmodels
 from jaxmodels.io import manifest
 from jaxmodels.io import steps as stored
 from jaxmodels.io.atomic import atomic_file, flush
+from jaxmodels.io.bounded import open_in_place
 from jaxmodels.io.checkpoint import read_arrays, read_config
 from jaxmodels.io.npy import map_array
 from jaxmodels.io.steps import FORMAT, MARK, check_run, is_step, latest_step, problem, read_mark, steps
@@ -89,6 +90,7 @@ class Checkpoints:
             if (run / LOCK).exists() and not (run / LOCK).is_file():
                 raise ValueError(f"{run / LOCK} is no regular file, which no process could lock")
             try:
+                open_in_place(run / LOCK).close()  # raises for a hard link: locking truncates the file
                 self.lock.acquire()
             except filelock.Timeout:
                 raise ValueError(f"{run} is in use: another process is training there") from None

@@ -288,11 +288,20 @@ def test_a_manifest_is_a_file_that_lies_there_itself(tmp_path):
     (tmp_path / ".folder.0a1b2c3d" / manifest.NAME).mkdir()
     (tmp_path / ".folder.0a1b2c3d" / manifest.NAME / "thesis.tex").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(OSError, match=r"\.linked\.0a1b2c3d"):
+    with pytest.raises(ValueError, match=r"\.linked\.0a1b2c3d"):
         manifest.begin(tmp_path / ".linked.0a1b2c3d")
     aged(tmp_path)
     assert clean([str(tmp_path), "--delete"]) == 0
     assert contents(tmp_path) == before
+
+
+def test_a_manifest_with_another_name_elsewhere_is_replaced(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".a.0a1b2c3d").mkdir()
+    os.link(tmp_path / "mine", tmp_path / ".a.0a1b2c3d" / manifest.NAME)
+    manifest.begin(tmp_path / ".a.0a1b2c3d")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert manifest.read(tmp_path / ".a.0a1b2c3d")["complete"] is False
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "link to a device"])

@@ -1,8 +1,11 @@
 """The folder in which ids are made: nothing of others in it is written over or removed."""
 
+import os
+
+import numpy as np
 import pytest
 
-from jaxmodels.text.partial import locked
+from jaxmodels.text.partial import Growing, locked
 
 
 @pytest.mark.parametrize("kind", ["a file", "a dated file", "a link in it", "a link"])
@@ -21,3 +24,22 @@ def test_a_folder_with_anything_foreign_is_refused(kind, tmp_path):
         pytest.fail("it was opened")
     assert sorted(tmp_path.rglob("*")) == before
     assert (mine / "1.jpg").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "file with 2 names", "symbolic link"])
+def test_a_file_that_is_written_in_place_lies_there_itself(kind, tmp_path):
+    folder, mine = tmp_path / ".tokens.0123abcd", tmp_path / "mine"
+    folder.mkdir()
+    mine.write_text("mine")
+    for name in ("lock", "train.npy"):
+        path = folder / name
+        if kind == "FIFO":
+            os.mkfifo(path)
+        elif kind == "symbolic link":
+            path.symlink_to(mine)
+        else:
+            os.link(mine, path)
+        with pytest.raises(ValueError, match=f"{path} is a {kind}"):
+            locked(folder).__enter__() if name == "lock" else Growing(path, np.uint8)
+        path.unlink()
+    assert mine.read_text() == "mine"
