@@ -18,7 +18,7 @@ from jaxmodels.io.bounded import read_object, read_text
 from jaxmodels.io.checkpoint import STEM
 from jaxmodels.io.pretrained import chosen, variants
 from jaxmodels.process.extras import available
-from jaxmodels.process.paths import is_plain
+from jaxmodels.process.paths import below, is_plain
 from jaxmodels.process.texts import quoted
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -179,7 +179,7 @@ def cached(name: str, revision: str | None, error: Exception, fetch: Fetch, know
 
 def is_whole(folder: Path) -> bool:
     """True if a snapshot has weights, and all files of their index."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in below(folder) if path.is_file())
     forms = variants(names).values()
     if forms:
         return any(set(names).issuperset(shards_of(folder / form)) for form in forms)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jaxmodels.io import manifest
 from jaxmodels.io.bounded import kind_of
-from jaxmodels.process.paths import local
+from jaxmodels.process.paths import below, local
 from jaxmodels.process.texts import visible
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.old)?")  # of folders, whose manifest tells them from those of others
@@ -78,7 +78,7 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
         manifest.begin(temporary)
         yield temporary
         manifest.finish(temporary)
-        flush_all((*temporary.rglob("*"), temporary))
+        flush_all((*below(temporary), temporary))
         check_target(target, overwrite=overwrite)  # again: hours may have passed, and others write there too
         old = replace(target, temporary)
     except BaseException as error:

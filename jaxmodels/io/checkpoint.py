@@ -5,7 +5,6 @@ import functools
 import json
 import logging
 import math
-import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ import numpy as np
 
 from jaxmodels.io.bounded import check_format, kind_of, read_json, read_object
 from jaxmodels.io.safetensors import is_folder, read_folder
+from jaxmodels.process.paths import below, walk
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, with_arrays
 from jaxmodels.weights.place import Shardings
@@ -153,7 +153,7 @@ def stored_types(folder: Path) -> dict[str, Type]:
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
     claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in types.values())
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    held = sum(file.stat().st_size for file in below(folder) if file.is_file())
     if claimed > COMPRESSION * held:
         raise ValueError(
             f"{folder} is not a complete Orbax checkpoint: {claimed:,} bytes of arrays in files of {held:,}"
@@ -208,18 +208,18 @@ def check_files(folder: Path) -> None:
 
     Objects nested a thousand deep overflow the stack of TensorStore, which ends the process.
     """
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in walk(folder):
         for name in folders:
-            if (Path(path) / name).is_symlink():
-                raise ValueError(f"{Path(path) / name} is a symbolic link; expected a folder")
+            if (path / name).is_symlink():
+                raise ValueError(f"{path / name} is a symbolic link; expected a folder")
         for name in files:
-            file = Path(path) / name
+            file = path / name
             about = file.stat()
             if not stat.S_ISREG(about.st_mode):
                 raise ValueError(f"{file} is a {kind_of(about.st_mode)}; expected a regular file")
-            if Path(path).name != "d" and about.st_size > METADATA_BYTES:
+            if path.name != "d" and about.st_size > METADATA_BYTES:
                 raise ValueError(f"{file} has {about.st_size:,} bytes; at most {METADATA_BYTES:,} are read")
-            if name in JSON_FILES or Path(path).name == "array_metadatas":
+            if name in JSON_FILES or path.name == "array_metadatas":
                 read_json(file, METADATA_BYTES)
 
 

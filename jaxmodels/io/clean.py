@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,9 @@ from jaxmodels.io import manifest, steps
 from jaxmodels.io.atomic import TEMPORARY, TEMPORARY_FILE
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
-from jaxmodels.process.texts import visible
+from jaxmodels.process.paths import DEEPEST, below, walk
+from jaxmodels.process.streams import say
+from jaxmodels.process.texts import shortened, visible
 
 PROGRAM = "jaxmodels clean"
 EXAMPLES = """\
@@ -69,9 +70,12 @@ def clean(folder: Path, *, delete: bool) -> None:
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """Files and folders with temporary names, in a folder and those inside; symbolic links are not followed."""
-    for path, folders, files in os.walk(folder):
-        here = Path(path)
+    """Files and folders with temporary names, in a folder and those inside; symbolic links are not followed.
+
+    Folders that are nested too deeply are left out, with a line on standard error.
+    """
+    deep: list[Path] = []
+    for here, folders, files in walk(folder, deep.append):
         for name in sorted(folders):
             if TEMPORARY.fullmatch(name):
                 folders.remove(name)
@@ -83,6 +87,11 @@ def leftovers(folder: Path) -> Iterator[Path]:
         for name in sorted(files):
             if TEMPORARY_FILE.fullmatch(name) and not (here / name).is_symlink() and (here / name).is_file():
                 yield here / name
+    if deep:
+        more = f" and {len(deep) - 1:,} more" if len(deep) > 1 else ""
+        say(
+            f"{folder}: more than {DEEPEST} folders inside each other are not searched: {shortened(str(deep[0]), 400)}{more}"
+        )
 
 
 def is_begun(folder: Path) -> bool:
@@ -94,13 +103,16 @@ def is_begun(folder: Path) -> bool:
 
 def is_unfinished(folder: Path) -> bool:
     """True for a step of a training run that was killed while it saved."""
-    ours = steps.is_step(folder) and (folder / manifest.NAME).is_file() and steps.foreign(folder) is None
+    try:
+        ours = steps.is_step(folder) and (folder / manifest.NAME).is_file() and steps.foreign(folder) is None
+    except ValueError:  # its folders are nested deeper than any that this program writes
+        return False
     return ours and not (folder / steps.MARK).exists()
 
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files of a folder."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files = [path] if path.is_file() else [file for file in below(path) if file.is_file()]
     return sum(file.lstat().st_size for file in files)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import is_integer, open_in_place, read_object
 from jaxmodels.io.content import is_written_here
+from jaxmodels.process.paths import below, walk
 from jaxmodels.process.texts import quoted
 
 NAME = ".jaxmodels.json"
@@ -59,9 +60,11 @@ def write(folder: Path, **content: object) -> None:
 
 
 def sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    """Path in the folder and size of every file but the manifest; -1 for links, devices and empty folders."""
-    for path, folders, files in os.walk(folder):
-        here = Path(path)
+    """Path in the folder and size of every file but the manifest; -1 for links, devices and empty folders.
+
+    Raises ValueError if folders are nested deeper than any that this program writes.
+    """
+    for here, folders, files in walk(folder):
         links = [name for name in folders if (here / name).is_symlink()]
         for name in [*files, *links]:
             file = here / name
@@ -75,14 +78,14 @@ def sizes(folder: Path) -> Iterator[tuple[str, int]]:
 def foreign(folder: Path) -> str | None:
     """Reason why a folder must not be replaced: no complete manifest, or files that the manifest does not list."""
     try:
-        about = read(folder)
+        about, found = read(folder), list(sizes(folder))
     except ValueError as error:
         return str(error)
     if about["complete"] is not True:
         return f"{folder / NAME} says that it is not complete"
     listed = about["files"]
     known = {str(parent) for name in listed for parent in Path(name).parents}  # folders that may be empty by now
-    for name, size in sizes(folder):
+    for name, size in found:
         empty = is_empty(folder / name)
         same = type(listed.get(name)) is int and listed[name] == size and (size >= 0 or empty)
         if not same and not (empty and name in known):
@@ -96,14 +99,14 @@ def unproven(folder: Path) -> str | None:
     if folder.is_symlink() or not folder.is_dir():
         return "it is not a folder"
     try:
-        about = read(folder)
+        about, found = read(folder), list(sizes(folder))
     except ValueError as error:
         return str(error)
     if about["complete"] is True:
         return foreign(folder)
     if about.get("name") != folder.name:
         return f"{folder / NAME} is of a folder with the name {quoted(about.get('name'))}"
-    for name, _ in sizes(folder):
+    for name, _ in found:
         if not is_written_here(folder, name) and not is_empty(folder / name):
             return f"{quoted(name)} in it is nothing that this program writes there"
     return None
@@ -154,9 +157,8 @@ def clear(folder: Path) -> None:
 
 def refuse_links(folder: Path) -> None:
     """Raise ValueError if a folder holds a symbolic link, at any depth: it would lead out of the folder."""
-    for path, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            refuse_link(Path(path) / name)
+    for path in below(folder):
+        refuse_link(path)
 
 
 def refuse_link(path: Path) -> None:
@@ -167,5 +169,5 @@ def refuse_link(path: Path) -> None:
 
 def is_settled(path: Path) -> bool:
     """True if neither a path nor a file in it has changed for an hour: no process is writing it."""
-    newest = max((file.lstat().st_mtime for file in [path, *path.rglob("*")]), default=0.0)
+    newest = max((file.lstat().st_mtime for file in [path, *below(path)]), default=0.0)
     return time.time() - newest > SETTLED

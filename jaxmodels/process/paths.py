@@ -1,10 +1,14 @@
-"""Folders that a user names: `~` is expanded, and URLs are refused; names in files of others beside them."""
+"""Folders that a user names: `~` is expanded, and URLs are refused; names in files of others, and folders inside."""
 
+import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 LONGEST = 255  # bytes of a name on common file systems
+DEEPEST = 100  # folders inside each other that are searched
+LONGEST_PATH = 3_840  # bytes of the path of a folder that is searched; Linux takes 4,096 with a file's name
 MOUNTS = {"gs": "gcsfuse BUCKET /mnt/BUCKET", "s3": "mount-s3 BUCKET /mnt/BUCKET"}
 
 
@@ -37,3 +41,48 @@ def is_plain(name: Any) -> bool:
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         return False
     return len(name.encode("utf-8", "surrogatepass")) <= LONGEST
+
+
+def walk(
+    folder: str | os.PathLike, too_deep: Callable[[Path], None] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Folder and all folders inside, each with the names of its folders and of its other files, as `os.walk` has them.
+
+    Links to folders are among the folders, and are not followed; folders that cannot be read are left out, as are those
+    whose names the caller removes from the list. Nothing here is recursive: others may nest thousands of folders.
+
+    too_deep: called with each folder that is nested more than `DEEPEST` deep, or whose path is too long, which is then
+    left out. Raises ValueError, naming `folder`, for such a one by default.
+    """
+    left = [(Path(folder), 0)]
+    while left:
+        here, depth = left.pop()
+        if depth > DEEPEST or (depth and len(os.fsencode(here)) > LONGEST_PATH):
+            if too_deep is None:
+                raise ValueError(f"{folder} has folders nested more than {DEEPEST} deep, or with too long a path")
+            too_deep(here)
+            continue
+        folders: list[str] = []
+        files: list[str] = []
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    (folders if is_folder(entry) else files).append(entry.name)
+        except OSError:
+            continue
+        yield here, folders, files
+        left += [(here / name, depth + 1) for name in reversed(folders) if not (here / name).is_symlink()]
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """True for a folder, or a link to one; False if that cannot be told."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def below(folder: str | os.PathLike) -> Iterator[Path]:
+    """Paths of everything in a folder, at any depth, as `walk` finds it and with its errors."""
+    for here, folders, files in walk(folder):
+        yield from (here / name for name in (*folders, *files))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodels.io.bounded import read_object
-from jaxmodels.process.paths import is_plain
+from jaxmodels.process.paths import below, is_plain
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.corpora import load_corpus
 from jaxmodels.text.documents import KINDS, Files, Source, Text, TextFile, kind_of
@@ -187,10 +187,15 @@ def files_of(folder: Path) -> list[Path]:
         splits = read_object(folder / "dataset_dict.json").get("splits")
         if not isinstance(splits, list) or not all(isinstance(name, str) and is_plain(name) for name in splits):
             raise ValueError(f"{folder / 'dataset_dict.json'} has splits={quoted(splits)}, must be names of folders")
-        return [file for name in splits for file in files_of(folder / name)]
+        return [file for name in splits for file in split_files(folder / name)]
+    return split_files(folder)
+
+
+def split_files(folder: Path) -> list[Path]:
+    """Files of documents in a folder that may be of one dataset; raises ValueError if it is damaged."""
     if (folder / "state.json").is_file():
         return saved_files(folder / "state.json")
-    names = (file for file in folder.rglob("*") if file.suffix.lower() in KINDS and file.is_file())
+    names = (file for file in below(folder) if file.suffix.lower() in KINDS and file.is_file())
     return [file for file in names if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 

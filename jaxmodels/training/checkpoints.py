@@ -40,6 +40,7 @@ from jaxmodels.io.steps import FORMAT, MARK, check_run, is_step, latest_step, pr
 from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.failures import cause, naming
+from jaxmodels.process.paths import below
 from jaxmodels.process.streams import warn
 from jaxmodels.process.texts import quoted
 from jaxmodels.training.step import Program, State
@@ -324,7 +325,7 @@ def optimizer_names(state: State) -> list[str]:
 
 
 def all_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / manifest.NAME)
+    return sorted(file for file in below(folder) if file.is_file() and file != folder / manifest.NAME)
 
 
 def flushed_size(file: Path) -> int:

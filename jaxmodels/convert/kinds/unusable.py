@@ -3,7 +3,6 @@
 import fnmatch
 import itertools
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from jaxmodels.convert.companions import TOKENIZER
 from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_object
 from jaxmodels.io.content import POINTERS, is_zip
 from jaxmodels.io.pretrained import chosen
-from jaxmodels.process.paths import is_plain
+from jaxmodels.process.paths import is_plain, walk
 from jaxmodels.process.texts import quoted
 
 HF_WEIGHTS = (
@@ -115,9 +114,9 @@ def explain(folder: Path, children: Sequence[tuple[str, str]]) -> str:
 
 
 def names_below(folder: Path) -> Iterator[str]:
-    """Paths of files below a folder, and of folders with a slash at their end, without those that cannot be read."""
-    for place, folders, files in os.walk(folder):
-        here = Path(place).relative_to(folder)
+    """Paths of files below a folder, and of folders with a slash at their end, as far as they can be searched."""
+    for place, folders, files in walk(folder, lambda deep: None):
+        here = place.relative_to(folder)
         yield from ((here / name).as_posix() + "/" for name in folders)
         yield from ((here / name).as_posix() for name in files)
 

@@ -1,10 +1,19 @@
-"""Folders that a user names."""
+"""Folders that a user names, and those of others that are searched."""
 
+import os
+import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jaxmodels.process.paths import is_plain, local
+from jaxmodels import command
+from jaxmodels.io import clean, manifest
+from jaxmodels.io.atomic import check_target
+from jaxmodels.io.checkpoint import check_files
+from jaxmodels.process.paths import DEEPEST, below, is_plain, local, walk
+from jaxmodels.text.sources import files_of
 
 
 def test_the_home_folder_is_expanded(monkeypatch):
@@ -34,3 +43,76 @@ def test_a_name_beside_a_file_is_plain(name):
 )
 def test_a_name_of_another_place_is_not_plain(name):
     assert not is_plain(name)
+
+
+@pytest.fixture
+def deep(tmp_path) -> Iterator[Path]:
+    """A folder for thousands of folders inside each other, which Python's own rmtree could not remove."""
+    (tmp_path / "deep").mkdir()
+    yield tmp_path / "deep"
+    subprocess.run(["rm", "-rf", str(tmp_path / "deep")], check=True)
+
+
+def nested(folder: Path, depth: int) -> Path:
+    """A folder with `depth` folders inside each other."""
+    inner = folder.joinpath(*["d"] * depth)
+    for part in range(0, depth + 1, 50):
+        folder.joinpath(*["d"] * part).mkdir(parents=True, exist_ok=True)
+    inner.mkdir(parents=True, exist_ok=True)
+    return inner
+
+
+def test_walk_finds_what_os_walk_does(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for file in ("1", "a/2", "a/b/3"):
+        (tmp_path / file).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+
+    def found(walked):
+        return sorted((str(here), sorted(folders), sorted(files)) for here, folders, files in walked)
+
+    assert found(walk(tmp_path)) == found(os.walk(tmp_path))
+    assert sorted(below(tmp_path)) == sorted(tmp_path.rglob("*"))
+    assert list(walk(tmp_path / "1")) == list(walk(tmp_path / "absent")) == []
+
+
+def test_folders_that_are_nested_thousands_deep_are_refused_by_name(deep):
+    deepest = nested(deep, DEEPEST)
+    assert len(list(walk(deep))) == DEEPEST + 1
+    nested(deepest, 1_200)
+    left_out: list[Path] = []
+    assert len(list(walk(deep, left_out.append))) == DEEPEST + 1
+    assert left_out == [deepest / "d"]
+    readers = (below, manifest.refuse_links, check_files, files_of, lambda folder: list(manifest.sizes(folder)))
+    for read in readers:
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(deep))} has folders nested more than {DEEPEST}"):
+            list(read(deep) or ())
+
+
+def test_commands_on_folders_that_are_nested_thousands_deep_end_with_one_line(deep, capsys):
+    (deep / ".jaxmodels.json").write_text('{"format": 1, "complete": true, "files": {}}')
+    nested(deep / "checkpoints" / "12", 1_200)
+    assert clean.main([str(deep)]) == 0
+    printed = capsys.readouterr()
+    assert "nothing to remove" in printed.out
+    assert printed.err.count("\n") == 1
+    with pytest.raises(ValueError, match="nested more than"):
+        check_target(deep, overwrite=True)
+    assert command.main(["inspect", str(deep)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_path_that_is_too_long_is_left_out(deep):
+    here = os.open(deep, os.O_RDONLY)
+    try:
+        for _ in range(20):
+            os.mkdir("d" * 250, dir_fd=here)
+            inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = inner
+    finally:
+        os.close(here)
+    with pytest.raises(ValueError, match="too long a path"):
+        list(walk(deep))
