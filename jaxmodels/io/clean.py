@@ -89,9 +89,8 @@ def leftovers(folder: Path) -> Iterator[Path]:
                 yield here / name
     if deep:
         more = f" and {len(deep) - 1:,} more" if len(deep) > 1 else ""
-        say(
-            f"{folder}: more than {DEEPEST} folders inside each other are not searched: {shortened(str(deep[0]), 400)}{more}"
-        )
+        first = shortened(str(deep[0]), 400)
+        say(f"{folder}: more than {DEEPEST} folders inside each other are not searched: {first}{more}")
 
 
 def is_begun(folder: Path) -> bool:

@@ -13,7 +13,6 @@ to such folders (`jaxmodels.io.content.WRITTEN`): anybody can write a manifest i
 import contextlib
 import io
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator

@@ -8,10 +8,8 @@ A checkpoint without complete.json was interrupted; one with files of another si
 """
 
 import contextlib
-import os
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +17,7 @@ from jaxmodels.io import manifest
 from jaxmodels.io.atomic import temporary_name
 from jaxmodels.io.bounded import check_format, kind_of, read_object
 from jaxmodels.io.content import is_written_here
+from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted
 
 FORMAT = 2
@@ -57,15 +56,9 @@ def check_run(run: Path) -> None:
     for name in FOLDERS:
         for path in sorted((run / name).iterdir()) if (run / name).is_dir() else ():
             if is_step(path) or name != CHECKPOINTS:
-                for entry in (path, *entries(path)):
+                for entry in (path, *below(path)):
                     manifest.refuse_link(entry)
                     refuse_special(entry)
-
-
-def entries(folder: Path) -> Iterator[Path]:
-    """Files and folders in a folder, at any depth; those that vanish meanwhile are left out."""
-    for path, folders, files in os.walk(folder):
-        yield from (Path(path) / name for name in (*folders, *files))
 
 
 def refuse_special(path: Path) -> None:
