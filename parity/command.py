@@ -271,7 +271,7 @@ def replay_all(options: argparse.Namespace, console: "Console") -> list["Report"
     """One report per fixture of the folder, or per named fixture."""
     from parity.cases import select
     from parity.golden.fixture import SHIPPED, stems
-    from parity.golden.replay import replay
+    from parity.golden.replay import ABSENT, replay
     from parity.report.progress import StatusLine, each
     from parity.report.report import Report
     from parity.report.terminal import print_failure
@@ -285,5 +285,7 @@ def replay_all(options: argparse.Namespace, console: "Console") -> list["Report"
             report = Report.gathered(name, map(replayed, [found[name]]))
             line.clear()
             print_failure(report, console)
+            for kind in [kind for kind, why in report.skipped.items() if report.passed and why == ABSENT]:
+                console.print(f"{visible(name)}: {kind}: {ABSENT}", markup=False, highlight=False)
             reports.append(report)
     return reports

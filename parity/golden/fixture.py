@@ -5,6 +5,7 @@
                        "output/…", "parameter gradients/…", "input gradients/…"      the results, in float64
     STEM.json          {"format": 3, "sha256": of STEM.safetensors, "name": …, and the fields below}
 
+"readings" are the kinds of results that the fixture holds; recordings without it hold those that "noise" lists.
 "noise" is the rounding noise of these results in float64, and "own values" are PyTorch's values in float32 in units of
 float32's, by kind and tensor; see `parity.compare.noise`. "constants" says how far the results move with each constant
 that the module holds in a narrow float: a tensor that may have no counterpart in Flax. "model" is the name and the
@@ -27,11 +28,11 @@ from jaxmodels.process.texts import quoted, shortened
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Kinds
 from parity.compare.noise import Noise
+from parity.golden.contents import KINDS, check_noises, check_readings, check_results
 
 FORMAT = 3  # older ones do not bind the tensors to the JSON
 TENSOR_BYTES = 2**32  # of a fixture's tensors, all of which are read
 LONGEST = 400  # characters of a reason
-KINDS = ("output", "parameter gradients", "input gradients")
 SHIPPED = Path(__file__).parent / "fixtures"
 
 
@@ -147,27 +148,35 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     moves = about.get("constants", {})  # older recordings have none
     if not isinstance(moves, dict):
         raise ValueError(f"constants={quoted(moves)} must be an object")
-    for field, held in (("noise", noises), ("own values", own)):
-        if lacking := [f"{kind}/{n}" for kind, of in results.items() for n in of if n not in held.get(kind, {})]:
-            raise ValueError(f"{field} lacks {quoted(lacking[0])}")
+    check_readings(about.get("readings", list(noises)), tensors, {"noise": noises, "own values": own})
+    check_noises(results, noises, own)
     state, layers = groups.get("state", {}), texts_of(about, "layers", dict)
     if without := sorted({name.rpartition(".")[0] for name in state} - layers.keys()):
         raise ValueError(f"layers lacks {quoted(without[0])}, which owns tensors")
+    names, untrained = texts_of(about, "names", dict), tuple(texts_of(about, "untrained", list))
+    if unknown := sorted({*names.values(), *untrained} - names.keys()):
+        raise ValueError(f"names lacks {quoted(unknown[0])}")
+    zero_gradients = tuple(texts_of(about, "zero gradients", list))
+    if zero_gradients and "parameter gradients" not in results:
+        raise ValueError(f"zero gradients={quoted(zero_gradients)} must be empty: it holds no parameter gradients")
+    inputs, labels = Inputs(args, named), groups["labels"][""] if "labels" in groups else None
+    targets = groups.get("targets") or {name: np.zeros(()) for name in groups["output"]}
+    check_results(results, state, inputs.named(), labels, targets, set(names.values()) - set(untrained))
     return Fixture(
         name=text_of(about, "name"),
         model=model,
-        inputs=Inputs(args, named),
-        labels=groups["labels"][""] if "labels" in groups else None,
-        targets=groups.get("targets") or {name: np.zeros(()) for name in groups["output"]},
+        inputs=inputs,
+        labels=labels,
+        targets=targets,
         state=state,
         results=results,
         noises=noises,
         own_values=own,
         constants={constant: values_of(moves, constant) for constant in moves},
-        zero_gradients=tuple(texts_of(about, "zero gradients", list)),
-        untrained=tuple(texts_of(about, "untrained", list)),
+        zero_gradients=zero_gradients,
+        untrained=untrained,
         layers=layers,
-        names=texts_of(about, "names", dict),
+        names=names,
         torch=text_of(about, "torch"),
     )
 
@@ -203,8 +212,9 @@ def numbers_of(about: Mapping[str, Any], field: str, length: int) -> dict[str, d
     for kind, tensors in about[field].items():
         for name, value in tensors.items():
             numbers = value if isinstance(value, list) else [value]
-            if len(numbers) != length or not all(type(number) in (int, float) for number in numbers):
-                raise ValueError(f"{field} of {quoted(f'{kind}/{name}')} is {quoted(value)}, must be {length} numbers")
+            if len(numbers) != length or not all(type(number) in (int, float) and number >= 0 for number in numbers):
+                must = f"must be {length} numbers that are not negative"
+                raise ValueError(f"{field} of {quoted(f'{kind}/{name}')} is {quoted(value)}, {must}")
             found.setdefault(kind, {})[name] = [float(number) for number in numbers]
     return found
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.io.bounded import errors_naming
 from jaxmodels.models import describe, name_of
 from jaxmodels.weights.names import as_numpy
 from parity.compare.comparison import Comparison
 from parity.compare.noise import ULPS
 from parity.compare.sides.torch_side import TorchSide
 from parity.compare.weights import aliases
+from parity.golden.contents import check_noises
 from parity.golden.fixture import files_of, write
 from parity.measure.explain import Changes, moves_by
 from parity.measure.reference import Reference
@@ -37,7 +39,7 @@ def record(
 
     inputs, labels, zero_gradients and randomize are those of `parity.check`. If flax_module has a registered class
     (one that `jaxmodels.save` takes), the fixture describes how to build it. Raises ValueError for inputs that are not
-    arrays, and if the folder does not exist.
+    arrays, if the folder does not exist, and if the noise in float32 is as large as the results.
     """
     folder = files_of(stem)[0].parent
     if not folder.is_dir():
@@ -74,6 +76,8 @@ def write_recording(
         noises = side.noises(batch, results, ULPS["float64"], comparison.seed)
         reference = Reference(comparison, batch, results, noises)
         own = reference.values(comparison.torch_side("float32").evaluate(batch), "float32")
+        with errors_naming(stem):
+            check_noises(results, noises, own)
         constants = moves_by_constants(reference, side)
     groups: dict[str, Mapping[str, Any]] = {
         "state": {key: as_numpy(tensor) for key, tensor in module.state_dict().items()},
@@ -89,6 +93,7 @@ def write_recording(
         "positional": len(batch.inputs.args),
         "zero gradients": list(comparison.zero_gradients),
         "untrained": [key for key, parameter in module.named_parameters() if not parameter.requires_grad],
+        "readings": list(results),
         "noise": {kind: {n: [one.unit, one.masks_from] for n, one in of.items()} for kind, of in noises.items()},
         "own values": own,
         "constants": constants,

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxmodels.io.bounded import errors_naming
 from jaxmodels.models import abstract
 from jaxmodels.weights.stored import Stored
@@ -13,6 +15,8 @@ from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.loss import Batch
 from parity.compare.names import Names
 from parity.compare.noise import LIMIT
+from parity.golden.contents import KINDS
+from parity.golden.fit import check_fit, naming
 from parity.golden.fixture import Fixture, read
 from parity.measure.explain import Changes, Limits, explained
 from parity.measure.reference import Reference, judged, judged_narrow, round_trip
@@ -21,6 +25,7 @@ from parity.report.results import Check
 from parity.report.stamp import environment
 
 NO_TRACE = "a fixture holds no activations; parity.check locates the difference on a machine with torch"
+ABSENT = "not in the fixture"
 
 
 def replay(
@@ -37,25 +42,28 @@ def replay(
     If flax_module is None, the model that the fixture describes is built. The other arguments are those of
     `parity.check`. The `Report` has the readings of a check except training, and no first divergence: outputs and
     gradients in float64, the same in float32, both in units of the recorded noise, cached decoding, and the weights'
-    round trip. Raises ValueError if the fixture is damaged, and ConversionError if its weights do not fit.
+    round trip; kinds of results that the fixture does not hold are in `Report.skipped`. Raises ValueError if the
+    fixture is damaged, or if one of its arrays has another name, shape or dtype than the module's, and ConversionError
+    if its weights do not fit.
     """
     fixture = read(stem)
     if flax_module is None:
         with errors_naming(stem):
             flax_module = rebuilt(fixture)
-    comparison = Comparison.of(
-        fixture,
-        flax_module,
-        fixture.inputs,
-        labels=fixture.labels,
-        names=names,
-        channels_last=channels_last,
-        zero_gradients=fixture.zero_gradients,
-        device=device,
-        float64=float64,
-        randomize=False,
-    )
-    return read_replay(comparison, fixture)
+    with naming(stem):
+        comparison = Comparison.of(
+            fixture,
+            flax_module,
+            fixture.inputs,
+            labels=fixture.labels,
+            names=names,
+            channels_last=channels_last,
+            zero_gradients=fixture.zero_gradients,
+            device=device,
+            float64=float64,
+            randomize=False,
+        )
+        return read_replay(comparison, fixture)
 
 
 def rebuilt(fixture: Fixture) -> Any:
@@ -73,14 +81,20 @@ def read_replay(comparison: Comparison, fixture: Fixture) -> Report:
     began = time.perf_counter()
     batch = Batch(fixture.inputs, comparison.labels, fixture.targets)
     reference = Reference(comparison, batch, fixture.results, fixture.noises)
-    skipped: dict[str, str] = {}
-    notes: list[str] = []
+    notes = check_fit(comparison, fixture)
+    skipped = {kind: ABSENT for kind in KINDS if kind not in fixture.results and expected(kind, comparison)}
     with comparison.strict_precision():
         checks = list(readings(reference, fixture, skipped, notes))
     if not all(check.passed for check in checks):
         skipped["first divergence"] = NO_TRACE
     stamp = environment(comparison.device, comparison.float64, seed=None) | {"torch": f"{fixture.torch}, recorded"}
     return Report(fixture.name, checks, time.perf_counter() - began, stamp, skipped=skipped, notes=tuple(notes))
+
+
+def expected(kind: str, comparison: Comparison) -> bool:
+    """True unless a call has no results of a kind: inputs of integers have no gradients."""
+    inputs = comparison.inputs.named().values()
+    return kind != "input gradients" or any(jnp.issubdtype(array.dtype, jnp.inexact) for array in inputs)
 
 
 def readings(reference: Reference, fixture: Fixture, skipped: dict[str, str], notes: list[str]) -> Iterator[Check]:

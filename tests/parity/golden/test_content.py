@@ -1,0 +1,195 @@
+"""Fixtures whose content was changed by others: arrays that do not fit, and numbers with which anything would agree."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import parity
+from jaxmodels import layers
+from jaxmodels.io.bounded import sha256_of
+from jaxmodels.io.safetensors import read_file, write_file
+from parity.command import main
+from parity.golden.fixture import SHIPPED, files_of, read, stems
+from tests.parity.pairs import mlp
+
+GRADIENTS = "parameter gradients"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    torch_module, flax_module, x = mlp()
+    stem = tmp_path_factory.mktemp("original") / "mlp"
+    parity.record(torch_module, {"x": x}, stem)
+    return flax_module, stem
+
+
+@pytest.fixture
+def recorded(original, tmp_path):
+    flax_module, stem = original
+    for file in files_of(stem):
+        shutil.copy(file, tmp_path)
+    return flax_module, tmp_path / "mlp"
+
+
+def change(stem, tensors=None, about=None):
+    """Rewrite a fixture with the functions' changes; its sha256 is right."""
+    tensors_file, about_file = files_of(stem)
+    held = {name: np.array(tensor) for name, tensor in read_file(tensors_file).items()}
+    fields = json.loads(about_file.read_text())
+    if tensors:
+        held = tensors(held)
+    if about:
+        about(fields)
+    tensors_file.unlink()
+    write_file(tensors_file, {name: np.ascontiguousarray(tensor) for name, tensor in held.items()})
+    about_file.write_text(json.dumps(fields | {"sha256": sha256_of(tensors_file)}))
+
+
+def of_group(group, function):
+    """A change of the tensors of one group."""
+    return lambda held: {n: function(t) if n.startswith(f"{group}/") else t for n, t in held.items()}
+
+
+def without(group):
+    """A change that removes the tensors of a group."""
+    return lambda held: {name: tensor for name, tensor in held.items() if not name.startswith(f"{group}/")}
+
+
+def in_all(field, value):
+    """A change of the numbers of all tensors in a field of the JSON."""
+
+    def apply(about):
+        about[field] = {kind: dict.fromkeys(of_kind, value) for kind, of_kind in about[field].items()}
+
+    return apply
+
+
+@pytest.mark.parametrize("group", ["state", "inputs", "targets", "output", GRADIENTS, "input gradients"])
+@pytest.mark.parametrize(
+    "function", [lambda t: t.reshape(-1)[:1], lambda t: t[..., None], lambda t: t > 0], ids=["one", "rank", "bool"]
+)
+def test_an_array_of_another_shape_or_dtype_is_named(recorded, group, function):
+    flax_module, stem = recorded
+    change(stem, of_group(group, function))
+    with pytest.raises(ValueError, match=rf"{group}/") as error:
+        parity.replay(flax_module, stem)
+    assert str(stem) in str(error.value)
+
+
+def test_outputs_and_targets_of_another_shape_are_compared_with_the_module(recorded):
+    flax_module, stem = recorded
+    change(stem, lambda held: of_group("targets", lambda t: t[:1])(of_group("output", lambda t: t[:1])(held)))
+    with pytest.raises(ValueError, match=r"mlp: 'output/output' is float64 \[1, 3\].* \[\d+, 3\]"):
+        parity.replay(flax_module, stem)
+
+
+@pytest.mark.parametrize("number", [1e300, math.inf, math.nan, -1.0, 1e-3, 1e-8])
+def test_noise_that_would_hide_anything_is_refused(recorded, number):
+    flax_module, stem = recorded
+    change(stem, of_group("output", lambda t: t + 1), in_all("noise", [number, 1e30]))
+    with pytest.raises(ValueError, match=r"mlp\b.*noise of 'output/output' is"):
+        parity.replay(flax_module, stem)
+
+
+@pytest.mark.parametrize("number", [1e30, math.inf, math.nan, -1.0])
+def test_own_values_that_would_hide_anything_are_refused(recorded, number):
+    change(recorded[1], None, in_all("own values", number))
+    with pytest.raises(ValueError, match=r"mlp\b.*own values of 'output/output' is"):
+        read(recorded[1])
+
+
+def test_an_output_that_is_not_compared_says_nothing_about_noise(recorded):
+    flax_module, stem = recorded
+    zzz = "output[zzz]"
+
+    def about(fields):
+        in_all("noise", [0.1, 1e30])(fields)
+        fields["noise"]["output"][zzz], fields["own values"]["output"][zzz] = [0.0, 1e30], 0.0
+
+    change(stem, lambda held: held | {f"output/{zzz}": np.full(3, 1e25), f"targets/{zzz}": np.zeros(3)}, about)
+    with pytest.raises(ValueError, match=r"noise of 'output/output' is 0\.1"):
+        parity.replay(flax_module, stem)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_expected_values_that_are_not_finite_differ(recorded, number):
+    flax_module, stem = recorded
+    change(stem, of_group("output", lambda t: t * number))
+    report = parity.replay(flax_module, stem)
+    assert {check.precision for check in report.checks if check.kind == "output" and not check.passed} == {
+        "float64",
+        "float32",
+    }
+
+
+def test_tensors_that_the_json_states_are_there(recorded):
+    stem = recorded[1]
+    fields = json.loads(files_of(stem)[1].read_text())
+    assert fields["readings"] == ["output", GRADIENTS, "input gradients"]
+    change(stem, without(GRADIENTS))
+    with pytest.raises(ValueError, match=r"mlp\b.*'parameter gradients'"):
+        read(stem)
+    change(stem, None, lambda about: about.pop("readings"))
+    with pytest.raises(ValueError, match=r"mlp\b.*'parameter gradients'"):
+        read(stem)
+
+
+@pytest.mark.parametrize("key", ["parameter gradients/up.weight", "other/up.weight", "output/output"])
+def test_a_single_tensor_more_or_less_is_named(recorded, key):
+    def changed(held):
+        return {k: t for k, t in held.items() if k != key} if key in held else held | {key: np.ones(3)}
+
+    change(recorded[1], changed)
+    with pytest.raises(ValueError, match=rf"mlp\b.*'({key}|output)'"):
+        read(recorded[1])
+
+
+def test_a_reading_that_is_absent_is_said_to_be(tmp_path, capsys):
+    for file in files_of(SHIPPED / "rope.rotary"):
+        shutil.copy(file, tmp_path)
+
+    def about(fields):
+        fields["readings"] = ["output"]
+        for field in ("noise", "own values"):
+            del fields[field][GRADIENTS]
+
+    change(tmp_path / "rope.rotary", without(GRADIENTS), about)
+    assert main(["--replay", str(tmp_path), "--json", str(tmp_path / "out.txt")]) == 0
+    assert f"rope.rotary: {GRADIENTS}: not in the fixture" in capsys.readouterr().out
+    (report,) = json.loads((tmp_path / "out.txt").read_text())
+    assert report["skipped"][GRADIENTS] == "not in the fixture"
+    assert "input gradients" not in report["skipped"], "ids have no gradients"
+
+
+def test_an_ill_conditioned_module_is_not_recorded(tmp_path):
+    class Cancels(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1e8 - 1e8
+
+    with pytest.raises(ValueError, match=r"cancels\b.*noise of 'output/output' is"):
+        parity.record(Cancels(5, 7), np.ones((3, 5)), tmp_path / "cancels")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_without_gradients_are_noted(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7))
+    module[0].bias.requires_grad_(False)
+    parity.record(module, np.ones((3, 5)), tmp_path / "frozen")
+    port = nnx.Sequential(layers.Linear(5, 7, rngs=nnx.Rngs(0)))
+    report = parity.replay(port, tmp_path / "frozen", names={"0": "layers.0"})
+    assert report.passed, str(report)
+    assert any(note.startswith("1 parameters") for note in report.notes)
+
+
+def test_shipped_fixtures_are_far_from_the_limits_of_noise():
+    """By a factor of 1000: the limit is 2⁻³³ of the largest element."""
+    for stem in stems(SHIPPED):
+        fixture = read(stem)
+        for kind, noises in fixture.noises.items():
+            largest = max(np.abs(t).max() for t in fixture.results[kind].values())
+            assert max(noise.unit for noise in noises.values()) < 2**-43 * largest
