@@ -25,7 +25,7 @@ def map_array(file: Path) -> np.ndarray:
         if dtype.kind not in "biufc" or min(shape, default=0) < 0:
             raise ValueError(f"dtype {dtype}, shape {shape}")
         end = start + math.prod(shape) * dtype.itemsize
-        if end < size:
+        if end != size:  # also before NumPy computes with the shape, which may overflow
             raise ValueError(f"its array ends at byte {end:,}, the file has {size:,}")
         return np.lib.format.open_memmap(file, mode="r")  # np.load would also open .npz files
     except FileNotFoundError:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -19,10 +20,12 @@ def run(main: Callable[[], int | None], command: str) -> int:
     0 or what `main` returns; 2 for a ValueError, an OSError, a missing package or too little memory; 130 for Ctrl-C;
     141 if the reader of a pipe has closed it (`… | head`). Any other exception is a bug and keeps its traceback.
 
+    Warnings are printed as one line each, without a line of the source.
+
     command: prefix of the line, e.g. "jaxmodels convert".
     """
     try:
-        with interruptible():
+        with warnings_in_one_line(), interruptible():
             escape_unencodable()
             try:
                 code = main()
@@ -43,6 +46,27 @@ def run(main: Callable[[], int | None], command: str) -> int:
             raise
         say(f"{command}: not enough memory: {shortened(str(error).partition(chr(10))[0] or 'no reason given', 400)}")
         return 2
+
+
+@contextlib.contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Context in which a warning is printed as `warning: …`, with control characters escaped.
+
+    The function that formats it is replaced, not the one that shows it: `warnings.catch_warnings` still records.
+    """
+    before = warnings.formatwarning
+    warnings.formatwarning = in_one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def in_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Text of a warning, as `warnings.formatwarning` returns it."""
+    return f"warning: {shortened(' '.join(str(message).split()))}\n"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from jaxmodels.io.content import recognised
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.tables import arrow, parquet
+from jaxmodels.text.tables.sizes import check_single
 
 LEAST_TEXT, EXPANSION = 2**28, 1_000  # characters of a compressed file: of any, and for each of its bytes
 
@@ -56,6 +57,7 @@ def strings(file: Path, batch: Any, field: str) -> Any:
     if field not in batch.schema.names:
         names = ", ".join(quoted(name, 40) for name in batch.schema.names[:20])
         raise ValueError(f"{file} has no column {quoted(field)}; it has {names}")
+    check_single(file, batch.schema.names, field)
     column = batch.column(batch.schema.names.index(field))
     kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
     if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in ("string", "large_string", "string_view")):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.tables.sizes import RATIO, largest, mapped
+from jaxmodels.text.tables.sizes import RATIO, check_single, largest, mapped
 
 EXPANDED = 2**30  # bytes of a group of rows that may be more than `RATIO` times as many as the file has
 ROWS, DECODED = 256, 2**27  # rows that are decoded at once, and bytes that they may take
@@ -36,6 +36,7 @@ def batches(file: Path, field: str) -> Iterator[Any]:
         if field not in names:
             shown = ", ".join(quoted(name, 40) for name in names[:20])
             raise ValueError(f"{file} has no column {quoted(field)}; it has {shown}")
+        check_single(file, names, field)
         for group in range(opened.metadata.num_row_groups):  # not by column: damaged sizes of one end the process
             size = opened.metadata.row_group(group).total_byte_size
             most = max(EXPANDED, RATIO * file.stat().st_size)
@@ -43,6 +44,8 @@ def batches(file: Path, field: str) -> Iterator[Any]:
                 raise ValueError(f"{file} has {size:,} bytes in a group of rows; at most {most:,} are read")
         with mapped(file) as data:
             for group in range(opened.metadata.num_row_groups):
+                if not opened.metadata.row_group(group).num_rows:  # it has no pages either
+                    continue
                 page = largest_page(file, data, opened.metadata.row_group(group), field)
                 # A text may be as long as a page, and each row may repeat it.
                 rows = max(1, min(ROWS, DECODED // max(1, page)))

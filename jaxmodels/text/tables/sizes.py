@@ -1,11 +1,12 @@
-"""Bytes that parts of a compressed file may have, and the file as bytes that are mapped, not read."""
+"""Bytes that parts of a compressed file may have, the file as bytes that are mapped, not read, and names of columns."""
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxmodels.io.bounded import open_regular
+from jaxmodels.process.texts import quoted
 
 # Bytes of a part after decompression: of any, and for each byte of the file. Texts shrink to a tenth, tables of numbers
 # to a hundredth; zstandard makes 32,000 times as much of zeros.
@@ -15,6 +16,12 @@ LEAST_PART, RATIO = 2**28, 100
 def largest(file: Path) -> int:
     """Most bytes that a part of a file may have after decompression."""
     return max(LEAST_PART, RATIO * file.stat().st_size)
+
+
+def check_single(file: Path, names: Sequence[str], field: str) -> None:
+    """Raise ValueError, naming the file, if several columns have the name of the texts."""
+    if names.count(field) > 1:
+        raise ValueError(f"{file} has {names.count(field):,} columns with the name {quoted(field)}; expected one")
 
 
 @contextlib.contextmanager

@@ -37,6 +37,8 @@ def header(text: str) -> bytes:
         header("{'descr': '<U0', 'fortran_order': True, 'shape': (0, -3), }\n") + bytes(8),
         b"\x93NUMPY\x03" + header("{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }\n")[7:] + bytes(8),
         header("\x00\n"),
+        header("{'descr': '<f8', 'fortran_order': False, 'shape': (9223372036854775807,), }\n") + bytes(8),
+        header("{'descr': '<f8', 'fortran_order': False, 'shape': (3, 4611686018427387904, 5), }\n") + bytes(8),
         header("(" * 5000),
         header("{'descr': '|u1', 'fortran_order': False, 'shape': (3,), }\n") + bytes(4),
     ],

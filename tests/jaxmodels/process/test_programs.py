@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,30 @@ def test_a_closed_pipe_ends_the_program_quietly(command):
     assert process.wait() == 141
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+def test_a_warning_is_one_line_of_its_own():
+    lines = """
+        import sys, warnings
+        from jaxmodels.process.programs import run
+
+        def main():
+            warnings.warn("a file \\x1b[31m of\\n others " + "x" * 9_000)
+            run(lambda: warnings.warn("within"), "b")
+            warnings.warn("after")
+
+        run(main, "a")
+        assert warnings.formatwarning("a", UserWarning, "file", 3) != "warning: a\\n"
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(lines)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    first, *others = ended.stderr.splitlines()
+    assert first.startswith(r"warning: a file \x1b[31m of others xxx")
+    assert len(first) < 5_000
+    assert others == ["warning: within", "warning: after"]
+
+
+def test_warnings_are_still_recorded():
+    with pytest.warns(UserWarning, match="^a$"):
+        assert run(lambda: warnings.warn("a", stacklevel=1), "command") == 0

@@ -174,3 +174,24 @@ def test_every_changed_byte_of_an_arrow_file_is_read_or_refused(tmp_path, form):
 def test_a_damaged_header_of_a_page_is_refused(data, said):
     with pytest.raises(ValueError, match=said):
         list(parquet.pages(data + b"\0" * (said == "has no sizes"), 0, 100))
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_a_parquet_file_without_rows_has_no_documents(tmp_path, groups):
+    empty = table().slice(0, 0)
+    with writer.ParquetWriter(tmp_path / "a.parquet", empty.schema) as opened:
+        for _ in range(groups):
+            opened.write_table(empty)
+    assert read(tmp_path / "a.parquet") == []
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix):
+    file = tmp_path / f"a.{suffix}"
+    twice = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array([3])], ["text", "text", "id"])
+    if suffix == "parquet":
+        writer.write_table(twice, file)
+    else:
+        write_arrow(file, twice, pyarrow.ipc.new_stream)
+    with pytest.raises(ValueError, match=rf"^{file} has 2 columns with the name 'text'"):
+        read(file)

@@ -150,6 +150,8 @@ def test_float8_and_packed_weights(published, tmp_path):
     safetensors.torch.save_file({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()}, file)
     with pytest.raises(ValueError, match=r"model\.safetensors has float8 weights \(F8_E4M3\)"):
         open_source(folder)
+    safetensors.torch.save_file({name: t.double() for name, t in tensors.items()}, file)
+    assert open_source(folder).kind == "hf"  # F64 is no float6
     safetensors.torch.save_file({"gpt_neox.layers.0.mlp.qweight": torch.zeros(3, 5, dtype=torch.int32)}, file)
     with pytest.raises(ValueError, match=r"model\.safetensors .*GPTQ or AWQ.*qweight"):
         open_source(folder)
