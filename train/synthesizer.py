@@ -92,8 +92,8 @@ def main(arguments: Sequence[str]) -> int:
         experiment, command = parse(Synthesizer, PROGRAM, arguments)
         if experiment.config.attention != "all":
             return script.main(Synthesizer, PROGRAM, arguments, stop)
-        if command.branch is not None:
-            raise ValueError("attention='all': --branch begins one run; name its kind with --attention")
+        if command.branch is not None or command.resume is not None:
+            raise ValueError("attention='all': --branch and --resume take one run; name its kind with --attention")
         experiments = {kind: Synthesizer(dataclasses.replace(experiment.config, attention=kind)) for kind in KINDS}
         for kind, one in experiments.items():
             check_folder(one, command.run / kind)

@@ -65,8 +65,10 @@ class Opened:
         Raises ValueError, naming the run's config.json, if the dtype is none.
         """
         run = kinds.run_above(self.weights)
-        found = {} if run is None else read_object(run / "config.json").get("original") or {}
-        given = found.get("dtype") if isinstance(found, dict) else found
+        found = {} if run is None else read_object(run / "config.json").get("original", {})
+        if not isinstance(found, dict):
+            raise ValueError(f"{run}/config.json has original={quoted(found)}, must be an object")
+        given = found.get("dtype")
         if found and given not in DTYPES:
             raise ValueError(f"{run}/config.json has original dtype {quoted(given)}, must be one of {DTYPES}")
         return found
@@ -222,11 +224,17 @@ def local_folder(name: str, revision: str | None = None, variant: str | None = N
     recover(path)
     if not path.exists():
         hub.check_not_address(name)
-    if path.exists() or path.is_symlink() or not hub.is_id(name):
+    if not is_remote(name):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for ids of the Hub; {name} is not one")
         return path
     return hub.download(name, revision, variant)
+
+
+def is_remote(name: str) -> bool:
+    """True for a source that is looked up on the Hub: an id, and no path of a file or folder."""
+    path = Path(os.path.expanduser(name))
+    return hub.is_id(name) and not path.exists() and not path.is_symlink()
 
 
 def load(

@@ -49,7 +49,7 @@ def tiny_shakespeare() -> str:
 
     Raises ValueError if the download fails or the sha256 differs.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
+    cache = cache_file()
     advice = f"download {TINY_SHAKESPEARE_URL} yourself and pass the file as the text"
     if not cache.exists():
         try:
@@ -64,6 +64,16 @@ def tiny_shakespeare() -> str:
     content = read_bytes(cache)
     check_sha256(content, f"delete {cache}, or {advice}")
     return content.decode("utf-8")
+
+
+def cache_file() -> Path:
+    """File of tiny_shakespeare in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "tiny_shakespeare.txt"
+
+
+def is_downloaded(name: str) -> bool:
+    """True for a corpus that `load_corpus` would download."""
+    return name == "tiny_shakespeare" and not cache_file().exists()
 
 
 def check_sha256(content: bytes, advice: str) -> None:

@@ -101,6 +101,8 @@ def open_sources(text: str, field: str = "text") -> Sources:
     A single text is split at 90 % of its characters, which takes one pass over it. Raises ValueError if it is none of
     these, empty, or not UTF-8.
     """
+    if not text:
+        raise ValueError(f"text='' must be {', '.join(CORPORA)}, a file, or a folder; . is the current folder")
     path = Path(text)
     if text in CORPORA:
         content = load_corpus(text)

@@ -68,7 +68,7 @@ def open_tokens(text: str, vocabulary: Vocabulary | None = None, field: str = "t
     name of the texts in JSONL, Arrow and Parquet files. Raises ValueError if the text is none of these.
     """
     recover(Path(text))
-    if (Path(text) / "tokens.json").exists():
+    if text and (Path(text) / "tokens.json").exists():
         return read(Path(text))
     sources = open_sources(text, field)
     vocabulary = vocabulary_of(sources, vocabulary or "chars")

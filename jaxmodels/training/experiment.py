@@ -27,6 +27,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,10 +44,11 @@ from jaxmodels.generate import Sampling
 from jaxmodels.generate.loop import Decoding
 from jaxmodels.models import build, describe, name_of
 from jaxmodels.process.distributed import to_host
-from jaxmodels.process.texts import shortened
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
+from jaxmodels.text.corpora import is_downloaded
 from jaxmodels.training.config import Config
 from jaxmodels.training.data import Example, Task, Windows, endless, windows_of, without_padding
 from jaxmodels.training.optimizers import make_optimizer, make_schedule
@@ -83,6 +85,7 @@ class Experiment(Generic[ConfigT]):
 
     config_class: ClassVar[type[Config]] = Config
     vocabulary: Vocabulary | None = None  # of the run that is continued, to encode another text with
+    unnamed: frozenset[str] = frozenset()  # hyperparameters that a run's files have and the user has not typed
 
     def __init__(self, config: ConfigT):
         if config.within_documents and type(self).task is not Experiment.task:
@@ -197,10 +200,20 @@ class Experiment(Generic[ConfigT]):
         """Sentences to print before the first step about settings that are allowed and probably not intended."""
         return []
 
+    def refuse_unnamed(self, name: str, *, remote: bool) -> None:
+        """Raise ValueError if a hyperparameter names something to download, and a run's files alone have it."""
+        if remote and name in self.unnamed:
+            value = getattr(self.config, name)
+            raise ValueError(
+                f"{name}={quoted(value)} of the run would be downloaded; if you trust it, name it yourself: "
+                f"--{name} {shlex.quote(value)}"
+            )
+
     # The data.
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
         """Read the text as token ids, in a saved run's vocabulary if given; raises ValueError if it cannot be read."""
+        self.refuse_unnamed("text", remote=is_downloaded(self.config.text))
         return open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
 
     def task(self) -> Task:

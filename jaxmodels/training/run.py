@@ -77,6 +77,9 @@ def read_about(run: Path) -> About:
                 raise ValueError(f"{file} has {name}={quoted(about[name])}, must be a {kind.__name__}")
         if not isinstance(about.get("standalone"), bool | None):
             raise ValueError(f"{file} has standalone={quoted(about['standalone'])}, must be true or false")
+        for name in ORIGINAL:
+            if not isinstance(about.get(name, {}), dict):
+                raise ValueError(f"{file} has {name}={quoted(about[name])}, must be an object")
         original = {key: about[key] for key in ORIGINAL if key in about}
         branches = about.get("branches", [])
         if not isinstance(branches, list) or not all(map(is_branch, branches)):
@@ -149,16 +152,18 @@ def saved_experiment(run: Path, named: str | None = None) -> Experiment[Any]:
     Raises ValueError if the script is needed and cannot be imported, or is not the named one.
     """
     about = read_about(run)
-    if named is not None:
-        kind = experiment_class(named)
-        return kind(saved_config(kind, run))
-    if about.standalone:
+    if named is None and about.standalone:
         with errors_naming(run / FILE):
-            return Experiment(Config.from_saved(about.config))
-    if about.script not in EXPERIMENTS.values():
-        raise ValueError(f"{run} needs its script {about.script}: name it with --experiment {about.script}")
-    kind = experiment_class(about.script)
-    return kind(saved_config(kind, run))
+            experiment = Experiment(Config.from_saved(about.config))
+    else:
+        if named is None and about.script not in EXPERIMENTS.values():
+            raise ValueError(f"{run} needs its script {about.script}: name it with --experiment {about.script}")
+        kind = experiment_class(about.script if named is None else named)
+        experiment = kind(saved_config(kind, run))
+    experiment.unnamed = frozenset(field.name for field in dataclasses.fields(experiment.config))
+    if has_begun(run):
+        experiment.resume(run)  # its own checkpoint, not the one that it was fine-tuned from
+    return experiment
 
 
 def open_run(run: Path, named: str | None = None, mesh: Mesh | None = None) -> tuple[Experiment[Any], Any, Vocabulary]:

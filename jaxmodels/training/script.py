@@ -90,7 +90,11 @@ def parse(
     if branch is not None and out is None:
         origin = command.origin
         command = dataclasses.replace(command, out=Path(f"{origin.run}-from-{origin.step}"))
-    return kind(command.config), command
+    experiment = kind(command.config)
+    if saved is not None and config is saved:
+        names = (field.name for field in dataclasses.fields(saved))
+        experiment.unnamed = frozenset(n for n in names if peek(arguments, f"--{n.replace('_', '-')}") is None)
+    return experiment, command
 
 
 def with_local_paths(values: Any) -> Any:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from jaxmodels.process.signals import Stop
+from jaxmodels.text import CharVocabulary
 from jaxmodels.training.config import Options
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.run import read_about, saved_experiment, write_about
-from jaxmodels.training.script import Session
+from jaxmodels.training.script import Session, main, parse
+from jaxmodels.training.tokenize import open_tokens
 from tests.train_common import ROOT, start
-from train import rope, rope_value
+from train import neox, rope, rope_value
 
 WITHOUT = """
 import sys
@@ -75,3 +77,49 @@ def test_a_run_of_an_older_version_is_read_with_its_script(run):
     (run / "config.json").write_text(json.dumps(about))
     assert read_about(run).standalone is None
     assert saved_experiment(run).config == rope_value.Config()
+
+
+def test_a_saved_run_downloads_nothing_that_the_user_has_not_named(tmp_path, monkeypatch):
+    (tmp_path / "sea.txt").write_text("The sea is wide. " * 20)
+    monkeypatch.setattr("jaxmodels.convert.hub.download", lambda *args: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: pytest.fail("a network was used"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = {"checkpoint": "someone/model", "text": "tiny_shakespeare"}
+    for name, value in flags.items():
+        run = tmp_path / name
+        (run / "checkpoints").mkdir(parents=True)
+        config = neox.Config(**({"text": str(tmp_path / "sea.txt")} | {name: value}))
+        write_about(run, neox.Neox(config), "0" * 64, {})
+        about = json.loads((run / "config.json").read_text()) | {"standalone": False}
+        (run / "config.json").write_text(json.dumps(about))
+        saved, ids = saved_experiment(run), CharVocabulary.of("The sea is wide. ")
+        for refused in (
+            lambda run=run: main(neox.Neox, "python -m train.neox", ["--resume", str(run)]),
+            lambda saved=saved, ids=ids, run=run: saved.held_out(run, ids, "0" * 64),
+        ):
+            with pytest.raises(ValueError, match=f"{name}='{value}'.* --{name} {value}"):
+                refused()
+        named, _ = parse(neox.Neox, "python -m train.neox", ["--resume", str(run), f"--{name}={value}"])
+        assert name not in named.unnamed
+
+
+def test_a_saved_experiment_is_of_the_run_s_own_checkpoint(run, monkeypatch):
+    (run / "checkpoints" / "3").mkdir()
+    (run / "checkpoints" / "3" / "complete.json").write_text("{}")
+    resumed: list[Path] = []
+    monkeypatch.setattr(Experiment, "resume", lambda self, run: resumed.append(run))
+    saved_experiment(run)
+    assert resumed == [run]
+
+
+@pytest.mark.parametrize("name", ["original", "token_ids"])
+def test_entries_about_the_original_are_objects(name, run):
+    about = json.loads((run / "config.json").read_text()) | {name: "x"}
+    (run / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"config.json has {name}='x'.*object"):
+        read_about(run)
+
+
+def test_an_empty_text_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="text=''"):
+        open_tokens("")
