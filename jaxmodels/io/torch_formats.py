@@ -258,6 +258,10 @@ def made_on_cpu() -> Iterator[None]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Making(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # otherwise PyTorch imports its compiler with the first tensor, 20 MB
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = str(func)
             if name not in MAKING and not (name == EMPTY and 0 in args[0]):
