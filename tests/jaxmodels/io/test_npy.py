@@ -1,6 +1,7 @@
 """Arrays of .npy files of others."""
 
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -37,7 +38,6 @@ def header(text: str) -> bytes:
         header("{'descr': '<U0', 'fortran_order': True, 'shape': (0, -3), }\n") + bytes(8),
         b"\x93NUMPY\x03" + header("{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }\n")[7:] + bytes(8),
         header("\x00\n"),
-        header("{'descr': '<f8', 'fortran_order': False, 'shape': (9223372036854775807,), }\n") + bytes(8),
         header("{'descr': '<f8', 'fortran_order': False, 'shape': (3, 4611686018427387904, 5), }\n") + bytes(8),
         header("(" * 5000),
         header("{'descr': '|u1', 'fortran_order': False, 'shape': (3,), }\n") + bytes(4),
@@ -49,6 +49,16 @@ def test_other_content_is_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=str(file)) as error:
         map_array(file)
     assert len(str(error.value)) < 400
+
+
+def test_a_shape_that_overflows_prints_no_warning(tmp_path):
+    content = header("{'descr': '<u2', 'fortran_order': False, 'shape': (9223372036854775807,), }\n") + bytes(8)
+    (tmp_path / "a.npy").write_bytes(content)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match=r"a\.npy.* ends at byte 18,446,744,073,709,551,"):
+            map_array(tmp_path / "a.npy")
+    assert found == []
 
 
 def test_a_fifo_and_a_missing_file_are_refused(tmp_path):
