@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dic
     for function in functions.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in track(range(rounds), description="timing", transient=True):
+    for _ in track(range(rounds), description="timing", transient=True, disable=not sys.stdout.isatty()):
         for name, function in functions.items():
             began = time.perf_counter()
             function()
