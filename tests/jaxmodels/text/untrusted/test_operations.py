@@ -112,20 +112,16 @@ def test_one_that_cannot_be_read_is_one_line(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def tokenizing(text: Path, out: Path, tokenizer: Path) -> list[str]:
+    """Command that tokenizes a text."""
+    return [sys.executable, "-m", "jaxmodels", "tokenize", str(text), str(out), "--tokenizer", str(tokenizer)]
+
+
 @pytest.mark.slow
 def test_a_command_ends_with_one_line_and_leaves_no_process(tmp_path):
     file, text = written(tmp_path, {"pre_tokenizer": split(SLOW)}), tmp_path / "text.txt"
     text.write_text("a-" * 100 + "-" * 10_000)
-    command = [
-        sys.executable,
-        "-m",
-        "jaxmodels",
-        "tokenize",
-        str(text),
-        str(tmp_path / "out"),
-        "--tokenizer",
-        str(file),
-    ]
+    command = tokenizing(text, tmp_path / "out", file)
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"LOST": str(tmp_path)}
     )
@@ -147,16 +143,7 @@ def test_a_command_ends_with_one_line_and_leaves_no_process(tmp_path):
 def test_ctrl_c_ends_a_command_at_once(tmp_path):
     file, text = written(tmp_path, {"pre_tokenizer": split(SLOW)}), tmp_path / "text.txt"
     text.write_text("-" * 900_000)  # for which a process has 12 seconds
-    command = [
-        sys.executable,
-        "-m",
-        "jaxmodels",
-        "tokenize",
-        str(text),
-        str(tmp_path / "out"),
-        "--tokenizer",
-        str(file),
-    ]
+    command = tokenizing(text, tmp_path / "out", file)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".out.*")):
         time.sleep(0.05)
