@@ -1,8 +1,9 @@
 """`python -m bench.scripts`: the training step of every script, compared with its PyTorch twin.
 
 The Flax step is the one that the script compiles, at the sizes of a preset. PyTorch's step has the same sizes, clipping
-and variant of Adam, in eager mode. Both alternate in one process; prints one line per model, with the peak of memory
-that XLA plans for the step.
+and variant of Adam: once eager, and once with its model compiled by `torch.compile` (of a Feedback Transformer, the
+function of one position: compiling all positions at once takes many minutes). All alternate in one process; prints one
+line per model, with the peak of memory that XLA plans for the step.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--preset", default="small", help="preset of the scripts (default small)")
     arguments.add_argument("--sequence", type=int, help="tokens of a sequence (default: the preset's)")
     arguments.add_argument("--rounds", type=int, default=7, help="timed steps of each (default 7)")
+    arguments.add_argument("--no-compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     add_device(arguments, threads=2)
     options = arguments.parse_args()
     unknown = sorted(set(options.models) - {script for script, _ in MODELS})
@@ -58,7 +60,9 @@ def main() -> None:
     keep_freed_memory()  # as the scripts do; PyTorch becomes faster too
     print(stamp(options.threads, options.device))
     print(f"\nTraining steps, --preset {options.preset}")
-    print(f"{'':28}{'batch':>12}{'Flax ms':>9}{'PyTorch ms':>12}{'÷ Flax':>8}{'Flax MB':>9}")
+    peers = ["eager"] if options.no_compile else ["eager", "compiled"]
+    headings = "".join(f"{f'{peer} ms':>13}{'÷ Flax':>8}" for peer in peers)
+    print(f"{'':28}{'batch':>12}{'Flax ms':>9}{headings}{'Flax MB':>9}")
     for script, attention in MODELS:
         if options.models and script not in options.models:
             continue
@@ -70,13 +74,15 @@ def main() -> None:
         rng = np.random.default_rng(0)
         batch = {name: rng.integers(0, N_VOCAB, a.shape, np.int32) for name, a in experiment.abstract_batch().items()}
         step, peak = flax_step(experiment, batch)
-        steps = {"Flax": step, "PyTorch": torch_step(experiment, batch, options.device)}
-        seconds = alternate(steps, options.rounds)
-        ratio = statistics.median(a / b for a, b in zip(seconds["PyTorch"], seconds["Flax"], strict=True))
-        ours, theirs = (1e3 * statistics.median(seconds[name]) for name in ("Flax", "PyTorch"))
+        others = {peer: torch_step(experiment, batch, options.device, compiled=peer == "compiled") for peer in peers}
+        seconds = alternate({"Flax": step, **others}, options.rounds)
+        ours = seconds.pop("Flax")
         size = f"{config.batch_size} × {config.seq_len}"
-        name = " ".join(filter(None, [script, attention]))
-        print(f"{name:28}{size:>12}{ours:>9.0f}{theirs:>12.0f}{ratio:>8.2f}{peak / 1e6:>9.0f}")
+        line = f"{' '.join(filter(None, [script, attention])):28}{size:>12}{1e3 * statistics.median(ours):>9.0f}"
+        for times in seconds.values():
+            ratio = statistics.median(a / b for a, b in zip(times, ours, strict=True))
+            line += f"{1e3 * statistics.median(times):>13.0f}{ratio:>8.2f}"
+        print(f"{line}{peak / 1e6:>9.0f}", flush=True)
 
 
 def flax_step(experiment: Any, batch: dict[str, Any]) -> tuple[Callable[[], None], int]:
@@ -98,11 +104,12 @@ def flax_step(experiment: Any, batch: dict[str, Any]) -> tuple[Callable[[], None
     return run, compiled.memory_analysis().peak_memory_in_bytes
 
 
-def torch_step(experiment: Any, batch: dict[str, Any], device: str) -> Callable[[], None]:
+def torch_step(experiment: Any, batch: dict[str, Any], device: str, *, compiled: bool) -> Callable[[], None]:
     import torch
 
     where = torch_device(device)
     module, config = twin(experiment).to(where), experiment.config
+    call = compiled_module(module) if compiled else module
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind(module.parameters(), lr=1e-4)
     tensors = {name: torch.as_tensor(array, dtype=torch.long, device=where) for name, array in batch.items()}
@@ -113,7 +120,7 @@ def torch_step(experiment: Any, batch: dict[str, Any], device: str) -> Callable[
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        logits = module(inputs, **others)
+        logits = call(inputs, **others)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
@@ -121,6 +128,16 @@ def torch_step(experiment: Any, batch: dict[str, Any], device: str) -> Callable[
         synchronize(device)
 
     return run
+
+
+def compiled_module(module: Any) -> Any:
+    """`torch.compile(module)`; of a recurrent module, its step, for any number of positions before it."""
+    import torch
+
+    if hasattr(module, "transformer"):
+        module.transformer.step = torch.compile(module.transformer.step, dynamic=True)
+        return module
+    return torch.compile(module)
 
 
 def twin(experiment: Any) -> Any:

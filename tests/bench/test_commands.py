@@ -46,7 +46,7 @@ COMMANDS = {
     "retro": ["--only", "step", "--chunks", "2", "--batch", "1", "--rounds", "1"],
     "rope": ["--sequence", "17", "--batch", "2", "--rounds", "1", "--no-compile"],
     "score": ["--size", "pythia_14m", "--documents", "3", "--length", "11", "--batch-size", "2"],
-    "scripts": ["rope", "--sequence", "17", "--rounds", "1"],
+    "scripts": ["rope", "--sequence", "17", "--rounds", "1", "--no-compile"],
     "tokenize": ["--megabytes", "1", "--rounds", "1"],
     "train_loop": ["--rounds", "1", "--steps", "2", "--batch", "1"],
 }

@@ -260,8 +260,8 @@ class Evaluation:
 
     def scan_(self, params: Any, values: list[Any]) -> Sequence[Any]:
         """`lax.scan`."""
-        first, n = params["num_consts"], params["num_carry"]
-        consts, carry, xs = values[:first], values[first : first + n], values[first + n :]
+        consts, carry, xs = operands_of_scan(params, values)
+        n = len(carry)
 
         def body(carry: Any, x: Any) -> tuple[Any, Any]:
             out = self.closed(params["jaxpr"], *consts, *carry, *x)
@@ -285,6 +285,15 @@ class Evaluation:
         """`lax.cond` and `lax.switch`."""
         branches = [lambda *args, b=branch: tuple(self.closed(b, *args)) for branch in params["branches"]]
         return jax.lax.switch(values[0], branches, *values[1:])
+
+
+def operands_of_scan(params: Any, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Constants, carry and scanned arrays among the operands of a `scan` equation."""
+    if "ft_in" in params:  # JAX 0.11 and newer: a tree of the operands
+        consts, carry, xs = params["ft_in"].update(values).unpack()
+        return list(consts), list(carry), list(xs)
+    first, end = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return list(values[:first]), list(values[first:end]), list(values[end:])
 
 
 def as_type(value: Any, aval: Any) -> Any:
