@@ -2,10 +2,11 @@
 
 Each part is a command of its own, in a process of its own, with a limit of time; its output goes to --folder. Parts
 that ended with this commit on this device are not run again, so that a run which was cut off goes on where it was.
-The page has every part's command, exit code, seconds and output, and says which parts did not run, and why.
+Parts that are not timed run beside each other on a GPU. The page has every part's command, exit code, seconds and output, and says which parts did not run, and why.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -19,22 +20,29 @@ from jaxmodels.io.atomic import atomic_file
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 120  # lines of a part's output on the page
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # processes share a GPU's memory
+WORKERS = 6  # processes of the parity cases on a GPU, most of whose time is compilation
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A command with the device in it. smoke: arguments of a short run; devices: where it can run."""
+    """A command with the device in it. smoke: arguments of a short run; devices: where it can run.
+
+    timed: it runs alone. Other parts run beside each other where processes can share the device.
+    """
 
     title: str
     command: tuple[str, ...]
     smoke: tuple[str, ...]
     full: tuple[str, ...] = ()
+    timed: bool = True
     devices: tuple[str, ...] = ("cpu", "gpu", "tpu")
     environment: tuple[tuple[str, str], ...] = ()
 
     def arguments(self, device: str, smoke: bool) -> list[str]:
         """Arguments of Python."""
-        return [part.format(device=device) for part in (*self.command, *(self.smoke if smoke else self.full))]
+        words = (*self.command, *(self.smoke if smoke else self.full))
+        return [word.format(device=device, workers=WORKERS if device == "gpu" else 1) for word in words]
 
 
 DEVICE_TESTS = (
@@ -48,26 +56,30 @@ BENCHED = ("cpu", "gpu")  # PyTorch is timed beside, which has no TPUs
 PARTS = (
     Part(
         "Parity of every case in float32, at the default matmul precision, and determinism",
-        ("-m", "parity", "--device", "{device}", "--fast", "--workers", "1"),
+        ("-m", "parity", "--device", "{device}", "--fast", "--workers", "{workers}"),
         ("rope.attention",),
+        timed=False,
     ),
     Part(
         "Golden fixtures, without PyTorch",
         ("-m", "parity", "--device", "{device}", "--workers", "1"),
         ("feedback.own", "--replay"),
         ("--replay",),
+        timed=False,
     ),
     Part(
         "Tests on the device",
         ("-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"),
         ("tests/jaxmodels/test_rope.py",),
         tuple(f"tests/jaxmodels/{name}" for name in DEVICE_TESTS),
+        timed=False,
         environment=(("JAX_DEFAULT_MATMUL_PRECISION", "highest"),),
     ),
     Part(
         "Feedback Transformer",
         ("-m", "bench.feedback", "--device", "{device}"),
         ("--sizes", "16x13", "--growth", "0", "--tokens", "0", "--rounds", "1"),
+        ("--sizes", "128x512", "256x512", "512x128x6x64", "--growth", "1024", "--tokens", "256"),
         devices=BENCHED,
     ),
     Part(
@@ -77,16 +89,23 @@ PARTS = (
         devices=BENCHED,
     ),
     Part(
-        "GPT-NeoX: decoding against the memory's bandwidth, prefill against the matmul rate",
-        ("-m", "bench.neox", "--device", "{device}"),
-        ("--sizes", "pythia_14m", "--batch", "1", "--prompt", "7", "--tokens", "3", "--rounds", "1", "--no-compile"),
-        ("--sizes", "pythia_410m", "pythia_1_4b"),
+        "GPT-NeoX: decoding against the memory's bandwidth",
+        ("-m", "bench.neox", "--device", "{device}", "--batch", "1"),
+        ("--sizes", "pythia_14m", "--prompt", "7", "--tokens", "3", "--rounds", "1", "--no-compile"),
+        ("--sizes", "pythia_410m", "pythia_1_4b", "--rounds", "5"),
+        devices=BENCHED,
+    ),
+    Part(
+        "GPT-NeoX: prefill against the matmul rate",
+        ("-m", "bench.neox", "--device", "{device}", "--no-compile", "--tokens", "0"),
+        ("--sizes", "pythia_14m", "--batch", "1", "--prompt", "7", "--rounds", "1"),
+        ("--sizes", "pythia_410m", "pythia_1_4b", "--batch", "8", "--prompt", "1024", "--rounds", "5"),
         devices=BENCHED,
     ),
     Part(
         "A training step of every script, with its memory",
         ("-m", "bench.scripts", "--device", "{device}"),
-        ("rope", "--rounds", "1", "--sequence", "17"),
+        ("rope", "--rounds", "1", "--sequence", "17", "--no-compile"),
         devices=BENCHED,
     ),
 )
@@ -96,6 +115,7 @@ def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.accelerator", description=__doc__)
     arguments.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="gpu", help="default: gpu")
     arguments.add_argument("--smoke", action="store_true", help="the smallest sizes: a test of this command")
+    arguments.add_argument("--only", default="", metavar="TEXT", help="run only parts with TEXT in their title")
     arguments.add_argument("--minutes", type=float, default=40, help="time for all parts (default 40)")
     folder = Path("runs/accelerator")
     arguments.add_argument("--folder", type=Path, default=folder, help=f"outputs of the parts (default {folder})")
@@ -110,32 +130,55 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     machine = described(options.device)
-    state = {"commit": commit(), "machine": machine, "smoke": options.smoke}
+    version = commit()
     options.folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
-    results = []
-    for number, part in enumerate(PARTS):
-        file = options.folder / f"{number}.json"
-        arguments = part.arguments(options.device, options.smoke)
-        result = {"title": part.title, "command": " ".join(["python", *arguments]), **state}
-        left = ends - time.monotonic()
-        if options.device not in part.devices:
-            result |= {"code": None, "why": f"not run: it has no --device {options.device}"}
-        elif (known := read(file)) is not None and all(known.get(key) == value for key, value in result.items()):
-            result = known
-            print(f"{part.title}: done before, in {result['seconds']:.0f} s", flush=True)
-        elif left < 10:
-            result |= {"code": None, "why": f"not run: the {options.minutes:g} minutes were over"}
-        else:
-            print(f"{part.title}: {result['command']}", flush=True)
-            result |= run(arguments, dict(part.environment), options.device, left)
-            print(f"  exit code {result['code']}, {result['seconds']:.0f} s", flush=True)
-            if not result.get("why"):
-                write(file, json.dumps(result))
-        results.append(result)
-        write(options.page, page(results, machine, options))
+    results: dict[int, dict[str, Any]] = {}
+
+    def add(number: int) -> None:
+        results[number] = result_of(number, {"machine": machine, "smoke": options.smoke}, version, options, ends)
+        write(options.page, page([results[key] for key in sorted(results)], machine, options))
+
+    beside = [number for number, part in enumerate(PARTS) if not part.timed] if options.device == "gpu" else []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(add, beside))
+    for number in range(len(PARTS)):
+        if number not in results:
+            add(number)
     print(f"wrote {options.page}")
-    return 1 if any(result["code"] for result in results) else 0
+    return 1 if any(result["code"] for result in results.values()) else 0
+
+
+def result_of(
+    number: int, state: dict[str, Any], version: str, options: argparse.Namespace, ends: float
+) -> dict[str, Any]:
+    """Run a part, unless its result is known, it is not chosen or cannot run here, or the time is over.
+
+    version: commit of the checkout. ends: time (`time.monotonic`) at which the last part is stopped.
+    """
+    part, file = PARTS[number], options.folder / f"{number}.json"
+    arguments = part.arguments(options.device, options.smoke)
+    result = {"title": part.title, "command": " ".join(["python", *arguments]), **state}
+    known, left = read(file), ends - time.monotonic()
+    if known is not None and any(known.get(key) != value for key, value in result.items()):
+        known = None
+    result["commit"] = version
+    chosen = options.only in part.title
+    if options.device not in part.devices:
+        return result | {"code": None, "why": f"not run: it has no --device {options.device}"}
+    if known is not None and (not chosen or known["commit"] == version):
+        print(f"{part.title}: done before, in {known['seconds']:.0f} s", flush=True)
+        return known
+    if not chosen:
+        return result | {"code": None, "why": f"not run: --only {options.only}"}
+    if left < 10:
+        return result | {"code": None, "why": f"not run: the {options.minutes:g} minutes were over"}
+    print(f"{part.title}: {result['command']}", flush=True)
+    result |= run(arguments, dict(part.environment), options.device, left)
+    print(f"{part.title}: exit code {result['code']}, {result['seconds']:.0f} s", flush=True)
+    if not result["why"]:
+        write(file, json.dumps(result))
+    return result
 
 
 def run(arguments: list[str], environment: dict[str, str], device: str, seconds: float) -> dict[str, Any]:
@@ -145,7 +188,7 @@ def run(arguments: list[str], environment: dict[str, str], device: str, seconds:
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": platforms, "COLUMNS": "100", **environment},
+        env={**os.environ, "JAX_PLATFORMS": platforms, **SHARED, "COLUMNS": "100", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -207,14 +250,14 @@ def page(results: list[dict[str, Any]], machine: str, options: argparse.Namespac
     lines = [
         "# On an accelerator",
         "",
-        f"Written by `make accelerator` on {machine}, commit {results[0]['commit']}.{kind}",
+        f"Written by `make accelerator` on {machine}.{kind}",
     ]
     for result in results:
         lines += ["", f"## {result['title']}", "", f"`{result['command']}`"]
         if result.get("why"):
             lines[-1] += f": {result['why']}."
         else:
-            lines[-1] += f": exit code {result['code']}, {result['seconds']:.0f} s."
+            lines[-1] += f": exit code {result['code']}, {result['seconds']:.0f} s, commit {result['commit']}."
         output = [line.rstrip() for line in result.get("output", "").splitlines()]
         if output:
             cut = [f"({len(output) - SHOWN} lines before these)"] if len(output) > SHOWN else []

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 DEVICES = ("cpu", "gpu")
 
@@ -38,3 +39,17 @@ def synchronize(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def compiled(module: Any) -> Any:
+    """`torch.compile(module)`; of a Feedback Transformer its step, for any number of positions before it.
+
+    All positions of a text at once are a graph of hundreds of layers, which takes many minutes to compile.
+    """
+    import torch
+
+    recurrent = getattr(module, "transformer", module)
+    if not hasattr(recurrent, "step"):
+        return torch.compile(module)
+    recurrent.step = torch.compile(recurrent.step, dynamic=True)
+    return module

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.device import add_device, synchronize, torch_device, use
+from bench.device import add_device, compiled, synchronize, torch_device, use
 
 
 class Size(NamedTuple):
@@ -102,14 +102,14 @@ def gradients(options: argparse.Namespace) -> Table:
         flax, temporaries = flax_gradient(size)
         functions = {"flax": flax, "stack": torch_gradient(size, options.device), "limit": products(size)}
         if options.device == "gpu":
-            functions["compiled"] = torch_gradient(size, options.device, compiled=True)
+            functions["compiled"] = torch_gradient(size, options.device, compile=True)
         seconds = alternate(functions, options.rounds)
         median = {name: statistics.median(times) for name, times in seconds.items()}
         ratio = {
             name: statistics.median(a / b for a, b in zip(times, seconds["flax"], strict=True))
             for name, times in seconds.items()
         }
-        row = [str(size), f"{1e3 * median['flax']:.0f}", f"{1e3 * median['stack']:.0f}", f"{ratio['stack']:.2f}"]
+        row = [str(size), f"{1e3 * median['flax']:.1f}", f"{1e3 * median['stack']:.1f}", f"{ratio['stack']:.2f}"]
         row += [f"{temporaries / 1e6:.0f}", f"{ratio['limit']:.0%}"]
         table.add_row(*row, *([f"{ratio['compiled']:.2f}"] if "compiled" in ratio else []))
     return table
@@ -131,7 +131,7 @@ def flax_gradient(size: Size) -> tuple[Callable[[], object], int]:
     return lambda: jax.block_until_ready(gradient(model, x)), memory.temp_size_in_bytes
 
 
-def torch_gradient(size: Size, device: str, compiled: bool = False) -> Callable[[], None]:
+def torch_gradient(size: Size, device: str, compile: bool = False) -> Callable[[], None]:
     """Gradients of the original's stack design in PyTorch."""
     import torch
 
@@ -140,7 +140,7 @@ def torch_gradient(size: Size, device: str, compiled: bool = False) -> Callable[
     where = torch_device(device)
     model = FeedbackTransformerKV(*size.arguments).to(where)
     x = torch.randn(size.shape, device=where, requires_grad=True)
-    call = torch.compile(model) if compiled else model
+    call = compiled(model) if compile else model
 
     def run() -> None:
         model.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench.device import add_device, synchronize, torch_device, use
+from bench.device import add_device, compiled, synchronize, torch_device, use
 
 N_VOCAB = 65
 # Script and its --attention; "" if it has no such flag.
@@ -74,7 +74,7 @@ def main() -> None:
         rng = np.random.default_rng(0)
         batch = {name: rng.integers(0, N_VOCAB, a.shape, np.int32) for name, a in experiment.abstract_batch().items()}
         step, peak = flax_step(experiment, batch)
-        others = {peer: torch_step(experiment, batch, options.device, compiled=peer == "compiled") for peer in peers}
+        others = {peer: torch_step(experiment, batch, options.device, compile=peer == "compiled") for peer in peers}
         seconds = alternate({"Flax": step, **others}, options.rounds)
         ours = seconds.pop("Flax")
         size = f"{config.batch_size} × {config.seq_len}"
@@ -104,12 +104,12 @@ def flax_step(experiment: Any, batch: dict[str, Any]) -> tuple[Callable[[], None
     return run, compiled.memory_analysis().peak_memory_in_bytes
 
 
-def torch_step(experiment: Any, batch: dict[str, Any], device: str, *, compiled: bool) -> Callable[[], None]:
+def torch_step(experiment: Any, batch: dict[str, Any], device: str, *, compile: bool) -> Callable[[], None]:
     import torch
 
     where = torch_device(device)
     module, config = twin(experiment).to(where), experiment.config
-    call = compiled_module(module) if compiled else module
+    call = compiled(module) if compile else module
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind(module.parameters(), lr=1e-4)
     tensors = {name: torch.as_tensor(array, dtype=torch.long, device=where) for name, array in batch.items()}
@@ -128,16 +128,6 @@ def torch_step(experiment: Any, batch: dict[str, Any], device: str, *, compiled:
         synchronize(device)
 
     return run
-
-
-def compiled_module(module: Any) -> Any:
-    """`torch.compile(module)`; of a recurrent module, its step, for any number of positions before it."""
-    import torch
-
-    if hasattr(module, "transformer"):
-        module.transformer.step = torch.compile(module.transformer.step, dynamic=True)
-        return module
-    return torch.compile(module)
 
 
 def twin(experiment: Any) -> Any:
