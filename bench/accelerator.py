@@ -2,7 +2,8 @@
 
 Each part is a command of its own, in a process of its own, with a limit of time; its output goes to --folder. Parts
 that ended with this commit on this device are not run again, so that a run which was cut off goes on where it was.
-Parts that are not timed run beside each other on a GPU. The page has every part's command, exit code, seconds and output, and says which parts did not run, and why.
+Parts that are not timed run beside each other on a GPU. The page has every part's command, exit code, seconds and
+output, and says which parts did not run, and why.
 """
 
 import argparse
@@ -52,6 +53,8 @@ DEVICE_TESTS = (
     "test_cache.py",
     "test_synthesizer.py",
 )
+# XLA times the kernels of each product on a GPU, which takes most of the time of compiling many small programs.
+UNTUNED = (("XLA_FLAGS", "--xla_gpu_autotune_level=0"),)
 BENCHED = ("cpu", "gpu")  # PyTorch is timed beside, which has no TPUs
 PARTS = (
     Part(
@@ -59,6 +62,7 @@ PARTS = (
         ("-m", "parity", "--device", "{device}", "--fast", "--workers", "{workers}"),
         ("rope.attention",),
         timed=False,
+        environment=UNTUNED,
     ),
     Part(
         "Golden fixtures, without PyTorch",
@@ -66,27 +70,15 @@ PARTS = (
         ("feedback.own", "--replay"),
         ("--replay",),
         timed=False,
+        environment=UNTUNED,
     ),
     Part(
         "Tests on the device",
-        ("-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"),
+        ("-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:benchmark", "-n", "{workers}"),
         ("tests/jaxmodels/test_rope.py",),
         tuple(f"tests/jaxmodels/{name}" for name in DEVICE_TESTS),
         timed=False,
-        environment=(("JAX_DEFAULT_MATMUL_PRECISION", "highest"),),
-    ),
-    Part(
-        "Feedback Transformer",
-        ("-m", "bench.feedback", "--device", "{device}"),
-        ("--sizes", "16x13", "--growth", "0", "--tokens", "0", "--rounds", "1"),
-        ("--sizes", "128x512", "256x512", "512x128x6x64", "--growth", "1024", "--tokens", "256"),
-        devices=BENCHED,
-    ),
-    Part(
-        "RoPE language model, a training step",
-        ("-m", "bench.rope", "--device", "{device}"),
-        ("--sequence", "17", "--batch", "2", "--rounds", "1", "--no-compile"),
-        devices=BENCHED,
+        environment=(("JAX_DEFAULT_MATMUL_PRECISION", "highest"), *UNTUNED),
     ),
     Part(
         "GPT-NeoX: decoding against the memory's bandwidth",
@@ -103,6 +95,19 @@ PARTS = (
         devices=BENCHED,
     ),
     Part(
+        "Feedback Transformer",
+        ("-m", "bench.feedback", "--device", "{device}"),
+        ("--sizes", "16x13", "--growth", "0", "--tokens", "0", "--rounds", "1"),
+        ("--sizes", "128x512", "256x512", "512x128x6x64", "--growth", "1024", "--tokens", "256"),
+        devices=BENCHED,
+    ),
+    Part(
+        "RoPE language model, a training step",
+        ("-m", "bench.rope", "--device", "{device}"),
+        ("--sequence", "17", "--batch", "2", "--rounds", "1", "--no-compile"),
+        devices=BENCHED,
+    ),
+    Part(
         "A training step of every script, with its memory",
         ("-m", "bench.scripts", "--device", "{device}"),
         ("rope", "--rounds", "1", "--sequence", "17", "--no-compile"),
@@ -115,7 +120,10 @@ def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.accelerator", description=__doc__)
     arguments.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="gpu", help="default: gpu")
     arguments.add_argument("--smoke", action="store_true", help="the smallest sizes: a test of this command")
-    arguments.add_argument("--only", default="", metavar="TEXT", help="run only parts with TEXT in their title")
+    add = arguments.add_argument
+    add("--only", nargs="+", default=[""], metavar="TEXT", help="run only parts with a TEXT in their title")
+    add("--commit", metavar="TEXT", help="commit of this code, where it lies outside of its repository")
+    add("--cases", nargs="+", default=[], metavar="CASE", help="cases of the parity part (default: all)")
     arguments.add_argument("--minutes", type=float, default=40, help="time for all parts (default 40)")
     folder = Path("runs/accelerator")
     arguments.add_argument("--folder", type=Path, default=folder, help=f"outputs of the parts (default {folder})")
@@ -130,7 +138,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     machine = described(options.device)
-    version = commit()
+    version = options.commit or commit()
     options.folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
     results: dict[int, dict[str, Any]] = {}
@@ -158,19 +166,21 @@ def result_of(
     """
     part, file = PARTS[number], options.folder / f"{number}.json"
     arguments = part.arguments(options.device, options.smoke)
-    result = {"title": part.title, "command": " ".join(["python", *arguments]), **state}
+    arguments += options.cases if part is PARTS[0] and not options.smoke else []
+    settings = [f"{name}={value}" for name, value in part.environment]
+    result = {"title": part.title, "command": " ".join([*settings, "python", *arguments]), **state}
     known, left = read(file), ends - time.monotonic()
     if known is not None and any(known.get(key) != value for key, value in result.items()):
         known = None
     result["commit"] = version
-    chosen = options.only in part.title
+    chosen = any(text in part.title for text in options.only)
     if options.device not in part.devices:
         return result | {"code": None, "why": f"not run: it has no --device {options.device}"}
     if known is not None and (not chosen or known["commit"] == version):
         print(f"{part.title}: done before, in {known['seconds']:.0f} s", flush=True)
         return known
     if not chosen:
-        return result | {"code": None, "why": f"not run: --only {options.only}"}
+        return result | {"code": None, "why": f"not run: --only {' '.join(options.only)}"}
     if left < 10:
         return result | {"code": None, "why": f"not run: the {options.minutes:g} minutes were over"}
     print(f"{part.title}: {result['command']}", flush=True)

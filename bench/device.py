@@ -26,6 +26,8 @@ def use(device: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    if device == "gpu":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX's default on such devices
 
 
 def torch_device(device: str) -> str:

@@ -185,7 +185,8 @@ def torch_calls(
 
     theirs = GPTNeoXConfig.from_dict(hf_config(config, options.dtype, {}))
     device = torch_device(options.device)
-    model = GPTNeoXForCausalLM(theirs).eval().to(device, getattr(torch, options.dtype))
+    with torch.device(device):
+        model = GPTNeoXForCausalLM(theirs).eval().to(getattr(torch, options.dtype))
     prompt = torch.as_tensor(ids, device=device)
 
     def fill(cache: Any) -> torch.Tensor:
@@ -233,9 +234,7 @@ def large_product(config: "NeoXConfig", tokens: int, dtype: str) -> tuple[Callab
     return lambda: product(a, b).block_until_ready(), weights * tokens / n**3
 
 
-def least_reading(
-    config: "NeoXConfig", batch: int, options: argparse.Namespace
-) -> tuple[Callable[[], object], float]:
+def least_reading(config: "NeoXConfig", batch: int, options: argparse.Namespace) -> tuple[Callable[[], object], float]:
     """A call that takes the least time of decoding, or a part of it, and how often decoding takes that time."""
     import jax
     import jax.numpy as jnp

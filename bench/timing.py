@@ -40,9 +40,14 @@ def report(title: str, seconds: Mapping[str, list[float]], against: str) -> None
         table.add_column(heading, justify="right" if heading else "left")
     for name, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(times, seconds[against], strict=True))
-        spread = f"{1e3 * min(times):.0f} – {1e3 * max(times):.0f}"
-        table.add_row(name, f"{1e3 * statistics.median(times):.0f}", spread, f"{ratio:.2f}")
+        spread = f"{milliseconds(min(times))} – {milliseconds(max(times))}"
+        table.add_row(name, milliseconds(statistics.median(times)), spread, f"{ratio:.2f}")
     Console(width=100).print(table)
+
+
+def milliseconds(seconds: float) -> str:
+    """Milliseconds, with three digits at least."""
+    return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
 
 
 def stamp(threads: int, device: str = "cpu") -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.compiling import loop_options
 from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
 
@@ -96,7 +97,7 @@ def compiled(structure: Any, fixed: Fixed) -> Compiled:
 
         return output(jax.lax.while_loop(unfinished, body, state))
 
-    return Compiled(jax.jit(begin), jax.jit(proceed, donate_argnames="state"))
+    return Compiled(jax.jit(begin), jax.jit(proceed, donate_argnames="state", compiler_options=loop_options()))
 
 
 class Decoding:

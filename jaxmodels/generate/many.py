@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.compiling import loop_options
 from jaxmodels.generate.loop import NOT_FINITE, Fixed, admitted, capacity, check_vocabulary, drawn_from
 from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
@@ -120,7 +121,10 @@ def compiled(structure: Any, fixed: Fixed) -> Compiled:
 
         return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
 
-    return Compiled(jax.jit(admit, donate_argnames="state"), jax.jit(proceed, donate_argnames="state"))
+    return Compiled(
+        jax.jit(admit, donate_argnames="state"),
+        jax.jit(proceed, donate_argnames="state", compiler_options=loop_options()),
+    )
 
 
 class Result(NamedTuple):
