@@ -121,13 +121,11 @@ def flax_gradient(size: Size) -> tuple[Callable[[], object], int]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from jaxmodels.compiling import loop_options
     from jaxmodels.feedback import FeedbackTransformerKV
 
     model = FeedbackTransformerKV(*size.arguments, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), size.shape)
-    function = jax.grad(lambda model, x: jnp.square(model(x)).sum(), (0, 1))
-    gradient = jax.jit(function, compiler_options=loop_options()).lower(model, x).compile()
+    gradient = jax.jit(jax.grad(lambda model, x: jnp.square(model(x)).sum(), (0, 1))).lower(model, x).compile()
     memory = gradient.memory_analysis()
     assert memory is not None, "CPU and GPU backends report it"
     return lambda: jax.block_until_ready(gradient(model, x)), memory.temp_size_in_bytes

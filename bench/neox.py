@@ -241,8 +241,8 @@ def least_reading(config: "NeoXConfig", batch: int, options: argparse.Namespace)
 
     if options.device == "cpu":
         return products(config, batch, batch, options.tokens, options.dtype), 1.0
-    a = jnp.zeros((1 << 30,), jnp.uint8)
-    copy = jax.jit(lambda a: a + jnp.uint8(1))
+    a = jnp.zeros((1 << 28,), jnp.float32)  # 1 GB: far more than the caches hold
+    copy = jax.jit(lambda a: a + 1)
     weights = sum(rows * columns for rows, columns in layer_shapes(config)) * config.n_layers
     weights += config.n_hidden * config.n_vocab
     read = weights * jnp.dtype(options.dtype).itemsize * options.tokens

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.compiling import loop_options
 from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
 
 MIN_SLOTS = 256  # each cache size compiles another loop, which costs more than a smaller cache saves
 SLOTS = 64  # numbers of slots are multiples, so that texts of similar lengths share a compiled loop
+# Operations that a CUDA graph may hold: XLA's default, and loops, whose kernels the host otherwise launches one by one.
+GRAPHED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
 NOT_FINITE = "the model's logits are NaN or infinite: its weights and activations must be finite"
@@ -53,6 +55,16 @@ class Compiled(NamedTuple):
 
     begin: Callable[..., Output]
     proceed: Callable[..., Output]
+
+
+def loop_options() -> dict[str, str] | None:
+    """Value of `compiler_options` for the jit of a decoding loop; None where the default backend needs none.
+
+    On CUDA devices a loop becomes one CUDA graph: a token takes hundreds of kernels of a few microseconds each, and
+    launching them one by one can take longer than running them.
+    """
+    backend = jax.extend.backend.get_backend()
+    return {"xla_gpu_enable_command_buffer": GRAPHED} if "cuda" in backend.platform_version else None
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.compiling import loop_options
-from jaxmodels.generate.loop import NOT_FINITE, Fixed, admitted, capacity, check_vocabulary, drawn_from
+from jaxmodels.generate.loop import NOT_FINITE, Fixed, admitted, capacity, check_vocabulary, drawn_from, loop_options
 from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
 

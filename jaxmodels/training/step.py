@@ -18,7 +18,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.attention_kernels import Kernel, attention_kernel
-from jaxmodels.compiling import loop_options
 from jaxmodels.cross_entropy import Read, chunks, mean_nats, token_nats
 from jaxmodels.layers import Fixed, Frozen, hooks
 from jaxmodels.protocols import has_divided_readout
@@ -303,8 +302,7 @@ class Program:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         with self.tracing():
             # A new function each time: jit would reuse a trace made under other hooks.
-            options, out = loop_options(), (shardings, replicated)
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
             return jitted.lower(state, self.abstract_batch(batch), stop)
 
     def lower_evaluation(self, batch: Batch) -> jax.stages.Lowered:
