@@ -26,7 +26,7 @@ BLOCK = re.compile(r"<!-- (?P<command>python -m bench\.[^\n]+?) -->\n```\n(?P<ou
 def parse() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(prog="python -m bench.page", description=__doc__)
     add = arguments.add_argument
-    add("--only", default="", metavar="TEXT", help="only commands that contain TEXT")
+    add("--only", nargs="+", default=[""], metavar="TEXT", help="only commands that contain a TEXT")
     add("--page", type=Path, default=PAGE, metavar="FILE", help="page to write (default docs/bench.md)")
     add("--list", action="store_true", help="print the commands, and run none")
     return arguments.parse_args()
@@ -59,7 +59,8 @@ def run(command: str, version: str) -> str | None:
 
 def main() -> int:
     options = parse()
-    chosen = [command for command in commands(options.page.read_text(encoding="utf-8")) if options.only in command]
+    known = commands(options.page.read_text(encoding="utf-8"))
+    chosen = [command for command in known if any(text in command for text in options.only)]
     if options.list:
         print("\n".join(chosen))
         return 0
