@@ -237,7 +237,8 @@ class Recorded(io.RawIOBase):
             raise
 
     def flush(self) -> None:
-        self.file.flush()
+        if not self.file.closed:  # Python flushes again when this object is dropped, and since 3.13 reports an error
+            self.file.flush()
 
 
 class NumPyValue:
