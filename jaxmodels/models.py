@@ -164,11 +164,14 @@ def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings |
         to a Sharding. Each device's part is read separately. Default: the default device.
 
     Raises ValueError if the source holds no such checkpoint or is damaged, if its arrays do not fit its configuration,
-    if a value overflows in `dtype`, if the mesh does not fit, or if arrays are float64 and jax_enable_x64 is off (set
-    it by jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
+    if a value overflows in `dtype` or with its adapter, if the mesh does not fit, or if arrays are float64 and
+    jax_enable_x64 is off (set it by jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
     """
     model = load_saved(source, dtype=dtype, shardings=shardings)
-    return model.merged() if hasattr(model, "merged") else model
+    if not hasattr(model, "merged"):
+        return model
+    with errors_naming(source):
+        return model.merged()
 
 
 def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:

@@ -71,6 +71,7 @@ from jaxmodels.training.trainer import Result
 from jaxmodels.weights.names import dotted, flat_arrays
 
 PROGRAM = "python -m train.retro"
+MOST_PASSES = 1_000  # over the text, each of which makes a list of positions
 RETRIEVES = ("encoder.", "cca.", "norm_e.")  # parameters that a plain decoder does not have
 
 
@@ -131,6 +132,8 @@ class Config(AdamWConfig):
             raise ValueError(f"dropout={self.dropout} must be 0: RETRO has none")
         if self.seq_len < self.chunk_len:
             raise ValueError(f"seq_len={self.seq_len} must be at least chunk_len={self.chunk_len}")
+        if self.passes > MOST_PASSES:
+            raise ValueError(f"passes={self.passes} must be at most {MOST_PASSES:,}")
         if self.overlap > 2 * self.chunk_len:
             raise ValueError(f"overlap={self.overlap} must be at most 2 · chunk_len = {2 * self.chunk_len}")
         embedder_of(self.embedder)

@@ -42,6 +42,7 @@ CHARACTERS = "0123456789xe =\n?+;"
 VOCABULARY = CharVocabulary(CHARACTERS)
 QUESTIONS, AT_A_TIME = 64, 16
 VALIDATION = 64  # sequences
+MOST_DIGITS = 18  # of numbers of 64 bits
 
 
 def problem(a: int, b: int) -> str:
@@ -108,6 +109,11 @@ class Config(TransformerConfig):
     """digits of the largest numbers to add"""
     attention: Literal["rotary", "rotary_value"] = "rotary_value"
     """rotary: rotate queries and keys by their positions; rotary_value: values too (RoPER)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.digits > MOST_DIGITS:
+            raise ValueError(f"digits={self.digits} must be at most {MOST_DIGITS}")
 
     def positive(self) -> list[str]:
         return [*super().positive(), "digits"]

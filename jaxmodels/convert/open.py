@@ -62,7 +62,7 @@ class Opened:
     def original(self) -> dict[str, str]:
         """Source and dtype of the checkpoint that a run fine-tuned, by these keys; empty if it is not such a run.
 
-        Raises ValueError, naming the run's config.json, if the dtype is none.
+        Raises ValueError, naming the run's config.json, if the dtype is none or the source no string.
         """
         run = kinds.run_above(self.weights)
         found = {} if run is None else read_object(run / "config.json").get("original", {})
@@ -71,6 +71,8 @@ class Opened:
         given = found.get("dtype")
         if found and given not in DTYPES:
             raise ValueError(f"{run}/config.json has original dtype {quoted(given)}, must be one of {DTYPES}")
+        if not isinstance(found.get("source"), str | None):
+            raise ValueError(f"{run}/config.json has original source {quoted(found['source'])}, must be a string")
         return found
 
     @functools.cached_property

@@ -193,7 +193,8 @@ def inspect(options: argparse.Namespace) -> str:
     if found.original:
         where.append(("original", f"{found.original['dtype']}, {found.original.get('source')}"))
     if found.kind in ("model", "run") and "lora" in (settings := read_config(found.weights)[1]):
-        where.append(("merged adapter", described(LoRA(**settings["lora"]))))
+        with errors_naming(found.weights / "config.json"):
+            where.append(("merged adapter", described(LoRA.of(settings["lora"]))))
     source = found.source
     if source is None:
         stored = Stored.of(stored_arrays(found.weights))

@@ -125,16 +125,6 @@ def check_file(target: Path) -> None:
             raise ValueError(f"{target} is a {kind_of(mode)}; expected a regular file, or a new one, to write")
 
 
-@contextlib.contextmanager
-def names_file(file: Path) -> Iterator[None]:
-    """Context in which an OSError that names no file, as of a full disk, names this one."""
-    try:
-        yield
-    except OSError as error:
-        raise_named(error, file, file)
-        raise
-
-
 def raise_named(error: BaseException, temporary: Path, target: Path) -> None:
     """Raise an OSError that names no file, or a temporary one, again with the name that the user knows.
 

@@ -2,10 +2,9 @@
 
 import contextlib
 import functools
-import json
 import logging
 import math
-import stat
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,8 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.io.bounded import check_format, kind_of, read_json, read_object
+from jaxmodels.io import ocdbt
+from jaxmodels.io.bounded import check_format, open_regular, read_json, read_object
 from jaxmodels.io.safetensors import is_folder, read_folder
+from jaxmodels.process.confined import Confined
+from jaxmodels.process.failures import refusal
 from jaxmodels.process.paths import below, walk
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, with_arrays
@@ -25,17 +27,25 @@ FORMAT = 1
 STEM = "params"
 METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for an array
 JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")
-ZARR, OLDER_ZARR = "zarr.json", (".zarray", ".zgroup")  # ends of the keys with the descriptions of arrays
-ZARR_BYTES = 2**16  # of one; 500 for an array of two axes
-SHARDING = "sharding_indexed"  # the codec of chunks in chunks
+# Of the child process that reads names: processor time to start, to read, and for each byte of the folder; memory.
+STARTING, SECONDS, SECONDS_PER_BYTE, MEGABYTES = 30.0, 3.0, 1e-7, 500.0
 COMPRESSION = 2**16  # bytes of an array in one of a file: zstandard, which Orbax uses, reaches 2**15
 
 
 def save_arrays(folder: Path, module: Any) -> None:
-    """Write every array of a module (a model, an optimizer) with Orbax, named by its path."""
+    """Write every array of a module (a model, an optimizer) with Orbax, named by its path.
+
+    Raises OSError, naming the file, e.g. if the disk is full.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save(folder.absolute(), {dotted(path): array for path, array in flat_arrays(module).items()})
+    try:
+        ocp.save(folder.absolute(), {dotted(path): array for path, array in flat_arrays(module).items()})
+    except Exception as error:  # TensorStore raises its own for a full disk
+        refused = refusal(error, folder)
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -> Any:
@@ -141,19 +151,19 @@ def stored_types(folder: Path) -> dict[str, Type]:
     from orbax.checkpoint import v1 as ocp
 
     check_files(folder)
+    held = sum(file.stat().st_size for file in below(folder) if file.is_file())
     try:
         with without_logs():
-            shapes = chunked_shapes(folder.absolute())
+            shapes = chunked_shapes(folder.absolute(), held)
             stored = ocp.metadata(folder.absolute()).metadata
         if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
         types = {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
         if other := [name for name, found in types.items() if shapes.get(name) != found.shape]:
-            raise ValueError(f"{quoted(other[0])} has another shape than its {ZARR}")
+            raise ValueError(f"{quoted(other[0])} has another shape than its {ocdbt.ZARR}")
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
     claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in types.values())
-    held = sum(file.stat().st_size for file in below(folder) if file.is_file())
     if claimed > COMPRESSION * held:
         raise ValueError(
             f"{folder} is not a complete Orbax checkpoint: {claimed:,} bytes of arrays in files of {held:,}"
@@ -161,46 +171,23 @@ def stored_types(folder: Path) -> dict[str, Type]:
     return types
 
 
-def chunked_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def reader() -> Confined:
+    """Child process that reads names and shapes; another one if it was ended."""
+    return Confined(ocdbt.__name__, seconds=STARTING, megabytes=MEGABYTES)
+
+
+def chunked_shapes(folder: Path, held: int = 0) -> dict[str, tuple[int, ...]]:
     """Shapes of the arrays of an Orbax folder by name, none of whose chunks is larger than its array.
 
-    A part of an array, however small, takes the memory of a whole chunk. What a chunk has beyond its shape is not
-    decompressed. Raises ValueError for other chunks, and for arrays in another format than Orbax writes today.
+    held: bytes of its files, on which the time depends. They are read in a child process with limited time and memory:
+    see `jaxmodels.io.ocdbt`. A part of an array, however small, takes the memory of a whole chunk; what a chunk has
+    beyond its shape is not decompressed. Raises ValueError for other chunks, for arrays in another format than Orbax
+    writes today, and for names that take too much time or memory.
     """
-    import tensorstore
-
-    place = {"driver": "file", "path": f"{folder / 'state'}/"}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result()
-    keys = [key.decode() for key in store.list().result()]
-    if older := [key for key in keys if key.endswith(OLDER_ZARR)]:
-        raise ValueError(f"{quoted(older[0])} is of zarr's second version, which is not read")
-    names = [key.removesuffix(f"/{ZARR}") for key in keys if key.endswith(f"/{ZARR}")]
-    texts = [store.read(f"{name}/{ZARR}") for name in names]
-    return {name: shape_of(name, text.result().value) for name, text in zip(names, texts, strict=True)}
-
-
-def shape_of(name: str, text: bytes) -> tuple[int, ...]:
-    """Shape of an array from its zarr.json; raises ValueError if its chunks are larger than the array."""
-    if len(text) > ZARR_BYTES:
-        raise ValueError(f"{ZARR} of {quoted(name)} has {len(text):,} bytes; at most {ZARR_BYTES:,} are read")
-    try:
-        about = json.loads(text)
-        shape = whole(about["shape"])
-        inner = [codec["configuration"] for codec in about["codecs"] if codec["name"] == SHARDING]
-        chunks = [whole(part["chunk_shape"]) for part in (about["chunk_grid"]["configuration"], *inner)]
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{ZARR} of {quoted(name)} is damaged: {shortened(repr(error), 200)}") from None
-    for chunk in chunks:
-        if len(chunk) != len(shape) or any(n > max(1, most) for n, most in zip(chunk, shape, strict=True)):
-            raise ValueError(f"{quoted(name)} has chunks of {quoted(list(chunk))} in shape {quoted(list(shape))}")
-    return shape
-
-
-def whole(numbers: Any) -> tuple[int, ...]:
-    """Shape from a list of a JSON text; raises TypeError if it is not one of whole numbers."""
-    if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise TypeError(f"a shape of {quoted(numbers)}")
-    return tuple(numbers)
+    seconds = SECONDS + SECONDS_PER_BYTE * held
+    found = reader().call("shapes", str(folder / "state"), seconds=seconds, megabytes=MEGABYTES)
+    return {name: tuple(shape) for name, shape in found.items()}
 
 
 def check_files(folder: Path) -> None:
@@ -214,11 +201,10 @@ def check_files(folder: Path) -> None:
                 raise ValueError(f"{path / name} is a symbolic link; expected a folder")
         for name in files:
             file = path / name
-            about = file.stat()
-            if not stat.S_ISREG(about.st_mode):
-                raise ValueError(f"{file} is a {kind_of(about.st_mode)}; expected a regular file")
-            if path.name != "d" and about.st_size > METADATA_BYTES:
-                raise ValueError(f"{file} has {about.st_size:,} bytes; at most {METADATA_BYTES:,} are read")
+            with open_regular(file) as opened:
+                size = os.fstat(opened.fileno()).st_size
+            if path.name != "d" and size > METADATA_BYTES:
+                raise ValueError(f"{file} has {size:,} bytes; at most {METADATA_BYTES:,} are read")
             if name in JSON_FILES or path.name == "array_metadatas":
                 read_json(file, METADATA_BYTES)
 
@@ -235,7 +221,8 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """Model name and configuration from a folder's config.json; raises ValueError if it is missing or damaged."""
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} holds no config.json written by jaxmodels.save")
+        what = "holds no config.json written by jaxmodels.save" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{folder} {what}")
     content = read_object(file)
     try:
         check_format(file, content["format"], FORMAT)

@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import is_integer, open_in_place, read_object
 from jaxmodels.io.content import is_written_here
+from jaxmodels.process.failures import naming
 from jaxmodels.process.paths import below, walk
 from jaxmodels.process.texts import quoted
 
@@ -52,8 +53,8 @@ def write(folder: Path, **content: object) -> None:
     with contextlib.suppress(OSError):
         if (folder / NAME).lstat().st_nlink > 1:  # of a file of others, which keeps its other name
             (folder / NAME).unlink()
-    # A link of that name would lead to a file of others.
-    with io.TextIOWrapper(io.BufferedWriter(open_in_place(folder / NAME)), encoding="utf-8") as file:
+    opened = open_in_place(folder / NAME)  # a link of that name would lead to a file of others
+    with naming(folder / NAME), io.TextIOWrapper(io.BufferedWriter(opened), encoding="utf-8") as file:
         file.truncate(0)
         file.write(json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
 

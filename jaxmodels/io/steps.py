@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import temporary_name
+from jaxmodels.io.atomic import raise_named, temporary_name
 from jaxmodels.io.bounded import check_format, kind_of, read_object
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.paths import below
@@ -126,8 +126,9 @@ def begin(folder: Path) -> None:
     try:
         manifest.begin(temporary, folder.name)
         temporary.rename(folder)
-    except OSError:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise_named(error, temporary, folder)
         raise
 
 

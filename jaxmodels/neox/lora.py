@@ -4,7 +4,6 @@ Axes: I input features, O output features, R rank; stacked layers' arrays have a
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,8 @@ TARGETS = {
     "dense_4h_to_h": ("ffn", "dense_h4_h"),
 }
 
+LARGEST = 3.4e38  # factor that float32 has
+
 # Sharding rules of the two factors: as the kernel's axis beside the rank, which is not divided.
 LORA_RULES = tuple(
     rule
@@ -45,7 +46,7 @@ class LoRA:
     """Hyperparameters of an adapter; the defaults are PEFT's.
 
     rank: R. alpha: the update is multiplied by alpha / rank. targets: names of TARGETS, in any order.
-    Raises ValueError if a value is out of range.
+    Raises ValueError if a value is out of range or of another type.
     """
 
     rank: int = 8
@@ -56,13 +57,22 @@ class LoRA:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank={quoted(self.rank)} must be an integer of at least 1")
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not 0 < self.alpha < math.inf:
+        if not number or not 0 < self.alpha <= LARGEST:
             raise ValueError(f"alpha={quoted(self.alpha)} must be above 0 and finite")
-        known = [name for name in TARGETS if name in self.targets]
-        if not known or len(known) < len(self.targets):
-            given = " ".join(map(str, self.targets))
-            raise ValueError(f"targets={quoted(given)} must be different names of {', '.join(TARGETS)}, at least one")
+        given = self.targets if isinstance(self.targets, tuple | list) else ()
+        known = [name for name in TARGETS if name in given]
+        if not known or len(known) < len(given):
+            shown = " ".join(map(str, given)) if given else self.targets
+            raise ValueError(f"targets={quoted(shown)} must be different names of {', '.join(TARGETS)}, at least one")
         object.__setattr__(self, "targets", tuple(known))
+
+    @classmethod
+    def of(cls, saved: Any) -> "LoRA":
+        """Build from the entry of a config.json; raises ValueError if it is not an object of these fields."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(saved, Mapping) or not saved.keys() <= set(names):
+            raise ValueError(f"lora={quoted(saved)} must be an object with {', '.join(names)} alone")
+        return cls(**saved)
 
     @property
     def scale(self) -> float:
@@ -164,14 +174,20 @@ class LoRANeoX(NeoX):
         cls, *, lora: Mapping[str, Any], stacked: bool = True, rngs: nnx.Rngs, **fields: Any
     ) -> "LoRANeoX":
         """Build the model of a `config()`; raises ValueError if a value is out of range."""
-        return cls(NeoXConfig(**fields), LoRA(**lora), stacked=stacked, rngs=rngs)
+        return cls(NeoXConfig(**fields), LoRA.of(lora), stacked=stacked, rngs=rngs)
 
     def merged(self) -> NeoX:
-        """Plain NeoX with the updates added to the kernels, in the kernels' dtype; other arrays are shared."""
+        """Plain NeoX with the updates added to the kernels, in the kernels' dtype; other arrays are shared.
+
+        Raises ValueError if finite values of a kernel are no longer finite.
+        """
         arrays = {dotted(path): array for path, array in flat_arrays(self).items()}
         for words, module in nnx.iter_modules(self):
             if isinstance(module, LoRALinear):
-                arrays[f"{dotted(words)}.kernel"] = module.merged()
+                name, kernel = f"{dotted(words)}.kernel", module.merged()
+                if jnp.isfinite(kernel).sum() < jnp.isfinite(module.kernel[...]).sum():
+                    raise ValueError(f"{name} is not finite with its adapter, of alpha={self.lora.alpha:g}")
+                arrays[name] = kernel
         stacked = self.is_stacked
         plain = nnx.eval_shape(lambda: NeoX(self.settings, stacked=stacked, rngs=nnx.Rngs(0)))
         return with_arrays(plain, {path: arrays[dotted(path)] for path in flat_arrays(plain)})

@@ -1,13 +1,14 @@
 """One line for an exception of a library that wrote files: the reason, and the file."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# Reasons that operating systems give, in the words of C++ libraries, which put them in long texts.
-REASONS = [os.strerror(number) for number in (28, 122, 27, 30, 13, 1, 5, 2, 24, 107, 116)]
+# Reasons that operating systems give, in the words of C++ libraries, which put them in long texts; with their numbers.
+REASONS = {os.strerror(number): number for number in (28, 122, 27, 30, 13, 1, 5, 2, 24, 107, 116)}
 
 
 def cause(error: BaseException, folder: Path) -> str:
@@ -25,14 +26,21 @@ def cause(error: BaseException, folder: Path) -> str:
     return first if str(folder) in first else f"{folder}: {first}"
 
 
+def refusal(error: BaseException, folder: Path) -> OSError | None:
+    """The error as that of the operating system which refused to write in `folder`; None if it is another one."""
+    file, _, reason = cause(error, folder).rpartition(": ")
+    number = REASONS.get(reason, errno.ENOENT)  # of which libraries handle many, that are no reason
+    return None if number == errno.ENOENT else OSError(number, reason, file)
+
+
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[Path]:
     """Context in which an OSError that names no file, as of a full disk, names this one."""
     try:
         yield file
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror or str(error), str(file)) from error
+        if error.filename is None and not isinstance(error, BrokenPipeError):  # NumPy's has no number either
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(file)) from error
         raise
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from jaxmodels.process.streams import discard, escape_unencodable, say
+from jaxmodels.process.streams import discard, escape_unencodable, is_unwritable, say
 from jaxmodels.process.texts import shortened
 
 
@@ -39,7 +39,9 @@ def run(main: Callable[[], int | None], command: str) -> int:
         discard(sys.stdout)
         return 141
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        say(f"{command}: {shortened(str(error))}")
+        unnamed = isinstance(error, OSError) and error.filename is None
+        said = f"standard output: {error}" if unnamed and is_unwritable(sys.stdout) else str(error)
+        say(f"{command}: {shortened(said)}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -63,6 +63,16 @@ def discard(stream: TextIO) -> None:
         os.close(null)
 
 
+def is_unwritable(stream: TextIO) -> bool:
+    """True if what a stream holds cannot be written, as on a full disk; it is discarded then."""
+    try:
+        stream.flush()
+    except OSError:
+        discard(stream)
+        return True
+    return False
+
+
 def warn(sentence: str) -> None:
     """Print a warning to standard error, if it can be written."""
     say(f"warning: {sentence}")

@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file, names_file
+from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
 from jaxmodels.io.bounded import open_in_place, read_object
 from jaxmodels.io.npy import map_array
+from jaxmodels.process.failures import naming
 from jaxmodels.process.streams import say
 from jaxmodels.text.documents import Place, Source
 from jaxmodels.text.encoding import Unknown, encode
@@ -47,13 +48,14 @@ class Growing:
     def __init__(self, file: Path, dtype: Any, length: int = 0):
         self.file, self.dtype, self.length = file, np.dtype(dtype), length
         self.opened: BinaryIO = io.BufferedRandom(open_in_place(file))
-        if not length:
-            self.opened.truncate(0)
-        self.write_header(0)
-        assert self.opened.tell() == HEADER
         end = HEADER + length * self.dtype.itemsize
-        self.opened.truncate(end)
-        self.opened.seek(end)
+        with naming(file):
+            if not length:
+                self.opened.truncate(0)
+            self.write_header(0)
+            assert self.opened.tell() == HEADER
+            self.opened.truncate(end)
+            self.opened.seek(end)
 
     def write_header(self, length: int) -> None:
         # Headers have room for a larger length, so that all of them are equally long.
@@ -61,17 +63,17 @@ class Growing:
         np.lib.format.write_array_header_1_0(self.opened, about)
 
     def append(self, items: np.ndarray) -> None:
-        with names_file(self.file):
+        with naming(self.file):
             self.opened.write(np.ascontiguousarray(items, self.dtype).data)
         self.length += len(items)
 
     def flush(self) -> None:
-        with names_file(self.file):
+        with naming(self.file):
             self.opened.flush()
             os.fsync(self.opened.fileno())
 
     def close(self) -> None:
-        with names_file(self.file):
+        with naming(self.file):
             self.opened.seek(0)
             self.write_header(self.length)
             self.opened.close()
@@ -178,7 +180,7 @@ def fill(
         files = Growing(ids, dtype, lengths[0]), Growing(documents, np.int64, lengths[1])
         if not lengths[1]:
             files[1].append(np.zeros(1, np.int64))
-        with names_file(ids), files[0].opened, files[1].opened:
+        with naming(ids), files[0].opened, files[1].opened:
             read_part(folder, source, vocabulary, end if source.many else end[:0], state, files, report)
             for file in files:
                 file.close()

@@ -23,8 +23,9 @@ from jaxmodels.training.step import Numerics, Precision, Remat
 
 # Each layer is a module of its own when a model is built; published ones have up to 1,000.
 MOST_LAYERS = 2_000
-MOST_ROWS = 2**20  # of a batch, whose numbers are listed
-MOST = 2**31 - 1  # of what is counted: arrays and steps have 32-bit numbers
+MOST_SIZE = 2**20  # of a batch, a sequence, a vocabulary, a width: larger ones take minutes, or end the compiler
+MOST = 2**31 - 1  # of what is counted: steps have 32-bit numbers
+COUNTED = ("accumulate", "steps", "warmup", "every", "loss_chunk", "validation_batches", "keep", "keep_every")
 # For scripts whose flag --attention does not name a kind of attention.
 AttentionKernel = Annotated[Kernel, tyro.conf.arg(aliases=("--attention",))]
 
@@ -103,7 +104,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-            most = MOST_LAYERS if name.endswith("layers") else MOST_ROWS if name == "batch_size" else MOST
+            most = MOST_LAYERS if name.endswith("layers") else MOST if name in COUNTED else MOST_SIZE
             if value is not None and value > most:
                 raise ValueError(f"{name}={value} must be at most {most:,}")
         object.__setattr__(self, "seed", seed_32(self.seed))
@@ -124,9 +125,8 @@ class Config:
         make_schedule(self.schedule, self.learning_rate, width=1, warmup=self.warmup, steps=self.steps)
 
     def positive(self) -> list[str]:
-        """Names of the fields that must be at least 1, if set."""
-        counts = ["seq_len", "batch_size", "accumulate", "steps", "warmup", "every"]
-        return [*counts, "loss_chunk", "validation_batches", "keep", "keep_every"]
+        """Names of the fields that must be at least 1, if set: layers, sizes, and those of COUNTED."""
+        return ["seq_len", "batch_size", *COUNTED]
 
     def unused(self) -> dict[str, str]:
         """Fields that have no effect with the values of the others, each with the reason.
@@ -173,7 +173,7 @@ class Config:
     def check_types(cls, values: dict[str, Any]) -> None:
         """Raise ValueError for a value of a field that is not of its type, as a file of others may have.
 
-        Fields of other types than numbers, strings, truth values, None and choices of these are not looked at.
+        Fields of other types than numbers, strings, truth values, None, and choices and tuples of these are not read.
         """
         try:
             hints = typing.get_type_hints(cls)
@@ -190,6 +190,8 @@ def fits(value: Any, kind: Any) -> bool:
         return any(fits(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is typing.Literal:
         return any(type(value) is type(one) and value == one for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple and typing.get_args(kind)[1:] == (...,):
+        return isinstance(value, list | tuple) and all(fits(one, typing.get_args(kind)[0]) for one in value)
     if kind is float:
         return type(value) in (int, float)
     if kind in (int, str, bool, types.NoneType):

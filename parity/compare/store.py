@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmodels.process.failures import naming
+
 DEFAULT_LIMIT = 2**30
 
 
@@ -25,7 +27,8 @@ class Store:
             self.in_memory += array.nbytes
         else:
             file = self.folder / f"{len(self.kept)}.npy"
-            np.save(file, array)
+            with naming(file):
+                np.save(file, array)
             self.kept.append(file)
             self.on_disk += array.nbytes
         return len(self.kept) - 1

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from jaxmodels.io.bounded import read_text
 from jaxmodels.io.manifest import refuse_link
+from jaxmodels.process.failures import naming
 from jaxmodels.process.texts import shortened, table_cell
 from parity.mutation.mutate import Outcome
 from parity.report.results import Check
@@ -118,4 +119,5 @@ class State:
     def write(self, content: dict[str, Any]) -> None:
         """Add a line to the file."""
         if self.file is not None:
-            print(json.dumps(content), file=self.file, flush=True)
+            with naming(Path(self.file.name)):
+                print(json.dumps(content), file=self.file, flush=True)

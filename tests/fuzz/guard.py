@@ -37,7 +37,7 @@ class Guard:
         if not self.active:
             return
         if event == "subprocess.Popen" and list(arguments[1]) == [sys.executable, "-P", "-m", confined.__name__]:
-            return  # where tokenizers and templates of others are used: nothing in it is named by a file
+            return  # for tokenizers, templates and names of arrays of others: nothing in it is named by a file
         if event in RUNS or event in CONNECTS:
             self.seen.append(f"{event} {arguments!r}"[:300])
         elif event == "open":

@@ -50,6 +50,12 @@ def experiment(**fields: object) -> rope_value.RopeValue:
     return rope_value.RopeValue(rope_value.Config(**fields))
 
 
+def test_numbers_of_more_than_64_bits_are_refused():
+    assert len(rope_value.draw(18, np.random.default_rng(0))) == 2
+    with pytest.raises(ValueError, match=r"^digits=19 must be at most 18$"):
+        experiment(digits=19)
+
+
 def test_training_examples_differ_and_are_the_same_again():
     task, again, other = (experiment(seed=seed, seq_len=40).task() for seed in (0, 0, 1))
     drawn = [task.train[i]["tokens"].tobytes() for i in range(20)]

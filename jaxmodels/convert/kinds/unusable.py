@@ -4,7 +4,6 @@ import fnmatch
 import itertools
 import json
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ EXPECTED = (
     "folder (config.json with model.safetensors or pytorch_model.bin)"
 )
 MOST_FILES = 10_000  # that are looked at in a folder without a checkpoint
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 POINTER_BYTES = 2_000  # pointers and error texts are no longer
 FROM_HUB = "get the model's safetensors instead"
 ZERO3 = (
@@ -186,7 +186,7 @@ def explain_file(path: Path) -> str:
 def kind_of_file(path: Path) -> str:
     """Description of a file by its first bytes or its suffix."""
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(512)
     if start.startswith(b"GGUF"):
         return "a GGUF file of llama.cpp, which is not supported"
     if start.startswith(b"\x89HDF"):
@@ -197,7 +197,8 @@ def kind_of_file(path: Path) -> str:
         return "a file of transformers' Flax weights, which is not supported"
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         return "a file of PyTorch"
-    if is_zip(path) or tarfile.is_tarfile(path):
+    # Not by tarfile, which decompresses headers of any size.
+    if is_zip(path) or start.startswith(COMPRESSED) or start[257:262] == b"ustar":
         return "an archive, which must be unpacked"
     return "a single file"
 

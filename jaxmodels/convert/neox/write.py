@@ -1,6 +1,7 @@
 """Writer of GPT-NeoX checkpoints."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -128,7 +129,8 @@ def write_pt(file: Path, content: dict[str, Any]) -> None:
         first: BaseException = error
         while first.__context__ is not None:  # torch's writer fails again when it is closed
             first = first.__context__
-        raise OSError(f"{file} could not be written: {first}") from error
+        number, why = (first.errno, first.strerror) if isinstance(first, OSError) else (None, None)
+        raise OSError(number or errno.EIO, why or str(first), str(file)) from error
 
 
 def rank_state(ranks: int) -> dict[str, Any]:

@@ -7,23 +7,19 @@ An embedder has a `width`, a `name` that contains everything its vectors depend 
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxmodels.io.bounded import TOKENIZER_BYTES, read_json
-from jaxmodels.io.safetensors import read_file
-from jaxmodels.io.torch_files import read_pt
 from jaxmodels.process.texts import quoted, shortened
+from jaxmodels.retro.retrieval.embedder_files import check_files, check_modules, confined_tokenizers, without_reports
 from jaxmodels.text import TokenizerFile
+from jaxmodels.text.errors import is_panic
 from jaxmodels.weights.names import listed
 
-MOST_LAYERS = 2_000  # of which each is made before its weights are looked for
-WEIGHTS = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
-OWN_MODULES = re.compile(r"sentence_transformers\.([a-z_]+\.)+(Transformer|Pooling|Normalize)")
+MOST_WIDTH, MOST_LONG = 16_384, 32
 
 
 class Embedder(Protocol):
@@ -50,11 +46,11 @@ class HashedNGrams:
     longest: int = 4
 
     def __post_init__(self) -> None:
+        sizes = f"width={quoted(self.width)}, shortest={quoted(self.shortest)}, longest={quoted(self.longest)}"
         if self.width < 1 or not 1 <= self.shortest <= self.longest:
-            raise ValueError(
-                f"width={self.width}, shortest={self.shortest}, longest={self.longest} must be at least 1, and "
-                "shortest at most longest"
-            )
+            raise ValueError(f"{sizes} must be at least 1, and shortest at most longest")
+        if self.width > MOST_WIDTH or self.longest > MOST_LONG:  # a vector and each n-gram of a chunk are in memory
+            raise ValueError(f"{sizes} must be at most {MOST_WIDTH:,} features and {MOST_LONG} characters")
 
     @property
     def name(self) -> str:
@@ -113,27 +109,12 @@ class SentenceTransformer:
         return finite(self, np.asarray(vectors, np.float32))
 
 
-def check_modules(model: str) -> None:
-    """Raise ValueError if a folder of sentence-transformers names classes that are not its own plain ones.
-
-    Before version 6 the package imports any class that modules.json in a folder names; some of its own classes import
-    those that their configurations name.
-    """
-    file = Path(model) / "modules.json"
-    entries = read_json(file) if file.is_file() else []
-    for entry in entries if isinstance(entries, list) else [entries]:
-        named = entry.get("type") if isinstance(entry, dict) else entry
-        if not isinstance(named, str) or not OWN_MODULES.fullmatch(named):
-            raise ValueError(f"{file} names the class {quoted(named)}, which is not imported from a folder")
-
-
 @contextlib.contextmanager
 def loading(embedder: "SentenceTransformer | BertMean") -> Iterator[None]:
     """Context in which a library loads a model: raises ValueError in one line, naming a damaged file of a folder."""
-    with one_line(f"embedder {embedder.name} cannot be loaded"):
+    with one_line(f"embedder {embedder.name} cannot be loaded"), offline(embedder.model):
         check_files(Path(embedder.model))
-        with offline(embedder.model):
-            yield
+        yield
 
 
 @contextlib.contextmanager
@@ -141,7 +122,9 @@ def one_line(what: str) -> Iterator[None]:
     """Context in which an error of a library, of any kind and length, becomes a ValueError of one line."""
     try:
         yield
-    except Exception as error:  # from missing files and failed downloads to ids that a table lacks
+    except BaseException as error:  # from missing files and failed downloads to ids that a table lacks
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{what}: {shortened(reason, 500)}") from None
 
@@ -153,35 +136,6 @@ def finite(embedder: "SentenceTransformer | BertMean", vectors: np.ndarray) -> n
     return vectors
 
 
-def check_files(folder: Path) -> None:
-    """Raise ValueError, naming the file, if weights or configurations in an embedder's folder are damaged.
-
-    The libraries that read them do not name the file, and may map what is not there.
-    """
-    found = [*folder.glob("*"), *folder.glob("*/*")]  # sentence-transformers has a folder for each part
-    for file in sorted(file for file in found if not file.is_dir()):
-        if file.suffix == ".json":
-            content = read_json(file, TOKENIZER_BYTES)
-            sizes = content.items() if file.name == "config.json" and isinstance(content, dict) else ()
-            for name, value in sizes:
-                if name.endswith("layers") and isinstance(value, int) and value > MOST_LAYERS:
-                    raise ValueError(f"{file} has {quoted(name)} of {quoted(value)}, must be at most {MOST_LAYERS:,}")
-        elif file.suffix == ".safetensors":
-            read_file(file)
-        elif WEIGHTS.fullmatch(file.name):
-            read_pt(file)
-
-
-def confined_tokenizers(folder: Path) -> list[TokenizerFile]:
-    """Tokenizers in an embedder's folder that are not known to be harmless; raises ValueError for one that is refused.
-
-    They encode each text in a process of their own first: the libraries, which read the same files, would hang with a
-    text for which that process is ended.
-    """
-    files = sorted([*folder.glob("tokenizer.json"), *folder.glob("*/tokenizer.json")])
-    return [found for found in map(TokenizerFile.read, files) if found.confined is not None]
-
-
 def check_complete(found: Mapping[str, Any]) -> None:
     """Raise ValueError if transformers had to make up weights of a model; the pooler's are not used here."""
     missing = [name for name in found["missing_keys"] if not name.startswith("pooler.")]
@@ -189,17 +143,6 @@ def check_complete(found: Mapping[str, Any]) -> None:
     if missing or misshapen:
         said = [f"missing {name}" for name in sorted(missing)] + [f"misshapen {name}" for name in sorted(misshapen)]
         raise ValueError(f"its weights are not those of its config.json: {listed(said)}")
-
-
-@contextlib.contextmanager
-def without_reports(transformers: Any) -> Iterator[None]:
-    """Context in which transformers prints no tables on weights, whose names a file may choose."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager
@@ -289,4 +232,5 @@ def embedder_of(name: str) -> Embedder:
             return SentenceTransformer(rest) if rest else SentenceTransformer()
         case "bert":
             return BertMean(rest) if rest else BertMean()
-    raise ValueError(f"embedder={name!r} must be ngrams, ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL or bert:MODEL")
+    forms = "ngrams, ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL or bert:MODEL"
+    raise ValueError(f"embedder={quoted(name)} must be {forms}")

@@ -9,6 +9,7 @@ An interrupted build continues after the last batch that was saved. One process 
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import errors_naming, sha256_of
+from jaxmodels.process.texts import quoted
 from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
 from jaxmodels.retro.retrieval.files import (
@@ -38,6 +40,8 @@ EXACT_UP_TO = 200_000  # chunks; with 512 features they take 0.4 GB, and a query
 BATCH = 4096  # chunks that are embedded and added, or searched for, at a time
 SAVE_EVERY = 64  # batches
 TRAIN_PER_CELL = 64  # vectors for k-means per cell of an IVF index
+# Numbers in a factory string: of cells and features; of links of each chunk; of bits of each part of a vector.
+LARGEST = {"": 2**20, "HNSW": 512, "x": 16}
 
 
 def default_factory(chunks: int, width: int) -> str:
@@ -240,8 +244,15 @@ class ChunkIndex:
 
 
 def make_searcher(factory: str, width: int) -> Any:
-    """Empty FAISS index with inner products; raises ValueError if FAISS refuses the factory string."""
+    """Empty FAISS index with inner products.
+
+    Raises ValueError if FAISS refuses the factory string, or for numbers with which it would take gigabytes at once.
+    """
     faiss = import_faiss()
+    for kind, number in re.findall(r"(HNSW|x|)([0-9]+)", factory):
+        if len(number) > 7 or int(number) > LARGEST[kind]:
+            most = LARGEST[kind]
+            raise ValueError(f"factory={quoted(factory)} has {quoted(kind + number)}, must be at most {most:,}")
     try:
         return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:

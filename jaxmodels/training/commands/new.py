@@ -2,9 +2,11 @@
 
 import argparse
 import keyword
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxmodels.io.atomic import atomic_file
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.paths import local
@@ -40,9 +42,8 @@ def write(file: Path) -> None:
     name = file.stem
     if file.suffix != ".py" or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"FILE={file} must be a Python module, such as {NAME}.py")
-    try:
-        with open(file, "x", encoding="utf-8") as new:
-            new.write(TEMPLATE.read_text(encoding="utf-8").replace(NAME, name))
-    except FileExistsError:
-        raise ValueError(f"FILE={file} exists; name another file") from None
+    if os.path.lexists(file):
+        raise ValueError(f"FILE={file} exists; name another file")
+    with atomic_file(file) as new:
+        new.write_text(TEMPLATE.read_text(encoding="utf-8").replace(NAME, name), encoding="utf-8")
     print(visible(f"{file}: train it with python {file}, see python {file} --help"))

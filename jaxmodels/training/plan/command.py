@@ -22,7 +22,7 @@ from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.streams import say
 from jaxmodels.sharding import make_mesh
-from jaxmodels.training.config import MOST, Config
+from jaxmodels.training.config import MOST_SIZE, Config
 from jaxmodels.training.experiment import EXPERIMENTS, Experiment, experiment_class
 from jaxmodels.training.plan.table import COMPILER, DoesNotFit, make_plan, table
 from jaxmodels.training.plan.topology import parse_topology, topology_devices
@@ -112,8 +112,8 @@ def plan(arguments: Sequence[str], prog: str = PROGRAM) -> None:
     experiment, command = parse(arguments, prog)
     config, (generation, _) = experiment.config, parse_topology(command.topology)
     n_vocab = experiment.planned_vocab if command.n_vocab is None else command.n_vocab
-    if not 1 <= n_vocab <= MOST:
-        raise ValueError(f"n_vocab={n_vocab} must be at least 1 and at most {MOST:,}")
+    if not 1 <= n_vocab <= MOST_SIZE:
+        raise ValueError(f"n_vocab={n_vocab} must be at least 1 and at most {MOST_SIZE:,}")
     mesh = make_mesh(command.mesh, topology_devices(command.topology))
     program = experiment.program(n_vocab, mesh)
     console = Console(highlight=False, markup=False, width=140)

@@ -102,7 +102,8 @@ class TensorBoard:
         self.records = self.writer._py_recordio_writer
         self.file = Path(self.records.path)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self.writer.write_event(event_pb2.Event(wall_time=time.time(), step=steps + 1, session_log=start))
+        with naming(self.file):
+            self.writer.write_event(event_pb2.Event(wall_time=time.time(), step=steps + 1, session_log=start))
         self.flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

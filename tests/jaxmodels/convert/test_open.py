@@ -110,6 +110,15 @@ def test_parts_of_a_run(published, folders, tmp_path):
     assert isinstance(open_source(run).vocabulary(run / "tokenizer.json"), TokenizerFile)
 
 
+@pytest.mark.parametrize("source", [5, ["a/b"], {"a": "b"}])
+def test_the_source_of_a_run_is_a_name(source, folders, tmp_path):
+    run = shutil.copytree(folders["run"], tmp_path / "run")
+    about = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(about | {"original": {"source": source, "dtype": "float32"}}))
+    with pytest.raises(ValueError, match=r"run/config\.json has original source .*, must be a string$"):
+        open_source(run).original  # noqa: B018
+
+
 def test_other_models_and_quantized_ones(published, tmp_path):
     jaxmodels.save(mlp(), tmp_path / "mlp")
     opened = open_source(tmp_path / "mlp")

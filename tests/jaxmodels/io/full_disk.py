@@ -30,6 +30,13 @@ def write_safetensors(folder: Path) -> None:
         write_folder(new, {"a": np.zeros(10_000, np.float32)})
 
 
+def write_model(folder: Path) -> None:
+    import jaxmodels
+    from tests.jaxmodels.mlp import mlp
+
+    jaxmodels.save(mlp(5, 5, 2_000), folder / "model")
+
+
 def write_tokens(folder: Path) -> None:
     from jaxmodels.training.tokenize import tokenize
 
@@ -58,6 +65,7 @@ def build_index(folder: Path) -> None:
 KINDS: dict[str, Callable[[Path], None]] = {
     "pt": write_pt,
     "safetensors": write_safetensors,
+    "model": write_model,
     "index": build_index,
     "tokens": write_tokens,
     "text": write_text,

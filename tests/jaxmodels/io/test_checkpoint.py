@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmodels.io import checkpoint
 from jaxmodels.io.checkpoint import chunked_shapes, read_arrays, stored_types
 
 ARRAYS = {
@@ -88,6 +89,31 @@ def test_a_description_that_is_nested_a_thousand_deep_does_not_end_the_process(f
 def test_another_version_of_zarr_is_refused(folder):
     store(folder).write("c/.zarray", b"{}").result()
     with pytest.raises(ValueError, match=r"'c/\.zarray' is of zarr's second version"):
+        stored_types(folder)
+
+
+def test_nodes_that_grow_a_thousandfold_are_not_read(folder, tmp_path, monkeypatch):
+    """Values of a node are compressed with it: 100 kilobytes stand for 100 megabytes."""
+    import tensorstore
+
+    assert set(stored_types(folder)) == set(ARRAYS)  # starts the process that reads
+    place = {"driver": "file", "path": f"{tmp_path / 'grows' / 'state'}/"}
+    config = {"max_inline_value_bytes": 2**20, "max_decoded_node_bytes": 2**27}
+    grows = tensorstore.KvStore.open({"driver": "ocdbt", "base": place, "config": config}).result()
+    for written in [grows.write(f"{i}/zarr.json", bytes(2**20)) for i in range(100)]:
+        written.result()
+    monkeypatch.setattr(checkpoint, "MEGABYTES", 50.0)
+    with pytest.raises(ValueError, match=r"^\S+grows is not a complete Orbax checkpoint: it takes more than 50 MB"):
+        stored_types(tmp_path / "grows")
+    assert set(stored_types(folder)) == set(ARRAYS)
+
+
+def test_a_sparse_file_of_numbers_is_refused(folder):
+    file = folder / "state" / "d" / ("0" * 32)
+    file.parent.mkdir(exist_ok=True)
+    with file.open("wb") as opened:
+        opened.truncate(2**40)
+    with pytest.raises(ValueError, match=r"0{32} has 1,099,511,627,776 bytes, of which 0 were ever written"):
         stored_types(folder)
 
 

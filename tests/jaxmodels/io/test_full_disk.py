@@ -18,8 +18,8 @@ def started(*arguments: str) -> str:
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     """Files may have a few thousand bytes: the operating system refuses more, as it does on a full disk."""
     found = [json.loads(line) for line in started("tests.jaxmodels.io.full_disk", str(tmp_path)).splitlines()]
-    files = {"pt": "model.pt", "safetensors": "hf/model.safetensors", "index": "index/index-0000000200.faiss"}
-    files |= {"tokens": "train.npy", "text": "report.json"}
+    files = {"pt": "model.pt", "safetensors": "hf/model.safetensors", "model": "model/params"}
+    files |= {"index": "index/index-0000000200.faiss", "tokens": "train.npy", "text": "report.json"}
     assert [name for name, _, _ in found] == list(files)
     for name, error, left in found:
         assert error.startswith("OSError: [Errno 27] File too large: ")

@@ -1,7 +1,10 @@
 """LoRA: the active adapter, the merged model, and a training step over frozen weights."""
 
 import dataclasses
+import json
 import math
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import pytest
 from flax import nnx
 
 import jaxmodels
+from jaxmodels import command
 from jaxmodels.models import load_saved
 from jaxmodels.neox import NeoX, quantize
 from jaxmodels.neox.lora import TARGETS, LoRA, LoRANeoX
@@ -145,3 +149,51 @@ def test_an_adapter_needs_a_plain_model_and_valid_settings():
     for targets in ((), ("query",), ("dense", "dense"), ("dense", "embed_in")):
         with pytest.raises(ValueError, match=r"^targets=.*query_key_value, dense, dense_h_to_4h, dense_4h_to_h"):
             LoRA(targets=targets)
+
+
+HOSTILE = {
+    "no object": 5,
+    "a list": ["rank"],
+    "another field": {"rank": 3, "target_modules": "(a+)+$"},
+    "a target as a string": {"rank": 3, "targets": "dense"},
+    "targets that are none": {"rank": 3, "targets": 5},
+    "targets of other types": {"rank": 3, "targets": [["dense"], {}]},
+    "a rank of 300 digits": {"rank": 10**300, "alpha": 5.0, "targets": list(SOME.targets)},
+    "an alpha of 300 digits": {"rank": 3, "alpha": 10**300, "targets": list(SOME.targets)},
+    "an alpha that float32 lacks": {"rank": 3, "alpha": 1e39, "targets": list(SOME.targets)},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    jaxmodels.save(adapted(dtype=jnp.float16), folder)
+    return folder
+
+
+def with_settings(saved, folder, **changed):
+    """Copy of a saved model with other entries in its configuration."""
+    shutil.copytree(saved, folder)
+    about = json.loads((folder / "config.json").read_text())
+    about["config"] |= changed
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_settings_of_another_kind_in_a_saved_model_are_refused(name, saved, tmp_path, capsys):
+    folder = with_settings(saved, tmp_path / "model", lora=HOSTILE[name])
+    with pytest.raises(ValueError, match=re.escape(str(folder / "config.json"))):
+        jaxmodels.load(folder)
+    assert command.main(["inspect", str(folder)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert str(folder / "config.json") in shown
+
+
+def test_an_adapter_that_overflows_is_refused_when_it_is_merged(saved, tmp_path):
+    folder = with_settings(saved, tmp_path / "model", lora=dataclasses.asdict(LoRA(3, 1e9, SOME.targets)))
+    said = rf"^{re.escape(str(folder))}: layers\.\S+\.kernel is not finite .*alpha=1e\+09$"
+    with pytest.raises(ValueError, match=said):
+        jaxmodels.load(folder)
+    assert load_saved(folder).lora.alpha == 1e9

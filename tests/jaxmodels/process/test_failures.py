@@ -1,10 +1,11 @@
 """One line for the exceptions of libraries that wrote files."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from jaxmodels.process.failures import cause, naming
+from jaxmodels.process.failures import cause, naming, refusal
 
 LONG = (
     'RESOURCE_EXHAUSTED: Failed writing: "/runs/a/7/model/d/54ae": Failed to write 43 bytes to file 40: No space left '
@@ -30,3 +31,16 @@ def test_an_error_without_a_file_gets_one():
     assert (caught.value.errno, caught.value.filename) == (28, "/runs/a")
     with pytest.raises(OSError, match="'/runs/b'"), naming(Path("/runs/a")):
         raise OSError(28, "No space left on device", "/runs/b")
+
+
+def test_a_number_that_numpy_does_not_give_is_that_of_a_failed_disk():
+    with pytest.raises(OSError, match="8 requested and 0 written: '/runs/a'") as caught, naming(Path("/runs/a")):
+        raise OSError("8 requested and 0 written")
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_refusal_of_the_operating_system_is_found_in_an_error_of_a_library():
+    found = refusal(ValueError(LONG), Path("/runs/a/7"))
+    assert found is not None
+    assert (found.errno, found.filename) == (errno.ENOSPC, "/runs/a/7/model/d/54ae")
+    assert refusal(ValueError("no array"), Path("/runs/a/7")) is None

@@ -114,6 +114,23 @@ def test_a_closed_pipe_ends_the_program_quietly(command):
     process.stderr.close()
 
 
+def test_a_full_disk_under_standard_output_is_one_line():
+    program = "import sys\nfrom jaxmodels.process.programs import run\nsys.exit(run(lambda: print('x'), 'command'))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=buffered,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 2
+    assert ended.stderr == "command: standard output: [Errno 28] No space left on device\n"
+
+
 def test_a_warning_is_one_line_of_its_own():
     lines = """
         import sys, warnings

@@ -67,6 +67,23 @@ def test_a_value_of_another_type_is_refused_by_name(field, value, kind, standalo
         saved_experiment(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("script", "field", "value"),
+    [
+        ("train.retro", "ca_layers", ["a"]),
+        ("train.retro", "encoder_ca_layers", 1),
+        ("train.retro", "ca_layers", [[0]]),
+        ("train.neox", "lora_targets", "dense"),
+        ("train.neox", "lora_targets", [5]),
+    ],
+)
+def test_a_list_of_another_type_is_refused_by_name(script, field, value, tmp_path):
+    about = ABOUT | {"config": {field: value}, "script": script, "standalone": False}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=rf"config\.json: {field}={re.escape(repr(value))} must be tuple"):
+        saved_experiment(tmp_path)
+
+
 def test_the_configuration_of_every_preset_is_read_again(tmp_path):
     for module in EXPERIMENTS.values():
         kind = importlib.import_module(module).EXPERIMENT

@@ -1,9 +1,11 @@
 """Folders and files that are recognized but cannot be loaded: one sentence says what each is."""
 
+import gzip
 import json
 import re
 import shutil
 import tarfile
+import tracemalloc
 
 import peft
 import pytest
@@ -194,3 +196,17 @@ def test_files(published, tmp_path):
             open_source(path)
     with pytest.raises(ValueError, match="source=''"):
         open_source("")
+
+
+def test_an_archive_whose_first_header_grows_takes_no_memory(tmp_path):
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 50_000_000
+    with gzip.open(tmp_path / "model.tar.gz", "wb", compresslevel=1) as archive:
+        archive.write(header.tobuf() + bytes(header.size))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"model\.tar\.gz is an archive, which must be unpacked$"):
+            open_source(tmp_path / "model.tar.gz")
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()

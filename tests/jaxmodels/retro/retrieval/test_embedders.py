@@ -1,6 +1,8 @@
 """Embedders of text chunks: hashed n-grams, BERT, sentence-transformers."""
 
 import json
+import os
+import re
 import shutil
 import sys
 import types
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxmodels.retro.retrieval.embedder_files import check_modules, confined_tokenizers
 from jaxmodels.retro.retrieval.embedders import (
     BertMean,
     HashedNGrams,
@@ -83,9 +86,12 @@ def test_the_defaults_by_name():
     assert (embedder_of("bert"), embedder_of("sentence")) == (BertMean(), SentenceTransformer())
 
 
-@pytest.mark.parametrize("name", ["ngram", "ngrams:64", "ngrams:a:b:c", "", "ngrams:64:3:2"])
+@pytest.mark.parametrize(
+    "name",
+    ["ngram", "ngrams:64", "ngrams:a:b:c", "", "ngrams:64:3:2", "ngrams:16385:2:3", "ngrams:64:2:33"],
+)
 def test_other_names_and_sizes_are_refused(name):
-    with pytest.raises(ValueError, match=r"embedder=|shortest=3"):
+    with pytest.raises(ValueError, match=r"embedder=|shortest="):
         embedder_of(name)
 
 
@@ -148,7 +154,7 @@ def test_no_class_that_a_folder_names_is_imported_by_sentence_transformers(named
 
 @pytest.mark.parametrize("kind", [BertMean, SentenceTransformer])
 def test_a_folder_that_names_another_model_uses_no_network(kind, tmp_path, monkeypatch):
-    """transformers, with peft, loads the model on the Hub that adapter_config.json names."""
+    """transformers, with peft, loads the model on the Hub that adapter_config.json names: that file is refused."""
     hub = pytest.importorskip("huggingface_hub")
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr("socket.socket.connect", lambda *given: pytest.fail("opens a connection"))
@@ -162,6 +168,10 @@ def test_a_folder_that_names_another_model_uses_no_network(kind, tmp_path, monke
     monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=load))
     about = {"base_model_name_or_path": "nobody/nothing", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"cannot be loaded: \S*adapter_config\.json is of an adapter of PEFT"):
+        kind(str(tmp_path)).embed(["a"])
+    assert found == []
+    (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match=r"embedder (bert|sentence):.* cannot be loaded"):
         kind(str(tmp_path)).embed(["a"])
     assert found == ([(True, False)] if kind is SentenceTransformer else [])
@@ -192,6 +202,84 @@ def test_a_damaged_file_in_the_folder_of_an_embedder_is_named(kind, name, tmp_pa
     ):
         pytest.fail("it is read by the library")
     assert str(refused.value).isprintable()
+
+
+LARGE = 10**12
+REFUSED: dict[str, tuple[str, Any, str]] = {
+    "labels": ("config.json", {"num_labels": LARGE}, "'num_labels' of 1000000000000, must be at most 1,048,576"),
+    "nested layers": ("config.json", {"text_config": {"n_layer": 2_001}}, "'n_layer' of 2001, must be at most 2,000"),
+    "numbers in a list": ("config.json", {"depths": [1, LARGE]}, "'depths' of 1000000000000"),
+    "a kernel": ("config.json", {"_attn_implementation": "evil/kernel"}, "'evil/kernel', which is code of the Hub"),
+    "weights above": ("model.safetensors.index.json", {"weight_map": {"a": "../b.safetensors"}}, "weight_map"),
+    "a device": ("pytorch_model.bin.index.json", {"weight_map": {"a": "/dev/zero"}}, "'/dev/zero' in weight_map"),
+    "a tokenizer above": ("tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.json"]}, "fast_tok"),
+    "an adapter": ("adapter_config.json", {"target_modules": "(a+)+$", "r": LARGE}, "is of an adapter of PEFT"),
+    "an adapter in a part": ("0_Transformer/adapter_config.json", {}, "is of an adapter of PEFT"),
+    "arguments": ("sentence_bert_config.json", {"model_args": {"subfolder": "../.."}}, "'model_args', arguments of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_names_of_other_places_and_numbers_that_no_model_has_are_refused(case, tmp_path):
+    name, content, said = REFUSED[case]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(content))
+    with (
+        pytest.raises(ValueError, match=rf"^embedder bert:.* cannot be loaded: \S*{name} .*{re.escape(said)}"),
+        loading(BertMean(str(tmp_path))),
+    ):
+        pytest.fail("it is read by the library")
+
+
+@pytest.mark.parametrize("place", ["../other", "/", "a/b", 5])
+def test_a_module_in_another_folder_is_refused(place, tmp_path):
+    entry = {"type": "sentence_transformers.models.Transformer", "path": place}
+    (tmp_path / "modules.json").write_text(json.dumps([entry]))
+    with pytest.raises(ValueError, match=r"modules\.json names the folder .*, which is not one beside it"):
+        check_modules(str(tmp_path))
+
+
+def test_a_fifo_in_the_folder_of_an_embedder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "vocab.txt")
+    with (
+        pytest.raises(ValueError, match=r"vocab\.txt is a FIFO; expected a regular file"),
+        loading(BertMean(str(tmp_path))),
+    ):
+        pytest.fail("it is read by the library")
+
+
+SIZES = {
+    "hidden_size": 60_000,
+    "vocab_size": 1_000_000,
+    "max_position_embeddings": 1_000_000,
+    "intermediate_size": 1_000_000,
+    "type_vocab_size": 1_000_000,
+    "num_hidden_layers": 2_000,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_configuration_that_is_far_larger_than_the_weights_is_refused(name, bert, tmp_path):
+    """The library would make what the weights lack, as random numbers."""
+    folder = shutil.copytree(bert[0], tmp_path / "bert")
+    with loading(BertMean(str(folder))):
+        pass
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: SIZES[name]}))
+    with (
+        pytest.raises(ValueError, match=r"^embedder bert:.* cannot be loaded: \S*config\.json describes a model of "),
+        loading(BertMean(str(folder))),
+    ):
+        pytest.fail("it is read by the library")
+
+
+def test_a_tokenizer_for_a_version_of_transformers_is_confined_too(bert, tmp_path):
+    folder = shutil.copytree(bert[0], tmp_path / "bert")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    rule = {"type": "Split", "pattern": {"Regex": "(?:-|-){22}~|-"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.4.0.0.json").write_text(json.dumps(content | {"pre_tokenizer": rule}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}))
+    assert [found.file for found in confined_tokenizers(folder)] == [str(folder / "tokenizer.4.0.0.json")]
 
 
 def test_an_error_of_several_lines_becomes_one(tmp_path):

@@ -182,6 +182,9 @@ OTHERS = {
 REFUSED = {
     "factory": (lambda index, folder: build(folder / "new", factory="Sideways"), "factory='Sideways'"),
     "few": (lambda index, folder: build(folder / "few", factory="PQ8x12"), "factory='PQ8x12'"),
+    "many cells": (lambda index, folder: build(folder / "a", factory="IVF1000000000,Flat"), "'1000000000', must be"),
+    "many links": (lambda index, folder: build(folder / "a", factory="HNSW1000000"), "'HNSW1000000', must be"),
+    "many bits": (lambda index, folder: build(folder / "a", factory="PQ8x24"), r"'x24', must be at most 16"),
     "short": (lambda index, folder: build(folder / "new", corpus("men")), r"chunk_len=5\b.*\b3\b"),
     "empty": (lambda index, folder: corpus(""), r"^tokens .*\[0\]"),
     "documents": (lambda index, folder: corpus(TEXT, [0, 9, 9]), r"documents=\[0, 9, 9\]"),

@@ -261,6 +261,14 @@ def saved(tmp_path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("flags", [[], ["--text", "a.txt"], ["--text", "a.txt", "--seq-len", "8"], ["--seq-len", "8"]])
+def test_a_folder_that_does_not_exist_is_named_in_one_line(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert evaluate.main(["nowhere", *flags]) == 2
+    assert re.fullmatch(r"python -m train\.evaluate: nowhere is not a folder[^\n]*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("documents", [[], ["--stride", 5]])
 def test_a_large_text_is_read_in_pieces(documents, saved, tmp_path, capsys, monkeypatch):
     (tmp_path / "text").write_text("\ufeff" + TEXT[: 20 * S + 1])

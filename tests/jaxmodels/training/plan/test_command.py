@@ -81,10 +81,14 @@ def test_every_script_that_trains_is_listed():
         (["rope", "--preset", "huge"], "preset='huge'.*small, original"),
         (["rope", "--n-vocab", "0"], "n_vocab=0 must be at least 1"),
         (["rope", "--n-layers", "1000000000"], "n_layers=1000000000 must be at most 2,000"),
-        (["rope", "--n-vocab", "1000000000000"], "n_vocab=1000000000000 must be .*at most 2,147,483,647"),
-        (["rope", "--seq-len", "1000000000000"], "seq_len=1000000000000 must be at most 2,147,483,647"),
+        (["rope", "--n-vocab", "1000000000000"], "n_vocab=1000000000000 must be .*at most 1,048,576"),
+        (["rope", "--n-vocab", "2147483647"], "n_vocab=2147483647 must be .*at most 1,048,576"),
+        (["rope", "--seq-len", "2147483647"], "seq_len=2147483647 must be at most 1,048,576"),
+        (["rope", "--d-model", "1048580"], "d_model=1048580 must be at most 1,048,576"),
+        (["rope", "--steps", "2147483648"], "steps=2147483648 must be at most 2,147,483,647"),
         (["rope", "--batch-size", "1048577"], "batch_size=1048577 must be at most 1,048,576"),
         (["retro", "--encoder-layers", "2001"], "encoder_layers=2001 must be at most 2,000"),
+        (["retro", "--passes", "1001"], "passes=1001 must be at most 1,000"),
     ],
 )
 def test_bad_input_is_a_value_error(arguments, message):
