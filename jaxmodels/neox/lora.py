@@ -4,7 +4,6 @@ Axes: I input features, O output features, R rank; stacked layers' arrays have a
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodels.layers import Frozen, uniform
 from jaxmodels.neox.block import BLOCK_RULES, Block
-from jaxmodels.neox.config import NeoXConfig
+from jaxmodels.neox.config import LARGEST, NeoXConfig
 from jaxmodels.neox.model import NeoX
 from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
@@ -56,8 +55,8 @@ class LoRA:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank={quoted(self.rank)} must be an integer of at least 1")
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={quoted(self.alpha)} must be above 0 and finite")
+        if not number or not 0 < self.alpha <= LARGEST:
+            raise ValueError(f"alpha={quoted(self.alpha)} must be above 0 and at most {LARGEST:g}")
         known = [name for name in TARGETS if name in self.targets]
         if not known or len(known) < len(self.targets):
             given = " ".join(map(str, self.targets))

@@ -4,14 +4,13 @@ import fnmatch
 import itertools
 import json
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER
 from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_object
-from jaxmodels.io.content import POINTERS, is_zip
+from jaxmodels.io.content import COMPRESSED, HEAD, POINTERS, is_zip
 from jaxmodels.io.pretrained import chosen
 from jaxmodels.process.paths import is_plain, walk
 from jaxmodels.process.texts import quoted
@@ -186,7 +185,7 @@ def explain_file(path: Path) -> str:
 def kind_of_file(path: Path) -> str:
     """Description of a file by its first bytes or its suffix."""
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(HEAD)
     if start.startswith(b"GGUF"):
         return "a GGUF file of llama.cpp, which is not supported"
     if start.startswith(b"\x89HDF"):
@@ -197,7 +196,8 @@ def kind_of_file(path: Path) -> str:
         return "a file of transformers' Flax weights, which is not supported"
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         return "a file of PyTorch"
-    if is_zip(path) or tarfile.is_tarfile(path):
+    # Not tarfile.is_tarfile, which decompresses as much as the first entry says.
+    if is_zip(path) or start.startswith(COMPRESSED) or start[257:262] == b"ustar":
         return "an archive, which must be unpacked"
     return "a single file"
 

@@ -1,9 +1,11 @@
 """Folders and files that are recognized but cannot be loaded: one sentence says what each is."""
 
+import gzip
 import json
 import re
 import shutil
 import tarfile
+import tracemalloc
 
 import peft
 import pytest
@@ -194,3 +196,19 @@ def test_files(published, tmp_path):
             open_source(path)
     with pytest.raises(ValueError, match="source=''"):
         open_source("")
+
+
+def test_an_archive_is_not_decompressed(tmp_path):
+    header = tarfile.TarInfo("a")
+    header.type, header.size = tarfile.XHDTYPE, 10**8  # an entry that tarfile reads as a whole to find the first file
+    with gzip.open(tmp_path / "model.tgz", "wb", compresslevel=1) as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(100):
+            file.write(bytes(10**6))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'model.tgz'))} is an archive"):
+            open_source(tmp_path / "model.tgz")
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
