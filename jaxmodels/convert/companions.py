@@ -6,7 +6,6 @@ the folder, and the ids of config.json as an object "token_ids" in config.json (
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_bytes, read_object, read_text
 from jaxmodels.io.manifest import refuse_link
-from jaxmodels.process.texts import quoted
+from jaxmodels.text.ids import end_tokens, special_id
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
@@ -53,24 +52,9 @@ class TokenIds:
     @classmethod
     def of(cls, content: Mapping[str, Any], where: str) -> "TokenIds":
         """Ids under the keys of TOKEN_IDS; raises ValueError, naming `where`, if one is not an integer."""
-        eos = content.get("eos_token_id")
-        found = {key: token_id(content.get(key), key, where) for key in ("bos_token_id", "pad_token_id")}
-        several = eos if isinstance(eos, list) else [eos]
-        ids = [token_id(one, "eos_token_id", where) for one in several]
-        return cls(tuple(one for one in ids if one is not None), found["bos_token_id"], found["pad_token_id"])
-
-
-def token_id(value: Any, key: str, where: str) -> int | None:
-    """One id of a special token; None for null and for -1, which some configurations have instead."""
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,10}", value.strip()):
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None or value == -1:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise ValueError(f"{where} has {key}={quoted(value)}; expected an integer from 0 to 2³¹ - 1")
-    return value
+        found = {key: special_id(content.get(key), key, where) for key in ("bos_token_id", "pad_token_id")}
+        eos = end_tokens(content.get("eos_token_id"), where)
+        return cls(eos, found["bos_token_id"], found["pad_token_id"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +80,7 @@ class Companions:
         """
         files = {name: file for folder in reversed(folders) for name, file in files_in(folder).items()}
         generation = read_object(files[GENERATION]) if GENERATION in files else {}
+        TokenIds.of(generation, str(files.get(GENERATION)))  # raises ValueError that names the file
         config_ids: dict[str, Any] = dict(defaults or {})
         for folder in reversed(folders):
             config_ids |= stored_ids(folder)
@@ -146,12 +131,14 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def stored_ids(folder: Path) -> dict[str, Any]:
-    """Ids of special tokens in a folder's configuration, as they are there."""
+    """Ids of special tokens in a folder's configuration, as they are there; raises ValueError if one is no id."""
     for name in CONFIGS:
         if (folder / name).is_file():
             content = read_object(folder / name)
             nested = content.get(KEY)
-            return only_ids(nested if isinstance(nested, dict) else content)
+            ids = only_ids(nested if isinstance(nested, dict) else content)
+            TokenIds.of(ids, str(folder / name))
+            return ids
     return {}
 
 

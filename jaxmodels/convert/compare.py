@@ -5,18 +5,20 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.process.texts import shortened
 from jaxmodels.weights.lazy import Cast, nbytes, pieces
 from jaxmodels.weights.progress import progress_bar
 
 PIECE_BYTES = 8_000_000
 SHOWN = 10  # tensors that are listed by name
+LONGEST = 100  # characters of a setting
 NOT_OF_THE_MODEL = ("dtype", "remat", "stacked")  # settings of how a model is run
 
 
 def different_settings(config: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Settings that two configurations both have and that differ, a text for each; not how a model is run."""
     return [
-        f"{name}: {config[name]} and {value}"
+        f"{name}: {shortened(str(config[name]), LONGEST)} and {shortened(str(value), LONGEST)}"
         for name, value in other.items()
         if name in config and config[name] != value and name not in NOT_OF_THE_MODEL
     ]

@@ -67,7 +67,10 @@ def to_torch_file(options: argparse.Namespace) -> str:
             raise ValueError(f"--{flag} describes a .pt file; {options.source} has a configuration")
     with float64_allowed():
         flags = {name: getattr(options, name) for name in ("revision", "strip_prefix", "variant")}
-        model = open_source(options.source, **flags).model(dtype=options.dtype)
+        opened = open_source(options.source, **flags)
+        if options.target.resolve().is_relative_to(opened.weights.resolve()) and options.target.exists():
+            raise ValueError(f"{options.target} lies in the weights of {options.source}; choose another file")
+        model = opened.model(dtype=options.dtype)
         write_state_dict(options.target, to_torch(model))
     return f"{visible(str(options.target))}: {summary(type(model).__name__, model)}"
 
@@ -141,7 +144,7 @@ def neox(options: argparse.Namespace) -> str:
     check_target(options.target, overwrite=options.overwrite, source=place)
     if options.to == "peft":
         return adapter(options)
-    source = prepared(open_given(options), options)
+    source = prepared(open_outside(options), options)
     if options.to == "neox":
         check_ranks(source.config, options.model_parallel)
         write_neox(source, options.target, options.model_parallel, overwrite=options.overwrite)
@@ -149,7 +152,8 @@ def neox(options: argparse.Namespace) -> str:
         write_hf(source, options.target, overwrite=options.overwrite)
     else:
         write_flax(source, options.target, overwrite=options.overwrite)
-    notes = "".join(f"\n  {line}" for line in [*beside(source.companions), *map("note: {}".format, source.notes)])
+    lines = [*beside(source.companions), *(f"note: {visible(note)}" for note in source.notes)]
+    notes = "".join(f"\n  {line}" for line in lines)
     return f"{visible(str(options.target))}: NeoX as {options.to}, {totals(source)}{notes}"
 
 
@@ -157,7 +161,7 @@ def adapter(options: argparse.Namespace) -> str:
     """Write the adapter of a run in PEFT's format."""
     if options.vocab is not None or options.dtype is not None:
         raise ValueError("--vocab and --dtype are not for --to peft, which writes an adapter as it was trained")
-    opened = open_source(options.source)
+    opened = open_outside(options)
     if opened.kind not in ("model", "run") or read_config(opened.weights)[0] != "LoRANeoX":
         raise ValueError(f"{options.source} has no LoRA adapter; --to peft needs a run with tune='lora'")
     model = load_saved(opened.weights)
@@ -165,6 +169,15 @@ def adapter(options: argparse.Namespace) -> str:
     write_peft(model, options.target, base, opened.companions, overwrite=options.overwrite)
     about = f"{options.target}: LoRA adapter for PEFT, {described(model.lora)}; base model: {base or 'not known'}"
     return visible(about)
+
+
+def adapter_in(folder: Path) -> LoRA | None:
+    """Adapter that a model's config.json describes; raises ValueError, naming the file, if it is none."""
+    settings = read_config(folder)[1]
+    if "lora" not in settings:
+        return None
+    with errors_naming(folder / "config.json"):
+        return LoRA.of(settings["lora"])
 
 
 def described(lora: LoRA) -> str:
@@ -178,7 +191,7 @@ def quantized(options: argparse.Namespace) -> str:
         raise ValueError(f"--threshold={options.threshold:g} is for --kind llm.int8, not for --kind {options.kind}")
     place = local_folder(options.source, options.revision, options.variant)
     check_target(options.target, overwrite=options.overwrite, source=place)
-    source = prepared(open_given(options), options)
+    source = prepared(open_outside(options), options)
     model = quantize(source.model(), options.threshold, kind=options.kind)
     jaxmodels.save(model, options.target, overwrite=options.overwrite, companions=source.companions)
     return f"{visible(str(options.target))}: {summary('NeoX', model)}"
@@ -192,9 +205,8 @@ def inspect(options: argparse.Namespace) -> str:
         where.append(("step", found.weights.parent.name))
     if found.original:
         where.append(("original", f"{found.original['dtype']}, {found.original.get('source')}"))
-    if found.kind in ("model", "run") and "lora" in (settings := read_config(found.weights)[1]):
-        with errors_naming(found.weights / "config.json"):
-            where.append(("merged adapter", described(LoRA.of(settings["lora"]))))
+    if found.kind in ("model", "run") and (lora := adapter_in(found.weights)) is not None:
+        where.append(("merged adapter", described(lora)))
     source = found.source
     if source is None:
         stored = Stored.of(stored_arrays(found.weights))
@@ -211,7 +223,7 @@ def inspect(options: argparse.Namespace) -> str:
     shown = {name: value for name, value in shown.items() if name not in ("dtype", "remat")}
     lines += [f"  {name:18} {shortened(str(value), 300)}" for name, value in [*shown.items(), *where]]
     lines += [f"  {line}" for line in beside(found.companions)]
-    lines += [f"  note: {note}" for note in (source.notes if source is not None else ())]
+    lines += [f"  note: {visible(note)}" for note in (source.notes if source is not None else ())]
     return "\n".join(lines)
 
 
@@ -219,8 +231,8 @@ def beside(companions: Companions) -> list[str]:
     """Lines on token ids and files beside the weights."""
     ids = companions.token_ids
     known = {"eos": ", ".join(map(str, ids.eos)), "bos": ids.bos, "pad": ids.pad}
-    shown = "; ".join(f"{name} {value}" for name, value in known.items() if value not in (None, ""))
-    files = ", ".join(companions.files)
+    shown = shortened("; ".join(f"{name} {value}" for name, value in known.items() if value not in (None, "")), 300)
+    files = shortened(", ".join(companions.files), 1000)
     return [f"{name:18} {text}" for name, text in (("token ids", shown), ("files beside", files)) if text]
 
 
@@ -259,6 +271,13 @@ def open_given(options: argparse.Namespace) -> Opened:
         strip_prefix=options.strip_prefix,
         variant=options.variant,
     )
+
+
+def open_outside(options: argparse.Namespace) -> Opened:
+    """Open SRC; raises ValueError if the weights that are read, as of a run's last step, lie in the target."""
+    found = open_given(options)
+    check_target(options.target, overwrite=options.overwrite, source=found.weights)
+    return found
 
 
 def prepared(opened: Opened, options: argparse.Namespace) -> Source:

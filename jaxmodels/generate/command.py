@@ -14,6 +14,7 @@ from typing import Any
 from jaxmodels.io.bounded import read_text
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
+from jaxmodels.process.streams import line_ended
 from jaxmodels.process.texts import for_terminal, quoted, visible
 
 PROGRAM = "python -m jaxmodels.generate"
@@ -286,7 +287,7 @@ def continue_prompts(opened: Any, prompts: Sequence[str | None], options: argpar
 def print_stream(shared: Any, prompts: Any, prompt: str, report: bool) -> None:
     """Print one prompt and its continuation as it is written; `report`: and the speed."""
     print(for_terminal(prompt, sys.stdout), end="", flush=True)
-    with compile_times() as times:
+    with line_ended(), compile_times() as times:
         began = first = time.perf_counter()
         text, n, compiled_first = prompts.stream(prompts.ids[0]), 0, 0.0
         for token in shared.of_prompts(prompts, [0]).each():
@@ -297,7 +298,8 @@ def print_stream(shared: Any, prompts: Any, prompt: str, report: bool) -> None:
             if text.ended:
                 break
         ended, compiled = time.perf_counter(), sum(times)
-    print(for_terminal(text.rest(), sys.stdout), flush=True)
+        rest = text.rest()
+    print(for_terminal(rest, sys.stdout), flush=True)
     if not report:
         return
     length = len(prompts.ids[0])
@@ -381,12 +383,17 @@ def load_listed(opened: Any, dtype: str | None) -> Any:
 
 
 def check_vocabulary(opened: Any, model: Any, vocabulary: Any) -> None:
-    """Raise ValueError if the vocabulary is another model's; warn if only tokens added later lie beyond the model's."""
+    """Raise ValueError if the vocabulary is another model's; warn of added tokens and end tokens beyond the model's."""
     from jaxmodels.generate.loop import vocabulary_size
     from jaxmodels.protocols import check_decoding
 
     check_decoding(model)
     n_vocab, n_tokens = vocabulary_size(model), len(vocabulary)
+    written = min(n_vocab, n_tokens)
+    never = [token for token in vocabulary.eos if token >= written]
+    if never:
+        some = ", ".join(map(str, never[:5])) + ", …" * (len(never) > 5)
+        warn(f"end tokens {some} of {opened.name} are ignored: only ids below {written} are written")
     if n_tokens <= n_vocab:
         return
     if getattr(vocabulary, "n_model", n_tokens) > n_vocab:

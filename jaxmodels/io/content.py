@@ -31,6 +31,7 @@ FORMATS = {
     b"BZh": "is compressed with bzip2: decompress it",
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: decompress it",
 }
+COMPRESSED = tuple(start for start, sentence in FORMATS.items() if sentence.startswith("is compressed"))
 
 
 def recognised(file: Path) -> str | None:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodels.layers import Frozen, uniform
 from jaxmodels.neox.block import BLOCK_RULES, Block
-from jaxmodels.neox.config import NeoXConfig
+from jaxmodels.neox.config import LARGEST, NeoXConfig
 from jaxmodels.neox.model import NeoX
 from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
@@ -26,8 +26,6 @@ TARGETS = {
     "dense_h_to_4h": ("ffn", "dense_h_h4"),
     "dense_4h_to_h": ("ffn", "dense_h4_h"),
 }
-
-LARGEST = 3.4e38  # factor that float32 has
 
 # Sharding rules of the two factors: as the kernel's axis beside the rank, which is not divided.
 LORA_RULES = tuple(
@@ -58,7 +56,7 @@ class LoRA:
             raise ValueError(f"rank={quoted(self.rank)} must be an integer of at least 1")
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
         if not number or not 0 < self.alpha <= LARGEST:
-            raise ValueError(f"alpha={quoted(self.alpha)} must be above 0 and finite")
+            raise ValueError(f"alpha={quoted(self.alpha)} must be above 0 and at most {LARGEST:g}")
         given = self.targets if isinstance(self.targets, tuple | list) else ()
         known = [name for name in TARGETS if name in given]
         if not known or len(known) < len(given):

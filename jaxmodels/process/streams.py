@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from jaxmodels.process.texts import visible
@@ -90,3 +90,14 @@ def escape_unencodable() -> None:
     """Print characters that standard output's encoding lacks as escapes, instead of raising UnicodeEncodeError."""
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def line_ended() -> Iterator[None]:
+    """Context that ends the printed line before an exception leaves it: its message stands on a line of its own."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the reader of a pipe may have closed it
+            print(flush=True)
+        raise

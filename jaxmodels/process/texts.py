@@ -1,5 +1,6 @@
 """Texts that come from files and names of others, made fit for a terminal: visible, and of a bounded length."""
 
+import re
 from typing import Any, TextIO
 
 LONGEST = 4_000  # characters of an error on a terminal: about a page
@@ -33,8 +34,12 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 
 
 def table_cell(text: str) -> str:
-    """Text in one cell of a table in Markdown: a bar would end the cell, a line break the table."""
-    return visible(text).replace("|", "\\|")
+    """Text in one cell of a table in Markdown: a bar would end the cell, a line break the table.
+
+    Neither HTML nor a link begins in it; other Markdown has its effect.
+    """
+    text = visible(text).replace("<", r"\<").replace("](", r"]\(")
+    return re.sub(r"(\\*)\|", r"\1\1\|", text)
 
 
 def quoted(value: Any, longest: int = 80) -> str:

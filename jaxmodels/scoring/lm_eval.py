@@ -18,17 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.convert.open import Opened, open_source
+from jaxmodels.convert.open import open_source
 from jaxmodels.generate import generate
-from jaxmodels.io.bounded import CONFIG_BYTES, read_object, read_text
 from jaxmodels.process import lm_eval as registration
 from jaxmodels.process.arguments import Parser, errors_escaped
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
-from jaxmodels.process.texts import quoted
 from jaxmodels.scoring.documents import LONGEST, model_length
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
+from jaxmodels.scoring.special import chat_template, special_ids
 from jaxmodels.scoring.templates import ChatTemplate
 from jaxmodels.text import TokenizerFile
 
@@ -97,8 +96,10 @@ class JaxModelsLM(TemplateLM):
         opened = open_source(source, revision=revision)
         self.name = opened.name
         self.vocabulary = opened.vocabulary(tokenizer)
-        self.special = special_ids(opened, self.vocabulary)
         self.files = dict(opened.companions.files)
+        ids = opened.companions.token_ids
+        named = {"bos": ids.bos, "eos": ids.eos[0] if ids.eos else None}
+        self.special = special_ids(self.files, named, self.vocabulary, opened.config.get("n_vocab"), self.name)
         self.add_bos_token, self.seed, self.generated = add_bos_token, seed, 0
         self.batch_size = parsed_batch_size(batch_size)
         self.dtype = None if dtype == "auto" else dtype
@@ -313,17 +314,7 @@ class JaxModelsLM(TemplateLM):
     def template(self) -> ChatTemplate:
         """The source's chat template."""
         require("eval", "transformers")
-        if not isinstance(self.vocabulary, TokenizerFile):
-            raise ValueError(f"{self.name} has no tokenizer.json; chat templates need one")
-        settings = tokenizer_settings(self.files)
-        template = self.files.get("chat_template.jinja")
-        text = settings.get("chat_template") if template is None else read_text(template, CONFIG_BYTES)
-        if text is None:
-            raise ValueError(f"{self.name} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
-        names = {name: token for name in ("bos_token", "eos_token") if (token := token_text(settings.get(name)))}
-        if not isinstance(text, str):
-            raise ValueError(f"{self.name} has chat_template={quoted(text)}, must be a string")
-        return ChatTemplate(text, names, f"the chat template of {self.name}")
+        return chat_template(self.files, self.vocabulary, self.name)
 
 
 def parsed_batch_size(value: int | str) -> int | None:
@@ -333,34 +324,6 @@ def parsed_batch_size(value: int | str) -> int | None:
     if not str(value).isdecimal() or int(value) < 1:
         raise ValueError(f"batch_size={value} must be an integer of at least 1, or auto")
     return int(value)
-
-
-def special_ids(opened: Opened, vocabulary: Any) -> dict[str, int | None]:
-    """Ids of the bos and eos tokens: the tokenizer's, as HFLM has them, or else those of the model's configuration."""
-    settings = tokenizer_settings(opened.companions.files)
-    ids = opened.companions.token_ids
-    found: dict[str, int | None] = {"bos": ids.bos, "eos": ids.eos[0] if ids.eos else None}
-    for name in found:
-        token = token_text(settings.get(f"{name}_token"))
-        if token is not None and isinstance(vocabulary, TokenizerFile):
-            known = vocabulary.tokenizer.token_to_id(token)
-            found[name] = found[name] if known is None else known
-    return found
-
-
-def tokenizer_settings(files: Any) -> dict[str, Any]:
-    """Content of special_tokens_map.json and tokenizer_config.json, the second before the first."""
-    found: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if name in files:
-            found |= read_object(files[name])
-    return found
-
-
-def token_text(value: Any) -> str | None:
-    """Text of a special token, which is stored as a string or as an object with its content."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
 
 
 def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:

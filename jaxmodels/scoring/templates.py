@@ -30,11 +30,11 @@ class ChatTemplate:
         Raises ValueError, of one line, for a template with an error, or one that takes more than SECONDS of processor
         time or MEGABYTES, or writes more than LONGEST characters.
         """
-        arguments = self.text, dict(self.special), list(messages), generation
+        arguments = self.text, dict(self.special), list(messages), generation, LONGEST
         try:
-            text = str(RENDERER.call("render", *arguments, seconds=SECONDS, megabytes=MEGABYTES))
+            text = RENDERER.call("render", *arguments, seconds=SECONDS, megabytes=MEGABYTES)
         except ValueError as error:
             raise ValueError(f"{self.what}: {quoted(str(error), 200)}") from None
-        if len(text) > LONGEST:
-            raise ValueError(f"{self.what}: it writes {len(text):,} characters; at most {LONGEST:,}")
-        return text
+        if isinstance(text, int):
+            raise ValueError(f"{self.what}: it writes {text:,} characters; at most {LONGEST:,}")
+        return str(text)

@@ -16,7 +16,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxmodels.text.patterns import WHITESPACE, Pattern, Unsupported, is_word
+from jaxmodels.text.limits import expressions
+from jaxmodels.text.patterns import WHITESPACE, Pattern, Unsupported, is_word, parsed
 from jaxmodels.text.untrusted import operations
 
 # Characters that a piece may begin with: none combines with what is before it.
@@ -27,6 +28,10 @@ JOINING = frozenset("\u0d4e\u0e33\u0eb3\U000111c2\U000111c3\U0001193f\U00011941\
 )
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SAMPLES = [("a", " "), ("a", "\n"), ("a", "."), (".", " "), ("中", "。"), ("1", " ")]  # tried to say why none can
+# Beyond these, cuts are not looked for. Published tokenizers have up to 30 steps, and 600 characters of expressions.
+MOST_STEPS, MOST_EXPRESSIONS = 40, 2_000
+MOST_IMAGES = 8  # pairs of characters that normalizers may make of one
+MOST_PAIRS = 2_000  # of characters that are judged for a tokenizer; no others are cut
 REMOVE_SPACES = ("WhitespaceSplit", "BertPreTokenizer", "Whitespace")
 Step = dict[str, Any]
 Normalized = Callable[[Mapping[str, Any], Sequence[str]], list[str]]
@@ -89,6 +94,8 @@ class Cuts:
         """True if every text can be cut between two characters."""
         pair = before, after
         if pair not in self.known:
+            if len(self.known) >= MOST_PAIRS:
+                return False
             try:
                 self.check(before, after)
             except (NoCut, Unsupported):
@@ -99,6 +106,9 @@ class Cuts:
 
     def explain(self) -> str | None:
         """Reason why the likeliest places are no cuts; None if one is."""
+        rules: list[Mapping[str, Any]] = [*self.normalizers, *self.pre_tokenizers]
+        if len(rules) > MOST_STEPS or sum(len(text) for text in expressions(rules)) > MOST_EXPRESSIONS:
+            return "its rules, which are more than in any published tokenizer"
         reasons = []
         for before, after in SAMPLES:
             try:
@@ -122,7 +132,7 @@ class Cuts:
                 self.check_prepend(i, after)
             else:
                 images = {image for pair in images for image in self.images(step, *pair)}
-            if not all(steady(c) for pair in images for c in pair):
+            if len(images) > MOST_IMAGES or not all(steady(c) for pair in images for c in pair):
                 raise NoCut(f"its normalizer {step['type']}")
         for before, after in images:
             self.normalized.check(before, after)
@@ -266,14 +276,14 @@ def separate(step: Step, before: str, after: str) -> tuple[str, str] | None:
         before = step["replacement"] if before == " " else before
         return None if after == step["replacement"] and step["split"] else (before, after)
     if kind == "ByteLevel":
-        if step["use_regex"] and divided(Pattern(GPT2), pair):
+        if step["use_regex"] and divided(parsed(GPT2), pair):
             return None
         return byte_characters(before)[-1], byte_characters(after)[0]
     if kind in ("WhitespaceSplit", "BertPreTokenizer"):
         punctuation = kind == "BertPreTokenizer" and (is_punctuation(before) or is_punctuation(after))
         return None if punctuation or before in WHITESPACE or after in WHITESPACE else pair
     if kind == "Whitespace":
-        return None if divided(Pattern(r"\w+|[^\w\s]+"), pair) else pair
+        return None if divided(parsed(r"\w+|[^\w\s]+"), pair) else pair
     if kind == "Digits":
         return None if is_number(before) != is_number(after) else pair_of_one_kind(step, pair, is_number(before))
     if kind == "Punctuation":

@@ -5,6 +5,7 @@ What cannot be computed from the file, as how long its regular expressions take,
 `jaxmodels.text.untrusted`.
 """
 
+import collections
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -62,15 +63,16 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def steps(step: Any) -> Iterator[Step]:
     """Steps of a normalizer, pre-tokenizer, post-processor or decoder, those of sequences one after the other."""
-    left = [step]
+    left = collections.deque([step])
     while left:
-        step = left.pop(0)
+        step = left.popleft()
         if not isinstance(step, dict):
             continue
         if step.get("type") != "Sequence":
             yield step
         else:
-            left[:0] = [inner for name in NESTED & step.keys() for inner in objects(step[name])]
+            inner = [each for name in NESTED & step.keys() for each in objects(step[name])]
+            left.extendleft(reversed(inner))
 
 
 def objects(values: Any) -> list[Step]:

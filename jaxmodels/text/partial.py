@@ -100,7 +100,7 @@ class State:
     @classmethod
     def load(cls, folder: Path, key: str, dtype: Any) -> "State":
         """State of a folder; a new one if it has none, one of other work, or fewer ids than it says."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             found = read_object(folder / PROGRESS)
             count, examples = found["unknown"]
             unknown = Unknown(count, Counter(examples))

@@ -6,6 +6,7 @@ its positions (atoms that match one character) with the positions that may follo
 
 import contextlib
 import dataclasses
+import functools
 import unicodedata
 from collections.abc import Callable, Iterator
 
@@ -99,8 +100,10 @@ class Pattern:
     def of(cls, pattern: dict[str, str]) -> "Pattern":
         """Pattern of a tokenizer.json: {"Regex": …} or {"String": …}."""
         if "Regex" in pattern:
-            return cls(pattern["Regex"])
-        return cls("".join(f"\\x{{{ord(c):x}}}" for c in pattern["String"]))
+            return parsed(pattern["Regex"])
+        if len(pattern["String"]) > ATOMS:
+            raise Unsupported(f"more than {ATOMS} characters")
+        return parsed("".join(f"\\x{{{ord(c):x}}}" for c in pattern["String"]))
 
     # What the automaton says.
 
@@ -328,3 +331,9 @@ class Pattern:
 
 def within(low: str, high: str) -> Test:
     return lambda c: low <= c <= high
+
+
+@functools.lru_cache(maxsize=256)  # each is asked about thousands of pairs of characters
+def parsed(source: str) -> Pattern:
+    """Pattern of a regular expression; raises Unsupported as `Pattern`."""
+    return Pattern(source)

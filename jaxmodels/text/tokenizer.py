@@ -18,6 +18,7 @@ from jaxmodels.process.texts import quoted
 from jaxmodels.text import limits
 from jaxmodels.text.cuts import Cuts
 from jaxmodels.text.errors import refusing
+from jaxmodels.text.ids import end_tokens, token_id
 from jaxmodels.text.untrusted import operations
 from jaxmodels.text.untrusted.plain import is_plain
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
@@ -71,7 +72,7 @@ class TokenizerFile(Vocabulary):
             len(vocabulary)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer={path} cannot be read: {error}") from None
-        return cls(content, end_tokens(path.parent, vocabulary), str(path))
+        return cls(content, ends_beside(path.parent, vocabulary), str(path))
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TokenizerFile":
@@ -310,13 +311,6 @@ def checked_id(file: Path, value: Any) -> int:
     return token
 
 
-def token_id(value: Any) -> int | None:
-    """Id of a token, an integer or its digits; None for any other value."""
-    if isinstance(value, str) and re.fullmatch(r"\d{1,10}", value):
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
-
-
 def content_of(file: Path, settings: Mapping[str, Any], name: str) -> str | None:
     """Text of a special token in a file of transformers: a string, or an object with "content"; None if there is none.
 
@@ -337,7 +331,7 @@ def json_beside(file: Path, name: str) -> dict[str, Any]:
     return read_object(beside)
 
 
-def end_tokens(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
+def ends_beside(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
     """Ids that end a text, from the files of a checkpoint's folder.
 
     Those of generation_config.json, else of config.json, as transformers has it; else the eos_token of the tokenizer's
@@ -347,14 +341,9 @@ def end_tokens(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         content = json_beside(beside, name)
         nested = content.get("token_ids")  # in a config.json of this project
-        found = (nested if isinstance(nested, dict) else content).get("eos_token_id")
-        several: list[Any] = found if isinstance(found, list) else [found]
-        for token in several:
-            if isinstance(token, bool) or not isinstance(token, int | float | str | None):
-                raise ValueError(f"{folder / name} has eos_token_id={quoted(found)}; expected an integer, or several")
-        ids = [token for token in map(token_id, several) if token is not None]
+        ids = end_tokens((nested if isinstance(nested, dict) else content).get("eos_token_id"), folder / name)
         if ids:
-            return tuple(ids)
+            return ids
     names = [content_of(folder / name, json_beside(beside, name), "eos_token") for name in (CONFIG, SPECIAL)]
     for text in (*names, END_OF_TEXT):
         with refusing(f"{beside} names a special token that the tokenizer cannot look up"):
@@ -409,9 +398,7 @@ def load_vocabulary(file: Path) -> Vocabulary:
         case {"bytes": 256}:
             return ByteVocabulary()
         case {"tokenizer": str(tokenizer)}:
-            eos = content.get("eos")
-            ends = tuple(i for i in map(token_id, eos) if i is not None) if isinstance(eos, list) else ()
-            vocabulary = TokenizerFile(tokenizer, ends, str(file))
+            vocabulary = TokenizerFile(tokenizer, end_tokens(content.get("eos"), file, "eos"), str(file))
             with errors_naming(file):
                 len(vocabulary)
             return vocabulary

@@ -130,7 +130,7 @@ def vocabulary_of(sources: Sources, kind: str | Vocabulary) -> Vocabulary:
 def end_ids(vocabulary: Vocabulary, sources: Sources, end_token: str | None = None) -> np.ndarray:
     """Ids that follow each document: the end token, or an empty line; none if the text is one document.
 
-    Raises ValueError if a tokenizer has no end token, or not the given one.
+    Raises ValueError if a tokenizer has no end token, or one that is no token of it, or not the given one.
     """
     if end_token is not None:
         token = vocabulary.tokenizer.token_to_id(end_token) if isinstance(vocabulary, TokenizerFile) else None
@@ -146,7 +146,13 @@ def end_ids(vocabulary: Vocabulary, sources: Sources, end_token: str | None = No
             "the tokenizer's files name no end token, which separates documents; name it with jaxmodels tokenize "
             "--end-token TOKEN"
         )
-    return np.asarray(vocabulary.eos[:1], np.int32)
+    end = vocabulary.eos[0]
+    if end >= len(vocabulary):
+        raise ValueError(
+            f"{vocabulary.name}: the files beside it name the end token {end}, beyond its {len(vocabulary):,} tokens; "
+            "name one with jaxmodels tokenize --end-token TOKEN"
+        )
+    return np.asarray([end], np.int32)
 
 
 def encode_to(folder: Path, sources: Sources, vocabulary: Vocabulary, end: np.ndarray) -> Tokens:

@@ -11,6 +11,8 @@ from typing import Any
 from jaxmodels.process.texts import quoted, shortened
 
 LONGEST = 200  # characters of a name in a text
+SAMPLE = 1000  # names that are looked at, evenly spaced in their order: each takes a moment
+MOST_WORDS, LONGEST_NAME = 30, 1000  # of a name; those of wrapped models have up to 15 words and 100 characters
 
 
 def prefix_of(names: Iterable[str], known: Callable[[str], bool]) -> str | None:
@@ -20,6 +22,7 @@ def prefix_of(names: Iterable[str], known: Callable[[str], bool]) -> str | None:
     """
     names = set(names)
     unknown = sorted(name for name in names if not known(name))
+    unknown = unknown[:: 1 + len(unknown) // SAMPLE]
 
     def missing(name: str) -> bool:
         return known(name) and name not in names
@@ -33,7 +36,9 @@ def prefix_of(names: Iterable[str], known: Callable[[str], bool]) -> str | None:
 
 def removable(name: str, known: Callable[[str], bool]) -> str | None:
     """Shortest run of words of a name, the first one if possible, without which it is known."""
-    words = name.split(".")
+    words = name.split(".", MOST_WORDS)
+    if len(words) > MOST_WORDS or len(name) > LONGEST_NAME:
+        return None
     for length in range(1, len(words)):
         for start in range(len(words) - length):
             if known(".".join(words[:start] + words[start + length :])):

@@ -1,14 +1,20 @@
 """transformers' GPT-NeoX with the names of the twins. `transformers` is imported when a model is made."""
 
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from jaxmodels.convert.hf.config import check_expressible
+from jaxmodels.convert.hf.config import check_expressible, read_hf_json
+from jaxmodels.io.pretrained import read_pretrained
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.process.texts import shortened
+from jaxmodels.retro.retrieval.embedders import check_complete, offline, without_reports
 from torch_ref.rope import rotary_tables
 
 
@@ -57,8 +63,8 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None, dtype: torch.dtype |
     In a float64 model its rotary tables are float64 too, and the tanh GELU has √(2/π) in full.
     """
     try:
+        import transformers
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-        from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error}; pip install transformers") from None
 
@@ -83,19 +89,7 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None, dtype: torch.dtype |
         },
         **sdpa,
     )
-    if folder is None:
-        model = GPTNeoXForCausalLM(theirs).eval()
-    else:
-        if (Path(folder) / "adapter_config.json").exists():  # with peft, transformers loads what this file names
-            raise ValueError(f"{folder} has an adapter_config.json beside its weights: move it away")
-        logging.disable_progress_bar()  # its progress bar would mix with our output
-        try:
-            model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **sdpa).eval()
-        except Exception as error:  # of many kinds, for fields that this project does not read
-            first = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{folder} cannot be loaded by transformers: {shortened(first, 300)}") from error
-        finally:
-            logging.enable_progress_bar()
+    model = GPTNeoXForCausalLM(theirs).eval() if folder is None else loaded(transformers, Path(folder), dtype, sdpa)
     own = model.gpt_neox.rotary_emb
 
     def rotary(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +104,82 @@ def gpt_neox(config: NeoXConfig, folder: str | None = None, dtype: torch.dtype |
         for layer in model.gpt_neox.layers:
             layer.mlp.act = TanhGELU(layer.mlp.act)
     return model
+
+
+# Keys of a config.json that GPTNeoXConfig has for the model. Others may name code, kernels, or files of other formats,
+# or sizes that no weight has: num_labels alone makes as many names.
+KEYS = {
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_dropout",
+    "hidden_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "max_position_embeddings",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "pad_token_id",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rotary_emb_base",
+    "rotary_pct",
+    "partial_rotary_factor",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_weights",
+    "use_parallel_residual",
+    "vocab_size",
+}
+
+
+def loaded(transformers: Any, folder: Path, dtype: Any, settings: dict[str, Any]) -> Any:
+    """GPTNeoXForCausalLM of a folder, as transformers loads it; raises ValueError, naming the folder, if it cannot."""
+    if (folder / "adapter_config.json").exists():  # with peft, transformers would load what this file names
+        raise ValueError(f"{folder} has an adapter_config.json beside its weights: move it away")
+    with alone(folder) as copy, without_reports(transformers), offline(str(copy)):
+        transformers.logging.disable_progress_bar()  # its progress bar would mix with our output
+        try:
+            model, found = transformers.GPTNeoXForCausalLM.from_pretrained(
+                copy,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
+                **settings,
+            )
+            check_complete(found)
+        except Exception as error:  # of many kinds, for fields that this project does not read
+            first = str(error).strip().partition("\n")[0].replace(str(copy), str(folder))
+            raise ValueError(f"{folder} cannot be loaded by transformers: {shortened(first, 300)}") from error
+        finally:
+            transformers.logging.enable_progress_bar()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[Path]:
+    """Temporary folder with the configuration of a model, and links to its weights: for transformers to load.
+
+    In a folder itself it may also read code (custom_generate/), adapters of other models, and shards of
+    torch.distributed, which it prefers to the weights that are compared. Raises ValueError, naming the file, as
+    `read_pretrained`.
+    """
+    content = read_hf_json(folder / "config.json")
+    weights = read_pretrained(folder, name=content.get("transformers_weights"))
+    with tempfile.TemporaryDirectory(prefix="parity-") as name:
+        (Path(name) / "config.json").write_text(json.dumps({key: content[key] for key in KEYS & content.keys()}))
+        for file in {weights.file, *weights.files.values()}:
+            link = Path(name) / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.absolute())
+        yield Path(name)
 
 
 class TanhGELU(nn.Module):

@@ -11,7 +11,6 @@ fields. An array corresponds to the only array of a structure, to the first one,
 
 import collections
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,7 +126,8 @@ def correspondence(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[s
 
 def words(name: str) -> list[str]:
     """'output[a][0]' -> ['output', 'a', '0']."""
-    return [ROOT, *re.findall(r"\[([^\]]*)\]", name.removeprefix(ROOT))]
+    keys = name.removeprefix(ROOT)
+    return [ROOT, *(keys[1:-1].split("][") if keys.startswith("[") and keys.endswith("]") else [])]
 
 
 def joined(path: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from parity.compare.names import matches
 from parity.compare.outputs import correspondence, unmatched
 from parity.golden.contents import check_noises, described
 from parity.golden.fixture import Fixture
+from parity.golden.work import check_work
 
 
 @contextlib.contextmanager
@@ -31,7 +32,8 @@ def check_fit(comparison: Comparison, fixture: Fixture) -> list[str]:
     """Notes on how inputs are passed and on what is not compared, after a check of all else against the module.
 
     Raises ValueError, naming the array, if the module does not take the inputs, if an output has another shape or
-    kind of dtype than the module's, and if the noise of what is compared is too large for it.
+    kind of dtype than the module's, if the module computes more than `check_work` allows, and if the noise of what is
+    compared is too large for it.
     """
     try:
         returned = comparison.returned or {}
@@ -39,6 +41,7 @@ def check_fit(comparison: Comparison, fixture: Fixture) -> list[str]:
         inputs = ", ".join(f"inputs/{name} {described(a)}" for name, a in fixture.inputs.named().items())
         reason = f"{type(error).__name__}: {shortened(str(error))}"
         raise ValueError(f"the Flax module does not take {shortened(inputs)}: {reason}") from error
+    check_work(comparison.flax, comparison.inputs, comparison.channels_last)
     outputs = fixture.results["output"]
     pairs = correspondence(outputs, returned)
     for theirs, ours in pairs.items():

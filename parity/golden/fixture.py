@@ -33,6 +33,7 @@ from parity.golden.contents import KINDS, check_noises, check_readings, check_re
 FORMAT = 3  # older ones do not bind the tensors to the JSON
 TENSOR_BYTES = 2**32  # of a fixture's tensors, all of which are read
 LONGEST = 400  # characters of a reason
+MOST_PATTERNS = 100  # of zero gradients, each of which is compared with each parameter
 SHIPPED = Path(__file__).parent / "fixtures"
 
 
@@ -78,7 +79,8 @@ class Fixture:
 
     def named_parameters(self, *, remove_duplicate: bool = True) -> Iterable[tuple[str, RecordedParameter]]:
         """Parameters by name; a tied one under each of its names if remove_duplicate is False."""
-        first = {name: RecordedParameter(name not in self.untrained) for name in self.names.values()}
+        untrained = set(self.untrained)
+        first = {name: RecordedParameter(name not in untrained) for name in self.names.values()}
         return [(n, first[m]) for n, m in self.names.items() if not remove_duplicate or n == m]
 
 
@@ -157,6 +159,8 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     if unknown := sorted({*names.values(), *untrained} - names.keys()):
         raise ValueError(f"names lacks {quoted(unknown[0])}")
     zero_gradients = tuple(texts_of(about, "zero gradients", list))
+    if len(zero_gradients) > MOST_PATTERNS:
+        raise ValueError(f"zero gradients has {len(zero_gradients):,} patterns; at most {MOST_PATTERNS}")
     if zero_gradients and "parameter gradients" not in results:
         raise ValueError(f"zero gradients={quoted(zero_gradients)} must be empty: it holds no parameter gradients")
     inputs, labels = Inputs(args, named), groups["labels"][""] if "labels" in groups else None

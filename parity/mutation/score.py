@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -25,6 +26,9 @@ from parity.compare.sides import jax_side, torch_side
 from parity.mutation.mutate import PRECISIONS, Mutant, Subject, unbroken
 from parity.mutation.operators import OPERATORS
 from parity.mutation.state import Alarms, Row, State
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 LONGEST = 150  # positions; longer sequences take more time and show nothing new
 FREED_AFTER = 8  # mutants: JAX keeps every compiled function, which are several MB for each
@@ -195,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
                 if getattr(options, flag) < least:
                     raise ValueError(f"--{flag} {getattr(options, flag)} must be at least {least}")
             with console.status("") as status, State.opened(options.state) as state:
-                say = status.update if console.is_terminal else plain_line  # in a file, one line per stage
+                say = in_status(status) if console.is_terminal else plain_line  # in a file, one line per stage
                 cases = subjects(options.names)
                 chosen = sampled(cases, options.cases, options.seed) if options.count else {}
                 rows, idle, total = score(chosen, options.count, options.seed, state, say)
@@ -209,6 +213,16 @@ def main(argv: list[str] | None = None) -> int:
     named = sum(row.named for row in rows)
     passed = all(check.passed for checks in alarms.values() for _, check in checks)
     return 0 if all(row.found for row in rows) and named >= 0.9 * len(rows) and passed else 1
+
+
+def in_status(status: "Status") -> Callable[[str], None]:
+    """Function that shows a text beside a spinner as it is: rich would read [names] as its markup."""
+    from rich.text import Text
+
+    def show(text: str) -> None:
+        status.update(Text(text))
+
+    return show
 
 
 def plain_line(text: str) -> None:

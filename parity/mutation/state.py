@@ -6,27 +6,23 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from jaxmodels.io.bounded import read_text
-from jaxmodels.io.manifest import refuse_link
+from jaxmodels.io.bounded import open_in_place, read_text
 from jaxmodels.process.failures import naming
-from jaxmodels.process.texts import shortened, table_cell
+from jaxmodels.process.texts import quoted, shortened, table_cell
 from parity.mutation.mutate import Outcome
 from parity.report.results import Check
 
 LARGEST = 2**26  # bytes of a file; a verdict has some hundred
 
 Alarms = dict[str, list[tuple[int, Check]]]
-
-
-def without_links(path: str, flags: int) -> int:
-    """Open a file, but not through a link that has taken its place since it was checked."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,30 +77,31 @@ class State:
     def opened(cls, file: Path | None) -> Iterator["State"]:
         """Context with the verdicts in a file, to which others are added; without a file, with none.
 
-        Raises ValueError, naming file and line, if a line is not a verdict, or if the file is a link: it is written.
+        Raises ValueError, naming file and line, if a line is not a verdict, and as `open_in_place`, as it is written.
         """
         if file is None:
             yield cls()
             return
-        refuse_link(file)
-        lines = read_text(file, LARGEST).splitlines() if file.exists() else []
-        with open(file, "a", encoding="utf-8", opener=without_links) as opened:
+        with io.TextIOWrapper(io.BufferedRandom(open_in_place(file)), encoding="utf-8") as opened:
+            lines = read_text(file, LARGEST).splitlines()
+            opened.seek(0, os.SEEK_END)
             state = cls(opened)
             for number, line in enumerate(lines, start=1):
                 try:
                     state.take(json.loads(line))
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                     reason = shortened(repr(error), 300)
                     raise ValueError(f"--state {file}, line {number} is not a verdict: {reason}") from None
             yield state
 
-    def take(self, content: dict[str, Any]) -> None:
-        """Read a line."""
+    def take(self, content: Any) -> None:
+        """Read a line; raises ValueError, KeyError, TypeError or OverflowError if it is none that `write` writes."""
         if "mutant" in content:
-            self.rows[content["mutant"]] = None if content["row"] is None else Row(**content["row"])
+            row = content["row"]
+            self.rows[text(content["mutant"])] = None if row is None else checked(Row, row)
         else:
-            checks = [(int(seed), Check(**check)) for seed, check in content["checks"]]
-            self.alarms[content["case"], content["seeds"]] = checks
+            checks = [(whole(seed), checked(Check, check)) for seed, check in content["checks"]]
+            self.alarms[text(content["case"]), whole(content["seeds"])] = checks
 
     def add(self, key: str, row: Row | None) -> None:
         """Add the verdict on a mutant."""
@@ -121,3 +118,44 @@ class State:
         if self.file is not None:
             with naming(Path(self.file.name)):
                 print(json.dumps(content), file=self.file, flush=True)
+
+
+def text(value: Any) -> str:
+    """A name: it is printed, and holds no control characters."""
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"{quoted(value)} must be a string of printable characters")
+    return value
+
+
+def whole(value: Any) -> int:
+    """An integer."""
+    if type(value) is not int:
+        raise ValueError(f"{quoted(value)} must be an integer")
+    return value
+
+
+def number(value: Any) -> float:
+    """A number, also NaN or an infinity."""
+    if type(value) not in (int, float):
+        raise ValueError(f"{quoted(value)} must be a number")
+    return float(value)
+
+
+def truth(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{quoted(value)} must be true or false")
+    return value
+
+
+Kind = TypeVar("Kind", Row, Check)
+READERS: dict[Any, Callable[[Any], Any]] = {str: text, float: number, bool: truth}
+
+
+def checked(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
+    """A `Row` or `Check` of the fields of an object; raises ValueError or TypeError for one of another type."""
+    values: dict[str, Any] = dict(fields)
+    for name, expected in typing.get_type_hints(kind).items():
+        if name in values and not (values[name] is None and isinstance(None, expected)):
+            (reader,) = (READERS[one] for one in typing.get_args(expected) or (expected,) if one in READERS)
+            values[name] = reader(values[name])
+    return kind(**values)

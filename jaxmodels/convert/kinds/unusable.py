@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER
 from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_object
-from jaxmodels.io.content import POINTERS, is_zip
+from jaxmodels.io.content import COMPRESSED, HEAD, POINTERS, is_zip
 from jaxmodels.io.pretrained import chosen
 from jaxmodels.process.paths import is_plain, walk
 from jaxmodels.process.texts import quoted
@@ -27,7 +27,6 @@ EXPECTED = (
     "folder (config.json with model.safetensors or pytorch_model.bin)"
 )
 MOST_FILES = 10_000  # that are looked at in a folder without a checkpoint
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 POINTER_BYTES = 2_000  # pointers and error texts are no longer
 FROM_HUB = "get the model's safetensors instead"
 ZERO3 = (
@@ -186,7 +185,7 @@ def explain_file(path: Path) -> str:
 def kind_of_file(path: Path) -> str:
     """Description of a file by its first bytes or its suffix."""
     with path.open("rb") as file:
-        start = file.read(512)
+        start = file.read(HEAD)
     if start.startswith(b"GGUF"):
         return "a GGUF file of llama.cpp, which is not supported"
     if start.startswith(b"\x89HDF"):
@@ -197,7 +196,7 @@ def kind_of_file(path: Path) -> str:
         return "a file of transformers' Flax weights, which is not supported"
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         return "a file of PyTorch"
-    # Not by tarfile, which decompresses headers of any size.
+    # Not tarfile.is_tarfile, which decompresses as much as the first entry says.
     if is_zip(path) or start.startswith(COMPRESSED) or start[257:262] == b"ustar":
         return "an archive, which must be unpacked"
     return "a single file"

@@ -55,8 +55,9 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
 ATTENTION = ("global", "flash")  # two implementations of full attention; other kinds are not supported
 # Required, as GPT-NeoX's default of an absent key is learned positions, which are not supported.
 EXPLICIT = ("pos_emb",)
-YAML_BYTES = 2**18  # GPT-NeoX's own have 5 kB; the parser reads 0.1 MB a second
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+YAML_BYTES = 2**18  # of all files; GPT-NeoX's own have 5 kB, and the parser reads 0.1 MB a second
+LONGEST_ALIAS = 100  # characters of a scalar that aliases repeat
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def read_yaml(files: list[Path]) -> dict[str, Any]:
@@ -69,7 +70,12 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
     except ModuleNotFoundError:
         raise ValueError(f"{files[0]}: reading it needs pyyaml: pip install 'jaxmodels[neox]'") from None
     settings: dict[str, Any] = {}
+    size = 0
     for file in files:
+        size += file.stat().st_size
+        if size > YAML_BYTES:
+            before = "" if file == files[0] else " with those before it"
+            raise ValueError(f"{file}{before} has {size:,} bytes of YAML; at most {YAML_BYTES:,} are read")
         try:
             content = parsed(read_text(file, YAML_BYTES))
         except Exception as error:  # also KeyError, IndexError, OverflowError, of values that are not of their tag
@@ -79,7 +85,9 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
         if not isinstance(content, Mapping):
             raise ValueError(f"{file} must be a mapping of settings, not a {type(content).__name__}")
         for key, value in content.items():
-            key, value = str(key).replace("-", "_"), unquoted(value)
+            if not isinstance(key, str):
+                raise ValueError(f"{file} has the key {quoted(key)}; expected names of settings")
+            key, value = key.replace("-", "_"), unquoted(value)
             if key in settings and settings[key] != value:
                 name = shortened(key, 80)
                 before = quoted(settings[key])
@@ -89,9 +97,10 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
 
 
 def parsed(text: str) -> Any:
-    """Content of a YAML text; raises yaml.YAMLError if it is none, or has an alias of a list or mapping.
+    """Content of a YAML text; raises yaml.YAMLError if it is none, or has an alias of a list, mapping or long text.
 
-    A few aliases of aliases of lists stand for more values than any memory holds, as soon as they are printed.
+    A few aliases of aliases of lists stand for more values than any memory holds, as soon as they are printed, and
+    thousands of a long text do too.
     """
     import yaml
 
@@ -99,8 +108,10 @@ def parsed(text: str) -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 event = self.peek_event()
-                if not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
-                    raise yaml.MarkedYAMLError(problem="an alias of a list or mapping", problem_mark=event.start_mark)
+                node = self.anchors.get(event.anchor)
+                if not isinstance(node, yaml.ScalarNode) or len(node.value) > LONGEST_ALIAS:
+                    problem = "an alias of a list, a mapping or a long text"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
             return super().compose_node(parent, index)
 
     return yaml.load(text, Loader)

@@ -13,8 +13,13 @@ def operations() -> Mapping[str, Callable[..., Any]]:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    def render(template: str, special: Mapping[str, str], messages: list[Any], generation: bool) -> str:
-        """Text of a conversation. special: special tokens by name, such as bos_token."""
+    def render(
+        template: str, special: Mapping[str, str], messages: list[Any], generation: bool, longest: int
+    ) -> str | int:
+        """Text of a conversation, or its length if it has more than `longest` characters, to send less.
+
+        special: special tokens by name, such as bos_token.
+        """
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **dict(special))
         found = tokenizer.apply_chat_template(
             messages,
@@ -23,6 +28,7 @@ def operations() -> Mapping[str, Callable[..., Any]]:
             add_generation_prompt=generation,
             continue_final_message=not generation,
         )
-        return str(found)
+        text = str(found)
+        return text if len(text) <= longest else len(text)
 
     return {"render": render}

@@ -4,6 +4,7 @@ They are used as they are. All others, such as those with a regular expression t
 confined process: how long an expression takes for a text that nobody has tried cannot be told from its own text.
 """
 
+import collections
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -82,10 +83,10 @@ def simple_steps(step: Any) -> list[Step] | None:
 
     An object with a name twice is none: other libraries may read another value.
     """
-    left: list[Any] = [] if step is None else [step]
+    left: collections.deque[Any] = collections.deque([] if step is None else [step])
     found: list[Step] = []
     while left:
-        step = left.pop(0)
+        step = left.popleft()
         if type(step) is not dict:
             return None
         if step.get("type") != "Sequence":
@@ -94,7 +95,7 @@ def simple_steps(step: Any) -> list[Step] | None:
         names = NESTED & step.keys()
         if len(names) != 1 or not isinstance(inner := step[names.pop()], list):
             return None
-        left[:0] = inner
+        left.extendleft(reversed(inner))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,6 +120,14 @@ def initialized(module: linen.Module, inputs: Inputs, channels_last: Sequence[st
 
 def returned(module: nnx.Module, inputs: Inputs, channels_last: Sequence[str] = ()) -> dict[str, Any]:
     """Shapes and dtypes of a module's outputs in evaluation mode, by Flax's names; its arrays may be abstract."""
+    found: dict[str, Any] = traced(module, inputs, channels_last, lambda call: functools.partial(jax.eval_shape, call))
+    return found
+
+
+def traced(
+    module: nnx.Module, inputs: Inputs, channels_last: Sequence[str], trace: Callable[[Callable[..., Any]], Any]
+) -> Any:
+    """What a transformation such as `jax.make_jaxpr` returns for a module's call in evaluation mode."""
     graphdef, state = nnx.split(module)
 
     def call(state: nnx.State, values: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def returned(module: nnx.Module, inputs: Inputs, channels_last: Sequence[str] = 
     with jax.enable_x64(dtype.itemsize == 8):
         values = {n: jnp.asarray(cast(v, dtype)) for n, v in inputs.named().items()}
         values = {n: jnp.moveaxis(v, 1, -1) if matches(n, channels_last) else v for n, v in values.items()}
-        return jax.eval_shape(call, state, values)
+        return trace(call)(state, values)
 
 
 def with_weights(module: linen.Module, inputs: Inputs, seed: int) -> nnx.Module:

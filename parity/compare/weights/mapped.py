@@ -90,12 +90,13 @@ class Mapped:
         check_patterns("torch_only", torch_only, self.values)
         check_patterns("flax_only", flax_only, self.lookup)
         targets: dict[str, list[Target]] = {}
+        taken: set[Path] = set()
         for key in self.values:
             spots = self.targets(key)
             tied = self.first.get(key, key) != key  # the same tensor is converted under its first name
-            taken = {spot.path for others in targets.values() for spot in others} if tied else set()
-            if spots is not None and not any(spot.path in taken for spot in spots):
+            if spots is not None and not (tied and any(spot.path in taken for spot in spots)):
                 targets[key] = spots
+                taken |= {spot.path for spot in spots}
         check_patterns("layouts", list(self.parsed), targets)
         self.pieces = self.fitted(targets)
         self.carried = {path for path, size in self.coverage().items() if size == math.prod(self.shapes[path])}

@@ -30,7 +30,7 @@ UNFIT: tuple[type[Exception], ...] = (
     NotImplementedError,
     struct.error,
 )
-UNFIT += (zipfile.BadZipFile, OSError, EOFError, RuntimeError, AttributeError)
+UNFIT += (zipfile.BadZipFile, OSError, EOFError, RuntimeError, AttributeError, OverflowError)
 
 
 def mutate(root: Path, pattern: str, rng: Rng) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 
 from tests.fuzz.targets.files import make_pt, make_safetensors
 from tests.fuzz.targets.kind import Target
-from tests.fuzz.targets.models import make_hf
+from tests.fuzz.targets.models import make_bins, make_hf
+from tests.fuzz.targets.resumed import temporary_in
 from tests.fuzz.targets.texts import make_settings, read_settings
 
 
@@ -84,6 +85,16 @@ def verify(name: str) -> Any:
     return read
 
 
+def read_by_transformers(folder: Path) -> None:
+    """As `parity verify --numerics` loads the first checkpoint; links to its weights are made in a temporary folder."""
+    from parity.checkpoint.opened import opened
+    from parity.checkpoint.reference import reference
+
+    with temporary_in(folder.with_name("out")):
+        found = opened(folder)
+        reference(found.of_model(found.model, found.config))
+
+
 TARGETS = (
     Target("fixture", make_fixture, read_fixture, seal=seal),
     Target("fixture's tensors", make_fixture, read_fixture, "*.safetensors", seal=seal),
@@ -94,4 +105,6 @@ TARGETS = (
     Target("parity, pt with an entry", make_entry, verify("model.pt")),
     Target("parity, safetensors", make_safetensors, verify("model.safetensors")),
     Target("parity, Hugging Face", make_hf, verify(".")),
+    Target("parity, transformers", make_hf, read_by_transformers, "*config.json"),
+    Target("parity, transformers, .bin", make_bins, read_by_transformers),
 )

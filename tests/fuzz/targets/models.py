@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.targets.kind import SEED, Target, commands
-from tests.fuzz.targets.texts import make_tokenizer
+from tests.fuzz.targets.texts import make_tokenizer, make_vocab
 
 
 def neox_config(**changes: Any) -> Any:
@@ -52,11 +52,11 @@ def make_retro(folder: Path) -> None:
     jaxmodels.save(model, folder)
 
 
-def make_quantized(folder: Path) -> None:
+def make_quantized(folder: Path, kind: str = "llm.int8") -> None:
     import jaxmodels
     from jaxmodels.neox import quantize
 
-    jaxmodels.save(quantize(neox_model()), folder)
+    jaxmodels.save(quantize(neox_model(), kind=kind), folder)
 
 
 def make_lora(folder: Path) -> None:
@@ -83,6 +83,15 @@ def make_hf(folder: Path, file_bytes: int = 10**9) -> None:
     write_hf(model_source(neox_model()), folder, file_bytes=file_bytes)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2], "bos_token_id": 1}))
     make_tokenizer(folder)
+
+
+def make_companions(folder: Path) -> None:
+    """With everything that is copied beside the weights."""
+    make_hf(folder)
+    make_vocab(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
 
 
 def make_bins(folder: Path, old: bool = False) -> None:
@@ -180,6 +189,10 @@ def convert(to: str, *more: str) -> Any:
     return commands(["convert", "neox", "SUBJECT", "OUT/new", "--to", to, *more])
 
 
+COMPANIONS = "[agmstv]*[!s]"  # not config.json, nor the weights
+
+quantized = commands(["quantize", "SUBJECT", "OUT/new", "--kind", "weights-4"])
+INSPECT = commands(["inspect", "SUBJECT"])
 SHOW = commands(["inspect", "SUBJECT"], ["verify", "SUBJECT", "BESIDE"], ["verify", "BESIDE", "SUBJECT"])
 
 TARGETS = (
@@ -188,7 +201,13 @@ TARGETS = (
     Target("transformer's config.json", make_transformer, load, "config.json"),
     Target("retro's config.json", make_retro, load, "config.json"),
     Target("model, int8", make_quantized, load),
+    Target("model, weights", lambda folder: make_quantized(folder, "weights"), load),
+    Target("model, weights-4", lambda folder: make_quantized(folder, "weights-4"), load),
+    Target("model, weights-4, config.json", lambda folder: make_quantized(folder, "weights-4"), load, "config.json"),
+    Target("model, weights-4, inspected", lambda folder: make_quantized(folder, "weights-4"), INSPECT),
     Target("model, LoRA", make_lora, load),
+    Target("model, LoRA, inspected", make_lora, SHOW, "config.json"),
+    Target("model, LoRA, converted", make_lora, convert("peft")),
     Target("model, streamed", make_streamed, load),
     Target("model, inspected", make_model, SHOW),
     Target("Hugging Face", make_hf, load_with_texts),
@@ -200,6 +219,8 @@ TARGETS = (
     Target("Hugging Face, .bin index", make_bins, load, "*.index.json"),
     Target("Hugging Face, inspected", make_hf, SHOW),
     Target("Hugging Face, converted", make_hf, convert("neox", "--model-parallel", "3")),
+    Target("Hugging Face, quantized", make_hf, quantized),
+    Target("Hugging Face's companions, converted", make_companions, convert("hf"), COMPANIONS),
     Target("shards", make_shards, load),
     Target("shards' YAML", make_shards, load, "*.yml"),
     Target("shards of ranks", make_ranks, load),

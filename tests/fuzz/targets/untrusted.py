@@ -1,10 +1,11 @@
 """Tokenizers and chat templates that are used, not only read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from tests.fuzz.targets.kind import Target
-from tests.fuzz.targets.texts import make_rich_tokenizer
+from tests.fuzz.targets.texts import make_rich_tokenizer, make_tokenizer
 
 SECONDS = 1.0  # of processor time in a confined process: less than usual, so that a busy machine makes no finding
 TEXTS = ("abc ab", "a" * 3_000, "-" * 3_000, "aé ß中\ufdfa\n\t0" * 300, " \n" * 1_000, "ab-" * 1_000 + "~")
@@ -42,7 +43,30 @@ def use_template(folder: Path) -> Any:
     return template.render(MESSAGES), template.render(MESSAGES, generation=False)
 
 
+def make_chat(folder: Path) -> None:
+    """A tokenizer with what lm-eval reads beside it."""
+    make_tokenizer(folder)
+    special = {"bos_token": {"content": "<|endoftext|>", "lstrip": False}, "eos_token": "<|endoftext|>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    settings = {"eos_token": "s", "chat_template": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def use_chat(folder: Path) -> Any:
+    from jaxmodels.convert.companions import files_in
+    from jaxmodels.scoring import templates
+    from jaxmodels.scoring.special import chat_template, special_ids
+    from jaxmodels.text import TokenizerFile
+
+    templates.SECONDS = SECONDS
+    files, vocabulary = files_in(folder), TokenizerFile.read(folder)
+    ids = special_ids(files, {"bos": None, "eos": 0}, vocabulary, 21, str(folder))
+    return ids, chat_template(files, vocabulary, str(folder)).render(MESSAGES)
+
+
 TARGETS = (
     Target("tokenizer, used", make_rich_tokenizer, use_tokenizer, "tokenizer.json"),
     Target("chat template", make_template, use_template, "*.jinja"),
+    Target("chat, of lm-eval", make_chat, use_chat),
+    Target("chat, of lm-eval, settings", make_chat, use_chat, "*[gp].json"),
 )

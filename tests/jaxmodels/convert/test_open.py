@@ -251,8 +251,21 @@ def test_token_ids_that_are_none(published, tmp_path, content):
 
 
 def test_ids_as_texts_and_minus_one():
-    ids = {"eos_token_id": ["0", 5.0, -1], "bos_token_id": "7", "pad_token_id": -1}
+    ids = {"eos_token_id": ["0", 5.0, -1, "-1", None, 5], "bos_token_id": " 7", "pad_token_id": -1}
     assert TokenIds.of(ids, "config.json") == TokenIds(eos=(0, 5), bos=7)
+
+
+@pytest.mark.parametrize(
+    "value", [-2, [0, -2], 1.5, "</s>", [[0]], {}, True, 2**31, "9" * 99, [0] * 1001, float("nan")]
+)
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_end_ids_that_are_none_are_refused_by_file(published, tmp_path, name, value):
+    folder = shutil.copytree(published, tmp_path / "hf")
+    content = json.loads((folder / name).read_text()) | {"eos_token_id": value}
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{folder / name} has .*eos_token_id") as error:
+        open_source(folder)
+    assert len(str(error.value)) < 400
 
 
 def test_a_tokenizer_inside_a_runs_vocabulary_is_written_for_transformers(folders, tmp_path):

@@ -101,3 +101,21 @@ def test_only_a_model_with_an_adapter_is_written(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert convert(["neox", str(tmp_path / "lora"), str(tmp_path / "out"), "--to", "peft"]) == 0
     assert "rank 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [3, [], "ab", {"rank": 0}, {"alpha": 10**400}, {"alpha": float("inf")}, {"targets": 5}, {"more": 1}],
+    ids=str,
+)
+def test_a_configuration_without_an_adapter_is_one_line(tmp_path, capsys, lora):
+    save(LoRANeoX(CONFIG, LoRA(2, 4.0), rngs=nnx.Rngs(0)), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    content["config"]["lora"] = lora
+    file.write_text(json.dumps(content))
+    for command in (["inspect"], ["neox", str(tmp_path / "out"), "--to", "peft"]):
+        assert convert([command[0], str(tmp_path / "model"), *command[1:]]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(file) in line
+    assert not (tmp_path / "out").exists()

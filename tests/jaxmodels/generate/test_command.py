@@ -24,7 +24,7 @@ from jaxmodels.convert.source import model_source
 from jaxmodels.generate import generate, stream
 from jaxmodels.generate.command import load_listed, main, parser, read_model
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
-from jaxmodels.text import CharVocabulary
+from jaxmodels.text import CharVocabulary, TokenizerFile
 from tests.common import filled, language_model
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
@@ -354,3 +354,31 @@ def test_help_is_there(capsys):
     shown = capsys.readouterr().out
     for flag in ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "--dtype", "--int8"):
         assert flag in shown
+
+
+def test_end_tokens_that_are_never_written_are_said(tmp_path, checkpoint, tokenizer, new, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "ends")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [new[5], 300, 2**30]}))
+    assert main(command(folder)) == 0
+    printed = capsys.readouterr()
+    assert printed.out == PROMPT + tokenizer.decode(new[:5]) + "\n"
+    assert f"end tokens 300, {2**30} of {folder} are ignored: only ids below 300 are written" in printed.err
+
+
+def test_an_error_amid_a_text_stands_on_a_line_of_its_own(checkpoint, monkeypatch, capsys):
+    decode, calls = TokenizerFile.decode, []
+
+    def failing(self, ids, **settings):
+        calls.append(ids)
+        if len(calls) > 6:
+            raise ValueError(f"{self.name} cannot decode these ids: it takes more than 3 s")
+        return decode(self, ids, **settings)
+
+    monkeypatch.setattr(TokenizerFile, "decode", failing)
+    assert main(command(checkpoint)) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith(PROMPT)
+    assert printed.out.endswith("\n")
+    assert printed.err.splitlines()[-1].endswith(
+        f"{checkpoint / 'tokenizer.json'} cannot decode these ids: it takes more than 3 s"
+    )

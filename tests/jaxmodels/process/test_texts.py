@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from jaxmodels.process.texts import for_terminal, quoted, shortened, visible
+from jaxmodels.process.texts import for_terminal, quoted, shortened, table_cell, visible
 
 
 def test_control_characters_marks_and_lone_surrogates_are_escaped():
@@ -44,3 +44,19 @@ def test_a_models_text_is_escaped_on_a_terminal_alone():
 
     assert for_terminal("a\x1b[2J\n\tb", Terminal()) == "a\\x1b[2J\n\tb"
     assert for_terminal("a\x1b[2J", io.StringIO()) == "a\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("a|b", r"a\|b"),
+        ("a\\|b", r"a\\\|b"),
+        ("a\\b", r"a\b"),
+        ("<script>", r"\<script>"),
+        ("[a](javascript:b)", r"[a]\(javascript:b)"),
+        ("a\n\x1b[2J", r"a\n\x1b[2J"),
+        ("**a** `b` [0, 3]", "**a** `b` [0, 3]"),
+    ],
+)
+def test_a_cell_of_a_table_holds_neither_a_bar_nor_html_nor_a_link(text, cell):
+    assert table_cell(text) == cell

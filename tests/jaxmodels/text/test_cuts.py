@@ -1,11 +1,14 @@
 """Cuts of a text between pieces: the ids of the pieces are those of the whole text, whatever the tokenizer."""
 
 import itertools
+import json
 import random
+import time
 
 import pytest
 
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, Vocabulary
+from jaxmodels.text.cuts import Cuts
 from jaxmodels.text.documents import Text
 from jaxmodels.text.patterns import Pattern, Unsupported
 from jaxmodels.text.pieces import pieces
@@ -132,3 +135,27 @@ def test_a_character_is_sure_to_be_in_a_match():
 def test_other_patterns_are_not_supported(pattern):
     with pytest.raises(Unsupported):
         Pattern(pattern)
+
+
+def test_rules_that_make_many_characters_of_one_take_no_minutes():
+    """Each rule may or may not change the character on one side: two, four, … pairs of one."""
+    rules = []
+    for i in range(120):
+        for pattern in (r"z\p{L}", r"z[\p{L}.]"):
+            rules.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": chr(0x3041 + i % 80)})
+    content = json.dumps(
+        {
+            "version": "1.0",
+            "normalizer": {"type": "Sequence", "normalizers": rules},
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+        }
+    )
+    few = json.loads(content)
+    few["normalizer"]["normalizers"] = rules[:30]
+    for one in (content, json.dumps(few)):
+        began = time.process_time()
+        cuts = Cuts(one)
+        found = [cuts.last(f"{c}{after}{c}", 0, 3) for c in map(chr, range(0x4E00, 0x5E00)) for after in " .,"]
+        assert found == [None] * len(found)
+        assert time.process_time() - began < 5

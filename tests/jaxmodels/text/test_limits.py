@@ -9,6 +9,7 @@ import pytest
 from jaxmodels.text import limits
 from jaxmodels.text.errors import refusing
 from jaxmodels.text.tokenizer import TokenizerFile
+from jaxmodels.text.untrusted.plain import simple_steps
 
 MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, " ": 2}, "merges": []}
 
@@ -155,3 +156,13 @@ def test_standard_error_is_kept_unless_rust_panics(capfd):
     assert capfd.readouterr().err == "later\n"
     with pytest.raises(KeyboardInterrupt), refusing("what", silent=True):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("inner", [{"type": "WhitespaceSplit"}, {"type": "Sequence", "pretokenizers": []}, 5], ids=str)
+def test_a_million_steps_are_counted_at_once(inner):
+    content = {"pre_tokenizer": sequence("pretokenizers", *[inner] * 10**6)}
+    began = time.process_time()
+    found = list(limits.steps(content["pre_tokenizer"]))
+    assert len(found) == (10**6 if inner == {"type": "WhitespaceSplit"} else 0)
+    simple_steps(content["pre_tokenizer"])
+    assert time.process_time() - began < 5

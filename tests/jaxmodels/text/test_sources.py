@@ -222,3 +222,12 @@ def test_other_encodings_name_the_file_and_the_place(content, message, tmp_path,
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"text=.*{tmp_path / 'a.txt'} .*{message}"):
         open_sources(str(tmp_path / "a.txt"))
+
+
+def test_an_end_token_beyond_the_tokenizer_is_refused(tmp_path):
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 300}))
+    vocabulary = TokenizerFile.read(tmp_path)
+    sources = open_sources(jsonl(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json.* end token 300, beyond its 300 tokens.*--end-token"):
+        write_sources(tmp_path / "tokens", sources, vocabulary)

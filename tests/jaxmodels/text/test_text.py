@@ -239,6 +239,7 @@ def test_a_vocabulary_of_anything_that_names_one(stored):
         ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": [2, 5]}}, (2, 5)),
         ({"config.json": {"token_ids": {"eos_token_id": [9]}}}, (9,)),
         ({"config.json": {"eos_token_id": -1}}, (0,)),
+        ({"config.json": {"eos_token_id": [3, -1, "4", 3]}}, (3, 4)),
     ],
     ids=str,
 )
@@ -291,6 +292,9 @@ def test_merges_that_do_not_fit_a_vocabulary_are_refused(tmp_path, vocabulary, m
     [
         ("config.json", {"eos_token_id": {"a": 1}}, "eos_token_id"),
         ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id"),
+        ("generation_config.json", {"eos_token_id": [0, -5]}, "eos_token_id"),
+        ("config.json", {"eos_token_id": 2**31}, "eos_token_id"),
+        ("config.json", {"token_ids": {"eos_token_id": 1.5}}, "eos_token_id"),
         ("tokenizer_config.json", {"eos_token": 5}, "eos_token"),
         ("special_tokens_map.json", {"eos_token": {"content": ["e"]}}, "eos_token"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from parity.compare.outputs import aligned, correspondence, named_leaves, unmatched
+from parity.compare.outputs import aligned, correspondence, named_leaves, unmatched, words
 
 A, B, C = jnp.zeros((2, 3)), jnp.ones((2, 5)), jnp.ones(7)
 
@@ -85,3 +85,19 @@ def test_channels_move_under_either_name():
     like = {"output[y]": np.zeros((2, 3, 5, 7)), "output[z]": np.zeros(())}
     assert aligned({"output": image}, like, ["output[[]y]"])["output[y]"].shape == (2, 3, 5, 7)
     assert aligned({"output": image}, like, ["output"])["output[y]"].shape == image.shape  # moved before
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("output", ["output"]),
+        ("output[a][0]", ["output", "a", "0"]),
+        ("output[a[b]", ["output", "a[b"]),
+        ("output[]", ["output", ""]),
+        ("output[", ["output"]),
+        ("output" + "[" * 10**6, ["output"]),
+    ],
+    ids=["one", "two keys", "a bracket", "empty", "no end", "a million"],
+)
+def test_the_keys_of_a_name(name, found):
+    assert words(name) == found

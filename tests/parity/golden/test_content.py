@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -193,3 +194,21 @@ def test_shipped_fixtures_are_far_from_the_limits_of_noise():
         for kind, noises in fixture.noises.items():
             largest = max(np.abs(t).max() for t in fixture.results[kind].values())
             assert max(noise.unit for noise in noises.values()) < 2**-43 * largest
+
+
+def test_lists_that_would_take_minutes_are_read_at_once_or_refused(recorded):
+    _, stem = recorded
+    many = [f"p{i}" for i in range(100_000)]
+
+    def longer(about):
+        about["names"] |= dict(zip(many, many, strict=True))
+        about["untrained"] += many
+
+    change(stem, about=longer)
+    began = time.process_time()
+    found = list(read(stem).named_parameters())
+    assert sum(not parameter.requires_grad for _, parameter in found) == len(many)
+    assert time.process_time() - began < 5
+    change(stem, about=lambda about: about.update({"zero gradients": many}))
+    with pytest.raises(ValueError, match=rf"{stem} .*zero gradients has 100,000 patterns; at most 100"):
+        read(stem)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 
 import pytest
 
@@ -281,3 +282,35 @@ def test_a_value_that_is_not_of_its_tag_is_one_line(tmp_path, value):
     with pytest.raises(ValueError, match=r"model\.yml is not a YAML file") as refused:
         read_yaml([file])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a " + "x" * 1000 + "\nnorm: [" + "*a, " * 50_000 + "]\n", "alias"),
+        ("a: &a " + "x" * 100 + "\nnorm: [" + "*a, " * 1000 + "]\n", "norm"),
+        ("norm: '" + "1" * 150_000 + "x'\n", "norm"),
+        ("pos-emb: rotary\nnum-layers: '" + "1" * 100_000 + "." + "1" * 100_000 + "e'\n", "num_layers"),
+        ("? 0x" + "f" * 5000 + "\n: 1\n", "key"),
+        ("? [1, 2]\n: 1\n", "key|unhashable"),
+    ],
+    ids=["long aliases", "aliases", "digits", "a float's digits", "a key of digits", "a key that is a list"],
+)
+def test_a_text_that_would_take_minutes_or_gigabytes_is_one_line(tmp_path, text, said):
+    file = tmp_path / "a.yml"
+    file.write_text(text)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=said) as error:
+        fields(read_yaml([file]), str(file))
+    assert str(file) in str(error.value)
+    assert len(str(error.value)) < 500
+    assert time.process_time() - began < 5
+
+
+def test_all_files_together_are_limited(tmp_path):
+    files = [tmp_path / f"{i}.yml" for i in range(40)]
+    for file in files:
+        file.write_text("# " + "x" * 10_000 + "\n")
+    with pytest.raises(ValueError, match=r"26\.yml with those before it has .* bytes of YAML; at most 262,144"):
+        read_yaml(files)
+    assert read_yaml(files[:26]) == {}

@@ -1,0 +1,228 @@
+"""Targets and companions of others: what `jaxmodels convert --overwrite` and `jaxmodels quantize` replace and copy."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+import jaxmodels
+from jaxmodels.convert.command import main
+from jaxmodels.convert.hf import save_hf
+from jaxmodels.convert.open import open_source
+from jaxmodels.neox import NeoX, NeoXConfig
+from tests.fuzz.targets.runs import make_run
+
+CONFIG = NeoXConfig(21, 12, 2, 3, n_ff=21, rope_percentage=0.5, max_len=11)
+COMMANDS = {
+    "flax": ["neox", "--to", "flax"],
+    "hf": ["neox", "--to", "hf"],
+    "shards": ["neox", "--to", "neox", "--model-parallel", "3"],
+    "quantized": ["quantize", "--kind", "weights-4"],
+}
+COMPANIONS = {
+    "tokenizer_config.json": '{"eos_token": "a"}',
+    "generation_config.json": '{"eos_token_id": 2}',
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+}
+MINE = "written by somebody"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "source"
+    save_hf(NeoX(CONFIG, rngs=nnx.Rngs(0)), folder)
+    (folder / "additional_chat_templates").mkdir()
+    for name, content in COMPANIONS.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture
+def source(published, tmp_path) -> Path:
+    return shutil.copytree(published, tmp_path / "source")
+
+
+def convert(source, target, to: str = "flax") -> int:
+    name, *flags = COMMANDS[to]
+    return main([name, str(source), str(target), *flags, "--overwrite"])
+
+
+def state(folder: Path) -> dict[str, object]:
+    """Entries below a folder with their content; links with what they point to."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        else:
+            found[str(path)] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+def refused(capsys, *names: object) -> None:
+    """The command printed one line, with these names in it, and nothing else."""
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert all(str(name) in line for name in names), line
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("to", COMMANDS)
+def test_companions_are_written_beside_the_weights(source, tmp_path, to):
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time over the first
+        assert convert(source, out, to) == 0
+        assert {name: (out / name).read_text() for name in COMPANIONS} == COMPANIONS
+        assert open_source(out).companions.token_ids.eos == (2,)
+
+
+@pytest.mark.parametrize("to", COMMANDS)
+def test_a_link_to_a_folder_of_others_is_refused(source, tmp_path, capsys, to):
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "photo.jpg").write_text(MINE)
+    (tmp_path / "out").symlink_to("others")
+    before = state(tmp_path)
+    assert convert(source, tmp_path / "out", to) == 2
+    refused(capsys, tmp_path / "out", ".jaxmodels.json")
+    assert state(tmp_path) == before
+
+
+def test_a_link_to_an_earlier_conversion_stays_and_what_it_points_to_is_replaced(source, tmp_path):
+    assert convert(source, tmp_path / "real" / "out") == 0
+    (tmp_path / "real" / "photo.jpg").write_text(MINE)
+    (tmp_path / "link").symlink_to("real/out")
+    (tmp_path / "parent").symlink_to("real")
+    for target in (tmp_path / "link", tmp_path / "parent" / "out"):
+        assert convert(source, target, "hf") == 0
+        assert (tmp_path / "real" / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "parent").is_symlink()
+    assert {path.name for path in (tmp_path / "real").iterdir()} == {"out", "photo.jpg"}
+
+
+@pytest.mark.parametrize("what", ["file", "link", "FIFO", "folder", "changed companion", "link for a companion"])
+def test_an_earlier_conversion_with_anything_of_others_is_kept(source, tmp_path, capsys, what):
+    out, beside = tmp_path / "out", tmp_path / "secret.txt"
+    assert convert(source, out) == 0
+    beside.write_text(MINE)
+    entry = out / ("tokenizer_config.json" if "companion" in what else "notes.txt")
+    if what == "file":
+        entry.write_text(MINE)
+    elif what == "link":
+        entry.symlink_to(beside)
+    elif what == "FIFO":
+        os.mkfifo(entry)
+    elif what == "folder":
+        entry.mkdir()
+    elif what == "changed companion":
+        entry.write_text('{"eos_token": "my own"}')
+    else:
+        entry.unlink()
+        entry.symlink_to(beside)
+    capsys.readouterr()
+    before = state(tmp_path)
+    assert convert(source, out, "hf") == 2
+    refused(capsys, out, entry.name)
+    assert state(tmp_path) == before
+
+
+def test_a_hard_link_in_an_earlier_conversion_keeps_its_other_name(source, tmp_path):
+    out, beside = tmp_path / "out", tmp_path / "secret.txt"
+    assert convert(source, out) == 0
+    beside.write_text("x" * len(COMPANIONS["tokenizer_config.json"]))  # of the size in the manifest
+    (out / "tokenizer_config.json").unlink()
+    os.link(beside, out / "tokenizer_config.json")
+    assert convert(source, out) == 0
+    assert set(beside.read_text()) == {"x"}
+    assert (out / "tokenizer_config.json").read_text() == COMPANIONS["tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("to", ["flax", "quantized"])
+def test_the_source_and_a_folder_around_it_are_refused(source, tmp_path, capsys, to):
+    (tmp_path / "link").symlink_to(source)
+    before = state(tmp_path)
+    for target in (source, tmp_path, tmp_path / "link", source / ".." / "source", source / "additional_chat_templates"):
+        assert convert(source, target, to) == 2
+        refused(capsys, target)
+    assert convert(tmp_path / "link", source, to) == 2
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["hf", "quantized"])
+def test_the_step_of_a_run_that_is_read_is_refused(tmp_path, capsys, to):
+    make_run(tmp_path / "run")
+    model = tmp_path / "run" / "checkpoints" / "7" / "model"
+    (tmp_path / "link").symlink_to(model)
+    before = state(tmp_path)
+    for target in (model, tmp_path / "link"):
+        assert convert(tmp_path / "run", target, to) == 2
+        refused(capsys, target, "contains the source")
+    assert main(["torch", str(tmp_path / "run"), str(model / "config.json"), "--overwrite"]) == 2
+    refused(capsys, model / "config.json", "lies in the weights")
+    assert state(tmp_path) == before
+
+
+def test_an_earlier_conversion_inside_the_source_is_replaced(source):
+    for to in ("flax", "hf"):
+        assert convert(source, source / "converted", to) == 0
+        assert jaxmodels.load(source / "converted").settings == CONFIG
+    assert (source / "model.safetensors").is_file()
+
+
+BAD = {
+    "sparse": "sparse",
+    "large": "at most",
+    "link to a sparse file": "sparse",
+    "link to a device": None,
+    "link to nothing": "missing",
+    "FIFO": None,
+    "folder": None,
+}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates/tools.jinja"])
+@pytest.mark.parametrize("what", BAD)
+def test_a_companion_that_is_no_file_of_a_companions_size_is_refused_or_left_out(source, tmp_path, capsys, what, name):
+    """A FIFO or a folder is no tokenizer.json, but of every *.jinja something is expected."""
+    out, companion = tmp_path / "out", source / name
+    assert convert(source, out) == 0
+    companion.unlink(missing_ok=True)
+    if what in ("sparse", "large"):
+        with companion.open("wb") as opened:
+            opened.truncate(10**12 if what == "sparse" else 10**8)
+    elif what == "FIFO":
+        os.mkfifo(companion)
+    elif what == "folder":
+        companion.mkdir()
+    else:
+        place = {"link to a device": "/dev/zero", "link to nothing": "nowhere"}.get(what, str(tmp_path / "sparse"))
+        companion.symlink_to(place)
+        with (tmp_path / "sparse").open("wb") as opened:
+            opened.truncate(10**12)
+    capsys.readouterr()
+    before = state(out)
+    code = convert(source, out, "hf")
+    said = BAD[what] if companion.parent == source else BAD[what] or "expected a regular file"
+    if said is None:
+        assert code == 0
+        assert not (out / name).exists()
+        return
+    assert code == 2
+    refused(capsys, companion)
+    assert state(out) == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_links_to_companions_are_followed_and_copied(source, tmp_path):
+    """As in the Hub's cache; the copy is a file of its own."""
+    real = (source / "tokenizer_config.json").rename(tmp_path / "blob")
+    (source / "tokenizer_config.json").symlink_to(real)
+    os.link(real, source / "special_tokens_map.json")
+    assert convert(source, tmp_path / "out", "hf") == 0
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        copy = tmp_path / "out" / name
+        assert copy.read_bytes() == real.read_bytes()
+        assert not copy.is_symlink()
+        assert copy.stat().st_nlink == 1

@@ -1,0 +1,79 @@
+"""Special tokens and chat templates in the files of others."""
+
+import json
+
+import pytest
+
+from jaxmodels.convert.companions import files_in
+from jaxmodels.scoring.special import chat_template, special_ids, special_token
+from jaxmodels.text import TokenizerFile
+from tests.jaxmodels.tokenizer import byte_level_tokenizer
+
+IDS = {"bos": 7, "eos": None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write(folder, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
+def ids_of(folder, n_vocab: int | None = 300) -> dict[str, int | None]:
+    vocabulary = TokenizerFile.read(folder / "tokenizer.json")
+    return special_ids(files_in(folder), IDS, vocabulary, n_vocab, str(folder))
+
+
+def test_the_tokenizers_token_is_before_the_configurations_id(folder):
+    assert ids_of(folder) == IDS
+    write(folder, "special_tokens_map.json", {"bos_token": "a", "eos_token": {"content": "<|endoftext|>"}})
+    known = TokenizerFile.read(folder / "tokenizer.json").tokenizer.token_to_id
+    assert ids_of(folder) == {"bos": known("a"), "eos": 0}
+    write(folder, "tokenizer_config.json", {"bos_token": None, "eos_token": "no token"})
+    assert ids_of(folder) == IDS
+
+
+@pytest.mark.parametrize("value", [5, True, ["a"], {}, {"content": 5}, {"content": None, "id": 1}, 1e400])
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_token_of_another_type_is_refused(folder, name, key, value):
+    write(folder, name, {key: value})
+    with pytest.raises(ValueError, match=rf"{name} has {key}=") as error:
+        special_token(files_in(folder), key)
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_beyond_the_models_vocabulary_is_left_out_with_a_line(folder):
+    with pytest.warns(UserWarning, match=rf"{folder}: the bos token 7 is ignored: the model has 5 tokens"):
+        assert ids_of(folder, 5) == {"bos": None, "eos": None}
+    assert ids_of(folder, None) == IDS
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "has no chat template"),
+        ({"chat_template": None}, "has no chat template"),
+        ({"chat_template": [{"name": "default", "template": "a"}]}, r"tokenizer_config\.json has chat_template="),
+        ({"chat_template": 5}, r"tokenizer_config\.json has chat_template=5; expected a string"),
+        ({"chat_template": "a", "bos_token": 5}, r"tokenizer_config\.json has bos_token=5"),
+        ([], r"tokenizer_config\.json"),
+    ],
+)
+def test_a_chat_template_of_another_form_is_refused(folder, settings, said):
+    vocabulary = TokenizerFile.read(folder / "tokenizer.json")
+    write(folder, "tokenizer_config.json", settings)
+    with pytest.raises(ValueError, match=said):
+        chat_template(files_in(folder), vocabulary, str(folder))
+
+
+def test_a_template_file_is_before_the_settings(folder):
+    vocabulary = TokenizerFile.read(folder / "tokenizer.json")
+    write(folder, "tokenizer_config.json", {"chat_template": "settings", "bos_token": {"content": "<s>"}})
+    assert chat_template(files_in(folder), vocabulary, "here").text == "settings"
+    (folder / "chat_template.jinja").write_text("file")
+    found = chat_template(files_in(folder), vocabulary, "here")
+    assert (found.text, found.special, found.what) == ("file", {"bos_token": "<s>"}, "the chat template of here")
