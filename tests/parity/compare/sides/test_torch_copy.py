@@ -72,7 +72,7 @@ class FlaxTanh(nnx.Module):
         return jnp.tanh(self.layer(x)) * self.scale
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")  # since 2.14
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(5, 3))])
 def test_modules_of_torchscript_are_checked(compiled):
     module = compiled(Tanh())
