@@ -67,8 +67,8 @@ class Row:
 class State:
     """Verdicts so far. rows: by the mutant's key; alarms: by case and number of seeds."""
 
-    def __init__(self, file: TextIO | None = None):
-        self.file = file
+    def __init__(self, file: TextIO | None = None, path: Path | None = None):
+        self.file, self.path = file, path
         self.rows: dict[str, Row | None] = {}
         self.alarms: dict[tuple[str, int], list[tuple[int, Check]]] = {}
 
@@ -85,7 +85,7 @@ class State:
         with io.TextIOWrapper(io.BufferedRandom(open_in_place(file)), encoding="utf-8") as opened:
             lines = read_text(file, LARGEST).splitlines()
             opened.seek(0, os.SEEK_END)
-            state = cls(opened)
+            state = cls(opened, file)
             for number, line in enumerate(lines, start=1):
                 try:
                     state.take(json.loads(line))
@@ -115,8 +115,8 @@ class State:
 
     def write(self, content: dict[str, Any]) -> None:
         """Add a line to the file."""
-        if self.file is not None:
-            with naming(Path(self.file.name)):
+        if self.file is not None and self.path is not None:
+            with naming(self.path):
                 print(json.dumps(content), file=self.file, flush=True)
 
 
