@@ -14,6 +14,7 @@ import numpy as np
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import explained, is_zip
+from jaxmodels.io.shapes import check_shape
 from jaxmodels.io.torch_formats import made_on_cpu, read_legacy, read_zipped
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted, shortened
@@ -189,7 +190,14 @@ def check_repeated(file: Path, tensors: Iterable[Any]) -> None:
 
 
 def check_size(file: Path, name: Any, tensor: Any) -> None:
-    """Raises ValueError if a tensor has more bytes than its file: with strides of 0, one value may fill the memory."""
+    """Raises ValueError if a tensor has more bytes than its file: with strides of 0, one value may fill the memory.
+
+    Also for a shape that `check_shape` refuses.
+    """
+    try:
+        check_shape(tensor.shape)
+    except ValueError as error:
+        raise ValueError(f"{file} has {quoted(name)}: {error}") from None
     n_bytes = tensor.numel() * tensor.element_size()
     if n_bytes > max(file.stat().st_size, REPEATED_BYTES):
         raise ValueError(
