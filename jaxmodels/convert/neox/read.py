@@ -362,7 +362,7 @@ def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
     if tensor is None:
         return
     try:
-        is_buffer(f"layers.{FREQUENCIES}", read(tensor), config)
+        is_buffer(f"layers.{FREQUENCIES}", tensor, config)
     except ValueError as error:
         raise ValueError(f"{shard.file}: {error}") from None
 
