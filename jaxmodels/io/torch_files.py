@@ -1,5 +1,6 @@
 """PyTorch checkpoint files (.pt), read without running code in them and written atomically."""
 
+import collections
 import errno
 import io
 import pickle
@@ -69,7 +70,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
     try:
         with torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings(), made_on_cpu():
             warnings.simplefilter("ignore")  # torch's own use of what it deprecates, and notes on the pickle's protocol
-            return read_zipped(file) if zipped else read_legacy(file)
+            return without_attributes(read_zipped(file) if zipped else read_legacy(file))
     except pickle.UnpicklingError as error:
         # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -152,6 +153,26 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
             raise ValueError(f"{file} has {quoted(name)}: {error}{narrow}") from None
     check_repeated(file, tensors.values())
     return arrays
+
+
+def without_attributes(content: Any) -> Any:
+    """The same content, whose OrderedDicts have no attributes of their own, such as _metadata of a state_dict.
+
+    A file may give them the names of their methods. Raises nothing for lists that hold themselves.
+    """
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, collections.OrderedDict):
+            vars(value).clear()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return content
 
 
 def plain(value: Any) -> Any:
