@@ -158,7 +158,7 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
 def without_attributes(content: Any) -> Any:
     """The same content, whose OrderedDicts have no attributes of their own, such as _metadata of a state_dict.
 
-    A file may give them the names of their methods. Raises nothing for lists that hold themselves.
+    A file may give them the names of their methods, and have lists that hold themselves.
     """
     left, seen = [content], set()
     while left:
