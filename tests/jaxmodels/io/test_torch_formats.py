@@ -1,8 +1,8 @@
 """PyTorch files of every kind are read; those whose entries are not what the tensors refer to are refused."""
 
 import collections
-import struct
 import re
+import struct
 import warnings
 import zipfile
 
