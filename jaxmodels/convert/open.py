@@ -158,8 +158,8 @@ class Opened:
 
 def read_vocabulary(file: Path) -> Vocabulary:
     """Vocabulary in a file that a run or a tokenizer library wrote."""
-    content = read_object(file, TOKENIZER_BYTES)
-    return load_vocabulary(file) if content.keys() & {"characters", "bytes", "tokenizer"} else TokenizerFile.read(file)
+    known = read_object(file, TOKENIZER_BYTES).keys() & {"characters", "bytes", "tokenizer"}
+    return load_vocabulary(file) if known else TokenizerFile.read(file)
 
 
 def open_source(

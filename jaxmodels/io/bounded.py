@@ -1,8 +1,8 @@
 """Texts and configurations of unknown origin, read without hanging and in bounded memory.
 
 A FIFO or a device would block or never end, a sparse file of a terabyte would fill the memory: only regular files are
-read, up to a size. A JSON text of that size takes about twenty times as much memory as Python objects, if it consists
-of empty lists.
+read, up to a size. A JSON text takes about twenty times as much memory as Python objects if it consists of empty lists,
+so that the values of a larger one than a configuration are counted first.
 """
 
 import collections
@@ -25,6 +25,8 @@ from jaxmodels.process.texts import quoted, shortened
 CONFIG_BYTES = 2**24  # of a JSON or YAML text: 17 MB; the index of a model with 90,000 tensors has 9 MB
 TOKENIZER_BYTES = 2**26  # of a tokenizer.json, or a vocabulary that holds one; the largest published have 35 MB
 TEXT_BYTES = 2**28  # of any other text
+# Lists and objects, and commas, in a JSON text of more than CONFIG_BYTES; tokenizers have up to 1 and 3 million.
+MOST_OPENED, MOST_COMMAS = 2_000_000, 5_000_000
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes the halves of a character beyond 16 bits
 # Files of more bytes are looked at for holes, and refused if they have more than this for each byte that was written.
 HOLES_FROM, MOST_HOLES = 2**28, 1000
@@ -147,7 +149,7 @@ def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
     try:
         with without_collection():
             text = read_text(file, limit)
-            content = json.loads(text)
+            content = parsed(text)
             if SURROGATE.search(text):  # a half of a character, which no text in UTF-8 may hold, raises here
                 json.dumps(content, ensure_ascii=False).encode("utf-8")
             return content
@@ -162,6 +164,21 @@ def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
         if str(error).startswith(str(file)):
             raise
         raise ValueError(f"{file} is not read: {quoted(str(error), 200)}") from None  # integers of 4,300 digits
+
+
+def parsed(text: str, **options: Any) -> Any:
+    """Content of a JSON text, as `json.loads`; raises ValueError too for a large one of more values than a tokenizer's.
+
+    An object of 7 bytes takes 230 as a Python object.
+    """
+    if len(text) > CONFIG_BYTES:
+        opened, commas = text.count("[") + text.count("{"), text.count(",")
+        if opened > MOST_OPENED or commas > MOST_COMMAS:
+            raise ValueError(
+                f"{opened:,} lists and objects and {commas:,} commas; at most {MOST_OPENED:,} and {MOST_COMMAS:,} are "
+                "read"
+            )
+    return json.loads(text, **options)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 from jaxmodels.io import ocdbt
 from jaxmodels.io.bounded import check_format, open_regular, read_json, read_object
 from jaxmodels.io.safetensors import is_folder, read_folder
+from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.failures import refusal
 from jaxmodels.process.paths import below, walk
@@ -161,6 +162,8 @@ def stored_types(folder: Path) -> dict[str, Type]:
         types = {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
         if other := [name for name, found in types.items() if shapes.get(name) != found.shape]:
             raise ValueError(f"{quoted(other[0])} has another shape than its {ocdbt.ZARR}")
+        for found in types.values():
+            check_shape(found.shape)
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
     claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in types.values())

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from jaxmodels.io.bounded import open_regular
+from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.texts import quoted
 
 
@@ -24,6 +25,7 @@ def map_array(file: Path) -> np.ndarray:
             start, size = content.tell(), os.fstat(content.fileno()).st_size
         if dtype.kind not in "biufc" or min(shape, default=0) < 0:
             raise ValueError(f"dtype {dtype}, shape {shape}")
+        check_shape(shape)
         end = start + math.prod(shape) * dtype.itemsize
         if end != size:  # also before NumPy computes with the shape, which may overflow
             raise ValueError(f"its array ends at byte {end:,}, the file has {size:,}")

@@ -22,6 +22,7 @@ import numpy as np
 from jaxmodels.io.bounded import open_regular, read_object, without_collection, without_repetition
 from jaxmodels.io.content import explained
 from jaxmodels.io.pipeline import Progress, run_in_threads, write_at
+from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.lazy import Index, nbytes, row_slices, values
@@ -115,6 +116,7 @@ def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
         raise ValueError(
             f"offsets {quoted([start, stop])} and shape {quoted(list(shape))} must be whole numbers of 63 bits"
         )
+    check_shape(shape)
     if not start <= stop <= len(data):
         raise ValueError(f"values at {start} to {stop} of {len(data)} bytes")
     if math.prod(shape) * dtype.itemsize != stop - start:

@@ -1,5 +1,6 @@
 """PyTorch checkpoint files (.pt), read without running code in them and written atomically."""
 
+import collections
 import errno
 import io
 import pickle
@@ -14,6 +15,7 @@ import numpy as np
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import explained, is_zip
+from jaxmodels.io.shapes import check_shape
 from jaxmodels.io.torch_formats import made_on_cpu, read_legacy, read_zipped
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted, shortened
@@ -68,7 +70,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
     try:
         with torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings(), made_on_cpu():
             warnings.simplefilter("ignore")  # torch's own use of what it deprecates, and notes on the pickle's protocol
-            return read_zipped(file) if zipped else read_legacy(file)
+            return without_attributes(read_zipped(file) if zipped else read_legacy(file))
     except pickle.UnpicklingError as error:
         # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -153,6 +155,26 @@ def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
     return arrays
 
 
+def without_attributes(content: Any) -> Any:
+    """The same content, whose OrderedDicts have no attributes of their own, such as _metadata of a state_dict.
+
+    A file may give them the names of their methods, and have lists that hold themselves.
+    """
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, collections.OrderedDict):
+            vars(value).clear()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return content
+
+
 def plain(value: Any) -> Any:
     """A tensor without attributes of its own, which shares its memory; any other value as it is.
 
@@ -189,7 +211,14 @@ def check_repeated(file: Path, tensors: Iterable[Any]) -> None:
 
 
 def check_size(file: Path, name: Any, tensor: Any) -> None:
-    """Raises ValueError if a tensor has more bytes than its file: with strides of 0, one value may fill the memory."""
+    """Raises ValueError if a tensor has more bytes than its file: with strides of 0, one value may fill the memory.
+
+    Also for a shape that `check_shape` refuses.
+    """
+    try:
+        check_shape(tensor.shape)
+    except ValueError as error:
+        raise ValueError(f"{file} has {quoted(name)}: {error}") from None
     n_bytes = tensor.numel() * tensor.element_size()
     if n_bytes > max(file.stat().st_size, REPEATED_BYTES):
         raise ValueError(

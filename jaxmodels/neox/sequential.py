@@ -53,8 +53,8 @@ def is_buffer(key: str, tensor: Any, config: NeoXConfig) -> bool:
         return True
     if key.endswith(mask_name):
         mask = as_numpy(tensor)
-        if mask.size > MASK:
-            raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask of at most {MASK:,} values")
+        if not 0 < mask.size <= MASK:
+            raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask of 1 to {MASK:,} values")
         mask = mask.view(np.bool_) if mask.dtype == np.uint8 and mask.max(initial=0) <= 1 else mask.astype(bool)
         if mask.ndim < 2 or not (mask == triangle(*mask.shape[-2:])).all():
             raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask")

@@ -39,7 +39,7 @@ def table_cell(text: str) -> str:
     Neither HTML nor a link begins in it; other Markdown has its effect.
     """
     text = visible(text).replace("<", r"\<").replace("](", r"]\(")
-    return re.sub(r"(\\*)\|", r"\1\1\|", text)
+    return re.sub(r"(?<!\\)(\\*)\|", r"\1\1\|", text)  # linear: a match begins a run of backslashes
 
 
 def quoted(value: Any, longest: int = 80) -> str:

@@ -6,10 +6,10 @@ What cannot be computed from the file, as how long its regular expressions take,
 """
 
 import collections
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxmodels.io.bounded import parsed
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.patterns import Nullable, Pattern, Unsupported
 
@@ -33,7 +33,7 @@ class Repeated(dict[str, Any]):
 
 def check(content: str) -> dict[str, Any]:
     """Content of a tokenizer.json; raises ValueError for one whose rules may multiply a text, or that is no object."""
-    parts = json.loads(content, object_pairs_hook=object_of)
+    parts = parsed(content, object_pairs_hook=object_of)
     if not isinstance(parts, dict):
         raise ValueError("it is no object")
     found = {

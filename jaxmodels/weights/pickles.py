@@ -2,16 +2,17 @@
 
 PyTorch's unpickler runs no code of a file, but does everything else that the file says: a hundred bytes can ask for a
 dictionary whose key is a tuple of tuples of tuples …, each the same twice, of which Python hashes 2⁶⁰, or for bytes of
-any number. Here the instructions are followed with numbers in place of values.
+any number. A tuple of a tuple of a tuple …, nested a million deep, overflows the stack when it is hashed. Here the
+instructions are followed with numbers in place of values.
 """
 
-import math
 import pickle
 import struct
 from typing import BinaryIO
 
 # Values and instructions; a tensor takes about 35, so that this is 57,000 tensors. Each use of a value counts anew.
 MOST = 2_000_000
+DEEPEST = 100  # tuples, lists, dictionaries and arguments of calls in each other; a checkpoint has about ten
 # Functions that PyTorch's unpickler is allowed to call, and that allocate and fill as much as their argument says.
 FILLING = (b"bytearray", b"Counter")
 
@@ -34,16 +35,21 @@ class TooMuchError(ValueError):
 
 
 class Value:
-    """Knowledge of a value: of how many it consists, and the product of the integers in it."""
+    """Knowledge of a value: of how many it consists, how deeply nested, and the product of the integers in it.
 
-    __slots__ = ("count", "fills", "product")
+    The product is at most MOST + 1: that of many large integers would take long.
+    """
 
-    def __init__(self, count: int = 1, product: int = 1, fills: bool = False):
-        self.count, self.product, self.fills = count, product, fills
+    __slots__ = ("count", "depth", "fills", "product")
+
+    def __init__(self, count: int = 1, product: int = 1, fills: bool = False, depth: int = 0):
+        self.count, self.product, self.fills, self.depth = count, min(product, MOST + 1), fills, depth
 
 
 def check_work(content: BinaryIO, most: int = MOST) -> None:
     """Raise TooMuchError if loading the pickle at the position of a file would take more than `most` values.
+
+    Also if values are nested more than DEEPEST deep.
 
     Does not judge what is damaged or what PyTorch's unpickler refuses: it stops there, as that does.
     """
@@ -77,11 +83,23 @@ class Count:
 
     def joined(self, values: list[Value]) -> Value:
         """A new value that consists of others."""
-        return Value(1 + sum(value.count for value in values), math.prod(value.product for value in values))
+        product = 1
+        for value in values:
+            product = min(product * value.product, MOST + 1)
+        return Value(1 + sum(value.count for value in values), product, depth=self.around(values))
 
     def add(self, values: list[Value]) -> None:
         """Make values a part of the one on top of the stack."""
-        self.stack[-1].count += sum(value.count for value in values)
+        top = self.stack[-1]
+        top.count += sum(value.count for value in values)
+        top.depth = max(top.depth, self.around(values))
+
+    def around(self, values: list[Value]) -> int:
+        """Depth of a value that consists of others; raises TooMuchError if it is too large."""
+        depth = 1 + max((value.depth for value in values), default=-1)
+        if depth > DEEPEST:
+            raise TooMuchError(f"its structure is nested more than {DEEPEST} deep")
+        return depth
 
     def follow(self) -> None:
         """Follow the instructions up to the last, or up to one that the unpickler refuses."""
@@ -125,7 +143,7 @@ class Count:
             arguments = stack.pop()
             if stack[-1].fills:
                 self.used(arguments.product)
-            stack[-1] = Value(1 + arguments.count)
+            stack[-1] = Value(1 + arguments.count, depth=self.around([arguments]))
         elif code in ADDED:
             values = [stack.pop() for _ in range(ADDED[code])]
             self.add(values)

@@ -8,7 +8,9 @@ from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import named
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.neox.sequential import is_buffer
+from jaxmodels.process.texts import shortened
 from jaxmodels.weights.lazy import equal
+from jaxmodels.weights.prefixes import LONGEST
 
 BASE = "gpt_neox."  # prefix of all tensors but the readout; absent in files of GPTNeoXModel
 READOUT = "embed_out.weight"
@@ -16,7 +18,8 @@ READOUT_ALIAS = "lm_head.weight"  # its name in memory since transformers 5.14
 BUFFER = re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 # Buffers that are neither parameters nor compared with the configuration.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|attention\.norm_factor)")
-ADAPTER = re.compile(r".*\.(lora_[A-Z]\w*|lora_magnitude_vector|base_layer|modules_to_save|original_module)\..*")
+# A word inside of a name. Words are matched one by one: an expression for the whole name takes quadratic time.
+ADAPTER = re.compile(r"lora_[A-Z]\w*|lora_magnitude_vector|base_layer|modules_to_save|original_module")
 
 
 def twin_names(stored: Mapping[str, Any], config: NeoXConfig, where: str) -> dict[str, Any]:
@@ -60,9 +63,10 @@ def known_names(config: NeoXConfig) -> Callable[[str], bool]:
 
 def check_no_adapter(names: Iterable[str], where: str) -> None:
     """Raises ValueError, beginning with `where`, if tensors are those of an adapter or of layers that have one."""
-    found = [name for name in names if ADAPTER.fullmatch(name)]
+    found = [name for name in names if any(map(ADAPTER.fullmatch, name.split(".")[1:-1]))]
     if found:
+        name = shortened(found[0], LONGEST)
         raise ValueError(
-            f"{where} has layers with adapter weights of PEFT ({found[0]}); merge them with merge_and_unload(), and "
+            f"{where} has layers with adapter weights of PEFT ({name}); merge them with merge_and_unload(), and "
             "save the model again"
         )

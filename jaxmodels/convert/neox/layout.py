@@ -42,6 +42,11 @@ class Name(NamedTuple):
     disk: tuple[str, ...]
     hf: str | None = None
 
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions: 1 of norms and biases, else 2."""
+        return 1 if owner(self) == "norm" or self.twin.endswith(".bias") else 2
+
 
 EMBEDDING = (Name("embedding.emb.weight", VOCABULARY, ("word_embeddings.weight",), "gpt_neox.embed_in.weight"),)
 FINAL_NORM = (

@@ -179,6 +179,9 @@ def by_name(shards: Shards, form: Form) -> dict[str, tuple[Name, list[Any], list
                 if len({(tuple(part.shape), str(part.dtype)) for part in parts}) > 1:
                     kinds = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
                     problems.append(f"{ranks[0].file.name}: {name.disk[0]} differs between ranks: {kinds}")
+                elif len(shape := parts[0].shape) != name.ndim:
+                    axes = f"{name.ndim} dimension{'s'[: name.ndim > 1]}"
+                    problems.append(f"{ranks[0].file.name}: {name.disk[0]} has shape {list(shape)}, expected {axes}")
                 key = f"layers.{layer - 2}.{name.twin}" if name.twin in OF_BLOCK else name.twin
                 found[key] = (name, parts, ranks)
     if problems:
@@ -362,7 +365,7 @@ def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
     if tensor is None:
         return
     try:
-        is_buffer(f"layers.{FREQUENCIES}", read(tensor), config)
+        is_buffer(f"layers.{FREQUENCIES}", tensor, config)
     except ValueError as error:
         raise ValueError(f"{shard.file}: {error}") from None
 

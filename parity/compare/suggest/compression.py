@@ -10,7 +10,7 @@ from parity.compare.suggest.layers import Pair
 from parity.compare.weights.owners import WORDS
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-IN_WORD = re.compile(r"\d+(?![^.])")  # at the end of a word, as in block_0
+IN_WORD = re.compile(r"(?<!\d)\d+(?![^.])")  # at the end of a word, as in block_0
 MOST = 6  # numbers of a Flax name that may be those of PyTorch's
 
 

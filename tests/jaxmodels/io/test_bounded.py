@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.io.bounded import CONFIG_BYTES, open_regular, read_bytes, read_json, read_object, read_text
+from jaxmodels.io.bounded import (
+    CONFIG_BYTES,
+    TOKENIZER_BYTES,
+    open_regular,
+    read_bytes,
+    read_json,
+    read_object,
+    read_text,
+)
+from jaxmodels.text import TokenizerFile
 
 PROGRAM = """
 import resource, sys
@@ -112,6 +121,17 @@ def test_the_largest_file_that_is_read_takes_less_than_a_gigabyte(unit, tmp_path
     file.write_text("[" + unit * ((CONFIG_BYTES - 3) // len(unit)) + "0]")
     assert file.stat().st_size <= CONFIG_BYTES
     assert int(read_elsewhere(file)[-1]) < 700
+
+
+@pytest.mark.parametrize(("unit", "counted"), [('{"":0},', "2,500,002 lists and objects"), ("1,", "9,000,000 commas")])
+def test_a_large_text_of_more_values_than_a_tokenizer_has_is_not_parsed(unit, counted, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text('{"a":[' + unit * (2_500_000 if "{" in unit else 9_000_000) + "0]}")
+    assert file.stat().st_size > CONFIG_BYTES
+    with pytest.raises(ValueError, match=rf"tokenizer\.json is not read: .*{counted}"):
+        read_object(file, TOKENIZER_BYTES)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json cannot be read: .*{counted}"):
+        TokenizerFile.read(file)
 
 
 @pytest.mark.parametrize("written", [0, 4096])

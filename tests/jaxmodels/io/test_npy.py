@@ -40,6 +40,8 @@ def header(text: str) -> bytes:
         header("\x00\n"),
         header("{'descr': '<f8', 'fortran_order': False, 'shape': (3, 4611686018427387904, 5), }\n") + bytes(8),
         header("(" * 5000),
+        header("{'descr': '<f8', 'fortran_order': False, 'shape': (0, 1000000000000), }\n"),
+        header("{'descr': '|u1', 'fortran_order': False, 'shape': (" + "1, " * 65 + "), }\n") + bytes(1),
         header("{'descr': '|u1', 'fortran_order': False, 'shape': (3,), }\n") + bytes(4),
     ],
 )

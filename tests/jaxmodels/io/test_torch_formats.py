@@ -1,6 +1,7 @@
 """PyTorch files of every kind are read; those whose entries are not what the tensors refer to are refused."""
 
 import collections
+import re
 import struct
 import warnings
 import zipfile
@@ -274,6 +275,29 @@ def test_attributes_of_a_tensor_do_not_replace_its_methods(tmp_path, zipped):
     assert read_pt(file)["a"].numel == 5
     assert torch.equal(read_state_dict(file)["a"], SHARED)
     assert np.array_equal(read_tensors(file)[0]["a"], SHARED.numpy())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_attributes_of_a_mapping_do_not_replace_its_methods(tmp_path, zipped):
+    file = tmp_path / "model.pt"
+    state = collections.OrderedDict(a=SHARED)
+    inner = collections.OrderedDict(model=state)
+    for mapping in (state, inner):
+        vars(mapping).update(dict.fromkeys(("Items", "Values", "Keys", "Get", "_metadata"), 5))
+    torch.save([inner, (inner, {"b": [state]})], file, _use_new_zipfile_serialization=zipped)
+    file.write_bytes(lower(file.read_bytes()))
+    first, (second, third) = read_pt(file)
+    for mapping in (first, first["model"], second, third["b"][0]):
+        assert type(mapping) is collections.OrderedDict
+        assert not vars(mapping)
+    torch.save(inner, file, _use_new_zipfile_serialization=zipped)
+    file.write_bytes(lower(file.read_bytes()))
+    assert np.array_equal(read_tensors(file)[0]["a"], SHARED.numpy())
+
+
+def lower(content):
+    """With the names of methods; `torch.save` itself calls them."""
+    return re.sub(rb"Items|Values|Keys|Get", lambda match: match[0].lower(), content)
 
 
 @pytest.mark.parametrize("entry", [True, False])

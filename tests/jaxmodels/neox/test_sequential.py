@@ -58,6 +58,14 @@ def test_buffers_are_skipped():
         ({"rotary_emb.inv_freq": 500.0 ** (-np.arange(0, 4, 2) / 4)}, r"inv_freq=.*base=10000\.0"),
         ({"rotary_emb.inv_freq": 10_000.0 ** (-np.arange(0, 10, 2) / 10)}, r"inv_freq=.*\bd=4\b"),
         ({"bias": np.ones((1, 1, 9, 9), bool)}, r"layers\.0\.attention\.bias\b.*\[1, 1, 9, 9\]"),
+        (
+            {"rotary_emb.inv_freq": np.broadcast_to(np.uint8(0), 2**24)},
+            r"inv_freq=\[0(, 0){9}\] of shape \[16777216\] must be .{1,50}$",
+        ),
+        (
+            {"bias": np.ones((0, 3_000, 3_000), bool)},
+            r"attention\.bias with shape \[0, 3000, 3000\] must be .*mask of 1 to",
+        ),
         ({"bias": np.ones(30, np.float32)}, r"layers\.0\.attention\.bias\b.*\[30\]"),
     ],
 )

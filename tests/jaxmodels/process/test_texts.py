@@ -1,6 +1,7 @@
 """Texts from elsewhere, on a terminal."""
 
 import io
+import time
 
 import pytest
 
@@ -60,3 +61,9 @@ def test_a_models_text_is_escaped_on_a_terminal_alone():
 )
 def test_a_cell_of_a_table_holds_neither_a_bar_nor_html_nor_a_link(text, cell):
     assert table_cell(text) == cell
+
+
+def test_a_cell_takes_linear_time():
+    start = time.process_time()
+    assert table_cell("\\" * 100_000) == "\\" * 100_000
+    assert time.process_time() - start < 1

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmodels.weights.lazy import Cast, Combined, Cut, Joined, Layer, Stacked, Transposed, pieces, read, values
+from jaxmodels.weights.lazy import Cast, Combined, Cut, Joined, Layer, Stacked, Transposed, equal, pieces, read, values
 
 RNG = np.random.default_rng(0)
 
@@ -101,3 +101,8 @@ def test_a_value_that_does_not_fit_is_an_error_and_infinity_is_not():
         read(Cast(values, np.dtype(np.float16), "readout"))
     values[1] = np.inf
     assert np.isinf(read(Cast(values, np.dtype(np.float16))))[1]
+
+
+def test_empty_tensors_are_compared_by_shape():
+    assert equal(np.empty((10**12, 0)), np.empty((10**12, 0)))
+    assert not equal(np.empty((3, 0)), np.empty((0, 3)))

@@ -1,5 +1,7 @@
 """Shards with more in them than the tensors of a model, and with tensors of other kinds."""
 
+import re
+
 import pytest
 import torch
 
@@ -94,6 +96,29 @@ def test_a_prefix_is_proposed_and_removed(tmp_path, written, prefix):
     assert_holds(open_neox(tmp_path, strip_prefix=prefix).model(), state)
     with pytest.raises(ValueError, match=r"model_states\.pt .*strip_prefix='other\.'"):
         open_neox(tmp_path, strip_prefix="other.")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (0, "word_embeddings.weight"),
+        (2, "mlp.dense_h_to_4h.weight"),
+        (2, "attention.query_key_value.bias"),
+        (2, "input_layernorm.weight"),
+        (6, "norm.weight"),
+        (7, "final_linear.weight"),
+    ],
+)
+def test_a_tensor_of_another_number_of_dimensions_is_named(tmp_path, layer, name, ranks):
+    write(tmp_path, ranks=ranks)
+    good = torch.load(layer_file(tmp_path, layer, 0))[name]
+    for other in (good.flatten()[0], good[0], good[..., None], good[..., None, None][..., :0]):
+        for rank in range(ranks):
+            change(layer_file(tmp_path, layer, rank), lambda content, other=other: content | {name: other.clone()})
+        shape = re.escape(str(list(other.shape)))
+        with pytest.raises(ValueError, match=rf"layer_0{layer}-.*: {name} has shape {shape}, expected {good.ndim} dim"):
+            open_neox(tmp_path)
 
 
 def test_a_pointer_in_place_of_a_shard(tmp_path):
