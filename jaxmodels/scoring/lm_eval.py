@@ -10,8 +10,10 @@ import argparse
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -339,6 +341,17 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     return arguments
 
 
+def refuse_metrics_here() -> None:
+    """Raise ValueError if a folder NAME in the current folder has a NAME.py.
+
+    `evaluate.load("rouge")`, which tasks call, prefers the code in ./rouge/rouge.py to the published metric.
+    """
+    for folder in Path().iterdir():
+        code = folder / f"{folder.name}.py"
+        if os.path.isfile(code):
+            raise ValueError(f"{code} would run as the metric of that name; start the command in another folder")
+
+
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run lm-eval's command line with the model type registered, and selected by default; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -355,6 +368,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
                 options[1:1] = ["--model", registration.NAME]
         else:
             options = arguments
+        refuse_metrics_here()
         from lm_eval.__main__ import cli_evaluate
 
         sys.argv = [prog, *options]
