@@ -38,8 +38,7 @@ class Score:
     @property
     def perplexity(self) -> float | None:
         """exp(loss); None if no token was predicted."""
-        loss = self.loss
-        return None if loss is None else math.exp(loss) if loss < 709 else math.inf
+        return None if self.loss is None else perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -50,6 +49,11 @@ class Score:
     def bits_per_character(self) -> float | None:
         """Bits of the predicted tokens per character of their text; None if there is no text."""
         return self.nats / math.log(2) / self.characters if self.characters else None
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite if it is larger than floats are."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)

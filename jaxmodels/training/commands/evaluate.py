@@ -22,6 +22,7 @@ from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
 from jaxmodels.scoring import score
+from jaxmodels.scoring.documents import perplexity
 from jaxmodels.scoring.files import Document, as_json, read_documents, table
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import TokenizerFile, Vocabulary, load_vocabulary
@@ -159,7 +160,7 @@ def print_scores(options: argparse.Namespace) -> None:
     text = only_text(options) or f"held-out part of {opened.experiment.config.text if opened.experiment else ''}"
     print(f"{visible(text)}: {found.tokens:,} {unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {unit}")
-    print(f"    perplexity           {math.exp(found.nats):.4f}")
+    print(f"    perplexity           {perplexity(found.nats):.4f}")
     print(f"    bits per character   {found.bits_per_character:.4f}")
     print(f"    bits per byte        {found.bits_per_byte:.4f}")
 
@@ -289,6 +290,8 @@ def evaluate(
     parts = (np.concatenate([without_padding(examples[i])[1:] for i in part]) for part in some)
     n = n_predicted(examples)
     characters, n_bytes = decoded_size(vocabulary, parts)
-    bits = n * nats / math.log(2)
     # For bytes, count the tokens: the text may begin inside a character, which does not decode.
-    return Scores(n, nats, bits / characters, bits / (n if vocabulary.unit == "byte" else n_bytes))
+    n_bytes = n if vocabulary.unit == "byte" else n_bytes
+    bits = n * nats / math.log(2)
+    # A vocabulary of others may decode to nothing.
+    return Scores(n, nats, *(bits / size if size else math.inf for size in (characters, n_bytes)))
