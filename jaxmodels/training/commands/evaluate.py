@@ -95,7 +95,7 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="tokens per sequence, each predicted from those before it in the same sequence (default: as in training; "
-        "of a model, the length that it names)",
+        "of a model, the length that it names, but at most 4,096)",
     )
     add(
         "--stride",
