@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from jaxmodels.process.failures import is_out_of_memory
 from jaxmodels.process.streams import discard, escape_unencodable, is_unwritable, say
 from jaxmodels.process.texts import shortened
 
@@ -47,7 +48,8 @@ def run(main: Callable[[], int | None], command: str) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        say(f"{command}: not enough memory: {shortened(str(error).partition(chr(10))[0] or 'no reason given', 400)}")
+        reason = shortened(str(error).partition("\n")[0], 400)
+        say(f"{command}: not enough memory{': ' * bool(reason)}{reason}")
         return 2
 
 
@@ -97,11 +99,6 @@ def in_one_line(
 ) -> str:
     """Text of a warning, as `warnings.formatwarning` returns it."""
     return f"warning: {shortened(' '.join(str(message).split()))}\n"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if Python, NumPy or XLA could not allocate memory, which is no bug."""
-    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 def end_at_ctrl_c(command: str) -> None:

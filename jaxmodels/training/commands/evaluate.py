@@ -18,6 +18,7 @@ from jaxmodels.convert.open import open_source
 from jaxmodels.io.atomic import atomic_file, check_file, recover
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
+from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
@@ -132,7 +133,7 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run the command and return its exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    return programs.run(lambda: print_scores(options), prog)
+    return programs.run(lambda: memory_naming(options.checkpoint)(print_scores)(options), prog)
 
 
 def print_scores(options: argparse.Namespace) -> None:

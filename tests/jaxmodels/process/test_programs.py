@@ -71,6 +71,7 @@ def test_the_code_of_main_is_the_code_of_the_program(returned, code, capsys):
         (FileNotFoundError(2, "No such file", "x"), 2, "command: [Errno 2] No such file: 'x'\n"),
         (ValueError("name='\x1b]0;hidden\x07\u202e'"), 2, "command: name='\\x1b]0;hidden\\x07\\u202e'\n"),
         (MissingExtra("train", ("tyro",)), 2, "command: needs tyro: pip install 'jaxmodels[train]'\n"),
+        (MemoryError(), 2, "command: not enough memory\n"),
         (MemoryError("8 TiB"), 2, "command: not enough memory: 8 TiB\n"),
         (RuntimeError("RESOURCE_EXHAUSTED: 8 TiB\nat"), 2, "command: not enough memory: RESOURCE_EXHAUSTED: 8 TiB\n"),
     ],
