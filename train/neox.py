@@ -32,7 +32,6 @@ from jaxmodels.io.steps import latest_step
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.text import Vocabulary, load_vocabulary
-from jaxmodels.text.corpora import is_downloaded
 from jaxmodels.training.config import AdamWConfig, AttentionKernel
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.original import Original, open_neox, original_of, types_of, widest
@@ -259,7 +258,7 @@ class Neox(Experiment[Config]):
         if vocabulary is None and not Path(c.text).is_dir():
             known = None if self.resumed is None else load_vocabulary(self.resumed / "vocabulary.json")
             vocabulary = known or self.opened.vocabulary(c.tokenizer)
-        self.refuse_unnamed("text", remote=is_downloaded(c.text))
+        self.refuse_unnamed_text()
         tokens = open_tokens(c.text, vocabulary, c.text_field)
         largest = max((int(part.max()) for part in (tokens.train, tokens.validation) if len(part)), default=0)
         if largest >= self.base.n_vocab:  # a tokenizer may have tokens without rows, if the text has none of them

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
+from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.texts import visible
 
 PROGRAM = "python -m jaxmodels.convert"
@@ -179,7 +180,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     options = parser(prog).parse_args(argv)
 
     def printed() -> int:
-        good, message = run(options)
+        with memory_naming(options.source):
+            good, message = run(options)
         print(visible(message, keep="\n"))
         return 0 if good else 1
 

@@ -34,6 +34,8 @@ FILES = (
     VOCABULARY,
 )
 TEMPLATES = "additional_chat_templates"  # folder of further *.jinja files
+MOST_TEMPLATES, TEMPLATE_BYTES = 100, 2**20  # of them; published ones have thousands of bytes
+ALL_BYTES = 2**27  # of a checkpoint's companions; a file that occupies nothing may say that it is large
 OTHER_NAMES = {TOKENIZER: ("20B_tokenizer.json",)}  # names under which GPT-NeoX publishes them
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KEY = "token_ids"
@@ -92,8 +94,10 @@ class Companions:
         """Copy the files into a folder, byte for byte, under their published names.
 
         A vocabulary.json with a tokenizer in it is written as tokenizer.json: it is what a run was trained with. Raises
-        ValueError if a link takes the place of the folder of further templates, or a FIFO or a device that of a file.
+        ValueError if a link takes the place of the folder of further templates, or a FIFO or a device that of a file,
+        and if the files have more than ALL_BYTES together.
         """
+        total = 0
         inside = (
             read_object(self.files[VOCABULARY], TOKENIZER_BYTES).get("tokenizer") if VOCABULARY in self.files else None
         )
@@ -105,7 +109,13 @@ class Companions:
                 refuse_link(target.parent)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not (target.exists() and target.samefile(file)):
-                content = read_bytes(file, TOKENIZER_BYTES)  # a copy of a sparse file would fill the disk
+                limit = TEMPLATE_BYTES if name.startswith(f"{TEMPLATES}/") else TOKENIZER_BYTES
+                content = read_bytes(file, limit)  # a copy of a sparse file would fill the disk
+                total += len(content)
+                if total > ALL_BYTES:
+                    raise ValueError(
+                        f"{file} and the files beside it have {total:,} bytes; at most {ALL_BYTES:,} are copied"
+                    )
                 with atomic_file(target) as new:
                     new.write_bytes(content)
         same = TOKENIZER in self.files and read_text(self.files[TOKENIZER], TOKENIZER_BYTES) == inside
@@ -127,6 +137,8 @@ def files_in(folder: Path) -> dict[str, Path]:
         if present:
             found[name] = present[0]
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))
+    if len(templates) > MOST_TEMPLATES:
+        raise ValueError(f"{folder / TEMPLATES} has {len(templates):,} templates; at most {MOST_TEMPLATES} are read")
     return found | {f"{TEMPLATES}/{file.name}": file for file in templates}
 
 

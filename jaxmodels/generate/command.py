@@ -14,6 +14,7 @@ from typing import Any
 from jaxmodels.io.bounded import read_text
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
+from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.streams import line_ended
 from jaxmodels.process.texts import for_terminal, quoted, visible
 
@@ -169,7 +170,7 @@ def add_settings(arguments: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Continue prompts and return the exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    return programs.run(lambda: run(options), prog)
+    return programs.run(lambda: memory_naming(options.source)(run)(options), prog)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.io.content import explained
+from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.texts import quoted, shortened
 
 CONFIG_BYTES = 2**24  # of a JSON or YAML text: 17 MB; the index of a model with 90,000 tensors has 9 MB
@@ -96,7 +97,7 @@ def kind_of(mode: int) -> str:
 
 def read_bytes(file: str | os.PathLike, limit: int = TEXT_BYTES) -> bytes:
     """Content of a regular file of at most `limit` bytes; raises ValueError, naming it, and OSError as `open`."""
-    with open_regular(file) as opened:
+    with open_regular(file) as opened, memory_naming(file):
         size = os.fstat(opened.fileno()).st_size
         if size > limit:
             raise ValueError(f"{file} has {size:,} bytes; at most {limit:,} are read")
@@ -147,7 +148,7 @@ def without_collection() -> Iterator[None]:
 def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
     """Content of a JSON file; raises ValueError, naming it, if it cannot be read, is too large or is not JSON."""
     try:
-        with without_collection():
+        with without_collection(), memory_naming(file):
             text = read_text(file, limit)
             content = parsed(text)
             if SURROGATE.search(text):  # a half of a character, which no text in UTF-8 may hold, raises here
@@ -183,9 +184,10 @@ def parsed(text: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def errors_naming(where: str | os.PathLike) -> Iterator[None]:
-    """Context that adds a file or folder to the message of a ValueError that does not name it."""
+    """Context that adds a file or folder to the message of a ValueError or MemoryError that does not name it."""
     try:
-        yield
+        with memory_naming(where):
+            yield
     except ValueError as error:
         if str(where) not in str(error):
             error.args = (f"{where}: {shortened(str(error))}",)  # its class, and what it holds, stay

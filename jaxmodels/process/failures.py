@@ -1,4 +1,4 @@
-"""One line for an exception of a library that wrote files: the reason, and the file."""
+"""One line for an exception of a library that wrote files, or for want of memory: the reason, and the file."""
 
 import contextlib
 import errno
@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from jaxmodels.process.texts import shortened
 
 # Reasons that operating systems give, in the words of C++ libraries, which put them in long texts; with their numbers.
 REASONS = {os.strerror(number): number for number in (28, 122, 27, 30, 13, 1, 5, 2, 24, 107, 116)}
@@ -61,3 +63,20 @@ def file_in(text: str, folder: Path) -> str:
     """First path inside a folder that a text names; the folder if there is none."""
     match = re.search(rf"{re.escape(str(folder.absolute()))}[^\s\"'`,;\])]*", text)
     return match[0].rstrip(":.") if match else str(folder)
+
+
+@contextlib.contextmanager
+def memory_naming(where: str | os.PathLike) -> Iterator[None]:
+    """Context in which a failure to allocate memory is a MemoryError that names a file or folder."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or str(where) in str(error):
+            raise
+        reason = shortened(str(error).partition("\n")[0], 300)
+        raise MemoryError(f"{where}{': ' * bool(reason)}{reason}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if Python, NumPy or XLA could not allocate memory, which is no bug."""
+    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from jaxmodels.process.failures import is_out_of_memory
 from jaxmodels.process.streams import discard, escape_unencodable, is_unwritable, say
 from jaxmodels.process.texts import shortened
 
@@ -20,12 +21,13 @@ def run(main: Callable[[], int | None], command: str) -> int:
     0 or what `main` returns; 2 for a ValueError, an OSError, a missing package or too little memory; 130 for Ctrl-C;
     141 if the reader of a pipe has closed it (`… | head`). Any other exception is a bug and keeps its traceback.
 
-    Warnings are printed as one line each, without a line of the source.
+    Warnings are printed as one line each, without a line of the source. Python processes that it starts import nothing
+    from the current folder, unless this process does.
 
     command: prefix of the line, e.g. "jaxmodels convert".
     """
     try:
-        with warnings_in_one_line(), interruptible():
+        with warnings_in_one_line(), interruptible(), safe_path():
             escape_unencodable()
             try:
                 code = main()
@@ -46,8 +48,36 @@ def run(main: Callable[[], int | None], command: str) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        say(f"{command}: not enough memory: {shortened(str(error).partition(chr(10))[0] or 'no reason given', 400)}")
+        reason = shortened(str(error).partition("\n")[0], 400)
+        say(f"{command}: not enough memory{': ' * bool(reason)}{reason}")
         return 2
+
+
+@contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """Context in which child processes do not look for modules in the current folder, unless this process does.
+
+    Python puts it first in the search path of `python -c` and `python -m`, which multiprocessing, joblib and PyTorch
+    start: a multiprocessing.py or pip.py there would run.
+    """
+    name, before = "PYTHONSAFEPATH", os.environ.get("PYTHONSAFEPATH", "")
+    if before or imports_from_here():
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ[name] = before  # empty: as if it were not set
+
+
+def imports_from_here() -> bool:
+    """True if the current folder is in this process's search path."""
+    try:
+        here = os.path.realpath(os.curdir)
+        return any(os.path.realpath(place) == here for place in sys.path)
+    except OSError:  # the folder was removed
+        return False
 
 
 @contextlib.contextmanager
@@ -69,11 +99,6 @@ def in_one_line(
 ) -> str:
     """Text of a warning, as `warnings.formatwarning` returns it."""
     return f"warning: {shortened(' '.join(str(message).split()))}\n"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if Python, NumPy or XLA could not allocate memory, which is no bug."""
-    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 def end_at_ctrl_c(command: str) -> None:

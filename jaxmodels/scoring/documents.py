@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.process.streams import warn
 from jaxmodels.scoring.rows import Programs, Row, check_model, score_rows, vocabulary_size
 from jaxmodels.scoring.windows import rows_of
 from jaxmodels.text import Vocabulary, as_vocabulary
@@ -15,6 +16,9 @@ from jaxmodels.text.tokens import encode_whole
 
 GROUP = 2**21  # tokens of windows that are held, sorted and computed together
 LONGEST = 2048  # tokens of a window if the model names no length
+WINDOW = (
+    4096  # tokens of a window that is not given, at most: a model may name any length, and attention takes its square
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +42,7 @@ class Score:
     @property
     def perplexity(self) -> float | None:
         """exp(loss); None if no token was predicted."""
-        loss = self.loss
-        return None if loss is None else math.exp(loss) if loss < 709 else math.inf
+        return None if self.loss is None else perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -50,6 +53,11 @@ class Score:
     def bits_per_character(self) -> float | None:
         """Bits of the predicted tokens per character of their text; None if there is no text."""
         return self.nats / math.log(2) / self.characters if self.characters else None
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite if it is larger than floats are."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +85,8 @@ def score(
         of an iterator are taken one after the other; a source is read in pieces.
     tokenizer: vocabulary of texts: one of `jaxmodels.text`, of tokenizers or of transformers, or the path of a
         tokenizer.json or of its folder. Special tokens are not added.
-    max_length: tokens of a window, of which the first is not predicted; default the model's max_len, or 2,048. Longer
-        documents are scored in windows that overlap.
+    max_length: tokens of a window, of which the first is not predicted; default the model's max_len, or 2,048, but
+        at most 4,096. Longer documents are scored in windows that overlap.
     stride: tokens from the beginning of a window to that of the next, below max_length; default half of it. Each token
         is scored once, after at least max_length - stride others or all that precede it.
     batch_size: windows that are computed together; default as many as have 4,096 tokens.
@@ -155,7 +163,7 @@ class Group:
 def checked_window(model: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
     """Window and stride with their defaults; raises ValueError if they are out of range."""
     if max_length is None:
-        max_length = model_length(model) or LONGEST
+        max_length = default_window(model)
     if not is_integer(max_length) or max_length < 2:
         raise ValueError(f"max_length={max_length} must be an integer of at least 2")
     if stride is None:
@@ -174,6 +182,14 @@ def model_length(model: Any) -> int | None:
     config = getattr(model, "config", None)
     length = config().get("max_len") if callable(config) else None
     return length if isinstance(length, int) else None
+
+
+def default_window(model: Any) -> int:
+    """Tokens of a window if none are given; warns if the model names more than WINDOW."""
+    length = model_length(model) or LONGEST
+    if length > WINDOW:
+        warn(f"windows have {WINDOW:,} tokens, not the max_len={length:,} of the model; pass a length for longer ones")
+    return min(length, WINDOW)
 
 
 def encoded(text: Any, i: int, tokenizer: Vocabulary | None, begin: Sequence[int] = ()) -> np.ndarray:

@@ -10,8 +10,10 @@ import argparse
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ from jaxmodels.process import lm_eval as registration
 from jaxmodels.process.arguments import Parser, errors_escaped
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
-from jaxmodels.scoring.documents import LONGEST, model_length
+from jaxmodels.scoring.documents import default_window
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
 from jaxmodels.scoring.special import chat_template, special_ids
@@ -64,9 +66,9 @@ class JaxModelsLM(TemplateLM):
     source: a folder that `jaxmodels.load` reads, or a Hub id. revision: of a Hub id. tokenizer: a tokenizer.json or
     vocabulary.json; default the source's own. dtype: of the weights; "auto" as they are stored, but float32 for
     16-bit ones on a CPU. batch_size: rows, or
-    "auto". max_length: most tokens that the model reads; default its max_len. max_gen_toks: most tokens to write, if a
-    task does not say. prefix_token_id: context of texts without one; default the bos or else the eos token.
-    add_bos_token: whether the tokenizer adds special tokens; default as it is stored. seed: of sampling.
+    "auto". max_length: most tokens that the model reads; default its max_len, but at most 4,096. max_gen_toks: most
+    tokens to write, if a task does not say. prefix_token_id: context of texts without one; default the bos or else the
+    eos token. add_bos_token: whether the tokenizer adds special tokens; default as it is stored. seed: of sampling.
 
     Raises ValueError if the source or a setting is bad.
     """
@@ -104,7 +106,7 @@ class JaxModelsLM(TemplateLM):
         self.batch_size = parsed_batch_size(batch_size)
         self.dtype = None if dtype == "auto" else dtype
         self.model = opened.model(dtype=self.dtype or opened.compute_dtype("dtype=…"))
-        self.max_length = max_length or model_length(self.model) or LONGEST
+        self.max_length = max_length or default_window(self.model)
         self.max_gen_toks = int(max_gen_toks)
         self.given_prefix = prefix_token_id
 
@@ -339,6 +341,17 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     return arguments
 
 
+def refuse_metrics_here() -> None:
+    """Raise ValueError if a folder NAME in the current folder has a NAME.py.
+
+    `evaluate.load("rouge")`, which tasks call, prefers the code in ./rouge/rouge.py to the published metric.
+    """
+    for folder in Path().iterdir():
+        code = folder / f"{folder.name}.py"
+        if os.path.isfile(code):
+            raise ValueError(f"{code} would run as the metric of that name; start the command in another folder")
+
+
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run lm-eval's command line with the model type registered, and selected by default; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -355,6 +368,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
                 options[1:1] = ["--model", registration.NAME]
         else:
             options = arguments
+        refuse_metrics_here()
         from lm_eval.__main__ import cli_evaluate
 
         sys.argv = [prog, *options]

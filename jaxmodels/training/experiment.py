@@ -26,6 +26,7 @@ A model class has:
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import os
 import shlex
 import sys
@@ -44,6 +45,7 @@ from jaxmodels.generate import Sampling
 from jaxmodels.generate.loop import Decoding
 from jaxmodels.models import build, describe, name_of
 from jaxmodels.process.distributed import to_host
+from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
@@ -70,6 +72,7 @@ EXPERIMENTS = {
     "synthesizer": "train.synthesizer",
 }
 PROMPT_TOKENS, SAMPLE_TOKENS = 30, 100  # of the sample in a report
+UNNAMED_FILES = 100_000  # in the folder of a text that a run's configuration alone names
 NGRAM_TOKENS = 50_000_000  # counting a longer text would take minutes
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -209,11 +212,26 @@ class Experiment(Generic[ConfigT]):
                 f"--{name} {shlex.quote(value)}"
             )
 
+    def refuse_unnamed_text(self) -> None:
+        """Raise ValueError if a run's files alone name a text that is downloaded, or a folder with far too many files.
+
+        The folder may be any: that of others' run may be the root of the file system.
+        """
+        text = self.config.text
+        self.refuse_unnamed("text", remote=is_downloaded(text))
+        if "text" in self.unnamed and os.path.isdir(text):
+            found = sum(1 for _ in itertools.islice(below(text), UNNAMED_FILES + 1))
+            if found > UNNAMED_FILES:
+                raise ValueError(
+                    f"text={quoted(text)} of the run is a folder of more than {UNNAMED_FILES:,} files; if you trust "
+                    f"it, name it yourself: --text {shlex.quote(text)}"
+                )
+
     # The data.
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
         """Read the text as token ids, in a saved run's vocabulary if given; raises ValueError if it cannot be read."""
-        self.refuse_unnamed("text", remote=is_downloaded(self.config.text))
+        self.refuse_unnamed_text()
         return open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
 
     def task(self) -> Task:

@@ -103,6 +103,22 @@ def test_a_saved_run_downloads_nothing_that_the_user_has_not_named(tmp_path, mon
         assert name not in named.unnamed
 
 
+def test_a_run_of_others_names_no_folder_with_any_number_of_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmodels.training.experiment.UNNAMED_FILES", 3)
+    texts, run = tmp_path / "texts", tmp_path / "run"
+    (texts / "inside").mkdir(parents=True)
+    run.mkdir()
+    for name in ("a.txt", "inside/b.txt"):
+        (texts / name).write_text("The sea is wide. " * 20)
+    write_about(run, rope.Rope(rope.Config(text=str(texts), seq_len=7)), "0" * 64, {})
+    vocabulary = CharVocabulary.of("The sea is wide. ")
+    with pytest.raises(ValueError, match=r"has changed since|unknown characters"):  # its files are read
+        saved_experiment(run).held_out(run, vocabulary, "0" * 64)
+    (texts / "c.txt").write_text("The sea is wide. ")
+    with pytest.raises(ValueError, match=r"of the run is a folder of more than 3 files.* --text "):
+        saved_experiment(run).held_out(run, vocabulary, "0" * 64)
+
+
 def test_a_saved_experiment_is_of_the_run_s_own_checkpoint(run, monkeypatch):
     (run / "checkpoints" / "3").mkdir()
     (run / "checkpoints" / "3" / "complete.json").write_text("{}")

@@ -18,10 +18,12 @@ from jaxmodels.convert.open import open_source
 from jaxmodels.io.atomic import atomic_file, check_file, recover
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
+from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
 from jaxmodels.scoring import score
+from jaxmodels.scoring.documents import perplexity
 from jaxmodels.scoring.files import Document, as_json, read_documents, table
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import TokenizerFile, Vocabulary, load_vocabulary
@@ -94,7 +96,7 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="tokens per sequence, each predicted from those before it in the same sequence (default: as in training; "
-        "of a model, the length that it names)",
+        "of a model, the length that it names, but at most 4,096)",
     )
     add(
         "--stride",
@@ -131,7 +133,7 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run the command and return its exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    return programs.run(lambda: print_scores(options), prog)
+    return programs.run(lambda: memory_naming(options.checkpoint)(print_scores)(options), prog)
 
 
 def print_scores(options: argparse.Namespace) -> None:
@@ -159,7 +161,7 @@ def print_scores(options: argparse.Namespace) -> None:
     text = only_text(options) or f"held-out part of {opened.experiment.config.text if opened.experiment else ''}"
     print(f"{visible(text)}: {found.tokens:,} {unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {unit}")
-    print(f"    perplexity           {math.exp(found.nats):.4f}")
+    print(f"    perplexity           {perplexity(found.nats):.4f}")
     print(f"    bits per character   {found.bits_per_character:.4f}")
     print(f"    bits per byte        {found.bits_per_byte:.4f}")
 
@@ -289,6 +291,8 @@ def evaluate(
     parts = (np.concatenate([without_padding(examples[i])[1:] for i in part]) for part in some)
     n = n_predicted(examples)
     characters, n_bytes = decoded_size(vocabulary, parts)
-    bits = n * nats / math.log(2)
     # For bytes, count the tokens: the text may begin inside a character, which does not decode.
-    return Scores(n, nats, bits / characters, bits / (n if vocabulary.unit == "byte" else n_bytes))
+    n_bytes = n if vocabulary.unit == "byte" else n_bytes
+    bits = n * nats / math.log(2)
+    # A vocabulary of others may decode to nothing.
+    return Scores(n, nats, *(bits / size if size else math.inf for size in (characters, n_bytes)))

@@ -2,10 +2,13 @@
 
 import argparse
 import array
+import contextlib
+import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -25,6 +28,7 @@ examples:
 FORMATS = (".png", ".svg", ".pdf")  # others need programs that may not be there, such as LaTeX
 LABEL = 80  # characters of a run's name
 POINTS = 200  # of a curve of training losses, each the mean of several steps
+MARKS = 2_000  # of a curve of validation losses, more than a picture is wide
 
 
 def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 
 def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and losses of training [n, 2], averaged to POINTS points, and of validation [m, 2].
+    """Steps and losses of training [n, 2], averaged to POINTS points, and of validation [m, 2], `thinned`.
 
     Raises ValueError if the run has none.
     """
@@ -67,7 +71,33 @@ def curves(run: Path) -> tuple[np.ndarray, np.ndarray]:
     if not len(train):
         raise ValueError(f"{run / metrics.FILE} has no losses yet")
     parts = np.array_split(train, min(len(train), POINTS))
-    return np.array([part.mean(axis=0) for part in parts]), validation
+    return np.array([part.mean(axis=0) for part in parts]), thinned(validation)
+
+
+def import_matplotlib() -> tuple[ModuleType, ModuleType]:
+    """Import matplotlib, with pyplot.
+
+    It prefers a matplotlibrc in the current folder, which may be of others, to that of MATPLOTLIBRC: the package's
+    own folder is the current one meanwhile.
+    """
+    require("train", "matplotlib")
+    found = importlib.util.find_spec("matplotlib")
+    assert found is not None
+    assert found.origin is not None
+    with contextlib.chdir(Path(found.origin).parent):
+        import matplotlib
+
+        matplotlib.use("agg")  # no window
+        from matplotlib import pyplot
+    return matplotlib, pyplot
+
+
+def thinned(points: np.ndarray) -> np.ndarray:
+    """At most MARKS + 1 points of a curve, float [n, 2]: the lowest and highest of each part, and the last."""
+    if len(points) <= MARKS:
+        return points
+    ends = [part[sorted([part[:, 1].argmin(), part[:, 1].argmax()])] for part in np.array_split(points, MARKS // 2)]
+    return np.concatenate([*ends, points[-1:]])
 
 
 def draw(runs: Sequence[Path], out: Path) -> None:
@@ -76,13 +106,8 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         raise ValueError(f"out={str(out)!r} must end in {', '.join(FORMATS)}")
     check_file(out)
     found = {run: curves(run) for run in runs}
-    require("train", "matplotlib")
-    import matplotlib
-
-    matplotlib.use("agg")  # no window
-    from matplotlib import pyplot
-
-    # Not the settings of a matplotlibrc in the current folder, which may be of others.
+    matplotlib, pyplot = import_matplotlib()
+    # No settings but the defaults: texts drawn by LaTeX, for one, would start programs.
     with pyplot.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on names that the font lacks, or that leave no room
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")

@@ -11,6 +11,7 @@ from jaxmodels.convert.open import open_source
 from jaxmodels.generate.command import add_settings, check, continue_prompts
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
+from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.paths import local
 from jaxmodels.training.run import read_about
 
@@ -49,7 +50,7 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run the command and return its exit code; `prog` is the command as typed."""
     options = parser(prog).parse_args(argv)
-    return programs.run(lambda: sample(options), prog)
+    return programs.run(lambda: memory_naming(options.run)(sample)(options), prog)
 
 
 def sample(options: argparse.Namespace) -> None:

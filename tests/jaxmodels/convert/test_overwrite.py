@@ -215,6 +215,22 @@ def test_a_companion_that_is_no_file_of_a_companions_size_is_refused_or_left_out
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_companions_are_bounded_together(source, tmp_path, capsys):
+    """A file that occupies nothing on the disk may say that it has 60 MB, and the copy has them."""
+    for name in ("tokenizer.model", "vocab.txt", "chat_template.jinja"):
+        with (source / name).open("wb") as opened:
+            opened.truncate(60 * 10**6)
+    assert convert(source, tmp_path / "out", "hf") == 2
+    refused(capsys, "and the files beside it have 180,", "at most 134,217,728 are copied")
+    assert not (tmp_path / "out").exists()
+    templates = source / "additional_chat_templates"
+    templates.mkdir(exist_ok=True)
+    for i in range(101):
+        (templates / f"{i}.jinja").touch()
+    assert convert(source, tmp_path / "out", "hf") == 2
+    refused(capsys, templates, "templates; at most 100 are read")
+
+
 def test_links_to_companions_are_followed_and_copied(source, tmp_path):
     """As in the Hub's cache; the copy is a file of its own."""
     real = (source / "tokenizer_config.json").rename(tmp_path / "blob")

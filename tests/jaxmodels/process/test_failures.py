@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.process.failures import cause, naming, refusal
+from jaxmodels.io import bounded
+from jaxmodels.io.bounded import errors_naming
+from jaxmodels.process import programs
+from jaxmodels.process.failures import cause, memory_naming, naming, refusal
 
 LONG = (
     'RESOURCE_EXHAUSTED: Failed writing: "/runs/a/7/model/d/54ae": Failed to write 43 bytes to file 40: No space left '
@@ -44,3 +47,39 @@ def test_a_refusal_of_the_operating_system_is_found_in_an_error_of_a_library():
     assert found is not None
     assert (found.errno, found.filename) == (errno.ENOSPC, "/runs/a/7/model/d/54ae")
     assert refusal(ValueError("no array"), Path("/runs/a/7")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "model/config.json"),
+        (MemoryError("8 TiB"), "model/config.json: 8 TiB"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 8 TiB\nat"), "model/config.json: RESOURCE_EXHAUSTED: 8 TiB"),
+        (MemoryError("model/config.json: 8 TiB"), "model/config.json: 8 TiB"),
+    ],
+)
+def test_want_of_memory_names_the_file_once(error, message):
+    def fail():
+        raise error
+
+    with pytest.raises(MemoryError) as raised, memory_naming("model"), errors_naming(Path("model/config.json")):
+        fail()
+    assert str(raised.value) == message
+    assert programs.run(memory_naming("model/config.json")(fail), "command") == 2
+
+
+def test_another_runtime_error_is_a_bug():
+    with pytest.raises(RuntimeError, match=r"^bug$"), memory_naming("model"):
+        raise RuntimeError("bug")
+
+
+def test_a_file_that_takes_all_memory_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    file.write_text("[]")
+
+    def loads(text):
+        raise MemoryError
+
+    monkeypatch.setattr(bounded.json, "loads", loads)
+    with pytest.raises(MemoryError, match=r"config\.json$"):
+        bounded.read_json(file)

@@ -71,6 +71,7 @@ def test_the_code_of_main_is_the_code_of_the_program(returned, code, capsys):
         (FileNotFoundError(2, "No such file", "x"), 2, "command: [Errno 2] No such file: 'x'\n"),
         (ValueError("name='\x1b]0;hidden\x07\u202e'"), 2, "command: name='\\x1b]0;hidden\\x07\\u202e'\n"),
         (MissingExtra("train", ("tyro",)), 2, "command: needs tyro: pip install 'jaxmodels[train]'\n"),
+        (MemoryError(), 2, "command: not enough memory\n"),
         (MemoryError("8 TiB"), 2, "command: not enough memory: 8 TiB\n"),
         (RuntimeError("RESOURCE_EXHAUSTED: 8 TiB\nat"), 2, "command: not enough memory: RESOURCE_EXHAUSTED: 8 TiB\n"),
     ],
@@ -156,3 +157,46 @@ def test_a_warning_is_one_line_of_its_own():
 def test_warnings_are_still_recorded():
     with pytest.warns(UserWarning, match="^a$"):
         assert run(lambda: warnings.warn("a", stacklevel=1), "command") == 0
+
+
+CHILDREN = """
+import multiprocessing, subprocess, sys
+sys.path = [place for place in sys.path if place] + sys.argv[1:]
+from jaxmodels.process.programs import run
+
+def main():
+    process = multiprocessing.get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+    subprocess.run([sys.executable, "-c", "import pip"], check=True)
+
+if __name__ == "__main__":
+    run(main, "command")
+"""
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of others", "own"])
+def test_child_processes_import_nothing_from_the_current_folder(tmp_path, own):
+    (tmp_path / "script").mkdir()
+    script = tmp_path / "script" / "script.py"
+    script.write_text(CHILDREN)
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("pip", "runpy", "selectors"):
+        (here / f"{name}.py").write_text(f"open({name + '.imported'!r}, 'w')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
+    done = subprocess.run([sys.executable, script, *[here] * own], cwd=here, env=environment, capture_output=True)
+    assert done.stderr == b"" or own
+    assert [file.name for file in here.glob("*.imported") if file.name == "pip.imported"] == ["pip.imported"] * own
+    assert own or not list(here.glob("*.imported"))
+
+
+def test_the_environment_is_as_before_after_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT)])
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    seen = []
+    run(lambda: seen.append(os.environ["PYTHONSAFEPATH"]), "command")
+    assert seen == ["1"]
+    assert os.environ["PYTHONSAFEPATH"] == ""

@@ -1,6 +1,7 @@
 """`score`: every language model, long documents in strides, and documents without predicted tokens."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.protocols import DividedReadout, has_divided_readout
 from jaxmodels.retro import RetroModel
 from jaxmodels.scoring import Score, rows, score
+from jaxmodels.scoring.documents import checked_window
 from jaxmodels.scoring.rows import batches, padded_length
 from jaxmodels.scoring.windows import windows
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile
@@ -146,6 +148,14 @@ def test_each_token_is_scored_once_with_the_promised_context(n):
 def test_the_windows_default_to_the_models_length():
     model, texts = neox(), documents(43)
     assert score(model, texts) == score(model, texts, max_length=19, stride=9)
+
+
+def test_the_window_of_a_model_of_any_length_is_bounded(capsys):
+    model = SimpleNamespace(config=lambda: {"max_len": 10**9})
+    assert checked_window(model, None, None) == (4096, 2048)
+    assert "max_len=1,000,000,000" in capsys.readouterr().err
+    assert checked_window(model, 10**5, 3) == (10**5, 3)
+    assert capsys.readouterr().err == ""
 
 
 def test_documents_without_predicted_tokens():

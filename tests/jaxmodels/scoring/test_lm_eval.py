@@ -279,3 +279,13 @@ def test_bad_arguments_are_refused(folder, arguments, message):
 def test_bad_generation_settings_are_refused(both, settings, message):
     with pytest.raises(ValueError, match=message):
         both[1].generate_until(instances("generate_until", ("The", settings)), disable_tqdm=True)
+
+
+def test_a_folder_with_the_code_of_a_metric_is_refused(tmp_path, monkeypatch, capsys):
+    from jaxmodels.scoring.lm_eval import main
+
+    (tmp_path / "rouge").mkdir()
+    (tmp_path / "rouge" / "rouge.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert main(["ls", "tasks"]) == 2
+    assert capsys.readouterr().err.startswith("jaxmodels lm-eval: rouge/rouge.py would run as the metric")

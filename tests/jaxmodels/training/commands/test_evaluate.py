@@ -102,6 +102,17 @@ def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
         scores(tmp_path / "model", "--text", tmp_path / "text", "--seq-len", S)
 
 
+def test_a_loss_beyond_every_perplexity_and_a_text_of_no_characters_are_printed(tmp_path, capsys, monkeypatch):
+    jaxmodels.save(transformer(), tmp_path / "model")
+    VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
+    (tmp_path / "text").write_text(TEXT[: 4 * S + 1])
+    monkeypatch.setattr(evaluate.Evaluation, "__call__", lambda self, state: 1e6)
+    monkeypatch.setattr(evaluate, "decoded_size", lambda vocabulary, parts: (0, 0))
+    scores(tmp_path / "model", "--text", tmp_path / "text", "--seq-len", S)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[2:]] == ["inf"] * 3
+
+
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
     """Makes a run's folder, whose latest model is the given one."""

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,7 @@ from jaxmodels.training import metrics
 from jaxmodels.training.commands import plot
 
 pytest.importorskip("matplotlib")
+ROOT = Path(__file__).parents[4]
 LINES = [{"step": 1, "loss": 2.5}, {"step": 2, "validation_loss": 2.25}]
 
 
@@ -76,3 +80,23 @@ def test_settings_in_the_current_folder_have_no_effect(tmp_path, monkeypatch):
     with matplotlib.rc_context({"text.usetex": True, "text.latex.preamble": r"\nonsense"}):
         plot.draw([folder], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_file_of_settings_in_the_current_folder_is_not_opened(tmp_path):
+    run(tmp_path / "run")
+    os.mkfifo(tmp_path / "matplotlibrc")
+    program = "import sys; from jaxmodels.training.commands import plot; sys.exit(plot.main(['run']))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "curves.png: 1 run\n", "")
+
+
+def test_a_long_curve_keeps_its_lowest_and_highest_points(tmp_path):
+    losses = [2.0] * (3 * plot.MARKS)
+    losses[1001], losses[4001], losses[-1] = 9.0, 1.0, 3.0
+    lines = [{"step": i, "validation_loss": loss} for i, loss in enumerate(losses)]
+    _, validation = plot.curves(run(tmp_path / "run", *LINES, *lines))
+    assert len(validation) == plot.MARKS + 1
+    assert {(1001, 9.0), (4001, 1.0), (len(losses) - 1, 3.0)} <= set(map(tuple, validation))
+    assert (validation[1:, 0] >= validation[:-1, 0])[1:].all()
