@@ -85,8 +85,10 @@ def check_frequencies(key: str, theta: np.ndarray, d: int, base: float) -> None:
     The tolerance is 1e-2, as checkpoints may hold them in 16 bits, or float16's smallest step.
     """
     expected = base ** (-np.arange(0, d, 2) / d)
+    if theta.shape != expected.shape:
+        raise ValueError(f"{key} with shape {list(theta.shape)} must have the {len(expected)} frequencies of d={d}")
     theta = theta.astype(np.float64)
-    if theta.shape != expected.shape or not np.allclose(theta, expected, rtol=1e-2, atol=2.0**-24):
+    if not np.allclose(theta, expected, rtol=1e-2, atol=2.0**-24):
         raise ValueError(f"{key}={theta.tolist()} must be base^(-2i/d) with base={base}, d={d}")
 
 
