@@ -93,13 +93,13 @@ def check_messages(file: Path) -> None:
     A batch, or all dictionaries, may be as large as `largest` allows; all together, as `largest_sum`. Each description
     is read once: the work is that of the file's bytes.
     """
-    most, dictionaries, total, end = largest(file), 0, 0, 0
+    most, dictionaries, total, batches, end = largest(file), 0, 0, 0, 0
     with mapped(file) as data:
         for at in sorted(listed(data)) if data[:6] == MAGIC else following(data):
             if at < end:
                 raise ValueError(f"{file} lists a message at byte {at:,}, within another one or twice")
             kind, size, end = unpacked(data, at)
-            total += size
+            total, batches = total + size, batches + (kind == BATCH)
             if kind == DICTIONARY:  # they are kept, and one may be added to another
                 size = dictionaries = dictionaries + size
             if size > most:
@@ -107,11 +107,12 @@ def check_messages(file: Path) -> None:
                 raise ValueError(
                     f"{file} has {size:,} bytes in {what} byte {at:,} after decompression; at most {most:,} are read"
                 )
-            if total > largest_sum(file):
-                raise ValueError(
-                    f"{file} has {total:,} bytes in the messages up to byte {at:,} after decompression; at most "
-                    f"{largest_sum(file):,} are read"
-                )
+    total += batches * dictionaries  # all texts of a dictionary are checked with each batch
+    if total > largest_sum(file):
+        raise ValueError(
+            f"{file} has {total:,} bytes in its messages after decompression, with the dictionaries for each of "
+            f"{batches:,} batches; at most {largest_sum(file):,} are read"
+        )
 
 
 def description(data: Any, at: int) -> tuple[int, int]:

@@ -216,7 +216,19 @@ def test_messages_that_all_grow_are_counted_together(tmp_path, monkeypatch):
     write_arrow(tmp_path / "a.arrow", table(), pyarrow.ipc.new_stream, "zstd", 100)
     monkeypatch.setattr(sizes, "LEAST_SUM", 0)
     monkeypatch.setattr(sizes, "EXPANSION", 1)
-    with pytest.raises(ValueError, match=r"a.arrow has [\d,]+ bytes in the messages up to byte"):
+    with pytest.raises(ValueError, match=r"a.arrow has [\d,]+ bytes in its messages after decompression"):
+        read(tmp_path / "a.arrow")
+
+
+def test_a_dictionary_counts_for_each_batch(tmp_path, monkeypatch):
+    """A file of a megabyte could take minutes: each batch may add a word to a dictionary of any length."""
+    values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 50, pyarrow.int32()), ["a" * 100_000])
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": values}), pyarrow.ipc.new_stream, "zstd", 1)
+    monkeypatch.setattr(sizes, "EXPANSION", 1)
+    monkeypatch.setattr(sizes, "LEAST_SUM", 10**7)
+    assert len(read(tmp_path / "a.arrow")) == 50
+    monkeypatch.setattr(sizes, "LEAST_SUM", 10**6)
+    with pytest.raises(ValueError, match="with the dictionaries for each of 50 batches"):
         read(tmp_path / "a.arrow")
 
 
