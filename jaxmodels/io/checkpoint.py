@@ -21,7 +21,7 @@ from jaxmodels.process.confined import Confined
 from jaxmodels.process.failures import refusal
 from jaxmodels.process.paths import below, walk
 from jaxmodels.process.texts import quoted, shortened
-from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, with_arrays
+from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, same_kind, with_arrays
 from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
@@ -58,17 +58,20 @@ def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -
     targets = {dotted(path): (path, array) for path, array in flat_arrays(module).items()}
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # local: there may be several processes
     place = shardings or (lambda path, shape: device)
-    arrays = read_arrays(folder, {key: (array.shape, place(key, array.shape)) for key, (_, array) in targets.items()})
+    wanted = {
+        key: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place(key, array.shape))
+        for key, (_, array) in targets.items()
+    }
+    arrays = read_arrays(folder, wanted)
     return with_arrays(module, {path: arrays[key] for key, (path, _) in targets.items()})
 
 
-def read_arrays(
-    folder: Path, targets: Mapping[str, tuple[tuple[int, ...], jax.sharding.Sharding]]
-) -> dict[str, jax.Array]:
-    """Read arrays by name from an Orbax folder; targets are their shapes and shardings.
+def read_arrays(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read arrays by name from an Orbax folder, in their stored dtypes; targets have their shapes and shardings.
 
-    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, or if arrays are float64 and
-    jax_enable_x64 is off (`with jax.enable_x64(True)` does not reach Orbax's threads).
+    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, also if only one of the dtypes
+    is floating or both are others and differ, or if arrays are float64 and jax_enable_x64 is off
+    (`with jax.enable_x64(True)` does not reach Orbax's threads).
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -78,15 +81,20 @@ def read_arrays(
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
     wrong += [
-        f"{key} has shape {list(stored[key].shape)}, expected {list(shape)}"
-        for key, (shape, _) in targets.items()
-        if key in stored and stored[key].shape != shape
+        f"{key} has shape {list(stored[key].shape)}, expected {list(target.shape)}"
+        for key, target in targets.items()
+        if key in stored and stored[key].shape != target.shape
+    ]
+    wrong += [
+        f"{key} has dtype {stored[key].dtype}, expected {target.dtype}"
+        for key, target in targets.items()
+        if key in stored and not same_kind(stored[key].dtype, target.dtype)
     ]
     if wrong:
         raise ValueError(f"{folder} does not hold the arrays of its configuration: {listed(wrong)}")
     abstract = {
-        key: jax.ShapeDtypeStruct(shape, stored[key].dtype, sharding=sharding)
-        for key, (shape, sharding) in targets.items()
+        key: jax.ShapeDtypeStruct(target.shape, stored[key].dtype, sharding=target.sharding)
+        for key, target in targets.items()
     }
     try:
         with without_logs():

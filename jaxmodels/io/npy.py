@@ -36,7 +36,8 @@ def map_array(file: Path) -> np.ndarray:
         raise ValueError(f"{file} is damaged: its header names a shape that is too large") from None
     # The header is parsed as Python: from damaged ones come SyntaxError, TypeError, tokenize.TokenError and others.
     except Exception as error:
-        raise ValueError(f"{file} is not a .npy file of numbers: {quoted(str(error), 200)}") from None
+        reason = str(error).partition("\n")[0]  # NumPy's second line advises to trust the file and allow pickles
+        raise ValueError(f"{file} is not a .npy file of numbers: {quoted(reason, 200)}") from None
 
 
 def read_header(content: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:

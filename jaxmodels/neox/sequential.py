@@ -22,6 +22,7 @@ from jaxmodels.weights.names import Renamed, as_numpy
 # The rotary frequencies, the causal mask in transformers' older files, and the value of masked scores there.
 BUFFERS = (".attention.rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
+LARGEST_MASKED = -1_000  # a larger value of masked scores would not hide later tokens; transformers has -1e9
 MASK = 2**26  # values of a stored causal mask, of 8,192 tokens
 
 
@@ -59,7 +60,13 @@ def is_buffer(key: str, tensor: Any, config: NeoXConfig) -> bool:
         if mask.ndim < 2 or not (mask == triangle(*mask.shape[-2:])).all():
             raise ValueError(f"{key} with shape {list(mask.shape)} must be a causal mask")
         return True
-    return key.endswith(masked_bias)
+    if key.endswith(masked_bias):
+        value = as_numpy(tensor) if tensor.shape == () else None
+        if value is None or not value <= LARGEST_MASKED:
+            found = list(tensor.shape) if value is None else f"[] and the value {value}"
+            raise ValueError(f"{key} with shape {found} must be a number of at most {LARGEST_MASKED:,}")
+        return True
+    return False
 
 
 @functools.lru_cache(maxsize=1)  # the masks of all layers are equal

@@ -284,11 +284,11 @@ class Checkpoints:
         about = read_mark(folder)
         abstract = self.program.abstract_state()
         model = {**abstract.params, **abstract.fixed}
-        arrays = read_arrays(folder / "model" / "params", {name: (a.shape, a.sharding) for name, a in model.items()})
+        arrays = read_arrays(folder / "model" / "params", {name: typed(a, a.sharding) for name, a in model.items()})
         shapes, places = jax.eval_shape(training_arrays, abstract), jax.tree.map(lambda a: a.sharding, abstract)
         stored = ["key", *optimizer_names(abstract)]
         targets = dict(zip(stored, [places.key, *jax.tree.leaves(places.optimizer)], strict=True))
-        kept = read_arrays(folder / "state", {name: (shapes[name].shape, place) for name, place in targets.items()})
+        kept = read_arrays(folder / "state", {name: typed(shapes[name], place) for name, place in targets.items()})
         key, *optimizer = (kept[name] for name in stored)
         state = State(
             step=jax.device_put(np.int32(about["step"]), places.step),
@@ -309,6 +309,11 @@ class Checkpoints:
                 f"{folder / MARK} has data={quoted(about['data'])}; next_index must be a number of batches"
             )
         return Position(state, about["data"], losses.tolist())
+
+
+def typed(array: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, with a place."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
 
 def training_arrays(state: State) -> dict[str, jax.Array]:

@@ -236,10 +236,10 @@ class Type(NamedTuple):
         return cls(array.shape, array.dtype)
 
 
-def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any) -> list[Entry]:
+def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any, *, exact: bool = False) -> list[Entry]:
     """Entries of all tensors of a model, after comparing the given shapes and dtypes with the model's.
 
-    Raises ConversionError like `from_torch`.
+    exact: integers must have the model's dtype, as those of a saved model. Raises ConversionError like `from_torch`.
     """
     wanted = list(entries(targets))
     keys = collections.Counter(entry.key for entry in wanted)
@@ -258,7 +258,8 @@ def check_fit(targets: Mapping[Path, Any], given: Mapping[str, Any], dtype: Any)
         shape = entry.torch_shape(target.shape)
         if tensor.shape != shape:
             problems["misshapen"].append(f"{entry.key}: got {list(tensor.shape)}, the model has {list(shape)}")
-        if is_floating(tensor.dtype) != is_floating(target.dtype):
+        alike_kinds = is_floating(tensor.dtype) == is_floating(target.dtype)
+        if not alike_kinds or (exact and not same_kind(tensor.dtype, target.dtype)):
             problems["of another kind"].append(f"{entry.key}: got {tensor.dtype}, the model has {target.dtype}")
         wide = np.dtype(dtype) if dtype is not None and is_floating(tensor.dtype) else tensor.dtype
         if wide in (np.float64, np.complex128, np.int64, np.uint64) and not jax.config.read("jax_enable_x64"):
@@ -364,3 +365,8 @@ def check_floating(dtype: Any) -> None:
 def is_floating(dtype: Any) -> bool:
     """True for floating dtypes, those of ml_dtypes included."""
     return jnp.issubdtype(dtype, jnp.floating)
+
+
+def same_kind(stored: Any, wanted: Any) -> bool:
+    """True if both dtypes are floating, or both are the same: of integers each bit has its meaning."""
+    return stored == wanted or (is_floating(stored) and is_floating(wanted))

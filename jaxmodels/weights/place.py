@@ -42,7 +42,7 @@ def load_tensors(
         check_floating(dtype)
     targets = flat_arrays(model)
     parts: dict[Path, list[Any]] = {path: [] for path in targets}
-    for entry in check_fit(targets, tensors, dtype):
+    for entry in check_fit(targets, tensors, dtype, exact=True):
         tensor = tensors[entry.key]
         if dtype is not None and is_floating(tensor.dtype):
             tensor = Cast(tensor, np.dtype(dtype), entry.key)

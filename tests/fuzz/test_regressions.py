@@ -303,10 +303,10 @@ def test_a_parquet_file_that_repeats_a_text_is_not_read_to_its_end(tmp_path, mon
     from pyarrow import parquet
 
     from jaxmodels.text import documents
-    from jaxmodels.text.tables import columns
     from jaxmodels.text.tables import parquet as pages
+    from jaxmodels.text.tables import sizes
 
-    monkeypatch.setattr(columns, "LEAST_TEXT", 10**6)
+    monkeypatch.setattr(sizes, "LEAST_SUM", 10**6)
     repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1_000, pyarrow.int32()), ["a" * 10**4])
     parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "a.parquet", compression="zstd")
     rows = documents.Files("a", (tmp_path / "a.parquet",)).documents()

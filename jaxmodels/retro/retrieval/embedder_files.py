@@ -31,6 +31,8 @@ NAMING = {
     "pytorch_model.bin.index.json": "weight_map",
     "tokenizer_config.json": "fast_tokenizer_files",
 }
+# Arguments of transformers' tokenizers in tokenizer_config.json or special_tokens_map.json that may be paths of files.
+PATHS = ("vocab", "merges", "init_inputs")
 OWN_MODULES = re.compile(r"sentence_transformers\.([a-z_]+\.)+(Transformer|Pooling|Normalize)")
 
 
@@ -74,6 +76,10 @@ def check_files(folder: Path) -> None:
 def check_json(file: Path) -> None:
     """Raise ValueError, naming the file, if a JSON file is damaged, or names what must not be read."""
     content = read_json(file, TOKENIZER_BYTES)
+    for argument in PATHS:
+        value = content.get(argument) if isinstance(content, dict) else None
+        if isinstance(value, str) or (argument == "init_inputs" and value):
+            raise ValueError(f"{file} has {quoted(argument)} of {quoted(value)}, which may name files elsewhere")
     if file.name == CONFIG:
         check_numbers(file, content)
     elif file.name == "adapter_config.json":

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.text.tables.sizes import largest, mapped
+from jaxmodels.text.tables.sizes import largest, largest_sum, mapped
 
 MAGIC = b"ARROW1"
 DICTIONARY, BATCH = 2, 3  # kinds of messages with buffers
@@ -88,11 +88,18 @@ def batches(file: Path) -> Iterator[Any]:
 
 
 def check_messages(file: Path) -> None:
-    """Raise ValueError, naming the file, if a batch, or all dictionaries, are larger than `largest` allows."""
-    most, dictionaries = largest(file), 0
+    """Raise ValueError, naming the file, if messages overlap, or are too large after decompression.
+
+    A batch, or all dictionaries, may be as large as `largest` allows; all together, as `largest_sum`. Each description
+    is read once: the work is that of the file's bytes.
+    """
+    most, dictionaries, total, batches, end = largest(file), 0, 0, 0, 0
     with mapped(file) as data:
-        for at in listed(data) if data[:6] == MAGIC else following(data):
-            kind, size = unpacked(data, at)
+        for at in sorted(listed(data)) if data[:6] == MAGIC else following(data):
+            if at < end:
+                raise ValueError(f"{file} lists a message at byte {at:,}, within another one or twice")
+            kind, size, end = unpacked(data, at)
+            total, batches = total + size, batches + (kind == BATCH)
             if kind == DICTIONARY:  # they are kept, and one may be added to another
                 size = dictionaries = dictionaries + size
             if size > most:
@@ -100,6 +107,12 @@ def check_messages(file: Path) -> None:
                 raise ValueError(
                     f"{file} has {size:,} bytes in {what} byte {at:,} after decompression; at most {most:,} are read"
                 )
+    total += batches * dictionaries  # all texts of a dictionary are checked with each batch
+    if total > largest_sum(file):
+        raise ValueError(
+            f"{file} has {total:,} bytes in its messages after decompression, with the dictionaries for each of "
+            f"{batches:,} batches; at most {largest_sum(file):,} are read"
+        )
 
 
 def description(data: Any, at: int) -> tuple[int, int]:
@@ -128,21 +141,23 @@ def listed(data: Any) -> Iterator[int]:
             yield number(data, "<q", at)
 
 
-def unpacked(data: Any, at: int) -> tuple[int, int]:
-    """Kind of a message, and bytes of its buffers after decompression."""
+def unpacked(data: Any, at: int) -> tuple[int, int, int]:
+    """Kind of a message, bytes of its buffers after decompression, and the place after its description."""
     begin, length = description(data, at)
-    message = Table.root(data, begin)
+    end = begin + max(0, length)
+    message = Table.root(data[begin:end], 0)  # a copy: what it refers to lies in it, not in that of another message
     kind, batch = message.value(1, "<B"), message.table(2)
     if kind == DICTIONARY and batch is not None:
         batch = batch.table(1)
     if batch is None or kind not in (DICTIONARY, BATCH):
-        return kind, 0
+        return kind, 0, end
     compressed = batch.field(3) is not None
-    return kind, sum(buffer(data, begin + length, place, compressed) for place in batch.vector(2, BUFFER))
+    sizes = (buffer(data, end, batch.data, place, compressed) for place in batch.vector(2, BUFFER))
+    return kind, sum(sizes), end
 
 
-def buffer(data: Any, body: int, place: int, compressed: bool) -> int:
-    """Bytes of a buffer after decompression."""
-    offset, length = number(data, "<q", place), number(data, "<q", place + 8)
+def buffer(data: Any, body: int, batch: bytes, place: int, compressed: bool) -> int:
+    """Bytes of a buffer after decompression. body: place of the message's body; place: that in its description."""
+    offset, length = number(batch, "<q", place), number(batch, "<q", place + 8)
     size = number(data, "<q", body + offset) if compressed and length else -1
     return max(0, length if size < 0 else size)

@@ -9,9 +9,7 @@ from jaxmodels.io.content import recognised
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.tables import arrow, parquet
-from jaxmodels.text.tables.sizes import check_single
-
-LEAST_TEXT, EXPANSION = 2**28, 1_000  # characters of a compressed file: of any, and for each of its bytes
+from jaxmodels.text.tables.sizes import EXPANSION, check_single, largest_sum
 
 
 def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[str, str, int, int]]:
@@ -22,7 +20,7 @@ def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[st
     """
     require("data", "pyarrow")
     open_regular(file).close()
-    row, most = 0, LEAST_TEXT + EXPANSION * file.stat().st_size
+    row, most = 0, largest_sum(file)
     batches = arrow.batches(file) if kind == "arrow" else parquet.batches(file, field)
     while True:
         try:

@@ -9,6 +9,7 @@ The file's own metadata has sums of these sizes, which nothing compares with the
 https://github.com/apache/parquet-format
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def batches(file: Path, field: str) -> Iterator[Any]:
             most = max(EXPANDED, RATIO * file.stat().st_size)
             if size > most:
                 raise ValueError(f"{file} has {size:,} bytes in a group of rows; at most {most:,} are read")
+        check_disjoint(file, opened.metadata, field)
         with mapped(file) as data:
             for group in range(opened.metadata.num_row_groups):
                 if not opened.metadata.row_group(group).num_rows:  # it has no pages either
@@ -52,19 +54,33 @@ def batches(file: Path, field: str) -> Iterator[Any]:
                 yield from opened.iter_batches(rows, [group], [field], use_threads=False)
 
 
+def chunks(group: Any, field: str) -> Iterator[tuple[int, int]]:
+    """Places in the file, from and to, of the pages of a column, and of those within it, in a group of rows."""
+    for i in range(group.num_columns):
+        column = group.column(i)
+        if column.path_in_schema == field or column.path_in_schema.startswith(f"{field}."):
+            dictionary = column.dictionary_page_offset
+            begin = column.data_page_offset if not dictionary else min(dictionary, column.data_page_offset)
+            yield begin, begin + column.total_compressed_size
+
+
+def check_disjoint(file: Path, metadata: Any, field: str) -> None:
+    """Raise ValueError, naming the file, if groups of rows share pages of a column: each page is read once."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    places = sorted(place for group in groups if group.num_rows for place in chunks(group, field))
+    for (_, end), (begin, _) in itertools.pairwise(places):
+        if begin < end:
+            raise ValueError(f"{file} has groups of rows that share pages of {quoted(field)} at byte {begin:,}")
+
+
 def largest_page(file: Path, data: Any, group: Any, field: str) -> int:
     """Bytes of the largest page of a column in a group of rows.
 
     Raises ValueError, naming the file, if it is larger than `largest` allows.
     """
     found = 0
-    for i in range(group.num_columns):
-        column = group.column(i)
-        if column.path_in_schema != field and not column.path_in_schema.startswith(f"{field}."):
-            continue
-        dictionary = column.dictionary_page_offset
-        begin = column.data_page_offset if not dictionary else min(dictionary, column.data_page_offset)
-        found = max([found, *pages(data, begin, begin + column.total_compressed_size)])
+    for begin, end in chunks(group, field):
+        found = max([found, *pages(data, begin, end)])
         if found > largest(file):
             raise ValueError(
                 f"{file} has a page of {found:,} bytes in the column {quoted(field)} after decompression; at most "

@@ -11,11 +11,17 @@ from jaxmodels.process.texts import quoted
 # Bytes of a part after decompression: of any, and for each byte of the file. Texts shrink to a tenth, tables of numbers
 # to a hundredth; zstandard makes 32,000 times as much of zeros.
 LEAST_PART, RATIO = 2**28, 100
+LEAST_SUM, EXPANSION = 2**28, 1_000  # bytes of all parts, or characters of all texts, and for each byte of the file
 
 
 def largest(file: Path) -> int:
     """Most bytes that a part of a file may have after decompression."""
     return max(LEAST_PART, RATIO * file.stat().st_size)
+
+
+def largest_sum(file: Path) -> int:
+    """Most bytes of all parts of a file after decompression, and characters of all its texts."""
+    return LEAST_SUM + EXPANSION * file.stat().st_size
 
 
 def check_single(file: Path, names: Sequence[str], field: str) -> None:

@@ -45,7 +45,9 @@ def change(folder, name, edit):
 def test_arrays_of_every_shape_are_read(folder):
     assert chunked_shapes(folder) == {name: array.shape for name, array in ARRAYS.items()}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = read_arrays(folder, {name: (array.shape, place) for name, array in ARRAYS.items()})
+    found = read_arrays(
+        folder, {name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for name, array in ARRAYS.items()}
+    )
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array)
 
@@ -135,7 +137,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 folder = Path(sys.argv[1])
 try:
-    read_arrays(folder, {name: (found.shape, place) for name, found in stored_types(folder).items()})
+    stored = stored_types(folder).items()
+    read_arrays(folder, {name: jax.ShapeDtypeStruct(*found, sharding=place) for name, found in stored})
 except ValueError as error:
     print(str(error).startswith(f"{folder} is damaged"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

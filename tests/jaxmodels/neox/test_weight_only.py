@@ -1,6 +1,7 @@
 """Weights of 8 and 4 bits, activations as they are: rounding within half a step, tiles equal to the whole product."""
 
 import json
+import shutil
 
 import chex
 import jax
@@ -8,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import jaxmodels
 from jaxmodels import native
 from jaxmodels.convert.hf import save_hf
 from jaxmodels.generate import generate
-from jaxmodels.layers import Linear
+from jaxmodels.layers import Fixed, Linear
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.neox.int8 import LINEARS
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.neox.weight_only import FEW, TILE, WeightOnlyLinear, by_tiles, four_bits, product, quantized, whole
+from jaxmodels.weights.names import dotted, flat_arrays
 from tests.common import filled, normal, run
 from tests.jaxmodels.neox.common import FORMS, ids, neox
 
@@ -159,6 +162,20 @@ def test_a_saved_kind_that_is_none_is_refused(tmp_path, more):
     content["config"] |= more
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="quantization"):
+        jaxmodels.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("weights", "uint32"), ("weights", "float32"), ("weights-4", "int32")])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_saved_weights_of_another_dtype_are_refused(tmp_path, kind, dtype, streamed):
+    model = quantize(neox(stacked=False), kind=kind)
+    model.readout.linear.weight = Fixed(model.readout.linear.weight[...].astype(dtype))
+    jaxmodels.save(model, tmp_path / "model")
+    if streamed:
+        shutil.rmtree(tmp_path / "model" / "params")
+        arrays = {dotted(path): np.asarray(array) for path, array in flat_arrays(model).items()}
+        save_file(arrays, tmp_path / "model" / "params.safetensors")
+    with pytest.raises(ValueError, match=f"{tmp_path}/model.*readout.linear.weight.*{dtype}"):
         jaxmodels.load(tmp_path / "model")
 
 

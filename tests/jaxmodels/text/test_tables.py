@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from jaxmodels.text.documents import Files
-from jaxmodels.text.tables import arrow, columns, parquet, sizes
+from jaxmodels.text.tables import arrow, parquet, sizes
 from tests.fuzz.judge import memory, peak_reset
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -140,7 +140,7 @@ def test_rows_that_repeat_a_long_text_take_the_memory_of_one(tmp_path, monkeypat
     before = memory("VmRSS")
     assert sum(len(next(document.chunks)) for document in Files("a", (file,)).documents()) == 64 * 3_000_000
     assert memory("VmHWM") - before < 8e7
-    monkeypatch.setattr(columns, "LEAST_TEXT", 10**7)
+    monkeypatch.setattr(sizes, "LEAST_SUM", 10**7)
     with pytest.raises(ValueError, match="more than 1,000 times as much text"):
         read(file)
 
@@ -194,4 +194,53 @@ def test_two_columns_of_one_name_are_refused(tmp_path, suffix):
     else:
         write_arrow(file, twice, pyarrow.ipc.new_stream)
     with pytest.raises(ValueError, match=rf"^{file} has 2 columns with the name 'text'"):
+        read(file)
+
+
+@pytest.mark.parametrize("shift", [0, 8])
+def test_a_message_that_is_listed_twice_or_lies_in_another_is_refused(tmp_path, shift):
+    file = tmp_path / "a.arrow"
+    write_arrow(file, table(), pyarrow.ipc.new_file, rows=100)
+    data = bytearray(file.read_bytes())
+    footer = arrow.Table.root(data, len(data) - 10 - struct.unpack_from("<i", data, len(data) - 10)[0])
+    first, second, *_ = footer.vector(3, arrow.BLOCK)
+    data[second : second + arrow.BLOCK] = data[first : first + arrow.BLOCK]
+    at = struct.unpack_from("<q", data, first)[0] + shift
+    struct.pack_into("<q", data, second, at)
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^{file} lists a message at byte {at}, within another one or twice$"):
+        read(file)
+
+
+def test_messages_that_all_grow_are_counted_together(tmp_path, monkeypatch):
+    write_arrow(tmp_path / "a.arrow", table(), pyarrow.ipc.new_stream, "zstd", 100)
+    monkeypatch.setattr(sizes, "LEAST_SUM", 0)
+    monkeypatch.setattr(sizes, "EXPANSION", 1)
+    with pytest.raises(ValueError, match=r"a.arrow has [\d,]+ bytes in its messages after decompression"):
+        read(tmp_path / "a.arrow")
+
+
+def test_a_dictionary_counts_for_each_batch(tmp_path, monkeypatch):
+    """A file of a megabyte could take minutes: each batch may add a word to a dictionary of any length."""
+    values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 50, pyarrow.int32()), ["a" * 100_000])
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": values}), pyarrow.ipc.new_stream, "zstd", 1)
+    monkeypatch.setattr(sizes, "EXPANSION", 1)
+    monkeypatch.setattr(sizes, "LEAST_SUM", 10**7)
+    assert len(read(tmp_path / "a.arrow")) == 50
+    monkeypatch.setattr(sizes, "LEAST_SUM", 10**6)
+    with pytest.raises(ValueError, match="with the dictionaries for each of 50 batches"):
+        read(tmp_path / "a.arrow")
+
+
+def test_groups_of_rows_that_share_pages_are_refused(tmp_path):
+    file = tmp_path / "a.parquet"
+    settings = {"compression": "none", "use_dictionary": False, "write_statistics": False, "row_group_size": 1}
+    writer.write_table(pyarrow.table({"text": ["a", "b"]}), file, **settings)
+    metadata = writer.ParquetFile(file).metadata
+    first, second = (metadata.row_group(i).column(0).data_page_offset for i in range(2))
+    data = file.read_bytes()
+    own, shared = (b"\x26" + bytes([2 * place]) for place in (second, first))  # as Thrift writes small numbers
+    assert data.count(own) == 2  # of the chunk and of its first page
+    file.write_bytes(data.replace(own, shared))
+    with pytest.raises(ValueError, match=rf"^{file} has groups of rows that share pages of 'text' at byte {first}$"):
         read(file)

@@ -16,6 +16,7 @@ import pytest
 from jaxmodels.io.checkpoint import read_arrays
 from jaxmodels.io.steps import steps
 from jaxmodels.training import metrics
+from jaxmodels.training.checkpoints import typed
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.trainer import Trainer
 from tests.train_common import TEXT, TINY, at_a_constant_rate, start
@@ -49,7 +50,7 @@ def numbers(run: Path) -> dict[str, np.ndarray]:
     arrays: dict[str, object] = {}
     for part in (folder / "model" / "params", folder / "state"):
         stored = ocp.metadata(part).metadata
-        arrays |= read_arrays(part, {name: (stored[name].shape, DEVICE) for name in stored})
+        arrays |= read_arrays(part, {name: typed(array, DEVICE) for name, array in stored.items()})
     lines = metrics.read(run)
     arrays["curve"] = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
     arrays["evaluations"] = [list(line.values()) for line in lines if "validation_loss" in line]

@@ -213,6 +213,17 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "weights above": ("model.safetensors.index.json", {"weight_map": {"a": "../b.safetensors"}}, "weight_map"),
     "a device": ("pytorch_model.bin.index.json", {"weight_map": {"a": "/dev/zero"}}, "'/dev/zero' in weight_map"),
     "a tokenizer above": ("tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.json"]}, "fast_tok"),
+    "a vocabulary": (
+        "tokenizer_config.json",
+        {"vocab": "/dev/zero"},
+        "'vocab' of '/dev/zero', which",
+    ),
+    "merges": ("special_tokens_map.json", {"merges": "../merges.txt"}, "'merges' of '../merges.txt', which"),
+    "positional": (
+        "tokenizer_config.json",
+        {"init_inputs": ["/dev/zero"]},
+        "'init_inputs' of ['/dev/zero'], which",
+    ),
     "an adapter": ("adapter_config.json", {"target_modules": "(a+)+$", "r": LARGE}, "is of an adapter of PEFT"),
     "an adapter in a part": ("0_Transformer/adapter_config.json", {}, "is of an adapter of PEFT"),
     "arguments": ("sentence_bert_config.json", {"model_args": {"subfolder": "../.."}}, "'model_args', arguments of"),

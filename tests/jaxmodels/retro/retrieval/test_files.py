@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 import zipfile
 
 import numpy as np
@@ -128,6 +129,14 @@ def test_pickled_arrays_are_refused(folder):
     np.save(folder / "tokens.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(ValueError, match=str(folder)):
         ChunkIndex.load(folder)
+
+
+def test_no_error_advises_to_allow_pickles(folder):
+    header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (" + b"1, " * 10_000 + b")}\n"
+    (folder / "tokens.npy").write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", len(header)) + header)
+    with pytest.raises(ValueError, match=r"tokens\.npy is not a \.npy file of numbers: ") as refused:
+        ChunkIndex.load(folder)
+    assert "To allow" not in str(refused.value)
 
 
 def test_saved_neighbors_of_another_size_are_looked_up_again(tmp_path):
