@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def usable(peers: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Those that run here; prints why another does not, as torch.compile where a version of transformers lacks it."""
+    """Peers that run here. Prints why another one is left out: torch.compile may refuse a version of transformers."""
     kept = {}
     for name, call in peers.items():
         try:
