@@ -86,10 +86,10 @@ def check_frequencies(key: str, theta: np.ndarray, d: int, base: float) -> None:
     The tolerance is 1e-2, as checkpoints may hold them in 16 bits, or float16's smallest step.
     """
     expected = base ** (-np.arange(0, d, 2) / d)
-    if theta.shape != expected.shape:  # before any values are converted: a file may hold any number of them
-        raise ValueError(f"{key} with shape {list(theta.shape)} must have the {len(expected)} frequencies of d={d}")
-    if not np.allclose(theta.astype(np.float64), expected, rtol=1e-2, atol=2.0**-24):
-        raise ValueError(f"{key}={quoted(theta[:10].tolist())} must be base^(-2i/d) with base={base}, d={d}")
+    same = theta.shape == expected.shape  # before any values are converted: a file may hold any number of them
+    if not same or not np.allclose(theta.astype(np.float64), expected, rtol=1e-2, atol=2.0**-24):
+        shown = f"{quoted(theta.flat[:10].tolist())} of shape {list(theta.shape)}"
+        raise ValueError(f"{key}={shown} must be base^(-2i/d) with base={base}, d={d}")
 
 
 class RotaryPEMultiHeadAttention(MultiHeadAttention):
