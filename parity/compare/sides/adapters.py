@@ -127,7 +127,7 @@ def returned(module: nnx.Module, inputs: Inputs, channels_last: Sequence[str] = 
 def traced(
     module: nnx.Module, inputs: Inputs, channels_last: Sequence[str], trace: Callable[[Callable[..., Any]], Any]
 ) -> Any:
-    """What a transformation such as `jax.make_jaxpr` returns for a module's call in evaluation mode."""
+    """Return value of a transformation such as `jax.make_jaxpr`, for a module's call in evaluation mode."""
     graphdef, state = nnx.split(module)
 
     def call(state: nnx.State, values: dict[str, Any]) -> dict[str, Any]:
