@@ -11,6 +11,7 @@ import contextvars
 import functools
 import inspect
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+
+from jaxmodels.process.texts import quoted
 
 # Sharding rules of these modules; see `jaxmodels.sharding`. The vocabulary axis is never divided: a vocabulary of
 # characters has any size, for example 65.
@@ -121,8 +124,10 @@ _derivative_after.defvjp(lambda *arrays: (arrays, None), lambda _, cotangents: j
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raises ValueError, naming the argument, if a size is below 1, or true or false."""
+    """Raises ValueError, naming the argument, if a size is no integer or below 1."""
     for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral):
+            raise ValueError(f"{name}={quoted(size)} must be an integer")
         if size < 1 or isinstance(size, bool):
             raise ValueError(f"{name}={size} must be at least 1")
 

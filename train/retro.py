@@ -103,7 +103,7 @@ class Config(AdamWConfig):
     embedder: str = "ngrams"
     """embedding of chunks: ngrams, ngrams:WIDTH:SHORTEST:LONGEST, sentence:MODEL or bert:MODEL"""
     factory: str | None = None
-    """FAISS factory string of the index; if omitted: exact, or IVF-PQ for many chunks"""
+    """FAISS factory string of the index, such as IVF4096,PQ64; if omitted: exact, or IVF-PQ for many chunks"""
     passes: int = 2
     """cut the training text into examples this many times, each at other positions; neighbors are looked up for all"""
     overlap: int = 8

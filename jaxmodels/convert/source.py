@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from jaxmodels.convert.companions import Companions
 from jaxmodels.neox import NeoX, NeoXConfig
@@ -18,7 +17,7 @@ from jaxmodels.neox.config import DTYPES
 from jaxmodels.weights.lazy import Cast, Cut, nbytes
 from jaxmodels.weights.names import entries, flat_arrays, listed
 from jaxmodels.weights.place import Shardings, load_tensors, tensors_of
-from jaxmodels.weights.stored import Stored
+from jaxmodels.weights.stored import Stored, shapes_of
 
 VOCABULARY = ("embedding.emb.weight", "readout.linear.weight")  # a row per token
 
@@ -90,7 +89,7 @@ def check_stored(config: NeoXConfig, tensors: Mapping[str, Any], where: str | os
 @functools.lru_cache(maxsize=4)  # tracing a model takes longer than opening its files
 def abstract(config: NeoXConfig) -> NeoX:
     """Abstract model: shapes and dtypes without values. Cached, so not to be modified."""
-    return nnx.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0)))
+    return shapes_of(lambda rngs: NeoX(config, rngs=rngs))
 
 
 @functools.lru_cache(maxsize=4)

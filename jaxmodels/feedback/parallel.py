@@ -13,6 +13,7 @@ from jaxmodels.feedback.attention import FeedbackAttention
 from jaxmodels.feedback.model import AutoregressiveModel
 from jaxmodels.transformer import AutoregressiveTransformer
 from jaxmodels.weights.names import flat_arrays, with_arrays
+from jaxmodels.weights.stored import shapes_of
 
 TABLES = ("key_pos_embeddings", "key_pos_bias")
 
@@ -36,8 +37,8 @@ def from_parallel(
         raise ValueError(f"model is {kind}; it must be an AutoregressiveTransformer with attention='relative'")
     names = ("d_model", "heads", "d_ff", "n_layers", "dropout_prob")
     sizes: dict[str, Any] = {name: getattr(model, name) for name in names} | {"memory": memory}
-    target = nnx.eval_shape(lambda: AutoregressiveModel.from_config(model.n_vocab, variant, **sizes, rngs=nnx.Rngs(0)))
-    check_kinds(model, nnx.eval_shape(lambda: type(model)(**model.config(), rngs=nnx.Rngs(0))))
+    target = shapes_of(lambda rngs: AutoregressiveModel.from_config(model.n_vocab, variant, **sizes, rngs=rngs))
+    check_kinds(model, shapes_of(lambda rngs: type(model)(**model.config(), rngs=rngs)))
     arrays = {renamed(path): array for path, array in flat_arrays(model).items()}
     arrays = {path: array[: FeedbackAttention.P] if path[-1] in TABLES else array for path, array in arrays.items()}
     # Copies, so that either model may be donated.

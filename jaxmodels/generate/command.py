@@ -371,15 +371,14 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
 
 def load_listed(opened: Any, dtype: str | None) -> Any:
     """Load the model; a NeoX that is not quantized directly with a list of layers, without a stacked copy."""
-    from flax import nnx
-
     from jaxmodels.neox import NeoX
     from jaxmodels.weights.place import load_tensors
+    from jaxmodels.weights.stored import shapes_of
 
     if opened.model_name != "NeoX" or opened.is_quantized:
         return opened.model(dtype=dtype)
     source = opened.neox()
-    abstract = nnx.eval_shape(lambda: NeoX(source.config, stacked=False, rngs=nnx.Rngs(0)))
+    abstract = shapes_of(lambda rngs: NeoX(source.config, stacked=False, rngs=rngs))
     return load_tensors(abstract, source.tensors, dtype, None, opened.folder.name)
 
 

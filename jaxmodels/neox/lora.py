@@ -18,6 +18,7 @@ from jaxmodels.neox.config import LARGEST, NeoXConfig
 from jaxmodels.neox.model import NeoX
 from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
+from jaxmodels.weights.stored import shapes_of
 
 # Linear maps of a block by their names in transformers and PEFT: attribute of the block, and the map's name in it.
 TARGETS = {
@@ -160,7 +161,7 @@ class LoRANeoX(NeoX):
             raise ValueError(f"model is a {kind}; an adapter needs a NeoX that is not quantized")
         copy = jax.tree.map(lambda array: array, model)
         adapt(copy, lora, nnx.Rngs(seed))
-        abstract = nnx.eval_shape(lambda: cls(model.settings, lora, stacked=model.is_stacked, rngs=nnx.Rngs(0)))
+        abstract = shapes_of(lambda rngs: cls(model.settings, lora, stacked=model.is_stacked, rngs=rngs))
         return with_arrays(abstract, flat_arrays(copy))
 
     def config(self) -> dict[str, Any]:
@@ -187,7 +188,7 @@ class LoRANeoX(NeoX):
                     raise ValueError(f"{name} is not finite with its adapter, of alpha={self.lora.alpha:g}")
                 arrays[name] = kernel
         stacked = self.is_stacked
-        plain = nnx.eval_shape(lambda: NeoX(self.settings, stacked=stacked, rngs=nnx.Rngs(0)))
+        plain = shapes_of(lambda rngs: NeoX(self.settings, stacked=stacked, rngs=rngs))
         return with_arrays(plain, {path: arrays[dotted(path)] for path in flat_arrays(plain)})
 
 

@@ -37,7 +37,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 import jax
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 import jaxmodels
@@ -60,6 +59,7 @@ from jaxmodels.training.reporting.trackers import Tracker
 from jaxmodels.training.step import PREDICTED, Batch, Program, State, token_losses
 from jaxmodels.training.tokenize import Tokens, open_tokens
 from jaxmodels.weights.names import dotted, flat_arrays
+from jaxmodels.weights.stored import shapes_of
 
 # The project's own experiments, scripts of a checkout, by the name that commands take.
 EXPERIMENTS = {
@@ -343,7 +343,7 @@ def check_config(model: Any) -> None:
         describe(model)
     except TypeError as error:
         raise ValueError(f"{name}.config() has values that JSON cannot hold: {error}") from None
-    rebuilt = nnx.eval_shape(lambda: build(name, model.config()))
+    rebuilt = shapes_of(lambda rngs: build(name, model.config(), rngs=rngs))
     ours, theirs = ({dotted(path): a.shape for path, a in flat_arrays(m).items()} for m in (model, rebuilt))
     differing = sorted(path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path))
     if differing:

@@ -65,7 +65,10 @@ def short(number: int) -> str:
 
 
 class Stream(nnx.RngStream):
-    """Stream of random keys that ends after a number of them, in a block of `ending_after`."""
+    """Stream of equal keys, for models without values; it ends after a number of them in a block of `ending_after`.
+
+    JAX takes longer to trace each further key that is derived from the last one.
+    """
 
     def __call__(self) -> jax.Array:
         left = _left.get()
@@ -73,7 +76,7 @@ class Stream(nnx.RngStream):
             left[0] -= 1
             if left[0] < 0:
                 raise TooLarge
-        return super().__call__()
+        return jax.random.key(0)
 
 
 @contextlib.contextmanager
@@ -86,26 +89,32 @@ def ending_after(keys: int) -> Iterator[None]:
         _left.reset(token)
 
 
+def shapes_of(make: Callable[[nnx.Rngs], Model]) -> Model:
+    """Abstract model of a function of random keys: its shapes and dtypes, as by `nnx.eval_shape`."""
+
+    def made() -> Model:
+        rngs = nnx.Rngs(0)
+        setattr(rngs, "default", Stream(jax.random.key(0), tag="default"))  # noqa: B010 (unknown to type checkers)
+        return make(rngs)
+
+    model = nnx.eval_shape(made)
+    if nnx.to_flat_state(nnx.state(model, nnx.RngState)):  # a module that keeps its stream
+        return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    return model
+
+
 def abstract(make: Callable[[nnx.Rngs], Model], stored: Stored, where: str) -> Model:
     """Abstract model of a function of random keys; raises TooLarge, beginning with `where`, if it is not `stored`.
 
     Building it ends as soon as it has drawn more keys than the stored tensors need. Values are not made.
     """
-
-    def bounded() -> Model:
-        rngs = nnx.Rngs(0)
-        setattr(rngs, "default", Stream(jax.random.key(0), tag="default"))  # noqa: B010 (unknown to type checkers)
-        return make(rngs)
-
     try:
         with ending_after(LARGER * stored.tensors + SPARE):
-            model = nnx.eval_shape(bounded)
+            model = shapes_of(make)
     except TooLarge:
         raise TooLarge(
             f"{where} describes a model of more than {LARGER * stored.tensors + SPARE:,} tensors; stored are "
             f"{stored.tensors:,}"
         ) from None
     stored.check(Stored.of_model(flat_arrays(model)), where)
-    if nnx.to_flat_state(nnx.state(model, nnx.RngState)):  # a module that keeps its stream: with an endless one
-        return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     return model

@@ -162,6 +162,38 @@ CASES |= {
     "metadata without end": ("model", sparse("params/state/_METADATA"), "_METADATA has 1,000,000,000,000 bytes"),
 }
 
+MODULE = "sentence_transformers.models.Transformer"
+CASES |= {
+    "a module that is no object": ("embedder's JSON", text("model/modules.json", json.dumps([MODULE])), "modules.json"),
+    "a length of lists": (
+        "transformer's config.json",
+        lambda folder: config_field(folder, max_len=[[]] * 300_000),
+        "'max_len' must be a list of numbers or texts",
+    ),
+    "a length of many numbers": (
+        "transformer's config.json",
+        lambda folder: config_field(folder, max_len=[1] * 300_000),
+        "config has more than",
+    ),
+    "a length that is a list": (
+        "transformer's config.json",
+        lambda folder: config_field(folder, max_len=[7]),
+        "max_len=[7] must be an integer",
+    ),
+    "layers that are not stored": (
+        "retro's config.json",
+        lambda folder: config_field(folder, n_layers=500),
+        "describes a model of more than",
+    ),
+}
+
+
+def config_field(folder, **values):
+    """Change arguments of the model in config.json."""
+    content = json.loads((folder / "config.json").read_text())
+    content["config"] |= values
+    (folder / "config.json").write_text(json.dumps(content))
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_refused(tmp_path, case):

@@ -45,7 +45,9 @@ def check_modules(model: str) -> None:
     file = Path(model) / "modules.json"
     entries = read_json(file) if file.is_file() else []
     for entry in entries if isinstance(entries, list) else [entries]:
-        named = entry.get("type") if isinstance(entry, dict) else entry
+        if not isinstance(entry, dict):
+            raise ValueError(f"{file} has the entry {quoted(entry)}, must be an object with the type of a module")
+        named = entry.get("type")
         if not isinstance(named, str) or not OWN_MODULES.fullmatch(named):
             raise ValueError(f"{file} names the class {quoted(named)}, which is not imported from a folder")
         place = entry.get("path", "")

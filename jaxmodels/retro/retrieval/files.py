@@ -196,4 +196,4 @@ def import_faiss() -> Any:
 
 def reason(error: Exception) -> str:
     """FAISS's message without the C++ expression."""
-    return str(error).strip().splitlines()[0].rpartition(": ")[2] or "no reason given"
+    return str(error).strip().partition("\n")[0].rpartition(": ")[2] or "no reason given"

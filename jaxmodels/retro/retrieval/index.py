@@ -40,8 +40,13 @@ EXACT_UP_TO = 200_000  # chunks; with 512 features they take 0.4 GB, and a query
 BATCH = 4096  # chunks that are embedded and added, or searched for, at a time
 SAVE_EVERY = 64  # batches
 TRAIN_PER_CELL = 64  # vectors for k-means per cell of an IVF index
-# Numbers in a factory string: of cells and features; of links of each chunk; of bits of each part of a vector.
-LARGEST = {"": 2**20, "HNSW": 512, "x": 16}
+# Components of a factory string. Others of FAISS take minutes to train, or are not searched by inner products.
+COMPONENT = re.compile(
+    r"IDMap|L2norm|Flat|SQ(4|6|8|fp16|bf16)|PQ[0-9]+(x[0-9]+)?(fs|np)?|HNSW[0-9]+(_(Flat|SQ8|PQ[0-9]+))?"
+    r"|IVF[0-9]+(_HNSW[0-9]+)?|(PCAR?|RR)[0-9]+|OPQ[0-9]+(_[0-9]+)?"
+)
+# Numbers in it: of cells; of links of each chunk; of bits of each part of a vector. Others are at most the width.
+LARGEST = {"IVF": 2**20, "HNSW": 512, "x": 16}
 
 
 def default_factory(chunks: int, width: int) -> str:
@@ -246,16 +251,23 @@ class ChunkIndex:
 def make_searcher(factory: str, width: int) -> Any:
     """Empty FAISS index with inner products.
 
-    Raises ValueError if FAISS refuses the factory string, or for numbers with which it would take gigabytes at once.
+    Raises ValueError if FAISS refuses the factory string, for a component that is not one of COMPONENT, or for numbers
+    with which it would take gigabytes at once.
     """
     faiss = import_faiss()
-    for kind, number in re.findall(r"(HNSW|x|)([0-9]+)", factory):
-        if len(number) > 7 or int(number) > LARGEST[kind]:
-            most = LARGEST[kind]
-            raise ValueError(f"factory={quoted(factory)} has {quoted(kind + number)}, must be at most {most:,}")
+    for component in factory.split(","):
+        if not COMPONENT.fullmatch(component):
+            raise ValueError(
+                f"factory={quoted(factory)} has {quoted(component)}, must be Flat, IVF, PQ, SQ, HNSW, PCA, PCAR, RR, "
+                "OPQ, L2norm or IDMap with their numbers"
+            )
+        for kind, number in re.findall(r"([A-Za-z]+|_)([0-9]+)", component):
+            most = LARGEST.get(kind, max(width, 16))
+            if len(number) > 7 or int(number) > most:
+                raise ValueError(f"factory={quoted(factory)} has {quoted(kind + number)}, must be at most {most:,}")
     try:
         return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise ValueError(f"factory={factory!r} is refused by FAISS for width {width}: {reason(error)}") from None
 
 
@@ -269,7 +281,7 @@ def train(searcher: Any, corpus: Corpus, starts: np.ndarray, chunk_len: int, emb
     texts = [corpus.vocabulary.decode(chunk) for chunk in corpus.passages(sample, chunk_len)]
     try:
         searcher.train(np.ascontiguousarray(embedder.embed(texts), np.float32))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise ValueError(f"factory={factory!r} cannot be trained on {n} chunks: {reason(error)}") from None
 
 

@@ -182,7 +182,11 @@ OTHERS = {
 REFUSED = {
     "factory": (lambda index, folder: build(folder / "new", factory="Sideways"), "factory='Sideways'"),
     "few": (lambda index, folder: build(folder / "few", factory="PQ8x12"), "factory='PQ8x12'"),
-    "many cells": (lambda index, folder: build(folder / "a", factory="IVF1000000000,Flat"), "'1000000000', must be"),
+    "many cells": (lambda index, folder: build(folder / "a", factory="IVF1000000000,Flat"), "'IVF1000000000', must be"),
+    "many features": (lambda index, folder: build(folder / "a", factory="RR1048576,Flat"), "'RR1048576', must be"),
+    "many parts": (lambda index, folder: build(folder / "a", factory="OPQ8_4096,PQ8"), "'_4096', must be at most 64"),
+    "a slow kind": (lambda index, folder: build(folder / "a", factory="LSQ8x8"), "factory='LSQ8x8' has 'LSQ8x8'"),
+    "a nested index": (lambda index, folder: build(folder / "a", factory="IVF4(RQ9x8),Flat"), r"has 'IVF4\(RQ9x8\)'"),
     "many links": (lambda index, folder: build(folder / "a", factory="HNSW1000000"), "'HNSW1000000', must be"),
     "many bits": (lambda index, folder: build(folder / "a", factory="PQ8x24"), r"'x24', must be at most 16"),
     "short": (lambda index, folder: build(folder / "new", corpus("men")), r"chunk_len=5\b.*\b3\b"),
