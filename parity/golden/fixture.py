@@ -33,7 +33,9 @@ from parity.golden.contents import KINDS, check_noises, check_readings, check_re
 FORMAT = 3  # older ones do not bind the tensors to the JSON
 TENSOR_BYTES = 2**32  # of a fixture's tensors, all of which are read
 LONGEST = 400  # characters of a reason
+LONGEST_NAME = 1_000  # characters of a name, of which modules are searched for each word
 MOST_PATTERNS = 100  # of zero gradients, each of which is compared with each parameter
+LONGEST_PATTERNS = 10_000  # characters of all of them
 SHIPPED = Path(__file__).parent / "fixtures"
 
 
@@ -134,6 +136,7 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     """Fixture from the content of its files; raises ValueError, KeyError or TypeError if a field is not as written."""
     groups: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
+        check_length(key, "tensors")
         kind, _, name = key.partition("/")
         groups.setdefault(kind, {})[name] = tensor
     named = groups["inputs"]
@@ -161,6 +164,8 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     zero_gradients = tuple(texts_of(about, "zero gradients", list))
     if len(zero_gradients) > MOST_PATTERNS:
         raise ValueError(f"zero gradients has {len(zero_gradients):,} patterns; at most {MOST_PATTERNS}")
+    if (length := sum(map(len, zero_gradients))) > LONGEST_PATTERNS:
+        raise ValueError(f"zero gradients has {length:,} characters; at most {LONGEST_PATTERNS:,}")
     if zero_gradients and "parameter gradients" not in results:
         raise ValueError(f"zero gradients={quoted(zero_gradients)} must be empty: it holds no parameter gradients")
     inputs, labels = Inputs(args, named), groups["labels"][""] if "labels" in groups else None
@@ -185,10 +190,17 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     )
 
 
+def check_length(text: str, field: str) -> None:
+    """Raises ValueError if a name, or another text of a fixture, is longer than any that is recorded."""
+    if len(text) > LONGEST_NAME:
+        raise ValueError(f"{field}: {quoted(text)} has {len(text):,} characters; at most {LONGEST_NAME:,}")
+
+
 def text_of(about: Mapping[str, Any], field: str) -> str:
     """Field that is a string."""
     if not isinstance(about[field], str):
         raise ValueError(f"{field}={quoted(about[field])} must be a string")
+    check_length(about[field], field)
     return str(about[field])
 
 
@@ -199,6 +211,8 @@ def texts_of(about: Mapping[str, Any], field: str, kind: type) -> Any:
     if not isinstance(value, kind) or not all(isinstance(text, str) and text.isprintable() for text in held):
         of = f"{'an object' if kind is dict else 'a list'} of strings of printable characters"
         raise ValueError(f"{field}={quoted(value)} must be {of}")
+    for text in held:
+        check_length(text, field)
     return value
 
 

@@ -37,9 +37,10 @@ def place(lookup: Mapping[str, Path], name: str) -> tuple[Path, int | None] | No
     for option in options:
         parts = option.split(".")
         for i, word in enumerate(parts):
-            stacked = ".".join(parts[:i] + parts[i + 1 :])
-            if word.isdigit() and stacked in lookup:
-                return lookup[stacked], int(word)
+            if word.isdigit():
+                stacked = ".".join(parts[:i] + parts[i + 1 :])
+                if stacked in lookup:
+                    return lookup[stacked], int(word)
     return None
 
 

@@ -19,7 +19,7 @@ from tests.fuzz.mutations.values import Rng, choose
 
 __all__ = ["mutate"]
 
-LARGEST = 10**7  # bytes of a file that is changed again
+LARGEST = 10**6  # bytes of a file that is changed again
 Change = Callable[[bytes, Rng], bytes]
 UNFIT: tuple[type[Exception], ...] = (
     ValueError,

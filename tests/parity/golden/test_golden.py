@@ -216,6 +216,11 @@ def test_tensors_of_another_recording_are_refused(recorded, tmp_path):
         ("model", {"model": "NeoX"}),
         ("model", {"config": {}}),
         ("sha256", None),
+        ("torch", "2" * 1_001),
+        ("name", "n" * 10**7),
+        ("layers", {"up": ".".join("0" * 100_000)}),
+        ("untrained", ["u" * 1_001]),
+        ("zero gradients", ["*a" * 400] * 20),
     ],
 )
 def test_a_field_that_is_not_as_written_is_one_short_line(recorded, field, value):
