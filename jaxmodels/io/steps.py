@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import raise_named, temporary_name
+from jaxmodels.io.atomic import TEMPORARY_FILE, raise_named, temporary_name
 from jaxmodels.io.bounded import check_format, kind_of, read_object
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.paths import below
@@ -136,7 +136,7 @@ def foreign(folder: Path) -> str | None:
     """Reason why a STEP folder must not be removed: nothing shows that this program wrote all of it."""
     if folder.is_symlink() or not folder.is_dir():
         return "it is not a folder"
-    found = [name for name, _ in manifest.sizes(folder) if not is_own(folder / name)]
+    found = [name for name, _ in manifest.sizes(folder) if not is_own(folder, name)]
     try:
         if (folder / MARK).exists():
             listed = read_mark(folder)["files"]
@@ -152,9 +152,11 @@ def foreign(folder: Path) -> str | None:
     return f"{quoted(other[0])} in it was not written by this program" if other else None
 
 
-def is_own(path: Path) -> bool:
-    """True for complete.json, also under a temporary name, and for empty folders, which hold nothing to lose."""
-    return path.name == MARK or path.name.startswith(f".{MARK}.") or (path.is_dir() and not path.is_symlink())
+def is_own(folder: Path, name: str) -> bool:
+    """True for a step's complete.json, also by a temporary name, and for empty folders, which hold nothing to lose."""
+    path = folder / name
+    mark = name == MARK or (TEMPORARY_FILE.fullmatch(name) is not None and name.startswith(f".{MARK}."))
+    return mark or (path.is_dir() and not path.is_symlink())
 
 
 def remove(folder: Path) -> None:

@@ -11,6 +11,7 @@ from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.scoring.documents import Score, Scores, total_of
 from jaxmodels.text.documents import LINE_BYTES, Source
 from jaxmodels.text.sources import open_text
+from jaxmodels.text.vocabularies import utf8
 
 MOST_ROWS = 20  # documents of a JSONL file that have rows of their own in a table
 
@@ -80,6 +81,10 @@ def text_of(line: str, field: str, where: str) -> str:
         names = [quoted(name, 40) for name in list(content)[:10]] if isinstance(content, dict) else []
         has = ", ".join(names) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"{where} must be an object with a string {quoted(field)}; it has {has or 'no fields'}")
+    try:
+        utf8(content[field])  # JSON may have half of a surrogate pair
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return content[field]
 
 

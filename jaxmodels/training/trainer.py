@@ -32,6 +32,9 @@ from jaxmodels.training.reporting.progress import Line
 from jaxmodels.training.reporting.trackers import Callback, Function, TensorBoard, Tracker, Trackers, WandB
 from jaxmodels.training.run import FILE, Branch, has_begun, read_about, write_about
 
+SMALL_BATCH = 2**20  # tokens of a batch for any text
+LARGEST_BATCH = 2**24  # tokens of a batch of examples; GPT-NeoX-20B was trained with 3.15 million
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -40,6 +43,19 @@ class Result:
     loss: float
     baseline: tuple[str, float] | None
     parameters: int
+
+
+def check_tokens(batch_size: int, seq_len: int, task: Task) -> None:
+    """Raises ValueError if a batch has more tokens than its text needs; one of an unknown run could fill the memory.
+
+    At most as many as the text has, or SMALL_BATCH; LARGEST_BATCH for data of another kind.
+    """
+    tokens = batch_size * seq_len
+    most = LARGEST_BATCH if task.train_ids is None else max(SMALL_BATCH, len(task.train_ids))
+    if tokens > most:
+        raise ValueError(
+            f"batch_size={batch_size:,} of seq_len={seq_len:,} are {tokens:,} tokens; at most {most:,} with this text"
+        )
 
 
 class Trainer:
@@ -77,6 +93,7 @@ class Trainer:
         if branch is not None or recorded:  # another text is encoded in the first run's vocabulary
             experiment.vocabulary = load_vocabulary((folder if branch is None else branch.run) / "vocabulary.json")
         self.task: Task = experiment.task()
+        check_tokens(self.config.batch_size, self.config.seq_len, self.task)
         if experiment.vocabulary not in (None, self.task.vocabulary):
             raise ValueError(f"text={self.config.text!r} has another vocabulary than the run that is continued")
         self.program = experiment.program(len(self.task.vocabulary), mesh)

@@ -130,6 +130,7 @@ def test_a_run_is_resumed_only_by_its_own_script(run):
         ("--text {text} --mesh fsdp=3", "mesh='fsdp=3' .*3.*1"),
         ("--text {text} --mesh rows=2", "mesh='rows=2'.*data, fsdp, tensor"),
         ("--text {text} --accumulate 3", "batch_size=16 .*accumulate=3"),
+        ("--text {text} --batch-size 1048576", "batch_size=1,048,576 .*seq_len=128 .*134,217,728 .* 1,048,576 "),
         ("--text {text} --coordinator localhost:1", "--coordinator, --processes and --process "),
     ],
 )

@@ -34,7 +34,10 @@ def test_a_complete_step_is_found_and_removed(tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "model/notes.txt", "model/extra/notes.txt"])
+OTHERS = ["notes.txt", "model/notes.txt", "model/extra/notes.txt", ".complete.json.diary", "model/complete.json"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_a_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
     folder = complete(tmp_path)
     (folder / name).parent.mkdir(exist_ok=True)
@@ -58,7 +61,11 @@ def test_a_list_of_files_proves_nothing(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["photo.jpg", "photos/1.jpg", "models/1.jpg", "model/1.jpg", "state/notes", "losses.npy"]
+    "name",
+    [
+        *("photo.jpg", "photos/1.jpg", "models/1.jpg", "model/1.jpg", "state/notes", "losses.npy"),
+        *(".complete.json.diary", "model/complete.json"),
+    ],
 )
 def test_an_unfinished_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
     for begun in (True, False):

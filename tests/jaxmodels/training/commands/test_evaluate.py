@@ -248,6 +248,7 @@ def test_a_run_is_scored_in_strides(make_run, tmp_path, capsys, monkeypatch):
         (["--text", "c.jsonl"], "c.jsonl.*--jsonl-field"),
         (["--text", "c.jsonl", "--jsonl-field", "words"], "c.jsonl:1 .*'words'.*'id', 'text'"),
         (["--text", "bad.jsonl", "--jsonl-field", "text"], "bad.jsonl:2 "),
+        (["--text", "half.jsonl", "--jsonl-field", "text"], "half.jsonl:2: .*not Unicode"),
         (["--text", "a.txt", "none.txt"], "none.txt"),
         (["--text", "a.txt", "--bos"], "--bos"),
         (["--text", "a.txt", "--stride", "0"], "stride=0"),
@@ -259,6 +260,7 @@ def test_bad_documents_are_refused(flags, message, documents, tmp_path, monkeypa
     jaxmodels.save(transformer(), tmp_path / "model")
     VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
     (tmp_path / "bad.jsonl").write_text('{"text": "abc"}\n{"text": 3}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "abc"}\n{"text": "\\ud800"}\n')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         scores("model", *flags)
