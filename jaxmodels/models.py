@@ -30,7 +30,7 @@ from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.sharding import placement
 from jaxmodels.weights.names import check_floating, dotted, flat_arrays, is_floating, with_arrays
 from jaxmodels.weights.place import Shardings, from_flax_names, load_tensors
-from jaxmodels.weights.stored import LARGER, SPARE, Stored
+from jaxmodels.weights.stored import Stored
 from jaxmodels.weights.stored import abstract as stored_model
 
 # Modules of this project's models, by the name in config.json. A file cannot cause any other import.
@@ -44,6 +44,7 @@ MODULES = {
 REGISTERED: dict[str, type] = {}
 # Raised by constructors for values that no model has: a list instead of a string, a width of 0, one of 30 digits.
 UNFIT = (TypeError, AttributeError, ArithmeticError, LookupError, AssertionError, RecursionError, MemoryError)
+MOST_VALUES = 10_000  # of a model's configuration
 
 Class = TypeVar("Class", bound=type)
 
@@ -119,25 +120,24 @@ def abstract(name: str, config: Mapping[str, Any], stored: Stored, where: str | 
     then not made.
     """
     with errors_naming(where):
-        check_values(config, LARGER * stored.tensors + SPARE)
+        check_values(config)
         return stored_model(lambda rngs: build(name, config, rngs=rngs), stored, str(where))
 
 
-def check_values(config: Mapping[str, Any], most: int) -> None:
-    """Raises ValueError if a configuration from a file has more than `most` values, or lists in lists."""
-    left = most
-    pending: list[tuple[str, Any]] = [*config.items()]
+def check_values(config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a configuration from a file has more than MOST_VALUES values, at any depth.
+
+    Flax looks at each of them again for every module that keeps it.
+    """
+    left = MOST_VALUES
+    pending: list[Any] = [config]
     while pending:
-        name, value = pending.pop()
-        left -= 1
-        if isinstance(value, Mapping):
-            pending += value.items()
-        elif isinstance(value, list):
-            left -= len(value)
-            if any(isinstance(item, Mapping | list) for item in value):
-                raise ValueError(f"config: {quoted(name)} must be a list of numbers or texts")
+        value = pending.pop()
+        held = value.values() if isinstance(value, Mapping) else value
+        left -= len(held)
         if left < 0:
-            raise ValueError(f"config has more than {most:,} values")
+            raise ValueError(f"config has more than {MOST_VALUES:,} values")
+        pending += [item for item in held if isinstance(item, Mapping | list)]
 
 
 class Beside(Protocol):

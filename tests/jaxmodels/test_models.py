@@ -457,3 +457,10 @@ def test_a_source_that_is_no_folder_is_named(tmp_path):
         jaxmodels.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"config\.json"):
         models.load(tmp_path)
+
+
+def test_values_of_a_configuration_are_counted_at_any_depth():
+    blocks = {"channels": [[64, 64], [128, {"classes": ["cat"] * 1000}]]}
+    models.check_values(blocks)
+    with pytest.raises(ValueError, match="more than 10,000 values"):
+        models.check_values(blocks | {"more": {"names": [["a"] * 100] * 100}})
