@@ -165,6 +165,11 @@ CASES |= {
 MODULE = "sentence_transformers.models.Transformer"
 CASES |= {
     "a module that is no object": ("embedder's JSON", text("model/modules.json", json.dumps([MODULE])), "modules.json"),
+    "an embedder's configuration of many lists": (
+        "embedder's JSON",
+        field("model/config.json", attention_probs_dropout_prob=[[]] * 300_000),
+        "config.json has more than 100,000 values",
+    ),
     "a length of lists": (
         "transformer's config.json",
         lambda folder: config_field(folder, max_len=[[]] * 300_000),

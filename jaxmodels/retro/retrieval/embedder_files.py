@@ -22,6 +22,7 @@ from jaxmodels.weights.torch_modules import no_larger
 
 CONFIG = "config.json"
 MOST_LAYERS = 2_000  # of which each is made before its weights are looked for
+MOST_VALUES = 100_000  # of a configuration, which libraries copy several times; published ones name 44,000 labels
 MOST_NUMBER = 2**20  # in a configuration, from which libraries make lists before they make a model
 WEIGHTS = re.compile(r".+\.safetensors|pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 VERSIONED = re.compile(r"tokenizer(\.[0-9.]+)?\.json")  # one of a version of transformers takes the place of the first
@@ -102,11 +103,15 @@ def check_json(file: Path) -> None:
 def check_numbers(file: Path, content: Any) -> None:
     """Raise ValueError if an integer of a configuration is larger than any of a published one, at any depth.
 
-    Raises ValueError too for a kernel of the Hub, which is code.
+    Raises ValueError too for more than MOST_VALUES values, and for a kernel of the Hub, which is code.
     """
     left: list[tuple[str, Any]] = [("", content)]
+    values = 0
     while left:
         name, value = left.pop()
+        values += 1
+        if values + len(left) > MOST_VALUES:
+            raise ValueError(f"{file} has more than {MOST_VALUES:,} values")
         most = MOST_LAYERS if name.endswith(("layer", "layers")) else MOST_NUMBER
         if type(value) is int and value > most and "theta" not in name:
             raise ValueError(f"{file} has {quoted(name)} of {quoted(value)}, must be at most {most:,}")
