@@ -22,7 +22,7 @@ from jaxmodels.weights.torch_modules import no_larger
 
 CONFIG = "config.json"
 MOST_LAYERS = 2_000  # of which each is made before its weights are looked for
-MOST_VALUES = 100_000  # of a configuration, which libraries copy several times; published ones name 44,000 labels
+MOST_VALUES = 100_000  # of a configuration, labels included; libraries copy all of them several times
 MOST_NUMBER = 2**20  # in a configuration, from which libraries make lists before they make a model
 WEIGHTS = re.compile(r".+\.safetensors|pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 VERSIONED = re.compile(r"tokenizer(\.[0-9.]+)?\.json")  # one of a version of transformers takes the place of the first
