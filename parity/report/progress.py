@@ -1,4 +1,4 @@
-"""Progress of a long check: one line on a terminal, rewritten in place; nothing in a pipe or a file."""
+"""Progress of a long check: one line on a terminal, rewritten in place; elsewhere a line for each item that ended."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ CLEAR = "\r\x1b[K"  # to the start of the line; erase to its end
 class StatusLine:
     """A line that shows what is running and for how long; a context manager, which erases the line at its end.
 
-    stream: standard error by default. If it is no terminal that can erase a line, nothing is written.
+    stream: standard error by default. If it is no terminal that can erase a line, only `finished` writes to it.
     """
 
     def __init__(self, stream: TextIO | None = None, interval: float = 1.0):
@@ -43,6 +43,12 @@ class StatusLine:
         with self.lock:
             self.shown, self.since = visible(text), time.monotonic()
             self.draw()
+
+    def finished(self, text: str) -> None:
+        """Erase the line; where there is none, in a pipe or a file, write what ended as a line of its own."""
+        self.clear()
+        if not self.live:
+            self.write(visible(text) + "\n")
 
     def clear(self) -> None:
         """Erase the line, so that other output can be printed."""
@@ -75,7 +81,11 @@ class StatusLine:
 
 
 def each(names: Sequence[str], line: StatusLine) -> Iterator[tuple[str, Callable[[str], None]]]:
-    """Iterate over names; yields each name and a function that shows its current stage on the line."""
+    """Iterate over names; yields each name and a function that shows its current stage on the line.
+
+    Of several names, a line tells when each has ended, with the seconds since the first began.
+    """
+    began = time.monotonic()
     for i, name in enumerate(names, 1):
         title = f"{i}/{len(names)} {name}"
         line.show(title)
@@ -85,3 +95,5 @@ def each(names: Sequence[str], line: StatusLine) -> Iterator[tuple[str, Callable
 
         yield name, stage
         line.clear()
+        if len(names) > 1:
+            line.finished(f"{title}: done, {time.monotonic() - began:.0f} s")

@@ -30,10 +30,20 @@ def terminal(monkeypatch):
     os.close(ours)
 
 
-def test_nothing_is_written_to_a_pipe():
+def test_a_pipe_gets_a_line_for_each_name_that_ended():
     stream = io.StringIO()
     with StatusLine(stream) as line:
-        for _, stage in each(["a", "b"], line):
+        for name, stage in each(["a", "b\x1b"], line):
+            stage("training")
+            before = stream.getvalue()
+            assert name not in before
+    assert re.fullmatch(r"1/2 a: done, \d+ s\n2/2 b\\x1b: done, \d+ s\n", stream.getvalue())
+
+
+def test_a_pipe_gets_nothing_of_a_single_name():
+    stream = io.StringIO()
+    with StatusLine(stream) as line:
+        for _, stage in each(["a"], line):
             stage("training")
     assert stream.getvalue() == ""
 
