@@ -2,8 +2,8 @@
 
 Each part is a command of its own, in a process of its own, with a limit of time; its output goes to --folder. Parts
 that ended with this commit on this device are not run again, so that a run which was cut off goes on where it was.
-Parts that are not timed run beside each other on a GPU. The page has every part's command, exit code, seconds and
-output, and says which parts did not run, and why.
+Parts that are not timed run beside each other on a GPU, for half of the time at most. The page has every part's
+command, exit code, seconds and output, and says which parts did not run, and why.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from jaxmodels.io.atomic import atomic_file
 ROOT = Path(__file__).parents[1]
 SHOWN = 120  # lines of a part's output on the page
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # processes share a GPU's memory
-WORKERS = 6  # processes of the parity cases on a GPU, most of whose time is compilation
+# Processes of the parity cases on a GPU: most of their time is compilation, for which each has a processor.
+WORKERS = min(12, max(1, (os.cpu_count() or 1) - 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,9 @@ DEVICE_TESTS = (
     "test_cache.py",
     "test_synthesizer.py",
 )
-# XLA times the kernels of each product on a GPU, which takes most of the time of compiling many small programs.
-UNTUNED = (("XLA_FLAGS", "--xla_gpu_autotune_level=0"),)
+# XLA times the kernels of each product on a GPU, which takes most of the time of compiling many small programs; and
+# compiles with a thread for each processor, which slows down processes beside each other.
+UNTUNED = (("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_force_compilation_parallelism=2"),)
 BENCHED = ("cpu", "gpu")  # PyTorch is timed beside, which has no TPUs
 PARTS = (
     Part(
@@ -140,16 +142,18 @@ def main() -> int:
     machine = described(options.device)
     version = options.commit or commit()
     options.folder.mkdir(parents=True, exist_ok=True)
-    ends = time.monotonic() + 60 * options.minutes
+    seconds = 60 * options.minutes
+    ends = time.monotonic() + seconds
     results: dict[int, dict[str, Any]] = {}
 
-    def add(number: int) -> None:
-        results[number] = result_of(number, {"machine": machine, "smoke": options.smoke}, version, options, ends)
+    def add(number: int, share: float = 1.0) -> None:
+        state = {"machine": machine, "smoke": options.smoke}
+        results[number] = result_of(number, state, version, options, ends - (1 - share) * seconds)
         write(options.page, page([results[key] for key in sorted(results)], machine, options))
 
     beside = [number for number, part in enumerate(PARTS) if not part.timed] if options.device == "gpu" else []
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(add, beside))
+        list(pool.map(lambda number: add(number, 0.5), beside))
     for number in range(len(PARTS)):
         if number not in results:
             add(number)
