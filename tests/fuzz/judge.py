@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -93,11 +94,13 @@ class Judge:
         with self.captured() as read_output, self.guard.watching(allowed, kept=self.box / "beside") as events:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(BYTES), hard))  # a terabyte of zeros might be copied
+            temporary, tempfile.tempdir = tempfile.tempdir, str(self.box / "out")  # a text's ids go to such files
             try:
                 target.read(subject)
             except BaseException as error:
                 refused = error
             finally:
+                tempfile.tempdir = temporary
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         seconds = min(time.monotonic() - began, time.process_time() - worked)
         used = memory("VmHWM") - resident
