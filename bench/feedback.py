@@ -79,7 +79,7 @@ def main() -> None:
 
     console = Console(width=120, highlight=False)
     console.print(stamp(options.threads, options.device))
-    console.print(gradients(options))
+    gradients(options)
     if options.growth:
         for d_model in (128, 256):
             console.print(growth(d_model, options))
@@ -89,15 +89,13 @@ def main() -> None:
     console.print(f"a training step ({size}) traces and compiles in {compile_time(size):.1f} s")
 
 
-def gradients(options: argparse.Namespace) -> Table:
-    """Forward and backward: one row per size."""
+def gradients(options: argparse.Namespace) -> None:
+    """Forward and backward: print one row per size, when it has been measured."""
     from bench.timing import alternate
 
-    table = Table(title="Forward and backward, float32", title_justify="left")
-    for heading in ("size", "Flax ms", "stack ms", "÷ Flax", "temporaries MB", "of the products' limit"):
-        table.add_column(heading, justify="right" if heading != "size" else "left")
-    if options.device == "gpu":
-        table.add_column("compiled ÷ Flax", justify="right")
+    headings = f"{'Flax ms':>10}{'stack ms':>11}{'÷ Flax':>9}{'temporaries MB':>17}{'of the products’ limit':>25}"
+    print(f"\nForward and backward, float32\n{'size':34}{headings}", end="")
+    print(f"{'compiled ÷ Flax':>18}" if options.device == "gpu" else "", flush=True)
     for size in options.sizes:
         flax, temporaries = flax_gradient(size)
         functions = {"flax": flax, "stack": torch_gradient(size, options.device), "limit": products(size)}
@@ -109,10 +107,10 @@ def gradients(options: argparse.Namespace) -> Table:
             name: statistics.median(a / b for a, b in zip(times, seconds["flax"], strict=True))
             for name, times in seconds.items()
         }
-        row = [str(size), f"{1e3 * median['flax']:.1f}", f"{1e3 * median['stack']:.1f}", f"{ratio['stack']:.2f}"]
-        row += [f"{temporaries / 1e6:.0f}", f"{ratio['limit']:.0%}"]
-        table.add_row(*row, *([f"{ratio['compiled']:.2f}"] if "compiled" in ratio else []))
-    return table
+        row = f"{size!s:34}{1e3 * median['flax']:>10.1f}{1e3 * median['stack']:>11.1f}{ratio['stack']:>9.2f}"
+        row += f"{temporaries / 1e6:>17.0f}{ratio['limit']:>25.0%}"
+        print(row + (f"{ratio['compiled']:>18.2f}" if "compiled" in ratio else ""), flush=True)
+    print()
 
 
 def flax_gradient(size: Size) -> tuple[Callable[[], object], int]:
