@@ -22,15 +22,17 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from flax import nnx
 
 from jaxmodels.convert.open import Opened, is_remote
+from jaxmodels.io.bounded import errors_naming
 from jaxmodels.io.checkpoint import read_config, stored_types
 from jaxmodels.io.steps import latest_step
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
+from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training.config import AdamWConfig, AttentionKernel
 from jaxmodels.training.experiment import Experiment
@@ -167,6 +169,11 @@ class Config(AdamWConfig):
         )
 
 
+def neox_config(fields: dict[str, Any]) -> NeoXConfig:
+    """Configuration of a model, without those of its adapter."""
+    return NeoXConfig(**{name: value for name, value in fields.items() if name not in ("stacked", "lora")})
+
+
 class Neox(Experiment[Config]):
     config_class = Config
     resumed: Path | None = None  # the run, once it has a checkpoint
@@ -188,8 +195,15 @@ class Neox(Experiment[Config]):
         if self.resumed is None:
             fields = self.opened.config
         else:
-            _, fields = read_config(latest_step(self.resumed)[0] / "model")
-        return NeoXConfig(**{name: value for name, value in fields.items() if name not in ("stacked", "lora")})
+            folder = latest_step(self.resumed)[0] / "model"
+            kind, fields = read_config(folder)
+            known = {"stacked", "lora", *(field.name for field in dataclasses.fields(NeoXConfig))}
+            if kind not in (NeoX.__name__, LoRANeoX.__name__) or fields.keys() - known:
+                what = ", ".join(map(quoted, sorted(fields.keys() - known)[:5])) or f"model {quoted(kind)}"
+                raise ValueError(f"{folder} has {what}, which a fine-tuned GPT-NeoX does not have")
+            with errors_naming(folder):
+                return neox_config(fields)
+        return neox_config(fields)
 
     @functools.cached_property
     def frozen_dtype(self) -> str:

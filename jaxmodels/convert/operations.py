@@ -24,6 +24,7 @@ from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
 from jaxmodels.io.bounded import errors_naming, read_json
 from jaxmodels.io.checkpoint import read_config, stored_arrays
+from jaxmodels.io.content import is_torch_file
 from jaxmodels.io.torch_files import read_state_dict, write_state_dict
 from jaxmodels.models import abstract, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
@@ -62,6 +63,8 @@ def to_torch_file(options: argparse.Namespace) -> str:
         raise ValueError(f"{options.target} is a folder; expected a file")
     if options.target.exists() and not options.overwrite:
         raise ValueError(f"{options.target} exists; choose another file, or pass --overwrite")
+    if options.target.exists() and not is_torch_file(options.target):
+        raise ValueError(f"{options.target} is no file of torch.save; only such a file is overwritten")
     for flag in ("model", "config", "key"):
         if getattr(options, flag) is not None:
             raise ValueError(f"--{flag} describes a .pt file; {options.source} has a configuration")

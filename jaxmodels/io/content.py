@@ -69,6 +69,15 @@ def is_zip(file: Path) -> bool:
         return False
 
 
+def is_torch_file(file: Path) -> bool:
+    """True for a file of torch.save: a zip file with an entry NAME/data.pkl."""
+    try:
+        with zipfile.ZipFile(file) as opened:
+            return any(name.endswith("/data.pkl") for name in opened.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
+
+
 def explained(file: Path, otherwise: str) -> ValueError:
     """Error for a file that could not be read: says what the file is, or `otherwise`."""
     return ValueError(f"{file} {recognised(file) or shortened(otherwise, 400)}")

@@ -10,6 +10,7 @@ model.safetensors.index.fp16.json.
 """
 
 import fnmatch
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -154,6 +155,8 @@ def inside(folder: Path, name: Any, where: Path) -> Path:
     if not isinstance(name, str) or "\0" in name:
         raise ValueError(f"{where} names {quoted(name)}, which is not a file in this folder")
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts or not path.name or len(name) > LONGEST:
+    # One file may have one name: with a name like a/./b in each of its many spellings it would be read many times.
+    plain = str(path) == name.replace("/", os.sep)
+    if not plain or path.is_absolute() or ".." in path.parts or not path.name or len(name) > LONGEST:
         raise ValueError(f"{where} names {quoted(name)}, which is not a file in this folder")
     return folder / path

@@ -31,9 +31,9 @@ LONGEST = 15  # digits of a step's number
 
 
 def is_step(folder: Path) -> bool:
-    """True if a name in `checkpoints` is a step's."""
+    """True if a name in `checkpoints` is a step's, as it is written: 6, not 06, which would be step 6 again."""
     name = folder.name
-    return name.isascii() and name.isdecimal() and len(name) <= LONGEST
+    return name.isascii() and name.isdecimal() and len(name) <= LONGEST and str(int(name)) == name
 
 
 def steps(folder: Path) -> list[int]:
@@ -54,6 +54,8 @@ def check_run(run: Path) -> None:
             manifest.refuse_link(path)
             refuse_special(path)
     for name in FOLDERS:
+        if (run / name).is_file():
+            raise ValueError(f"{run / name} is a file; expected a folder")
         for path in sorted((run / name).iterdir()) if (run / name).is_dir() else ():
             if is_step(path) or name != CHECKPOINTS:
                 for entry in (path, *below(path)):

@@ -42,12 +42,39 @@ typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
 inline Floats Load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
 inline void Store(float* p, Floats v) { *reinterpret_cast<UnalignedFloats*>(p) = v; }
 
+// Sum of the lanes: of lane i and i + 8, then i + 4, i + 2, i + 1.
 inline float Sum(Floats v) {
   float parts[kLanes];
   Store(parts, v);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
   return parts[0];
+}
+
+// Sums of the lanes of K vectors, in the same order; K <= 16.
+template <int K>
+inline void Sums(const Floats* v, float* sums) {
+#if defined(__AVX512F__)
+  // Each step adds halves of two vectors, so that 16 vectors take 15 additions: vectors k and k + 8 first.
+  __m512 a[kLanes];
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes; ++k) a[k] = k < K ? (__m512)v[k] : _mm512_setzero_ps();
+#pragma GCC unroll 16
+  for (int k = 0; k < 8; ++k)
+    a[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a[k], a[k + 8], 0x44), _mm512_shuffle_f32x4(a[k], a[k + 8], 0xee));
+#pragma GCC unroll 16
+  for (int k = 0; k < 4; ++k)
+    a[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a[k], a[k + 4], 0x88), _mm512_shuffle_f32x4(a[k], a[k + 4], 0xdd));
+#pragma GCC unroll 16
+  for (int k = 0; k < 2; ++k)
+    a[k] = _mm512_add_ps(_mm512_shuffle_ps(a[k], a[k + 2], 0x44), _mm512_shuffle_ps(a[k], a[k + 2], 0xee));
+  __m512 all = _mm512_add_ps(_mm512_shuffle_ps(a[0], a[1], 0x88), _mm512_shuffle_ps(a[0], a[1], 0xdd));
+  // Lane 4 b + j is the sum of the vector that became part j of block b: see `order`.
+  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  _mm512_mask_storeu_ps(sums, (__mmask16)((1u << K) - 1), _mm512_permutexvar_ps(order, all));
+#else
+  for (int k = 0; k < K; ++k) sums[k] = Sum(v[k]);
+#endif
 }
 
 struct Float32 {
@@ -177,11 +204,13 @@ inline void Dots(const Problem& p, const typename W::Stored* w, int64_t r, int64
       for (int m = 0; m < M; ++m) sums[m][n] += WidenTail<Float32>(x + m * p.features + i, left) * weights;
     }
   }
+  float totals[M][N];
+  Sums<M * N>(&sums[0][0], &totals[0][0]);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n)
-      p.y[(r + m) * p.outputs + o + n] = Sum(sums[m][n]) * (p.scale ? p.scale[o + n] : 1.0f);
+      p.y[(r + m) * p.outputs + o + n] = totals[m][n] * (p.scale ? p.scale[o + n] : 1.0f);
 }
 
 // The same for output o alone: one stream of memory, which the processor prefetches best, and several running sums.
@@ -218,6 +247,14 @@ void AllDots(const Problem& p, const typename W::Stored* w, int64_t begin, int64
   if (r < end) Dots<W, 1, N>(p, w, r, o);
 }
 
+// Outputs o … end - 1 of M rows. A weight is widened once; 16 running sums fill the registers.
+template <typename W, int M>
+void FewDots(const Problem& p, const typename W::Stored* w, int64_t o, int64_t end) {
+  constexpr int N = kLanes / M;
+  for (; o + N <= end; o += N) Dots<W, M, N>(p, w + o * p.features, 0, o);
+  for (; o < end; ++o) Dots<W, M, 1>(p, w + o * p.features, 0, o);
+}
+
 // Calls few(begin, end) for parts of the outputs. With more rows than kFew it calls widen(o, n, panel) instead, for
 // outputs o … o + n - 1, n <= 8, and multiplies the panel [n, I]. bytes: those of all weights.
 template <typename Few, typename Panel>
@@ -246,15 +283,20 @@ void Multiply(ffi::ThreadPool& pool, const Problem& p, int64_t bytes, const Few&
 
 template <typename W>
 void MultiplyBy(ffi::ThreadPool& pool, const Problem& p, const typename W::Stored* w) {
-  constexpr int N = 8;
   auto few = [&](int64_t o, int64_t end) {
-    if (p.rows == 1) {
-      for (; o < end; ++o) LongDots<W, 1>(p, w + o * p.features, 0, o);
-    } else if (p.rows == 2) {
-      for (; o < end; ++o) LongDots<W, 2>(p, w + o * p.features, 0, o);
-    } else {
-      for (; o + N <= end; o += N) AllDots<W, N>(p, w + o * p.features, 0, p.rows, o);
-      for (; o < end; ++o) AllDots<W, 1>(p, w + o * p.features, 0, p.rows, o);
+    switch (p.rows) {
+      case 1:
+        for (; o < end; ++o) LongDots<W, 1>(p, w + o * p.features, 0, o);
+        return;
+      case 2:
+        for (; o < end; ++o) LongDots<W, 2>(p, w + o * p.features, 0, o);
+        return;
+      case 3: return FewDots<W, 3>(p, w, o, end);
+      case 4: return FewDots<W, 4>(p, w, o, end);
+      case 5: return FewDots<W, 5>(p, w, o, end);
+      case 6: return FewDots<W, 6>(p, w, o, end);
+      case 7: return FewDots<W, 7>(p, w, o, end);
+      default: return FewDots<W, 8>(p, w, o, end);
     }
   };
   auto widen = [&](int64_t o, int64_t n, float* wide) {

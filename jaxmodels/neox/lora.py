@@ -53,8 +53,8 @@ class LoRA:
     targets: tuple[str, ...] = ("query_key_value",)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank={quoted(self.rank)} must be an integer of at least 1")
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 1 <= self.rank <= MOST_RANK:
+            raise ValueError(f"rank={quoted(self.rank)} must be an integer from 1 to {MOST_RANK:,}")
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
         if not number or not 0 < self.alpha <= LARGEST:
             raise ValueError(f"alpha={quoted(self.alpha)} must be above 0 and at most {LARGEST:g}")

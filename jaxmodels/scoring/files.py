@@ -1,11 +1,10 @@
 """Documents in text files and JSONL, and tables of their scores."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxmodels.io.bounded import open_regular
+from jaxmodels.io.bounded import open_regular, parsed
 from jaxmodels.io.content import recognised
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.scoring.documents import Score, Scores, total_of
@@ -74,7 +73,7 @@ def json_lines(file: Path) -> Iterator[tuple[int, str]]:
 def text_of(line: str, field: str, where: str) -> str:
     """Text in a field of a line of JSON; raises ValueError, naming the line, if it has none."""
     try:
-        content = json.loads(line)
+        content = parsed(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {shortened(str(error), 200)}") from None
     if not isinstance(content, dict) or not isinstance(content.get(field), str):

@@ -9,7 +9,7 @@ from jaxmodels.process.texts import quoted
 
 SECONDS = 5.0  # published templates take milliseconds
 MEGABYTES = 500.0
-LONGEST = 10_000_000  # characters of a conversation
+LONGEST, GROWTH = 100_000, 10  # characters of a conversation; and for each of its messages and of the template
 RENDERER = Confined("jaxmodels.text.untrusted.chat", seconds=60.0, megabytes=4_000.0)  # to import transformers
 
 
@@ -28,13 +28,15 @@ class ChatTemplate:
         """Text of a conversation. generation: it ends with the beginning of an answer; else its last message goes on.
 
         Raises ValueError, of one line, for a template with an error, or one that takes more than SECONDS of processor
-        time or MEGABYTES, or writes more than LONGEST characters.
+        time or MEGABYTES, or writes more characters than LONGEST and GROWTH allow.
         """
-        arguments = self.text, dict(self.special), list(messages), generation, LONGEST
+        given = len(self.text) + sum(len(str(value)) for message in messages for value in message.values())
+        longest = LONGEST + GROWTH * given
+        arguments = self.text, dict(self.special), list(messages), generation, longest
         try:
             text = RENDERER.call("render", *arguments, seconds=SECONDS, megabytes=MEGABYTES)
         except ValueError as error:
             raise ValueError(f"{self.what}: {quoted(str(error), 200)}") from None
         if isinstance(text, int):
-            raise ValueError(f"{self.what}: it writes {text:,} characters; at most {LONGEST:,}")
+            raise ValueError(f"{self.what}: it writes {text:,} characters; at most {longest:,}")
         return str(text)

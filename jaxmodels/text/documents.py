@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxmodels.io.bounded import open_regular
+from jaxmodels.io.bounded import open_regular, parsed
 from jaxmodels.io.content import recognised
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.tables.columns import columns
@@ -207,7 +207,7 @@ def lines(file: Path, field: str, offset: int) -> Iterator[tuple[str, str, int, 
 def text_of(where: str, line: bytes, field: str, file: Path) -> str:
     """Field of a JSON object; raises ValueError if it is not a string."""
     try:
-        found = json.loads(line.decode("utf-8"))
+        found = parsed(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} {recognised(file) or f'is not UTF-8: {error.reason}'}") from None
     except json.JSONDecodeError as error:

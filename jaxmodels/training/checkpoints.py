@@ -236,8 +236,11 @@ class Checkpoints:
         return ", ".join(wrong[:3]) + more
 
     def remove_old(self, last: int) -> None:
-        for step in [step for step in steps(self.folder) if step <= last][: -self.keep]:
-            if not self.keep_every or step % self.keep_every:
+        """Remove all steps up to the last one but the latest `keep` complete ones, and those of `keep_every`."""
+        found = [step for step in steps(self.folder) if step <= last]
+        whole = [step for step in found if step == last or problem(self.folder / str(step)) is None]
+        for step in found:
+            if step not in whole[-self.keep :] and (not self.keep_every or step % self.keep_every):
                 try:
                     stored.remove(self.folder / str(step))
                 except ValueError as error:

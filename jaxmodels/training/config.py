@@ -5,6 +5,7 @@ below a field is its text in --help.
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -110,7 +111,12 @@ class Config:
         object.__setattr__(self, "seed", seed_32(self.seed))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
+            if type(value) is int and may_be_float(hints(type(self)).get(field.name)):
+                try:
+                    object.__setattr__(self, field.name, float(value))
+                except OverflowError:
+                    raise ValueError(f"{field.name}={quoted(value)} must be a finite number") from None
+            elif isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name}={value} must be a finite number")
         for name in ("learning_rate", "eps", "clip"):
             value = getattr(self, name)
@@ -175,13 +181,25 @@ class Config:
 
         Fields of other types than numbers, strings, truth values, None, and choices and tuples of these are not read.
         """
-        try:
-            hints = typing.get_type_hints(cls)
-        except NameError:  # of a class inside a function, whose module postpones annotations
-            return
-        for name, kind in hints.items():
+        for name, kind in hints(cls).items():
             if name in values and not fits(values[name], kind):
                 raise ValueError(f"{name}={quoted(values[name])} must be {described(kind)}")
+
+
+@functools.cache
+def hints(kind: type) -> dict[str, Any]:
+    """Types of a class's fields; none of a class inside a function, whose module postpones annotations."""
+    try:
+        return typing.get_type_hints(kind)
+    except NameError:
+        return {}
+
+
+def may_be_float(kind: Any) -> bool:
+    """True for float, and for a union with it."""
+    return kind is float or (
+        typing.get_origin(kind) in (typing.Union, types.UnionType) and float in typing.get_args(kind)
+    )
 
 
 def fits(value: Any, kind: Any) -> bool:

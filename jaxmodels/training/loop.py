@@ -20,6 +20,8 @@ from jaxmodels.training.checkpoints import Position
 from jaxmodels.training.data import Batches, Example, in_batches, stack
 from jaxmodels.training.step import Batch, Metrics, Program, State, stop_sharding, without_optimizer
 
+AHEAD = 1_000  # steps that are taken without looking for a change of the texts' length
+
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
@@ -90,7 +92,8 @@ class Loop:
             step = self.position.step
             if self.length_at(step) != self.length:
                 self.compile(self.batch)
-            change = next((later for later in range(step, until) if self.length_at(later) != self.length), until)
+            ahead = min(until, step + AHEAD)
+            change = next((later for later in range(step, ahead) if self.length_at(later) != self.length), ahead)
             if not self.advance_same_length(change):
                 return False
         return True

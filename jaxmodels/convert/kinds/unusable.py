@@ -2,14 +2,13 @@
 
 import fnmatch
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER
-from jaxmodels.io.bounded import CONFIG_BYTES, read_bytes, read_object
+from jaxmodels.io.bounded import CONFIG_BYTES, parsed, read_bytes, read_object
 from jaxmodels.io.content import COMPRESSED, HEAD, POINTERS, is_zip
 from jaxmodels.io.pretrained import chosen
 from jaxmodels.process.paths import is_plain, walk
@@ -347,7 +346,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             size = int.from_bytes(opened.read(8), "little")
             if size > min(file.stat().st_size, CONFIG_BYTES):  # 100,000 tensors: no model with packed weights has more
                 return {}
-            header = json.loads(opened.read(size))
+            header = parsed(opened.read(size).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}

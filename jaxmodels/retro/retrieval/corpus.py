@@ -50,11 +50,9 @@ class Corpus:
         longest = int(np.diff(self.documents).max())
         if chunk_len > longest:
             raise ValueError(f"no document has chunk_len={quoted(chunk_len)} tokens; the longest has {longest}")
-        ranges = [
-            np.arange(first, end - chunk_len + 1, chunk_len)
-            for first, end in zip(self.documents[:-1], self.documents[1:], strict=True)
-        ]
-        return np.concatenate(ranges).astype(np.int64)
+        counts = np.diff(self.documents).astype(np.int64) // chunk_len
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # number of each in its document
+        return np.repeat(self.documents[:-1].astype(np.int64), counts) + chunk_len * within
 
     def passages(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Tokens from each start on, int32 [..., length]; 0 beyond the end of the document, and for start -1.

@@ -117,8 +117,8 @@ def check_numbers(file: Path, content: Any) -> None:
             raise ValueError(f"{file} has {quoted(name)} of {quoted(value)}, must be at most {most:,}")
         if isinstance(value, str) and name.endswith("implementation") and "/" in value:
             raise ValueError(f"{file} has {quoted(name)} of {quoted(value)}, which is code of the Hub")
-        if isinstance(value, dict):
-            left += value.items()
+        if isinstance(value, dict):  # of a model of several parts, an implementation for each
+            left += [(name if name.endswith("implementation") else key, one) for key, one in value.items()]
         elif isinstance(value, list):
             left += [(name, one) for one in value]
 

@@ -22,10 +22,11 @@ import numpy as np
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
-from jaxmodels.io.bounded import check_format, open_regular, read_object, sha256_of
+from jaxmodels.io.bounded import check_format, errors_naming, open_regular, read_object, sha256_of
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.retro.retrieval.corpus import Corpus
+from jaxmodels.retro.retrieval.parts import check_finite, fit_to
 from jaxmodels.text import load_vocabulary
 
 FORMAT = 2
@@ -112,9 +113,12 @@ def read_corpus(folder: Path) -> Corpus:
         raise ValueError(f"{folder} holds no corpus of a chunk index: {error}") from None
 
 
-def read_searcher(folder: Path, about: dict[str, Any], width: int) -> Any:
-    """FAISS index of a folder, of vectors of a width; raises ValueError if it is damaged or contradicts about.json."""
-    faiss, file = import_faiss(), folder / str(about["index"])
+def read_searcher(folder: Path, about: dict[str, Any], empty: Any) -> Any:
+    """FAISS index of a folder. empty: one without vectors, of its factory string.
+
+    Raises ValueError if it is damaged, contradicts about.json, or has other parts than the empty one.
+    """
+    faiss, file, width = import_faiss(), folder / str(about["index"]), empty.d
     most = HEADER_BYTES + about["added"] * (CHUNK_BYTES + VALUE_BYTES * width)
     try:
         if sha256_of(file, most) != about["sha256"]:
@@ -135,6 +139,9 @@ def read_searcher(folder: Path, about: dict[str, Any], width: int) -> Any:
         )
     if searcher.metric_type != faiss.METRIC_INNER_PRODUCT or not searcher.is_trained:
         raise ValueError(f"{file} has metric {searcher.metric_type} and is_trained={searcher.is_trained}")
+    with errors_naming(file):
+        fit_to(searcher, empty)
+        check_finite(searcher)
     ids = stored_ids(searcher)
     if ids is not None and not np.array_equal(np.sort(ids), np.arange(about["added"])):
         raise ValueError(f"{file} does not hold each chunk from 0 to {about['added'] - 1} once")

@@ -104,7 +104,7 @@ class ChunkIndex:
         wanted = {"fingerprint": fingerprint, "chunk_len": chunk_len, "embedder": embedder.name, "factory": factory}
         if (folder / "about.json").exists():
             about = read_about(folder)
-            check_same(folder, about, wanted)
+            check_same(folder, about, wanted | {"chunks": len(starts)})
         else:
             if not is_empty(folder):
                 raise ValueError(f"{folder} is not empty and holds no chunk index; choose another folder")
@@ -114,7 +114,7 @@ class ChunkIndex:
             write_about(folder, about)
         remove_superseded(folder, about)
         if about["added"]:
-            searcher = read_searcher(folder, about, embedder.width)
+            searcher = read_searcher(folder, about, make_searcher(factory, embedder.width))
         else:
             for name, array in (("tokens.npy", corpus.tokens), ("documents.npy", corpus.documents)):
                 with atomic_file(folder / name) as temporary, open(temporary, "wb") as opened:
@@ -179,7 +179,11 @@ class ChunkIndex:
                     "trust it, name it yourself: embedder=embedder_of(NAME), on command lines --embedder NAME"
                 )
         with errors_naming(folder):
-            return cls(own, about["chunk_len"], embedder, read_searcher(folder, about, embedder.width), about)
+            chunks = len(own.chunks(about["chunk_len"]))
+            if chunks != about["chunks"]:
+                raise ValueError(f"about.json has {about['chunks']:,} chunks, the corpus {chunks:,}")
+            searcher = read_searcher(folder, about, make_searcher(about["factory"], embedder.width))
+            return cls(own, about["chunk_len"], embedder, searcher, about)
 
     def embed(self, chunks: np.ndarray) -> np.ndarray:
         """Embed chunks of ids [n, L] to float32 [n, width]."""
@@ -228,8 +232,8 @@ class ChunkIndex:
         while True:
             try:
                 places = self.searcher.search(vectors, fetch)[1]
-            except RuntimeError as error:
-                raise ValueError(f"the index cannot be searched: {reason(error)}") from None
+            except (RuntimeError, MemoryError) as error:
+                raise ValueError(f"{self.about['index']} cannot be searched: {reason(error)}") from None
             low, high = places.min(initial=-1), places.max(initial=-1)
             if low < -1 or high >= len(self):
                 raise ValueError(f"the index names chunks {low} to {high} of {len(self)}: it is of another corpus")

@@ -9,7 +9,7 @@ from jaxmodels.io.content import recognised
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.tables import arrow, parquet
-from jaxmodels.text.tables.sizes import EXPANSION, check_single, largest_sum
+from jaxmodels.text.tables.sizes import EXPANSION, check_single, check_strings, largest_sum
 
 
 def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[str, str, int, int]]:
@@ -50,15 +50,11 @@ def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[st
 
 def strings(file: Path, batch: Any, field: str) -> Any:
     """Column of strings of a batch; raises ValueError if there is none of that name."""
-    import pyarrow
-
     if field not in batch.schema.names:
         names = ", ".join(quoted(name, 40) for name in batch.schema.names[:20])
         raise ValueError(f"{file} has no column {quoted(field)}; it has {names}")
     check_single(file, batch.schema.names, field)
     column = batch.column(batch.schema.names.index(field))
-    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
-    if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in ("string", "large_string", "string_view")):
-        raise ValueError(f"{file} has {column.type} in the column {quoted(field)}, must be strings")
+    check_strings(file, column.type, field)
     column.validate(full=True)  # offsets outside the file would end the process
     return column

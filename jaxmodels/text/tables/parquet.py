@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.tables.sizes import RATIO, check_single, largest, mapped
+from jaxmodels.text.tables.sizes import RATIO, check_single, check_strings, largest, mapped, most_pieces
 
 EXPANDED = 2**30  # bytes of a group of rows that may be more than `RATIO` times as many as the file has
 ROWS, DECODED = 256, 2**27  # rows that are decoded at once, and bytes that they may take
@@ -38,55 +38,66 @@ def batches(file: Path, field: str) -> Iterator[Any]:
             shown = ", ".join(quoted(name, 40) for name in names[:20])
             raise ValueError(f"{file} has no column {quoted(field)}; it has {shown}")
         check_single(file, names, field)
-        for group in range(opened.metadata.num_row_groups):  # not by column: damaged sizes of one end the process
-            size = opened.metadata.row_group(group).total_byte_size
+        check_strings(file, opened.schema_arrow.field(field).type, field)
+        metadata = opened.metadata
+        leaves = [i for i in range(metadata.num_columns) if is_within(metadata.schema.column(i).path, field)]
+        if len(leaves) != 1:
+            raise ValueError(f"{file} has {len(leaves):,} columns in {quoted(field)}; expected one")
+        for group in range(metadata.num_row_groups):  # not by column: damaged sizes of one end the process
+            size = metadata.row_group(group).total_byte_size
             most = max(EXPANDED, RATIO * file.stat().st_size)
             if size > most:
                 raise ValueError(f"{file} has {size:,} bytes in a group of rows; at most {most:,} are read")
-        check_disjoint(file, opened.metadata, field)
+        check_disjoint(file, metadata, leaves[0], field)
+        left = most_pieces(file)
         with mapped(file) as data:
-            for group in range(opened.metadata.num_row_groups):
-                if not opened.metadata.row_group(group).num_rows:  # it has no pages either
+            for group in range(metadata.num_row_groups):
+                if not metadata.row_group(group).num_rows:  # it has no pages either
                     continue
-                page = largest_page(file, data, opened.metadata.row_group(group), field)
+                page, count = largest_page(file, data, metadata.row_group(group).column(leaves[0]), field, left)
+                left -= count
                 # A text may be as long as a page, and each row may repeat it.
                 rows = max(1, min(ROWS, DECODED // max(1, page)))
                 yield from opened.iter_batches(rows, [group], [field], use_threads=False)
 
 
-def chunks(group: Any, field: str) -> Iterator[tuple[int, int]]:
-    """Places in the file, from and to, of the pages of a column, and of those within it, in a group of rows."""
-    for i in range(group.num_columns):
-        column = group.column(i)
-        if column.path_in_schema == field or column.path_in_schema.startswith(f"{field}."):
-            dictionary = column.dictionary_page_offset
-            begin = column.data_page_offset if not dictionary else min(dictionary, column.data_page_offset)
-            yield begin, begin + column.total_compressed_size
+def is_within(path: str, field: str) -> bool:
+    """True for the path of a column, or of a column within it."""
+    return path == field or path.startswith(f"{field}.")
 
 
-def check_disjoint(file: Path, metadata: Any, field: str) -> None:
+def place_of(column: Any) -> tuple[int, int]:
+    """Places in the file, from and to, of the pages of a column in a group of rows."""
+    dictionary = column.dictionary_page_offset
+    begin = column.data_page_offset if not dictionary else min(dictionary, column.data_page_offset)
+    return begin, begin + column.total_compressed_size
+
+
+def check_disjoint(file: Path, metadata: Any, leaf: int, field: str) -> None:
     """Raise ValueError, naming the file, if groups of rows share pages of a column: each page is read once."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    places = sorted(place for group in groups if group.num_rows for place in chunks(group, field))
+    places = sorted(place_of(group.column(leaf)) for group in groups if group.num_rows)
     for (_, end), (begin, _) in itertools.pairwise(places):
         if begin < end:
             raise ValueError(f"{file} has groups of rows that share pages of {quoted(field)} at byte {begin:,}")
 
 
-def largest_page(file: Path, data: Any, group: Any, field: str) -> int:
-    """Bytes of the largest page of a column in a group of rows.
+def largest_page(file: Path, data: Any, column: Any, field: str, most: int) -> tuple[int, int]:
+    """Bytes of the largest page of a column in a group of rows, and number of its pages.
 
-    Raises ValueError, naming the file, if it is larger than `largest` allows.
+    Raises ValueError, naming the file, if it is larger than `largest` allows, or if there are more than `most` pages.
     """
-    found = 0
-    for begin, end in chunks(group, field):
-        found = max([found, *pages(data, begin, end)])
-        if found > largest(file):
-            raise ValueError(
-                f"{file} has a page of {found:,} bytes in the column {quoted(field)} after decompression; at most "
-                f"{largest(file):,} are read"
-            )
-    return found
+    found, count = 0, 0
+    for size in pages(data, *place_of(column)):
+        found, count = max(found, size), count + 1
+        if count > most:
+            raise ValueError(f"{file} has more than {most_pieces(file):,} pages in the column {quoted(field)}")
+    if found > largest(file):
+        raise ValueError(
+            f"{file} has a page of {found:,} bytes in the column {quoted(field)} after decompression; at most "
+            f"{largest(file):,} are read"
+        )
+    return found, count
 
 
 def pages(data: Any, begin: int, end: int) -> Iterator[int]:

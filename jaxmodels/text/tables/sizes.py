@@ -4,6 +4,7 @@ import contextlib
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxmodels.io.bounded import open_regular
 from jaxmodels.process.texts import quoted
@@ -12,6 +13,7 @@ from jaxmodels.process.texts import quoted
 # to a hundredth; zstandard makes 32,000 times as much of zeros.
 LEAST_PART, RATIO = 2**28, 100
 LEAST_SUM, EXPANSION = 2**28, 1_000  # bytes of all parts, or characters of all texts, and for each byte of the file
+LEAST_PIECES, PIECE_BYTES = 1_000, 150  # pieces, pages or messages, of any file; bytes of the file for each other one
 
 
 def largest(file: Path) -> int:
@@ -22,6 +24,20 @@ def largest(file: Path) -> int:
 def largest_sum(file: Path) -> int:
     """Most bytes of all parts of a file after decompression, and characters of all its texts."""
     return LEAST_SUM + EXPANSION * file.stat().st_size
+
+
+def most_pieces(file: Path) -> int:
+    """Most pages or messages of a file. Each is looked at; one of a row takes 150 bytes with its description."""
+    return LEAST_PIECES + file.stat().st_size // PIECE_BYTES
+
+
+def check_strings(file: Path, kind: Any, field: str) -> None:
+    """Raise ValueError, naming the file, if a column has another type than strings: before a value is decoded."""
+    import pyarrow
+
+    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not any(getattr(pyarrow.types, f"is_{name}")(value) for name in ("string", "large_string", "string_view")):
+        raise ValueError(f"{file} has {quoted(str(kind), 200)} in the column {quoted(field)}, must be strings")
 
 
 def check_single(file: Path, names: Sequence[str], field: str) -> None:
