@@ -40,6 +40,9 @@ LORA_RULES = tuple(
 )
 
 
+MOST_RANK = 2**16
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """Hyperparameters of an adapter; the defaults are PEFT's.
@@ -193,7 +196,12 @@ class LoRANeoX(NeoX):
 
 
 def adapt(model: NeoX, lora: LoRA, rngs: nnx.Rngs) -> None:
-    """Replace the linear maps of a model's blocks by frozen ones, in place."""
+    """Replace the linear maps of a model's blocks by frozen ones, in place.
+
+    Raises ValueError for a rank above the model's width: such an adapter would be larger than what it changes.
+    """
+    if lora.rank > model.settings.n_hidden:
+        raise ValueError(f"rank={lora.rank} must be at most n_hidden={model.settings.n_hidden}")
     blocks: list[Block] = [model.layers] if model.is_stacked else list(model.layers)
     for block in blocks:
         for target, (owner, name) in TARGETS.items():

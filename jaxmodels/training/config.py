@@ -197,9 +197,7 @@ def hints(kind: type) -> dict[str, Any]:
 
 def may_be_float(kind: Any) -> bool:
     """True for float, and for a union with it."""
-    return kind is float or (
-        typing.get_origin(kind) in (typing.Union, types.UnionType) and float in typing.get_args(kind)
-    )
+    return kind is float or float in typing.get_args(kind)
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -17,13 +17,20 @@ OF_GRAPHS = ("efSearch", "check_relative_distance", "search_bounded_queue")
 def fit_to(searcher: Any, empty: Any) -> None:
     """Give an index the settings of an empty one; raises ValueError if it has other kinds of parts."""
     ours, theirs = list(parts(searcher)), list(parts(empty))
-    kinds, expected = ([type(part).__name__ for part in one] for one in (ours, theirs))
+    kinds, expected = ([kind_of(part) for part in one] for one in (ours, theirs))
     if kinds != expected:
         raise ValueError(f"it consists of {', '.join(kinds[:9])}; by its factory string of {', '.join(expected)}")
     for part, model in zip(ours, theirs, strict=True):
         copy(SETTINGS, model, part)
         if hasattr(model, "hnsw"):
             copy(OF_GRAPHS, model.hnsw, part.hnsw)
+
+
+def kind_of(part: Any) -> str:
+    """Name of a part's class; FAISS reads an IndexFlatIP as an IndexFlat."""
+    import faiss
+
+    return "IndexFlat" if isinstance(part, faiss.IndexFlat) else type(part).__name__
 
 
 def copy(names: tuple[str, ...], source: Any, target: Any) -> None:
