@@ -21,6 +21,7 @@ neox RUN DST --to hf` writes it in the original's dtype, with the original's tok
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -169,7 +170,7 @@ class Config(AdamWConfig):
         )
 
 
-def neox_config(fields: dict[str, Any]) -> NeoXConfig:
+def neox_config(fields: Mapping[str, Any]) -> NeoXConfig:
     """Configuration of a model, without those of its adapter."""
     return NeoXConfig(**{name: value for name, value in fields.items() if name not in ("stacked", "lora")})
 

@@ -5,7 +5,6 @@ below a field is its text in --help.
 """
 
 import dataclasses
-import functools
 import math
 import types
 import typing
@@ -186,7 +185,6 @@ class Config:
                 raise ValueError(f"{name}={quoted(values[name])} must be {described(kind)}")
 
 
-@functools.cache
 def hints(kind: type) -> dict[str, Any]:
     """Types of a class's fields; none of a class inside a function, whose module postpones annotations."""
     try:

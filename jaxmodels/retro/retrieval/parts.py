@@ -52,7 +52,8 @@ def parts(searcher: Any) -> Iterator[Any]:
         part = faiss.downcast_index(part)
         yield part
         if isinstance(part, faiss.IndexPreTransform):
-            left += [part.index, *(part.chain.at(i) for i in range(part.chain.size()))]
+            chain: Any = part.chain
+            left += [part.index, *(chain.at(i) for i in range(chain.size()))]
         else:
             names = ("index", "base_index", "refine_index", "storage", "quantizer")
             left += [getattr(part, name) for name in names if getattr(part, name, None) is not None]
@@ -82,7 +83,7 @@ def numbers(part: Any) -> Iterator[np.ndarray]:
     if isinstance(part, faiss.IndexScalarQuantizer):
         yield halves(faiss.vector_to_array(part.codes), part.sq.qtype)
     if isinstance(part, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer):
-        lists = part.invlists
+        lists: Any = part.invlists
         for i in range(lists.nlist):
             if size := lists.list_size(i):
                 codes = faiss.rev_swig_ptr(lists.get_codes(i), size * part.code_size)

@@ -144,7 +144,7 @@ def test_damaged_tables_are_one_error_that_names_the_file(kind, tmp_path, vocabu
             writer.write_table(table)
     with pytest.raises(ValueError, match=f"^{file} .*no column 'text'; it has 'txt', 'n'"):
         open_tokens(str(file), vocabulary)
-    with pytest.raises(ValueError, match=f"^{file} .*int64 in the column 'n', must be strings"):
+    with pytest.raises(ValueError, match=f"^{file} .*'int64' in the column 'n', must be strings"):
         open_tokens(str(file), vocabulary, "n")
     content = file.read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"\x00" * 100, b"<html>" * 50, os.urandom(300)):

@@ -29,11 +29,11 @@ def folder(tmp_path):
     return tmp_path / "index"
 
 
-def exchange(folder, content: bytes) -> None:
+def exchange(folder, content: bytes, factory: str = "Flat") -> None:
     """Give an index another FAISS file, and about.json its hash, as whoever makes one up would."""
     about = json.loads((folder / "about.json").read_text())
     (folder / about["index"]).write_bytes(content)
-    about["sha256"] = hashlib.sha256(content).hexdigest()
+    about["sha256"], about["factory"] = hashlib.sha256(content).hexdigest(), factory
     (folder / "about.json").write_text(json.dumps(about))
 
 
@@ -47,29 +47,100 @@ def made(factory: str, ids=None, metric=faiss.METRIC_INNER_PRODUCT) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "match"),
+    ("factory", "content", "match"),
     [
-        (lambda: made("IVF3,Flat", np.arange(N) + 1), "each chunk"),
-        (lambda: made("IVF3,Flat", np.arange(N) % 7), "each chunk"),
-        (lambda: made("IVF3,Flat", [-1, *range(1, N)]), "each chunk"),
-        (lambda: made("IDMap,Flat", [2**62, *range(1, N)]), "each chunk"),
-        (lambda: made("PCA16,IVF3,Flat", np.arange(N) * 2), "each chunk"),
-        (lambda: made("Flat", metric=faiss.METRIC_L2), "metric"),
-        (lambda: b"", "cannot be read"),
-        (lambda: b"IxFI" + bytes(4), "cannot be read"),
-        (lambda: b"nope" + made("Flat")[4:], "cannot be read"),
-        (lambda: made("Flat")[:-1], "cannot be read"),
+        ("IVF3,Flat", lambda: made("IVF3,Flat", np.arange(N) + 1), "each chunk"),
+        ("IVF3,Flat", lambda: made("IVF3,Flat", np.arange(N) % 7), "each chunk"),
+        ("IVF3,Flat", lambda: made("IVF3,Flat", [-1, *range(1, N)]), "each chunk"),
+        ("IDMap,Flat", lambda: made("IDMap,Flat", [2**62, *range(1, N)]), "each chunk"),
+        ("PCA16,IVF3,Flat", lambda: made("PCA16,IVF3,Flat", np.arange(N) * 2), "each chunk"),
+        ("Flat", lambda: made("Flat", metric=faiss.METRIC_L2), "metric"),
+        ("Flat", lambda: made("HNSW4,Flat"), "IndexHNSWFlat, IndexFlat; by its factory string of IndexFlat"),
+        ("IVF3,Flat", lambda: made("IVF3_HNSW4,Flat"), "IndexHNSW"),
+        ("PCA16,Flat", lambda: made("Flat"), "PCAMatrix"),
+        ("Flat", lambda: made("RR16,Flat"), "RandomRotationMatrix"),
+        ("Flat", lambda: made("Flat,RFlat"), "IndexRefine"),
+        ("Flat", lambda: b"", "cannot be read"),
+        ("Flat", lambda: b"IxFI" + bytes(4), "cannot be read"),
+        ("Flat", lambda: b"nope" + made("Flat")[4:], "cannot be read"),
+        ("Flat", lambda: made("Flat")[:-1], "cannot be read"),
     ],
 )
-def test_a_file_of_another_content_is_refused(folder, content, match):
-    exchange(folder, content())
+def test_a_file_of_another_content_is_refused(folder, factory, content, match):
+    exchange(folder, content(), factory)
     with pytest.raises(ValueError, match=rf"{folder}/index-\d+\.faiss.*{match}"):
         ChunkIndex.load(folder)
 
 
 def test_inverted_lists_of_all_chunks_are_read(folder):
-    exchange(folder, made("IVF3,Flat", np.random.default_rng(0).permutation(N)))
+    exchange(folder, made("IVF3,Flat", np.random.default_rng(0).permutation(N)), "IVF3,Flat")
     assert len(ChunkIndex.load(folder)) == N
+
+
+FACTORIES = ["Flat", "HNSW4,Flat", "IVF3,Flat", "IVF3_HNSW4,PQ2x4", "PCA8,SQ8", "SQfp16", "IVF2,SQbf16", "PCAR8,PQ4x4"]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_an_index_of_its_kind_is_read_and_finds_its_vectors(folder, factory):
+    exchange(folder, made(factory), factory)
+    assert ChunkIndex.load(folder).neighbors(CORPUS.passages(CORPUS.chunks(L)[:2], L)).min() >= 0
+
+
+def test_settings_of_a_search_are_those_of_its_kind_and_not_of_the_file(folder):
+    searcher = faiss.deserialize_index(np.frombuffer(made("HNSW4,Flat"), np.uint8))
+    searcher.hnsw.efSearch = 2**31 - 1
+    exchange(folder, faiss.serialize_index(searcher).tobytes(), "HNSW4,Flat")
+    assert ChunkIndex.load(folder).searcher.hnsw.efSearch == faiss.IndexHNSWFlat(WIDTH, 4).hnsw.efSearch
+    searcher = faiss.deserialize_index(np.frombuffer(made("PCA16,IVF3,Flat"), np.uint8))
+    inner = faiss.downcast_index(searcher.index)
+    inner.nprobe, inner.max_codes = 2**20, 1
+    exchange(folder, faiss.serialize_index(searcher).tobytes(), "PCA16,IVF3,Flat")
+    whole = ChunkIndex.load(folder).searcher  # owns its parts
+    inner = faiss.downcast_index(whole.index)
+    assert (inner.nprobe, inner.max_codes) == (1, 0)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF3,Flat", "SQfp16", "IVF3,SQbf16", "HNSW4,Flat"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_refused(folder, factory, value):
+    searcher = faiss.index_factory(WIDTH, factory, faiss.METRIC_INNER_PRODUCT)
+    vectors = np.random.default_rng(0).normal(size=(N, WIDTH)).astype(np.float32)
+    searcher.train(vectors)
+    vectors[3, 5] = value
+    searcher.add(vectors)
+    exchange(folder, faiss.serialize_index(searcher).tobytes(), factory)
+    with pytest.raises(ValueError, match=rf"{folder}/index-\d+\.faiss.*( NaN or infinite| not hold each chunk)"):
+        ChunkIndex.load(folder)
+
+
+def test_tables_that_are_not_finite_are_refused(folder):
+    searcher = faiss.deserialize_index(np.frombuffer(made("PCA16,Flat"), np.uint8))
+    table = faiss.downcast_VectorTransform(searcher.chain.at(0))
+    faiss.copy_array_to_vector(np.full(WIDTH * WIDTH, np.nan, np.float32), table.A)
+    exchange(folder, faiss.serialize_index(searcher).tobytes(), "PCA16,Flat")
+    with pytest.raises(ValueError, match="PCAMatrix has numbers that are NaN"):
+        ChunkIndex.load(folder)
+
+
+def test_an_index_of_fewer_chunks_than_its_corpus_is_refused(folder):
+    searcher = faiss.index_factory(WIDTH, "Flat", faiss.METRIC_INNER_PRODUCT)
+    searcher.add(np.ones((1, WIDTH), np.float32))
+    exchange(folder, faiss.serialize_index(searcher).tobytes())
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps(about | {"chunks": 1, "added": 1}))
+    with pytest.raises(ValueError, match=f"{folder}.* 1 chunks, the corpus {N}"):
+        ChunkIndex.load(folder)
+
+
+@pytest.mark.parametrize("error", [MemoryError("std::bad_alloc"), RuntimeError("Error: 'x' failed: std::bad_alloc")])
+def test_a_search_without_memory_names_the_index(folder, monkeypatch, error):
+    def failing(*_):
+        raise error
+
+    chunks = ChunkIndex.load(folder)
+    monkeypatch.setattr(type(chunks.searcher), "search", failing)
+    with pytest.raises(ValueError, match=r"index-\d+\.faiss cannot be searched: std::bad_alloc"):
+        chunks.neighbors(CORPUS.passages(CORPUS.chunks(L)[:2], L))
 
 
 NUMBERS = (0, 1, 7, 2**31 - 1, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1)
@@ -84,7 +155,7 @@ def test_absurd_sizes_are_refused_or_change_nothing(folder, factory):
     for place in range(4, 100, 4):
         content = bytearray(whole)
         content[place : place + 8] = int(rng.choice(np.array(NUMBERS, np.uint64))).to_bytes(8, "little")
-        exchange(folder, bytes(content))
+        exchange(folder, bytes(content), factory)
         try:
             found = ChunkIndex.load(folder).neighbors(chunk, 2)
         except ValueError:
