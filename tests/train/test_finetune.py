@@ -141,6 +141,41 @@ def test_a_lora_run_resumes_exactly_without_its_source_and_is_a_source_itself(tm
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"foo": 1}}, "has 'foo', which"),
+        ({"config": {"n_hidden": [1]}}, "n_hidden"),
+        ({"model": "RetroModel"}, "has model 'RetroModel', which"),
+    ],
+)
+def test_a_model_of_another_kind_in_a_run_is_refused(tmp_path, monkeypatch, change, message):
+    from train import neox
+
+    about = {"model": "NeoX", "config": {"n_vocab": 13, "n_hidden": 8, "n_layers": 1, "n_heads": 2}}
+    changed = {name: {**value, **change.get(name, {})} if name == "config" else value for name, value in about.items()}
+    changed |= {name: value for name, value in change.items() if name != "config"}
+    monkeypatch.setattr(neox, "latest_step", lambda run: (run, {}))
+    monkeypatch.setattr(neox, "read_config", lambda folder: (changed["model"], changed["config"]))
+    experiment = neox.Neox(neox.Config(tune="all", checkpoint=str(tmp_path)))
+    experiment.resume(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
+        _ = experiment.base
+
+
+def test_an_adapter_is_not_larger_than_what_it_changes():
+    from jaxmodels.neox import NeoX, NeoXConfig
+    from jaxmodels.neox.lora import LoRA, LoRANeoX
+
+    config = NeoXConfig(n_vocab=13, n_hidden=8, n_layers=1, n_heads=2, rope_percentage=1.0)
+    model = NeoX(config, rngs=nnx.Rngs(0))
+    assert LoRANeoX.of(model, LoRA(rank=8)).lora.rank == 8
+    with pytest.raises(ValueError, match="rank=9 must be at most n_hidden=8"):
+        LoRANeoX.of(model, LoRA(rank=9))
+    with pytest.raises(ValueError, match="rank=1000000"):
+        LoRA(rank=10**6)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"tune": "lora"}, r"tune='lora' .*--checkpoint"),

@@ -13,7 +13,7 @@ from jaxmodels.process.texts import quoted
 # to a hundredth; zstandard makes 32,000 times as much of zeros.
 LEAST_PART, RATIO = 2**28, 100
 LEAST_SUM, EXPANSION = 2**28, 1_000  # bytes of all parts, or characters of all texts, and for each byte of the file
-LEAST_PIECES, PIECE_BYTES = 1_000, 150  # pieces, pages or messages, of any file; bytes of the file for each other one
+LEAST_PIECES, PIECE_BYTES = 1_000, 50  # pieces, pages or messages, of any file; bytes of the file for each other one
 
 
 def largest(file: Path) -> int:
@@ -27,7 +27,7 @@ def largest_sum(file: Path) -> int:
 
 
 def most_pieces(file: Path) -> int:
-    """Most pages or messages of a file. Each is looked at; one of a row takes 150 bytes with its description."""
+    """Most pages or messages of a file. Each is looked at; one of a row takes 60 bytes with its description."""
     return LEAST_PIECES + file.stat().st_size // PIECE_BYTES
 
 

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -203,6 +204,22 @@ def test_nothing_is_replaced_unasked(pt, tmp_path, capsys):
     assert to_flax(file, tmp_path / "out", "--overwrite") == 0
     assert convert(tmp_path / "out", file) == 2
     assert convert(tmp_path / "out", file, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("content", ["mine", "zip"])
+def test_a_file_of_another_program_is_not_replaced(pt, tmp_path, capsys, content):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    mine = tmp_path / "mine.pt"
+    if content == "zip":
+        with zipfile.ZipFile(mine, "w") as opened:
+            opened.writestr("letter.txt", "mine")
+    else:
+        mine.write_text("mine")
+    before = mine.read_bytes()
+    assert convert(tmp_path / "out", mine, "--overwrite") == 2
+    assert f"{mine} is no file of torch.save" in capsys.readouterr().err
+    assert mine.read_bytes() == before
 
 
 def test_the_source_is_never_overwritten(pt, tmp_path, capsys):

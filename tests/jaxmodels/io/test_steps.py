@@ -157,10 +157,17 @@ def test_another_content_of_complete_json_is_no_checkpoint(change, match, tmp_pa
 
 
 def test_absurd_numbers_of_steps_are_no_steps(tmp_path):
-    for name in ("9" * 400, "²", "-1", "1.5", "7.damaged"):
+    for name in ("9" * 400, "²", "-1", "1.5", "7.damaged", "07", "007"):
         (tmp_path / "checkpoints" / name[:200]).mkdir(parents=True)
         (tmp_path / "checkpoints" / name[:200] / "complete.json").write_text("{}")
     assert steps.steps(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "profile"])
+def test_a_file_in_place_of_a_folder_is_refused(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{tmp_path / name} is a file"):
+        steps.check_run(tmp_path)
 
 
 LINKS = [

@@ -50,6 +50,7 @@ HOSTILE = {
     "nested parentheses": ("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "recursion|ends its process|more than"),
     "lorem ipsum": ("{{ lipsum(n=100000, min=1000, max=1001) }}", "takes more than"),
     "written": ("{% for i in range(110) %}{{ 'a' * 100000 }}{% endfor %}", "writes 11,000,000 characters"),
+    "more than was said": ("{{ 'ab ' * 50000 }}", "writes 150,000 characters; at most 100,"),
     "code": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
     "code by a format": ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"),
     "a file": ("{% include '/etc/passwd' %}", "loader"),

@@ -244,3 +244,43 @@ def test_groups_of_rows_that_share_pages_are_refused(tmp_path):
     file.write_bytes(data.replace(own, shared))
     with pytest.raises(ValueError, match=rf"^{file} has groups of rows that share pages of 'text' at byte {first}$"):
         read(file)
+
+
+def test_a_column_of_another_type_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    file = tmp_path / "a.parquet"
+    parts = {f"part{i}": pyarrow.array(["a" * 1_000_000]) for i in range(7)}
+    writer.write_table(
+        pyarrow.table({"text": pyarrow.StructArray.from_arrays(list(parts.values()), list(parts))}), file
+    )
+    monkeypatch.setattr(writer.ParquetFile, "iter_batches", None)
+    with pytest.raises(ValueError, match=rf"^{file} has 'struct<.* in the column 'text', must be strings"):
+        read(file)
+
+
+def test_pages_are_counted_over_all_groups(tmp_path, monkeypatch):
+    file = tmp_path / "a.parquet"
+    writer.write_table(pyarrow.table({"text": ["a", "b", "c"]}), file, use_dictionary=False, row_group_size=1)
+    monkeypatch.setattr(sizes, "PIECE_BYTES", 10**9)
+    monkeypatch.setattr(sizes, "LEAST_PIECES", 3)
+    assert read(file) == ["a", "b", "c"]
+    monkeypatch.setattr(sizes, "LEAST_PIECES", 2)
+    with pytest.raises(ValueError, match=rf"^{file} has more than 2 pages in the column 'text'"):
+        read(file)
+
+
+def test_the_smallest_groups_of_rows_are_read(tmp_path):
+    rows = ["ab"] * 3_001
+    file = tmp_path / "a.parquet"
+    writer.write_table(pyarrow.table({"text": rows}), file, row_group_size=1, write_statistics=False)
+    assert read(file) == rows
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": rows}), pyarrow.ipc.new_stream, rows=1)
+    assert read(tmp_path / "a.arrow") == rows
+
+
+def test_messages_of_no_kind_are_counted(tmp_path):
+    file = tmp_path / "a.arrow"
+    # Length of the description; where its table lies; 12 bytes of a table without fields, which refers to them.
+    message = struct.pack("<IiIiHHI", 0xFFFFFFFF, 16, 8, 4, 4, 4, 0)
+    file.write_bytes(message * 2_000)
+    with pytest.raises(ValueError, match=rf"^{file} "):
+        read(file)

@@ -99,6 +99,21 @@ def checkpoints(tmp_path):
     opened.close()
 
 
+def test_only_complete_checkpoints_count_as_kept(checkpoints):
+    """Folders that only look like steps would otherwise take the place of the run's own, which are then removed."""
+    state, checkpoints.keep = checkpoints.program.make_state(0), 2
+    for n in (1, 2, 5):
+        checkpoints.save(Position(state, {"next_index": n}, [0.5] * n))
+        checkpoints.accept()
+    for name in ("03", "3", "4", "05", "005"):
+        (checkpoints.folder / name).mkdir()
+        (checkpoints.folder / name / "complete.json").write_text("{}")
+    checkpoints.settle()
+    checkpoints.remove_old(5)
+    assert {2, 5} <= set(steps(checkpoints.folder))
+    assert 1 not in steps(checkpoints.folder)
+
+
 def test_older_checkpoints_are_kept_until_a_new_one_is_accepted(checkpoints):
     state = checkpoints.program.make_state(0)
 

@@ -51,6 +51,14 @@ def test_a_value_out_of_range_is_named(field, value):
         Own(**{field: value})
 
 
+@pytest.mark.parametrize("field", ["learning_rate", "eps", "clip", "weight_decay", "share"])
+def test_a_whole_number_stands_for_a_float(field):
+    found = getattr(Own(**{field: 10**10}), field)
+    assert (found, type(found)) == (1e10, float)
+    with pytest.raises(ValueError, match=f"^{field}=1000"):
+        Own(**{field: 10**400})
+
+
 def test_help_lists_the_presets_and_names_its_boxes_for_what_they_hold(capsys):
     with pytest.raises(SystemExit):
         main(neox.Neox, "python -m train.neox", ["--help"])

@@ -62,6 +62,15 @@ def make():
         batches.close()
 
 
+def test_a_far_goal_is_not_counted_to_before_the_first_step(make):
+    asked = []
+    loop = make(after_step=lambda metrics: setattr(loop, "paused", lambda: True))
+    loop.length_at = lambda step: asked.append(step)
+    assert not loop.advance(2**31 - 1)
+    assert len(loop.callbacks.steps) < 10
+    assert len(asked) < 10_000
+
+
 def test_training_lowers_the_loss_of_the_next_token(make):
     loop = make()
     evaluation = Evaluation(loop.program, HELD_OUT, B, None)

@@ -155,6 +155,17 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path, made):
         open_hf(tmp_path / "a")
 
 
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("spelling", ["./{}", ".//{}", "./././{}", "{}/"])
+def test_an_index_has_one_name_for_a_file(tmp_path, made, kind, spelling):
+    write_config(tmp_path, made)
+    weight_map = write_shards(tmp_path, published(made), kind)
+    (index,) = tmp_path.glob("*.index.json")
+    write_index(tmp_path, {key: spelling.format(name) for key, name in weight_map.items()}, index.name)
+    with pytest.raises(ValueError, match=rf"{index} names '.*', which is not a file in this folder"):
+        open_hf(tmp_path)
+
+
 def test_a_folder_without_weights_says_what_it_has(tmp_path, made):
     write_config(tmp_path, made)
     with pytest.raises(ValueError, match=r"model\.safetensors nor pytorch_model\.bin"):

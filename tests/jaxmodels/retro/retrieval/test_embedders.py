@@ -210,6 +210,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "nested layers": ("config.json", {"text_config": {"n_layer": 2_001}}, "'n_layer' of 2001, must be at most 2,000"),
     "numbers in a list": ("config.json", {"depths": [1, LARGE]}, "'depths' of 1000000000000"),
     "a kernel": ("config.json", {"_attn_implementation": "evil/kernel"}, "'evil/kernel', which is code of the Hub"),
+    "a kernel for a part": ("config.json", {"_attn_implementation": {"": "evil/kernel"}}, "code of the Hub"),
+    "a kernel by another name": ("config.json", {"attn_implementation": {"a": {"b": "x/y"}}}, "code of the Hub"),
     "weights above": ("model.safetensors.index.json", {"weight_map": {"a": "../b.safetensors"}}, "weight_map"),
     "a device": ("pytorch_model.bin.index.json", {"weight_map": {"a": "/dev/zero"}}, "'/dev/zero' in weight_map"),
     "a tokenizer above": ("tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.json"]}, "fast_tok"),

@@ -92,6 +92,17 @@ def test_always_k_repeated_where_the_corpus_has_fewer_and_none_where_it_has_none
     np.testing.assert_array_equal(index.corpus.passages(np.array([-1]), 2 * L), np.zeros((1, 2 * L)))
 
 
+def test_chunks_are_those_of_each_document():
+    rng = np.random.default_rng(0)
+    for length in (1, 3, 7):
+        starts = [0, *np.sort(rng.choice(np.arange(1, 997), 83, replace=False)).tolist()]
+        found = Corpus.of(np.zeros(997, np.uint8), VOCABULARY, starts).chunks(length)
+        ends = [*starts[1:], 997]
+        expected = [at for a, b in zip(starts, ends, strict=True) for at in range(a, b - length + 1, length)]
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == np.int64
+
+
 def test_documents_are_cut_and_continued_by_themselves(tmp_path):
     documents = corpus(TEXT[:31], [0, 12, 16])  # of 12, 4 and 15 tokens
     np.testing.assert_array_equal(documents.chunks(L), [0, 5, 16, 21, 26])
