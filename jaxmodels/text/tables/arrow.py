@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.text.tables.sizes import largest, largest_sum, mapped, most_pieces
+from jaxmodels.text.tables.sizes import largest, largest_sum, mapped, most_messages
 
 MAGIC = b"ARROW1"
 DICTIONARY, BATCH = 2, 3  # kinds of messages with buffers
@@ -96,8 +96,8 @@ def check_messages(file: Path) -> None:
     most, dictionaries, total, batches, end = largest(file), 0, 0, 0, 0
     with mapped(file) as data:
         for count, at in enumerate(sorted(listed(data)) if data[:6] == MAGIC else following(data)):
-            if count >= most_pieces(file):
-                raise ValueError(f"{file} has more than {most_pieces(file):,} messages")
+            if count >= most_messages(file):
+                raise ValueError(f"{file} has more than {most_messages(file):,} messages")
             if at < end:
                 raise ValueError(f"{file} lists a message at byte {at:,}, within another one or twice")
             kind, size, end = unpacked(data, at)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.tables.sizes import RATIO, check_single, check_strings, largest, mapped, most_pieces
+from jaxmodels.text.tables.sizes import RATIO, check_single, check_strings, largest, mapped, most_pages
 
 EXPANDED = 2**30  # bytes of a group of rows that may be more than `RATIO` times as many as the file has
 ROWS, DECODED = 256, 2**27  # rows that are decoded at once, and bytes that they may take
@@ -49,7 +49,7 @@ def batches(file: Path, field: str) -> Iterator[Any]:
             if size > most:
                 raise ValueError(f"{file} has {size:,} bytes in a group of rows; at most {most:,} are read")
         check_disjoint(file, metadata, leaves[0], field)
-        left = most_pieces(file)
+        left = most_pages(file)
         with mapped(file) as data:
             for group in range(metadata.num_row_groups):
                 if not metadata.row_group(group).num_rows:  # it has no pages either
@@ -91,7 +91,7 @@ def largest_page(file: Path, data: Any, column: Any, field: str, most: int) -> t
     for size in pages(data, *place_of(column)):
         found, count = max(found, size), count + 1
         if count > most:
-            raise ValueError(f"{file} has more than {most_pieces(file):,} pages in the column {quoted(field)}")
+            raise ValueError(f"{file} has more than {most_pages(file):,} pages in the column {quoted(field)}")
     if found > largest(file):
         raise ValueError(
             f"{file} has a page of {found:,} bytes in the column {quoted(field)} after decompression; at most "

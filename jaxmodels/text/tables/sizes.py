@@ -13,7 +13,8 @@ from jaxmodels.process.texts import quoted
 # to a hundredth; zstandard makes 32,000 times as much of zeros.
 LEAST_PART, RATIO = 2**28, 100
 LEAST_SUM, EXPANSION = 2**28, 1_000  # bytes of all parts, or characters of all texts, and for each byte of the file
-LEAST_PIECES, PIECE_BYTES = 1_000, 50  # pieces, pages or messages, of any file; bytes of the file for each other one
+LEAST_PIECES = 1_000  # pages or messages of any file
+PAGE_BYTES, MESSAGE_BYTES = 50, 150  # bytes of a file for each other one: those of one row have more
 
 
 def largest(file: Path) -> int:
@@ -26,9 +27,14 @@ def largest_sum(file: Path) -> int:
     return LEAST_SUM + EXPANSION * file.stat().st_size
 
 
-def most_pieces(file: Path) -> int:
-    """Most pages or messages of a file. Each is looked at; one of a row takes 60 bytes with its description."""
-    return LEAST_PIECES + file.stat().st_size // PIECE_BYTES
+def most_pages(file: Path) -> int:
+    """Most pages of a column in a file, each of which is looked at."""
+    return LEAST_PIECES + file.stat().st_size // PAGE_BYTES
+
+
+def most_messages(file: Path) -> int:
+    """Most messages of a file, each of which is looked at."""
+    return LEAST_PIECES + file.stat().st_size // MESSAGE_BYTES
 
 
 def check_strings(file: Path, kind: Any, field: str) -> None:

@@ -83,11 +83,14 @@ def mutated_json(content: bytes, rng: Rng) -> bytes:
 
 
 def places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Every holder and key of a tree of objects and arrays."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in list(items):
-        yield tree, key
-        yield from places(value)
+    """Every holder and key of a tree of objects and arrays, a holder's before those in its values."""
+    left = [tree]
+    while left:
+        holder = left.pop()
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        for key in keys:
+            yield holder, key
+        left += [holder[key] for key in keys]
 
 
 def mutated_lines(content: bytes, rng: Rng) -> bytes:

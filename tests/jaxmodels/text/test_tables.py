@@ -260,7 +260,7 @@ def test_a_column_of_another_type_is_refused_before_it_is_decoded(tmp_path, monk
 def test_pages_are_counted_over_all_groups(tmp_path, monkeypatch):
     file = tmp_path / "a.parquet"
     writer.write_table(pyarrow.table({"text": ["a", "b", "c"]}), file, use_dictionary=False, row_group_size=1)
-    monkeypatch.setattr(sizes, "PIECE_BYTES", 10**9)
+    monkeypatch.setattr(sizes, "PAGE_BYTES", 10**9)
     monkeypatch.setattr(sizes, "LEAST_PIECES", 3)
     assert read(file) == ["a", "b", "c"]
     monkeypatch.setattr(sizes, "LEAST_PIECES", 2)
