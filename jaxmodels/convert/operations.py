@@ -63,8 +63,6 @@ def to_torch_file(options: argparse.Namespace) -> str:
         raise ValueError(f"{options.target} is a folder; expected a file")
     if options.target.exists() and not options.overwrite:
         raise ValueError(f"{options.target} exists; choose another file, or pass --overwrite")
-    if options.target.exists() and not is_torch_file(options.target):
-        raise ValueError(f"{options.target} is no file of torch.save; only such a file is overwritten")
     for flag in ("model", "config", "key"):
         if getattr(options, flag) is not None:
             raise ValueError(f"--{flag} describes a .pt file; {options.source} has a configuration")
@@ -73,6 +71,8 @@ def to_torch_file(options: argparse.Namespace) -> str:
         opened = open_source(options.source, **flags)
         if options.target.resolve().is_relative_to(opened.weights.resolve()) and options.target.exists():
             raise ValueError(f"{options.target} lies in the weights of {options.source}; choose another file")
+        if options.target.exists() and not is_torch_file(options.target):
+            raise ValueError(f"{options.target} is no file of torch.save; only such a file is overwritten")
         model = opened.model(dtype=options.dtype)
         write_state_dict(options.target, to_torch(model))
     return f"{visible(str(options.target))}: {summary(type(model).__name__, model)}"
