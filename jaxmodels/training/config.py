@@ -108,9 +108,10 @@ class Config:
             if value is not None and value > most:
                 raise ValueError(f"{name}={value} must be at most {most:,}")
         object.__setattr__(self, "seed", seed_32(self.seed))
+        kinds = hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is int and may_be_float(hints(type(self)).get(field.name)):
+            if type(value) is int and may_be_float(kinds.get(field.name)):
                 try:
                     object.__setattr__(self, field.name, float(value))
                 except OverflowError:

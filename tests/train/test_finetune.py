@@ -171,8 +171,6 @@ def test_an_adapter_is_not_larger_than_what_it_changes():
     assert LoRANeoX.of(model, LoRA(rank=8)).lora.rank == 8
     with pytest.raises(ValueError, match="rank=9 must be at most n_hidden=8"):
         LoRANeoX.of(model, LoRA(rank=9))
-    with pytest.raises(ValueError, match="rank=1000000"):
-        LoRA(rank=10**6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.text.tables.sizes import largest, largest_sum, mapped, most_messages
+from jaxmodels.text.tables.sizes import check_strings, largest, largest_sum, mapped, most_messages
 
 MAGIC = b"ARROW1"
 DICTIONARY, BATCH = 2, 3  # kinds of messages with buffers
@@ -70,10 +70,11 @@ def number(data: Any, form: str, at: int) -> int:
     return int(struct.unpack_from(form, data, at)[0])
 
 
-def batches(file: Path) -> Iterator[Any]:
+def batches(file: Path, field: str) -> Iterator[Any]:
     """Record batches of an Arrow file: a stream, as datasets writes it, or the random-access format.
 
-    Raises ValueError, naming the file, if the buffers of a message are too large after decompression.
+    field: name of the column of texts. Raises ValueError, naming the file, if it has another type than strings, or if
+    the buffers of a message are too large after decompression.
     """
     import pyarrow
 
@@ -81,10 +82,14 @@ def batches(file: Path) -> Iterator[Any]:
     with pyarrow.memory_map(str(file)) as opened:
         if opened.read(6) == MAGIC:
             reader = pyarrow.ipc.open_file(opened)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            read = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             opened.seek(0)
-            yield from pyarrow.ipc.open_stream(opened)
+            read = reader = pyarrow.ipc.open_stream(opened)
+        for column in reader.schema:  # a batch is decompressed with all its columns
+            if column.name == field:
+                check_strings(file, column.type, field)
+        yield from read
 
 
 def check_messages(file: Path) -> None:

@@ -21,7 +21,7 @@ def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[st
     require("data", "pyarrow")
     open_regular(file).close()
     row, most = 0, largest_sum(file)
-    batches = arrow.batches(file) if kind == "arrow" else parquet.batches(file, field)
+    batches = arrow.batches(file, field) if kind == "arrow" else parquet.batches(file, field)
     while True:
         try:
             batch = next(batches, None)

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from jaxmodels.text.documents import Files
-from jaxmodels.text.tables import arrow, parquet, sizes
+from jaxmodels.text.tables import arrow, columns, parquet, sizes
 from tests.fuzz.judge import memory, peak_reset
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -246,13 +246,17 @@ def test_groups_of_rows_that_share_pages_are_refused(tmp_path):
         read(file)
 
 
-def test_a_column_of_another_type_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    file = tmp_path / "a.parquet"
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_column_of_another_type_is_refused_before_it_is_decoded(tmp_path, monkeypatch, suffix):
+    file = tmp_path / f"a.{suffix}"
     parts = {f"part{i}": pyarrow.array(["a" * 1_000_000]) for i in range(7)}
-    writer.write_table(
-        pyarrow.table({"text": pyarrow.StructArray.from_arrays(list(parts.values()), list(parts))}), file
-    )
-    monkeypatch.setattr(writer.ParquetFile, "iter_batches", None)
+    content = pyarrow.table({"text": pyarrow.StructArray.from_arrays(list(parts.values()), list(parts))})
+    if suffix == "parquet":
+        writer.write_table(content, file)
+        monkeypatch.setattr(writer.ParquetFile, "iter_batches", None)
+    else:
+        write_arrow(file, content, pyarrow.ipc.new_stream, "zstd")
+        monkeypatch.setattr(columns, "strings", None)  # which sees a batch that was read
     with pytest.raises(ValueError, match=rf"^{file} has 'struct<.* in the column 'text', must be strings"):
         read(file)
 
