@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,7 @@ def continue_prompts(opened: Any, prompts: Sequence[str | None], options: argpar
     ends = () if options.ignore_eos else None
     encoded = Prompts.of(texts, vocabulary, options.stop, ends, None)
     model, window = read_model(opened, options)
-    check_vocabulary(opened, model, vocabulary)
+    check_vocabulary(opened, model, vocabulary, encoded.ids)
     longest = max(map(len, encoded.ids)) + options.max_new_tokens
     limit = getattr(getattr(model, "settings", None), "max_len", None)
     if limit is not None and longest > limit and (window is None or window > limit):
@@ -382,8 +382,11 @@ def load_listed(opened: Any, dtype: str | None) -> Any:
     return load_tensors(abstract, source.tensors, dtype, None, opened.folder.name)
 
 
-def check_vocabulary(opened: Any, model: Any, vocabulary: Any) -> None:
-    """Raise ValueError if the vocabulary is another model's; warn of added tokens and end tokens beyond the model's."""
+def check_vocabulary(opened: Any, model: Any, vocabulary: Any, prompts: Iterable[Iterable[Any]]) -> None:
+    """Raise ValueError if the vocabulary is another model's, or if a prompt has ids beyond the model's.
+
+    Warns of added tokens and end tokens beyond the model's.
+    """
     from jaxmodels.generate.loop import vocabulary_size
     from jaxmodels.protocols import check_decoding
 
@@ -394,13 +397,16 @@ def check_vocabulary(opened: Any, model: Any, vocabulary: Any) -> None:
     if never:
         some = ", ".join(map(str, never[:5])) + ", …" * (len(never) > 5)
         warn(f"end tokens {some} of {opened.name} are ignored: only ids below {written} are written")
-    if n_tokens <= n_vocab:
-        return
     if getattr(vocabulary, "n_model", n_tokens) > n_vocab:
         raise ValueError(
             f"the tokenizer has {n_tokens} tokens, the model n_vocab={n_vocab}; pass the model's own with --tokenizer"
         )
-    warn(f"the tokenizer's added tokens {n_vocab} to {n_tokens - 1} are beyond the model's n_vocab={n_vocab}")
+    if n_tokens > n_vocab:
+        warn(f"the tokenizer's added tokens {n_vocab} to {n_tokens - 1} are beyond the model's n_vocab={n_vocab}")
+    # Templates of a tokenizer add ids that it may not have itself.
+    if beyond := sorted({int(token) for ids in prompts for token in ids if token >= n_vocab}):
+        some = ", ".join(map(str, beyond[:5])) + ", …" * (len(beyond) > 5)
+        raise ValueError(f"a prompt has the tokens {some}, beyond n_vocab={n_vocab} of {opened.name}")
 
 
 def default_prompt(vocabulary: Any) -> str:

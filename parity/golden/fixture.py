@@ -150,9 +150,6 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     results = {kind: groups[kind] for kind in KINDS if kind in groups}
     noises = {kind: {n: Noise(*pair) for n, pair in of.items()} for kind, of in numbers_of(about, "noise", 2).items()}
     own = values_of(about, "own values")
-    moves = about.get("constants", {})  # older recordings have none
-    if not isinstance(moves, dict):
-        raise ValueError(f"constants={quoted(moves)} must be an object")
     check_readings(about.get("readings", list(noises)), tensors, {"noise": noises, "own values": own})
     check_noises(results, noises, own)
     state, layers = groups.get("state", {}), texts_of(about, "layers", dict)
@@ -181,7 +178,7 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
         results=results,
         noises=noises,
         own_values=own,
-        constants={constant: values_of(moves, constant) for constant in moves},
+        constants=moves_of(about, results),
         zero_gradients=zero_gradients,
         untrained=untrained,
         layers=layers,
@@ -241,6 +238,19 @@ def values_of(about: Mapping[str, Any], field: str) -> dict[str, dict[str, float
     """Field with a number for each kind of results and each tensor."""
     found = numbers_of(about, field, 1)
     return {kind: {name: value for name, (value,) in of_kind.items()} for kind, of_kind in found.items()}
+
+
+def moves_of(about: Mapping[str, Any], results: Kinds) -> dict[str, dict[str, dict[str, float]]]:
+    """Field "constants", whose numbers are of results of the fixture; older recordings have none."""
+    moves = about.get("constants", {})
+    if not isinstance(moves, dict):
+        raise ValueError(f"constants={quoted(moves)} must be an object")
+    texts_of({"constants": list(moves)}, "constants", list)
+    found = {constant: values_of(moves, constant) for constant in moves}
+    for constant, kinds in found.items():
+        if extra := [f"{kind}/{n}" for kind, of_kind in kinds.items() for n in of_kind.keys() - results.get(kind, {})]:
+            raise ValueError(f"constants of {quoted(constant)} has {quoted(min(extra))}, no result of the fixture")
+    return found
 
 
 def stems(folder: str | os.PathLike) -> list[Path]:

@@ -18,7 +18,7 @@ from parity.compare.noise import LIMIT
 from parity.golden.contents import KINDS
 from parity.golden.fit import check_fit, naming
 from parity.golden.fixture import Fixture, read
-from parity.measure.explain import Changes, Limits, explained
+from parity.measure.explain import NAMED, Changes, Limits, explained
 from parity.measure.reference import Reference, judged, judged_narrow, round_trip
 from parity.report.report import Report
 from parity.report.results import Check
@@ -130,5 +130,6 @@ def readings(reference: Reference, fixture: Fixture, skipped: dict[str, str], no
 def add_recorded(changes: Changes, fixture: Fixture, comparison: Comparison) -> None:
     """Add how far PyTorch's results moved with the constants that the port does not get from the fixture."""
     for name, moves in fixture.constants.items():
-        if not (name in fixture.state and comparison.weights.carries(name)) and changes.add(moves) > 1:
+        carried = name in fixture.state and comparison.weights.carries(name)
+        if not carried and changes.add(moves) > 1 and len(changes.named) < NAMED:
             changes.named.append(f"{name} in PyTorch")

@@ -296,7 +296,7 @@ def test_tokens_that_were_added_beyond_the_models_rows_are_said(tmp_path, checkp
     assert main(command(checkpoint, *flag, "--max-new-tokens", "1")) == 0
     assert "321 to 349" in capsys.readouterr().err
     assert main(command(checkpoint, *flag, prompt="a <token 49>")) == 2
-    assert re.search(r"ids .*\[349\]", capsys.readouterr().err)
+    assert "the tokens 349, beyond" in capsys.readouterr().err
 
 
 def test_several_prompts_and_sequences_are_each_printed(checkpoint, tokenizer, new, capsys, tmp_path):
@@ -363,6 +363,24 @@ def test_end_tokens_that_are_never_written_are_said(tmp_path, checkpoint, tokeni
     printed = capsys.readouterr()
     assert printed.out == PROMPT + tokenizer.decode(new[:5]) + "\n"
     assert f"end tokens 300, {2**30} of {folder} are ignored: only ids below 300 are written" in printed.err
+
+
+def test_a_prompt_with_ids_beyond_the_model_is_refused_before_it_is_printed(tmp_path, checkpoint, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "template")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "first", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"first": {"id": "first", "ids": [70_001], "tokens": ["first"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert main(command(folder)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    last = printed.err.splitlines()[-1]
+    assert "the tokens 70001, beyond n_vocab=" in last
+    assert last.endswith(f" of {folder}")
 
 
 def test_an_error_amid_a_text_stands_on_a_line_of_its_own(checkpoint, monkeypatch, capsys):

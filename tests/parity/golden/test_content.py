@@ -104,6 +104,34 @@ def test_own_values_that_would_hide_anything_are_refused(recorded, number):
         read(recorded[1])
 
 
+@pytest.mark.parametrize(
+    ("constants", "named"),
+    [
+        ([], r"constants=\[\] must be an object"),
+        ({"a\x1b[2J": {}}, "constants=.* printable"),
+        ({"x" * 1_001: {}}, "constants: .*1,001 characters"),
+        ({"scale": {"output": {"other": 1.0}}}, "constants of 'scale' has 'output/other'"),
+        ({"scale": {"losses": {"output": 1.0}}}, "constants of 'scale' has 'losses/output'"),
+        ({"scale": {"output": {"output": -1.0}}}, "scale of 'output/output' is -1"),
+    ],
+)
+def test_constants_are_of_results_of_the_fixture(recorded, constants, named):
+    change(recorded[1], None, lambda fields: fields.update(constants=constants))
+    with pytest.raises(ValueError, match=rf"mlp\b.*{named}"):
+        read(recorded[1])
+
+
+def test_a_constant_hides_no_more_than_float32_does_and_is_named(recorded):
+    flax_module, stem = recorded
+    constants = {f"scale {i}": {"output": {"output": 1e30}} for i in range(100)}
+    change(stem, of_group("output", lambda t: t * (1 + 1e-9)), lambda fields: fields.update(constants=constants))
+    report = parity.replay(flax_module, stem)
+    assert report.passed
+    assert any("scale 5 in PyTorch; " in note for note in report.notes)
+    change(stem, of_group("output", lambda t: t * 1.01))
+    assert not parity.replay(flax_module, stem).passed
+
+
 def test_an_output_that_is_not_compared_says_nothing_about_noise(recorded):
     flax_module, stem = recorded
     zzz = "output[zzz]"
