@@ -2,8 +2,9 @@
 //
 // Axes: R rows of x, I input features, O outputs. Weights are [O, I]: an output's weights are contiguous. Few rows: a
 // stored weight is read once, widened in registers, and used for all rows, so that the time is that of reading the
-// weights. More rows: the weights of a few outputs are widened into the cache first. The order of a sum depends on the
-// number of rows, but neither on the other rows' values nor on the number of threads.
+// weights. More rows: x is transposed first, and the weights of a few outputs are widened into the cache, from where
+// each is multiplied with vectors of 16 rows. The order of a sum depends on the number of rows, but neither on the
+// other rows' values nor on the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -11,9 +12,9 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <thread>
 #include <utility>
-#include <vector>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -27,8 +28,15 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
-constexpr int64_t kBlock = 96;        // rows multiplied with one widened panel: they stay in a core's cache
 constexpr int64_t kPartBytes = 1 << 17;
+// Of more rows: a tile of outputs times vectors of rows fills the registers; kFeatures of a tile's weights stay in the
+// first cache, and those of kRows rows, with the sums of at most kOutputs outputs, in the second.
+#if defined(__AVX512F__)
+constexpr int kTileOutputs = 8, kTileVectors = 3;
+#else
+constexpr int kTileOutputs = 4, kTileVectors = 1;
+#endif
+constexpr int64_t kFeatures = 512, kRows = 192, kOutputs = 256;
 constexpr int64_t kGroup = 128;       // input features with one scale, of 4-bit weights
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -240,13 +248,6 @@ inline void LongDots(const Problem& p, const typename W::Stored* w, int64_t r, i
   }
 }
 
-template <typename W, int N>
-void AllDots(const Problem& p, const typename W::Stored* w, int64_t begin, int64_t end, int64_t o) {
-  int64_t r = begin;
-  for (; r + 2 <= end; r += 2) Dots<W, 2, N>(p, w, r, o);
-  if (r < end) Dots<W, 1, N>(p, w, r, o);
-}
-
 // Outputs o … end - 1 of M rows. A weight is widened once; 16 running sums fill the registers.
 template <typename W, int M>
 void FewDots(const Problem& p, const typename W::Stored* w, int64_t o, int64_t end) {
@@ -255,29 +256,93 @@ void FewDots(const Problem& p, const typename W::Stored* w, int64_t o, int64_t e
   for (; o < end; ++o) Dots<W, M, 1>(p, w + o * p.features, 0, o);
 }
 
-// Calls few(begin, end) for parts of the outputs. With more rows than kFew it calls widen(o, n, panel) instead, for
-// outputs o … o + n - 1, n <= 8, and multiplies the panel [n, I]. bytes: those of all weights.
-template <typename Few, typename Panel>
-void Multiply(ffi::ThreadPool& pool, const Problem& p, int64_t bytes, const Few& few, const Panel& widen) {
-  constexpr int N = 8;
-  int64_t parts = std::clamp<int64_t>(bytes * std::max<int64_t>(1, p.rows / 2) / kPartBytes, 1, 16);
-  int64_t size = ((p.outputs + parts - 1) / parts + N - 1) / N * N;
-  Parallel(pool, (p.outputs + size - 1) / size, [&](int64_t part) {
-    int64_t end = std::min(p.outputs, (part + 1) * size), o = part * size;
-    if (p.rows <= kFew) return few(o, end);
-    std::vector<float> wide(N * p.features);
-    for (int64_t r = 0; r < p.rows; r += kBlock) {
-      int64_t last = std::min(p.rows, r + kBlock);
-      for (o = part * size; o < end; o += N) {
-        int64_t n = std::min<int64_t>(N, end - o);
-        widen(o, n, wide.data());
-        if (n == N) {
-          AllDots<Float32, N>(p, wide.data(), r, last, o);
-        } else {
-          for (int64_t k = 0; k < n; ++k) AllDots<Float32, 1>(p, &wide[k * p.features], r, last, o + k);
-        }
-      }
+// Memory for floats, aligned for whole vectors.
+struct Free {
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+typedef std::unique_ptr<float[], Free> Memory;
+inline Memory Allocate(int64_t count) {
+  return Memory(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
+}
+
+// Rows r … r + 15 transposed: [I, 16], with zeros for rows that do not exist.
+void Transpose(const Problem& p, int64_t r, float* xt) {
+  int64_t rows = std::min(kLanes, p.rows - r);
+  if (rows < kLanes) std::memset(xt, 0, p.features * kLanes * sizeof(float));
+  for (int64_t begin = 0; begin < p.features; begin += kLanes) {
+    int64_t end = std::min(p.features, begin + kLanes);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = begin; i < end; ++i) xt[i * kLanes + row] = p.x[(r + row) * p.features + i];
+  }
+}
+
+// Adds the products of `count` features, of a tile's weights [kTileOutputs, kFeatures] and N vectors of rows, to the
+// sums [kTileOutputs, kRows]. stride: between two vectors' transposed rows.
+template <int N>
+inline void Tile(const float* xt, int64_t stride, const float* weights, int64_t count, float* sums) {
+  Floats totals[kTileOutputs][N] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    Floats values[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) values[n] = Load(xt + n * stride + i * kLanes);
+#pragma GCC unroll 16
+    for (int t = 0; t < kTileOutputs; ++t)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) totals[t][n] += values[n] * weights[t * kFeatures + i];
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kTileOutputs; ++t)
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) Store(sums + t * kRows + n * kLanes, Load(sums + t * kRows + n * kLanes) + totals[t][n]);
+}
+
+// Outputs begin … end - 1 of rows r … r + kRows - 1, or up to the last. widen: see `Multiply`.
+template <typename Widen>
+void ManyDots(const Problem& p, const float* xt, int64_t r, int64_t begin, int64_t end, const Widen& widen) {
+  int64_t rows = std::min(kRows, p.rows - r), stride = p.features * kLanes;
+  int64_t vectors = (rows + kLanes - 1) / kLanes, tiles = (end - begin + kTileOutputs - 1) / kTileOutputs;
+  Memory weights = Allocate(kTileOutputs * kFeatures), sums = Allocate(tiles * kTileOutputs * kRows);
+  std::memset(weights.get(), 0, kTileOutputs * kFeatures * sizeof(float));
+  std::memset(sums.get(), 0, tiles * kTileOutputs * kRows * sizeof(float));
+  for (int64_t i = 0; i < p.features; i += kFeatures) {
+    int64_t count = std::min(kFeatures, p.features - i);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      int64_t o = begin + tile * kTileOutputs, n = std::min<int64_t>(kTileOutputs, end - o);
+      for (int64_t t = 0; t < n; ++t) widen(o + t, i, count, weights.get() + t * kFeatures);
+      const float* block = xt + (r / kLanes) * stride + i * kLanes;
+      float* into = sums.get() + tile * kTileOutputs * kRows;
+      int64_t v = 0;
+      for (; v + kTileVectors <= vectors; v += kTileVectors)
+        Tile<kTileVectors>(block + v * stride, stride, weights.get(), count, into + v * kLanes);
+      if (vectors - v == 2) Tile<2>(block + v * stride, stride, weights.get(), count, into + v * kLanes);
+      if (vectors - v == 1) Tile<1>(block + v * stride, stride, weights.get(), count, into + v * kLanes);
     }
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t o = begin; o < end; ++o)
+      p.y[(r + row) * p.outputs + o] = sums[(o - begin) * kRows + row] * (p.scale ? p.scale[o] : 1.0f);
+}
+
+// Calls few(begin, end) for parts of the outputs; with more rows than kFew it calls widen(o, i, count, into) instead,
+// which writes `count` weights of output o from feature i on. bytes: those of all weights.
+template <typename Few, typename Widen>
+void Multiply(ffi::ThreadPool& pool, const Problem& p, int64_t bytes, const Few& few, const Widen& widen) {
+  auto sized = [&](int64_t parts, int64_t multiple) {
+    return ((p.outputs + parts - 1) / parts + multiple - 1) / multiple * multiple;
+  };
+  if (p.rows <= kFew) {
+    int64_t size = sized(std::clamp<int64_t>(bytes * std::max<int64_t>(1, p.rows / 2) / kPartBytes, 1, 16), 8);
+    Parallel(pool, (p.outputs + size - 1) / size,
+             [&](int64_t part) { few(part * size, std::min(p.outputs, (part + 1) * size)); });
+    return;
+  }
+  int64_t vectors = (p.rows + kLanes - 1) / kLanes, stride = p.features * kLanes;
+  Memory xt = Allocate(vectors * stride);
+  Parallel(pool, vectors, [&](int64_t v) { Transpose(p, v * kLanes, xt.get() + v * stride); });
+  int64_t size = std::min(kOutputs, sized(4 * std::max<int64_t>(1, pool.num_threads()), kTileOutputs));
+  Parallel(pool, (p.outputs + size - 1) / size, [&](int64_t part) {
+    for (int64_t r = 0; r < p.rows; r += kRows)
+      ManyDots(p, xt.get(), r, part * size, std::min(p.outputs, (part + 1) * size), widen);
   });
 }
 
@@ -299,13 +364,13 @@ void MultiplyBy(ffi::ThreadPool& pool, const Problem& p, const typename W::Store
       default: return FewDots<W, 8>(p, w, o, end);
     }
   };
-  auto widen = [&](int64_t o, int64_t n, float* wide) {
-    const typename W::Stored* stored = w + o * p.features;
-    int64_t count = n * p.features, i = 0;
-    for (; i + kLanes <= count; i += kLanes) Store(wide + i, W::Widen(stored + i));
-    if (i < count) {
-      Floats tail = WidenTail<W>(stored + i, count - i);
-      std::memcpy(wide + i, &tail, (count - i) * sizeof(float));
+  auto widen = [&](int64_t o, int64_t i, int64_t count, float* into) {
+    const typename W::Stored* stored = w + o * p.features + i;
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) Store(into + k, W::Widen(stored + k));
+    if (k < count) {
+      Floats tail = WidenTail<W>(stored + k, count - k);
+      std::memcpy(into + k, &tail, (count - k) * sizeof(float));
     }
   };
   Multiply(pool, p, p.features * p.outputs * sizeof *w, few, widen);
@@ -367,12 +432,12 @@ void MultiplyByGroups(ffi::ThreadPool& pool, const Problem& p, const uint32_t* w
       if (r < p.rows) GroupDots<1>(p, w, scale, r, o);
     }
   };
-  auto widen = [&](int64_t o, int64_t n, float* wide) {
-    int64_t groups = p.features / kGroup;
-    for (int64_t g = o * groups; g < (o + n) * groups; ++g) {
+  auto widen = [&](int64_t o, int64_t i, int64_t count, float* into) {  // i and count: multiples of kGroup
+    int64_t first = (o * p.features + i) / kGroup;
+    for (int64_t g = first; g < first + count / kGroup; ++g) {
       Group group(w + g * kLanes, scale[g]);
 #pragma GCC unroll 16
-      for (int k = 0; k < kGroup / kLanes; ++k, wide += kLanes) Store(wide, group.At(k));
+      for (int k = 0; k < kGroup / kLanes; ++k, into += kLanes) Store(into, group.At(k));
     }
   };
   Multiply(pool, p, p.features * p.outputs / 2, few, widen);
