@@ -40,6 +40,8 @@ _placement = contextvars.ContextVar("placement", default=None)
 _remat: contextvars.ContextVar[Callable[[Callable], Callable] | None] = contextvars.ContextVar("remat", default=None)
 _lookup: contextvars.ContextVar[Callable[[jax.Array, jax.Array], jax.Array] | None]
 _lookup = contextvars.ContextVar("lookup", default=None)
+_product: contextvars.ContextVar[Callable[[jax.Array, jax.Array], jax.Array] | None]
+_product = contextvars.ContextVar("product", default=None)
 _cpu: contextvars.ContextVar[bool] = contextvars.ContextVar("cpu", default=False)
 
 UNROLLED = 12  # layers; the time to compile grows with them
@@ -51,6 +53,7 @@ def hooks(
     placement: Callable[[jax.Array, str], jax.Array] | None = None,
     remat: Callable[[Callable], Callable] | None = None,
     lookup: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    product: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     cpu: bool = False,
 ) -> Iterator[None]:
     """Set the functions that `constrain` and `rematerialized` apply in models traced inside the block.
@@ -60,7 +63,7 @@ def hooks(
     setting.
     """
     tokens = _placement.set(placement), _remat.set(remat), _lookup.set(lookup)
-    on_cpu = _cpu.set(cpu)
+    on_cpu, multiply = _cpu.set(cpu), _product.set(product)
     try:
         yield
     finally:
@@ -68,6 +71,7 @@ def hooks(
         _remat.reset(tokens[1])
         _lookup.reset(tokens[2])
         _cpu.reset(on_cpu)
+        _product.reset(multiply)
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
@@ -234,12 +238,13 @@ class RowLinear(nnx.Linear):
     """
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        if not _cpu.get() or inputs.ndim < 3 or self.dot_general is not jax.lax.dot_general:
+        product = _product.get() or (product_of_rows if _cpu.get() else None)
+        if product is None or inputs.ndim < 3 or self.dot_general is not jax.lax.dot_general:
             return super().__call__(inputs, out_sharding)
         bias = None if self.bias is None else self.bias[...]
         rows = inputs.reshape(-1, inputs.shape[-1])
         x, kernel, bias = self.promote_dtype((rows, self.kernel[...], bias), dtype=self.dtype)
-        y = product_of_rows(x, kernel)
+        y = product(x, kernel)
         return (y if bias is None else y + bias).reshape(*inputs.shape[:-1], -1)
 
 

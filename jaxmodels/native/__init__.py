@@ -5,6 +5,6 @@ XLA's own products of such weights on a CPU take up to 20 times as long as those
 """
 
 from jaxmodels.native.groups import packed, padded, unpacked
-from jaxmodels.native.products import NARROW, available, product
+from jaxmodels.native.products import NARROW, available, product, wide_product
 
-__all__ = ["NARROW", "available", "packed", "padded", "product", "unpacked"]
+__all__ = ["NARROW", "available", "packed", "padded", "product", "unpacked", "wide_product"]

@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -29,14 +30,15 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
 constexpr int64_t kPartBytes = 1 << 17;
-// Of more rows: a tile of outputs times vectors of rows fills the registers; kFeatures of a tile's weights stay in the
-// first cache, and those of kRows rows, with the sums of at most kOutputs outputs, in the second.
+// Of more rows: a tile of outputs times vectors of rows fills the registers; kFeatures of a tile's weights stay in
+// the first cache; those of kRows rows, with the sums of at most kOutputs outputs, in the second.
 #if defined(__AVX512F__)
 constexpr int kTileOutputs = 8, kTileVectors = 3;
 #else
 constexpr int kTileOutputs = 4, kTileVectors = 1;
 #endif
-constexpr int64_t kFeatures = 512, kRows = 192, kOutputs = 256;
+constexpr int64_t kFeatures = 128, kRows = 192, kOutputs = 256;
+constexpr int64_t kStride = kFeatures + kLanes;  // between the weights of two outputs: not in the same lines of a cache
 constexpr int64_t kGroup = 128;       // input features with one scale, of 4-bit weights
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -82,6 +84,45 @@ inline void Sums(const Floats* v, float* sums) {
   _mm512_mask_storeu_ps(sums, (__mmask16)((1u << K) - 1), _mm512_permutexvar_ps(order, all));
 #else
   for (int k = 0; k < K; ++k) sums[k] = Sum(v[k]);
+#endif
+}
+
+// Transposes 16 vectors: lane j of vector k becomes lane k of vector j.
+inline void Exchange(Floats* v) {
+#if defined(__AVX512F__)
+  __m512 a[kLanes], b[kLanes];
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes; k += 2) {
+    a[k] = _mm512_unpacklo_ps((__m512)v[k], (__m512)v[k + 1]);
+    a[k + 1] = _mm512_unpackhi_ps((__m512)v[k], (__m512)v[k + 1]);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes; k += 4)
+#pragma GCC unroll 16
+    for (int j = 0; j < 2; ++j) {
+      b[k + 2 * j] = _mm512_shuffle_ps(a[k + j], a[k + 2 + j], 0x44);
+      b[k + 2 * j + 1] = _mm512_shuffle_ps(a[k + j], a[k + 2 + j], 0xee);
+    }
+  // b[4 q + j] has lanes j, j + 4, j + 8, j + 12 of vectors 4 q … 4 q + 3.
+#pragma GCC unroll 16
+  for (int j = 0; j < 4; ++j) {
+    __m512 low[2], high[2];
+#pragma GCC unroll 16
+    for (int h = 0; h < 2; ++h) {
+      low[h] = _mm512_shuffle_f32x4(b[8 * h + j], b[8 * h + 4 + j], 0x88);
+      high[h] = _mm512_shuffle_f32x4(b[8 * h + j], b[8 * h + 4 + j], 0xdd);
+    }
+    v[j] = (Floats)_mm512_shuffle_f32x4(low[0], low[1], 0x88);
+    v[j + 8] = (Floats)_mm512_shuffle_f32x4(low[0], low[1], 0xdd);
+    v[j + 4] = (Floats)_mm512_shuffle_f32x4(high[0], high[1], 0x88);
+    v[j + 12] = (Floats)_mm512_shuffle_f32x4(high[0], high[1], 0xdd);
+  }
+#else
+  float a[kLanes][kLanes];
+  std::memcpy(a, v, sizeof a);
+  for (int k = 0; k < kLanes; ++k)
+    for (int j = 0; j < k; ++j) std::swap(a[k][j], a[j][k]);
+  std::memcpy(v, a, sizeof a);
 #endif
 }
 
@@ -269,16 +310,30 @@ inline Memory Allocate(int64_t count) {
 void Transpose(const Problem& p, int64_t r, float* xt) {
   int64_t rows = std::min(kLanes, p.rows - r);
   if (rows < kLanes) std::memset(xt, 0, p.features * kLanes * sizeof(float));
-  for (int64_t begin = 0; begin < p.features; begin += kLanes) {
-    int64_t end = std::min(p.features, begin + kLanes);
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = begin; i < end; ++i) xt[i * kLanes + row] = p.x[(r + row) * p.features + i];
-  }
+  const float* x = p.x + r * p.features;
+  int64_t i = 0;
+  if (rows == kLanes)
+    for (; i + kLanes <= p.features; i += kLanes) {
+      Floats v[kLanes];
+      for (int k = 0; k < kLanes; ++k) v[k] = Load(x + k * p.features + i);
+      Exchange(v);
+      for (int k = 0; k < kLanes; ++k) Store(xt + (i + k) * kLanes, v[k]);
+    }
+  for (; i < p.features; ++i)
+    for (int64_t row = 0; row < rows; ++row) xt[i * kLanes + row] = x[row * p.features + i];
 }
 
-// Adds the products of `count` features, of a tile's weights [kTileOutputs, kFeatures] and N vectors of rows, to the
-// sums [kTileOutputs, kRows]. stride: between two vectors' transposed rows.
-template <int N>
+// Weights of a tile in the cache: output t and feature i of the block at t * kOutput + i * kFeature.
+struct ByOutput {
+  static constexpr int64_t kOutput = kStride, kFeature = 1;
+};
+struct ByFeature {
+  static constexpr int64_t kOutput = 1, kFeature = kTileOutputs;
+};
+
+// Adds the products of `count` features, of a tile's weights and N vectors of rows, to the sums [kTileOutputs, kRows].
+// stride: between two vectors' transposed rows.
+template <typename Layout, int N>
 inline void Tile(const float* xt, int64_t stride, const float* weights, int64_t count, float* sums) {
   Floats totals[kTileOutputs][N] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -288,62 +343,161 @@ inline void Tile(const float* xt, int64_t stride, const float* weights, int64_t 
 #pragma GCC unroll 16
     for (int t = 0; t < kTileOutputs; ++t)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) totals[t][n] += values[n] * weights[t * kFeatures + i];
+      for (int n = 0; n < N; ++n) totals[t][n] += values[n] * weights[t * Layout::kOutput + i * Layout::kFeature];
   }
 #pragma GCC unroll 16
   for (int t = 0; t < kTileOutputs; ++t)
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) Store(sums + t * kRows + n * kLanes, Load(sums + t * kRows + n * kLanes) + totals[t][n]);
+    for (int n = 0; n < N; ++n) {
+      float* into = sums + t * kRows + n * kLanes;
+      Store(into, Load(into) + totals[t][n]);
+    }
 }
 
-// Outputs begin … end - 1 of rows r … r + kRows - 1, or up to the last. widen: see `Multiply`.
-template <typename Widen>
-void ManyDots(const Problem& p, const float* xt, int64_t r, int64_t begin, int64_t end, const Widen& widen) {
-  int64_t rows = std::min(kRows, p.rows - r), stride = p.features * kLanes;
-  int64_t vectors = (rows + kLanes - 1) / kLanes, tiles = (end - begin + kTileOutputs - 1) / kTileOutputs;
-  Memory weights = Allocate(kTileOutputs * kFeatures), sums = Allocate(tiles * kTileOutputs * kRows);
-  std::memset(weights.get(), 0, kTileOutputs * kFeatures * sizeof(float));
-  std::memset(sums.get(), 0, tiles * kTileOutputs * kRows * sizeof(float));
-  for (int64_t i = 0; i < p.features; i += kFeatures) {
-    int64_t count = std::min(kFeatures, p.features - i);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      int64_t o = begin + tile * kTileOutputs, n = std::min<int64_t>(kTileOutputs, end - o);
-      for (int64_t t = 0; t < n; ++t) widen(o + t, i, count, weights.get() + t * kFeatures);
-      const float* block = xt + (r / kLanes) * stride + i * kLanes;
-      float* into = sums.get() + tile * kTileOutputs * kRows;
-      int64_t v = 0;
-      for (; v + kTileVectors <= vectors; v += kTileVectors)
-        Tile<kTileVectors>(block + v * stride, stride, weights.get(), count, into + v * kLanes);
-      if (vectors - v == 2) Tile<2>(block + v * stride, stride, weights.get(), count, into + v * kLanes);
-      if (vectors - v == 1) Tile<1>(block + v * stride, stride, weights.get(), count, into + v * kLanes);
+// Writes the sums [16, kRows] of up to 16 outputs from o on, and up to 16 rows from r on, into y.
+void Write(const Problem& p, const float* sums, int64_t r, int64_t rows, int64_t o, int64_t outputs) {
+  Floats v[kLanes];
+  for (int k = 0; k < kLanes; ++k) v[k] = k < outputs ? Load(sums + k * kRows) : Floats{};
+  if (p.scale)
+    for (int k = 0; k < outputs; ++k) v[k] *= p.scale[o + k];
+  Exchange(v);
+  for (int64_t row = 0; row < rows; ++row) {
+    float* y = p.y + (r + row) * p.outputs + o;
+    if (outputs == kLanes) {
+      Store(y, v[row]);
+    } else {
+      std::memcpy(y, &v[row], outputs * sizeof(float));
     }
   }
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t o = begin; o < end; ++o)
-      p.y[(r + row) * p.outputs + o] = sums[(o - begin) * kRows + row] * (p.scale ? p.scale[o] : 1.0f);
 }
 
-// Calls few(begin, end) for parts of the outputs; with more rows than kFew it calls widen(o, i, count, into) instead,
-// which writes `count` weights of output o from feature i on. bytes: those of all weights.
-template <typename Few, typename Widen>
-void Multiply(ffi::ThreadPool& pool, const Problem& p, int64_t bytes, const Few& few, const Widen& widen) {
-  auto sized = [&](int64_t parts, int64_t multiple) {
-    return ((p.outputs + parts - 1) / parts + multiple - 1) / multiple * multiple;
-  };
-  if (p.rows <= kFew) {
-    int64_t size = sized(std::clamp<int64_t>(bytes * std::max<int64_t>(1, p.rows / 2) / kPartBytes, 1, 16), 8);
-    Parallel(pool, (p.outputs + size - 1) / size,
-             [&](int64_t part) { few(part * size, std::min(p.outputs, (part + 1) * size)); });
-    return;
+// Stored weights of a block: `rows` pieces of memory, a pitch apart, each of some lines of 64 bytes.
+struct Region {
+  const char* start = nullptr;
+  int64_t pitch = 0, rows = 0, lines = 1;
+  int64_t line = 0;  // of the first row that is left
+  // Asks for the next `count` lines, into the second cache.
+  void Fetch(int64_t count) {
+    for (; count > 0 && rows > 0; --count) {
+      __builtin_prefetch(start + line * 64, 0, 2);
+      if (++line < lines) continue;
+      line = 0;
+      start += pitch;
+      --rows;
+    }
   }
+};
+
+// Outputs begin … end - 1 of rows r … r + kRows - 1, or up to the last. While a block is multiplied, the weights of the
+// next one are fetched. Weights: see `MultiplyMany`. next: those of what follows.
+template <typename Weights>
+void ManyDots(const Problem& p, const float* xt, int64_t r, int64_t begin, int64_t end, const Weights& w, Region next) {
+  int64_t rows = std::min(kRows, p.rows - r), stride = p.features * kLanes;
+  int64_t vectors = (rows + kLanes - 1) / kLanes;
+  int64_t padded = (end - begin + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
+  Memory weights = Allocate(padded * kStride), sums = Allocate(padded * kRows);
+  std::memset(weights.get(), 0, padded * kStride * sizeof(float));
+  std::memset(sums.get(), 0, padded * kRows * sizeof(float));
+  for (int64_t i = 0; i < p.features; i += kFeatures) {
+    int64_t count = std::min(kFeatures, p.features - i);
+    w.Widen(begin, end - begin, i, count, weights.get());
+    int64_t after = i + kFeatures;
+    Region ahead = after < p.features ? w.At(begin, end - begin, after, std::min(kFeatures, p.features - after)) : next;
+    int64_t calls = padded / kTileOutputs * ((vectors + kTileVectors - 1) / kTileVectors);
+    int64_t step = (ahead.rows * ahead.lines + calls - 1) / calls;
+    auto tiles = [&](auto n, int64_t v) {
+      const float* block = xt + (r / kLanes + v) * stride + i * kLanes;
+      for (int64_t o = 0; o < padded; o += kTileOutputs) {
+        ahead.Fetch(step);
+        float* into = sums.get() + o * kRows + v * kLanes;
+        Tile<typename Weights::Layout, n>(block, stride, weights.get() + o * kStride, count, into);
+      }
+    };
+    int64_t v = 0;
+    for (; v + kTileVectors <= vectors; v += kTileVectors) tiles(std::integral_constant<int, kTileVectors>(), v);
+    if (vectors - v == 2) tiles(std::integral_constant<int, 2>(), v);
+    if (vectors - v == 1) tiles(std::integral_constant<int, 1>(), v);
+  }
+  for (int64_t o = begin; o < end; o += kLanes)
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      const float* from = sums.get() + (o - begin) * kRows + row;
+      Write(p, from, r + row, std::min(kLanes, rows - row), o, std::min(kLanes, end - o));
+    }
+}
+
+// Size of each of at least `parts` parts of the outputs, a multiple of `multiple`.
+inline int64_t SizeOf(const Problem& p, int64_t parts, int64_t multiple) {
+  return ((p.outputs + parts - 1) / parts + multiple - 1) / multiple * multiple;
+}
+
+// Many rows. Weights has a method Widen(o, n, i, count, into), which writes `count` weights, from feature i on, of
+// outputs o … o + n - 1, tile after tile, each in its Layout; and At(o, n, i, count), the memory that it reads.
+template <typename Weights>
+void MultiplyMany(ffi::ThreadPool& pool, const Problem& p, const Weights& w) {
   int64_t vectors = (p.rows + kLanes - 1) / kLanes, stride = p.features * kLanes;
   Memory xt = Allocate(vectors * stride);
   Parallel(pool, vectors, [&](int64_t v) { Transpose(p, v * kLanes, xt.get() + v * stride); });
-  int64_t size = std::min(kOutputs, sized(4 * std::max<int64_t>(1, pool.num_threads()), kTileOutputs));
+  int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  int64_t size = std::min(kOutputs, SizeOf(p, 4 * threads, kTileOutputs));
   Parallel(pool, (p.outputs + size - 1) / size, [&](int64_t part) {
-    for (int64_t r = 0; r < p.rows; r += kRows)
-      ManyDots(p, xt.get(), r, part * size, std::min(p.outputs, (part + 1) * size), widen);
+    int64_t begin = part * size, end = std::min(p.outputs, begin + size), later = begin + threads * size;
+    for (int64_t r = 0; r < p.rows; r += kRows) {
+      Region next;
+      if (r + kRows >= p.rows && later < p.outputs)
+        next = w.At(later, std::min(p.outputs - later, size), 0, std::min(p.features, kFeatures));
+      ManyDots(p, xt.get(), r, begin, end, w, next);
+    }
   });
+}
+
+// Weights [O, I] of a row each, widened by a function `widen(o, i, count, into)`. bits: of a weight.
+template <typename Function>
+struct Rows {
+  typedef ByOutput Layout;
+  const Problem& p;
+  const void* data;
+  int64_t bits;
+  const Function& widen;
+  void Widen(int64_t o, int64_t n, int64_t i, int64_t count, float* into) const {
+    for (int64_t k = 0; k < n; ++k) widen(o + k, i, count, into + k * kStride);
+  }
+  Region At(int64_t o, int64_t n, int64_t i, int64_t count) const {
+    int64_t pitch = p.features * bits / 8;
+    return {static_cast<const char*>(data) + o * pitch + i * bits / 8, pitch, n, (count * bits / 8 + 63) / 64};
+  }
+};
+
+// Weights [I, O] in float32.
+struct Columns {
+  typedef ByFeature Layout;
+  const Problem& p;
+  const float* data;
+  void Widen(int64_t o, int64_t n, int64_t i, int64_t count, float* into) const {
+    for (int64_t k = 0; k < count; ++k) {
+      const float* from = data + (i + k) * p.outputs + o;
+      float* to = into + k * kTileOutputs;
+      int64_t t = 0;
+      for (; t + kTileOutputs <= n; t += kTileOutputs)
+        std::memcpy(to + t * kStride, from + t, kTileOutputs * sizeof(float));
+      if (t < n) std::memcpy(to + t * kStride, from + t, (n - t) * sizeof(float));
+    }
+  }
+  Region At(int64_t o, int64_t n, int64_t i, int64_t count) const {
+    int64_t pitch = p.outputs * sizeof(float);
+    return {reinterpret_cast<const char*>(data + i * p.outputs + o), pitch, count, (n * 4 + 63) / 64};
+  }
+};
+
+// Calls few(begin, end) for parts of the outputs; with more rows than kFew it calls widen(o, i, count, into) instead,
+// which writes `count` weights of output o from feature i on. bits: of a weight in the data.
+template <typename Few, typename Widen>
+void Multiply(ffi::ThreadPool& pool, const Problem& p, const void* data, int64_t bits, const Few& few,
+              const Widen& widen) {
+  if (p.rows > kFew) return MultiplyMany(pool, p, Rows<Widen>{p, data, bits, widen});
+  int64_t bytes = p.features * p.outputs * bits / 8;
+  int64_t size = SizeOf(p, std::clamp<int64_t>(bytes * std::max<int64_t>(1, p.rows / 2) / kPartBytes, 1, 16), 8);
+  Parallel(pool, (p.outputs + size - 1) / size,
+           [&](int64_t part) { few(part * size, std::min(p.outputs, (part + 1) * size)); });
 }
 
 template <typename W>
@@ -373,7 +527,7 @@ void MultiplyBy(ffi::ThreadPool& pool, const Problem& p, const typename W::Store
       std::memcpy(into + k, &tail, (count - k) * sizeof(float));
     }
   };
-  Multiply(pool, p, p.features * p.outputs * sizeof *w, few, widen);
+  Multiply(pool, p, w, 8 * sizeof *w, few, widen);
 }
 
 // 128 weights of 4 bits in 16 words: bits 4 k to 4 k + 3 of word l are 8 + the integer of feature 16 k + l.
@@ -440,7 +594,7 @@ void MultiplyByGroups(ffi::ThreadPool& pool, const Problem& p, const uint32_t* w
       for (int k = 0; k < kGroup / kLanes; ++k, into += kLanes) Store(into, group.At(k));
     }
   };
-  Multiply(pool, p, p.features * p.outputs / 2, few, widen);
+  Multiply(pool, p, w, 4, few, widen);
 }
 
 ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight, ffi::AnyBuffer scale,
@@ -482,14 +636,39 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
   }
 }
 
+// y [R, O] = x [R, I] times w [I, O], all in float32.
+ffi::Error WideProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+                       ffi::ResultBuffer<ffi::F32> y) {
+  auto rows = x.dimensions(), shape = w.dimensions(), out = y->dimensions();
+  if (shape.size() != 2 || rows.size() != 2 || out.size() != 2)
+    return ffi::Error::InvalidArgument("x, w and y must be matrices");
+  Problem p{x.typed_data(), nullptr, y->typed_data(), rows[0], rows[1], shape[1]};
+  if (shape[0] != p.features || out[0] != p.rows || out[1] != p.outputs)
+    return ffi::Error::InvalidArgument("x [R, I], w [I, O] and y [R, O] do not fit");
+  MultiplyMany(pool, p, Columns{p, w.typed_data()});
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
+// Whether WideProducts is known to be faster than XLA's products of some hundred rows.
+#if defined(__AVX512F__)
+extern "C" const int32_t kWideProductsPay = 1;
+#else
+extern "C" const int32_t kWideProductsPay = 0;
+#endif
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Products, Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WideProducts, WideProduct,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 #pragma GCC visibility pop

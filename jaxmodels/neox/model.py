@@ -21,6 +21,7 @@ from jaxmodels.layers import (
     check_sizes,
     constrain,
     float_dtype,
+    hooks,
     read_only,
     rematerialized,
     unrolls,
@@ -244,7 +245,8 @@ class NeoX(nnx.Module):
         cache.check_room(n, batch, empty=True)
         if cache.start is not None:
             ids = align_left(ids.T, cache.start).T
-        x, layers = self.decode_layers(ids, cache, None)  # [B, S, D]
+        with hooks(product=native.wide_product):
+            x, layers = self.decode_layers(ids, cache, None)  # [B, S, D]
         last = x[:, -1] if cache.start is None else x[jnp.arange(batch), n - 1 - cache.start]  # [B, D]
         return unless_overrun(self.read(self.final_norm(last)), cache, n, empty=True), cache.advance(layers, n)
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmodels import native
 from jaxmodels.native import build
-from jaxmodels.native.products import kernel, plain
+from jaxmodels.native.products import LEAST, MOST, kernel, plain, wide_kernel
 from tests.common import normal
 
 needs_kernel = pytest.mark.skipif(not native.available(), reason="the kernel cannot be compiled here")
@@ -46,6 +46,36 @@ def test_a_product_is_rounded_as_one_of_float32(dtype, inputs, outputs):
     for rows in ROWS:
         x = normal(1, rows, inputs)
         check(kernel(native.padded(x) if dtype == "uint32" else x, weight, scale), x, weight, scale)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_a_product_in_float32_is_rounded_as_xla_s(inputs, outputs):
+    weight = normal(2, inputs, outputs)
+    for rows in (*ROWS, 16, 193, 389):
+        x = normal(1, rows, inputs)
+        check(wide_kernel(x, weight), x, weight.T, None)
+
+
+@needs_kernel
+def test_products_of_some_rows_in_float32_are_the_kernel_s_where_it_pays(monkeypatch):
+    weight = normal(2, 13, 7)
+    for pays in (True, False):
+        monkeypatch.setattr("jaxmodels.native.products.wide_pays", lambda pays=pays: pays)
+        for rows, some in ((LEAST - 1, False), (LEAST, True), (MOST, True), (MOST + 1, False)):
+            x = normal(1, rows, 13)
+            text = jax.jit(lambda x, w: native.wide_product(x, w)).lower(x, weight).as_text()
+            assert ("jaxmodels_wide_products" in text) is (some and pays)
+    assert native.wide_product(normal(1, 3, 11, 13).astype("bfloat16"), weight.astype("bfloat16")).dtype == jnp.bfloat16
+
+
+@needs_kernel
+def test_derivatives_in_float32_are_xla_s():
+    weight, x = normal(2, 13, 7), normal(1, 3, 11, 13)
+    found = jax.grad(lambda x, w: (native.wide_product(x, w) ** 2).sum(), (0, 1))(x, weight)
+    expected = jax.grad(lambda x, w: ((x @ w) ** 2).sum(), (0, 1))(x, weight)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
 @needs_kernel
