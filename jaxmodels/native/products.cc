@@ -3,7 +3,7 @@
 // Axes: R rows of x, I input features, O outputs. Weights are [O, I]: an output's weights are contiguous. Few rows: a
 // stored weight is read once, widened in registers, and used for all rows, so that the time is that of reading the
 // weights. More rows: x is transposed first, and the weights of a few outputs are widened into the cache, from where
-// each is multiplied with vectors of 16 rows. The order of a sum depends on the number of rows, but neither on the
+// each is multiplied with vectors of rows. The order of a sum depends on the number of rows, but neither on the
 // other rows' values nor on the number of threads.
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -27,32 +27,38 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+// Numbers of a vector: as many as a register holds, as GCC divides larger ones at a high cost. kSums running sums fill
+// the registers; of many rows, those of a tile of outputs times vectors of rows.
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
+constexpr int kSums = 16, kTileOutputs = 8, kTileVectors = 3;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+constexpr int kSums = 8, kTileOutputs = 4, kTileVectors = 2;
+#else
+constexpr int64_t kLanes = 4;
+constexpr int kSums = 8, kTileOutputs = 4, kTileVectors = 2;
+#endif
 constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
 constexpr int64_t kPartBytes = 1 << 17;
-// Of more rows: a tile of outputs times vectors of rows fills the registers; kFeatures of a tile's weights stay in
-// the first cache; those of kRows rows, with the sums of at most kOutputs outputs, in the second.
-#if defined(__AVX512F__)
-constexpr int kTileOutputs = 8, kTileVectors = 3;
-#else
-constexpr int kTileOutputs = 4, kTileVectors = 1;
-#endif
+// Of many rows: kFeatures of a tile's weights stay in the first cache; those of kRows rows, with the sums of at most
+// kOutputs outputs, in the second.
 constexpr int64_t kFeatures = 128, kRows = 192, kOutputs = 256;
 constexpr int64_t kStride = kFeatures + kLanes;  // between the weights of two outputs: not in the same lines of a cache
 constexpr int64_t kGroup = 128;       // input features with one scale, of 4-bit weights
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef float UnalignedFloats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint32_t UnalignedWords __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef float UnalignedFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UnalignedWords __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 inline Floats Load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
 inline void Store(float* p, Floats v) { *reinterpret_cast<UnalignedFloats*>(p) = v; }
 
-// Sum of the lanes: of lane i and i + 8, then i + 4, i + 2, i + 1.
+// Sum of the lanes: with 16, of lane i and i + 8, then i + 4, i + 2, i + 1.
 inline float Sum(Floats v) {
   float parts[kLanes];
   Store(parts, v);
@@ -61,7 +67,7 @@ inline float Sum(Floats v) {
   return parts[0];
 }
 
-// Sums of the lanes of K vectors, in the same order; K <= 16.
+// Sums of the lanes of K vectors, in the same order; K <= kSums.
 template <int K>
 inline void Sums(const Floats* v, float* sums) {
 #if defined(__AVX512F__)
@@ -87,7 +93,7 @@ inline void Sums(const Floats* v, float* sums) {
 #endif
 }
 
-// Transposes 16 vectors: lane j of vector k becomes lane k of vector j.
+// Transposes kLanes vectors: lane j of vector k becomes lane k of vector j.
 inline void Exchange(Floats* v) {
 #if defined(__AVX512F__)
   __m512 a[kLanes], b[kLanes];
@@ -131,10 +137,12 @@ struct Float32 {
   static Floats Widen(const float* p) { return Load(p); }
 };
 
-// 16 numbers of 16 or 8 bits to 32 bits. GCC divides its own conversion of vectors into small pieces.
+// Numbers of 16 or 8 bits to 32 bits. GCC divides its own conversion of vectors into small pieces.
 inline Words WidenHalves(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
 #endif
@@ -144,12 +152,7 @@ inline Floats WidenBytes(const int8_t* p) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
-  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-                      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-  Floats result;
-  std::memcpy(&result, halves, sizeof result);
-  return result;
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
   return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Floats);
 #endif
@@ -165,12 +168,8 @@ struct Float16 {
   static Floats Widen(const uint16_t* p) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-    __m256 halves[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
-                        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + 1))};
-    Floats result;
-    std::memcpy(&result, halves, sizeof result);
-    return result;
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
     // No subnormal float32 on the way: XLA's threads take them for zeros.
     Words bits = WidenHalves(p), magnitude = bits & 0x7fff;
@@ -289,10 +288,10 @@ inline void LongDots(const Problem& p, const typename W::Stored* w, int64_t r, i
   }
 }
 
-// Outputs o … end - 1 of M rows. A weight is widened once; 16 running sums fill the registers.
+// Outputs o … end - 1 of M rows. A weight is widened once.
 template <typename W, int M>
 void FewDots(const Problem& p, const typename W::Stored* w, int64_t o, int64_t end) {
-  constexpr int N = kLanes / M;
+  constexpr int N = kSums / M;
   for (; o + N <= end; o += N) Dots<W, M, N>(p, w + o * p.features, 0, o);
   for (; o < end; ++o) Dots<W, M, 1>(p, w + o * p.features, 0, o);
 }
@@ -306,7 +305,7 @@ inline Memory Allocate(int64_t count) {
   return Memory(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
 }
 
-// Rows r … r + 15 transposed: [I, 16], with zeros for rows that do not exist.
+// Rows r … r + kLanes - 1 transposed: [I, kLanes], with zeros for rows that do not exist.
 void Transpose(const Problem& p, int64_t r, float* xt) {
   int64_t rows = std::min(kLanes, p.rows - r);
   if (rows < kLanes) std::memset(xt, 0, p.features * kLanes * sizeof(float));
@@ -354,7 +353,7 @@ inline void Tile(const float* xt, int64_t stride, const float* weights, int64_t 
     }
 }
 
-// Writes the sums [16, kRows] of up to 16 outputs from o on, and up to 16 rows from r on, into y.
+// Writes the sums [kLanes, kRows] of up to kLanes outputs from o on, and as many rows from r on, into y.
 void Write(const Problem& p, const float* sums, int64_t r, int64_t rows, int64_t o, int64_t outputs) {
   Floats v[kLanes];
   for (int k = 0; k < kLanes; ++k) v[k] = k < outputs ? Load(sums + k * kRows) : Floats{};
@@ -532,14 +531,19 @@ void MultiplyBy(ffi::ThreadPool& pool, const Problem& p, const typename W::Store
 
 // 128 weights of 4 bits in 16 words: bits 4 k to 4 k + 3 of word l are 8 + the integer of feature 16 k + l.
 struct Group {
-  Words words;
+  static constexpr int kParts = 16 / kLanes, kVectors = kGroup / kLanes;
+  Words words[kParts];
   Floats scale;
-  Group(const uint32_t* w, float s) : words(*reinterpret_cast<const UnalignedWords*>(w)), scale(Levels() * s) {}
-  Floats At(int k) const {
+  Group(const uint32_t* w, float s) : scale(Levels() * s) {
+    for (int h = 0; h < kParts; ++h) words[h] = *reinterpret_cast<const UnalignedWords*>(w + h * kLanes);
+  }
+  // The weights of features kLanes · v … kLanes · (v + 1) - 1.
+  Floats At(int v) const {
+    Words shifted = words[v % kParts] >> (4 * (v / kParts));
 #if defined(__AVX512F__)
-    return (Floats)_mm512_permutexvar_ps((__m512i)(words >> (4 * k)), (__m512)scale);
+    return (Floats)_mm512_permutexvar_ps((__m512i)shifted, (__m512)scale);
 #else
-    return (__builtin_convertvector((Ints)((words >> (4 * k)) & 15), Floats) - 8.0f) * scale;
+    return (__builtin_convertvector((Ints)(shifted & 15), Floats) - 8.0f) * scale;
 #endif
   }
   // Factor of the scale in each lane; with AVX-512 a table of the 16 weights.
@@ -560,9 +564,9 @@ inline void GroupDots(const Problem& p, const uint32_t* w, const float* scale, i
   const float* x = p.x + r * p.features;
   Floats sums[M][U] = {};
   for (int64_t g = 0; g < groups; ++g) {
-    Group group(w + (o * groups + g) * kLanes, scale[o * groups + g]);
-#pragma GCC unroll 16
-    for (int k = 0; k < kGroup / kLanes; ++k) {
+    Group group(w + (o * groups + g) * 16, scale[o * groups + g]);
+#pragma GCC unroll 32
+    for (int k = 0; k < Group::kVectors; ++k) {
       Floats weights = group.At(k);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) sums[m][k % U] += Load(x + m * p.features + g * kGroup + k * kLanes) * weights;
@@ -589,9 +593,9 @@ void MultiplyByGroups(ffi::ThreadPool& pool, const Problem& p, const uint32_t* w
   auto widen = [&](int64_t o, int64_t i, int64_t count, float* into) {  // i and count: multiples of kGroup
     int64_t first = (o * p.features + i) / kGroup;
     for (int64_t g = first; g < first + count / kGroup; ++g) {
-      Group group(w + g * kLanes, scale[g]);
-#pragma GCC unroll 16
-      for (int k = 0; k < kGroup / kLanes; ++k, into += kLanes) Store(into, group.At(k));
+      Group group(w + g * 16, scale[g]);
+#pragma GCC unroll 32
+      for (int k = 0; k < Group::kVectors; ++k, into += kLanes) Store(into, group.At(k));
     }
   };
   Multiply(pool, p, w, 4, few, widen);
