@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -187,7 +187,7 @@ def fill(
         state.part, state.place = part + 1, BEGINNING
         state.save(folder)
     if sources.validation is None:
-        split_documents(folder, dtype)
+        split_documents(folder, dtype, state.lengths[0])
     return state.unknown
 
 
@@ -225,8 +225,13 @@ def read_part(
         raise
 
 
-def split_documents(folder: Path, dtype: Any) -> None:
-    """Move the last tenth of the ids to the validation part: whole documents, if there are several."""
+def split_documents(folder: Path, dtype: Any, lengths: Sequence[int]) -> None:
+    """Move the last tenth of the ids to the validation part: whole documents, if there are several.
+
+    lengths: number of ids and of entries of documents.
+    """
+    for file, kind, length in zip(files_of(folder, 0), (dtype, np.int64), lengths, strict=True):
+        Growing(file, kind, length).close()  # its header, if a process was killed while it made the file shorter
     starts = map_array(folder / "train_documents.npy")
     total = int(starts[-1])
     first = min(int(np.searchsorted(starts, int(0.9 * total))), max(1, len(starts) - 2))

@@ -16,6 +16,7 @@ GROUPS = ("state", "inputs", "labels", "targets", *KINDS)
 NARROW = ULPS["float32"] / ULPS["float64"]
 # Of the largest result. A gradient that is zero by cancellation is all rounding: its own size is no measure of it.
 CANCELLED = 2.0**-7
+MOVED = 2.0**-7  # of a result: as far as the rounding of a narrow constant may move it
 
 
 def check_readings(
@@ -58,8 +59,17 @@ def check_results(
 ) -> None:
     """Compare names, shapes and dtypes of results with the weights, inputs, labels and targets that they follow from.
 
-    trained: names of the parameters that have gradients. Raises ValueError, naming the tensor, if they do not fit.
+    trained: names of the parameters that have gradients. Raises ValueError, naming the tensor, if they do not fit, and
+    for weights with NaN and results without a finite number.
     """
+    for name, array in state.items():
+        if jnp.issubdtype(array.dtype, jnp.inexact) and np.isnan(array).any():
+            raise ValueError(f"{quoted(f'state/{name}')} has NaN, with which any model would agree")
+    for name, array in (
+        (f"{kind}/{name}", array) for kind, of_kind in results.items() for name, array in of_kind.items()
+    ):
+        if array.size and not np.isfinite(array).any():
+            raise ValueError(f"{quoted(name)} has no finite number, so that nothing could be compared")
     for name, array in inputs.items():
         if not array.size or not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
             raise ValueError(f"inputs/{name} is {described(array)}; it must be a non-empty array of numbers")
@@ -134,6 +144,34 @@ def check_noises(
                 f"own values of {at} is {value:.3g}, must be at most {most / OWN / unit:.3g}: the largest element is "
                 f"{size:.3g}, and {OWN:g} × this value in float32 would hide it"
             )
+
+
+def check_constants(
+    constants: Mapping[str, Mapping[str, Mapping[str, float]]],
+    results: Kinds,
+    noises: Mapping[str, Mapping[str, Noise]],
+) -> None:
+    """Compare how far results move with narrow constants, in units of the noise, with the results' names and sizes.
+
+    A result may be off by as much in float64. Raises ValueError, naming the constant, for a tensor that is no result,
+    and for more than MOVED of it.
+    """
+    sizes = {
+        (kind, name): ordinary_size(tensor, noises[kind][name].masks_from)
+        for kind, of_kind in results.items()
+        for name, tensor in of_kind.items()
+    }
+    largest = max(sizes.values(), default=0.0)
+    for constant, kinds in constants.items():
+        for kind, name, move in (
+            (kind, name, move) for kind, of_kind in kinds.items() for name, move in of_kind.items()
+        ):
+            at = f"constants of {quoted(constant)} has {quoted(f'{kind}/{name}')}"
+            if (kind, name) not in sizes:
+                raise ValueError(f"{at}, which is no result of the fixture")
+            most = MOVED * max(sizes[kind, name], CANCELLED * largest)
+            if not noises[kind][name].unit * LIMIT * (1 + move) <= most:
+                raise ValueError(f"{at} at {move:.3g} × noise, which would hide a difference of more than {most:.3g}")
 
 
 def ordinary_size(tensor: np.ndarray, masks_from: float) -> float:

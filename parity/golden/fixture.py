@@ -28,7 +28,7 @@ from jaxmodels.process.texts import quoted, shortened
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Kinds
 from parity.compare.noise import Noise
-from parity.golden.contents import KINDS, check_noises, check_readings, check_results
+from parity.golden.contents import KINDS, check_constants, check_noises, check_readings, check_results
 
 FORMAT = 3  # older ones do not bind the tensors to the JSON
 TENSOR_BYTES = 2**32  # of a fixture's tensors, all of which are read
@@ -152,6 +152,8 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     own = values_of(about, "own values")
     check_readings(about.get("readings", list(noises)), tensors, {"noise": noises, "own values": own})
     check_noises(results, noises, own)
+    constants = constants_of(about)
+    check_constants(constants, results, noises)
     state, layers = groups.get("state", {}), texts_of(about, "layers", dict)
     if without := sorted({name.rpartition(".")[0] for name in state} - layers.keys()):
         raise ValueError(f"layers lacks {quoted(without[0])}, which owns tensors")
@@ -178,7 +180,7 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
         results=results,
         noises=noises,
         own_values=own,
-        constants=moves_of(about, results),
+        constants=constants,
         zero_gradients=zero_gradients,
         untrained=untrained,
         layers=layers,
@@ -240,17 +242,13 @@ def values_of(about: Mapping[str, Any], field: str) -> dict[str, dict[str, float
     return {kind: {name: value for name, (value,) in of_kind.items()} for kind, of_kind in found.items()}
 
 
-def moves_of(about: Mapping[str, Any], results: Kinds) -> dict[str, dict[str, dict[str, float]]]:
-    """Field "constants", whose numbers are of results of the fixture; older recordings have none."""
+def constants_of(about: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Field "constants"; older recordings have none."""
     moves = about.get("constants", {})
     if not isinstance(moves, dict):
         raise ValueError(f"constants={quoted(moves)} must be an object")
     texts_of({"constants": list(moves)}, "constants", list)
-    found = {constant: values_of(moves, constant) for constant in moves}
-    for constant, kinds in found.items():
-        if extra := [f"{kind}/{n}" for kind, of_kind in kinds.items() for n in of_kind.keys() - results.get(kind, {})]:
-            raise ValueError(f"constants of {quoted(constant)} has {quoted(min(extra))}, no result of the fixture")
-    return found
+    return {constant: values_of(moves, constant) for constant in moves}
 
 
 def stems(folder: str | os.PathLike) -> list[Path]:

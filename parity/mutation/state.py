@@ -21,6 +21,7 @@ from parity.mutation.mutate import Outcome
 from parity.report.results import Check
 
 LARGEST = 2**26  # bytes of a file; a verdict has some hundred
+BEGINNINGS = ('{"mutant": ', '{"case": ')  # of lines
 
 Alarms = dict[str, list[tuple[int, Check]]]
 
@@ -77,21 +78,27 @@ class State:
     def opened(cls, file: Path | None) -> Iterator["State"]:
         """Context with the verdicts in a file, to which others are added; without a file, with none.
 
-        Raises ValueError, naming file and line, if a line is not a verdict, and as `open_in_place`, as it is written.
+        A last verdict without an end, which a process that was killed left, is removed. Raises ValueError, naming file
+        and line, if another line is not a verdict, and as `open_in_place`, as it is written.
         """
         if file is None:
             yield cls()
             return
         with io.TextIOWrapper(io.BufferedRandom(open_in_place(file)), encoding="utf-8") as opened:
-            lines = read_text(file, LARGEST).splitlines()
+            *lines, rest = read_text(file, LARGEST).split("\n")
             opened.seek(0, os.SEEK_END)
             state = cls(opened, file)
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate([*lines, rest] if rest else lines, start=1):
                 try:
                     state.take(json.loads(line))
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+                    if number > len(lines) and line.startswith(BEGINNINGS):
+                        opened.truncate(opened.seek(os.stat(file).st_size - len(rest.encode())))
+                        continue
                     reason = shortened(repr(error), 300)
                     raise ValueError(f"--state {file}, line {number} is not a verdict: {reason}") from None
+                if number > len(lines):
+                    state.write_text("\n")
             yield state
 
     def take(self, content: Any) -> None:
@@ -100,8 +107,12 @@ class State:
             row = content["row"]
             self.rows[text(content["mutant"])] = None if row is None else checked(Row, row)
         else:
+            seeds = whole(content["seeds"])
             checks = [(whole(seed), checked(Check, check)) for seed, check in content["checks"]]
-            self.alarms[text(content["case"]), whole(content["seeds"])] = checks
+            given = {(seed, check.precision) for seed, check in checks}
+            if not 1 <= seeds <= len(checks) or given != {(s, p) for s in range(seeds) for p in ("float64", "float32")}:
+                raise ValueError(f"its checks are not those of {seeds} seeds in float64 and float32")
+            self.alarms[text(content["case"]), seeds] = checks
 
     def add(self, key: str, row: Row | None) -> None:
         """Add the verdict on a mutant."""
@@ -115,9 +126,12 @@ class State:
 
     def write(self, content: dict[str, Any]) -> None:
         """Add a line to the file."""
+        self.write_text(f"{json.dumps(content)}\n")
+
+    def write_text(self, content: str) -> None:
         if self.file is not None and self.path is not None:
             with naming(self.path):
-                print(json.dumps(content), file=self.file, flush=True)
+                print(content, end="", file=self.file, flush=True)
 
 
 def text(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Tokenizing that is interrupted, killed or blocked, in real processes where it matters."""
 
+import io
 import json
 import os
 import random
@@ -113,6 +114,37 @@ def wait_for_progress(tmp_path, process):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_work_that_ends_before_any_file_is_shortened_ends_with_the_same_ids(small, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(TEXT * 41)
+    sources, vocabulary = open_sources(str(tmp_path / "a.txt")), ByteVocabulary()
+    end = end_ids(vocabulary, sources)
+    (tmp_path / "whole").mkdir()
+    fill(tmp_path / "whole", sources, vocabulary, end, key="a")
+
+    class Killed(io.FileIO):
+        def truncate(self, size=None):
+            left.append(size)
+            if len(left) == last:
+                raise Interrupted
+            return super().truncate(size)
+
+    opened = partial.open_in_place
+    monkeypatch.setattr(partial, "open_in_place", lambda file: Killed(os.dup(opened(file).fileno()), "r+b"))
+    for last in range(1, 30):
+        left: list[int | None] = []
+        folder = tmp_path / str(last)
+        folder.mkdir()
+        try:
+            fill(folder, sources, vocabulary, end, key="a")
+        except Interrupted:
+            left += [None] * last  # the next process is not killed
+            fill(folder, sources, vocabulary, end, key="a")
+        else:
+            assert last > 10
+            break
+        assert content(folder) == content(tmp_path / "whole"), last
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

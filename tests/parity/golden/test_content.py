@@ -121,15 +121,31 @@ def test_constants_are_of_results_of_the_fixture(recorded, constants, named):
         read(recorded[1])
 
 
-def test_a_constant_hides_no_more_than_float32_does_and_is_named(recorded):
+def test_a_constant_that_would_hide_anything_is_refused(recorded):
     flax_module, stem = recorded
-    constants = {f"scale {i}": {"output": {"output": 1e30}} for i in range(100)}
-    change(stem, of_group("output", lambda t: t * (1 + 1e-9)), lambda fields: fields.update(constants=constants))
+
+    def moved(by):
+        names = [f"scale {i}" for i in range(100)]
+        return lambda fields: fields.update(constants={name: {"output": {"output": by}} for name in names})
+
+    change(stem, of_group("output", lambda t: t * (1 + 1e-9)), moved(1e9))
     report = parity.replay(flax_module, stem)
     assert report.passed
     assert any("scale 5 in PyTorch; " in note for note in report.notes)
-    change(stem, of_group("output", lambda t: t * 1.01))
-    assert not parity.replay(flax_module, stem).passed
+    for by in (1e13, math.inf):
+        change(stem, None, moved(by))
+        with pytest.raises(ValueError, match=r"mlp\b.*constants of 'scale 0' has 'output/output' at"):
+            read(stem)
+
+
+def test_weights_and_results_without_numbers_are_refused(recorded):
+    stem = recorded[1]
+    change(stem, of_group("output", lambda t: t * math.nan))
+    with pytest.raises(ValueError, match="'output/output' has no finite number"):
+        read(stem)
+    change(stem, of_group("state", lambda t: t * math.nan))
+    with pytest.raises(ValueError, match=r"'state/.*' has NaN"):
+        read(stem)
 
 
 def test_an_output_that_is_not_compared_says_nothing_about_noise(recorded):
@@ -148,7 +164,7 @@ def test_an_output_that_is_not_compared_says_nothing_about_noise(recorded):
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_expected_values_that_are_not_finite_differ(recorded, number):
     flax_module, stem = recorded
-    change(stem, of_group("output", lambda t: t * number))
+    change(stem, of_group("output", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 1, number, t)))
     report = parity.replay(flax_module, stem)
     assert {check.precision for check in report.checks if check.kind == "output" and not check.passed} == {
         "float64",

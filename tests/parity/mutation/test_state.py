@@ -15,13 +15,14 @@ ROW = Row("rope.attention", "layers.0", "factor", "output", 1e9, True, True, "la
 CHECK = Check("output", "float64", "output", 0.3, 32.0)
 MUTANT = {"mutant": "key", "row": None}
 FIELDS = {field: getattr(ROW, field) for field in ROW.__dataclass_fields__}
-ALARM = {"case": "rope", "seeds": 1, "checks": [[0, {**CHECK.__dict__}]]}
+NARROW = Check("loss", "float32", "loss", float("nan"), float("inf"), own=2.0)
+ALARM = {"case": "rope", "seeds": 1, "checks": [[0, {**CHECK.__dict__}], [0, {**NARROW.__dict__}]]}
 
 
 def test_verdicts_are_read_as_they_were_written(tmp_path):
     file = tmp_path / "state.jsonl"
     rows = {"a": ROW, "b": None, "c": Row("x", "", "factor", "", float("inf"), False, False, None, "")}
-    alarms = [(0, CHECK), (7, Check("loss", "float32", "loss", float("nan"), float("inf"), own=2.0))]
+    alarms = [(seed, check) for seed in (0, 1) for check in (CHECK, NARROW)]
     for name, row in rows.items():
         with State.opened(file) as state:
             state.add(name, row)
@@ -61,6 +62,10 @@ def test_verdicts_are_read_as_they_were_written(tmp_path):
         {"case": "rope", "seeds": 1.5, "checks": []},
         {"case": "rope", "seeds": "1", "checks": []},
         {"case": "rope", "seeds": 1, "checks": 5},
+        {"case": "rope", "seeds": 1, "checks": []},
+        {"case": "rope", "seeds": 1, "checks": [[0, {**CHECK.__dict__}]]},
+        {"case": "rope", "seeds": 2, "checks": ALARM["checks"]},
+        {"case": "rope", "seeds": 10**9, "checks": ALARM["checks"]},
         {"case": "rope", "seeds": 1, "checks": [[0]]},
         {"case": "rope", "seeds": 1, "checks": [[0, {}]]},
         {"case": "rope", "seeds": 1, "checks": [[1e400, {**CHECK.__dict__}]]},
@@ -79,6 +84,22 @@ def test_a_line_that_is_no_verdict_is_refused(tmp_path, line):
         pass
     assert str(error.value).isprintable()
     assert file.read_text() == text
+
+
+def test_a_last_line_that_a_kill_cut_is_removed_and_one_without_an_end_is_kept(tmp_path):
+    file = tmp_path / "state.jsonl"
+    lines = f"{json.dumps(MUTANT)}\n{json.dumps(ALARM)}"
+    for cut, alarms in ((len(lines), 1), (len(lines) - 1, 0), (len(json.dumps(MUTANT)) + 20, 0)):
+        file.write_text(lines[:cut])
+        with State.opened(file) as state:
+            assert (list(state.rows), len(state.alarms)) == (["key"], alarms)
+            state.add("more", None)
+        with State.opened(file) as state:
+            assert (list(state.rows), len(state.alarms)) == (["key", "more"], alarms)
+    file.write_text("a text of others")
+    with pytest.raises(ValueError, match="line 1 is not a verdict"), State.opened(file):
+        pass
+    assert file.read_text() == "a text of others"
 
 
 @pytest.mark.parametrize("what", ["symbolic link", "link to nothing", "hard link", "FIFO", "folder"])
