@@ -118,8 +118,9 @@ def wait_for_progress(tmp_path, process):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that the killed one left open
 def test_work_that_ends_before_any_file_is_shortened_ends_with_the_same_ids(small, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(TEXT * 41)
-    sources, vocabulary = open_sources(str(tmp_path / "a.txt")), ByteVocabulary()
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": TEXT * (i % 5)}) + "\n" for i in range(23)))
+    sources, vocabulary = open_sources(str(tmp_path / "a.jsonl")), ByteVocabulary()
+    assert sources.validation is None
     end = end_ids(vocabulary, sources)
     (tmp_path / "whole").mkdir()
     fill(tmp_path / "whole", sources, vocabulary, end, key="a")
