@@ -326,8 +326,8 @@ class Dropout(nnx.Dropout):
     """
 
     def __init__(self, rate: float):
-        if not 0 <= rate <= 1:
-            raise ValueError(f"dropout_prob={rate} must be from 0 to 1")
+        if isinstance(rate, bool) or not 0 <= rate <= 1:
+            raise ValueError(f"dropout_prob={rate} must be a number from 0 to 1")
         super().__init__(rate)
 
     # The signature differs from nnx.Dropout's on purpose: a key is the only source of randomness.

@@ -10,6 +10,7 @@ array and layer: layers.3.attention.output.kernel is layer 3 of the stacked laye
 """
 
 import importlib
+import inspect
 import json
 import os
 import warnings
@@ -106,11 +107,23 @@ def build(name: str, config: Mapping[str, Any], *, seed: int = 0, rngs: nnx.Rngs
     """
     cls = model_class(name)
     make = getattr(cls, "from_config", cls)
+    check_booleans(cls, config)
     try:
         return make(**config, rngs=nnx.Rngs(seed) if rngs is None else rngs)
     except UNFIT as error:
         reason = str(error).partition("\n")[0] or type(error).__name__  # without JAX's note on its traceback
         raise ValueError(f"config does not fit {name}: {shortened(reason, 300)}") from None
+
+
+def check_booleans(cls: type, config: Mapping[str, Any]) -> None:
+    """Raises ValueError if an argument is true or false whose annotation has no bool; in Python they are 1 and 0."""
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
+        value = config.get(name)
+        held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        if "bool" in str(parameter.annotation) or parameter.annotation in (parameter.empty, Any):
+            continue
+        if any(isinstance(one, bool) for one in held):
+            raise ValueError(f"config has {name}={quoted(value)}; true and false stand for no number")
 
 
 def abstract(name: str, config: Mapping[str, Any], stored: Stored, where: str | os.PathLike) -> Any:
@@ -205,10 +218,16 @@ def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shard
     model = abstract(name, config, Stored.of(stored), folder / "config.json")
     if is_folder(folder, STEM):
         with errors_naming(folder):
-            return load_tensors(model, from_flax_names(model, stored), dtype, place, folder.name)
-    if dtype is None:
-        return load_arrays(folder / "params", model, place)
-    return cast(model, flat_arrays(load_arrays(folder / "params", model, place)), dtype)
+            loaded = load_tensors(model, from_flax_names(model, stored), dtype, place, folder.name)
+    elif dtype is None:
+        loaded = load_arrays(folder / "params", model, place)
+    else:
+        loaded = cast(model, flat_arrays(load_arrays(folder / "params", model, place)), dtype)
+    for path, module in nnx.iter_modules(loaded):
+        if hasattr(module, "check_loaded"):
+            with errors_naming(f"{folder}: {dotted(path)}"):
+                module.check_loaded()
+    return loaded
 
 
 def model_folder(source: Path) -> Path:

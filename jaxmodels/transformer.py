@@ -165,7 +165,7 @@ class AutoregressiveTransformer(nnx.Module):
         max_len: int | None = None,
         rngs: nnx.Rngs,
     ):
-        check_sizes(n_vocab=n_vocab, d_model=d_model, d_ff=d_ff, n_layers=n_layers)
+        check_sizes(n_vocab=n_vocab, d_model=d_model, heads=heads, d_ff=d_ff, n_layers=n_layers)
         check_sizes(**({} if max_len is None else {"max_len": max_len}))
         self.n_vocab, self.d_model, self.heads, self.d_ff, self.n_layers = n_vocab, d_model, heads, d_ff, n_layers
         self.attention, self.dropout_prob, self.max_len = attention, dropout_prob, max_len

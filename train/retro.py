@@ -53,6 +53,7 @@ from jaxmodels.retro.retrieval.examples import (
     samples_of,
     start_positions,
 )
+from jaxmodels.retro.retrieval.files import read_about as read_index
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.retro.retrieval.live import Retriever, Retrieving
 from jaxmodels.sharding import make_mesh
@@ -325,16 +326,19 @@ def check_embedder(config: Config, run: Path, named: str | None) -> None:
 
 
 def check_index(config: Config, run: Path, named: str | None) -> None:
-    """Raise ValueError if a run is resumed that names a folder for its index which is not beside it and holds no index.
+    """Raise ValueError if a run is resumed that names a folder for its index, not beside it, without a finished one.
 
     The index would be written there, wherever a run of others says.
     """
     folder = Path(config.index).absolute()
     beside = folder.resolve().is_relative_to(run.absolute().resolve().parent)
-    if config.retrieval and config.index and named is None and not beside and not (folder / "about.json").is_file():
+    if not config.retrieval or not config.index or named is not None or beside:
+        return
+    about = read_index(folder) if (folder / "about.json").is_file() else {"added": 0, "chunks": 1}
+    if about["added"] < about["chunks"]:
         raise ValueError(
-            f"{run} names {folder} for its index, which is not beside it and holds none; name the folder to write it "
-            "to yourself: --index FOLDER"
+            f"{run} names {folder} for its index, which is not beside it and holds no finished one; name the folder to "
+            "write it to yourself: --index FOLDER"
         )
 
 

@@ -48,12 +48,22 @@ class Int8Linear(nnx.Module):
         self.dtype = linear.dtype
         self.threshold = threshold
 
+    def check_loaded(self) -> None:
+        """Raises ValueError if a scale, which is a magnitude, is negative or not finite."""
+        check_magnitudes("absmax", self.absmax[...])
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., I] -> [..., O], in the compute dtype of the linear map; by default the widest of x and bias."""
         y = product(x, self.kernel[...], self.absmax[...], self.threshold)  # [..., O]
         if self.bias is None:
             return y.astype(self.dtype or x.dtype)
         return (y + self.bias[...]).astype(self.dtype or jnp.promote_types(x.dtype, self.bias.dtype))
+
+
+def check_magnitudes(name: str, array: jax.Array) -> None:
+    """Raises ValueError if an array has a number that is negative or not finite."""
+    if not ((array >= 0) & jnp.isfinite(array)).all():
+        raise ValueError(f"{name} has numbers that are negative, infinite or NaN; it holds magnitudes of weights")
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxmodels import native
 from jaxmodels.layers import Fixed
+from jaxmodels.neox.int8 import check_magnitudes
 
 TILE = 256  # outputs: 1 MB of float32 with 1,024 features, which a core's cache holds
 FEW = 16  # rows; with more, the conversion of the whole matrix is a small part of the product
@@ -41,6 +42,10 @@ class WeightOnlyLinear(nnx.Module):
         self.bias = linear.bias
         self.dtype = linear.dtype
         self.bits = bits
+
+    def check_loaded(self) -> None:
+        """Raises ValueError if a scale, which is a magnitude, is negative or not finite."""
+        check_magnitudes("scale", self.scale[...])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., I] -> [..., O], in the compute dtype of the linear map; by default the widest of x and bias."""

@@ -459,6 +459,38 @@ def test_a_source_that_is_no_folder_is_named(tmp_path):
         models.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("AutoregressiveTransformer", {"heads": True}, "heads=True"),
+        ("AutoregressiveTransformer", {"heads": 4.0}, "heads=4.0"),
+        ("AutoregressiveTransformer", {"dropout_prob": True}, "dropout_prob=True"),
+        ("AutoregressiveTransformer", {"max_len": True}, "max_len=True"),
+        ("RetroModel", {"ca_layers": [True]}, r"ca_layers=\[True\]"),
+        ("RetroModel", {"n_heads": True}, "n_heads=True"),
+        ("AutoregressiveModel", {"heads": True}, "heads=True"),
+    ],
+)
+def test_true_is_no_number(name, change, match):
+    configs = {
+        "AutoregressiveTransformer": {"n_vocab": 7, "d_model": 8, "heads": 4, "d_ff": 11, "n_layers": 1},
+        "RetroModel": {
+            "n_vocab": 7,
+            "d_model": 8,
+            "n_layers": 2,
+            "ca_layers": [],
+            "chunk_len": 3,
+            "n_heads": 2,
+            "d_k": 4,
+        }
+        | {"d_ff": 11},
+        "AutoregressiveModel": {"n_vocab": 7, "variant": "kv", "d_model": 8, "heads": 4, "d_ff": 11, "n_layers": 1},
+    }
+    models.build(name, configs[name])
+    with pytest.raises(ValueError, match=match):
+        models.build(name, configs[name] | change)
+
+
 def test_values_of_a_configuration_are_counted_at_any_depth():
     blocks = {"channels": [[64, 64], [128, {"classes": ["cat"] * 1000}]]}
     models.check_values(blocks)

@@ -339,6 +339,13 @@ def test_an_index_is_written_to_no_folder_that_a_run_of_others_names(tmp_path):
     assert not elsewhere.parent.exists()
     for index, named in ((run.parent / "index", None), (elsewhere, str(elsewhere))):
         retro.check_index(dataclasses.replace(config, index=str(index)), run, named)
+    ids = CharVocabulary.of(TEXT).encode(TEXT)
+    ChunkIndex.build(elsewhere, Corpus.of(ids, CharVocabulary.of(TEXT)), L, HashedNGrams(64, 1, 3))
+    retro.check_index(dataclasses.replace(config, index=str(elsewhere)), run, None)  # it is read
+    about = json.loads((elsewhere / "about.json").read_text())
+    (elsewhere / "about.json").write_text(json.dumps(about | {"added": 0}))
+    with pytest.raises(ValueError, match="holds no finished one"):
+        retro.check_index(dataclasses.replace(config, index=str(elsewhere)), run, None)
 
 
 def test_a_saved_run_loads_no_model_that_the_user_has_not_named(tmp_path, monkeypatch):

@@ -55,8 +55,9 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
 ATTENTION = ("global", "flash")  # two implementations of full attention; other kinds are not supported
 # Required, as GPT-NeoX's default of an absent key is learned positions, which are not supported.
 EXPLICIT = ("pos_emb",)
-YAML_BYTES = 2**18  # of all files; GPT-NeoX's own have 5 kB, and the parser reads 0.1 MB a second
+YAML_BYTES = 2**17  # of all files; GPT-NeoX's own have 5 kB, and the parser reads 0.05 MB a second
 LONGEST_ALIAS = 100  # characters of a scalar that aliases repeat
+LONGEST_NUMBER = 100  # characters; YAML's numbers to the base 60, such as 1:30:00, take quadratic time
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -97,10 +98,11 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
 
 
 def parsed(text: str) -> Any:
-    """Content of a YAML text; raises yaml.YAMLError if it is none, or has an alias of a list, mapping or long text.
+    """Content of a YAML text.
 
     A few aliases of aliases of lists stand for more values than any memory holds, as soon as they are printed, and
-    thousands of a long text do too.
+    thousands of a long text do too. Raises yaml.YAMLError for an alias of a list, mapping or long text, for a number of
+    many characters, for a key with two values in a mapping, and if the text is no YAML.
     """
     import yaml
 
@@ -113,6 +115,24 @@ def parsed(text: str) -> Any:
                     problem = "an alias of a list, a mapping or a long text"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
             return super().compose_node(parent, index)
+
+        def compose_scalar_node(self, anchor: Any) -> Any:
+            node = super().compose_scalar_node(anchor)
+            if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
+                raise yaml.MarkedYAMLError(
+                    problem=f"a number of {len(node.value):,} characters", problem_mark=node.start_mark
+                )
+            return node
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            known: dict[str, Any] = {}
+            for key, value in node.value:
+                before = known.setdefault(key.value, value) if isinstance(key, yaml.ScalarNode) else value
+                if before is not value and (not isinstance(value, yaml.ScalarNode) or before.value != value.value):
+                    problem = f"a second value of {shortened(key.value, 80)}"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            return node
 
     return yaml.load(text, Loader)
 

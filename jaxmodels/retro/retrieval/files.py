@@ -23,6 +23,7 @@ import numpy as np
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
 from jaxmodels.io.bounded import check_format, errors_naming, open_regular, read_object, sha256_of
+from jaxmodels.io.content import is_written_here
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.retro.retrieval.corpus import Corpus
@@ -31,6 +32,7 @@ from jaxmodels.text import load_vocabulary
 
 FORMAT = 2
 NAME = re.compile(r"index-[0-9]{10}\.faiss")  # so that a folder can name no file outside of it, and none of others
+OWN = re.compile(rf"(tokens|documents)\.npy|vocabulary\.json|(training|validation_[a-z]+)\.npz|{NAME.pattern}")
 # Most bytes of FAISS's file: of its tables, and for each chunk and each of its vector's values.
 HEADER_BYTES, CHUNK_BYTES, VALUE_BYTES = 2**28, 2**14, 16
 LEAST_LIMIT = 2**26  # bytes that FAISS may allocate for a small file: tables that it computes
@@ -72,6 +74,13 @@ def is_empty(folder: Path) -> bool:
 def is_temporary(path: Path) -> bool:
     """True for a file that a killed build left under a temporary name."""
     return TEMPORARY_FILE.fullmatch(path.name) is not None and path.is_file()
+
+
+def check_own(folder: Path) -> None:
+    """Raises ValueError if a file that `build` or `attach` replaces begins as none that this program writes."""
+    for path in folder.iterdir():
+        if OWN.fullmatch(path.name) and not is_written_here(folder, path.name):
+            raise ValueError(f"{path} was not written by this program: move it, or choose another folder for the index")
 
 
 def remove_superseded(folder: Path, about: dict[str, Any]) -> None:

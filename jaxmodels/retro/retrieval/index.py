@@ -24,6 +24,7 @@ from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
 from jaxmodels.retro.retrieval.files import (
     FORMAT,
+    check_own,
     check_same,
     import_faiss,
     is_empty,
@@ -105,6 +106,7 @@ class ChunkIndex:
         if (folder / "about.json").exists():
             about = read_about(folder)
             check_same(folder, about, wanted | {"chunks": len(starts)})
+            check_own(folder)
         else:
             if not is_empty(folder):
                 raise ValueError(f"{folder} is not empty and holds no chunk index; choose another folder")

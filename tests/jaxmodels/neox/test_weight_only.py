@@ -179,6 +179,18 @@ def test_saved_weights_of_another_dtype_are_refused(tmp_path, kind, dtype, strea
         jaxmodels.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("number", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize(("kind", "name"), [("llm.int8", "absmax"), ("weights", "scale"), ("weights-4", "scale")])
+def test_saved_scales_that_are_no_magnitudes_are_refused(tmp_path, kind, name, number):
+    model = quantize(neox(stacked=False), kind=kind)
+    linear = model.layers[1].ffn.dense_h_h4
+    scale = getattr(linear, name)[...]
+    setattr(linear, name, Fixed(scale.at[(0,) * scale.ndim].multiply(number)))
+    jaxmodels.save(model, tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/model: layers\.1\.ffn\.dense_h_h4.*{name} has numbers"):
+        jaxmodels.load(tmp_path / "model")
+
+
 def test_what_cannot_be_quantized_is_refused(tmp_path):
     model = quantize(neox(), kind="weights")
     cases = [({"kind": "int9"}, "int9")]

@@ -62,6 +62,29 @@ def test_a_file_outside_that_about_names_is_neither_read_nor_removed(folder, mon
     assert victim.read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokens.npy",
+        "documents.npy",
+        "vocabulary.json",
+        "training.npz",
+        "validation_nearest.npz",
+        "index-0000000001.faiss",
+    ],
+)
+def test_a_file_of_others_in_the_folder_is_neither_replaced_nor_removed(folder, name):
+    corpus = Corpus.of(VOCABULARY.encode(TEXT), VOCABULARY)
+    change(folder, added=0)
+    ChunkIndex.build(folder, corpus, L, HashedNGrams(64, 1, 3))  # builds it again
+    (folder / name).write_text("mine")
+    for fields in ({}, {"added": 0}):
+        change(folder, **fields)
+        with pytest.raises(ValueError, match=f"{name} was not written by this program"):
+            ChunkIndex.build(folder, corpus, L, HashedNGrams(64, 1, 3))
+        assert (folder / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["bert:someone/remote", "sentence:someone/remote"])
 def test_an_embedder_that_loads_a_model_must_be_named_by_the_caller(folder, name, monkeypatch, capsys):
     corpus = Corpus.of(VOCABULARY.encode(TEXT), VOCABULARY)

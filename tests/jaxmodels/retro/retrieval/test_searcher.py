@@ -181,7 +181,7 @@ def test_a_build_goes_on_where_a_killed_one_left_temporary_and_superseded_files(
     new.mkdir()
     (new / ".about.json.0123abcd.jaxmodels").write_text('{"form')
     assert len(ChunkIndex.build(new, CORPUS, L, NGRAMS)) == N
-    (folder / "index-0000000003.faiss").write_text("old")
+    (folder / "index-0000000003.faiss").write_bytes(b"IxFIold")
     ChunkIndex.build(folder, CORPUS, L, NGRAMS)
     assert [path.name for path in folder.glob("*.faiss")] == [f"index-{N:010}.faiss"]
     (tmp_path / "photos").mkdir()
