@@ -474,18 +474,11 @@ def test_a_source_that_is_no_folder_is_named(tmp_path):
 def test_true_is_no_number(name, change, match):
     configs = {
         "AutoregressiveTransformer": {"n_vocab": 7, "d_model": 8, "heads": 4, "d_ff": 11, "n_layers": 1},
-        "RetroModel": {
-            "n_vocab": 7,
-            "d_model": 8,
-            "n_layers": 2,
-            "ca_layers": [],
-            "chunk_len": 3,
-            "n_heads": 2,
-            "d_k": 4,
-        }
-        | {"d_ff": 11},
-        "AutoregressiveModel": {"n_vocab": 7, "variant": "kv", "d_model": 8, "heads": 4, "d_ff": 11, "n_layers": 1},
+        "RetroModel": {"n_vocab": 7, "d_model": 8, "n_heads": 2, "d_k": 4, "d_ff": 11, "n_layers": 2, "chunk_len": 3},
+        "AutoregressiveModel": {"n_vocab": 7, "d_model": 8, "heads": 4, "d_ff": 11, "n_layers": 1},
     }
+    configs["RetroModel"]["ca_layers"] = []
+    configs["AutoregressiveModel"]["variant"] = "FeedbackTransformerKV"
     models.build(name, configs[name])
     with pytest.raises(ValueError, match=match):
         models.build(name, configs[name] | change)

@@ -287,7 +287,7 @@ def test_a_value_that_is_not_of_its_tag_is_one_line(tmp_path, value):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: &a " + "x" * 1000 + "\nnorm: [" + "*a, " * 50_000 + "]\n", "alias"),
+        ("a: &a " + "x" * 1000 + "\nnorm: [" + "*a, " * 25_000 + "]\n", "alias"),
         ("a: &a " + "x" * 100 + "\nnorm: [" + "*a, " * 1000 + "]\n", "norm"),
         ("norm: '" + "1" * 100_000 + "x'\n", "norm"),
         ("pos-emb: rotary\nnum-layers: '" + "1" * 50_000 + "." + "1" * 50_000 + "e'\n", "num_layers"),
@@ -298,18 +298,7 @@ def test_a_value_that_is_not_of_its_tag_is_one_line(tmp_path, value):
         ("num-layers: 4\nnum-layers: 8\n", "line 2: a second value of num-layers"),
         ("? [1, 2]\n: 1\n", "key|unhashable"),
     ],
-    ids=[
-        "long aliases",
-        "aliases",
-        "digits",
-        "a float's digits",
-        "a key of digits",
-        "base 60",
-        "a float",
-        "a list twice",
-        "a key twice",
-    ]
-    + ["a key that is a list"],
+    ids=lambda text: text[:12] if len(text) > 12 else "said",
 )
 def test_a_text_that_would_take_minutes_or_gigabytes_is_one_line(tmp_path, text, said):
     file = tmp_path / "a.yml"
