@@ -195,7 +195,8 @@ def quantized(options: argparse.Namespace) -> str:
     place = local_folder(options.source, options.revision, options.variant)
     check_target(options.target, overwrite=options.overwrite, source=place)
     source = prepared(open_outside(options), options)
-    model = quantize(source.model(), options.threshold, kind=options.kind)
+    with errors_naming(options.source):
+        model = quantize(source.model(), options.threshold, kind=options.kind)
     jaxmodels.save(model, options.target, overwrite=options.overwrite, companions=source.companions)
     return f"{visible(str(options.target))}: {summary('NeoX', model)}"
 

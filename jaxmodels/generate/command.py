@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.bounded import read_text
+from jaxmodels.io.bounded import errors_naming, read_text
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.failures import memory_naming
@@ -197,7 +197,8 @@ def run(options: argparse.Namespace) -> None:
         variant=options.variant,
     )
     options.report = True
-    continue_prompts(opened, prompts, options)
+    with errors_naming(opened.name):
+        continue_prompts(opened, prompts, options)
 
 
 def check(options: argparse.Namespace) -> None:

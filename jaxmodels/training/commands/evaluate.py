@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxmodels.convert import kinds
 from jaxmodels.convert.open import open_source
 from jaxmodels.io.atomic import atomic_file, check_file, recover
+from jaxmodels.io.bounded import errors_naming
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.failures import memory_naming
@@ -223,16 +224,17 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
                 documents.append(document._replace(text=""))
                 yield document.text
 
-    scores = score(
-        model,
-        texts(),
-        tokenizer=vocabulary,
-        max_length=window,
-        stride=options.stride,
-        batch_size=options.batch_size,
-        bos=bos if options.bos else None,
-        loss_chunk=options.loss_chunk,
-    )
+    with errors_naming(opened.name):
+        scores = score(
+            model,
+            texts(),
+            tokenizer=vocabulary,
+            max_length=window,
+            stride=options.stride,
+            batch_size=options.batch_size,
+            bos=bos if options.bos else None,
+            loss_chunk=options.loss_chunk,
+        )
     if options.json is not None:
         with atomic_file(options.json) as temporary:
             temporary.write_text(json.dumps(as_json(documents, scores), indent=2) + "\n", encoding="utf-8")

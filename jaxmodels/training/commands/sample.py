@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxmodels.convert.open import open_source
 from jaxmodels.generate.command import add_settings, check, continue_prompts
+from jaxmodels.io.bounded import errors_naming
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.failures import memory_naming
@@ -67,4 +68,5 @@ def sample(options: argparse.Namespace) -> None:
     options = argparse.Namespace(**given)
     check(options)
     read_about(options.run)  # raises if the folder holds no run
-    continue_prompts(open_source(options.run), [options.prompt], options)
+    with errors_naming(options.run):
+        continue_prompts(open_source(options.run), [options.prompt], options)
