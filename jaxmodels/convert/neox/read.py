@@ -34,7 +34,7 @@ from jaxmodels.convert.source import Source, named
 from jaxmodels.io.bounded import read_object
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import PRESETS
-from jaxmodels.neox.sequential import is_buffer
+from jaxmodels.neox.sequential import check_buffer
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import Cut, read
 from jaxmodels.weights.names import listed
@@ -365,7 +365,7 @@ def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
     if tensor is None:
         return
     try:
-        is_buffer(f"layers.{FREQUENCIES}", tensor, config)
+        check_buffer(f"layers.{FREQUENCIES}", tensor, config)
     except ValueError as error:
         raise ValueError(f"{shard.file}: {error}") from None
 

@@ -22,7 +22,7 @@ RANK_FILE = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
 FORMS = (Form("layernorm", True, True), Form("rmsnorm", True, True))
 TABLE = (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)
 KNOWN = {disk for form in FORMS for name in form.rows(TABLE) for disk in name.disk} | {FREQUENCIES}
-SEQUENTIAL = re.compile(r"sequential\.(\d{1,9})\.(.+)")
+SEQUENTIAL = re.compile(r"sequential\.(0|[1-9][0-9]{0,8})\.(.+)")  # no other spelling of a number: it is a second name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,3 +126,13 @@ def test_a_pointer_in_place_of_a_shard(tmp_path):
     layer_file(tmp_path, 3, 1).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     with pytest.raises(ValueError, match=r"layer_03-model_01-model_states\.pt is a git-lfs pointer"):
         load_neox(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["02", "\u0662", "2" * 5_000, "+2", "2_0"])
+def test_a_layer_has_one_name_in_the_files_of_ranks(tmp_path, number):
+    """A second tensor for one place would take that of the first."""
+    write_rank_files(tmp_path)
+    name = f"sequential.{number}.attention.dense.weight"
+    change(rank_files(tmp_path)[0], in_module(lambda module: module | {name: torch.ones(12, 12)}))
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt has .{1,300} in its module"):
+        open_neox(tmp_path)
