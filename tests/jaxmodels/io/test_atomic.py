@@ -199,6 +199,7 @@ CLAIMED = {
     "a file of a known name": {"config.json": "mine", "tokenizer.json": "[mine]"},
     "a file in a known folder": {"params/thesis.tex": "mine", "params/state/d/thesis.tex": "mine"},
     "another content": {"model.safetensors": "mine, and longer than a header's length"},
+    "a number in other digits": {"global_step0/layer_\u0660\u0660-model_00-model_states.pt": "PK\x03\x04 mine"},
     "another archive": {"global_step0/layer_00-model_00-model_states.pt": "mine"},
 }
 
