@@ -28,7 +28,7 @@ from jaxmodels.convert.neox.layout import (
     grouped,
     merged,
 )
-from jaxmodels.convert.neox.shards import Shard, Shards, config_files, find_step, open_step
+from jaxmodels.convert.neox.shards import LATEST, Shard, Shards, config_files, find_step, open_step
 from jaxmodels.convert.neox.yaml import fields, read_yaml
 from jaxmodels.convert.source import Source, named
 from jaxmodels.io.bounded import read_object
@@ -153,7 +153,9 @@ def open_neox(
         notes.append(f"model_parallel_size={quoted(ranks)} in the configuration, the files are of {shards.ranks} ranks")
     layout = f"{shards.layout} of {shards.ranks} model-parallel rank{'s'[: shards.ranks > 1]} in {shards.step.name}"
     companions = Companions.of(folder, *({shards.step} - {folder}))
-    return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts), companions)
+    opened = {shard.file for layer in shards.layers.values() for shard in layer}
+    opened |= {folder / LATEST, *files, *(file.with_name(VOCABULARY_FILE) for file in files)}
+    return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts), companions, tuple(opened))
 
 
 OF_BLOCK = {name.twin for name in BLOCK}

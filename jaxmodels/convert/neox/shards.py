@@ -20,6 +20,7 @@ from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
 
 LAYER_FILE = re.compile(r"layer_([0-9]+)-model_([0-9]+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
+LATEST = "latest"  # names the folder of a step
 FORMS = (Form("layernorm", True, True), Form("rmsnorm", True, True))
 TABLE = (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)
 KNOWN = {disk for form in FORMS for name in form.rows(TABLE) for disk in name.disk} | {FREQUENCIES}
@@ -52,7 +53,7 @@ def find_step(folder: Path) -> Path:
     """Folder of a step: the one that `latest` names, or `folder` itself; raises ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    latest = folder / "latest"
+    latest = folder / LATEST
     if latest.is_file():
         try:
             name = read_text(latest, 4096).strip()
