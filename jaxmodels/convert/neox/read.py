@@ -272,7 +272,7 @@ def read_vocabulary(file: Path, rows: int) -> int | None:
 
     Raises ValueError, naming it, if n_vocab is not from 1 to the number of rows on disk.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
         n_vocab = read_object(file)["n_vocab"]

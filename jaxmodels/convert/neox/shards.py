@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def find_step(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     latest = folder / LATEST
-    if latest.is_file():
+    if os.path.lexists(latest) and not latest.is_dir():  # a FIFO of that name is refused as it is read
         try:
             name = read_text(latest, 4096).strip()
         except (OSError, UnicodeDecodeError) as error:

@@ -233,9 +233,9 @@ BAD = {
     "sparse": "sparse",
     "large": "at most",
     "link to a sparse file": "sparse",
-    "link to a device": None,
+    "link to a device": "device",
     "link to nothing": "missing",
-    "FIFO": None,
+    "FIFO": "FIFO",
     "folder": None,
 }
 
@@ -243,7 +243,7 @@ BAD = {
 @pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates/tools.jinja"])
 @pytest.mark.parametrize("what", BAD)
 def test_a_companion_that_is_no_file_of_a_companions_size_is_refused_or_left_out(source, tmp_path, capsys, what, name):
-    """A FIFO or a folder is no tokenizer.json, but of every *.jinja something is expected."""
+    """A folder is no tokenizer.json, but of every *.jinja something is expected."""
     out, companion = tmp_path / "out", source / name
     assert convert(source, out) == 0
     companion.unlink(missing_ok=True)
@@ -271,6 +271,14 @@ def test_a_companion_that_is_no_file_of_a_companions_size_is_refused_or_left_out
     refused(capsys, companion)
     assert state(out) == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_template_whose_name_is_not_utf_8_is_refused(source, tmp_path, capsys):
+    """The manifest, which is JSON, could not list it, so that the folder would never be replaced."""
+    (source / "additional_chat_templates" / os.fsdecode(b"a\xff.jinja")).touch()
+    assert convert(source, tmp_path / "out") == 2
+    refused(capsys, "additional_chat_templates has 'a\\udcff.jinja', whose name is not UTF-8")
+    assert not (tmp_path / "out").exists()
 
 
 def test_companions_are_bounded_together(source, tmp_path, capsys):
