@@ -36,12 +36,13 @@ class Allowance:
 
     def add_tensors(self, file: Path, tensors: Iterable[Any]) -> None:
         """Count the bytes of a file's dense tensors of PyTorch; raises ValueError, naming the file, for too many."""
+        before, most = self.tensors, SHARED * self.stored + REPEATED_BYTES
         self.tensors += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        most = SHARED * self.stored + REPEATED_BYTES
         if self.tensors > most:
+            together = ", with the files before it" if before else ""
             raise ValueError(
-                f"{file} has tensors of {self.tensors:,} bytes, with those of the files before it, which all have "
-                f"{self.stored:,}: they repeat or share their values; at most {most:,} are read: save contiguous copies"
+                f"{file} has tensors of {self.tensors:,} bytes{together}, in {self.stored:,} bytes of files: they "
+                f"repeat or share their values; at most {most:,} are read: save contiguous copies"
             )
 
 

@@ -178,13 +178,13 @@ def without_attributes(content: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A tensor without attributes of its own, which shares its memory; any other value as it is.
+    """A dense tensor without attributes of its own, which shares its memory; any other value as it is.
 
     A file may give a tensor attributes with the names of its methods.
     """
     import torch
 
-    return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
+    return torch.Tensor.detach(value) if is_dense(value) else value
 
 
 def check_tensor(file: Path, name: Any, tensor: Any) -> None:

@@ -1,6 +1,7 @@
 """Files that stand for far more than they hold, alone and together."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_tensors_that_share_a_storage_are_counted_together(tmp_path, read, zippe
     assert len(read(file) if read is read_state_dict else read(file)[0]) == 68
     torch.save(held | {"a": weight, "b": weight}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        ValueError, match=r"model\.pt has tensors of 280,000,000 bytes, .* which all have 4,0\d\d,\d{3}:"
+        ValueError, match=r"model\.pt has tensors of 280,000,000 bytes, in 4,0\d\d,\d{3} bytes of files:"
     ):
         read(file)
 
@@ -53,7 +54,7 @@ def test_tensors_of_several_files_are_counted_together(tmp_path):
     for i in range(3):
         torch.save({f"{i}.{k}": weight for k in range(33)}, tmp_path / f"p{i}.bin")
     write_index(tmp_path, {f"x{i}": f"p{i}.bin" for i in range(3)}, "pytorch_model.bin.index.json")
-    with pytest.raises(ValueError, match=r"p2\.bin has tensors of 396,000,000 bytes, .* which all have 12,"):
+    with pytest.raises(ValueError, match=r"p2\.bin has tensors of 396,000,000 bytes, with the files before it, in 12,"):
         read_pretrained(tmp_path)
 
 
@@ -135,10 +136,10 @@ def test_a_file_that_is_missing_is_named_by_its_reader(tmp_path):
     check_distinct([tmp_path / "a", tmp_path / "b"])
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["bin", "shards"])
 def test_a_nested_tensor_is_no_tensor_of_a_model(tmp_path, kind):
-    nested = {"nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)}
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's, when one is made
+        nested = {"nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)}
     if kind == "bin":
         torch.save({"a": torch.ones(3)} | nested, tmp_path / "pytorch_model.bin")
         assert set(read_pretrained(tmp_path).tensors) == {"a"}

@@ -57,6 +57,7 @@ def test_buffers_are_skipped():
     [
         ({"rotary_emb.inv_freq": 500.0 ** (-np.arange(0, 4, 2) / 4)}, r"inv_freq=.*base=10000\.0"),
         ({"rotary_emb.inv_freq": 10_000.0 ** (-np.arange(0, 10, 2) / 10)}, r"inv_freq=.* of shape \[5\] .*\bd=4\b"),
+        ({"rotary_emb.inv_freq": THETA.astype(np.complex64)}, r"inv_freq=\[\(1\+0j\), "),
         ({"rotary_emb.inv_freq": np.zeros(100_000)}, r"inv_freq=\[0\.0(, 0\.0){9}\] of shape \[100000\] .{,60}$"),
         ({"masked_bias": np.float32(0)}, "masked_bias .* value 0.0 must be a number of at most -1,000"),
         ({"masked_bias": np.float32("nan")}, "masked_bias .* value nan must be"),
