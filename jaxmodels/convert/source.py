@@ -85,7 +85,7 @@ def check_stored(config: NeoXConfig, tensors: Mapping[str, Any], where: str | os
 
     Nothing of the model is made, which would take minutes for a configuration of a million layers.
     """
-    Stored.of(tensors).check(Stored(config.n_layers, config.parameters()), str(where))
+    Stored.of(tensors).check(Stored(config.tensors(), config.parameters()), str(where))
 
 
 @functools.lru_cache(maxsize=4)  # tracing a model takes longer than opening its files
