@@ -6,13 +6,15 @@ the folder, and the ids of config.json as an object "token_ids" in config.json (
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import TOKENIZER_BYTES, read_bytes, read_object, read_text
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_bytes, read_object, read_text, refuse_special
 from jaxmodels.io.manifest import refuse_link
+from jaxmodels.process.texts import quoted
 from jaxmodels.text.ids import end_tokens, special_id
 
 GENERATION = "generation_config.json"
@@ -129,23 +131,37 @@ class Companions:
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """Companion files of one folder by their published names."""
+    """Companion files of one folder by their published names.
+
+    Raises ValueError, naming the file, for a FIFO or a device of such a name, and for templates that are too many or
+    have a name that is not UTF-8, which the manifest of a folder that is written could not list.
+    """
     found: dict[str, Path] = {}
     for name in FILES:
         places = [folder / other for other in (name, *OTHER_NAMES.get(name, ()))]
+        for place in places:
+            refuse_special(place)
         present = [place for place in places if place.is_file()]
         if present:
             found[name] = present[0]
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))
     if len(templates) > MOST_TEMPLATES:
         raise ValueError(f"{folder / TEMPLATES} has {len(templates):,} templates; at most {MOST_TEMPLATES} are read")
+    for file in templates:
+        if not is_utf8(file.name):
+            raise ValueError(f"{folder / TEMPLATES} has {quoted(file.name)}, whose name is not UTF-8; rename it")
     return found | {f"{TEMPLATES}/{file.name}": file for file in templates}
+
+
+def is_utf8(name: str) -> bool:
+    """True for a name without bytes that are not UTF-8, which Python keeps as halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def stored_ids(folder: Path) -> dict[str, Any]:
     """Ids of special tokens in a folder's configuration, as they are there; raises ValueError if one is no id."""
     for name in CONFIGS:
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             content = read_object(folder / name)
             nested = content.get(KEY)
             ids = only_ids(nested if isinstance(nested, dict) else content)

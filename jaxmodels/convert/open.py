@@ -27,6 +27,7 @@ from jaxmodels.io.checkpoint import STEM, read_config, stored_arrays
 from jaxmodels.io.safetensors import is_folder
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import DTYPES
+from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted, visible
 from jaxmodels.sharding import placement
 from jaxmodels.text import SLOW_NAMES, TOKENIZER_NAMES, TokenizerFile, Vocabulary, load_vocabulary
@@ -57,6 +58,15 @@ class Opened:
     def is_quantized(self) -> bool:
         """True if the model was saved with weights in 8 or 4 bits."""
         return any(self.config.get(key) is not None for key in ("int8_threshold", "quantization"))
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of the configuration, the weights and the companions, as they were opened, which may be links."""
+        if self.opened is not None:
+            return [*self.opened.files, *self.companions.files.values()]
+        parts = [path for path in self.weights.iterdir() if path.name.startswith(STEM)]
+        held = [self.weights / "config.json", *parts, *(file for path in parts for file in below(path))]
+        return [*held, *self.companions.files.values()]
 
     @functools.cached_property
     def original(self) -> dict[str, str]:

@@ -46,7 +46,7 @@ def from_torch_file(options: argparse.Namespace, names: Names) -> str:
         raise ValueError(f"{source} does not exist")
     if options.model is None or options.config is None:
         raise ValueError(f"{options.source} is a .pt file; describe its model with --model and --config")
-    check_target(options.target, overwrite=options.overwrite, source=source)
+    check_target(options.target, overwrite=options.overwrite, sources=[source])
     name, config = class_and_config(options.model, json_object(options.config), names)
     with float64_allowed():
         tensors = read_state_dict(source, options.key)
@@ -69,7 +69,8 @@ def to_torch_file(options: argparse.Namespace) -> str:
     with float64_allowed():
         flags = {name: getattr(options, name) for name in ("revision", "strip_prefix", "variant")}
         opened = open_source(options.source, **flags)
-        if options.target.resolve().is_relative_to(opened.weights.resolve()) and options.target.exists():
+        target, held = options.target.resolve(), (opened.weights, *opened.files)
+        if target.exists() and any(target.is_relative_to(path.resolve()) for path in held):
             raise ValueError(f"{options.target} lies in the weights of {options.source}; choose another file")
         if options.target.exists() and not is_torch_file(options.target):
             raise ValueError(f"{options.target} is no file of torch.save; only such a file is overwritten")
@@ -144,7 +145,7 @@ def parameters(model: Any) -> int:
 def neox(options: argparse.Namespace) -> str:
     """Convert SRC to DST as a stream. Everything is checked before anything is written."""
     place = local_folder(options.source, options.revision, options.variant)
-    check_target(options.target, overwrite=options.overwrite, source=place)
+    check_target(options.target, overwrite=options.overwrite, sources=[place])
     if options.to == "peft":
         return adapter(options)
     source = prepared(open_outside(options), options)
@@ -193,7 +194,7 @@ def quantized(options: argparse.Namespace) -> str:
     if options.kind != "llm.int8" and options.threshold is not None:
         raise ValueError(f"--threshold={options.threshold:g} is for --kind llm.int8, not for --kind {options.kind}")
     place = local_folder(options.source, options.revision, options.variant)
-    check_target(options.target, overwrite=options.overwrite, source=place)
+    check_target(options.target, overwrite=options.overwrite, sources=[place])
     source = prepared(open_outside(options), options)
     with errors_naming(options.source):
         model = quantize(source.model(), options.threshold, kind=options.kind)
@@ -278,9 +279,9 @@ def open_given(options: argparse.Namespace) -> Opened:
 
 
 def open_outside(options: argparse.Namespace) -> Opened:
-    """Open SRC; raises ValueError if the weights that are read, as of a run's last step, lie in the target."""
+    """Open SRC; raises ValueError if a file that is read, as of a run's last step or by a link, lies in the target."""
     found = open_given(options)
-    check_target(options.target, overwrite=options.overwrite, source=found.weights)
+    check_target(options.target, overwrite=options.overwrite, sources=[found.weights, *found.files])
     return found
 
 

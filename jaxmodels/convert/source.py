@@ -28,7 +28,8 @@ class Source:
 
     tensors: by the names of the PyTorch twin, in the order of the model's parts. layout: description of the files.
     notes: statements for the user, e.g. about inferred values. doubts: the notes that may be wrong. companions: what is
-    written beside the tensors in every format.
+    written beside the tensors in every format. files: those of the configuration and of the tensors, as they were
+    opened, which may be links.
     """
 
     format: str
@@ -39,6 +40,7 @@ class Source:
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     companions: Companions = dataclasses.field(default_factory=Companions)
+    files: tuple[Path, ...] = dataclasses.field(default=(), repr=False)
 
     def model(self, dtype: Any = None, shardings: Shardings | None = None) -> NeoX:
         """Model with stacked layers; arguments and errors are those of `load_tensors`."""
@@ -83,7 +85,7 @@ def check_stored(config: NeoXConfig, tensors: Mapping[str, Any], where: str | os
 
     Nothing of the model is made, which would take minutes for a configuration of a million layers.
     """
-    Stored.of(tensors).check(Stored(config.n_layers, config.parameters()), str(where))
+    Stored.of(tensors).check(Stored(config.tensors(), config.parameters()), str(where))
 
 
 @functools.lru_cache(maxsize=4)  # tracing a model takes longer than opening its files

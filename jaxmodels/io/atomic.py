@@ -31,13 +31,14 @@ FLUSHING = 8  # threads
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
-def check_target(target: Path, *, overwrite: bool | None, source: Path | None = None) -> None:
+def check_target(target: Path, *, overwrite: bool | None, sources: Iterable[Path] = ()) -> None:
     """Raises ValueError if a folder must not be written.
 
     overwrite: None if the caller has no such option.
 
     The target must not be a file, nor the URL of a bucket. A folder that is not empty needs `overwrite`, and must have
-    been written by this module, with nothing foreign in it. It must not contain `source`, which has not been read yet.
+    been written by this module, with nothing foreign in it. It must not contain `sources`, files and folders that are
+    read, or what they lead to if they are links.
     A target that is missing because a process was killed while it replaced it is recovered first.
     """
     local(target, "target")
@@ -49,9 +50,10 @@ def check_target(target: Path, *, overwrite: bool | None, source: Path | None = 
     if not overwrite:
         option = "" if overwrite is None else ", or pass overwrite (--overwrite)"
         raise ValueError(f"{target} is not empty; choose another folder{option}")
-    if source is not None and source.resolve().is_relative_to(target.resolve()):
+    within = next((source for source in sources if source.resolve().is_relative_to(target.resolve())), None)
+    if within is not None:
         raise ValueError(
-            f"{target} contains the source {source}, which overwriting would delete; choose another folder"
+            f"{target} contains the source {within}, which overwriting would delete; choose another folder"
         )
     if reason := manifest.foreign(target.resolve()):
         raise ValueError(f"{target} is not overwritten: {reason}; delete it yourself, or choose another folder")

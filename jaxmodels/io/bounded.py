@@ -95,6 +95,17 @@ def kind_of(mode: int) -> str:
     return next((name for name, check in kinds.items() if check(mode)), "socket")
 
 
+def refuse_special(path: Path) -> None:
+    """Raise ValueError, naming the path, if it is a FIFO, a device or a socket, or a link to one.
+
+    Where a file may be missing, such a one would count as missing.
+    """
+    with contextlib.suppress(FileNotFoundError):  # a file of another process, such as a temporary one
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ValueError(f"{path} is a {kind_of(mode)}; expected a regular file or a folder")
+
+
 def read_bytes(file: str | os.PathLike, limit: int = TEXT_BYTES) -> bytes:
     """Content of a regular file of at most `limit` bytes; raises ValueError, naming it, and OSError as `open`."""
     with open_regular(file) as opened, memory_naming(file):

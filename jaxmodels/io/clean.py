@@ -79,7 +79,7 @@ def leftovers(folder: Path) -> Iterator[Path]:
         for name in sorted(folders):
             if TEMPORARY.fullmatch(name):
                 folders.remove(name)
-                if is_begun(here / name) or manifest.unproven(here / name) is None:
+                if manifest.is_begun(here / name) or manifest.unproven(here / name) is None:
                     yield here / name
             elif here.name == "checkpoints" and is_unfinished(here / name):
                 folders.remove(name)
@@ -91,13 +91,6 @@ def leftovers(folder: Path) -> Iterator[Path]:
         more = f" and {len(deep) - 1:,} more" if len(deep) > 1 else ""
         first = shortened(str(deep[0]), 400)
         say(f"{folder}: more than {DEEPEST} folders inside each other are not searched: {first}{more}")
-
-
-def is_begun(folder: Path) -> bool:
-    """True for an empty folder, or one with a manifest alone: the process was killed as it wrote that."""
-    if folder.is_symlink():
-        return False
-    return all(path.name == manifest.NAME and path.is_file() and not path.is_symlink() for path in folder.iterdir())
 
 
 def is_unfinished(folder: Path) -> bool:

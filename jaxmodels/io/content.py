@@ -118,10 +118,10 @@ def is_written_here(folder: Path, name: str, *, complete: bool = False) -> bool:
     was finished, in which Orbax's blocks of numbers begin with any bytes.
     """
     file = folder / name
-    if complete and re.fullmatch(BLOCK, name):
+    if complete and re.fullmatch(BLOCK, name, re.ASCII):
         return file.is_file() and not file.is_symlink()
     name = re.sub(TEMPORARY, r"\1\2", name)
-    found = next((beginnings for pattern, beginnings in WRITTEN.items() if re.fullmatch(pattern, name)), None)
+    found = next((beginnings for pattern, beginnings in WRITTEN.items() if re.fullmatch(pattern, name, re.ASCII)), None)
     if found is None or file.is_symlink() or not file.is_file():
         return False
     try:

@@ -10,16 +10,17 @@ If its writer is killed, it is removed only under that name, and only if each of
 to such folders (`jaxmodels.io.content.WRITTEN`): anybody can write a manifest into the folder of another.
 """
 
+import bisect
 import contextlib
 import io
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.bounded import is_integer, open_in_place, read_object
+from jaxmodels.io.bounded import is_integer, open_in_place, read_bytes, read_object
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.failures import naming
 from jaxmodels.process.paths import below, walk
@@ -28,6 +29,7 @@ from jaxmodels.process.texts import quoted
 NAME = ".jaxmodels.json"
 FORMAT = 1
 OLD = ".old"  # ends the name of a folder that is being replaced
+BEGUN_BYTES = 4096  # of a manifest without files: a name has 255 bytes, each of which is written as at most 6
 SETTLED = 3600.0  # seconds without a change, after which a temporary name belongs to no running process
 
 
@@ -36,11 +38,16 @@ def begin(folder: Path, name: str | None = None) -> None:
 
     One that says so already is left as it is: on a full disk it could not be written again.
     """
-    about = {"complete": False, "name": folder.name if name is None else name, "files": {}}
+    about = begun(folder.name if name is None else name)
     with contextlib.suppress(ValueError):
         if read(folder) == {"format": FORMAT, **about}:
             return
     write(folder, **about)
+
+
+def begun(name: str) -> dict[str, Any]:
+    """Content of the manifest of a folder that is being filled, by the folder's name."""
+    return {"complete": False, "name": name, "files": {}}
 
 
 def finish(folder: Path) -> None:
@@ -56,7 +63,12 @@ def write(folder: Path, **content: object) -> None:
     opened = open_in_place(folder / NAME)  # a link of that name would lead to a file of others
     with naming(folder / NAME), io.TextIOWrapper(io.BufferedWriter(opened), encoding="utf-8") as file:
         file.truncate(0)
-        file.write(json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
+        file.write(as_text(**content))
+
+
+def as_text(**content: object) -> str:
+    """Text of a manifest."""
+    return json.dumps({"format": FORMAT, **content}, indent=1) + "\n"
 
 
 def sizes(folder: Path) -> Iterator[tuple[str, int]]:
@@ -84,14 +96,23 @@ def foreign(folder: Path) -> str | None:
     if about["complete"] is not True:
         return f"{folder / NAME} says that it is not complete"
     listed = about["files"]
-    known = {str(parent) for name in listed for parent in Path(name).parents}  # folders that may be empty by now
+    names = sorted(listed)
     for name, size in found:
         empty = is_empty(folder / name)
         same = type(listed.get(name)) is int and listed[name] == size and (size >= 0 or empty)
-        if not same and not (empty and name in known):
+        if not same and not (empty and holds(names, name)):
             changed = "has changed since" if name in listed else "was not written by this program"
             return f"{quoted(name)} in it {changed}"
     return None
+
+
+def holds(names: Sequence[str], folder: str) -> bool:
+    """True if one of the sorted names lies in a folder, which may be empty by now.
+
+    Nobody knows how long the names of a manifest are: a set of the folders above each takes quadratic memory.
+    """
+    at = bisect.bisect_left(names, f"{folder}/")
+    return at < len(names) and names[at].startswith(f"{folder}/")
 
 
 def unproven(folder: Path) -> str | None:
@@ -110,6 +131,27 @@ def unproven(folder: Path) -> str | None:
         if not is_written_here(folder, name) and not is_empty(folder / name):
             return f"{quoted(name)} in it is nothing that this program writes there"
     return None
+
+
+def is_begun(folder: Path) -> bool:
+    """True for an empty folder, or one with the beginning of a manifest alone: the process was killed as it wrote that.
+
+    Zeros are left of it if the machine stops. The manifest may name the folder that a temporary name stands for.
+    """
+    if folder.is_symlink():
+        return False
+    for path in folder.iterdir():
+        if path.name != NAME or path.is_symlink() or not path.is_file():
+            return False
+        try:
+            content = read_bytes(path, BEGUN_BYTES)
+        except (OSError, ValueError):
+            return False
+        names = (folder.name, folder.name[1:].rpartition(".")[0])
+        written = (as_text(**begun(name)).encode() for name in names)
+        if content.strip(b"\0") and not any(text.startswith(content) for text in written):
+            return False
+    return True
 
 
 def is_empty(path: Path) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmodels.io.allowance import Allowance, check_distinct
 from jaxmodels.io.bounded import read_json
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_tensors
@@ -54,7 +55,7 @@ def read_pretrained(folder: Path, variant: str | None = None, name: Any = None) 
     file, notes = weights_file(folder, variant) if name is None else (inside(folder, name, folder), [])
     if file.suffix == ".json":
         return read_shards(folder, file, notes)
-    tensors = read_one(file, notes)
+    tensors = read_one(file, notes, Allowance([file]))
     return Weights(tensors, file, dict.fromkeys(tensors, file), notes)
 
 
@@ -112,11 +113,11 @@ def with_variant(name: str, variant: str | None) -> str:
     return f"{stem}.{variant}.{suffix}"
 
 
-def read_one(file: Path, notes: list[str]) -> dict[str, Any]:
+def read_one(file: Path, notes: list[str], allowance: Allowance) -> dict[str, Any]:
     """Tensors of one file; appends notes."""
     if file.suffix == ".safetensors":
         return dict(read_file(file))
-    tensors, found = read_tensors(file)
+    tensors, found = read_tensors(file, allowance)
     notes += found
     return dict(tensors)
 
@@ -134,11 +135,14 @@ def read_shards(folder: Path, index: Path, notes: list[str]) -> Weights:
         raise ValueError(f"{index} has an empty weight_map")
     tensors: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for name in sorted(set(weight_map.values())):
-        file = inside(folder, name, index)
+    files = {name: inside(folder, name, index) for name in sorted(set(weight_map.values()))}
+    for name, file in files.items():
         if not file.is_file():
             raise ValueError(f"{index} names {quoted(name)}, which does not exist in its folder")
-        held = read_one(file, notes)
+    check_distinct(files.values())
+    allowance = Allowance(files.values())
+    for name, file in files.items():
+        held = read_one(file, notes, allowance)
         tensors |= held
         places |= dict.fromkeys(held, name)
     unlisted = sorted(places.keys() - weight_map.keys())

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxmodels.io.allowance import check_distinct
 from jaxmodels.io.bounded import open_regular, read_object, without_collection, without_repetition
 from jaxmodels.io.content import explained
 from jaxmodels.io.pipeline import Progress, run_in_threads, write_at
@@ -145,6 +146,7 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
         raise ValueError(f"{index} is not the index of a safetensors folder: {shortened(repr(error), 300)}") from None
     if outside:
         raise ValueError(f"{index} names {quoted(outside[0])}, which is not a file name in this folder")
+    check_distinct(folder / name for name in files)
     tensors: dict[str, np.ndarray] = {}
     listed: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():

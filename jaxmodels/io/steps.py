@@ -7,15 +7,13 @@ RUN/checkpoints/STEP/.jaxmodels.json  shows that this program began the step: se
 A checkpoint without complete.json was interrupted; one with files of another size than it lists is damaged.
 """
 
-import contextlib
 import shutil
-import stat
 from pathlib import Path, PurePath
 from typing import Any
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, raise_named, temporary_name
-from jaxmodels.io.bounded import check_format, kind_of, read_object
+from jaxmodels.io.bounded import check_format, read_object, refuse_special
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted
@@ -61,14 +59,6 @@ def check_run(run: Path) -> None:
                 for entry in (path, *below(path)):
                     manifest.refuse_link(entry)
                     refuse_special(entry)
-
-
-def refuse_special(path: Path) -> None:
-    """Raise ValueError, naming the path, if it is a FIFO, a device or a socket."""
-    with contextlib.suppress(FileNotFoundError):  # a file of another process, such as a temporary one
-        mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise ValueError(f"{path} is a {kind_of(mode)}; expected a regular file or a folder")
 
 
 def read_mark(folder: Path) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxmodels.io.allowance import Allowance
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import explained, is_zip
@@ -25,7 +26,6 @@ from jaxmodels.weights.pickles import TooMuchError
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
 DEPTH = 2  # of an entry with the state_dict
 FUNCTIONS = ("_reconstruct", "scalar")  # by which NumPy's pickles make arrays and numbers
-ALL_REPEATED_BYTES = 2**28  # of all such tensors
 REPEATED_BYTES = 2**24  # of a tensor that repeats its values, such as a mask, in a smaller file
 
 
@@ -38,7 +38,8 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     require("torch", "torch")
     import torch
 
-    content = read_pt(file)
+    allowance = Allowance([file])
+    content = read_pt(file, allowance=allowance)
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
             raise ValueError(f"{file} has no entry key={key!r}; it holds {describe(content)}")
@@ -50,14 +51,15 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     tensors = {name: plain(tensor) for name, tensor in content.items()}
     for name, tensor in tensors.items():
         check_tensor(file, name, tensor)
-    check_repeated(file, tensors.values())
+    allowance.add_tensors(file, tensors.values())
     return tensors
 
 
-def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
+def read_pt(file: Path, safe_globals: Sequence[Any] = (), allowance: Allowance | None = None) -> Any:
     """Content of a .pt file, memory-mapped.
 
-    safe_globals: classes and functions that it may refer to besides tensors. Raises ValueError, naming the file, if it
+    safe_globals: classes and functions that it may refer to besides tensors. allowance: of all files of the checkpoint,
+    if there are others. Raises ValueError, naming the file, if it
     is missing, truncated, compressed or not a checkpoint, or if it contains code.
     """
     require("torch", "torch")
@@ -67,10 +69,11 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
         raise ValueError(f"{file} is not a file" if not file.exists() else f"{file} is not a regular file")
     open_regular(file).close()  # refuses sparse files
     zipped = is_zip(file)
+    allowance = allowance or Allowance([file])
     try:
         with torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings(), made_on_cpu():
             warnings.simplefilter("ignore")  # torch's own use of what it deprecates, and notes on the pickle's protocol
-            return without_attributes(read_zipped(file) if zipped else read_legacy(file))
+            return without_attributes(read_zipped(file, allowance) if zipped else read_legacy(file, allowance))
     except pickle.UnpicklingError as error:
         # The rest of torch's message is dropped: it recommends weights_only=False, which runs the file's code.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -86,14 +89,16 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
         raise explained(file, f"is truncated or not a PyTorch checkpoint: {reason}") from None
 
 
-def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_tensors(file: Path, allowance: Allowance | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
     """Arrays of a checkpoint file by name, memory-mapped, and a note if they are in an entry of it.
 
     The state_dict is the file's content, or its entry of mappings to tensors: `state_dict` of Lightning, `model`,
-    `module`. What is no tensor in it is left out. Raises ValueError, naming the file, if there is none or several.
+    `module`. What is no tensor in it is left out. allowance: of all files of the checkpoint, if there are others.
+    Raises ValueError, naming the file, if there is none or several.
     """
-    path, state = state_dict_in(file, read_pt(file, numpy_globals()))
-    arrays = {name: array for name, array in as_arrays(file, state).items() if array is not None}
+    allowance = allowance or Allowance([file])
+    path, state = state_dict_in(file, read_pt(file, numpy_globals(), allowance))
+    arrays = {name: array for name, array in as_arrays(file, state, allowance).items() if array is not None}
     return arrays, [f"the tensors are in entry {quoted(path)} of {file.name}"] if path else []
 
 
@@ -131,27 +136,24 @@ def holds_tensors(content: Any) -> bool:
     return any(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
 
 
-def as_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
+def as_arrays(file: Path, content: Any, allowance: Allowance) -> dict[str, np.ndarray | None]:
     """Arrays of a state_dict, which share the file's memory; None for what is not a dense tensor.
 
     Raises ValueError, naming the file, if it is not a state_dict, or if NumPy cannot represent a tensor.
     """
-    import torch
-
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{file} is not a state_dict; it holds {describe(content)}")
-    arrays = {}
+    arrays: dict[str, np.ndarray | None] = {}
     tensors = {name: plain(tensor) for name, tensor in content.items()}
     for name, tensor in tensors.items():
-        kept = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        if kept:
+        if is_dense(tensor):
             check_size(file, name, tensor)
         try:
-            arrays[str(name)] = as_numpy(tensor) if kept else None
+            arrays[str(name)] = as_numpy(tensor) if is_dense(tensor) else None
         except ValueError as error:
             narrow = "; float8 weights are not supported" if "float8" in str(tensor.dtype) else ""
             raise ValueError(f"{file} has {quoted(name)}: {error}{narrow}") from None
-    check_repeated(file, tensors.values())
+    allowance.add_tensors(file, filter(is_dense, tensors.values()))
     return arrays
 
 
@@ -176,38 +178,29 @@ def without_attributes(content: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A tensor without attributes of its own, which shares its memory; any other value as it is.
+    """A dense tensor without attributes of its own, which shares its memory; any other value as it is.
 
     A file may give a tensor attributes with the names of its methods.
     """
     import torch
 
-    return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
+    return torch.Tensor.detach(value) if is_dense(value) else value
 
 
 def check_tensor(file: Path, name: Any, tensor: Any) -> None:
     """Raises ValueError if a tensor has no name, is not dense, holds no values, or is larger than its file."""
-    import torch
-
     if not isinstance(name, str):
         raise ValueError(f"{file} has a tensor under {quoted(name)}; expected a name")
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type == "meta":
+    if not is_dense(tensor) or tensor.is_quantized or tensor.device.type == "meta":
         raise ValueError(f"{file} has {quoted(name)}, which is not a dense tensor with values")
     check_size(file, name, tensor)
 
 
-def check_repeated(file: Path, tensors: Iterable[Any]) -> None:
-    """Raises ValueError if the tensors that repeat their values are together more than a model's masks."""
+def is_dense(value: Any) -> bool:
+    """True for a tensor whose values lie in memory at the distances of its strides: neither sparse nor nested."""
     import torch
 
-    dense = [t for t in tensors if isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_nested]
-    sizes = [t.numel() * t.element_size() for t in dense]
-    total = sum(size for size, t in zip(sizes, dense, strict=True) if size > t.untyped_storage().nbytes())
-    if total > ALL_REPEATED_BYTES:
-        raise ValueError(
-            f"{file} has tensors of {total:,} bytes that repeat their values by strides of 0; at most "
-            f"{ALL_REPEATED_BYTES:,} are read: save contiguous copies"
-        )
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
 
 
 def check_size(file: Path, name: Any, tensor: Any) -> None:

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from jaxmodels.io.allowance import Allowance
 from jaxmodels.io.bounded import open_regular
 from jaxmodels.process.texts import quoted
-from jaxmodels.weights.pickles import check_work
 
 COUNT_BYTES = 8
 END, END64 = 22, 98  # bytes of the end of a zip file without a comment, and of one of 64-bit sizes
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
     size: int
 
 
-def read_zipped(file: Path) -> Any:
+def read_zipped(file: Path, allowance: Allowance) -> Any:
     """Content of a zip file, whose tensors are views of the mapped file.
 
     Raises ValueError if it is damaged or has compressed entries, pickle.UnpicklingError if it contains code, and
@@ -85,6 +85,7 @@ def read_zipped(file: Path) -> Any:
             part.byteswap(dtype)  # in memory: the map is private
         return part
 
+    allowance.add_structure(structure)
     return unpickler(structure, storage).load()
 
 
@@ -155,7 +156,7 @@ def check_directory(file: Path) -> None:
         raise ValueError(f"{file} is a damaged zip file: its directory is not where its last {END} bytes say")
 
 
-def read_legacy(file: Path) -> Any:
+def read_legacy(file: Path, allowance: Allowance) -> Any:
     """Content of a file of the old format, whose tensors are views of the mapped file.
 
     Raises pickle.UnpicklingError if it contains code, and RuntimeError, EOFError and others if it is damaged.
@@ -163,16 +164,16 @@ def read_legacy(file: Path) -> Any:
     import torch
 
     with open_regular(file) as content:
-        offsets = storage_offsets(content, file.stat().st_size)
+        offsets = storage_offsets(content, file.stat().st_size, allowance)
         mapped = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
 
         def storage(key: str, dtype: Any, size: int) -> Any:
             return mapped[offsets[key] : offsets[key] + size]
 
-        return read_pickles(content, storage)[0]
+        return read_pickles(content, storage, None)[0]
 
 
-def storage_offsets(content: BinaryIO, size: int) -> dict[str, int]:
+def storage_offsets(content: BinaryIO, size: int, allowance: Allowance) -> dict[str, int]:
     """Position of the values of each storage; raises RuntimeError if they do not fill the rest of the file."""
     import torch
 
@@ -182,7 +183,7 @@ def storage_offsets(content: BinaryIO, size: int) -> dict[str, int]:
         sizes[key] = n_bytes, torch._utils._element_size(dtype)
         return torch.UntypedStorage(n_bytes, device="meta")
 
-    _, keys = read_pickles(content, storage)
+    _, keys = read_pickles(content, storage, allowance)
     if sorted(keys) != sorted(sizes):
         raise RuntimeError("it does not hold the storages that its tensors refer to")
     offsets, position = {}, content.tell()
@@ -200,25 +201,33 @@ def storage_offsets(content: BinaryIO, size: int) -> dict[str, int]:
     return offsets
 
 
-def read_pickles(content: BinaryIO, storage: Storage) -> tuple[Any, list[str]]:
-    """Content and keys of the storages of a file of the old format, without running code."""
+def read_pickles(content: BinaryIO, storage: Storage, allowance: Allowance | None) -> tuple[Any, list[str]]:
+    """Content and keys of the storages of a file of the old format, without running code.
+
+    allowance: None if the pickles were counted before. Raises TooMuchError.
+    """
     import torch
     from torch import _weights_only_unpickler
 
+    def counted() -> BinaryIO:
+        if allowance is not None:
+            allowance.add_structure(content)
+        return content
+
     def load() -> Any:
-        return _weights_only_unpickler.load(counted(content), encoding="utf-8")
+        return _weights_only_unpickler.load(counted(), encoding="utf-8")
 
     magic, protocol = load(), load()
     if (magic, protocol) != (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION):
         raise RuntimeError("it begins with other bytes")
     load()  # the system
-    return unpickler(content, storage).load(), load()
+    return unpickler(counted(), storage).load(), load()
 
 
 def unpickler(content: BinaryIO, storage: Storage) -> Any:
     """PyTorch's unpickler, which runs no code, at the position of a file, with storages of a function.
 
-    The function is called once for each key. Raises TooMuchError; `load` raises RuntimeError if tensors refer to a
+    The function is called once for each key. `load` raises RuntimeError if tensors refer to a
     storage with different sizes or dtypes.
     """
     import torch
@@ -242,7 +251,7 @@ def unpickler(content: BinaryIO, storage: Storage) -> Any:
             held = held[start * width : (start + length) * width]
         return torch.storage.TypedStorage(wrap_storage=held, dtype=dtype, _internal=True)
 
-    reader = _weights_only_unpickler.Unpickler(counted(content), encoding="utf-8")
+    reader = _weights_only_unpickler.Unpickler(content, encoding="utf-8")
     reader.persistent_load = persistent_load  # type: ignore[method-assign]
     return reader
 
@@ -275,11 +284,3 @@ def made_on_cpu() -> Iterator[None]:
             yield
     finally:
         place.map_location = before
-
-
-def counted(content: BinaryIO) -> BinaryIO:
-    """The same file, if the pickle at its position asks for a bounded amount of work; raises TooMuchError otherwise."""
-    position = content.tell()
-    check_work(content)
-    content.seek(position)
-    return content

@@ -121,6 +121,12 @@ class NeoXConfig:
         ffn = 2 * d * d_ff + (d_ff + d if self.ffn_bias else 0)
         return self.n_layers * (2 * norm + attention + ffn) + norm + (1 if self.tied else 2) * self.n_vocab * d
 
+    def tensors(self) -> int:
+        """Number of tensors in a state_dict."""
+        norm = 2 if self.norm == "layernorm" else 1
+        linear = 4 + 2 * self.attention_bias + 2 * self.ffn_bias
+        return self.n_layers * (2 * norm + linear) + norm + (1 if self.tied else 2)
+
     @classmethod
     def pythia_14m(cls) -> "NeoXConfig":
         return cls._pythia(6, 128, 4)

@@ -6,12 +6,13 @@ any number. A tuple of a tuple of a tuple …, nested a million deep, overflows 
 instructions are followed with numbers in place of values.
 """
 
+import contextlib
 import pickle
 import struct
 from typing import BinaryIO
 
-# Values and instructions; a tensor takes about 35, so that this is 57,000 tensors. Each use of a value counts anew.
-MOST = 2_000_000
+# Values and instructions; a tensor takes about 35, so that this is 14,000 tensors. Each use of a value counts anew.
+MOST = 500_000
 DEEPEST = 100  # tuples, lists, dictionaries and arguments of calls in each other; a checkpoint has about ten
 # Functions that PyTorch's unpickler is allowed to call, and that allocate and fill as much as their argument says.
 FILLING = (b"bytearray", b"Counter")
@@ -46,24 +47,23 @@ class Value:
         self.count, self.product, self.fills, self.depth = count, min(product, MOST + 1), fills, depth
 
 
-def check_work(content: BinaryIO, most: int = MOST) -> None:
-    """Raise TooMuchError if loading the pickle at the position of a file would take more than `most` values.
+def check_work(content: BinaryIO, most: int = MOST, before: int = 0) -> int:
+    """Number of values that loading the pickle at the position of a file would take, and those `before` it.
 
-    Also if values are nested more than DEEPEST deep.
-
-    Does not judge what is damaged or what PyTorch's unpickler refuses: it stops there, as that does.
+    Raises TooMuchError if they are more than `most`, or nested more than DEEPEST deep. Does not judge what is damaged
+    or what PyTorch's unpickler refuses: it stops there, as that does.
     """
-    try:
-        Count(content, most).follow()
-    except (IndexError, KeyError, struct.error):
-        return
+    count = Count(content, most, before)
+    with contextlib.suppress(IndexError, KeyError, struct.error):
+        count.follow()
+    return count.total
 
 
 class Count:
     """Follows a pickle's instructions as the unpickler does, with `Value` in place of values."""
 
-    def __init__(self, content: BinaryIO, most: int):
-        self.content, self.most, self.total = content, most, 0
+    def __init__(self, content: BinaryIO, most: int, before: int = 0):
+        self.content, self.most, self.total, self.before = content, most, before, before
         self.stack: list[Value] = []
         self.marks: list[list[Value]] = []
         self.memo: dict[int, Value] = {}
@@ -75,7 +75,8 @@ class Count:
         """Add to the total; raises TooMuchError if it is too large."""
         self.total += count
         if self.total > self.most:
-            raise TooMuchError(f"its structure consists of more than {self.most:,} values")
+            together = ", with what was read before it" if self.before else ""
+            raise TooMuchError(f"its structure consists of more than {self.most:,} values{together}")
 
     def to_mark(self) -> list[Value]:
         values, self.stack = self.stack, self.marks.pop()

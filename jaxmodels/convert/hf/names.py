@@ -7,7 +7,7 @@ from typing import Any
 from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import named
 from jaxmodels.neox import NeoXConfig
-from jaxmodels.neox.sequential import is_buffer
+from jaxmodels.neox.sequential import check_buffer, is_buffer
 from jaxmodels.process.texts import shortened
 from jaxmodels.weights.lazy import equal
 from jaxmodels.weights.prefixes import LONGEST
@@ -15,7 +15,6 @@ from jaxmodels.weights.prefixes import LONGEST
 BASE = "gpt_neox."  # prefix of all tensors but the readout; absent in files of GPTNeoXModel
 READOUT = "embed_out.weight"
 READOUT_ALIAS = "lm_head.weight"  # its name in memory since transformers 5.14
-BUFFER = re.compile(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 # Buffers that are neither parameters nor compared with the configuration.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|attention\.norm_factor)")
 # A word inside of a name. Words are matched one by one: an expression for the whole name takes quadratic time.
@@ -34,9 +33,9 @@ def twin_names(stored: Mapping[str, Any], config: NeoXConfig, where: str) -> dic
     if config.tied and table is not None and readout is not None and equal(readout, table):
         held.pop(READOUT)
     for name in list(held):
-        if BUFFER.fullmatch(name):
+        if is_buffer(name.removeprefix(BASE), config.n_layers):
             try:
-                is_buffer(name, held.pop(name), config)  # raises if it contradicts the configuration
+                check_buffer(name, held.pop(name), config)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
         elif IGNORED.fullmatch(name):

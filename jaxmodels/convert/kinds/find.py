@@ -8,6 +8,7 @@ hf      Hugging Face: config.json with "model_type", model*.safetensors or pytor
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -116,7 +117,7 @@ def hub_snapshot(folder: Path) -> Path | None:
         return None
     found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     main = folder / "refs" / "main"
-    if main.is_file():
+    if os.path.lexists(main):
         named = folder / "snapshots" / read_text(main, 4096).strip()
         if named in found:
             return named

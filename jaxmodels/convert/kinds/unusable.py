@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.convert.companions import TOKENIZER
-from jaxmodels.io.bounded import CONFIG_BYTES, parsed, read_bytes, read_object
+from jaxmodels.io.bounded import CONFIG_BYTES, parsed, read_bytes, read_object, refuse_special
 from jaxmodels.io.content import COMPRESSED, HEAD, POINTERS, is_zip
 from jaxmodels.io.pretrained import chosen
 from jaxmodels.process.paths import is_plain, walk
@@ -218,7 +218,10 @@ def owner_of(folder: Path) -> str:
 
 
 def check_pointers(folder: Path, patterns: Iterable[str]) -> None:
-    """Raises ValueError, naming the file, if one is a git-lfs pointer, an error page or a link to a missing file."""
+    """Raises ValueError, naming the file, if one is a git-lfs pointer, an error page or a link to a missing file.
+
+    Also for a FIFO, a device or a socket.
+    """
     patterns = tuple(patterns)
     for path in sorted(folder.iterdir()):
         if not any(path.name == pattern or fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
@@ -230,6 +233,7 @@ def check_pointer(path: Path) -> None:
     """Raises ValueError, naming the file, as `check_pointers`."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to a file that is missing: run `hf download` again")
+    refuse_special(path)
     text = pointer_text(path)
     if text is not None:
         raise ValueError(f"{path} {text}")

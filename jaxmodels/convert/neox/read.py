@@ -28,13 +28,13 @@ from jaxmodels.convert.neox.layout import (
     grouped,
     merged,
 )
-from jaxmodels.convert.neox.shards import Shard, Shards, config_files, find_step, open_step
+from jaxmodels.convert.neox.shards import LATEST, Shard, Shards, config_files, find_step, open_step
 from jaxmodels.convert.neox.yaml import fields, read_yaml
 from jaxmodels.convert.source import Source, named
 from jaxmodels.io.bounded import read_object
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import PRESETS
-from jaxmodels.neox.sequential import is_buffer
+from jaxmodels.neox.sequential import check_buffer
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import Cut, read
 from jaxmodels.weights.names import listed
@@ -153,7 +153,9 @@ def open_neox(
         notes.append(f"model_parallel_size={quoted(ranks)} in the configuration, the files are of {shards.ranks} ranks")
     layout = f"{shards.layout} of {shards.ranks} model-parallel rank{'s'[: shards.ranks > 1]} in {shards.step.name}"
     companions = Companions.of(folder, *({shards.step} - {folder}))
-    return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts), companions)
+    opened = {shard.file for layer in shards.layers.values() for shard in layer}
+    opened |= {folder / LATEST, *files, *(file.with_name(VOCABULARY_FILE) for file in files)}
+    return Source("neox", folder, config, tensors, layout, tuple(notes), tuple(doubts), companions, tuple(opened))
 
 
 OF_BLOCK = {name.twin for name in BLOCK}
@@ -270,7 +272,7 @@ def read_vocabulary(file: Path, rows: int) -> int | None:
 
     Raises ValueError, naming it, if n_vocab is not from 1 to the number of rows on disk.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
         n_vocab = read_object(file)["n_vocab"]
@@ -365,7 +367,7 @@ def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
     if tensor is None:
         return
     try:
-        is_buffer(f"layers.{FREQUENCIES}", tensor, config)
+        check_buffer(f"layers.{FREQUENCIES}", tensor, config)
     except ValueError as error:
         raise ValueError(f"{shard.file}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, FREQUENCIES, READOUT, Form
+from jaxmodels.io.allowance import Allowance, check_distinct
 from jaxmodels.io.bounded import read_text
 from jaxmodels.io.torch_files import as_arrays, describe, numpy_globals, read_pt
 from jaxmodels.process.paths import is_plain
@@ -19,10 +21,11 @@ from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
 
 LAYER_FILE = re.compile(r"layer_([0-9]+)-model_([0-9]+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
+LATEST = "latest"  # names the folder of a step
 FORMS = (Form("layernorm", True, True), Form("rmsnorm", True, True))
 TABLE = (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)
 KNOWN = {disk for form in FORMS for name in form.rows(TABLE) for disk in name.disk} | {FREQUENCIES}
-SEQUENTIAL = re.compile(r"sequential\.(\d{1,9})\.(.+)")
+SEQUENTIAL = re.compile(r"sequential\.(0|[1-9][0-9]{0,8})\.(.+)")  # no other spelling of a number: it is a second name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +54,8 @@ def find_step(folder: Path) -> Path:
     """Folder of a step: the one that `latest` names, or `folder` itself; raises ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    latest = folder / "latest"
-    if latest.is_file():
+    latest = folder / LATEST
+    if os.path.lexists(latest) and not latest.is_dir():  # a FIFO of that name is refused as it is read
         try:
             name = read_text(latest, 4096).strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -97,8 +100,11 @@ def open_step(step: Path, strip_prefix: str | None = None) -> Shards:
         absent = [layer_file(*one) for one in itertools.islice((one for one in every if one not in found), 5)]
         if absent:
             raise ValueError(f"{step} has files of {ranks} model-parallel ranks, but lacks {', '.join(absent)}")
+        for rank in range(ranks):  # the ranks of one layer may be links to one file, as replicas in the Hub's cache
+            check_distinct(found[layer, rank] for layer in layers)
+        allowance = Allowance(found.values())
         shards = {
-            layer: [Shard(file, tensors_in(file, strip_prefix)) for file in (found[layer, r] for r in range(ranks))]
+            layer: [Shard(found[layer, r], tensors_in(found[layer, r], allowance, strip_prefix)) for r in range(ranks)]
             for layer in layers
         }
         return Shards(step, "layer files", shards)
@@ -108,10 +114,12 @@ def open_step(step: Path, strip_prefix: str | None = None) -> Shards:
     absent = [f"mp_rank_{rank:02}_model_states.pt" for rank in lacking]
     if absent or not files:
         raise ValueError(f"{step} lacks {', '.join(absent) or 'layer_*-model_*-model_states.pt'}")
+    check_distinct(files.values())
+    allowance = Allowance(files.values())
     by_layer: dict[int, list[Shard]] = {}
     for rank, file in sorted(files.items()):
         split: dict[int, dict[str, Any]] = {}
-        for name, tensor in module_in(file, strip_prefix).items():
+        for name, tensor in module_in(file, allowance, strip_prefix).items():
             match = SEQUENTIAL.fullmatch(name)
             if match is None and tensor is None:
                 continue
@@ -144,17 +152,18 @@ def matching(step: Path, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path
     return found
 
 
-def tensors_in(file: Path, strip_prefix: str | None = None) -> dict[str, Any]:
+def tensors_in(file: Path, allowance: Allowance, strip_prefix: str | None = None) -> dict[str, Any]:
     """Arrays of a layer file, which is a state_dict."""
-    return renamed(file, floating_arrays(file, read_pt(file)), KNOWN.__contains__, strip_prefix)
+    arrays = floating_arrays(file, read_pt(file, allowance=allowance), allowance)
+    return renamed(file, arrays, KNOWN.__contains__, strip_prefix)
 
 
-def module_in(file: Path, strip_prefix: str | None = None) -> dict[str, Any]:
+def module_in(file: Path, allowance: Allowance, strip_prefix: str | None = None) -> dict[str, Any]:
     """Arrays of the state_dict under "module" in an mp_rank file, which also holds NumPy's random state."""
-    content = read_pt(file, numpy_globals())
+    content = read_pt(file, numpy_globals(), allowance)
     if not isinstance(content, Mapping) or "module" not in content:
         raise ValueError(f"{file} has no entry 'module'; it holds {describe(content)}")
-    arrays = floating_arrays(file, content["module"])
+    arrays = floating_arrays(file, content["module"], allowance)
     return renamed(file, arrays, lambda name: SEQUENTIAL.fullmatch(name) is not None, strip_prefix)
 
 
@@ -170,7 +179,7 @@ def renamed(
     return tensors
 
 
-def floating_arrays(file: Path, content: Any) -> dict[str, np.ndarray | None]:
+def floating_arrays(file: Path, content: Any, allowance: Allowance) -> dict[str, np.ndarray | None]:
     """Arrays of a state_dict, without other entries; None for tensors that are not floating."""
-    arrays = as_arrays(file, content)
+    arrays = as_arrays(file, content, allowance)
     return {name: array if is_floating(array.dtype) else None for name, array in arrays.items() if array is not None}

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.io.allowance import Allowance
 from jaxmodels.io.bounded import TOKENIZER_BYTES, open_regular, read_json
 from jaxmodels.io.safetensors import read_file
 from jaxmodels.io.torch_files import read_pt
@@ -64,10 +65,12 @@ def check_files(folder: Path) -> None:
     """
     found = [*folder.glob("*"), *folder.glob("*/*")]  # sentence-transformers has a folder for each part
     stored: dict[Path, Stored] = {}
-    for file in sorted(file for file in found if file.exists() and not file.is_dir()):
+    files = sorted(file for file in found if file.exists() and not file.is_dir())
+    allowance = Allowance(file for file in files if WEIGHTS.fullmatch(file.name))
+    for file in files:
         open_regular(file).close()  # a library would wait for a FIFO
         if WEIGHTS.fullmatch(file.name):
-            stored[file.parent] = joined(stored.get(file.parent), stored_in(file))
+            stored[file.parent] = joined(stored.get(file.parent), stored_in(file, allowance))
         elif file.suffix == ".json":
             check_json(file)
     for place, sizes in stored.items():
@@ -123,9 +126,9 @@ def check_numbers(file: Path, content: Any) -> None:
             left += [(name, one) for one in value]
 
 
-def stored_in(file: Path) -> Stored:
+def stored_in(file: Path, allowance: Allowance) -> Stored:
     """Numbers of a file's tensors and of their elements, of which each takes a byte; raises ValueError if damaged."""
-    content = read_file(file) if file.suffix == ".safetensors" else read_pt(file)
+    content = read_file(file) if file.suffix == ".safetensors" else read_pt(file, allowance=allowance)
     tensors = content.values() if isinstance(content, Mapping) else ()
     sizes = [math.prod(tensor.shape) for tensor in tensors if hasattr(tensor, "shape")]
     return Stored(len(sizes), min(sum(sizes), file.stat().st_size))  # several may share their elements

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from flax import nnx
 
 import jaxmodels
@@ -164,6 +166,62 @@ def test_the_step_of_a_run_that_is_read_is_refused(tmp_path, capsys, to):
     assert state(tmp_path) == before
 
 
+LINKED = {
+    "hf": "model.safetensors",
+    "flax": "params.safetensors",
+    "shards": "global_step0/layer_02-model_00-model_states.pt",
+    "configuration": "configs/model.yml",
+    "folder": "global_step0",
+    "companion": "tokenizer_config.json",
+}
+
+
+@pytest.mark.parametrize("what", LINKED)
+@pytest.mark.parametrize("to", ["quantized", "hf"])
+def test_a_source_whose_files_are_links_into_the_target_is_refused(source, tmp_path, capsys, to, what):
+    kind, name = what if what in COMMANDS else "hf" if what == "companion" else "shards", LINKED[what]
+    assert convert(source, tmp_path / "out", kind) == 0
+    linked = shutil.copytree(tmp_path / "out", tmp_path / "linked")
+    if what == "folder":
+        shutil.rmtree(linked / name)
+    else:
+        (linked / name).unlink()
+    (linked / name).symlink_to(tmp_path / "out" / name)
+    before = state(tmp_path)
+    capsys.readouterr()
+    assert convert(linked, tmp_path / "out", to) == 2
+    refused(capsys, tmp_path / "out", name, "contains the source")
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["bin", "shards"])
+def test_a_file_to_which_the_source_links_is_refused(source, tmp_path, capsys, kind):
+    folder, file = tmp_path / "linked", tmp_path / "weights.pt"
+    if kind == "bin":
+        shutil.copytree(source, folder)
+        torch.save(safetensors.torch.load_file(folder / "model.safetensors"), file)
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").symlink_to(file)
+    else:
+        assert convert(source, folder, kind) == 0
+        (folder / LINKED[kind]).rename(file)
+        (folder / LINKED[kind]).symlink_to(file)
+    before = state(tmp_path)
+    capsys.readouterr()
+    assert main(["torch", str(folder), str(file), "--overwrite"]) == 2
+    refused(capsys, file, "lies in the weights")
+    assert state(tmp_path) == before
+
+
+def test_a_source_with_hard_links_in_the_target_keeps_its_files(source, tmp_path):
+    """Another name of a file is left as it is when one is replaced."""
+    assert convert(source, tmp_path / "out", "hf") == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "linked", copy_function=os.link)
+    before = state(tmp_path / "linked")
+    assert convert(tmp_path / "linked", tmp_path / "out", "quantized") == 0
+    assert state(tmp_path / "linked") == before
+
+
 def test_an_earlier_conversion_inside_the_source_is_replaced(source):
     for to in ("flax", "hf"):
         assert convert(source, source / "converted", to) == 0
@@ -175,9 +233,9 @@ BAD = {
     "sparse": "sparse",
     "large": "at most",
     "link to a sparse file": "sparse",
-    "link to a device": None,
+    "link to a device": "device",
     "link to nothing": "missing",
-    "FIFO": None,
+    "FIFO": "FIFO",
     "folder": None,
 }
 
@@ -185,7 +243,7 @@ BAD = {
 @pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates/tools.jinja"])
 @pytest.mark.parametrize("what", BAD)
 def test_a_companion_that_is_no_file_of_a_companions_size_is_refused_or_left_out(source, tmp_path, capsys, what, name):
-    """A FIFO or a folder is no tokenizer.json, but of every *.jinja something is expected."""
+    """A folder is no tokenizer.json, but of every *.jinja something is expected."""
     out, companion = tmp_path / "out", source / name
     assert convert(source, out) == 0
     companion.unlink(missing_ok=True)
@@ -213,6 +271,14 @@ def test_a_companion_that_is_no_file_of_a_companions_size_is_refused_or_left_out
     refused(capsys, companion)
     assert state(out) == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_template_whose_name_is_not_utf_8_is_refused(source, tmp_path, capsys):
+    """The manifest, which is JSON, could not list it, so that the folder would never be replaced."""
+    (source / "additional_chat_templates" / os.fsdecode(b"a\xff.jinja")).touch()
+    assert convert(source, tmp_path / "out") == 2
+    refused(capsys, "additional_chat_templates has 'a\\udcff.jinja', whose name is not UTF-8")
+    assert not (tmp_path / "out").exists()
 
 
 def test_companions_are_bounded_together(source, tmp_path, capsys):

@@ -157,6 +157,17 @@ def test_long_names_of_tensors_are_cut(copy):
     assert len(str(error.value)) < 10_000
 
 
+def test_a_buffer_for_each_of_many_layers_is_no_layer(copy):
+    """Numbers enough for a model of that many layers, and a tensor for each, but not the tensors of a layer."""
+    folder, layers = copy("hf"), 3_000
+    file = folder / "config.json"
+    file.write_text(re.sub(r'"num_hidden_layers": \d+', f'"num_hidden_layers": {layers}', file.read_text()))
+    buffers = {f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq": np.ones(1, np.float32) for i in range(layers)}
+    (folder / "model.safetensors").unlink()
+    write_file(folder / "model.safetensors", buffers | {"large": np.zeros((1000, 1000), np.float32)})
+    refused(folder, rf"{re.escape(str(file))} describes a model of .* in 36,004 tensors; stored are .* 3,001")
+
+
 def test_orbax_arrays_that_claim_more_bytes_than_their_files_can_hold(copy, monkeypatch):
     """Tensorstore reads what is absent in its files as zeros."""
     folder = copy("plain")

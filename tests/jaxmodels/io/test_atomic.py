@@ -199,6 +199,7 @@ CLAIMED = {
     "a file of a known name": {"config.json": "mine", "tokenizer.json": "[mine]"},
     "a file in a known folder": {"params/thesis.tex": "mine", "params/state/d/thesis.tex": "mine"},
     "another content": {"model.safetensors": "mine, and longer than a header's length"},
+    "a number in other digits": {"global_step0/layer_\u0660\u0660-model_00-model_states.pt": "PK\x03\x04 mine"},
     "another archive": {"global_step0/layer_00-model_00-model_states.pt": "mine"},
 }
 
@@ -225,6 +226,50 @@ def test_an_unfinished_manifest_belongs_to_a_folder_of_its_name(tmp_path):
     aged(tmp_path)
     assert clean([str(tmp_path), "--delete"]) == 0
     assert contents(tmp_path) == {".photos.20241126/config.json": "{}"}
+
+
+# What a folder with a temporary name may hold alone under the name of a manifest, and is none.
+NO_MANIFEST = {
+    "a text": b"mine",
+    "another object": b'{"format": 1, "title": "mine"}',
+    "the manifest of another folder": manifest.as_text(**manifest.begun("photos")).encode(),
+    "a larger file": bytes(5000),
+}
+
+
+@pytest.mark.parametrize("what", NO_MANIFEST)
+def test_a_file_with_the_name_of_a_manifest_is_kept(what, tmp_path):
+    (tmp_path / ".u.deadbeef").mkdir()
+    (tmp_path / ".u.deadbeef" / manifest.NAME).write_bytes(NO_MANIFEST[what])
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert (tmp_path / ".u.deadbeef" / manifest.NAME).read_bytes() == NO_MANIFEST[what]
+
+
+@pytest.mark.parametrize("name", [".model.0a1b2c3d", "model"])
+@pytest.mark.parametrize("size", [0, 1, 40, None, -1])
+def test_the_beginning_of_a_manifest_is_removed(name, size, tmp_path):
+    (tmp_path / ".model.0a1b2c3d").mkdir()
+    written = manifest.as_text(**manifest.begun(name)).encode()
+    (tmp_path / ".model.0a1b2c3d" / manifest.NAME).write_bytes(bytes(50) if size == -1 else written[:size])
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_names_in_a_manifest_take_linear_time(tmp_path, capsys):
+    folder = write(tmp_path / ".model.0a1b2c3d", **{"config.json": "one", "params/a": "1"})
+    about = json.loads((folder / manifest.NAME).read_text())
+    (folder / "params" / "a").unlink()
+    about["files"]["a/" * 500_000 + "b"] = 1
+    manifest.write(folder, **about)
+    start = time.process_time()
+    assert manifest.foreign(folder) is None  # params/ is empty by now
+    assert time.process_time() - start < 1
+    (folder / "a").mkdir()
+    assert manifest.foreign(folder) is None
+    (folder / "aa").mkdir()
+    assert "'aa' in it was not written" in str(manifest.foreign(folder))
 
 
 def test_clean_keeps_what_may_be_in_use(tmp_path, capsys):

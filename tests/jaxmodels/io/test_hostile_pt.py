@@ -248,7 +248,7 @@ def test_a_file_of_which_nothing_was_written_is_refused(tmp_path, old):
 @pytest.mark.parametrize("work", WORK)
 def test_a_structure_that_takes_unbounded_work_is_refused(tmp_path, write, work):
     write(tmp_path / "model.pt", b"\x80\x02" + WORK[work] + b".")
-    with pytest.raises(ValueError, match=r"model\.pt is refused: .*(2,000,000 values|100 deep)"):
+    with pytest.raises(ValueError, match=r"model\.pt is refused: .*(500,\d{3} values|100 deep)"):
         read_tensors(tmp_path / "model.pt")
 
 

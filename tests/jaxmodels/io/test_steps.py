@@ -222,7 +222,7 @@ def test_clean_removes_unfinished_steps_of_killed_runs_alone(tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "10").mkdir()
     begun = tmp_path / "run" / "checkpoints" / ".11.0123abcd"
     begun.mkdir()
-    (begun / manifest.NAME).write_text('{"form')  # killed as it wrote the manifest
+    (begun / manifest.NAME).write_text('{\n "form')  # killed as it wrote the manifest
     aged(tmp_path)
     assert clean([str(tmp_path), "--delete"]) == 0
     assert "removed 2," in capsys.readouterr().out

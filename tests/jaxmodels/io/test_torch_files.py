@@ -125,7 +125,7 @@ def test_an_error_that_numpy_does_not_explain_names_the_file(tmp_path, monkeypat
     file = tmp_path / "old.pt"
     torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
 
-    def failing(_):
+    def failing(*_):
         raise SystemError("returned NULL without setting an exception")
 
     monkeypatch.setattr(torch_files, "read_legacy", failing)

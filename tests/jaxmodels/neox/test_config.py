@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import PRESETS
-from jaxmodels.weights.names import flat_arrays
+from jaxmodels.weights.names import flat_arrays, to_torch
 from tests.jaxmodels.neox.common import CONFIG, FORMS
 
 # Published counts: EleutherAI's for Pythia (arXiv 2304.01373, table 1) and 20B's own.
@@ -42,9 +42,10 @@ def test_presets_have_the_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_parameters_counts_the_arrays_of_every_form(form):
+def test_parameters_and_tensors_count_the_arrays_of_every_form(form):
     config = dataclasses.replace(CONFIG, **FORMS[form])
     assert config.parameters() == size(config)
+    assert config.tensors() == len(to_torch(NeoX(config, rngs=nnx.Rngs(0))))
 
 
 def test_the_defaults_are_20b_with_the_exact_gelu():

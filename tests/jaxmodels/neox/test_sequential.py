@@ -57,6 +57,7 @@ def test_buffers_are_skipped():
     [
         ({"rotary_emb.inv_freq": 500.0 ** (-np.arange(0, 4, 2) / 4)}, r"inv_freq=.*base=10000\.0"),
         ({"rotary_emb.inv_freq": 10_000.0 ** (-np.arange(0, 10, 2) / 10)}, r"inv_freq=.* of shape \[5\] .*\bd=4\b"),
+        ({"rotary_emb.inv_freq": THETA.astype(np.complex64)}, r"inv_freq=\[\(1\+0j\), "),
         ({"rotary_emb.inv_freq": np.zeros(100_000)}, r"inv_freq=\[0\.0(, 0\.0){9}\] of shape \[100000\] .{,60}$"),
         ({"masked_bias": np.float32(0)}, "masked_bias .* value 0.0 must be a number of at most -1,000"),
         ({"masked_bias": np.float32("nan")}, "masked_bias .* value nan must be"),
@@ -79,11 +80,35 @@ def test_a_buffer_that_contradicts_the_configuration_is_refused(buffers, match):
         from_torch(model, with_buffers(to_torch(model), **buffers))
 
 
-@pytest.mark.parametrize("key", [f"{L + 3}.linear.weight", "17.attention.output.bias", "0.attention.output.bias"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{L + 3}.linear.weight",
+        "17.attention.output.bias",
+        "0.attention.output.bias",
+        "01.attention.output.bias",  # of layer 1, by another name
+        f"0{L + 2}.linear.weight",
+        "9" * 5_000 + ".attention.output.bias",
+    ],
+)
 def test_a_flat_key_beyond_the_model_is_unexpected(key):
     model = neox()
     with pytest.raises(ConversionError, match=r"unexpected \(\d+\)"):
         from_torch(model, flat(to_torch(model)) | {key: np.zeros(3, np.float32)})
+
+
+def test_digits_of_other_scripts_are_no_number():
+    model = neox()
+    with pytest.raises(ConversionError, match=r"unexpected \(\d+\).*"):
+        from_torch(model, flat(to_torch(model)) | {"\u0661.attention.output.bias": np.zeros(3, np.float32)})
+
+
+@pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "bias", "masked_bias"])
+@pytest.mark.parametrize("layer", [f"layers.{L}", "layers.00", "layers.\u0661", "x.layers.0", "layers"])
+def test_a_buffer_of_a_layer_that_the_model_lacks_is_unexpected_and_not_compared(layer, name):
+    model = neox()
+    with pytest.raises(ConversionError, match=r"unexpected \(1\)"):
+        from_torch(model, to_torch(model) | {f"{layer}.attention.{name}": np.zeros(3, np.float32)})
 
 
 def test_more_layers_than_the_model_has_are_an_error():

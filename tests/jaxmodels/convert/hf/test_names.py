@@ -2,9 +2,11 @@
 
 import time
 
+import numpy as np
 import pytest
 
-from jaxmodels.convert.hf.names import check_no_adapter
+from jaxmodels.convert.hf.names import check_no_adapter, twin_names
+from jaxmodels.neox import NeoXConfig
 
 
 @pytest.mark.parametrize("name", ["lora_A.weight", "a.lora_A", "a.lora_a.weight", "a..b", "a.base_layers.weight"])
@@ -23,3 +25,22 @@ def test_a_long_name_takes_linear_time_and_is_shortened():
     with pytest.raises(ValueError, match=r"^file has layers with adapter weights of PEFT \(.{1,300}\); merge"):
         check_no_adapter([".lora_A" * 100_000 + "\n"], "file")
     assert time.process_time() - start < 1
+
+
+BUFFERS = {
+    "bias": np.ones((1, 1), bool),
+    "masked_bias": np.float16(-1e4),
+    "rotary_emb.inv_freq": np.ones(1, np.float32),
+}
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+@pytest.mark.parametrize("name", ["gpt_neox.layers.{}.attention.", "a{}.attention.", "gpt_neox.layers.0{}.attention."])
+def test_buffers_of_layers_that_the_model_lacks_are_not_compared(name, buffer):
+    config = NeoXConfig(7, 4, 2, 2, rope_percentage=1)
+    names = [f"{name.format(i)}{buffer}" for i in range(100_000)]
+    start = time.process_time()
+    found = twin_names(dict.fromkeys(names, BUFFERS[buffer]), config, "file")
+    assert time.process_time() - start < 2  # 10 s if each is compared
+    ignored = buffer == "rotary_emb.inv_freq"
+    assert len(found) == (0 if ignored else 100_000 - (2 if name.startswith("gpt_neox.layers.{}") else 0))

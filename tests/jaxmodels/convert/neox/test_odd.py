@@ -1,5 +1,6 @@
 """Shards with more in them than the tensors of a model, and with tensors of other kinds."""
 
+import os
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from jaxmodels.convert.neox import load_neox
 from jaxmodels.convert.neox.read import open_neox
+from jaxmodels.convert.open import load
 from tests.jaxmodels.convert.neox.test_read import assert_holds
 from tests.jaxmodels.convert.originals import layer_file, write, write_rank_files
 
@@ -126,3 +128,25 @@ def test_a_pointer_in_place_of_a_shard(tmp_path):
     layer_file(tmp_path, 3, 1).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     with pytest.raises(ValueError, match=r"layer_03-model_01-model_states\.pt is a git-lfs pointer"):
         load_neox(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["02", "\u0662", "2" * 5_000, "+2", "2_0"])
+def test_a_layer_has_one_name_in_the_files_of_ranks(tmp_path, number):
+    """A second tensor for one place would take that of the first."""
+    write_rank_files(tmp_path)
+    name = f"sequential.{number}.attention.dense.weight"
+    change(rank_files(tmp_path)[0], in_module(lambda module: module | {name: torch.ones(12, 12)}))
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt has .{1,300} in its module"):
+        open_neox(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")], ids=["FIFO", "device"])
+@pytest.mark.parametrize(
+    "name", ["latest", "config.json", "configs/vocabulary.json", "tokenizer.json", "20B_tokenizer.json"]
+)
+def test_a_file_that_may_be_missing_is_refused_if_it_is_no_file(tmp_path, name, make):
+    write(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} is a (FIFO|device); expected a regular file"):
+        load(tmp_path)
