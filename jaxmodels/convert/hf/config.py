@@ -117,8 +117,15 @@ def rotary(file: Path, content: Mapping[str, Any], notes: list[str]) -> dict[str
             (key, default),
         )
         fields[field] = checked(file, used, value, float, notes)
-        if content.get(key) is not None and content[key] != value:
-            notes.append(f"{key} {quoted(content[key])} in config.json is not read, as by transformers; it is {value}")
+        other = "rope_parameters" if where == "rope_scaling" else "rope_scaling"
+        unread = {
+            key: content.get(key),
+            older: content.get(older),
+            f"{other}.{key}": (content.get(other) or {}).get(key),
+        }
+        for name, ignored in unread.items():
+            if ignored is not None and ignored != value:
+                notes.append(f"{name} {quoted(ignored)} in config.json is not read, as by transformers; it is {value}")
     return fields
 
 

@@ -45,7 +45,15 @@ def test_rotary_settings_are_those_of_transformers(tmp_path, keys):
     config, notes = read_config(file)
     assert (config.rope_base, config.rope_percentage) == (theirs["rope_theta"], theirs["partial_rotary_factor"])
     said = [note for note in notes if "not read" in note]
-    assert len(said) == sum(key in keys and keys[key] != theirs[key] for key in ("rope_theta", "partial_rotary_factor"))
+    content = json.loads(file.read_text())
+    other = content.get("rope_parameters" if content.get("rope_scaling") else "rope_scaling") or {}
+    names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    stored = [
+        (value, theirs[key])
+        for key, older in names.items()
+        for value in (content.get(key), content.get(older), other.get(key))
+    ]
+    assert len(said) == sum(value is not None and value != used for value, used in stored)
 
 
 @pytest.mark.parametrize("name", sorted(ACT2CLS))
