@@ -287,11 +287,13 @@ class Checkpoints:
         about = read_mark(folder)
         abstract = self.program.abstract_state()
         model = {**abstract.params, **abstract.fixed}
-        arrays = read_arrays(folder / "model" / "params", {name: typed(a, a.sharding) for name, a in model.items()})
+        wanted = {name: typed(array, array.sharding) for name, array in model.items()}
+        arrays = read_arrays(folder / "model" / "params", wanted, exact=True)
         shapes, places = jax.eval_shape(training_arrays, abstract), jax.tree.map(lambda a: a.sharding, abstract)
         stored = ["key", *optimizer_names(abstract)]
         targets = dict(zip(stored, [places.key, *jax.tree.leaves(places.optimizer)], strict=True))
-        kept = read_arrays(folder / "state", {name: typed(shapes[name], place) for name, place in targets.items()})
+        wanted = {name: typed(shapes[name], place) for name, place in targets.items()}
+        kept = read_arrays(folder / "state", wanted, exact=True)
         key, *optimizer = (kept[name] for name in stored)
         state = State(
             step=jax.device_put(np.int32(about["step"]), places.step),
