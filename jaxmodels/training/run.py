@@ -6,7 +6,6 @@ RUN/config.json     {"format": 3, "script": "train.rope", "standalone": true, "c
 RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/profile/, RUN/.lock
 """
 
-import contextlib
 import dataclasses
 import json
 import shlex
@@ -20,16 +19,18 @@ from jax.sharding import Mesh
 from jaxmodels.convert.companions import Companions
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import check_format, errors_naming, read_object
-from jaxmodels.io.checkpoint import read_config
-from jaxmodels.io.steps import check_run, latest_step, problem, steps
-from jaxmodels.models import names
+from jaxmodels.io.checkpoint import read_config, stored_arrays
+from jaxmodels.io.steps import check_run, difference, latest_step, problem, read_mark, steps
+from jaxmodels.models import abstract, describe, names
 from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training import metrics
+from jaxmodels.training.agreement import Expected
 from jaxmodels.training.checkpoints import LOCK, Checkpoints, Position, UnknownModel, latest_model
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, experiment_class, script_of
+from jaxmodels.weights.stored import Stored, shapes_of
 
 FORMAT = 3
 FILE = "config.json"
@@ -121,27 +122,69 @@ def saved_config(kind: type[Experiment[ConfigT]], run: Path) -> ConfigT:
     try:
         with errors_naming(run / FILE):
             config_class.check_types(about.config)
-            if about.config.get("checkpoint") is None:  # a fine-tuned model has the sizes of its source
-                check_layers(run, about.config)
-            return config_class(**about.config)
+            config = config_class(**about.config)
     except TypeError as error:
         raise ValueError(f"{run / FILE} has a configuration that {script} does not take: {error}") from None
+    for step in reversed(steps(run / "checkpoints")):
+        folder = run / "checkpoints" / str(step)
+        if problem(folder) is None:  # others are skipped when the run is restored
+            Expected(settled(config)).check_hyperparameters(folder, read_mark(folder))
+            break
+    return config
 
 
-def check_layers(run: Path, config: Mapping[str, Any]) -> None:
-    """Raise ValueError if a run's configuration has another number of layers than its last checkpoint.
+def settled(config: Config) -> dict[str, Any]:
+    """Hyperparameters that no resumed run may change, as JSON values."""
+    may = MAY_CHANGE if config.schedule == "cosine" else MAY_CHANGE | {"steps"}
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in fields.items() if name not in may}
 
-    They are made before the arrays of the checkpoint are compared with them: millions of them would take hours.
+
+def expected(run: Path, experiment: Experiment[Any]) -> Expected:
+    """Content that the checkpoints of a run must have; experiment: with the run's configuration."""
+    branches = read_about(run).branches if (run / FILE).exists() else []
+    began = branches[-1]["step"] if branches else 0
+    return Expected(settled(experiment.config), began, type(experiment).transformation is Experiment.transformation)
+
+
+def check_model(experiment: Experiment[Any], run: Path, n_vocab: int, step: int | None = None) -> None:
+    """Raise ValueError if a run's configuration builds another model than its checkpoint describes.
+
+    step: of the checkpoint; default the latest whose description can be read. The checkpoint's model is made first,
+    and only if it is not far larger than its arrays; then the run's, if its layers are not more than those: millions of
+    them would take hours. Raises ValueError too if no description can be read.
     """
-    for step in steps(run / "checkpoints")[-1:]:
-        with contextlib.suppress(ValueError):  # a checkpoint that cannot be read is skipped later
-            stored = read_config(run / "checkpoints" / str(step) / "model")[1]
-            if {type(fields.get("n_layers")) for fields in (config, stored)} == {int}:
-                break
-    else:
+    skipped: list[str] = []
+    for number in reversed(steps(run / "checkpoints")) if step is None else (step,):
+        folder = run / "checkpoints" / str(number)
+        file = folder / "model" / "config.json"
+        try:
+            if wrong := problem(folder):
+                raise ValueError(wrong)
+            stored = Stored.of(stored_arrays(folder / "model"))
+            theirs = abstract(*read_config(folder / "model"), stored, file)
+        except ValueError as error:
+            skipped.append(str(error))
+            continue
+        with errors_naming(run / FILE):
+            check_layers(experiment.config, stored)
+            ours = shapes_of(lambda rngs: experiment.model(n_vocab))
+        found = difference(*(json.loads(describe(model)) for model in (theirs, ours)))
+        if found is not None:
+            key, then, now = found
+            key = key.removeprefix("config.")
+            raise ValueError(f"{file} has {key}={quoted(then)}, but {run / FILE} gives {key}={quoted(now)}")
         return
-    if config["n_layers"] != stored["n_layers"]:
-        raise ValueError(f"n_layers={quoted(config['n_layers'])}, but checkpoint {step} has {stored['n_layers']}")
+    raise ValueError(f"{run / 'checkpoints'} has no checkpoint that can be read: {'; '.join(skipped)}")
+
+
+def check_layers(config: Config, stored: Stored) -> None:
+    """Raise ValueError if a configuration has more layers of a kind than there are stored tensors."""
+    if getattr(config, "checkpoint", None) is not None:  # a fine-tuned model has the sizes of its source
+        return
+    for name, value in dataclasses.asdict(config).items():
+        if name.endswith("layers") and isinstance(value, int) and value > stored.tensors:
+            raise ValueError(f"{name}={value:,}, but the checkpoint has {stored.tensors:,} tensors")
 
 
 def saved_experiment(run: Path, named: str | None = None) -> Experiment[Any]:
@@ -217,8 +260,7 @@ def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None"
             f"{run} was not branched from {branch.run} at step {branch.step}: name another folder with --out"
         )
     saved, config = saved_config(type(experiment), run), experiment.config
-    may = MAY_CHANGE if saved.schedule == "cosine" else MAY_CHANGE | {"steps"}
-    changed = {name: values for name, values in differing(saved, config).items() if name not in may}
+    changed = {name: values for name, values in differing(saved, config).items() if name in settled(saved)}
     if changed:
         was, now = (", ".join(f"{name}={values[i]}" for name, values in changed.items()) for i in (0, 1))
         fixed = " (a cosine schedule ends at its last step)" if "steps" in changed else ""
@@ -283,6 +325,13 @@ class Branch:
         branches = read_about(run).branches
         return bool(branches) and (Path(branches[-1]["run"]), branches[-1]["step"]) == (self.run, self.step)
 
+    def source(self, experiment: Experiment[Any]) -> Experiment[Any]:
+        """Experiment of the run that is branched, of the class of the new run's."""
+        source = type(experiment)(saved_config(type(experiment), self.run))
+        source.unnamed = frozenset(field.name for field in dataclasses.fields(source.config))
+        source.resume(self.run)
+        return source
+
     def changed(self, experiment: Experiment[Any]) -> dict[str, tuple[Any, Any]]:
         """Hyperparameters that the new run changes: name -> (before, after)."""
         return differing(saved_config(type(experiment), self.run), experiment.config)
@@ -309,7 +358,7 @@ class Branch:
         if the arrays do not fit the new configuration.
         """
         try:
-            position = checkpoints.read(self.folder)
+            position = checkpoints.read(self.folder, expected(self.run, self.source(experiment)))
         except ValueError as error:
             names = ", ".join(self.changed(experiment)) or "nothing"
             raise ValueError(f"{self.run} at step {self.step} does not fit, with {names} changed: {error}") from None
