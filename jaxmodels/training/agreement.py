@@ -1,20 +1,28 @@
-"""Agreement of a checkpoint with its run: hyperparameters, position in the data, and the optimizer's counts.
+"""Agreement of a checkpoint with its run: hyperparameters, model, position in the data, the optimizer's counts.
 
 A run's config.json and its checkpoints are separate files. If they contradict each other, a resumed run would go on as
 another one, without an error.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxmodels.io.bounded import errors_naming
+from jaxmodels.io.checkpoint import read_config, stored_arrays
 from jaxmodels.io.npy import map_array
-from jaxmodels.io.steps import MARK, difference
+from jaxmodels.io.steps import MARK, difference, problem, steps
+from jaxmodels.models import abstract, describe
 from jaxmodels.process.texts import quoted
+from jaxmodels.training.config import Config
+from jaxmodels.training.experiment import Experiment
+from jaxmodels.weights.stored import Stored, shapes_of
 
+FILE = "config.json"  # of a run
 LARGEST_INDEX = 2**42  # batches; of 2**20 examples, the largest, they are all that `Batches` has
 
 
@@ -52,7 +60,7 @@ class Expected:
         if found is not None:
             key, then, now = found
             raise ValueError(
-                f"{folder / MARK} was saved with {key}={quoted(then)}, but the run's config.json has "
+                f"{folder / MARK} was saved with {key}={quoted(then)}, but {folder.parents[1] / FILE} has "
                 f"{key}={quoted(now)}: continue unchanged, or in a new run with --branch"
             )
 
@@ -64,11 +72,51 @@ class Expected:
                 raise ValueError(f"{folder / 'state'} has {name}={found}, must be {step}, the number of steps")
 
 
-def read_losses(file: Path, steps: int) -> np.ndarray:
-    """Losses of a run's steps, float32 [steps]; raises ValueError, naming the file, if it holds anything else."""
+def read_losses(file: Path, taken: int) -> np.ndarray:
+    """Losses of a run's steps, float32 [taken]; raises ValueError, naming the file, if it holds anything else."""
     losses = map_array(file)
-    if losses.shape != (steps,) or losses.dtype != np.float32:
-        raise ValueError(f"{file} has {losses.dtype}{list(losses.shape)}, must be float32[{steps}]")
+    if losses.shape != (taken,) or losses.dtype != np.float32:
+        raise ValueError(f"{file} has {losses.dtype}{list(losses.shape)}, must be float32[{taken}]")
     if not np.isfinite(losses).all():
         raise ValueError(f"{file} has losses that are not finite")
     return losses
+
+
+def check_model(experiment: Experiment[Any], run: Path, n_vocab: int, step: int | None = None) -> None:
+    """Raise ValueError if a run's configuration builds another model than its checkpoint describes.
+
+    step: of the checkpoint; default the latest whose description can be read. The checkpoint's model is made first,
+    and only if it is not far larger than its arrays; then the run's, if its layers are not more than those: millions of
+    them would take hours. Raises ValueError too if no description can be read.
+    """
+    skipped: list[str] = []
+    for number in reversed(steps(run / "checkpoints")) if step is None else (step,):
+        folder = run / "checkpoints" / str(number)
+        file = folder / "model" / "config.json"
+        try:
+            if wrong := problem(folder):
+                raise ValueError(wrong)
+            stored = Stored.of(stored_arrays(folder / "model"))
+            theirs = abstract(*read_config(folder / "model"), stored, file)
+        except ValueError as error:
+            skipped.append(str(error))
+            continue
+        with errors_naming(run / FILE):
+            check_layers(experiment.config, stored)
+            ours = shapes_of(lambda rngs: experiment.model(n_vocab))
+        found = difference(*(json.loads(describe(model)) for model in (theirs, ours)))
+        if found is not None:
+            key, then, now = found
+            key = key.removeprefix("config.")
+            raise ValueError(f"{file} has {key}={quoted(then)}, but {run / FILE} gives {key}={quoted(now)}")
+        return
+    raise ValueError(f"{run / 'checkpoints'} has no checkpoint that can be read: {'; '.join(skipped)}")
+
+
+def check_layers(config: Config, stored: Stored) -> None:
+    """Raise ValueError if a configuration has more layers of a kind than there are stored tensors."""
+    if getattr(config, "checkpoint", None) is not None:  # a fine-tuned model has the sizes of its source
+        return
+    for name, value in dataclasses.asdict(config).items():
+        if name.endswith("layers") and isinstance(value, int) and value > stored.tensors:
+            raise ValueError(f"{name}={value:,}, but the checkpoint has {stored.tensors:,} tensors")

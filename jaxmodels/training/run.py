@@ -19,21 +19,18 @@ from jax.sharding import Mesh
 from jaxmodels.convert.companions import Companions
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import check_format, errors_naming, read_object
-from jaxmodels.io.checkpoint import read_config, stored_arrays
-from jaxmodels.io.steps import check_run, difference, latest_step, problem, read_mark, steps
-from jaxmodels.models import abstract, describe, names
+from jaxmodels.io.steps import check_run, latest_step, problem, read_mark, steps
+from jaxmodels.models import names
 from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training import metrics
-from jaxmodels.training.agreement import Expected
+from jaxmodels.training.agreement import FILE, Expected, check_model
 from jaxmodels.training.checkpoints import LOCK, Checkpoints, Position, UnknownModel, latest_model
 from jaxmodels.training.config import Config
-from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, experiment_class, script_of
-from jaxmodels.weights.stored import Stored, shapes_of
+from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, check_checkout, experiment_class, script_of
 
 FORMAT = 3
-FILE = "config.json"
 ORIGINAL = ("original", "token_ids")  # entries of config.json about the checkpoint that was fine-tuned
 # Fields that may differ when a run is resumed; text and index are compared by content. `steps` may change too, except
 # with a cosine schedule, which depends on it.
@@ -147,74 +144,61 @@ def expected(run: Path, experiment: Experiment[Any]) -> Expected:
     return Expected(settled(experiment.config), began, type(experiment).transformation is Experiment.transformation)
 
 
-def check_model(experiment: Experiment[Any], run: Path, n_vocab: int, step: int | None = None) -> None:
-    """Raise ValueError if a run's configuration builds another model than its checkpoint describes.
-
-    step: of the checkpoint; default the latest whose description can be read. The checkpoint's model is made first,
-    and only if it is not far larger than its arrays; then the run's, if its layers are not more than those: millions of
-    them would take hours. Raises ValueError too if no description can be read.
-    """
-    skipped: list[str] = []
-    for number in reversed(steps(run / "checkpoints")) if step is None else (step,):
-        folder = run / "checkpoints" / str(number)
-        file = folder / "model" / "config.json"
-        try:
-            if wrong := problem(folder):
-                raise ValueError(wrong)
-            stored = Stored.of(stored_arrays(folder / "model"))
-            theirs = abstract(*read_config(folder / "model"), stored, file)
-        except ValueError as error:
-            skipped.append(str(error))
-            continue
-        with errors_naming(run / FILE):
-            check_layers(experiment.config, stored)
-            ours = shapes_of(lambda rngs: experiment.model(n_vocab))
-        found = difference(*(json.loads(describe(model)) for model in (theirs, ours)))
-        if found is not None:
-            key, then, now = found
-            key = key.removeprefix("config.")
-            raise ValueError(f"{file} has {key}={quoted(then)}, but {run / FILE} gives {key}={quoted(now)}")
-        return
-    raise ValueError(f"{run / 'checkpoints'} has no checkpoint that can be read: {'; '.join(skipped)}")
-
-
-def check_layers(config: Config, stored: Stored) -> None:
-    """Raise ValueError if a configuration has more layers of a kind than there are stored tensors."""
-    if getattr(config, "checkpoint", None) is not None:  # a fine-tuned model has the sizes of its source
-        return
-    for name, value in dataclasses.asdict(config).items():
-        if name.endswith("layers") and isinstance(value, int) and value > stored.tensors:
-            raise ValueError(f"{name}={value:,}, but the checkpoint has {stored.tensors:,} tensors")
-
-
 def saved_experiment(run: Path, named: str | None = None) -> Experiment[Any]:
     """Rebuild the experiment of a run.
 
     named: name or module path of the experiment, from the user; its module is imported. If omitted, the run's own
-    script is imported only if the run needs it and it is one of EXPERIMENTS: a file must not cause any other import.
-    Raises ValueError if the script is needed and cannot be imported, or is not the named one.
+    script is imported only if it is one of EXPERIMENTS: a file must not cause any other import. Raises ValueError if
+    the script is needed and cannot be imported, or is not the named one, or if config.json says that it is not needed.
     """
-    about = read_about(run)
+    about, own = read_about(run), project_experiment(run)
+    if own is not None and about.standalone and not own.standalone:
+        raise ValueError(f"{run / FILE} has standalone=true, must be false: runs of {about.script} need their script")
     if named is None and about.standalone:
         with errors_naming(run / FILE):
-            experiment = Experiment(Config.from_saved(about.config))
-    else:
-        if named is None and about.script not in EXPERIMENTS.values():
-            raise ValueError(f"{run} needs its script {about.script}: name it with --experiment {about.script}")
-        kind = experiment_class(about.script if named is None else named)
-        experiment = kind(saved_config(kind, run))
+            return for_run(Experiment(Config.from_saved(about.config)), run)
+    if named is None and about.script not in EXPERIMENTS.values():
+        raise ValueError(f"{run} needs its script {about.script}: name it with --experiment {about.script}")
+    kind = experiment_class(about.script if named is None else named)
+    return for_run(kind(saved_config(kind, run)), run)
+
+
+def project_experiment(run: Path) -> Experiment[Any] | None:
+    """Experiment of a run, if its script is one of the project's and this is a checkout; otherwise None."""
+    script = read_about(run).script
+    try:
+        if script not in EXPERIMENTS.values():
+            return None
+        check_checkout(script)
+    except ValueError:
+        return None
+    kind = experiment_class(script)
+    return for_run(kind(saved_config(kind, run)), run)
+
+
+def for_run(experiment: Experiment[Any], run: Path) -> Experiment[Any]:
+    """Prepare an experiment with a run's configuration, of which nothing was named by the user."""
     experiment.unnamed = frozenset(field.name for field in dataclasses.fields(experiment.config))
     if has_begun(run):
         experiment.resume(run)  # its own checkpoint, not the one that it was fine-tuned from
     return experiment
 
 
+def check_own_model(run: Path) -> None:
+    """Raise ValueError like `check_model` for a run of the project's own scripts, in a checkout."""
+    own = project_experiment(run)
+    if own is not None and has_begun(run):
+        check_model(own, run, len(load_vocabulary(run / "vocabulary.json")))
+
+
 def open_run(run: Path, named: str | None = None, mesh: Mesh | None = None) -> tuple[Experiment[Any], Any, Vocabulary]:
     """Open a run: its experiment, the model of its latest complete checkpoint, on a mesh if given, and its vocabulary.
 
-    Raises ValueError like `saved_experiment`, and if the model is of a class that is not registered.
+    Raises ValueError like `saved_experiment`, if the model is of a class that is not registered, and if the run's
+    configuration builds another one.
     """
     experiment = saved_experiment(run, named)
+    check_own_model(run)
     try:
         model, _ = latest_model(run, mesh)
     except UnknownModel as error:
@@ -227,6 +211,7 @@ def experiment_of(run: Path, named: str | None, model_name: str) -> Experiment[A
     experiment = saved_experiment(run, named)
     if model_name not in names():
         raise unknown_model(run, named, f"model={model_name!r} is not registered")
+    check_own_model(run)
     return experiment
 
 
@@ -327,10 +312,7 @@ class Branch:
 
     def source(self, experiment: Experiment[Any]) -> Experiment[Any]:
         """Experiment of the run that is branched, of the class of the new run's."""
-        source = type(experiment)(saved_config(type(experiment), self.run))
-        source.unnamed = frozenset(field.name for field in dataclasses.fields(source.config))
-        source.resume(self.run)
-        return source
+        return for_run(type(experiment)(saved_config(type(experiment), self.run)), self.run)
 
     def changed(self, experiment: Experiment[Any]) -> dict[str, tuple[Any, Any]]:
         """Hyperparameters that the new run changes: name -> (before, after)."""

@@ -21,6 +21,7 @@ from jaxmodels.process.texts import visible
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import load_vocabulary
 from jaxmodels.training import metrics
+from jaxmodels.training.agreement import FILE, check_model
 from jaxmodels.training.checkpoints import Checkpoints, Position
 from jaxmodels.training.config import Options
 from jaxmodels.training.data import Batches, Example, Task, n_predicted
@@ -30,7 +31,7 @@ from jaxmodels.training.plan import flops
 from jaxmodels.training.reporting.profile import Trace
 from jaxmodels.training.reporting.progress import Line
 from jaxmodels.training.reporting.trackers import Callback, Function, TensorBoard, Tracker, Trackers, WandB
-from jaxmodels.training.run import FILE, Branch, check_model, expected, has_begun, read_about, write_about
+from jaxmodels.training.run import Branch, expected, has_begun, read_about, write_about
 
 SMALL_BATCH = 2**20  # tokens of a batch for any text
 LARGEST_BATCH = 2**24  # tokens of a batch of examples; GPT-NeoX-20B was trained with 3.15 million

@@ -17,13 +17,14 @@ import pytest
 from flax import nnx
 
 import jaxmodels
+from jaxmodels.generate import command as generate
 from jaxmodels.io.checkpoint import read_arrays
 from jaxmodels.io.steps import MARK, steps
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
-from jaxmodels.training.agreement import Expected
+from jaxmodels.training.agreement import Expected, check_model
 from jaxmodels.training.checkpoints import typed
-from jaxmodels.training.run import check_model
+from jaxmodels.training.commands import evaluate, sample
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.trainer import Trainer
 from tests.train_common import TEXT, TINY
@@ -121,6 +122,24 @@ def test_a_description_that_gives_another_model_than_the_configuration_is_refuse
         edit(file, lambda content: content["config"].update(heads=5))
     with pytest.raises(ValueError, match=r"/7/model/config\.json has heads=5, but .*/config\.json gives heads=3$"):
         opened(run)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda run: evaluate.main([run]),
+        lambda run: evaluate.main([run, "--text", f"{run}/vocabulary.json", "--stride", "3"]),
+        lambda run: sample.main([run]),
+        lambda run: generate.main([run, "--prompt", "The "]),
+    ],
+)
+def test_every_command_compares_the_model_of_a_run_with_its_configuration(run, command, capsys):
+    older(run)
+    edit(descriptions(run)[1], lambda content: content["config"].update(heads=5))
+    assert command(str(run)) == 2
+    assert re.fullmatch(
+        r".*/7/model/config\.json has heads=5, but .*/config\.json gives heads=3\n", capsys.readouterr().err
+    )
 
 
 def test_a_description_is_that_which_was_saved(run, capsys):
