@@ -44,6 +44,11 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(mark.parent.name) for mark in folder.glob(f"*/{MARK}") if is_step(mark.parent))
 
 
+def unfinished(folder: Path) -> list[int]:
+    """Steps without a complete.json in a run's `checkpoints` folder, in ascending order, which killed runs left."""
+    return sorted(int(left.name) for left in folder.glob("*") if is_step(left) and not (left / MARK).exists())
+
+
 def check_run(run: Path) -> None:
     """Raise ValueError if an entry of a run that is read or written is a symbolic link, or no file or folder.
 

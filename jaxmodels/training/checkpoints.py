@@ -35,7 +35,7 @@ from jaxmodels.io import steps as stored
 from jaxmodels.io.atomic import atomic_file, flush
 from jaxmodels.io.bounded import open_in_place
 from jaxmodels.io.checkpoint import read_arrays, read_config
-from jaxmodels.io.steps import FORMAT, MARK, check_run, is_step, latest_step, problem, read_mark, steps
+from jaxmodels.io.steps import FORMAT, MARK, check_run, latest_step, problem, read_mark, steps
 from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.failures import cause, naming
@@ -103,9 +103,12 @@ class Checkpoints:
                 raise ValueError(f"{run} is in use: another process is training there") from None
             except (OSError, NotImplementedError):
                 pass  # a file system without locks cannot exclude anyone
-            for left in sorted(self.folder.glob("*")):
-                if is_step(left) and not (left / MARK).exists():
-                    stored.remove(left)
+            left = stored.unfinished(self.folder)
+            if left and not steps(self.folder):
+                found = f"{len(left)} unfinished up to step {left[-1]} are removed"
+                warn(f"{self.folder} has no complete checkpoint; {found}, and training begins at step 0")
+            for step in left:
+                stored.remove(self.folder / str(step))
         agree(False)  # a barrier: no process reads or writes before the folder is clean
 
     def save(self, position: Position) -> None:

@@ -142,6 +142,16 @@ def test_every_command_compares_the_model_of_a_run_with_its_configuration(run, c
     )
 
 
+def test_a_run_without_a_complete_checkpoint_says_that_it_begins_anew(run, capsys):
+    for mark in run.glob(f"checkpoints/*/{MARK}"):
+        mark.unlink()
+    assert opened(run).position.step == 0
+    said = f"warning: {run}/checkpoints has no complete checkpoint; 2 unfinished up to step 7 are removed, "
+    said += "and training begins at step 0\n"
+    assert capsys.readouterr().err == said
+    assert list((run / "checkpoints").iterdir()) == []
+
+
 def test_a_description_is_that_which_was_saved(run, capsys):
     for file in descriptions(run)[:1]:
         edit(file, lambda content: content["config"].update(heads=5))
