@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxmodels.io.bounded import errors_naming
@@ -64,12 +65,13 @@ class Expected:
                 f"{key}={quoted(now)}: continue unchanged, or in a new run with --branch"
             )
 
-    def check_counts(self, folder: Path, optimizer: Mapping[str, Any], step: int) -> None:
+    def check_counts(self, folder: Path, optimizer: Mapping[str, jax.Array], step: int) -> None:
         """Raise ValueError, naming the array, if a count of a restored optimizer is not the number of steps."""
         for name, array in optimizer.items() if self.counted else ():
-            if name.endswith(".count") and (np.asarray(array) != step).any():
-                found = np.asarray(array).reshape(-1)[0]
-                raise ValueError(f"{folder / 'state'} has {name}={found}, must be {step}, the number of steps")
+            if name.endswith(".count"):
+                held = np.concatenate([np.asarray(shard.data).reshape(-1) for shard in array.addressable_shards])
+                if (wrong := held[held != step]).size:
+                    raise ValueError(f"{folder / 'state'} has {name}={wrong[0]}, must be {step}, the number of steps")
 
 
 def read_losses(file: Path, taken: int) -> np.ndarray:
