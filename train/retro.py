@@ -72,7 +72,8 @@ from jaxmodels.training.trainer import Result
 from jaxmodels.weights.names import dotted, flat_arrays
 
 PROGRAM = "python -m train.retro"
-MOST_PASSES = 1_000  # over the text, each of which makes a list of positions
+MOST_PASSES = 100  # over the text; neighbors are looked up for all sequences of each, before the first step
+MOST_NEIGHBORS = 1_000  # of a chunk
 RETRIEVES = ("encoder.", "cca.", "norm_e.")  # parameters that a plain decoder does not have
 
 
@@ -133,8 +134,9 @@ class Config(AdamWConfig):
             raise ValueError(f"dropout={self.dropout} must be 0: RETRO has none")
         if self.seq_len < self.chunk_len:
             raise ValueError(f"seq_len={self.seq_len} must be at least chunk_len={self.chunk_len}")
-        if self.passes > MOST_PASSES:
-            raise ValueError(f"passes={self.passes} must be at most {MOST_PASSES:,}")
+        for name, most in (("passes", MOST_PASSES), ("neighbors", MOST_NEIGHBORS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {most:,}")
         if self.overlap > 2 * self.chunk_len:
             raise ValueError(f"overlap={self.overlap} must be at most 2 · chunk_len = {2 * self.chunk_len}")
         embedder_of(self.embedder)
@@ -272,7 +274,9 @@ class Retro(Experiment[Config]):
                     c.index, corpus, c.chunk_len, embedder, factory=c.factory, interrupted=interrupted
                 )
 
-            self.retriever = Retriever(make_once(build), c.neighbors)
+            index = make_once(build)
+            index.check_k(c.neighbors, "neighbors", c.index)
+            self.retriever = Retriever(index, c.neighbors)
         return self.retriever
 
     def report(self, model: Any, task: Task, interrupted: Interrupted) -> tuple[str, dict[str, float]]:
@@ -283,10 +287,15 @@ class Retro(Experiment[Config]):
     # Saved runs.
 
     def saved_index(self, run: Path) -> ChunkIndex:
-        """Load the index that a run was trained with, from its configured folder or the one next to the run."""
+        """Load the index that a run was trained with, from its configured folder or the one next to the run.
+
+        Raises ValueError if it has fewer chunks than neighbors are looked up.
+        """
         folder = Path(self.config.index)
         found = folder if folder.exists() else run.absolute().parent / folder.name
-        return ChunkIndex.load(found, embedder=self.embedder)
+        index = ChunkIndex.load(found, embedder=self.embedder)
+        index.check_k(self.config.neighbors, "neighbors", found)
+        return index
 
     def use_embedder(self, name: str) -> None:
         if not self.config.retrieval:

@@ -34,7 +34,8 @@ from jaxmodels.process.distributed import to_host
 from jaxmodels.text import CharVocabulary, Vocabulary
 from jaxmodels.training.config import TransformerConfig
 from jaxmodels.training.data import Example, Task
-from jaxmodels.training.experiment import Experiment, Interrupted, never
+from jaxmodels.training.experiment import Experiment, Interrupted, check_unchanged, never
+from jaxmodels.training.run import saved_config
 from jaxmodels.training.script import run_script
 from jaxmodels.transformer import AutoregressiveTransformer
 
@@ -161,7 +162,9 @@ class RopeValue(Experiment[Config]):
         return Task(train, held_out, VOCABULARY, sha256, about)
 
     def held_out(self, run: Path, vocabulary: Vocabulary, sha256: str) -> Sequence[Example]:
-        return self.task().validation  # generated, so they cannot have changed
+        as_trained = RopeValue(saved_config(RopeValue, run)).task()  # `evaluate --seq-len` gives other lengths
+        check_unchanged(f"digits={self.config.digits}", run, now=as_trained.sha256, then=sha256)
+        return self.task().validation
 
     def report(self, model: Any, task: Task, interrupted: Interrupted) -> tuple[str, dict[str, float]]:
         """First three answers, and the share of right ones (only if all questions were answered)."""

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import math
+import operator
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -66,18 +67,20 @@ def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -
     return with_arrays(module, {path: arrays[key] for key, (path, _) in targets.items()})
 
 
-def read_arrays(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read_arrays(
+    folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct], *, exact: bool = False
+) -> dict[str, jax.Array]:
     """Read arrays by name from an Orbax folder, in their stored dtypes; targets have their shapes and shardings.
 
-    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, also if only one of the dtypes
-    is floating or both are others and differ, or if arrays are float64 and jax_enable_x64 is off
-    (`with jax.enable_x64(True)` does not reach Orbax's threads).
+    exact: the stored dtypes must be the targets'. Raises ValueError if the folder is incomplete or damaged, if it holds
+    other arrays, also if only one of the dtypes is floating or both are others and differ, or if arrays are float64 and
+    jax_enable_x64 is off (`with jax.enable_x64(True)` does not reach Orbax's threads).
     """
     from orbax.checkpoint import v1 as ocp
 
     drop_late_messages()
     folder = folder.absolute()  # Orbax accepts no relative path
-    stored = stored_types(folder)
+    stored, fit = stored_types(folder), operator.eq if exact else same_kind
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
     wrong += [
@@ -88,7 +91,7 @@ def read_arrays(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> di
     wrong += [
         f"{key} has dtype {stored[key].dtype}, expected {target.dtype}"
         for key, target in targets.items()
-        if key in stored and not same_kind(stored[key].dtype, target.dtype)
+        if key in stored and not fit(stored[key].dtype, target.dtype)
     ]
     if wrong:
         raise ValueError(f"{folder} does not hold the arrays of its configuration: {listed(wrong)}")

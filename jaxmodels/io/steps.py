@@ -1,13 +1,16 @@
 """Checkpoints of a training run on disk: list the steps, check that one is complete, remove one that is ours.
 
 RUN/checkpoints/STEP/model/           folder of a model, for `jaxmodels.load`
-RUN/checkpoints/STEP/complete.json    {"format": 2, "step": …, "data": {…}, "files": {path: bytes}}; written last
+RUN/checkpoints/STEP/complete.json    {"format": 2, "step": …, "data": {…}, "files": {path: bytes}}; written last.
+                                      "model": content of model/config.json, "config": the run's hyperparameters;
+                                      checkpoints of older versions lack both
 RUN/checkpoints/STEP/.jaxmodels.json  shows that this program began the step: see `jaxmodels.io.manifest`
 
 A checkpoint without complete.json was interrupted; one with files of another size than it lists is damaged.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -37,6 +40,11 @@ def is_step(folder: Path) -> bool:
 def steps(folder: Path) -> list[int]:
     """Steps with a complete.json in a run's `checkpoints` folder, in ascending order."""
     return sorted(int(mark.parent.name) for mark in folder.glob(f"*/{MARK}") if is_step(mark.parent))
+
+
+def unfinished(folder: Path) -> list[int]:
+    """Steps without a complete.json in a run's `checkpoints` folder, in ascending order, which killed runs left."""
+    return sorted(int(left.name) for left in folder.glob("*") if is_step(left) and not (left / MARK).exists())
 
 
 def check_run(run: Path) -> None:
@@ -84,12 +92,37 @@ def read_mark(folder: Path) -> dict[str, Any]:
 def problem(folder: Path) -> str | None:
     """Reason why the checkpoint in a STEP folder is incomplete; None if every file has its listed size."""
     try:
-        for name, size in read_mark(folder)["files"].items():
+        mark = read_mark(folder)
+        for name, size in mark["files"].items():
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{folder / name} has {found} bytes of {size}"
+        described = folder / "model" / "config.json"
+        if "model" in mark and (other := difference(read_object(described), mark["model"])) is not None:
+            key, now, then = other
+            return f"{described} has {key}={quoted(now)}, but {folder / MARK} {quoted(then)}"
     except (OSError, ValueError) as error:
         return f"{folder} is not complete: {error}"
+    return None
+
+
+def difference(found: Mapping[str, Any], wanted: Any) -> tuple[str, Any, Any] | None:
+    """First key at which two JSON objects differ, dotted, with its values in both, None if absent; None if they agree.
+
+    Raises ValueError if they are nested too deeply to be compared.
+    """
+    if not isinstance(wanted, Mapping):
+        raise ValueError(f"{quoted(wanted)} must be an object")
+    try:
+        for key in sorted(found.keys() | wanted.keys()):
+            one, other = found.get(key), wanted.get(key)
+            if isinstance(one, Mapping) and isinstance(other, Mapping):
+                if (inner := difference(one, other)) is not None:
+                    return f"{key}.{inner[0]}", *inner[1:]
+            elif one != other or isinstance(one, bool) != isinstance(other, bool):
+                return key, one, other
+    except RecursionError:
+        raise ValueError("objects are nested too deeply") from None
     return None
 
 

@@ -4,7 +4,7 @@ RUN/checkpoints/STEP/
     model/         readable by `jaxmodels.load`
     state/         Orbax: optimizer state and random key, by path
     losses.npy     float32 [STEP], nats per token
-    complete.json  {"format": 2, "step": …, "data": {…}, "files": {path: bytes}}; written last
+    complete.json  written last: see `jaxmodels.io.steps`
 
 A folder without complete.json was left by a killed run and is removed by the next one. A checkpoint whose files cannot
 be read, or whose sizes differ from complete.json, is damaged: `restore` skips it with a warning, continues from the one
@@ -35,14 +35,13 @@ from jaxmodels.io import steps as stored
 from jaxmodels.io.atomic import atomic_file, flush
 from jaxmodels.io.bounded import open_in_place
 from jaxmodels.io.checkpoint import read_arrays, read_config
-from jaxmodels.io.npy import map_array
-from jaxmodels.io.steps import FORMAT, MARK, check_run, is_step, latest_step, problem, read_mark, steps
+from jaxmodels.io.steps import FORMAT, MARK, check_run, latest_step, problem, read_mark, steps
 from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.failures import cause, naming
 from jaxmodels.process.paths import below
 from jaxmodels.process.streams import warn
-from jaxmodels.process.texts import quoted
+from jaxmodels.training.agreement import Expected, read_losses
 from jaxmodels.training.step import Program, State
 
 LOCK = ".lock"
@@ -73,8 +72,15 @@ class Checkpoints:
     of one.
     """
 
-    def __init__(self, run: Path, program: Program, keep: int, keep_every: int | None = None):
-        self.folder, self.program = run / "checkpoints", program
+    def __init__(
+        self,
+        run: Path,
+        program: Program,
+        keep: int,
+        keep_every: int | None = None,
+        expected: Expected = Expected(),  # noqa: B008 (it is frozen)
+    ):
+        self.folder, self.program, self.expected = run / "checkpoints", program, expected
         self.keep, self.keep_every = keep, keep_every
         self.writing: threading.Thread | None = None
         self.step, self.begun = 0, False  # of the last checkpoint that was begun; until it is known to be complete
@@ -97,9 +103,12 @@ class Checkpoints:
                 raise ValueError(f"{run} is in use: another process is training there") from None
             except (OSError, NotImplementedError):
                 pass  # a file system without locks cannot exclude anyone
-            for left in sorted(self.folder.glob("*")):
-                if is_step(left) and not (left / MARK).exists():
-                    stored.remove(left)
+            left = stored.unfinished(self.folder)
+            if left and not steps(self.folder):
+                found = f"{len(left)} unfinished up to step {left[-1]} are removed"
+                warn(f"{self.folder} has no complete checkpoint; {found}, and training begins at step 0")
+            for step in left:
+                stored.remove(self.folder / str(step))
         agree(False)  # a barrier: no process reads or writes before the folder is clean
 
     def save(self, position: Position) -> None:
@@ -130,6 +139,7 @@ class Checkpoints:
         except Exception as error:  # Orbax raises many kinds
             self.error = error
         losses, about = np.asarray(position.losses, np.float32), {"step": position.step, "data": position.data}
+        about |= {"config": self.expected.hyperparameters} if self.expected.hyperparameters else {}
         self.accepted.clear()
         self.writing = threading.Thread(target=self.complete, args=(folder, parts, losses, about))
         self.writing.start()
@@ -147,13 +157,15 @@ class Checkpoints:
                     with contextlib.suppress(OSError, ValueError):
                         stored.clear(folder)  # it may have filled the disk
             elif is_first():
+                described = describe(self.program.abstract)
                 with naming(folder / "model" / "config.json") as file:
-                    file.write_text(describe(self.program.abstract), encoding="utf-8")
+                    file.write_text(described, encoding="utf-8")
                 with naming(folder / "losses.npy") as file:
                     np.save(file, losses)
                 files = {str(file.relative_to(folder)): flushed_size(file) for file in all_files(folder)}
                 with atomic_file(folder / MARK) as new:
-                    new.write_text(json.dumps({"format": FORMAT, **about, "files": files}), encoding="utf-8")
+                    mark = {"format": FORMAT, **about, "model": json.loads(described), "files": files}
+                    new.write_text(json.dumps(mark), encoding="utf-8")
                 self.accepted.wait()
                 if not self.discarded:
                     self.remove_old(about["step"])
@@ -282,16 +294,24 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # mounted buckets may not rename folders; it is overwritten later
                 (self.folder / str(step)).rename(aside)
 
-    def read(self, folder: Path) -> Position:
-        """Read a checkpoint without a `problem`; raises ValueError if its content cannot be read."""
-        about = read_mark(folder)
+    def read(self, folder: Path, expected: Expected | None = None) -> Position:
+        """Read a checkpoint without a `problem`; raises ValueError if its content cannot be read or is not expected.
+
+        expected: of the run that the checkpoint is of, if it is another one.
+        """
+        about, expected = read_mark(folder), expected or self.expected
+        expected.check(folder, about)
+        losses = read_losses(folder / "losses.npy", about["step"])
         abstract = self.program.abstract_state()
         model = {**abstract.params, **abstract.fixed}
-        arrays = read_arrays(folder / "model" / "params", {name: typed(a, a.sharding) for name, a in model.items()})
+        wanted = {name: typed(array, array.sharding) for name, array in model.items()}
+        arrays = read_arrays(folder / "model" / "params", wanted, exact=True)
         shapes, places = jax.eval_shape(training_arrays, abstract), jax.tree.map(lambda a: a.sharding, abstract)
         stored = ["key", *optimizer_names(abstract)]
         targets = dict(zip(stored, [places.key, *jax.tree.leaves(places.optimizer)], strict=True))
-        kept = read_arrays(folder / "state", {name: typed(shapes[name], place) for name, place in targets.items()})
+        wanted = {name: typed(shapes[name], place) for name, place in targets.items()}
+        kept = read_arrays(folder / "state", wanted, exact=True)
+        expected.check_counts(folder, kept, about["step"])
         key, *optimizer = (kept[name] for name in stored)
         state = State(
             step=jax.device_put(np.int32(about["step"]), places.step),
@@ -300,17 +320,6 @@ class Checkpoints:
             fixed={name: arrays[name] for name in abstract.fixed},
             optimizer=jax.tree.unflatten(jax.tree.structure(abstract.optimizer), optimizer),
         )
-        losses = map_array(folder / "losses.npy")
-        if losses.shape != (about["step"],) or losses.dtype != np.float32:
-            found = f"{losses.dtype}{list(losses.shape)}"
-            raise ValueError(f"{folder / 'losses.npy'} has {found}, must be float32[{about['step']}]")
-        if not np.isfinite(losses).all():
-            raise ValueError(f"{folder / 'losses.npy'} has losses that are not finite")
-        used = about["data"].get("next_index")
-        if type(used) is not int or not 0 <= used < 2**53:
-            raise ValueError(
-                f"{folder / MARK} has data={quoted(about['data'])}; next_index must be a number of batches"
-            )
         return Position(state, about["data"], losses.tolist())
 
 

@@ -22,6 +22,7 @@ LOSSES = ("loss", "validation_loss")
 LARGEST = 2**30  # bytes of metrics.jsonl: ten million steps
 LARGEST_LOSS = 3.4028235e38  # that float32 has; matplotlib computes with larger ones, and fails
 MOST_UNREADABLE = 1000  # lines, of which a kill leaves one
+MOST_EVALUATIONS = 100  # lines of a step, of which a run keeps one
 LEAST, LINE = 2**24, 2**16  # bytes of metrics.jsonl that a run of any length may have, and of a line
 
 
@@ -34,7 +35,7 @@ def each(run: Path, limit: int = LARGEST) -> Iterator[dict[str, Any]]:
     """Lines of a run's metrics.jsonl, one at a time, except those truncated by a kill.
 
     limit: in bytes. Raises ValueError, naming the file, if it is missing or larger, if a line is not an object with a
-    step and numbers, or if more lines are truncated than kills may leave.
+    step, numbers as losses and no lists or objects, or if more lines are truncated than kills may leave.
     """
     check_run(run)
     try:
@@ -72,8 +73,13 @@ def limit_of(steps: int) -> int:
 
 
 def is_line(content: Any) -> bool:
-    """True for an object with a step, and with numbers as losses; null, NaN and infinities are read too."""
+    """True for an object with a step, and with numbers as losses; null, NaN and infinities are read too.
+
+    False if a value is a list or an object, of which a run writes none: each of its empty lists would take 56 bytes.
+    """
     if not isinstance(content, dict) or type(content.get("step")) is not int or not 0 <= content["step"] < 2**63:
+        return False
+    if any(isinstance(value, list | dict) for value in content.values()):
         return False
     losses = [content[name] for name in LOSSES if name in content]
     numbers = [loss for loss in losses if loss is not None]
@@ -100,23 +106,30 @@ class Log:
         run.mkdir(parents=True, exist_ok=True)
         kept = self.lines_until(run, losses)
         with atomic_file(run / FILE) as new:
-            new.write_text("".join(map(as_line, kept)), encoding="utf-8")
+            new.write_text("".join(kept), encoding="utf-8")
         self.path, self.file = run / FILE, open(run / FILE, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self.waiting, self.warned = b"", False
 
     @staticmethod
-    def lines_until(run: Path, losses: Sequence[float]) -> list[dict[str, Any]]:
-        """Lines to keep: one per step taken, and evaluations before the last step, which is evaluated again."""
-        steps: dict[int, dict[str, Any]] = {}
-        evaluations: dict[int, list[dict[str, Any]]] = {}
+    def lines_until(run: Path, losses: Sequence[float]) -> list[str]:
+        """Lines to keep: one per step taken, and evaluations before the last step, which is evaluated again.
+
+        They are kept as texts: as objects they would take several times the size of the file. Raises ValueError as
+        `each`, and if a step has more than MOST_EVALUATIONS evaluations.
+        """
+        steps: dict[int, str] = {}
+        evaluations: dict[int, list[str]] = {}
         for line in each(run, limit_of(len(losses))) if (run / FILE).exists() else ():
+            step = line["step"]
             if "loss" in line:
-                steps |= {line["step"]: line} if 0 < line["step"] <= len(losses) else {}
-            elif line["step"] < len(losses):
-                evaluations.setdefault(line["step"], []).append(line)
+                steps |= {step: as_line({**line, "loss": losses[step - 1]})} if 0 < step <= len(losses) else {}
+            elif step < len(losses):
+                evaluations.setdefault(step, []).append(as_line(line))
+                if len(evaluations[step]) > MOST_EVALUATIONS:
+                    raise ValueError(f"{run / FILE} has more than {MOST_EVALUATIONS} evaluations of step {step}")
         kept = evaluations.get(0, [])
         for step, loss in enumerate(losses, start=1):
-            kept.append({**steps.get(step, {}), "step": step, "loss": loss})
+            kept.append(steps.get(step) or as_line({"step": step, "loss": loss}))
             kept += evaluations.get(step, [])
         return kept
 

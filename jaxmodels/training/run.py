@@ -6,7 +6,6 @@ RUN/config.json     {"format": 3, "script": "train.rope", "standalone": true, "c
 RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/profile/, RUN/.lock
 """
 
-import contextlib
 import dataclasses
 import json
 import shlex
@@ -20,19 +19,18 @@ from jax.sharding import Mesh
 from jaxmodels.convert.companions import Companions
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import check_format, errors_naming, read_object
-from jaxmodels.io.checkpoint import read_config
-from jaxmodels.io.steps import check_run, latest_step, problem, steps
+from jaxmodels.io.steps import check_run, latest_step, problem, read_mark, steps
 from jaxmodels.models import names
 from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training import metrics
+from jaxmodels.training.agreement import FILE, Expected, check_model
 from jaxmodels.training.checkpoints import LOCK, Checkpoints, Position, UnknownModel, latest_model
 from jaxmodels.training.config import Config
-from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, experiment_class, script_of
+from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, check_checkout, experiment_class, script_of
 
 FORMAT = 3
-FILE = "config.json"
 ORIGINAL = ("original", "token_ids")  # entries of config.json about the checkpoint that was fine-tuned
 # Fields that may differ when a run is resumed; text and index are compared by content. `steps` may change too, except
 # with a cosine schedule, which depends on it.
@@ -121,57 +119,86 @@ def saved_config(kind: type[Experiment[ConfigT]], run: Path) -> ConfigT:
     try:
         with errors_naming(run / FILE):
             config_class.check_types(about.config)
-            if about.config.get("checkpoint") is None:  # a fine-tuned model has the sizes of its source
-                check_layers(run, about.config)
-            return config_class(**about.config)
+            config = config_class(**about.config)
     except TypeError as error:
         raise ValueError(f"{run / FILE} has a configuration that {script} does not take: {error}") from None
+    for step in reversed(steps(run / "checkpoints")):
+        folder = run / "checkpoints" / str(step)
+        if problem(folder) is None:  # others are skipped when the run is restored
+            Expected(settled(config)).check_hyperparameters(folder, read_mark(folder))
+            break
+    return config
 
 
-def check_layers(run: Path, config: Mapping[str, Any]) -> None:
-    """Raise ValueError if a run's configuration has another number of layers than its last checkpoint.
+def settled(config: Config) -> dict[str, Any]:
+    """Hyperparameters that no resumed run may change, as JSON values."""
+    may = MAY_CHANGE if config.schedule == "cosine" else MAY_CHANGE | {"steps"}
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in fields.items() if name not in may}
 
-    They are made before the arrays of the checkpoint are compared with them: millions of them would take hours.
-    """
-    for step in steps(run / "checkpoints")[-1:]:
-        with contextlib.suppress(ValueError):  # a checkpoint that cannot be read is skipped later
-            stored = read_config(run / "checkpoints" / str(step) / "model")[1]
-            if {type(fields.get("n_layers")) for fields in (config, stored)} == {int}:
-                break
-    else:
-        return
-    if config["n_layers"] != stored["n_layers"]:
-        raise ValueError(f"n_layers={quoted(config['n_layers'])}, but checkpoint {step} has {stored['n_layers']}")
+
+def expected(run: Path, experiment: Experiment[Any]) -> Expected:
+    """Content that the checkpoints of a run must have; experiment: with the run's configuration."""
+    branches = read_about(run).branches if (run / FILE).exists() else []
+    began = branches[-1]["step"] if branches else 0
+    return Expected(settled(experiment.config), began, type(experiment).transformation is Experiment.transformation)
 
 
 def saved_experiment(run: Path, named: str | None = None) -> Experiment[Any]:
     """Rebuild the experiment of a run.
 
     named: name or module path of the experiment, from the user; its module is imported. If omitted, the run's own
-    script is imported only if the run needs it and it is one of EXPERIMENTS: a file must not cause any other import.
-    Raises ValueError if the script is needed and cannot be imported, or is not the named one.
+    script is imported only if it is one of EXPERIMENTS: a file must not cause any other import. Raises ValueError if
+    the script is needed and cannot be imported, or is not the named one, or if config.json says that it is not needed.
     """
-    about = read_about(run)
+    about, own = read_about(run), project_experiment(run)
+    if own is not None and about.standalone and not own.standalone:
+        raise ValueError(f"{run / FILE} has standalone=true, must be false: runs of {about.script} need their script")
     if named is None and about.standalone:
         with errors_naming(run / FILE):
-            experiment = Experiment(Config.from_saved(about.config))
-    else:
-        if named is None and about.script not in EXPERIMENTS.values():
-            raise ValueError(f"{run} needs its script {about.script}: name it with --experiment {about.script}")
-        kind = experiment_class(about.script if named is None else named)
-        experiment = kind(saved_config(kind, run))
+            return for_run(Experiment(Config.from_saved(about.config)), run)
+    if named is None and about.script not in EXPERIMENTS.values():
+        raise ValueError(f"{run} needs its script {about.script}: name it with --experiment {about.script}")
+    kind = experiment_class(about.script if named is None else named)
+    return for_run(kind(saved_config(kind, run)), run)
+
+
+def project_experiment(run: Path) -> Experiment[Any] | None:
+    """Experiment of a run, if its script is one of the project's and this is a checkout; otherwise None."""
+    script = read_about(run).script
+    try:
+        if script not in EXPERIMENTS.values():
+            return None
+        check_checkout(script)
+    except ValueError:
+        return None
+    kind = experiment_class(script)
+    return for_run(kind(saved_config(kind, run)), run)
+
+
+def for_run(experiment: Experiment[Any], run: Path) -> Experiment[Any]:
+    """Prepare an experiment with a run's configuration, of which nothing was named by the user."""
     experiment.unnamed = frozenset(field.name for field in dataclasses.fields(experiment.config))
     if has_begun(run):
         experiment.resume(run)  # its own checkpoint, not the one that it was fine-tuned from
     return experiment
 
 
+def check_own_model(run: Path) -> None:
+    """Raise ValueError like `check_model` for a run of the project's own scripts, in a checkout."""
+    own = project_experiment(run)
+    if own is not None and has_begun(run):
+        check_model(own, run, len(load_vocabulary(run / "vocabulary.json")))
+
+
 def open_run(run: Path, named: str | None = None, mesh: Mesh | None = None) -> tuple[Experiment[Any], Any, Vocabulary]:
     """Open a run: its experiment, the model of its latest complete checkpoint, on a mesh if given, and its vocabulary.
 
-    Raises ValueError like `saved_experiment`, and if the model is of a class that is not registered.
+    Raises ValueError like `saved_experiment`, if the model is of a class that is not registered, and if the run's
+    configuration builds another one.
     """
     experiment = saved_experiment(run, named)
+    check_own_model(run)
     try:
         model, _ = latest_model(run, mesh)
     except UnknownModel as error:
@@ -184,6 +211,7 @@ def experiment_of(run: Path, named: str | None, model_name: str) -> Experiment[A
     experiment = saved_experiment(run, named)
     if model_name not in names():
         raise unknown_model(run, named, f"model={model_name!r} is not registered")
+    check_own_model(run)
     return experiment
 
 
@@ -217,8 +245,7 @@ def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None"
             f"{run} was not branched from {branch.run} at step {branch.step}: name another folder with --out"
         )
     saved, config = saved_config(type(experiment), run), experiment.config
-    may = MAY_CHANGE if saved.schedule == "cosine" else MAY_CHANGE | {"steps"}
-    changed = {name: values for name, values in differing(saved, config).items() if name not in may}
+    changed = {name: values for name, values in differing(saved, config).items() if name in settled(saved)}
     if changed:
         was, now = (", ".join(f"{name}={values[i]}" for name, values in changed.items()) for i in (0, 1))
         fixed = " (a cosine schedule ends at its last step)" if "steps" in changed else ""
@@ -283,6 +310,10 @@ class Branch:
         branches = read_about(run).branches
         return bool(branches) and (Path(branches[-1]["run"]), branches[-1]["step"]) == (self.run, self.step)
 
+    def source(self, experiment: Experiment[Any]) -> Experiment[Any]:
+        """Experiment of the run that is branched, of the class of the new run's."""
+        return for_run(type(experiment)(saved_config(type(experiment), self.run)), self.run)
+
     def changed(self, experiment: Experiment[Any]) -> dict[str, tuple[Any, Any]]:
         """Hyperparameters that the new run changes: name -> (before, after)."""
         return differing(saved_config(type(experiment), self.run), experiment.config)
@@ -309,7 +340,7 @@ class Branch:
         if the arrays do not fit the new configuration.
         """
         try:
-            position = checkpoints.read(self.folder)
+            position = checkpoints.read(self.folder, expected(self.run, self.source(experiment)))
         except ValueError as error:
             names = ", ".join(self.changed(experiment)) or "nothing"
             raise ValueError(f"{self.run} at step {self.step} does not fit, with {names} changed: {error}") from None

@@ -21,6 +21,7 @@ from jaxmodels.process.texts import visible
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import load_vocabulary
 from jaxmodels.training import metrics
+from jaxmodels.training.agreement import FILE, check_model
 from jaxmodels.training.checkpoints import Checkpoints, Position
 from jaxmodels.training.config import Options
 from jaxmodels.training.data import Batches, Example, Task, n_predicted
@@ -30,7 +31,7 @@ from jaxmodels.training.plan import flops
 from jaxmodels.training.reporting.profile import Trace
 from jaxmodels.training.reporting.progress import Line
 from jaxmodels.training.reporting.trackers import Callback, Function, TensorBoard, Tracker, Trackers, WandB
-from jaxmodels.training.run import FILE, Branch, has_begun, read_about, write_about
+from jaxmodels.training.run import Branch, expected, has_begun, read_about, write_about
 
 SMALL_BATCH = 2**20  # tokens of a batch for any text
 LARGEST_BATCH = 2**24  # tokens of a batch of examples; GPT-NeoX-20B was trained with 3.15 million
@@ -96,14 +97,19 @@ class Trainer:
         check_tokens(self.config.batch_size, self.config.seq_len, self.task)
         if experiment.vocabulary not in (None, self.task.vocabulary):
             raise ValueError(f"text={self.config.text!r} has another vocabulary than the run that is continued")
-        self.program = experiment.program(len(self.task.vocabulary), mesh)
-        experiment.check(self.program.abstract)
         if resumed and read_about(folder).sha256 != self.task.sha256:
             raise ValueError(
                 f"{folder} was trained on another text than {self.config.text}: resume with its own --text"
             )
+        if resumed:
+            check_model(experiment, folder, len(self.task.vocabulary))
+        elif branch is not None:
+            check_model(branch.source(experiment), branch.run, len(self.task.vocabulary), branch.step)
+        self.program = experiment.program(len(self.task.vocabulary), mesh)
+        experiment.check(self.program.abstract)
         with contextlib.ExitStack() as stack:
-            self.checkpoints = Checkpoints(folder, self.program, self.config.keep, self.config.keep_every)
+            kept = self.config.keep, self.config.keep_every
+            self.checkpoints = Checkpoints(folder, self.program, *kept, expected(folder, experiment))
             stack.callback(self.checkpoints.close)
             self.batches = Batches(self.task.train, self.config.batch_size, mesh)
             stack.callback(self.batches.close)

@@ -218,14 +218,24 @@ def test_it_is_refused(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "line", ["1e400", "[]", '{"loss": 1.0}', '{"step": "a", "loss": 1}', '{"step": 1, "loss": "a"}']
+    "line",
+    [
+        "1e400",
+        "[]",
+        '{"loss": 1.0}',
+        '{"step": "a", "loss": 1}',
+        '{"step": 1, "loss": "a"}',
+        '{"step": 1, "x": [NaN]}',
+        '{"step": 0, "x": {}}',
+    ],
 )
 def test_a_line_of_metrics_is_an_object_with_numbers(tmp_path, line):
     from jaxmodels.training import metrics
 
     (tmp_path / "metrics.jsonl").write_text(f"{LINES}{line}\n{LINES}")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        metrics.read(tmp_path)
+    for read in (metrics.read, lambda run: metrics.Log(run, [2.0])):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+            read(tmp_path)
 
 
 def test_lines_of_metrics_that_a_kill_cut_are_left_out(tmp_path):
@@ -244,13 +254,29 @@ def test_metrics_are_read_line_by_line(tmp_path):
     )
     peak_reset()
     resident = memory("VmRSS")
-    assert metrics.Log.lines_until(tmp_path, [2.0]) == [{"step": 1, "loss": 2.0}]
+    assert metrics.Log.lines_until(tmp_path, [2.0]) == ['{"step": 1, "loss": 2.0}\n']
     assert memory("VmHWM") - resident < 2e7
     (tmp_path / "metrics.jsonl").write_text(LINES + "x" * 70_000)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, has more than 65,536 bytes"):
         metrics.read(tmp_path)
     sparse("metrics.jsonl")(tmp_path)
     with pytest.raises(ValueError, match=r"metrics\.jsonl has 1,000,000,000,000 bytes"):
+        metrics.Log.lines_until(tmp_path, [2.0])
+
+
+def test_metrics_of_a_step_are_bounded(tmp_path):
+    """Lines that a resumed run keeps take no more memory than their file, and there are few for a step."""
+    from jaxmodels.training import metrics
+
+    fields = ", ".join(f'"{i}": 0' for i in range(5_000))
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, {fields}}}\n' for i in range(300)))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    peak_reset()
+    resident = memory("VmRSS")
+    assert len(metrics.Log.lines_until(tmp_path, [2.0] * 300)) == 600
+    assert memory("VmHWM") - resident < 2 * size + 2e7
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "x": 1}\n' * 101)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has more than 100 evaluations of step 0"):
         metrics.Log.lines_until(tmp_path, [2.0])
 
 

@@ -14,7 +14,7 @@ from jaxmodels.training.run import read_about, saved_experiment, write_about
 from jaxmodels.training.script import Session, main, parse
 from jaxmodels.training.tokenize import open_tokens
 from tests.train_common import ROOT, start
-from train import neox, rope, rope_value
+from train import neox, retro, rope, rope_value
 
 WITHOUT = """
 import sys
@@ -71,6 +71,16 @@ def test_a_run_needs_its_script_only_if_that_says_how_it_is_evaluated(run, tmp_p
     assert experiment.config.seq_len == 7
 
 
+@pytest.mark.parametrize("experiment", [rope_value.RopeValue(rope_value.Config()), retro.Retro(retro.Config())])
+def test_a_run_that_needs_its_script_does_not_say_that_it_needs_none(experiment, tmp_path):
+    """It would be evaluated on other examples, such as without neighbors."""
+    write_about(tmp_path, experiment, "0" * 64, {})
+    about = json.loads((tmp_path / "config.json").read_text()) | {"standalone": True}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"/config\.json has standalone=true, must be false: runs of train\.r"):
+        saved_experiment(tmp_path)
+
+
 def test_a_run_of_an_older_version_is_read_with_its_script(run):
     about = json.loads((run / "config.json").read_text())
     del about["standalone"]
@@ -125,7 +135,7 @@ def test_a_saved_experiment_is_of_the_run_s_own_checkpoint(run, monkeypatch):
     resumed: list[Path] = []
     monkeypatch.setattr(Experiment, "resume", lambda self, run: resumed.append(run))
     saved_experiment(run)
-    assert resumed == [run]
+    assert set(resumed) == {run}
 
 
 @pytest.mark.parametrize("name", ["original", "token_ids"])

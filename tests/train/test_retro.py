@@ -348,6 +348,29 @@ def test_an_index_is_written_to_no_folder_that_a_run_of_others_names(tmp_path):
         retro.check_index(dataclasses.replace(config, index=str(elsewhere)), run, None)
 
 
+def test_a_run_has_no_more_neighbors_than_its_index_has_chunks(tmp_path):
+    """They are compared before there are arrays for them, with the check of `jaxmodels neighbors --k`."""
+    vocabulary, file = CharVocabulary.of(TEXT), tmp_path / "sea.txt"
+    file.write_text(TEXT[:900])
+    fields = {"embedder": "ngrams:64:1:3", "chunk_len": L, "seq_len": 11, "index": str(tmp_path / "index")}
+    few = retro.Retro(retro.Config(text=str(file), **fields))
+    chunks = len(few.open_index().index)
+    many = retro.Retro(dataclasses.replace(few.config, neighbors=chunks + 1))
+    ids = few.tokens().validation
+    assert chunks < retro.MOST_NEIGHBORS
+    assert len(few.examples(ids, tmp_path / "run")) == len(ids) // 11
+    for refused in (
+        many.task,
+        lambda: many.examples(ids, tmp_path / "run"),
+        lambda: many.generator(None, tmp_path / "run"),
+        lambda: many.held_out(tmp_path / "run", vocabulary, "0" * 64),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"neighbors={chunks + 1} must be from 1 to the {chunks} chunks of .*index"
+        ):
+            refused()
+
+
 def test_a_saved_run_loads_no_model_that_the_user_has_not_named(tmp_path, monkeypatch):
     """A run's files name an embedder; only a flag makes it load the model of that name, from a network if need be."""
     name, folder, run = "bert:someone/remote", tmp_path / "index", tmp_path / "run"

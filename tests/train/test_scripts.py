@@ -21,6 +21,7 @@ from jaxmodels.training.checkpoints import latest_model
 from jaxmodels.training.commands import evaluate, sample
 from jaxmodels.training.data import without_padding
 from jaxmodels.training.plan import flops
+from jaxmodels.training.run import saved_experiment, write_about
 from jaxmodels.training.script import main
 from jaxmodels.training.tokenize import tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
@@ -116,6 +117,17 @@ def test_rope_value_scores_its_answers(tiny, tmp_path, capsys):
     assert metrics.read(tmp_path / "run")[-1]["score"] == 0
     assert sample.main([str(tmp_path / "run"), "--length", "3"]) == 0  # as the run's last line says
     assert re.fullmatch(r"\n.{3}\n", capsys.readouterr().out, re.S)
+
+
+def test_problems_of_a_saved_run_are_those_that_it_was_trained_with(tmp_path):
+    trained = experiment(seq_len=11, digits=3)
+    sha256 = trained.task().sha256
+    write_about(tmp_path, trained, sha256, {})
+    longer = experiment(seq_len=17, digits=3)  # as by `evaluate --seq-len`
+    assert len(longer.held_out(tmp_path, VOCABULARY, sha256)[0]["tokens"]) == 18
+    write_about(tmp_path, experiment(seq_len=11, digits=7), sha256, {})
+    with pytest.raises(ValueError, match=f"digits=7 has changed since {tmp_path} was trained"):
+        saved_experiment(tmp_path).held_out(tmp_path, VOCABULARY, sha256)
 
 
 def test_the_default_prompt_is_in_the_vocabulary():

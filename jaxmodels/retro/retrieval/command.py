@@ -7,7 +7,6 @@ from pathlib import Path
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
-from jaxmodels.process.texts import quoted
 from jaxmodels.retro.retrieval.embedders import embedder_of
 from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import load_corpus
@@ -52,8 +51,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         require("retro", "faiss", "sklearn")
         embedder = None if options.embedder is None else embedder_of(options.embedder)
         index = ChunkIndex.load(options.index, embedder=embedder)
-        if not 1 <= options.k <= len(index):
-            raise ValueError(f"k={quoted(options.k)} must be from 1 to the {len(index):,} chunks of {options.index}")
+        index.check_k(options.k, "k", options.index)
         text = options.prompt if options.text is None else load_corpus(options.text)
         show(index, text, options.k)
 

@@ -191,6 +191,11 @@ class ChunkIndex:
         """Embed chunks of ids [n, L] to float32 [n, width]."""
         return np.ascontiguousarray(self.embedder.embed([self.corpus.vocabulary.decode(c) for c in chunks]), np.float32)
 
+    def check_k(self, k: int, name: str, where: str | os.PathLike) -> None:
+        """Raise ValueError with the argument's name and the index's folder, unless k is from 1 to its chunks."""
+        if not 1 <= k <= len(self):
+            raise ValueError(f"{name}={quoted(k)} must be from 1 to the {len(self):,} chunks of {where}")
+
     def neighbors(
         self,
         chunks: np.ndarray,

@@ -25,7 +25,8 @@ def make_run(folder: Path) -> None:
         np.save(step / "losses.npy", np.zeros(number, np.float32))
         sizes = {str(file.relative_to(step)): file.stat().st_size for file in sorted(step.rglob("*")) if file.is_file()}
         (step / MARK).write_text(json.dumps({"format": FORMAT, "step": number, "data": {}, "files": sizes}))
-    about = {"format": 3, "script": "train.neox", "standalone": True, "config": {"seq_len": 11}, "sha256": "0"}
+    config = {"seq_len": 11, "checkpoint": "elsewhere"}  # the sizes are those of the checkpoint
+    about = {"format": 3, "script": "train.neox", "standalone": True, "config": config, "sha256": "0"}
     (folder / "config.json").write_text(json.dumps(about))
     CharVocabulary("abcdefghijklmnopqrstu").save(folder / "vocabulary.json")
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "validation_loss": 2.25}\n')

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmodels.training.experiment import EXPERIMENTS
 from jaxmodels.training.run import read_about, saved_config, saved_experiment
-from train import neox, rope
+from train import neox
 
 ABOUT = {"format": 3, "script": "train.rope", "standalone": True, "config": {"seq_len": 7}, "sha256": "0" * 64}
 
@@ -90,21 +90,6 @@ def test_the_configuration_of_every_preset_is_read_again(tmp_path):
         for name in kind.config_class.PRESETS:
             saved = json.loads(json.dumps(dataclasses.asdict(kind.config_class.of_preset(name))))
             kind.config_class.check_types(saved)
-
-
-def test_other_layers_than_the_checkpoint_s_are_refused_at_once(tmp_path):
-    step = tmp_path / "checkpoints" / "4"
-    (step / "model").mkdir(parents=True)
-    (step / "complete.json").write_text("{}")
-    model = {"format": 1, "model": "AutoregressiveTransformer", "config": {"n_layers": 3}}
-    (step / "model" / "config.json").write_text(json.dumps(model))
-    for layers in (10**8, 3):
-        (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"config": {"n_layers": layers}}))
-        if layers == 3:
-            assert saved_config(rope.Rope, tmp_path).n_layers == 3
-        else:
-            with pytest.raises(ValueError, match=r"config\.json: n_layers=100000000, but checkpoint 4 has 3"):
-                saved_config(rope.Rope, tmp_path)
 
 
 def test_a_fine_tuned_run_has_the_layers_of_its_source_instead_of_the_flag_s(tmp_path):

@@ -88,7 +88,8 @@ def test_every_script_that_trains_is_listed():
         (["rope", "--steps", "2147483648"], "steps=2147483648 must be at most 2,147,483,647"),
         (["rope", "--batch-size", "1048577"], "batch_size=1048577 must be at most 1,048,576"),
         (["retro", "--encoder-layers", "2001"], "encoder_layers=2001 must be at most 2,000"),
-        (["retro", "--passes", "1001"], "passes=1001 must be at most 1,000"),
+        (["retro", "--passes", "101"], "passes=101 must be at most 100"),
+        (["retro", "--neighbors", "1001"], "neighbors=1001 must be at most 1,000"),
     ],
 )
 def test_bad_input_is_a_value_error(arguments, message):
