@@ -1,4 +1,4 @@
-"""Compiled products of float32 rows with weights in 16, 8, 4 and 32 bits, for CPUs; without them XLA computes the products.
+"""Compiled products of float32 rows with weights of 16, 8, 4 and 32 bits, for CPUs; without them XLA computes them.
 
 XLA's own products of narrow weights on a CPU take up to 20 times as long as those of float32, and those of some
 hundred rows in float32 are slower than a processor with AVX-512 allows. The source is
