@@ -57,10 +57,12 @@ def make_entry(folder: Path) -> None:
 
 def make_state(folder: Path) -> None:
     from parity.mutation.state import State
+    from parity.report.results import Check
 
+    readings = [(s, Check("output", p, "output", 0.3, 32.0)) for s in range(3) for p in ("float64", "float32")]
     with State.opened(folder / "state.jsonl") as state:
         state.add("one", None)
-        state.add_alarms("rope", 3, [])
+        state.add_alarms("rope", 3, readings)
         state.add("two", None)
 
 
