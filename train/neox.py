@@ -18,6 +18,7 @@ A run is a checkpoint like any other: `jaxmodels.load(RUN)` reads it, with an ad
 neox RUN DST --to hf` writes it in the original's dtype, with the original's tokenizer; `--to peft` writes the adapter.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -30,7 +31,7 @@ from flax import nnx
 from jaxmodels.convert.open import Opened, is_remote
 from jaxmodels.io.bounded import errors_naming
 from jaxmodels.io.checkpoint import read_config, stored_types
-from jaxmodels.io.steps import latest_step
+from jaxmodels.io.steps import latest_step, problem, steps
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.process.texts import quoted
@@ -211,7 +212,14 @@ class Neox(Experiment[Config]):
         """Dtype of the weights that are not trained."""
         if self.resumed is None:
             return widest(types_of(self.opened))
-        return stored_types(latest_step(self.resumed)[0] / "model" / "params")["embedding.emb.embedding"].dtype.name
+        latest, _ = latest_step(self.resumed)
+        readable = [step for step in reversed(steps(latest.parent)) if problem(latest.with_name(str(step))) is None]
+        for step in readable:
+            # One that cannot be read is skipped when the run is restored.
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                types = stored_types(latest.with_name(str(step)) / "model" / "params")
+                return types["embedding.emb.embedding"].dtype.name
+        raise ValueError(f"{latest.parent} has no checkpoint whose arrays can be read")
 
     def resume(self, run: Path) -> None:
         self.resumed = run

@@ -289,12 +289,14 @@ class Retro(Experiment[Config]):
     def saved_index(self, run: Path) -> ChunkIndex:
         """Load the index that a run was trained with, from its configured folder or the one next to the run.
 
-        Raises ValueError if it has fewer chunks than neighbors are looked up.
+        Raises ValueError if it has fewer chunks than neighbors are looked up, or another vocabulary than the run.
         """
         folder = Path(self.config.index)
         found = folder if folder.exists() else run.absolute().parent / folder.name
         index = ChunkIndex.load(found, embedder=self.embedder)
         index.check_k(self.config.neighbors, "neighbors", found)
+        if (own := run / "vocabulary.json").exists() and load_vocabulary(own) != index.corpus.vocabulary:
+            raise ValueError(f"{found} is the index of another text than that of {run}: its vocabulary differs")
         return index
 
     def use_embedder(self, name: str) -> None:

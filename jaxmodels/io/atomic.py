@@ -22,9 +22,11 @@ from jaxmodels.io.bounded import kind_of
 from jaxmodels.process.paths import below, local
 from jaxmodels.process.texts import visible
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.old)?")  # of folders, whose manifest tells them from those of others
-# Of files, which have nothing else that does: a user's own may end in eight digits, such as a date.
-TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.jaxmodels")
+# Names of folders, whose manifest tells them from those of others, and of files, which have nothing else that does. A
+# letter is among the digits: a user's own copy may end in a date.
+UNIQUE = r"(?=[0-9]*[a-f])[0-9a-f]{8}"
+TEMPORARY = re.compile(rf"\..+\.{UNIQUE}(\.old)?")
+TEMPORARY_FILE = re.compile(rf"\..+\.{UNIQUE}\.jaxmodels")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 SWAPPING = 0.2  # seconds; a process that is not killed takes microseconds between the two renames
 FLUSHING = 8  # threads
@@ -144,7 +146,14 @@ def raise_named(error: BaseException, temporary: Path, target: Path) -> None:
 
 def temporary_name(target: Path) -> Path:
     """Unique name in the target's folder: a rename must stay on one file system."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    return target.with_name(f".{target.name}.{unique()}")
+
+
+def unique() -> str:
+    """Eight hexadecimal digits that no other process draws, at least one of them a letter."""
+    while not re.fullmatch(UNIQUE, found := uuid.uuid4().hex[:8]):
+        pass
+    return found
 
 
 def replace(target: Path, new: Path) -> Path | None:

@@ -166,7 +166,9 @@ class Files(Source):
             for one in TextFile(path).documents(0, offset):
                 yield dataclasses.replace(one, following=path.stat().st_size)
             return
-        rows = lines(path, self.field, offset) if kind == "jsonl" else columns(path, kind, self.field, offset)
+        rows = (
+            lines(path, self.field, offset) if kind == "jsonl" else columns(path, kind, self.field, offset, len(self))
+        )
         for where, text, at, following in rows:
             try:
                 utf8(text)

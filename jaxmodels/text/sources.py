@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from jaxmodels.io.allowance import check_distinct
 from jaxmodels.io.bounded import read_object
 from jaxmodels.process.paths import below, is_plain
 from jaxmodels.process.texts import quoted
@@ -167,7 +169,9 @@ def of_folder(folder: Path, field: str) -> Sources:
     Files whose path names validation data are validated on; those of test data are left out.
     """
     found: dict[str, list[Path]] = {TRAINING: [], VALIDATION: [], TEST: []}
-    for file in sorted(files_of(folder)):
+    files = sorted(files_of(folder))
+    check_distinct(files)
+    for file in files:
         named = SPLIT_NAME.findall(str(file.relative_to(folder)))
         found[SPLITS[named[-1].lower()] if named else TRAINING].append(file)
     if not found[TRAINING]:
@@ -179,16 +183,27 @@ def of_folder(folder: Path, field: str) -> Sources:
         Files(str(folder), tuple(found[split]), field) if found[split] else None for split in (TRAINING, VALIDATION)
     )
     assert train is not None
-    left_out = f"{folder}: {len(found[TEST])} files of test data are left out"
-    return Sources(train, validation, (left_out,) if found[TEST] else ())
+    notes = [f"{folder}: {len(found[TEST])} files of test data are left out"] if found[TEST] else []
+    others = [] if is_saved(folder) else [file for file in visible_below(folder) if file.suffix.lower() not in KINDS]
+    if others:
+        notes.append(f"{folder}: {len(others)} files of other kinds are left out, such as {others[0].name}")
+    return Sources(train, validation, tuple(notes))
+
+
+def is_saved(folder: Path) -> bool:
+    """True for a folder of `datasets.save_to_disk`."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def files_of(folder: Path) -> list[Path]:
     """Files of documents in a folder; of a folder of datasets, those that its state.json names."""
     if (folder / "dataset_dict.json").is_file():
         splits = read_object(folder / "dataset_dict.json").get("splits")
-        if not isinstance(splits, list) or not all(isinstance(name, str) and is_plain(name) for name in splits):
-            raise ValueError(f"{folder / 'dataset_dict.json'} has splits={quoted(splits)}, must be names of folders")
+        named = isinstance(splits, list) and all(isinstance(name, str) and is_plain(name) for name in splits)
+        if not isinstance(splits, list) or not named or len(set(splits)) < len(splits):
+            raise ValueError(
+                f"{folder / 'dataset_dict.json'} has splits={quoted(splits)}, must be names of folders, each once"
+            )
         return [file for name in splits for file in split_files(folder / name)]
     return split_files(folder)
 
@@ -197,8 +212,22 @@ def split_files(folder: Path) -> list[Path]:
     """Files of documents in a folder that may be of one dataset; raises ValueError if it is damaged."""
     if (folder / "state.json").is_file():
         return saved_files(folder / "state.json")
-    names = (file for file in below(folder) if file.suffix.lower() in KINDS and file.is_file())
-    return [file for file in names if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    found = [file for file in visible_below(folder) if file.suffix.lower() in KINDS]
+    for file in found:
+        if not file.is_file():
+            what = "a link to a file that is missing" if file.is_symlink() else "no regular file"
+            raise ValueError(f"{file} is {what}: complete or remove it; texts are not left out without a word")
+    return found
+
+
+def visible_below(folder: Path) -> Iterator[Path]:
+    """Files in a folder and those inside, but for hidden ones; raises ValueError for a link to a folder."""
+    for file in below(folder):
+        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+            continue
+        if file.is_symlink() and file.is_dir():
+            raise ValueError(f"{file} is a link to a folder, which is not followed: replace it by the folder")
+        yield file
 
 
 def saved_files(state: Path) -> list[Path]:
@@ -207,8 +236,8 @@ def saved_files(state: Path) -> list[Path]:
     files = about.get("_data_files")
     listed = files if isinstance(files, list) else []
     names = [str(each.get("filename", "")) if isinstance(each, dict) else "" for each in listed]
-    if not names or not all(map(is_plain, names)):
-        raise ValueError(f"{state} has _data_files={quoted(files)}, must name the Arrow files beside it")
+    if not names or not all(map(is_plain, names)) or len(set(names)) < len(names):
+        raise ValueError(f"{state} has _data_files={quoted(files)}, must name the Arrow files beside it, each once")
     if about.get("_indices_data_files"):
         raise ValueError(
             f"{state} has _indices_data_files, which are not read; save the dataset after flatten_indices()"

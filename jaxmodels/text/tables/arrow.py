@@ -70,7 +70,7 @@ def number(data: Any, form: str, at: int) -> int:
     return int(struct.unpack_from(form, data, at)[0])
 
 
-def batches(file: Path, field: str) -> Iterator[Any]:
+def batches(file: Path, field: str, among: int = 1) -> Iterator[Any]:
     """Record batches of an Arrow file: a stream, as datasets writes it, or the random-access format.
 
     field: name of the column of texts. Raises ValueError, naming the file, if it has another type than strings, or if
@@ -78,7 +78,7 @@ def batches(file: Path, field: str) -> Iterator[Any]:
     """
     import pyarrow
 
-    check_messages(file)
+    check_messages(file, among)
     with pyarrow.memory_map(str(file)) as opened:
         if opened.read(6) == MAGIC:
             reader = pyarrow.ipc.open_file(opened)
@@ -92,7 +92,7 @@ def batches(file: Path, field: str) -> Iterator[Any]:
         yield from read
 
 
-def check_messages(file: Path) -> None:
+def check_messages(file: Path, among: int = 1) -> None:
     """Raise ValueError, naming the file, if messages overlap, or are too large after decompression.
 
     A batch, or all dictionaries, may be as large as `largest` allows; all together, as `largest_sum`. Each description
@@ -115,10 +115,10 @@ def check_messages(file: Path) -> None:
                     f"{file} has {size:,} bytes in {what} byte {at:,} after decompression; at most {most:,} are read"
                 )
     total += batches * dictionaries  # all texts of a dictionary are checked with each batch
-    if total > largest_sum(file):
+    if total > largest_sum(file, among):
         raise ValueError(
             f"{file} has {total:,} bytes in its messages after decompression, with the dictionaries for each of "
-            f"{batches:,} batches; at most {largest_sum(file):,} are read"
+            f"{batches:,} batches; at most {largest_sum(file, among):,} are read"
         )
 
 

@@ -12,16 +12,16 @@ from jaxmodels.text.tables import arrow, parquet
 from jaxmodels.text.tables.sizes import EXPANSION, check_single, check_strings, largest_sum
 
 
-def columns(file: Path, kind: str, field: str, offset: int) -> Iterator[tuple[str, str, int, int]]:
+def columns(file: Path, kind: str, field: str, offset: int, among: int = 1) -> Iterator[tuple[str, str, int, int]]:
     """Name, text, number and next number of each row of an Arrow or Parquet file; empty values are left out.
 
-    Raises ValueError, naming the file, if it is damaged, has no such column of strings, or stands for far more text
-    than it has bytes.
+    among: number of the files that are read together. Raises ValueError, naming the file, if it is damaged, has no such
+    column of strings, or stands for far more text than it has bytes.
     """
     require("data", "pyarrow")
     open_regular(file).close()
-    row, most = 0, largest_sum(file)
-    batches = arrow.batches(file, field) if kind == "arrow" else parquet.batches(file, field)
+    row, most = 0, largest_sum(file, among)
+    batches = arrow.batches(file, field, among) if kind == "arrow" else parquet.batches(file, field)
     while True:
         try:
             batch = next(batches, None)

@@ -22,9 +22,12 @@ def largest(file: Path) -> int:
     return max(LEAST_PART, RATIO * file.stat().st_size)
 
 
-def largest_sum(file: Path) -> int:
-    """Most bytes of all parts of a file after decompression, and characters of all its texts."""
-    return LEAST_SUM + EXPANSION * file.stat().st_size
+def largest_sum(file: Path, among: int = 1) -> int:
+    """Most bytes of all parts of a file after decompression, and characters of all its texts.
+
+    among: number of the files that are read together, which share what a small file may stand for.
+    """
+    return LEAST_SUM // among + EXPANSION * file.stat().st_size
 
 
 def most_pages(file: Path) -> int:

@@ -158,7 +158,8 @@ def print_scores(options: argparse.Namespace) -> None:
     opened = open_checkpoint(options, mesh)
     examples, unit = examples_of(options, opened), opened.vocabulary.unit
     numerics = Numerics(compute_dtype=options.compute_dtype, loss_chunk=options.loss_chunk)
-    found = evaluate(opened, examples, mesh, batch_size, numerics)
+    with errors_naming(options.checkpoint):
+        found = evaluate(opened, examples, mesh, batch_size, numerics)
     text = only_text(options) or f"held-out part of {opened.experiment.config.text if opened.experiment else ''}"
     print(f"{visible(text)}: {found.tokens:,} {unit}s predicted")
     print(f"    loss                 {found.nats:.4f} nats per {unit}")

@@ -169,21 +169,24 @@ def aged(folder: Path) -> None:
 
 def test_clean_lists_and_then_removes_the_leftovers_alone(tmp_path, capsys):
     kept = ["model.safetensors", ".gitignore", ".config.json.12345678x", "a.12345678", ".cache.0123abcd/photo.jpg"]
-    kept += [".backup.20241126", ".jaxmodels", ".env.0123abcd.jaxmodels.txt"]
+    kept += [".backup.20241126", ".jaxmodels", ".env.0123abcd.jaxmodels.txt", ".notes.20240131.jaxmodels"]
+    kept += [".model.20240131/.jaxmodels.json", ".model.20240131/config.json"]  # a finished folder, renamed
     for name in kept:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
+    (tmp_path / ".model.20240131" / ".jaxmodels.json").unlink()
+    manifest.finish(tmp_path / ".model.20240131")
     (tmp_path / ".link.0123abcd").symlink_to(tmp_path / "model.safetensors")
     left = tmp_path / "inside" / ".model.89abcdef"
     left.mkdir(parents=True)
     manifest.begin(left)
     (left / "config.json").write_text('{"ha')
-    (tmp_path / "inside" / ".about.json.00000000.jaxmodels").write_text("ha")
+    (tmp_path / "inside" / ".about.json.0000000a.jaxmodels").write_text("ha")
     aged(tmp_path)
     assert clean([str(tmp_path)]) == 0
     listed = capsys.readouterr().out
     assert ".model.89abcdef" in listed
-    assert ".about.json.00000000.jaxmodels" in listed
+    assert ".about.json.0000000a.jaxmodels" in listed
     assert "2 to remove" in listed
     assert left.exists()
     assert clean([str(tmp_path), "--delete"]) == 0
@@ -273,10 +276,10 @@ def test_long_names_in_a_manifest_take_linear_time(tmp_path, capsys):
 
 
 def test_clean_keeps_what_may_be_in_use(tmp_path, capsys):
-    (tmp_path / ".about.json.00000000.jaxmodels").write_text("ha")
+    (tmp_path / ".about.json.0000000a.jaxmodels").write_text("ha")
     assert clean([str(tmp_path), "--delete"]) == 0
     assert "1 may be in use" in capsys.readouterr().out
-    assert (tmp_path / ".about.json.00000000.jaxmodels").exists()
+    assert (tmp_path / ".about.json.0000000a.jaxmodels").exists()
     assert clean([str(tmp_path / "nowhere")]) == 2
 
 

@@ -1,10 +1,13 @@
 """Sources of documents: text, JSONL, Arrow and Parquet files, folders of datasets."""
 
+import dataclasses
 import itertools
 import json
 import os
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jaxmodels.text import CharVocabulary, TokenizerFile, documents
@@ -167,6 +170,52 @@ def test_folders_that_name_other_files_are_refused(name, content, tmp_path):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"{tmp_path / name} has"):
         open_sources(str(tmp_path))
+
+
+def test_a_text_is_named_once(tmp_path):
+    """A few bytes of JSON, or links, would stand for any amount of text."""
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    (tmp_path / "data").mkdir()
+    os.link(tmp_path / "a.jsonl", tmp_path / "data" / "a.jsonl")
+    (tmp_path / "data" / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"b\.jsonl and a\.jsonl are the same file"):
+        open_sources(str(tmp_path / "data"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}] * 2}))
+    with pytest.raises(ValueError, match=r"state\.json has _data_files=.* each once"):
+        open_sources(str(tmp_path / "set"))
+    (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "train"]}))
+    with pytest.raises(ValueError, match=r"dataset_dict\.json has splits=.* each once"):
+        open_sources(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("what", ["link to nothing", "FIFO", "link to a folder"])
+def test_no_part_of_a_folder_is_left_out_without_a_word(what, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train-0.jsonl").write_text('{"text": "abc"}\n')
+    (folder / "labels.csv.gz").write_bytes(b"\x1f\x8b")
+    (folder / ".hidden").write_text("x")
+    assert open_sources(str(folder)).notes == (f"{folder}: 1 files of other kinds are left out, such as labels.csv.gz",)
+    name = "more" if what == "link to a folder" else "train-1.jsonl"
+    if what == "FIFO":
+        os.mkfifo(folder / name)
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        (folder / name).symlink_to(tmp_path / ("elsewhere" if name == "more" else "nothing"))
+    with pytest.raises(ValueError, match=f"{folder / name} is "):
+        open_sources(str(folder))
+
+
+def test_files_of_a_folder_share_what_a_small_file_may_stand_for(tmp_path):
+    table = pyarrow.table({"text": pyarrow.array(["a" * 10**6] * 30)})
+    (tmp_path / "data").mkdir()
+    for i in range(40):
+        pyarrow.parquet.write_table(table, tmp_path / "data" / f"{i}.parquet", compression="zstd")
+    files = open_sources(str(tmp_path / "data")).train
+    assert sum(1 for _ in dataclasses.replace(files, files=files.files[:1]).documents()) == 30
+    with pytest.raises(ValueError, match="1,000 times as much text"):
+        list(files.documents())
 
 
 def test_a_tokenizer_without_an_end_token_needs_one(tmp_path):
