@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -127,6 +128,13 @@ def test_a_lora_run_resumes_exactly_without_its_source_and_is_a_source_itself(tm
     shown = capsys.readouterr().out
     assert re.search(rf"^ +original +float16, {source}$", shown, re.M)
     assert re.search(r"^ +merged adapter +rank 2, alpha 8, dense, dense_4h_to_h$", shown, re.M)
+
+    damaged = Path(shutil.copytree(tmp_path / "run", tmp_path / "damaged"))
+    stored = damaged / "checkpoints" / "4" / "model" / "params" / "state" / "manifest.ocdbt"
+    stored.write_bytes(bytes(stored.stat().st_size))
+    train("--resume", damaged, "--steps=4")
+    assert "checkpoint 4 is skipped" in capsys.readouterr().err
+    np.testing.assert_array_equal(np.load(damaged / "checkpoints" / "4" / "losses.npy"), losses[0])
 
     train(f"--checkpoint={tmp_path / 'run'}", "--steps=1", f"--out={tmp_path / 'again'}")
     again = read_about(tmp_path / "again").original

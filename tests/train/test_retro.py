@@ -398,6 +398,10 @@ def test_a_saved_run_loads_no_model_that_the_user_has_not_named(tmp_path, monkey
     monkeypatch.setattr(BertMean, "width", 64)
     experiment.use_embedder(name)
     assert len(experiment.saved_index(run)) == len(corpus.chunks(L))
+    CharVocabulary.of(TEXT + "é").save(run / "vocabulary.json")
+    with pytest.raises(ValueError, match=f"{folder} is the index of another text than that of {run}"):
+        experiment.saved_index(run)
+    (run / "vocabulary.json").unlink()
     experiment.use_embedder("bert:another/one")
     with pytest.raises(ValueError, match=f"embedder={name}, not embedder=bert:another/one"):
         experiment.saved_index(run)

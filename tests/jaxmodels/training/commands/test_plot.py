@@ -57,6 +57,17 @@ def test_more_unreadable_lines_than_kills_leave_are_refused(tmp_path):
         metrics.read(folder)
 
 
+def test_zeros_at_the_end_are_no_line(tmp_path):
+    folder = run(tmp_path / "run", LINES[0])
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(bytes(3 * metrics.LINE))
+    assert [line["loss"] for line in metrics.read(folder)] == [2.5]
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, has more than 65,536 bytes"):
+        metrics.read(folder)
+
+
 @pytest.mark.parametrize("name", ["curves.pgf", "curves.eps", "curves.\x1b[31m", "curves.png\n"])
 def test_another_format_is_refused_before_any_work(name, tmp_path, capsys):
     assert plot.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / name)]) == 2
