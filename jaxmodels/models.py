@@ -119,10 +119,13 @@ def check_booleans(cls: type, config: Mapping[str, Any]) -> None:
     """Raises ValueError if an argument is true or false whose annotation has no bool; in Python they are 1 and 0."""
     for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
         value = config.get(name)
-        held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
         if "bool" in str(parameter.annotation) or parameter.annotation in (parameter.empty, Any):
             continue
-        if any(isinstance(one, bool) for one in held):
+        pending = [value]
+        while pending and not isinstance(pending[-1], bool):
+            one = pending.pop()
+            pending += one.values() if isinstance(one, Mapping) else one if isinstance(one, list | tuple) else []
+        if pending:
             raise ValueError(f"config has {name}={quoted(value)}; true and false stand for no number")
 
 
@@ -217,6 +220,8 @@ def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shard
     stored = stored_arrays(folder)
     model = abstract(name, config, Stored.of(stored), folder / "config.json")
     if is_folder(folder, STEM):
+        if (folder / "params").exists():
+            raise ValueError(f"{folder} holds both params/ and {STEM}.safetensors; expected one of them")
         with errors_naming(folder):
             loaded = load_tensors(model, from_flax_names(model, stored), dtype, place, folder.name)
     elif dtype is None:

@@ -61,8 +61,14 @@ def to_torch_file(options: argparse.Namespace) -> str:
     """Convert a folder of any kind, or a model of the Hub, to FILE.pt."""
     if options.target.is_dir():
         raise ValueError(f"{options.target} is a folder; expected a file")
-    if options.target.exists() and not options.overwrite:
-        raise ValueError(f"{options.target} exists; choose another file, or pass --overwrite")
+
+    def check(*, content: bool = True) -> None:
+        if options.target.exists() and not options.overwrite:
+            raise ValueError(f"{options.target} exists; choose another file, or pass --overwrite")
+        if content and options.target.exists() and not is_torch_file(options.target):
+            raise ValueError(f"{options.target} is no file of torch.save; only such a file is overwritten")
+
+    check(content=False)
     for flag in ("model", "config", "key"):
         if getattr(options, flag) is not None:
             raise ValueError(f"--{flag} describes a .pt file; {options.source} has a configuration")
@@ -72,10 +78,11 @@ def to_torch_file(options: argparse.Namespace) -> str:
         target, held = options.target.resolve(), (opened.weights, *opened.files)
         if target.exists() and any(target.is_relative_to(path.resolve()) for path in held):
             raise ValueError(f"{options.target} lies in the weights of {options.source}; choose another file")
-        if options.target.exists() and not is_torch_file(options.target):
-            raise ValueError(f"{options.target} is no file of torch.save; only such a file is overwritten")
+        check()
         model = opened.model(dtype=options.dtype)
-        write_state_dict(options.target, to_torch(model))
+        with errors_naming(options.source):
+            tensors = to_torch(model)
+        write_state_dict(options.target, tensors, check)
     return f"{visible(str(options.target))}: {summary(type(model).__name__, model)}"
 
 
@@ -251,9 +258,10 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
         ours, theirs = (side.model_name for side in (first, second))
         if ours != theirs:
             return False, visible(f"{options.source} holds a {ours}, {options.target} a {theirs}")
-        config, other = first.config, second.config
-        tensors: Mapping[str, Any] = to_torch(first.model())
-        others: Mapping[str, Any] = to_torch(second.model())
+        one, two = first.model(), second.model()
+        config, other = one.config(), two.config()  # with the defaults of what a file leaves out
+        tensors: Mapping[str, Any] = to_torch(one)
+        others: Mapping[str, Any] = to_torch(two)
     else:
         source, target = prepared(first, options), second.neox()
         config, other = dataclasses.asdict(source.config), dataclasses.asdict(target.config)

@@ -29,6 +29,9 @@ from jaxmodels.layers import (
     float_dtype,
     split_rng,
 )
+from jaxmodels.process.texts import quoted
+
+LONGEST_MEMORY = 2**30  # steps, which are counted in int32
 
 
 class Feedback(nnx.Module):
@@ -55,8 +58,10 @@ class Feedback(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_sizes(d_model=d_model, heads=heads, d_ff=d_ff, n_layers=n_layers)
-        if memory is not None and (not isinstance(memory, int) or memory < 1):
-            raise ValueError(f"memory={memory} must be an integer of at least 1, or None for all steps")
+        if memory is not None and (type(memory) is not int or not 1 <= memory <= LONGEST_MEMORY):
+            raise ValueError(
+                f"memory={quoted(memory)} must be an integer from 1 to {LONGEST_MEMORY:,}, or None for all steps"
+            )
         self.d_model, self.heads, self.d_ff, self.n_layers = d_model, heads, d_ff, n_layers
         self.dropout_prob, self.memory = dropout_prob, memory
         self.layers = nnx.List(

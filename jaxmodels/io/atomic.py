@@ -14,12 +14,13 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from jaxmodels.io import manifest
 from jaxmodels.io.bounded import kind_of
 from jaxmodels.process.paths import below, local
+from jaxmodels.process.streams import say
 from jaxmodels.process.texts import visible
 
 # Names of folders, whose manifest tells them from those of others, and of files, which have nothing else that does. A
@@ -91,17 +92,22 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
         raise_named(error, temporary, target)
         raise
     flush(target.parent)
-    if old is not None:
+    if old is None:
+        return
+    if manifest.is_empty(old) or manifest.foreign(old) is None:
         manifest.remove(old)
+    else:  # written after the last check
+        say(f"{old} is kept: it holds what others wrote to {target} as it was replaced")
 
 
 @contextlib.contextmanager
-def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(target: str | os.PathLike, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Context with a temporary path to write to, which replaces the target at the end, or is deleted on an exception.
 
-    Several processes may write one target: it is then the complete file of one of them. If the target is a symbolic
-    link, the link is replaced. Raises ValueError, before anything is written, if the target is a folder, a FIFO, a
-    device or a socket, or a link to one. An OSError, as of a full disk, names the target.
+    check: called before the target is replaced; if it raises an exception, the target is kept. Several processes may
+    write one target: it is then the complete file of one of them. If the target is a symbolic link, the link is
+    replaced. Raises ValueError, before anything is written, if the target is a folder, a FIFO, a device or a socket, or
+    a link to one. An OSError, as of a full disk, names the target.
     """
     target = Path(target)
     check_file(target)
@@ -110,6 +116,7 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         flush(temporary)
+        check()
         temporary.replace(target)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -6,7 +6,7 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -227,13 +227,16 @@ def describe(content: Any) -> str:
     return f"a {type(content).__name__}"
 
 
-def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as a state_dict for `torch.load`, atomically; raises OSError, naming the file, for a full disk."""
+def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray], check: Callable[[], None] = lambda: None) -> None:
+    """Write arrays as a state_dict for `torch.load`, atomically; raises OSError, naming the file, for a full disk.
+
+    check: see `atomic_file`.
+    """
     require("torch", "torch")
     import torch
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as temporary, open(temporary, "wb") as opened:
+    with atomic_file(file, check) as temporary, open(temporary, "wb") as opened:
         recorded: Any = Recorded(opened)
         try:
             torch.save({name: as_tensor(array) for name, array in arrays.items()}, recorded)

@@ -394,6 +394,8 @@ def load_vocabulary(file: Path) -> Vocabulary:
         content = read_object(file, TOKENIZER_BYTES)
     except ValueError as error:
         raise ValueError(f"{file} is not a vocabulary: {error}") from None
+    if len(kinds := sorted({"bytes", "characters", "tokenizer"} & content.keys())) > 1:
+        raise ValueError(f"{file} is not a vocabulary: it has {' and '.join(kinds)}; expected one of them")
     match content:
         case {"bytes": 256}:
             return ByteVocabulary()

@@ -281,9 +281,15 @@ def with_arrays(model: Any, arrays: Mapping[Path, Any]) -> Any:
 def to_torch(model: nnx.Module | nnx.State) -> dict[str, np.ndarray]:
     """State_dict of a model, of its gradients from `jax.grad`, or of an nnx.State, bit-exact.
 
-    Arrays are copies, contiguous and writable, in their own dtype (bfloat16 as that of ml_dtypes).
+    Arrays are copies, contiguous and writable, in their own dtype (bfloat16 as that of ml_dtypes). Raises ValueError if
+    two arrays have one name in PyTorch, as weights of 8 or 4 bits and their scales.
     """
     arrays = {path: np.asarray(array) for path, array in flat_arrays(model).items()}
+    names = collections.Counter(entry.key for entry in entries(arrays))
+    if several := [name for name, n in names.items() if n > 1]:
+        raise ValueError(
+            f"model has two arrays for {texts.quoted(several[0])}, such as quantized weights: it has no state_dict"
+        )
     return {entry.key: np.array(entry.to_torch(arrays[entry.path]), order="C") for entry in entries(arrays)}
 
 

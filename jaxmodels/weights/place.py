@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.process.texts import quoted
 from jaxmodels.weights.lazy import Cast, Index, Layer, Stacked, Transposed, bounded, copy, read
 from jaxmodels.weights.names import (
     Entry,
@@ -94,13 +95,18 @@ def flax_name(entry: Entry) -> str:
 
 
 def from_flax_names(model: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename arrays from `flax_name` to PyTorch names; unknown names are kept."""
+    """Rename arrays from `flax_name` to PyTorch names; unknown names are kept.
+
+    Raises ValueError if an array has the PyTorch name of another one.
+    """
     left, tensors = dict(stored), {}
     for entry in entries(flat_arrays(model)):
         name = flax_name(entry)
         if name in left:
             array = left.pop(name)
             tensors[entry.key] = Transposed(array) if entry.transposed else array
+    if both := sorted(tensors.keys() & left.keys()):
+        raise ValueError(f"{quoted(both[0])} is the name of two arrays, in PyTorch and here; expected one")
     return tensors | left
 
 

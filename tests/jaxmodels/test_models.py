@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import jaxmodels
 from jaxmodels import models
@@ -469,6 +470,9 @@ def test_a_source_that_is_no_folder_is_named(tmp_path):
         ("RetroModel", {"ca_layers": [True]}, r"ca_layers=\[True\]"),
         ("RetroModel", {"n_heads": True}, "n_heads=True"),
         ("AutoregressiveModel", {"heads": True}, "heads=True"),
+        ("AutoregressiveModel", {"memory": True}, "memory=True"),
+        ("AutoregressiveModel", {"memory": 10**12}, "memory=1000000000000"),
+        ("RetroModel", {"encoder": {"ca_layers": [True]}}, "encoder="),
     ],
 )
 def test_true_is_no_number(name, change, match):
@@ -482,6 +486,24 @@ def test_true_is_no_number(name, change, match):
     models.build(name, configs[name])
     with pytest.raises(ValueError, match=match):
         models.build(name, configs[name] | change)
+
+
+def test_an_array_has_one_name_in_a_folder(tmp_path):
+    config = {"n_vocab": 7, "d_model": 8, "heads": 2, "d_ff": 11, "n_layers": 1}
+    model = models.build("AutoregressiveTransformer", config)
+    models.save(model, tmp_path / "model")
+    shutil.move(tmp_path / "model" / "params", tmp_path / "orbax")
+    arrays = {".".join(map(str, path)): np.asarray(array) for path, array in flat_arrays(model).items()}
+    save_file(arrays, tmp_path / "model" / "params.safetensors")
+    models.load(tmp_path / "model")
+    shutil.move(tmp_path / "orbax", tmp_path / "model" / "params")
+    with pytest.raises(ValueError, match=r"model holds both params/ and params\.safetensors"):
+        models.load(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "params")
+    (tmp_path / "model" / "params.safetensors").unlink()
+    save_file(arrays | {"encoder.norm.weight": np.zeros(8, np.float32)}, tmp_path / "model" / "params.safetensors")
+    with pytest.raises(ValueError, match=r"model: 'encoder\.norm\.weight' is the name of two arrays"):
+        models.load(tmp_path / "model")
 
 
 def test_values_of_a_configuration_are_counted_at_any_depth():

@@ -8,7 +8,7 @@ from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import named
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.neox.sequential import check_buffer, is_buffer
-from jaxmodels.process.texts import shortened
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.lazy import equal
 from jaxmodels.weights.prefixes import LONGEST
 
@@ -41,7 +41,11 @@ def twin_names(stored: Mapping[str, Any], config: NeoXConfig, where: str) -> dic
         elif IGNORED.fullmatch(name):
             held.pop(name)
     twins = {hf_name(key): key for key in named(config)}
-    return {twins.get(name, name): tensor for name, tensor in held.items()}
+    renamed: dict[str, Any] = {}
+    for name, tensor in held.items():
+        if renamed.setdefault(twins.get(name, name), tensor) is not tensor:
+            raise ValueError(f"{where} has two tensors that are {quoted(twins.get(name, name))}: expected one")
+    return renamed
 
 
 def with_base(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ import torch
 import jaxmodels
 import torch_ref.transformer
 from jaxmodels.command import main as command
+from jaxmodels.convert import operations
 from jaxmodels.convert.command import main
 from jaxmodels.generate import generate
 from jaxmodels.io import manifest
@@ -222,6 +224,24 @@ def test_a_file_of_another_program_is_not_replaced(pt, tmp_path, capsys, content
     assert mine.read_bytes() == before
 
 
+def test_a_file_that_appears_while_the_source_is_read_is_kept(pt, tmp_path, capsys, monkeypatch):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    target, to_torch = tmp_path / "new.pt", operations.to_torch
+
+    def meanwhile(model):
+        target.write_text("mine")
+        return to_torch(model)
+
+    monkeypatch.setattr(operations, "to_torch", meanwhile)
+    for flags, why in (([], "exists"), (["--overwrite"], "no file of torch.save")):
+        target.unlink(missing_ok=True)
+        assert convert(tmp_path / "out", target, *flags) == 2
+        assert f"{target} " in (said := capsys.readouterr().err)
+        assert why in said
+        assert target.read_text() == "mine"
+
+
 def test_the_source_is_never_overwritten(pt, tmp_path, capsys):
     file, _ = pt
     (tmp_path / "config.json").write_text("{}")  # so that the folder could pass for a checkpoint
@@ -276,3 +296,16 @@ def test_names_of_several_lines_are_printed_in_one(tmp_path, capsys):
     assert command(["inspect", str(folder / "nothing")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.isprintable()
+
+
+def test_a_setting_that_a_file_leaves_out_has_its_default_in_a_comparison(pt, tmp_path, capsys):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "one") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    about = tmp_path / "two" / "config.json"
+    content = json.loads(about.read_text())
+    about.write_text(json.dumps(content | {"config": content["config"] | {"attention": "plain"}}))
+    del content["config"]["attention"]
+    (tmp_path / "one" / "config.json").write_text(json.dumps(content))
+    assert main(["verify", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
+    assert "attention: rotary and plain" in capsys.readouterr().out

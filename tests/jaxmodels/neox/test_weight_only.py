@@ -20,7 +20,7 @@ from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.neox.int8 import LINEARS
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.neox.weight_only import FEW, TILE, WeightOnlyLinear, by_tiles, four_bits, product, quantized, whole
-from jaxmodels.weights.names import dotted, flat_arrays
+from jaxmodels.weights.names import dotted, flat_arrays, to_torch
 from tests.common import filled, normal, run
 from tests.jaxmodels.neox.common import FORMS, ids, neox
 
@@ -189,6 +189,12 @@ def test_saved_scales_that_are_no_magnitudes_are_refused(tmp_path, kind, name, n
     jaxmodels.save(model, tmp_path / "model")
     with pytest.raises(ValueError, match=rf"{tmp_path}/model: layers\.1\.ffn\.dense_h_h4.*{name} has numbers"):
         jaxmodels.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["weights", "weights-4"])
+def test_there_is_no_state_dict_without_scales(kind):
+    with pytest.raises(ValueError, match=r"model has two arrays for '.*weight', such as quantized"):
+        to_torch(quantize(neox(stacked=False), kind=kind))
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path):

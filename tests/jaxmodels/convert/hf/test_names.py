@@ -44,3 +44,11 @@ def test_buffers_of_layers_that_the_model_lacks_are_not_compared(name, buffer):
     assert time.process_time() - start < 2  # 10 s if each is compared
     ignored = buffer == "rotary_emb.inv_freq"
     assert len(found) == (0 if ignored else 100_000 - (2 if name.startswith("gpt_neox.layers.{}") else 0))
+
+
+def test_a_tensor_has_one_name():
+    name = "layers.0.attention.output.weight"
+    config = NeoXConfig(7, 4, 1, 2, rope_percentage=1)
+    tensors = {"gpt_neox.layers.0.attention.dense.weight": np.ones((4, 4)), name: np.zeros((4, 4))}
+    with pytest.raises(ValueError, match=f"^file has two tensors that are '{name}'"):
+        twin_names(tensors, config, "file")
