@@ -117,11 +117,7 @@ def check_noises(
     also the most that passes in float64 for any reason (`parity.measure.explain`). Raises ValueError, naming the field
     and the tensor, if more would pass, and for numbers that are negative or not finite.
     """
-    sizes = {
-        (kind, name): ordinary_size(tensor, noises[kind][name].masks_from)
-        for kind, of_kind in results.items()
-        for name, tensor in of_kind.items()
-    }
+    sizes = sizes_of(results, noises)
     largest = max(sizes.values(), default=0.0)
     for (kind, name), size in sizes.items():
         unit, masks_from, value = noises[kind][name].unit, noises[kind][name].masks_from, own[kind][name]
@@ -156,11 +152,7 @@ def check_constants(
     A result may be off by as much in float64. Raises ValueError, naming the constant, for a tensor that is no result,
     and for more than MOVED of it.
     """
-    sizes = {
-        (kind, name): ordinary_size(tensor, noises[kind][name].masks_from)
-        for kind, of_kind in results.items()
-        for name, tensor in of_kind.items()
-    }
+    sizes = sizes_of(results, noises)
     largest = max(sizes.values(), default=0.0)
     for constant, kinds in constants.items():
         for kind, name, move in (
@@ -172,6 +164,15 @@ def check_constants(
             most = MOVED * max(sizes[kind, name], CANCELLED * largest)
             if not noises[kind][name].unit * LIMIT * (1 + move) <= most:
                 raise ValueError(f"{at} at {move:.3g} × noise, which would hide a difference of more than {most:.3g}")
+
+
+def sizes_of(results: Kinds, noises: Mapping[str, Mapping[str, Noise]]) -> dict[tuple[str, str], float]:
+    """`ordinary_size` of each result, by kind and name."""
+    return {
+        (kind, name): ordinary_size(tensor, noises[kind][name].masks_from)
+        for kind, of_kind in results.items()
+        for name, tensor in of_kind.items()
+    }
 
 
 def ordinary_size(tensor: np.ndarray, masks_from: float) -> float:
