@@ -156,11 +156,10 @@ def temporary_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.{unique()}")
 
 
-def unique() -> str:
-    """Eight hexadecimal digits that no other process draws, at least one of them a letter."""
-    while not re.fullmatch(UNIQUE, found := uuid.uuid4().hex[:8]):
-        pass
-    return found
+def unique(digits: str = "") -> str:
+    """Eight hexadecimal digits, the first a letter: those of a digest, or digits that no other process draws."""
+    digits = digits or uuid.uuid4().hex
+    return "abcdef"[int(digits[0], 16) % 6] + digits[1:8]
 
 
 def replace(target: Path, new: Path) -> Path | None:

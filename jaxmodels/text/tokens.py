@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import atomic_folder, recover
+from jaxmodels.io.atomic import atomic_folder, recover, unique
 from jaxmodels.io.bounded import check_format, is_integer, read_object
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.progress import progress
@@ -230,7 +230,7 @@ def write_sources(folder: Path, sources: Sources, vocabulary: Vocabulary, end_to
     end = end_ids(vocabulary, sources, end_token)
     key = hashlib.sha256(json.dumps(key_of(sources, vocabulary, end)).encode()).hexdigest()
     folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.{key[:8]}")  # `jaxmodels clean` knows such names
+    partial = folder.with_name(f".{folder.name}.{unique(key)}")  # `jaxmodels clean` knows such names
     with locked(partial):
         tokens = encode_to(partial, sources, vocabulary, end)
         about: dict[str, object] = {"train": len(tokens.train), "validation": len(tokens.validation)}

@@ -400,3 +400,11 @@ def test_the_second_of_two_writers_of_a_new_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"{target} is not empty"):
         second()
     assert contents(target) == {"config.json": "first"}
+
+
+def test_the_digits_of_a_temporary_name_have_a_letter_whatever_the_digest_begins_with():
+    """Without one, the folder of a text whose digest begins with eight digits was no leftover to `jaxmodels clean`."""
+    names = {atomic.unique(f"{number:08d}" + "0" * 56) for number in range(0, 10**8, 999_983)}
+    assert all(atomic.TEMPORARY.fullmatch(f".tokens.{name}") for name in names)
+    assert len(names) == 101
+    assert atomic.unique("39619207") == atomic.unique("39619207") != atomic.unique()
