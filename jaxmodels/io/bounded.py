@@ -8,6 +8,7 @@ so that the values of a larger one than a configuration are counted first.
 import collections
 import contextlib
 import errno
+import fcntl
 import gc
 import hashlib
 import io
@@ -72,6 +73,20 @@ def open_in_place(file: str | os.PathLike) -> io.FileIO:
         what = f"file with {about.st_nlink} names" if stat.S_ISREG(about.st_mode) else kind_of(about.st_mode)
         raise ValueError(f"{file} is a {what}; expected a regular file without hard links to write")
     return io.FileIO(descriptor, "r+b")
+
+
+@contextlib.contextmanager
+def exclusive(file: Path) -> Iterator[None]:
+    """Context in which no other process has the lock of a file, which is made if it does not exist.
+
+    Raises ValueError, naming the folder of the file, if another one does; and as `open_in_place`.
+    """
+    with open_in_place(file) as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{file.parent} is being written by another process") from None
+        yield
 
 
 def bytes_held(descriptor: int, size: int) -> int:

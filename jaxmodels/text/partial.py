@@ -7,7 +7,6 @@ FOLDER/progress.json                              how many of them count, and wh
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -21,7 +20,7 @@ import numpy as np
 
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
-from jaxmodels.io.bounded import open_in_place, read_object
+from jaxmodels.io.bounded import exclusive, open_in_place, read_object
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.failures import naming
 from jaxmodels.process.streams import say
@@ -147,11 +146,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise ValueError(f"{other[0]} was not written by this program: move it, or choose another folder to write")
     if manifest.unproven(folder) is not None:  # before any other file, so that `jaxmodels clean` lists what is left
         manifest.begin(folder)
-    with open_in_place(folder / LOCK) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being written by another process") from None
+    with exclusive(folder / LOCK):
         yield
 
 

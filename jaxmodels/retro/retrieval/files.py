@@ -4,6 +4,7 @@ FOLDER/about.json              {"format": 2, "fingerprint": …, "chunks": …, 
 FOLDER/tokens.npy              ids [T];  documents.npy: start of each document, and T
 FOLDER/vocabulary.json         `jaxmodels.text.load_vocabulary` reads it
 FOLDER/index-0000062500.faiss  FAISS's own file, after that many chunks
+FOLDER/.lock                   locked while the index is built
 
 FAISS may allocate any amount of memory for a damaged file. "sha256" binds its file to about.json, and is compared
 before FAISS sees the file. Whoever wrote both may have written anything: what FAISS may allocate is limited, it opens
@@ -31,6 +32,7 @@ from jaxmodels.retro.retrieval.parts import check_finite, fit_to
 from jaxmodels.text import load_vocabulary
 
 FORMAT = 2
+LOCK = ".lock"
 NAME = re.compile(r"index-[0-9]{10}\.faiss")  # so that a folder can name no file outside of it, and none of others
 OWN = re.compile(rf"(tokens|documents)\.npy|vocabulary\.json|(training|validation_[a-z]+)\.npz|{NAME.pattern}")
 # Most bytes of FAISS's file: of its tables, and for each chunk and each of its vector's values.
@@ -66,9 +68,9 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder is missing, or holds nothing but what a killed build left under a temporary name."""
+    """True if a folder is missing, or holds nothing but a lock and what a killed build left under a temporary name."""
     manifest.refuse_links(folder)
-    return not folder.exists() or all(map(is_temporary, folder.iterdir()))
+    return not folder.exists() or all(path.name == LOCK or is_temporary(path) for path in folder.iterdir())
 
 
 def is_temporary(path: Path) -> bool:
@@ -96,6 +98,21 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
+def begun(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """Content of about.json of an index that a build continues; None if there is none.
+
+    Raises ValueError if the index is another than wanted, or if the folder holds files of others.
+    """
+    if not (folder / "about.json").exists():
+        if not is_empty(folder):
+            raise ValueError(f"{folder} is not empty and holds no chunk index; choose another folder")
+        return None
+    about = read_about(folder)
+    check_same(folder, about, wanted)
+    check_own(folder)
+    return about
+
+
 def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises ValueError, with both values, if an index was built with other settings or another corpus than wanted."""
     differing = [name for name in wanted if name != "fingerprint" and wanted[name] != about[name]]
@@ -120,6 +137,14 @@ def read_corpus(folder: Path) -> Corpus:
         return corpus
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no corpus of a chunk index: {error}") from None
+
+
+def write_corpus(folder: Path, corpus: Corpus) -> None:
+    """Write what `read_corpus` reads."""
+    for name, array in (("tokens", corpus.tokens), ("documents", corpus.documents)):
+        with atomic_file(folder / f"{name}.npy") as temporary, open(temporary, "wb") as opened:
+            np.save(opened, array)
+    corpus.vocabulary.save(folder / "vocabulary.json")
 
 
 def read_searcher(folder: Path, about: dict[str, Any], empty: Any) -> Any:

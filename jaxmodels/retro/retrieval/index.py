@@ -4,7 +4,7 @@ The documents of a corpus are cut into chunks of L = chunk_len tokens. Chunks ar
 a neighbor consists of a chunk's L tokens and the L that follow, its continuation (arXiv 2112.04426, section 2.2). FAISS
 does the search: exact for small corpora, inverted lists of product-quantized vectors (IVF-PQ) for larger ones.
 
-An interrupted build continues after the last batch that was saved. One process at a time may build in a folder.
+An interrupted build continues after the last batch that was saved. One process at a time builds in a folder.
 `jaxmodels.retro.retrieval.files` describes the folder.
 """
 
@@ -18,22 +18,23 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import errors_naming, sha256_of
+from jaxmodels.io.bounded import errors_naming, exclusive, sha256_of
 from jaxmodels.process.texts import quoted
 from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
 from jaxmodels.retro.retrieval.files import (
     FORMAT,
-    check_own,
+    LOCK,
+    begun,
     check_same,
     import_faiss,
-    is_empty,
     read_about,
     read_corpus,
     read_searcher,
     reason,
     remove_superseded,
     write_about,
+    write_corpus,
     write_searcher,
 )
 
@@ -96,44 +97,46 @@ class ChunkIndex:
         embedder: default HashedNGrams. factory: FAISS's factory string; default `default_factory`. progress: show a
         progress bar. interrupted: checked between batches; if it returns True, the chunks added so far are saved and
         KeyboardInterrupt is raised. Raises ValueError if the corpus is shorter than a chunk, if the folder holds
-        another index or other files, or if FAISS refuses the factory.
+        another index or other files, if another process builds in it, or if FAISS refuses the factory.
         """
         folder, embedder = Path(folder), embedder or HashedNGrams()
         starts = corpus.chunks(chunk_len)
         fingerprint = corpus.fingerprint(chunk_len, embedder.name)
         factory = factory or default_factory(len(starts), embedder.width)
         wanted = {"fingerprint": fingerprint, "chunk_len": chunk_len, "embedder": embedder.name, "factory": factory}
-        if (folder / "about.json").exists():
-            about = read_about(folder)
-            check_same(folder, about, wanted | {"chunks": len(starts)})
-            check_own(folder)
-        else:
-            if not is_empty(folder):
-                raise ValueError(f"{folder} is not empty and holds no chunk index; choose another folder")
-            searcher = make_searcher(factory, embedder.width)  # raises if FAISS refuses it, before anything is written
-            about = {"format": FORMAT, **wanted, "chunks": len(starts), "added": 0, "index": None, "sha256": None}
-            folder.mkdir(parents=True, exist_ok=True)
-            write_about(folder, about)
-        remove_superseded(folder, about)
-        if about["added"]:
-            searcher = read_searcher(folder, about, make_searcher(factory, embedder.width))
-        else:
-            for name, array in (("tokens.npy", corpus.tokens), ("documents.npy", corpus.documents)):
-                with atomic_file(folder / name) as temporary, open(temporary, "wb") as opened:
-                    np.save(opened, array)
-            corpus.vocabulary.save(folder / "vocabulary.json")
-            searcher = make_searcher(factory, embedder.width)
-            train(searcher, corpus, starts, chunk_len, embedder, factory)
-        index = cls(corpus, chunk_len, embedder, searcher, about)
-        batches = range(about["added"], len(starts), BATCH)
+        wanted["chunks"] = len(starts)
+        about = begun(folder, wanted)
+        searcher = make_searcher(factory, embedder.width)  # raises if FAISS refuses it, before anything is written
+        if about is not None and about["added"] == len(starts):  # perhaps in a folder that cannot be written
+            remove_superseded(folder, about)
+            return cls(corpus, chunk_len, embedder, read_searcher(folder, about, searcher), about)
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / LOCK):
+            about = begun(folder, wanted)  # another process may have gone on with it
+            if about is None:
+                about = {"format": FORMAT, **wanted, "added": 0, "index": None, "sha256": None}
+                write_about(folder, about)
+            remove_superseded(folder, about)
+            if about["added"]:
+                searcher = read_searcher(folder, about, searcher)
+            else:
+                write_corpus(folder, corpus)
+                train(searcher, corpus, starts, chunk_len, embedder, factory)
+            index = cls(corpus, chunk_len, embedder, searcher, about)
+            index.complete(folder, progress, interrupted)
+        return index
+
+    def complete(self, folder: Path, progress: bool, interrupted: Callable[[], bool]) -> None:
+        """Add the chunks that are missing, and save them; see `build`."""
+        batches = range(self.about["added"], len(self.starts), BATCH)
         for number, first in enumerate(shown(batches, "indexing", progress), start=1):
-            searcher.add(index.embed(corpus.passages(starts[first : first + BATCH], chunk_len)))
+            passages = self.corpus.passages(self.starts[first : first + BATCH], self.chunk_len)
+            self.searcher.add(self.embed(passages))
             ended = interrupted()
             if ended or number % SAVE_EVERY == 0 or number == len(batches):
-                index.save(folder)
+                self.save(folder)
             if ended:
                 raise KeyboardInterrupt
-        return index
 
     def save(self, folder: Path) -> None:
         """Save the chunks added so far, atomically."""

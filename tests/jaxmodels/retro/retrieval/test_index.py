@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from jaxmodels.io.bounded import exclusive
 from jaxmodels.retro.retrieval import index as index_module
 from jaxmodels.retro.retrieval.command import main as neighbors_command
 from jaxmodels.retro.retrieval.corpus import Corpus, sharing
@@ -145,13 +146,32 @@ def test_a_stopped_build_goes_on_after_what_was_saved(tmp_path, monkeypatch):
     assert [file.name for file in folder.glob("*.faiss")] == [f"index-{len(again):010}.faiss"]
 
 
+def test_one_process_at_a_time_builds_and_any_opens_what_is_finished(tmp_path, monkeypatch):
+    """The second one would remove the file that the first has just written, as superseded."""
+    monkeypatch.setattr(index_module, "BATCH", 40)
+    monkeypatch.setattr(index_module, "SAVE_EVERY", 1)
+    folder, refused = tmp_path / "index", []
+
+    class Twice(HashedNGrams):
+        def embed(self, texts):
+            with pytest.raises(ValueError, match="index is being written by another process"):
+                ChunkIndex.build(folder, corpus(), L, NGRAMS)
+            refused.append(len(texts))
+            return super().embed(texts)
+
+    whole = ChunkIndex.build(folder, corpus(), L, Twice(64, 1, 3))
+    assert sum(refused) == len(whole)
+    with exclusive(folder / ".lock"):
+        assert len(ChunkIndex.build(folder, corpus(), L, NGRAMS)) == len(whole)
+
+
 def test_an_interrupted_build_keeps_what_it_has_added_and_a_look_up_ends(tmp_path, index, monkeypatch):
     monkeypatch.setattr(index_module, "BATCH", 40)
     asked = iter([False, True])
     with pytest.raises(KeyboardInterrupt):
         ChunkIndex.build(tmp_path / "index", corpus(), L, NGRAMS, interrupted=lambda: next(asked))
     assert index_module.read_about(tmp_path / "index")["added"] == 80
-    assert not list((tmp_path / "index").glob(".*"))
+    assert [file.name for file in (tmp_path / "index").glob(".*")] == [".lock"]
     assert len(ChunkIndex.build(tmp_path / "index", corpus(), L, NGRAMS)) == len(index)
     asked = iter([False, True])
     with pytest.raises(KeyboardInterrupt):
