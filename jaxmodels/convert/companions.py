@@ -76,13 +76,16 @@ class Companions:
     config_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, *folders: Path, defaults: Mapping[str, Any] | None = None) -> "Companions":
+    def of(cls, *folders: Path, defaults: Mapping[str, Any] | None = None, published: bool = False) -> "Companions":
         """Companions in a folder of any kind; with several folders, each file is taken from the first that has it.
 
-        defaults: ids of special tokens that config.json lacks. Raises ValueError, naming the file, if a JSON file with
+        defaults: ids of special tokens that config.json lacks. published: of a Hugging Face folder, which has no
+        vocabulary.json of this program beside a tokenizer.json. Raises ValueError, naming the file, if a JSON file with
         ids cannot be read or an id is not an integer.
         """
         files = {name: file for folder in reversed(folders) for name, file in files_in(folder).items()}
+        if published and TOKENIZER in files:
+            files.pop(VOCABULARY, None)
         generation = read_object(files[GENERATION]) if GENERATION in files else {}
         TokenIds.of(generation, str(files.get(GENERATION)))  # raises ValueError that names the file
         config_ids: dict[str, Any] = dict(defaults or {})

@@ -79,6 +79,8 @@ def to_torch_file(options: argparse.Namespace) -> str:
         if target.exists() and any(target.is_relative_to(path.resolve()) for path in held):
             raise ValueError(f"{options.target} lies in the weights of {options.source}; choose another file")
         check()
+        if opened.is_quantized:
+            raise ValueError(f"{opened.name} is quantized: it has no state_dict; name the model it was made from")
         model = opened.model(dtype=options.dtype)
         with errors_naming(options.source):
             tensors = to_torch(model)

@@ -70,10 +70,13 @@ def is_zip(file: Path) -> bool:
 
 
 def is_torch_file(file: Path) -> bool:
-    """True for a file of torch.save: a zip file with an entry NAME/data.pkl."""
+    """True for a file of torch.save: a zip file with an entry NAME/data.pkl. False for one of torch.jit.save."""
+    if not file.is_file():  # opening a FIFO would wait for a writer
+        return False
     try:
         with zipfile.ZipFile(file) as opened:
-            return any(name.endswith("/data.pkl") for name in opened.namelist())
+            names = [name.partition("/")[2] for name in opened.namelist()]
+        return "data.pkl" in names and "constants.pkl" not in names
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False
 

@@ -1,5 +1,6 @@
 """Documents in text files and JSONL, and tables of their scores."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,11 +126,8 @@ def as_json(documents: Sequence[Document], scores: Scores) -> dict[str, Any]:
 
 
 def values_of(score: Score) -> dict[str, Any]:
-    perplexity = score.perplexity
-    return {
-        "tokens": score.tokens,
-        "loss": score.loss,
-        "perplexity": None if perplexity is not None and perplexity > 1e300 else perplexity,  # JSON has no infinity
-        "bits_per_byte": score.bits_per_byte,
-        "bits_per_character": score.bits_per_character,
-    }
+    """Numbers of a score; None for those that are infinite, which JSON has not."""
+    names = ("loss", "perplexity", "bits_per_byte", "bits_per_character")
+    numbers = {name: getattr(score, name) for name in names}
+    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
+    return {"tokens": score.tokens} | finite

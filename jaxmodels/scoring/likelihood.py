@@ -30,8 +30,8 @@ def loglikelihood(
     are computed together; default as many as have 4,096 tokens.
 
     Pairs that differ in the last token of the continuation alone, as those of many multiple-choice questions, are
-    computed once. Raises ValueError if a context is empty, a continuation does not fit max_length, or an id is outside
-    the model's vocabulary.
+    computed once. Raises ValueError if a context is empty, a continuation does not fit max_length, an id is outside the
+    model's vocabulary, or a log-probability is NaN.
     """
     if len(contexts) != len(continuations):
         raise ValueError(f"{len(contexts)} contexts and {len(continuations)} continuations must be equally many")
@@ -63,11 +63,14 @@ def loglikelihood(
         k = len(wanted[0])
         rows.append(Row(ids, np.tile(np.arange(len(ids) - k, len(ids)), len(wanted)), np.concatenate(wanted)))
     found = score_rows(model, rows, batch_size=batch_size, longest=max_length, greedy=True)
-    likelihoods = []
+    likelihoods: list[Likelihood] = []
     for (row, number), (_, continuation) in zip(places, pairs, strict=True):
         part = slice(number * len(continuation), (number + 1) * len(continuation))
         first = found[row].greedy
         assert first is not None, "greedy=True"
         log_prob = found[row].log_probs[part].sum(dtype=np.float64)
+        if np.isnan(log_prob):
+            i = len(likelihoods)
+            raise ValueError(f"log-probability of continuation {i} is nan; the model's weights must be finite")
         likelihoods.append(Likelihood(float(log_prob), bool(first[part].all())))
     return likelihoods

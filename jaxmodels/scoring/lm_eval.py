@@ -22,11 +22,12 @@ import numpy as np
 
 from jaxmodels.convert.open import open_source
 from jaxmodels.generate import generate
+from jaxmodels.generate.sampling import integer
 from jaxmodels.process import lm_eval as registration
 from jaxmodels.process.arguments import Parser, errors_escaped
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
-from jaxmodels.scoring.documents import default_window
+from jaxmodels.scoring.documents import checked_vocabulary, default_window
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
 from jaxmodels.scoring.special import chat_template, special_ids
@@ -102,13 +103,16 @@ class JaxModelsLM(TemplateLM):
         ids = opened.companions.token_ids
         named = {"bos": ids.bos, "eos": ids.eos[0] if ids.eos else None}
         self.special = special_ids(self.files, named, self.vocabulary, opened.config.get("n_vocab"), self.name)
-        self.add_bos_token, self.seed, self.generated = add_bos_token, seed, 0
+        self.add_bos_token, self.generated = add_bos_token, 0
         self.batch_size = parsed_batch_size(batch_size)
+        self.seed, self.max_gen_toks = integer("seed", seed, 0), integer("max_gen_toks", max_gen_toks)
+        self.given_prefix = None if prefix_token_id is None else integer("prefix_token_id", prefix_token_id, 0)
+        given_length = None if max_length is None else integer("max_length", max_length)
         self.dtype = None if dtype == "auto" else dtype
         self.model = opened.model(dtype=self.dtype or opened.compute_dtype("dtype=…"))
-        self.max_length = max_length or default_window(self.model)
-        self.max_gen_toks = int(max_gen_toks)
-        self.given_prefix = prefix_token_id
+        self.max_length = given_length or default_window(self.model)
+        if self.given_prefix is not None and self.given_prefix >= (n := checked_vocabulary(self.model, None)):
+            raise ValueError(f"prefix_token_id={self.given_prefix} must be below the model's {n} tokens")
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "JaxModelsLM":
@@ -131,7 +135,7 @@ class JaxModelsLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         if self.given_prefix is not None:
-            return int(self.given_prefix)
+            return self.given_prefix
         return self.eot_token_id if self.special["bos"] is None else self.special["bos"]
 
     @property

@@ -85,6 +85,7 @@ class Checkpoints:
         self.writing: threading.Thread | None = None
         self.step, self.begun = 0, False  # of the last checkpoint that was begun; until it is known to be complete
         self.error: BaseException | None = None
+        self.unread: set[int] = set()  # steps of complete checkpoints that could not be read
         self.retrying = False  # the last checkpoint could not be written
         self.accepted, self.discarded = threading.Event(), False
         self.finite: Callable[..., Any] | None = None
@@ -119,8 +120,9 @@ class Checkpoints:
         """
         self.settle()
         folder = (self.folder / str(position.step)).absolute()
-        if problem(folder) is None:
+        if problem(folder) is None and position.step not in self.unread:
             return
+        self.unread.discard(position.step)
         self.step, self.begun = position.step, True
         state, parts = position.state, []
         try:
@@ -285,13 +287,17 @@ class Checkpoints:
         return None
 
     def set_aside(self, damaged: Mapping[int, str]) -> None:
-        """Warn of damaged checkpoints, and rename them, so that they can be inspected and are not read again."""
+        """Warn of damaged checkpoints, and rename them, so that they can be inspected and are not read again.
+
+        Those that cannot be renamed are written again at their step.
+        """
+        self.unread = set(damaged)
         for step, reason in damaged.items():
             warn_skipped(step, reason)
         for step in damaged if is_first() else ():
             names = (f"{step}.damaged{number or ''}" for number in itertools.count())
             aside = next(self.folder / name for name in names if not (self.folder / name).exists())
-            with contextlib.suppress(OSError):  # mounted buckets may not rename folders; it is overwritten later
+            with contextlib.suppress(OSError):  # mounted buckets may not rename folders
                 (self.folder / str(step)).rename(aside)
 
     def read(self, folder: Path, expected: Expected | None = None) -> Position:

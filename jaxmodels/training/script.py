@@ -130,9 +130,11 @@ def parse_flags(command: Any, defaults: tuple[Any, ...], arguments: Sequence[str
 
     Raises ValueError if a dataclass refuses its values. tyro prints other errors, such as unknown flags, and exits.
     """
-    shown = io.StringIO()
+    # Both may repeat the values of a run of others. The help has frames if the encoding has their characters.
+    shown, encoding = io.StringIO(), sys.stdout.encoding or "utf-8"
+    text = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace", write_through=True)
     try:
-        with contextlib.redirect_stderr(shown):
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(text):
             return tyro.cli(
                 command, default=command(*defaults), args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,)
             )
@@ -141,6 +143,7 @@ def parse_flags(command: Any, defaults: tuple[Any, ...], arguments: Sequence[str
         refused = exit.__context__
         if isinstance(getattr(refused, "arg", None), str) and isinstance(getattr(refused, "message", None), str):
             raise ValueError(refused.message) from None  # type: ignore[union-attr]
+        sys.stdout.write(visible(text.buffer.getvalue().decode(encoding), keep="\n"))
         sys.stderr.write(visible(shown.getvalue(), keep="\n"))
         raise
 

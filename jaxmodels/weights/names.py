@@ -363,7 +363,11 @@ def torch_dtype(torch: Any, dtype: np.dtype) -> Any:
 
 
 def check_floating(dtype: Any) -> None:
-    """Raises ValueError if a dtype to cast weights to is not floating."""
+    """Raises ValueError if a dtype to cast weights to is none, or not floating."""
+    try:
+        np.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype={texts.quoted(dtype)} must be a floating type, such as float32") from None
     if not is_floating(dtype):
         raise ValueError(f"dtype={np.dtype(dtype).name} must be a floating type, as weights are fractions")
 

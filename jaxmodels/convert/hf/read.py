@@ -64,7 +64,7 @@ def open_hf(folder: str | os.PathLike, *, strip_prefix: str | None = None, varia
     if not any(name.startswith(BASE) for name in tensors):
         notes.append("the names of the tensors have no 'gpt_neox.', as in a file of GPTNeoXModel")
     layout = f"{kind_of(weights.file)} for transformers"
-    companions = Companions.of(folder, defaults=DEFAULT_IDS)
+    companions = Companions.of(folder, defaults=DEFAULT_IDS, published=True)
     files = (folder / "config.json", *{weights.file, *weights.files.values()})
     return Source("hf", folder, config, found, layout, tuple(notes + weights.notes), companions=companions, files=files)
 

@@ -2,17 +2,20 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import jaxmodels
 import torch_ref.transformer
@@ -21,6 +24,7 @@ from jaxmodels.convert import operations
 from jaxmodels.convert.command import main
 from jaxmodels.generate import generate
 from jaxmodels.io import manifest
+from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from tests.fuzz.targets import TARGETS
 
 CONFIG = {"n_vocab": 13, "d_model": 12, "heads": 3, "d_ff": 17, "n_layers": 2}
@@ -208,7 +212,7 @@ def test_nothing_is_replaced_unasked(pt, tmp_path, capsys):
     assert convert(tmp_path / "out", file, "--overwrite") == 0
 
 
-@pytest.mark.parametrize("content", ["mine", "zip"])
+@pytest.mark.parametrize("content", ["mine", "zip", "TorchScript"])
 def test_a_file_of_another_program_is_not_replaced(pt, tmp_path, capsys, content):
     file, _ = pt
     assert to_flax(file, tmp_path / "out") == 0
@@ -216,12 +220,33 @@ def test_a_file_of_another_program_is_not_replaced(pt, tmp_path, capsys, content
     if content == "zip":
         with zipfile.ZipFile(mine, "w") as opened:
             opened.writestr("letter.txt", "mine")
+    elif content == "TorchScript":
+        with warnings.catch_warnings(action="ignore"):  # it is deprecated
+            torch.jit.script(torch.nn.Linear(2, 3)).save(mine)
     else:
         mine.write_text("mine")
     before = mine.read_bytes()
     assert convert(tmp_path / "out", mine, "--overwrite") == 2
     assert f"{mine} is no file of torch.save" in capsys.readouterr().err
     assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", [(), ("--overwrite",)])
+def test_a_fifo_is_no_target(pt, tmp_path, capsys, flag):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    os.mkfifo(tmp_path / "fifo.pt")
+    assert convert(tmp_path / "out", tmp_path / "fifo.pt", *flag) == 2
+    assert "fifo.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["llm.int8", "weights", "weights-4"])
+def test_a_quantized_model_has_no_state_dict(tmp_path, capsys, kind):
+    model = NeoX(NeoXConfig(n_vocab=11, n_hidden=128, n_layers=1, n_heads=2), rngs=nnx.Rngs(0))
+    jaxmodels.save(quantize(model, kind=kind), tmp_path / "model")
+    assert convert(tmp_path / "model", tmp_path / "out.pt") == 2
+    assert "is quantized" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_a_file_that_appears_while_the_source_is_read_is_kept(pt, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Targets and companions of others: what `jaxmodels convert --overwrite` and `jaxmodels quantize` replace and copy."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxmodels.convert.hf import save_hf
 from jaxmodels.convert.open import open_source
 from jaxmodels.neox import NeoX, NeoXConfig
 from tests.fuzz.targets.runs import make_run
+from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
 CONFIG = NeoXConfig(21, 12, 2, 3, n_ff=21, rope_percentage=0.5, max_len=11)
 COMMANDS = {
@@ -78,6 +80,21 @@ def test_companions_are_written_beside_the_weights(source, tmp_path, to):
         assert convert(source, out, to) == 0
         assert {name: (out / name).read_text() for name in COMPANIONS} == COMPANIONS
         assert open_source(out).companions.token_ids.eos == (2,)
+
+
+@pytest.mark.parametrize("to", COMMANDS)
+def test_the_tokenizer_of_a_published_folder_is_the_one_that_is_read(source, tmp_path, to):
+    """A vocabulary.json there is no companion: it would replace the tokenizer, and `verify` compares tensors alone."""
+    tokenizer = byte_level_tokenizer()
+    (source / "tokenizer.json").write_text(tokenizer.to_str())
+    tokenizer.add_tokens(["another"])
+    (source / "vocabulary.json").write_text(json.dumps({"tokenizer": tokenizer.to_str()}))
+    out = tmp_path / "out"
+    assert convert(source, out, to) == 0
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not (out / "vocabulary.json").exists()
+    texts = [open_source(folder).vocabulary().encode("another").tolist() for folder in (source, out)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("to", COMMANDS)

@@ -1,7 +1,9 @@
 """`loglikelihood`: continuations after contexts, shared contexts, truncation."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxmodels.scoring import likelihood, loglikelihood
 from tests.common import V
@@ -63,3 +65,14 @@ def test_empty_continuations_have_log_probability_zero():
 def test_bad_input_is_refused(contexts, continuations, message):
     with pytest.raises(ValueError, match=message):
         loglikelihood(MODELS["neox"](), contexts, continuations, max_length=3)
+
+
+def test_a_log_probability_that_is_nan_is_refused_and_an_excluded_token_is_not():
+    model = MODELS["rotary"]()
+    bias = np.zeros(V, np.float32)
+    bias[3] = -np.inf
+    model.generator.projection.bias = nnx.Param(jnp.asarray(bias))
+    assert [one.log_prob > -np.inf for one in loglikelihood(model, [[1], [1]], [[2], [3]])] == [True, False]
+    model.generator.projection.bias = nnx.Param(jnp.full(V, jnp.nan))
+    with pytest.raises(ValueError, match="continuation 0 is nan"):
+        loglikelihood(model, [[1], [1]], [[2], [3]])

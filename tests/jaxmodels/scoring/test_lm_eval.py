@@ -259,6 +259,13 @@ def test_a_model_without_special_tokens_needs_a_prefix(tmp_path):
         ({"pretrained": "x"}, "unknown pretrained.*source"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": "many"}, "batch_size=many"),
+        ({"max_length": "abc"}, "max_length='abc'"),
+        ({"max_length": -5}, "max_length=-5"),
+        ({"max_length": 1.5}, "max_length=1.5"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"prefix_token_id": 10**9}, "prefix_token_id=1000000000"),
+        ({"dtype": "foo"}, "dtype='foo' .*float32"),
     ],
 )
 def test_bad_arguments_are_refused(folder, arguments, message):

@@ -71,6 +71,17 @@ def test_help_lists_the_presets_and_names_its_boxes_for_what_they_hold(capsys):
     assert "config options" not in shown
 
 
+def test_help_repeats_the_values_of_a_run_with_escapes(capsys):
+    from jaxmodels.training.script import parse_flags
+
+    config = dataclasses.make_dataclass("Named", [("text", str, "\x1b]0;name\x07\u202e")], frozen=True)
+    with pytest.raises(SystemExit):
+        parse_flags(config, (), ["--help"], "python -m train.rope")
+    shown = capsys.readouterr().out
+    assert "x1b]0;name" in shown
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
 def test_paths_of_flags_are_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     flags = ["--out=~/run", "--text=~/a.txt", "--compile-cache=~/cache"]

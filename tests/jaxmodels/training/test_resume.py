@@ -243,6 +243,26 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(new, ended, tmp_path, ca
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"5", "10", "12.damaged"}
 
 
+def test_a_damaged_checkpoint_that_cannot_be_renamed_is_written_again(new, ended, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(ended, tmp_path / "run"))
+    damage(run / "checkpoints" / "12" / "state" / "state" / "manifest.ocdbt", "zeros")
+
+    rename = Path.rename
+
+    def not_aside(path, target):  # as on a mounted bucket
+        if target.name == "12.damaged":
+            raise OSError(f"{path} cannot be renamed to {target}")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", not_aside)
+        finish(*new, "--out", run, "--steps", 12)
+    experiment, command = parse(rope.Rope, "train.rope", [*new, "--out", str(run)])
+    opened = Trainer(experiment, run, command.options)
+    opened.close()
+    assert opened.position.step == 12
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_an_error_without_warnings(new, ended, tmp_path, capsys):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     for step in (5, 10, 12):

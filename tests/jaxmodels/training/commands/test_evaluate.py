@@ -203,6 +203,24 @@ def test_several_files_and_jsonl_are_scored_as_documents(documents, tmp_path, ca
     assert content["total"]["loss"] == pytest.approx(expected.total.loss, rel=1e-6)
 
 
+def test_an_infinite_loss_is_null_in_json(tmp_path, capsys):
+    model = transformer()
+    bias = np.zeros(len(VOCABULARY), np.float32)
+    bias[VOCABULARY.encode(TEXT[3])[0]] = -np.inf
+    model.generator.projection.bias = nnx.Param(bias)
+    jaxmodels.save(model, tmp_path / "model")
+    VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
+    (tmp_path / "a.txt").write_text(TEXT)
+    scores(tmp_path / "model", "--text", tmp_path / "a.txt", "--stride", 5, "--json", tmp_path / "scores.json")
+    assert "inf" in capsys.readouterr().out
+
+    def constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    content = json.loads((tmp_path / "scores.json").read_text(), parse_constant=constant)
+    assert content["total"]["loss"] is content["total"]["bits_per_byte"] is None
+
+
 def test_a_long_jsonl_file_has_one_row(tmp_path, capsys):
     jaxmodels.save(transformer(), tmp_path / "model")
     VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
