@@ -38,7 +38,7 @@ def make_searcher(factory: str, width: int) -> Any:
     """Empty FAISS index with inner products.
 
     Raises ValueError if FAISS refuses the factory string, or inner products with it; if it is longer than any of use;
-    for a component that is not one of COMPONENT; or for numbers with which its tables would take more than HEADER_BYTES.
+    for a component that is not one of COMPONENT; or if its tables would take more than HEADER_BYTES.
     """
     faiss = import_faiss()
     components = factory.split(",")
