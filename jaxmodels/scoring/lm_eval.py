@@ -10,10 +10,8 @@ import argparse
 import functools
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +26,7 @@ from jaxmodels.process.arguments import Parser, errors_escaped
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
 from jaxmodels.scoring.documents import checked_vocabulary, default_window
+from jaxmodels.scoring.here import data_sets_not_here, refuse_metrics_here
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
 from jaxmodels.scoring.special import chat_template, special_ids
@@ -345,17 +344,6 @@ def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     return arguments
 
 
-def refuse_metrics_here() -> None:
-    """Raise ValueError if a folder NAME in the current folder has a NAME.py.
-
-    `evaluate.load("rouge")`, which tasks call, prefers the code in ./rouge/rouge.py to the published metric.
-    """
-    for folder in Path().iterdir():
-        code = folder / f"{folder.name}.py"
-        if os.path.isfile(code):
-            raise ValueError(f"{code} would run as the metric of that name; start the command in another folder")
-
-
 def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run lm-eval's command line with the model type registered, and selected by default; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -376,7 +364,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         from lm_eval.__main__ import cli_evaluate
 
         sys.argv = [prog, *options]
-        with errors_escaped():
+        with errors_escaped(), data_sets_not_here():
             cli_evaluate()
 
     return run(harness, prog)

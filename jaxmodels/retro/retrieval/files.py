@@ -38,6 +38,7 @@ OWN = re.compile(rf"(tokens|documents)\.npy|vocabulary\.json|(training|validatio
 # Most bytes of FAISS's file: of its tables, and for each chunk and each of its vector's values.
 HEADER_BYTES, CHUNK_BYTES, VALUE_BYTES = 2**28, 2**14, 16
 LEAST_LIMIT = 2**26  # bytes that FAISS may allocate for a small file: tables that it computes
+LONGEST_TEXT = 2**13  # characters in about.json; an embedder's name may be a path, which has up to 4,096 bytes
 TEXTS, NUMBERS = ("fingerprint", "embedder", "factory"), ("chunk_len", "chunks", "added")
 
 
@@ -50,8 +51,8 @@ def read_about(folder: Path) -> dict[str, Any]:
         check_format(file.name, about["format"], FORMAT, "; build it again")
         found = {name: about[name] for name in (*TEXTS, *NUMBERS, "index", "sha256")}
         for name in TEXTS:
-            if not isinstance(found[name], str):
-                raise ValueError(f"{name}={quoted(found[name])} must be a string")
+            if not isinstance(found[name], str) or len(found[name]) > LONGEST_TEXT:
+                raise ValueError(f"{name}={quoted(found[name])} must be text of at most {LONGEST_TEXT:,} characters")
         for name in NUMBERS:
             least = name == "chunk_len"
             if not isinstance(found[name], int) or isinstance(found[name], bool) or found[name] < least:
@@ -101,13 +102,16 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 def begun(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """Content of about.json of an index that a build continues; None if there is none.
 
-    Raises ValueError if the index is another than wanted, or if the folder holds files of others.
+    One to which nothing was added, as when FAISS cannot train on the corpus, may go on with another factory. Raises
+    ValueError if the index is another than wanted, or if the folder holds files of others.
     """
     if not (folder / "about.json").exists():
         if not is_empty(folder):
             raise ValueError(f"{folder} is not empty and holds no chunk index; choose another folder")
         return None
     about = read_about(folder)
+    if not about["added"]:
+        about["factory"] = wanted["factory"]
     check_same(folder, about, wanted)
     check_own(folder)
     return about
@@ -158,9 +162,11 @@ def read_searcher(folder: Path, about: dict[str, Any], empty: Any) -> Any:
         if sha256_of(file, most) != about["sha256"]:
             raise ValueError(f"{file} has another sha256 than about.json: it is damaged or of another index")
         with lengths_limited(faiss, file.stat().st_size), open_regular(file) as opened:
-            # Inverted lists may lie in another file, of any name, which FAISS would open for writing. The flag has it
-            # look beside the file that it reads, which is none that it knows, and so refuse them.
-            searcher = faiss.read_index(faiss.PyCallbackIOReader(opened.read), faiss.IO_FLAG_ONDISK_SAME_DIR)
+            # Inverted lists may lie in another file, of any name, which FAISS would open for writing. A flag has it
+            # look beside the file that it reads, which is none that it knows, and so refuse them. The other has it skip
+            # the table of 4^bits distances between codes that a graph of another metric has.
+            flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_PQ_SKIP_SDC_TABLE
+            searcher = faiss.read_index(faiss.PyCallbackIOReader(opened.read), flags)
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     except (RuntimeError, MemoryError) as error:
@@ -202,8 +208,6 @@ def stored_ids(searcher: Any) -> np.ndarray | None:
     searcher = faiss.downcast_index(searcher)
     if isinstance(searcher, faiss.IndexPreTransform):
         return stored_ids(searcher.index)
-    if isinstance(searcher, faiss.IndexIDMap):
-        return faiss.vector_to_array(searcher.id_map)
     if not isinstance(searcher, faiss.IndexIVF):
         return None
 
@@ -237,4 +241,6 @@ def import_faiss() -> Any:
 
 def reason(error: Exception) -> str:
     """FAISS's message without the C++ expression."""
+    if "read error in" in str(error):  # followed by the number of items read, and an errno of another call
+        return "it ends too early: it is truncated or damaged"
     return str(error).strip().partition("\n")[0].rpartition(": ")[2] or "no reason given"

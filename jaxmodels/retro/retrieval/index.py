@@ -9,7 +9,6 @@ An interrupted build continues after the last batch that was saved. One process 
 """
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,12 +21,12 @@ from jaxmodels.io.bounded import errors_naming, exclusive, sha256_of
 from jaxmodels.process.texts import quoted
 from jaxmodels.retro.retrieval.corpus import Corpus, Refuse
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
+from jaxmodels.retro.retrieval.factory import default_factory, make_searcher
 from jaxmodels.retro.retrieval.files import (
     FORMAT,
     LOCK,
     begun,
     check_same,
-    import_faiss,
     read_about,
     read_corpus,
     read_searcher,
@@ -38,26 +37,9 @@ from jaxmodels.retro.retrieval.files import (
     write_searcher,
 )
 
-EXACT_UP_TO = 200_000  # chunks; with 512 features they take 0.4 GB, and a query about 10 ms
 BATCH = 4096  # chunks that are embedded and added, or searched for, at a time
 SAVE_EVERY = 64  # batches
 TRAIN_PER_CELL = 64  # vectors for k-means per cell of an IVF index
-# Components of a factory string. Others of FAISS take minutes to train, or are not searched by inner products.
-COMPONENT = re.compile(
-    r"IDMap|L2norm|Flat|SQ(4|6|8|fp16|bf16)|PQ[0-9]+(x[0-9]+)?(fs|np)?|HNSW[0-9]+(_(Flat|SQ8|PQ[0-9]+))?"
-    r"|IVF[0-9]+(_HNSW[0-9]+)?|(PCAR?|RR)[0-9]+|OPQ[0-9]+(_[0-9]+)?"
-)
-# Numbers in it: of cells; of links of each chunk; of bits of each part of a vector. Others are at most the width.
-LARGEST = {"IVF": 2**20, "HNSW": 512, "x": 16}
-
-
-def default_factory(chunks: int, width: int) -> str:
-    """FAISS factory string for a number of chunks: exact, or IVF-PQ with codes of 64 bytes and about 4·√n cells."""
-    if chunks <= EXACT_UP_TO:
-        return "Flat"
-    cells = 2 ** round(np.log2(np.clip(4 * np.sqrt(chunks), 256, 65536)))
-    parts = max(m for m in range(1, 65) if width % m == 0)
-    return f"IVF{cells},PQ{parts}"
 
 
 class ChunkIndex:
@@ -131,7 +113,12 @@ class ChunkIndex:
         batches = range(self.about["added"], len(self.starts), BATCH)
         for number, first in enumerate(shown(batches, "indexing", progress), start=1):
             passages = self.corpus.passages(self.starts[first : first + BATCH], self.chunk_len)
-            self.searcher.add(self.embed(passages))
+            vectors = self.embed(passages)
+            try:
+                self.searcher.add(vectors)
+            except (RuntimeError, MemoryError) as error:
+                factory = quoted(self.about["factory"])
+                raise ValueError(f"factory={factory} cannot add {len(vectors)} chunks: {reason(error)}") from None
             ended = interrupted()
             if ended or number % SAVE_EVERY == 0 or number == len(batches):
                 self.save(folder)
@@ -260,29 +247,6 @@ class ChunkIndex:
             if fetch == len(self) or not short.any():
                 return
             rows, vectors, fetch = rows[short], vectors[short], min(4 * fetch, len(self))
-
-
-def make_searcher(factory: str, width: int) -> Any:
-    """Empty FAISS index with inner products.
-
-    Raises ValueError if FAISS refuses the factory string, for a component that is not one of COMPONENT, or for numbers
-    with which it would take gigabytes at once.
-    """
-    faiss = import_faiss()
-    for component in factory.split(","):
-        if not COMPONENT.fullmatch(component):
-            raise ValueError(
-                f"factory={quoted(factory)} has {quoted(component)}, must be Flat, IVF, PQ, SQ, HNSW, PCA, PCAR, RR, "
-                "OPQ, L2norm or IDMap with their numbers"
-            )
-        for kind, number in re.findall(r"([A-Za-z]+|_)([0-9]+)", component):
-            most = LARGEST.get(kind, max(width, 16))
-            if len(number) > 7 or int(number) > most:
-                raise ValueError(f"factory={quoted(factory)} has {quoted(kind + number)}, must be at most {most:,}")
-    try:
-        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-    except (RuntimeError, MemoryError) as error:
-        raise ValueError(f"factory={factory!r} is refused by FAISS for width {width}: {reason(error)}") from None
 
 
 def train(searcher: Any, corpus: Corpus, starts: np.ndarray, chunk_len: int, embedder: Embedder, factory: str) -> None:

@@ -27,10 +27,11 @@ def fit_to(searcher: Any, empty: Any) -> None:
 
 
 def kind_of(part: Any) -> str:
-    """Name of a part's class; FAISS reads an IndexFlatIP as an IndexFlat."""
+    """Name of a part's class; FAISS reads an IndexFlatIP as an IndexFlat, and an OPQMatrix as a LinearTransform."""
     import faiss
 
-    return "IndexFlat" if isinstance(part, faiss.IndexFlat) else type(part).__name__
+    read_as = ((faiss.IndexFlat, "IndexFlat"), (faiss.OPQMatrix, "LinearTransform"))
+    return next((name for kind, name in read_as if isinstance(part, kind)), type(part).__name__)
 
 
 def copy(names: tuple[str, ...], source: Any, target: Any) -> None:

@@ -296,3 +296,52 @@ def test_a_folder_with_the_code_of_a_metric_is_refused(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert main(["ls", "tasks"]) == 2
     assert capsys.readouterr().err.startswith("jaxmodels lm-eval: rouge/rouge.py would run as the metric")
+
+
+def task_here(monkeypatch, tmp_path, **settings) -> int:
+    """Exit code of the command in a folder with the folders json and Some/texts, for a group of one task."""
+    import lm_eval.__main__
+    from lm_eval.tasks import TaskManager
+
+    from jaxmodels.scoring.lm_eval import main
+
+    (tmp_path / "json").mkdir()
+    (tmp_path / "Some" / "texts").mkdir(parents=True)
+    (tmp_path / "Some" / "texts" / "test.jsonl").write_text('{"text": "mine"}\n')
+    (tmp_path / "tasks").mkdir()
+    task = {"task": "one", "test_split": "test", **TASKS["rolling"], **settings}
+    (tmp_path / "tasks" / "one.yaml").write_text(json.dumps(task))
+    (tmp_path / "tasks" / "all.yaml").write_text(json.dumps({"group": "all", "task": ["one"]}))
+    monkeypatch.chdir(tmp_path)
+
+    def evaluated() -> None:  # as lm-eval, which reads its own 15,000 tasks too
+        loaded = TaskManager(include_path="tasks", include_defaults=False).load(["all"])
+        assert list(loaded["tasks"]["one"].test_docs()["text"]) == ["mine"]
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
+    return main(["run", "--tasks", "all"])
+
+
+@pytest.mark.usefixtures("_offline")
+@pytest.mark.parametrize("name", ["Some/texts", "Some"])
+def test_a_folder_with_the_name_of_a_data_set_is_refused(tmp_path, monkeypatch, capsys, name):
+    import datasets.load
+
+    before = datasets.load.dataset_module_factory
+    assert task_here(monkeypatch, tmp_path, dataset_path=name) == 2
+    assert capsys.readouterr().err.startswith(f"jaxmodels lm-eval: {name} in the current folder would be read")
+    assert datasets.load.dataset_module_factory is before
+
+
+@pytest.mark.usefixtures("_offline")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dataset_path": "./Some/texts"},
+        {"dataset_path": "{tmp_path}/Some/texts"},
+        {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "Some/texts/test.jsonl"}}},
+    ],
+)
+def test_a_folder_that_a_task_names_as_one_is_read(tmp_path, monkeypatch, settings):
+    settings["dataset_path"] = settings["dataset_path"].format(tmp_path=tmp_path)
+    assert task_here(monkeypatch, tmp_path, **settings) == 0

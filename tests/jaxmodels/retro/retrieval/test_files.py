@@ -44,6 +44,8 @@ def change(folder, **fields):
         ("chunks", -1),
         ("added", 10**9),
         ("embedder", ["ngrams"]),
+        ("embedder", "sentence:" + "m" * 2**13),
+        ("fingerprint", "0" * 10**6),
         ("fingerprint", None),
     ],
 )

@@ -12,7 +12,7 @@ from jaxmodels.retro.retrieval import index as index_module
 from jaxmodels.retro.retrieval.command import main as neighbors_command
 from jaxmodels.retro.retrieval.corpus import Corpus, sharing
 from jaxmodels.retro.retrieval.embedders import HashedNGrams
-from jaxmodels.retro.retrieval.index import ChunkIndex, default_factory
+from jaxmodels.retro.retrieval.index import ChunkIndex
 from jaxmodels.text import CharVocabulary
 
 L = 5
@@ -188,12 +188,6 @@ def test_inverted_lists_of_quantized_vectors_find_most_of_the_nearest(tmp_path, 
     rough.n_probe = 1  # most chunks are not even looked at: FAISS says -1
     found = rough.neighbors(chunks, len(index))
     assert (found[:, -1] == found[:, 0]).all()
-
-
-def test_exact_for_small_corpora_and_ivf_pq_beyond():
-    assert default_factory(200_000, 512) == "Flat"
-    assert default_factory(1_000_000, 512) == "IVF4096,PQ64"
-    assert default_factory(1_000_000, 100) == "IVF4096,PQ50"
 
 
 OTHERS = {
