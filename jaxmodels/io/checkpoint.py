@@ -27,6 +27,8 @@ from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
 STEM = "params"
+ITEM = "state"  # folder in an Orbax folder that has the arrays
+VALUE_TYPE = "jax.Array"  # of every array that this program saves
 METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for an array
 JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")
 # Of the child process that reads names: processor time to start, to read, and for each byte of the folder; memory.
@@ -78,7 +80,6 @@ def read_arrays(
     """
     from orbax.checkpoint import v1 as ocp
 
-    drop_late_messages()
     folder = folder.absolute()  # Orbax accepts no relative path
     stored, fit = stored_types(folder), operator.eq if exact else same_kind
     wrong = [f"missing {key}" for key in targets if key not in stored]
@@ -101,7 +102,7 @@ def read_arrays(
     }
     try:
         with without_logs():
-            arrays = ocp.load(folder, abstract)
+            arrays = ocp.load(folder, abstract, checkpointable_name=ITEM)
     except Exception as error:  # many kinds here too
         raise ValueError(f"{folder} is damaged: {reason(error)}") from error
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
@@ -162,12 +163,14 @@ def stored_types(folder: Path) -> dict[str, Type]:
     """
     from orbax.checkpoint import v1 as ocp
 
+    drop_late_messages()
     check_files(folder)
     held = sum(file.stat().st_size for file in below(folder) if file.is_file())
     try:
         with without_logs():
             shapes = chunked_shapes(folder.absolute(), held)
-            stored = ocp.metadata(folder.absolute()).metadata
+            check_format_of_arrays(folder)
+            stored = ocp.metadata(folder.absolute(), ITEM).metadata
         if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
         types = {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
@@ -200,8 +203,23 @@ def chunked_shapes(folder: Path, held: int = 0) -> dict[str, tuple[int, ...]]:
     writes today, and for names that take too much time or memory.
     """
     seconds = SECONDS + SECONDS_PER_BYTE * held
-    found = reader().call("shapes", str(folder / "state"), seconds=seconds, megabytes=MEGABYTES)
+    found = reader().call("shapes", str(folder / ITEM), seconds=seconds, megabytes=MEGABYTES)
     return {name: tuple(shape) for name, shape in found.items()}
+
+
+def check_format_of_arrays(folder: Path) -> None:
+    """Raise ValueError, naming the file, unless Orbax reads the arrays from the store of `chunked_shapes`.
+
+    Its _METADATA may lead to other files and other kinds of values, and may have absent chunks read as zeros.
+    """
+    file = folder / ITEM / "_METADATA"
+    content = read_object(file, METADATA_BYTES)
+    for name in ("use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value"):
+        if content.get(name) is not True:
+            raise ValueError(f"{file} has {name}={quoted(content.get(name))}, must be true")
+    for name, entry in content["tree_metadata"].items():
+        if (kind := entry["value_metadata"]["value_type"]) != VALUE_TYPE:
+            raise ValueError(f"{file} has value_type={quoted(kind)} of {quoted(name)}, must be {VALUE_TYPE}")
 
 
 def check_files(folder: Path) -> None:
