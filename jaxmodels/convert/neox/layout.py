@@ -124,13 +124,13 @@ def hf_name(key: str) -> str:
 
 
 # [neox.ranks: merge]
-def merged(name: Name, parts: Parts, row_bias: str) -> Any:
-    """Merge the ranks' tensors into one. row_bias: 'sum', 'mean' or 'first'."""
+def merged(name: Name, parts: Parts, row_bias: str, key: str = "a tensor") -> Any:
+    """Merge the ranks' tensors into one. row_bias: 'sum', 'mean' or 'first'. key: its name in errors on reading."""
     if len(parts) == 1:
         return parts[0]
     how = {REPLICA: "mean", ROW_BIAS: row_bias}.get(name.merge)
     if how is not None:
-        return parts[0] if how == "first" else Combined(parts, COMBINE[how])
+        return parts[0] if how == "first" else Combined(parts, COMBINE[how], key)
     return Joined(parts, 1 if name.merge in (COLUMNS, READOUT_COLUMNS) else 0)
 
 

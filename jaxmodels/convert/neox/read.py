@@ -126,7 +126,7 @@ def open_neox(
     tensors, problems = {}, []
     for key, shape in named(config).items():
         name, held, where = parts[key]
-        tensor = merged(name, held, row_bias)
+        tensor = merged(name, held, row_bias, key)
         if name.merge in (VOCABULARY, READOUT_COLUMNS) and tensor.shape[0] != config.n_vocab:
             tensor = Cut(tensor, 0, 0, config.n_vocab)
         if tuple(tensor.shape) != shape:
@@ -248,6 +248,8 @@ def vocabulary(shards: Shards, parts: Parts, settings: Mapping[str, Any]) -> tup
         raise ValueError(
             f"{shards.step}: the embedding has {rows} rows, the readout {readout[0].shape[0]}; they must be equal"
         )
+    if not rows:
+        raise ValueError(f"{parts[EMBEDDING[0].twin][2][0].file}: the embedding has no rows, must have one or more")
     limit = min(rows, shards.ranks * divisible_by(settings)) - 1  # padding is never longer
     zero = zero_rows(parts, rows - limit)
     return rows, limit if zero.all() else int(zero[::-1].argmin())
