@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxmodels.io import ocdbt
 from jaxmodels.io.bounded import check_format, open_regular, read_json, read_object
-from jaxmodels.io.safetensors import is_folder, read_folder
+from jaxmodels.io.content import STEM, holds_safetensors
+from jaxmodels.io.safetensors import read_folder
 from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.failures import refusal
@@ -26,7 +27,6 @@ from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, same_kind
 from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
-STEM = "params"
 ITEM = "state"  # folder in an Orbax folder that has the arrays
 VALUE_TYPE = "jax.Array"  # of every array that this program saves
 METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for an array
@@ -43,6 +43,7 @@ def save_arrays(folder: Path, module: Any) -> None:
     """
     from orbax.checkpoint import v1 as ocp
 
+    drop_reports_of_saving()
     try:
         ocp.save(folder.absolute(), {dotted(path): array for path, array in flat_arrays(module).items()})
     except Exception as error:  # TensorStore raises its own for a full disk
@@ -124,6 +125,17 @@ def without_logs() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(other)
+
+
+def drop_reports_of_saving() -> None:
+    """Drop Orbax's own reports of failed writes, hundreds of lines of tracebacks, before an error is raised."""
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(is_not_about_saving)  # once: a logger keeps one of each filter
+
+
+def is_not_about_saving(record: logging.LogRecord) -> bool:
+    """False for a report of Orbax that something could not be written."""
+    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in str(record.msg))
 
 
 @functools.cache
@@ -246,7 +258,7 @@ def stored_arrays(folder: Path) -> dict[str, Any]:
 
     Raises ValueError if they are missing or damaged.
     """
-    return dict(read_folder(folder, STEM)) if is_folder(folder, STEM) else dict(stored_types(folder / STEM))
+    return dict(read_folder(folder, STEM)) if holds_safetensors(folder) else dict(stored_types(folder / STEM))
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:

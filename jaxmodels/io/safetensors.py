@@ -125,11 +125,6 @@ def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     return data[start:stop].view(dtype).reshape(shape)
 
 
-def is_folder(folder: Path, stem: str) -> bool:
-    """True if a folder holds STEM.safetensors or its index."""
-    return any((folder / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json"))
-
-
 def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     """Tensors of a folder by name, from one file or from all files of the index.
 
