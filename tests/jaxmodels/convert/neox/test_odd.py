@@ -69,6 +69,17 @@ def test_other_entries_of_layer_files(tmp_path):
     assert_holds(load_neox(tmp_path), state)
 
 
+CONTRADICT = {"attention.bias": torch.ones(1, 1, 7, 7, dtype=torch.bool), "attention.masked_bias": torch.tensor(5.0)}
+
+
+@pytest.mark.parametrize("name", CONTRADICT)
+def test_a_mask_that_contradicts_causal_attention_is_refused(tmp_path, name):
+    write(tmp_path)
+    change(layer_file(tmp_path, 3, 1), lambda held: held | {name: CONTRADICT[name]})
+    with pytest.raises(ValueError, match=rf"layer_03-model_01-model_states\.pt: layers\.{name} "):
+        open_neox(tmp_path)
+
+
 def test_other_entries_of_rank_files(tmp_path):
     state = write_rank_files(tmp_path)
     masks = {f"sequential.3.{name}": tensor for name, tensor in MASKS.items()}
