@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_folder, recover
 from jaxmodels.io.bounded import errors_naming
-from jaxmodels.io.checkpoint import FORMAT, STEM, load_arrays, read_config, save_arrays, stored_arrays
-from jaxmodels.io.safetensors import is_folder
+from jaxmodels.io.checkpoint import FORMAT, load_arrays, read_config, save_arrays, stored_arrays
+from jaxmodels.io.content import holds_safetensors
 from jaxmodels.io.steps import latest_step
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.sharding import placement
@@ -219,9 +219,7 @@ def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shard
     place = placement(cls, shardings) if isinstance(shardings, Mesh) else shardings
     stored = stored_arrays(folder)
     model = abstract(name, config, Stored.of(stored), folder / "config.json")
-    if is_folder(folder, STEM):
-        if (folder / "params").exists():
-            raise ValueError(f"{folder} holds both params/ and {STEM}.safetensors; expected one of them")
+    if holds_safetensors(folder):
         with errors_naming(folder):
             loaded = load_tensors(model, from_flax_names(model, stored), dtype, place, folder.name)
     elif dtype is None:

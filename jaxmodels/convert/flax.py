@@ -8,8 +8,9 @@ from pathlib import Path
 from jaxmodels.convert.companions import Companions
 from jaxmodels.convert.source import Source, abstract, check_stored, matched, model_source
 from jaxmodels.io.atomic import atomic_folder
-from jaxmodels.io.checkpoint import FORMAT, STEM, read_config
-from jaxmodels.io.safetensors import FILE_BYTES, is_folder, read_folder, write_folder
+from jaxmodels.io.checkpoint import FORMAT, read_config
+from jaxmodels.io.content import STEM, holds_safetensors
+from jaxmodels.io.safetensors import FILE_BYTES, read_folder, write_folder
 from jaxmodels.models import load
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.weights.lazy import Transposed
@@ -27,7 +28,7 @@ def open_flax(folder: str | os.PathLike) -> Source:
     name, fields = read_config(folder)
     if name not in ("NeoX", "LoRANeoX"):
         raise ValueError(f"{folder} holds a {name}, not a NeoX")
-    if not is_folder(folder, STEM):
+    if not holds_safetensors(folder):
         # An adapter is merged in float32, so that the sum is rounded once, to the dtype that is written.
         source = model_source(load(folder, dtype="float32" if name == "LoRANeoX" else None))
         return dataclasses.replace(

@@ -15,7 +15,7 @@ from pathlib import Path
 from jaxmodels.convert.companions import FILES, TEMPLATES
 from jaxmodels.convert.kinds.unusable import check_hf, explain_names, matching
 from jaxmodels.io.bounded import read_object, read_text
-from jaxmodels.io.checkpoint import STEM
+from jaxmodels.io.content import STEM
 from jaxmodels.io.pretrained import chosen, variants
 from jaxmodels.process.extras import available
 from jaxmodels.process.paths import below, is_plain

@@ -23,8 +23,8 @@ from jaxmodels.convert.neox.read import InferredWarning, open_neox
 from jaxmodels.convert.source import Source
 from jaxmodels.io.atomic import recover
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
-from jaxmodels.io.checkpoint import STEM, read_config, stored_arrays
-from jaxmodels.io.safetensors import is_folder
+from jaxmodels.io.checkpoint import read_config, stored_arrays
+from jaxmodels.io.content import STEM, holds_safetensors
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import DTYPES
 from jaxmodels.process.paths import below
@@ -220,8 +220,7 @@ def open_source(
         raise ValueError(f"{name} is a training run that has no checkpoint yet")
     weights = models.model_folder(place.folder) if place.step is None else place.step / "model"
     model_name, fields = read_config(weights)
-    if not (weights / STEM).is_dir() and not is_folder(weights, STEM):
-        raise ValueError(f"{weights} has a config.json and no weights; expected params/ or params.safetensors")
+    holds_safetensors(weights)  # raises if it has no weights, or two
     if model_name == "LoRANeoX":  # merged on loading
         model_name, fields = "NeoX", {key: value for key, value in fields.items() if key != "lora"}
     return Opened(name, place.kind, place.folder, weights, Companions.of(*place.beside), model_name, fields)

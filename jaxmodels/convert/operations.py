@@ -179,7 +179,8 @@ def adapter(options: argparse.Namespace) -> str:
         raise ValueError(f"{options.source} has no LoRA adapter; --to peft needs a run with tune='lora'")
     model = load_saved(opened.weights)
     base = opened.original.get("source")
-    write_peft(model, options.target, base, opened.companions, overwrite=options.overwrite)
+    with errors_naming(opened.weights):
+        write_peft(model, options.target, base, opened.companions, overwrite=options.overwrite)
     about = f"{options.target}: LoRA adapter for PEFT, {described(model.lora)}; base model: {base or 'not known'}"
     return visible(about)
 

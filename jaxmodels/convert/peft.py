@@ -34,12 +34,13 @@ def write_peft(
     """Write the adapter of a model for `peft.PeftModel.from_pretrained(base model, folder)`, atomically.
 
     base: name of the base model to store, a Hub id or the path of a Hugging Face folder. companions: tokenizer files to
-    copy. Raises ValueError like `jaxmodels.save`, if the model has no adapter, or if transformers has no setting for
-    the base model's configuration.
+    copy. Raises ValueError like `jaxmodels.save`, if the model has no adapter or is not finite with it, or if
+    transformers has no setting for the base model's configuration.
     """
     if not isinstance(model, LoRANeoX):
         raise ValueError(f"model is a {type(model).__name__}; PEFT's format needs one with a LoRA adapter")
     check_expressible(model.settings)
+    model.merged()  # raises as `jaxmodels.load` would
     tensors = {peft_name(key): Transposed(tensor) for key, tensor in tensors_of(model).items() if is_factor(key)}
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         if companions is not None:

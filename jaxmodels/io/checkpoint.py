@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxmodels.io import ocdbt
 from jaxmodels.io.bounded import check_format, open_regular, read_json, read_object
-from jaxmodels.io.safetensors import is_folder, read_folder
+from jaxmodels.io.content import STEM, holds_safetensors
+from jaxmodels.io.safetensors import read_folder
 from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.failures import refusal
@@ -26,7 +27,8 @@ from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, same_kind
 from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
-STEM = "params"
+ITEM = "state"  # folder in an Orbax folder that has the arrays
+VALUE_TYPE = "jax.Array"  # of every array that this program saves
 METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for an array
 JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")
 # Of the child process that reads names: processor time to start, to read, and for each byte of the folder; memory.
@@ -41,6 +43,7 @@ def save_arrays(folder: Path, module: Any) -> None:
     """
     from orbax.checkpoint import v1 as ocp
 
+    drop_reports_of_saving()
     try:
         ocp.save(folder.absolute(), {dotted(path): array for path, array in flat_arrays(module).items()})
     except Exception as error:  # TensorStore raises its own for a full disk
@@ -78,7 +81,6 @@ def read_arrays(
     """
     from orbax.checkpoint import v1 as ocp
 
-    drop_late_messages()
     folder = folder.absolute()  # Orbax accepts no relative path
     stored, fit = stored_types(folder), operator.eq if exact else same_kind
     wrong = [f"missing {key}" for key in targets if key not in stored]
@@ -101,7 +103,7 @@ def read_arrays(
     }
     try:
         with without_logs():
-            arrays = ocp.load(folder, abstract)
+            arrays = ocp.load(folder, abstract, checkpointable_name=ITEM)
     except Exception as error:  # many kinds here too
         raise ValueError(f"{folder} is damaged: {reason(error)}") from error
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
@@ -123,6 +125,17 @@ def without_logs() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(other)
+
+
+def drop_reports_of_saving() -> None:
+    """Drop Orbax's own reports of failed writes, hundreds of lines of tracebacks, before an error is raised."""
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(is_not_about_saving)  # once: a logger keeps one of each filter
+
+
+def is_not_about_saving(record: logging.LogRecord) -> bool:
+    """False for a report of Orbax that something could not be written."""
+    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in str(record.msg))
 
 
 @functools.cache
@@ -162,12 +175,14 @@ def stored_types(folder: Path) -> dict[str, Type]:
     """
     from orbax.checkpoint import v1 as ocp
 
+    drop_late_messages()
     check_files(folder)
     held = sum(file.stat().st_size for file in below(folder) if file.is_file())
     try:
         with without_logs():
             shapes = chunked_shapes(folder.absolute(), held)
-            stored = ocp.metadata(folder.absolute()).metadata
+            check_format_of_arrays(folder)
+            stored = ocp.metadata(folder.absolute(), ITEM).metadata
         if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
         types = {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
@@ -200,8 +215,23 @@ def chunked_shapes(folder: Path, held: int = 0) -> dict[str, tuple[int, ...]]:
     writes today, and for names that take too much time or memory.
     """
     seconds = SECONDS + SECONDS_PER_BYTE * held
-    found = reader().call("shapes", str(folder / "state"), seconds=seconds, megabytes=MEGABYTES)
+    found = reader().call("shapes", str(folder / ITEM), seconds=seconds, megabytes=MEGABYTES)
     return {name: tuple(shape) for name, shape in found.items()}
+
+
+def check_format_of_arrays(folder: Path) -> None:
+    """Raise ValueError, naming the file, unless Orbax reads the arrays from the store of `chunked_shapes`.
+
+    Its _METADATA may lead to other files and other kinds of values, and may have absent chunks read as zeros.
+    """
+    file = folder / ITEM / "_METADATA"
+    content = read_object(file, METADATA_BYTES)
+    for name in ("use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value"):
+        if content.get(name) is not True:
+            raise ValueError(f"{file} has {name}={quoted(content.get(name))}, must be true")
+    for name, entry in content["tree_metadata"].items():
+        if (kind := entry["value_metadata"]["value_type"]) != VALUE_TYPE:
+            raise ValueError(f"{file} has value_type={quoted(kind)} of {quoted(name)}, must be {VALUE_TYPE}")
 
 
 def check_files(folder: Path) -> None:
@@ -228,7 +258,7 @@ def stored_arrays(folder: Path) -> dict[str, Any]:
 
     Raises ValueError if they are missing or damaged.
     """
-    return dict(read_folder(folder, STEM)) if is_folder(folder, STEM) else dict(stored_types(folder / STEM))
+    return dict(read_folder(folder, STEM)) if holds_safetensors(folder) else dict(stored_types(folder / STEM))
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxmodels.process.texts import shortened
 
+STEM = "params"  # of the files with the weights of a model that this program saves
 HEAD = 512  # bytes that are looked at
 DOWNLOAD = "download it with `hf download`"
 # Beginnings of a file that stands for another one.
@@ -84,6 +85,21 @@ def is_torch_file(file: Path) -> bool:
 def explained(file: Path, otherwise: str) -> ValueError:
     """Error for a file that could not be read: says what the file is, or `otherwise`."""
     return ValueError(f"{file} {recognised(file) or shortened(otherwise, 400)}")
+
+
+def holds_safetensors(folder: Path) -> bool:
+    """True if a model's folder holds STEM.safetensors or its index; False if it holds STEM, an Orbax folder.
+
+    Raises ValueError, naming the folder, if it holds more than one of them, or none.
+    """
+    found = [
+        name for name in (STEM, f"{STEM}.safetensors", f"{STEM}.safetensors.index.json") if (folder / name).exists()
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds no weights; expected {STEM}/ or {STEM}.safetensors")
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(found)}; expected one of them")
+    return found != [STEM]
 
 
 # Files in the folders that this program writes: path in the folder, and first bytes; () if they may be any.

@@ -135,9 +135,10 @@ def read_shards(folder: Path, index: Path, notes: list[str]) -> Weights:
         raise ValueError(f"{index} has an empty weight_map")
     tensors: dict[str, Any] = {}
     places: dict[str, str] = {}
-    files = {name: inside(folder, name, index) for name in sorted(set(weight_map.values()))}
-    for name, file in files.items():
-        if not file.is_file():
+    files: dict[str, Path] = {}
+    for name in sorted(set(weight_map.values())):
+        files[name] = inside(folder, name, index)
+        if not files[name].is_file():  # at once: an index may name any number of them
             raise ValueError(f"{index} names {quoted(name)}, which does not exist in its folder")
     check_distinct(files.values())
     allowance = Allowance(files.values())

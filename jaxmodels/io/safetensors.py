@@ -125,11 +125,6 @@ def view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
     return data[start:stop].view(dtype).reshape(shape)
 
 
-def is_folder(folder: Path, stem: str) -> bool:
-    """True if a folder holds STEM.safetensors or its index."""
-    return any((folder / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json"))
-
-
 def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     """Tensors of a folder by name, from one file or from all files of the index.
 
@@ -146,6 +141,9 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
         raise ValueError(f"{index} is not the index of a safetensors folder: {shortened(repr(error), 300)}") from None
     if outside:
         raise ValueError(f"{index} names {quoted(outside[0])}, which is not a file name in this folder")
+    for name in files:
+        if not (folder / name).exists():  # at once: an index may name any number of them
+            raise ValueError(f"{folder / name} does not exist")
     check_distinct(folder / name for name in files)
     tensors: dict[str, np.ndarray] = {}
     listed: dict[str, set[str]] = {}

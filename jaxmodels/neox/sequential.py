@@ -61,8 +61,8 @@ def is_buffer(key: str, n_layers: int) -> bool:
 
 def check_buffer(key: str, tensor: Any, config: NeoXConfig) -> None:
     """Raises ValueError, naming the key, if rotary frequencies or a causal mask contradict the configuration."""
-    frequencies, mask_name, _ = BUFFERS
-    if key.endswith(frequencies):
+    _, mask_name, _ = BUFFERS
+    if key.endswith("inv_freq"):
         check_frequencies(key, as_numpy(tensor), config.d_rope, config.rope_base)
     elif key.endswith(mask_name):
         mask = as_numpy(tensor)

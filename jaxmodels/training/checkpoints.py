@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ from jaxmodels.io import manifest
 from jaxmodels.io import steps as stored
 from jaxmodels.io.atomic import atomic_file, flush
 from jaxmodels.io.bounded import open_in_place
-from jaxmodels.io.checkpoint import read_arrays, read_config
+from jaxmodels.io.checkpoint import drop_reports_of_saving, read_arrays, read_config
 from jaxmodels.io.steps import FORMAT, MARK, check_run, latest_step, problem, read_mark, steps
 from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
@@ -89,8 +88,7 @@ class Checkpoints:
         self.retrying = False  # the last checkpoint could not be written
         self.accepted, self.discarded = threading.Event(), False
         self.finite: Callable[..., Any] | None = None
-        for logger in ("absl", "asyncio"):
-            logging.getLogger(logger).addFilter(is_not_about_saving)  # once: a logger keeps one of each filter
+        drop_reports_of_saving()
         self.lock = filelock.FileLock(run / LOCK, timeout=0, fallback_to_soft=False)
         check_run(run)
         if is_first():
@@ -372,11 +370,6 @@ def lower_finite(program: Program) -> jax.stages.Lowered:
 
     replicated = NamedSharding(program.mesh, PartitionSpec())
     return jax.jit(finite, out_shardings=replicated).lower(program.abstract_state())
-
-
-def is_not_about_saving(record: logging.LogRecord) -> bool:
-    """False for Orbax's own reports of failed writes, hundreds of lines of tracebacks: `settle` prints the reason."""
-    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in str(record.msg))
 
 
 def warn_skipped(step: int, reason: str) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxmodels.convert.companions import TOKENIZER, Companions
 from jaxmodels.convert.open import Opened, open_source
-from jaxmodels.io.checkpoint import STEM, stored_types
-from jaxmodels.io.safetensors import is_folder
+from jaxmodels.io.checkpoint import stored_types
+from jaxmodels.io.content import STEM, holds_safetensors
 from jaxmodels.weights.names import Type
 
 
@@ -56,7 +56,7 @@ def original_of(opened: Opened, tokenizer: str | None = None) -> Original:
 
 def types_of(opened: Opened) -> list[Type]:
     """Shapes and dtypes of an open NeoX's arrays, without reading them."""
-    if opened.kind in ("model", "run") and not is_folder(opened.weights, STEM):
+    if opened.kind in ("model", "run") and not holds_safetensors(opened.weights):
         return list(stored_types(opened.weights / STEM).values())
     return [Type(tuple(tensor.shape), np.dtype(tensor.dtype)) for tensor in opened.neox().tensors.values()]
 

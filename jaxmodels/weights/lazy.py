@@ -221,10 +221,14 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Combined:
-    """Function of small vectors of the same shape, such as their mean; every read loads all of them."""
+    """Function of small vectors of the same shape, such as their mean; every read loads all of them.
+
+    Reading raises ValueError, naming it, if a value is not finite though it is in each of the parts.
+    """
 
     parts: Sequence[Any]
     function: Callable[[Sequence[np.ndarray]], np.ndarray]
+    name: str = "a tensor"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -235,7 +239,12 @@ class Combined:
         return np.dtype(self.parts[0].dtype)
 
     def read_into(self, out: np.ndarray, index: Index) -> None:
-        copy(out, self.function([read(part) for part in self.parts])[index])
+        parts = [read(part) for part in self.parts]
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self.function(parts)
+        if (~np.isfinite(values) & np.all([np.isfinite(part) for part in parts], axis=0)).any():
+            raise ValueError(f"{self.name} has values that overflow in dtype={self.dtype.name} when ranks are merged")
+        copy(out, values[index])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

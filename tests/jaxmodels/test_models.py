@@ -19,11 +19,11 @@ from safetensors.numpy import save_file
 import jaxmodels
 from jaxmodels import models
 from jaxmodels.convert.flax import write_flax
-from jaxmodels.convert.open import load
+from jaxmodels.convert.open import load, open_source
 from jaxmodels.convert.source import model_source
 from jaxmodels.generate import generate
 from jaxmodels.io import atomic, manifest
-from jaxmodels.io.checkpoint import read_config
+from jaxmodels.io.checkpoint import read_config, stored_arrays
 from jaxmodels.io.steps import latest_step, problem, steps
 from jaxmodels.layers import Fixed, Linear
 from jaxmodels.neox import NeoX, NeoXConfig
@@ -469,8 +469,9 @@ def test_an_array_has_one_name_in_a_folder(tmp_path):
     save_file(arrays, tmp_path / "model" / "params.safetensors")
     models.load(tmp_path / "model")
     shutil.move(tmp_path / "orbax", tmp_path / "model" / "params")
-    with pytest.raises(ValueError, match=r"model holds both params/ and params\.safetensors"):
-        models.load(tmp_path / "model")
+    for read in (models.load, stored_arrays, lambda folder: open_source(folder).model()):
+        with pytest.raises(ValueError, match=r"model holds params and params\.safetensors"):
+            read(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "params")
     (tmp_path / "model" / "params.safetensors").unlink()
     save_file(arrays | {"encoder.norm.weight": np.zeros(8, np.float32)}, tmp_path / "model" / "params.safetensors")

@@ -15,6 +15,7 @@ from jaxmodels.weights.prefixes import LONGEST
 BASE = "gpt_neox."  # prefix of all tensors but the readout; absent in files of GPTNeoXModel
 READOUT = "embed_out.weight"
 READOUT_ALIAS = "lm_head.weight"  # its name in memory since transformers 5.14
+FREQUENCIES = (f"{BASE}rotary_emb.inv_freq", f"{BASE}rotary_emb.original_inv_freq")  # of all layers, in newer versions
 # Buffers that are neither parameters nor compared with the configuration.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|attention\.norm_factor)")
 # A word inside of a name. Words are matched one by one: an expression for the whole name takes quadratic time.
@@ -33,7 +34,7 @@ def twin_names(stored: Mapping[str, Any], config: NeoXConfig, where: str) -> dic
     if config.tied and table is not None and readout is not None and equal(readout, table):
         held.pop(READOUT)
     for name in list(held):
-        if is_buffer(name.removeprefix(BASE), config.n_layers):
+        if is_buffer(name.removeprefix(BASE), config.n_layers) or name in FREQUENCIES:
             try:
                 check_buffer(name, held.pop(name), config)
             except ValueError as error:

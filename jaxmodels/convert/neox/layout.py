@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.neox.sequential import BUFFERS
 from jaxmodels.weights.lazy import Combined, Cut, Joined, read
 
 # Ways to merge the shards of model-parallel ranks.
@@ -71,8 +72,8 @@ BLOCK = (
     Name("ffn.dense_h4_h.bias", ROW_BIAS, ("mlp.dense_4h_to_h.bias", "mlp.linear2.bias", "mlp.fc2_bias")),
 )
 
-FREQUENCIES = "attention.rotary_emb.inv_freq"  # not a parameter; compared with the configuration
-SKIPPED = re.compile(r".*_extra_state|attention\.(bias|masked_bias)")  # state of TransformerEngine; causal masks
+BLOCK_BUFFERS = tuple(name.removeprefix(".") for name in BUFFERS)  # no parameters; compared with the configuration
+SKIPPED = re.compile(r".*_extra_state")  # of TransformerEngine
 
 HF_NAMES = {name.twin: name.hf or name.disk[0] for name in (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)}
 
@@ -124,13 +125,13 @@ def hf_name(key: str) -> str:
 
 
 # [neox.ranks: merge]
-def merged(name: Name, parts: Parts, row_bias: str) -> Any:
-    """Merge the ranks' tensors into one. row_bias: 'sum', 'mean' or 'first'."""
+def merged(name: Name, parts: Parts, row_bias: str, key: str = "a tensor") -> Any:
+    """Merge the ranks' tensors into one. row_bias: 'sum', 'mean' or 'first'. key: its name in errors on reading."""
     if len(parts) == 1:
         return parts[0]
     how = {REPLICA: "mean", ROW_BIAS: row_bias}.get(name.merge)
     if how is not None:
-        return parts[0] if how == "first" else Combined(parts, COMBINE[how])
+        return parts[0] if how == "first" else Combined(parts, COMBINE[how], key)
     return Joined(parts, 1 if name.merge in (COLUMNS, READOUT_COLUMNS) else 0)
 
 

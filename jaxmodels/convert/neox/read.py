@@ -12,9 +12,9 @@ import numpy as np
 from jaxmodels.convert.companions import Companions
 from jaxmodels.convert.neox.layout import (
     BLOCK,
+    BLOCK_BUFFERS,
     EMBEDDING,
     FINAL_NORM,
-    FREQUENCIES,
     QKV,
     READOUT,
     READOUT_COLUMNS,
@@ -31,7 +31,7 @@ from jaxmodels.convert.neox.layout import (
 from jaxmodels.convert.neox.shards import LATEST, Shard, Shards, config_files, find_step, open_step
 from jaxmodels.convert.neox.yaml import fields, read_yaml
 from jaxmodels.convert.source import Source, named
-from jaxmodels.io.bounded import read_object
+from jaxmodels.io.bounded import errors_naming, read_object
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.sequential import check_buffer
@@ -118,15 +118,15 @@ def open_neox(
             "of the files"
         )
     for layer in shards.layers.values():
-        for i, shard in enumerate(layer):
-            check_frequencies(shard, config, i)
+        for shard in layer:
+            check_buffers(shard, config)
 
     if row_bias is None:
         row_bias = "sum" if config.parallel_residual else "first"
     tensors, problems = {}, []
     for key, shape in named(config).items():
         name, held, where = parts[key]
-        tensor = merged(name, held, row_bias)
+        tensor = merged(name, held, row_bias, key)
         if name.merge in (VOCABULARY, READOUT_COLUMNS) and tensor.shape[0] != config.n_vocab:
             tensor = Cut(tensor, 0, 0, config.n_vocab)
         if tuple(tensor.shape) != shape:
@@ -228,7 +228,8 @@ def numbers(layers: list[int]) -> str:
 def held_by(shard: Shard, names: tuple[Name, ...], problems: list[str]) -> dict[str, Any]:
     """Tensors of a shard by the twin's names; appends what is missing or unexpected to `problems`."""
     left = {name: tensor for name, tensor in shard.tensors.items() if not SKIPPED.fullmatch(name)}
-    left.pop(FREQUENCIES, None)
+    for buffer in BLOCK_BUFFERS:
+        left.pop(buffer, None)
     held = {}
     for name in names:
         present = [disk for disk in name.disk if left.get(disk) is not None]
@@ -248,6 +249,8 @@ def vocabulary(shards: Shards, parts: Parts, settings: Mapping[str, Any]) -> tup
         raise ValueError(
             f"{shards.step}: the embedding has {rows} rows, the readout {readout[0].shape[0]}; they must be equal"
         )
+    if not rows:
+        raise ValueError(f"{parts[EMBEDDING[0].twin][2][0].file}: the embedding has no rows, must have one or more")
     limit = min(rows, shards.ranks * divisible_by(settings)) - 1  # padding is never longer
     zero = zero_rows(parts, rows - limit)
     return rows, limit if zero.all() else int(zero[::-1].argmin())
@@ -361,15 +364,12 @@ def check_sizes_match(sizes: Mapping[str, Any], given: Mapping[str, Any], what: 
         raise ValueError(f"{what}: {'; '.join(wrong)}")
 
 
-def check_frequencies(shard: Shard, config: NeoXConfig, rank: int) -> None:
-    """Raises ValueError, naming the file, if stored rotary frequencies contradict the configuration."""
-    tensor = shard.tensors.get(FREQUENCIES)
-    if tensor is None:
-        return
-    try:
-        check_buffer(f"layers.{FREQUENCIES}", tensor, config)
-    except ValueError as error:
-        raise ValueError(f"{shard.file}: {error}") from None
+def check_buffers(shard: Shard, config: NeoXConfig) -> None:
+    """Raises ValueError, naming the file, if stored rotary frequencies or masks contradict the configuration."""
+    for name in BLOCK_BUFFERS:
+        if (tensor := shard.tensors.get(name)) is not None:
+            with errors_naming(shard.file):
+                check_buffer(f"layers.{name}", tensor, config)
 
 
 def drifting(parts: Parts, row_bias: str, shards: Shards) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.convert.neox.layout import BLOCK, EMBEDDING, FINAL_NORM, FREQUENCIES, READOUT, Form
+from jaxmodels.convert.neox.layout import BLOCK, BLOCK_BUFFERS, EMBEDDING, FINAL_NORM, READOUT, Form
 from jaxmodels.io.allowance import Allowance, check_distinct
 from jaxmodels.io.bounded import read_text
 from jaxmodels.io.torch_files import as_arrays, describe, numpy_globals, read_pt
@@ -24,7 +24,7 @@ RANK_FILE = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
 LATEST = "latest"  # names the folder of a step
 FORMS = (Form("layernorm", True, True), Form("rmsnorm", True, True))
 TABLE = (*EMBEDDING, *BLOCK, *FINAL_NORM, *READOUT)
-KNOWN = {disk for form in FORMS for name in form.rows(TABLE) for disk in name.disk} | {FREQUENCIES}
+KNOWN = {disk for form in FORMS for name in form.rows(TABLE) for disk in name.disk} | {*BLOCK_BUFFERS}
 SEQUENTIAL = re.compile(r"sequential\.(0|[1-9][0-9]{0,8})\.(.+)")  # no other spelling of a number: it is a second name
 
 
@@ -180,6 +180,9 @@ def renamed(
 
 
 def floating_arrays(file: Path, content: Any, allowance: Allowance) -> dict[str, np.ndarray | None]:
-    """Arrays of a state_dict, without other entries; None for tensors that are not floating."""
-    arrays = as_arrays(file, content, allowance)
-    return {name: array if is_floating(array.dtype) else None for name, array in arrays.items() if array is not None}
+    """Arrays of a state_dict, without other entries; None for tensors that are not floating, but for masks."""
+    arrays = {name: array for name, array in as_arrays(file, content, allowance).items() if array is not None}
+    return {
+        name: array if is_floating(array.dtype) or name.endswith(BLOCK_BUFFERS) else None
+        for name, array in arrays.items()
+    }

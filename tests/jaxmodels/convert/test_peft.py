@@ -103,6 +103,27 @@ def test_only_a_model_with_an_adapter_is_written(tmp_path, capsys):
     assert "rank 8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+def test_an_adapter_that_is_not_finite_is_not_exported(tmp_path, capsys, value):
+    model = LoRANeoX.of(filled(lambda: NeoX(CONFIG, rngs=nnx.Rngs(0))), LoRA())
+    arrays = {
+        path: jnp.full_like(array, value) if "lora" in str(path[-1]) else array
+        for path, array in flat_arrays(model).items()
+    }
+    model = with_arrays(model, arrays)
+    with pytest.raises(ValueError, match=r"layers\S+kernel is not finite with its adapter"):
+        write_peft(model, tmp_path / "out")
+    save(model, tmp_path / "lora")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        raise SystemExit(convert(["neox", str(tmp_path / "lora"), str(tmp_path / "out"), "--to", "peft"]))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'lora'}: layers" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "lora",
     [3, [], "ab", {"rank": 0}, {"alpha": 10**400}, {"alpha": float("inf")}, {"targets": 5}, {"more": 1}],

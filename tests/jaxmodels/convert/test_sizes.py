@@ -174,7 +174,7 @@ def test_orbax_arrays_that_claim_more_bytes_than_their_files_can_hold(copy, monk
     stored = ocp.metadata(folder / "params")
     claimed = types.SimpleNamespace(shape=(10**12,), dtype=np.dtype(np.float32))
     changed = types.SimpleNamespace(metadata=stored.metadata | {"generator.bias": claimed})
-    monkeypatch.setattr(ocp, "metadata", lambda folder: changed)
+    monkeypatch.setattr(ocp, "metadata", lambda folder, item: changed)
     refused(folder, r"'generator.bias' has another shape than its zarr.json")
     shapes = {name: tuple(array.shape) for name, array in changed.metadata.items()}
     monkeypatch.setattr(checkpoint, "chunked_shapes", lambda folder, held: shapes)

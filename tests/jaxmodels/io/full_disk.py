@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 LIMIT = 9_000
+KEPT = (".jaxmodels.json", ".lock")  # files that a stopped index leaves on purpose
 TEXT = "".join(f"{i} men and {i * i % 89} women went to sea. " for i in range(500))
 
 
@@ -85,7 +86,7 @@ def main(folder: Path) -> None:
             found = f"{type(error).__name__}: {error}"
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        left = sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != ".jaxmodels.json")
+        left = sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name not in KEPT)
         print(json.dumps([name, found, left]))
 
 

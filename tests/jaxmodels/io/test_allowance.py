@@ -1,6 +1,7 @@
 """Files that stand for far more than they hold, alone and together."""
 
 import os
+import sys
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ import jaxmodels
 from jaxmodels.io import allowance
 from jaxmodels.io.allowance import Allowance, check_distinct
 from jaxmodels.io.pretrained import read_pretrained
+from jaxmodels.io.safetensors import read_folder
 from jaxmodels.io.torch_files import read_state_dict, read_tensors
 from jaxmodels.retro.retrieval import embedder_files
 from tests.jaxmodels.convert.hf.folders import write_index
@@ -67,6 +69,24 @@ def test_two_names_of_one_file_in_an_index_are_refused(tmp_path, kind, link):
     write_index(tmp_path, {"x": f"a.{kind}", "y": f"b.{kind}"}, f"{stem}.{kind}.index.json")
     with pytest.raises(ValueError, match=rf"b\.{kind} and a\.{kind} are the same file"):
         read_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_pretrained, read_folder])
+def test_an_index_of_many_absent_files_is_refused_at_the_first(tmp_path, read):
+    write_index(tmp_path, {f"x{i}": f"y{i:06}.safetensors" for i in range(100_000)}, "model.safetensors.index.json")
+    looked = []
+
+    def look(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.endswith("pathlib.py"):
+            looked.append(frame.f_code.co_name)
+
+    sys.setprofile(look)
+    try:
+        with pytest.raises(ValueError, match=r"y000000\.safetensors\S* .*not exist"):
+            read(tmp_path)
+    finally:
+        sys.setprofile(None)
+    assert len(looked) < 1_000
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

@@ -94,6 +94,65 @@ def test_another_version_of_zarr_is_refused(folder):
         stored_types(folder)
 
 
+def named(about, name="layers.0.a"):
+    """Entry of an array in the content of a _METADATA."""
+    return about["tree_metadata"][str((name,))]["value_metadata"]
+
+
+ELSEWHERE = {
+    "plain files": (lambda about: about.update(use_ocdbt=False), "use_ocdbt=False"),
+    "nothing said": (lambda about: about.pop("use_ocdbt"), "use_ocdbt=None"),
+    "an older zarr": (lambda about: about.update(use_zarr3=False), "use_zarr3=False"),
+    "absent chunks": (
+        lambda about: about.update(store_array_data_equal_to_fill_value=False),
+        "store_array_data_equal_to_fill_value=False",
+    ),
+    "strings": (lambda about: named(about).update(value_type="string"), r"value_type='string' of .*layers\.0\.a"),
+    "another kind": (lambda about: named(about).update(value_type="foo"), r"value_type='foo' of .*layers\.0\.a"),
+}
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_arrays_are_read_from_the_store_whose_chunks_were_looked_at(folder, elsewhere):
+    """Orbax reads plain zarr files beside the store if its _METADATA says so; nobody has looked at their chunks."""
+    edit, said = ELSEWHERE[elsewhere]
+    file = folder / "state" / "_METADATA"
+    about = json.loads(file.read_text())
+    edit(about)
+    file.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=rf"^\S+params is not a complete Orbax checkpoint: \S+/_METADATA has {said}"):
+        stored_types(folder)
+
+
+def test_another_item_of_an_orbax_folder_is_not_read(folder):
+    """Without `orbax.checkpoint`, Orbax prefers arrays in the folder itself, of its first format."""
+    (folder / "orbax.checkpoint").unlink()
+    about = json.loads((folder / "state" / "_METADATA").read_text()) | {"use_ocdbt": False}
+    (folder / "_METADATA").write_text(json.dumps(about))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    targets = {name: jax.ShapeDtypeStruct(*found, sharding=place) for name, found in stored_types(folder).items()}
+    np.testing.assert_array_equal(read_arrays(folder, targets)["layers.0.a"], ARRAYS["layers.0.a"])
+
+
+INSPECT = """
+import sys
+from pathlib import Path
+from jaxmodels.io.checkpoint import stored_types
+try:
+    stored_types(Path(sys.argv[1]))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_names_that_cannot_be_read_are_reported_in_one_line(folder):
+    for name in ARRAYS:
+        change(folder, name, lambda about: about.update(data_type="foo"))
+    run = subprocess.run([sys.executable, "-c", INSPECT, str(folder)], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"{folder} is not a complete Orbax checkpoint")
+    assert (run.stdout.count("\n"), run.stderr) == (1, "")
+
+
 def test_nodes_that_grow_a_thousandfold_are_not_read(folder, tmp_path, monkeypatch):
     """Values of a node are compressed with it: 100 kilobytes stand for 100 megabytes."""
     import tensorstore

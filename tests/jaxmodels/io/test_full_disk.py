@@ -10,8 +10,11 @@ from tests.train_common import ROOT
 
 
 def started(*arguments: str) -> str:
+    """Standard output of a module; what libraries report on standard error is a failure."""
     command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Traceback" not in run.stderr
+    return run.stdout
 
 
 @pytest.mark.slow

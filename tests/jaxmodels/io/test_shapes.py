@@ -50,7 +50,10 @@ def test_an_empty_tensor_of_a_large_shape_is_refused(tmp_path, name):
 def test_an_empty_array_of_a_large_shape_in_orbax_s_format_is_refused(tmp_path, monkeypatch):
     found = {"w": type("Array", (), {"shape": (10**12, 0), "dtype": np.float32})()}
     monkeypatch.setattr("jaxmodels.io.checkpoint.chunked_shapes", lambda folder, held: {"w": (10**12, 0)})
-    monkeypatch.setattr("orbax.checkpoint.v1.metadata", lambda folder: type("Metadata", (), {"metadata": found})())
+    monkeypatch.setattr("jaxmodels.io.checkpoint.check_format_of_arrays", lambda folder: None)
+    monkeypatch.setattr(
+        "orbax.checkpoint.v1.metadata", lambda folder, item: type("Metadata", (), {"metadata": found})()
+    )
     with pytest.raises(ValueError, match=r"not a complete Orbax checkpoint: shape \[1000000000000, 0\]"):
         stored_types(tmp_path)
 

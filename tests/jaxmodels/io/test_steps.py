@@ -15,13 +15,14 @@ from tests.jaxmodels.io.test_atomic import aged
 
 
 def complete(run, step: int = 7):
-    """A step with two files and its complete.json."""
+    """A step with three files and its complete.json."""
     folder = run / "checkpoints" / str(step)
     steps.begin(folder)
-    for name, content in (("model/config.json", b'{"a"}'), ("losses.npy", b"\x93NUMP")):
+    files = {"model/config.json": b'{"a"}', "model/params/orbax.checkpoint": b"", "losses.npy": b"\x93NUMP"}
+    for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    about = {"format": 2, "step": step, "data": {}, "files": {"model/config.json": 5, "losses.npy": 5}}
+    about = {"format": 2, "step": step, "data": {}, "files": {name: len(files[name]) for name in files}}
     (folder / "complete.json").write_text(json.dumps(about))
     return folder
 
@@ -32,6 +33,13 @@ def test_a_complete_step_is_found_and_removed(tmp_path):
     assert steps.latest_step(tmp_path) == (folder, {})
     steps.remove(folder)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["params.safetensors", "params.safetensors.index.json"])
+def test_weights_that_were_added_to_a_step_are_noticed(name, tmp_path):
+    folder = complete(tmp_path)
+    (folder / "model" / name).write_bytes(b"")
+    assert str(steps.problem(folder)).endswith(f"model holds params and {name}; expected one of them")
 
 
 OTHERS = ["notes.txt", "model/notes.txt", "model/extra/notes.txt", ".complete.json.diary", "model/complete.json"]

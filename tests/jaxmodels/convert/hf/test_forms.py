@@ -284,9 +284,20 @@ def test_buffers_of_any_type(tmp_path, made, mask, frequencies, size):
 def test_some_buffers_and_those_of_other_versions(tmp_path, made):
     write_config(tmp_path, made)
     some = dict(list(buffers().items())[:4])
-    others = {"gpt_neox.rotary_emb.inv_freq": torch.ones(2), "gpt_neox.layers.0.attention.norm_factor": torch.ones(())}
+    inverse = 1 / 9_000.0 ** (torch.arange(0, 4, 2) / 4)
+    others = {f"gpt_neox.rotary_emb.{name}": inverse.half() for name in ("inv_freq", "original_inv_freq")}
+    others["gpt_neox.layers.0.attention.norm_factor"] = torch.ones(())
     write_safetensors(tmp_path, published(made) | some | others)
     assert_equal(held(tmp_path), published(made))
+
+
+@pytest.mark.parametrize("name", ["inv_freq", "original_inv_freq"])
+def test_frequencies_of_all_layers_are_compared(tmp_path, made, name):
+    write_config(tmp_path, made)
+    inverse = 1 / 10_000.0 ** (torch.arange(0, 4, 2) / 4)
+    write_safetensors(tmp_path, published(made) | {f"gpt_neox.rotary_emb.{name}": inverse})
+    with pytest.raises(ValueError, match=rf"rotary_emb\.{name}=.*base=9000"):
+        open_hf(tmp_path)
 
 
 def test_low_frequencies_in_half_precision(tmp_path, made):

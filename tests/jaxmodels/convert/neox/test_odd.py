@@ -9,6 +9,7 @@ import torch
 from jaxmodels.convert.neox import load_neox
 from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.convert.open import load
+from jaxmodels.weights.lazy import read
 from tests.jaxmodels.convert.neox.test_read import assert_holds
 from tests.jaxmodels.convert.originals import layer_file, write, write_rank_files
 
@@ -68,6 +69,17 @@ def test_other_entries_of_layer_files(tmp_path):
     assert_holds(load_neox(tmp_path), state)
 
 
+CONTRADICT = {"attention.bias": torch.ones(1, 1, 7, 7, dtype=torch.bool), "attention.masked_bias": torch.tensor(5.0)}
+
+
+@pytest.mark.parametrize("name", CONTRADICT)
+def test_a_mask_that_contradicts_causal_attention_is_refused(tmp_path, name):
+    write(tmp_path)
+    change(layer_file(tmp_path, 3, 1), lambda held: held | {name: CONTRADICT[name]})
+    with pytest.raises(ValueError, match=rf"layer_03-model_01-model_states\.pt: layers\.{name} "):
+        open_neox(tmp_path)
+
+
 def test_other_entries_of_rank_files(tmp_path):
     state = write_rank_files(tmp_path)
     masks = {f"sequential.3.{name}": tensor for name, tensor in MASKS.items()}
@@ -121,6 +133,32 @@ def test_a_tensor_of_another_number_of_dimensions_is_named(tmp_path, layer, name
         shape = re.escape(str(list(other.shape)))
         with pytest.raises(ValueError, match=rf"layer_0{layer}-.*: {name} has shape {shape}, expected {good.ndim} dim"):
             open_neox(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float16, 60_000.0), (torch.bfloat16, 3e38), (torch.float64, 1e308)]
+)
+def test_row_biases_whose_sum_overflows_are_named(tmp_path, dtype, value):
+    name = "attention.dense.bias"
+    write(tmp_path, dtype=dtype)
+    for rank in range(2):
+        change(layer_file(tmp_path, 2, rank), lambda held: held | {name: torch.full_like(held[name], value)})
+    bias = open_neox(tmp_path).tensors["layers.0.attention.output.bias"]
+    with pytest.raises(ValueError, match=rf"layers\.0\.attention\.output\.bias .*overflow.*{str(dtype).split('.')[1]}"):
+        read(bias)
+    mean = open_neox(tmp_path, row_bias="mean").tensors["layers.0.attention.output.bias"]
+    assert (read(mean) == torch.tensor(value, dtype=dtype).double().numpy()).all()
+    change(layer_file(tmp_path, 2, 1), lambda held: held | {name: torch.full_like(held[name], torch.inf)})
+    assert (read(open_neox(tmp_path).tensors["layers.0.attention.output.bias"]) == torch.inf).all()  # as it was stored
+
+
+def test_a_vocabulary_without_rows_is_named(tmp_path):
+    write(tmp_path)
+    for layer in (0, 7):
+        for rank in range(2):
+            change(layer_file(tmp_path, layer, rank), lambda held: {name: table[:0] for name, table in held.items()})
+    with pytest.raises(ValueError, match=r"layer_00-model_00-model_states\.pt: the embedding has no rows"):
+        open_neox(tmp_path)
 
 
 def test_a_pointer_in_place_of_a_shard(tmp_path):
