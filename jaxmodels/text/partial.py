@@ -119,7 +119,7 @@ class State:
     def is_whole(self) -> bool:
         """True if all of its numbers are ones: True and 1.0 are equal to 1 in Python."""
         numbers = [self.part, *self.place, self.unknown.count, *(n for pair in self.lengths for n in pair)]
-        return all(type(number) is int and number >= 0 for number in numbers) and self.part <= len(PARTS)
+        return all(type(number) is int and 0 <= number < 2**63 for number in numbers) and self.part <= len(PARTS)
 
     def is_there(self, folder: Path, part: int, dtype: Any) -> bool:
         """True if the files of a part hold as many items as they should."""
