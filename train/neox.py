@@ -36,12 +36,13 @@ from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
+from jaxmodels.text.sources import is_tokens
 from jaxmodels.training.config import AdamWConfig, AttentionKernel
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.original import Original, open_neox, original_of, types_of, widest
 from jaxmodels.training.script import run_script
 from jaxmodels.training.step import Program, State
-from jaxmodels.training.tokenize import Tokens, open_tokens
+from jaxmodels.training.tokenize import Tokens
 from jaxmodels.weights.names import flat_arrays, with_arrays
 
 PUBLISHED_VOCAB = 50_432
@@ -278,11 +279,7 @@ class Neox(Experiment[Config]):
         c = self.config
         if c.checkpoint is None:
             return super().tokens(vocabulary)
-        if vocabulary is None and not Path(c.text).is_dir():
-            known = None if self.resumed is None else load_vocabulary(self.resumed / "vocabulary.json")
-            vocabulary = known or self.opened.vocabulary(c.tokenizer)
-        self.refuse_unnamed_text()
-        tokens = open_tokens(c.text, vocabulary, c.text_field)
+        tokens = super().tokens(vocabulary or self.known_vocabulary())
         largest = max((int(part.max()) for part in (tokens.train, tokens.validation) if len(part)), default=0)
         if largest >= self.base.n_vocab:  # a tokenizer may have tokens without rows, if the text has none of them
             raise ValueError(
@@ -290,6 +287,15 @@ class Neox(Experiment[Config]):
                 "in its vocabulary"
             )
         return tokens
+
+    def known_vocabulary(self) -> Vocabulary | None:
+        """Vocabulary of the run, else of the checkpoint; None if it has none, and the text is ids that bring one."""
+        if self.resumed is not None:
+            return load_vocabulary(self.resumed / "vocabulary.json")
+        tokenizer = self.config.tokenizer
+        if tokenizer is None and is_tokens(self.config.text) and self.opened.vocabulary_file is None:
+            return None
+        return self.opened.vocabulary(tokenizer)
 
     def n_tokens(self, vocabulary: Vocabulary) -> int:
         size = super().n_tokens(vocabulary)

@@ -151,19 +151,27 @@ class Opened:
             if not file.is_file():
                 raise ValueError(f"tokenizer={str(file)!r} is not a file")
             return read_vocabulary(file)
-        names = (TOKENIZER, VOCABULARY) if self.kind == "hf" else (VOCABULARY, TOKENIZER)
-        places = [self.companions.files[name] for name in names if name in self.companions.files]
-        if not places and {VOCAB, MERGES} <= self.companions.files.keys():
-            return TokenizerFile.read(self.companions.files[VOCAB])
-        above = self.folder.absolute().parent
-        places += [above / name for name in TOKENIZER_NAMES]
-        found = next((place for place in places if place.is_file()), None)
+        found = self.vocabulary_file
         if found is None and any((self.folder / name).is_file() for name in SLOW_NAMES):
             return TokenizerFile.read(self.folder)
         if found is None:
-            searched = [*(self.folder / name for name in (*TOKENIZER_NAMES, VOCABULARY)), *places]
+            searched = [*(self.folder / name for name in (*TOKENIZER_NAMES, VOCABULARY)), *self.above]
             raise ValueError(f"no tokenizer found for {self.name}; looked for {', '.join(map(str, searched))}")
-        return read_vocabulary(found)
+        return TokenizerFile.read(found) if found.name == VOCAB else read_vocabulary(found)
+
+    @property
+    def vocabulary_file(self) -> Path | None:
+        """File of the checkpoint's own vocabulary; None if it has none, or only those of other kinds of tokenizers."""
+        names = (TOKENIZER, VOCABULARY) if self.kind == "hf" else (VOCABULARY, TOKENIZER)
+        places = [self.companions.files[name] for name in names if name in self.companions.files]
+        if not places and {VOCAB, MERGES} <= self.companions.files.keys():
+            return self.companions.files[VOCAB]
+        return next((place for place in (*places, *self.above) if place.is_file()), None)
+
+    @property
+    def above(self) -> list[Path]:
+        """Tokenizer files that may lie beside the checkpoint's folder."""
+        return [self.folder.absolute().parent / name for name in TOKENIZER_NAMES]
 
 
 def read_vocabulary(file: Path) -> Vocabulary:

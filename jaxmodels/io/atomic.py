@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -154,6 +155,19 @@ def raise_named(error: BaseException, temporary: Path, target: Path) -> None:
 def temporary_name(target: Path) -> Path:
     """Unique name in the target's folder: a rename must stay on one file system."""
     return target.with_name(f".{target.name}.{unique()}")
+
+
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Context with a folder for temporary files, removed in the end; `jaxmodels clean` knows what is left of it."""
+    folder = temporary_name(Path(tempfile.gettempdir()) / name)
+    folder.mkdir(mode=0o700)
+    try:
+        manifest.begin(folder)
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            manifest.remove(folder)
 
 
 def unique(digits: str = "") -> str:

@@ -120,7 +120,7 @@ WRITTEN: dict[str, tuple[bytes, ...]] = {
     r"(model|params|adapter_model)(-\d{5}-of-\d{5})?\.safetensors": (),  # `is_safetensors` looks at its header
     r"(model|params)\.safetensors\.index\.json": (b"{",),
     r"global_step\d+/(layer_\d+-model_\d+|mp_rank_\d+)(-|_)model_states\.pt": (b"PK\x03\x04",),
-    r"(train|validation)(_documents)?\.npy|losses\.npy|(tokens|documents)\.npy": (b"\x93NUMPY",),
+    r"(train|validation)(_documents)?\.npy|losses\.npy|(tokens|documents|ids|array-\d+)\.npy": (b"\x93NUMPY",),
     r"index-\d{10}\.faiss": (b"I",),
     r"(training|validation_[a-z]+)\.npz": (b"PK\x03\x04",),
     rf"{ORBAX}((_CHECKPOINT)?_METADATA|state/(_METADATA|_sharding(\.__lock)?|array_metadatas/process_\d+))": (b"{",),

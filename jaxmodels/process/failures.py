@@ -12,6 +12,8 @@ from jaxmodels.process.texts import shortened
 # Reasons that operating systems give, in the words of C++ libraries, which put them in long texts; with their numbers.
 REASONS = {os.strerror(number): number for number in (28, 122, 27, 30, 13, 1, 5, 2, 24, 107, 116)}
 
+OUT_OF_MEMORY = "Out of memory allocating"  # in an error of XLA on CPUs that begins with INTERNAL
+
 
 def cause(error: BaseException, folder: Path) -> str:
     """Reason of a failed write, with the file inside `folder` that it names; the folder if it names none."""
@@ -79,4 +81,6 @@ def memory_naming(where: str | os.PathLike) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True if Python, NumPy or XLA could not allocate memory, which is no bug."""
-    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
+    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+        return True
+    return OUT_OF_MEMORY in str(error)

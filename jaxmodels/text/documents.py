@@ -52,6 +52,11 @@ class Source:
         """Number of files."""
         return 1
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Files that are read."""
+        return ()
+
     def identity(self) -> list[Any]:
         """JSON values that change if the content does."""
         raise NotImplementedError
@@ -100,6 +105,10 @@ class TextFile(Source):
     @property
     def name(self) -> str:  # type: ignore[override]
         return str(self.file)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.file,)
 
     def identity(self) -> list[Any]:
         return [*file_identity(self.file), self.start, self.stop]
@@ -152,6 +161,10 @@ class Files(Source):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return self.files
 
     def identity(self) -> list[Any]:
         return [self.field, *(value for file in self.files for value in file_identity(file))]

@@ -7,12 +7,13 @@ FOLDER/progress.json                              how many of them count, and wh
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,18 +90,21 @@ class State:
     unknown: Unknown = dataclasses.field(default_factory=Unknown)
 
     def save(self, folder: Path) -> None:
-        content = {
+        content: dict[str, Any] = {
             **{name: getattr(self, name) for name in ("key", "part", "place", "lengths")},
             "unknown": [self.unknown.count, self.unknown.examples],
         }
+        content["sha256"] = checksum(content)
         with atomic_file(folder / PROGRESS) as temporary:
             temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, key: str, dtype: Any) -> "State":
-        """State of a folder; a new one if it has none, one of other work, or fewer ids than it says."""
+        """State of a folder; a new one if it has none, a damaged one, one of other work, or fewer ids than it says."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             found = read_object(folder / PROGRESS)
+            if found.pop("sha256") != checksum(found):
+                return cls(key)
             count, examples = found["unknown"]
             unknown = Unknown(count, Counter(examples))
             state = cls(found["key"], found["part"], Place(*found["place"]), found["lengths"], unknown)
@@ -115,7 +119,7 @@ class State:
     def is_whole(self) -> bool:
         """True if all of its numbers are ones: True and 1.0 are equal to 1 in Python."""
         numbers = [self.part, *self.place, self.unknown.count, *(n for pair in self.lengths for n in pair)]
-        return all(type(number) is int and number >= 0 for number in numbers) and self.part <= len(PARTS)
+        return all(type(number) is int and 0 <= number < 2**63 for number in numbers) and self.part <= len(PARTS)
 
     def is_there(self, folder: Path, part: int, dtype: Any) -> bool:
         """True if the files of a part hold as many items as they should."""
@@ -123,6 +127,11 @@ class State:
             not length or file.stat().st_size >= HEADER + length * np.dtype(kind).itemsize
             for file, kind, length in zip(files_of(folder, part), (dtype, np.int64), self.lengths[part], strict=True)
         )
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def files_of(folder: Path, part: int) -> tuple[Path, Path]:

@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from jaxmodels.io.bounded import read_object
 from jaxmodels.process.paths import below, is_plain
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.corpora import load_corpus
-from jaxmodels.text.documents import KINDS, Files, Source, Text, TextFile, kind_of
+from jaxmodels.text.documents import KINDS, Files, Source, Text, TextFile, file_identity, kind_of
 from jaxmodels.text.vocabularies import CharVocabulary, code_points
 
 CORPORA = ("python_docs", "tiny_shakespeare")
@@ -31,16 +32,27 @@ SPLIT_NAME = re.compile(rf"(?<![A-Za-z])({'|'.join(SPLITS)})(?![A-Za-z])", re.IG
 class Sources:
     """A text to train on, and one to validate on: None if that is the last tenth of the documents.
 
-    notes: sentences to print about the text.
+    notes: sentences to print about the text. found: identity of each file when it was opened.
     """
 
     train: Source
     validation: Source | None
     notes: tuple[str, ...] = ()
+    found: Mapping[Path, list[Any]] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = {file: file_identity(file) for source in self.both for file in source.paths}
+        object.__setattr__(self, "found", found)
 
     @property
     def both(self) -> list[Source]:
         return [self.train, *([self.validation] if self.validation is not None else [])]
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError, naming the file, if one has changed since it was opened, or OSError if it is gone."""
+        for file, before in self.found.items():
+            if file_identity(file) != before:
+                raise ValueError(f"{file} has changed while it was encoded: encode it again once nothing writes to it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +129,17 @@ def open_sources(text: str, field: str = "text") -> Sources:
     return split_file(path, text)
 
 
+def is_tokens(text: str) -> bool:
+    """True for a folder that `jaxmodels tokenize` wrote, which has a vocabulary of its own."""
+    return bool(text) and (Path(text) / "tokens.json").exists()
+
+
 def names_documents(text: str) -> bool:
     """True for the name of a JSONL, Arrow or Parquet file, or of a folder that may have such files."""
     path = Path(text)
     if text in CORPORA:
         return False
-    return not (path / "tokens.json").exists() if path.is_dir() else kind_of(path) != "text"
+    return not is_tokens(text) if path.is_dir() else kind_of(path) != "text"
 
 
 def open_text(text: str) -> str | TextFile:
@@ -140,7 +157,8 @@ def split_file(file: Path, text: str) -> Sources:
     """Two parts of a text file: the first int(0.9·n) characters, and the rest."""
     counter, places = Counter(), []
     try:
-        (document,) = TextFile(file).documents()
+        whole = Sources(TextFile(file), None)
+        (document,) = whole.train.documents()
         at, end = document.offset, document.offset
         for chunk in document.chunks:
             places.append((counter.length, end))
@@ -160,6 +178,7 @@ def split_file(file: Path, text: str) -> Sources:
     notes = counter.notes(text)
     if at:
         notes.insert(0, f"{text} begins with a byte order mark, which is left out")
+    whole.check_unchanged()
     return Sources(TextFile(file, at, middle), TextFile(file, middle, end), tuple(notes))
 
 

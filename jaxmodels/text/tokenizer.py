@@ -214,6 +214,13 @@ class TokenizerFile(Vocabulary):
         """Fields that tell this vocabulary from others of its class, as JSON values."""
         return {"content": self.content}
 
+    def same_tokens(self, other: Vocabulary) -> bool:
+        """True if each id stands for the same token in another vocabulary, whatever else their files say."""
+        if self == other or not isinstance(other, TokenizerFile):
+            return self == other
+        ours, theirs = (each.tokenizer.get_vocab(with_added_tokens=True) for each in (self, other))
+        return bool(ours == theirs)
+
     @functools.cached_property
     def special(self) -> Mapping[int, str]:
         """Text of each special token by its id."""

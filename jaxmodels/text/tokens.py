@@ -11,14 +11,13 @@ TOKENS/train_documents.npy, …     where each document begins, and the end: int
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import atomic_folder, recover, unique
+from jaxmodels.io.atomic import atomic_folder, recover, temporary_folder, unique
 from jaxmodels.io.bounded import check_format, is_integer, read_object
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.progress import progress
@@ -28,11 +27,12 @@ from jaxmodels.text.documents import Source, Text
 from jaxmodels.text.encoding import SEPARATOR, SHOWN, Unknown, encode
 from jaxmodels.text.partial import PARTS, Growing, files_of, fill, locked
 from jaxmodels.text.pieces import pieces
-from jaxmodels.text.sources import Sources, count, open_sources
+from jaxmodels.text.sources import Sources, count, is_tokens, open_sources
 from jaxmodels.text.tokenizer import TokenizerFile, load_vocabulary
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8
 
 FORMAT = 2
+TEMPORARY = "jaxmodels-tokens"  # name of folders of a text that is encoded to be used at once
 HASHED = 2**20  # ids that are hashed at once
 CONTEXT = 64  # ids before others that may decide how these are decoded
 
@@ -64,16 +64,24 @@ class Tokens:
 def open_tokens(text: str, vocabulary: Vocabulary | None = None, field: str = "text") -> Tokens:
     """Open a corpus by name, a file or folder of documents, or a folder written by this command.
 
-    A text is encoded to a temporary file, which is memory-mapped. vocabulary: of a text; default its characters. field:
-    name of the texts in JSONL, Arrow and Parquet files. Raises ValueError if the text is none of these.
+    A text is encoded to a temporary file, which is memory-mapped. vocabulary: default the characters of a text; the ids
+    of a folder must be of the same tokens. field: name of the texts in JSONL, Arrow and Parquet files. Raises
+    ValueError if the text is none of these, or if the vocabularies differ.
     """
     recover(Path(text))
-    if text and (Path(text) / "tokens.json").exists():
-        return read(Path(text))
+    if is_tokens(text):
+        tokens = read(Path(text))
+        if vocabulary is not None and not tokens.vocabulary.same_tokens(vocabulary):
+            theirs, ours = (f"{len(each):,} {each.unit}s" for each in (tokens.vocabulary, vocabulary))
+            raise ValueError(
+                f"text={text!r} was encoded with another vocabulary, of {theirs}, than that of the model, of {ours}; "
+                "name the text itself, or encode it again with the model's tokenizer"
+            )
+        return tokens
     sources = open_sources(text, field)
     vocabulary = vocabulary_of(sources, vocabulary or "chars")
-    with tempfile.TemporaryDirectory(prefix="jaxmodels-tokens-") as folder:  # mapped files stay without their names
-        return encode_to(Path(folder), sources, vocabulary, end_ids(vocabulary, sources))
+    with temporary_folder(TEMPORARY) as folder:  # mapped files stay without their names
+        return encode_to(folder, sources, vocabulary, end_ids(vocabulary, sources))
 
 
 def encode_whole(text: str | Source, vocabulary: Vocabulary, begin: Sequence[int] = ()) -> np.ndarray:
@@ -83,20 +91,22 @@ def encode_whole(text: str | Source, vocabulary: Vocabulary, begin: Sequence[int
     """
     if isinstance(text, str):
         return np.concatenate([np.asarray(begin, np.int32), vocabulary.encode(text)])
+    sources = Sources(text, None)
     if isinstance(vocabulary, CharVocabulary):
-        vocabulary.refuse(count(Sources(text, None)).unknown(vocabulary))
+        vocabulary.refuse(count(sources).unknown(vocabulary))
     size = sum(text.sizes())
     with (
-        tempfile.TemporaryDirectory(prefix="jaxmodels-tokens-") as folder,  # a mapped file stays without its name
+        temporary_folder(TEMPORARY) as folder,  # a mapped file stays without its name
         progress(f"encoding {visible(text.name)}") as report,
     ):
-        file = Path(folder) / "ids.npy"
+        file = folder / "ids.npy"
         growing = Growing(file, np.min_scalar_type(max(len(vocabulary) - 1, *begin, 0)))
         growing.append(np.asarray(begin, np.int32))
         for batch in encode(vocabulary, pieces(text, vocabulary.cuts), np.zeros(0, np.int32), Unknown()):
             growing.append(batch.ids)
             report(min(batch.place.offset, size), size, f"{growing.length:,} tokens")
         growing.close()
+        sources.check_unchanged()
         return map_array(file)
 
 
@@ -156,10 +166,14 @@ def end_ids(vocabulary: Vocabulary, sources: Sources, end_token: str | None = No
 
 
 def encode_to(folder: Path, sources: Sources, vocabulary: Vocabulary, end: np.ndarray) -> Tokens:
-    """Encode sources into a folder, continuing what an interrupted process left there; the ids are memory-mapped."""
+    """Encode sources into a folder, continuing what an interrupted process left there; the ids are memory-mapped.
+
+    Raises ValueError for bad texts, and if a file has changed meanwhile.
+    """
     key = hashlib.sha256(json.dumps(key_of(sources, vocabulary, end)).encode()).hexdigest()
     with progress(f"encoding {visible(sources.train.name)}") as report:
         unknown = fill(folder, sources, vocabulary, end, key=key, report=report)
+    sources.check_unchanged()
     (train, starts), (validation, more) = files_of(folder, 0), files_of(folder, 1)
     documents = (map_array(starts), map_array(more)) if sources.train.many else (None, None)
     sha256 = fingerprint(train, validation, vocabulary, documents)
@@ -259,6 +273,7 @@ def read(folder: Path) -> Tokens:
         vocabulary = load_vocabulary(folder / "vocabulary.json")
         for name, part in parts.items():
             check_part(folder / f"{name}.npy", part, about.get(name), len(vocabulary))
+        parts = {name: signed(part) for name, part in parts.items()}
         documents = read_documents(folder, about.get("documents"), parts)
         sha256 = about.get("sha256")
         if not isinstance(sha256, str):
@@ -294,6 +309,11 @@ def read_documents(
         found.append(starts)
     train, validation = found
     return train, validation
+
+
+def signed(ids: np.ndarray) -> np.ndarray:
+    """Ids of 64 bits as signed ones: with signed integers, NumPy makes floats of unsigned ones."""
+    return ids.view(ids.dtype.str.replace("u", "i")) if ids.dtype.itemsize == 8 else ids
 
 
 def check_part(file: Path, ids: np.ndarray, length: object, n_vocab: int) -> None:

@@ -77,6 +77,10 @@ class Vocabulary:
         """Fields that tell this vocabulary from others of its class, as JSON values."""
         return {}
 
+    def same_tokens(self, other: "Vocabulary") -> bool:
+        """True if each id stands for the same token in another vocabulary."""
+        return self == other
+
     @property
     def special(self) -> Mapping[int, str]:
         """Text of each special token by its id."""

@@ -50,7 +50,7 @@ from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.text.corpora import is_downloaded
-from jaxmodels.training.config import Config
+from jaxmodels.training.config import MOST_SIZE, Config
 from jaxmodels.training.data import Example, Task, Windows, endless, windows_of, without_padding
 from jaxmodels.training.optimizers import make_optimizer, make_schedule
 from jaxmodels.training.original import Original
@@ -230,9 +230,16 @@ class Experiment(Generic[ConfigT]):
     # The data.
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
-        """Read the text as token ids, in a saved run's vocabulary if given; raises ValueError if it cannot be read."""
+        """Read the text as token ids, in a saved run's vocabulary if given.
+
+        Raises ValueError if it cannot be read, or if the vocabulary has too many tokens for a model.
+        """
         self.refuse_unnamed_text()
-        return open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
+        tokens = open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
+        if len(tokens.vocabulary) > MOST_SIZE:
+            n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
+            raise ValueError(f"text={self.config.text!r} has a vocabulary of {n:,} {unit}s; at most {MOST_SIZE:,}")
+        return tokens
 
     def task(self) -> Task:
         """Cut the text into examples; raises ValueError if it is shorter than a sequence."""

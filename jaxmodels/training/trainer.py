@@ -33,6 +33,7 @@ from jaxmodels.training.reporting.progress import Line
 from jaxmodels.training.reporting.trackers import Callback, Function, TensorBoard, Tracker, Trackers, WandB
 from jaxmodels.training.run import Branch, expected, has_begun, read_about, write_about
 
+VOCABULARY = "vocabulary.json"  # of a run
 SMALL_BATCH = 2**20  # tokens of a batch for any text
 LARGEST_BATCH = 2**24  # tokens of a batch of examples; GPT-NeoX-20B was trained with 3.15 million
 
@@ -91,15 +92,20 @@ class Trainer:
         if branch is not None:
             branch.check(experiment)
             experiment.resume(branch.run)
+        known = (folder if branch is None else branch.run) / VOCABULARY
+        is_known = branch is not None or (resumed and known.exists())
+        vocabulary = load_vocabulary(known) if is_known else None
         if branch is not None or recorded:  # another text is encoded in the first run's vocabulary
-            experiment.vocabulary = load_vocabulary((folder if branch is None else branch.run) / "vocabulary.json")
+            experiment.vocabulary = vocabulary
         self.task: Task = experiment.task()
         check_tokens(self.config.batch_size, self.config.seq_len, self.task)
-        if experiment.vocabulary not in (None, self.task.vocabulary):
-            raise ValueError(f"text={self.config.text!r} has another vocabulary than the run that is continued")
         if resumed and read_about(folder).sha256 != self.task.sha256:
             raise ValueError(
                 f"{folder} was trained on another text than {self.config.text}: resume with its own --text"
+            )
+        if vocabulary is not None and not vocabulary.same_tokens(self.task.vocabulary):  # ids may be equal
+            raise ValueError(
+                f"text={self.config.text!r} has another vocabulary than the run that is continued, whose is {known}"
             )
         if resumed:
             check_model(experiment, folder, len(self.task.vocabulary))
@@ -136,7 +142,8 @@ class Trainer:
                 write_about(folder, experiment, self.task.sha256, about)
                 if original is not None:
                     original.companions.write(folder)
-                self.task.vocabulary.save(folder / "vocabulary.json")
+                if vocabulary is None or branch is not None:
+                    self.task.vocabulary.save(folder / VOCABULARY)
             self.stack = stack.pop_all()
 
     def close(self) -> None:

@@ -1,12 +1,12 @@
 """Arrays kept in memory up to a limit, and beyond it in a temporary folder."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from jaxmodels.io.atomic import temporary_folder
 from jaxmodels.process.failures import naming
 
 DEFAULT_LIMIT = 2**30
@@ -26,7 +26,7 @@ class Store:
             self.kept.append(np.array(array, copy=True))
             self.in_memory += array.nbytes
         else:
-            file = self.folder / f"{len(self.kept)}.npy"
+            file = self.folder / f"array-{len(self.kept)}.npy"
             with naming(file):
                 np.save(file, array)
             self.kept.append(file)
@@ -70,5 +70,5 @@ def check_limit(memory_limit: int) -> None:
 @contextlib.contextmanager
 def store(limit: int = DEFAULT_LIMIT) -> Iterator[Store]:
     """A Store whose folder is deleted when it closes."""
-    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        yield Store(limit, Path(folder))
+    with temporary_folder("parity") as folder:
+        yield Store(limit, folder)

@@ -16,9 +16,11 @@ import jaxmodels
 from jaxmodels.convert.command import main as convert
 from jaxmodels.models import load_saved
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.text import CharVocabulary, TokenizerFile
 from jaxmodels.training import experiment
 from jaxmodels.training.run import read_about
 from jaxmodels.training.script import main, parse
+from jaxmodels.training.tokenize import Tokens, tokenize
 from jaxmodels.weights.names import flat_arrays
 from tests.common import run
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
@@ -104,6 +106,43 @@ def test_a_published_folder_is_tuned_and_exported_in_its_dtype(tmp_path, train, 
     np.testing.assert_allclose(run(exported, jnp.asarray(ids)), expected, atol=2e-5)
     rounding = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
     np.testing.assert_allclose(run(jaxmodels.load(folder, dtype="float32"), jnp.asarray(ids)), expected, atol=rounding)
+
+
+def test_documents_in_a_folder_are_encoded_with_the_checkpoints_tokenizer(tmp_path):
+    source, folder = publish(tmp_path / "hf", "float32"), tmp_path / "docs"
+    folder.mkdir()
+    for file in (tmp_path / "a.jsonl", folder / "a.jsonl"):
+        file.write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines()))
+    one, many = (
+        neox.Neox(neox.Config(checkpoint=str(source), text=str(text))).tokens()
+        for text in (tmp_path / "a.jsonl", folder)
+    )
+    assert isinstance(many.vocabulary, TokenizerFile)
+    assert many.vocabulary == one.vocabulary
+    np.testing.assert_array_equal(many.train, one.train)
+
+
+def test_ids_are_of_the_checkpoints_tokenizer_if_it_has_one(tmp_path):
+    source, text = publish(tmp_path / "hf", "float32"), tmp_path / "sea.txt"
+    text.write_text(TEXT)
+    tokenize(str(text), tmp_path / "own", tokenizer=source)
+    tokenize(str(text), tmp_path / "other")
+    written = json.loads((source / "tokenizer.json").read_text()) | {"truncation": None}
+    again, without = tmp_path / "again.json", Path(shutil.copytree(source, tmp_path / "folder" / "without"))
+    again.write_text(json.dumps(written, indent=2))  # of the same tokens
+    tokenize(str(text), tmp_path / "again", tokenizer=again)
+    for file in without.glob("*token*"):
+        file.unlink()
+
+    def tokens(name: str, checkpoint: Path = source, tokenizer: Path | None = None) -> Tokens:
+        named = None if tokenizer is None else str(tokenizer)
+        return neox.Neox(neox.Config(checkpoint=str(checkpoint), tokenizer=named, text=str(tmp_path / name))).tokens()
+
+    assert len(tokens("own").train) == len(tokens("again").train)
+    assert tokens("other", without).vocabulary == CharVocabulary.of(TEXT)
+    for checkpoint, tokenizer in ((source, None), (source, again), (without, again)):
+        with pytest.raises(ValueError, match=r"text='.*other' .* another vocabulary, of \d+ characters, .* 309 tokens"):
+            tokens("other", checkpoint, tokenizer)
 
 
 @pytest.mark.slow

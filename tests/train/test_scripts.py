@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import jaxmodels
 from jaxmodels.feedback.parallel import ApproximateWarning, from_parallel
@@ -27,7 +28,7 @@ from jaxmodels.training.tokenize import tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
 from jaxmodels.weights.names import flat_arrays
 from tests.train_common import TEXT, TINY, without_warmup
-from train import feedback, feedback_kv, neox, rope, rope_value, synthesizer
+from train import feedback, feedback_kv, neox, retro, rope, rope_value, synthesizer
 from train.rope_value import VOCABULARY, answer, problem, question, sequence
 
 
@@ -128,6 +129,18 @@ def test_problems_of_a_saved_run_are_those_that_it_was_trained_with(tmp_path):
     write_about(tmp_path, experiment(seq_len=11, digits=7), sha256, {})
     with pytest.raises(ValueError, match=f"digits=7 has changed since {tmp_path} was trained"):
         saved_experiment(tmp_path).held_out(tmp_path, VOCABULARY, sha256)
+
+
+def test_a_tokenizer_with_an_absurd_id_is_refused_before_a_model_is_made(tmp_path):
+    text, folder = tmp_path / "a.txt", tmp_path / "tokens"
+    text.write_text("b " * 300)
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "z": 2**20 + 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenize(str(text), folder, tokenizer=tmp_path / "tokenizer.json")
+    for experiment in (rope.Rope(rope.Config(text=str(folder))), retro.Retro(retro.Config(text=str(folder)))):
+        with pytest.raises(ValueError, match=f"text='{folder}' has .* 1,048,578 tokens; at most 1,048,576"):
+            experiment.task()
 
 
 def test_the_default_prompt_is_in_the_vocabulary():

@@ -27,7 +27,7 @@ class Order:
 class NGram:
     """An n-gram model of a text; `order` 4 predicts from the three preceding characters.
 
-    ids: integers in [0, n_vocab), [N]. Raises ValueError if the text is empty.
+    ids: integers of any dtype in [0, n_vocab), [N]. Raises ValueError if the text is empty.
     """
 
     def __init__(self, ids: np.ndarray, n_vocab: int, order: int = 4):
@@ -37,7 +37,9 @@ class NGram:
         self.orders: list[Order] = []
         contexts, ranks = 1, np.zeros(len(ids), np.int64)  # rank of the k-1 characters before each one
         for k in range(min(order, len(ids))):
-            codes, inverse, counts = np.unique(ranks * n_vocab + ids[k:], return_inverse=True, return_counts=True)
+            codes, inverse, counts = np.unique(
+                np.add(ranks * n_vocab, ids[k:], dtype=np.int64), return_inverse=True, return_counts=True
+            )
             context = codes // n_vocab
             total = np.bincount(context, weights=counts, minlength=contexts)
             self.orders.append(Order(codes, counts, total, np.bincount(context, minlength=contexts)))
@@ -48,7 +50,7 @@ class NGram:
         p = np.full(len(ids), 1 / self.n_vocab)
         ranks = np.zeros(len(ids), np.int64)  # -1: does not occur
         for k, order in enumerate(self.orders[: len(ids)]):
-            codes = np.where(ranks < 0, -1, ranks * self.n_vocab + ids[k:])
+            codes = np.where(ranks < 0, -1, np.add(ranks * self.n_vocab, ids[k:], dtype=np.int64))
             places = np.minimum(np.searchsorted(order.codes, codes), len(order.codes) - 1)
             seen = order.codes[places] == codes
             count = np.where(seen, order.counts[places], 0)

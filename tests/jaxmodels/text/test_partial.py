@@ -1,6 +1,7 @@
 """Tokenizing that is interrupted, killed or blocked, in real processes where it matters."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -12,12 +13,14 @@ import time
 import numpy as np
 import pytest
 
+from jaxmodels.io.clean import main as clean
 from jaxmodels.text import ByteVocabulary, TokenizerFile, encoding, partial, pieces
 from jaxmodels.text.partial import Growing, fill, locked
 from jaxmodels.text.sources import open_sources
 from jaxmodels.text.tokens import end_ids, read, write_sources
 from tests.jaxmodels.text.tokenizers import made
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
+from tests.train_common import ROOT
 
 TEXT = "Once upon a time, Ärger und 日本語。\r\nThere   was a <b>token</b> izer's text; it went on.\n"
 SLOWLY = """
@@ -26,6 +29,23 @@ from jaxmodels.text import encoding, partial, pieces
 encoding.BATCH, partial.SAVE_EVERY, pieces.PIECE = 200, 0.0, 50
 from jaxmodels.training.tokenize import main
 sys.exit(main())
+"""
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from jaxmodels.text import ByteVocabulary, encoding, pieces
+from jaxmodels.text.documents import TextFile
+from jaxmodels.text.tokens import encode_whole, open_tokens
+encoding.BATCH, pieces.PIECE = 200, 50
+file, vocabulary, original, left = sys.argv[1], ByteVocabulary(), encoding.joined, [None] * 9
+def joined(*arguments):
+    if not left and {killed}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[:1] = []
+    return original(*arguments)
+encoding.joined = joined
+{call}
 """
 
 
@@ -197,6 +217,73 @@ def test_a_changed_text_begins_anew(small, tmp_path):
     (tmp_path / "a.txt").write_text("other " * 300)
     fill(folder, open_sources(str(tmp_path / "a.txt")), vocabulary, np.zeros(0, np.int32), key="b")
     assert bytes(np.load(folder / "train.npy")) == ("other " * 300).encode()[:1620]
+
+
+@pytest.mark.parametrize("call", ["open_tokens(file, vocabulary)", "encode_whole(TextFile(Path(file)), vocabulary)"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_a_process_leaves_that_encodes_a_text_to_use_it_is_known_to_clean(call, killed, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT * 100)
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-c", KILLED.format(call=call, killed=killed), str(tmp_path / "a.txt")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
+    left = list((tmp_path / "temporary").iterdir())
+    assert len(left) == killed
+    for path in [*left, *(path for folder in left for path in folder.iterdir())]:
+        os.utime(path, (0, 0))
+    assert clean([str(tmp_path / "temporary"), "--delete"]) == 0
+    assert ("removed 1, " in capsys.readouterr().out) == killed
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def interrupted(folder, file, when, then):
+    """Encode a file to a folder; after `when` batches do something."""
+    batches, original = itertools.count(), encoding.batches
+
+    def counted(found):
+        for batch in original(found):
+            if next(batches) == when:
+                then()
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "batches", counted)
+        return write_sources(folder, open_sources(str(file)), ByteVocabulary())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "docs/a.jsonl"])
+@pytest.mark.parametrize("how", ["shorter", "longer", "other", "touched"])
+def test_a_text_that_changes_while_it_is_encoded_is_refused(name, how, small, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    lines = json.dumps({"text": TEXT}) + "\n"
+    file.write_text(lines * 30)
+    changed = {"shorter": lines * 20, "longer": lines * 40, "other": lines.lower() * 30, "touched": lines * 30}[how]
+    source = file if file.parent == tmp_path else file.parent
+    with pytest.raises(ValueError, match=f"{file} has changed"):
+        interrupted(tmp_path / "tokens", source, 2, lambda: file.write_text(changed))
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"part": 1}, {"place": [0, 10**9, 0]}, {"place": [0, 2**80, 0]}, {"lengths": [[100, 2], [0, 0]]}, {"sha256": 1}],
+)
+def test_a_damaged_progress_begins_anew(change, small, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text((json.dumps({"text": TEXT}) + "\n") * 30)
+
+    def stop():
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        interrupted(tmp_path / "tokens", file, 6, stop)
+    (progress,) = tmp_path.glob(".tokens.*/progress.json")
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | change))
+    tokens = write_sources(tmp_path / "tokens", open_sources(str(file)), ByteVocabulary())
+    whole = np.concatenate([tokens.train, tokens.validation])
+    assert bytes(whole.astype(np.uint8)) == (TEXT + "\n\n").encode() * 30
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):

@@ -15,9 +15,11 @@ import pytest
 
 from jaxmodels.io.checkpoint import read_arrays
 from jaxmodels.io.steps import steps
+from jaxmodels.text import CharVocabulary
 from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import typed
 from jaxmodels.training.script import main, parse
+from jaxmodels.training.tokenize import tokenize
 from jaxmodels.training.trainer import Trainer
 from tests.train_common import TEXT, TINY, at_a_constant_rate, start
 from train import rope
@@ -270,6 +272,25 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_an_error_without_warnings(ne
     with pytest.raises(ValueError, match=f"{run / 'checkpoints'} has no checkpoint.*/12/.*/10/.*/5/"):
         main(rope.Rope, "train.rope", [*new, "--out", str(run)])
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_is_resumed_with_its_own_vocabulary_alone(new, ended, tmp_path):
+    run, tokens, file = Path(shutil.copytree(ended, tmp_path / "run")), tmp_path / "tokens", tmp_path / "sea.txt"
+    file.write_text(TEXT)
+    tokenize(str(file), tokens)
+
+    def resume() -> None:
+        experiment, command = parse(rope.Rope, "train.rope", [*new, "--text", str(tokens), "--out", str(run)])
+        Trainer(experiment, run, command.options).close()
+
+    before = (run / "vocabulary.json").stat()
+    resume()
+    assert (run / "vocabulary.json").stat().st_ino == before.st_ino  # it was not replaced
+    own = (run / "vocabulary.json").read_bytes()
+    CharVocabulary(CharVocabulary.of(TEXT).characters[::-1]).save(tokens / "vocabulary.json")
+    with pytest.raises(ValueError, match=f"text='{tokens}' has another vocabulary .*{run}/vocabulary.json"):
+        resume()
+    assert (run / "vocabulary.json").read_bytes() == own
 
 
 def test_a_lock_that_no_process_could_hold_is_refused(new, ended, tmp_path):

@@ -146,6 +146,21 @@ def test_ids_of_a_vocabulary_with_gaps_do_not_wrap(tmp_path):
         open_tokens(str(tmp_path / "tokens"))
 
 
+@pytest.mark.parametrize("dtype", ["<u8", ">u8", "<i8", ">u2"])
+def test_ids_of_any_integers_stay_integers_among_others(dtype, text, tmp_path):
+    run([text, str(tmp_path / "tokens")])
+    found = open_tokens(str(tmp_path / "tokens"))
+    train, validation = np.array(found.train), np.array(found.validation)
+    for name in ("train", "validation"):
+        file = tmp_path / "tokens" / f"{name}.npy"
+        np.save(file, np.load(file).astype(dtype))
+    tokens = open_tokens(str(tmp_path / "tokens"))
+    assert isinstance(tokens.train, np.memmap)
+    for ids, same in ((tokens.train, train), (tokens.validation, validation)):
+        np.testing.assert_array_equal(ids, same)
+        assert (np.zeros(1, np.int64) + ids[:1]).dtype == np.int64
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -36,6 +36,13 @@ def test_by_hand():
     np.testing.assert_allclose(np.exp(-nats), [3 / 5, (1 + 2 * 2 / 5) / 4, 2 / 5], rtol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64, ">u8", ">i2"])
+def test_ids_of_any_dtype_count_the_same(dtype):
+    ids = text(200, 1)
+    expected = NGram(ids, V).nats(ids)
+    np.testing.assert_array_equal(NGram(ids.astype(dtype), V).nats(ids.astype(dtype)), expected)
+
+
 @pytest.mark.parametrize("order", [1, 3, 4])
 def test_against_the_recursion(order):
     train, held_out = text(211, seed=0), text(53, seed=1)
