@@ -214,6 +214,7 @@ class Readings:
         progress("noise")
         noises = self.side.noises(batch, kinds, ULPS["float64"], comparison.seed)
         self.reference = Reference(comparison, batch, kinds, noises)
+        self.notes += self.reference.notes
         batches = [batch.varied(step) for step in range(steps if self.does("training") else 0)]
         self.training = Training(ADAM, batches, [LEARNING_RATE] * steps, comparison.frozen)
 

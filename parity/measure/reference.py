@@ -16,9 +16,10 @@ from parity.compare.comparison import Comparison
 from parity.compare.decoding import decoded
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
-from parity.compare.noise import LIMIT, OWN, PREDICTED, ULPS, Noise, Noises
+from parity.compare.noise import HUGE, LIMIT, OWN, PREDICTED, ULPS, Noise, Noises
 from parity.compare.outputs import aligned
 from parity.compare.sides.jax_side import JaxSide
+from parity.compare.weights.sided import listed
 from parity.report.results import Check
 
 WIDE = 4.0  # × the value in float64, where one unit in the last place is twice the rounding error
@@ -89,6 +90,18 @@ class Reference:
         """The noise of a kind's tensors in a dtype; in another one than was measured it is predicted."""
         ulps = ULPS[precision] / ULPS[self.measured]
         return {name: noise.scaled(ulps) for name, noise in self.noises[kind].items()}
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """A note on each kind with elements that are not compared in units of noise, with their number."""
+        for kind, truth in self.kinds.items():
+            found = []
+            for name in self.comparison.shared(truth) if kind == "output" else truth:
+                array = truth[name]
+                if without := array.size - noise.counted(array):
+                    found.append(f"{name} ({without:,} of {array.size:,} elements)")
+            if found:
+                yield f"{kind}: NaN, infinities and masks beyond {HUGE:g}, compared by place only: {listed(found)}"
 
     def with_noises(self, noises: Mapping[str, Noises]) -> "Reference":
         """The same results with other noise for some tensors, by kind, where it is larger."""
