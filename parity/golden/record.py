@@ -16,7 +16,7 @@ from parity.compare.noise import ULPS
 from parity.compare.sides.torch_side import TorchSide
 from parity.compare.weights import aliases
 from parity.golden.contents import check_noises, check_results, zero_gradients
-from parity.golden.fixture import files_of, write
+from parity.golden.fixture import check_target, files_of, write
 from parity.measure.explain import Changes, moves_by
 from parity.measure.reference import Reference
 
@@ -47,6 +47,7 @@ def record(
         raise ValueError(f"stem={stem}: folder {folder} does not exist")
     if torch_module is None:
         raise ValueError("torch_module=None must be a torch.nn.Module")
+    check_target(stem)
     model = description(flax_module)
     comparison = Comparison.of(
         torch_module,
