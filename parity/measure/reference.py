@@ -5,6 +5,7 @@ This module does not import torch: recordings are compared by the same code on m
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -58,6 +59,22 @@ def narrow_limits(
     """The limit of each value in a narrower dtype, see `judged_narrow`."""
     wide = wide or {}
     return {name: max(PREDICTED, OWN * own.get(name, 0.0), WIDE * wide.get(name, 0.0)) for name in values}
+
+
+def unlimited(own: Values, dtype: str) -> list[str]:
+    """Notes on results that PyTorch itself does not have in a narrower dtype, so that any of Flax's would pass there.
+
+    Raises ValueError if no output is left.
+    """
+    lost = {kind: [name for name, value in of.items() if not math.isfinite(value)] for kind, of in own.items()}
+    if lost["output"] and len(lost["output"]) == len(own["output"]):
+        names = listed(lost["output"])
+        raise ValueError(
+            f"{names} of PyTorch is NaN or infinite in {dtype}, so that nothing could be compared without float64"
+        )
+    return [
+        f"{kind}: NaN or infinite in PyTorch in {dtype}, not compared: {listed(n)}" for kind, n in lost.items() if n
+    ]
 
 
 def round_trip(comparison: Comparison) -> Check:

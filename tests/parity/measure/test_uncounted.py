@@ -37,6 +37,13 @@ def test_outputs_without_a_number_are_refused(function, number):
         function(*pair, X)
 
 
+def test_outputs_that_overflow_in_pytorch_are_refused_without_float64():
+    """Nothing limits what a port returns in float32 where PyTorch's own result is infinite."""
+    pair = Torch(lambda y: torch.exp(y + 100) / torch.exp(y * 0 + 100)), Flax(jnp.tanh)
+    with pytest.raises(ValueError, match="output of PyTorch is NaN or infinite in float32"):
+        parity.check(*pair, X, steps=0, float64=False)
+
+
 def test_empty_outputs_are_refused():
     with pytest.raises(ValueError, match=r"output float64 \[0, 7\] has no finite number"):
         parity.check(Torch(lambda y: y[:0]), Flax(lambda y: y[:0]), X)
