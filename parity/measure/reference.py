@@ -62,19 +62,15 @@ def narrow_limits(
 
 
 def unlimited(own: Values, dtype: str) -> list[str]:
-    """Notes on results that PyTorch itself does not have in a narrower dtype, so that any of Flax's would pass there.
+    """Notes on results that PyTorch itself has with other NaN, infinities or masks in a narrower dtype.
 
-    Raises ValueError if no output is left.
+    Nothing limits those of Flax there. Raises ValueError if no output is left.
     """
     lost = {kind: [name for name, value in of.items() if not math.isfinite(value)] for kind, of in own.items()}
+    why = f"PyTorch has NaN, infinities or masks at other places in {dtype} than in float64"
     if lost["output"] and len(lost["output"]) == len(own["output"]):
-        names = listed(lost["output"])
-        raise ValueError(
-            f"{names} of PyTorch is NaN or infinite in {dtype}, so that nothing could be compared without float64"
-        )
-    return [
-        f"{kind}: NaN or infinite in PyTorch in {dtype}, not compared: {listed(n)}" for kind, n in lost.items() if n
-    ]
+        raise ValueError(f"{listed(lost['output'])}: {why}, so that nothing could be compared without float64")
+    return [f"{kind} not compared, as {why}: {listed(names)}" for kind, names in lost.items() if names]
 
 
 def round_trip(comparison: Comparison) -> Check:

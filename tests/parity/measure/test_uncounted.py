@@ -40,7 +40,7 @@ def test_outputs_without_a_number_are_refused(function, number):
 def test_outputs_that_overflow_in_pytorch_are_refused_without_float64():
     """Nothing limits what a port returns in float32 where PyTorch's own result is infinite."""
     pair = Torch(lambda y: torch.exp(y + 100) / torch.exp(y * 0 + 100)), Flax(jnp.tanh)
-    with pytest.raises(ValueError, match="output of PyTorch is NaN or infinite in float32"):
+    with pytest.raises(ValueError, match=r"output: PyTorch has NaN.* in float32"):
         parity.check(*pair, X, steps=0, float64=False)
 
 
