@@ -235,6 +235,7 @@ def record_all(options: argparse.Namespace, console: "Console") -> int:
     from parity.cases import load_cases, matching, select
     from parity.cases.golden import GOLDEN
     from parity.cases.suite import pair_of
+    from parity.golden.fixture import check_target
     from parity.golden.record import description, record
     from parity.report.progress import StatusLine, each
 
@@ -246,6 +247,8 @@ def record_all(options: argparse.Namespace, console: "Console") -> int:
     for name in options.names:
         known = GOLDEN if matching(name, GOLDEN) else cases
         makes |= {one: known[one] for one in matching(name, known)}
+    for name in makes:
+        check_target(options.record / name)
     with StatusLine() as line:
         for name, _ in each(list(makes), line):
             pair = pair_of(makes[name], options.seed)

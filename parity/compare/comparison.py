@@ -33,6 +33,8 @@ from parity.compare.arguments import checked_labels, fitted, is_torch, modules
 from parity.compare.inputs import Inputs, cast
 from parity.compare.loss import Batch, Kinds, random_targets
 from parity.compare.names import Names, matches
+from parity.compare.noise import check_counted
+from parity.compare.outputs import correspondence
 from parity.compare.sides import jax_side
 from parity.compare.sides.adapters import as_module, returned
 from parity.compare.sides.dtypes import computing_in
@@ -198,6 +200,10 @@ class Comparison:
         """Shapes of Flax's outputs by Flax's names; None without a Flax module."""
         return None if self.flax is None else returned(self.flax, self.inputs, self.channels_last)
 
+    def shared(self, outputs: Mapping[str, Any]) -> list[str]:
+        """Names of PyTorch's outputs that Flax returns too; all without a Flax module."""
+        return list(outputs if self.returned is None else correspondence(outputs, self.returned))
+
     @functools.cached_property
     def untrained(self) -> frozenset[str]:
         """Parameters that PyTorch does not train, and others whose gradients are not compared."""
@@ -272,7 +278,11 @@ class Comparison:
         return Sides(inputs, reference, theirs, self.jax_side(dtype, theirs.state_dict(), inputs))
 
     def batch(self, outputs: Mapping[str, np.ndarray], inputs: Inputs | None = None) -> Batch:
-        """The inputs, labels, and random targets for outputs of these shapes."""
+        """The inputs, labels, and random targets for outputs of these shapes.
+
+        Raises ValueError if no output that both sides return has a finite number.
+        """
+        check_counted({name: outputs[name] for name in self.shared(outputs)})
         return Batch(inputs or self.inputs, self.labels, random_targets(outputs, self.seed, self.returned))
 
     def evaluated(

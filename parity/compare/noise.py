@@ -5,7 +5,8 @@ by up to one unit in the last place (`ULPS`), over `RUNS` runs. An implementatio
 differently is off by about this much, whatever the conditioning; a wrong one by orders of magnitude more. `LIMIT` lies
 between them. Noise is proportional to the unit that was moved: `Noise.scaled` predicts that of a narrower dtype.
 
-NaN, infinities and mask constants have no noise. They must be at the same places on both sides.
+NaN, infinities and mask constants have no noise. They must be at the same places on both sides. `check_counted` refuses
+outputs of nothing else, in which any implementation would agree.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+
+from jaxmodels.process.texts import shortened
 
 LIMIT = 32.0  # × noise; correct implementations are at 0.1 to 2, planted mistakes at 1000 and more
 PREDICTED = (
@@ -85,6 +88,19 @@ def blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
 def wide(array: np.ndarray) -> np.ndarray:
     """The array in float64 or complex128."""
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64, copy=False)
+
+
+def counted(array: np.ndarray) -> int:
+    """Number of elements that have a noise: neither NaN nor infinite, nor constants that stand for an infinity."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return sum(int(np.count_nonzero(np.abs(block) < HUGE)) for (block,) in blocks(array))
+
+
+def check_counted(outputs: Tensors) -> None:
+    """Raise ValueError, naming the outputs, if none of them has an element that is compared in units of noise."""
+    if outputs and not any(map(counted, outputs.values())):
+        held = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in outputs.items())
+        raise ValueError(f"{shortened(held, 400)} has no finite number, so that nothing could be compared")
 
 
 class Spread:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.process.texts import quoted
 from parity.compare.names import matches
 
 ROOT = "output"
@@ -34,6 +35,15 @@ def named_leaves(tree: Any, leaf: type) -> dict[str, Any]:
             walk(f"{name}[{key}]", child)
 
     walk(ROOT, tree)
+    return found
+
+
+def returned_leaves(tree: Any, leaf: type, side: str) -> dict[str, Any]:
+    """`named_leaves` of what a module returns; raises ValueError, naming its side and the type, if there are none."""
+    found = named_leaves(tree, leaf)
+    if not found:
+        kind = quoted(type(tree).__name__)
+        raise ValueError(f"the {side} module returns {kind} without an array; expected an array, or several by name")
     return found
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.process.texts import quoted
-from parity.compare.loss import Kinds, check_labels
-from parity.compare.noise import HUGE, LIMIT, OWN, ULPS, Noise, blocks
+from parity.compare.loss import Kinds, check_labels, masks
+from parity.compare.noise import HUGE, LIMIT, OWN, ULPS, Noise, blocks, check_counted, counted
 
 KINDS = ("output", "parameter gradients", "input gradients")
 GROUPS = ("state", "inputs", "labels", "targets", *KINDS)
@@ -60,7 +60,7 @@ def check_results(
     """Compare names, shapes and dtypes of results with the weights, inputs, labels and targets that they follow from.
 
     trained: names of the parameters that have gradients. Raises ValueError, naming the tensor, if they do not fit, and
-    for weights with NaN and results without a finite number.
+    for weights with NaN, results without a finite number, targets without a loss and gradients that are all zero.
     """
     for name, array in state.items():
         if jnp.issubdtype(array.dtype, jnp.inexact) and np.isnan(array).any():
@@ -68,8 +68,11 @@ def check_results(
     for name, array in (
         (f"{kind}/{name}", array) for kind, of_kind in results.items() for name, array in of_kind.items()
     ):
-        if array.size and not np.isfinite(array).any():
+        if array.size and not counted(array):
             raise ValueError(f"{quoted(name)} has no finite number, so that nothing could be compared")
+    check_counted(results["output"])
+    if zero := zero_gradients(results):
+        raise ValueError(f"{zero} are all zero, with which a module that passes none on would agree")
     for name, array in inputs.items():
         if not array.size or not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
             raise ValueError(f"inputs/{name} is {described(array)}; it must be a non-empty array of numbers")
@@ -106,6 +109,18 @@ def check_results(
             raise ValueError(
                 f"{quoted(f'targets/{name}')} is {described(targets[name])}; output/{name} is {described(output)}"
             )
+        lost = int(np.count_nonzero(np.isnan(targets[name]) & ~masks(output)))
+        if lost or np.isinf(targets[name]).any():
+            raise ValueError(f"{quoted(f'targets/{name}')} has NaN for {lost:,} numbers of the output, or an infinity")
+
+
+def zero_gradients(results: Kinds) -> str:
+    """The kind of gradients that would say nothing of a port: the first one, if all of it is zero; else "".
+
+    Those of parameters are the first. An input may have none, such as a mask that is only compared with 0.
+    """
+    kind = next((kind for kind in KINDS[1:] if kind in results), "")
+    return kind if kind and not any(array.any() for array in results[kind].values()) else ""
 
 
 def check_noises(

@@ -12,6 +12,7 @@ that the module holds in a narrow float: a tensor that may have no counterpart i
 configuration from which `jaxmodels.models.build` builds the Flax model; null for a class that is not registered.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,16 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.atomic import atomic_file, check_file
 from jaxmodels.io.bounded import is_integer, read_object, sha256_of
 from jaxmodels.io.safetensors import read_file, write_file
 from jaxmodels.process.texts import quoted, shortened
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Kinds
 from parity.compare.noise import Noise
-from parity.golden.contents import KINDS, check_constants, check_noises, check_readings, check_results
+from parity.golden.contents import GROUPS, KINDS, check_constants, check_noises, check_readings, check_results
 
 FORMAT = 3  # older ones do not bind the tensors to the JSON
+FIELDS = {"format", "name", "model", "positional", "zero gradients", "untrained", "torch"}  # of every format
 TENSOR_BYTES = 2**32  # of a fixture's tensors, all of which are read
 LONGEST = 400  # characters of a reason
 LONGEST_NAME = 1_000  # characters of a name, of which modules are searched for each word
@@ -97,21 +99,80 @@ def files_of(stem: str | os.PathLike) -> tuple[Path, Path]:
 
 
 def write(stem: str | os.PathLike, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Write both files atomically, the JSON last: without it, or with that of other tensors, there is no fixture."""
+    """Replace both files, if `check_target` allows it. A process that is killed leaves the old fixture or the new one.
+
+    The new JSON is on disk beside the old one before the tensors are replaced; `recover` finds it there.
+    """
+    check_target(stem)
     tensors_file, about_file = files_of(stem)
-    with atomic_file(about_file) as temporary_about, atomic_file(tensors_file) as temporary_tensors:
+    bound: dict[str, Any] = {"format": FORMAT, "sha256": ""}
+
+    def write_about() -> None:
+        with atomic_file(pending(about_file)) as temporary_about:
+            temporary_about.write_text(json.dumps(bound, indent=2) + "\n", encoding="utf-8")
+
+    with atomic_file(tensors_file, write_about) as temporary_tensors:
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         write_file(temporary_tensors, contiguous)
-        bound = {"format": FORMAT, "sha256": sha256_of(temporary_tensors), **about}
-        temporary_about.write_text(json.dumps(bound, indent=2) + "\n", encoding="utf-8")
+        bound |= {"sha256": sha256_of(temporary_tensors), **about}
+    recover(stem)
+
+
+def pending(about_file: Path) -> Path:
+    """Name of a JSON whose tensors are not in place yet."""
+    return about_file.with_name(f".{about_file.name}.new")
+
+
+def recover(stem: str | os.PathLike) -> None:
+    """Give a JSON its name whose tensors are in place: the last step of `write`, which a killed process has not done.
+
+    Without effect on any other file, and in a folder that cannot be written.
+    """
+    tensors_file, about_file = files_of(stem)
+    new = pending(about_file)
+    with contextlib.suppress(OSError, ValueError):  # there is none, or another process has renamed it
+        if read_object(new).get("sha256") == sha256_of(tensors_file, TENSOR_BYTES):
+            new.replace(about_file)
+
+
+def check_target(stem: str | os.PathLike) -> None:
+    """Raise ValueError, naming the file, if one that would be replaced is of no fixture, such as a model's weights.
+
+    A recording that a killed process had nearly written is recovered first.
+    """
+    recover(stem)
+    for file, is_ours in zip(files_of(stem), (holds_recording, describes_recording), strict=True):
+        check_file(file)
+        if file.exists() and not is_ours(file):
+            raise ValueError(
+                f"stem={stem}: {file} was not written by parity.record; delete it yourself, or choose another stem"
+            )
+
+
+def holds_recording(file: Path) -> bool:
+    """True for the tensors of a fixture of any format."""
+    try:
+        groups = {name.partition("/")[0] for name in read_file(file)}
+    except ValueError:
+        return False
+    return {"inputs", "output"} <= groups <= set(GROUPS)
+
+
+def describes_recording(file: Path) -> bool:
+    """True for the JSON of a fixture of any format."""
+    try:
+        return read_object(file).keys() >= FIELDS
+    except ValueError:
+        return False
 
 
 def read(stem: str | os.PathLike) -> Fixture:
     """Read a recording.
 
     Raises ValueError, naming the file, if one is missing, damaged or of another format, or if the tensors are not those
-    of the JSON.
+    of the JSON. A recording that a killed process had nearly written is recovered first.
     """
+    recover(stem)
     tensors_file, about_file = files_of(stem)
     if missing := [str(file) for file in (about_file, tensors_file) if not file.exists()]:
         raise ValueError(f"stem={stem} is not a fixture: {' and '.join(missing)} does not exist")

@@ -15,8 +15,8 @@ from parity.compare.comparison import Comparison
 from parity.compare.noise import ULPS
 from parity.compare.sides.torch_side import TorchSide
 from parity.compare.weights import aliases
-from parity.golden.contents import check_noises
-from parity.golden.fixture import files_of, write
+from parity.golden.contents import check_noises, check_results, zero_gradients
+from parity.golden.fixture import check_target, files_of, write
 from parity.measure.explain import Changes, moves_by
 from parity.measure.reference import Reference
 
@@ -39,13 +39,15 @@ def record(
 
     inputs, labels, zero_gradients and randomize are those of `parity.check`. If flax_module has a registered class
     (one that `jaxmodels.save` takes), the fixture describes how to build it. Raises ValueError for inputs that are not
-    arrays, if the folder does not exist, and if the noise in float32 is as large as the results.
+    arrays, if the folder does not exist, if the noise in float32 is as large as the results, and if one of both files
+    exists that is not of a fixture.
     """
     folder = files_of(stem)[0].parent
     if not folder.is_dir():
         raise ValueError(f"stem={stem}: folder {folder} does not exist")
     if torch_module is None:
         raise ValueError("torch_module=None must be a torch.nn.Module")
+    check_target(stem)
     model = description(flax_module)
     comparison = Comparison.of(
         torch_module,
@@ -73,16 +75,22 @@ def write_recording(
     with comparison.strict_precision():
         side = comparison.torch_side("float64")
         batch, results = comparison.evaluated(side)
+        while zero := zero_gradients(results):
+            results = {kind: tensors for kind, tensors in results.items() if kind != zero}
         noises = side.noises(batch, results, ULPS["float64"], comparison.seed)
         reference = Reference(comparison, batch, results, noises)
         own = reference.values(comparison.torch_side("float32").evaluate(batch), "float32")
+        state = {key: as_numpy(tensor) for key, tensor in module.state_dict().items()}
+        targets = batch.targets if batch.labels is None else {}
+        trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
         with errors_naming(stem):
             check_noises(results, noises, own)
+            check_results(results, state, batch.inputs.named(), batch.labels, targets, trained)
         constants = moves_by_constants(reference, side)
     groups: dict[str, Mapping[str, Any]] = {
-        "state": {key: as_numpy(tensor) for key, tensor in module.state_dict().items()},
+        "state": state,
         "inputs": batch.inputs.named(),
-        "targets": batch.targets if batch.labels is None else {},
+        "targets": targets,
         **results,
     }
     tensors = {f"{group}/{key}": array for group, arrays in groups.items() for key, array in arrays.items()}
@@ -91,7 +99,7 @@ def write_recording(
         "name": name or files_of(stem)[0].stem,
         "model": model,
         "positional": len(batch.inputs.args),
-        "zero gradients": list(comparison.zero_gradients),
+        "zero gradients": list(comparison.zero_gradients) if "parameter gradients" in results else [],
         "untrained": [key for key, parameter in module.named_parameters() if not parameter.requires_grad],
         "readings": list(results),
         "noise": {kind: {n: [one.unit, one.masks_from] for n, one in of.items()} for kind, of in noises.items()},

@@ -81,7 +81,7 @@ def read_replay(comparison: Comparison, fixture: Fixture) -> Report:
     began = time.perf_counter()
     batch = Batch(fixture.inputs, comparison.labels, fixture.targets)
     reference = Reference(comparison, batch, fixture.results, fixture.noises)
-    notes = check_fit(comparison, fixture)
+    notes = [*check_fit(comparison, fixture), *reference.notes]
     skipped = {kind: ABSENT for kind in KINDS if kind not in fixture.results and expected(kind, comparison)}
     with comparison.strict_precision():
         checks = list(readings(reference, fixture, skipped, notes))

@@ -31,7 +31,7 @@ from parity.measure.explain import NAMED, Changes, add_torch_constants, explaine
 from parity.measure.memory import free, too_large
 from parity.measure.optimizers import OPTIMIZERS, Training
 from parity.measure.plain import fused, has_plain
-from parity.measure.reference import Reference, Values, judged, judged_narrow, round_trip
+from parity.measure.reference import Reference, Values, judged, judged_narrow, round_trip, unlimited
 from parity.measure.refine import doubtful, refined, rescaled
 from parity.measure.train_mode import TRAINING_MODE, in_training, train_mode
 from parity.report.report import Report
@@ -214,6 +214,7 @@ class Readings:
         progress("noise")
         noises = self.side.noises(batch, kinds, ULPS["float64"], comparison.seed)
         self.reference = Reference(comparison, batch, kinds, noises)
+        self.notes += self.reference.notes
         batches = [batch.varied(step) for step in range(steps if self.does("training") else 0)]
         self.training = Training(ADAM, batches, [LEARNING_RATE] * steps, comparison.frozen)
 
@@ -316,6 +317,7 @@ class Readings:
         self.drop_side()
         self.progress("float32")
         _, values, own = self.refined({}, *self.narrow())
+        self.notes += unlimited(own, "float32")
         for kind, of_kind in values.items():
             yield judged_narrow(kind, "float32", of_kind, own[kind])
         ours = self.comparison.jax_side("float32")

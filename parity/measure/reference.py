@@ -5,6 +5,7 @@ This module does not import torch: recordings are compared by the same code on m
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -16,9 +17,10 @@ from parity.compare.comparison import Comparison
 from parity.compare.decoding import decoded
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import matches
-from parity.compare.noise import LIMIT, OWN, PREDICTED, ULPS, Noise, Noises
+from parity.compare.noise import HUGE, LIMIT, OWN, PREDICTED, ULPS, Noise, Noises
 from parity.compare.outputs import aligned
 from parity.compare.sides.jax_side import JaxSide
+from parity.compare.weights.sided import listed
 from parity.report.results import Check
 
 WIDE = 4.0  # × the value in float64, where one unit in the last place is twice the rounding error
@@ -59,6 +61,18 @@ def narrow_limits(
     return {name: max(PREDICTED, OWN * own.get(name, 0.0), WIDE * wide.get(name, 0.0)) for name in values}
 
 
+def unlimited(own: Values, dtype: str) -> list[str]:
+    """Notes on results that PyTorch itself has with other NaN, infinities or masks in a narrower dtype.
+
+    Nothing limits those of Flax there. Raises ValueError if no output is left.
+    """
+    lost = {kind: [name for name, value in of.items() if not math.isfinite(value)] for kind, of in own.items()}
+    why = f"PyTorch has NaN, infinities or masks at other places in {dtype} than in float64"
+    if lost["output"] and len(lost["output"]) == len(own["output"]):
+        raise ValueError(f"{listed(lost['output'])}: {why}, so that nothing could be compared without float64")
+    return [f"{kind} not compared, as {why}: {listed(names)}" for kind, names in lost.items() if names]
+
+
 def round_trip(comparison: Comparison) -> Check:
     """PyTorch -> Flax -> PyTorch in the module's own dtypes: count the tensors that changed in any bit."""
     assert comparison.torch is not None, "the weights come from PyTorch"
@@ -89,6 +103,18 @@ class Reference:
         """The noise of a kind's tensors in a dtype; in another one than was measured it is predicted."""
         ulps = ULPS[precision] / ULPS[self.measured]
         return {name: noise.scaled(ulps) for name, noise in self.noises[kind].items()}
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """A note on each kind with elements that are not compared in units of noise, with their number."""
+        for kind, truth in self.kinds.items():
+            found = []
+            for name in self.comparison.shared(truth) if kind == "output" else truth:
+                array = truth[name]
+                if without := array.size - noise.counted(array):
+                    found.append(f"{name} ({without:,} of {array.size:,} elements)")
+            if found:
+                yield f"{kind}: NaN, infinities and masks beyond {HUGE:g}, compared by place only: {listed(found)}"
 
     def with_noises(self, noises: Mapping[str, Noises]) -> "Reference":
         """The same results with other noise for some tensors, by kind, where it is larger."""

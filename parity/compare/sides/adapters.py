@@ -16,7 +16,7 @@ from jaxmodels.weights.names import Path, dotted, flat_arrays, with_arrays
 from parity.compare.arguments import modules
 from parity.compare.inputs import Inputs, cast
 from parity.compare.names import matches
-from parity.compare.outputs import named_leaves
+from parity.compare.outputs import returned_leaves
 from parity.compare.sides.functions import Function, FunctionModule
 
 # Added in Flax 0.12; older versions do not shard arrays eagerly.
@@ -133,7 +133,7 @@ def traced(
     def call(state: nnx.State, values: dict[str, Any]) -> dict[str, Any]:
         model: Any = nnx.merge(graphdef, state)
         model.eval()
-        return named_leaves(inputs.call(model, values, "flax"), jax.Array)
+        return returned_leaves(inputs.call(model, values, "flax"), jax.Array, "Flax")
 
     own = [array.dtype for array in flat_arrays(module).values() if jnp.issubdtype(array.dtype, jnp.floating)]
     dtype = max(own, key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))

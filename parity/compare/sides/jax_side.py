@@ -15,7 +15,7 @@ from parity.compare.inputs import Inputs, cast
 from parity.compare.loss import Batch, Kinds, jax_loss
 from parity.compare.names import matches
 from parity.compare.noise import RUNS, Noise, Spread, moved, of_spreads
-from parity.compare.outputs import aligned, named_leaves
+from parity.compare.outputs import aligned, returned_leaves
 from parity.compare.sides.widen import Constant, Widened
 from parity.compare.weights import Weights
 
@@ -124,7 +124,7 @@ class JaxSide:
         """Call this module, or another with the same arguments; returns outputs by name in PyTorch's layout."""
         values = {n: jnp.moveaxis(v, 1, -1) if matches(n, self.channels_last) else v for n, v in values.items()}
         called = self.inputs.call(module, values, side="flax", dtype=self.dtype)
-        outputs = named_leaves(called, jax.Array)
+        outputs = returned_leaves(called, jax.Array, "Flax")
         return {n: jnp.moveaxis(v, -1, 1) if matches(n, self.channels_last) else v for n, v in outputs.items()}
 
     def loaded(self, state_dict: Mapping[str, Any]) -> "JaxSide":

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from jaxmodels.weights.names import as_numpy
-from parity.compare.inputs import Inputs, named_leaves
+from parity.compare.inputs import Inputs
 from parity.compare.loss import Batch, Kinds, torch_loss
 from parity.compare.noise import BLOCK, HUGE, RUNS, ULPS, Noise, Spread, of_spreads
+from parity.compare.outputs import returned_leaves
 from parity.compare.sides.torch_copy import cast, copied, slow_paths
 from parity.compare.sides.wide_torch import Rounding, widened
 
@@ -79,7 +80,8 @@ class TorchSide:
 
     def call(self, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The outputs by name."""
-        return named_leaves(inputs.call(self.module, tensors, side="torch", dtype=self.dtype), torch.Tensor)
+        called = inputs.call(self.module, tensors, side="torch", dtype=self.dtype)
+        return returned_leaves(called, torch.Tensor, "PyTorch")
 
     def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """The outputs alone."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmodels.weights.names import ConversionError
 from parity.compare.comparison import Comparison
+from parity.compare.noise import counted
 from parity.compare.outputs import aligned
 from parity.compare.suggest.matching import Doubt, starred
 from parity.compare.weights import Mapped
@@ -61,7 +62,8 @@ class Runs:
             side.weights = weights
             outputs = side.loaded(self.state).outputs(comparison.inputs)
         found = aligned(outputs, self.truth, comparison.channels_last)
-        return max((difference(found[name], self.truth[name]) for name in found), default=math.inf)
+        errors = (difference(found[name], self.truth[name]) for name in found if counted(self.truth[name]))
+        return max(errors, default=math.inf)
 
 
 def difference(found: Any, truth: np.ndarray) -> float:
@@ -71,7 +73,7 @@ def difference(found: Any, truth: np.ndarray) -> float:
         return math.inf if found.shape != truth.shape else float((found != truth).any())
     finite = np.isfinite(found) & np.isfinite(truth)
     if not finite.any():
-        return 0.0
+        return math.inf
     a, b = found[finite].astype(truth.dtype), truth[finite]
     return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
 

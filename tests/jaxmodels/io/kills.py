@@ -101,6 +101,19 @@ def write_hf(target: Path, text: str) -> None:
     save_hf(model, target, overwrite=True)
 
 
+def write_fixture(target: Path, text: str) -> None:
+    from jaxmodels.io.safetensors import read_file
+    from parity.golden import fixture
+
+    tensors_file, about_file = fixture.files_of(fixture.SHIPPED / "rope.rotary")
+    target.mkdir(exist_ok=True)
+    tensors = read_file(tensors_file)
+    scaled = {name: tensor * len(text) for name, tensor in tensors.items() if name.startswith("state/")}
+    about = json.loads(about_file.read_text()) | {"name": text}
+    del about["sha256"]
+    fixture.write(target / "fixture", tensors | scaled, about)
+
+
 OPERATIONS: dict[str, Callable[[Path, str], None]] = {
     "folder": write_folder,
     "folder, renamed twice": in_two_steps,
@@ -109,23 +122,29 @@ OPERATIONS: dict[str, Callable[[Path, str], None]] = {
     "index": build_index,
     "model": save_model,
     "hf": write_hf,
+    "fixture": write_fixture,
 }
-REPLACES = ("folder", "folder, renamed twice", "file", "model", "hf")  # a target that exists
+REPLACES = ("folder", "folder, renamed twice", "file", "model", "hf", "fixture")  # a target that exists
 GROWS = ("index",)  # its files appear one by one, and it is continued
 IMPORTS = {  # before the processes are forked: JAX alone takes seconds
     "tokens": ("jaxmodels.training.tokenize",),
     "index": ("jaxmodels.retro.retrieval.index",),
     "model": ("jaxmodels.transformer",),
     "hf": ("jaxmodels.convert.hf", "jaxmodels.neox"),
+    "fixture": ("parity.golden.fixture",),
 }
 
 
 def contents(target: Path) -> object:
     """Content of a file, or names and sizes of a folder's files; of a model's, which have random names, that all are
-    there.
+    there; of a fixture its name, once both files have been read.
     """
     if target.is_file():
         return target.read_text()
+    if (target / "fixture.json").is_file():
+        from parity.golden.fixture import read
+
+        return read(target / "fixture").name
     if (target / "params" / "state").is_dir():
         complete = json.loads((target / manifest.NAME).read_text())["complete"]
         return complete, manifest.foreign(target), (target / "config.json").read_text()

@@ -42,7 +42,11 @@ def test_tokenizing_that_is_killed_before_any_operation_on_a_file_can_be_continu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stride", "least"), [("hf", 4, 3), ("index", 9, 4), ("model", 13, 3)])
-def test_checkpoints_and_indexes_whose_writer_is_killed_are_whole_and_what_is_left_is_removed(name, stride, least):
+@pytest.mark.parametrize(
+    ("name", "stride", "least"), [("hf", 4, 3), ("index", 9, 4), ("model", 13, 3), ("fixture", 1, 6)]
+)
+def test_checkpoints_indexes_and_fixtures_whose_writer_is_killed_are_whole_and_what_is_left_is_removed(
+    name, stride, least
+):
     """Some points of each; `python -m tests.jaxmodels.io.kills model 1` tries all of them."""
     assert int(started("tests.jaxmodels.io.kills", name, str(stride))) >= least

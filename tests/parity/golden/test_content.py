@@ -148,6 +148,74 @@ def test_weights_and_results_without_numbers_are_refused(recorded):
         read(stem)
 
 
+def test_gradients_that_are_all_zero_are_refused(recorded):
+    """A port that passes no gradients on would agree."""
+
+    def about(fields):
+        for kind in (GRADIENTS, "input gradients"):
+            fields["noise"][kind] = {name: [0.0, 1e30] for name in fields["noise"][kind]}
+            fields["own values"][kind] = dict.fromkeys(fields["own values"][kind], 0.0)
+
+    stem = recorded[1]
+    change(stem, of_group(GRADIENTS, np.zeros_like), about)
+    with pytest.raises(ValueError, match=rf"mlp\b.*{GRADIENTS} are all zero"):
+        read(stem)
+    change(
+        stem,
+        lambda held: of_group("input gradients", np.zeros_like)(without(GRADIENTS)(held)),
+        lambda fields: [
+            fields[field].pop(GRADIENTS) if isinstance(fields[field], dict) else fields[field].remove(GRADIENTS)
+            for field in ("noise", "own values", "readings")
+        ],
+    )
+    with pytest.raises(ValueError, match=r"mlp\b.*input gradients are all zero"):
+        read(stem)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_targets_are_numbers_where_the_output_is_one(recorded, number):
+    stem = recorded[1]
+    change(stem, of_group("targets", lambda t: np.where(np.arange(t.size).reshape(t.shape) > 0, number, t)))
+    with pytest.raises(ValueError, match=r"mlp\b.*'targets/output' has NaN"):
+        read(stem)
+
+
+class Masked(torch.nn.Linear):
+    """Outputs of every kind that has no target: NaN, infinities and a constant that masks others."""
+
+    def forward(self, x, used):
+        y = super().forward(x).clone()
+        y[0, :3] = torch.tensor([math.nan, -math.inf, -1e9], dtype=y.dtype)
+        return torch.where(used > 0, y, 0)
+
+
+def test_a_module_with_masks_and_an_input_without_gradients_is_recorded_and_read(tmp_path):
+    parity.record(Masked(5, 7), {"x": np.ones((3, 5)), "used": np.ones((3, 1))}, tmp_path / "masked")
+    fixture = read(tmp_path / "masked")
+    assert np.isnan(fixture.targets["output"]).sum() == 3
+    assert not fixture.results["input gradients"]["used"].any()
+
+
+def test_gradients_that_are_zero_in_pytorch_are_not_recorded(tmp_path):
+    class Detached(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach() + 0 * self.weight.sum()
+
+    parity.record(Detached(5, 7), np.ones((3, 5)), tmp_path / "detached", zero_gradients=["weight"])
+    assert read(tmp_path / "detached").results.keys() == {"output"}
+
+
+def test_what_would_not_be_read_is_not_recorded(tmp_path):
+    class Half(torch.nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y * math.nan
+
+    with pytest.raises(ValueError, match=r"half\b.*'output/output\[1\]' has no finite number"):
+        parity.record(Half(5, 7), np.ones((3, 5)), tmp_path / "half")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_is_not_compared_says_nothing_about_noise(recorded):
     flax_module, stem = recorded
     zzz = "output[zzz]"
@@ -216,7 +284,7 @@ def test_an_ill_conditioned_module_is_not_recorded(tmp_path):
         def forward(self, x):
             return super().forward(x) + 1e8 - 1e8
 
-    with pytest.raises(ValueError, match=r"cancels\b.*noise of 'output/output' is"):
+    with pytest.raises(ValueError, match=r"cancels\b.*(noise|own values) of 'output/output' is"):
         parity.record(Cancels(5, 7), np.ones((3, 5)), tmp_path / "cancels")
     assert not list(tmp_path.iterdir())
 

@@ -14,11 +14,12 @@ from flax import nnx
 import parity
 from jaxmodels import layers
 from jaxmodels.convert import ConversionError
+from jaxmodels.io.safetensors import write_file
 from parity.cases import SYSTEMS
 from parity.cases.golden import GOLDEN
 from parity.cases.suite import pair_of
 from parity.command import main
-from parity.golden.fixture import SHIPPED, files_of, read, stems
+from parity.golden.fixture import SHIPPED, files_of, pending, read, stems
 from parity.golden.record import record
 from tests.parity.pairs import FlaxMLP, mlp
 
@@ -249,6 +250,66 @@ def test_a_recording_that_fails_leaves_the_old_one(recorded, tmp_path, monkeypat
     with pytest.raises(OSError, match="No space"):
         parity.record(torch_module, {"x": x}, tmp_path / "new")
     assert {file.name for file in tmp_path.iterdir()} == set(before)
+
+
+def test_a_recording_whose_writer_was_killed_is_the_old_one_or_the_new_one(recorded, tmp_path):
+    """The states between the three renames; `tests.jaxmodels.io.kills` kills a process there."""
+    stem = recorded[1]
+    torch_module, _, x = mlp()
+    old = {file: file.read_bytes() for file in files_of(stem)}
+    parity.record(torch_module, {"x": 2 * x}, stem, name="new")
+    new = {file: file.read_bytes() for file in files_of(stem)}
+    assert sorted(old) == sorted(tmp_path.iterdir())
+    tensors_file, about_file = files_of(stem)
+    waiting = pending(about_file)
+
+    for tensors, name in ((old, "an MLP"), (new, "new")):
+        tensors_file.write_bytes(tensors[tensors_file])
+        about_file.write_bytes(old[about_file])
+        waiting.write_bytes(new[about_file])
+        assert read(stem).name == name
+    about_file.rename(waiting)
+    assert read(stem).name == "new", "of a first recording"
+    about_file.rename(waiting)
+    parity.record(torch_module, {"x": x}, stem, name="third")
+    assert read(stem).name == "third"
+    assert sorted(old) == sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["mlp.safetensors", "mlp.json"])
+@pytest.mark.parametrize("content", ["of others", "", None])
+def test_files_of_others_are_not_replaced(recorded, tmp_path, wrong, content):
+    torch_module, _, x = mlp()
+    file = tmp_path / wrong
+    if content is not None:
+        file.write_text(content)
+    elif wrong == "mlp.json":
+        file.write_text('{"format": 3, "model": "mine"}')
+    else:
+        file.unlink()
+        write_file(file, {"state/w": np.ones(3), "output/y": np.ones(3), "w": np.ones(3)})
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"{file} was not written by parity\.record"):
+        parity.record(torch_module, {"x": x}, recorded[1])
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_command_replaces_no_files_of_others(tmp_path, capsys):
+    file = tmp_path / "synthesizer.dense.safetensors"
+    write_file(file, {"w": np.ones(3)})
+    assert main(["rope.rotary", "synthesizer.dense", "--record", str(tmp_path)]) == 2
+    assert f"{file} was not written by parity.record" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file], "nothing is recorded before"
+
+
+def test_a_fixture_of_an_older_format_is_recorded_again(recorded):
+    torch_module, _, x = mlp()
+    about_file = files_of(recorded[1])[1]
+    fields = json.loads(about_file.read_text())
+    older = {"format", "name", "model", "positional", "zero gradients", "untrained", "torch"}
+    about_file.write_text(json.dumps({key: fields[key] for key in older} | {"format": 1, "own errors": {}}))
+    parity.record(torch_module, {"x": x}, recorded[1], name="again")
+    assert read(recorded[1]).name == "again"
 
 
 def test_every_system_ships_a_fixture():
