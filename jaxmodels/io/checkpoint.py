@@ -28,7 +28,7 @@ from jaxmodels.weights.place import Shardings
 
 FORMAT = 1
 ITEM = "state"  # folder in an Orbax folder that has the arrays
-VALUE_TYPE = "jax.Array"  # of every array that this program saves
+VALUE_TYPES = ("jax.Array", "np.ndarray")  # of the arrays that this program saves
 METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for an array
 JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")
 # Of the child process that reads names: processor time to start, to read, and for each byte of the folder; memory.
@@ -230,8 +230,9 @@ def check_format_of_arrays(folder: Path) -> None:
         if content.get(name) is not True:
             raise ValueError(f"{file} has {name}={quoted(content.get(name))}, must be true")
     for name, entry in content["tree_metadata"].items():
-        if (kind := entry["value_metadata"]["value_type"]) != VALUE_TYPE:
-            raise ValueError(f"{file} has value_type={quoted(kind)} of {quoted(name)}, must be {VALUE_TYPE}")
+        if (kind := entry["value_metadata"]["value_type"]) not in VALUE_TYPES:
+            allowed = " or ".join(VALUE_TYPES)
+            raise ValueError(f"{file} has value_type={quoted(kind)} of {quoted(name)}, must be {allowed}")
 
 
 def check_files(folder: Path) -> None:

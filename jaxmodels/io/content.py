@@ -87,14 +87,18 @@ def explained(file: Path, otherwise: str) -> ValueError:
     return ValueError(f"{file} {recognised(file) or shortened(otherwise, 400)}")
 
 
+def weights_in(folder: Path) -> list[str]:
+    """Names of what holds the weights in a model's folder, of which there should be one."""
+    names = (STEM, f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
+    return [name for name in names if (folder / name).exists()]
+
+
 def holds_safetensors(folder: Path) -> bool:
     """True if a model's folder holds STEM.safetensors or its index; False if it holds STEM, an Orbax folder.
 
     Raises ValueError, naming the folder, if it holds more than one of them, or none.
     """
-    found = [
-        name for name in (STEM, f"{STEM}.safetensors", f"{STEM}.safetensors.index.json") if (folder / name).exists()
-    ]
+    found = weights_in(folder)
     if not found:
         raise ValueError(f"{folder} holds no weights; expected {STEM}/ or {STEM}.safetensors")
     if len(found) > 1:

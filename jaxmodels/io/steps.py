@@ -17,7 +17,7 @@ from typing import Any
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, raise_named, temporary_name
 from jaxmodels.io.bounded import check_format, read_object, refuse_special
-from jaxmodels.io.content import holds_safetensors, is_written_here
+from jaxmodels.io.content import is_written_here, weights_in
 from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted
 
@@ -97,7 +97,8 @@ def problem(folder: Path) -> str | None:
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{folder / name} has {found} bytes of {size}"
-        holds_safetensors(folder / "model")  # raises if other weights were added
+        if len(weights := weights_in(folder / "model")) > 1:  # others were added
+            return f"{folder / 'model'} holds {' and '.join(weights)}; expected one of them"
         described = folder / "model" / "config.json"
         if "model" in mark and (other := difference(read_object(described), mark["model"])) is not None:
             key, now, then = other

@@ -115,7 +115,7 @@ def write(stem: str | os.PathLike, tensors: Mapping[str, np.ndarray], about: Map
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         write_file(temporary_tensors, contiguous)
         bound |= {"sha256": sha256_of(temporary_tensors), **about}
-    recover(stem)
+    pending(about_file).replace(about_file)
 
 
 def pending(about_file: Path) -> Path:

@@ -6,12 +6,20 @@ import numpy as np
 
 from tests.fuzz.targets.kind import Target
 
-NAMES = ("weights.pt", "vocabulary.json", "fixture.json", "fixture.safetensors", "report.txt", "metrics.jsonl")
+NAMES = ("weights.pt", "vocabulary.json", "report.txt", "metrics.jsonl")
 
 
 def make_outputs(folder: Path) -> None:
     for name in NAMES:
         (folder / f"out-{name}").write_text("" if name.endswith(".jsonl") else "of an earlier command\n")
+    write_fixture(folder / "out-fixture")
+
+
+def write_fixture(stem: Path) -> None:
+    """A recording, as far as its writer looks: it replaces no other files."""
+    from parity.golden.fixture import FIELDS, write
+
+    write(stem, {name: np.ones(3, np.float32) for name in ("inputs/x", "output/output")}, dict.fromkeys(FIELDS))
 
 
 def write_outputs(folder: Path) -> None:
@@ -19,7 +27,6 @@ def write_outputs(folder: Path) -> None:
     from jaxmodels.io.atomic import atomic_file
     from jaxmodels.io.torch_files import write_state_dict
     from jaxmodels.text import CharVocabulary
-    from parity.golden.fixture import write
     from parity.mutation.state import State
 
     def report() -> None:
@@ -33,7 +40,7 @@ def write_outputs(folder: Path) -> None:
     writers = (
         lambda: write_state_dict(folder / "out-weights.pt", {"a": np.ones(3, np.float32)}),
         lambda: CharVocabulary("abc").save(folder / "out-vocabulary.json"),
-        lambda: write(folder / "out-fixture", {"a": np.ones(3, np.float32)}, {}),
+        lambda: write_fixture(folder / "out-fixture"),
         report,
         state,
     )

@@ -207,7 +207,7 @@ def test_an_infinite_loss_is_null_in_json(tmp_path, capsys):
     model = transformer()
     bias = np.zeros(len(VOCABULARY), np.float32)
     bias[VOCABULARY.encode(TEXT[3])[0]] = -np.inf
-    model.generator.projection.bias = nnx.Param(bias)
+    model.generator.projection.bias = nnx.Param(bias)  # a NumPy array, which Orbax notes
     jaxmodels.save(model, tmp_path / "model")
     VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
     (tmp_path / "a.txt").write_text(TEXT)
