@@ -199,7 +199,7 @@ def test_two_processes_train_and_compare_like_one(run_and_output, flags, tmp_pat
     assert found.keys() == expected.keys()
     np.testing.assert_allclose(list(found.values()), list(expected.values()), atol=2e-3)
     assert "validation loss" not in ends[1][0]  # what is printed, the first prints
-    assert not list((tmp_path / "run" / "index").glob(".*"))
+    assert [file.name for file in (tmp_path / "run" / "index").glob(".*")] == [".lock"]
 
 
 @pytest.fixture(scope="module")
