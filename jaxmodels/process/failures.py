@@ -81,6 +81,6 @@ def memory_naming(where: str | os.PathLike) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True if Python, NumPy or XLA could not allocate memory, which is no bug."""
-    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
-        return True
-    return OUT_OF_MEMORY in str(error)
+    text = str(error)
+    exhausted = text.startswith("RESOURCE_EXHAUSTED") or (text.startswith("INTERNAL") and OUT_OF_MEMORY in text)
+    return isinstance(error, MemoryError) or exhausted
