@@ -42,7 +42,6 @@ def publish(folder: Path, dtype: str) -> Path:
     model.generation_config.eos_token_id = [0, 299]
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer = byte_level_tokenizer()
-    tokenizer = type(tokenizer).from_str(tokenizer.to_str())
     tokenizer.enable_truncation(8)
     tokenizer.add_tokens([f"<unused {i}>" for i in range(9)])  # the last two have no row
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)

@@ -17,7 +17,7 @@ def vocabulary():
 @pytest.fixture(scope="module")
 def chat():
     """With special tokens of a chat, and an added token that is none."""
-    tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
+    tokenizer = byte_level_tokenizer()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens([AddedToken("<extra é>", normalized=False)])
     return TokenizerFile.of(tokenizer)

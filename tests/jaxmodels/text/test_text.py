@@ -178,7 +178,7 @@ def test_a_tokenizer_is_found_in_the_parent_folder_of_a_checkpoint(tmp_path):
 @pytest.fixture
 def stored(tmp_path):
     """A tokenizer.json that stores truncation and padding, as published ones do."""
-    tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
+    tokenizer = byte_level_tokenizer()
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
