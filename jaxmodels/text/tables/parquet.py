@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.process.texts import quoted
+from jaxmodels.text.tables.footer import places
 from jaxmodels.text.tables.sizes import RATIO, check_single, check_strings, largest, mapped, most_pages
 
 EXPANDED = 2**30  # bytes of a group of rows that may be more than `RATIO` times as many as the file has
@@ -48,17 +49,18 @@ def batches(file: Path, field: str) -> Iterator[Any]:
             most = max(EXPANDED, RATIO * file.stat().st_size)
             if size > most:
                 raise ValueError(f"{file} has {size:,} bytes in a group of rows; at most {most:,} are read")
-        check_disjoint(file, metadata, leaves[0], field)
+        found = places(file, leaves[0])
+        check_disjoint(file, found, field)
         left = most_pages(file)
         with mapped(file) as data:
-            for group in range(metadata.num_row_groups):
-                if not metadata.row_group(group).num_rows:  # it has no pages either
+            for group, (rows, begin, end) in enumerate(found):
+                if not rows:  # it has no pages either
                     continue
-                page, count = largest_page(file, data, metadata.row_group(group).column(leaves[0]), field, left)
+                page, count = largest_page(file, data, begin, end, field, left)
                 left -= count
                 # A text may be as long as a page, and each row may repeat it.
-                rows = max(1, min(ROWS, DECODED // max(1, page)))
-                yield from opened.iter_batches(rows, [group], [field], use_threads=False)
+                taken = max(1, min(ROWS, DECODED // max(1, page)))
+                yield from opened.iter_batches(taken, [group], [field], use_threads=False)
 
 
 def is_within(path: str, field: str) -> bool:
@@ -66,29 +68,23 @@ def is_within(path: str, field: str) -> bool:
     return path == field or path.startswith(f"{field}.")
 
 
-def place_of(column: Any) -> tuple[int, int]:
-    """Places in the file, from and to, of the pages of a column in a group of rows."""
-    dictionary = column.dictionary_page_offset
-    begin = column.data_page_offset if not dictionary else min(dictionary, column.data_page_offset)
-    return begin, begin + column.total_compressed_size
+def check_disjoint(file: Path, found: list[tuple[int, int, int]], field: str) -> None:
+    """Raise ValueError, naming the file, if groups of rows share pages of a column: each page is read once.
 
-
-def check_disjoint(file: Path, metadata: Any, leaf: int, field: str) -> None:
-    """Raise ValueError, naming the file, if groups of rows share pages of a column: each page is read once."""
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    places = sorted(place_of(group.column(leaf)) for group in groups if group.num_rows)
-    for (_, end), (begin, _) in itertools.pairwise(places):
+    found: number of rows and places, as `places` returns them.
+    """
+    for (_, end), (begin, _) in itertools.pairwise(sorted((begin, end) for rows, begin, end in found if rows)):
         if begin < end:
             raise ValueError(f"{file} has groups of rows that share pages of {quoted(field)} at byte {begin:,}")
 
 
-def largest_page(file: Path, data: Any, column: Any, field: str, most: int) -> tuple[int, int]:
-    """Bytes of the largest page of a column in a group of rows, and number of its pages.
+def largest_page(file: Path, data: Any, begin: int, end: int, field: str, most: int) -> tuple[int, int]:
+    """Bytes of the largest page of a column between two places in the file, and number of its pages.
 
     Raises ValueError, naming the file, if it is larger than `largest` allows, or if there are more than `most` pages.
     """
     found, count = 0, 0
-    for size in pages(data, *place_of(column)):
+    for size in pages(data, begin, end):
         found, count = max(found, size), count + 1
         if count > most:
             raise ValueError(f"{file} has more than {most_pages(file):,} pages in the column {quoted(field)}")

@@ -246,6 +246,20 @@ def test_groups_of_rows_that_share_pages_are_refused(tmp_path):
         read(file)
 
 
+def test_a_footer_that_ends_the_process_is_refused(tmp_path):
+    """Arrow aborts if the statistics of a column are those of another type."""
+    file = tmp_path / "a.parquet"
+    writer.write_table(pyarrow.table({"text": ["a", None]}), file)
+    optional, required = (b"\x25" + bytes([kind]) + b"\x18\x04text" for kind in (2, 0))
+    data = file.read_bytes()
+    assert data.count(optional) == 1
+    file.write_bytes(data.replace(optional, required))
+    with pytest.raises(ValueError, match=rf"^{file} has a damaged footer: "):
+        read(file)
+    writer.write_table(pyarrow.table({"text": ["a", "b"]}), file)
+    assert read(file) == ["a", "b"]  # by another child process
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_a_column_of_another_type_is_refused_before_it_is_decoded(tmp_path, monkeypatch, suffix):
     file = tmp_path / f"a.{suffix}"

@@ -1,0 +1,51 @@
+"""Where the pages of a column lie in a Parquet file, read from its footer in a child process of `process.confined`.
+
+Arrow ends the process, without an error of Python, for some footers: such as those whose statistics of a column have
+another length than its type says.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.process.confined import Confined
+
+# Of the child process: processor time to start, to read, and for each byte of the file; memory.
+STARTING, SECONDS, SECONDS_PER_BYTE, MEGABYTES = 30.0, 3.0, 1e-7, 500.0
+
+
+def operations() -> Mapping[str, Callable[..., Any]]:
+    """Operation `places`."""
+    from pyarrow import parquet
+
+    def places(file: str, leaf: int) -> list[list[int]]:
+        """Of each group of rows: its number of rows, and the places, from and to, of the pages of a column."""
+        with parquet.ParquetFile(file) as opened:
+            groups = map(opened.metadata.row_group, range(opened.metadata.num_row_groups))
+            return [[group.num_rows, *place_of(group.column(leaf))] for group in groups]
+
+    return {"places": places}
+
+
+def place_of(column: Any) -> tuple[int, int]:
+    """Places in the file, from and to, of the pages of a column in a group of rows."""
+    dictionary = column.dictionary_page_offset
+    begin = column.data_page_offset if not dictionary else min(dictionary, column.data_page_offset)
+    return begin, begin + column.total_compressed_size
+
+
+@functools.cache
+def reader() -> Confined:
+    """Child process that reads footers; another one if it was ended."""
+    return Confined(__name__, seconds=STARTING, megabytes=MEGABYTES)
+
+
+def places(file: Path, leaf: int) -> list[tuple[int, int, int]]:
+    """Operation `places`; raises ValueError, naming the file, if the footer cannot be read within the limits."""
+    seconds = SECONDS + SECONDS_PER_BYTE * file.stat().st_size
+    try:
+        found = reader().call("places", str(file), leaf, seconds=seconds, megabytes=MEGABYTES)
+    except ValueError as error:
+        raise ValueError(f"{file} has a damaged footer: {error}") from None
+    return [(rows, begin, end) for rows, begin, end in found]
