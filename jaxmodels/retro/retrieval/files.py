@@ -59,8 +59,9 @@ def read_about(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"{name}={quoted(found[name])} must be an integer of at least {least:d}")
         if found["added"] > found["chunks"]:
             raise ValueError(f"added={found['added']} must be at most chunks={found['chunks']}")
-        if found["added"] and not (isinstance(found["index"], str) and NAME.fullmatch(found["index"])):
-            raise ValueError(f"index={quoted(found['index'])} must be named index-NNNNNNNNNN.faiss")
+        name = found["index"]
+        if not (isinstance(name, str) and NAME.fullmatch(name)) and (name is not None or found["added"]):
+            raise ValueError(f"index={quoted(name)} must be named index-NNNNNNNNNN.faiss")
         return {"format": FORMAT} | found
     except KeyError as error:
         raise ValueError(f"{folder} holds no chunk index: {file.name} has no {error}") from None

@@ -127,14 +127,13 @@ class ChunkIndex:
 
     def save(self, folder: Path) -> None:
         """Save the chunks added so far, atomically."""
-        added, before = self.searcher.ntotal, self.about["index"]
+        added = self.searcher.ntotal
         name = f"index-{added:010}.faiss"
         with atomic_file(folder / name) as temporary:
             write_searcher(self.searcher, temporary)
         self.about |= {"added": added, "index": name, "sha256": sha256_of(folder / name)}
         write_about(folder, self.about)
-        if before not in (None, name):
-            (folder / before).unlink(missing_ok=True)
+        remove_superseded(folder, self.about)
 
     @classmethod
     def load(
