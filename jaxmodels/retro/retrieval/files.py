@@ -186,7 +186,17 @@ def read_searcher(folder: Path, about: dict[str, Any], empty: Any) -> Any:
     ids = stored_ids(searcher)
     if ids is not None and not np.array_equal(np.sort(ids), np.arange(about["added"])):
         raise ValueError(f"{file} does not hold each chunk from 0 to {about['added'] - 1} once")
+    with errors_naming(file):
+        search(searcher, np.ones((1, width), np.float32), 1)  # generation searches where an error is hard to read
     return searcher
+
+
+def search(searcher: Any, vectors: np.ndarray, k: int) -> np.ndarray:
+    """Numbers of the k nearest chunks [n, k], -1 for none; raises ValueError if FAISS fails."""
+    try:
+        return np.asarray(searcher.search(vectors, k)[1])
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(f"it cannot be searched: {reason(error)}") from None
 
 
 @contextlib.contextmanager
