@@ -337,8 +337,10 @@ class Branch:
 
         The order of examples goes on after those that were used, unless the data, its order or its sequences differ:
         then it starts anew. sha256: of the new run's data. start: state of its batches at the start. Raises ValueError
-        if the arrays do not fit the new configuration.
+        if the arrays do not fit the new configuration, or if the metrics are not what a run writes.
         """
+        for _ in metrics.each(self.run) if (self.run / metrics.FILE).exists() else ():
+            pass
         before, after = saved_config(type(experiment), self.run), experiment.config
         content = expected(self.run, self.source(experiment))
         later = (before.clip is not None) - (after.clip is not None) if content.counted else 0
@@ -364,8 +366,6 @@ class Branch:
         if read_about(self.run).original:
             Companions.of(self.run).write(run)
         if (self.run / metrics.FILE).exists():
-            for _ in metrics.each(self.run):
-                pass  # raises if it is not what a run writes
             with atomic_file(run / metrics.FILE) as new:
                 shutil.copyfile(self.run / metrics.FILE, new)
 
