@@ -178,6 +178,7 @@ class Retro(Experiment[Config]):
     config_class = Config
     embedder: Embedder | None = None  # of a saved run's index, as named by the user
     retriever: Retriever | None = None  # opened once: jit captures it, and would compile again for another one
+    source: Path | None = None  # run with a checkpoint that is continued
 
     @property
     def standalone(self) -> bool:
@@ -236,7 +237,8 @@ class Retro(Experiment[Config]):
         if c.retrieval:
             index = self.open_index(interrupted).index
             file = Path(c.index) / "training.npz"
-            train = attach(train, index, Lookup(c.neighbors, own=True), file, interrupted)
+            lookup = Lookup(c.neighbors, own=True)
+            train = attach(train, index, lookup, file, interrupted, save=self.saves_neighbors)
             validation = self.validation(tokens, interrupted=interrupted)
             sha256, about = index_checksum(sha256, index), f"{about}; {len(index):,} chunks to find"
         order = grain.MapDataset.range(len(train)).seed(c.seed).shuffle().repeat()
@@ -254,7 +256,15 @@ class Retro(Experiment[Config]):
         lookup = Lookup(c.neighbors, kind, run=c.overlap if kind == "filtered" else 0)
         file = Path(c.index) / f"validation_{kind}.npz"
         index = self.open_index(interrupted).index
-        return attach(samples_of(windows), index, lookup, file, interrupted)
+        return attach(samples_of(windows), index, lookup, file, interrupted, save=self.saves_neighbors)
+
+    def resume(self, run: Path) -> None:
+        self.source = run
+
+    @property
+    def saves_neighbors(self) -> bool:
+        """False for an index that only a run's files name and that is not beside it: it may be anybody's."""
+        return "index" not in self.unnamed or (self.source is not None and is_beside(self.config, self.source))
 
     def open_index(self, interrupted: Interrupted = never) -> Retriever:
         """Open the index of the training text; the first process builds it if it does not exist.
@@ -341,16 +351,20 @@ def check_index(config: Config, run: Path, named: str | None) -> None:
 
     The index would be written there, wherever a run of others says.
     """
-    folder = Path(config.index).absolute()
-    beside = folder.resolve().is_relative_to(run.absolute().resolve().parent)
-    if not config.retrieval or not config.index or named is not None or beside:
+    if not config.retrieval or not config.index or named is not None or is_beside(config, run):
         return
+    folder = Path(config.index).absolute()
     about = read_index(folder) if (folder / "about.json").is_file() else {"added": 0, "chunks": 1}
     if about["added"] < about["chunks"]:
         raise ValueError(
             f"{run} names {folder} for its index, which is not beside it and holds no finished one; name the folder to "
             "write it to yourself: --index FOLDER"
         )
+
+
+def is_beside(config: Config, run: Path) -> bool:
+    """True if the folder of a run's index lies in that of the run's."""
+    return Path(config.index).resolve().is_relative_to(run.resolve().parent)
 
 
 def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: Mesh) -> RetroModel:

@@ -2,12 +2,14 @@
 
 import argparse
 import datetime
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxmodels.io import manifest, steps
 from jaxmodels.io.atomic import TEMPORARY, TEMPORARY_FILE
+from jaxmodels.io.bounded import read_object, sha256_of
 from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.paths import DEEPEST, below, walk
@@ -15,14 +17,17 @@ from jaxmodels.process.streams import say
 from jaxmodels.process.texts import shortened, visible
 
 PROGRAM = "jaxmodels clean"
+# A fixture's JSON that waits for its tensors, as `parity.golden.fixture` names it, and some of its fields.
+PENDING = re.compile(r"\.(.+)\.json\.new")
+FIXTURE = {"format", "sha256", "own values", "zero gradients", "torch"}
 EXAMPLES = """\
 examples:
   jaxmodels clean checkpoints/            # list, remove nothing
   jaxmodels clean checkpoints/ --delete
 
-A process that is killed while it writes leaves a file or folder with a temporary name, or a step of a training run
-without complete.json. A folder is listed if its manifest shows that this program wrote all of it. What has changed
-within the last hour may be in use, and stays.
+A process that is killed while it writes leaves a file or folder with a temporary name, a fixture's JSON without its
+tensors, or a step of a training run without complete.json. A folder is listed if its manifest shows that this program
+wrote all of it. What has changed within the last hour may be in use, and stays.
 """
 
 
@@ -85,12 +90,27 @@ def leftovers(folder: Path) -> Iterator[Path]:
                 folders.remove(name)
                 yield here / name
         for name in sorted(files):
-            if TEMPORARY_FILE.fullmatch(name) and not (here / name).is_symlink() and (here / name).is_file():
+            if (here / name).is_symlink() or not (here / name).is_file():
+                continue
+            if TEMPORARY_FILE.fullmatch(name) or is_pending(here / name):
                 yield here / name
     if deep:
         more = f" and {len(deep) - 1:,} more" if len(deep) > 1 else ""
         first = shortened(str(deep[0]), 400)
         say(f"{folder}: more than {DEEPEST} folders inside each other are not searched: {first}{more}")
+
+
+def is_pending(file: Path) -> bool:
+    """True for a fixture's JSON whose tensors were not written; with them, the next reader gives it its name."""
+    match = PENDING.fullmatch(file.name)
+    if match is None:
+        return False
+    tensors = file.with_name(f"{match[1]}.safetensors")
+    try:
+        about = read_object(file)
+        return about.keys() >= FIXTURE and not (tensors.exists() and sha256_of(tensors) == about["sha256"])
+    except (OSError, ValueError):
+        return False
 
 
 def is_unfinished(folder: Path) -> bool:

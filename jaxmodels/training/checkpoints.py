@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -298,10 +299,11 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # mounted buckets may not rename folders
                 (self.folder / str(step)).rename(aside)
 
-    def read(self, folder: Path, expected: Expected | None = None) -> Position:
+    def read(self, folder: Path, expected: Expected | None = None, later: int = 0) -> Position:
         """Read a checkpoint without a `problem`; raises ValueError if its content cannot be read or is not expected.
 
-        expected: of the run that the checkpoint is of, if it is another one.
+        expected: of the run that the checkpoint is of, if it is another one. later: how many places later the parts of
+        that run's optimizer are than those of this one's: 1 if that one alone clips gradients, -1 if this one does.
         """
         about, expected = read_mark(folder), expected or self.expected
         expected.check(folder, about)
@@ -311,9 +313,10 @@ class Checkpoints:
         wanted = {name: typed(array, array.sharding) for name, array in model.items()}
         arrays = read_arrays(folder / "model" / "params", wanted, exact=True)
         shapes, places = jax.eval_shape(training_arrays, abstract), jax.tree.map(lambda a: a.sharding, abstract)
-        stored = ["key", *optimizer_names(abstract)]
-        targets = dict(zip(stored, [places.key, *jax.tree.leaves(places.optimizer)], strict=True))
-        wanted = {name: typed(shapes[name], place) for name, place in targets.items()}
+        own = ["key", *optimizer_names(abstract)]
+        stored = [moved(name, later) for name in own]
+        targets = zip(own, stored, [places.key, *jax.tree.leaves(places.optimizer)], strict=True)
+        wanted = {theirs: typed(shapes[ours], place) for ours, theirs, place in targets}
         kept = read_arrays(folder / "state", wanted, exact=True)
         expected.check_counts(folder, kept, about["step"])
         key, *optimizer = (kept[name] for name in stored)
@@ -343,6 +346,11 @@ def optimizer_names(state: State) -> list[str]:
     return [
         "optimizer" + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.optimizer)
     ]
+
+
+def moved(name: str, by: int) -> str:
+    """Name of an optimizer's array if the parts of the optimizer come so many places later."""
+    return re.sub(r"\[(\d+)\]", lambda part: f"[{int(part[1]) + by}]", name, count=1)
 
 
 def all_files(folder: Path) -> list[Path]:

@@ -337,16 +337,20 @@ class Branch:
 
         The order of examples goes on after those that were used, unless the data, its order or its sequences differ:
         then it starts anew. sha256: of the new run's data. start: state of its batches at the start. Raises ValueError
-        if the arrays do not fit the new configuration.
+        if the arrays do not fit the new configuration, or if the metrics are not what a run writes.
         """
+        for _ in metrics.each(self.run) if (self.run / metrics.FILE).exists() else ():
+            pass
+        before, after = saved_config(type(experiment), self.run), experiment.config
+        content = expected(self.run, self.source(experiment))
+        later = (before.clip is not None) - (after.clip is not None) if content.counted else 0
         try:
-            position = checkpoints.read(self.folder, expected(self.run, self.source(experiment)))
+            position = checkpoints.read(self.folder, content, later)
         except ValueError as error:
             names = ", ".join(self.changed(experiment)) or "nothing"
             raise ValueError(f"{self.run} at step {self.step} does not fit, with {names} changed: {error}") from None
         if names := checkpoints.not_finite(position.state):
             raise ValueError(f"{self.run} at step {self.step} has values that are not finite: {names}")
-        before, after = saved_config(type(experiment), self.run), experiment.config
         same = sha256 == read_about(self.run).sha256
         cut = ("seq_len", "within_documents", "seed")
         if same and all(getattr(before, name) == getattr(after, name) for name in cut):
@@ -355,12 +359,13 @@ class Branch:
         return Position(position.state, start, position.losses)
 
     def copy_files(self, run: Path) -> None:
-        """Copy the metrics, and what belongs to a checkpoint that is fine-tuned, to the new run."""
+        """Copy the metrics, and what belongs to a checkpoint that is fine-tuned, to the new run.
+
+        Its config.json is there before: a run that is killed here has no checkpoint, and begins again with the branch.
+        """
         if read_about(self.run).original:
             Companions.of(self.run).write(run)
-        if (self.run / metrics.FILE).exists() and not (run / metrics.FILE).exists():
-            for _ in metrics.each(self.run):
-                pass  # raises if it is not what a run writes
+        if (self.run / metrics.FILE).exists():
             with atomic_file(run / metrics.FILE) as new:
                 shutil.copyfile(self.run / metrics.FILE, new)
 

@@ -134,12 +134,13 @@ class Trainer:
             if is_first():
                 if branch is not None:
                     about = branch.about(experiment)
-                    branch.copy_files(folder)
                 elif resumed:
                     about = read_about(folder).kept
                 else:
                     about = {} if original is None else original.about()
                 write_about(folder, experiment, self.task.sha256, about)
+                if branch is not None:
+                    branch.copy_files(folder)
                 if original is not None:
                     original.companions.write(folder)
                 if vocabulary is None or branch is not None:

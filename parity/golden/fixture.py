@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from parity.golden.contents import GROUPS, KINDS, check_constants, check_noises,
 
 FORMAT = 3  # older ones do not bind the tensors to the JSON
 FIELDS = {"format", "name", "model", "positional", "zero gradients", "untrained", "torch"}  # of every format
-TENSOR_BYTES = 2**32  # of a fixture's tensors, all of which are read
+TENSOR_BYTES, HEADER_BYTES = 2**32, 2**27  # of a fixture's tensors, all of which are read, and of their names
 LONGEST = 400  # characters of a reason
 LONGEST_NAME = 1_000  # characters of a name, of which modules are searched for each word
 MOST_PATTERNS = 100  # of zero gradients, each of which is compared with each parameter
@@ -131,7 +131,7 @@ def recover(stem: str | os.PathLike) -> None:
     tensors_file, about_file = files_of(stem)
     new = pending(about_file)
     with contextlib.suppress(OSError, ValueError):  # there is none, or another process has renamed it
-        if read_object(new).get("sha256") == sha256_of(tensors_file, TENSOR_BYTES):
+        if read_object(new).get("sha256") == sha256_of(tensors_file, TENSOR_BYTES + HEADER_BYTES):
             new.replace(about_file)
 
 
@@ -183,7 +183,7 @@ def read(stem: str | os.PathLike) -> Fixture:
                 f"format={quoted(about['format'])} must be {FORMAT}; record it again, with parity.record or "
                 "parity --record FOLDER"
             )
-        if sha256_of(tensors_file, TENSOR_BYTES) != about["sha256"]:
+        if sha256_of(tensors_file, TENSOR_BYTES + HEADER_BYTES) != about["sha256"]:
             raise ValueError(f"{tensors_file.name} has another sha256 than {about_file.name}: it is damaged or another")
         return fixture_of(about, read_file(tensors_file))
     except KeyError as error:
@@ -194,7 +194,12 @@ def read(stem: str | os.PathLike) -> Fixture:
 
 
 def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Fixture:
-    """Fixture from the content of its files; raises ValueError, KeyError or TypeError if a field is not as written."""
+    """Fixture from the content of its files; raises ValueError, KeyError or TypeError if a field is not as written.
+
+    All that is checked of a fixture is checked here: `record` calls it before it writes.
+    """
+    if (size := sum(tensor.nbytes for tensor in tensors.values())) > TENSOR_BYTES:
+        raise ValueError(f"its tensors have {size:,} bytes; at most {TENSOR_BYTES:,}")
     groups: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         check_length(key, "tensors")
@@ -222,10 +227,7 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
     if unknown := sorted({*names.values(), *untrained} - names.keys()):
         raise ValueError(f"names lacks {quoted(unknown[0])}")
     zero_gradients = tuple(texts_of(about, "zero gradients", list))
-    if len(zero_gradients) > MOST_PATTERNS:
-        raise ValueError(f"zero gradients has {len(zero_gradients):,} patterns; at most {MOST_PATTERNS}")
-    if (length := sum(map(len, zero_gradients))) > LONGEST_PATTERNS:
-        raise ValueError(f"zero gradients has {length:,} characters; at most {LONGEST_PATTERNS:,}")
+    check_patterns(zero_gradients)
     if zero_gradients and "parameter gradients" not in results:
         raise ValueError(f"zero gradients={quoted(zero_gradients)} must be empty: it holds no parameter gradients")
     inputs, labels = Inputs(args, named), groups["labels"][""] if "labels" in groups else None
@@ -248,6 +250,14 @@ def fixture_of(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> F
         names=names,
         torch=text_of(about, "torch"),
     )
+
+
+def check_patterns(zero_gradients: Sequence[str]) -> None:
+    """Raises ValueError for more zero gradients, or more characters of them, than a fixture has."""
+    if len(zero_gradients) > MOST_PATTERNS:
+        raise ValueError(f"zero gradients has {len(zero_gradients):,} patterns; at most {MOST_PATTERNS}")
+    if (length := sum(map(len, zero_gradients))) > LONGEST_PATTERNS:
+        raise ValueError(f"zero gradients has {length:,} characters; at most {LONGEST_PATTERNS:,}")
 
 
 def check_length(text: str, field: str) -> None:

@@ -15,8 +15,8 @@ from parity.compare.comparison import Comparison
 from parity.compare.noise import ULPS
 from parity.compare.sides.torch_side import TorchSide
 from parity.compare.weights import aliases
-from parity.golden.contents import check_noises, check_results, zero_gradients
-from parity.golden.fixture import check_target, files_of, write
+from parity.golden.contents import zero_gradients
+from parity.golden.fixture import check_length, check_patterns, check_target, files_of, fixture_of, write
 from parity.measure.explain import Changes, moves_by
 from parity.measure.reference import Reference
 
@@ -39,8 +39,8 @@ def record(
 
     inputs, labels, zero_gradients and randomize are those of `parity.check`. If flax_module has a registered class
     (one that `jaxmodels.save` takes), the fixture describes how to build it. Raises ValueError for inputs that are not
-    arrays, if the folder does not exist, if the noise in float32 is as large as the results, and if one of both files
-    exists that is not of a fixture.
+    arrays, if the folder does not exist, for a fixture that `read` would refuse, as one whose noise in float32 is as
+    large as the results, and if one of both files exists that is not of a fixture.
     """
     folder = files_of(stem)[0].parent
     if not folder.is_dir():
@@ -68,6 +68,9 @@ def write_recording(
     """`record` on a resolved comparison; model: how to build the Flax model."""
     module = comparison.torch
     assert module is not None, "only a PyTorch module can be recorded"
+    with errors_naming(stem):
+        check_length(name, "name")
+        check_patterns(comparison.zero_gradients)
     given = comparison.inputs
     others = [name for name, tree in given.items().items() if tree is not None and not isinstance(tree, np.ndarray)]
     if others := [*others, *given.torch_kwargs]:
@@ -82,10 +85,6 @@ def write_recording(
         own = reference.values(comparison.torch_side("float32").evaluate(batch), "float32")
         state = {key: as_numpy(tensor) for key, tensor in module.state_dict().items()}
         targets = batch.targets if batch.labels is None else {}
-        trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
-        with errors_naming(stem):
-            check_noises(results, noises, own)
-            check_results(results, state, batch.inputs.named(), batch.labels, targets, trained)
         constants = moves_by_constants(reference, side)
     groups: dict[str, Mapping[str, Any]] = {
         "state": state,
@@ -109,6 +108,8 @@ def write_recording(
         "names": aliases(module),
         "torch": importlib.metadata.version("torch"),
     }
+    with errors_naming(stem):
+        fixture_of(about, tensors)  # what `read` refuses is not recorded
     write(stem, tensors, about)
 
 

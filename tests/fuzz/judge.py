@@ -21,6 +21,7 @@ import numpy as np
 
 from tests.fuzz.guard import Guard, differing, listing
 from tests.fuzz.mutations import mutate
+from tests.fuzz.mutations.values import CANARY, hatch, sings
 from tests.fuzz.targets.kind import Target
 
 SECONDS = 5.0
@@ -87,6 +88,7 @@ class Judge:
     def judged(self, target: Target, subject: Path) -> Outcome:
         """Read a folder and judge what happens."""
         before = listing(self.box)
+        hatch()
         peak_reset()
         resident, began, worked = memory("VmRSS"), time.monotonic(), time.process_time()
         refused: BaseException | None = None
@@ -115,6 +117,8 @@ class Judge:
         names = [name for name in names if not (target.changes and name.startswith((SUBJECT, f".{SUBJECT}.")))]
         if names:
             return Outcome(f"changed {names[:5]}", "changed files")
+        if not sings():
+            return Outcome(f"changed or removed {CANARY}", "changed files")
         if odd := control_characters(output):
             return Outcome(f"printed {odd!r}: {output[:500]!r}", "printed control characters")
         if b"Traceback (most recent" in output:

@@ -22,6 +22,7 @@ FOUND = {
     "prints": "printed control characters",
     "writes": "event open",
     "writes_beside": "event os.remove",
+    "removes_canary": "event os.remove",
     "runs": "event subprocess.Popen",
     "swells": "memory",
     "hangs": "hang",

@@ -349,6 +349,24 @@ def test_an_index_is_written_to_no_folder_that_a_run_of_others_names(tmp_path):
         retro.check_index(dataclasses.replace(config, index=str(elsewhere)), run, None)
 
 
+def test_a_finished_index_elsewhere_that_only_a_run_names_is_not_written_to(tmp_path):
+    """Neighbors that are kept in it are those of its owner's examples; others are looked up at each start."""
+    (tmp_path / "sea.txt").write_text(TEXT)
+    fields = {"embedder": "ngrams:64:1:3", "chunk_len": L, "seq_len": 11, "passes": 1}
+    own = retro.Retro(retro.Config(text=str(tmp_path / "sea.txt"), index=str(tmp_path / "home" / "index"), **fields))
+    own.task()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "home" / "index").iterdir()}
+    for run, writes in ((None, False), (tmp_path / "theirs" / "run", False), (tmp_path / "home" / "run", True)):
+        theirs = retro.Retro(dataclasses.replace(own.config, passes=2))
+        theirs.unnamed = frozenset({"index", "text"})
+        if run is not None:
+            theirs.resume(run)
+        task = theirs.task()
+        assert task.train[0]["ret"].shape == (11 // L, 2, 2 * L)
+        changed = [p.name for p in (tmp_path / "home" / "index").iterdir() if p.read_bytes() != before[p.name]]
+        assert changed == (["training.npz"] if writes else [])
+
+
 def test_a_run_has_no_more_neighbors_than_its_index_has_chunks(tmp_path):
     """They are compared before there are arrays for them, with the check of `jaxmodels neighbors --k`."""
     vocabulary, file = CharVocabulary.of(TEXT), tmp_path / "sea.txt"

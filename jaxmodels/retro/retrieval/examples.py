@@ -111,11 +111,18 @@ class Lookup:
 
 
 def attach(
-    samples: Samples, index: ChunkIndex, lookup: Lookup, file: Path, interrupted: Callable[[], bool] = lambda: False
+    samples: Samples,
+    index: ChunkIndex,
+    lookup: Lookup,
+    file: Path,
+    interrupted: Callable[[], bool] = lambda: False,
+    *,
+    save: bool = True,
 ) -> Samples:
     """Attach neighbors to samples, from the file if its fingerprint fits; otherwise look them up and save them there.
 
-    The first process looks them up. Raises KeyboardInterrupt without writing if interrupted() during the lookup.
+    The first process looks them up; each of them, unless they are to be saved. Raises KeyboardInterrupt without writing
+    if interrupted() during the lookup.
     """
     parts = (samples.starts.astype("<i8").tobytes(), np.asarray(samples.windows.ids).astype("<i4").tobytes())
     searched = "|".join(map(str, dataclasses.astuple(lookup)))
@@ -128,8 +135,9 @@ def attach(
         neighbors = read(file, fingerprint, shape)
         if neighbors is None or not np.isin(neighbors, np.append(index.starts, -1)).all():  # damaged
             neighbors = look_up(samples, index, lookup, interrupted).astype(np.int32)
-            with atomic_file(file) as new, open(new, "wb") as opened:
-                np.savez(opened, fingerprint=fingerprint, neighbors=neighbors)
+            if save:
+                with atomic_file(file) as new, open(new, "wb") as opened:
+                    np.savez(opened, fingerprint=fingerprint, neighbors=neighbors)
         return neighbors
 
     return dataclasses.replace(samples, neighbors=make_once(kept), corpus=index.corpus, length=2 * index.chunk_len)

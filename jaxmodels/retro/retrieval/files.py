@@ -59,8 +59,9 @@ def read_about(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"{name}={quoted(found[name])} must be an integer of at least {least:d}")
         if found["added"] > found["chunks"]:
             raise ValueError(f"added={found['added']} must be at most chunks={found['chunks']}")
-        if found["added"] and not (isinstance(found["index"], str) and NAME.fullmatch(found["index"])):
-            raise ValueError(f"index={quoted(found['index'])} must be named index-NNNNNNNNNN.faiss")
+        name = found["index"]
+        if not (isinstance(name, str) and NAME.fullmatch(name)) and (name is not None or found["added"]):
+            raise ValueError(f"index={quoted(name)} must be named index-NNNNNNNNNN.faiss")
         return {"format": FORMAT} | found
     except KeyError as error:
         raise ValueError(f"{folder} holds no chunk index: {file.name} has no {error}") from None
@@ -185,7 +186,17 @@ def read_searcher(folder: Path, about: dict[str, Any], empty: Any) -> Any:
     ids = stored_ids(searcher)
     if ids is not None and not np.array_equal(np.sort(ids), np.arange(about["added"])):
         raise ValueError(f"{file} does not hold each chunk from 0 to {about['added'] - 1} once")
+    with errors_naming(file):
+        search(searcher, np.ones((1, width), np.float32), 1)  # generation searches where an error is hard to read
     return searcher
+
+
+def search(searcher: Any, vectors: np.ndarray, k: int) -> np.ndarray:
+    """Numbers of the k nearest chunks [n, k], -1 for none; raises ValueError if FAISS fails."""
+    try:
+        return np.asarray(searcher.search(vectors, k)[1])
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(f"it cannot be searched: {reason(error)}") from None
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from jaxmodels.retro.retrieval.files import (
     read_searcher,
     reason,
     remove_superseded,
+    search,
     write_about,
     write_corpus,
     write_searcher,
@@ -127,14 +128,13 @@ class ChunkIndex:
 
     def save(self, folder: Path) -> None:
         """Save the chunks added so far, atomically."""
-        added, before = self.searcher.ntotal, self.about["index"]
+        added = self.searcher.ntotal
         name = f"index-{added:010}.faiss"
         with atomic_file(folder / name) as temporary:
             write_searcher(self.searcher, temporary)
         self.about |= {"added": added, "index": name, "sha256": sha256_of(folder / name)}
         write_about(folder, self.about)
-        if before not in (None, name):
-            (folder / before).unlink(missing_ok=True)
+        remove_superseded(folder, self.about)
 
     @classmethod
     def load(
@@ -227,10 +227,8 @@ class ChunkIndex:
         set_n_probe(self.searcher, self.n_probe)
         fetch = min(4 * k + 8, len(self))
         while True:
-            try:
-                places = self.searcher.search(vectors, fetch)[1]
-            except (RuntimeError, MemoryError) as error:
-                raise ValueError(f"{self.about['index']} cannot be searched: {reason(error)}") from None
+            with errors_naming(self.about["index"]):
+                places = search(self.searcher, vectors, fetch)
             low, high = places.min(initial=-1), places.max(initial=-1)
             if low < -1 or high >= len(self):
                 raise ValueError(f"the index names chunks {low} to {high} of {len(self)}: it is of another corpus")

@@ -15,15 +15,33 @@ OF_GRAPHS = ("efSearch", "check_relative_distance", "search_bounded_queue")
 
 
 def fit_to(searcher: Any, empty: Any) -> None:
-    """Give an index the settings of an empty one; raises ValueError if it has other kinds of parts."""
+    """Give an index the settings of an empty one; raises ValueError if it has other kinds of parts, or smaller ones."""
     ours, theirs = list(parts(searcher)), list(parts(empty))
     kinds, expected = ([kind_of(part) for part in one] for one in (ours, theirs))
     if kinds != expected:
         raise ValueError(f"it consists of {', '.join(kinds[:9])}; by its factory string of {', '.join(expected)}")
     for part, model in zip(ours, theirs, strict=True):
         copy(SETTINGS, model, part)
+        check_sizes(part, model)
         if hasattr(model, "hnsw"):
             copy(OF_GRAPHS, model.hnsw, part.hnsw)
+
+
+def check_sizes(part: Any, model: Any) -> None:
+    """Raise ValueError if a part maps other widths than that of an empty index, or has fewer numbers than it uses."""
+    import faiss
+
+    name = type(part).__name__
+    for field in ("d", "d_in", "d_out", "norm", "nlist"):
+        if (found := getattr(part, field, None)) != (wanted := getattr(model, field, None)):
+            raise ValueError(f"its {name} has {field}={found}; by its factory string {wanted}")
+    if isinstance(part, faiss.LinearTransform):
+        sizes = {"A": part.d_in * part.d_out, "b": part.d_out * part.have_bias}
+        for field, least in sizes.items():
+            if (size := getattr(part, field).size()) < least:
+                raise ValueError(f"its {name} has {size} numbers in {field}, needs {least}")
+    if isinstance(part, faiss.IndexIVF) and part.quantizer.ntotal != part.nlist:
+        raise ValueError(f"its {name} has {part.quantizer.ntotal} centroids for {part.nlist} cells")
 
 
 def kind_of(part: Any) -> str:

@@ -1,6 +1,12 @@
-"""Values that readers are not made for, and choices among them."""
+"""Values that readers are not made for, and choices among them.
 
+A path among them may be removed or written to by a reader with a mistake: all lie in folders of the fuzzers.
+"""
+
+import contextlib
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -8,14 +14,17 @@ import numpy as np
 Rng = np.random.Generator
 Value = TypeVar("Value")
 
+CANARY = Path(tempfile.gettempdir()).resolve() / "jaxmodels-fuzz" / "canary.txt"  # its loss is a finding
+ENDLESS = CANARY.with_name("zero")  # a link to /dev/zero
+SONG = "tweet\n"
 INTEGERS = (0, 1, -1, 2, 7, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, -(2**63), 2**64, 10**9)
 NUMBERS: tuple[Any, ...] = (*INTEGERS, 10**300, 0.5, -0.0, -0.5, 1e308, 5e-324, float("nan"), float("inf"))
 STRINGS = (
     "",
     " ",
-    "../../etc/passwd",
-    "/etc/passwd",
-    "/dev/zero",
+    "../../beside/secret.txt",
+    str(CANARY),
+    str(ENDLESS),
     "../beside/secret.txt",
     "\x1b]0;title\x07\x1b[2J",
     "\u202egnp.exe",
@@ -86,3 +95,17 @@ def alike(value: int, rng: Rng) -> Any:
 def odd_value(rng: Rng) -> Any:
     """A number, string or container that is seldom expected."""
     return choose(rng, (*NUMBERS, *STRINGS, None, True, False, [], {}, [[]], {"": {}}, [None], [1, "a"], {"a": 1}))
+
+
+def hatch() -> None:
+    """Write the canary and the link beside it, unless they are there; other processes may do so at once."""
+    CANARY.parent.mkdir(parents=True, exist_ok=True)
+    if not sings():
+        CANARY.write_text(SONG)
+    with contextlib.suppress(FileExistsError):
+        ENDLESS.symlink_to("/dev/zero")
+
+
+def sings() -> bool:
+    """True if nothing has changed or removed the canary."""
+    return CANARY.is_file() and CANARY.read_text() == SONG

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.fuzz.mutations.values import CANARY
 from tests.fuzz.targets.kind import Target
 
 
@@ -40,6 +41,10 @@ def writes_beside(folder: Path) -> None:
     (folder.with_name("beside") / "secret.txt").unlink()
 
 
+def removes_canary(folder: Path) -> None:
+    CANARY.unlink()
+
+
 def runs(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", ""], check=False)
 
@@ -56,5 +61,6 @@ def crashes(folder: Path) -> None:
     os.abort()
 
 
-READERS = (raises, names_no_file, panics, prints, writes, writes_beside, runs, swells, hangs, crashes)
+READERS = (raises, names_no_file, panics, prints, writes, writes_beside, removes_canary, runs)
+READERS += (swells, hangs, crashes)
 TARGETS = {reader.__name__: Target(reader.__name__, make, reader) for reader in READERS}

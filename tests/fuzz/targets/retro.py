@@ -12,6 +12,7 @@ TEXT = "to be or not to be, that is the question: " * 5
 
 
 def make_index(folder: Path, factory: str | None = None) -> None:
+    """Build an index, continue one, or open a finished one."""
     from jaxmodels.retro.retrieval.corpus import Corpus
     from jaxmodels.retro.retrieval.embedders import HashedNGrams
     from jaxmodels.retro.retrieval.index import ChunkIndex
@@ -21,6 +22,13 @@ def make_index(folder: Path, factory: str | None = None) -> None:
     corpus = Corpus.of(vocabulary.encode(TEXT), vocabulary)
     embedder = HashedNGrams(16, 1, 2)
     ChunkIndex.build(folder / "index", corpus, 5, embedder, factory=factory, progress=False)
+
+
+def make_begun(folder: Path) -> None:
+    """An index whose writer was killed before it had added a chunk."""
+    make_index(folder)
+    file = folder / "index" / "about.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"added": 0, "index": None, "sha256": None}))
 
 
 def read_index(folder: Path) -> Any:
@@ -69,6 +77,8 @@ TARGETS = (
     Target("chunk index", make_index, read_index, seal=seal),
     Target("chunk index's JSON", make_index, read_index, "*.json", seal=seal),
     Target("chunk index's arrays", make_index, read_index, "*.npy", seal=seal),
+    Target("chunk index, built again", make_index, make_index, seal=seal, changes=True),
+    Target("chunk index, begun", make_begun, make_index, "*.json", changes=True),
     Target("FAISS, flat", make_index, read_index, "*.faiss", seal=seal),
     Target("FAISS, IVF", lambda folder: make_index(folder, "IVF2,Flat"), read_index, "*.faiss", seal=seal),
     Target("FAISS, HNSW", lambda folder: make_index(folder, "HNSW4,Flat"), read_index, "*.faiss", seal=seal),

@@ -149,7 +149,7 @@ def test_a_step_that_cannot_be_begun_leaves_nothing(tmp_path, monkeypatch):
         ({"data": []}, r"data=\[\]"),
         ({"files": ["a"]}, "files="),
         ({"files": {"../../secret": 5}}, "secret"),
-        ({"files": {"/etc/passwd": 5}}, "passwd"),
+        ({"files": {"/nowhere/secret": 5}}, "secret"),
         ({"files": {"losses.npy": None}}, "None"),
         ({"files": {"losses.npy": 6}}, "5 bytes of 6"),
         ({"format": 3}, "format 3"),

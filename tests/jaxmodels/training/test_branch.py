@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ import optax
 import pytest
 
 from jaxmodels.io.steps import steps
-from jaxmodels.training import metrics
-from jaxmodels.training.checkpoints import Checkpoints, Position
+from jaxmodels.training import metrics, trainer
+from jaxmodels.training import run as run_module
+from jaxmodels.training.checkpoints import Checkpoints, Position, moved, optimizer_names
+from jaxmodels.training.optimizers import OptimizerName, make_optimizer, make_schedule
 from jaxmodels.training.run import Branch, check_folder, read_about, write_about
 from jaxmodels.training.script import main, parse
+from jaxmodels.training.step import State
 from tests.train_common import ROOT, TEXT, TINY, at_a_constant_rate, program, start
 from train import rope
 
@@ -219,3 +223,52 @@ def test_a_first_step_that_diverges_saves_nothing(flags, new, tmp_path):
     assert done.returncode == 2
     assert re.fullmatch(r"python -m train.rope: step 1: .*\b(nan|inf)\b.*learning_rate\n", done.stderr)
     assert steps(tmp_path / "run" / "checkpoints") == []
+
+
+@pytest.mark.parametrize("name", typing.get_args(OptimizerName))
+def test_parts_of_an_optimizer_come_one_place_later_if_gradients_are_clipped(name):
+    def names(max_norm: float | None) -> list[str]:
+        schedule = make_schedule("cosine", 0.1, width=5, warmup=1, steps=9)
+        made = make_optimizer(name, schedule, weight_decay=0.1, max_norm=max_norm)
+        shapes = {"layers.0.kernel": (3, 5), "generator.kernel": (5, 7), "norm.scale": (3,)}
+        arrays = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
+        return optimizer_names(State(0, None, arrays, {}, made.init(arrays)))
+
+    assert [moved(array, 1) for array in names(None)] == names(1.0)
+    assert [moved(array, -1) for array in names(1.0)] == names(None)
+
+
+@pytest.mark.slow
+def test_a_branch_begins_and_ends_to_clip_gradients(new, tmp_path):
+    run, branch = tmp_path / "run", ["--no-tensorboard", "--branch"]
+    assert main(rope.Rope, PROGRAM, [*new, "--steps", "3", "--out", str(run)]) == 0
+    assert main(rope.Rope, PROGRAM, [*branch, str(run), "--clip", "None", "--steps", "5"]) == 0
+    free = tmp_path / "run-from-3"
+    assert main(rope.Rope, PROGRAM, ["--resume", str(free), "--no-tensorboard", "--steps", "6"]) == 0
+    assert main(rope.Rope, PROGRAM, [*branch, str(free), "--clip", "0.5", "--steps", "7"]) == 0
+    assert losses(tmp_path / "run-from-3-from-6")[:6] == losses(free)
+    assert len(losses(tmp_path / "run-from-3-from-6")) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["write_about", "Branch.copy_files", "metrics.each"])
+def test_a_branch_that_was_killed_as_it_began_begins_again(new, tmp_path, killed, monkeypatch):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(rope.Rope, PROGRAM, [*new, "--steps", "3", "--out", str(run)]) == 0
+    command = ["--branch", str(run), "--steps", "5", "--no-tensorboard", "--out", str(out)]
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    module = trainer if killed == "write_about" else run_module
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{module.__name__}.{killed}", kill)
+        with pytest.raises(Killed):
+            main(rope.Rope, PROGRAM, command)
+    assert not steps(out / "checkpoints")
+    assert main(rope.Rope, PROGRAM, command) == 0
+    assert losses(out)[:3] == losses(run)
+    assert len(losses(out)) == 5

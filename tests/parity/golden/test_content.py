@@ -15,6 +15,7 @@ from jaxmodels import layers
 from jaxmodels.io.bounded import sha256_of
 from jaxmodels.io.safetensors import read_file, write_file
 from parity.command import main
+from parity.compare.comparison import Comparison
 from parity.golden.fixture import SHIPPED, files_of, read, stems
 from tests.parity.pairs import mlp
 
@@ -132,8 +133,11 @@ def test_a_constant_that_would_hide_anything_is_refused(recorded):
     report = parity.replay(flax_module, stem)
     assert report.passed
     assert any("scale 5 in PyTorch; " in note for note in report.notes)
+    change(stem, of_group("output", lambda t: t * 1.001), moved(math.inf))  # at most what float32 costs may pass
+    assert parity.replay(flax_module, stem).value("output", "float64") > 1e9
+    assert not parity.replay(flax_module, stem).passed
     for by in (1e13, math.inf):
-        change(stem, None, moved(by))
+        change(stem, None, lambda fields, by=by: (moved(by)(fields), in_all("noise", [1e-12, 1e30])(fields)))
         with pytest.raises(ValueError, match=r"mlp\b.*constants of 'scale 0' has 'output/output' at"):
             read(stem)
 
@@ -196,6 +200,32 @@ def test_a_module_with_masks_and_an_input_without_gradients_is_recorded_and_read
     assert not fixture.results["input gradients"]["used"].any()
 
 
+def test_results_that_are_all_zero_are_refused(recorded, tmp_path):
+    """Any model agrees whose weights and results are zero."""
+    _, stem = recorded
+
+    def about(fields):
+        fields["readings"], fields["zero gradients"], fields["constants"] = ["output"], [], {}
+        fields["noise"], fields["own values"] = {"output": {"output": [0.0, 1e30]}}, {"output": {"output": 0.0}}
+
+    def tensors(held):
+        held = {name: tensor for name, tensor in held.items() if "gradients" not in name}
+        return of_group("state", np.zeros_like)(of_group("output", np.zeros_like)(held))
+
+    change(stem, tensors, about)
+    with pytest.raises(ValueError, match=r"mlp\b.*output: all numbers are zero"):
+        read(stem)
+
+    class Last(torch.nn.Linear):
+        """As the last layer of a block that begins as the identity."""
+
+        def reset_parameters(self):
+            torch.nn.init.zeros_(self.weight)
+
+    parity.record(Last(5, 3, bias=False), np.ones((2, 5)), tmp_path / "last", randomize=False)
+    assert not read(tmp_path / "last").results["output"]["output"].any()
+
+
 def test_gradients_that_are_zero_in_pytorch_are_not_recorded(tmp_path):
     class Detached(torch.nn.Linear):
         def forward(self, x):
@@ -203,6 +233,43 @@ def test_gradients_that_are_zero_in_pytorch_are_not_recorded(tmp_path):
 
     parity.record(Detached(5, 7), np.ones((3, 5)), tmp_path / "detached", zero_gradients=["weight"])
     assert read(tmp_path / "detached").results.keys() == {"output"}
+
+
+class Narrow(torch.nn.Module):
+    """A frozen matrix and a table in half precision."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.base = torch.nn.Linear(7, 5).to(dtype).requires_grad_(False)
+        self.own = torch.nn.Linear(7, 5)
+        self.register_buffer("table", torch.linspace(0.1, 1, 5).to(dtype))
+
+    def forward(self, x):
+        return (self.base(x.to(self.base.weight.dtype)).to(x.dtype) + self.own(x)) * self.table.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("whole", [False, True])
+def test_constants_in_half_precision_are_recorded_and_read(tmp_path, dtype, whole):
+    torch.manual_seed(0)
+    module = Narrow(dtype).to(dtype) if whole else Narrow(dtype)
+    parity.record(module, np.linspace(-1, 1, 21, dtype=np.float32).reshape(3, 7), tmp_path / "half")
+    assert read(tmp_path / "half").constants.keys() == {"base.weight", "base.bias", "table"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"name": "n" * 1_001}, "1,001 characters"),
+        ({"zero_gradients": ["weight"] * 101}, "101 patterns"),
+        ({"zero_gradients": ["weight" * 2_000]}, "12,000 characters"),
+    ],
+)
+def test_arguments_that_would_not_be_read_are_refused_before_any_work(tmp_path, monkeypatch, settings, named):
+    monkeypatch.setattr(Comparison, "torch_side", lambda *_: pytest.fail("it was evaluated"))
+    with pytest.raises(ValueError, match=named):
+        parity.record(torch.nn.Linear(5, 7), np.ones((3, 5)), tmp_path / "linear", **settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_would_not_be_read_is_not_recorded(tmp_path):

@@ -1,6 +1,7 @@
 """Fixtures: recorded with torch, replayed without it, rejected if damaged."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from flax import nnx
 import parity
 from jaxmodels import layers
 from jaxmodels.convert import ConversionError
+from jaxmodels.io import clean
 from jaxmodels.io.safetensors import write_file
 from parity.cases import SYSTEMS
 from parity.cases.golden import GOLDEN
@@ -274,6 +276,22 @@ def test_a_recording_whose_writer_was_killed_is_the_old_one_or_the_new_one(recor
     parity.record(torch_module, {"x": x}, stem, name="third")
     assert read(stem).name == "third"
     assert sorted(old) == sorted(tmp_path.iterdir())
+
+
+def test_clean_lists_a_json_whose_tensors_were_not_written(recorded, tmp_path, capsys):
+    tensors_file, about_file = files_of(recorded[1])
+    waiting = pending(about_file)
+    for content, listed in (
+        (about_file.read_text(), False),  # its tensors are in place: a reader gives it its name
+        (about_file.read_text().replace('"sha256": "', '"sha256": "0'), True),
+        ('{"sha256": "0"}', False),  # of others
+    ):
+        waiting.write_text(content)
+        os.utime(waiting, (0, 0))
+        assert clean.main([str(tmp_path), "--delete"]) == 0
+        assert (str(waiting) in capsys.readouterr().out, not waiting.exists()) == (listed, listed)
+    assert tensors_file.exists()
+    assert about_file.exists()
 
 
 @pytest.mark.parametrize("wrong", ["mlp.safetensors", "mlp.json"])

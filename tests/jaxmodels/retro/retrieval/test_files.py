@@ -35,9 +35,9 @@ def change(folder, **fields):
     ("field", "value"),
     [
         ("index", "../elsewhere.faiss"),
-        ("index", "/etc/passwd"),
         ("index", "index-0000000001.faiss.exe"),
         ("index", 3),
+        ("index", None),
         ("chunk_len", 0),
         ("chunk_len", True),
         ("chunk_len", 5.0),
@@ -62,6 +62,18 @@ def test_a_file_outside_that_about_names_is_neither_read_nor_removed(folder, mon
     with pytest.raises(ValueError, match="index="):
         ChunkIndex.build(folder, Corpus.of(VOCABULARY.encode(TEXT), VOCABULARY), L, HashedNGrams(64, 1, 3))
     assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("index", ["VICTIM", "../victim", "tokens.npy", ".", "", 5, True, ["VICTIM"], {"a": 1}])
+def test_an_index_without_chunks_names_no_other_file_either(folder, index):
+    victim = folder.parent / "victim"
+    victim.write_text("mine")
+    change(folder, added=0, sha256=None, index=str(victim) if index == "VICTIM" else index)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(ValueError, match=f"{folder}.*index="):
+        ChunkIndex.build(folder, Corpus.of(VOCABULARY.encode(TEXT), VOCABULARY), L, HashedNGrams(64, 1, 3))
+    assert victim.read_text() == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 @pytest.mark.parametrize(

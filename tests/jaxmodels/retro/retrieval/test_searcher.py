@@ -72,6 +72,47 @@ def test_a_file_of_another_content_is_refused(folder, factory, content, match):
         ChunkIndex.load(folder)
 
 
+def transform(searcher):
+    """The transform before an index."""
+    return faiss.downcast_VectorTransform(faiss.downcast_index(searcher).chain.at(0))
+
+
+def with_bias(searcher):
+    part = transform(searcher)
+    part.have_bias = True
+    faiss.copy_array_to_vector(np.empty(0, np.float32), part.b)
+
+
+@pytest.mark.parametrize(
+    ("factory", "change", "match"),
+    [
+        ("L2norm,Flat", lambda searcher: setattr(transform(searcher), "norm", 1.0), "norm=1"),
+        ("PCA4,Flat", lambda s: faiss.copy_array_to_vector(np.ones(1, np.float32), transform(s).A), "A|cannot be read"),
+        ("PCA4,Flat", with_bias, "numbers in b|cannot be read"),
+        ("PCA4,Flat", lambda searcher: setattr(transform(searcher), "d_out", 400), "d_out=400|cannot be read"),
+        ("IVF2,Flat", lambda s: faiss.downcast_index(faiss.downcast_index(s).quantizer).reset(), "0 centroids for 2"),
+        ("IVF2,Flat", lambda searcher: setattr(faiss.downcast_index(searcher), "nlist", 1), "nlist=1|cannot be read"),
+    ],
+)
+def test_parts_that_no_search_could_use_are_refused(folder, factory, change, match):
+    searcher = faiss.deserialize_index(np.frombuffer(made(factory), np.uint8))
+    change(searcher)
+    exchange(folder, faiss.serialize_index(searcher).tobytes(), factory)
+    with pytest.raises(ValueError, match=rf"{folder}/index-\d+\.faiss.*({match})"):
+        ChunkIndex.load(folder)
+
+
+def test_an_index_that_cannot_be_searched_is_refused_as_it_is_read(folder, monkeypatch):
+    """Generation searches in a callback of JAX, which makes a traceback of each error."""
+
+    def refused(*_):
+        raise RuntimeError("Error in void search() at IndexIVF.cpp:1: Error: 'nprobe > 0' failed: no cells")
+
+    monkeypatch.setattr(faiss.IndexFlat, "search", refused)
+    with pytest.raises(ValueError, match=rf"{folder}/index-\d+\.faiss.*cannot be searched: no cells"):
+        ChunkIndex.load(folder)
+
+
 def test_inverted_lists_of_all_chunks_are_read(folder):
     exchange(folder, made("IVF3,Flat", np.random.default_rng(0).permutation(N)), "IVF3,Flat")
     assert len(ChunkIndex.load(folder)) == N
@@ -139,7 +180,7 @@ def test_a_search_without_memory_names_the_index(folder, monkeypatch, error):
 
     chunks = ChunkIndex.load(folder)
     monkeypatch.setattr(type(chunks.searcher), "search", failing)
-    with pytest.raises(ValueError, match=r"index-\d+\.faiss cannot be searched: std::bad_alloc"):
+    with pytest.raises(ValueError, match=r"index-\d+\.faiss.*cannot be searched: std::bad_alloc"):
         chunks.neighbors(CORPUS.passages(CORPUS.chunks(L)[:2], L))
 
 
