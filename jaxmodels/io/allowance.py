@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxmodels.weights.pickles import MOST, check_work
+from jaxmodels.weights.pickles import MOST, check_pickle
 
 # Tensors may have twice the bytes of the files: a tied readout is stored once, and a view of a fused matrix with it.
 SHARED = 2
@@ -29,9 +29,9 @@ class Allowance:
         self.stored, self.tensors, self.values = sum(held.values()), 0, 0
 
     def add_structure(self, content: BinaryIO) -> None:
-        """Count the values of the pickle at a file's position, where the file stays; raises TooMuchError."""
+        """Check the pickle at a file's position, where the file stays, and count its values; see `check_pickle`."""
         position = content.tell()
-        self.values = check_work(content, MOST + self.stored // VALUE_BYTES, self.values)
+        self.values = check_pickle(content, MOST + self.stored // VALUE_BYTES, self.values)
         content.seek(position)
 
     def add_tensors(self, file: Path, tensors: Iterable[Any]) -> None:

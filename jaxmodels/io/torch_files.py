@@ -21,7 +21,7 @@ from jaxmodels.io.torch_formats import made_on_cpu, read_legacy, read_zipped
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import as_numpy, as_tensor
-from jaxmodels.weights.pickles import TooMuchError
+from jaxmodels.weights.pickles import BYTES_IO, RefusedError
 
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # names of the state_dict in a larger checkpoint
 DEPTH = 2  # of an entry with the state_dict
@@ -80,7 +80,7 @@ def read_pt(file: Path, safe_globals: Sequence[Any] = (), allowance: Allowance |
         refers = f"holds more than tensors: it refers to {shortened(named[1], 100)}" if named else ""
         why = refers or "is damaged or holds more than tensors"
         raise explained(file, f"is refused, as it {why}") from None
-    except TooMuchError as error:
+    except RefusedError as error:
         raise ValueError(f"{file} is refused: {error}") from None
     except Exception as error:  # a damaged pickle gives any arguments to the functions that it may call
         if isinstance(error, ValueError) and str(error).startswith(f"{file} "):
@@ -97,7 +97,7 @@ def read_tensors(file: Path, allowance: Allowance | None = None) -> tuple[dict[s
     Raises ValueError, naming the file, if there is none or several.
     """
     allowance = allowance or Allowance([file])
-    path, state = state_dict_in(file, read_pt(file, numpy_globals(), allowance))
+    path, state = state_dict_in(file, read_pt(file, stand_ins(), allowance))
     arrays = {name: array for name, array in as_arrays(file, state, allowance).items() if array is not None}
     return arrays, [f"the tensors are in entry {quoted(path)} of {file.name}"] if path else []
 
@@ -266,8 +266,8 @@ class Recorded(io.RawIOBase):
             self.file.flush()
 
 
-class NumPyValue:
-    """Stands for an array, number or dtype of NumPy in a pickle, which is not read.
+class NotRead:
+    """Stands for an array, number or dtype of NumPy in a pickle, or for a file in memory, which are not read.
 
     NumPy takes whatever state a pickle gives its dtypes and arrays, so that a file could make it read anywhere.
     """
@@ -279,8 +279,11 @@ class NumPyValue:
         pass
 
 
-def numpy_globals() -> list[Any]:
-    """Stand-ins for NumPy's random state and numbers in a pickle, under names of older and newer NumPy."""
+def stand_ins() -> list[Any]:
+    """Stand-ins for NumPy's random state and numbers in a pickle, under names of older and newer NumPy, and for
+    files in memory: TransformerEngine saves its state in them.
+    """
     functions = [f"{module}.multiarray.{name}" for module in ("numpy.core", "numpy._core") for name in FUNCTIONS]
-    names = ["numpy.ndarray", "numpy.dtype", *functions, *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__)]
-    return [(NumPyValue, name) for name in names]
+    dtypes = [f"numpy.dtypes.{name}" for name in np.dtypes.__all__]
+    names = [BYTES_IO, "numpy.ndarray", "numpy.dtype", *functions, *dtypes]
+    return [(NotRead, name) for name in names]

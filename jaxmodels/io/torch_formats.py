@@ -204,24 +204,24 @@ def storage_offsets(content: BinaryIO, size: int, allowance: Allowance) -> dict[
 def read_pickles(content: BinaryIO, storage: Storage, allowance: Allowance | None) -> tuple[Any, list[str]]:
     """Content and keys of the storages of a file of the old format, without running code.
 
-    allowance: None if the pickles were counted before. Raises TooMuchError.
+    allowance: None if the pickles were checked before. Raises the errors of `check_pickle`.
     """
     import torch
     from torch import _weights_only_unpickler
 
-    def counted() -> BinaryIO:
+    def checked() -> BinaryIO:
         if allowance is not None:
             allowance.add_structure(content)
         return content
 
     def load() -> Any:
-        return _weights_only_unpickler.load(counted(), encoding="utf-8")
+        return _weights_only_unpickler.load(checked(), encoding="utf-8")
 
     magic, protocol = load(), load()
     if (magic, protocol) != (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION):
         raise RuntimeError("it begins with other bytes")
     load()  # the system
-    return unpickler(counted(), storage).load(), load()
+    return unpickler(checked(), storage).load(), load()
 
 
 def unpickler(content: BinaryIO, storage: Storage) -> Any:
@@ -238,8 +238,8 @@ def unpickler(content: BinaryIO, storage: Storage) -> Any:
     def persistent_load(saved: Any) -> Any:
         _, kind, key, _, count, *view = saved
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        if type(key) is not str or type(count) is not int or count < 0:
-            raise RuntimeError(f"a storage {quoted(key)} of {quoted(count)} numbers")
+        if type(count) is not int or count < 0:
+            raise RuntimeError(f"storage {quoted(key)} has a number of elements of {quoted(count)}")
         width = torch._utils._element_size(dtype)
         if key not in storages:
             storages[key] = dtype, count, storage(key, dtype, count * width)

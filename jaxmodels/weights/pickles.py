@@ -1,65 +1,100 @@
-"""Work that a pickle asks for, counted before it is loaded.
+"""What a pickle asks for, judged before it is loaded: the calls in it, the keys of its dictionaries, and the work.
 
-PyTorch's unpickler runs no code of a file, but does everything else that the file says: a hundred bytes can ask for a
-dictionary whose key is a tuple of tuples of tuples …, each the same twice, of which Python hashes 2⁶⁰, or for bytes of
-any number. A tuple of a tuple of a tuple …, nested a million deep, overflows the stack when it is hashed. Here the
-instructions are followed with numbers in place of values.
+PyTorch's unpickler runs no code of a file, but does everything else that the file says, and calls every class and
+function that it knows with any arguments: storages of uninitialized memory, codecs that double a text each time. A
+hundred bytes can ask for a tuple of tuples of tuples …, each the same twice, which is hashed 2⁶⁰ times. Here the
+instructions are followed with a `Value`, a kind and a count, in place of each value. A pickle that cannot be followed
+to its end is refused.
 """
 
-import contextlib
 import pickle
+import re
 import struct
+from collections.abc import Sequence
 from typing import BinaryIO
 
 # Values and instructions; a tensor takes about 35, so that this is 14,000 tensors. Each use of a value counts anew.
 MOST = 500_000
 DEEPEST = 100  # tuples, lists, dictionaries and arguments of calls in each other; a checkpoint has about ten
-# Functions that PyTorch's unpickler is allowed to call, and that allocate and fill as much as their argument says.
-FILLING = (b"bytearray", b"Counter")
+TEXT_BYTES = 64  # of a text that count as a further value where it is used again
+LARGEST_KEY = 2**61 - 2  # Python's hashes of larger integers repeat, so that a dictionary of them takes quadratic time
 
 MARK, STOP, GLOBAL, TUPLE = pickle.MARK[0], pickle.STOP[0], pickle.GLOBAL[0], pickle.TUPLE[0]
+NEWOBJ, REDUCE, BUILD, LONG1 = pickle.NEWOBJ[0], pickle.REDUCE[0], pickle.BUILD[0], pickle.LONG1[0]
 PUTS = {pickle.BINPUT[0]: "<B", pickle.LONG_BINPUT[0]: "<I"}
 GETS = {pickle.BINGET[0]: "<B", pickle.LONG_BINGET[0]: "<I"}
-INTEGERS = {pickle.BININT[0]: "<i", pickle.BININT1[0]: "<B", pickle.BININT2[0]: "<H"}
-SIZED = {pickle.BINUNICODE[0]: "<I", pickle.SHORT_BINSTRING[0]: "<B", pickle.LONG1[0]: "<B"}  # format of the length
-EMPTY = {pickle.NONE[0], pickle.NEWFALSE[0], pickle.NEWTRUE[0], pickle.EMPTY_TUPLE[0]}
-CONTAINERS = {pickle.EMPTY_LIST[0], pickle.EMPTY_DICT[0], pickle.EMPTY_SET[0]}
+NUMBERS = {pickle.BININT[0]: 4, pickle.BININT1[0]: 1, pickle.BININT2[0]: 2, pickle.BINFLOAT[0]: 8}  # bytes
+TEXTS = {pickle.BINUNICODE[0]: "<I", pickle.SHORT_BINSTRING[0]: "<B"}  # format of the length
+EMPTY = {
+    pickle.NONE[0]: "none",
+    pickle.NEWFALSE[0]: "truth",
+    pickle.NEWTRUE[0]: "truth",
+    pickle.EMPTY_TUPLE[0]: "tuple",
+    pickle.EMPTY_LIST[0]: "list",
+    pickle.EMPTY_DICT[0]: "dict",
+    pickle.EMPTY_SET[0]: "set",
+}
 TUPLES = {pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3}
-CALLS = {pickle.NEWOBJ[0], pickle.REDUCE[0]}
-# Values that are added to the one below them.
-ADDED = {pickle.BUILD[0]: 1, pickle.APPEND[0]: 1, pickle.SETITEM[0]: 2}
-ADDED_TO_MARK = {pickle.APPENDS[0], pickle.SETITEMS[0]}
+
+KEYS = {"text", "codec", "number", "truth", "none"}  # kinds of a dictionary's keys: hashed and printed in no time
+CODECS = {b"latin1", b"latin-1"}  # by which Python writes bytes
+SAVED = "text global text text number( (none|tuple))?"  # reference to a storage of the file
+# Functions and classes that a pickle may call: kinds of the arguments, and of the result. All others are refused;
+# they may be arguments, such as the class of a storage, and values.
+CALLS = {
+    "torch._utils._rebuild_tensor": ("storage number tuple tuple", "tensor"),
+    "torch._utils._rebuild_tensor_v2": ("storage number tuple tuple truth ordered( (dict|none))?", "tensor"),
+    "torch._utils._rebuild_tensor_v3": ("storage number tuple tuple truth ordered global( (dict|none))?", "tensor"),
+    "torch._utils._rebuild_qtensor": ("storage number tuple tuple tuple truth ordered", "tensor"),
+    "torch._utils._rebuild_sparse_tensor": ("layout tuple", "tensor"),
+    "torch._utils._rebuild_nested_tensor": ("tensor tensor tensor tensor", "tensor"),
+    "torch._utils._rebuild_meta_tensor_no_storage": ("global tuple tuple truth", "tensor"),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": ("tensor global text truth", "tensor"),
+    "torch._utils._rebuild_parameter": ("tensor truth ordered", "tensor"),
+    "torch._utils._rebuild_parameter_with_state": ("tensor truth ordered dict", "tensor"),
+    "torch._tensor._rebuild_from_type_v2": ("global global tuple dict", "tensor"),  # calls the first with the third
+    "torch.serialization._get_layout": ("text", "layout"),
+    "torch.Size": ("tuple|list", "tuple"),
+    "torch.device": ("text( number)?", "device"),
+    "collections.OrderedDict": ("(list)?", "ordered"),  # Python 2 writes a list of pairs
+    "collections.Counter": ("(dict)?", "counter"),
+    "builtins.set": ("(list)?", "set"),
+    "builtins.bytearray": ("(bytes|(text|codec) codec)?", "bytes"),
+    "builtins.complex": ("number number", "complex"),
+    "_codecs.encode": ("(text|codec) codec", "bytes"),  # bytes
+}
+FROM_TYPE, BYTES_IO = "torch._tensor._rebuild_from_type_v2", "_io.BytesIO"
+STAND_INS = ("numpy.", BYTES_IO)  # beginnings of names in whose place the reader makes objects that do nothing
 
 
-class TooMuchError(ValueError):
-    """Error for a pickle that asks for more work than any checkpoint does."""
+class RefusedError(ValueError):
+    """Error for a pickle that asks for more work than any checkpoint does, or for what no checkpoint does."""
 
 
 class Value:
-    """Knowledge of a value: of how many it consists, how deeply nested, and the product of the integers in it.
-
-    The product is at most MOST + 1: that of many large integers would take long.
+    """Knowledge of a value: its kind, the name of a global, the values in a tuple or list, of how many it consists,
+    and how deeply it is nested.
     """
 
-    __slots__ = ("count", "depth", "fills", "product")
+    __slots__ = ("count", "depth", "items", "kind", "name")
 
-    def __init__(self, count: int = 1, product: int = 1, fills: bool = False, depth: int = 0):
-        self.count, self.product, self.fills, self.depth = count, min(product, MOST + 1), fills, depth
+    def __init__(self, kind: str, count: int = 1, depth: int = 0, name: str = "", items: "Sequence[Value]" = ()):
+        self.kind, self.count, self.depth, self.name, self.items = kind, count, depth, name, items
 
 
-def check_work(content: BinaryIO, most: int = MOST, before: int = 0) -> int:
+def check_pickle(content: BinaryIO, most: int = MOST, before: int = 0) -> int:
     """Number of values that loading the pickle at the position of a file would take, and those `before` it.
 
-    Raises TooMuchError if they are more than `most`, or nested more than DEEPEST deep. Does not judge what is damaged
-    or what PyTorch's unpickler refuses: it stops there, as that does.
+    Raises RefusedError if they are more than `most`, or nested more than DEEPEST deep, and for calls and keys that no
+    checkpoint has; UnpicklingError for instructions that PyTorch's unpickler refuses; EOFError, IndexError, KeyError
+    and struct.error for a damaged pickle.
     """
-    count = Count(content, most, before)
-    with contextlib.suppress(IndexError, KeyError, struct.error):
-        count.follow()
-    return count.total
+    follower = Follower(content, most, before)
+    follower.follow()
+    return follower.total
 
 
-class Count:
+class Follower:
     """Follows a pickle's instructions as the unpickler does, with `Value` in place of values."""
 
     def __init__(self, content: BinaryIO, most: int, before: int = 0):
@@ -72,45 +107,45 @@ class Count:
         return int(struct.unpack(form, self.content.read(struct.calcsize(form)))[0])
 
     def used(self, count: int) -> None:
-        """Add to the total; raises TooMuchError if it is too large."""
+        """Add to the total; raises RefusedError if it is too large."""
         self.total += count
         if self.total > self.most:
             together = ", with what was read before it" if self.before else ""
-            raise TooMuchError(f"its structure consists of more than {self.most:,} values{together}")
+            raise RefusedError(f"its structure consists of more than {self.most:,} values{together}")
 
     def to_mark(self) -> list[Value]:
         values, self.stack = self.stack, self.marks.pop()
         return values
 
-    def joined(self, values: list[Value]) -> Value:
+    def joined(self, kind: str, values: list[Value]) -> Value:
         """A new value that consists of others."""
-        product = 1
-        for value in values:
-            product = min(product * value.product, MOST + 1)
-        return Value(1 + sum(value.count for value in values), product, depth=self.around(values))
+        return Value(kind, 1 + sum(value.count for value in values), self.around(values), items=values)
 
-    def add(self, values: list[Value]) -> None:
-        """Make values a part of the one on top of the stack."""
+    def add(self, values: list[Value]) -> Value:
+        """Make values a part of the one on top of the stack; return that."""
         top = self.stack[-1]
         top.count += sum(value.count for value in values)
         top.depth = max(top.depth, self.around(values))
+        return top
 
     def around(self, values: list[Value]) -> int:
-        """Depth of a value that consists of others; raises TooMuchError if it is too large."""
+        """Depth of a value that consists of others; raises RefusedError if it is too large."""
         depth = 1 + max((value.depth for value in values), default=-1)
         if depth > DEEPEST:
-            raise TooMuchError(f"its structure is nested more than {DEEPEST} deep")
+            raise RefusedError(f"its structure is nested more than {DEEPEST} deep")
         return depth
 
     def follow(self) -> None:
-        """Follow the instructions up to the last, or up to one that the unpickler refuses."""
-        while (read := self.content.read(1)) and read[0] != STOP:
-            self.used(1)
-            if not self.step(read[0]):
+        """Follow the instructions up to the last."""
+        while read := self.content.read(1):
+            if read[0] == STOP:
                 return
+            self.used(1)
+            self.step(read[0])
+        raise EOFError("its structure has no end")
 
-    def step(self, code: int) -> bool:
-        """Follow one instruction; False if PyTorch's unpickler refuses it."""
+    def step(self, code: int) -> None:
+        """Follow one instruction."""
         stack = self.stack
         if code in PUTS:
             self.memo[self.number(PUTS[code])] = stack[-1]
@@ -118,42 +153,87 @@ class Count:
             value = self.memo[self.number(GETS[code])]
             self.used(value.count)
             stack.append(value)
-        elif code in EMPTY or code in CONTAINERS:
-            stack.append(Value())
-        elif code in INTEGERS:
-            stack.append(Value(product=max(self.number(INTEGERS[code]), 1)))
-        elif code in SIZED:
-            data = self.content.read(self.number(SIZED[code]))
-            is_integer = code == pickle.LONG1[0]
-            stack.append(Value(product=max(pickle.decode_long(data), 1) if is_integer else 1))
-        elif code == pickle.BINFLOAT[0]:
-            self.content.read(8)
-            stack.append(Value())
+        elif code in EMPTY:
+            stack.append(Value(EMPTY[code], items=[] if code == pickle.EMPTY_LIST[0] else ()))
+        elif code in NUMBERS:
+            self.content.read(NUMBERS[code])
+            stack.append(Value("number"))
+        elif code == LONG1:
+            number = pickle.decode_long(self.content.read(self.number("<B")))
+            stack.append(Value("number" if abs(number) <= LARGEST_KEY else "large number"))
+        elif code in TEXTS:
+            text = self.content.read(self.number(TEXTS[code]))
+            stack.append(Value("codec" if text in CODECS else "text", 1 + len(text) // TEXT_BYTES))
         elif code == GLOBAL:
-            self.content.readline()
-            stack.append(Value(fills=self.content.readline().strip() in FILLING))
+            module, name = (self.content.readline()[:-1].decode() for _ in range(2))
+            stack.append(Value("global", name=f"{module.replace('__builtin__', 'builtins')}.{name}"))
         elif code == MARK:
             self.marks.append(stack)
             self.stack = []
         elif code == TUPLE:
-            value = self.joined(self.to_mark())
-            self.stack.append(value)
+            made = self.joined("tuple", self.to_mark())
+            self.stack.append(made)
         elif code in TUPLES:
-            stack[-TUPLES[code] :] = [self.joined(stack[-TUPLES[code] :])]
-        elif code in CALLS:
+            stack[-TUPLES[code] :] = [self.joined("tuple", stack[-TUPLES[code] :])]
+        elif code in (REDUCE, NEWOBJ):
             arguments = stack.pop()
-            if stack[-1].fills:
-                self.used(arguments.product)
-            stack[-1] = Value(1 + arguments.count, depth=self.around([arguments]))
-        elif code in ADDED:
-            values = [stack.pop() for _ in range(ADDED[code])]
+            kind = self.called(stack[-1], arguments, code)
+            stack[-1] = Value(kind, 1 + arguments.count, self.around([arguments]))
+        elif code == BUILD:
+            state = stack.pop()
+            top = self.add([state])
+            if top.kind != "stand-in" and (top.kind, state.kind) != ("ordered", "dict"):
+                raise RefusedError(f"its structure gives a {top.kind} a state")
+        elif code in (pickle.APPEND[0], pickle.APPENDS[0]):
+            values = [stack.pop()] if code == pickle.APPEND[0] else self.to_mark()
+            grown = self.add(values).items
+            if not isinstance(grown, list):
+                raise pickle.UnpicklingError("a value is appended to what is no list")
+            grown += values
+        elif code in (pickle.SETITEM[0], pickle.SETITEMS[0]):
+            values = [stack.pop(), stack.pop()][::-1] if code == pickle.SETITEM[0] else self.to_mark()
             self.add(values)
-        elif code in ADDED_TO_MARK:
-            self.add(self.to_mark())
+            check_keys(values[::2])
         elif code == pickle.BINPERSID[0]:
-            stack[-1] = Value()
+            check_kinds("refers to a storage", SAVED, stack[-1].items)
+            stack[-1] = Value("storage")
         elif code == pickle.PROTO[0]:
             self.content.read(1)
         else:
-            return False
-        return True
+            raise pickle.UnpicklingError(f"instruction {code}")
+
+    def called(self, function: Value, arguments: Value, code: int = REDUCE) -> str:
+        """Kind of the result of a call; raises RefusedError, or UnpicklingError with a name, for one that is refused.
+
+        Lists and dictionaries count again: they may have grown since they became part of a tuple of arguments.
+        """
+        name, given = function.name, arguments.items
+        if name.startswith(STAND_INS):
+            return "stand-in"
+        if name not in CALLS or code == NEWOBJ:
+            raise pickle.UnpicklingError(f"GLOBAL {name or function.kind}")
+        expected, kind = CALLS[name]
+        check_kinds(f"calls {name} with", expected, given)
+        held = [value for value in given if value.kind in ("list", "dict")]
+        self.used(sum(value.count for value in held))
+        if kind == "set":
+            check_keys([key for value in held for key in value.items])
+        elif kind == "ordered":
+            check_keys([key for value in held for pair in value.items for key in pair.items[:1] or [pair]])
+        elif name == FROM_TYPE:
+            self.called(given[0], given[2])
+        return kind
+
+
+def check_kinds(what: str, expected: str, values: Sequence[Value]) -> None:
+    """Raise RefusedError unless the kinds of values are those of an expression."""
+    kinds = " ".join(value.kind for value in values)
+    if not re.fullmatch(expected, kinds):
+        raise RefusedError(f"its structure {what} ({kinds[:80]}); expected ({expected})")
+
+
+def check_keys(keys: Sequence[Value]) -> None:
+    """Raise RefusedError for keys of a dictionary, or members of a set, that are neither texts nor numbers."""
+    for key in keys:
+        if key.kind not in KEYS:
+            raise RefusedError(f"its structure has a {key.kind} as a key; expected a text or a number")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxmodels.convert.neox.layout import BLOCK, BLOCK_BUFFERS, EMBEDDING, FINAL_NORM, READOUT, Form
 from jaxmodels.io.allowance import Allowance, check_distinct
 from jaxmodels.io.bounded import read_text
-from jaxmodels.io.torch_files import as_arrays, describe, numpy_globals, read_pt
+from jaxmodels.io.torch_files import as_arrays, describe, read_pt, stand_ins
 from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import is_floating
@@ -154,13 +154,13 @@ def matching(step: Path, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path
 
 def tensors_in(file: Path, allowance: Allowance, strip_prefix: str | None = None) -> dict[str, Any]:
     """Arrays of a layer file, which is a state_dict."""
-    arrays = floating_arrays(file, read_pt(file, allowance=allowance), allowance)
+    arrays = floating_arrays(file, read_pt(file, stand_ins(), allowance), allowance)
     return renamed(file, arrays, KNOWN.__contains__, strip_prefix)
 
 
 def module_in(file: Path, allowance: Allowance, strip_prefix: str | None = None) -> dict[str, Any]:
     """Arrays of the state_dict under "module" in an mp_rank file, which also holds NumPy's random state."""
-    content = read_pt(file, numpy_globals(), allowance)
+    content = read_pt(file, stand_ins(), allowance)
     if not isinstance(content, Mapping) or "module" not in content:
         raise ValueError(f"{file} has no entry 'module'; it holds {describe(content)}")
     arrays = floating_arrays(file, content["module"], allowance)

@@ -15,7 +15,14 @@ GLOBALS = (
     *("torch.storage _load_from_bytes", "torch.storage UntypedStorage", "torch FloatStorage", "torch DoubleStorage"),
     *("torch QInt8Storage", "torch BFloat16Storage", "torch ComplexFloatStorage", "torch device", "torch float64"),
     *("numpy.core.multiarray _reconstruct", "numpy.core.multiarray scalar", "numpy ndarray", "numpy dtype"),
-    *("_codecs encode", "__builtin__ bytearray", "torch.nn.parameter Parameter", "torch.jit._pickle build_intlist"),
+    *(
+        "_codecs encode",
+        "__builtin__ bytearray",
+        "torch.storage TypedStorage",
+        "_io BytesIO",
+        "torch.nn.parameter Parameter",
+        "torch.jit._pickle build_intlist",
+    ),
 )
 SIMPLE = (b"N", b"\x88", b"\x89", b")", b"]", b"}", b"K\x07", b"G\x7f\xf8\x00\x00\x00\x00\x00\x00", b"(", b"0", b"2")
 
@@ -27,7 +34,7 @@ def mutated_pickle(content: bytes, rng: Rng) -> bytes:
     """
     pieces, rest = opcodes(content)
     i = int(rng.integers(1, max(2, len(pieces) - 1)))
-    change = int(rng.integers(7))
+    change = int(rng.integers(8))
     if change == 0:
         del pieces[i]
     elif change == 1:
@@ -37,6 +44,8 @@ def mutated_pickle(content: bytes, rng: Rng) -> bytes:
         pieces[i], pieces[j] = pieces[j], pieces[i]
     elif change == 3:
         pieces.insert(i, choose(rng, SIMPLE))
+    elif change == 4:
+        pieces.insert(i + 1, called(rng))
     else:
         pieces[i] = changed(pieces[choose_kind(pieces, rng)] if rng.random() < 0.2 else pieces[i], rng)
     return b"".join(pieces) + rest
@@ -81,6 +90,15 @@ def changed(piece: bytes, rng: Rng) -> bytes:
     if code in b"qrhj" and len(piece) > 1:
         return code + bytes([*piece[1:-1], int(rng.integers(256))])
     return choose(rng, SIMPLE)
+
+
+def called(rng: Rng) -> bytes:
+    """Opcodes that put the result of a call in the place of a value: of it, numbers, texts, and of the result again."""
+    given = b"".join(changed(choose(rng, (b"K", b"X", b"c")), rng) for _ in range(int(rng.integers(4))))
+    module, _, name = choose(rng, GLOBALS).partition(" ")
+    function = f"c{module}\n{name}\n".encode()
+    arguments = choose(rng, (b"\x85", b"(" + given + b"t", b")"))
+    return function + arguments + choose(rng, (b"R", b"R", b"\x81", b"R" + b"}X\x05\x00\x00\x00itemsK\x05sb"))
 
 
 def integer(value: int) -> bytes:

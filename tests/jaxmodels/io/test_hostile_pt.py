@@ -14,7 +14,7 @@ import torch
 import jaxmodels
 from jaxmodels.command import main as command
 from jaxmodels.io.torch_files import read_pt, read_state_dict, read_tensors
-from jaxmodels.weights.pickles import check_work
+from jaxmodels.weights.pickles import check_pickle
 from tests.fuzz.targets import TARGETS
 
 
@@ -162,14 +162,6 @@ def test_values_of_numpy_are_not_made(tmp_path, write, value):
     assert np.zeros(2, np.uint32).dtype.hasobject is False
 
 
-@pytest.mark.parametrize("write", FORMATS)
-def test_functions_get_any_arguments(tmp_path, write):
-    encoded = calling(b"_codecs", b"encode", A + b"X\x02\x00\x00\x00no\x86")
-    write(tmp_path / "model.pt", b"\x80\x02}" + A + encoded + b"s.")
-    with pytest.raises(ValueError, match=r"model\.pt is .*unknown encoding"):
-        read_tensors(tmp_path / "model.pt")
-
-
 def test_a_zip_of_several_disks_is_refused(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "model.pt")
     content = (tmp_path / "model.pt").read_bytes()
@@ -248,14 +240,14 @@ def test_a_file_of_which_nothing_was_written_is_refused(tmp_path, old):
 @pytest.mark.parametrize("work", WORK)
 def test_a_structure_that_takes_unbounded_work_is_refused(tmp_path, write, work):
     write(tmp_path / "model.pt", b"\x80\x02" + WORK[work] + b".")
-    with pytest.raises(ValueError, match=r"model\.pt is refused: .*(500,\d{3} values|100 deep)"):
+    with pytest.raises(ValueError, match=r"model\.pt is refused: .*(500,\d{3} values|100 deep|calls [\w.]+ with)"):
         read_tensors(tmp_path / "model.pt")
 
 
 def test_instructions_are_counted():
-    check_work(io.BytesIO(b"\x80\x02" + b"]" * 36 + b"."), most=37)
+    check_pickle(io.BytesIO(b"\x80\x02" + b"]" * 36 + b"."), most=37)
     with pytest.raises(ValueError, match="more than 37 values"):
-        check_work(io.BytesIO(b"\x80\x02" + b"]" * 37 + b"."), most=37)
+        check_pickle(io.BytesIO(b"\x80\x02" + b"]" * 37 + b"."), most=37)
 
 
 def test_the_product_of_many_integers_takes_no_time(tmp_path):
