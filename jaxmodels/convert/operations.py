@@ -230,7 +230,7 @@ def inspect(options: argparse.Namespace) -> str:
         if found.is_quantized:
             what += ", 4 bits" if getattr(model, "quantization", None) == "weights-4" else ", int8"
         lines = [f"{visible(found.name)}: {NAMES[found.kind]}, {what}"]
-        shown = dict(found.config)
+        shown = dict(found.settings)
     else:
         lines = [f"{visible(found.name)}: {NAMES[found.kind]} ({source.layout}), {totals(source)}"]
         shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff, "n_kv_heads": source.config.kv_heads}
@@ -262,7 +262,7 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
         if ours != theirs:
             return False, visible(f"{options.source} holds a {ours}, {options.target} a {theirs}")
         one, two = first.model(), second.model()
-        config, other = one.config(), two.config()  # with the defaults of what a file leaves out
+        config, other = dict(first.settings), dict(second.settings)
         tensors: Mapping[str, Any] = to_torch(one)
         others: Mapping[str, Any] = to_torch(two)
     else:
