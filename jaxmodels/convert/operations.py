@@ -30,6 +30,7 @@ from jaxmodels.models import abstract, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.lora import LoRA
+from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
@@ -59,6 +60,7 @@ def from_torch_file(options: argparse.Namespace, names: Names) -> str:
 
 def to_torch_file(options: argparse.Namespace) -> str:
     """Convert a folder of any kind, or a model of the Hub, to FILE.pt."""
+    local(options.target, "target")
     if options.target.is_dir():
         raise ValueError(f"{options.target} is a folder; expected a file")
 

@@ -71,12 +71,17 @@ class Stream(nnx.RngStream):
     """
 
     def __call__(self) -> jax.Array:
-        left = _left.get()
-        if left is not None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise TooLarge
-        return jax.random.key(0)
+        return equal_key()
+
+
+def equal_key() -> jax.Array:
+    """The next key of a stream of equal ones."""
+    left = _left.get()
+    if left is not None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise TooLarge
+    return jax.random.key(0)
 
 
 @contextlib.contextmanager
@@ -85,7 +90,7 @@ def ending_after(keys: int) -> Iterator[None]:
     original, token = nnx.RngStream.__call__, _left.set([keys])
 
     def drawn(stream: nnx.RngStream) -> jax.Array:
-        return original(stream) if _left.get() is None else Stream.__call__(stream)  # None in other threads
+        return original(stream) if _left.get() is None else equal_key()  # None in other threads
 
     setattr(nnx.RngStream, "__call__", drawn)  # noqa: B010 (unknown to type checkers)
     try:
