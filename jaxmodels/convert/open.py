@@ -34,6 +34,7 @@ from jaxmodels.text import SLOW_NAMES, TOKENIZER_NAMES, TokenizerFile, Vocabular
 from jaxmodels.weights.names import check_floating
 from jaxmodels.weights.place import Shardings
 from jaxmodels.weights.precision import choice, is_narrow, say, wide_dtype
+from jaxmodels.weights.stored import Stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,17 @@ class Opened:
     model_name: str
     config: Mapping[str, Any]
     opened: Source | None = dataclasses.field(default=None, repr=False)
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """The `config` with the defaults of what a config.json leaves out; raises ValueError if it fits no weights."""
+        if self.opened is not None:
+            return self.config
+        stored = Stored.of(stored_arrays(self.weights))
+        found: Mapping[str, Any] = models.abstract(
+            self.model_name, self.config, stored, self.weights / "config.json"
+        ).config()
+        return found
 
     @property
     def is_quantized(self) -> bool:

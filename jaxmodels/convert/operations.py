@@ -30,6 +30,7 @@ from jaxmodels.models import abstract, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.lora import LoRA
+from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
@@ -59,6 +60,7 @@ def from_torch_file(options: argparse.Namespace, names: Names) -> str:
 
 def to_torch_file(options: argparse.Namespace) -> str:
     """Convert a folder of any kind, or a model of the Hub, to FILE.pt."""
+    local(options.target, "target")
     if options.target.is_dir():
         raise ValueError(f"{options.target} is a folder; expected a file")
 
@@ -230,7 +232,7 @@ def inspect(options: argparse.Namespace) -> str:
         if found.is_quantized:
             what += ", 4 bits" if getattr(model, "quantization", None) == "weights-4" else ", int8"
         lines = [f"{visible(found.name)}: {NAMES[found.kind]}, {what}"]
-        shown = dict(found.config)
+        shown = dict(found.settings)
     else:
         lines = [f"{visible(found.name)}: {NAMES[found.kind]} ({source.layout}), {totals(source)}"]
         shown = dataclasses.asdict(source.config) | {"n_ff": source.config.d_ff, "n_kv_heads": source.config.kv_heads}
@@ -262,7 +264,7 @@ def verify(options: argparse.Namespace) -> tuple[bool, str]:
         if ours != theirs:
             return False, visible(f"{options.source} holds a {ours}, {options.target} a {theirs}")
         one, two = first.model(), second.model()
-        config, other = one.config(), two.config()  # with the defaults of what a file leaves out
+        config, other = dict(first.settings), dict(second.settings)
         tensors: Mapping[str, Any] = to_torch(one)
         others: Mapping[str, Any] = to_torch(two)
     else:

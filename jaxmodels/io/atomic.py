@@ -27,8 +27,8 @@ from jaxmodels.process.texts import visible
 # Names of folders, whose manifest tells them from those of others, and of files, which have nothing else that does. A
 # letter is among the digits: a user's own copy may end in a date.
 UNIQUE = r"(?=[0-9]*[a-f])[0-9a-f]{8}"
-TEMPORARY = re.compile(rf"\..+\.{UNIQUE}(\.old)?")
-TEMPORARY_FILE = re.compile(rf"\..+\.{UNIQUE}\.jaxmodels")
+TEMPORARY = re.compile(rf"\..+\.{UNIQUE}(\.old)?", re.DOTALL)
+TEMPORARY_FILE = re.compile(rf"\..+\.{UNIQUE}\.jaxmodels", re.DOTALL)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 SWAPPING = 0.2  # seconds; a process that is not killed takes microseconds between the two renames
 FLUSHING = 8  # threads
@@ -127,10 +127,13 @@ def atomic_file(target: str | os.PathLike, check: Callable[[], None] = lambda: N
 
 
 def check_file(target: Path) -> None:
-    """Raise ValueError if a path is something other than a regular file, which a rename would replace.
+    """Raise ValueError if a path is the URL of a bucket, or something other than a regular file.
+
+    A rename would replace it.
 
     /dev/null, /dev/stdout and the FIFOs of a shell are such paths: the superuser could replace a device by a file.
     """
+    local(target, "target")
     with contextlib.suppress(OSError):  # there is nothing, or the writer says what is wrong
         mode = target.stat().st_mode
         if not stat.S_ISREG(mode):

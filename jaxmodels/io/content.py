@@ -116,6 +116,7 @@ BLOCK = rf"{ORBAX}state/(ocdbt\.process_\d+/)?d/[0-9a-f]{{32}}"
 WRITTEN: dict[str, tuple[bytes, ...]] = {
     r"(model/)?config\.json": (b"{",),
     r"configs/model\.yml": (),
+    r"\.jaxmodels\.json": (b"{",),  # of `jaxmodels.io.manifest`, before it has its name
     r"configs/vocabulary\.json": (b"{",),
     r"latest": (b"global_step",),
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json": (b"{",),

@@ -12,21 +12,24 @@ to such folders (`jaxmodels.io.content.WRITTEN`): anybody can write a manifest i
 
 import bisect
 import contextlib
-import io
 import json
+import os
+import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.bounded import is_integer, open_in_place, read_bytes, read_object
+from jaxmodels.io.bounded import is_integer, read_bytes, read_object, refuse_special
 from jaxmodels.io.content import is_written_here
 from jaxmodels.process.failures import naming
 from jaxmodels.process.paths import below, walk
 from jaxmodels.process.texts import quoted
 
 NAME = ".jaxmodels.json"
+NEW = re.compile(rf"\.{re.escape(NAME)}\.a[0-9a-f]{{7}}\.jaxmodels")  # before it has its name
 FORMAT = 1
 OLD = ".old"  # ends the name of a folder that is being replaced
 BEGUN_BYTES = 4096  # of a manifest without files: a name has 255 bytes, each of which is written as at most 6
@@ -47,7 +50,12 @@ def begin(folder: Path, name: str | None = None) -> None:
 
 def begun(name: str) -> dict[str, Any]:
     """Content of the manifest of a folder that is being filled, by the folder's name."""
-    return {"complete": False, "name": name, "files": {}}
+    return {"complete": False, "name": spelled(name), "files": {}}
+
+
+def spelled(name: str) -> str:
+    """Name of a folder with escapes for bytes that are not UTF-8, which JSON has not."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def finish(folder: Path) -> None:
@@ -56,14 +64,18 @@ def finish(folder: Path) -> None:
 
 
 def write(folder: Path, **content: object) -> None:
-    """Write a folder's manifest."""
-    with contextlib.suppress(OSError):
-        if (folder / NAME).lstat().st_nlink > 1:  # of a file of others, which keeps its other name
-            (folder / NAME).unlink()
-    opened = open_in_place(folder / NAME)  # a link of that name would lead to a file of others
-    with naming(folder / NAME), io.TextIOWrapper(io.BufferedWriter(opened), encoding="utf-8") as file:
-        file.truncate(0)
-        file.write(as_text(**content))
+    """Write a folder's manifest, which replaces an earlier one at once: a killed process leaves one of them."""
+    file = folder / NAME
+    refuse_link(file)
+    refuse_special(file)
+    new = file.with_name(f".{NAME}.a{uuid.uuid4().hex[:7]}.jaxmodels")  # a name of `jaxmodels.io.atomic`
+    with naming(file):
+        try:
+            new.write_text(as_text(**content), encoding="utf-8")
+            new.replace(file)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
 
 
 def as_text(**content: object) -> str:
@@ -125,7 +137,7 @@ def unproven(folder: Path) -> str | None:
         return str(error)
     if about["complete"] is True:
         return foreign(folder)
-    if about.get("name") != folder.name:
+    if about.get("name") != spelled(folder.name):
         return f"{folder / NAME} is of a folder with the name {quoted(about.get('name'))}"
     for name, _ in found:
         if not is_written_here(folder, name) and not is_empty(folder / name):
@@ -141,7 +153,7 @@ def is_begun(folder: Path) -> bool:
     if folder.is_symlink():
         return False
     for path in folder.iterdir():
-        if path.name != NAME or path.is_symlink() or not path.is_file():
+        if not (path.name == NAME or NEW.fullmatch(path.name)) or path.is_symlink() or not path.is_file():
             return False
         try:
             content = read_bytes(path, BEGUN_BYTES)

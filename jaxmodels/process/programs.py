@@ -41,8 +41,8 @@ def run(main: Callable[[], int | None], command: str) -> int:
         discard(sys.stdout)
         return 141
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        unnamed = isinstance(error, OSError) and error.filename is None
-        said = f"standard output: {error}" if unnamed and is_unwritable(sys.stdout) else str(error)
+        unnamed = isinstance(error, OSError) and error.filename is None and is_unwritable(sys.stdout, error)
+        said = f"standard output: {error}" if unnamed else str(error)
         say(f"{command}: {shortened(said)}")
         return 2
     except (MemoryError, RuntimeError) as error:

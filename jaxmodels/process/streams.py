@@ -1,6 +1,7 @@
 """Output of long runs: a stream that no closed pipe, hung-up terminal or encoding can stop, and warnings."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,8 +64,13 @@ def discard(stream: TextIO) -> None:
         os.close(null)
 
 
-def is_unwritable(stream: TextIO) -> bool:
-    """True if what a stream holds cannot be written, as on a full disk; it is discarded then."""
+def is_unwritable(stream: TextIO, error: OSError) -> bool:
+    """True if what a stream holds cannot be written, as on a full disk; it is discarded then.
+
+    One without a buffer (PYTHONUNBUFFERED) holds nothing: True if `error`, which names no file, is of a device.
+    """
+    if getattr(stream, "write_through", False) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return True
     try:
         stream.flush()
     except OSError:

@@ -248,7 +248,7 @@ def text_sizes(text: str | Source, ids: np.ndarray, tokenizer: Vocabulary | None
         return n - int(ids[0] < 128), n_bytes - 1
     first = tokenizer.decode(ids[:1])
     if not beginning.startswith(first):
-        first = first.rstrip("\N{REPLACEMENT CHARACTER}")
+        first = beginning[: len(first.rstrip("\N{REPLACEMENT CHARACTER}"))]  # a decoder may make any text of a token
     return n - len(first), n_bytes - len(first.encode("utf-8"))
 
 

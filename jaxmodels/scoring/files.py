@@ -9,7 +9,7 @@ from jaxmodels.io.bounded import open_regular, parsed
 from jaxmodels.io.content import recognised
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.scoring.documents import Score, Scores, total_of
-from jaxmodels.text.documents import LINE_BYTES, Source
+from jaxmodels.text.documents import LINE_BYTES, Source, kind_of
 from jaxmodels.text.sources import open_text
 from jaxmodels.text.vocabularies import utf8
 
@@ -36,7 +36,7 @@ def read_documents(name: str, field: str | None = None) -> Iterator[Document]:
     read or a JSONL file comes without a field.
     """
     path = Path(name)
-    if path.suffix not in (".jsonl", ".ndjson"):
+    if kind_of(path) != "jsonl":
         text = open_text(name)
         if not isinstance(text, str):
             for _ in text.chunks():  # errors come before the work

@@ -101,7 +101,7 @@ class JaxModelsLM(TemplateLM):
         self.files = dict(opened.companions.files)
         ids = opened.companions.token_ids
         named = {"bos": ids.bos, "eos": ids.eos[0] if ids.eos else None}
-        self.special = special_ids(self.files, named, self.vocabulary, opened.config.get("n_vocab"), self.name)
+        self.special = special_ids(self.files, named, self.vocabulary, opened.settings.get("n_vocab"), self.name)
         self.add_bos_token, self.generated = add_bos_token, 0
         self.batch_size = parsed_batch_size(batch_size)
         self.seed, self.max_gen_toks = integer("seed", seed, 0), integer("max_gen_toks", max_gen_toks)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_object, read_text
+from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_object, read_text, refuse_special
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted
@@ -331,8 +331,9 @@ def content_of(file: Path, settings: Mapping[str, Any], name: str) -> str | None
 
 
 def json_beside(file: Path, name: str) -> dict[str, Any]:
-    """Content of a JSON file beside another one; {} if there is none. Raises ValueError if it is not an object."""
+    """Content of a JSON file beside another one; {} if there is none. Raises ValueError if it is no object."""
     beside = file.with_name(name)
+    refuse_special(beside)
     if not beside.is_file():
         return {}
     return read_object(beside)
@@ -371,6 +372,8 @@ def find_tokenizer(file: Path | None, folder: Path) -> Path:
         return file
     folders = [folder, folder.absolute().parent] if file is None else [file]
     candidates = [place / name for place in folders for name in TOKENIZER_NAMES]
+    for candidate in (*candidates, *(place / name for place in folders for name in (VOCAB, MERGES))):
+        refuse_special(candidate)
     pairs = [place / VOCAB for place in folders if (place / MERGES).is_file()]
     found = next((candidate for candidate in (*candidates, *pairs) if candidate.is_file()), None)
     if found is None:

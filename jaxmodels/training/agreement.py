@@ -19,9 +19,8 @@ from jaxmodels.io.npy import map_array
 from jaxmodels.io.steps import MARK, difference, problem, steps
 from jaxmodels.models import abstract, describe
 from jaxmodels.process.texts import quoted
-from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import Experiment
-from jaxmodels.weights.stored import Stored, shapes_of
+from jaxmodels.weights.stored import Stored, limited
 
 FILE = "config.json"  # of a run
 LARGEST_INDEX = 2**42  # batches; of 2**20 examples, the largest, they are all that `Batches` has
@@ -88,8 +87,8 @@ def check_model(experiment: Experiment[Any], run: Path, n_vocab: int, step: int 
     """Raise ValueError if a run's configuration builds another model than its checkpoint describes.
 
     step: of the checkpoint; default the latest whose description can be read. The checkpoint's model is made first,
-    and only if it is not far larger than its arrays; then the run's, if its layers are not more than those: millions of
-    them would take hours. Raises ValueError too if no description can be read.
+    then the run's; each only if it has not far more tensors than are stored: millions of layers would take hours.
+    Raises ValueError too if no description can be read.
     """
     skipped: list[str] = []
     for number in reversed(steps(run / "checkpoints")) if step is None else (step,):
@@ -104,8 +103,7 @@ def check_model(experiment: Experiment[Any], run: Path, n_vocab: int, step: int 
             skipped.append(str(error))
             continue
         with errors_naming(run / FILE):
-            check_layers(experiment.config, stored)
-            ours = shapes_of(lambda rngs: experiment.model(n_vocab))
+            ours = limited(lambda rngs: experiment.model(n_vocab), stored, str(run / FILE))
         found = difference(*(json.loads(describe(model)) for model in (theirs, ours)))
         if found is not None:
             key, then, now = found
@@ -113,12 +111,3 @@ def check_model(experiment: Experiment[Any], run: Path, n_vocab: int, step: int 
             raise ValueError(f"{file} has {key}={quoted(then)}, but {run / FILE} gives {key}={quoted(now)}")
         return
     raise ValueError(f"{run / 'checkpoints'} has no checkpoint that can be read: {'; '.join(skipped)}")
-
-
-def check_layers(config: Config, stored: Stored) -> None:
-    """Raise ValueError if a configuration has more layers of a kind than there are stored tensors."""
-    if getattr(config, "checkpoint", None) is not None:  # a fine-tuned model has the sizes of its source
-        return
-    for name, value in dataclasses.asdict(config).items():
-        if name.endswith("layers") and isinstance(value, int) and value > stored.tensors:
-            raise ValueError(f"{name}={value:,}, but the checkpoint has {stored.tensors:,} tensors")

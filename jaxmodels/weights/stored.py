@@ -71,21 +71,32 @@ class Stream(nnx.RngStream):
     """
 
     def __call__(self) -> jax.Array:
-        left = _left.get()
-        if left is not None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise TooLarge
-        return jax.random.key(0)
+        return equal_key()
+
+
+def equal_key() -> jax.Array:
+    """The next key of a stream of equal ones."""
+    left = _left.get()
+    if left is not None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise TooLarge
+    return jax.random.key(0)
 
 
 @contextlib.contextmanager
 def ending_after(keys: int) -> Iterator[None]:
-    """Block in which streams raise TooLarge after so many keys."""
-    token = _left.set([keys])
+    """Block in which streams raise TooLarge after so many keys, also those that a model makes of a seed of its own."""
+    original, token = nnx.RngStream.__call__, _left.set([keys])
+
+    def drawn(stream: nnx.RngStream) -> jax.Array:
+        return original(stream) if _left.get() is None else equal_key()  # None in other threads
+
+    setattr(nnx.RngStream, "__call__", drawn)  # noqa: B010 (unknown to type checkers)
     try:
         yield
     finally:
+        setattr(nnx.RngStream, "__call__", original)  # noqa: B010
         _left.reset(token)
 
 
@@ -103,18 +114,23 @@ def shapes_of(make: Callable[[nnx.Rngs], Model]) -> Model:
     return model
 
 
-def abstract(make: Callable[[nnx.Rngs], Model], stored: Stored, where: str) -> Model:
-    """Abstract model of a function of random keys; raises TooLarge, beginning with `where`, if it is not `stored`.
+def limited(make: Callable[[nnx.Rngs], Model], stored: Stored, where: str) -> Model:
+    """Abstract model of a function of random keys, or of a seed of its own. Values are not made.
 
-    Building it ends as soon as it has drawn more keys than the stored tensors need. Values are not made.
+    Raises TooLarge, beginning with `where`, as soon as it has drawn far more keys than the stored tensors need.
     """
+    most = LARGER * stored.tensors + SPARE
     try:
-        with ending_after(LARGER * stored.tensors + SPARE):
-            model = shapes_of(make)
+        with ending_after(most):
+            return shapes_of(make)
     except TooLarge:
         raise TooLarge(
-            f"{where} describes a model of more than {LARGER * stored.tensors + SPARE:,} tensors; stored are "
-            f"{stored.tensors:,}"
+            f"{where} describes a model of more than {most:,} tensors; stored are {stored.tensors:,}"
         ) from None
+
+
+def abstract(make: Callable[[nnx.Rngs], Model], stored: Stored, where: str) -> Model:
+    """Model as by `limited`; raises TooLarge, beginning with `where`, also if its arrays are far larger."""
+    model = limited(make, stored, where)
     stored.check(Stored.of_model(flat_arrays(model)), where)
     return model

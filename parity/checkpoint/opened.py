@@ -147,7 +147,7 @@ def opened_folder(
     found = open_source(folder, config=config, row_bias=row_bias)
     if found.kind in ("model", "run"):
         with float64_allowed():
-            return Checkpoint(str(folder), "flax", to_torch(found.model()), found.model_name, found.config)
+            return Checkpoint(str(folder), "flax", to_torch(found.model()), found.model_name, found.settings)
     source = found.neox()
     fields = dataclasses.asdict(source.config)
     return Checkpoint(str(folder), source.format, source.tensors, "NeoX", fields, (*source.notes, *notes))

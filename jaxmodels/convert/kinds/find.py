@@ -59,13 +59,14 @@ def recognized(folder: Path) -> Place | None:
 
     Raises ValueError if the folder is of a known kind and unusable.
     """
-    if (folder / CHECKPOINTS).is_dir() or (folder / CHECKPOINTS).is_symlink():
+    published = matches(folder, HF_WEIGHTS)  # no run has such weights; those of the Hub's cache are links
+    if not published and ((folder / CHECKPOINTS).is_dir() or (folder / CHECKPOINTS).is_symlink()):
         check_run(folder)
     check_pointers(folder, ("config.json", "latest", *FILES))
     file = folder / "config.json"
     config = read_object(file) if file.is_file() else {}
     named = config.get("transformers_weights")  # file of weights with another name
-    has_weights = matches(folder, HF_WEIGHTS) or (isinstance(named, str) and (folder / named).is_file())
+    has_weights = published or (isinstance(named, str) and (folder / named).is_file())
     if "model_type" in config and has_weights:
         check_hf(folder, config)
         return Place("hf", folder, beside=(folder,))

@@ -50,12 +50,20 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("moe_num_experts", (1, 0)),
     ("use_mup", (False,)),
     ("sliding_window_width", (None,)),
-    ("rope_scaling", (None,)),
+    ("rope_scaling", (None, {})),
 )
 ATTENTION = ("global", "flash")  # two implementations of full attention; other kinds are not supported
+READ = {
+    *(key for _, key, _ in (*KEYS, *FLAGS)),
+    *(key for *_, key, _ in NORMS),
+    *(key for key, _ in REQUIRED),
+    *("attention_config", "soft_prompt_tuning", "enabled", "use_bias_in_norms", "te_mha", "bias_gelu_fusion"),
+    *("no_weight_tying", "mlp_multiple_of", "model_parallel_size", "make_vocab_size_divisible_by"),
+}  # keys of this module and of `read`; of others, the last one of several values is kept
 # Required, as GPT-NeoX's default of an absent key is learned positions, which are not supported.
 EXPLICIT = ("pos_emb",)
 YAML_BYTES = 2**17  # of all files; GPT-NeoX's own have 5 kB, and the parser reads 0.05 MB a second
+ALIAS = "(an alias of a list, a mapping or a long text)"
 LONGEST_ALIAS = 100  # characters of a scalar that aliases repeat
 LONGEST_NUMBER = 100  # characters; YAML's numbers to the base 60, such as 1:30:00, take quadratic time
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -89,7 +97,7 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
             if not isinstance(key, str):
                 raise ValueError(f"{file} has the key {quoted(key)}; expected names of settings")
             key, value = key.replace("-", "_"), unquoted(value)
-            if key in settings and settings[key] != value:
+            if key in READ and key in settings and settings[key] != value:
                 name = shortened(key, 80)
                 before = quoted(settings[key])
                 raise ValueError(f"{file} has {name}: {quoted(value)}, but before it stands {name}: {before}")
@@ -101,8 +109,9 @@ def parsed(text: str) -> Any:
     """Content of a YAML text.
 
     A few aliases of aliases of lists stand for more values than any memory holds, as soon as they are printed, and
-    thousands of a long text do too. Raises yaml.YAMLError for an alias of a list, mapping or long text, for a number of
-    many characters, for a key with two values in a mapping, and if the text is no YAML.
+    thousands of a long text do too: the text ALIAS, which no setting that is read may have, stands for each. Raises
+    yaml.YAMLError for a number of many characters, for a key of READ with two values in a mapping, and for other texts
+    that are no YAML.
     """
     import yaml
 
@@ -112,8 +121,8 @@ def parsed(text: str) -> Any:
                 event = self.peek_event()
                 node = self.anchors.get(event.anchor)
                 if not isinstance(node, yaml.ScalarNode) or len(node.value) > LONGEST_ALIAS:
-                    problem = "an alias of a list, a mapping or a long text"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+                    self.get_event()
+                    return yaml.ScalarNode("tag:yaml.org,2002:str", ALIAS, event.start_mark, event.end_mark)
             return super().compose_node(parent, index)
 
         def compose_scalar_node(self, anchor: Any) -> Any:
@@ -129,7 +138,12 @@ def parsed(text: str) -> Any:
             known: dict[str, Any] = {}
             for key, value in node.value:
                 before = known.setdefault(key.value, value) if isinstance(key, yaml.ScalarNode) else value
-                if before is not value and (not isinstance(value, yaml.ScalarNode) or before.value != value.value):
+                known_key = isinstance(key, yaml.ScalarNode) and key.value.replace("-", "_") in READ
+                if (
+                    known_key
+                    and before is not value
+                    and (not isinstance(value, yaml.ScalarNode) or before.value != value.value)
+                ):
                     problem = f"a second value of {shortened(key.value, 80)}"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             return node

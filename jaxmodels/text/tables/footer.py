@@ -1,4 +1,4 @@
-"""Where the pages of a column lie in a Parquet file, read from its footer in a child process of `process.confined`.
+"""Where the pages of columns lie in a Parquet file, read from its footer in a child process of `process.confined`.
 
 Arrow ends the process, without an error of Python, for some footers: such as those whose statistics of a column have
 another length than its type says.
@@ -19,11 +19,11 @@ def operations() -> Mapping[str, Callable[..., Any]]:
     """Operation `places`."""
     from pyarrow import parquet
 
-    def places(file: str, leaf: int) -> list[list[int]]:
-        """Of each group of rows: its number of rows, and the places, from and to, of the pages of a column."""
+    def places(file: str, leaves: list[int]) -> list[list[list[int]]]:
+        """Of each column and group of rows: its number of rows, and the places, from and to, of its pages."""
         with parquet.ParquetFile(file) as opened:
-            groups = map(opened.metadata.row_group, range(opened.metadata.num_row_groups))
-            return [[group.num_rows, *place_of(group.column(leaf))] for group in groups]
+            groups = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
+            return [[[group.num_rows, *place_of(group.column(leaf))] for group in groups] for leaf in leaves]
 
     return {"places": places}
 
@@ -41,11 +41,11 @@ def reader() -> Confined:
     return Confined(__name__, seconds=STARTING, megabytes=MEGABYTES)
 
 
-def places(file: Path, leaf: int) -> list[tuple[int, int, int]]:
+def places(file: Path, leaves: list[int]) -> list[list[tuple[int, int, int]]]:
     """Operation `places`; raises ValueError, naming the file, if the footer cannot be read within the limits."""
     seconds = SECONDS + SECONDS_PER_BYTE * file.stat().st_size
     try:
-        found = reader().call("places", str(file), leaf, seconds=seconds, megabytes=MEGABYTES)
+        found = reader().call("places", str(file), leaves, seconds=seconds, megabytes=MEGABYTES)
     except ValueError as error:
         raise ValueError(f"{file} has a damaged footer: {error}") from None
-    return [(rows, begin, end) for rows, begin, end in found]
+    return [[(rows, begin, end) for rows, begin, end in column] for column in found]

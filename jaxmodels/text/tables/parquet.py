@@ -41,30 +41,36 @@ def batches(file: Path, field: str) -> Iterator[Any]:
         check_single(file, names, field)
         check_strings(file, opened.schema_arrow.field(field).type, field)
         metadata = opened.metadata
-        leaves = [i for i in range(metadata.num_columns) if is_within(metadata.schema.column(i).path, field)]
-        if len(leaves) != 1:
-            raise ValueError(f"{file} has {len(leaves):,} columns in {quoted(field)}; expected one")
+        paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        if (count := paths.count(field)) != 1:
+            raise ValueError(f"{file} has {count:,} columns of texts in {quoted(field)}; expected one")
+        leaves = [i for i, path in enumerate(paths) if is_within(path, field)]  # those that pyarrow reads
         for group in range(metadata.num_row_groups):  # not by column: damaged sizes of one end the process
             size = metadata.row_group(group).total_byte_size
             most = max(EXPANDED, RATIO * file.stat().st_size)
             if size > most:
                 raise ValueError(f"{file} has {size:,} bytes in a group of rows; at most {most:,} are read")
-        found = places(file, leaves[0])
-        check_disjoint(file, found, field)
+        columns = places(file, leaves)
+        for found in columns:
+            check_disjoint(file, found, field)
         left = most_pages(file)
         with mapped(file) as data:
-            for group, (rows, begin, end) in enumerate(found):
-                if not rows:  # it has no pages either
+            for group, pieces in enumerate(zip(*columns, strict=True)):
+                if not pieces[0][0]:  # without rows it has no pages either
                     continue
-                page, count = largest_page(file, data, begin, end, field, left)
-                left -= count
+                together = 0
+                for _, begin, end in pieces:
+                    page, count = largest_page(file, data, begin, end, field, left)
+                    left -= count
+                    together += page
                 # A text may be as long as a page, and each row may repeat it.
-                taken = max(1, min(ROWS, DECODED // max(1, page)))
-                yield from opened.iter_batches(taken, [group], [field], use_threads=False)
+                rows = max(1, min(ROWS, DECODED // max(1, together)))
+                for batch in opened.iter_batches(rows, [group], [field], use_threads=False):
+                    yield batch.select([field])
 
 
 def is_within(path: str, field: str) -> bool:
-    """True for the path of a column, or of a column within it."""
+    """True for the path of a column, of a column within it, and of one whose name begins like that: text, text.en."""
     return path == field or path.startswith(f"{field}.")
 
 

@@ -201,6 +201,9 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
         raise ValueError("--embedder is for a run with a chunk index, evaluated on one text without --stride")
     if not options.text:
         raise ValueError("--text is required: python_docs, tiny_shakespeare, UTF-8 files or JSONL")
+    if options.jsonl_field is not None and not any(kind_of(Path(name)) == "jsonl" for name in options.text):
+        texts_given = ", ".join(options.text)
+        raise ValueError(f"--jsonl-field {options.jsonl_field} is for .jsonl and .ndjson files, not for {texts_given}")
     if options.json is not None:
         check_file(options.json)
     for name in options.text:  # errors come before the work

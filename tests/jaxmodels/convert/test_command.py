@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from jaxmodels.convert import operations
 from jaxmodels.convert.command import main
 from jaxmodels.generate import generate
 from jaxmodels.io import manifest
+from jaxmodels.io.atomic import atomic_file
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from tests.fuzz.targets import TARGETS
 
@@ -200,6 +202,17 @@ def test_a_configuration_that_is_no_json_object(pt, tmp_path, capsys, config):
     file, _ = pt
     assert convert("--model", "rope", "--config", config, file, tmp_path / "out") == 2
     assert "--config" in capsys.readouterr().err
+
+
+def test_the_url_of_a_bucket_is_no_file(pt, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert to_flax(pt[0], tmp_path / "model") == 0
+    before = sorted(tmp_path.iterdir())
+    assert convert(tmp_path / "model", "gs://bucket/x.pt") == 2
+    assert "gs://bucket/x.pt" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(ValueError, match=r"gs://bucket/x\.json"), atomic_file(Path("gs://bucket/x.json")):
+        pass
 
 
 def test_nothing_is_replaced_unasked(pt, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -143,6 +144,11 @@ def test_a_repository_in_the_cache_of_the_hub(published, tmp_path):
         for folder in (repository, repository / "snapshots"):
             if commit == "aaa":
                 assert open_source(folder).folder == repository / "snapshots" / "aaa"
+    linked = tmp_path / "linked"
+    (linked / "checkpoints" / "500").mkdir(parents=True)  # a folder of the repository's own
+    for file in published.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert open_source(linked).kind == "hf"
     with pytest.raises(ValueError, match=r"models--org--name .*2 snapshots.*aaa.*bbb"):
         load(repository)
     (repository / "refs").mkdir()
@@ -162,6 +168,14 @@ def test_a_repository_in_the_cache_of_the_hub(published, tmp_path):
 def test_arguments_that_do_not_apply(folders, kind, argument, message):
     with pytest.raises(ValueError, match=message):
         open_source(folders[kind], **argument)
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json", "vocab.json", "merges.txt"])
+def test_a_fifo_beside_a_tokenizer_is_refused(name, published, tmp_path):
+    shutil.copy(published / "tokenizer.json", tmp_path / "tokenizer.json")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} is a FIFO"):
+        TokenizerFile.read(tmp_path)
 
 
 def test_places_where_a_tokenizer_is_looked_for(published, tmp_path):

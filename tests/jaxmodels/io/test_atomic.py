@@ -231,6 +231,32 @@ def test_an_unfinished_manifest_belongs_to_a_folder_of_its_name(tmp_path):
     assert contents(tmp_path) == {".photos.20241126/config.json": "{}"}
 
 
+@pytest.mark.parametrize("name", ["two\nlines", os.fsdecode(b"not-\xff-utf-8"), "x" * 230])
+def test_what_a_kill_leaves_of_a_target_of_any_name_is_removed(name, tmp_path):
+    folder = tmp_path / f".{name}.0a1b2c3d"
+    folder.mkdir()
+    manifest.begin(folder)
+    (folder / "config.json").write_text("{}")
+    (folder / f".{manifest.NAME}.a1b2c3d4.jaxmodels").write_text('{"form')  # killed as the manifest was finished
+    (tmp_path / f".{name}.0a1b2c3d.jaxmodels").write_text("half")
+    aged(tmp_path)
+    assert clean([str(tmp_path), "--delete"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_is_replaced_at_once(tmp_path, monkeypatch):
+    manifest.begin(tmp_path, "model")
+    before = (tmp_path / manifest.NAME).read_text()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        manifest.finish(tmp_path)
+    assert (tmp_path / manifest.NAME).read_text() == before
+
+
 # What a folder with a temporary name may hold alone under the name of a manifest, and is none.
 NO_MANIFEST = {
     "a text": b"mine",

@@ -115,14 +115,15 @@ def test_a_closed_pipe_ends_the_program_quietly(command):
     process.stderr.close()
 
 
-def test_a_full_disk_under_standard_output_is_one_line():
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_a_full_disk_under_standard_output_is_one_line(unbuffered):
     program = "import sys\nfrom jaxmodels.process.programs import run\nsys.exit(run(lambda: print('x'), 'command'))"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w", encoding="utf-8") as full:
         ended = subprocess.run(
             [sys.executable, "-c", program],
             cwd=ROOT,
-            env=buffered,
+            env=buffered | unbuffered,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

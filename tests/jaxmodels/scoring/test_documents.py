@@ -195,6 +195,19 @@ def test_bits_are_divided_by_the_text_of_the_predicted_tokens(vocabulary, text, 
         assert found.bits_per_character == pytest.approx(found.nats / math.log(2) / sizes[0])
 
 
+def test_a_decoder_that_makes_more_than_the_text_gives_no_negative_bits():
+    class Repeating(ByteVocabulary):
+        unit = "token"
+
+        def decode(self, ids):
+            return 24 * super().decode(ids)
+
+    for text in ("abcab", "é", "24 letters and some more of them"):
+        (found,) = score(neox(256), [text], tokenizer=Repeating()).documents
+        assert 0 <= found.characters <= len(text)
+        assert 0 <= found.n_bytes <= len(text.encode())
+
+
 def test_a_tokenizer_is_anything_that_names_one(tmp_path):
     tokenizer = byte_level_tokenizer()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

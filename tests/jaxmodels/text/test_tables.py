@@ -48,6 +48,20 @@ def test_arrow_files_of_every_kind(tmp_path, kind, form, compression):
     assert read(tmp_path / "a.arrow") == READ
 
 
+def test_a_column_whose_name_begins_with_that_of_the_texts(tmp_path):
+    content = table().append_column("text.en", pyarrow.array([None, *range(len(TEXTS) - 1)]))
+    writer.write_table(content, tmp_path / "a.parquet", row_group_size=251)
+    assert read(tmp_path / "a.parquet") == READ
+
+
+def test_pages_of_a_column_that_is_read_as_well_are_measured(tmp_path, monkeypatch):
+    content = pyarrow.table({"text": ["to be"], "text.en": ["x" * 3000]})
+    writer.write_table(content, tmp_path / "a.parquet")
+    monkeypatch.setattr(parquet, "largest", lambda file: 2000)
+    with pytest.raises(ValueError, match="a page of 3,0"):
+        read(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd", "brotli"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("encoding", ["dictionary", "PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])

@@ -1,5 +1,6 @@
 """`parity verify`: two checkpoints compared on the command line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,40 @@ def test_configurations_that_differ_are_printed(folders, capsys):
     shown = capsys.readouterr().out
     assert "n_vocab: 13 and 11" in shown
     assert "activation: gelu_tanh and gelu" in shown
+
+
+def test_settings_that_a_configuration_leaves_out_have_their_defaults(folders, tmp_path, capsys):
+    settings = {"n_vocab": 7, "d_model": 12, "heads": 3, "d_ff": 20, "n_layers": 1, "attention": "plain"}
+    plain = jaxmodels.models.build("AutoregressiveTransformer", settings)
+    for name, model, left_out in (
+        ("rotary", plain, "attention"),
+        ("gelu", NeoX(CONFIG, rngs=nnx.Rngs(0)), "activation"),
+    ):
+        jaxmodels.save(model, tmp_path / name)
+        content = json.loads((tmp_path / name / "config.json").read_text())
+        del content["config"][left_out]
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    jaxmodels.save(plain, tmp_path / "plain")
+    for one, other, said in (
+        (tmp_path / "plain", "rotary", "plain and rotary"),
+        (folders / "hf", "gelu", "gelu_tanh and gelu"),
+    ):
+        assert main(["verify", str(tmp_path / other), str(one)]) == 1
+        assert "have different configurations" in capsys.readouterr().out
+        assert main(["verify", str(one), str(tmp_path / other)]) == 1
+        assert said in capsys.readouterr().out
+
+
+def test_outputs_of_a_model_whose_configuration_leaves_out_the_vocabulary(tmp_path, capsys):
+    size = NeoXConfig.__dataclass_fields__["n_vocab"].default
+    jaxmodels.save(
+        NeoX(NeoXConfig(size, 4, 1, 1, n_ff=3, rope_percentage=0.5, max_len=7), rngs=nnx.Rngs(0)), tmp_path / "model"
+    )
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    del content["config"]["n_vocab"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content))
+    assert main(["verify", str(tmp_path / "model"), str(tmp_path / "model"), "--numerics", "--tokens", "2"]) == 0
+    assert "are equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

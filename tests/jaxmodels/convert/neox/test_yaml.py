@@ -244,14 +244,11 @@ def test_the_writer_of_these_tests_says_what_we_say(config):
 @pytest.mark.parametrize(
     "text",
     [
-        "a: &a [1, 1]\nb: *a\n",
-        "\n".join(["a0: &a0 [x]", *(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(30))]),
-        "a: &a\n  b: *a\n",
         "[" * 5000,
         "{a: " * 5000,
         "a: " + "1" * 5000,
     ],
-    ids=["list", "laughs", "itself", "lists", "mappings", "digits"],
+    ids=["lists", "mappings", "digits"],
 )
 def test_a_file_that_would_swell_is_one_line(tmp_path, text):
     file = tmp_path / "a.yml"
@@ -266,6 +263,35 @@ def test_aliases_of_numbers_are_read(tmp_path):
         "hidden_size": 12,
         "intermediate_size": 12,
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(["a0: &a0 [x]", *(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(30))]),
+        "a: &a\n  b: *a\n",
+    ],
+    ids=["laughs", "itself"],
+)
+def test_aliases_of_aliases_stand_for_few_values(tmp_path, text):
+    assert len(str(read_yaml_text(tmp_path, text))) < 20 * len(text)
+
+
+def test_settings_that_are_not_read_may_have_aliases_and_several_values(tmp_path):
+    text = "num-layers: 2\nlog-interval: 1\nlog_interval: 2\nlog-interval: 3\npaths: &p [1, 2]\nothers: [*p, *p]\n"
+    found = read_yaml_text(tmp_path, f"{text}pos-emb: rotary\nrope_scaling: {{}}\n")
+    assert (found["num_layers"], found["paths"]) == (2, [1, 2])
+    assert "n_layers" in fields(found, "here")
+    for twice in ("num_layers: 3", "soft_prompt_tuning: {enabled: false, enabled: true}"):
+        with pytest.raises(ValueError, match=r"num_layers|second value of enabled"):
+            read_yaml_text(tmp_path, text + twice)
+
+
+@pytest.mark.parametrize("key", ["attention_config", "num_layers", "norm", "soft_prompt_tuning", "mlp_type"])
+def test_an_alias_of_a_list_is_no_value_of_a_setting_that_is_read(tmp_path, key):
+    found = read_yaml_text(tmp_path, f"pos-emb: rotary\na: &a [[[global], all]]\n{key}: *a\n")
+    with pytest.raises(ValueError, match=rf"{key}.* alias"):
+        fields(found, "here")
 
 
 def read_yaml_text(folder, text):
@@ -294,7 +320,7 @@ def test_a_value_that_is_not_of_its_tag_is_one_line(tmp_path, value):
         ("? 0x" + "f" * 5000 + "\n: 1\n", "5,002 characters"),
         ("a: 1" + ":1" * 50_000 + "\n", "100,001 characters"),
         ("a: -1" + ":9" * 50_000 + ".5\n", "characters"),
-        ("a: 1\nb: {c: [1], c: [1]}\n", "line 2: a second value of c"),
+        ("norm: rmsnorm\nb: {norm: [1], norm: [1]}\n", "line 2: a second value of norm"),
         ("num-layers: 4\nnum-layers: 8\n", "line 2: a second value of num-layers"),
         ("? [1, 2]\n: 1\n", "key|unhashable"),
     ],

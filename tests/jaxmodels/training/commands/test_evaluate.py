@@ -267,6 +267,9 @@ def test_a_run_is_scored_in_strides(make_run, tmp_path, capsys, monkeypatch):
         (["--text", "c.jsonl", "--jsonl-field", "words"], "c.jsonl:1 .*'words'.*'id', 'text'"),
         (["--text", "bad.jsonl", "--jsonl-field", "text"], "bad.jsonl:2 "),
         (["--text", "half.jsonl", "--jsonl-field", "text"], "half.jsonl:2: .*not Unicode"),
+        (["--text", "c.JSONL"], "c.JSONL.*--jsonl-field"),
+        (["--text", "c.JSONL", "--jsonl-field", "words"], "c.JSONL:1 .*'words'.*'id', 'text'"),
+        (["--text", "a.txt", "b.txt", "--jsonl-field", "text"], "--jsonl-field text .*a.txt, b.txt"),
         (["--text", "a.txt", "none.txt"], "none.txt"),
         (["--text", "a.txt", "--bos"], "--bos"),
         (["--text", "a.txt", "--stride", "0"], "stride=0"),
@@ -279,6 +282,7 @@ def test_bad_documents_are_refused(flags, message, documents, tmp_path, monkeypa
     VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
     (tmp_path / "bad.jsonl").write_text('{"text": "abc"}\n{"text": 3}\n')
     (tmp_path / "half.jsonl").write_text('{"text": "abc"}\n{"text": "\\ud800"}\n')
+    (tmp_path / "c.JSONL").write_text((tmp_path / "c.jsonl").read_text())
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         scores("model", *flags)
