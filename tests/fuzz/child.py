@@ -18,6 +18,7 @@ def main(folder: Path) -> None:
     """Answer requests until standard input ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    os.environ["TMPDIR"] = str(folder)  # of this run alone: another one may have a reader that removes its canary
     from tests.fuzz.judge import Judge
     from tests.fuzz.targets import TARGETS, faulty
 
