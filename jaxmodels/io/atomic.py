@@ -127,11 +127,9 @@ def atomic_file(target: str | os.PathLike, check: Callable[[], None] = lambda: N
 
 
 def check_file(target: Path) -> None:
-    """Raise ValueError if a path is the URL of a bucket, or something other than a regular file.
+    """Raise ValueError if a path is the URL of a bucket, or is something other than a regular file.
 
-    A rename would replace it.
-
-    /dev/null, /dev/stdout and the FIFOs of a shell are such paths: the superuser could replace a device by a file.
+    /dev/null, /dev/stdout and the FIFOs of a shell are such paths: a rename would replace a device by a file.
     """
     local(target, "target")
     with contextlib.suppress(OSError):  # there is nothing, or the writer says what is wrong
