@@ -38,30 +38,40 @@ TUPLES = {pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3}
 
 KEYS = {"text", "codec", "number", "truth", "none"}  # kinds of a dictionary's keys: hashed and printed in no time
 CODECS = {b"latin1", b"latin-1"}  # by which Python writes bytes
-SAVED = "text global text text number( (none|tuple))?"  # reference to a storage of the file
-# Functions and classes that a pickle may call: kinds of the arguments, and of the result. All others are refused;
-# they may be arguments, such as the class of a storage, and values.
+SAVED = "text global text text number( (none|tuple|numbers))?"  # reference to a storage of the file
+# Functions and classes that a pickle may call: kinds of the arguments, and of the result; "numbers" is a tuple of
+# numbers, "row" a list of them. All others are refused; they may be arguments, such as the class of a storage, and
+# values. Tensors are nowhere but where they belong: PyTorch prints what is wrong, and a tensor of one number may be
+# expanded to a trillion.
 CALLS = {
-    "torch._utils._rebuild_tensor": ("storage number tuple tuple", "tensor"),
-    "torch._utils._rebuild_tensor_v2": ("storage number tuple tuple truth ordered( (dict|none))?", "tensor"),
-    "torch._utils._rebuild_tensor_v3": ("storage number tuple tuple truth ordered global( (dict|none))?", "tensor"),
-    "torch._utils._rebuild_qtensor": ("storage number tuple tuple tuple truth ordered", "tensor"),
+    "torch._utils._rebuild_tensor": ("storage number numbers numbers", "tensor"),
+    "torch._utils._rebuild_tensor_v2": ("storage number numbers numbers truth ordered( (dict|none))?", "tensor"),
+    "torch._utils._rebuild_tensor_v3": ("storage number numbers numbers truth ordered global( (dict|none))?", "tensor"),
+    "torch._utils._rebuild_qtensor": ("storage number numbers numbers tuple truth ordered", "tensor"),
     "torch._utils._rebuild_sparse_tensor": ("layout tuple", "tensor"),
     "torch._utils._rebuild_nested_tensor": ("tensor tensor tensor tensor", "tensor"),
-    "torch._utils._rebuild_meta_tensor_no_storage": ("global tuple tuple truth", "tensor"),
+    "torch._utils._rebuild_meta_tensor_no_storage": ("global numbers numbers truth", "tensor"),
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": ("tensor global text truth", "tensor"),
     "torch._utils._rebuild_parameter": ("tensor truth ordered", "tensor"),
     "torch._utils._rebuild_parameter_with_state": ("tensor truth ordered dict", "tensor"),
-    "torch._tensor._rebuild_from_type_v2": ("global global tuple dict", "tensor"),  # calls the first with the third
+    "torch._tensor._rebuild_from_type_v2": (
+        "global global (tuple|numbers) dict",
+        "tensor",
+    ),  # calls the first with the third
     "torch.serialization._get_layout": ("text", "layout"),
-    "torch.Size": ("tuple|list", "tuple"),
+    "torch.Size": ("numbers|row", "size"),
     "torch.device": ("text( number)?", "device"),
-    "collections.OrderedDict": ("(list)?", "ordered"),  # Python 2 writes a list of pairs
+    "collections.OrderedDict": ("(list|row)?", "ordered"),  # Python 2 writes a list of pairs
     "collections.Counter": ("(dict)?", "counter"),
-    "builtins.set": ("(list)?", "set"),
+    "builtins.set": ("(list|row)?", "set"),
     "builtins.bytearray": ("(bytes|(text|codec) codec)?", "bytes"),
     "builtins.complex": ("number number", "complex"),
     "_codecs.encode": ("(text|codec) codec", "bytes"),  # bytes
+}
+# Of some of them: the place of a tuple among the arguments, and the kinds in it.
+INNER = {
+    "torch._utils._rebuild_qtensor": (4, "global number number|global (tensor|row) (tensor|row) number"),
+    "torch._utils._rebuild_sparse_tensor": (1, "tensor tensor (tensor )?(size|numbers)( (truth|none))?"),
 }
 FROM_TYPE, BYTES_IO = "torch._tensor._rebuild_from_type_v2", "_io.BytesIO"
 STAND_INS = ("numpy.", BYTES_IO)  # beginnings of names in whose place the reader makes objects that do nothing
@@ -195,7 +205,7 @@ class Follower:
             self.add(values)
             check_keys(values[::2])
         elif code == pickle.BINPERSID[0]:
-            check_kinds("refers to a storage", SAVED, stack[-1].items)
+            check_kinds("refers to a storage", SAVED, stack[-1])
             stack[-1] = Value("storage")
         elif code == pickle.PROTO[0]:
             self.content.read(1)
@@ -213,27 +223,42 @@ class Follower:
         if name not in CALLS or code == NEWOBJ:
             raise pickle.UnpicklingError(f"GLOBAL {name or function.kind}")
         expected, kind = CALLS[name]
-        check_kinds(f"calls {name} with", expected, given)
+        what = f"calls {name} with"
+        check_kinds(what, expected, arguments)
+        if name in INNER:
+            place, expected = INNER[name]
+            check_kinds(what, expected, given[place])
         held = [value for value in given if value.kind in ("list", "dict")]
         self.used(sum(value.count for value in held))
         if kind == "set":
             check_keys([key for value in held for key in value.items])
         elif kind == "ordered":
             check_keys([key for value in held for pair in value.items for key in pair.items[:1] or [pair]])
-        elif name == FROM_TYPE:
-            self.called(given[0], given[2])
+        elif name == FROM_TYPE and (made := self.called(given[0], given[2])) != "tensor":
+            raise RefusedError(f"its structure gives a {made} a type and a state")
         return kind
 
 
-def check_kinds(what: str, expected: str, values: Sequence[Value]) -> None:
-    """Raise RefusedError unless the kinds of values are those of an expression."""
-    kinds = " ".join(value.kind for value in values)
+def kind_of(value: Value) -> str:
+    """Kind of an argument: of a tuple of numbers "numbers", of a list of them "row"."""
+    if value.kind in ("tuple", "list") and all(item.kind == "number" for item in value.items):
+        return "numbers" if value.kind == "tuple" else "row"
+    return value.kind
+
+
+def check_kinds(what: str, expected: str, arguments: Value) -> None:
+    """Raise RefusedError unless arguments are a tuple whose kinds are those of an expression.
+
+    Any other value would be taken apart by the call: a dictionary into its keys.
+    """
+    kinds = " ".join(map(kind_of, arguments.items)) if arguments.kind == "tuple" else f"*{arguments.kind}"
     if not re.fullmatch(expected, kinds):
         raise RefusedError(f"its structure {what} ({kinds[:80]}); expected ({expected})")
 
 
 def check_keys(keys: Sequence[Value]) -> None:
-    """Raise RefusedError for keys of a dictionary, or members of a set, that are neither texts nor numbers."""
+    """Raise RefusedError for keys of a dictionary or set that are neither texts, numbers nor tuples of them."""
     for key in keys:
-        if key.kind not in KEYS:
-            raise RefusedError(f"its structure has a {key.kind} as a key; expected a text or a number")
+        parts = key.items if key.kind == "tuple" else (key,)
+        if other := [part.kind for part in parts if part.kind not in KEYS]:
+            raise RefusedError(f"its structure has a {other[0]} as a key; expected a text or a number")

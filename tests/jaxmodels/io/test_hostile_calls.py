@@ -111,6 +111,10 @@ CALLS = {
     "counted letters": often(b"collections", b"Counter", MANY),
     "bytes of a number": calling(b"__builtin__", b"bytearray", LARGE + b"\x85"),
     "a long shape": calling(b"torch", b"Size", LARGE + b"\x85"),
+    # arguments that are no tuple: Python takes them apart
+    "a dictionary's key": b"c__builtin__\nbytearray\n}" + LARGE + b"K\x00sR",
+    "a size": calling(b"__builtin__", b"bytearray", calling(b"torch", b"Size", LARGE + b"\x85\x85")),
+    "a set's number": calling(b"__builtin__", b"bytearray", calling(b"__builtin__", b"set", b"]" + LARGE + b"a\x85")),
     # the list is a part of the arguments before it is long
     "a set of a list that has grown": (
         b"(]q\x00\x85q\x01h\x00(" + b"K\x01" * 9_000 + b"e" + b"c__builtin__\nset\nh\x01R" * 9_000 + b"t"
@@ -150,7 +154,37 @@ def test_keys_are_texts_and_numbers(tmp_path, key, zipped):
                 read(file)
 
 
-@pytest.mark.parametrize("pairs", [[(WIDE, 1)], [[(1, 2), 3]], [((), 1)]])
+QUANTIZED = torch.storage.TypedStorage(wrap_storage=torch.ones(5).untyped_storage(), dtype=torch.quint8, _internal=True)
+PER_TENSOR, PER_CHANNEL = (torch.per_tensor_affine, 1.0, 0), (torch.per_channel_affine, [1.0], [0.0], 5)
+PRINTED = {
+    "a scheme": ((5,), (1,), (WIDE,)),
+    "a tuple in it": ((5,), (1,), ((WIDE,),)),
+    "a size": ((WIDE,), (1,), PER_CHANNEL),
+    "a stride": ((5,), (WIDE,), PER_TENSOR),
+    "a scale": ((5,), (1,), (torch.per_channel_affine, [WIDE], [0.0], 5)),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("printed", PRINTED)
+def test_tensors_are_not_where_an_error_prints_them(tmp_path, printed, zipped):
+    size, stride, quantizer = PRINTED[printed]
+    made = Made(torch._utils._rebuild_qtensor, QUANTIZED, 0, size, stride, quantizer, False, HOOKS)
+    torch.save({"a": made}, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"model\.pt is refused: its structure calls torch\._utils\._rebuild_qtensor"):
+        read_tensors(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("made", [collections.Counter, set, collections.OrderedDict])
+def test_only_a_tensor_is_of_another_type(tmp_path, made):
+    """The state that comes with the type would replace methods."""
+    typed = Made(torch._tensor._rebuild_from_type_v2, made, made, (), {"items": 5})
+    torch.save({"a": torch.ones(3), "b": typed}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt is refused: its structure gives a \w+ a type"):
+        read_tensors(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("pairs", [[(WIDE, 1)], [[(1, (2,)), 3]], [((WIDE, 1), 1)]])
 def test_keys_of_pairs_and_members_of_a_set_are_texts_and_numbers(tmp_path, pairs):
     for function, given in ((collections.OrderedDict, pairs), (set, [pairs[0][0]])):
         torch.save({"a": torch.ones(3), "b": Made(function, given)}, tmp_path / "model.pt")
@@ -175,6 +209,7 @@ def test_what_python_2_and_older_versions_write_is_read(tmp_path):
     content = {
         "state_dict": Made(collections.OrderedDict, [["a", shared], ["b", shared]]),
         "optimizer": {"state": {140234567890123: {"step": 3}}, "param_groups": [{"betas": (0.9, 0.99), None: True}]},
+        ("a", 1): {("b", None)},
         "bytes": [b"\xff", bytearray(b"ab"), Made(bytearray, "ab", "latin-1"), collections.Counter({30: 1}), {"x"}, 1j],
         "seed": 2**64 - 1,
     }
@@ -183,6 +218,7 @@ def test_what_python_2_and_older_versions_write_is_read(tmp_path):
     assert list(found["state_dict"]) == ["a", "b"]
     assert found["bytes"] == [b"\xff", b"ab", b"ab", {30: 1}, {"x"}, 1j]
     assert found["optimizer"] == content["optimizer"]
+    assert found["a", 1] == {("b", None)}
     assert found["seed"] == 2**64 - 1
     assert read_tensors(tmp_path / "model.pt")[0]["b"].tolist() == [0, 1, 2, 3, 4]
 
