@@ -180,10 +180,10 @@ def foreign(folder: Path) -> str | None:
 
 
 def is_own(folder: Path, name: str) -> bool:
-    """True for a step's complete.json, also by a temporary name, and for empty folders, which hold nothing to lose."""
+    """True for a step's complete.json and manifest, also by temporary names, and for folders without files."""
     path = folder / name
     mark = name == MARK or (TEMPORARY_FILE.fullmatch(name) is not None and name.startswith(f".{MARK}."))
-    return mark or (path.is_dir() and not path.is_symlink())
+    return mark or manifest.NEW.fullmatch(name) is not None or (path.is_dir() and not path.is_symlink())
 
 
 def remove(folder: Path) -> None:

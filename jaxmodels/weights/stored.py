@@ -7,6 +7,7 @@ memory.
 import contextlib
 import contextvars
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 LARGER = 4  # times what is stored: smaller differences are listed by tensor when the weights are read
 SPARE = 200  # keys that a model may draw beyond those of its arrays
 
+_replacing = threading.RLock()  # of the one method that all streams have
 _left: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("left", default=None)
 
 
@@ -87,7 +89,9 @@ def equal_key() -> jax.Array:
 @contextlib.contextmanager
 def ending_after(keys: int) -> Iterator[None]:
     """Block in which streams raise TooLarge after so many keys, also those that a model makes of a seed of its own."""
-    original, token = nnx.RngStream.__call__, _left.set([keys])
+    token = _left.set([keys])
+    _replacing.acquire()
+    original = nnx.RngStream.__call__
 
     def drawn(stream: nnx.RngStream) -> jax.Array:
         return original(stream) if _left.get() is None else equal_key()  # None in other threads
@@ -97,6 +101,7 @@ def ending_after(keys: int) -> Iterator[None]:
         yield
     finally:
         setattr(nnx.RngStream, "__call__", original)  # noqa: B010
+        _replacing.release()
         _left.reset(token)
 
 

@@ -97,6 +97,8 @@ def read_yaml(files: list[Path]) -> dict[str, Any]:
             if not isinstance(key, str):
                 raise ValueError(f"{file} has the key {quoted(key)}; expected names of settings")
             key, value = key.replace("-", "_"), unquoted(value)
+            if key in READ and value == ALIAS:
+                raise ValueError(f"{file} has {key}: {ALIAS}; write its value there")
             if key in READ and key in settings and settings[key] != value:
                 name = shortened(key, 80)
                 before = quoted(settings[key])
@@ -109,9 +111,9 @@ def parsed(text: str) -> Any:
     """Content of a YAML text.
 
     A few aliases of aliases of lists stand for more values than any memory holds, as soon as they are printed, and
-    thousands of a long text do too: the text ALIAS, which no setting that is read may have, stands for each. Raises
-    yaml.YAMLError for a number of many characters, for a key of READ with two values in a mapping, and for other texts
-    that are no YAML.
+    thousands of a long text do too. The text ALIAS stands for each; `read_yaml` refuses it in a setting that is read.
+    Raises yaml.YAMLError for a number of many characters, for a key of READ with two values in a mapping, for two
+    mappings that are merged into one, and for other texts that are no YAML.
     """
     import yaml
 
@@ -138,7 +140,7 @@ def parsed(text: str) -> Any:
             known: dict[str, Any] = {}
             for key, value in node.value:
                 before = known.setdefault(key.value, value) if isinstance(key, yaml.ScalarNode) else value
-                known_key = isinstance(key, yaml.ScalarNode) and key.value.replace("-", "_") in READ
+                known_key = isinstance(key, yaml.ScalarNode) and key.value.replace("-", "_") in {*READ, "<<"}
                 if (
                     known_key
                     and before is not value

@@ -5,14 +5,17 @@ another length than its type says.
 """
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.io.bounded import open_regular
 from jaxmodels.process.confined import Confined
 
 # Of the child process: processor time to start, to read, and for each byte of the file; memory.
 STARTING, SECONDS, SECONDS_PER_BYTE, MEGABYTES = 30.0, 3.0, 1e-7, 500.0
+MEMORY_PER_BYTE = 10  # of the footer
 
 
 def operations() -> Mapping[str, Callable[..., Any]]:
@@ -41,11 +44,20 @@ def reader() -> Confined:
     return Confined(__name__, seconds=STARTING, megabytes=MEGABYTES)
 
 
+def footer_bytes(file: Path) -> int:
+    """Bytes of the footer, which are in the last eight of a file; no more than it has."""
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        opened.seek(max(0, size - 8))
+        return min(size, int.from_bytes(opened.read(4), "little"))
+
+
 def places(file: Path, leaves: list[int]) -> list[list[tuple[int, int, int]]]:
     """Operation `places`; raises ValueError, naming the file, if the footer cannot be read within the limits."""
     seconds = SECONDS + SECONDS_PER_BYTE * file.stat().st_size
+    megabytes = MEGABYTES + MEMORY_PER_BYTE * footer_bytes(file) / 1e6
     try:
-        found = reader().call("places", str(file), leaves, seconds=seconds, megabytes=MEGABYTES)
+        found = reader().call("places", str(file.absolute()), leaves, seconds=seconds, megabytes=megabytes)
     except ValueError as error:
-        raise ValueError(f"{file} has a damaged footer: {error}") from None
+        raise ValueError(f"{file} has a footer that is not read: {error}") from None
     return [[(rows, begin, end) for rows, begin, end in column] for column in found]

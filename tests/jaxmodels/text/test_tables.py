@@ -268,7 +268,7 @@ def test_a_footer_that_ends_the_process_is_refused(tmp_path):
     data = file.read_bytes()
     assert data.count(optional) == 1
     file.write_bytes(data.replace(optional, required))
-    with pytest.raises(ValueError, match=rf"^{file} has a damaged footer: "):
+    with pytest.raises(ValueError, match=rf"^{file} has a footer that is not read: "):
         read(file)
     writer.write_table(pyarrow.table({"text": ["a", "b"]}), file)
     assert read(file) == ["a", "b"]  # by another child process

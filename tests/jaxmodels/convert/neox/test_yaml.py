@@ -282,16 +282,16 @@ def test_settings_that_are_not_read_may_have_aliases_and_several_values(tmp_path
     found = read_yaml_text(tmp_path, f"{text}pos-emb: rotary\nrope_scaling: {{}}\n")
     assert (found["num_layers"], found["paths"]) == (2, [1, 2])
     assert "n_layers" in fields(found, "here")
-    for twice in ("num_layers: 3", "soft_prompt_tuning: {enabled: false, enabled: true}"):
-        with pytest.raises(ValueError, match=r"num_layers|second value of enabled"):
+    merged = "<<: {rotary_pct: 0.25}\n<<: {rotary_pct: 0.75}"
+    for twice in ("num_layers: 3", "soft_prompt_tuning: {enabled: false, enabled: true}", merged):
+        with pytest.raises(ValueError, match=r"num_layers|second value of (enabled|<<)"):
             read_yaml_text(tmp_path, text + twice)
 
 
-@pytest.mark.parametrize("key", ["attention_config", "num_layers", "norm", "soft_prompt_tuning", "mlp_type"])
+@pytest.mark.parametrize("key", ["attention_config", "num_layers", "norm", "mlp_type", "make_vocab_size_divisible_by"])
 def test_an_alias_of_a_list_is_no_value_of_a_setting_that_is_read(tmp_path, key):
-    found = read_yaml_text(tmp_path, f"pos-emb: rotary\na: &a [[[global], all]]\n{key}: *a\n")
-    with pytest.raises(ValueError, match=rf"{key}.* alias"):
-        fields(found, "here")
+    with pytest.raises(ValueError, match=rf"a\.yml has {key}: .* alias"):
+        read_yaml_text(tmp_path, f"pos-emb: rotary\na: &a [[[global], all]]\n{key}: *a\n")
 
 
 def read_yaml_text(folder, text):
