@@ -1,4 +1,4 @@
-"""What a pickle asks for, judged before it is loaded: the calls in it, the keys of its dictionaries, and the work.
+"""Checks of a pickle before it is loaded: the calls in it, the keys of its dictionaries, and the work.
 
 PyTorch's unpickler runs no code of a file, but does everything else that the file says, and calls every class and
 function that it knows with any arguments: storages of uninitialized memory, codecs that double a text each time. A

@@ -89,20 +89,18 @@ def equal_key() -> jax.Array:
 @contextlib.contextmanager
 def ending_after(keys: int) -> Iterator[None]:
     """Block in which streams raise TooLarge after so many keys, also those that a model makes of a seed of its own."""
-    token = _left.set([keys])
-    _replacing.acquire()
-    original = nnx.RngStream.__call__
+    with _replacing:
+        original, token = nnx.RngStream.__call__, _left.set([keys])
 
-    def drawn(stream: nnx.RngStream) -> jax.Array:
-        return original(stream) if _left.get() is None else equal_key()  # None in other threads
+        def drawn(stream: nnx.RngStream) -> jax.Array:
+            return original(stream) if _left.get() is None else equal_key()  # None in other threads
 
-    setattr(nnx.RngStream, "__call__", drawn)  # noqa: B010 (unknown to type checkers)
-    try:
-        yield
-    finally:
-        setattr(nnx.RngStream, "__call__", original)  # noqa: B010
-        _replacing.release()
-        _left.reset(token)
+        setattr(nnx.RngStream, "__call__", drawn)  # noqa: B010 (unknown to type checkers)
+        try:
+            yield
+        finally:
+            setattr(nnx.RngStream, "__call__", original)  # noqa: B010
+            _left.reset(token)
 
 
 def shapes_of(make: Callable[[nnx.Rngs], Model]) -> Model:

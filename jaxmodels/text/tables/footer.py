@@ -1,4 +1,4 @@
-"""Where the pages of columns lie in a Parquet file, read from its footer in a child process of `process.confined`.
+"""Places of the pages of columns in a Parquet file, read from its footer in a child process of `process.confined`.
 
 Arrow ends the process, without an error of Python, for some footers: such as those whose statistics of a column have
 another length than its type says.
@@ -23,7 +23,7 @@ def operations() -> Mapping[str, Callable[..., Any]]:
     from pyarrow import parquet
 
     def places(file: str, leaves: list[int]) -> list[list[list[int]]]:
-        """Of each column and group of rows: its number of rows, and the places, from and to, of its pages."""
+        """Number of rows, and places from and to of the pages, of each group of rows of each column."""
         with parquet.ParquetFile(file) as opened:
             groups = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
             return [[[group.num_rows, *place_of(group.column(leaf))] for group in groups] for leaf in leaves]
