@@ -44,7 +44,7 @@ test: $(READY) ## run the tests, except those marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 test-slow: $(READY) ## run the tests marked slow: real processes, signals, the built wheel
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 fuzz: $(READY) ## read changed files for MINUTES; a finding is saved in runs/fuzz with the line that repeats it
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)

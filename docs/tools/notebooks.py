@@ -7,6 +7,7 @@ and saves the outputs, in about a minute each on two cores.
 import argparse
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -55,9 +56,14 @@ def execute(notebook: Any) -> Any:
         manager = AsyncKernelManager(
             kernel_name="python3", transport="ipc", connection_file=os.path.join(folder, "kernel.json")
         )
+        # Matplotlib reads its settings and its list of fonts here. A list of the user's can be of another installation,
+        # and warnings of fonts that are not found would be outputs. It is made first: Matplotlib warns if that is slow.
+        environment = {**os.environ, "MPLCONFIGDIR": folder}
+        fonts = [sys.executable, "-c", "import matplotlib.font_manager"]
+        subprocess.run(fonts, env=environment, stderr=subprocess.DEVNULL, check=False)
         resources = {"metadata": {"path": str(ROOT)}}
         options = {"timeout": SECONDS, "resources": resources, "coalesce_streams": True}
-        nbclient.NotebookClient(notebook, manager, **options).execute()
+        nbclient.NotebookClient(notebook, manager, **options).execute(env=environment)
     return cleaned(notebook)
 
 

@@ -117,6 +117,30 @@ def test_a_notebook_runs(source, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_picture_depends_on_no_list_of_fonts_of_the_user(tmp_path):
+    """A list that another installation left has none of Matplotlib's own fonts, and each one would be a warning."""
+    pytest.importorskip("matplotlib")
+    program = """
+import pathlib
+import matplotlib.font_manager, nbformat
+from docs.tools import notebooks
+from tests.docs.test_notebooks import kinds
+
+fonts = matplotlib.font_manager.fontManager
+fonts.ttflist = [font for font in fonts.ttflist if font.name == "DejaVu Sans"]
+[place] = pathlib.Path(matplotlib.get_cachedir()).glob("fontlist-*.json")
+matplotlib.font_manager.json_dump(fonts, place)
+cell = nbformat.v4.new_code_cell("import matplotlib.pyplot as plt; plt.loglog([1, 2]); plt.show()")
+print(kinds(notebooks.execute(nbformat.v4.new_notebook(cells=[cell]))))
+"""
+    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[['image/png']]\n"
+
+
+@pytest.mark.slow
 def test_notebooks_that_run_at_once_have_sockets_of_their_own():
     program = """
 import os, nbformat
