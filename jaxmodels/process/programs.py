@@ -42,8 +42,7 @@ def run(main: Callable[[], int | None], command: str) -> int:
         return 141
     except (ValueError, OSError, ModuleNotFoundError) as error:
         unnamed = isinstance(error, OSError) and error.filename is None and is_unwritable(sys.stdout, error)
-        said = f"standard output: {error}" if unnamed else str(error)
-        say(f"{command}: {shortened(said)}")
+        say(f"{command}: {'standard output: ' * unnamed}{error}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from jaxmodels.process.texts import visible
+from jaxmodels.process.texts import shortened
 
 
 class Output:
@@ -85,9 +85,9 @@ def warn(sentence: str) -> None:
 
 
 def say(sentence: str) -> None:
-    """Print a line to standard error, if it can be written; line breaks, as in a file's name, are escaped."""
+    """Print a line to standard error, if it can be written: line breaks are escaped, a long name is shortened."""
     try:
-        print(visible(sentence), file=sys.stderr, flush=True)
+        print(shortened(sentence), file=sys.stderr, flush=True)
     except OSError:
         discard(sys.stderr)
 

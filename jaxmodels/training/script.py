@@ -21,7 +21,7 @@ from jaxmodels.process.extras import require
 from jaxmodels.process.paths import local
 from jaxmodels.process.signals import Stop, interruptible
 from jaxmodels.process.streams import Output, say
-from jaxmodels.process.texts import shortened, visible
+from jaxmodels.process.texts import visible
 from jaxmodels.training.config import Config, Options
 from jaxmodels.training.experiment import ConfigT, Experiment, script_of
 from jaxmodels.training.reporting.trackers import Callback
@@ -295,5 +295,5 @@ def together(program: str) -> Iterator[None]:
         if not isinstance(error, ValueError | OSError | KeyboardInterrupt):  # a bug, not bad input
             traceback.print_exc()
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else error
-        say(f"{program}: process {jax.process_index()}: {shortened(str(message))}")
+        say(f"{program}: process {jax.process_index()}: {message}")
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)

@@ -68,3 +68,12 @@ def test_an_error_needs_no_reader(error, monkeypatch):
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stderr", full)
         assert run(main, "command") == (130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+def test_a_warning_is_one_line_of_a_bounded_length(capsys):
+    warn("checkpoint " + "\n" + "b" * 10**6 + " is skipped")
+    line = capsys.readouterr().err
+    assert line.startswith(r"warning: checkpoint \nbb")
+    assert line.count("\n") == 1
+    assert line.endswith("b is skipped\n")
+    assert len(line) < 5_000
