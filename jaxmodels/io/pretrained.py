@@ -157,7 +157,7 @@ def read_shards(folder: Path, index: Path, notes: list[str]) -> Weights:
 
 def inside(folder: Path, name: Any, where: Path) -> Path:
     """Path of a file in a folder; raises ValueError, beginning with `where`, if the name is none or leads out of it."""
-    if not isinstance(name, str) or "\0" in name:
+    if not isinstance(name, str) or not name.isprintable():
         raise ValueError(f"{where} names {quoted(name)}, which is not a file in this folder")
     path = Path(name)
     # One file may have one name: with a name like a/./b in each of its many spellings it would be read many times.

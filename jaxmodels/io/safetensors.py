@@ -136,14 +136,14 @@ def read_folder(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     try:
         weight_map: dict[str, str] = read_object(index)["weight_map"]
         files = sorted(set(weight_map.values()))
-        outside = [name for name in files if not is_plain(name)]
+        outside = [name for name in files if not is_plain(name) or not name.isprintable()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not the index of a safetensors folder: {shortened(repr(error), 300)}") from None
     if outside:
         raise ValueError(f"{index} names {quoted(outside[0])}, which is not a file name in this folder")
     for name in files:
         if not (folder / name).exists():  # at once: an index may name any number of them
-            raise ValueError(f"{folder / name} does not exist")
+            raise ValueError(f"{index} names {quoted(name)}, which does not exist in this folder")
     check_distinct(folder / name for name in files)
     tensors: dict[str, np.ndarray] = {}
     listed: dict[str, set[str]] = {}

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from jaxmodels.io.pretrained import read_pretrained
 from jaxmodels.io.safetensors import read_file, read_folder, write_file, write_folder
 from jaxmodels.weights.lazy import Transposed
 from jaxmodels.weights.names import as_tensor
@@ -159,6 +160,24 @@ def test_a_folder_that_is_not_what_its_index_says(tmp_path):
     index.write_text("[]")
     with pytest.raises(ValueError, match=r"index\.json"):
         read_folder(tmp_path)
+
+
+def test_names_of_files_in_an_index_do_not_reach_a_terminal(tmp_path):
+    """Whether such a file exists or not; a checkpoint's files have no such names."""
+    write_folder(tmp_path, ARRAYS, file_bytes=300)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = "\x9b31m\r\n.safetensors"
+    content["weight_map"]["a"] = name
+    index.write_text(json.dumps(content))
+    for read in (read_folder, read_pretrained):
+        for there in (False, True):
+            (tmp_path / name).unlink(missing_ok=True)
+            if there:
+                (tmp_path / name).write_bytes(b"{")
+            with pytest.raises(ValueError, match=r"index\.json .*\\x9b31m\\r\\n") as error:
+                read(tmp_path)
+            assert str(error.value).isprintable()
 
 
 def test_a_dtype_that_the_format_lacks(tmp_path):
