@@ -58,9 +58,9 @@ def hooks(
 ) -> Iterator[None]:
     """Set the functions that `constrain` and `rematerialized` apply in models traced inside the block.
 
-    lookup: replaces `rows_of` in `Embed`, for tables that are divided over a mesh. cpu: write the same computation as
-    one CPU computes it fastest, see `unrolls` and `RowLinear`. jit caches what it traced: jit a new function for each
-    setting.
+    lookup: replaces `rows_of` in `Embed`, for tables that are divided over a mesh. product: multiplies rows by weights
+    in `RowLinear`. cpu: write the same computation as one CPU computes it fastest, see `unrolls`. jit caches what it
+    traced: jit a new function for each setting.
     """
     tokens = _placement.set(placement), _remat.set(remat), _lookup.set(lookup)
     on_cpu, multiply = _cpu.set(cpu), _product.set(product)
@@ -213,32 +213,14 @@ def uniform(fan_in: int) -> Callable[..., jax.Array]:
     return init
 
 
-@jax.custom_vjp
-def product_of_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [R, D] times a kernel [D, O]; the kernel's gradient is computed in the order that is faster on a CPU.
-
-    The narrower matrix comes first. The barrier keeps XLA from exchanging them.
-    """
-    return x @ kernel
-
-
-def _product_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    narrow = x.shape[-1] < dy.shape[-1]
-    return dy @ kernel.T, x.T @ dy if narrow else jax.lax.optimization_barrier(dy.T @ x).T
-
-
-product_of_rows.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
-
-
 class RowLinear(nnx.Linear):
-    """y = xW + b; in a step on one CPU, x [..., D] is a matrix of rows.
+    """y = xW + b; with a hook for products, as in a step on one CPU, x [..., D] is a matrix of rows.
 
     Otherwise the kernel's gradient would be a sum over several axes, for which XLA transposes a copy of the cotangent.
     """
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        product = _product.get() or (product_of_rows if _cpu.get() else None)
+        product = _product.get()
         if product is None or inputs.ndim < 3 or self.dot_general is not jax.lax.dot_general:
             return super().__call__(inputs, out_sharding)
         bias = None if self.bias is None else self.bias[...]

@@ -1,7 +1,8 @@
-"""Compilation of `products.cc` with the machine's C++ compiler, once for each source, compiler, processor and jax.
+"""Compilation of the kernels with the machine's C++ compiler, once for each source, compiler, processor and jax.
 
 The library is written to a folder that only the user can enter, ~/.cache/jaxmodels/native ($XDG_CACHE_HOME is
-respected), under a hash of all that it depends on. Nothing but this package's own source and jax's headers is compiled.
+respected), under a hash of all that it depends on. Nothing but this package's own sources and jax's headers is
+compiled.
 """
 
 import ctypes
@@ -19,20 +20,22 @@ from pathlib import Path
 from jaxmodels.process.texts import shortened
 from jaxmodels.weights.precision import log
 
-SOURCE = Path(__file__).with_name("products.cc")
-SWITCH = "JAXMODELS_NATIVE"  # environment variable: 0 switches the kernel off
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / "products.cc", FOLDER / "matmul.cc"]
+HEADERS = [FOLDER / "vectors.h"]
+SWITCH = "JAXMODELS_NATIVE"  # environment variable: 0 switches the kernels off
 OFF = ("0", "false", "no", "off")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-w", "-Wno-psabi")
 SECONDS = 180.0  # for the compiler
 
 
 class BuildError(Exception):
-    """The kernel cannot be compiled or loaded; the message says why in one line."""
+    """The kernels cannot be compiled or loaded; the message says why in one line."""
 
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """Load the kernel's library, compiling it first if needed; None if that is impossible or switched off.
+    """Load the kernels' library, compiling it first if needed; None if that is impossible or switched off.
 
     A compilation, and the reason if it fails, are logged in one line.
     """
@@ -40,8 +43,8 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(built()))
-    except Exception as error:  # whatever it is, the program goes on without the kernel
-        log(f"weights in 16 and 8 bits are multiplied by XLA, without the compiled kernel: {one_line(error)}")
+    except Exception as error:  # whatever it is, the program goes on without the kernels
+        log(f"XLA computes all products on this CPU, without the compiled kernels: {one_line(error)}")
         return None
 
 
@@ -52,14 +55,15 @@ def built() -> Path:
     compiler = find_compiler()
     headers = jax.ffi.include_dir()
     folder = private_folder(cache())
-    file = folder / f"products-{key(compiler, headers)}.so"
+    file = folder / f"kernels-{key(compiler, headers)}.so"
     if file.exists():
         check_own(file)
         return file
-    log(f"compiling {SOURCE.name} with {compiler[0]}, once, into {folder}; {SWITCH}=0 switches the kernel off")
+    names = " and ".join(source.name for source in SOURCES)
+    log(f"compiling {names} with {compiler[0]}, once, into {folder}; {SWITCH}=0 switches the kernels off")
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as temporary:
         made = Path(temporary) / file.name
-        run([*compiler, *FLAGS, "-isystem", headers, str(SOURCE), "-o", str(made)])
+        run([*compiler, *FLAGS, "-isystem", headers, *map(str, SOURCES), "-o", str(made)])
         check_loads(made)
         os.replace(made, file)
     return file
@@ -105,7 +109,7 @@ def key(compiler: list[str], headers: str) -> str:
     import jax
     import jaxlib
 
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS)))
     version = run([*compiler, "--version"])
     for part in (*FLAGS, *compiler, version, processor(), jax.__version__, jaxlib.__version__, headers):
         digest.update(b"\0" + part.encode(errors="surrogateescape"))
@@ -138,9 +142,10 @@ def run(command: list[str]) -> str:
 
 
 def check_loads(file: Path) -> None:
-    """Raises BuildError if a library cannot be loaded or lacks the function."""
+    """Raises BuildError if a library cannot be loaded or lacks a function."""
     try:
-        ctypes.CDLL(str(file)).Products  # noqa: B018
+        loaded = ctypes.CDLL(str(file))
+        loaded.Products, loaded.Matmuls  # noqa: B018
     except (OSError, AttributeError) as error:
         raise BuildError(one_line(error)) from None
 

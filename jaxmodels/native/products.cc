@@ -6,37 +6,16 @@
 // each is multiplied with vectors of rows. The order of a sum depends on the number of rows, but neither on the
 // other rows' values nor on the number of threads.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <new>
-#include <thread>
 #include <type_traits>
-#include <utility>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "vectors.h"
 
 namespace {
 
-// Numbers of a vector: as many as a register holds, as GCC divides larger ones at a high cost. kSums running sums fill
-// the registers; of many rows, those of a tile of outputs times vectors of rows.
+// kSums running sums fill the registers; of many rows, those of a tile of outputs times vectors of rows.
 #if defined(__AVX512F__)
-constexpr int64_t kLanes = 16;
 constexpr int kSums = 16, kTileOutputs = 8, kTileVectors = 3;
-#elif defined(__AVX2__)
-constexpr int64_t kLanes = 8;
-constexpr int kSums = 8, kTileOutputs = 4, kTileVectors = 2;
 #else
-constexpr int64_t kLanes = 4;
 constexpr int kSums = 8, kTileOutputs = 4, kTileVectors = 2;
 #endif
 constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
@@ -47,16 +26,11 @@ constexpr int64_t kFeatures = 128, kRows = 192, kOutputs = 256;
 constexpr int64_t kStride = kFeatures + kLanes;  // between the weights of two outputs: not in the same lines of a cache
 constexpr int64_t kGroup = 128;       // input features with one scale, of 4-bit weights
 
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef float UnalignedFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UnalignedWords __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-
-inline Floats Load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
-inline void Store(float* p, Floats v) { *reinterpret_cast<UnalignedFloats*>(p) = v; }
 
 // Sum of the lanes: with 16, of lane i and i + 8, then i + 4, i + 2, i + 1.
 inline float Sum(Floats v) {
@@ -90,45 +64,6 @@ inline void Sums(const Floats* v, float* sums) {
   _mm512_mask_storeu_ps(sums, (__mmask16)((1u << K) - 1), _mm512_permutexvar_ps(order, all));
 #else
   for (int k = 0; k < K; ++k) sums[k] = Sum(v[k]);
-#endif
-}
-
-// Transposes kLanes vectors: lane j of vector k becomes lane k of vector j.
-inline void Exchange(Floats* v) {
-#if defined(__AVX512F__)
-  __m512 a[kLanes], b[kLanes];
-#pragma GCC unroll 16
-  for (int k = 0; k < kLanes; k += 2) {
-    a[k] = _mm512_unpacklo_ps((__m512)v[k], (__m512)v[k + 1]);
-    a[k + 1] = _mm512_unpackhi_ps((__m512)v[k], (__m512)v[k + 1]);
-  }
-#pragma GCC unroll 16
-  for (int k = 0; k < kLanes; k += 4)
-#pragma GCC unroll 16
-    for (int j = 0; j < 2; ++j) {
-      b[k + 2 * j] = _mm512_shuffle_ps(a[k + j], a[k + 2 + j], 0x44);
-      b[k + 2 * j + 1] = _mm512_shuffle_ps(a[k + j], a[k + 2 + j], 0xee);
-    }
-  // b[4 q + j] has lanes j, j + 4, j + 8, j + 12 of vectors 4 q … 4 q + 3.
-#pragma GCC unroll 16
-  for (int j = 0; j < 4; ++j) {
-    __m512 low[2], high[2];
-#pragma GCC unroll 16
-    for (int h = 0; h < 2; ++h) {
-      low[h] = _mm512_shuffle_f32x4(b[8 * h + j], b[8 * h + 4 + j], 0x88);
-      high[h] = _mm512_shuffle_f32x4(b[8 * h + j], b[8 * h + 4 + j], 0xdd);
-    }
-    v[j] = (Floats)_mm512_shuffle_f32x4(low[0], low[1], 0x88);
-    v[j + 8] = (Floats)_mm512_shuffle_f32x4(low[0], low[1], 0xdd);
-    v[j + 4] = (Floats)_mm512_shuffle_f32x4(high[0], high[1], 0x88);
-    v[j + 12] = (Floats)_mm512_shuffle_f32x4(high[0], high[1], 0xdd);
-  }
-#else
-  float a[kLanes][kLanes];
-  std::memcpy(a, v, sizeof a);
-  for (int k = 0; k < kLanes; ++k)
-    for (int j = 0; j < k; ++j) std::swap(a[k][j], a[j][k]);
-  std::memcpy(v, a, sizeof a);
 #endif
 }
 
@@ -192,32 +127,6 @@ Floats WidenTail(const typename W::Stored* p, int64_t count) {
   typename W::Stored padded[kLanes] = {};
   std::memcpy(padded, p, count * sizeof *p);
   return W::Widen(padded);
-}
-
-// Calls f(0), …, f(parts - 1) on this thread and those of XLA's pool. It waits only for parts that were begun: a task
-// that the pool starts late finds none left, so that a busy pool cannot block it.
-template <typename F>
-void Parallel(ffi::ThreadPool& pool, int64_t parts, const F& f) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  int64_t threads = std::min(parts, std::max<int64_t>(1, pool.num_threads()));
-  if (threads <= 1) {
-    for (int64_t i = 0; i < parts; ++i) f(i);
-    return;
-  }
-  auto state = std::make_shared<State>();
-  const F* function = &f;  // used only while parts are left, hence while this call waits
-  auto work = [state, function, parts] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < parts;) {
-      (*function)(i);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t i = 1; i < threads; ++i) pool.Schedule(std::function<void()>(work));
-  work();
-  for (int64_t spins = 0; state->done.load(std::memory_order_acquire) < parts; ++spins)
-    if (spins > 4096) std::this_thread::yield();
 }
 
 struct Problem {
@@ -296,15 +205,6 @@ void FewDots(const Problem& p, const typename W::Stored* w, int64_t o, int64_t e
   for (; o < end; ++o) Dots<W, M, 1>(p, w + o * p.features, 0, o);
 }
 
-// Memory for floats, aligned for whole vectors.
-struct Free {
-  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-typedef std::unique_ptr<float[], Free> Memory;
-inline Memory Allocate(int64_t count) {
-  return Memory(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
-}
-
 // Rows r … r + kLanes - 1 transposed: [I, kLanes], with zeros for rows that do not exist.
 void Transpose(const Problem& p, int64_t r, float* xt) {
   int64_t rows = std::min(kLanes, p.rows - r);
@@ -322,17 +222,9 @@ void Transpose(const Problem& p, int64_t r, float* xt) {
     for (int64_t row = 0; row < rows; ++row) xt[i * kLanes + row] = x[row * p.features + i];
 }
 
-// Weights of a tile in the cache: output t and feature i of the block at t * kOutput + i * kFeature.
-struct ByOutput {
-  static constexpr int64_t kOutput = kStride, kFeature = 1;
-};
-struct ByFeature {
-  static constexpr int64_t kOutput = 1, kFeature = kTileOutputs;
-};
-
 // Adds the products of `count` features, of a tile's weights and N vectors of rows, to the sums [kTileOutputs, kRows].
 // stride: between two vectors' transposed rows.
-template <typename Layout, int N>
+template <int N>
 inline void Tile(const float* xt, int64_t stride, const float* weights, int64_t count, float* sums) {
   Floats totals[kTileOutputs][N] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -342,7 +234,7 @@ inline void Tile(const float* xt, int64_t stride, const float* weights, int64_t 
 #pragma GCC unroll 16
     for (int t = 0; t < kTileOutputs; ++t)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) totals[t][n] += values[n] * weights[t * Layout::kOutput + i * Layout::kFeature];
+      for (int n = 0; n < N; ++n) totals[t][n] += values[n] * weights[t * kStride + i];
   }
 #pragma GCC unroll 16
   for (int t = 0; t < kTileOutputs; ++t)
@@ -409,7 +301,7 @@ void ManyDots(const Problem& p, const float* xt, int64_t r, int64_t begin, int64
       for (int64_t o = 0; o < padded; o += kTileOutputs) {
         ahead.Fetch(step);
         float* into = sums.get() + o * kRows + v * kLanes;
-        Tile<typename Weights::Layout, n>(block, stride, weights.get() + o * kStride, count, into);
+        Tile<n>(block, stride, weights.get() + o * kStride, count, into);
       }
     };
     int64_t v = 0;
@@ -430,7 +322,7 @@ inline int64_t SizeOf(const Problem& p, int64_t parts, int64_t multiple) {
 }
 
 // Many rows. Weights has a method Widen(o, n, i, count, into), which writes `count` weights, from feature i on, of
-// outputs o … o + n - 1, tile after tile, each in its Layout; and At(o, n, i, count), the memory that it reads.
+// outputs o … o + n - 1, kStride apart; and At(o, n, i, count), the memory that it reads.
 template <typename Weights>
 void MultiplyMany(ffi::ThreadPool& pool, const Problem& p, const Weights& w) {
   int64_t vectors = (p.rows + kLanes - 1) / kLanes, stride = p.features * kLanes;
@@ -452,7 +344,6 @@ void MultiplyMany(ffi::ThreadPool& pool, const Problem& p, const Weights& w) {
 // Weights [O, I] of a row each, widened by a function `widen(o, i, count, into)`. bits: of a weight.
 template <typename Function>
 struct Rows {
-  typedef ByOutput Layout;
   const Problem& p;
   const void* data;
   int64_t bits;
@@ -463,27 +354,6 @@ struct Rows {
   Region At(int64_t o, int64_t n, int64_t i, int64_t count) const {
     int64_t pitch = p.features * bits / 8;
     return {static_cast<const char*>(data) + o * pitch + i * bits / 8, pitch, n, (count * bits / 8 + 63) / 64};
-  }
-};
-
-// Weights [I, O] in float32.
-struct Columns {
-  typedef ByFeature Layout;
-  const Problem& p;
-  const float* data;
-  void Widen(int64_t o, int64_t n, int64_t i, int64_t count, float* into) const {
-    for (int64_t k = 0; k < count; ++k) {
-      const float* from = data + (i + k) * p.outputs + o;
-      float* to = into + k * kTileOutputs;
-      int64_t t = 0;
-      for (; t + kTileOutputs <= n; t += kTileOutputs)
-        std::memcpy(to + t * kStride, from + t, kTileOutputs * sizeof(float));
-      if (t < n) std::memcpy(to + t * kStride, from + t, (n - t) * sizeof(float));
-    }
-  }
-  Region At(int64_t o, int64_t n, int64_t i, int64_t count) const {
-    int64_t pitch = p.outputs * sizeof(float);
-    return {reinterpret_cast<const char*>(data + i * p.outputs + o), pitch, count, (n * 4 + 63) / 64};
   }
 };
 
@@ -640,39 +510,14 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
   }
 }
 
-// y [R, O] = x [R, I] times w [I, O], all in float32.
-ffi::Error WideProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
-                       ffi::ResultBuffer<ffi::F32> y) {
-  auto rows = x.dimensions(), shape = w.dimensions(), out = y->dimensions();
-  if (shape.size() != 2 || rows.size() != 2 || out.size() != 2)
-    return ffi::Error::InvalidArgument("x, w and y must be matrices");
-  Problem p{x.typed_data(), nullptr, y->typed_data(), rows[0], rows[1], shape[1]};
-  if (shape[0] != p.features || out[0] != p.rows || out[1] != p.outputs)
-    return ffi::Error::InvalidArgument("x [R, I], w [I, O] and y [R, O] do not fit");
-  MultiplyMany(pool, p, Columns{p, w.typed_data()});
-  return ffi::Error::Success();
-}
-
 }  // namespace
 
 #pragma GCC visibility push(default)
-// Whether WideProducts is known to be faster than XLA's products of some hundred rows.
-#if defined(__AVX512F__)
-extern "C" const int32_t kWideProductsPay = 1;
-#else
-extern "C" const int32_t kWideProductsPay = 0;
-#endif
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Products, Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WideProducts, WideProduct,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 #pragma GCC visibility pop

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmodels import native
 from jaxmodels.attention_kernels import Kernel, attention_kernel
 from jaxmodels.cross_entropy import Read, chunks, mean_nats, token_nats
 from jaxmodels.layers import Fixed, Frozen, hooks
@@ -234,8 +235,9 @@ class Program:
         vocabulary = DividedVocabulary(self.mesh) if several else None
         platform = self.mesh.devices.flat[0].platform
         cpu = platform == "cpu" and not several
+        product = native.trained_product if cpu else None
         with (
-            hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup, cpu=cpu),
+            hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup, product=product, cpu=cpu),
             chunks(self.numerics.loss_chunk, platform, self.mesh.size, vocabulary=vocabulary),
             attention_kernel(self.numerics.attention_kernel, self.mesh),
         ):

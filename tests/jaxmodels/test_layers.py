@@ -24,6 +24,7 @@ from jaxmodels.layers import (
     split_rng,
     unrolls,
 )
+from jaxmodels.native import trained_product
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import normal
 
@@ -177,13 +178,13 @@ def test_few_layers_are_unrolled_without_rematerialization():
 def test_on_one_cpu_a_linear_map_has_rows_and_the_same_derivatives(d_out, bias):
     linear, x = Linear(7, d_out, bias, rngs=nnx.Rngs(0)), normal(0, 3, 11, 7)
 
-    def gradients(cpu):
-        with hooks(cpu=cpu):
+    def gradients(product):
+        with hooks(product=product):
             derivative = jax.value_and_grad(lambda linear, x: jnp.sin(linear(x)).sum(), (0, 1))
             return derivative(linear, x), str(jax.make_jaxpr(derivative)(linear, x))
 
-    expected, program = gradients(False)
-    found, by_rows = gradients(True)
+    expected, program = gradients(None)
+    found, by_rows = gradients(trained_product)
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
     several = "(([0, 1], [0, 1]), ([], []))"
     assert several in program

@@ -46,7 +46,7 @@ def test_a_failed_compilation_is_one_line_and_leaves_no_file(tmp_path):
     available, lines = program(tmp_path, CXX=compiler(tmp_path, FAILING))
     assert available == "False"
     (compiling, failed) = lines
-    assert "compiling products.cc" in compiling
+    assert "compiling products.cc and matmul.cc" in compiling
     assert re.search(r"exit code 3.*products\.cc:1:2: error: \\x1b\[31mno", failed)
     assert list((tmp_path / "cache" / "jaxmodels" / "native").iterdir()) == []
 
@@ -101,9 +101,11 @@ def test_the_name_depends_on_source_compiler_processor_and_headers(private, tmp_
     others.append(build.key([version], "headers"))
     monkeypatch.setattr(build, "processor", lambda: "another")
     others.append(build.key([version], "headers"))
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "compiler")
-    others.append(build.key([version], "headers"))
-    assert len({first, *others}) == 6
+    for files in ("SOURCES", "HEADERS"):
+        monkeypatch.setattr(build, files, [*getattr(build, files), tmp_path / "compiler"])
+        others.append(build.key([version], "headers"))
+        monkeypatch.undo()
+    assert len({first, *others}) == 7
 
 
 @pytest.mark.slow
@@ -119,6 +121,7 @@ def test_it_is_compiled_once(tmp_path):
     assert program(tmp_path) == ("True", [])
 
 
-def test_the_source_is_in_the_package():
-    assert build.SOURCE.is_file()
-    assert build.SOURCE.is_relative_to(ROOT / "jaxmodels")
+def test_the_sources_are_in_the_package():
+    for file in (*build.SOURCES, *build.HEADERS):
+        assert file.is_file()
+        assert file.is_relative_to(ROOT / "jaxmodels")

@@ -1,15 +1,12 @@
 """The compiled kernel: products within float32's rounding, in every layout, dtype and number of rows."""
 
-import ctypes
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmodels import native
-from jaxmodels.native import build
-from jaxmodels.native.products import LEAST, MOST, kernel, plain, wide_kernel
+from jaxmodels.native.products import kernel, plain
 from tests.common import normal
 
 needs_kernel = pytest.mark.skipif(not native.available(), reason="the kernel cannot be compiled here")
@@ -46,36 +43,6 @@ def test_a_product_is_rounded_as_one_of_float32(dtype, inputs, outputs):
     for rows in ROWS:
         x = normal(1, rows, inputs)
         check(kernel(native.padded(x) if dtype == "uint32" else x, weight, scale), x, weight, scale)
-
-
-@needs_kernel
-@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_a_product_in_float32_is_rounded_as_xla_s(inputs, outputs):
-    weight = normal(2, inputs, outputs)
-    for rows in (*ROWS, 16, 193, 389):
-        x = normal(1, rows, inputs)
-        check(wide_kernel(x, weight), x, weight.T, None)
-
-
-@needs_kernel
-def test_products_of_some_rows_in_float32_are_the_kernel_s_where_it_pays(monkeypatch):
-    weight = normal(2, 13, 7)
-    for pays in (True, False):
-        monkeypatch.setattr("jaxmodels.native.products.wide_pays", lambda pays=pays: pays)
-        for rows, some in ((LEAST - 1, False), (LEAST, True), (MOST, True), (MOST + 1, False)):
-            x = normal(1, rows, 13)
-            text = jax.jit(lambda x, w: native.wide_product(x, w)).lower(x, weight).as_text()
-            assert ("jaxmodels_wide_products" in text) is (some and pays)
-    assert native.wide_product(normal(1, 3, 11, 13).astype("bfloat16"), weight.astype("bfloat16")).dtype == jnp.bfloat16
-
-
-@needs_kernel
-def test_derivatives_in_float32_are_xla_s():
-    weight, x = normal(2, 13, 7), normal(1, 3, 11, 13)
-    found = jax.grad(lambda x, w: (native.wide_product(x, w) ** 2).sum(), (0, 1))(x, weight)
-    expected = jax.grad(lambda x, w: ((x @ w) ** 2).sum(), (0, 1))(x, weight)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
 @needs_kernel
@@ -159,29 +126,3 @@ def test_other_dtypes_are_left_to_xla(x64):
     weight, x = normal(2, 7, 13).astype("float16"), normal(1, 3, 13)
     assert native.product(x.astype("float64"), weight).dtype == jnp.float64
     assert native.product(x.astype("float32"), weight.astype("float32")).dtype == jnp.float32
-
-
-@pytest.mark.slow
-@needs_kernel
-@pytest.mark.parametrize("flags", [["-march=x86-64"], ["-march=x86-64-v3"]])
-def test_processors_without_wide_vectors(flags, tmp_path):
-    """The source's other branches: without F16C and AVX2, and with those but without AVX-512."""
-    if jax.devices()[0].platform != "cpu" or build.platform.machine() != "x86_64":
-        pytest.skip("flags of x86-64")
-    file = tmp_path / "products.so"
-    rest = [flag for flag in build.FLAGS if not flag.startswith("-march")]
-    headers = jax.ffi.include_dir()
-    build.run([*build.find_compiler(), *rest, *flags, "-isystem", headers, str(build.SOURCE), "-o", str(file)])
-    name = "jaxmodels_test" + flags[0].replace("-", "_").replace("=", "_")
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.CDLL(str(file)).Products), platform="cpu")
-    for dtype in ("float16", "bfloat16", "int8", "uint32"):
-        weight, scale = weights(dtype, 131, 67)
-        for rows in (1, 3, 8, 13):
-            x = normal(1, rows, 131)
-            call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((rows, 67), jnp.float32))
-            given = native.padded(x) if dtype == "uint32" else x
-            check(call(given, weight, jnp.zeros(0) if scale is None else scale), x, weight, scale)
-    every = np.arange(2**16, dtype=np.uint16).view(np.float16)[:, None]
-    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((1, 2**16), jnp.float32))
-    found = call(jnp.ones((1, 1)), jnp.asarray(every), jnp.zeros(0))
-    np.testing.assert_array_equal(np.asarray(found)[0], every[:, 0].astype(np.float32))
