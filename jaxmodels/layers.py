@@ -221,7 +221,7 @@ class RowLinear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         product = _product.get()
-        if product is None or inputs.ndim < 3 or self.dot_general is not jax.lax.dot_general:
+        if product is None or inputs.ndim < 2 or self.dot_general is not jax.lax.dot_general:
             return super().__call__(inputs, out_sharding)
         bias = None if self.bias is None else self.bias[...]
         rows = inputs.reshape(-1, inputs.shape[-1])

@@ -7,7 +7,7 @@ use, by `build`.
 
 from jaxmodels.native.groups import packed, padded, unpacked
 from jaxmodels.native.kernels import available
-from jaxmodels.native.matmul import trained_product, wide_product
+from jaxmodels.native.matmul import large_product, wide_product
 from jaxmodels.native.products import NARROW, product
 
-__all__ = ["NARROW", "available", "packed", "padded", "product", "trained_product", "unpacked", "wide_product"]
+__all__ = ["NARROW", "available", "large_product", "packed", "padded", "product", "unpacked", "wide_product"]

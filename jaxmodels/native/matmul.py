@@ -14,7 +14,7 @@ from jaxmodels.native.build import library
 from jaxmodels.native.kernels import MATMUL, available
 
 LEAST_ROWS = 16  # of a product that is computed by the kernel; fewer are limited by the speed of memory
-LEAST_WORK = 1 << 27  # multiplications in a product of a training step; smaller models' steps compile no kernel
+LEAST_WORK = 1 << 27  # multiplications of a `large_product`; small models compile no kernel
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,8 +54,8 @@ def by_kernel(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def trained_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [R, I] times weights [I, O] in a training step on a CPU; without forward derivatives.
+def large_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [R, I] times weights [I, O] for training and scoring on one CPU; without forward derivatives.
 
     The kernel computes products of at least LEAST_WORK where it is faster, and the two of their derivatives. XLA
     computes the gradient of other weights in the order that is faster on a CPU, the narrower matrix first.
@@ -64,12 +64,12 @@ def trained_product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def is_work(x: jax.Array, weight: jax.Array) -> bool:
-    """True if the kernel computes a product of a training step."""
+    """True if the kernel computes a `large_product`."""
     return x.size * weight.shape[-1] >= LEAST_WORK and is_faster(x, weight)
 
 
 def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return trained_product(x, weight), (x, weight)
+    return large_product(x, weight), (x, weight)
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,4 +81,4 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
     return dy @ weight.T, x.T @ dy if narrow else jax.lax.optimization_barrier(dy.T @ x).T
 
 
-trained_product.defvjp(_forward, _backward)
+large_product.defvjp(_forward, _backward)

@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels import native
 from jaxmodels.cross_entropy import chunks, token_log_probs
+from jaxmodels.layers import hooks
 from jaxmodels.protocols import has_divided_readout
 
 Programs = dict[tuple[tuple[int, int], int], Future[Any]]  # by shape and number of scored positions
@@ -183,8 +185,12 @@ def _compute(
     model: Any, ids: jax.Array, positions: jax.Array, targets: jax.Array, n: jax.Array, settings: Settings
 ) -> tuple[jax.Array, jax.Array | None]:
     divided = has_divided_readout(model)
-    x = model.features(ids) if divided else model(ids)  # [B, S, D] or the logits; by sequence_axis [S, B, …]
-    with chunks(settings.chunk, settings.platform, settings.devices, forward_only=True):
+    product = native.large_product if settings.platform == "cpu" and settings.devices == 1 else None
+    with (
+        hooks(product=product),
+        chunks(settings.chunk, settings.platform, settings.devices, forward_only=True),
+    ):
+        x = model.features(ids) if divided else model(ids)  # [B, S, D] or the logits; by sequence_axis [S, B, …]
         return token_log_probs(
             model.read if divided else lambda logits: logits,
             x.reshape(-1, x.shape[-1]),

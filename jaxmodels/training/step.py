@@ -235,7 +235,7 @@ class Program:
         vocabulary = DividedVocabulary(self.mesh) if several else None
         platform = self.mesh.devices.flat[0].platform
         cpu = platform == "cpu" and not several
-        product = native.trained_product if cpu else None
+        product = native.large_product if cpu else None
         with (
             hooks(placement=placement, remat=REMAT[self.numerics.remat], lookup=lookup, product=product, cpu=cpu),
             chunks(self.numerics.loss_chunk, platform, self.mesh.size, vocabulary=vocabulary),

@@ -24,7 +24,7 @@ from jaxmodels.layers import (
     split_rng,
     unrolls,
 )
-from jaxmodels.native import trained_product
+from jaxmodels.native import large_product
 from jaxmodels.transformer import AutoregressiveTransformer
 from tests.common import normal
 
@@ -184,7 +184,7 @@ def test_on_one_cpu_a_linear_map_has_rows_and_the_same_derivatives(d_out, bias):
             return derivative(linear, x), str(jax.make_jaxpr(derivative)(linear, x))
 
     expected, program = gradients(None)
-    found, by_rows = gradients(trained_product)
+    found, by_rows = gradients(large_product)
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
     several = "(([0, 1], [0, 1]), ([], []))"
     assert several in program

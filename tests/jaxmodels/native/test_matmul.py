@@ -75,7 +75,7 @@ class Case:
 
 CASES = {
     "prefill": Case(lambda x, w: native.wide_product(x, w), 1, 0),
-    "training": Case(lambda x, w: native.trained_product(x, w), 1, 3),
+    "training": Case(lambda x, w: native.large_product(x, w), 1, 3),
 }
 
 
@@ -98,7 +98,7 @@ def test_products_of_enough_rows_are_the_kernel_s_where_it_pays(name, monkeypatc
 def test_a_small_product_of_a_step_compiles_nothing(monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: pytest.fail("the kernel was asked for"))
     x, weight = normal(1, 101, 13), normal(2, 13, 7)
-    np.testing.assert_allclose(native.trained_product(x, weight), x @ weight, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(native.large_product(x, weight), x @ weight, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernel
