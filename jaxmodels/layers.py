@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels.process.texts import quoted
@@ -44,6 +45,7 @@ _product: contextvars.ContextVar[Callable[[jax.Array, jax.Array], jax.Array] | N
 _product = contextvars.ContextVar("product", default=None)
 _cpu: contextvars.ContextVar[bool] = contextvars.ContextVar("cpu", default=False)
 
+PRODUCT = "product"  # name of `RowLinear`'s products for policies of jax.checkpoint
 UNROLLED = 12  # layers; the time to compile grows with them
 
 
@@ -226,7 +228,7 @@ class RowLinear(nnx.Linear):
         bias = None if self.bias is None else self.bias[...]
         rows = inputs.reshape(-1, inputs.shape[-1])
         x, kernel, bias = self.promote_dtype((rows, self.kernel[...], bias), dtype=self.dtype)
-        y = product(x, kernel)
+        y = checkpoint_name(product(x, kernel), PRODUCT)  # a compiled kernel is none of jax.checkpoint's products
         return (y if bias is None else y + bias).reshape(*inputs.shape[:-1], -1)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmodels import native
 from jaxmodels.attention_kernels import Kernel, attention_kernel
 from jaxmodels.cross_entropy import Read, chunks, mean_nats, token_nats
-from jaxmodels.layers import Fixed, Frozen, hooks
+from jaxmodels.layers import PRODUCT, Fixed, Frozen, hooks
 from jaxmodels.protocols import has_divided_readout
 from jaxmodels.sharding import (
     BATCH,
@@ -39,9 +39,13 @@ Losses = Callable[[Any, Batch, jax.Array | None], jax.Array]
 Precision = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "layers"]
 
+policies = jax.checkpoint_policies
+PRODUCTS = policies.save_from_both_policies(
+    policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
+)
 REMAT: dict[Remat, Callable[[Callable], Callable] | None] = {
     "none": None,
-    "dots": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": lambda f: jax.checkpoint(f, policy=PRODUCTS),
     "layers": jax.checkpoint,
 }
 

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxmodels import native
+from jaxmodels.layers import Linear, hooks, rematerialized
 from jaxmodels.native import matmul as kernels
 from jaxmodels.native.matmul import LEAST_ROWS, matmul
+from jaxmodels.training.step import REMAT
 from tests.common import normal
 from tests.jaxmodels.native.test_products import needs_kernel
 
@@ -115,4 +118,26 @@ def test_derivatives_are_those_of_a_product(name, sizes, kernel, monkeypatch):
     expected = jax.grad(lambda x, w: jnp.sin(x @ w).sum(), (0, 1))(x, weight)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    jax.clear_caches()
+
+
+@needs_kernel
+def test_a_product_of_the_kernel_is_kept_where_products_are(monkeypatch):
+    """With "layers" the backward pass computes those of the forward pass again, with "dots" it does not."""
+    monkeypatch.setattr(kernels, "LEAST_WORK", 1)
+    monkeypatch.setattr(kernels, "pays", lambda: True)
+    layers, x = [Linear(7, 7, rngs=nnx.Rngs(i)) for i in range(2)], normal(0, 3, 11, 7)
+
+    def loss(layers, x):
+        for layer in layers:
+            x = rematerialized(lambda layer, x: jnp.sin(layer(x)))(layer, x)
+        return x.sum()
+
+    calls = {}
+    for name, remat in REMAT.items():
+        jax.clear_caches()
+        with hooks(product=native.large_product, remat=remat):
+            derivative = jax.jit(lambda layers, x: jax.grad(loss, (0, 1))(layers, x))
+            calls[name] = derivative.lower(layers, x).as_text().count("@jaxmodels_matmul")
+    assert 0 < calls["none"] == calls["dots"] < calls["layers"]
     jax.clear_caches()
