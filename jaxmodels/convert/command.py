@@ -87,7 +87,7 @@ def add_source_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--strip-prefix",
         metavar="PREFIX",
-        help="beginning of the tensors' names to remove, such as module. or _orig_mod. (Hugging Face folders)",
+        help="beginning of the tensors' names to remove, such as module. or _orig_mod. (not of Flax folders)",
     )
     command.add_argument(
         "--variant", metavar="NAME", help="variant of the weights, such as fp16 (Hugging Face folders)"

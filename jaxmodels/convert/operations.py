@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from jaxmodels.convert.open import Opened, local_folder, open_source
 from jaxmodels.convert.peft import write_peft
 from jaxmodels.convert.source import Source, part
 from jaxmodels.io.atomic import check_target
-from jaxmodels.io.bounded import errors_naming, read_json
+from jaxmodels.io.bounded import errors_naming, integer, parsed, read_json
 from jaxmodels.io.checkpoint import read_config, stored_arrays
 from jaxmodels.io.content import is_torch_file
 from jaxmodels.io.torch_files import read_state_dict, write_state_dict
@@ -34,6 +33,7 @@ from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
+from jaxmodels.weights.prefixes import stripped
 from jaxmodels.weights.stored import Stored
 
 # Values of --model: the class, and the arguments that the name implies.
@@ -47,10 +47,15 @@ def from_torch_file(options: argparse.Namespace, names: Names) -> str:
         raise ValueError(f"{source} does not exist")
     if options.model is None or options.config is None:
         raise ValueError(f"{options.source} is a .pt file; describe its model with --model and --config")
+    for flag, of in (("revision", "models on the Hub"), ("variant", "Hugging Face folders")):
+        if getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} is for {of}; {options.source} is a file")
     check_target(options.target, overwrite=options.overwrite, sources=[source])
     name, config = class_and_config(options.model, json_object(options.config), names)
     with float64_allowed():
         tensors = read_state_dict(source, options.key)
+        if options.strip_prefix is not None:
+            tensors, _ = stripped(tensors, options.strip_prefix, lambda name: True, str(source))
         described = abstract(name, config, Stored.of(tensors), "--config")
         with errors_naming(source):
             model = from_torch(described, tensors, options.dtype)
@@ -116,8 +121,8 @@ def json_object(config: str) -> dict[str, Any]:
     value: Any
     if config.lstrip().startswith("{"):
         try:
-            value = json.loads(config)
-        except json.JSONDecodeError as error:
+            value = parsed(config, parse_int=integer)
+        except ValueError as error:
             raise ValueError(f"--config {config} is not JSON: {error}") from None
     else:
         try:

@@ -29,6 +29,7 @@ TOKENIZER_BYTES = 2**26  # of a tokenizer.json, or a vocabulary that holds one; 
 TEXT_BYTES = 2**28  # of any other text
 # Lists and objects, and commas, in a JSON text of more than CONFIG_BYTES; tokenizers have up to 1 and 3 million.
 MOST_OPENED, MOST_COMMAS = 2_000_000, 5_000_000
+MOST_DIGITS = 40  # of an integer in a JSON file; those of random states have 39
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes the halves of a character beyond 16 bits
 # Files of more bytes are looked at for holes, and refused if they have more than this for each byte that was written.
 HOLES_FROM, MOST_HOLES = 2**28, 1000
@@ -176,7 +177,7 @@ def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
     try:
         with without_collection(), memory_naming(file):
             text = read_text(file, limit)
-            content = parsed(text)
+            content = parsed(text, parse_int=integer)
             if SURROGATE.search(text):  # a half of a character, which no text in UTF-8 may hold, raises here
                 json.dumps(content, ensure_ascii=False).encode("utf-8")
             return content
@@ -190,7 +191,14 @@ def read_json(file: str | os.PathLike, limit: int = CONFIG_BYTES) -> Any:
     except ValueError as error:
         if str(error).startswith(str(file)):
             raise
-        raise ValueError(f"{file} is not read: {quoted(str(error), 200)}") from None  # integers of 4,300 digits
+        raise ValueError(f"{file} is not read: {quoted(str(error), 200)}") from None
+
+
+def integer(digits: str) -> int:
+    """Integer of a JSON text; raises ValueError for one of more than MOST_DIGITS, with which floats overflow."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits):,} digits; at most {MOST_DIGITS} are read")
+    return int(digits)
 
 
 def parsed(text: str, **options: Any) -> Any:

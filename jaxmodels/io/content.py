@@ -32,6 +32,7 @@ FORMATS = {
     b"BZh": "is compressed with bzip2: decompress it",
     b"\x28\xb5\x2f\xfd": "is compressed with zstd: decompress it",
 }
+ZIP = b"PK\x03\x04"
 COMPRESSED = tuple(start for start, sentence in FORMATS.items() if sentence.startswith("is compressed"))
 
 
@@ -54,7 +55,7 @@ def recognised(file: Path) -> str | None:
         return "is full of zeros, as after an interrupted download: download it again"
     if head[257:262] == b"ustar":
         return "is a tar archive: unpack it"
-    if start.startswith(b"PK\x03\x04") and not is_zip(file):
+    if is_zip(file) and not has_directory(file):
         return "is truncated: it is a zip file without its end"
     size = int.from_bytes(head[:8], "little")
     if file.suffix != ".safetensors" and head[8:10] in (b'{"', b"{}") and size <= file.stat().st_size - 8:
@@ -63,7 +64,16 @@ def recognised(file: Path) -> str | None:
 
 
 def is_zip(file: Path) -> bool:
-    """True for a zip file whose directory of entries is found."""
+    """True for a file that begins as a zip does, by which PyTorch tells its formats apart.
+
+    Any file may end as a zip: one of PyTorch's older format whose last tensor holds another file.
+    """
+    with file.open("rb") as content:
+        return content.read(len(ZIP)) == ZIP
+
+
+def has_directory(file: Path) -> bool:
+    """True if the directory of a zip file's entries is found."""
     try:
         return zipfile.is_zipfile(file)
     except zipfile.BadZipFile:  # its end names other disks
@@ -75,6 +85,8 @@ def is_torch_file(file: Path) -> bool:
     if not file.is_file():  # opening a FIFO would wait for a writer
         return False
     try:
+        if not is_zip(file):
+            return False
         with zipfile.ZipFile(file) as opened:
             names = [name.partition("/")[2] for name in opened.namelist()]
         return "data.pkl" in names and "constants.pkl" not in names

@@ -39,7 +39,7 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     import torch
 
     allowance = Allowance([file])
-    content = read_pt(file, allowance=allowance)
+    content = read_pt(file, stand_ins(), allowance)
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
             raise ValueError(f"{file} has no entry key={key!r}; it holds {describe(content)}")
@@ -103,27 +103,30 @@ def read_tensors(file: Path, allowance: Allowance | None = None) -> tuple[dict[s
 
 
 def state_dict_in(file: Path, content: Any) -> tuple[str, Mapping[Any, Any]]:
-    """State_dict in a file's content, and the dotted keys that lead to it; raises ValueError like `read_tensors`."""
-    if holds_tensors(content):
+    """State_dict in a file's content, and the dotted keys that lead to it; raises ValueError like `read_tensors`.
+
+    An entry of ENTRIES is preferred to tensors beside it, such as the number of a step.
+    """
+    level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)] if isinstance(content, Mapping) else []
+    if holds_tensors(content) and not any(holds_tensors(content.get(name)) for name in ENTRIES):
         return "", content
-    level = {"": content} if isinstance(content, Mapping) else {}
     for _ in range(DEPTH):
-        inner = {
-            f"{path}.{key}" if path else key: value
-            for path, mapping in level.items()
+        level = [
+            ((*path, key), value)
+            for path, mapping in level
             for key, value in mapping.items()
             if isinstance(key, str) and isinstance(value, Mapping)
-        }
-        found = {path: value for path, value in inner.items() if holds_tensors(value)}
-        chosen = [path for path in found if path.rpartition(".")[2] in ENTRIES] or list(found)
-        if len(chosen) > 1:
-            ranked = sorted(chosen, key=lambda path: ENTRIES.index(path) if path in ENTRIES else len(ENTRIES))
-            if ranked[0] not in ENTRIES:
-                raise ValueError(f"{file} holds several state_dicts, in entries {', '.join(map(repr, chosen))}")
-            chosen = ranked
+        ]
+        found = [(path, value) for path, value in level if holds_tensors(value)]
+        chosen = [(path, value) for path, value in found if path[-1] in ENTRIES] or found
+        top = {path[0]: value for path, value in chosen if len(path) == 1 and path[0] in ENTRIES}
+        if len(chosen) > 1 and not top:
+            names = ", ".join(quoted(".".join(path)) for path, _ in chosen[:10])
+            raise ValueError(f"{file} holds several state_dicts, in entries {names}")
+        if top:
+            return next((name, top[name]) for name in ENTRIES if name in top)
         if chosen:
-            return chosen[0], found[chosen[0]]
-        level = inner
+            return ".".join(chosen[0][0]), chosen[0][1]
     raise ValueError(f"{file} holds no tensors by name; it holds {describe(content)}")
 
 

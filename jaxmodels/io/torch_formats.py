@@ -17,6 +17,7 @@ whole.
 
 import contextlib
 import io
+import mmap
 import struct
 import sys
 import zipfile
@@ -26,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from jaxmodels.io.allowance import Allowance
 from jaxmodels.io.bounded import open_regular
+from jaxmodels.io.content import explained
 from jaxmodels.process.texts import quoted
 
 COUNT_BYTES = 8
@@ -35,11 +37,10 @@ UTF8 = 0x800  # flag of a name in UTF-8
 PICKLE_BYTES = 2**26  # of the structure, without the numbers
 # Operations by which tensors are made of storages or of other tensors. None of them fills memory.
 MAKING = {f"aten.{name}" for name in ("set_.source_Storage_storage_offset", "empty_strided.default", "detach.default")}
-MAKING |= {"aten._empty_affine_quantized.default", "aten._empty_per_channel_affine_quantized.default"}
-MAKING |= {"aten._nested_view_from_buffer.default", "aten.alias.default"}
-MAKING |= {"aten._sparse_coo_tensor_with_dims_and_tensors.default"}
+MAKING |= {"aten.alias.default", "aten._sparse_coo_tensor_with_dims_and_tensors.default"}
 MAKING |= {"aten.sparse_compressed_tensor.comp_plain_value_size"}
 EMPTY = "aten.empty.memory_format"  # without values, until it gets a storage
+NESTED = "aten._nested_view_from_buffer.default"  # looks at each of its tables' rows, which may be one that is repeated
 Storage = Callable[[str, Any, int], Any]  # of a key, a dtype and a number of bytes
 
 
@@ -56,8 +57,6 @@ def read_zipped(file: Path, allowance: Allowance) -> Any:
     Raises ValueError if it is damaged or has compressed entries, pickle.UnpicklingError if it contains code, and
     RuntimeError if an entry has not the size of the storage that tensors refer to.
     """
-    import torch
-
     with open_regular(file) as opened:
         entries = entries_of(file, opened)
 
@@ -72,7 +71,7 @@ def read_zipped(file: Path, allowance: Allowance) -> Any:
         if order not in (b"little", b"big"):
             raise RuntimeError(f"its byteorder is {quoted(order)}")
         structure = io.BytesIO(content(f"{root}/data.pkl"))
-    mapped = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+        mapped = storage_of(opened)
 
     def storage(key: str, dtype: Any, size: int) -> Any:
         entry = entries.get(f"{root}/data/{key}")
@@ -87,6 +86,16 @@ def read_zipped(file: Path, allowance: Allowance) -> Any:
 
     allowance.add_structure(structure)
     return unpickler(structure, storage).load()
+
+
+def storage_of(opened: BinaryIO) -> Any:
+    """Storage of an open file's bytes, mapped; what is changed in it stays in memory.
+
+    PyTorch's own function takes only names that are UTF-8.
+    """
+    import torch
+
+    return torch.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8).untyped_storage()
 
 
 def entries_of(file: Path, opened: BinaryIO) -> dict[str, Entry]:
@@ -153,7 +162,7 @@ def check_directory(file: Path) -> None:
         if place != size - END64 or tail[:4] != b"PK\x06\x06":
             start = -1
     if tail[end : end + 4] != b"PK\x05\x06" or offset + held != start:
-        raise ValueError(f"{file} is a damaged zip file: its directory is not where its last {END} bytes say")
+        raise explained(file, f"is a damaged zip file: its directory is not where its last {END} bytes say")
 
 
 def read_legacy(file: Path, allowance: Allowance) -> Any:
@@ -161,11 +170,9 @@ def read_legacy(file: Path, allowance: Allowance) -> Any:
 
     Raises pickle.UnpicklingError if it contains code, and RuntimeError, EOFError and others if it is damaged.
     """
-    import torch
-
     with open_regular(file) as content:
         offsets = storage_offsets(content, file.stat().st_size, allowance)
-        mapped = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+        mapped = storage_of(content)
 
         def storage(key: str, dtype: Any, size: int) -> Any:
             return mapped[offsets[key] : offsets[key] + size]
@@ -261,7 +268,7 @@ def made_on_cpu() -> Iterator[None]:
     """Context in which PyTorch's unpickler makes tensors in the CPU's memory, and computes nothing.
 
     A pickle may have tensors of one number, repeated, converted to another dtype, which fills the memory. Raises
-    RuntimeError for such operations.
+    RuntimeError for such operations. A nested tensor becomes an empty sparse one, which is no tensor of a model either.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -273,14 +280,19 @@ def made_on_cpu() -> Iterator[None]:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = str(func)
+            if name == NESTED:
+                return torch.empty(0, layout=torch.sparse_coo)
             if name not in MAKING and not (name == EMPTY and 0 in args[0]):
                 raise RuntimeError(f"its structure asks for the operation {name}")
             return func(*args, **(kwargs or {}))
 
     place: Any = torch.serialization._serialization_tls
     before, place.map_location = place.map_location, "cpu"  # as torch.load does for tensors of other devices
+    sparse: list[Any] = torch._utils._sparse_tensors_to_validate  # the next torch.load would validate all of them
+    validated = len(sparse)
     try:
         with Making():
             yield
     finally:
         place.map_location = before
+        del sparse[validated:]

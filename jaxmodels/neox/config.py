@@ -58,8 +58,8 @@ class NeoXConfig:
             size = getattr(self, name)
             if size is None and name in ("n_ff", "n_kv_heads"):
                 continue
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}={quoted(size)} must be an integer of at least 1")
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST:
+                raise ValueError(f"{name}={quoted(size)} must be an integer from 1 to {LARGEST:g}")
         for name in ("parallel_residual", "tied", "remat", "attention_bias", "ffn_bias"):
             flag = getattr(self, name)
             if not isinstance(flag, bool):

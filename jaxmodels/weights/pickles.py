@@ -17,13 +17,16 @@ from typing import BinaryIO
 MOST = 500_000
 DEEPEST = 100  # tuples, lists, dictionaries and arguments of calls in each other; a checkpoint has about ten
 TEXT_BYTES = 64  # of a text that count as a further value where it is used again
-LARGEST_KEY = 2**61 - 2  # Python's hashes of larger integers repeat, so that a dictionary of them takes quadratic time
+# Numbers and tuples are hashed alike in every process, so that a file can choose keys for which a dictionary takes
+# quadratic time; a file cannot know the hashes of texts. Integers below FREE_KEYS are too few for that: seconds.
+FREE_KEYS = 2**17
+MOST_KEYS = 2_000  # others: ids of parameters in optimizers of PyTorch before 1.5, pairs of names
 
 MARK, STOP, GLOBAL, TUPLE = pickle.MARK[0], pickle.STOP[0], pickle.GLOBAL[0], pickle.TUPLE[0]
 NEWOBJ, REDUCE, BUILD, LONG1 = pickle.NEWOBJ[0], pickle.REDUCE[0], pickle.BUILD[0], pickle.LONG1[0]
 PUTS = {pickle.BINPUT[0]: "<B", pickle.LONG_BINPUT[0]: "<I"}
 GETS = {pickle.BINGET[0]: "<B", pickle.LONG_BINGET[0]: "<I"}
-NUMBERS = {pickle.BININT[0]: 4, pickle.BININT1[0]: 1, pickle.BININT2[0]: 2, pickle.BINFLOAT[0]: 8}  # bytes
+NUMBERS = {pickle.BININT[0]: "<i", pickle.BININT1[0]: "<B", pickle.BININT2[0]: "<H", pickle.BINFLOAT[0]: ">q"}
 TEXTS = {pickle.BINUNICODE[0]: "<I", pickle.SHORT_BINSTRING[0]: "<B"}  # format of the length
 EMPTY = {
     pickle.NONE[0]: "none",
@@ -36,7 +39,8 @@ EMPTY = {
 }
 TUPLES = {pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3}
 
-KEYS = {"text", "codec", "number", "truth", "none"}  # kinds of a dictionary's keys: hashed and printed in no time
+FREE = {"text", "codec", "truth", "none"}  # kinds of a dictionary's keys of which there may be any number
+KEYS = {*FREE, "number"}  # kinds of keys and of what is in a tuple that is one: hashed and printed in no time
 CODECS = {b"latin1", b"latin-1"}  # by which Python writes bytes
 SAVED = "text global text text number( (none|tuple|numbers))?"  # reference to a storage of the file
 # Functions and classes that a pickle may call: kinds of the arguments, and of the result; "numbers" is a tuple of
@@ -47,7 +51,6 @@ CALLS = {
     "torch._utils._rebuild_tensor": ("storage number numbers numbers", "tensor"),
     "torch._utils._rebuild_tensor_v2": ("storage number numbers numbers truth ordered( (dict|none))?", "tensor"),
     "torch._utils._rebuild_tensor_v3": ("storage number numbers numbers truth ordered global( (dict|none))?", "tensor"),
-    "torch._utils._rebuild_qtensor": ("storage number numbers numbers tuple truth ordered", "tensor"),
     "torch._utils._rebuild_sparse_tensor": ("layout tuple", "tensor"),
     "torch._utils._rebuild_nested_tensor": ("tensor tensor tensor tensor", "tensor"),
     "torch._utils._rebuild_meta_tensor_no_storage": ("global numbers numbers truth", "tensor"),
@@ -70,10 +73,10 @@ CALLS = {
 }
 # Of some of them: the place of a tuple among the arguments, and the kinds in it.
 INNER = {
-    "torch._utils._rebuild_qtensor": (4, "global number number|global (tensor|row) (tensor|row) number"),
     "torch._utils._rebuild_sparse_tensor": (1, "tensor tensor (tensor )?(size|numbers)( (truth|none))?"),
 }
 FROM_TYPE, BYTES_IO = "torch._tensor._rebuild_from_type_v2", "_io.BytesIO"
+QUANTIZED = "torch._utils._rebuild_qtensor"  # copies scales, which may be one number that is repeated
 STAND_INS = ("numpy.", BYTES_IO)  # beginnings of names in whose place the reader makes objects that do nothing
 
 
@@ -82,14 +85,17 @@ class RefusedError(ValueError):
 
 
 class Value:
-    """Knowledge of a value: its kind, the name of a global, the values in a tuple or list, of how many it consists,
-    and how deeply it is nested.
+    """Knowledge of a value: its kind, the name of a global, the values in a tuple or list or the keys of a dictionary,
+    of how many it consists, and how deeply it is nested.
+
+    free: an integer that may be a key any number of times. whole: a value that was used again, and grows no more.
     """
 
-    __slots__ = ("count", "depth", "items", "kind", "name")
+    __slots__ = ("count", "depth", "free", "items", "kind", "name", "whole")
 
     def __init__(self, kind: str, count: int = 1, depth: int = 0, name: str = "", items: "Sequence[Value]" = ()):
         self.kind, self.count, self.depth, self.name, self.items = kind, count, depth, name, items
+        self.free, self.whole = kind in FREE, False
 
 
 def check_pickle(content: BinaryIO, most: int = MOST, before: int = 0) -> int:
@@ -112,6 +118,7 @@ class Follower:
         self.stack: list[Value] = []
         self.marks: list[list[Value]] = []
         self.memo: dict[int, Value] = {}
+        self.keys = 0  # that are not free
 
     def number(self, form: str) -> int:
         return int(struct.unpack(form, self.content.read(struct.calcsize(form)))[0])
@@ -132,8 +139,13 @@ class Follower:
         return Value(kind, 1 + sum(value.count for value in values), self.around(values), items=values)
 
     def add(self, values: list[Value]) -> Value:
-        """Make values a part of the one on top of the stack; return that."""
+        """Make values a part of the one on top of the stack; return that.
+
+        Raises RefusedError for one that was used before: what it is used in would consist of more than was counted.
+        """
         top = self.stack[-1]
+        if top.whole:
+            raise RefusedError(f"its structure has a {top.kind} that grows after it was used")
         top.count += sum(value.count for value in values)
         top.depth = max(top.depth, self.around(values))
         return top
@@ -158,19 +170,24 @@ class Follower:
         """Follow one instruction."""
         stack = self.stack
         if code in PUTS:
-            self.memo[self.number(PUTS[code])] = stack[-1]
+            place = self.number(PUTS[code])
+            if place > len(self.memo) + FREE_KEYS:  # a key of a dictionary too; Python counts from 0
+                raise RefusedError(f"its structure gives the number {place:,} to value {len(self.memo):,}")
+            self.memo[place] = stack[-1]
         elif code in GETS:
             value = self.memo[self.number(GETS[code])]
             self.used(value.count)
+            value.whole = True
             stack.append(value)
         elif code in EMPTY:
-            stack.append(Value(EMPTY[code], items=[] if code == pickle.EMPTY_LIST[0] else ()))
+            grows = code in (pickle.EMPTY_LIST[0], pickle.EMPTY_DICT[0])
+            stack.append(Value(EMPTY[code], items=[] if grows else ()))
         elif code in NUMBERS:
-            self.content.read(NUMBERS[code])
             stack.append(Value("number"))
+            stack[-1].free = 0 <= self.number(NUMBERS[code]) < FREE_KEYS and code != pickle.BINFLOAT[0]
         elif code == LONG1:
-            number = pickle.decode_long(self.content.read(self.number("<B")))
-            stack.append(Value("number" if abs(number) <= LARGEST_KEY else "large number"))
+            self.content.read(self.number("<B"))
+            stack.append(Value("number"))
         elif code in TEXTS:
             text = self.content.read(self.number(TEXTS[code]))
             stack.append(Value("codec" if text in CODECS else "text", 1 + len(text) // TEXT_BYTES))
@@ -194,16 +211,19 @@ class Follower:
             top = self.add([state])
             if top.kind != "stand-in" and (top.kind, state.kind) != ("ordered", "dict"):
                 raise RefusedError(f"its structure gives a {top.kind} a state")
+            self.hashed(state.items if top.kind == "ordered" else ())
         elif code in (pickle.APPEND[0], pickle.APPENDS[0]):
             values = [stack.pop()] if code == pickle.APPEND[0] else self.to_mark()
-            grown = self.add(values).items
-            if not isinstance(grown, list):
+            top = self.add(values)
+            if top.kind != "list" or not isinstance(top.items, list):
                 raise pickle.UnpicklingError("a value is appended to what is no list")
-            grown += values
+            top.items += values
         elif code in (pickle.SETITEM[0], pickle.SETITEMS[0]):
             values = [stack.pop(), stack.pop()][::-1] if code == pickle.SETITEM[0] else self.to_mark()
-            self.add(values)
-            check_keys(values[::2])
+            top = self.add(values)
+            if top.kind == "dict" and isinstance(top.items, list):
+                top.items += values[::2]
+            self.hashed(values[::2])
         elif code == pickle.BINPERSID[0]:
             check_kinds("refers to a storage", SAVED, stack[-1])
             stack[-1] = Value("storage")
@@ -212,14 +232,29 @@ class Follower:
         else:
             raise pickle.UnpicklingError(f"instruction {code}")
 
-    def called(self, function: Value, arguments: Value, code: int = REDUCE) -> str:
-        """Kind of the result of a call; raises RefusedError, or UnpicklingError with a name, for one that is refused.
+    def hashed(self, keys: Sequence[Value]) -> None:
+        """Count values that become keys of a dictionary or members of a set.
 
-        Lists and dictionaries count again: they may have grown since they became part of a tuple of arguments.
+        Raises RefusedError for what are neither texts, numbers nor tuples of them, and for too many that are not free.
         """
+        for key in keys:
+            parts = key.items if key.kind == "tuple" else (key,)
+            if other := [part.kind for part in parts if part.kind not in KEYS]:
+                raise RefusedError(f"its structure has a {other[0]} as a key; expected a text or a number")
+            self.keys += not key.free
+        if self.keys > MOST_KEYS:
+            raise RefusedError(
+                f"its structure has more than {MOST_KEYS:,} keys that are neither texts nor integers from 0 to "
+                f"{FREE_KEYS - 1:,}"
+            )
+
+    def called(self, function: Value, arguments: Value, code: int = REDUCE) -> str:
+        """Kind of the result of a call; raises RefusedError, or UnpicklingError with a name, for what is refused."""
         name, given = function.name, arguments.items
         if name.startswith(STAND_INS):
             return "stand-in"
+        if name == QUANTIZED:
+            raise RefusedError("it holds a quantized tensor; dequantize it and save it again")
         if name not in CALLS or code == NEWOBJ:
             raise pickle.UnpicklingError(f"GLOBAL {name or function.kind}")
         expected, kind = CALLS[name]
@@ -228,12 +263,9 @@ class Follower:
         if name in INNER:
             place, expected = INNER[name]
             check_kinds(what, expected, given[place])
-        held = [value for value in given if value.kind in ("list", "dict")]
-        self.used(sum(value.count for value in held))
-        if kind == "set":
-            check_keys([key for value in held for key in value.items])
-        elif kind == "ordered":
-            check_keys([key for value in held for pair in value.items for key in pair.items[:1] or [pair]])
+        if kind in ("set", "counter", "ordered"):
+            keys = [key for value in given for key in value.items]
+            self.hashed([one for key in keys for one in (key.items[:1] or [key])] if kind == "ordered" else keys)
         elif name == FROM_TYPE and (made := self.called(given[0], given[2])) != "tensor":
             raise RefusedError(f"its structure gives a {made} a type and a state")
         return kind
@@ -254,11 +286,3 @@ def check_kinds(what: str, expected: str, arguments: Value) -> None:
     kinds = " ".join(map(kind_of, arguments.items)) if arguments.kind == "tuple" else f"*{arguments.kind}"
     if not re.fullmatch(expected, kinds):
         raise RefusedError(f"its structure {what} ({kinds[:80]}); expected ({expected})")
-
-
-def check_keys(keys: Sequence[Value]) -> None:
-    """Raise RefusedError for keys of a dictionary or set that are neither texts, numbers nor tuples of them."""
-    for key in keys:
-        parts = key.items if key.kind == "tuple" else (key,)
-        if other := [part.kind for part in parts if part.kind not in KEYS]:
-            raise RefusedError(f"its structure has a {other[0]} as a key; expected a text or a number")

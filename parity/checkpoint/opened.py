@@ -24,7 +24,7 @@ from jaxmodels.convert.neox.shards import config_files, find_step
 from jaxmodels.convert.open import local_folder, open_source
 from jaxmodels.convert.operations import float64_allowed
 from jaxmodels.io.safetensors import read_file
-from jaxmodels.io.torch_files import read_pt, read_state_dict
+from jaxmodels.io.torch_files import read_pt, read_state_dict, stand_ins
 from jaxmodels.models import abstract
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.process.texts import quoted
@@ -114,7 +114,7 @@ def opened(
         raise ValueError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         return Checkpoint(str(path), "tensors", read_file(path))
-    content = read_pt(path)
+    content = read_pt(path, stand_ins())
     held = [key for key, value in content.items() if is_state_dict(value)] if isinstance(content, Mapping) else []
     if len(held) == 1:  # with an optimizer's state, a step, and so on
         note = f"the state_dict is the entry {quoted(held[0])} of {path.name}"

@@ -327,7 +327,7 @@ def test_a_file_beside_the_weights_without_end_is_not_copied(tmp_path):
         Companions.of(tmp_path).write(tmp_path / "out")
 
 
-@pytest.mark.parametrize("value", [10**300, "9" * 5_000, 0.5, [], 2**31])
+@pytest.mark.parametrize("value", [10**30, "9" * 5_000, 0.5, [], 2**31])
 def test_an_id_of_a_special_token_has_31_bits(tmp_path, value):
     from jaxmodels.convert.companions import Companions
 

@@ -128,6 +128,37 @@ def test_an_entry_of_a_larger_checkpoint(pt, tmp_path, capsys):
     assert to_flax(file, tmp_path / "out", "--key", "model") == 0
 
 
+def test_numbers_of_numpy_beside_an_entry_are_left_out(pt, tmp_path):
+    file, module = pt
+    torch.save({"model": module.state_dict(), "best": np.float64(0.5), "history": np.zeros(3)}, file)
+    assert to_flax(file, tmp_path / "out", "--key", "model") == 0
+
+
+def test_a_prefix_of_the_names_is_removed(pt, tmp_path, capsys):
+    file, module = pt
+    torch.save({f"module.{name}": tensor for name, tensor in module.state_dict().items()}, file)
+    assert to_flax(file, tmp_path / "out") == 2
+    assert "module." in capsys.readouterr().err
+    assert to_flax(file, tmp_path / "out", "--strip-prefix", "module.") == 0
+    assert to_flax(file, tmp_path / "no", "--strip-prefix", "other.") == 2
+    assert "strip_prefix='other.'" in capsys.readouterr().err
+    torch.save(module.state_dict(), file)
+    assert to_flax(file, tmp_path / "plain") == 0
+    outputs = [jaxmodels.load(tmp_path / name)(np.array([[3], [5], [7]])) for name in ("out", "plain")]
+    assert np.array_equal(*outputs)
+
+
+@pytest.mark.parametrize("flag", ["--revision", "--variant"])
+def test_flags_of_other_sources_are_refused(pt, tmp_path, capsys, flag):
+    assert to_flax(pt[0], tmp_path / "out", flag, "a") == 2
+    assert re.search(rf"{flag} is for .*model\.pt is a file", capsys.readouterr().err)
+
+
+def test_an_integer_that_no_float_holds_is_refused(pt, tmp_path, capsys):
+    assert to_flax(pt[0], tmp_path / "out", config=CONFIG | {"d_model": 10**400}) == 2
+    assert re.search(r"--config .*an integer of 401 digits", capsys.readouterr().err)
+
+
 def test_old_files_that_are_no_zip_are_read_too(pt, tmp_path):
     file, module = pt
     torch.save(module.state_dict(), file, _use_new_zipfile_serialization=False)

@@ -89,13 +89,14 @@ def test_what_is_no_regular_file_is_refused_at_once(kind, tmp_path):
         '{"a":' * 10**6,
         "1" * 10**6,
         '{"a": ' + "9" * 5000 + "}",
+        '{"a": [1' + "0" * 40 + "]}",
         '"' + "x" * 10**6,
         "\ufeff{}",
         "",
         "{'a': 1}",
         "{" + '"a": 1, ' * 10**5,
     ],
-    ids=["lists", "objects", "digits", "integer", "string", "BOM", "empty", "Python", "open"],
+    ids=["lists", "objects", "digits", "integer", "integer beyond floats", "string", "BOM", "empty", "Python", "open"],
 )
 def test_what_is_no_json_is_one_short_line(text, tmp_path):
     file = tmp_path / "config.json"

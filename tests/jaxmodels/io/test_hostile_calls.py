@@ -66,9 +66,6 @@ BLANK = {
         *(torch._utils._rebuild_wrapper_subclass, torch.Tensor, torch.float32, (5,), (1,), 0, torch.strided, "cpu"),
         True,
     ),
-    "quantized": Made(
-        *(torch._utils._rebuild_qtensor, Made(TYPED, 5), 0, (5,), (1,), (torch.per_tensor_affine, 1.0, 0), False, HOOKS)
-    ),
 }
 
 
@@ -115,10 +112,6 @@ CALLS = {
     "a dictionary's key": b"c__builtin__\nbytearray\n}" + LARGE + b"K\x00sR",
     "a size": calling(b"__builtin__", b"bytearray", calling(b"torch", b"Size", LARGE + b"\x85\x85")),
     "a set's number": calling(b"__builtin__", b"bytearray", calling(b"__builtin__", b"set", b"]" + LARGE + b"a\x85")),
-    # the list is a part of the arguments before it is long
-    "a set of a list that has grown": (
-        b"(]q\x00\x85q\x01h\x00(" + b"K\x01" * 9_000 + b"e" + b"c__builtin__\nset\nh\x01R" * 9_000 + b"t"
-    ),
 }
 
 
@@ -138,7 +131,6 @@ KEYS = {
     "a tuple": (WIDE,),
     "a storage": torch.ones(3).untyped_storage(),
     "a storage that is made": Made(TYPED),
-    "an integer of a repeated hash": 2**61 - 1,
     "a dtype": torch.float32,
 }
 
@@ -154,24 +146,131 @@ def test_keys_are_texts_and_numbers(tmp_path, key, zipped):
                 read(file)
 
 
-QUANTIZED = torch.storage.TypedStorage(wrap_storage=torch.ones(5).untyped_storage(), dtype=torch.quint8, _internal=True)
-PER_TENSOR, PER_CHANNEL = (torch.per_tensor_affine, 1.0, 0), (torch.per_channel_affine, [1.0], [0.0], 5)
+STORAGE = torch.ones(5)._typed_storage()
 PRINTED = {
-    "a scheme": ((5,), (1,), (WIDE,)),
-    "a tuple in it": ((5,), (1,), ((WIDE,),)),
-    "a size": ((WIDE,), (1,), PER_CHANNEL),
-    "a stride": ((5,), (WIDE,), PER_TENSOR),
-    "a scale": ((5,), (1,), (torch.per_channel_affine, [WIDE], [0.0], 5)),
+    "a size": (STORAGE, 0, (WIDE,), (1,), False, HOOKS),
+    "a tuple in it": (STORAGE, 0, ((WIDE,),), (1,), False, HOOKS),
+    "a stride": (STORAGE, 0, (5,), (WIDE,), False, HOOKS),
+    "an offset": (STORAGE, WIDE, (5,), (1,), False, HOOKS),
+    "hooks": (STORAGE, 0, (5,), (1,), False, WIDE),
 }
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("printed", PRINTED)
 def test_tensors_are_not_where_an_error_prints_them(tmp_path, printed, zipped):
-    size, stride, quantizer = PRINTED[printed]
-    made = Made(torch._utils._rebuild_qtensor, QUANTIZED, 0, size, stride, quantizer, False, HOOKS)
+    made = Made(torch._utils._rebuild_tensor_v2, *PRINTED[printed])
     torch.save({"a": made}, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"model\.pt is refused: its structure calls torch\._utils\._rebuild_qtensor"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt is refused: its structure calls torch\._utils\._rebuild_tensor_v2"
+    ):
+        read_tensors(tmp_path / "model.pt")
+
+
+ONE = torch.zeros(1, dtype=torch.int64).expand(10**9, 2)
+TABLES = {
+    "nested": Made(torch._utils._rebuild_nested_tensor, torch.ones(5), ONE, ONE, ONE[:, 0]),
+    "quantized": Made(
+        *(torch._utils._rebuild_qtensor, STORAGE, 0, (10**9, 0), (0, 0)),
+        *((torch.per_channel_affine, ONE[:, 0], ONE[:, 1], 0), False, HOOKS),
+    ),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_that_repeats_a_row_is_not_read(tmp_path, table, zipped):
+    torch.save({"a": torch.ones(3), "b": TABLES[table]}, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    start = time.process_time()
+    if table == "quantized":
+        with pytest.raises(ValueError, match=r"model\.pt is refused: .*quantized"):
+            read_tensors(tmp_path / "model.pt")
+    else:
+        assert list(read_tensors(tmp_path / "model.pt")[0]) == ["a"]
+        with pytest.raises(ValueError, match=r"model\.pt has 'b', which is not a dense tensor"):
+            read_state_dict(tmp_path / "model.pt")
+    assert time.process_time() - start < 5
+
+
+def colliding(tries):
+    """Pairs of integers with one hash: the inverse of Python's."""
+    first, second, fifth, size = 11400714785074694791, 14029467366897019727, 2870177450012600261, 2**64
+
+    def turned(x, by):
+        return (x << by | x >> (64 - by)) % size
+
+    wanted = turned((hash((5, 7)) - (2 ^ fifth ^ 3527539)) * pow(first, -1, size) % size, 33)
+    found = []
+    for a in range(tries):
+        b = (wanted - turned((fifth + a * second) % size, 31) * first) * pow(second, -1, size) % size
+        b -= size * (b >= 2**63)
+        if hash(b) == b:
+            found.append((a, b))
+    return found
+
+
+ODD_KEYS = {
+    "pairs": dict.fromkeys(colliding(12_000)),
+    "large integers": dict.fromkeys(range(2**27, 2**27 + 3_000)),
+    "negative integers": dict.fromkeys(range(-3_000, -1)),
+    "fractions": {i / 7: None for i in range(3_000)},
+    "members": {i / 7 for i in range(3_000)},
+    "pairs of an OrderedDict": Made(collections.OrderedDict, [[i / 7, None] for i in range(3_000)]),
+    "counted": [Made(collections.Counter, {i / 7: 1 for i in range(900)}) for _ in range(2)],
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("odd", ODD_KEYS)
+def test_keys_whose_hashes_a_file_knows_are_few(tmp_path, odd, zipped):
+    keys = ODD_KEYS[odd]
+    torch.save({"a": torch.ones(3), "b": keys}, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"model\.pt is refused: .*more than 2,000 keys"):
+        read_tensors(tmp_path / "model.pt")
+
+
+def test_hashes_of_pairs_repeat():
+    pairs = colliding(1_000)
+    assert len(pairs) > 100
+    assert len({hash(pair) for pair in pairs}) == 1
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_many_texts_and_numbers_in_order_are_keys(tmp_path, zipped):
+    """Of an optimizer, of losses by step, and of epochs."""
+    content = {
+        "state": {i: {"step": 1} for i in range(5_000)},
+        "losses": {1_000_000 + i: 0.5 for i in range(1_500)},
+        "names": {f"name {i}" for i in range(5_000)},
+        "a": torch.ones(3),
+    }
+    torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    assert read_pt(tmp_path / "model.pt")["losses"] == content["losses"]
+    assert list(read_tensors(tmp_path / "model.pt")[0]) == ["a"]
+
+
+GROWING = {
+    "a list of arguments": b"]q\x00\x85q\x01h\x00(" + b"K\x01" * 9_000 + b"ec__builtin__\nset\nh\x01Rt",
+    "a list that waits": b"]q\x00(" + b"h\x00" * 9_000 + b"(K\x01et",
+    "a dictionary in itself": b"}q\x00K\x01h\x00st",
+    "a mapping in itself": b"ccollections\nOrderedDict\n)Rq\x00K\x01h\x00st",
+    "its state": b"ccollections\nOrderedDict\n)Rq\x00h\x00}bt",
+}
+
+
+@pytest.mark.parametrize("write", FORMATS)
+@pytest.mark.parametrize("growing", GROWING)
+def test_what_was_used_grows_no_more(tmp_path, write, growing):
+    """It would consist of more values than were counted where it was used."""
+    write(tmp_path / "model.pt", b"\x80\x02(" + GROWING[growing] + b".")
+    with pytest.raises(ValueError, match=r"model\.pt is refused: its structure has a (list|dict|ordered) that grows"):
+        read_tensors(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_values_are_numbered_in_order(tmp_path, write):
+    write(tmp_path / "model.pt", b"\x80\x02}r\x00\x00\x00\x10.")
+    with pytest.raises(ValueError, match=r"model\.pt is refused: .*268,435,456"):
         read_tensors(tmp_path / "model.pt")
 
 

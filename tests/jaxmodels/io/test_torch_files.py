@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+import tracemalloc
 import zipfile
 
 import pytest
@@ -112,6 +113,31 @@ def test_what_is_no_checkpoint_says_what_it_is(tmp_path, what, suffix):
         return
     with pytest.raises(ValueError, match=rf"^\S*model\.{suffix} [^\n]*{what}[^\n]*$"):
         (read_file if suffix == "safetensors" else read_pt)(file)
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_an_entry_with_the_state_dict_is_preferred_to_a_tensor_beside_it(tmp_path, zip_file):
+    content = {"epoch": torch.tensor(3), "state_dict": {"a": torch.ones(3)}, "ema": {"a": torch.zeros(3)}}
+    torch.save(content, tmp_path / "model.bin", _use_new_zipfile_serialization=zip_file)
+    arrays, notes = read_tensors(tmp_path / "model.bin")
+    assert {name: array.tolist() for name, array in arrays.items()} == {"a": [1, 1, 1]}
+    assert "'state_dict'" in notes[0]
+    del content["state_dict"]  # now the tensor is all that is known to be a state_dict
+    torch.save(content, tmp_path / "model.bin", _use_new_zipfile_serialization=zip_file)
+    assert list(read_tensors(tmp_path / "model.bin")[0]) == ["epoch"]
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_the_name_of_an_entry_is_not_repeated_for_each_in_it(tmp_path, tensors):
+    held = torch.ones(1)
+    inner = {str(i): {"a": held} if tensors else {} for i in range(6_000)}
+    torch.save({"n" * 1_000_000: inner}, tmp_path / "model.pt")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"model\.pt holds (several state_dicts|no tensors)") as refused:
+        read_tensors(tmp_path / "model.pt")
+    assert tracemalloc.get_traced_memory()[1] < 200_000_000
+    tracemalloc.stop()
+    assert len(str(refused.value)) < 5_000
 
 
 def test_a_pointer_in_place_of_json(tmp_path):

@@ -183,7 +183,7 @@ def test_the_configuration_may_name_the_file(tmp_path, made):
 
 
 WRONG_KINDS = {
-    "transformers_weights": (["tuned.safetensors"], 3, {}, True, "tuned\0.safetensors"),
+    "transformers_weights": (["tuned.safetensors"], 3, {}, True, "tuned\0.safetensors", "\x1b[31m.bin"),
     "architectures": ("GPTNeoXForCausalLM", 3, [["GPTNeoXForCausalLM"]], {}),
 }
 
@@ -193,8 +193,9 @@ def test_a_name_in_the_configuration_that_is_none_is_refused(key, value, tmp_pat
     write_config(tmp_path, made)
     edit_config(tmp_path, **{key: value})
     write_safetensors(tmp_path, published(made), "model.safetensors")
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as refused:
         open_hf(tmp_path)
+    assert str(refused.value).isprintable()
     assert command.main(["inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
