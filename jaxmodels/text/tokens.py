@@ -304,7 +304,7 @@ def read_documents(
             raise ValueError(
                 f"{file} has {starts.dtype}{list(starts.shape)}; tokens.json says {quoted(lengths.get(name))} documents"
             )
-        if starts[0] != 0 or starts[-1] != len(ids) or (np.diff(starts) < 0).any():
+        if starts[0] != 0 or starts[-1] != len(ids) or (starts[1:] < starts[:-1]).any():
             raise ValueError(f"{file} must grow from 0 to {len(ids)}, the number of ids")
         found.append(starts)
     train, validation = found

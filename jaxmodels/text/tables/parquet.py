@@ -10,7 +10,7 @@ https://github.com/apache/parquet-format
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ EXPANDED = 2**30  # bytes of a group of rows that may be more than `RATIO` times
 ROWS, DECODED = 256, 2**27  # rows that are decoded at once, and bytes that they may take
 VALUE_BYTES = 16  # that a value takes while it is decoded, besides its text
 DEPTH = 8  # of structures in a header
-TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
-NUMBERS = (4, 5, 6)  # of 16, 32 and 64 bits
+TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, STRUCT = 1, 2, 3, 4, 5, 6, 7, 8, 12
+BITS = {I16: 16, I32: 32, I64: 64}
+# Fields of a page's header that are read: the kind of each, or the fields of a structure.
+NUMBER_OF_VALUES = {1: I32}
+HEADER = {1: I32, 2: I32, 3: I32, 5: NUMBER_OF_VALUES, 7: NUMBER_OF_VALUES, 8: NUMBER_OF_VALUES}
 
 
 def batches(file: Path, field: str) -> Iterator[Any]:
@@ -105,51 +108,57 @@ def largest_page(file: Path, data: Any, begin: int, end: int, field: str, most: 
 def pages(data: Any, begin: int, end: int) -> Iterator[int]:
     """Bytes that each page of a column takes when it is decoded; raises ValueError for one that is damaged."""
     while begin < min(end, len(data)):
-        header, place = structure(data, begin)
-        unpacked, packed = header.get(2), header.get(3)
-        if not isinstance(unpacked, int) or not isinstance(packed, int) or min(unpacked, packed) < 0:
+        header, place = structure(data, begin, HEADER)
+        unpacked, packed = header.get(2, -1), header.get(3, -1)
+        if min(unpacked, packed) < 0:
             raise ValueError(f"the page at byte {begin:,} has no sizes")
-        kinds = [header[kind] for kind in (5, 7, 8) if isinstance(header.get(kind), dict)]
-        values = max([kind[1] for kind in kinds if isinstance(kind.get(1), int)], default=0)
+        values = max(header[kind].get(1, 0) if kind in header else 0 for kind in (5, 7, 8))
         yield max(unpacked, VALUE_BYTES * values)
         begin = place + packed
 
 
-def structure(data: Any, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Numbers and structures of a structure in Thrift's compact protocol by field, and the place after it.
+def structure(data: Any, at: int, kinds: Mapping[int, Any], depth: int = 0) -> tuple[dict[int, Any], int]:
+    """Values of the fields in `kinds` of a structure in Thrift's compact protocol, and the place after it.
 
-    Raises ValueError if it is damaged.
+    Raises ValueError if it is damaged, or if Arrow might read it in another way: it takes the last of two equal fields,
+    cuts a field's number to 16 bits, and skips a field of another kind than it expects.
     """
     fields: dict[int, Any] = {}
-    identity = 0
+    last = 0
     if depth > DEPTH:
         raise ValueError("the structures of a header are nested too deeply")
     while kind := octet(data, at):
-        at += 1
         step, kind = kind >> 4, kind & 15
-        if step:
-            identity += step
-        else:
-            identity, at = integer(data, at)
-        fields[identity], at = element(data, at, kind, depth)
+        identity, at = (last + step, at + 1) if step else integer(data, at + 1, I16)
+        if not last < identity < 2**15:
+            raise ValueError(f"a header has field {identity:,} after field {last:,} at byte {at:,}")
+        last, expected = identity, kinds.get(identity)
+        inner = expected if isinstance(expected, dict) else {}
+        if expected is not None and kind != (STRUCT if inner else expected):
+            raise ValueError(f"a header has a value of kind {kind} in field {identity} at byte {at:,}")
+        value, at = element(data, at, kind, inner, depth)
+        if expected is not None:
+            fields[identity] = value
     return fields, at + 1
 
 
-def element(data: Any, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    """A value of a kind, None for those that are left out, and the place after it."""
+def element(data: Any, at: int, kind: int, inner: Mapping[int, Any], depth: int) -> tuple[Any, int]:
+    """A value of a kind, None for those that are left out, and the place after it. inner: `kinds` of a structure."""
     if kind in (TRUE, FALSE):
         return None, at
     if kind == BYTE:
         return None, at + 1
-    if kind in NUMBERS:
-        return integer(data, at)
+    if kind in BITS:
+        return integer(data, at, kind)
     if kind == DOUBLE:
         return None, at + 8
     if kind == BINARY:
         length, at = varint(data, at)
+        if length >= 2**31:
+            raise ValueError(f"a header has a value of {length:,} bytes at byte {at:,}")
         return None, at + length
     if kind == STRUCT:
-        return structure(data, at, depth + 1)
+        return structure(data, at, inner, depth + 1)
     raise ValueError(f"a header has a value of kind {kind} at byte {at:,}")  # a page's header has no lists and maps
 
 
@@ -172,7 +181,9 @@ def varint(data: Any, at: int) -> tuple[int, int]:
     raise ValueError(f"a number before byte {at:,} has more than 64 bits")
 
 
-def integer(data: Any, at: int) -> tuple[int, int]:
-    """Number with a sign in its last bit, and the place after it."""
+def integer(data: Any, at: int, kind: int) -> tuple[int, int]:
+    """Number with a sign in its last bit, and the place after it; raises ValueError if its kind has fewer bits."""
     value, at = varint(data, at)
+    if value >= 2 ** BITS[kind]:  # Arrow would take the last bits
+        raise ValueError(f"a number before byte {at:,} has more than {BITS[kind]} bits")
     return (value >> 1) ^ -(value & 1), at
