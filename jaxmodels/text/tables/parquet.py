@@ -26,6 +26,7 @@ TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, STRUCT = 1, 2, 3, 4, 5, 6, 7, 
 BITS = {I16: 16, I32: 32, I64: 64}
 # Fields of a page's header that are read: the kind of each, or the fields of a structure.
 NUMBER_OF_VALUES = {1: I32}
+DATA_PAGES = {0: 5, 3: 8}  # kinds of pages with values of the column, and the field of each
 HEADER = {1: I32, 2: I32, 3: I32, 5: NUMBER_OF_VALUES, 7: NUMBER_OF_VALUES, 8: NUMBER_OF_VALUES}
 
 
@@ -62,8 +63,8 @@ def batches(file: Path, field: str) -> Iterator[Any]:
                 if not pieces[0][0]:  # without rows it has no pages either
                     continue
                 together = 0
-                for _, begin, end in pieces:
-                    page, count = largest_page(file, data, begin, end, field, left)
+                for _, values, begin, end in pieces:
+                    page, count = largest_page(file, data, begin, end, field, left, values)
                     left -= count
                     together += page
                 # A text may be as long as a page, and each row may repeat it.
@@ -77,26 +78,31 @@ def is_within(path: str, field: str) -> bool:
     return path == field or path.startswith(f"{field}.")
 
 
-def check_disjoint(file: Path, found: list[tuple[int, int, int]], field: str) -> None:
+def check_disjoint(file: Path, found: list[tuple[int, int, int, int]], field: str) -> None:
     """Raise ValueError, naming the file, if groups of rows share pages of a column: each page is read once.
 
-    found: number of rows and places, as `places` returns them.
+    found: numbers of rows and values, and places, as `places` returns them.
     """
-    for (_, end), (begin, _) in itertools.pairwise(sorted((begin, end) for rows, begin, end in found if rows)):
+    for (_, end), (begin, _) in itertools.pairwise(sorted((begin, end) for rows, _, begin, end in found if rows)):
         if begin < end:
             raise ValueError(f"{file} has groups of rows that share pages of {quoted(field)} at byte {begin:,}")
 
 
-def largest_page(file: Path, data: Any, begin: int, end: int, field: str, most: int) -> tuple[int, int]:
+def largest_page(file: Path, data: Any, begin: int, end: int, field: str, most: int, values: int) -> tuple[int, int]:
     """Bytes of the largest page of a column between two places in the file, and number of its pages.
 
-    Raises ValueError, naming the file, if it is larger than `largest` allows, or if there are more than `most` pages.
+    Raises ValueError, naming the file, if it is larger than `largest` allows, or if there are more than `most` pages,
+    or fewer than `values` values in them: Arrow reads on for 100 bytes in a file of an old writer, to find the others.
     """
     found, count = 0, 0
-    for size in pages(data, begin, end):
-        found, count = max(found, size), count + 1
+    for size, held in pages(data, begin, end):
+        found, count, values = max(found, size), count + 1, values - held
         if count > most:
             raise ValueError(f"{file} has more than {most_pages(file):,} pages in the column {quoted(field)}")
+    if values > 0:
+        raise ValueError(
+            f"{file} has pages of the column {quoted(field)} that lack {values:,} values, as of its footer"
+        )
     if found > largest(file):
         raise ValueError(
             f"{file} has a page of {found:,} bytes in the column {quoted(field)} after decompression; at most "
@@ -105,15 +111,20 @@ def largest_page(file: Path, data: Any, begin: int, end: int, field: str, most: 
     return found, count
 
 
-def pages(data: Any, begin: int, end: int) -> Iterator[int]:
-    """Bytes that each page of a column takes when it is decoded; raises ValueError for one that is damaged."""
+def pages(data: Any, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Bytes that each page of a column takes when it is decoded, and number of the column's values in it.
+
+    Raises ValueError for one that is damaged.
+    """
     while begin < min(end, len(data)):
         header, place = structure(data, begin, HEADER)
         unpacked, packed = header.get(2, -1), header.get(3, -1)
         if min(unpacked, packed) < 0:
             raise ValueError(f"the page at byte {begin:,} has no sizes")
-        values = max(header[kind].get(1, 0) if kind in header else 0 for kind in (5, 7, 8))
-        yield max(unpacked, VALUE_BYTES * values)
+        values = {field: header.get(field, {}).get(1, 0) for field in (5, 7, 8)}
+        if min(values.values()) < 0:
+            raise ValueError(f"the page at byte {begin:,} has less than 0 values")
+        yield max(unpacked, VALUE_BYTES * max(values.values())), values.get(DATA_PAGES.get(header.get(1, -1), 0), 0)
         begin = place + packed
 
 

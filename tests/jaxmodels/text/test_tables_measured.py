@@ -5,9 +5,10 @@ import struct
 import pytest
 
 from jaxmodels.text.documents import Files
-from jaxmodels.text.tables import parquet, sizes
+from jaxmodels.text.tables import footer, parquet, sizes
 
 pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet as writer  # noqa: E402
 
 SIZES = b"\x15\x00\x15\x10\x15\x08"  # fields 1, 2 and 3 of a page's header, of 32 bits: kind 0, 8 and 4 bytes
 VALUES = b"\x2c\x15\x06\x00"  # field 5: 3 values
@@ -19,7 +20,7 @@ def read(file):
 
 def test_a_header_of_a_page_with_fields_of_later_versions_is_read():
     known = b"\x2c\x15\x06\x15\x00\x3c\x18\x01a\x18\x01a\x46\x02\x11\x00\x00"  # field 5, with statistics
-    assert list(parquet.pages(SIZES + known + b"\x45\x02\x18\x03abc\x00" + b"data", 0, 4)) == [48]
+    assert list(parquet.pages(SIZES + known + b"\x45\x02\x18\x03abc\x00" + b"data", 0, 4)) == [(48, 3)]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,21 @@ def test_compression_that_a_message_names_in_its_metadata_is_refused(tmp_path, f
             assert read(file) == ["to be"]
     with pytest.raises(ValueError, match=rf"^{file} .*the message at byte \d+ has metadata in a version before 5"):
         read(file)
+
+
+def test_pages_that_lack_values_of_the_footer_are_refused(tmp_path):
+    """Arrow would read on beyond those that are measured, in a file of parquet-mr before 1.2.9."""
+    file = tmp_path / "a.parquet"
+    settings = {"compression": "none", "use_dictionary": False, "write_statistics": False, "row_group_size": 5}
+    writer.write_table(pyarrow.table({"text": ["a", "b", None, "d", "e"]}), file, **settings)
+    assert read(file) == ["a", "b", "d", "e"]
+    ((rows, values, begin, end),) = footer.places(file, [0])[0]
+    assert (rows, values) == (5, 5)
+    data = file.read_bytes()
+    for stop, lacking in ((begin, 5), (end, 0)):
+        with pytest.raises(ValueError, match=rf"^{file} .* lack {lacking or 1} values"):
+            parquet.largest_page(file, data, begin, stop, "text", 9, values + (not lacking))
+    assert parquet.largest_page(file, data, begin, end, "text", 9, values)[1] == 1
 
 
 def views(count, length):
