@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from parity.report.report import Report
 
 REPORTS = pytest.StashKey[list["Report"]]()
+UNWRITTEN = pytest.StashKey[str]()  # why the reports could not be written
 MARKERS = {  # marker: the function of parity that takes the test's return value
     "parity_case": "check",
     "parity_sweep": "sweep",
@@ -58,14 +59,27 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{marker}(**arguments): {text}{golden}")
     for kind in FILES:
         file = config.getoption(f"--parity-{kind}")
-        if file is not None and not file.absolute().parent.is_dir():
-            raise pytest.UsageError(f"--parity-{kind}={file}: folder {file.absolute().parent} does not exist")
+        if file is not None:
+            check_report(f"--parity-{kind}={file}", file)
     parallel = getattr(config.option, "numprocesses", None)  # option -n of pytest-xdist
     if parallel and any(config.getoption(f"--parity-{kind}") for kind in FILES):
         raise pytest.UsageError(
             f"-n {parallel}: --parity-report, --parity-json and --parity-junit need a single process"
         )
     config.stash[REPORTS] = []
+
+
+def check_report(argument: str, file: Path) -> None:
+    """Raise UsageError, which pytest prints as one line, for a file that no report can be written to."""
+    from jaxmodels.io.atomic import check_file
+    from jaxmodels.process.texts import visible
+
+    try:
+        if not file.absolute().parent.is_dir():
+            raise ValueError(f"folder {file.absolute().parent} does not exist")
+        check_file(file)
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(visible(f"{argument}: {error}")) from None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -219,7 +233,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if reports and any(files.values()):
         import parity
 
-        parity.write(*reports, json=files["json"], junit=files["junit"], page=files["report"])
+        try:
+            parity.write(*reports, json=files["json"], junit=files["junit"], page=files["report"])
+        except (OSError, ValueError) as error:  # a full disk, or a folder that is gone: the summary says so
+            session.config.stash[UNWRITTEN] = str(error)
+            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -227,3 +245,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if reports:
         passed = sum(report.passed for report in reports)
         terminalreporter.write_line(f"parity: {passed} of {len(reports)} pairs agree")
+    if unwritten := config.stash.get(UNWRITTEN, ""):
+        from jaxmodels.process.texts import shortened
+
+        terminalreporter.write_line(shortened(f"parity: the reports were not written: {unwritten}"), red=True)

@@ -21,7 +21,7 @@ from jaxmodels.io.safetensors import read_folder
 from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.failures import refusal
-from jaxmodels.process.paths import below, walk
+from jaxmodels.process.paths import below, check_utf8, walk
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, same_kind, with_arrays
 from jaxmodels.weights.place import Shardings
@@ -39,8 +39,9 @@ COMPRESSION = 2**16  # bytes of an array in one of a file: zstandard, which Orba
 def save_arrays(folder: Path, module: Any) -> None:
     """Write every array of a module (a model, an optimizer) with Orbax, named by its path.
 
-    Raises OSError, naming the file, e.g. if the disk is full.
+    Raises OSError, naming the file, e.g. if the disk is full, and ValueError for a folder whose path is not UTF-8.
     """
+    check_utf8(folder.absolute(), "folder")
     from orbax.checkpoint import v1 as ocp
 
     drop_reports_of_saving()

@@ -36,6 +36,16 @@ def local(path: Path | str, name: str) -> Path:
     )
 
 
+def check_utf8(path: Path | str, name: str) -> None:
+    """Raise ValueError, naming the argument, for a path that is not UTF-8: JSON files and Orbax cannot hold it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}={path} is not UTF-8, character {error.start + 1}: rename it, it cannot be saved in a file"
+        ) from None
+
+
 def is_plain(name: Any) -> bool:
     """True for a string that names one file or folder beside the file in which it stands, and nothing elsewhere."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):

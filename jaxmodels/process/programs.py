@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from jaxmodels.process.failures import is_out_of_memory
-from jaxmodels.process.streams import discard, escape_unencodable, is_unwritable, say
+from jaxmodels.process.streams import discard, escape_unencodable, is_unwritable, open_missing, say
 from jaxmodels.process.texts import shortened
 
 
@@ -26,6 +26,7 @@ def run(main: Callable[[], int | None], command: str) -> int:
 
     command: prefix of the line, e.g. "jaxmodels convert".
     """
+    open_missing()
     try:
         with warnings_in_one_line(), interruptible(), safe_path():
             escape_unencodable()

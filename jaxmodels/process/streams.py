@@ -56,6 +56,13 @@ class Output:
         return self.stream.fileno()
 
 
+def open_missing() -> None:
+    """Discard what is printed to standard output or error if it was closed (`>&-`), where Python has None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, until the process ends
+
+
 def discard(stream: TextIO) -> None:
     """Connect a stream to the null device: the interpreter flushes it once more as it exits, and would fail again."""
     with contextlib.suppress(OSError, ValueError):  # of tests, which have no descriptor

@@ -123,10 +123,17 @@ def open_sources(text: str, field: str = "text") -> Sources:
         cut = int(0.9 * len(content))
         return Sources(Text(text, content[:cut]), Text(text, content[cut:]))
     if path.is_dir():
-        return of_folder(path, field)
+        return with_text(of_folder(path, field))
     if kind_of(path) != "text":
-        return Sources(Files(text, (path,), field), None)
+        return with_text(Sources(Files(text, (path,), field), None))
     return split_file(path, text)
+
+
+def with_text(sources: Sources) -> Sources:
+    """Sources of documents as they are; raises ValueError if none to train on has a text."""
+    if not any(sources.train.chunks()):
+        raise ValueError(f"text={sources.train.name!r} has no documents to train on, or none with a text")
+    return sources
 
 
 def is_tokens(text: str) -> bool:

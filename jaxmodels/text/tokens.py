@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import atomic_folder, recover, temporary_folder, unique
+from jaxmodels.io.atomic import atomic_folder, check_target, recover, temporary_folder, unique
 from jaxmodels.io.bounded import check_format, is_integer, read_object
 from jaxmodels.io.npy import map_array
 from jaxmodels.process.progress import progress
@@ -246,6 +246,11 @@ def write_sources(folder: Path, sources: Sources, vocabulary: Vocabulary, end_to
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.{unique(key)}")  # `jaxmodels clean` knows such names
     with locked(partial):
+        try:
+            check_target(folder, overwrite=None)
+        except ValueError:  # another process has written it since the caller looked
+            manifest.remove(partial)
+            raise
         tokens = encode_to(partial, sources, vocabulary, end)
         about: dict[str, object] = {"train": len(tokens.train), "validation": len(tokens.validation)}
         files = [files_of(partial, part)[0] for part in range(len(PARTS))]
@@ -304,7 +309,7 @@ def read_documents(
             raise ValueError(
                 f"{file} has {starts.dtype}{list(starts.shape)}; tokens.json says {quoted(lengths.get(name))} documents"
             )
-        if starts[0] != 0 or starts[-1] != len(ids) or (np.diff(starts) < 0).any():
+        if starts[0] != 0 or starts[-1] != len(ids) or (starts[1:] < starts[:-1]).any():
             raise ValueError(f"{file} must grow from 0 to {len(ids)}, the number of ids")
         found.append(starts)
     train, validation = found

@@ -5,6 +5,7 @@ below a field is its text in --help.
 """
 
 import dataclasses
+import itertools
 import math
 import types
 import typing
@@ -15,6 +16,7 @@ import tyro
 
 from jaxmodels.attention_kernels import Kernel, check_kernel
 from jaxmodels.process.distributed import Processes
+from jaxmodels.process.paths import check_utf8
 from jaxmodels.process.seeds import seed_32
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.sources import names_documents
@@ -110,7 +112,10 @@ class Config:
         object.__setattr__(self, "seed", seed_32(self.seed))
         kinds = hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value = with_tuples(getattr(self, field.name), kinds.get(field.name))
+            object.__setattr__(self, field.name, value)
+            if isinstance(value, str):
+                check_utf8(value, field.name)
             if type(value) is int and may_be_float(kinds.get(field.name)):
                 try:
                     object.__setattr__(self, field.name, float(value))
@@ -197,6 +202,17 @@ def hints(kind: type) -> dict[str, Any]:
 def may_be_float(kind: Any) -> bool:
     """True for float, and for a union with it."""
     return kind is float or float in typing.get_args(kind)
+
+
+def with_tuples(value: Any, kind: Any) -> Any:
+    """Value of a JSON text with lists as tuples, where its type says so."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    for one in kinds:
+        if isinstance(value, list) and tuple in (one, typing.get_origin(one)):
+            given = typing.get_args(one)
+            inner = given[:1] * len(value) if given[1:] == (...,) else given[: len(value)]
+            return tuple(itertools.starmap(with_tuples, itertools.zip_longest(value, inner)))
+    return value
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -17,6 +17,7 @@ from jaxmodels.convert.companions import TOKENIZER, Companions
 from jaxmodels.convert.open import Opened, open_source
 from jaxmodels.io.checkpoint import stored_types
 from jaxmodels.io.content import STEM, holds_safetensors
+from jaxmodels.process.paths import check_utf8
 from jaxmodels.weights.names import Type
 
 
@@ -51,6 +52,7 @@ def original_of(opened: Opened, tokenizer: str | None = None) -> Original:
     if tokenizer is not None:
         companions = dataclasses.replace(companions, files={**companions.files, TOKENIZER: Path(tokenizer)})
     source = str(Path(opened.name).absolute()) if Path(opened.name).exists() else opened.name  # or a Hub id
+    check_utf8(source, "checkpoint")
     return Original(source, opened.original.get("dtype") or most_common(types_of(opened)), companions)
 
 

@@ -21,7 +21,7 @@ from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import check_format, errors_naming, read_object
 from jaxmodels.io.steps import check_run, latest_step, problem, read_mark, steps
 from jaxmodels.models import names
-from jaxmodels.process.paths import local
+from jaxmodels.process.paths import check_utf8, local
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training import metrics
@@ -133,8 +133,12 @@ def saved_config(kind: type[Experiment[ConfigT]], run: Path) -> ConfigT:
 def settled(config: Config) -> dict[str, Any]:
     """Hyperparameters that no resumed run may change, as JSON values."""
     may = MAY_CHANGE if config.schedule == "cosine" else MAY_CHANGE | {"steps"}
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in fields.items() if name not in may}
+    return {name: value for name, value in as_json(config).items() if name not in may}
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """Fields as JSON values, as a run's files have them: a tuple is a list."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def expected(run: Path, experiment: Experiment[Any]) -> Expected:
@@ -228,6 +232,7 @@ def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None"
     A run without a checkpoint may start again with any hyperparameters. branch: what a new run begins with; a run that
     has begun must have been branched from it. Raises ValueError too if a file of the run is a symbolic link.
     """
+    check_utf8(run.absolute(), "folder")
     check_run(run)
     if branch is not None:
         branch.check(experiment)
@@ -261,7 +266,7 @@ def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None"
 
 def differing(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
     """Fields of two configurations of one class that differ, with both values."""
-    ours, theirs = dataclasses.asdict(before), dataclasses.asdict(after)
+    ours, theirs = as_json(before), as_json(after)
     return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
@@ -278,7 +283,8 @@ class Branch:
     @classmethod
     def at(cls, run: Path | str, step: int | None = None) -> Self:
         """The checkpoint of a step, default the latest complete one; raises ValueError if the run has none."""
-        run = local(run, "branch")
+        run = local(run, "branch").absolute()
+        check_utf8(run, "branch")
         read_about(run)
         if step is None:
             step = int(latest_step(run)[0].name)
@@ -286,7 +292,7 @@ class Branch:
         if step not in found:
             have = ", ".join(map(str, found)) or "none"
             raise ValueError(f"from_step={step}: {run} has no checkpoint of it; it has {have}")
-        return cls(run.absolute(), step)
+        return cls(run, step)
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Self:

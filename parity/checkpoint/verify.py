@@ -53,7 +53,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--tokens",
         type=int,
         metavar="N",
-        help=f"length of the {ROWS} random sequences (default: {TOKENS}, or the model's max_len if that is less)",
+        help=f"length of the {ROWS} random sequences (default: {TOKENS}, or the model's max_len if that is less; "
+        "two chunks of a RETRO model if they are more)",
     )
     arguments.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the tokens (default: 0)")
     arguments.add_argument(
@@ -135,12 +136,14 @@ def token_inputs(checkpoint: "Checkpoint", tokens: int | None, seed: int) -> tup
 
     config = checkpoint.config
     longest = config.get("max_len") or TOKENS
-    tokens = min(TOKENS, longest) if tokens is None else tokens
+    chunk = config["chunk_len"] if checkpoint.model == "RetroModel" else 0
+    if tokens is not None and tokens < chunk:
+        raise ValueError(
+            f"--tokens {tokens} must be at least {chunk}, a chunk of the model: shorter texts have no neighbors"
+        )
+    tokens = max(min(TOKENS, longest), 2 * chunk) if tokens is None else tokens
     rng = np.random.default_rng(seed)
     draw = functools.partial(rng.integers, 0, config["n_vocab"])
     first_axis = model_class(checkpoint.model).sequence_axis == 0
     ids = draw((tokens, ROWS) if first_axis else (ROWS, tokens))
-    if checkpoint.model != "RetroModel":
-        return (ids,)
-    length = config["chunk_len"]
-    return ids, draw((ROWS, tokens // length, NEIGHBORS, 2 * length))
+    return (ids, draw((ROWS, tokens // chunk, NEIGHBORS, 2 * chunk))) if chunk else (ids,)

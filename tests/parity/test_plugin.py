@@ -116,10 +116,27 @@ def test_a_test_fails_if_its_pair_differs_and_every_report_is_written(port, tmp_
     assert "7 of 10 cases agree" in (tmp_path / "out.html").read_text()
 
 
-def test_a_report_in_a_missing_folder_is_refused_before_any_test_runs(port):
-    done = port("--parity-json=nowhere/out.json", "--collect-only")
+@pytest.mark.parametrize("file", ["nowhere/out.json", ".", "/dev/full"])
+def test_a_report_that_cannot_be_written_is_refused_before_any_test_runs(port, file):
+    done = port(f"--parity-json={file}", "--collect-only")
     assert done.returncode == 4
-    assert "nowhere" in done.stderr
+    assert f"ERROR: --parity-json={file}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_report_that_is_not_written_at_the_end_is_one_line(port, tmp_path):
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "test_gone.py").write_text(
+        "import os, parity\nfrom parity.plugin import REPORTS\n"
+        "def test_it(request):\n    os.rmdir('reports')\n"
+        "    request.config.stash[REPORTS].append(parity.Report.of('x', error=ValueError('bad')))\n"
+    )
+    done = port("--parity-json=reports/out.json", "test_gone.py")
+    assert done.returncode == 3
+    assert "1 passed" in done.stdout
+    assert "parity: the reports were not written: json=reports/out.json: folder" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "INTERNALERROR" not in done.stdout + done.stderr
 
 
 def test_the_plugin_itself_loads_neither_torch_nor_jax():

@@ -17,6 +17,7 @@ from jaxmodels.text.tables.sizes import check_strings, largest, largest_sum, map
 
 MAGIC = b"ARROW1"
 DICTIONARY, BATCH = 2, 3  # kinds of messages with buffers
+V5 = 4  # version of messages whose batches name their compression
 LEAST_DESCRIPTION = 16  # bytes; 0 ends a stream
 BLOCK, BUFFER = 24, 16  # bytes of a message's place in the list at the end, and of a buffer's place in a body
 
@@ -149,7 +150,10 @@ def listed(data: Any) -> Iterator[int]:
 
 
 def unpacked(data: Any, at: int) -> tuple[int, int, int]:
-    """Kind of a message, bytes of its buffers after decompression, and the place after its description."""
+    """Kind of a message, bytes of its buffers after decompression, and the place after its description.
+
+    Raises ValueError if an older message than of version 5 has metadata of its own, where Arrow 0.17 named compression.
+    """
     begin, length = description(data, at)
     end = begin + max(0, length)
     message = Table.root(data[begin:end], 0)  # a copy: what it refers to lies in it, not in that of another message
@@ -158,6 +162,8 @@ def unpacked(data: Any, at: int) -> tuple[int, int, int]:
         batch = batch.table(1)
     if batch is None or kind not in (DICTIONARY, BATCH):
         return kind, 0, end
+    if message.value(0, "<h") < V5 and message.field(4) is not None:
+        raise ValueError(f"the message at byte {at:,} has metadata in a version before 5, which may name a compression")
     compressed = batch.field(3) is not None
     sizes = (buffer(data, end, batch.data, place, compressed) for place in batch.vector(2, BUFFER))
     return kind, sum(sizes), end

@@ -23,10 +23,13 @@ def operations() -> Mapping[str, Callable[..., Any]]:
     from pyarrow import parquet
 
     def places(file: str, leaves: list[int]) -> list[list[list[int]]]:
-        """Number of rows, and places from and to of the pages, of each group of rows of each column."""
+        """Number of rows and of values, and places from and to of the pages, of each group of rows of each column."""
         with parquet.ParquetFile(file) as opened:
             groups = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
-            return [[[group.num_rows, *place_of(group.column(leaf))] for group in groups] for leaf in leaves]
+            return [
+                [[group.num_rows, group.column(leaf).num_values, *place_of(group.column(leaf))] for group in groups]
+                for leaf in leaves
+            ]
 
     return {"places": places}
 
@@ -52,7 +55,7 @@ def footer_bytes(file: Path) -> int:
         return min(size, int.from_bytes(opened.read(4), "little"))
 
 
-def places(file: Path, leaves: list[int]) -> list[list[tuple[int, int, int]]]:
+def places(file: Path, leaves: list[int]) -> list[list[tuple[int, int, int, int]]]:
     """Operation `places`; raises ValueError, naming the file, if the footer cannot be read within the limits."""
     seconds = SECONDS + SECONDS_PER_BYTE * file.stat().st_size
     megabytes = MEGABYTES + MEMORY_PER_BYTE * footer_bytes(file) / 1e6
@@ -60,4 +63,4 @@ def places(file: Path, leaves: list[int]) -> list[list[tuple[int, int, int]]]:
         found = reader().call("places", str(file.absolute()), leaves, seconds=seconds, megabytes=megabytes)
     except ValueError as error:
         raise ValueError(f"{file} has a footer that is not read: {error}") from None
-    return [[(rows, begin, end) for rows, begin, end in column] for column in found]
+    return [[(rows, values, begin, end) for rows, values, begin, end in column] for column in found]

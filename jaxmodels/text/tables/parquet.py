@@ -10,7 +10,7 @@ https://github.com/apache/parquet-format
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ EXPANDED = 2**30  # bytes of a group of rows that may be more than `RATIO` times
 ROWS, DECODED = 256, 2**27  # rows that are decoded at once, and bytes that they may take
 VALUE_BYTES = 16  # that a value takes while it is decoded, besides its text
 DEPTH = 8  # of structures in a header
-TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
-NUMBERS = (4, 5, 6)  # of 16, 32 and 64 bits
+TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, STRUCT = 1, 2, 3, 4, 5, 6, 7, 8, 12
+BITS = {I16: 16, I32: 32, I64: 64}
+# Fields of a page's header that are read: the kind of each, or the fields of a structure.
+NUMBER_OF_VALUES = {1: I32}
+DATA_PAGES = {0: 5, 3: 8}  # kinds of pages with values of the column, and the field of each
+HEADER = {1: I32, 2: I32, 3: I32, 5: NUMBER_OF_VALUES, 7: NUMBER_OF_VALUES, 8: NUMBER_OF_VALUES}
 
 
 def batches(file: Path, field: str) -> Iterator[Any]:
@@ -59,8 +63,8 @@ def batches(file: Path, field: str) -> Iterator[Any]:
                 if not pieces[0][0]:  # without rows it has no pages either
                     continue
                 together = 0
-                for _, begin, end in pieces:
-                    page, count = largest_page(file, data, begin, end, field, left)
+                for _, values, begin, end in pieces:
+                    page, count = largest_page(file, data, begin, end, field, left, values)
                     left -= count
                     together += page
                 # A text may be as long as a page, and each row may repeat it.
@@ -74,26 +78,31 @@ def is_within(path: str, field: str) -> bool:
     return path == field or path.startswith(f"{field}.")
 
 
-def check_disjoint(file: Path, found: list[tuple[int, int, int]], field: str) -> None:
+def check_disjoint(file: Path, found: list[tuple[int, int, int, int]], field: str) -> None:
     """Raise ValueError, naming the file, if groups of rows share pages of a column: each page is read once.
 
-    found: number of rows and places, as `places` returns them.
+    found: numbers of rows and values, and places, as `places` returns them.
     """
-    for (_, end), (begin, _) in itertools.pairwise(sorted((begin, end) for rows, begin, end in found if rows)):
+    for (_, end), (begin, _) in itertools.pairwise(sorted((begin, end) for rows, _, begin, end in found if rows)):
         if begin < end:
             raise ValueError(f"{file} has groups of rows that share pages of {quoted(field)} at byte {begin:,}")
 
 
-def largest_page(file: Path, data: Any, begin: int, end: int, field: str, most: int) -> tuple[int, int]:
+def largest_page(file: Path, data: Any, begin: int, end: int, field: str, most: int, values: int) -> tuple[int, int]:
     """Bytes of the largest page of a column between two places in the file, and number of its pages.
 
-    Raises ValueError, naming the file, if it is larger than `largest` allows, or if there are more than `most` pages.
+    Raises ValueError, naming the file, if it is larger than `largest` allows, or if there are more than `most` pages,
+    or fewer than `values` values in them: Arrow reads on for 100 bytes in a file of an old writer, to find the others.
     """
     found, count = 0, 0
-    for size in pages(data, begin, end):
-        found, count = max(found, size), count + 1
+    for size, held in pages(data, begin, end):
+        found, count, values = max(found, size), count + 1, values - held
         if count > most:
             raise ValueError(f"{file} has more than {most_pages(file):,} pages in the column {quoted(field)}")
+    if values > 0:
+        raise ValueError(
+            f"{file} has pages of the column {quoted(field)} that lack {values:,} values, as of its footer"
+        )
     if found > largest(file):
         raise ValueError(
             f"{file} has a page of {found:,} bytes in the column {quoted(field)} after decompression; at most "
@@ -102,54 +111,65 @@ def largest_page(file: Path, data: Any, begin: int, end: int, field: str, most: 
     return found, count
 
 
-def pages(data: Any, begin: int, end: int) -> Iterator[int]:
-    """Bytes that each page of a column takes when it is decoded; raises ValueError for one that is damaged."""
+def pages(data: Any, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Bytes that each page of a column takes when it is decoded, and number of the column's values in it.
+
+    Raises ValueError for one that is damaged.
+    """
     while begin < min(end, len(data)):
-        header, place = structure(data, begin)
-        unpacked, packed = header.get(2), header.get(3)
-        if not isinstance(unpacked, int) or not isinstance(packed, int) or min(unpacked, packed) < 0:
+        header, place = structure(data, begin, HEADER)
+        unpacked, packed = header.get(2, -1), header.get(3, -1)
+        if min(unpacked, packed) < 0:
             raise ValueError(f"the page at byte {begin:,} has no sizes")
-        kinds = [header[kind] for kind in (5, 7, 8) if isinstance(header.get(kind), dict)]
-        values = max([kind[1] for kind in kinds if isinstance(kind.get(1), int)], default=0)
-        yield max(unpacked, VALUE_BYTES * values)
+        values = {field: header.get(field, {}).get(1, 0) for field in (5, 7, 8)}
+        if min(values.values()) < 0:
+            raise ValueError(f"the page at byte {begin:,} has less than 0 values")
+        yield max(unpacked, VALUE_BYTES * max(values.values())), values.get(DATA_PAGES.get(header.get(1, -1), 0), 0)
         begin = place + packed
 
 
-def structure(data: Any, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Numbers and structures of a structure in Thrift's compact protocol by field, and the place after it.
+def structure(data: Any, at: int, kinds: Mapping[int, Any], depth: int = 0) -> tuple[dict[int, Any], int]:
+    """Values of the fields in `kinds` of a structure in Thrift's compact protocol, and the place after it.
 
-    Raises ValueError if it is damaged.
+    Raises ValueError if it is damaged, or if Arrow might read it in another way: it takes the last of two equal fields,
+    cuts a field's number to 16 bits, and skips a field of another kind than it expects.
     """
     fields: dict[int, Any] = {}
-    identity = 0
+    last = 0
     if depth > DEPTH:
         raise ValueError("the structures of a header are nested too deeply")
     while kind := octet(data, at):
-        at += 1
         step, kind = kind >> 4, kind & 15
-        if step:
-            identity += step
-        else:
-            identity, at = integer(data, at)
-        fields[identity], at = element(data, at, kind, depth)
+        identity, at = (last + step, at + 1) if step else integer(data, at + 1, I16)
+        if not last < identity < 2**15:
+            raise ValueError(f"a header has field {identity:,} after field {last:,} at byte {at:,}")
+        last, expected = identity, kinds.get(identity)
+        inner = expected if isinstance(expected, dict) else {}
+        if expected is not None and kind != (STRUCT if inner else expected):
+            raise ValueError(f"a header has a value of kind {kind} in field {identity} at byte {at:,}")
+        value, at = element(data, at, kind, inner, depth)
+        if expected is not None:
+            fields[identity] = value
     return fields, at + 1
 
 
-def element(data: Any, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    """A value of a kind, None for those that are left out, and the place after it."""
+def element(data: Any, at: int, kind: int, inner: Mapping[int, Any], depth: int) -> tuple[Any, int]:
+    """A value of a kind, None for those that are left out, and the place after it. inner: `kinds` of a structure."""
     if kind in (TRUE, FALSE):
         return None, at
     if kind == BYTE:
         return None, at + 1
-    if kind in NUMBERS:
-        return integer(data, at)
+    if kind in BITS:
+        return integer(data, at, kind)
     if kind == DOUBLE:
         return None, at + 8
     if kind == BINARY:
         length, at = varint(data, at)
+        if length >= 2**31:
+            raise ValueError(f"a header has a value of {length:,} bytes at byte {at:,}")
         return None, at + length
     if kind == STRUCT:
-        return structure(data, at, depth + 1)
+        return structure(data, at, inner, depth + 1)
     raise ValueError(f"a header has a value of kind {kind} at byte {at:,}")  # a page's header has no lists and maps
 
 
@@ -172,7 +192,9 @@ def varint(data: Any, at: int) -> tuple[int, int]:
     raise ValueError(f"a number before byte {at:,} has more than 64 bits")
 
 
-def integer(data: Any, at: int) -> tuple[int, int]:
-    """Number with a sign in its last bit, and the place after it."""
+def integer(data: Any, at: int, kind: int) -> tuple[int, int]:
+    """Number with a sign in its last bit, and the place after it; raises ValueError if its kind has fewer bits."""
     value, at = varint(data, at)
+    if value >= 2 ** BITS[kind]:  # Arrow would take the last bits
+        raise ValueError(f"a number before byte {at:,} has more than {BITS[kind]} bits")
     return (value >> 1) ^ -(value & 1), at

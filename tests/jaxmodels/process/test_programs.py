@@ -133,6 +133,27 @@ def test_a_full_disk_under_standard_output_is_one_line(unbuffered):
     assert ended.stderr == "command: standard output: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("closed", "main", "code", "other"),
+    [
+        (1, "print('x')", 0, ""),
+        (1, "print('x'); raise ValueError('bad')", 2, "command: bad\n"),
+        (2, "print('x')", 0, "x\n"),
+        (2, "raise ValueError('bad')", 2, ""),
+    ],
+)
+def test_a_closed_output_is_a_discarded_one(closed, main, code, other):
+    """Python has None instead of the stream, and prints what is for None to standard output."""
+    program = (
+        f"import sys\nfrom jaxmodels.process.programs import run\nsys.exit(run(lambda: exec({main!r}), 'command'))"
+    )
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == code
+    assert (ended.stderr, ended.stdout)[closed - 1] == other
+    assert (ended.stdout, ended.stderr)[closed - 1] == ""
+
+
 def test_a_warning_is_one_line_of_its_own():
     lines = """
         import sys, warnings

@@ -5,7 +5,10 @@ import os
 import numpy as np
 import pytest
 
+from jaxmodels.text import ByteVocabulary, tokens
 from jaxmodels.text.partial import Growing, locked
+from jaxmodels.text.sources import open_sources
+from jaxmodels.text.tokens import write_sources
 
 
 @pytest.mark.parametrize("kind", ["a file", "a dated file", "a link in it", "a link"])
@@ -43,3 +46,13 @@ def test_a_file_that_is_written_in_place_lies_there_itself(kind, tmp_path):
             locked(folder).__enter__() if name == "lock" else Growing(path, np.uint8)
         path.unlink()
     assert mine.read_text() == "mine"
+
+
+def test_a_target_that_was_written_meanwhile_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    sources, target = open_sources(str(tmp_path / "a.txt")), tmp_path / "tokens"
+    write_sources(target, sources, ByteVocabulary())
+    monkeypatch.setattr(tokens, "encode_to", None)
+    with pytest.raises(ValueError, match=f"^{target} is not empty"):
+        write_sources(target, sources, ByteVocabulary())
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "tokens"]

@@ -13,6 +13,7 @@ import pytest
 from jaxmodels.text import CharVocabulary, TokenizerFile, documents
 from jaxmodels.text.sources import count, open_sources
 from jaxmodels.text.tokens import open_tokens, read, vocabulary_of, write_sources
+from jaxmodels.training.tokenize import tokenize
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
 DOCUMENTS = [
@@ -280,3 +281,28 @@ def test_an_end_token_beyond_the_tokenizer_is_refused(tmp_path):
     sources = open_sources(jsonl(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match=r"tokenizer\.json.* end token 300, beyond its 300 tokens.*--end-token"):
         write_sources(tmp_path / "tokens", sources, vocabulary)
+
+
+@pytest.mark.parametrize("kind", ["empty", "empty texts", "no rows", "nulls", "stream", "folder"])
+def test_a_source_without_a_text_is_refused_and_leaves_nothing(kind, tmp_path):
+    file = tmp_path / "a.jsonl"
+    match kind:
+        case "empty":
+            file.touch()
+        case "empty texts":
+            jsonl(file, ["", ""])
+        case "no rows" | "nulls":
+            file = tmp_path / "a.parquet"
+            values = pyarrow.array([None] * 3 * (kind == "nulls"), pyarrow.string())
+            pyarrow.parquet.write_table(pyarrow.table({"text": values}), file)
+        case "stream":
+            file = tmp_path / "a.arrow"
+            pyarrow.ipc.new_stream(file, pyarrow.schema([("text", pyarrow.string())])).close()
+        case "folder":
+            file = tmp_path / "a"
+            file.mkdir()
+            (file / "b.jsonl").touch()
+    for encode in (lambda: open_tokens(str(file)), lambda: tokenize(str(file), tmp_path / "tokens", "bytes")):
+        with pytest.raises(ValueError, match=f"^text='{file}' has no documents"):
+            encode()
+    assert os.listdir(tmp_path) == [file.name]

@@ -180,7 +180,7 @@ def test_every_changed_byte_of_an_arrow_file_is_read_or_refused(tmp_path, form):
         (b"\x15\x00", "has no sizes"),
         (b"\x15\x00\x15\x01\x15\x00\x00", "has no sizes"),
         (b"\x15" + b"\xff" * 11, "64 bits"),
-        (b"\x1c" * 20, "nested too deeply"),
+        (b"\x4c" + b"\x1c" * 20, "nested too deeply"),
         (b"\x19\x00", "kind 9"),
         (b"\x15", "refers to byte 1 of 1"),
     ],

@@ -1,12 +1,19 @@
 """Hyperparameters and their presets."""
 
 import dataclasses
+import json
 import math
+import os
+import types
 from pathlib import Path
 
 import pytest
 
+from jaxmodels.io.checkpoint import save_arrays
 from jaxmodels.training.config import Config
+from jaxmodels.training.experiment import Experiment
+from jaxmodels.training.original import original_of
+from jaxmodels.training.run import Branch, check_folder, saved_config, write_about
 from jaxmodels.training.script import main, parse
 from train import feedback, neox, retro, rope, rope_value
 
@@ -57,6 +64,46 @@ def test_a_whole_number_stands_for_a_float(field):
     assert (found, type(found)) == (1e10, float)
     with pytest.raises(ValueError, match=f"^{field}=1000"):
         Own(**{field: 10**400})
+
+
+@dataclasses.dataclass(frozen=True)
+class WithTuples(Own):
+    layers_used: tuple[int, ...] = (0, 1)
+    pairs: tuple[tuple[int, str], ...] | None = None
+
+
+def test_tuples_of_a_run_are_tuples_again_and_its_command_resumes_it(tmp_path):
+    class Mine(Experiment[WithTuples]):
+        config_class = WithTuples
+
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    mark = {"format": 2, "step": 5, "data": {}, "files": {}}
+    (tmp_path / "checkpoints" / "5" / "complete.json").write_text(json.dumps(mark))
+    config = WithTuples(pairs=((3, "a"), (5, "b")))
+    write_about(tmp_path, Mine(config), "0" * 64, {})
+    assert saved_config(Mine, tmp_path) == config
+    check_folder(Mine(config), tmp_path)
+    with pytest.raises(ValueError, match=r"layers_used=\[0, 1\], not layers_used=\[2\]"):
+        check_folder(Mine(dataclasses.replace(config, layers_used=(2,))), tmp_path)
+
+
+def test_a_path_that_no_file_can_hold_is_refused_by_name(tmp_path):
+    """JSON has no names but in UTF-8; Orbax neither."""
+    path = str(tmp_path / os.fsdecode(b"a\xff"))
+    with pytest.raises(ValueError, match=f"^text={path} is not UTF-8"):
+        Config(text=path)
+    with pytest.raises(ValueError, match=f"^index={path} is not UTF-8"):
+        retro.Config(index=path)
+    with pytest.raises(ValueError, match=f"^folder={path} is not UTF-8"):
+        check_folder(rope.Rope(rope.Config()), Path(path))
+    with pytest.raises(ValueError, match=f"^branch={path} is not UTF-8"):
+        Branch.at(path)
+    Path(path).mkdir()
+    opened = types.SimpleNamespace(name=path, companions=None, original={"dtype": "float32"})
+    with pytest.raises(ValueError, match=f"^checkpoint={path} is not UTF-8"):
+        original_of(opened)
+    with pytest.raises(ValueError, match=f"^folder={path} is not UTF-8"):
+        save_arrays(Path(path), None)
 
 
 def test_help_lists_the_presets_and_names_its_boxes_for_what_they_hold(capsys):

@@ -131,6 +131,18 @@ def test_a_damaged_folder_is_an_error(how, text, tmp_path):
         open_tokens(str(folder))
 
 
+def test_documents_that_begin_beyond_64_bits_of_each_other_are_refused(tmp_path):
+    """Their difference wraps around to a number above 0."""
+    (tmp_path / "a.jsonl").write_text('{"text": "to be"}\n' * 30)
+    run([str(tmp_path / "a.jsonl"), str(tmp_path / "tokens")])
+    file = tmp_path / "tokens" / "train_documents.npy"
+    starts = np.load(file)
+    starts[1:3] = 2**62 + 2**61, -(2**62) - 2**61
+    np.save(file, starts)
+    with pytest.raises(ValueError, match=rf"{file} must grow from 0 to {starts[-1]}"):
+        open_tokens(str(tmp_path / "tokens"))
+
+
 def test_ids_of_a_vocabulary_with_gaps_do_not_wrap(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 3, "b": 300}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

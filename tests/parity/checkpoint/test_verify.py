@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,14 @@ def test_random_tokens_fit_the_model(name):
     assert all(0 <= ids.min() <= ids.max() < checkpoint.config["n_vocab"] for ids in inputs)
     assert len(inputs) == 1 + (name == "retro.neighbors")
     assert np.array_equal(token_inputs(checkpoint, None, 0)[0], inputs[0])
+
+
+def test_a_retro_has_tokens_of_a_chunk_at_least():
+    config = {"n_vocab": 29, "chunk_len": 64}
+    ids, neighbors = token_inputs(types.SimpleNamespace(model="RetroModel", config=config), None, 0)
+    assert (ids.shape, neighbors.shape) == ((3, 128), (3, 2, 2, 128))
+    with pytest.raises(ValueError, match="--tokens 63 must be at least 64"):
+        token_inputs(types.SimpleNamespace(model="RetroModel", config=config), 63, 0)
 
 
 def test_help_lists_the_command(capsys):
