@@ -79,7 +79,7 @@ def test_a_file_that_takes_all_memory_is_named(tmp_path, monkeypatch):
     file = tmp_path / "config.json"
     file.write_text("[]")
 
-    def loads(text):
+    def loads(text, **options):
         raise MemoryError
 
     monkeypatch.setattr(bounded.json, "loads", loads)
