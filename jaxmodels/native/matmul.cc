@@ -177,12 +177,6 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ffi
 }  // namespace
 
 #pragma GCC visibility push(default)
-// Whether it is known to be faster than XLA's products.
-#if defined(__AVX512F__)
-extern "C" const int32_t kMatmulPays = 1;
-#else
-extern "C" const int32_t kMatmulPays = 0;
-#endif
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Matmuls, Matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

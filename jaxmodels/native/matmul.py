@@ -3,14 +3,14 @@
 Axes: R rows (all leading axes), I input features, O outputs.
 """
 
-import ctypes
 import functools
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.native.build import library
+from jaxmodels.native.build import processor
 from jaxmodels.native.kernels import MATMUL, available
 
 LEAST_ROWS = 16  # of a product that is computed by the kernel; fewer are limited by the speed of memory
@@ -19,15 +19,14 @@ LEAST_WORK = 1 << 27  # multiplications of a `large_product`; small models compi
 
 @functools.lru_cache(maxsize=1)
 def pays() -> bool:
-    """True if the kernel was compiled for a processor on which it multiplies faster than XLA does."""
-    found = library()
-    return found is not None and bool(ctypes.c_int32.in_dll(found, "kMatmulPays").value)
+    """True for a processor on which the kernel is known to multiply faster than XLA does."""
+    return re.search(r"\bavx512f\b", processor()) is not None
 
 
 def is_faster(x: jax.Array, weight: jax.Array) -> bool:
     """True if the kernel multiplies x [R, I] by weights [I, O], on one CPU and for float32; compiles it if needed."""
     some = x.dtype == weight.dtype == jnp.float32 and len(x) >= LEAST_ROWS and weight.size > 0
-    return some and available() and pays()
+    return some and pays() and available()
 
 
 def matmul(a: jax.Array, b: jax.Array, a_transposed: bool = False, b_transposed: bool = False) -> jax.Array:

@@ -141,3 +141,16 @@ def test_a_product_of_the_kernel_is_kept_where_products_are(monkeypatch):
             calls[name] = derivative.lower(layers, x).as_text().count("@jaxmodels_matmul")
     assert 0 < calls["none"] == calls["dots"] < calls["layers"]
     jax.clear_caches()
+
+
+def test_other_processors_compile_nothing(monkeypatch):
+    monkeypatch.setattr(kernels, "processor", lambda: "x86_64\nflags : fma avx2 avx512")
+    monkeypatch.setattr(kernels, "available", lambda: pytest.fail("the kernel was asked for"))
+    monkeypatch.setattr(kernels, "LEAST_WORK", 1)
+    kernels.pays.cache_clear()
+    try:
+        x, weight = normal(1, 101, 13), normal(2, 13, 7)
+        for product in (native.wide_product, native.large_product):
+            np.testing.assert_allclose(product(x, weight), x @ weight, rtol=1e-5, atol=1e-5)
+    finally:
+        kernels.pays.cache_clear()
