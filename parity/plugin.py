@@ -71,15 +71,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def check_report(argument: str, file: Path) -> None:
     """Raise UsageError, which pytest prints as one line, for a file that no report can be written to."""
-    from jaxmodels.io.atomic import check_file
     from jaxmodels.process.texts import visible
+    from parity.report.write import check_folder
 
     try:
-        if not file.absolute().parent.is_dir():
-            raise ValueError(f"folder {file.absolute().parent} does not exist")
-        check_file(file)
+        check_folder(argument, file)
     except (OSError, ValueError) as error:
-        raise pytest.UsageError(visible(f"{argument}: {error}")) from None
+        raise pytest.UsageError(visible(str(error))) from None
 
 
 @pytest.hookimpl(tryfirst=True)

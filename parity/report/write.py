@@ -49,7 +49,10 @@ def check_folder(argument: str, file: Path) -> None:
     folder = file.absolute().parent
     if not folder.is_dir():
         raise ValueError(f"{argument}: folder {folder} does not exist")
-    check_file(file)
+    try:
+        check_file(file)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
 def as_json(reports: Sequence[Report]) -> str:

@@ -237,7 +237,7 @@ def test_hashes_of_pairs_repeat():
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_many_texts_and_numbers_in_order_are_keys(tmp_path, zipped):
-    """Of an optimizer, of losses by step, and of epochs."""
+    """Keys of an optimizer, of losses by step, and of epochs."""
     content = {
         "state": {i: {"step": 1} for i in range(5_000)},
         "losses": {1_000_000 + i: 0.5 for i in range(1_500)},

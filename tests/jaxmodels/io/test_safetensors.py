@@ -163,7 +163,7 @@ def test_a_folder_that_is_not_what_its_index_says(tmp_path):
 
 
 def test_names_of_files_in_an_index_do_not_reach_a_terminal(tmp_path):
-    """Whether such a file exists or not; a checkpoint's files have no such names."""
+    """Names of a checkpoint's files are printable; others are refused, whether such a file exists or not."""
     write_folder(tmp_path, ARRAYS, file_bytes=300)
     index = tmp_path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
