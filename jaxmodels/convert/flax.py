@@ -10,7 +10,7 @@ from jaxmodels.convert.source import Source, abstract, check_stored, matched, mo
 from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.checkpoint import FORMAT, read_config
 from jaxmodels.io.content import STEM, holds_safetensors
-from jaxmodels.io.safetensors import FILE_BYTES, read_folder, write_folder
+from jaxmodels.io.formats.safetensors import FILE_BYTES, read_folder, write_folder
 from jaxmodels.models import load
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.weights.lazy import Transposed

@@ -24,7 +24,7 @@ from jaxmodels.io.atomic import check_target
 from jaxmodels.io.bounded import errors_naming, integer, parsed, read_json
 from jaxmodels.io.checkpoint import read_config, stored_arrays
 from jaxmodels.io.content import is_torch_file
-from jaxmodels.io.torch_files import read_state_dict, write_state_dict
+from jaxmodels.io.formats.torch_files import read_state_dict, write_state_dict
 from jaxmodels.models import abstract, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS

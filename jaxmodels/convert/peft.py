@@ -12,7 +12,7 @@ from jaxmodels.convert.companions import Companions
 from jaxmodels.convert.hf.config import check_expressible
 from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.io.atomic import atomic_folder
-from jaxmodels.io.safetensors import write_file
+from jaxmodels.io.formats.safetensors import write_file
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.weights.lazy import Transposed
 from jaxmodels.weights.place import tensors_of

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.io import ocdbt
 from jaxmodels.io.bounded import check_format, open_regular, read_json, read_object
 from jaxmodels.io.content import STEM, holds_safetensors
-from jaxmodels.io.safetensors import read_folder
+from jaxmodels.io.formats import ocdbt
+from jaxmodels.io.formats.safetensors import read_folder
 from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.failures import refusal
@@ -210,10 +210,10 @@ def reader() -> Confined:
 def chunked_shapes(folder: Path, held: int = 0) -> dict[str, tuple[int, ...]]:
     """Shapes of the arrays of an Orbax folder by name, none of whose chunks is larger than its array.
 
-    held: bytes of its files, on which the time depends. They are read in a child process with limited time and memory:
-    see `jaxmodels.io.ocdbt`. A part of an array, however small, takes the memory of a whole chunk; what a chunk has
-    beyond its shape is not decompressed. Raises ValueError for other chunks, for arrays in another format than Orbax
-    writes today, and for names that take too much time or memory.
+    held: bytes of its files, on which the time depends. They are read in a child process with limited time and memory
+    (`jaxmodels.io.formats.ocdbt`). A part of an array, however small, takes the memory of a whole chunk; what a chunk
+    has beyond its shape is not decompressed. Raises ValueError for other chunks, for arrays in another format than
+    Orbax writes today, and for names that take too much time or memory.
     """
     seconds = SECONDS + SECONDS_PER_BYTE * held
     found = reader().call("shapes", str(folder / ITEM), seconds=seconds, megabytes=MEGABYTES)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from jaxmodels.io.allowance import Allowance, check_distinct
 from jaxmodels.io.bounded import read_json
-from jaxmodels.io.safetensors import read_file
-from jaxmodels.io.torch_files import read_tensors
+from jaxmodels.io.formats.safetensors import read_file
+from jaxmodels.io.formats.torch_files import read_tensors
 from jaxmodels.process.texts import quoted
 from jaxmodels.weights.prefixes import shown
 

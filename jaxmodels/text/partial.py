@@ -22,7 +22,7 @@ import numpy as np
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
 from jaxmodels.io.bounded import exclusive, open_in_place, read_object
-from jaxmodels.io.npy import map_array
+from jaxmodels.io.formats.npy import map_array
 from jaxmodels.process.failures import naming
 from jaxmodels.process.streams import say
 from jaxmodels.text.documents import Place, Source

@@ -19,7 +19,7 @@ import numpy as np
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import atomic_folder, check_target, recover, temporary_folder, unique
 from jaxmodels.io.bounded import check_format, is_integer, read_object
-from jaxmodels.io.npy import map_array
+from jaxmodels.io.formats.npy import map_array
 from jaxmodels.process.progress import progress
 from jaxmodels.process.texts import quoted, visible
 from jaxmodels.text.corpora import split

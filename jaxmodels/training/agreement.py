@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmodels.io.bounded import errors_naming
 from jaxmodels.io.checkpoint import read_config, stored_arrays
-from jaxmodels.io.npy import map_array
+from jaxmodels.io.formats.npy import map_array
 from jaxmodels.io.steps import MARK, difference, problem, steps
 from jaxmodels.models import abstract, describe
 from jaxmodels.process.texts import quoted

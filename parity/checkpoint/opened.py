@@ -23,8 +23,8 @@ from jaxmodels.convert.kinds import find
 from jaxmodels.convert.neox.shards import config_files, find_step
 from jaxmodels.convert.open import local_folder, open_source
 from jaxmodels.convert.operations import float64_allowed
-from jaxmodels.io.safetensors import read_file
-from jaxmodels.io.torch_files import read_pt, read_state_dict, stand_ins
+from jaxmodels.io.formats.safetensors import read_file
+from jaxmodels.io.formats.torch_files import read_pt, read_state_dict, stand_ins
 from jaxmodels.models import abstract
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.process.texts import quoted

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxmodels.io.atomic import atomic_file, check_file
 from jaxmodels.io.bounded import is_integer, read_object, sha256_of
-from jaxmodels.io.safetensors import read_file, write_file
+from jaxmodels.io.formats.safetensors import read_file, write_file
 from jaxmodels.process.texts import quoted, shortened
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Kinds

@@ -13,7 +13,7 @@ from jaxmodels.convert.hf.config import END_OF_TEXT, check_expressible, hf_confi
 from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import Source, model_source
 from jaxmodels.io.atomic import atomic_folder
-from jaxmodels.io.safetensors import FILE_BYTES, write_folder
+from jaxmodels.io.formats.safetensors import FILE_BYTES, write_folder
 from jaxmodels.neox import NeoX
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.progress import progress_bar

@@ -13,7 +13,7 @@ import numpy as np
 from jaxmodels.convert.neox.layout import BLOCK, BLOCK_BUFFERS, EMBEDDING, FINAL_NORM, READOUT, Form
 from jaxmodels.io.allowance import Allowance, check_distinct
 from jaxmodels.io.bounded import read_text
-from jaxmodels.io.torch_files import as_arrays, describe, read_pt, stand_ins
+from jaxmodels.io.formats.torch_files import as_arrays, describe, read_pt, stand_ins
 from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted
 from jaxmodels.weights.names import is_floating

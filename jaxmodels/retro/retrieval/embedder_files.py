@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxmodels.io.allowance import Allowance
 from jaxmodels.io.bounded import TOKENIZER_BYTES, open_regular, read_json
-from jaxmodels.io.safetensors import read_file
-from jaxmodels.io.torch_files import read_pt
+from jaxmodels.io.formats.safetensors import read_file
+from jaxmodels.io.formats.torch_files import read_pt
 from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import TokenizerFile

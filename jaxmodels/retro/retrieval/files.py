@@ -25,7 +25,7 @@ from jaxmodels.io import manifest
 from jaxmodels.io.atomic import TEMPORARY_FILE, atomic_file
 from jaxmodels.io.bounded import check_format, errors_naming, open_regular, read_object, sha256_of
 from jaxmodels.io.content import is_written_here
-from jaxmodels.io.npy import map_array
+from jaxmodels.io.formats.npy import map_array
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.parts import check_finite, fit_to

@@ -28,26 +28,26 @@ def make_checkpoint(folder: Path, old: bool = False) -> None:
 
 
 def read_pt(folder: Path) -> Any:
-    from jaxmodels.io.torch_files import read_state_dict
+    from jaxmodels.io.formats.torch_files import read_state_dict
 
     return {name: tensor.clone() for name, tensor in read_state_dict(folder / "model.pt").items()}
 
 
 def read_tensors(folder: Path) -> Any:
-    from jaxmodels.io.torch_files import read_tensors
+    from jaxmodels.io.formats.torch_files import read_tensors
 
     return {name: np.array(array) for name, array in read_tensors(folder / "model.pt")[0].items()}
 
 
 def make_safetensors(folder: Path) -> None:
-    from jaxmodels.io.safetensors import write_file
+    from jaxmodels.io.formats.safetensors import write_file
 
     tensors = {"a": np.arange(15.0).reshape(3, 5), "b": np.zeros(7, np.float16), "c": np.zeros((0, 3), np.int8)}
     write_file(folder / "model.safetensors", tensors)
 
 
 def read_safetensors(folder: Path) -> Any:
-    from jaxmodels.io.safetensors import read_file
+    from jaxmodels.io.formats.safetensors import read_file
 
     return {name: np.array(tensor) for name, tensor in read_file(folder / "model.safetensors").items()}
 
@@ -57,7 +57,7 @@ def make_npy(folder: Path) -> None:
 
 
 def read_npy(folder: Path) -> Any:
-    from jaxmodels.io.npy import map_array
+    from jaxmodels.io.formats.npy import map_array
 
     return np.array(map_array(folder / "array.npy"))
 

@@ -25,7 +25,7 @@ def write_fixture(stem: Path) -> None:
 def write_outputs(folder: Path) -> None:
     """Every writer of single files; each error must name a file, and nothing else may change."""
     from jaxmodels.io.atomic import atomic_file
-    from jaxmodels.io.torch_files import write_state_dict
+    from jaxmodels.io.formats.torch_files import write_state_dict
     from jaxmodels.text import CharVocabulary
     from parity.mutation.state import State
 

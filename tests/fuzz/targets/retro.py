@@ -42,7 +42,7 @@ def read_index(folder: Path) -> Any:
 def seal(folder: Path) -> None:
     """Write the checksums of the changed files to about.json, so that its content is reached."""
     from jaxmodels.io.bounded import read_object, sha256_of
-    from jaxmodels.io.npy import map_array
+    from jaxmodels.io.formats.npy import map_array
     from jaxmodels.retro.retrieval.corpus import Corpus
     from jaxmodels.text import load_vocabulary
 

@@ -19,7 +19,7 @@ from jaxmodels.convert.neox import save_neox
 from jaxmodels.convert.open import open_source
 from jaxmodels.convert.source import model_source
 from jaxmodels.io import checkpoint
-from jaxmodels.io.safetensors import write_file
+from jaxmodels.io.formats.safetensors import write_file
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.transformer import AutoregressiveTransformer
 

@@ -18,14 +18,14 @@ TEXT = "".join(f"{i} men and {i * i % 89} women went to sea. " for i in range(50
 
 
 def write_pt(folder: Path) -> None:
-    from jaxmodels.io.torch_files import write_state_dict
+    from jaxmodels.io.formats.torch_files import write_state_dict
 
     write_state_dict(folder / "model.pt", {"a": np.zeros(10_000, np.float32)})
 
 
 def write_safetensors(folder: Path) -> None:
     from jaxmodels.io.atomic import atomic_folder
-    from jaxmodels.io.safetensors import write_folder
+    from jaxmodels.io.formats.safetensors import write_folder
 
     with atomic_folder(folder / "hf") as new:
         write_folder(new, {"a": np.zeros(10_000, np.float32)})

@@ -102,7 +102,7 @@ def write_hf(target: Path, text: str) -> None:
 
 
 def write_fixture(target: Path, text: str) -> None:
-    from jaxmodels.io.safetensors import read_file
+    from jaxmodels.io.formats.safetensors import read_file
     from parity.golden import fixture
 
     tensors_file, about_file = fixture.files_of(fixture.SHIPPED / "rope.rotary")

@@ -10,9 +10,9 @@ import torch
 import jaxmodels
 from jaxmodels.io import allowance
 from jaxmodels.io.allowance import Allowance, check_distinct
+from jaxmodels.io.formats.safetensors import read_folder
+from jaxmodels.io.formats.torch_files import read_state_dict, read_tensors
 from jaxmodels.io.pretrained import read_pretrained
-from jaxmodels.io.safetensors import read_folder
-from jaxmodels.io.torch_files import read_state_dict, read_tensors
 from jaxmodels.retro.retrieval import embedder_files
 from tests.jaxmodels.convert.hf.folders import write_index
 from tests.jaxmodels.convert.originals import layer_file, write, write_rank_files

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from jaxmodels.io.checkpoint import stored_types
-from jaxmodels.io.npy import map_array
-from jaxmodels.io.safetensors import read_file
+from jaxmodels.io.formats.npy import map_array
+from jaxmodels.io.formats.safetensors import read_file
+from jaxmodels.io.formats.torch_files import read_state_dict, read_tensors
 from jaxmodels.io.shapes import check_shape
-from jaxmodels.io.torch_files import read_state_dict, read_tensors
 
 
 def write_safetensors(file, shape):

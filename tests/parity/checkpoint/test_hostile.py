@@ -15,7 +15,7 @@ from flax import nnx
 import jaxmodels
 from jaxmodels.convert import to_torch
 from jaxmodels.convert.hf import save_hf
-from jaxmodels.io.safetensors import read_file, write_file
+from jaxmodels.io.formats.safetensors import read_file, write_file
 from jaxmodels.neox import NeoX, NeoXConfig
 from parity.checkpoint import reference
 from parity.checkpoint.gpt_neox import Transformers

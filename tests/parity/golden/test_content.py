@@ -13,7 +13,7 @@ from flax import nnx
 import parity
 from jaxmodels import layers
 from jaxmodels.io.bounded import sha256_of
-from jaxmodels.io.safetensors import read_file, write_file
+from jaxmodels.io.formats.safetensors import read_file, write_file
 from parity.command import main
 from parity.compare.comparison import Comparison
 from parity.golden.fixture import SHIPPED, files_of, read, stems

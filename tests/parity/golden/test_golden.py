@@ -16,7 +16,7 @@ import parity
 from jaxmodels import layers
 from jaxmodels.convert import ConversionError
 from jaxmodels.io import clean
-from jaxmodels.io.safetensors import write_file
+from jaxmodels.io.formats.safetensors import write_file
 from parity.cases import SYSTEMS
 from parity.cases.golden import GOLDEN
 from parity.cases.suite import pair_of

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from jaxmodels.io.npy import map_array
+from jaxmodels.io.formats.npy import map_array
 
 
 def test_an_array_is_mapped(tmp_path):

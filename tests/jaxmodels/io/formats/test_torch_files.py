@@ -10,10 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from jaxmodels.io import torch_files
 from jaxmodels.io.bounded import read_json
-from jaxmodels.io.safetensors import read_file
-from jaxmodels.io.torch_files import read_pt, read_tensors
+from jaxmodels.io.formats import torch_files
+from jaxmodels.io.formats.safetensors import read_file
+from jaxmodels.io.formats.torch_files import read_pt, read_tensors
 
 TENSORS = {"a": torch.arange(35.0).view(7, 5), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(7)}
 

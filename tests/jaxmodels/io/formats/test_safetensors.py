@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from jaxmodels.io.formats.safetensors import read_file, read_folder, write_file, write_folder
 from jaxmodels.io.pretrained import read_pretrained
-from jaxmodels.io.safetensors import read_file, read_folder, write_file, write_folder
 from jaxmodels.weights.lazy import Transposed
 from jaxmodels.weights.names import as_tensor
 from tests.fuzz.mutations.tensors import mutated_safetensors
@@ -35,7 +35,7 @@ def test_the_package_reads_what_we_write(tmp_path):
 
 def test_every_byte_is_the_package_s(tmp_path, monkeypatch):
     """Written in pieces of a few rows, in two threads; the package orders tensors by the size of their dtype."""
-    monkeypatch.setattr("jaxmodels.io.safetensors.PIECE_BYTES", 300)
+    monkeypatch.setattr("jaxmodels.io.formats.safetensors.PIECE_BYTES", 300)
     rng = np.random.default_rng(0)
     arrays = {f"tensor {i:02}": rng.normal(size=(31, 11 + i)).astype(np.float16) for i in range(20)}
     lazy = {

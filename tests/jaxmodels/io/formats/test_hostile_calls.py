@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import jaxmodels
-from jaxmodels.io.torch_files import read_pt, read_state_dict, read_tensors
+from jaxmodels.io.formats.torch_files import read_pt, read_state_dict, read_tensors
 from parity.checkpoint.opened import opened
 from tests.fuzz.targets import TARGETS
-from tests.jaxmodels.io.test_hostile_pt import FORMATS, LARGE, A, calling
+from tests.jaxmodels.io.formats.test_hostile_pt import FORMATS, LARGE, A, calling
 
 
 class Made:

@@ -14,7 +14,7 @@ import torch
 
 import jaxmodels
 from jaxmodels.io.content import is_torch_file
-from jaxmodels.io.torch_files import read_pt, read_state_dict, read_tensors, stand_ins
+from jaxmodels.io.formats.torch_files import read_pt, read_state_dict, read_tensors, stand_ins
 from tests.fuzz.targets import TARGETS
 
 SHARED = torch.arange(35.0).view(7, 5)

@@ -13,7 +13,7 @@ import torch
 
 import jaxmodels
 from jaxmodels.command import main as command
-from jaxmodels.io.torch_files import read_pt, read_state_dict, read_tensors
+from jaxmodels.io.formats.torch_files import read_pt, read_state_dict, read_tensors
 from jaxmodels.weights.pickles import check_pickle
 from tests.fuzz.targets import TARGETS
 

@@ -16,8 +16,8 @@ from jaxmodels.io.allowance import Allowance
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import explained, is_zip
+from jaxmodels.io.formats.torch_formats import made_on_cpu, read_legacy, read_zipped
 from jaxmodels.io.shapes import check_shape
-from jaxmodels.io.torch_formats import made_on_cpu, read_legacy, read_zipped
 from jaxmodels.process.extras import require
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import as_numpy, as_tensor
