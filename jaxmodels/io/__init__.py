@@ -1,1 +1,1 @@
-"""Reading and writing files: atomic writes, safetensors, `.pt` files, checkpoints of arrays. Knows no model."""
+"""Reading and writing files: atomic writes, limits, checkpoints of arrays; `formats` has those of numbers. Knows no model."""
