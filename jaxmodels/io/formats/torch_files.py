@@ -105,11 +105,13 @@ def read_tensors(file: Path, allowance: Allowance | None = None) -> tuple[dict[s
 def state_dict_in(file: Path, content: Any) -> tuple[str, Mapping[Any, Any]]:
     """State_dict in a file's content, and the dotted keys that lead to it; raises ValueError like `read_tensors`.
 
-    An entry of ENTRIES is preferred to tensors beside it, such as the number of a step.
+    An entry of ENTRIES is preferred to tensors beside it, and any entry to single numbers, such as that of a step.
     """
     level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)] if isinstance(content, Mapping) else []
-    if holds_tensors(content) and not any(holds_tensors(content.get(name)) for name in ENTRIES):
-        return "", content
+    if holds_tensors(content):
+        inner = {name for name, value in content.items() if holds_tensors(value)}
+        if not inner or not (inner & set(ENTRIES) or holds_only_numbers(content)):
+            return "", content
     for _ in range(DEPTH):
         level = [
             ((*path, key), value)
@@ -137,6 +139,13 @@ def holds_tensors(content: Any) -> bool:
     if not isinstance(content, Mapping):
         return False
     return any(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
+
+
+def holds_only_numbers(content: Mapping[Any, Any]) -> bool:
+    """True if all tensors of a mapping are single numbers."""
+    import torch
+
+    return all(value.dim() == 0 for value in content.values() if isinstance(value, torch.Tensor))
 
 
 def as_arrays(file: Path, content: Any, allowance: Allowance) -> dict[str, np.ndarray | None]:

@@ -122,9 +122,14 @@ def test_an_entry_with_the_state_dict_is_preferred_to_a_tensor_beside_it(tmp_pat
     arrays, notes = read_tensors(tmp_path / "model.bin")
     assert {name: array.tolist() for name, array in arrays.items()} == {"a": [1, 1, 1]}
     assert "'state_dict'" in notes[0]
-    del content["state_dict"]  # now the tensor is all that is known to be a state_dict
+    del content["state_dict"]  # now a single number beside a mapping of arrays
     torch.save(content, tmp_path / "model.bin", _use_new_zipfile_serialization=zip_file)
-    assert list(read_tensors(tmp_path / "model.bin")[0]) == ["epoch"]
+    arrays, notes = read_tensors(tmp_path / "model.bin")
+    assert {name: array.tolist() for name, array in arrays.items()} == {"a": [0, 0, 0]}
+    assert "'ema'" in notes[0]
+    content["b"] = torch.ones(2)  # an array beside it: the file is the state_dict
+    torch.save(content, tmp_path / "model.bin", _use_new_zipfile_serialization=zip_file)
+    assert list(read_tensors(tmp_path / "model.bin")[0]) == ["epoch", "b"]
 
 
 @pytest.mark.parametrize("tensors", [True, False])
