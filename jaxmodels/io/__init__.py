@@ -1,1 +1,1 @@
-"""Reading and writing files: atomic writes, limits, checkpoints of arrays; `formats` has those of numbers. Knows no model."""
+"""Reading and writing files: atomic writes, limits, checkpoints of arrays; `formats` has the kinds. Knows no model."""
