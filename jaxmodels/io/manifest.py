@@ -210,9 +210,13 @@ def clear(folder: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise ValueError if a folder holds a symbolic link, at any depth: it would lead out of the folder."""
-    for path in below(folder):
-        refuse_link(path)
+    """Raise ValueError if a folder of files holds a symbolic link, which would lead out of it.
+
+    Folders inside are not looked into: no file of theirs is read, and a stranger may name any folder of this machine.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            refuse_link(Path(entry.path))
 
 
 def refuse_link(path: Path) -> None:

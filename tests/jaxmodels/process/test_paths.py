@@ -85,7 +85,8 @@ def test_folders_that_are_nested_thousands_deep_are_refused_by_name(deep):
     left_out: list[Path] = []
     assert len(list(walk(deep, left_out.append))) == DEEPEST + 1
     assert left_out == [deepest / "d"]
-    readers = (below, manifest.refuse_links, check_files, files_of, lambda folder: list(manifest.sizes(folder)))
+    manifest.refuse_links(deep)  # looks into no folder inside
+    readers = (below, check_files, files_of, lambda folder: list(manifest.sizes(folder)))
     for read in readers:
         with pytest.raises(ValueError, match=rf"^{re.escape(str(deep))} has folders nested more than {DEEPEST}"):
             list(read(deep) or ())
