@@ -22,7 +22,7 @@ from jaxmodels.weights.precision import log
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / "products.cc", FOLDER / "matmul.cc"]
-HEADERS = [FOLDER / "vectors.h"]
+HEADERS = [FOLDER / "vectors.h", FOLDER / "panels.h"]
 SWITCH = "JAXMODELS_NATIVE"  # environment variable: 0 switches the kernels off
 OFF = ("0", "false", "no", "off")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-w", "-Wno-psabi")

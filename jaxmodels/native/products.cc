@@ -2,29 +2,21 @@
 //
 // Axes: R rows of x, I input features, O outputs. Weights are [O, I]: an output's weights are contiguous. Few rows: a
 // stored weight is read once, widened in registers, and used for all rows, so that the time is that of reading the
-// weights. More rows: x is transposed first, and the weights of a few outputs are widened into the cache, from where
-// each is multiplied with vectors of rows. The order of a sum depends on the number of rows, but neither on the
-// other rows' values nor on the number of threads.
+// weights. More rows: weights are widened into the strips of panels.h. The order of a sum depends on the number of
+// rows, but neither on the other rows' values nor on the number of threads.
 
-#include <type_traits>
-
-#include "vectors.h"
+#include "panels.h"
 
 namespace {
 
-// kSums running sums fill the registers; of many rows, those of a tile of outputs times vectors of rows.
 #if defined(__AVX512F__)
-constexpr int kSums = 16, kTileOutputs = 8, kTileVectors = 3;
+constexpr int kSums = 16;  // running sums that fill the registers
 #else
-constexpr int kSums = 8, kTileOutputs = 4, kTileVectors = 2;
+constexpr int kSums = 8;
 #endif
-constexpr int64_t kFew = 8;           // rows that are multiplied without a widened copy of the weights
+constexpr int64_t kFew = 8;  // rows that are multiplied without a widened copy of the weights
 constexpr int64_t kPartBytes = 1 << 17;
-// Of many rows: kFeatures of a tile's weights stay in the first cache; those of kRows rows, with the sums of at most
-// kOutputs outputs, in the second.
-constexpr int64_t kFeatures = 128, kRows = 192, kOutputs = 256;
-constexpr int64_t kStride = kFeatures + kLanes;  // between the weights of two outputs: not in the same lines of a cache
-constexpr int64_t kGroup = 128;       // input features with one scale, of 4-bit weights
+constexpr int64_t kGroup = 128;  // input features with one scale, of 4-bit weights
 
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
@@ -205,164 +197,23 @@ void FewDots(const Problem& p, const typename W::Stored* w, int64_t o, int64_t e
   for (; o < end; ++o) Dots<W, M, 1>(p, w + o * p.features, 0, o);
 }
 
-// Rows r … r + kLanes - 1 transposed: [I, kLanes], with zeros for rows that do not exist.
-void Transpose(const Problem& p, int64_t r, float* xt) {
-  int64_t rows = std::min(kLanes, p.rows - r);
-  if (rows < kLanes) std::memset(xt, 0, p.features * kLanes * sizeof(float));
-  const float* x = p.x + r * p.features;
-  int64_t i = 0;
-  if (rows == kLanes)
-    for (; i + kLanes <= p.features; i += kLanes) {
-      Floats v[kLanes];
-      for (int k = 0; k < kLanes; ++k) v[k] = Load(x + k * p.features + i);
-      Exchange(v);
-      for (int k = 0; k < kLanes; ++k) Store(xt + (i + k) * kLanes, v[k]);
-    }
-  for (; i < p.features; ++i)
-    for (int64_t row = 0; row < rows; ++row) xt[i * kLanes + row] = x[row * p.features + i];
-}
-
-// Adds the products of `count` features, of a tile's weights and N vectors of rows, to the sums [kTileOutputs, kRows].
-// stride: between two vectors' transposed rows.
-template <int N>
-inline void Tile(const float* xt, int64_t stride, const float* weights, int64_t count, float* sums) {
-  Floats totals[kTileOutputs][N] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    Floats values[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) values[n] = Load(xt + n * stride + i * kLanes);
-#pragma GCC unroll 16
-    for (int t = 0; t < kTileOutputs; ++t)
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) totals[t][n] += values[n] * weights[t * kStride + i];
-  }
-#pragma GCC unroll 16
-  for (int t = 0; t < kTileOutputs; ++t)
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      float* into = sums + t * kRows + n * kLanes;
-      Store(into, Load(into) + totals[t][n]);
-    }
-}
-
-// Writes the sums [kLanes, kRows] of up to kLanes outputs from o on, and as many rows from r on, into y.
-void Write(const Problem& p, const float* sums, int64_t r, int64_t rows, int64_t o, int64_t outputs) {
-  Floats v[kLanes];
-  for (int k = 0; k < kLanes; ++k) v[k] = k < outputs ? Load(sums + k * kRows) : Floats{};
-  if (p.scale)
-    for (int k = 0; k < outputs; ++k) v[k] *= p.scale[o + k];
-  Exchange(v);
-  for (int64_t row = 0; row < rows; ++row) {
-    float* y = p.y + (r + row) * p.outputs + o;
-    if (outputs == kLanes) {
-      Store(y, v[row]);
-    } else {
-      std::memcpy(y, &v[row], outputs * sizeof(float));
-    }
-  }
-}
-
-// Stored weights of a block: `rows` pieces of memory, a pitch apart, each of some lines of 64 bytes.
-struct Region {
-  const char* start = nullptr;
-  int64_t pitch = 0, rows = 0, lines = 1;
-  int64_t line = 0;  // of the first row that is left
-  // Asks for the next `count` lines, into the second cache.
-  void Fetch(int64_t count) {
-    for (; count > 0 && rows > 0; --count) {
-      __builtin_prefetch(start + line * 64, 0, 2);
-      if (++line < lines) continue;
-      line = 0;
-      start += pitch;
-      --rows;
-    }
-  }
-};
-
-// Outputs begin … end - 1 of rows r … r + kRows - 1, or up to the last. While a block is multiplied, the weights of the
-// next one are fetched. Weights: see `MultiplyMany`. next: those of what follows.
-template <typename Weights>
-void ManyDots(const Problem& p, const float* xt, int64_t r, int64_t begin, int64_t end, const Weights& w, Region next) {
-  int64_t rows = std::min(kRows, p.rows - r), stride = p.features * kLanes;
-  int64_t vectors = (rows + kLanes - 1) / kLanes;
-  int64_t padded = (end - begin + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
-  Memory weights = Allocate(padded * kStride), sums = Allocate(padded * kRows);
-  std::memset(weights.get(), 0, padded * kStride * sizeof(float));
-  std::memset(sums.get(), 0, padded * kRows * sizeof(float));
-  for (int64_t i = 0; i < p.features; i += kFeatures) {
-    int64_t count = std::min(kFeatures, p.features - i);
-    w.Widen(begin, end - begin, i, count, weights.get());
-    int64_t after = i + kFeatures;
-    Region ahead = after < p.features ? w.At(begin, end - begin, after, std::min(kFeatures, p.features - after)) : next;
-    int64_t calls = padded / kTileOutputs * ((vectors + kTileVectors - 1) / kTileVectors);
-    int64_t step = (ahead.rows * ahead.lines + calls - 1) / calls;
-    auto tiles = [&](auto n, int64_t v) {
-      const float* block = xt + (r / kLanes + v) * stride + i * kLanes;
-      for (int64_t o = 0; o < padded; o += kTileOutputs) {
-        ahead.Fetch(step);
-        float* into = sums.get() + o * kRows + v * kLanes;
-        Tile<n>(block, stride, weights.get() + o * kStride, count, into);
-      }
-    };
-    int64_t v = 0;
-    for (; v + kTileVectors <= vectors; v += kTileVectors) tiles(std::integral_constant<int, kTileVectors>(), v);
-    if (vectors - v == 2) tiles(std::integral_constant<int, 2>(), v);
-    if (vectors - v == 1) tiles(std::integral_constant<int, 1>(), v);
-  }
-  for (int64_t o = begin; o < end; o += kLanes)
-    for (int64_t row = 0; row < rows; row += kLanes) {
-      const float* from = sums.get() + (o - begin) * kRows + row;
-      Write(p, from, r + row, std::min(kLanes, rows - row), o, std::min(kLanes, end - o));
-    }
-}
-
 // Size of each of at least `parts` parts of the outputs, a multiple of `multiple`.
 inline int64_t SizeOf(const Problem& p, int64_t parts, int64_t multiple) {
   return ((p.outputs + parts - 1) / parts + multiple - 1) / multiple * multiple;
 }
 
-// Many rows. Weights has a method Widen(o, n, i, count, into), which writes `count` weights, from feature i on, of
-// outputs o … o + n - 1, kStride apart; and At(o, n, i, count), the memory that it reads.
-template <typename Weights>
-void MultiplyMany(ffi::ThreadPool& pool, const Problem& p, const Weights& w) {
-  int64_t vectors = (p.rows + kLanes - 1) / kLanes, stride = p.features * kLanes;
-  Memory xt = Allocate(vectors * stride);
-  Parallel(pool, vectors, [&](int64_t v) { Transpose(p, v * kLanes, xt.get() + v * stride); });
-  int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  int64_t size = std::min(kOutputs, SizeOf(p, 4 * threads, kTileOutputs));
-  Parallel(pool, (p.outputs + size - 1) / size, [&](int64_t part) {
-    int64_t begin = part * size, end = std::min(p.outputs, begin + size), later = begin + threads * size;
-    for (int64_t r = 0; r < p.rows; r += kRows) {
-      Region next;
-      if (r + kRows >= p.rows && later < p.outputs)
-        next = w.At(later, std::min(p.outputs - later, size), 0, std::min(p.features, kFeatures));
-      ManyDots(p, xt.get(), r, begin, end, w, next);
-    }
-  });
-}
-
-// Weights [O, I] of a row each, widened by a function `widen(o, i, count, into)`. bits: of a weight.
-template <typename Function>
-struct Rows {
-  const Problem& p;
-  const void* data;
-  int64_t bits;
-  const Function& widen;
-  void Widen(int64_t o, int64_t n, int64_t i, int64_t count, float* into) const {
-    for (int64_t k = 0; k < n; ++k) widen(o + k, i, count, into + k * kStride);
-  }
-  Region At(int64_t o, int64_t n, int64_t i, int64_t count) const {
-    int64_t pitch = p.features * bits / 8;
-    return {static_cast<const char*>(data) + o * pitch + i * bits / 8, pitch, n, (count * bits / 8 + 63) / 64};
-  }
-};
-
-// Calls few(begin, end) for parts of the outputs; with more rows than kFew it calls widen(o, i, count, into) instead,
-// which writes `count` weights of output o from feature i on. bits: of a weight in the data.
+// Calls few(begin, end) for parts of the outputs. With more rows than kFew, it multiplies by vectors of kLanes weights:
+// widen(o, i, left) of output o from feature i on, of which `left` exist. bits: of a stored weight.
 template <typename Few, typename Widen>
-void Multiply(ffi::ThreadPool& pool, const Problem& p, const void* data, int64_t bits, const Few& few,
-              const Widen& widen) {
-  if (p.rows > kFew) return MultiplyMany(pool, p, Rows<Widen>{p, data, bits, widen});
+void Multiply(ffi::ThreadPool& pool, const Problem& p, int64_t bits, const Few& few, const Widen& widen) {
+  if (p.rows > kFew) {
+    Matrix x{p.x, p.features, 1};
+    auto copy = [&](int64_t first, int64_t depth, int64_t o, int64_t count, float* strips) {
+      CopyColumns(depth, count, strips,
+                  [&](int64_t c, int64_t i, int64_t left) { return widen(o + c, first + i, left); });
+    };
+    return Multiply(pool, x, p.y, p.rows, p.outputs, p.features, copy);
+  }
   int64_t bytes = p.features * p.outputs * bits / 8;
   int64_t size = SizeOf(p, std::clamp<int64_t>(bytes * std::max<int64_t>(1, p.rows / 2) / kPartBytes, 1, 16), 8);
   Parallel(pool, (p.outputs + size - 1) / size,
@@ -387,16 +238,13 @@ void MultiplyBy(ffi::ThreadPool& pool, const Problem& p, const typename W::Store
       default: return FewDots<W, 8>(p, w, o, end);
     }
   };
-  auto widen = [&](int64_t o, int64_t i, int64_t count, float* into) {
+  auto widen = [&](int64_t o, int64_t i, int64_t left) {
     const typename W::Stored* stored = w + o * p.features + i;
-    int64_t k = 0;
-    for (; k + kLanes <= count; k += kLanes) Store(into + k, W::Widen(stored + k));
-    if (k < count) {
-      Floats tail = WidenTail<W>(stored + k, count - k);
-      std::memcpy(into + k, &tail, (count - k) * sizeof(float));
-    }
+    __builtin_prefetch(stored + kLanes * p.features);  // of the outputs that are widened next
+    Floats weights = left == kLanes ? W::Widen(stored) : WidenTail<W>(stored, left);
+    return p.scale ? weights * p.scale[o] : weights;
   };
-  Multiply(pool, p, w, 8 * sizeof *w, few, widen);
+  Multiply(pool, p, 8 * sizeof *w, few, widen);
 }
 
 // 128 weights of 4 bits in 16 words: bits 4 k to 4 k + 3 of word l are 8 + the integer of feature 16 k + l.
@@ -460,15 +308,12 @@ void MultiplyByGroups(ffi::ThreadPool& pool, const Problem& p, const uint32_t* w
       if (r < p.rows) GroupDots<1>(p, w, scale, r, o);
     }
   };
-  auto widen = [&](int64_t o, int64_t i, int64_t count, float* into) {  // i and count: multiples of kGroup
-    int64_t first = (o * p.features + i) / kGroup;
-    for (int64_t g = first; g < first + count / kGroup; ++g) {
-      Group group(w + g * 16, scale[g]);
-#pragma GCC unroll 32
-      for (int k = 0; k < Group::kVectors; ++k, into += kLanes) Store(into, group.At(k));
-    }
+  auto widen = [&](int64_t o, int64_t i, int64_t) {
+    int64_t g = (o * p.features + i) / kGroup;
+    __builtin_prefetch(w + g * 16 + kLanes * p.features / 8);
+    return Group(w + g * 16, scale[g]).At(i % kGroup / kLanes);
   };
-  Multiply(pool, p, w, 4, few, widen);
+  Multiply(pool, p, 4, few, widen);
 }
 
 ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight, ffi::AnyBuffer scale,
