@@ -70,8 +70,12 @@ inline void CopyColumns(int64_t depth, int64_t count, float* to, const Vector& v
     for (int64_t i = 0; i < depth; i += kLanes) {
       int64_t left = std::min(kLanes, depth - i);
       Floats v[kLanes];
+      if (left == kLanes && j + kLanes <= count) {
 #pragma GCC unroll 16
-      for (int64_t c = 0; c < kLanes; ++c) v[c] = j + c < count ? vector(j + c, i, left) : Floats{};
+        for (int64_t c = 0; c < kLanes; ++c) v[c] = vector(j + c, i, kLanes);
+      } else {
+        for (int64_t c = 0; c < kLanes; ++c) v[c] = j + c < count ? vector(j + c, i, left) : Floats{};
+      }
       Exchange(v);
 #pragma GCC unroll 16
       for (int64_t l = 0; l < kLanes; ++l)
@@ -134,28 +138,36 @@ void Multiply(ffi::ThreadPool& pool, const Matrix& a, float* y, int64_t m, int64
   int64_t rows = Rounded(Divided(m, down), kPanel), across = Divided(n, columns);
   down = Divided(m, rows);
   int64_t steps = std::max<int64_t>(1, Divided(k, kDepth)), most = Rounded(Divided(k, steps), kLanes);
-  int64_t panels = Divided(m, kPanel);
-  Memory packed = Allocate(panels * kPanel * most);
-  for (int64_t step = 0; step < steps; ++step) {
-    int64_t first = std::min(k, step * most), depth = std::min(most, k - first);
-    Parallel(pool, Divided(panels, 8), [&](int64_t part) {
-      for (int64_t panel = part * 8; panel < std::min(panels, part * 8 + 8); ++panel) {
-        int64_t row = panel * kPanel;
-        CopyPanel(a, row, std::min<int64_t>(kPanel, m - row), first, depth, packed.get() + row * depth);
+  int64_t panels = Divided(m, kPanel), pack = panels * kPanel * most;
+  // Blocks of features for which a is copied at once: of few rows all, as threads wait for each other after each copy.
+  int64_t together = m <= kRows ? steps : 1;
+  Memory packed = Allocate(together * pack);
+  for (int64_t begun = 0; begun < steps; begun += together) {
+    auto first = [&](int64_t step) { return std::min(k, (begun + step) * most); };
+    auto depth = [&](int64_t step) { return std::min(most, k - first(step)); };
+    Parallel(pool, Divided(panels, 8) * together, [&](int64_t part) {
+      int64_t step = part % together, begin = part / together * 8;
+      for (int64_t panel = begin; panel < std::min(panels, begin + 8); ++panel) {
+        int64_t row = panel * kPanel, count = std::min<int64_t>(kPanel, m - row);
+        CopyPanel(a, row, count, first(step), depth(step), packed.get() + step * pack + row * depth(step));
       }
     });
     Parallel(pool, down * across, [&](int64_t part) {
       int64_t begin = part % down * rows, end = std::min(m, begin + rows);
       int64_t left = part / down * columns, count = std::min(columns, n - left);
       float* strips = Strips();
-      copy(first, depth, left, count, strips);
-      for (int64_t row = begin; row < end; row += kPanel) {
-        auto multiply = end - row > kPanel * 2 / 3 ? Multiply<kPanel>
-                        : end - row > kPanel / 3   ? Multiply<kPanel * 2 / 3>
-                                                   : Multiply<kPanel / 3>;
-        for (int64_t j = 0; j < count; j += kStrip)
-          multiply(packed.get() + row * depth, strips + j * depth, depth, y + row * n + left + j, n, end - row,
-                   count - j, step > 0);
+      for (int64_t step = 0; step < together; ++step) {
+        int64_t features = depth(step);
+        copy(first(step), features, left, count, strips);
+        for (int64_t row = begin; row < end; row += kPanel) {
+          auto multiply = end - row > kPanel * 2 / 3 ? Multiply<kPanel>
+                          : end - row > kPanel / 3   ? Multiply<kPanel * 2 / 3>
+                                                     : Multiply<kPanel / 3>;
+          const float* panel = packed.get() + step * pack + row * features;
+          for (int64_t j = 0; j < count; j += kStrip)
+            multiply(panel, strips + j * features, features, y + row * n + left + j, n, end - row, count - j,
+                     begun + step > 0);
+        }
       }
     });
   }
