@@ -227,3 +227,18 @@ def test_limits_are_those_of_all_pieces_together(tmp_path, monkeypatch):
         read(file)
     assert given == sorted(given, reverse=True)
     assert given[-1] < 1
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_other_columns_are_not_decompressed(tmp_path, suffix):
+    file = tmp_path / f"a.{suffix}"
+    content = pyarrow.table({"other": zeros(2 * 10**8), "text": ["to be"]})
+    if suffix == "parquet":
+        writer.write_table(content, file, compression="zstd", use_dictionary=False, write_statistics=False)
+    else:
+        options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+        with pyarrow.ipc.new_stream(file, content.schema, options=options) as opened:
+            opened.write_table(content)
+    found = cost(file)
+    assert (found["rows"], found["error"]) == (1, None)
+    assert found["bytes"] < 2.8e8
