@@ -17,7 +17,7 @@ STARTING = {"seconds": 60.0, "megabytes": 4_000.0}  # to import it, with the thr
 SECONDS, SECONDS_PER_BYTE, SECONDS_PER_TEXT_BYTE = 2.0, 1e-7, 2e-8
 MEMORY, MEMORY_PER_BYTE = 5e8, 8
 LEAST_SUM, EXPANSION = 2**26, 1_000  # bytes of all texts, and for each byte of the file
-ROW_BYTES = 64  # for which a row counts besides its text: there may be millions of empty ones
+ROW_BYTES = 128  # for which a row counts besides its text: there may be millions of empty ones
 
 idle: collections.deque[Confined] = collections.deque(maxlen=1)  # a child process that has read a file
 
