@@ -3,11 +3,12 @@
 A regular expression or a template may take days, swell, or end the process that runs it, and compiled code cannot be
 stopped from within: the operating system ends the child. What the child prints, as a panic of Rust, is discarded.
 
-The operations are functions of JSON values to JSON values. A module has them if it has a function
-`operations(*arguments)` that returns them by name.
+The operations are functions of JSON values to JSON values, or to `Attached`, which adds bytes. A module has them if it
+has a function `operations(*arguments)` that returns them by name.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -17,13 +18,21 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.process.texts import shortened
 
 WAITING = 30  # seconds that the child may take for a second of processor time, on a busy machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Attached:
+    """Result of an operation: a JSON value, and bytes that are sent as they are, those of all parts together."""
+
+    value: Any
+    parts: Sequence[Any]
 
 
 class Confined:
@@ -49,7 +58,9 @@ class Confined:
                 self.ask("", [self.module, *self.arguments], *self.limits)
 
     def call(self, name: str, *arguments: Any, seconds: float, megabytes: float) -> Any:
-        """Result of an operation. seconds: of processor time; megabytes: that the child may take besides what it has.
+        """Result of an operation; of one that attaches bytes a pair, the value and the bytes.
+
+        seconds: of processor time; megabytes: that the child may take besides what it has.
 
         Raises ValueError, without a subject, if the operation raises anything, takes more, or ends the process.
         """
@@ -64,16 +75,22 @@ class Confined:
             child.interrupted = True
             child.process.kill()
 
+    def close(self) -> None:
+        """End the child; the next call starts another one."""
+        with self.lock:
+            if self.child is not None:
+                self.child.finalizer()
+
     def ask(self, name: str, arguments: Any, seconds: float, megabytes: float) -> Any:
         """Send a request and wait for the reply."""
         child = self.child
         assert child is not None
         try:
-            line = child.exchange(json.dumps([name, arguments, seconds, megabytes]).encode())
-            if line:
-                reply = json.loads(line)
+            found = child.exchange(json.dumps([name, arguments, seconds, megabytes]).encode())
+            if found is not None:
+                reply, attached = found
                 if "value" in reply:
-                    return reply["value"]
+                    return (reply["value"], attached) if "attached" in reply else reply["value"]
                 why = reply.get("error")
             else:
                 code = child.exit_code()
@@ -118,8 +135,8 @@ class Child:
         """True if the process runs, and is a child of this one: a fork shares its pipes."""
         return self.owner == os.getpid() and self.process.poll() is None
 
-    def exchange(self, request: bytes) -> bytes:
-        """Reply to a request, each a line; nothing if the process has ended."""
+    def exchange(self, request: bytes) -> tuple[dict[str, Any], bytes] | None:
+        """Reply to a request, each a line, and the bytes that follow it; None if the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -127,8 +144,12 @@ class Child:
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except BrokenPipeError:
-            return b""
-        return line if line.endswith(b"\n") else b""
+            return None
+        if not line.endswith(b"\n"):
+            return None
+        reply = json.loads(line)
+        attached = self.process.stdout.read(reply.get("attached", 0))
+        return (reply, attached) if len(attached) == reply.get("attached", 0) else None
 
     def exit_code(self) -> int:
         """Exit code of the process, which has closed its output."""
@@ -160,6 +181,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF, signal.SIGALRM})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     operations: dict[str, Any] = {}
+    parts: Sequence[Any] = ()
     for line in sys.stdin.buffer:
         name, arguments, seconds, megabytes = json.loads(line)
         del line
@@ -168,16 +190,21 @@ def main() -> None:
         try:
             with limited(seconds, megabytes):
                 if name:
-                    reply = json.dumps({"value": operations[name](*arguments)}).encode()
+                    value = operations[name](*arguments)
                 else:
-                    operations = module.operations(*arguments[1:])
-                    reply = json.dumps({"value": None}).encode()
+                    operations, value = module.operations(*arguments[1:]), None
+                if isinstance(value, Attached):
+                    value, parts = value.value, value.parts
+                    reply = json.dumps({"value": value, "attached": sum(map(len, parts))}).encode()
+                else:
+                    reply = json.dumps({"value": value}).encode()
         except MemoryError:
             reply = json.dumps({"error": None}).encode()
         except BaseException as error:  # a panic of Rust is no Exception
             reply = json.dumps({"error": described(error)}).encode()
-        replies.write(reply + b"\n")
+        replies.writelines([reply, b"\n", *parts])
         replies.flush()
+        parts = ()
 
 
 def described(error: BaseException) -> str:
@@ -216,4 +243,5 @@ def data_bytes() -> int | None:
 
 
 if __name__ == "__main__":
-    main()
+    # The module under its own name, whose `Attached` is that of the operations.
+    importlib.import_module("jaxmodels.process.confined").main()

@@ -366,21 +366,14 @@ def test_a_parquet_file_that_repeats_a_text_is_not_read_to_its_end(tmp_path, mon
     from pyarrow import parquet
 
     from jaxmodels.text import documents
-    from jaxmodels.text.tables import parquet as pages
-    from jaxmodels.text.tables import sizes
+    from jaxmodels.text.tables import columns
 
-    monkeypatch.setattr(sizes, "LEAST_SUM", 10**6)
+    monkeypatch.setattr(columns, "LEAST_SUM", 10**6)
     repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1_000, pyarrow.int32()), ["a" * 10**4])
     parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "a.parquet", compression="zstd")
     rows = documents.Files("a", (tmp_path / "a.parquet",)).documents()
     with pytest.raises(ValueError, match=r"a\.parquet holds more than 1,000 times as much text"):
         list(rows)
-    monkeypatch.setattr(pages, "EXPANDED", 10**3)
-    parquet.write_table(
-        pyarrow.table({"text": ["a" * 10**6]}), tmp_path / "a.parquet", compression="zstd", use_dictionary=False
-    )
-    with pytest.raises(ValueError, match=r"a\.parquet has [\d,]+ bytes in a group of rows"):
-        next(documents.Files("a", (tmp_path / "a.parquet",)).documents())
 
 
 def test_a_panic_of_the_tokenizer_is_refused(monkeypatch):

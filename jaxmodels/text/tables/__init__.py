@@ -1,1 +1,1 @@
-"""Columns of texts in Arrow and Parquet files, whose compressed parts are measured before they are read."""
+"""Columns of texts in Arrow and Parquet files, which Arrow reads in a child process with limits."""

@@ -4,6 +4,8 @@ import ctypes
 import os
 import time
 
+from jaxmodels.process.confined import Attached
+
 
 class PanicException(BaseException):
     """As of Rust, which is no Exception."""
@@ -35,6 +37,7 @@ def operations(number):
     return {
         "add": lambda other: number + other,
         "echo": lambda text: text,
+        "attach": lambda *texts: Attached(len(texts), [memoryview(text.encode()) for text in texts]),
         "process": os.getpid,
         "hang": hang,
         "swell": swell,

@@ -30,6 +30,24 @@ def test_operations_run_in_another_process(confined):
     assert confined.call("echo", "ü\n\u2028" * 10_000, **MEANS) == "ü\n\u2028" * 10_000
 
 
+def test_bytes_are_sent_as_they_are(confined):
+    parts = "\n", "", "é\n"
+    assert confined.call("attach", *parts, **MEANS) == (3, "\né\n".encode())
+    assert confined.call("attach", **MEANS) == (0, b"")
+    assert confined.call("add", 1, **MEANS) == 8
+
+
+def test_it_is_closed_and_starts_again():
+    confined = Confined(MODULE, 7, seconds=5.0, megabytes=300.0)
+    confined.close()
+    first = confined.call("process", **MEANS)
+    confined.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    assert confined.call("process", **MEANS) != first
+    confined.close()
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
