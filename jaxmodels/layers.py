@@ -240,25 +240,36 @@ class Linear(RowLinear):
         super().__init__(d_in, d_out, use_bias=bias, kernel_init=init, bias_init=init, rngs=rngs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def standardized(x: jax.Array, epsilon: float) -> jax.Array:
-    """(x - mean) / √(variance + ε) over the last axis; its derivative is written out to take fewer passes over x."""
-    return _standardized_forward(x, epsilon)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalized(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """scale · (x - mean) / √(variance + ε) + bias over the last axis; its derivative takes fewer passes over x.
+
+    XLA would write the product of scale and 1/σ as a whole array, and without the barriers also σ and the scale.
+    """
+    return _normalized_forward(x, scale, bias, epsilon)[0]
 
 
-def _standardized_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    mean = x.mean(axis=-1, keepdims=True)
-    scale = jax.lax.rsqrt(jnp.square(x - mean).mean(axis=-1, keepdims=True) + epsilon)
-    return (x - mean) * scale, (x, mean, scale)
+def _normalized_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    mean = jax.lax.optimization_barrier(x.mean(axis=-1, keepdims=True))
+    variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+    inverse = jax.lax.optimization_barrier(jax.lax.rsqrt(variance + epsilon))
+    return (x - mean) * inverse * scale + bias, (x, scale, mean, inverse)
 
 
-def _standardized_backward(epsilon: float, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array]:
-    x, mean, scale = saved
-    y = (x - mean) * scale
-    return (scale * (dy - dy.mean(axis=-1, keepdims=True) - y * (dy * y).mean(axis=-1, keepdims=True)),)
+def _normalized_backward(
+    epsilon: float, saved: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale, mean, inverse = saved
+    z, dz = (x - mean) * inverse, dy * scale
+    rows = tuple(range(x.ndim - 1))
+    by_row = dz.mean(axis=-1, keepdims=True), (dz * z).mean(axis=-1, keepdims=True)
+    shift, slope = jax.lax.optimization_barrier(by_row)
+    return inverse * (dz - shift - z * slope), (dy * z).sum(axis=rows), dy.sum(axis=rows)
 
 
-standardized.defvjp(_standardized_forward, _standardized_backward)
+normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -276,7 +287,7 @@ class LayerNorm(nnx.LayerNorm):
             return super().__call__(x, mask=mask)
         if not x.dtype == scale.dtype == bias.dtype == jnp.float32:
             return super().__call__(x, mask=mask)
-        return standardized(x, self.epsilon) * scale[...] + bias[...]
+        return normalized(x, scale[...], bias[...], self.epsilon)
 
 
 def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
