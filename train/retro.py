@@ -38,6 +38,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.table import Table
 
+from jaxmodels.process.paths import resolved
 from jaxmodels.process.signals import interruptible
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.retro.retrieval.corpus import Corpus
@@ -364,7 +365,7 @@ def check_index(config: Config, run: Path, named: str | None) -> None:
 
 def is_beside(config: Config, run: Path) -> bool:
     """True if the folder of a run's index lies in that of the run's."""
-    return Path(config.index).resolve().is_relative_to(run.resolve().parent)
+    return resolved(config.index).is_relative_to(resolved(run).parent)
 
 
 def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: Mesh) -> RetroModel:

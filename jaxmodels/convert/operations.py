@@ -29,7 +29,7 @@ from jaxmodels.models import abstract, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.lora import LoRA
-from jaxmodels.process.paths import local
+from jaxmodels.process.paths import local, resolved
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.names import flat_arrays, from_torch, to_torch
@@ -82,8 +82,8 @@ def to_torch_file(options: argparse.Namespace) -> str:
     with float64_allowed():
         flags = {name: getattr(options, name) for name in ("revision", "strip_prefix", "variant")}
         opened = open_source(options.source, **flags)
-        target, held = options.target.resolve(), (opened.weights, *opened.files)
-        if target.exists() and any(target.is_relative_to(path.resolve()) for path in held):
+        target, held = resolved(options.target), (opened.weights, *opened.files)
+        if target.exists() and any(target.is_relative_to(resolved(path)) for path in held):
             raise ValueError(f"{options.target} lies in the weights of {options.source}; choose another file")
         check()
         if opened.is_quantized:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jaxmodels.io import manifest
 from jaxmodels.io.bounded import kind_of
-from jaxmodels.process.paths import below, local
+from jaxmodels.process.paths import below, local, resolved
 from jaxmodels.process.streams import say
 from jaxmodels.process.texts import visible
 
@@ -46,6 +46,7 @@ def check_target(target: Path, *, overwrite: bool | None, sources: Iterable[Path
     A target that is missing because a process was killed while it replaced it is recovered first.
     """
     local(target, "target")
+    real = resolved(target)
     recover(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; expected a folder")
@@ -54,12 +55,12 @@ def check_target(target: Path, *, overwrite: bool | None, sources: Iterable[Path
     if not overwrite:
         option = "" if overwrite is None else ", or pass overwrite (--overwrite)"
         raise ValueError(f"{target} is not empty; choose another folder{option}")
-    within = next((source for source in sources if source.resolve().is_relative_to(target.resolve())), None)
+    within = next((source for source in sources if resolved(source).is_relative_to(real)), None)
     if within is not None:
         raise ValueError(
             f"{target} contains the source {within}, which overwriting would delete; choose another folder"
         )
-    if reason := manifest.foreign(target.resolve()):
+    if reason := manifest.foreign(real):
         raise ValueError(f"{target} is not overwritten: {reason}; delete it yourself, or choose another folder")
 
 
@@ -71,7 +72,7 @@ def atomic_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
     is deleted. Raises ValueError as `check_target` before anything is written, and again before the target is replaced,
     and OSError naming the target if it cannot be.
     """
-    target = Path(target).resolve()
+    target = resolved(target)
     check_target(target, overwrite=overwrite)
     temporary = temporary_name(target)
     try:

@@ -1,5 +1,6 @@
 """Folders that a user names: `~` is expanded, and URLs are refused; names in files of others, and folders inside."""
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -34,6 +35,19 @@ def local(path: Path | str, name: str) -> Path:
         f"{name}={scheme}://{inside} must be a folder of a file system: mount it{how}, and name "
         f"{name}=/mnt/{bucket or 'BUCKET'}/{rest}"
     )
+
+
+def resolved(path: str | os.PathLike) -> Path:
+    """Absolute path without links, which need not exist, as `Path.resolve` has it.
+
+    Raises ValueError for a link that leads to itself, for which Python's versions raise different errors or none.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is, or lies in, a link that leads to itself") from None
+    return Path(path).resolve()
 
 
 def check_utf8(path: Path | str, name: str) -> None:

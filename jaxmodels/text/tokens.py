@@ -20,6 +20,7 @@ from jaxmodels.io import manifest
 from jaxmodels.io.atomic import atomic_folder, check_target, recover, temporary_folder, unique
 from jaxmodels.io.bounded import check_format, is_integer, read_object
 from jaxmodels.io.formats.npy import map_array
+from jaxmodels.process.paths import resolved
 from jaxmodels.process.progress import progress
 from jaxmodels.process.texts import quoted, visible
 from jaxmodels.text.corpora import split
@@ -243,7 +244,7 @@ def write_sources(folder: Path, sources: Sources, vocabulary: Vocabulary, end_to
     """
     end = end_ids(vocabulary, sources, end_token)
     key = hashlib.sha256(json.dumps(key_of(sources, vocabulary, end)).encode()).hexdigest()
-    folder = folder.resolve()
+    folder = resolved(folder)
     partial = folder.with_name(f".{folder.name}.{unique(key)}")  # `jaxmodels clean` knows such names
     with locked(partial):
         try:

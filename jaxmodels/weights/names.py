@@ -349,12 +349,18 @@ def bfloat16_as_numpy(tensor: Any) -> np.ndarray:
 
 
 def as_tensor(array: np.ndarray) -> Any:
-    """Torch tensor that shares the memory of a writable NumPy array; bfloat16 through a view as integers."""
+    """Torch tensor that shares the memory of a writable NumPy array; bfloat16 through a view as integers.
+
+    Raises ValueError if PyTorch does not take the dtype from NumPy: other floats of ml_dtypes, as those of 8 bits.
+    """
     import torch
 
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise ValueError(f"an array of {array.dtype} {list(array.shape)} has no tensor in PyTorch; cast it") from None
 
 
 def torch_dtype(torch: Any, dtype: np.dtype) -> Any:

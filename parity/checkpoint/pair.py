@@ -10,7 +10,7 @@ from jaxmodels.models import name_of
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.weights.names import as_numpy
 from parity.checkpoint.opened import Checkpoint, Source, is_source, is_stored, opened
-from parity.checkpoint.reference import NEOX_FIELDS, cast_like, reference
+from parity.checkpoint.reference import NEOX_FIELDS, cast_like, check_dtypes, reference
 from parity.compare.arguments import described, is_torch
 from parity.compare.sides.torch_copy import copied
 from parity.compare.weights.twins import Kept
@@ -109,6 +109,7 @@ def stored_flax(torch_module: Any, stored: Checkpoint) -> Opened:
     if not stored.model:
         raise ValueError(f"flax_module={stored.where} has no configuration; it must be a folder")
     stored = stored.of_model(stored.model, stored.config)
+    check_dtypes(stored)
     flax_module = stored.abstract(stored.model, stored.config)
     if is_torch(torch_module):
         tensors = {name: as_numpy(tensor) for name, tensor in torch_module.state_dict().items()}

@@ -15,7 +15,9 @@ import torch_ref.neox
 import torch_ref.retro
 import torch_ref.transformer
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.neox.config import DTYPES
 from jaxmodels.process.extras import available
+from jaxmodels.process.texts import quoted
 from jaxmodels.weights.lazy import read
 from jaxmodels.weights.names import as_tensor, is_floating, torch_dtype
 from parity.checkpoint.gpt_neox import Transformers
@@ -28,8 +30,9 @@ def reference(checkpoint: Checkpoint) -> tuple[nn.Module, str]:
     """PyTorch's module of a checkpoint that `of_model` returned, and a note that says which one it is.
 
     For a folder in Hugging Face's format that is transformers' own, if it is installed; else the twin in `torch_ref`.
-    Raises ValueError if the model has no twin.
+    Raises ValueError if the model has no twin, and as `check_dtypes`.
     """
+    check_dtypes(checkpoint)
     where = Path(checkpoint.where).name
     if checkpoint.format == HF and available("transformers"):
         dtype = getattr(torch, widest(checkpoint.tensors).name)
@@ -39,6 +42,14 @@ def reference(checkpoint: Checkpoint) -> tuple[nn.Module, str]:
         return module, f"PyTorch runs transformers {version}'s GPTNeoXForCausalLM, loaded from {where}{gelu}"
     missing = " (transformers is not installed)" if checkpoint.format == HF else ""
     return filled(checkpoint), f"PyTorch runs torch_ref's {checkpoint.model} with the tensors of {where}{missing}"
+
+
+def check_dtypes(checkpoint: Checkpoint) -> None:
+    """Raise ValueError, naming the file, for floats that NumPy and PyTorch do not exchange, such as those of 8 bits."""
+    for name, tensor in checkpoint.tensors.items():
+        dtype = np.dtype(tensor.dtype).name
+        if is_floating(tensor.dtype) and dtype not in DTYPES:
+            raise ValueError(f"{checkpoint.where}: {quoted(name)} is {dtype}; PyTorch runs {', '.join(DTYPES)}")
 
 
 def filled(checkpoint: Checkpoint) -> nn.Module:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxmodels.io.bounded import errors_naming
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
 from jaxmodels.process.texts import visible
+from jaxmodels.weights.lazy import nbytes
 from parity.cases.processes import prepare_jax
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 ROWS, TOKENS = 3, 61
 NEIGHBORS = 2  # of each chunk, for RetroModel
+MOST_TOKENS = 1024  # that a configuration alone asks for
 
 EXAMPLES = """\
 examples:
@@ -54,7 +57,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help=f"length of the {ROWS} random sequences (default: {TOKENS}, or the model's max_len if that is less; "
-        "two chunks of a RETRO model if they are more)",
+        "two chunks of a RETRO model if they are more; required if that is more than "
+        f"{MOST_TOKENS:,}, and for a model that makes large arrays of few weights)",
     )
     arguments.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the tokens (default: 0)")
     arguments.add_argument(
@@ -121,11 +125,15 @@ def numerics(
 ) -> "Report":
     """A check of outputs: the first checkpoint in PyTorch, the second in Flax."""
     from parity.compare.comparison import Comparison
+    from parity.golden.work import check_work
     from parity.measure.check import read_check
 
     progress("loading")
     inputs = token_inputs(second, options.tokens, options.seed)
     comparison = Comparison.of(first, second, inputs, device=options.device, seed=options.seed)
+    if options.tokens is None:
+        with errors_naming(f"{second.where} needs --tokens N"):
+            check_work(comparison.flax, comparison.inputs, nbytes=sum(map(nbytes, second.tensors.values())))
     name = f"{Path(first.where).name} (PyTorch), {Path(second.where).name} (Flax)"
     return read_check(comparison, name=name, readings=("output",), steps=0, progress=progress)
 
@@ -140,6 +148,11 @@ def token_inputs(checkpoint: "Checkpoint", tokens: int | None, seed: int) -> tup
     if tokens is not None and tokens < chunk:
         raise ValueError(
             f"--tokens {tokens} must be at least {chunk}, a chunk of the model: shorter texts have no neighbors"
+        )
+    if tokens is None and 2 * chunk > MOST_TOKENS:
+        raise ValueError(
+            f"{checkpoint.where} has chunk_len={chunk:,}: name a length with --tokens; without it, two chunks of at "
+            f"most {MOST_TOKENS:,} tokens are compared"
         )
     tokens = max(min(TOKENS, longest), 2 * chunk) if tokens is None else tokens
     rng = np.random.default_rng(seed)

@@ -41,7 +41,7 @@ def check_fit(comparison: Comparison, fixture: Fixture) -> list[str]:
         inputs = ", ".join(f"inputs/{name} {described(a)}" for name, a in fixture.inputs.named().items())
         reason = f"{type(error).__name__}: {shortened(str(error))}"
         raise ValueError(f"the Flax module does not take {shortened(inputs)}: {reason}") from error
-    check_work(comparison.flax, comparison.inputs, comparison.channels_last)
+    check_work(comparison.flax, comparison.inputs, comparison.channels_last, nbytes=fixture.nbytes)
     outputs = fixture.results["output"]
     pairs = correspondence(outputs, returned)
     for theirs, ours in pairs.items():

@@ -73,6 +73,12 @@ class Fixture:
     names: dict[str, str]
     torch: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights, inputs and results."""
+        groups = (self.state, self.inputs.named(), *self.results.values())
+        return sum(array.nbytes for arrays in groups for array in arrays.values())
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """The weights."""
         return self.state
@@ -126,12 +132,17 @@ def pending(about_file: Path) -> Path:
 def recover(stem: str | os.PathLike) -> None:
     """Give a JSON its name whose tensors are in place: the last step of `write`, which a killed process has not done.
 
-    Without effect on any other file, and in a folder that cannot be written.
+    Without effect on any other file, such as one of others in the place of any of the three, and in a folder that
+    cannot be written.
     """
     tensors_file, about_file = files_of(stem)
     new = pending(about_file)
     with contextlib.suppress(OSError, ValueError):  # there is none, or another process has renamed it
-        if read_object(new).get("sha256") == sha256_of(tensors_file, TENSOR_BYTES + HEADER_BYTES):
+        if new.is_symlink() or not describes_recording(new) or not holds_recording(tensors_file):
+            return
+        if os.path.lexists(about_file) and not describes_recording(about_file):
+            return
+        if read_object(new)["sha256"] == sha256_of(tensors_file, TENSOR_BYTES + HEADER_BYTES):
             new.replace(about_file)
 
 

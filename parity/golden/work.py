@@ -1,6 +1,7 @@
-"""How much a Flax module computes for a fixture's inputs, known from its jaxpr before anything is computed.
+"""How much a Flax module computes for its inputs, known from its jaxpr before anything is computed.
 
-A fixture of a few megabytes may have a sequence for which attention takes all memory of a machine.
+A fixture of a few megabytes may have a sequence, and a configuration numbers of heads or tokens, for which attention
+takes all memory of a machine.
 """
 
 import math
@@ -13,18 +14,24 @@ from parity.compare.inputs import Inputs
 from parity.compare.sides.adapters import traced
 from parity.compare.sides.widen import jaxprs_of
 
-MOST = 2**36  # elements of all arrays that a call makes: minutes on a CPU
-LARGEST = 2**28  # elements of one of them: 2 GB in float64
+# Elements of all arrays that a call makes, and of one of them, 134 MB in float64, whatever the size of the model; and
+# more for each byte of its weights and results. The shipped fixtures make up to 8,712, and 6 for each byte.
+MOST, LARGEST = 2**30, 2**24
+MOST_FOR_BYTE, LARGEST_FOR_BYTE = 64, 0.5  # a cast of weights of 16 bits makes as many
 
 
-def check_work(module: Any, inputs: Inputs, channels_last: Sequence[str] = ()) -> None:
-    """Raise ValueError if a module, whose arrays may be abstract, makes larger arrays for its inputs, or more."""
+def check_work(module: Any, inputs: Inputs, channels_last: Sequence[str] = (), *, nbytes: int) -> None:
+    """Raise ValueError if a module, whose arrays may be abstract, makes larger arrays for its inputs, or more.
+
+    nbytes: of the weights and, if they are stored, the results, with which the limits grow.
+    """
     total, largest = elements(traced(module, inputs, channels_last, jax.make_jaxpr).jaxpr)
-    if total > MOST or largest > LARGEST:
+    most, largest_allowed = MOST + MOST_FOR_BYTE * nbytes, LARGEST + int(LARGEST_FOR_BYTE * nbytes)
+    if total > most or largest > largest_allowed:
         shapes = ", ".join(f"inputs/{name} {list(array.shape)}" for name, array in inputs.named().items())
         raise ValueError(
-            f"the Flax module makes arrays of up to {largest:,} elements, {total:,} in all, of {shapes}; fixtures are "
-            f"compared up to {LARGEST:,} and {MOST:,}"
+            f"the Flax module makes arrays of up to {largest:,} elements, {total:,} in all, of {shapes}; at most "
+            f"{largest_allowed:,} and {most:,} are computed for {nbytes:,} bytes of arrays"
         )
 
 

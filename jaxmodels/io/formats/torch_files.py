@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmodels.io.allowance import Allowance
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import open_regular
+from jaxmodels.io.bounded import errors_naming, open_regular
 from jaxmodels.io.content import explained, is_zip
 from jaxmodels.io.formats.torch_formats import made_on_cpu, read_legacy, read_zipped
 from jaxmodels.io.shapes import check_shape
@@ -242,16 +242,18 @@ def describe(content: Any) -> str:
 def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray], check: Callable[[], None] = lambda: None) -> None:
     """Write arrays as a state_dict for `torch.load`, atomically; raises OSError, naming the file, for a full disk.
 
-    check: see `atomic_file`.
+    check: see `atomic_file`. Raises ValueError, naming the file, for a dtype that `as_tensor` refuses.
     """
     require("torch", "torch")
     import torch
 
+    with errors_naming(file):
+        tensors = {name: as_tensor(array) for name, array in arrays.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file, check) as temporary, open(temporary, "wb") as opened:
         recorded: Any = Recorded(opened)
         try:
-            torch.save({name: as_tensor(array) for name, array in arrays.items()}, recorded)
+            torch.save(tensors, recorded)
         except RuntimeError:  # torch's writer raises it about its own position in the file
             raise recorded.error or OSError(errno.EIO, "torch could not write it", str(file)) from None
 

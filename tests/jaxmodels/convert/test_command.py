@@ -27,6 +27,8 @@ from jaxmodels.generate import generate
 from jaxmodels.io import manifest
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
+from jaxmodels.transformer import AutoregressiveTransformer
+from jaxmodels.weights.names import flat_arrays, with_arrays
 from tests.fuzz.targets import TARGETS
 
 CONFIG = {"n_vocab": 13, "d_model": 12, "heads": 3, "d_ff": 17, "n_layers": 2}
@@ -254,6 +256,16 @@ def test_nothing_is_replaced_unasked(pt, tmp_path, capsys):
     assert to_flax(file, tmp_path / "out", "--overwrite") == 0
     assert convert(tmp_path / "out", file) == 2
     assert convert(tmp_path / "out", file, "--overwrite") == 0
+
+
+def test_floats_of_8_bits_are_no_state_dict_until_they_are_cast(tmp_path, capsys):
+    model = AutoregressiveTransformer(5, 8, 2, 5, 1, rngs=nnx.Rngs(0))
+    arrays = {path: array.astype("float8_e4m3fn") for path, array in flat_arrays(model).items()}
+    jaxmodels.save(with_arrays(model, arrays), tmp_path / "model")
+    assert convert(tmp_path / "model", tmp_path / "new" / "model.pt") == 2
+    assert re.search(r"^.*/model\.pt: .*float8_e4m3fn.*\n$", capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert convert(tmp_path / "model", tmp_path / "model.pt", "--dtype", "float32") == 0
 
 
 @pytest.mark.parametrize("content", ["mine", "zip", "TorchScript"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def source(published, tmp_path) -> Path:
 def convert(source, target, to: str = "flax") -> int:
     name, *flags = COMMANDS[to]
     return main([name, str(source), str(target), *flags, "--overwrite"])
+
+
+@pytest.mark.parametrize("to", COMMANDS)
+def test_a_target_that_is_a_link_to_itself_is_one_line(source, tmp_path, capsys, to):
+    (tmp_path / "loop").symlink_to("loop")
+    assert convert(source, tmp_path / "loop", to) == 2
+    assert re.search(r"^.*/loop is.*link.*\n$", capsys.readouterr().err)
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    assert main(["torch", str(source), str(tmp_path / "loop.pt")]) == 2
+    assert re.search(r"^.*/loop\.pt is.*link.*\n$", capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "loop.pt", "source"]
 
 
 def state(folder: Path) -> dict[str, object]:

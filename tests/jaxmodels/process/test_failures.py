@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from jaxmodels.io import bounded
 from jaxmodels.io.bounded import errors_naming
@@ -57,6 +58,14 @@ def test_a_refusal_of_the_operating_system_is_found_in_an_error_of_a_library():
         (MemoryError("8 TiB"), "model/config.json: 8 TiB"),
         (RuntimeError("RESOURCE_EXHAUSTED: 8 TiB\nat"), "model/config.json: RESOURCE_EXHAUSTED: 8 TiB"),
         (RuntimeError("INTERNAL: Out of memory allocating 8 bytes"), "model/config.json: INTERNAL: Out of memory .* 8"),
+        (
+            RuntimeError("[enforce fail at x.cpp:1] . DefaultCPUAllocator: can't allocate memory: 8"),
+            "model/config.json: ",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 TiB"),
+            "model/config.json: CUDA out of memory",
+        ),
         (MemoryError("model/config.json: 8 TiB"), "model/config.json: 8 TiB"),
     ],
 )
@@ -68,6 +77,11 @@ def test_want_of_memory_names_the_file_once(error, message):
         fail()
     assert re.match(message, str(raised.value))
     assert programs.run(memory_naming("model/config.json")(fail), "command") == 2
+
+
+def test_the_words_of_pytorch_are_known():
+    with pytest.raises(MemoryError, match=r"^model: "), memory_naming("model"):
+        torch.empty(2**60, dtype=torch.uint8)
 
 
 def test_another_runtime_error_is_a_bug():

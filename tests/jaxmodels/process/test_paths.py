@@ -12,7 +12,7 @@ from jaxmodels import command
 from jaxmodels.io import clean, manifest
 from jaxmodels.io.atomic import check_target
 from jaxmodels.io.checkpoint import check_files
-from jaxmodels.process.paths import DEEPEST, below, is_plain, local, walk
+from jaxmodels.process.paths import DEEPEST, below, is_plain, local, resolved, walk
 from jaxmodels.text.sources import files_of
 
 
@@ -31,6 +31,32 @@ def test_a_bucket_is_refused_with_how_to_mount_it(given):
         local(given, "out")
     with pytest.raises(ValueError, match=r"^resume=hdfs://"):
         local("hdfs://x/y", "resume")
+
+
+def test_a_link_that_leads_to_itself_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name, goal in {"loop": "loop", "a": "b", "b": "a", "link": "folder", "dangling": "missing"}.items():
+        (tmp_path / name).symlink_to(goal)
+    for name in ("loop", "a", "loop/inside", "folder/../b"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+            resolved(tmp_path / name)
+    for name, goal in {
+        "link/new": "folder/new",
+        "dangling": "missing",
+        "folder": "folder",
+        "folder/x/y": "folder/x/y",
+    }.items():
+        assert resolved(str(tmp_path / name)) == (tmp_path / name).resolve() == tmp_path.resolve() / goal
+
+
+def test_a_folder_that_is_a_link_to_itself_is_no_target(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "file").touch()
+    for target, sources in ((tmp_path / "loop", ()), (tmp_path / "target", [tmp_path / "loop"])):
+        with pytest.raises(ValueError, match=r"/loop .*link"):
+            check_target(target, overwrite=True, sources=sources)
+    assert (tmp_path / "loop").is_symlink()
 
 
 @pytest.mark.parametrize("name", ["a", "global_step7", "..a", "é.pt", "a" * 255])

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxmodels.convert import ConversionError, from_torch, load_into_torch, to_torch
 from jaxmodels.layers import FeedForward, Fixed, LayerNorm
 from jaxmodels.transformer import AutoregressiveTransformer
-from jaxmodels.weights.names import flat_arrays
+from jaxmodels.weights.names import as_numpy, as_tensor, flat_arrays
 from tests.common import (
     ATTENTIONS,
     B,
@@ -278,3 +278,11 @@ def test_load_into_torch_refuses_what_does_not_fit():
 def test_bfloat16_arrays_are_ml_dtypes():
     model = from_torch(abstract("rotary"), torch_language_model("rotary").bfloat16().state_dict())
     assert {array.dtype for array in to_torch(model).values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_floats_of_8_bits_are_named_in_both_directions():
+    array = np.zeros((2, 3), ml_dtypes.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"float8_e4m3fn \[2, 3\]"):
+        as_tensor(array)
+    with pytest.raises(ValueError, match=r"float8_e4m3fn"):
+        as_numpy(torch.zeros(2, 3, dtype=torch.float8_e4m3fn))

@@ -1,6 +1,7 @@
 """`parity verify`: two checkpoints compared on the command line."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -15,6 +16,9 @@ import jaxmodels
 from jaxmodels.convert import from_torch, to_torch
 from jaxmodels.convert.hf import save_hf
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.retro import NearestNeighborEncoder, RetroModel
+from jaxmodels.transformer import AutoregressiveTransformer
+from jaxmodels.weights.names import flat_arrays, with_arrays
 from parity.checkpoint.opened import opened
 from parity.checkpoint.verify import token_inputs
 from parity.command import main
@@ -147,6 +151,38 @@ def test_a_retro_has_tokens_of_a_chunk_at_least():
     assert (ids.shape, neighbors.shape) == ((3, 128), (3, 2, 2, 128))
     with pytest.raises(ValueError, match="--tokens 63 must be at least 64"):
         token_inputs(types.SimpleNamespace(model="RetroModel", config=config), 63, 0)
+
+
+def test_a_configuration_alone_asks_for_no_long_texts():
+    """Weights of a RETRO model do not depend on the length of its chunks."""
+    model = types.SimpleNamespace(model="RetroModel", config={"n_vocab": 29, "chunk_len": 10**12}, where="model")
+    with pytest.raises(ValueError, match=r"model has chunk_len=1,000,000,000,000: name a length with --tokens"):
+        token_inputs(model, None, 0)
+    model.config["chunk_len"] = 513
+    with pytest.raises(ValueError, match=r"chunk_len=513.* --tokens"):
+        token_inputs(model, None, 0)
+    assert token_inputs(model, 600, 0)[0].shape == (3, 600)
+
+
+def test_a_configuration_alone_asks_for_no_large_arrays(tmp_path, capsys):
+    """Of a feature each, 10,000 heads take a megabyte of weights, and a gigabyte for their scores."""
+    rngs = nnx.Rngs(0)
+    encoder = NearestNeighborEncoder(3, 1, [0], 1, 10_000, 1, 5, rngs=rngs)
+    jaxmodels.save(RetroModel(11, 1, 1, [0], 3, 10_000, 1, 5, encoder, rngs=rngs), tmp_path / "model")
+    assert main(["verify", str(tmp_path / "model"), str(tmp_path / "model"), "--numerics"]) == 2
+    assert re.search(r"model needs --tokens N: .*\[3, 61\].* at most ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("narrow", ["SRC", "DST"])
+def test_floats_of_8_bits_are_compared_but_not_computed_with(tmp_path, capsys, narrow):
+    model = AutoregressiveTransformer(5, 8, 2, 5, 1, rngs=nnx.Rngs(0))
+    jaxmodels.save(model, tmp_path / "wide")
+    arrays = {path: array.astype("float8_e4m3fn") for path, array in flat_arrays(model).items()}
+    jaxmodels.save(with_arrays(model, arrays), tmp_path / "narrow")
+    given = [str(tmp_path / name) for name in (["narrow", "wide"] if narrow == "SRC" else ["wide", "narrow"])]
+    assert main(["verify", *given]) == (1 if narrow == "SRC" else 0)
+    assert main(["verify", *given, "--numerics"]) == 2
+    assert re.search(r"narrow: '.*' is float8_e4m3fn; PyTorch runs", capsys.readouterr().err)
 
 
 def test_help_lists_the_command(capsys):

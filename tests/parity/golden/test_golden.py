@@ -1,5 +1,6 @@
 """Fixtures: recorded with torch, replayed without it, rejected if damaged."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,12 +17,13 @@ import parity
 from jaxmodels import layers
 from jaxmodels.convert import ConversionError
 from jaxmodels.io import clean
+from jaxmodels.io.bounded import sha256_of
 from jaxmodels.io.formats.safetensors import write_file
 from parity.cases import SYSTEMS
 from parity.cases.golden import GOLDEN
 from parity.cases.suite import pair_of
 from parity.command import main
-from parity.golden.fixture import SHIPPED, files_of, pending, read, stems
+from parity.golden.fixture import SHIPPED, check_target, files_of, pending, read, stems
 from parity.golden.record import record
 from tests.parity.pairs import FlaxMLP, mlp
 
@@ -276,6 +278,35 @@ def test_a_recording_whose_writer_was_killed_is_the_old_one_or_the_new_one(recor
     parity.record(torch_module, {"x": x}, stem, name="third")
     assert read(stem).name == "third"
     assert sorted(old) == sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["waiting", "tensors", "link", "json", "dangling"])
+def test_a_waiting_json_of_others_replaces_nothing(recorded, tmp_path, wrong):
+    """Its sha256 is that of the tensors, and anybody may know that of published weights."""
+    tensors_file, about_file = files_of(recorded[1])
+    waiting = pending(about_file)
+    about = json.loads(about_file.read_text())
+    if wrong == "tensors":
+        tensors_file.unlink()
+        write_file(tensors_file, {"w": np.ones(3)})
+    about |= {"name": "of others", "sha256": sha256_of(tensors_file)}
+    content = json.dumps({"sha256": about["sha256"]} if wrong == "waiting" else about)
+    if wrong == "link":
+        (tmp_path / "elsewhere").write_text(content)
+        waiting.symlink_to("elsewhere")
+    else:
+        waiting.write_text(content)
+    if wrong == "json":
+        about_file.write_text('{"my": "notes"}')
+    elif wrong == "dangling":
+        about_file.unlink()
+        about_file.symlink_to("missing")
+    before = {file: file.is_symlink() or file.read_bytes() for file in tmp_path.iterdir()}
+    with contextlib.suppress(ValueError):
+        assert read(recorded[1]).name == "an MLP"
+    with contextlib.suppress(ValueError):
+        check_target(recorded[1])
+    assert {file: file.is_symlink() or file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_clean_lists_a_json_whose_tensors_were_not_written(recorded, tmp_path, capsys):
