@@ -165,10 +165,10 @@ def test_a_configuration_alone_asks_for_no_long_texts():
 
 
 def test_a_configuration_alone_asks_for_no_large_arrays(tmp_path, capsys):
-    """Of a feature each, 10,000 heads take a megabyte of weights, and a gigabyte for their scores."""
+    """Of two features each, 10,000 heads take a few megabytes of weights, and a gigabyte for their scores."""
     rngs = nnx.Rngs(0)
-    encoder = NearestNeighborEncoder(3, 1, [0], 1, 10_000, 1, 5, rngs=rngs)
-    jaxmodels.save(RetroModel(11, 1, 1, [0], 3, 10_000, 1, 5, encoder, rngs=rngs), tmp_path / "model")
+    encoder = NearestNeighborEncoder(3, 1, [0], 1, 10_000, 2, 5, rngs=rngs)
+    jaxmodels.save(RetroModel(11, 1, 1, [0], 3, 10_000, 2, 5, encoder, rngs=rngs), tmp_path / "model")
     assert main(["verify", str(tmp_path / "model"), str(tmp_path / "model"), "--numerics"]) == 2
     assert re.search(r"model needs --tokens N: .*\[3, 61\].* at most ", capsys.readouterr().err)
 
