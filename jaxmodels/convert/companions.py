@@ -103,11 +103,9 @@ class Companions:
         and if the files have more than ALL_BYTES together.
         """
         total = 0
-        inside = (
-            read_object(self.files[VOCABULARY], TOKENIZER_BYTES).get("tokenizer") if VOCABULARY in self.files else None
-        )
+        inside = self.tokenizer_inside()
         for name, file in self.files.items():
-            if name == VOCABULARY and isinstance(inside, str):
+            if name == VOCABULARY and inside is not None:
                 continue
             target = folder / name
             if target.parent != folder:
@@ -124,9 +122,28 @@ class Companions:
                 with atomic_file(target) as new:
                     new.write_bytes(content)
         same = TOKENIZER in self.files and read_text(self.files[TOKENIZER], TOKENIZER_BYTES) == inside
-        if isinstance(inside, str) and not same:
+        if inside is not None and not same:
             with atomic_file(folder / TOKENIZER) as new:
                 new.write_text(inside, encoding="utf-8")
+
+    def tokenizer_inside(self) -> str | None:
+        """Content of a tokenizer.json that is within the vocabulary.json; None if there is none."""
+        if VOCABULARY not in self.files:
+            return None
+        inside = read_object(self.files[VOCABULARY], TOKENIZER_BYTES).get("tokenizer")
+        return inside if isinstance(inside, str) else None
+
+    def refuse_others(self, run: Path) -> None:
+        """Raise ValueError if a run that begins has files of another checkpoint, which `write` would not replace.
+
+        Such are those of a first attempt that was killed. Its vocabulary.json is the run's own, and always replaced.
+        """
+        written = {VOCABULARY, *self.files, *([TOKENIZER] if self.tokenizer_inside() is not None else [])}
+        if others := sorted(files_in(run).keys() - written):
+            raise ValueError(
+                f"{run} has {', '.join(map(quoted, others))} of another checkpoint, beside which this run would begin: "
+                "delete them, or name another folder with --out"
+            )
 
     def in_config(self) -> dict[str, Any]:
         """Entry for a config.json of this project: {"token_ids": {…}}, or {} if there are none."""

@@ -17,6 +17,7 @@ from jaxmodels.text.corpora import load_corpus
 from jaxmodels.text.documents import KINDS, Files, Source, Text, TextFile, file_identity, kind_of
 from jaxmodels.text.vocabularies import CharVocabulary, code_points
 
+DATASETS, DATASET = "dataset_dict.json", "state.json"  # what `datasets.save_to_disk` writes beside several, and one
 CORPORA = ("python_docs", "tiny_shakespeare")
 TRAINING, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = {
@@ -195,7 +196,8 @@ def of_folder(folder: Path, field: str) -> Sources:
     Files whose path names validation data are validated on; those of test data are left out.
     """
     found: dict[str, list[Path]] = {TRAINING: [], VALIDATION: [], TEST: []}
-    files = sorted(files_of(folder))
+    files, others = files_of(folder)
+    files.sort()
     check_distinct(files)
     for file in files:
         named = SPLIT_NAME.findall(str(file.relative_to(folder)))
@@ -210,40 +212,46 @@ def of_folder(folder: Path, field: str) -> Sources:
     )
     assert train is not None
     notes = [f"{folder}: {len(found[TEST])} files of test data are left out"] if found[TEST] else []
-    others = [] if is_saved(folder) else [file for file in visible_below(folder) if file.suffix.lower() not in KINDS]
     if others:
         notes.append(f"{folder}: {len(others)} files of other kinds are left out, such as {others[0].name}")
     return Sources(train, validation, tuple(notes))
 
 
-def is_saved(folder: Path) -> bool:
-    """True for a folder of `datasets.save_to_disk`."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files of documents in a folder, and files of other kinds that are left out.
 
-
-def files_of(folder: Path) -> list[Path]:
-    """Files of documents in a folder; of a folder of datasets, those that its state.json names."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = read_object(folder / "dataset_dict.json").get("splits")
-        named = isinstance(splits, list) and all(isinstance(name, str) and is_plain(name) for name in splits)
-        if not isinstance(splits, list) or not named or len(set(splits)) < len(splits):
-            raise ValueError(
-                f"{folder / 'dataset_dict.json'} has splits={quoted(splits)}, must be names of folders, each once"
-            )
-        return [file for name in splits for file in split_files(folder / name)]
-    return split_files(folder)
-
-
-def split_files(folder: Path) -> list[Path]:
-    """Files of documents in a folder that may be of one dataset; raises ValueError if it is damaged."""
-    if (folder / "state.json").is_file():
-        return saved_files(folder / "state.json")
-    found = [file for file in visible_below(folder) if file.suffix.lower() in KINDS]
+    Of a folder of `datasets.save_to_disk`, also of one inside, the files are those that it names: others beside them
+    are caches, or left by an earlier save. Raises ValueError if it is damaged, or if a file is no regular one.
+    """
+    if is_saved(folder):
+        return dataset_files(folder), []
+    visible = list(visible_below(folder))
+    saved = {file.parent for file in visible if file.name in (DATASETS, DATASET)}
+    outside = [file for file in visible if saved.isdisjoint(file.parents)]
+    found = [file for file in outside if file.suffix.lower() in KINDS]
     for file in found:
         if not file.is_file():
             what = "a link to a file that is missing" if file.is_symlink() else "no regular file"
             raise ValueError(f"{file} is {what}: complete or remove it; texts are not left out without a word")
-    return found
+    outermost = (dataset for dataset in saved if saved.isdisjoint(dataset.parents))
+    named = [file for dataset in outermost for file in dataset_files(dataset)]
+    return found + named, [file for file in outside if file.suffix.lower() not in KINDS]
+
+
+def is_saved(folder: Path) -> bool:
+    """True for a folder of `datasets.save_to_disk`."""
+    return any((folder / name).is_file() for name in (DATASETS, DATASET))
+
+
+def dataset_files(folder: Path) -> list[Path]:
+    """Files of a folder of `datasets.save_to_disk`, with one dataset or with several splits."""
+    if not (folder / DATASETS).is_file():
+        return saved_files(folder / DATASET)
+    splits = read_object(folder / DATASETS).get("splits")
+    named = isinstance(splits, list) and all(isinstance(name, str) and is_plain(name) for name in splits)
+    if not isinstance(splits, list) or not named or len(set(splits)) < len(splits):
+        raise ValueError(f"{folder / DATASETS} has splits={quoted(splits)}, must be names of folders, each once")
+    return [file for name in splits for file in saved_files(folder / name / DATASET)]
 
 
 def visible_below(folder: Path) -> Iterator[Path]:
@@ -251,8 +259,10 @@ def visible_below(folder: Path) -> Iterator[Path]:
     for file in below(folder):
         if any(part.startswith(".") for part in file.relative_to(folder).parts):
             continue
-        if file.is_symlink() and file.is_dir():
-            raise ValueError(f"{file} is a link to a folder, which is not followed: replace it by the folder")
+        if file.is_dir():
+            if file.is_symlink():
+                raise ValueError(f"{file} is a link to a folder, which is not followed: replace it by the folder")
+            continue
         yield file
 
 

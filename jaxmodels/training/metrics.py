@@ -22,7 +22,6 @@ LOSSES = ("loss", "validation_loss")
 LARGEST = 2**30  # bytes of metrics.jsonl: ten million steps
 LARGEST_LOSS = 3.4028235e38  # that float32 has; matplotlib computes with larger ones, and fails
 MOST_UNREADABLE = 1000  # lines, of which a kill leaves one
-MOST_EVALUATIONS = 100  # lines of a step, of which a run keeps one
 LEAST, LINE = 2**24, 2**16  # bytes of metrics.jsonl that a run of any length may have, and of a line
 
 
@@ -101,46 +100,61 @@ def as_line(values: Mapping[str, Any]) -> str:
 class Log:
     """metrics.jsonl of a run that has taken len(losses) steps, as a tracker; drops lines of later steps.
 
-    If the disk is full, lines wait in memory until they can be written.
+    The last step may be evaluated again: its evaluation is kept until the new one is in the file. If the disk is full,
+    lines wait in memory until they can be written.
     """
 
     every = 1
 
     def __init__(self, run: Path, losses: Sequence[float]):
         run.mkdir(parents=True, exist_ok=True)
-        kept = self.lines_until(run, losses)
-        with atomic_file(run / FILE) as new:
-            new.write_text("".join(kept), encoding="utf-8")
-        self.path, self.file = run / FILE, open(run / FILE, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self.run, self.path, self.losses = run, run / FILE, tuple(losses)
+        self.rewrite()
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self.waiting, self.warned = b"", False
+
+    def rewrite(self) -> None:
+        """Replace the file by the lines to keep."""
+        kept = self.lines_until(self.run, self.losses)
+        with atomic_file(self.path) as new:
+            new.write_text("".join(kept), encoding="utf-8")
 
     @staticmethod
     def lines_until(run: Path, losses: Sequence[float]) -> list[str]:
-        """Lines to keep: one per step taken, and evaluations before the last step, which is evaluated again.
+        """Lines to keep: one per step taken, and the last evaluation of each of them.
 
         They are kept as texts: as objects they would take several times the size of the file. Raises ValueError as
-        `each`, and if a step has more than MOST_EVALUATIONS evaluations.
+        `each`.
         """
         steps: dict[int, str] = {}
-        evaluations: dict[int, list[str]] = {}
+        evaluations: dict[int, str] = {}
         for line in each(run, limit_of(len(losses))) if (run / FILE).exists() else ():
             step = line["step"]
             if "loss" in line:
                 steps |= {step: as_line({**line, "loss": losses[step - 1]})} if 0 < step <= len(losses) else {}
-            elif step < len(losses):
-                evaluations.setdefault(step, []).append(as_line(line))
-                if len(evaluations[step]) > MOST_EVALUATIONS:
-                    raise ValueError(f"{run / FILE} has more than {MOST_EVALUATIONS} evaluations of step {step}")
-        kept = evaluations.get(0, [])
+            elif step <= len(losses):
+                evaluations[step] = as_line(line)
+        kept = [evaluations[0]] if 0 in evaluations else []
         for step, loss in enumerate(losses, start=1):
             kept.append(steps.get(step) or as_line({"step": step, "loss": loss}))
-            kept += evaluations.get(step, [])
+            kept += [evaluations[step]] if step in evaluations else []
         return kept
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line."""
         self.waiting += as_line({"step": step, **values}).encode()
         self.write_waiting()
+        if step == len(self.losses) and "loss" not in values and not self.waiting:
+            self.drop_replaced()
+
+    def drop_replaced(self) -> None:
+        """Drop an earlier evaluation of the step that was evaluated again; if that fails, the next `Log` does it."""
+        try:
+            self.rewrite()
+        except (OSError, ValueError):  # such as of a full disk: the file is as it was, with both
+            return
+        self.file.close()
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
 
     def write_waiting(self) -> None:
         """Write the lines that wait, whole lines only; warns once if that fails."""

@@ -364,16 +364,20 @@ class Branch:
             start = {**start, "next_index": -(-used // after.batch_size)}
         return Position(position.state, start, position.losses)
 
-    def copy_files(self, run: Path) -> None:
-        """Copy the metrics, and what belongs to a checkpoint that is fine-tuned, to the new run.
+    def companions(self) -> Companions:
+        """Files that belong to the checkpoint that the run fine-tunes; none if it was trained from scratch."""
+        return Companions.of(self.run) if read_about(self.run).original else Companions()
+
+    def copy_metrics(self, run: Path) -> None:
+        """Copy the metrics to the new run, in place of those of a first attempt that was killed.
 
         Its config.json is there before: a run that is killed here has no checkpoint, and begins again with the branch.
         """
-        if read_about(self.run).original:
-            Companions.of(self.run).write(run)
-        if (self.run / metrics.FILE).exists():
-            with atomic_file(run / metrics.FILE) as new:
-                shutil.copyfile(self.run / metrics.FILE, new)
+        if not (self.run / metrics.FILE).exists():
+            (run / metrics.FILE).unlink(missing_ok=True)
+            return
+        with atomic_file(run / metrics.FILE) as new:
+            shutil.copyfile(self.run / metrics.FILE, new)
 
 
 def has_begun(run: Path) -> bool:

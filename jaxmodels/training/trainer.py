@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxmodels.convert.companions import Companions
 from jaxmodels.io.steps import steps
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.signals import Stop
@@ -117,6 +118,14 @@ class Trainer:
             kept = self.config.keep, self.config.keep_every
             self.checkpoints = Checkpoints(folder, self.program, *kept, expected(folder, experiment))
             stack.callback(self.checkpoints.close)
+            original = None if resumed or branch is not None else experiment.original()
+            companions = Companions()
+            if branch is not None:
+                companions = branch.companions()
+            elif original is not None:
+                companions = original.companions
+            if not resumed:
+                companions.refuse_others(folder)
             self.batches = Batches(self.task.train, self.config.batch_size, mesh)
             stack.callback(self.batches.close)
             position = self.checkpoints.restore()
@@ -129,7 +138,6 @@ class Trainer:
                     raise ValueError(f"parameters before the first step are not finite: {names}")
             self.position, self.branch = position, branch
             self.batches.set_state(position.data)
-            original = None if resumed or branch is not None else experiment.original()
             agree(False)  # a barrier: every process reads before one writes
             if is_first():
                 if branch is not None:
@@ -139,10 +147,9 @@ class Trainer:
                 else:
                     about = {} if original is None else original.about()
                 write_about(folder, experiment, self.task.sha256, about)
+                companions.write(folder)
                 if branch is not None:
-                    branch.copy_files(folder)
-                if original is not None:
-                    original.companions.write(folder)
+                    branch.copy_metrics(folder)
                 if vocabulary is None or branch is not None:
                     self.task.vocabulary.save(folder / VOCABULARY)
             self.stack = stack.pop_all()

@@ -265,7 +265,7 @@ def test_metrics_are_read_line_by_line(tmp_path):
 
 
 def test_metrics_of_a_step_are_bounded(tmp_path):
-    """Lines that a resumed run keeps take no more memory than their file, and there are few for a step."""
+    """Lines that a resumed run keeps take no more memory than their file, and there is one evaluation of a step."""
     from jaxmodels.training import metrics
 
     fields = ", ".join(f'"{i}": 0' for i in range(5_000))
@@ -276,8 +276,7 @@ def test_metrics_of_a_step_are_bounded(tmp_path):
     assert len(metrics.Log.lines_until(tmp_path, [2.0] * 300)) == 600
     assert memory("VmHWM") - resident < 2 * size + 2e7
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "x": 1}\n' * 101)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl has more than 100 evaluations of step 0"):
-        metrics.Log.lines_until(tmp_path, [2.0])
+    assert len(metrics.Log.lines_until(tmp_path, [2.0])) == 2
 
 
 def test_a_state_that_is_a_link_is_not_written_to(tmp_path):

@@ -107,6 +107,33 @@ def test_a_published_folder_is_tuned_and_exported_in_its_dtype(tmp_path, train, 
     np.testing.assert_allclose(run(jaxmodels.load(folder, dtype="float32"), jnp.asarray(ids)), expected, atol=rounding)
 
 
+def test_a_run_that_was_killed_as_it_began_begins_with_its_own_checkpoint_alone(tmp_path, train, monkeypatch):
+    """The files of the first attempt's checkpoint are not exported with the weights of another one."""
+    first, other = (publish(tmp_path / name, "float32") for name in ("first", "other"))
+    folder = tmp_path / "run"
+    (first / "chat_template.jinja").write_text("of the first")
+    train(f"--checkpoint={other}", "--steps=1", f"--out={tmp_path / 'begun'}")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxmodels.training.trainer.Trainer.train", kill)
+        with pytest.raises(Killed):
+            train(f"--checkpoint={first}", "--steps=1", f"--out={folder}")
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    assert folder / "chat_template.jinja" in before
+    for origin in ([f"--checkpoint={other}"], ["--branch", tmp_path / "begun", "--steps=2"], ["--preset=small"]):
+        with pytest.raises(ValueError, match=rf"^{folder} has 'chat_template\.jinja'.* of another checkpoint"):
+            train(*origin, f"--out={folder}")
+        assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    train(f"--checkpoint={first}", "--steps=1", f"--out={folder}")
+    assert (folder / "chat_template.jinja").read_text() == "of the first"
+
+
 def test_documents_in_a_folder_are_encoded_with_the_checkpoints_tokenizer(tmp_path):
     source, folder = publish(tmp_path / "hf", "float32"), tmp_path / "docs"
     folder.mkdir()

@@ -190,6 +190,45 @@ def test_a_text_is_named_once(tmp_path):
         open_sources(str(tmp_path / "set"))
 
 
+def saved(folder, texts, *others):
+    """What `datasets.save_to_disk` writes, and Arrow files beside it that it does not name."""
+    folder.mkdir(parents=True)
+    for name, content in (("data-00000-of-00001.arrow", texts), *((other, ["stale"]) for other in others)):
+        table = pyarrow.table({"text": content})
+        with pyarrow.OSFile(str(folder / name), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_indices_data_files": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def test_datasets_inside_a_folder_have_the_files_that_they_name(tmp_path):
+    saved(tmp_path / "data" / "train", ["a", "b"], "cache-1f.arrow", "data-00001-of-00004.arrow")
+    saved(tmp_path / "data" / "validation", ["c"], "cache-2e.arrow")
+    saved(tmp_path / "data" / "more" / "splits" / "train", ["d"], "cache-3d.arrow")
+    saved(tmp_path / "data" / "more" / "splits" / "unnamed", ["e"])
+    (tmp_path / "data" / "more" / "splits" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "data" / "plain.txt").write_text("f")
+    sources = open_sources(str(tmp_path / "data"))
+    assert list(sources.train.chunks()) == ["d", "f", "a", "b"]
+    assert list(sources.validation.chunks()) == ["c"]
+    assert sources.notes == ()
+    train = tmp_path / "data" / "train"
+    assert list(open_sources(str(train)).train.chunks()) == ["a", "b"]
+    (train / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(OSError, match=r"data-00000-of-00001\.arrow"):
+        open_sources(str(tmp_path / "data"))
+    (train / "state.json").write_text('{"_data_files": []}')
+    with pytest.raises(ValueError, match=rf"{train / 'state.json'} has _data_files=\[\]"):
+        open_sources(str(tmp_path / "data"))
+
+
+def test_folders_are_not_among_the_files_that_are_left_out(tmp_path):
+    (tmp_path / "texts" / "part.parquet").mkdir(parents=True)
+    (tmp_path / "texts" / "part.parquet" / "a.txt").write_text("a")
+    assert open_sources(str(tmp_path)).notes == ()
+
+
 @pytest.mark.parametrize("what", ["link to nothing", "FIFO", "link to a folder"])
 def test_no_part_of_a_folder_is_left_out_without_a_word(what, tmp_path):
     folder = tmp_path / "data"

@@ -251,7 +251,7 @@ def test_a_branch_begins_and_ends_to_clip_gradients(new, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["write_about", "Branch.copy_files", "metrics.each"])
+@pytest.mark.parametrize("killed", ["write_about", "Branch.copy_metrics", "metrics.each"])
 def test_a_branch_that_was_killed_as_it_began_begins_again(new, tmp_path, killed, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "out"
     assert main(rope.Rope, PROGRAM, [*new, "--steps", "3", "--out", str(run)]) == 0

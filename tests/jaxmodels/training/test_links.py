@@ -1,5 +1,6 @@
 """Symbolic links in runs: every command refuses them before it reads or writes anything."""
 
+import json
 import os
 from pathlib import Path
 
@@ -121,6 +122,35 @@ def test_companions_are_written_through_no_link(tmp_path):
     with pytest.raises(ValueError, match="additional_chat_templates is a symbolic link"):
         companions.write(tmp_path / "other")
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_run_does_not_begin_beside_companions_of_another_checkpoint(tmp_path, inside):
+    source, run = tmp_path / "source", tmp_path / "run"
+    (run / "additional_chat_templates").mkdir(parents=True)
+    source.mkdir()
+    tokenizer = {"tokenizer": "{}"} if inside else {"characters": "ab"}  # written as tokenizer.json, or not at all
+    (source / "vocabulary.json").write_text(json.dumps(tokenizer))
+    (source / "chat_template.jinja").write_text("new")
+    companions = Companions.of(source)
+    for name in ("vocabulary.json", "chat_template.jinja"):
+        (run / name).write_text("{}")
+    companions.refuse_others(run)
+    (run / "tokenizer.json").write_text("{}")
+    if inside:
+        companions.refuse_others(run)
+        companions.write(run)
+        companions.refuse_others(run)
+    else:
+        with pytest.raises(ValueError, match=rf"^{run} has 'tokenizer\.json' .*--out"):
+            companions.refuse_others(run)
+    for name in ("generation_config.json", "additional_chat_templates/a.jinja"):
+        (run / name).write_text("{}")
+        with pytest.raises(ValueError, match=rf"^{run} has .*'{name}'"):
+            companions.refuse_others(run)
+        (run / name).unlink()
+    with pytest.raises(ValueError, match=rf"^{run} has 'chat_template\.jinja'"):
+        Companions().refuse_others(run)
 
 
 def test_the_lock_of_a_run_is_no_file_of_others(tmp_path, flags):

@@ -99,6 +99,46 @@ def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, capsys):
     assert capsys.readouterr().err.count("wait in memory") == 1
 
 
+def test_an_evaluation_is_kept_until_the_new_one_of_its_step_is_written(tmp_path):
+    def lines():
+        return [(line["step"], line.get("validation_loss")) for line in metrics.read(tmp_path)]
+
+    log = metrics.Log(tmp_path, [])
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+        log.write(step, {"validation_loss": 0.5})
+    log.close()
+    log = metrics.Log(tmp_path, [1.0, 1.0])  # the third step is not in a checkpoint
+    both = [(1, None), (1, 0.5), (2, None), (2, 0.5)]
+    assert lines() == both
+    log.write(3, {"loss": 2.0})
+    log.close()
+    assert lines() == [*both, (3, None)]
+    log = metrics.Log(tmp_path, [1.0, 1.0])
+    log.write(2, {"validation_loss": 0.25})
+    assert lines() == [*both[:3], (2, 0.25)]
+    log.write(3, {"loss": 2.0})
+    log.close()
+    assert lines() == [*both[:3], (2, 0.25), (3, None)]
+
+
+def test_both_evaluations_of_a_step_are_kept_if_the_earlier_one_cannot_be_dropped(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 1, "validation_loss": 0.5}\n')
+    log = metrics.Log(tmp_path, [1.0])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics, "atomic_file", full)
+        log.write(1, {"validation_loss": 0.25})
+    log.write(2, {"loss": 1.0})
+    log.close()
+    assert [line.get("validation_loss") for line in metrics.read(tmp_path)] == [None, 0.5, 0.25, None]
+    metrics.Log(tmp_path, [1.0]).close()
+    assert [line.get("validation_loss") for line in metrics.read(tmp_path)] == [None, 0.25]
+
+
 def test_weights_and_biases_gets_the_configuration_and_continues_a_run(tmp_path, monkeypatch):
     calls = []
 
