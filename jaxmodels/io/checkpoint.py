@@ -78,11 +78,11 @@ def read_arrays(
 ) -> dict[str, jax.Array]:
     """Read arrays by name from an Orbax folder, in their stored dtypes; targets have their shapes and shardings.
 
-    exact: the stored dtypes must be the targets'. zeros: arrays of the targets' bytes may be in files of any size, as an
-    optimizer's before its first step: only for targets that follow from a model that was read before.
+    exact: the stored dtypes must be the targets'. zeros: arrays of the targets' bytes may be in files of any size, as
+    an optimizer's before its first step: only for targets that follow from a model that was read before.
 
-    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, also if only one of the dtypes is
-    floating or both are others and differ, or if arrays are float64 and jax_enable_x64 is off (`with
+    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, also if only one of the dtypes
+    is floating or both are others and differ, or if arrays are float64 and jax_enable_x64 is off (`with
     jax.enable_x64(True)` does not reach Orbax's threads).
     """
     from orbax.checkpoint import v1 as ocp
@@ -221,8 +221,8 @@ def chunked_shapes(folder: Path, held: int) -> dict[str, tuple[int, ...]]:
 
     held: bytes of its files, on which the time and the number of chunks depend. They are read in a child process with
     limited time and memory (`jaxmodels.io.formats.ocdbt`). A part of an array, however small, takes the memory of a
-    whole chunk; what a chunk has beyond its shape is not decompressed. Raises ValueError for other chunks, for arrays in
-    another format than Orbax writes today, and for names that take too much time or memory.
+    whole chunk; what a chunk has beyond its shape is not decompressed. Raises ValueError for other chunks, for arrays
+    in another format than Orbax writes today, and for names that take too much time or memory.
     """
     seconds = SECONDS + SECONDS_PER_BYTE * held
     found = reader().call("shapes", str(folder / ITEM), held, seconds=seconds, megabytes=MEGABYTES)

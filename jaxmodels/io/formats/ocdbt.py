@@ -76,7 +76,7 @@ def operations() -> Mapping[str, Callable[..., Any]]:
 def grid_of(name: str, text: bytes) -> tuple[list[int], int]:
     """Shape of an array and number of its chunks, from its zarr.json.
 
-    Raises ValueError if it has chunks that are larger than the array, in other chunks or encoded otherwise than Orbax's.
+    Raises ValueError if it has chunks that are larger than the array, in other chunks or in codecs other than Orbax's.
     """
     if len(text) > ZARR_BYTES:
         raise ValueError(f"{ZARR} of {quoted(name)} has {len(text):,} bytes; at most {ZARR_BYTES:,} are read")
