@@ -188,7 +188,7 @@ def stored_types(folder: Path, known: int = 0) -> dict[str, Type]:
 
     drop_late_messages()
     check_files(folder)
-    held = max(sum(file.stat().st_size for file in below(folder) if file.is_file()), known // COMPRESSION)
+    held = max(sum(file.stat().st_size for file in below(folder) if file.is_file()), -(-known // COMPRESSION))
     try:
         with without_logs():
             shapes = chunked_shapes(folder.absolute(), held)

@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import jaxmodels
+from jaxmodels.io.checkpoint import stored_types
 from jaxmodels.io.steps import steps
+from jaxmodels.layers import Dropout, Embed
 from jaxmodels.training import metrics, trainer
 from jaxmodels.training import run as run_module
 from jaxmodels.training.checkpoints import Checkpoints, Position, moved, optimizer_names
@@ -21,7 +25,7 @@ from jaxmodels.training.optimizers import OptimizerName, make_optimizer, make_sc
 from jaxmodels.training.run import Branch, check_folder, read_about, write_about
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.step import State
-from tests.train_common import ROOT, TEXT, TINY, at_a_constant_rate, program, start
+from tests.train_common import ROOT, TEXT, TINY, Bigrams, at_a_constant_rate, program, start
 from train import rope
 
 PROGRAM = "python -m train.rope"
