@@ -33,7 +33,9 @@ METADATA_BYTES = 2**26  # of a file of names, shapes and places; 500 bytes for a
 JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding")
 # Of the child process that reads names: processor time to start, to read, and for each byte of the folder; memory.
 STARTING, SECONDS, SECONDS_PER_BYTE, MEGABYTES = 30.0, 3.0, 1e-7, 500.0
-COMPRESSION = 2**16  # bytes of an array in one of a file: zstandard, which Orbax uses, reaches 2**15
+# Bytes of arrays: some, and many for each of a file. Weights in zstandard have hardly more than they take in files, but
+# masks and weights of zeros have thousands of times as many.
+FREE_BYTES, COMPRESSION = 2**27, 100
 
 
 def save_arrays(folder: Path, module: Any) -> None:
@@ -72,18 +74,21 @@ def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -
 
 
 def read_arrays(
-    folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct], *, exact: bool = False
+    folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct], *, exact: bool = False, zeros: bool = False
 ) -> dict[str, jax.Array]:
     """Read arrays by name from an Orbax folder, in their stored dtypes; targets have their shapes and shardings.
 
-    exact: the stored dtypes must be the targets'. Raises ValueError if the folder is incomplete or damaged, if it holds
-    other arrays, also if only one of the dtypes is floating or both are others and differ, or if arrays are float64 and
-    jax_enable_x64 is off (`with jax.enable_x64(True)` does not reach Orbax's threads).
+    exact: the stored dtypes must be the targets'. zeros: arrays of the targets' bytes may be in files of any size, as
+    an optimizer's before its first step: only for targets that follow from a model that was read before.
+
+    Raises ValueError if the folder is incomplete or damaged, if it holds other arrays, also if only one of the dtypes
+    is floating or both are others and differ, or if arrays are float64 and jax_enable_x64 is off (`with
+    jax.enable_x64(True)` does not reach Orbax's threads).
     """
     from orbax.checkpoint import v1 as ocp
 
     folder = folder.absolute()  # Orbax accepts no relative path
-    stored, fit = stored_types(folder), operator.eq if exact else same_kind
+    stored, fit = stored_types(folder, size_of(targets) if zeros else 0), operator.eq if exact else same_kind
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
     wrong += [
@@ -168,17 +173,22 @@ def is_late(error: BaseException | None) -> bool:
     return "tensorstore" in text.lower() or (isinstance(error, RuntimeError) and text == "Event loop is closed")
 
 
-def stored_types(folder: Path) -> dict[str, Type]:
+def size_of(arrays: Mapping[str, Any]) -> int:
+    """Bytes of arrays that have a shape and a dtype."""
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
+
+
+def stored_types(folder: Path, known: int = 0) -> dict[str, Type]:
     """Shapes and dtypes of the arrays in an Orbax folder by name.
 
-    Raises ValueError if it cannot be read, or if its files are too few bytes for its arrays: what is absent in them
-    would be read as zeros.
+    known: bytes that its arrays may have in files of any size. Raises ValueError if it cannot be read, or if its
+    files are too few bytes for its arrays: a kilobyte of zstandard may stand for 32 MB of zeros.
     """
     from orbax.checkpoint import v1 as ocp
 
     drop_late_messages()
     check_files(folder)
-    held = sum(file.stat().st_size for file in below(folder) if file.is_file())
+    held = max(sum(file.stat().st_size for file in below(folder) if file.is_file()), -(-known // COMPRESSION))
     try:
         with without_logs():
             shapes = chunked_shapes(folder.absolute(), held)
@@ -193,8 +203,7 @@ def stored_types(folder: Path) -> dict[str, Type]:
             check_shape(found.shape)
     except Exception as error:  # Orbax raises many kinds, from FileNotFoundError to its own
         raise ValueError(f"{folder} is not a complete Orbax checkpoint: {reason(error)}") from error
-    claimed = sum(math.prod(array.shape) * array.dtype.itemsize for array in types.values())
-    if claimed > COMPRESSION * held:
+    if (claimed := size_of(types)) > FREE_BYTES + COMPRESSION * held:
         raise ValueError(
             f"{folder} is not a complete Orbax checkpoint: {claimed:,} bytes of arrays in files of {held:,}"
         )
@@ -207,16 +216,16 @@ def reader() -> Confined:
     return Confined(ocdbt.__name__, seconds=STARTING, megabytes=MEGABYTES)
 
 
-def chunked_shapes(folder: Path, held: int = 0) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of an Orbax folder by name, none of whose chunks is larger than its array.
+def chunked_shapes(folder: Path, held: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of an Orbax folder by name, whose chunks are as Orbax writes them.
 
-    held: bytes of its files, on which the time depends. They are read in a child process with limited time and memory
-    (`jaxmodels.io.formats.ocdbt`). A part of an array, however small, takes the memory of a whole chunk; what a chunk
-    has beyond its shape is not decompressed. Raises ValueError for other chunks, for arrays in another format than
-    Orbax writes today, and for names that take too much time or memory.
+    held: bytes of its files, on which the time and the number of chunks depend. They are read in a child process with
+    limited time and memory (`jaxmodels.io.formats.ocdbt`). A part of an array, however small, takes the memory of a
+    whole chunk; what a chunk has beyond its shape is not decompressed. Raises ValueError for other chunks, for arrays
+    in another format than Orbax writes today, and for names that take too much time or memory.
     """
     seconds = SECONDS + SECONDS_PER_BYTE * held
-    found = reader().call("shapes", str(folder / ITEM), seconds=seconds, megabytes=MEGABYTES)
+    found = reader().call("shapes", str(folder / ITEM), held, seconds=seconds, megabytes=MEGABYTES)
     return {name: tuple(shape) for name, shape in found.items()}
 
 

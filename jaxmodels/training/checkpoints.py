@@ -317,7 +317,7 @@ class Checkpoints:
         stored = [moved(name, later) for name in own]
         targets = zip(own, stored, [places.key, *jax.tree.leaves(places.optimizer)], strict=True)
         wanted = {theirs: typed(shapes[ours], place) for ours, theirs, place in targets}
-        kept = read_arrays(folder / "state", wanted, exact=True)
+        kept = read_arrays(folder / "state", wanted, exact=True, zeros=True)  # moments are zeros at first
         expected.check_counts(folder, kept, about["step"])
         key, *optimizer = (kept[name] for name in stored)
         state = State(

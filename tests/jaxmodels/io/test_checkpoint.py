@@ -11,6 +11,7 @@ import pytest
 
 from jaxmodels.io import checkpoint
 from jaxmodels.io.checkpoint import chunked_shapes, read_arrays, stored_types
+from jaxmodels.io.formats import ocdbt
 
 ARRAYS = {
     "layers.0.a": np.arange(35.0, dtype=np.float32).reshape(7, 5),
@@ -43,7 +44,7 @@ def change(folder, name, edit):
 
 
 def test_arrays_of_every_shape_are_read(folder):
-    assert chunked_shapes(folder) == {name: array.shape for name, array in ARRAYS.items()}
+    assert chunked_shapes(folder, 10_000) == {name: array.shape for name, array in ARRAYS.items()}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = read_arrays(
         folder, {name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for name, array in ARRAYS.items()}
@@ -63,6 +64,12 @@ def inner(shape):
 WRONG = {
     "large chunks": (grid([2**30, 5]), r"'layers\.0\.a' has chunks of \[1073741824, 5\] in shape \[7, 5\]"),
     "large chunks in them": (inner([7, 2**30]), r"'layers\.0\.a' has chunks of \[7, 1073741824\]"),
+    "chunks in chunks": (inner([1, 1]), r"'layers\.0\.a' has chunks of \[1, 1\] in chunks of \[7, 5\]"),
+    "chunks of nothing": (grid([0, 5]), r"'layers\.0\.a' has chunks of \[0, 5\] in shape \[7, 5\]"),
+    "chunks that are not stored": (
+        lambda about: (about.update(shape=[10**9, 5]), grid([1, 5])(about), inner([1, 5])(about)),
+        r"1,000,000,001 chunks, of which 2 are stored",
+    ),
     "chunks of other axes": (grid([7]), r"has chunks of \[7\] in shape \[7, 5\]"),
     "chunks of a fraction": (grid([7.0, 5]), r"zarr\.json of 'layers\.0\.a' is damaged"),
     "chunks of True": (grid([True, 5]), r"zarr\.json of 'layers\.0\.a' is damaged"),
@@ -80,6 +87,94 @@ def test_chunks_are_compared_with_their_array(folder, wrong):
         stored_types(folder)
     assert str(refused.value).startswith(str(folder))
     assert str(refused.value).isprintable()
+
+
+ZSTD = {"name": "zstd", "configuration": {"level": 3}}
+BLOSC = {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 9, "shuffle": "noshuffle", "blocksize": 0}}
+
+
+def codecs(edit, where="codecs"):
+    return lambda about: edit(about["codecs"][0]["configuration"][where])
+
+
+OTHER_CODECS = {
+    "compressed twice": (codecs(lambda found: found.append(ZSTD)), "'bytes', 'zstd', 'zstd'"),
+    "blosc": (codecs(lambda found: found.__setitem__(1, BLOSC)), "'bytes', 'blosc'"),
+    "not compressed": (codecs(lambda found: found.pop()), "'bytes'"),
+    "transposed": (
+        codecs(lambda found: found.insert(0, {"name": "transpose", "configuration": {"order": [1, 0]}})),
+        "'transpose', 'bytes', 'zstd'",
+    ),
+    "shards in shards": (
+        lambda about: codecs(lambda found: found.__setitem__(slice(None), json.loads(json.dumps(about["codecs"]))))(
+            about
+        ),
+        "'sharding_indexed'",
+    ),
+    "a compressed shard": (lambda about: about["codecs"].append(ZSTD), "'sharding_indexed', 'zstd'"),
+    "no shards": (lambda about: about.update(codecs=about["codecs"][0]["configuration"]["codecs"]), "'bytes', 'zstd'"),
+    "a compressed index": (codecs(lambda found: found.insert(1, ZSTD), "index_codecs"), "'bytes', 'zstd', 'crc32c'"),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_CODECS)
+def test_codecs_are_those_that_orbax_writes(folder, other):
+    edit, found = OTHER_CODECS[other]
+    change(folder, "layers.0.a", edit)
+    with pytest.raises(ValueError, match=rf"'layers\.0\.a' has codecs=\[{found}\]"):
+        stored_types(folder)
+
+
+DTYPES = ["bool", "int8", "uint32", "int64", "float16", "bfloat16", "float32", "float8_e4m3fn"]
+
+
+def test_arrays_of_every_dtype_are_read(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    arrays = {dtype: np.zeros((7, 5), dtype) for dtype in DTYPES}
+    ocp.save(tmp_path / "params", arrays)
+    assert {name: found.dtype for name, found in stored_types(tmp_path / "params").items()} == {
+        name: array.dtype for name, array in arrays.items()
+    }
+
+
+def test_more_keys_than_files_have_chunks_are_not_read(folder, monkeypatch):
+    monkeypatch.setattr("jaxmodels.io.formats.ocdbt.CHUNKS", 100)
+    shapes = ocdbt.operations()["shapes"]
+    shapes(str(folder / "state"), 0)
+    for written in [store(folder).write(f"layers.0.a/c/{i}", b"").result for i in range(100)]:
+        written()
+    with pytest.raises(ValueError, match="104 keys in files of 100 bytes; at most 100 are"):
+        shapes(str(folder / "state"), 100)
+    shapes(str(folder / "state"), 2_000)
+
+
+def test_values_are_no_larger_than_the_files(folder, monkeypatch):
+    """Two keys of the store may have the same bytes of a file."""
+    monkeypatch.setattr("jaxmodels.io.formats.ocdbt.INLINE_BYTES", 0)
+    shapes = ocdbt.operations()["shapes"]
+    store(folder).write("layers.0.a/c/1", np.random.default_rng(0).bytes(5_000)).result()  # Orbax's have 38
+    shapes(str(folder / "state"), 10_000)
+    with pytest.raises(ValueError, match=r"values have \d,\d+ bytes in files of 5,000"):
+        shapes(str(folder / "state"), 5_000)
+
+
+def test_zeros_are_read_where_their_size_is_known(tmp_path, monkeypatch):
+    """An optimizer's moments before its first step have thousands of times the bytes of their files."""
+    from orbax.checkpoint import v1 as ocp
+
+    monkeypatch.setattr(checkpoint, "FREE_BYTES", 2**20)
+    zeros = jax.numpy.zeros((2_000, 1_000))
+    ocp.save(tmp_path / "state", {"mu": zeros})
+    with pytest.raises(ValueError, match=r"state is not a complete Orbax checkpoint: 8,000,000 bytes of arrays in"):
+        stored_types(tmp_path / "state")
+    targets = {"mu": jax.ShapeDtypeStruct(zeros.shape, zeros.dtype, sharding=zeros.sharding)}
+    with pytest.raises(ValueError, match="8,000,000 bytes of arrays in"):
+        read_arrays(tmp_path / "state", targets)
+    np.testing.assert_array_equal(read_arrays(tmp_path / "state", targets, zeros=True)["mu"], zeros)
+    smaller = {"mu": jax.ShapeDtypeStruct((20, 10), zeros.dtype, sharding=zeros.sharding)}
+    with pytest.raises(ValueError, match="8,000,000 bytes of arrays in"):
+        read_arrays(tmp_path / "state", smaller, zeros=True)
 
 
 def test_a_description_that_is_nested_a_thousand_deep_does_not_end_the_process(folder):

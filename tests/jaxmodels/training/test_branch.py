@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import jaxmodels
+from jaxmodels.io.checkpoint import stored_types
 from jaxmodels.io.steps import steps
+from jaxmodels.layers import Dropout, Embed
 from jaxmodels.training import metrics, trainer
 from jaxmodels.training import run as run_module
 from jaxmodels.training.checkpoints import Checkpoints, Position, moved, optimizer_names
@@ -21,7 +25,7 @@ from jaxmodels.training.optimizers import OptimizerName, make_optimizer, make_sc
 from jaxmodels.training.run import Branch, check_folder, read_about, write_about
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.step import State
-from tests.train_common import ROOT, TEXT, TINY, at_a_constant_rate, program, start
+from tests.train_common import ROOT, TEXT, TINY, Bigrams, at_a_constant_rate, program, start
 from train import rope
 
 PROGRAM = "python -m train.rope"
@@ -272,3 +276,23 @@ def test_a_branch_that_was_killed_as_it_began_begins_again(new, tmp_path, killed
     assert main(rope.Rope, PROGRAM, command) == 0
     assert losses(out)[:3] == losses(run)
     assert len(losses(out)) == 5
+
+
+class Large(Bigrams):
+    """A model of a megabyte, whose moments take kilobytes in files before the first step."""
+
+    def __init__(self, seed: int = 0, *, rngs: nnx.Rngs | None = None):
+        self.src_embed = Embed(500, 501, rngs=rngs or nnx.Rngs(seed))
+        self.dropout = Dropout(0.3)
+
+
+def test_moments_of_zeros_are_read_only_with_their_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmodels.io.checkpoint.FREE_BYTES", 0)
+    jaxmodels.register("tests.Large")(Large)
+    opened = Checkpoints(tmp_path / "run", program(optax.adam(0.1), Large), keep=1)
+    opened.save(Position(opened.program.make_state(0), {"next_index": 0}, []))
+    opened.settle()
+    assert opened.restore().step == 0
+    with pytest.raises(ValueError, match=r"state is not a complete Orbax checkpoint: 2,004,0\d\d bytes of arrays in"):
+        stored_types(opened.folder / "0" / "state")
+    opened.close()
