@@ -14,6 +14,7 @@ from flax import nnx
 import jaxmodels
 from jaxmodels.convert import from_torch, to_torch
 from jaxmodels.convert.hf import save_hf
+from jaxmodels.io.formats.torch_files import read_pt
 from jaxmodels.neox import NeoX, NeoXConfig
 from parity.checkpoint.opened import opened
 from parity.checkpoint.verify import token_inputs
@@ -147,6 +148,22 @@ def test_a_retro_has_tokens_of_a_chunk_at_least():
     assert (ids.shape, neighbors.shape) == ((3, 128), (3, 2, 2, 128))
     with pytest.raises(ValueError, match="--tokens 63 must be at least 64"):
         token_inputs(types.SimpleNamespace(model="RetroModel", config=config), 63, 0)
+
+
+@pytest.mark.parametrize("key", [None, "model"])
+def test_a_file_is_read_once(tmp_path, monkeypatch, key):
+    held = {"a": torch.arange(5.0)}
+    torch.save(held if key is None else {key: held, "step": 3}, tmp_path / "model.pt")
+    read = []
+
+    def counted(*arguments):
+        read.append(arguments[0])
+        return read_pt(*arguments)
+
+    for module in ("parity.checkpoint.opened", "jaxmodels.io.formats.torch_files"):
+        monkeypatch.setattr(f"{module}.read_pt", counted)
+    assert opened(tmp_path / "model.pt").tensors["a"].tolist() == [0, 1, 2, 3, 4]
+    assert read == [tmp_path / "model.pt"]
 
 
 def test_help_lists_the_command(capsys):
