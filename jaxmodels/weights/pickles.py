@@ -16,6 +16,7 @@ from typing import BinaryIO
 # Values and instructions; a tensor takes about 35, so that this is 14,000 tensors. Each use of a value counts anew.
 MOST = 500_000
 DEEPEST = 100  # tuples, lists, dictionaries and arguments of calls in each other; a checkpoint has about ten
+STAND_IN = 20  # values that the name, call or state of a stand-in takes as long as: PyTorch lists all of them each time
 TEXT_BYTES = 64  # of a text that count as a further value where it is used again
 # Numbers and tuples are hashed alike in every process, so that a file can choose keys for which a dictionary takes
 # quadratic time; a file cannot know the hashes of texts. Integers below FREE_KEYS are too few for that: seconds.
@@ -193,7 +194,9 @@ class Follower:
             stack.append(Value("codec" if text in CODECS else "text", 1 + len(text) // TEXT_BYTES))
         elif code == GLOBAL:
             module, name = (self.content.readline()[:-1].decode() for _ in range(2))
-            stack.append(Value("global", name=f"{module.replace('__builtin__', 'builtins')}.{name}"))
+            full = f"{module.replace('__builtin__', 'builtins')}.{name}"
+            self.used(STAND_IN if full.startswith(STAND_INS) else 0)
+            stack.append(Value("global", name=full))
         elif code == MARK:
             self.marks.append(stack)
             self.stack = []
@@ -211,6 +214,7 @@ class Follower:
             top = self.add([state])
             if top.kind != "stand-in" and (top.kind, state.kind) != ("ordered", "dict"):
                 raise RefusedError(f"its structure gives a {top.kind} a state")
+            self.used(STAND_IN if top.kind == "stand-in" else 0)
             self.hashed(state.items if top.kind == "ordered" else ())
         elif code in (pickle.APPEND[0], pickle.APPENDS[0]):
             values = [stack.pop()] if code == pickle.APPEND[0] else self.to_mark()
@@ -252,6 +256,7 @@ class Follower:
         """Kind of the result of a call; raises RefusedError, or UnpicklingError with a name, for what is refused."""
         name, given = function.name, arguments.items
         if name.startswith(STAND_INS):
+            self.used(STAND_IN)
             return "stand-in"
         if name == QUANTIZED:
             raise RefusedError("it holds a quantized tensor; dequantize it and save it again")

@@ -23,8 +23,9 @@ from jaxmodels.convert.kinds import find
 from jaxmodels.convert.neox.shards import config_files, find_step
 from jaxmodels.convert.open import local_folder, open_source
 from jaxmodels.convert.operations import float64_allowed
+from jaxmodels.io.allowance import Allowance
 from jaxmodels.io.formats.safetensors import read_file
-from jaxmodels.io.formats.torch_files import read_pt, read_state_dict, stand_ins
+from jaxmodels.io.formats.torch_files import read_pt, stand_ins, state_dict_of
 from jaxmodels.models import abstract
 from jaxmodels.neox import NeoXConfig
 from jaxmodels.process.texts import quoted
@@ -114,12 +115,15 @@ def opened(
         raise ValueError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         return Checkpoint(str(path), "tensors", read_file(path))
-    content = read_pt(path, stand_ins())
+    allowance = Allowance([path])
+    content = read_pt(path, stand_ins(), allowance)
     held = [key for key, value in content.items() if is_state_dict(value)] if isinstance(content, Mapping) else []
     if len(held) == 1:  # with an optimizer's state, a step, and so on
         note = f"the state_dict is the entry {quoted(held[0])} of {path.name}"
-        return Checkpoint(str(path), "tensors", state_dict(read_state_dict(path, held[0])), notes=(note,))
-    return Checkpoint(str(path), "tensors", state_dict(read_state_dict(path)))
+        return Checkpoint(
+            str(path), "tensors", state_dict(state_dict_of(path, content, allowance, held[0])), notes=(note,)
+        )
+    return Checkpoint(str(path), "tensors", state_dict(state_dict_of(path, content, allowance)))
 
 
 def is_state_dict(value: Any) -> bool:

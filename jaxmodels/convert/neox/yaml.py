@@ -62,7 +62,8 @@ READ = {
 }  # keys of this module and of `read`; of others, the last one of several values is kept
 # Required, as GPT-NeoX's default of an absent key is learned positions, which are not supported.
 EXPLICIT = ("pos_emb",)
-YAML_BYTES = 2**17  # of all files; GPT-NeoX's own have 5 kB, and the parser reads 0.05 MB a second
+YAML_BYTES = 2**17  # of all files; GPT-NeoX's own have 5 kB, and the parser reads 0.03 to 0.1 MB a second
+DEEPEST = 20  # lists and mappings in brackets in each other, at each of which the parser looks for each word
 ALIAS = "(an alias of a list, a mapping or a long text)"
 LONGEST_ALIAS = 100  # characters of a scalar that aliases repeat
 LONGEST_NUMBER = 100  # characters; YAML's numbers to the base 60, such as 1:30:00, take quadratic time
@@ -112,12 +113,18 @@ def parsed(text: str) -> Any:
 
     A few aliases of aliases of lists stand for more values than any memory holds, as soon as they are printed, and
     thousands of a long text do too. The text ALIAS stands for each; `read_yaml` refuses it in a setting that is read.
-    Raises yaml.YAMLError for a number of many characters, for a key of READ with two values in a mapping, for two
-    mappings that are merged into one, and for other texts that are no YAML.
+    Raises yaml.YAMLError for a number of many characters, for more than DEEPEST brackets in each other, for a key of
+    READ with two values in a mapping, for two mappings that are merged into one, and for other texts that are no YAML.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            super().fetch_flow_collection_start(token)
+            if self.flow_level > DEEPEST:
+                problem = f"more than {DEEPEST} brackets in each other"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.get_mark())
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 event = self.peek_event()

@@ -35,11 +35,14 @@ def read_state_dict(file: Path, key: str | None = None) -> dict[str, Any]:
     key: entry with the state_dict, if the file holds more. Raises ValueError, naming the file, if it is missing,
     truncated, not a checkpoint or not a state_dict, or if it contains code.
     """
-    require("torch", "torch")
+    allowance = Allowance([file])
+    return state_dict_of(file, read_pt(file, stand_ins(), allowance), allowance, key)
+
+
+def state_dict_of(file: Path, content: Any, allowance: Allowance, key: str | None = None) -> dict[str, Any]:
+    """Tensors of the content of a .pt file by name; see `read_state_dict`."""
     import torch
 
-    allowance = Allowance([file])
-    content = read_pt(file, stand_ins(), allowance)
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
             raise ValueError(f"{file} has no entry key={key!r}; it holds {describe(content)}")

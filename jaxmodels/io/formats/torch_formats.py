@@ -12,12 +12,14 @@ Before, a file of pickles:
     for each key: number of elements, 8 bytes, then the values
 
 `torch.load` maps a zip without comparing the entries with the sizes that the pickle names, and reads an old file as a
-whole.
+whole. It looks up an entry by its name up to a NUL, without regard to case, among as many entries as the end of the zip
+says, and a part of a storage in an old file by its key alone. A file in which it would find other values is refused.
 """
 
 import contextlib
 import io
 import mmap
+import re
 import struct
 import sys
 import zipfile
@@ -34,6 +36,10 @@ COUNT_BYTES = 8
 END, END64 = 22, 98  # bytes of the end of a zip file without a comment, and of one of 64-bit sizes
 LOCAL = struct.Struct("<4s2x2H16x2H")  # of an entry's own header: signature, flags, method, lengths of name and rest
 UTF8 = 0x800  # flag of a name in UTF-8
+NAME = re.compile(
+    rb"[^\0/]*(/[ -~]*)?"
+)  # of an entry; up to the first slash stands the name of the file, as it was saved
+MANY = 0xFFFF  # entries: the 64-bit end of the zip has their number
 PICKLE_BYTES = 2**26  # of the structure, without the numbers
 # Operations by which tensors are made of storages or of other tensors. None of them fills memory.
 MAKING = {f"aten.{name}" for name in ("set_.source_Storage_storage_offset", "empty_strided.default", "detach.default")}
@@ -47,6 +53,7 @@ Storage = Callable[[str, Any, int], Any]  # of a key, a dtype and a number of by
 class Entry(NamedTuple):
     """Place of the values of an entry in a zip file, in bytes."""
 
+    name: bytes
     offset: int
     size: int
 
@@ -60,21 +67,30 @@ def read_zipped(file: Path, allowance: Allowance) -> Any:
     with open_regular(file) as opened:
         entries = entries_of(file, opened)
 
-        def content(name: str) -> bytes:
-            if name not in entries:
-                raise RuntimeError(f"it has no {quoted(name)}")
-            opened.seek(entries[name].offset)
-            return opened.read(entries[name].size)
+        root = next((entry.name for entry in entries.values()), b"").partition(b"/")[0]
 
-        root = next(iter(entries), "").partition("/")[0]
-        order = content(f"{root}/byteorder") if f"{root}/byteorder" in entries else b"little"
+        def entry_of(name: str) -> Entry | None:
+            wanted = root + b"/" + name.encode()
+            entry = entries.get(wanted.lower())
+            if entry is not None and entry.name != wanted:
+                raise RuntimeError(f"its {quoted(name)} has the name {quoted(entry.name.decode(errors='replace'))}")
+            return entry
+
+        def content(name: str) -> bytes:
+            entry = entry_of(name)
+            if entry is None:
+                raise RuntimeError(f"it has no {quoted(name)}")
+            opened.seek(entry.offset)
+            return opened.read(entry.size)
+
+        order = content("byteorder") if entry_of("byteorder") else b"little"
         if order not in (b"little", b"big"):
             raise RuntimeError(f"its byteorder is {quoted(order)}")
-        structure = io.BytesIO(content(f"{root}/data.pkl"))
+        structure = io.BytesIO(content("data.pkl"))
         mapped = storage_of(opened)
 
     def storage(key: str, dtype: Any, size: int) -> Any:
-        entry = entries.get(f"{root}/data/{key}")
+        entry = entry_of(f"data/{key}")
         if entry is None:
             raise RuntimeError(f"it has no entry of the storage {quoted(key)}")
         if entry.size != size:
@@ -85,7 +101,7 @@ def read_zipped(file: Path, allowance: Allowance) -> Any:
         return part
 
     allowance.add_structure(structure)
-    return unpickler(structure, storage).load()
+    return unpickler(structure, storage, parts=False).load()
 
 
 def storage_of(opened: BinaryIO) -> Any:
@@ -98,13 +114,13 @@ def storage_of(opened: BinaryIO) -> Any:
     return torch.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8).untyped_storage()
 
 
-def entries_of(file: Path, opened: BinaryIO) -> dict[str, Entry]:
-    """Places of the entries of a zip file by name, in its order.
+def entries_of(file: Path, opened: BinaryIO) -> dict[bytes, Entry]:
+    """Places of the entries of a zip file by their names in lower case, in its order.
 
     Raises ValueError, naming the file, if entries are compressed or encrypted, if two have a name or bytes in common,
-    or if the pickle is too large.
+    if their names or their number are not what PyTorch takes them for, or if the pickle is too large.
     """
-    check_directory(file)
+    said = number_of_entries(file)
     try:
         with zipfile.ZipFile(opened) as archive:
             entries, end = archive.infolist(), archive.start_dir
@@ -116,15 +132,28 @@ def entries_of(file: Path, opened: BinaryIO) -> dict[str, Entry]:
     size = max((entry.file_size for entry in entries if entry.filename.lower().endswith(".pkl")), default=0)
     if size > PICKLE_BYTES:
         raise ValueError(f"{file} has a pickle of {size:,} bytes; at most {PICKLE_BYTES:,} are read")
-    if len({entry.orig_filename.lower() for entry in entries}) < len(entries):  # PyTorch compares names so
+    if len(entries) != said:
+        raise ValueError(f"{file} is a damaged zip file: it has {len(entries):,} entries where its end says {said:,}")
+    names = [name_of(entry) for entry in entries]
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"{file} has an entry {quoted(name.decode(errors='replace'))}, which is not a name in ASCII"
+            )
+    if len({name.lower() for name in names}) < len(names):
         raise ValueError(f"{file} is a damaged zip file: two entries have the same name")
-    places = {entry.orig_filename: place_of(file, opened, entry) for entry in entries}
+    places = {name.lower(): place_of(file, opened, entry) for name, entry in zip(names, entries, strict=True)}
     for entry in sorted(entries, key=lambda entry: entry.header_offset, reverse=True):
-        place = places[entry.orig_filename]
+        place = places[name_of(entry).lower()]
         if place.offset + place.size > end:
             raise ValueError(f"{file} is a damaged zip file: {quoted(entry.orig_filename)} overlaps what follows it")
         end = entry.header_offset
     return places
+
+
+def name_of(entry: zipfile.ZipInfo) -> bytes:
+    """Name of an entry as it stands in the file."""
+    return entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF8 else "cp437")
 
 
 def place_of(file: Path, opened: BinaryIO, entry: zipfile.ZipInfo) -> Entry:
@@ -134,16 +163,16 @@ def place_of(file: Path, opened: BinaryIO, entry: zipfile.ZipInfo) -> Entry:
     """
     opened.seek(entry.header_offset)
     header = opened.read(LOCAL.size)
-    name = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF8 else "cp437")
+    name = name_of(entry)
     signature, flags, method, length, rest = LOCAL.unpack(header.ljust(LOCAL.size, b"\0"))
     same = (signature, method, opened.read(length)) == (b"PK\x03\x04", zipfile.ZIP_STORED, name)
     if not same or flags & 1 or entry.compress_size != entry.file_size:
         raise ValueError(f"{file} is a damaged zip file: the header of {quoted(entry.orig_filename)} differs")
-    return Entry(entry.header_offset + LOCAL.size + length + rest, entry.file_size)
+    return Entry(name, entry.header_offset + LOCAL.size + length + rest, entry.file_size)
 
 
-def check_directory(file: Path) -> None:
-    """Raises ValueError unless a zip's directory of entries ends where its end begins.
+def number_of_entries(file: Path) -> int:
+    """Number of entries by the end of a zip; raises ValueError unless its directory of entries ends where that begins.
 
     Of two directories, one that ends there and one that lies where the end says, Python reads the first, PyTorch the
     second.
@@ -153,16 +182,22 @@ def check_directory(file: Path) -> None:
         content.seek(max(0, size - END64))
         tail = content.read()
     end = len(tail) - END
-    held, offset, start = *struct.unpack("<II", tail[end + 12 : end + 20]), size - END
+    if tail[max(0, end) : end + 4] != b"PK\x05\x06":
+        raise explained(file, f"is a damaged zip file: its last {END} bytes are not the end of one")
+    here, entries, held, offset = struct.unpack("<HHII", tail[end + 8 : end + 20])
+    start = size - END
     if (
         len(tail) == END64 and tail[end - 20 : end - 16] == b"PK\x06\x07"
     ):  # the end of a zip of 64-bit sizes is before it
         (place,) = struct.unpack("<Q", tail[end - 12 : end - 4])
-        held, offset, start = *struct.unpack("<QQ", tail[40:56]), place
+        short = {here, entries} - {MANY}
+        here, entries, held, offset = struct.unpack("<4Q", tail[24:56])
+        start = place if short <= {entries} else -1
         if place != size - END64 or tail[:4] != b"PK\x06\x06":
             start = -1
-    if tail[end : end + 4] != b"PK\x05\x06" or offset + held != start:
-        raise explained(file, f"is a damaged zip file: its directory is not where its last {END} bytes say")
+    if offset + held != start or here != entries:
+        raise explained(file, f"is a damaged zip file: its directory is not what its last {END} bytes say")
+    return int(entries)
 
 
 def read_legacy(file: Path, allowance: Allowance) -> Any:
@@ -228,19 +263,21 @@ def read_pickles(content: BinaryIO, storage: Storage, allowance: Allowance | Non
     if (magic, protocol) != (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION):
         raise RuntimeError("it begins with other bytes")
     load()  # the system
-    return unpickler(checked(), storage).load(), load()
+    return unpickler(checked(), storage, parts=True).load(), load()
 
 
-def unpickler(content: BinaryIO, storage: Storage) -> Any:
+def unpickler(content: BinaryIO, storage: Storage, parts: bool) -> Any:
     """PyTorch's unpickler, which runs no code, at the position of a file, with storages of a function.
 
-    The function is called once for each key. `load` raises RuntimeError if tensors refer to a
-    storage with different sizes or dtypes.
+    The function is called once for each key. parts: whether tensors may refer to a part of a storage, which has a key
+    of its own. `load` raises RuntimeError if they refer to a storage with different sizes or dtypes, or to different
+    parts by one key.
     """
     import torch
     from torch import _weights_only_unpickler
 
     storages: dict[str, tuple[Any, int, Any]] = {}
+    places: dict[str, tuple[str, int, int]] = {}  # of parts: key of the storage, first element, number of elements
 
     def persistent_load(saved: Any) -> Any:
         _, kind, key, _, count, *view = saved
@@ -248,19 +285,36 @@ def unpickler(content: BinaryIO, storage: Storage) -> Any:
         if type(count) is not int or count < 0:
             raise RuntimeError(f"storage {quoted(key)} has a number of elements of {quoted(count)}")
         width = torch._utils._element_size(dtype)
+        if key in places:
+            raise RuntimeError(f"its tensors refer to different values by the key {quoted(key)}")
         if key not in storages:
             storages[key] = dtype, count, storage(key, dtype, count * width)
         if storages[key][:2] != (dtype, count):
             raise RuntimeError(f"its tensors refer to different sizes or dtypes of the storage {quoted(key)}")
         held = storages[key][2]
-        if view and view[0] is not None:  # a part of the storage
-            _, start, length = view[0]
-            held = held[start * width : (start + length) * width]
+        if view and view[0] is not None:
+            known = parts and [*map(type, view[0])] == [str, int, int]
+            part, start, length = view[0] if known else ("", -1, 0)
+            if not 0 <= start <= start + length <= count:
+                raise RuntimeError(f"its tensors refer to {quoted(view[0])} as a part of the storage {quoted(key)}")
+            place = key, start, length
+            if part in storages or places.setdefault(part, place) != place:
+                raise RuntimeError(f"its tensors refer to different values by the key {quoted(part)}")
+            held = part_of(held, start * width, length * width)
         return torch.storage.TypedStorage(wrap_storage=held, dtype=dtype, _internal=True)
 
     reader = _weights_only_unpickler.Unpickler(content, encoding="utf-8")
     reader.persistent_load = persistent_load  # type: ignore[method-assign]
     return reader
+
+
+def part_of(storage: Any, start: int, size: int) -> Any:
+    """Bytes of a storage, which share its memory; without values if it has none."""
+    import torch
+
+    if storage.device.type == "meta":
+        return torch.UntypedStorage(size, device="meta")
+    return storage[start : start + size]
 
 
 @contextlib.contextmanager

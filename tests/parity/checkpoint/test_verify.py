@@ -15,6 +15,7 @@ from flax import nnx
 import jaxmodels
 from jaxmodels.convert import from_torch, to_torch
 from jaxmodels.convert.hf import save_hf
+from jaxmodels.io.formats.torch_files import read_pt
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.transformer import AutoregressiveTransformer
@@ -183,6 +184,22 @@ def test_floats_of_8_bits_are_compared_but_not_computed_with(tmp_path, capsys, n
     assert main(["verify", *given]) == (1 if narrow == "SRC" else 0)
     assert main(["verify", *given, "--numerics"]) == 2
     assert re.search(r"narrow: '.*' is float8_e4m3fn; PyTorch runs", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("key", [None, "model"])
+def test_a_file_is_read_once(tmp_path, monkeypatch, key):
+    held = {"a": torch.arange(5.0)}
+    torch.save(held if key is None else {key: held, "step": 3}, tmp_path / "model.pt")
+    read = []
+
+    def counted(*arguments):
+        read.append(arguments[0])
+        return read_pt(*arguments)
+
+    for module in ("parity.checkpoint.opened", "jaxmodels.io.formats.torch_files"):
+        monkeypatch.setattr(f"{module}.read_pt", counted)
+    assert opened(tmp_path / "model.pt").tensors["a"].tolist() == [0, 1, 2, 3, 4]
+    assert read == [tmp_path / "model.pt"]
 
 
 def test_help_lists_the_command(capsys):

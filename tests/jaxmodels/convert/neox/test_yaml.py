@@ -344,3 +344,14 @@ def test_all_files_together_are_limited(tmp_path):
     with pytest.raises(ValueError, match=r"13\.yml with those before it has .* bytes of YAML; at most 131,072"):
         read_yaml(files)
     assert read_yaml(files[:13]) == {}
+
+
+@pytest.mark.parametrize("brackets", ["[]", "{}"])
+def test_brackets_in_each_other_are_few(tmp_path, brackets):
+    """The parser looks at each that is open for each word."""
+    left, right = ("[", "]") if brackets == "[]" else ("{a: ", "}")
+    deep = f"- {left * 20}1{right * 20}  # {left * 9}\n- '{left * 30}'\n"
+    text = "x:\n" + deep * 10
+    assert len(read_yaml_text(tmp_path, text)["x"]) == 20
+    with pytest.raises(ValueError, match=r"a\.yml is not a YAML file: line 3: more than 20 brackets"):
+        read_yaml_text(tmp_path, f"x:\n- 1\n- {left * 21}1{right * 21}\n")

@@ -284,3 +284,22 @@ def test_a_structure_of_many_kinds_is_read_as_before(tmp_path, zipped):
     assert found["step"] == content["step"]
     assert found["shape"][:-1] == content["shape"][:-1]
     assert torch.equal(found["state_dict"]["b"], shared[2:5])
+
+
+STAND_INS = {
+    "states": lambda times: calling(b"numpy", b"dtype", b")") + b"Nb" * times,
+    "calls": lambda times: b"cnumpy\ndtype\nq\x00)R" + b"h\x00)R" * times,
+    "names": lambda times: b"cnumpy\ndtype\n" * times,
+}
+
+
+@pytest.mark.parametrize("write", FORMATS)
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_stand_ins_are_few(tmp_path, write, kind):
+    """PyTorch lists all of them for each state, call or name: 10 µs."""
+    for times, refused in ((10_000, "holds no tensors"), (25_000, "is refused: .* 500,\\d{3} values")):
+        write(tmp_path / "model.pt", b"\x80\x02}" + A + b"(" + STAND_INS[kind](times) + b"ts.")
+        start = time.process_time()
+        with pytest.raises(ValueError, match=rf"model\.pt {refused}"):
+            read_tensors(tmp_path / "model.pt")
+        assert time.process_time() - start < 5
