@@ -329,6 +329,10 @@ class Retro(Experiment[Config]):
             return windows
         return nearest_neighbors(samples_of(windows), self.saved_index(run), self.config.neighbors)
 
+    @property
+    def reads_tokens_alone(self) -> bool:
+        return not self.config.retrieval
+
     def generator(self, model: Any, run: Path) -> Any:
         if not self.config.retrieval:
             return model

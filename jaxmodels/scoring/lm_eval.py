@@ -47,9 +47,9 @@ examples:
   jaxmodels lm-eval run --model_args source=runs/mine,max_length=512 --include_path tasks --tasks mine
   jaxmodels lm-eval ls tasks
 
-source is whatever `jaxmodels.load` takes. Further arguments of --model_args: revision, tokenizer, dtype, batch_size,
-max_length, max_gen_toks, prefix_token_id, add_bos_token, seed. `python -m lm_eval --model jaxmodels` is the same.
-`jaxmodels lm-eval run --help` lists lm-eval's own arguments.
+source is whatever `jaxmodels.load` takes. Further arguments of --model_args: revision, tokenizer, experiment, dtype,
+batch_size, max_length, max_gen_toks, prefix_token_id, add_bos_token, seed.
+`python -m lm_eval --model jaxmodels` is the same. `jaxmodels lm-eval run --help` lists lm-eval's own arguments.
 """
 CHUNK = 512  # requests between two updates of the progress bar and of lm-eval's cache
 FIRST_TOKENS = 32  # written before the stop sequences are first looked for; then twice as many, and so on
@@ -64,13 +64,14 @@ class JaxModelsLM(TemplateLM):
     """Language model of this project for lm-eval.
 
     source: a folder that `jaxmodels.load` reads, or a Hub id. revision: of a Hub id. tokenizer: a tokenizer.json or
-    vocabulary.json; default the source's own. dtype: of the weights; "auto" as they are stored, but float32 for
-    16-bit ones on a CPU. batch_size: rows, or
+    vocabulary.json; default the source's own. experiment: module of a run's own script, if it is needed. dtype: of the
+    weights; "auto" as they are stored, but float32 for 16-bit ones on a CPU. batch_size: rows, or
     "auto". max_length: most tokens that the model reads; default its max_len, but at most 4,096. max_gen_toks: most
     tokens to write, if a task does not say. prefix_token_id: context of texts without one; default the bos or else the
     eos token. add_bos_token: whether the tokenizer adds special tokens; default as it is stored. seed: of sampling.
 
-    Raises ValueError if the source or a setting is bad.
+    Raises ValueError if the source or a setting is bad, and for a run whose model reads more than tokens: lm-eval has
+    nothing else to give it.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class JaxModelsLM(TemplateLM):
         *,
         revision: str | None = None,
         tokenizer: str | None = None,
+        experiment: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = "auto",
         max_length: int | None = None,
@@ -96,6 +98,12 @@ class JaxModelsLM(TemplateLM):
             wrong = f"unknown {', '.join(unknown)}" if unknown else "source is missing"
             raise ValueError(f"model_args: {wrong}; arguments are {', '.join(names)}")
         opened = open_source(source, revision=revision)
+        if opened.kind == "run":
+            from jaxmodels.training.run import check_reads_tokens_alone
+
+            check_reads_tokens_alone(opened.folder, experiment, opened.model_name)
+        elif experiment is not None:
+            raise ValueError(f"experiment={experiment!r} is for training runs; {opened.name} is not one")
         self.name = opened.name
         self.vocabulary = opened.vocabulary(tokenizer)
         self.files = dict(opened.companions.files)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxmodels.io.bounded import CONFIG_BYTES, read_object, read_text
@@ -10,24 +9,19 @@ from jaxmodels.process.texts import quoted
 from jaxmodels.scoring.templates import ChatTemplate
 from jaxmodels.text import TokenizerFile, Vocabulary
 from jaxmodels.text.errors import refusing
-from jaxmodels.text.tokenizer import CONFIG, SPECIAL, content_of
+from jaxmodels.text.special import CONFIG, MODEL, Files, special_tokens
 
 TEMPLATE = "chat_template.jinja"
-Files = Mapping[str, Path]  # by published name
 
 
-def special_token(files: Files, name: str) -> str | None:
-    """Text of a special token such as bos_token; None if no file names it.
+def special_tokens_of(files: Files) -> dict[str, str]:
+    """Text of each special token by its name, of a checkpoint's companions; see `jaxmodels.text.special`.
 
-    That of tokenizer_config.json, also if it is null there, else of special_tokens_map.json. Raises ValueError, naming
-    the file, if one cannot be read or its value is no text.
+    The config.json beside them, which is no companion, tells the class of tokenizer if they do not.
     """
-    found = None
-    for file in (SPECIAL, CONFIG):
-        settings = read_object(files[file]) if file in files else {}
-        if name in settings:
-            found = content_of(files[file], settings, name)
-    return found
+    beside = (place.with_name(MODEL) for name, place in files.items() if "/" not in name)
+    model = next((place for place in beside if place.is_file()), None)
+    return special_tokens(files if model is None else {**files, MODEL: model})
 
 
 def special_ids(
@@ -36,11 +30,12 @@ def special_ids(
     """Ids of the bos and eos tokens: the tokenizer's, as lm-eval has them, or else those of the model's configuration.
 
     ids: of the configuration, by "bos" and "eos". One that is not below n_vocab, if that is known, is left out, with a
-    warning that names `where`. Raises ValueError as `special_token`.
+    warning that names `where`. Raises ValueError as `special_tokens`.
     """
     found: dict[str, int | None] = {}
+    named = special_tokens_of(files)
     for name, token in ids.items():
-        text = special_token(files, f"{name}_token")
+        text = named.get(f"{name}_token")
         if text is not None and isinstance(vocabulary, TokenizerFile):
             with refusing(f"{where} has a {name}_token that the tokenizer cannot look up"):
                 known = vocabulary.tokenizer.token_to_id(text)
@@ -65,5 +60,4 @@ def chat_template(files: Files, vocabulary: Vocabulary, where: str) -> ChatTempl
         raise ValueError(f"{where} has no chat template ({TEMPLATE}, or in {CONFIG})")
     if not isinstance(text, str):
         raise ValueError(f"{files[CONFIG]} has chat_template={quoted(text)}; expected a string")
-    names = {name: special_token(files, name) for name in ("bos_token", "eos_token")}
-    return ChatTemplate(text, {name: token for name, token in names.items() if token}, f"the chat template of {where}")
+    return ChatTemplate(text, special_tokens_of(files), f"the chat template of {where}")

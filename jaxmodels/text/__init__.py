@@ -1,8 +1,8 @@
 """Text corpora, and vocabularies: characters, bytes, tokenizer files."""
 
 from jaxmodels.text.corpora import load_corpus, split
+from jaxmodels.text.special import END_OF_TEXT
 from jaxmodels.text.tokenizer import (
-    END_OF_TEXT,
     SLOW_NAMES,
     TOKENIZER_NAMES,
     TokenizerFile,

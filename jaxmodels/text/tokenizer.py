@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,23 +13,19 @@ import numpy as np
 from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_object, read_text, refuse_special
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.extras import require
-from jaxmodels.process.texts import quoted
 from jaxmodels.text import limits
+from jaxmodels.text.byte_level import MERGES, VOCAB, byte_level, check_largest
 from jaxmodels.text.cuts import Cuts
 from jaxmodels.text.errors import refusing
-from jaxmodels.text.ids import end_tokens, token_id
+from jaxmodels.text.ids import end_tokens
+from jaxmodels.text.special import CONFIG, END_OF_TEXT, files_beside, refuse_contradictions, special_tokens
 from jaxmodels.text.untrusted import operations
 from jaxmodels.text.untrusted.plain import is_plain
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
 
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
-VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
-CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", VOCAB, MERGES)
 MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-SPECIAL_NAME = re.compile(r"<\|.+\|>")  # in a vocab.json, which does not say what is special
-LARGEST_ID = 2**24  # published vocabularies have up to 262,144 tokens
-END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
 # Means of a confined tokenizer: seconds of processor time and megabytes, and more of both by the size of the work.
 SECONDS, MEGABYTES = 3.0, 500.0
 WORKS, BYTES_WORK = (
@@ -70,6 +65,8 @@ class TokenizerFile(Vocabulary):
             content = byte_level(path) if path.name == VOCAB else read_text(path, TOKENIZER_BYTES)
             vocabulary = cls(content, file=str(path))
             len(vocabulary)
+            if path.name != VOCAB:
+                refuse_contradictions(files_beside(path), vocabulary.tokenizer, json.loads(content))
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer={path} cannot be read: {error}") from None
         return cls(content, ends_beside(path.parent, vocabulary), str(path))
@@ -240,105 +237,6 @@ class TokenizerFile(Vocabulary):
         return token in self.bytes
 
 
-def byte_level(file: Path) -> str:
-    """tokenizer.json of a vocab.json and the merges.txt beside it, as GPT-2 and GPT-NeoX tokenize.
-
-    It is made of checked values: a merge whose result is no token is a panic of the tokenizers package.
-    """
-    config = json_beside(file, CONFIG)
-    prefix = config.get("add_prefix_space")
-    if not isinstance(prefix, bool | None):
-        raise ValueError(f"{file.with_name(CONFIG)} has add_prefix_space={quoted(prefix)}; expected true or false")
-    ids = {name: checked_id(file, i) for name, i in read_object(file, TOKENIZER_BYTES).items()}
-    check_largest(max(ids.values(), default=0))
-    vocabulary = dict(sorted(ids.items(), key=lambda entry: entry[1]))
-    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
-    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    content: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
-    content |= {"normalizer": None, "pre_tokenizer": level | {"add_prefix_space": bool(prefix)}}
-    content |= {"post_processor": level, "decoder": level}
-    content["model"] = model | {"vocab": vocabulary, "merges": read_merges(file.with_name(MERGES), vocabulary)}
-    special = {**json_beside(file, SPECIAL), **config}
-    names = [content_of(file.with_name(CONFIG), special, f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
-    known = {name for name in (*names, *vocabulary) if name and (name in names or SPECIAL_NAME.fullmatch(name))}
-    added = dict(added_tokens(file.with_name(CONFIG), config.get("added_tokens_decoder")))
-    for name, i in json_beside(file, ADDED).items():
-        token = checked_id(file.with_name(ADDED), i)
-        added.setdefault(token, {"content": name, "special": name in known, "normalized": name not in known})
-    for name in known & vocabulary.keys():
-        added.setdefault(vocabulary[name], {"content": name, "special": True})
-    for i, about in sorted(added.items()):
-        vocabulary[about["content"]] = i  # otherwise the package renumbers it
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-        entry = {"id": i, "content": about["content"]} | {name: bool(about.get(name, flags[name])) for name in flags}
-        content["added_tokens"].append(entry)
-    return json.dumps(content)
-
-
-def read_merges(file: Path, vocabulary: Mapping[str, int]) -> list[list[str]]:
-    """Pairs of tokens in a merges.txt; raises ValueError, naming the file, if one is not, or not of the vocabulary."""
-    merges: dict[tuple[str, ...], None] = {}
-    for number, line in enumerate(read_text(file, TOKENIZER_BYTES).removesuffix("\n").split("\n"), 1):
-        line = line.removesuffix("\r")
-        if line.startswith("#version") or (number == 1 and not line):
-            continue
-        pair = tuple(line.split(" "))
-        if len(pair) != 2:
-            raise ValueError(f"{file} has {quoted(line)} in line {number:,}; expected two tokens")
-        unknown = [token for token in (*pair, "".join(pair)) if token not in vocabulary]
-        if unknown:
-            raise ValueError(f"{file} has {quoted(line)} in line {number:,}; {VOCAB} lacks {quoted(unknown[0])}")
-        merges.pop(pair, None)  # of a pair that is listed twice, the last place counts
-        merges[pair] = None
-    return [list(pair) for pair in merges]
-
-
-def check_largest(largest: int) -> None:
-    """Raises ValueError for an id of a token that no vocabulary has: memory is taken for all ids up to the largest."""
-    if largest > LARGEST_ID:
-        raise ValueError(f"a tokenizer with the id {largest}; ids are at most {LARGEST_ID}")
-
-
-def added_tokens(file: Path, entries: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Ids and entries of "added_tokens_decoder"; raises ValueError, naming the file, if one has another form."""
-    if not isinstance(entries, dict | None):
-        raise ValueError(f"{file} has added_tokens_decoder={quoted(entries)}; expected an object")
-    for i, about in (entries or {}).items():
-        if not isinstance(about, dict) or not isinstance(about.get("content"), str):
-            raise ValueError(f"{file} has {quoted(about)} in added_tokens_decoder; expected an object with content")
-        yield checked_id(file, i), about
-
-
-def checked_id(file: Path, value: Any) -> int:
-    """Id of a token, an integer or its digits; raises ValueError, naming the file, for any other value."""
-    token = token_id(value)
-    if token is None:
-        raise ValueError(f"{file} has the id {quoted(value)}; expected an integer from 0 to 2³¹ - 1")
-    return token
-
-
-def content_of(file: Path, settings: Mapping[str, Any], name: str) -> str | None:
-    """Text of a special token in a file of transformers: a string, or an object with "content"; None if there is none.
-
-    Raises ValueError, naming the file, for any other value.
-    """
-    value = settings.get(name)
-    token = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(token, str) and value is not None:
-        raise ValueError(f"{file} has {name}={quoted(value)}; expected a string, or an object with content")
-    return token
-
-
-def json_beside(file: Path, name: str) -> dict[str, Any]:
-    """Content of a JSON file beside another one; {} if there is none. Raises ValueError if it is no object."""
-    beside = file.with_name(name)
-    refuse_special(beside)
-    if not beside.is_file():
-        return {}
-    return read_object(beside)
-
-
 def ends_beside(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
     """Ids that end a text, from the files of a checkpoint's folder.
 
@@ -347,13 +245,13 @@ def ends_beside(folder: Path, vocabulary: "TokenizerFile") -> tuple[int, ...]:
     """
     beside = folder / CONFIG
     for name in ("generation_config.json", "config.json"):
-        content = json_beside(beside, name)
+        refuse_special(folder / name)
+        content = read_object(folder / name) if (folder / name).is_file() else {}
         nested = content.get("token_ids")  # in a config.json of this project
         ids = end_tokens((nested if isinstance(nested, dict) else content).get("eos_token_id"), folder / name)
         if ids:
             return ids
-    names = [content_of(folder / name, json_beside(beside, name), "eos_token") for name in (CONFIG, SPECIAL)]
-    for text in (*names, END_OF_TEXT):
+    for text in (special_tokens(files_beside(beside)).get("eos_token"), END_OF_TEXT):
         with refusing(f"{beside} names a special token that the tokenizer cannot look up"):
             token = None if text is None else vocabulary.tokenizer.token_to_id(text)
         if token is not None:

@@ -331,6 +331,11 @@ class Experiment(Generic[ConfigT]):
         """Cut a text, int [N], into the examples that a run's model is evaluated on."""
         return Windows(ids, self.config.seq_len, "given")
 
+    @property
+    def reads_tokens_alone(self) -> bool:
+        """True if the model's only inputs are the tokens, so that any text of tokens can be scored with it."""
+        return type(self).losses is Experiment.losses and type(self).examples is Experiment.examples
+
     def use_embedder(self, name: str) -> None:
         """Name the embedder of a saved run's chunk index, which may load a model from a network.
 

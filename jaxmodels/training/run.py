@@ -219,6 +219,12 @@ def experiment_of(run: Path, named: str | None, model_name: str) -> Experiment[A
     return experiment
 
 
+def check_reads_tokens_alone(run: Path, named: str | None, model_name: str) -> None:
+    """Raise ValueError like `experiment_of`, and for a run whose model reads something besides the tokens."""
+    if not experiment_of(run, named, model_name).reads_tokens_alone:
+        raise ValueError(f"{run} was trained on more than tokens: it is evaluated by `jaxmodels evaluate` on one text")
+
+
 def unknown_model(run: Path, named: str | None, error: object) -> ValueError:
     """Error for a model of a class that is not registered, with what to do."""
     script = read_about(run).script

@@ -102,6 +102,24 @@ def test_the_same_command_prints_the_comparison_again_without_work(run_and_outpu
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of lm-eval and the libraries that it imports
+def test_scorers_of_tokens_refuse_a_run_that_reads_neighbors(run_and_output, text, capsys):
+    run, _ = run_and_output
+    pair = ["--text", str(text), str(text)]
+    assert evaluate.main([str(run / "retrieval"), *pair]) == 2
+    assert re.search("retrieval was trained on more than tokens", capsys.readouterr().err)
+    assert evaluate.main([str(run / "plain"), *pair]) == 0
+    pytest.importorskip("lm_eval")
+    from jaxmodels.scoring.lm_eval import JaxModelsLM
+
+    with pytest.raises(ValueError, match="retrieval was trained on more than tokens"):
+        JaxModelsLM(str(run / "retrieval"))
+    assert JaxModelsLM(str(run / "plain")).model is not None
+    with pytest.raises(ValueError, match=r"train.retro, not of train.rope"):
+        JaxModelsLM(str(run / "plain"), experiment="train.rope")
+
+
+@pytest.mark.slow
 def test_a_run_is_sampled_and_evaluated(run_and_output, text, capsys):
     run, _ = run_and_output
     for name in ("retrieval", "plain"):

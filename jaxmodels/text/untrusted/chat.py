@@ -7,6 +7,8 @@ end, which one expression can make.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxmodels.text.special import STANDARD
+
 
 def operations() -> Mapping[str, Callable[..., Any]]:
     """Operation `render`."""
@@ -20,7 +22,11 @@ def operations() -> Mapping[str, Callable[..., Any]]:
 
         special: special tokens by name, such as bos_token.
         """
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **dict(special))
+        standard = {name: special[name] for name in STANDARD if name in special}
+        others = {name: token for name, token in special.items() if name not in standard}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.BPE()), model_specific_special_tokens=others, **standard
+        )
         found = tokenizer.apply_chat_template(
             messages,
             chat_template=template,

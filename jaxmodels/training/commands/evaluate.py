@@ -35,7 +35,7 @@ from jaxmodels.training.checkpoints import open_model
 from jaxmodels.training.data import Example, Windows, n_predicted, without_padding
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.loop import Evaluation
-from jaxmodels.training.run import experiment_of, is_run, open_run, read_about
+from jaxmodels.training.run import check_reads_tokens_alone, is_run, open_run, read_about
 from jaxmodels.training.step import Numerics, Precision, Program, token_losses
 
 PROGRAM = "python -m train.evaluate"
@@ -210,9 +210,7 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
         for _ in read_documents(name, options.jsonl_field):
             pass
     if opened.kind == "run":
-        experiment = experiment_of(opened.folder, options.experiment, opened.model_name)
-        if type(experiment).losses is not Experiment.losses or type(experiment).examples is not Experiment.examples:
-            raise ValueError(f"{opened.name} was trained on more than tokens; evaluate one text, without --stride")
+        check_reads_tokens_alone(opened.folder, options.experiment, opened.model_name)
     vocabulary = opened.vocabulary(options.tokenizer)
     bos = opened.companions.token_ids.bos
     if options.bos and bos is None:

@@ -304,6 +304,9 @@ def test_a_tokenizer_of_two_files(published, tmp_path):
     tokenizer = byte_level_tokenizer()
     tokenizer.model.save(str(folder))
     (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer_class='TokenizersBackend'"):
+        open_source(folder).vocabulary()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPTNeoXTokenizer"}))
     (folder / "added_tokens.json").write_text(json.dumps({"<|pad|>": 301}))
     vocabulary = open_source(folder).vocabulary()
     text = "The assert<|endoftext|> statement:\n  ärger<|pad|>"

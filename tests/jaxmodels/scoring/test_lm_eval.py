@@ -265,6 +265,7 @@ def test_a_model_without_special_tokens_needs_a_prefix(tmp_path):
         ({"max_gen_toks": 0}, "max_gen_toks=0"),
         ({"seed": "x"}, "seed='x'"),
         ({"prefix_token_id": 10**9}, "prefix_token_id=1000000000"),
+        ({"experiment": "train.rope"}, "experiment='train.rope'"),
         ({"dtype": "foo"}, "dtype='foo' .*float32"),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxmodels.convert.companions import files_in
-from jaxmodels.scoring.special import chat_template, special_ids, special_token
+from jaxmodels.scoring.special import chat_template, special_ids, special_tokens_of
 from jaxmodels.text import TokenizerFile
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
@@ -32,7 +32,9 @@ def test_the_tokenizers_token_is_before_the_configurations_id(folder):
     write(folder, "special_tokens_map.json", {"bos_token": "a", "eos_token": {"content": "<|endoftext|>"}})
     known = TokenizerFile.read(folder / "tokenizer.json").tokenizer.token_to_id
     assert ids_of(folder) == {"bos": known("a"), "eos": 0}
-    write(folder, "tokenizer_config.json", {"bos_token": None, "eos_token": "no token"})
+    write(folder, "tokenizer_config.json", {"bos_token": "e", "eos_token": "e"})
+    assert ids_of(folder) == {"bos": known("a"), "eos": 0}
+    write(folder, "tokenizer_config.json", {"bos_token": None, "eos_token": "no token", "added_tokens_decoder": {}})
     assert ids_of(folder) == IDS
 
 
@@ -42,7 +44,7 @@ def test_the_tokenizers_token_is_before_the_configurations_id(folder):
 def test_a_token_of_another_type_is_refused(folder, name, key, value):
     write(folder, name, {key: value})
     with pytest.raises(ValueError, match=rf"{name} has {key}=") as error:
-        special_token(files_in(folder), key)
+        special_tokens_of(files_in(folder))
     assert "\n" not in str(error.value)
 
 
@@ -77,3 +79,41 @@ def test_a_template_file_is_before_the_settings(folder):
     (folder / "chat_template.jinja").write_text("file")
     found = chat_template(files_in(folder), vocabulary, "here")
     assert (found.text, found.special, found.what) == ("file", {"bos_token": "<s>"}, "the chat template of here")
+
+
+USES = "{{bos_token}}|{{eos_token}}|{{unk_token}}|{{pad_token}}|{{image_token}}|{{messages[0].content}}"
+END = "<|endoftext|>"
+DECODER = {"0": {"content": END, "special": True}}
+MAP = {"bos_token": "t", "eos_token": {"content": "t"}, "image_token": "<image>"}
+SETTINGS = {
+    "none": {},
+    "all": {"bos_token": END, "eos_token": "t", "unk_token": "a", "pad_token": "e"},
+    "no bos": {"bos_token": None},
+    "an extra one": {"extra_special_tokens": {"image_token": "t", "word": "a"}},
+    "another extra one": {"image_token": "t", "add_bos_token": False},
+    "added tokens": {"bos_token": END, "added_tokens_decoder": DECODER},
+}
+
+
+@pytest.mark.parametrize("model", ["gpt_neox", "gpt2"])
+@pytest.mark.parametrize("kind", ["GPTNeoXTokenizerFast", "GPT2Tokenizer", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("mapped", [False, True], ids=["", "with a map"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_special_tokens_and_prompts_are_those_of_transformers(folder, name, mapped, kind, model):
+    transformers = pytest.importorskip("transformers")
+    write(folder, "config.json", {"model_type": model})
+    write(folder, "tokenizer_config.json", SETTINGS[name] | ({"tokenizer_class": kind} if kind else {}))
+    if mapped:
+        write(folder, "special_tokens_map.json", MAP)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    vocabulary, files = TokenizerFile.read(folder), files_in(folder)
+    assert special_tokens_of(files) == theirs.special_tokens_map
+    known = {"bos": theirs.bos_token_id, "eos": theirs.eos_token_id}
+    assert special_ids(files, {"bos": None, "eos": None}, vocabulary, None, "here") == known
+    messages = [{"role": "user", "content": "a"}]
+    expected = theirs.apply_chat_template(messages, chat_template=USES, tokenize=False)
+    (folder / "chat_template.jinja").write_text(USES)
+    if kind == "GPTNeoXTokenizerFast" and model == "gpt_neox":  # the rest does not depend on them
+        assert chat_template(files_in(folder), vocabulary, "here").render(messages) == expected
+    text = f"{END} x y{END}"
+    assert vocabulary.encode(text).tolist() == theirs.encode(text, add_special_tokens=False)

@@ -1,0 +1,161 @@
+"""Special tokens that the files of a tokenizer name, resolved once, as transformers 5 resolves them.
+
+Files are given by their published names: tokenizer_config.json, special_tokens_map.json, and the config.json beside
+them, which tells the class of tokenizer if the first does not.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.io.bounded import read_object, refuse_special
+from jaxmodels.process.texts import quoted
+from jaxmodels.text.ids import token_id
+
+CONFIG, SPECIAL, MODEL = "tokenizer_config.json", "special_tokens_map.json", "config.json"
+END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
+STANDARD = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+GPT2, NEOX = "GPT2Tokenizer", "GPTNeoXTokenizer"
+# Special tokens of a class, for those that no file names.
+DEFAULTS: Mapping[str | None, Mapping[str, Any]] = {
+    GPT2: dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    NEOX: {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT), "pad_token": "<|padding|>"},
+}
+CLASSES = {"gpt_neox": NEOX, "gpt2": GPT2, "gpt_neo": GPT2, "gptj": GPT2, "opt": GPT2}  # by model_type
+Files = Mapping[str, Path]  # by published name
+
+
+def files_beside(file: Path) -> dict[str, Path]:
+    """Files of special tokens in the folder of a file."""
+    places = {name: file.with_name(name) for name in (CONFIG, SPECIAL, MODEL)}
+    for place in places.values():
+        refuse_special(place)
+    return {name: place for name, place in places.items() if place.is_file()}
+
+
+def tokenizer_class(files: Files) -> str | None:
+    """Class of a tokenizer, of those in DEFAULTS without the "Fast" of former versions; None if no file tells it.
+
+    That of tokenizer_config.json, or else of config.json, or else of its type of model. Raises ValueError, naming the
+    file, for a name that is no string.
+    """
+    model = content_of_file(files, MODEL)
+    for name, settings in ((CONFIG, content_of_file(files, CONFIG)), (MODEL, model)):
+        found = settings.get("tokenizer_class")
+        if not isinstance(found, str | None):
+            raise ValueError(f"{files[name]} has tokenizer_class={quoted(found)}; expected a string")
+        if found:
+            return short if (short := found.removesuffix("Fast")) in DEFAULTS else found
+    kind = "gpt_neox" if model.get("model") == "NeoX" else model.get("model_type")  # NeoX: a model of this project
+    return CLASSES.get(kind) if isinstance(kind, str) else None
+
+
+def settings_of(files: Files) -> list[dict[str, Any]]:
+    """Settings of a tokenizer, those that count last: the defaults of its class, tokenizer_config.json, and the map.
+
+    transformers reads special_tokens_map.json only if tokenizer_config.json has no added_tokens_decoder.
+    """
+    settings = content_of_file(files, CONFIG)
+    mapped = {} if "added_tokens_decoder" in settings else content_of_file(files, SPECIAL)
+    return [dict(DEFAULTS.get(tokenizer_class(files), {})), settings, mapped]
+
+
+def special_tokens(files: Files) -> dict[str, str]:
+    """Text of each special token by its name, such as bos_token, that a chat template may use.
+
+    Besides the standard names, those of other entries that end in _token, of which tokenizer_config.json's count, and
+    of extra_special_tokens. Raises ValueError, naming the file, if one cannot be read or a value is no text.
+    """
+    where, (defaults, settings, mapped) = files.get(CONFIG, Path(CONFIG)), settings_of(files)
+    for name, each in ((CONFIG, content_of_file(files, CONFIG)), (SPECIAL, content_of_file(files, SPECIAL))):
+        for key in STANDARD:  # errors name the file that has the value
+            content_of(files.get(name, where), each, key)
+    standard = {**defaults, **settings, **mapped}
+    named: dict[str, Any] = {key: standard.get(key) for key in STANDARD}
+    for each in (mapped, settings):  # others are flags, such as add_bos_token, or settings of the class
+        found = {key: value for key, value in each.items() if key.endswith("_token") and key not in STANDARD}
+        named |= {key: value for key, value in found.items() if isinstance(value, str) or is_token(value)}
+    for each in (settings, mapped):
+        extra = each.get("extra_special_tokens")
+        named |= extra if isinstance(extra, dict) else {}
+    texts = {key: content_of(where, named, key) for key in named}
+    return {key: token for key, token in texts.items() if token is not None}
+
+
+def is_token(value: Any) -> bool:
+    """True for an object with the text of a token."""
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
+def unnamed_tokens(files: Files) -> list[str]:
+    """Texts of special tokens that are listed without a name; raises ValueError, naming the file, if one is none."""
+    where, found = files.get(CONFIG, Path(CONFIG)), dict[str, None]()
+    for settings in settings_of(files):
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            listed = settings.get(key)
+            tokens = [content_of(where, {key: token}, key) for token in (listed if isinstance(listed, list) else ())]
+            found |= dict.fromkeys(token for token in tokens if token is not None)
+    return list(found)
+
+
+def flag(files: Files, name: str) -> bool:
+    """Setting of tokenizer_config.json that is true or false; raises ValueError, naming the file, for another value."""
+    value = content_of_file(files, CONFIG).get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{files[CONFIG]} has {name}={quoted(value)}; expected true or false")
+    return bool(value)
+
+
+def content_of_file(files: Files, name: str) -> dict[str, Any]:
+    """Content of a JSON file; {} if there is none. Raises ValueError if it is no object."""
+    return dict(read_object(files[name])) if name in files else {}
+
+
+def added_tokens(file: Path, entries: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Ids and entries of "added_tokens_decoder"; raises ValueError, naming the file, if one has another form."""
+    if not isinstance(entries, dict | None):
+        raise ValueError(f"{file} has added_tokens_decoder={quoted(entries)}; expected an object")
+    for i, about in (entries or {}).items():
+        if not isinstance(about, dict) or not isinstance(about.get("content"), str):
+            raise ValueError(f"{file} has {quoted(about)} in added_tokens_decoder; expected an object with content")
+        yield checked_id(file, i), about
+
+
+def checked_id(file: Path, value: Any) -> int:
+    """Id of a token, an integer or its digits; raises ValueError, naming the file, for any other value."""
+    token = token_id(value)
+    if token is None:
+        raise ValueError(f"{file} has the id {quoted(value)}; expected an integer from 0 to 2³¹ - 1")
+    return token
+
+
+def content_of(file: Path, settings: Mapping[str, Any], name: str) -> str | None:
+    """Text of a special token in a file of transformers: a string, or an object with "content"; None if there is none.
+
+    Raises ValueError, naming the file, for any other value.
+    """
+    value = settings.get(name)
+    token = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(token, str) and value is not None:
+        raise ValueError(f"{file} has {name}={quoted(value)}; expected a string, or an object with content")
+    return token
+
+
+def refuse_contradictions(files: Files, tokenizer: Any, content: Mapping[str, Any]) -> None:
+    """Raise ValueError if the settings beside a tokenizer.json make other ids of a text than it does.
+
+    tokenizer: `tokenizers.Tokenizer` of the content. transformers adds the tokens of added_tokens_decoder, and builds
+    a tokenizer of the classes in DEFAULTS again with its own add_prefix_space.
+    """
+    added = {about.content: i for i, about in tokenizer.get_added_tokens_decoder().items()}
+    where = files.get(CONFIG, Path(CONFIG))
+    for i, about in added_tokens(where, content_of_file(files, CONFIG).get("added_tokens_decoder")):
+        if added.get(about["content"]) != i:
+            raise ValueError(
+                f"{where} has {quoted(about['content'])} with the id {i} in added_tokens_decoder; "
+                f"tokenizer.json has {added.get(about['content'], 'no such added token')}"
+            )
+    before, prefix = content.get("pre_tokenizer"), flag(files, "add_prefix_space")
+    own = before.get("add_prefix_space") if isinstance(before, dict) and before.get("type") == "ByteLevel" else prefix
+    if CONFIG in files and tokenizer_class(files) in DEFAULTS and own != prefix:
+        raise ValueError(f"{where} has add_prefix_space={prefix}; tokenizer.json has {own}")
