@@ -57,6 +57,7 @@ def test_a_refusal_of_the_operating_system_is_found_in_an_error_of_a_library():
         (MemoryError("8 TiB"), "model/config.json: 8 TiB"),
         (RuntimeError("RESOURCE_EXHAUSTED: 8 TiB\nat"), "model/config.json: RESOURCE_EXHAUSTED: 8 TiB"),
         (RuntimeError("INTERNAL: Out of memory allocating 8 bytes"), "model/config.json: INTERNAL: Out of memory .* 8"),
+        (RuntimeError("INTERNAL: YNNPACK operation failed: error"), "model/config.json: INTERNAL: YNNPACK"),
         (MemoryError("model/config.json: 8 TiB"), "model/config.json: 8 TiB"),
     ],
 )
