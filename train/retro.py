@@ -75,6 +75,7 @@ from jaxmodels.weights.names import dotted, flat_arrays
 PROGRAM = "python -m train.retro"
 MOST_PASSES = 100  # over the text; neighbors are looked up for all sequences of each, before the first step
 MOST_NEIGHBORS = 1_000  # of a chunk
+UNNAMED_BYTES = 2**28  # of all neighbors that are looked up, if a run's files alone name their number
 RETRIEVES = ("encoder.", "cca.", "norm_e.")  # parameters that a plain decoder does not have
 
 
@@ -239,9 +240,11 @@ class Retro(Experiment[Config]):
             index = self.open_index(interrupted).index
             file = Path(c.index) / "training.npz"
             lookup = Lookup(c.neighbors, own=True)
-            train = attach(train, index, lookup, file, interrupted, save=self.saves_neighbors)
+            train = attach(
+                train, index, lookup, file, interrupted, save=self.saves_neighbors, most_bytes=self.most_bytes
+            )
             validation = self.validation(tokens, interrupted=interrupted)
-            sha256, about = index_checksum(sha256, index), f"{about}; {len(index):,} chunks to find"
+            sha256, about = index_checksum(sha256, index.fingerprint), f"{about}; {len(index):,} chunks to find"
         order = grain.MapDataset.range(len(train)).seed(c.seed).shuffle().repeat()
         ids = tokens.train, tokens.validation
         return Task(order.map(train.__getitem__), validation, tokens.vocabulary, sha256, about, *ids)
@@ -257,10 +260,17 @@ class Retro(Experiment[Config]):
         lookup = Lookup(c.neighbors, kind, run=c.overlap if kind == "filtered" else 0)
         file = Path(c.index) / f"validation_{kind}.npz"
         index = self.open_index(interrupted).index
-        return attach(samples_of(windows), index, lookup, file, interrupted, save=self.saves_neighbors)
+        return attach(
+            samples_of(windows), index, lookup, file, interrupted, save=self.saves_neighbors, most_bytes=self.most_bytes
+        )
 
     def resume(self, run: Path) -> None:
         self.source = run
+
+    @property
+    def most_bytes(self) -> int | None:
+        """Most bytes of neighbors that are looked up; None if the user has named their number."""
+        return UNNAMED_BYTES if "neighbors" in self.unnamed else None
 
     @property
     def saves_neighbors(self) -> bool:
@@ -279,6 +289,9 @@ class Retro(Experiment[Config]):
             tokens = self.tokens()
             corpus = Corpus.of(tokens.train, tokens.vocabulary)
             embedder = embedder_of(c.embedder)
+            if self.reads_unnamed:  # before the text is written to the index
+                fingerprint = ChunkIndex.fingerprint_of(corpus, c.chunk_len, embedder, c.factory)
+                self.refuse_unnamed_data(index_checksum(tokens.sha256, fingerprint))
 
             def build() -> ChunkIndex:
                 return ChunkIndex.build(
@@ -319,7 +332,7 @@ class Retro(Experiment[Config]):
         tokens = self.tokens(vocabulary)
         now, what = tokens.sha256, f"text={self.config.text!r}"
         if self.config.retrieval:
-            now, what = index_checksum(now, self.saved_index(run)), f"{what} with its index"
+            now, what = index_checksum(now, self.saved_index(run).fingerprint), f"{what} with its index"
         check_unchanged(what, run, now=now, then=sha256)
         return self.examples(tokens.validation, run)
 
@@ -327,7 +340,7 @@ class Retro(Experiment[Config]):
         windows = Windows(ids, self.config.seq_len, "given")
         if not self.config.retrieval:
             return windows
-        return nearest_neighbors(samples_of(windows), self.saved_index(run), self.config.neighbors)
+        return nearest_neighbors(samples_of(windows), self.saved_index(run), self.config.neighbors, self.most_bytes)
 
     @property
     def reads_tokens_alone(self) -> bool:

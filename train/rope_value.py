@@ -44,6 +44,7 @@ VOCABULARY = CharVocabulary(CHARACTERS)
 QUESTIONS, AT_A_TIME = 64, 16
 VALIDATION = 64  # sequences
 MOST_DIGITS = 18  # of numbers of 64 bits
+UNNAMED_CHARACTERS = 2**22  # of the held-out sequences, if a run's files alone name their length
 
 
 def problem(a: int, b: int) -> str:
@@ -152,7 +153,16 @@ class RopeValue(Experiment[Config]):
         return AutoregressiveTransformer(n_vocab, *sizes, c.attention, c.dropout, rngs=nnx.Rngs(c.seed))
 
     def task(self) -> Task:
-        """Endless problems, and held-out ones from another generator."""
+        """Endless problems, and held-out ones from another generator.
+
+        Raises ValueError if a run's files alone name a length that would take long to write.
+        """
+        length = self.config.seq_len
+        if "seq_len" in self.unnamed and VALIDATION * length > UNNAMED_CHARACTERS:
+            raise ValueError(
+                f"seq_len={length:,} of the run must be at most {UNNAMED_CHARACTERS // VALIDATION:,}; if you trust it, "
+                f"name it yourself: --seq-len {length}"
+            )
         digits = self.config.digits
         make = functools.partial(sequence, digits, self.config.seq_len)
         train = grain.MapDataset.range(1).seed(self.config.seed).repeat().random_map(lambda _, rng: make(rng))
@@ -162,9 +172,14 @@ class RopeValue(Experiment[Config]):
         return Task(train, held_out, VOCABULARY, sha256, about)
 
     def held_out(self, run: Path, vocabulary: Vocabulary, sha256: str) -> Sequence[Example]:
-        as_trained = RopeValue(saved_config(RopeValue, run)).task()  # `evaluate --seq-len` gives other lengths
-        check_unchanged(f"digits={self.config.digits}", run, now=as_trained.sha256, then=sha256)
-        return self.task().validation
+        task, as_trained = self.task(), saved_config(RopeValue, run)
+        checked = task
+        if self.config.seq_len != as_trained.seq_len:  # `evaluate --seq-len` gives other lengths
+            trained = RopeValue(as_trained)
+            trained.unnamed = frozenset({"seq_len"})
+            checked = trained.task()
+        check_unchanged(f"digits={self.config.digits}", run, now=checked.sha256, then=sha256)
+        return task.validation
 
     def report(self, model: Any, task: Task, interrupted: Interrupted) -> tuple[str, dict[str, float]]:
         """First three answers, and the share of right ones (only if all questions were answered)."""

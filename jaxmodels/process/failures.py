@@ -12,7 +12,8 @@ from jaxmodels.process.texts import shortened
 # Reasons that operating systems give, in the words of C++ libraries, which put them in long texts; with their numbers.
 REASONS = {os.strerror(number): number for number in (28, 122, 27, 30, 13, 1, 5, 2, 24, 107, 116)}
 
-OUT_OF_MEMORY = "Out of memory allocating"  # in an error of XLA on CPUs that begins with INTERNAL
+# In errors of XLA on CPUs that begin with INTERNAL; YNNPACK computes its matrix products, and says no reason.
+OUT_OF_MEMORY = ("Out of memory allocating", "YNNPACK operation failed")
 TORCH_OUT_OF_MEMORY = "DefaultCPUAllocator: "  # in an error of PyTorch on CPUs, "can't allocate memory" or "not enough"
 
 
@@ -83,6 +84,8 @@ def memory_naming(where: str | os.PathLike) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """True if Python, NumPy, XLA or PyTorch could not allocate memory, which is no bug."""
     text = str(error)
-    exhausted = text.startswith("RESOURCE_EXHAUSTED") or (text.startswith("INTERNAL") and OUT_OF_MEMORY in text)
+    exhausted = text.startswith("RESOURCE_EXHAUSTED") or (
+        text.startswith("INTERNAL") and any(words in text for words in OUT_OF_MEMORY)
+    )
     on_device = type(error).__name__ == "OutOfMemoryError"  # PyTorch's, which is not imported here
     return isinstance(error, MemoryError) or exhausted or on_device or TORCH_OUT_OF_MEMORY in text

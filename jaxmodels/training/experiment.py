@@ -73,6 +73,8 @@ EXPERIMENTS = {
 }
 PROMPT_TOKENS, SAMPLE_TOKENS = 30, 100  # of the sample in a report
 UNNAMED_FILES = 100_000  # in the folder of a text that a run's configuration alone names
+UNNAMED_BYTES = 2**32  # of the main memory in a step of a run whose files alone name its sizes
+UNNAMED_GROWTH = 8  # or as many times the bytes of its checkpoint
 NGRAM_TOKENS = 50_000_000  # counting a longer text would take minutes
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -89,6 +91,7 @@ class Experiment(Generic[ConfigT]):
     config_class: ClassVar[type[Config]] = Config
     vocabulary: Vocabulary | None = None  # of the run that is continued, to encode another text with
     unnamed: frozenset[str] = frozenset()  # hyperparameters that a run's files have and the user has not typed
+    recorded: str | None = None  # sha256 of the data that those files have
 
     def __init__(self, config: ConfigT):
         if config.within_documents and type(self).task is not Experiment.task:
@@ -227,6 +230,48 @@ class Experiment(Generic[ConfigT]):
                     f"it, name it yourself: --text {shlex.quote(text)}"
                 )
 
+    @property
+    def reads_unnamed(self) -> bool:
+        """True if a run's files alone name a text of this machine, which may be any."""
+        return "text" in self.unnamed and os.path.exists(self.config.text)
+
+    def refuse_unnamed_data(self, sha256: str) -> None:
+        """Raise ValueError if a run's files alone name a text of this machine, and not with the checksum of its data.
+
+        Called before anything of a text is printed or written: a model of it would be left in the run's folder.
+        """
+        if self.reads_unnamed and self.recorded is not None and sha256 != self.recorded:
+            text = self.config.text
+            raise ValueError(
+                f"text={quoted(text)} of the run has not the sha256 that the run names; if you trust it, name the text "
+                f"yourself: --text {shlex.quote(text)}"
+            )
+
+    def refuse_unnamed_size(self, program: Program, *, stored: bool) -> None:
+        """Raise ValueError if a run's files alone name its sizes, and it takes far more main memory than they do.
+
+        Each hyperparameter has a bound, but products of several may have any size. A state is compared at once, unless
+        it is stored; a step or evaluation when it is compiled. The memory of accelerators is not the machine's.
+        """
+        if "batch_size" not in self.unnamed or program.mesh.devices.flat[0].platform != "cpu":
+            return
+        most = max(UNNAMED_BYTES, UNNAMED_GROWTH * program.state_bytes * stored)
+
+        def accept(what: str, size: int) -> None:
+            if size > most:
+                raise ValueError(
+                    f"{what} of the run takes {size:,} bytes of memory; at most {most:,} with a batch_size that its "
+                    f"files alone name; if you trust it, name it yourself: --batch-size {self.config.batch_size}"
+                )
+
+        def accept_compiled(compiled: jax.stages.Compiled) -> None:
+            found = compiled.memory_analysis()
+            accept("a step", 0 if found is None else found.temp_size_in_bytes)
+
+        if not stored:
+            accept("the state", program.state_bytes)
+        program.accept = accept_compiled
+
     # The data.
 
     def tokens(self, vocabulary: Vocabulary | None = None) -> Tokens:
@@ -235,7 +280,16 @@ class Experiment(Generic[ConfigT]):
         Raises ValueError if it cannot be read, or if the vocabulary has too many tokens for a model.
         """
         self.refuse_unnamed_text()
-        tokens = open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
+        try:
+            tokens = open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
+        except ValueError:
+            if not self.reads_unnamed:
+                raise
+            text = self.config.text  # the reason may repeat some of it
+            raise ValueError(
+                f"text={quoted(text)} of the run cannot be read in the run's vocabulary; if you trust it, name the "
+                f"text yourself for the reason: --text {shlex.quote(text)}"
+            ) from None
         if len(tokens.vocabulary) > MOST_SIZE:
             n, unit = len(tokens.vocabulary), tokens.vocabulary.unit
             raise ValueError(f"text={self.config.text!r} has a vocabulary of {n:,} {unit}s; at most {MOST_SIZE:,}")

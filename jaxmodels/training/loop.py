@@ -17,7 +17,7 @@ import numpy as np
 from jaxmodels.process.distributed import agree
 from jaxmodels.process.signals import Stop
 from jaxmodels.training.checkpoints import Position
-from jaxmodels.training.data import Batches, Example, in_batches, stack
+from jaxmodels.training.data import Batches, Example, in_batches
 from jaxmodels.training.step import Batch, Metrics, Program, State, stop_sharding, without_optimizer
 
 AHEAD = 1_000  # steps that are taken without looking for a change of the texts' length
@@ -79,7 +79,7 @@ class Loop:
         """Compile the next step for batches of these shapes, which may be abstract; the step then accepts no others."""
         self.batch, self.length = batch, self.length_at(self.position.step)
         began = time.perf_counter()
-        self.compiled = self.program.lower_step(batch, self.length).compile()
+        self.compiled = self.program.compile(self.program.lower_step(batch, self.length))
         self.callbacks.on_compile(self.length or batch["tokens"].shape[1] - 1, time.perf_counter() - began)
 
     def advance(self, until: int) -> bool:
@@ -159,8 +159,9 @@ class Evaluation:
         if agree(bool(self.stop)):  # before compiling
             return None
         if self.compiled is None:
-            batch = stack([self.examples[0]] * self.batch_size)
-            self.compiled = self.program.lower_evaluation(batch).compile()
+            example = self.examples[0].items()
+            batch = {name: jax.ShapeDtypeStruct((self.batch_size, *a.shape), a.dtype) for name, a in example}
+            self.compiled = self.program.compile(self.program.lower_evaluation(batch))
         state = without_optimizer(state)
         total, tokens = 0.0, 0
         pending: list[tuple[jax.Array, int]] = []

@@ -133,6 +133,7 @@ class Program:
     ):
         self.make_model, self.transformation, self.mesh, self.numerics = make_model, transformation, mesh, numerics
         self.losses, self.dropout = losses, dropout
+        self.accept: Callable[[jax.stages.Compiled], None] = lambda compiled: None
         self.abstract = nnx.eval_shape(make_model)
         variables: dict[Any, Any] = dict(nnx.to_flat_state(nnx.state(self.abstract)))
         self.paths = {dotted(path): path for path in variables}
@@ -293,6 +294,17 @@ class Program:
         params = optax.apply_updates(state.params, updates)
         state = dataclasses.replace(state, step=state.step + 1, params=params, optimizer=optimizer)
         return state, Metrics(loss, squares, stop.any())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a state, over all devices."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_state()))
+
+    def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """Compile a step or evaluation; raises what `accept` raises, before anything is computed."""
+        compiled = lowered.compile()
+        self.accept(compiled)
+        return compiled
 
     def lower_step(self, batch: Batch, length: int | None = None) -> jax.stages.Lowered:
         """Trace the step for batches of these shapes, which may be abstract. The step donates the state.

@@ -83,7 +83,9 @@ class Trainer:
         self.command, self.callback = program, callback
         mesh = make_mesh(options.mesh)
         check_batch(mesh, self.config.batch_size, self.config.accumulate)
-        resumed = has_begun(folder)
+        resumed, source = has_begun(folder), folder if branch is None else branch.run
+        if (source / FILE).exists():
+            experiment.recorded = read_about(source).sha256
         recorded = read_about(folder).branches if (folder / FILE).exists() else []
         if resumed:
             branch = None
@@ -104,6 +106,7 @@ class Trainer:
             raise ValueError(
                 f"{folder} was trained on another text than {self.config.text}: resume with its own --text"
             )
+        experiment.refuse_unnamed_data(self.task.sha256)
         if vocabulary is not None and not vocabulary.same_tokens(self.task.vocabulary):  # ids may be equal
             raise ValueError(
                 f"text={self.config.text!r} has another vocabulary than the run that is continued, whose is {known}"
@@ -113,6 +116,7 @@ class Trainer:
         elif branch is not None:
             check_model(branch.source(experiment), branch.run, len(self.task.vocabulary), branch.step)
         self.program = experiment.program(len(self.task.vocabulary), mesh)
+        experiment.refuse_unnamed_size(self.program, stored=resumed or branch is not None)
         experiment.check(self.program.abstract)
         with contextlib.ExitStack() as stack:
             kept = self.config.keep, self.config.keep_every

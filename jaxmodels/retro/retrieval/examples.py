@@ -75,9 +75,9 @@ def samples_of(windows: Windows) -> Samples:
     return Samples(windows, np.arange(len(windows)) * windows.seq_len)
 
 
-def index_checksum(sha256: str, index: ChunkIndex) -> str:
-    """SHA-256 of a text with its index, from that of the text."""
-    return hashlib.sha256(f"{sha256}|{index.fingerprint}".encode()).hexdigest()
+def index_checksum(sha256: str, fingerprint: str) -> str:
+    """SHA-256 of a text with its index, from that of the text and the index's fingerprint."""
+    return hashlib.sha256(f"{sha256}|{fingerprint}".encode()).hexdigest()
 
 
 def make_once(make: Callable[[], Made]) -> Made:
@@ -118,11 +118,12 @@ def attach(
     interrupted: Callable[[], bool] = lambda: False,
     *,
     save: bool = True,
+    most_bytes: int | None = None,
 ) -> Samples:
     """Attach neighbors to samples, from the file if its fingerprint fits; otherwise look them up and save them there.
 
     The first process looks them up; each of them, unless they are to be saved. Raises KeyboardInterrupt without writing
-    if interrupted() during the lookup.
+    if interrupted() during the lookup, and ValueError before it if they take more than most_bytes.
     """
     parts = (samples.starts.astype("<i8").tobytes(), np.asarray(samples.windows.ids).astype("<i4").tobytes())
     searched = "|".join(map(str, dataclasses.astuple(lookup)))
@@ -134,6 +135,7 @@ def attach(
     def kept() -> np.ndarray:
         neighbors = read(file, fingerprint, shape)
         if neighbors is None or not np.isin(neighbors, np.append(index.starts, -1)).all():  # damaged
+            check_size(shape, most_bytes)
             neighbors = look_up(samples, index, lookup, interrupted).astype(np.int32)
             if save:
                 with atomic_file(file) as new, open(new, "wb") as opened:
@@ -141,6 +143,17 @@ def attach(
         return neighbors
 
     return dataclasses.replace(samples, neighbors=make_once(kept), corpus=index.corpus, length=2 * index.chunk_len)
+
+
+def check_size(shape: tuple[int, int, int], most_bytes: int | None) -> None:
+    """Raise ValueError if neighbors of a shape [n, C, k] take more than most_bytes while they are looked up."""
+    size = math.prod(shape) * np.dtype(np.int64).itemsize
+    if most_bytes is not None and size > most_bytes:
+        raise ValueError(
+            f"neighbors={shape[2]:,} of {shape[0] * shape[1]:,} chunks take {size:,} bytes, must be at most "
+            f"{most_bytes:,} in a run whose files alone name them; if you trust it, name them yourself: --neighbors "
+            f"{shape[2]}"
+        )
 
 
 def look_up(
@@ -171,7 +184,8 @@ def read(file: Path, fingerprint: str, shape: tuple[int, ...]) -> np.ndarray | N
     room = HEADER + 4 * math.prod(shape)
     try:
         with open_regular(file) as opened:
-            if os.fstat(opened.fileno()).st_size > 2 * room:  # zipfile would look for its directory in all of it
+            # zipfile would look for its directory in all of a large one; a small one holds them only if compressed.
+            if not room - HEADER <= os.fstat(opened.fileno()).st_size <= 2 * room:
                 return None
             archive = zipfile.ZipFile(opened)
             if any(entry.file_size > room for entry in archive.infolist()):  # a small file may hold terabytes of zeros
@@ -185,10 +199,14 @@ def read(file: Path, fingerprint: str, shape: tuple[int, ...]) -> np.ndarray | N
     return neighbors if (neighbors.shape, neighbors.dtype) == (shape, np.int32) else None
 
 
-def nearest_neighbors(samples: Samples, index: ChunkIndex, k: int) -> Samples:
-    """Attach the k nearest neighbors to samples, without a file; raises ValueError if they are shorter than a chunk."""
+def nearest_neighbors(samples: Samples, index: ChunkIndex, k: int, most_bytes: int | None = None) -> Samples:
+    """Attach the k nearest neighbors to samples, without a file.
+
+    Raises ValueError if samples are shorter than a chunk, or if the neighbors take more than most_bytes.
+    """
     seq_len = samples.windows.seq_len
     if seq_len < index.chunk_len:
         raise ValueError(f"seq_len={seq_len} must be at least chunk_len={index.chunk_len}")
+    check_size((len(samples), seq_len // index.chunk_len, k), most_bytes)
     neighbors = look_up(samples, index, Lookup(k))
     return dataclasses.replace(samples, neighbors=neighbors, corpus=index.corpus, length=2 * index.chunk_len)

@@ -63,6 +63,12 @@ class ChunkIndex:
         """Fingerprint of everything that neighbors depend on: corpus, chunk_len, embedder and FAISS's index."""
         return f"{self.about['fingerprint']}:{self.about['factory']}"
 
+    @staticmethod
+    def fingerprint_of(corpus: Corpus, chunk_len: int, embedder: Embedder, factory: str | None = None) -> str:
+        """Fingerprint of the index that `build` makes of these."""
+        factory = factory or default_factory(len(corpus.chunks(chunk_len)), embedder.width)
+        return f"{corpus.fingerprint(chunk_len, embedder.name)}:{factory}"
+
     @classmethod
     def build(
         cls,

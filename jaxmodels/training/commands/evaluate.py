@@ -252,6 +252,7 @@ def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:
             experiment.use_embedder(options.embedder)
         if options.seq_len is not None:
             experiment.config = dataclasses.replace(experiment.config, seq_len=options.seq_len)
+            experiment.unnamed -= {"seq_len"}
         return Checkpoint(model, vocabulary, experiment)
     if options.embedder is not None:
         raise ValueError(f"--embedder is for training runs; {folder} is not one")

@@ -66,6 +66,7 @@ def test_a_refusal_of_the_operating_system_is_found_in_an_error_of_a_library():
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 TiB"),
             "model/config.json: CUDA out of memory",
         ),
+        (RuntimeError("INTERNAL: YNNPACK operation failed: error"), "model/config.json: INTERNAL: YNNPACK"),
         (MemoryError("model/config.json: 8 TiB"), "model/config.json: 8 TiB"),
     ],
 )
