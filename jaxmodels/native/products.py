@@ -11,10 +11,7 @@ import jax.numpy as jnp
 from jaxmodels.native.groups import padded, unpacked
 from jaxmodels.native.kernels import PRODUCTS, available
 
-NARROW = (
-    "float16",
-    "bfloat16",
-)  # dtypes of floating weights that the kernel takes; besides int8, and uint32 for 4 bits
+NARROW = ("float16", "bfloat16")  # floating weights that the kernel takes; besides int8, and uint32 for 4 bits
 
 
 @jax.custom_jvp

@@ -36,9 +36,7 @@ COUNT_BYTES = 8
 END, END64 = 22, 98  # bytes of the end of a zip file without a comment, and of one of 64-bit sizes
 LOCAL = struct.Struct("<4s2x2H16x2H")  # of an entry's own header: signature, flags, method, lengths of name and rest
 UTF8 = 0x800  # flag of a name in UTF-8
-NAME = re.compile(
-    rb"[^\0/]*(/[ -~]*)?"
-)  # of an entry; up to the first slash stands the name of the file, as it was saved
+NAME = re.compile(rb"[^\0/]*(/[ -~]*)?")  # of an entry: the name of the file as it was saved, and one of torch's own
 MANY = 0xFFFF  # entries: the 64-bit end of the zip has their number
 PICKLE_BYTES = 2**26  # of the structure, without the numbers
 # Operations by which tensors are made of storages or of other tensors. None of them fills memory.
