@@ -26,13 +26,12 @@ A model class has:
 import contextlib
 import importlib
 import importlib.util
-import itertools
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -44,12 +43,10 @@ from jaxmodels.generate import Sampling
 from jaxmodels.generate.loop import Decoding
 from jaxmodels.models import build, describe, name_of
 from jaxmodels.process.distributed import to_host
-from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
-from jaxmodels.text.corpora import is_downloaded
 from jaxmodels.training.config import MOST_SIZE, Config
 from jaxmodels.training.data import Example, Task, Windows, endless, windows_of, without_padding
 from jaxmodels.training.optimizers import make_optimizer, make_schedule
@@ -58,6 +55,7 @@ from jaxmodels.training.reporting.ngram import NGram
 from jaxmodels.training.reporting.trackers import Tracker
 from jaxmodels.training.step import PREDICTED, Batch, Program, State, token_losses
 from jaxmodels.training.tokenize import Tokens, open_tokens
+from jaxmodels.training.unnamed import ConfigT, Unnamed
 from jaxmodels.weights.names import dotted, flat_arrays
 from jaxmodels.weights.stored import shapes_of
 
@@ -72,12 +70,8 @@ EXPERIMENTS = {
     "synthesizer": "train.synthesizer",
 }
 PROMPT_TOKENS, SAMPLE_TOKENS = 30, 100  # of the sample in a report
-UNNAMED_FILES = 100_000  # in the folder of a text that a run's configuration alone names
-UNNAMED_BYTES = 2**32  # of the main memory in a step of a run whose files alone name its sizes
-UNNAMED_GROWTH = 8  # or as many times the bytes of its checkpoint
 NGRAM_TOKENS = 50_000_000  # counting a longer text would take minutes
 
-ConfigT = TypeVar("ConfigT", bound=Config)
 Interrupted = Callable[[], bool]
 
 
@@ -85,13 +79,11 @@ def never() -> bool:
     return False
 
 
-class Experiment(Generic[ConfigT]):
+class Experiment(Unnamed[ConfigT]):
     """A language model trained on a text. A subclass gives `config_class` and `model`; the rest has defaults."""
 
     config_class: ClassVar[type[Config]] = Config
     vocabulary: Vocabulary | None = None  # of the run that is continued, to encode another text with
-    unnamed: frozenset[str] = frozenset()  # hyperparameters that a run's files have and the user has not typed
-    recorded: str | None = None  # sha256 of the data that those files have
 
     def __init__(self, config: ConfigT):
         if config.within_documents and type(self).task is not Experiment.task:
@@ -205,72 +197,6 @@ class Experiment(Generic[ConfigT]):
     def warnings(self) -> list[str]:
         """Sentences to print before the first step about settings that are allowed and probably not intended."""
         return []
-
-    def refuse_unnamed(self, name: str, *, remote: bool) -> None:
-        """Raise ValueError if a hyperparameter names something to download, and a run's files alone have it."""
-        if remote and name in self.unnamed:
-            value = getattr(self.config, name)
-            raise ValueError(
-                f"{name}={quoted(value)} of the run would be downloaded; if you trust it, name it yourself: "
-                f"--{name} {shlex.quote(value)}"
-            )
-
-    def refuse_unnamed_text(self) -> None:
-        """Raise ValueError if a run's files alone name a text that is downloaded, or a folder with far too many files.
-
-        The folder may be any: that of others' run may be the root of the file system.
-        """
-        text = self.config.text
-        self.refuse_unnamed("text", remote=is_downloaded(text))
-        if "text" in self.unnamed and os.path.isdir(text):
-            found = sum(1 for _ in itertools.islice(below(text), UNNAMED_FILES + 1))
-            if found > UNNAMED_FILES:
-                raise ValueError(
-                    f"text={quoted(text)} of the run is a folder of more than {UNNAMED_FILES:,} files; if you trust "
-                    f"it, name it yourself: --text {shlex.quote(text)}"
-                )
-
-    @property
-    def reads_unnamed(self) -> bool:
-        """True if a run's files alone name a text of this machine, which may be any."""
-        return "text" in self.unnamed and os.path.exists(self.config.text)
-
-    def refuse_unnamed_data(self, sha256: str) -> None:
-        """Raise ValueError if a run's files alone name a text of this machine, and not with the checksum of its data.
-
-        Called before anything of a text is printed or written: a model of it would be left in the run's folder.
-        """
-        if self.reads_unnamed and self.recorded is not None and sha256 != self.recorded:
-            text = self.config.text
-            raise ValueError(
-                f"text={quoted(text)} of the run has not the sha256 that the run names; if you trust it, name the text "
-                f"yourself: --text {shlex.quote(text)}"
-            )
-
-    def refuse_unnamed_size(self, program: Program, *, stored: bool) -> None:
-        """Raise ValueError if a run's files alone name its sizes, and it takes far more main memory than they do.
-
-        Each hyperparameter has a bound, but products of several may have any size. A state is compared at once, unless
-        it is stored; a step or evaluation when it is compiled. The memory of accelerators is not the machine's.
-        """
-        if "batch_size" not in self.unnamed or program.mesh.devices.flat[0].platform != "cpu":
-            return
-        most = max(UNNAMED_BYTES, UNNAMED_GROWTH * program.state_bytes * stored)
-
-        def accept(what: str, size: int) -> None:
-            if size > most:
-                raise ValueError(
-                    f"{what} of the run takes {size:,} bytes of memory; at most {most:,} with a batch_size that its "
-                    f"files alone name; if you trust it, name it yourself: --batch-size {self.config.batch_size}"
-                )
-
-        def accept_compiled(compiled: jax.stages.Compiled) -> None:
-            found = compiled.memory_analysis()
-            accept("a step", 0 if found is None else found.temp_size_in_bytes)
-
-        if not stored:
-            accept("the state", program.state_bytes)
-        program.accept = accept_compiled
 
     # The data.
 

@@ -114,7 +114,7 @@ def test_a_saved_run_downloads_nothing_that_the_user_has_not_named(tmp_path, mon
 
 
 def test_a_run_of_others_names_no_folder_with_any_number_of_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxmodels.training.experiment.UNNAMED_FILES", 3)
+    monkeypatch.setattr("jaxmodels.training.unnamed.FILES", 3)
     texts, run = tmp_path / "texts", tmp_path / "run"
     (texts / "inside").mkdir(parents=True)
     run.mkdir()

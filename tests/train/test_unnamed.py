@@ -12,7 +12,7 @@ from jaxmodels.process.signals import Stop
 from jaxmodels.retro.retrieval.examples import read
 from jaxmodels.sharding import make_mesh
 from jaxmodels.text import CharVocabulary
-from jaxmodels.training import experiment as experiments
+from jaxmodels.training import unnamed as limits
 from jaxmodels.training.loop import Evaluation
 from jaxmodels.training.run import saved_experiment, write_about
 from jaxmodels.training.script import main, parse
@@ -73,8 +73,8 @@ def test_no_error_repeats_a_text_that_only_a_run_of_others_names(name, tmp_path)
 
 def test_the_step_of_a_run_of_others_takes_no_memory_without_end(monkeypatch):
     """It is compiled first: neither a step nor an evaluation begins."""
-    monkeypatch.setattr(experiments, "UNNAMED_BYTES", 100_000)
-    monkeypatch.setattr(experiments, "UNNAMED_GROWTH", 0)
+    monkeypatch.setattr(limits, "BYTES", 100_000)
+    monkeypatch.setattr(limits, "GROWTH", 0)
     fields = {**SIZES, "batch_size": 499}
     theirs, own = unnamed(rope.Rope, "batch_size", **fields), unnamed(rope.Rope, **fields)
 
@@ -92,12 +92,12 @@ def test_the_step_of_a_run_of_others_takes_no_memory_without_end(monkeypatch):
         with pytest.raises(ValueError, match=r"a step of the run takes .* at most 100,000 .*--batch-size 499"):
             begin(theirs)
         begin(own)
-    monkeypatch.setattr(experiments, "UNNAMED_GROWTH", 10**6)  # large checkpoints have large steps
+    monkeypatch.setattr(limits, "GROWTH", 10**6)  # large checkpoints have large steps
     step(theirs)
 
 
 def test_a_run_of_others_without_a_checkpoint_has_no_state_of_any_size(monkeypatch):
-    monkeypatch.setattr(experiments, "UNNAMED_BYTES", 1000)
+    monkeypatch.setattr(limits, "BYTES", 1000)
     made = unnamed(rope.Rope, "batch_size", **SIZES)
     program = made.program(7, make_mesh(""))
     assert program.state_bytes > 1000
