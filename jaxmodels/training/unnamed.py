@@ -1,4 +1,4 @@
-"""What a run's files may ask for where the user has not typed it: they may be those of others."""
+"""Limits of what a run's files may ask for where the user has not typed it: they may be those of others."""
 
 import itertools
 import os

@@ -191,7 +191,7 @@ def test_a_text_is_named_once(tmp_path):
 
 
 def saved(folder, texts, *others):
-    """What `datasets.save_to_disk` writes, and Arrow files beside it that it does not name."""
+    """Files that `datasets.save_to_disk` writes, and Arrow files beside them that they do not name."""
     folder.mkdir(parents=True)
     for name, content in (("data-00000-of-00001.arrow", texts), *((other, ["stale"]) for other in others)):
         table = pyarrow.table({"text": content})

@@ -240,7 +240,7 @@ def test_another_process_goes_on_at_a_row(tmp_path, alone):
 
 
 def test_the_reading_process_does_not_import_pyarrow(tmp_path):
-    """What Arrow does to its process is done to the child."""
+    """Arrow is imported by the child alone, whose process is changed by it."""
     write_arrow(tmp_path / "a.arrow", table(), pyarrow.ipc.new_file)
     program = (
         "import sys; from pathlib import Path; from jaxmodels.text.tables.columns import columns; "

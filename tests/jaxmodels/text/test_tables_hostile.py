@@ -22,7 +22,7 @@ UNREAD, MUCH = "is not read: it takes more than", "holds more than 1,000 times a
 
 
 def cost(file):
-    """What `reading` prints for a file."""
+    """Output of `reading` for a file."""
     command = [sys.executable, "-m", f"{__package__}.reading", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr == ""

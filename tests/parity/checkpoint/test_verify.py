@@ -166,7 +166,7 @@ def test_a_configuration_alone_asks_for_no_long_texts():
 
 
 def test_a_configuration_alone_asks_for_no_large_arrays(tmp_path, capsys):
-    """Of two features each, 10,000 heads take a few megabytes of weights, and a gigabyte for their scores."""
+    """Heads of two features each, 10,000 of them, take a few megabytes of weights and a gigabyte for their scores."""
     rngs = nnx.Rngs(0)
     encoder = NearestNeighborEncoder(3, 1, [0], 1, 10_000, 2, 5, rngs=rngs)
     jaxmodels.save(RetroModel(11, 1, 1, [0], 3, 10_000, 2, 5, encoder, rngs=rngs), tmp_path / "model")
