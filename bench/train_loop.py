@@ -34,12 +34,12 @@ def main() -> None:
     from rich.console import Console
 
     from bench.timing import alternate, report, stamp
-    from jaxmodels.process.signals import Stop
     from jaxmodels.training import metrics
     from jaxmodels.training.config import Options
     from jaxmodels.training.loop import Loop, StepMetrics
     from jaxmodels.training.reporting.progress import Line
     from jaxmodels.training.reporting.trackers import TensorBoard, Trackers
+    from jaxmodels.training.signals import Stop
     from jaxmodels.training.trainer import Trainer
     from train import rope
 

@@ -39,7 +39,7 @@ from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.text.sources import is_tokens
 from jaxmodels.training.config import AdamWConfig, AttentionKernel
 from jaxmodels.training.experiment import Experiment
-from jaxmodels.training.original import Original, open_neox, original_of, types_of, widest
+from jaxmodels.training.runs.original import Original, open_neox, original_of, types_of, widest
 from jaxmodels.training.script import run_script
 from jaxmodels.training.step import Program, State
 from jaxmodels.training.tokenize import Tokens

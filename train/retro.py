@@ -39,7 +39,6 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from jaxmodels.process.paths import resolved
-from jaxmodels.process.signals import interruptible
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import Embedder, HashedNGrams, embedder_of
@@ -65,8 +64,9 @@ from jaxmodels.training.config import AdamWConfig, AttentionKernel
 from jaxmodels.training.data import Example, Task, Windows
 from jaxmodels.training.experiment import Experiment, Interrupted, check_unchanged, never
 from jaxmodels.training.loop import Evaluation
-from jaxmodels.training.run import check_folder
+from jaxmodels.training.runs.folder import check_folder
 from jaxmodels.training.script import Session, as_program, parse, peek, sampling
+from jaxmodels.training.signals import interruptible
 from jaxmodels.training.step import Batch, Program, State, put
 from jaxmodels.training.tokenize import Tokens
 from jaxmodels.training.trainer import Result

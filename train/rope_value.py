@@ -35,7 +35,7 @@ from jaxmodels.text import CharVocabulary, Vocabulary
 from jaxmodels.training.config import TransformerConfig
 from jaxmodels.training.data import Example, Task
 from jaxmodels.training.experiment import Experiment, Interrupted, check_unchanged, never
-from jaxmodels.training.run import saved_config
+from jaxmodels.training.runs.folder import saved_config
 from jaxmodels.training.script import run_script
 from jaxmodels.transformer import AutoregressiveTransformer
 

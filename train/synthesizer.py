@@ -30,12 +30,12 @@ from collections.abc import Sequence
 from flax import nnx
 from rich.table import Table
 
-from jaxmodels.process.signals import interruptible
 from jaxmodels.training import script
 from jaxmodels.training.config import TransformerConfig
 from jaxmodels.training.experiment import Experiment
-from jaxmodels.training.run import check_folder
+from jaxmodels.training.runs.folder import check_folder
 from jaxmodels.training.script import Session, as_program, parse
+from jaxmodels.training.signals import interruptible
 from jaxmodels.training.trainer import Result
 from jaxmodels.transformer import AutoregressiveTransformer
 

@@ -15,7 +15,7 @@ from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_bytes, read_object, read_text, refuse_special
 from jaxmodels.io.manifest import refuse_link
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.ids import end_tokens, special_id
+from jaxmodels.text.tokenizer.ids import end_tokens, special_id
 
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"

@@ -346,7 +346,7 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
         raise ValueError(f"--dtype={dtype} cannot be applied to the quantized model in {opened.name}")
     experiment, window = None, options.window or None
     if opened.kind == "run":
-        from jaxmodels.training.run import experiment_of, read_about
+        from jaxmodels.training.runs.folder import experiment_of, read_about
 
         experiment = experiment_of(opened.folder, options.experiment, opened.model_name)
         if options.embedder is not None:

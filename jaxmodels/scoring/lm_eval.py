@@ -99,7 +99,7 @@ class JaxModelsLM(TemplateLM):
             raise ValueError(f"model_args: {wrong}; arguments are {', '.join(names)}")
         opened = open_source(source, revision=revision)
         if opened.kind == "run":
-            from jaxmodels.training.run import check_reads_tokens_alone
+            from jaxmodels.training.runs.folder import check_reads_tokens_alone
 
             check_reads_tokens_alone(opened.folder, experiment, opened.model_name)
         elif experiment is not None:

@@ -8,14 +8,14 @@ from jaxmodels.io.bounded import CONFIG_BYTES, read_object, read_text
 from jaxmodels.process.texts import quoted
 from jaxmodels.scoring.templates import ChatTemplate
 from jaxmodels.text import TokenizerFile, Vocabulary
-from jaxmodels.text.errors import refusing
-from jaxmodels.text.special import CONFIG, MODEL, Files, special_tokens
+from jaxmodels.text.tokenizer.errors import refusing
+from jaxmodels.text.tokenizer.special import CONFIG, MODEL, Files, special_tokens
 
 TEMPLATE = "chat_template.jinja"
 
 
 def special_tokens_of(files: Files) -> dict[str, str]:
-    """Text of each special token by its name, of a checkpoint's companions; see `jaxmodels.text.special`.
+    """Text of each special token by its name, of a checkpoint's companions; see `jaxmodels.text.tokenizer.special`.
 
     The config.json beside them, which is no companion, tells the class of tokenizer if they do not.
     """

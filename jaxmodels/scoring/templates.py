@@ -10,7 +10,8 @@ from jaxmodels.process.texts import quoted
 SECONDS = 5.0  # published templates take milliseconds
 MEGABYTES = 500.0
 LONGEST, GROWTH = 100_000, 10  # characters of a conversation; and for each of its messages and of the template
-RENDERER = Confined("jaxmodels.text.untrusted.chat", seconds=60.0, megabytes=4_000.0)  # to import transformers
+# Its process imports transformers, which takes seconds.
+RENDERER = Confined("jaxmodels.text.tokenizer.untrusted.chat", seconds=60.0, megabytes=4_000.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Text corpora, and vocabularies: characters, bytes, tokenizer files."""
 
 from jaxmodels.text.corpora import load_corpus, split
-from jaxmodels.text.special import END_OF_TEXT
-from jaxmodels.text.tokenizer import (
+from jaxmodels.text.tokenizer.files import (
     SLOW_NAMES,
     TOKENIZER_NAMES,
     TokenizerFile,
@@ -10,6 +9,7 @@ from jaxmodels.text.tokenizer import (
     find_tokenizer,
     load_vocabulary,
 )
+from jaxmodels.text.tokenizer.special import END_OF_TEXT
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary
 
 __all__ = [

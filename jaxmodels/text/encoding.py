@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmodels.text.documents import Place
 from jaxmodels.text.pieces import Piece
-from jaxmodels.text.tokenizer import TokenizerFile
+from jaxmodels.text.tokenizer.files import TokenizerFile
 from jaxmodels.text.vocabularies import Vocabulary
 
 BATCH = 2**20  # characters that are encoded at once

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from jaxmodels.text.cuts import Anywhere, Cuts
 from jaxmodels.text.documents import Document, Place, Source
+from jaxmodels.text.tokenizer.cuts import Anywhere, Cuts
 
 PIECE = 2**14  # characters
 BEGINNING = Place()

@@ -29,7 +29,7 @@ from jaxmodels.text.encoding import SEPARATOR, SHOWN, Unknown, encode
 from jaxmodels.text.partial import PARTS, Growing, files_of, fill, locked
 from jaxmodels.text.pieces import pieces
 from jaxmodels.text.sources import Sources, count, is_tokens, open_sources
-from jaxmodels.text.tokenizer import TokenizerFile, load_vocabulary
+from jaxmodels.text.tokenizer.files import TokenizerFile, load_vocabulary
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8
 
 FORMAT = 2

@@ -13,7 +13,7 @@ import numpy as np
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.cuts import Anywhere, Cuts
+from jaxmodels.text.tokenizer.cuts import Anywhere, Cuts
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

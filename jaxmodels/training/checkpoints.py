@@ -41,7 +41,7 @@ from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.failures import cause, naming
 from jaxmodels.process.paths import below
 from jaxmodels.process.streams import warn
-from jaxmodels.training.agreement import Expected, read_losses
+from jaxmodels.training.runs.agreement import Expected, read_losses
 from jaxmodels.training.step import Program, State
 
 LOCK = ".lock"

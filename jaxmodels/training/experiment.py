@@ -50,12 +50,12 @@ from jaxmodels.text import Vocabulary
 from jaxmodels.training.config import MOST_SIZE, Config
 from jaxmodels.training.data import Example, Task, Windows, endless, windows_of, without_padding
 from jaxmodels.training.optimizers import make_optimizer, make_schedule
-from jaxmodels.training.original import Original
 from jaxmodels.training.reporting.ngram import NGram
 from jaxmodels.training.reporting.trackers import Tracker
+from jaxmodels.training.runs.original import Original
+from jaxmodels.training.runs.unnamed import ConfigT, Unnamed
 from jaxmodels.training.step import PREDICTED, Batch, Program, State, token_losses
 from jaxmodels.training.tokenize import Tokens, open_tokens
-from jaxmodels.training.unnamed import ConfigT, Unnamed
 from jaxmodels.weights.names import dotted, flat_arrays
 from jaxmodels.weights.stored import shapes_of
 

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from jaxmodels.process.distributed import agree
-from jaxmodels.process.signals import Stop
 from jaxmodels.training.checkpoints import Position
 from jaxmodels.training.data import Batches, Example, in_batches
+from jaxmodels.training.signals import Stop
 from jaxmodels.training.step import Batch, Metrics, Program, State, stop_sharding, without_optimizer
 
 AHEAD = 1_000  # steps that are taken without looking for a change of the texts' length

@@ -19,13 +19,13 @@ from jaxmodels.process.allocator import keep_freed_memory
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.extras import require
 from jaxmodels.process.paths import local
-from jaxmodels.process.signals import Stop, interruptible
 from jaxmodels.process.streams import Output, say
 from jaxmodels.process.texts import visible
 from jaxmodels.training.config import Config, Options
 from jaxmodels.training.experiment import ConfigT, Experiment, script_of
 from jaxmodels.training.reporting.trackers import Callback
-from jaxmodels.training.run import Branch, check_folder, saved_config
+from jaxmodels.training.runs.folder import Branch, check_folder, saved_config
+from jaxmodels.training.signals import Stop, interruptible
 from jaxmodels.training.trainer import Result, Trainer
 
 require("train", "tyro")

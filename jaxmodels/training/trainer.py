@@ -16,13 +16,11 @@ from rich.console import Console
 from jaxmodels.convert.companions import Companions
 from jaxmodels.io.steps import steps
 from jaxmodels.process.distributed import agree, is_first
-from jaxmodels.process.signals import Stop
 from jaxmodels.process.streams import say
 from jaxmodels.process.texts import visible
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import load_vocabulary
 from jaxmodels.training import metrics
-from jaxmodels.training.agreement import FILE, check_model
 from jaxmodels.training.checkpoints import Checkpoints, Position
 from jaxmodels.training.config import Options
 from jaxmodels.training.data import Batches, Example, Task, n_predicted
@@ -32,7 +30,9 @@ from jaxmodels.training.plan import flops
 from jaxmodels.training.reporting.profile import Trace
 from jaxmodels.training.reporting.progress import Line
 from jaxmodels.training.reporting.trackers import Callback, Function, TensorBoard, Tracker, Trackers, WandB
-from jaxmodels.training.run import Branch, expected, has_begun, read_about, write_about
+from jaxmodels.training.runs.agreement import FILE, check_model
+from jaxmodels.training.runs.folder import Branch, expected, has_begun, read_about, write_about
+from jaxmodels.training.signals import Stop
 
 VOCABULARY = "vocabulary.json"  # of a run
 SMALL_BATCH = 2**20  # tokens of a batch for any text

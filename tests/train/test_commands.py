@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.process.signals import Stop
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training.config import Options
 from jaxmodels.training.experiment import Experiment
-from jaxmodels.training.run import read_about, saved_experiment, write_about
+from jaxmodels.training.runs.folder import read_about, saved_experiment, write_about
 from jaxmodels.training.script import Session, main, parse
+from jaxmodels.training.signals import Stop
 from jaxmodels.training.tokenize import open_tokens
 from tests.train_common import ROOT, start
 from train import neox, retro, rope, rope_value
@@ -114,7 +114,7 @@ def test_a_saved_run_downloads_nothing_that_the_user_has_not_named(tmp_path, mon
 
 
 def test_a_run_of_others_names_no_folder_with_any_number_of_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxmodels.training.unnamed.FILES", 3)
+    monkeypatch.setattr("jaxmodels.training.runs.unnamed.FILES", 3)
     texts, run = tmp_path / "texts", tmp_path / "run"
     (texts / "inside").mkdir(parents=True)
     run.mkdir()

@@ -18,7 +18,7 @@ from jaxmodels.models import load_saved
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.text import CharVocabulary, TokenizerFile
 from jaxmodels.training import experiment
-from jaxmodels.training.run import read_about
+from jaxmodels.training.runs.folder import read_about
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.tokenize import Tokens, tokenize
 from jaxmodels.weights.names import flat_arrays

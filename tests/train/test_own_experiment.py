@@ -17,7 +17,7 @@ from jaxmodels.io.steps import steps
 from jaxmodels.sharding import AXES
 from jaxmodels.training import metrics
 from jaxmodels.training.commands import sample
-from jaxmodels.training.run import read_about, saved_experiment
+from jaxmodels.training.runs.folder import read_about, saved_experiment
 from jaxmodels.training.script import main
 from tests.train_common import EIGHT_DEVICES, ROOT, TEXT, start
 

@@ -23,7 +23,7 @@ from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import latest_model
 from jaxmodels.training.commands import evaluate, sample
 from jaxmodels.training.data import Windows
-from jaxmodels.training.run import saved_experiment, write_about
+from jaxmodels.training.runs.folder import saved_experiment, write_about
 from tests.train_common import TEXT, start_two
 from train import retro
 

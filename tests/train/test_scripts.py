@@ -22,7 +22,7 @@ from jaxmodels.training.checkpoints import latest_model
 from jaxmodels.training.commands import evaluate, sample
 from jaxmodels.training.data import without_padding
 from jaxmodels.training.plan import flops
-from jaxmodels.training.run import saved_experiment, write_about
+from jaxmodels.training.runs.folder import saved_experiment, write_about
 from jaxmodels.training.script import main
 from jaxmodels.training.tokenize import tokenize
 from jaxmodels.transformer import AutoregressiveTransformer

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmodels.process.signals import Stop
 from jaxmodels.retro.retrieval.examples import read
 from jaxmodels.sharding import make_mesh
 from jaxmodels.text import CharVocabulary
 from jaxmodels.training import unnamed as limits
 from jaxmodels.training.loop import Evaluation
-from jaxmodels.training.run import saved_experiment, write_about
+from jaxmodels.training.runs.folder import saved_experiment, write_about
 from jaxmodels.training.script import main, parse
+from jaxmodels.training.signals import Stop
 from tests.train_common import TEXT
 from train import retro, rope, rope_value
 

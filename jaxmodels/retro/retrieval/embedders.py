@@ -16,7 +16,7 @@ import numpy as np
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.retro.retrieval.embedder_files import check_files, check_modules, confined_tokenizers, without_reports
 from jaxmodels.text import TokenizerFile
-from jaxmodels.text.errors import is_panic
+from jaxmodels.text.tokenizer.errors import is_panic
 from jaxmodels.weights.names import listed
 
 MOST_WIDTH, MOST_LONG = 16_384, 32

@@ -21,7 +21,6 @@ from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.paths import local
-from jaxmodels.process.signals import Stop
 from jaxmodels.process.texts import visible
 from jaxmodels.scoring import score
 from jaxmodels.scoring.documents import perplexity
@@ -35,7 +34,8 @@ from jaxmodels.training.checkpoints import open_model
 from jaxmodels.training.data import Example, Windows, n_predicted, without_padding
 from jaxmodels.training.experiment import Experiment
 from jaxmodels.training.loop import Evaluation
-from jaxmodels.training.run import check_reads_tokens_alone, is_run, open_run, read_about
+from jaxmodels.training.runs.folder import check_reads_tokens_alone, is_run, open_run, read_about
+from jaxmodels.training.signals import Stop
 from jaxmodels.training.step import Numerics, Precision, Program, token_losses
 
 PROGRAM = "python -m train.evaluate"

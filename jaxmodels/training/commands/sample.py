@@ -14,7 +14,7 @@ from jaxmodels.process import programs
 from jaxmodels.process.arguments import Parser
 from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.paths import local
-from jaxmodels.training.run import read_about
+from jaxmodels.training.runs.folder import read_about
 
 PROGRAM = "python -m train.sample"
 EXAMPLES = """\

@@ -34,7 +34,7 @@ def make_run(folder: Path) -> None:
 
 def read_run(folder: Path) -> Any:
     from jaxmodels.training import metrics
-    from jaxmodels.training.run import open_run
+    from jaxmodels.training.runs.folder import open_run
 
     metrics.Log.lines_until(folder, [2.5])
     return open_run(folder)

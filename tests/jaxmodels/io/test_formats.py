@@ -66,7 +66,7 @@ def test_an_integer_is_neither_a_float_nor_a_truth_value(made, name, file, keys)
 def refused(name, folder, file):
     """A run's own file raises; a checkpoint's is skipped with its reason."""
     from jaxmodels.io.steps import latest_step
-    from jaxmodels.training.run import read_about
+    from jaxmodels.training.runs.folder import read_about
 
     if file == "config.json":
         with pytest.raises(ValueError, match=r"config\.json has format"):

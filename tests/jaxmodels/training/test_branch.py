@@ -22,7 +22,7 @@ from jaxmodels.training import metrics, trainer
 from jaxmodels.training import run as run_module
 from jaxmodels.training.checkpoints import Checkpoints, Position, moved, optimizer_names
 from jaxmodels.training.optimizers import OptimizerName, make_optimizer, make_schedule
-from jaxmodels.training.run import Branch, check_folder, read_about, write_about
+from jaxmodels.training.runs.folder import Branch, check_folder, read_about, write_about
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.step import State
 from tests.train_common import ROOT, TEXT, TINY, Bigrams, at_a_constant_rate, program, start

@@ -12,8 +12,8 @@ import pytest
 from jaxmodels.io.checkpoint import save_arrays
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import Experiment
-from jaxmodels.training.original import original_of
-from jaxmodels.training.run import Branch, check_folder, saved_config, write_about
+from jaxmodels.training.runs.folder import Branch, check_folder, saved_config, write_about
+from jaxmodels.training.runs.original import original_of
 from jaxmodels.training.script import main, parse
 from train import feedback, neox, retro, rope, rope_value
 

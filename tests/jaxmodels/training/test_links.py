@@ -12,7 +12,7 @@ from jaxmodels.convert.companions import Companions
 from jaxmodels.convert.open import open_source
 from jaxmodels.io.steps import check_run
 from jaxmodels.training.commands import evaluate, plot, sample
-from jaxmodels.training.run import write_about
+from jaxmodels.training.runs.folder import write_about
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.trainer import Trainer
 from tests.jaxmodels.io.test_steps import complete

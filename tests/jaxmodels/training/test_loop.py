@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodels.process.signals import interruptible
 from jaxmodels.training.checkpoints import Position
 from jaxmodels.training.data import Batches, Windows, endless
 from jaxmodels.training.loop import Evaluation, Loop, StepMetrics
+from jaxmodels.training.signals import interruptible
 from jaxmodels.training.step import token_losses
 from tests.train_common import IDS, B, S, program
 

@@ -305,7 +305,7 @@ def test_an_error_of_several_lines_becomes_one(tmp_path):
 
 def test_a_text_that_the_tokenizer_of_an_embedder_cannot_encode_is_refused(bert, tmp_path, monkeypatch):
     """The library would encode it for minutes."""
-    monkeypatch.setattr("jaxmodels.text.tokenizer.SECONDS", 0.25)
+    monkeypatch.setattr("jaxmodels.text.tokenizer.files.SECONDS", 0.25)
     folder = shutil.copytree(bert[0], tmp_path / "bert")
     content = json.loads((folder / "tokenizer.json").read_text())
     rule = {"type": "Split", "pattern": {"Regex": "(?:-|-){22}~|-"}, "behavior": "Isolated", "invert": False}

@@ -21,7 +21,7 @@ from jaxmodels.text import CharVocabulary
 from jaxmodels.training import run
 from jaxmodels.training.commands import evaluate
 from jaxmodels.training.data import Windows, stack
-from jaxmodels.training.run import write_about
+from jaxmodels.training.runs.folder import write_about
 from jaxmodels.training.step import token_losses
 from jaxmodels.training.tokenize import open_tokens, tokenize
 from jaxmodels.transformer import AutoregressiveTransformer

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from jaxmodels.training.experiment import EXPERIMENTS
-from jaxmodels.training.run import read_about, saved_config, saved_experiment
+from jaxmodels.training.runs.folder import read_about, saved_config, saved_experiment
 from train import neox
 
 ABOUT = {"format": 3, "script": "train.rope", "standalone": True, "config": {"seq_len": 7}, "sha256": "0" * 64}

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text, refuse_special
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.special import (
+from jaxmodels.text.tokenizer.special import (
     CONFIG,
     GPT2,
     NEOX,

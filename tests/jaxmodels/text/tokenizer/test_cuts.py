@@ -8,10 +8,10 @@ import time
 import pytest
 
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, Vocabulary
-from jaxmodels.text.cuts import Cuts
 from jaxmodels.text.documents import Text
-from jaxmodels.text.patterns import Pattern, Unsupported
 from jaxmodels.text.pieces import pieces
+from jaxmodels.text.tokenizer.cuts import Cuts
+from jaxmodels.text.tokenizer.patterns import Pattern, Unsupported
 from tests.jaxmodels.text.tokenizers import GPT2, LLAMA3, MAKERS, UNCUT, made
 
 ALPHABET = [*"aAbs tT12 . ,'\n\r\t-_<中日，。éﬁﾞİΣßก", "  ", "\r\n", "\n\n", " the", "'s", " of", "is", "the language"]

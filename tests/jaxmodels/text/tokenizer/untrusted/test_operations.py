@@ -13,7 +13,7 @@ import pytest
 
 from jaxmodels.text import TokenizerFile
 from jaxmodels.text import tokenizer as module
-from tests.jaxmodels.text.untrusted.test_plain import MODEL, replace, sequence, split
+from tests.jaxmodels.text.tokenizer.untrusted.test_plain import MODEL, replace, sequence, split
 
 WORDS = {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, " ": 1, "-": 2, "-" * 60: 3}}
 SLOW = r"(?:-|-){22}~|-"

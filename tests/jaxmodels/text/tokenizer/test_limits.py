@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from jaxmodels.text import limits
-from jaxmodels.text.errors import refusing
-from jaxmodels.text.tokenizer import TokenizerFile
-from jaxmodels.text.untrusted.plain import simple_steps
+from jaxmodels.text.tokenizer import limits
+from jaxmodels.text.tokenizer.errors import refusing
+from jaxmodels.text.tokenizer.files import TokenizerFile
+from jaxmodels.text.tokenizer.untrusted.plain import simple_steps
 
 MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, " ": 2}, "merges": []}
 

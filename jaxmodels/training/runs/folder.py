@@ -1,7 +1,7 @@
 """A run's folder: its configuration in config.json, and the check that a command may continue it.
 
 RUN/config.json     {"format": 3, "script": "train.rope", "standalone": true, "config": {…}, "sha256": …}
-                    if it fine-tunes a checkpoint: "original" and "token_ids", see `jaxmodels.training.original`
+                    if it fine-tunes a checkpoint: "original" and "token_ids", see `jaxmodels.training.runs.original`
                     if it was branched: "branches": [{"run": …, "step": …, "changed": {name: [before, after]}}, …]
 RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/profile/, RUN/.lock
 """
@@ -25,10 +25,10 @@ from jaxmodels.process.paths import check_utf8, local
 from jaxmodels.process.texts import quoted
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training import metrics
-from jaxmodels.training.agreement import FILE, Expected, check_model
 from jaxmodels.training.checkpoints import LOCK, Checkpoints, Position, UnknownModel, latest_model
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, check_checkout, experiment_class, script_of
+from jaxmodels.training.runs.agreement import FILE, Expected, check_model
 
 FORMAT = 3
 ORIGINAL = ("original", "token_ids")  # entries of config.json about the checkpoint that was fine-tuned

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import read_object, refuse_special
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.ids import token_id
+from jaxmodels.text.tokenizer.ids import token_id
 
 CONFIG, SPECIAL, MODEL = "tokenizer_config.json", "special_tokens_map.json", "config.json"
 END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does

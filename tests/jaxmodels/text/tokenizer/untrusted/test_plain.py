@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmodels.text import TokenizerFile
-from jaxmodels.text.limits import check
-from jaxmodels.text.untrusted.plain import is_plain
+from jaxmodels.text.tokenizer.limits import check
+from jaxmodels.text.tokenizer.untrusted.plain import is_plain
 from tests.jaxmodels.text.tokenizers import DEEPSEEK, MAKERS, SPICE, UNCUT, made
 
 MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, " ": 2, "-": 3}, "merges": []}

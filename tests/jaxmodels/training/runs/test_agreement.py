@@ -22,9 +22,9 @@ from jaxmodels.io.checkpoint import read_arrays
 from jaxmodels.io.steps import MARK, steps
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.neox.lora import LoRA, LoRANeoX
-from jaxmodels.training.agreement import Expected, check_model
 from jaxmodels.training.checkpoints import typed
 from jaxmodels.training.commands import evaluate, sample
+from jaxmodels.training.runs.agreement import Expected, check_model
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.trainer import Trainer
 from tests.train_common import TEXT, TINY

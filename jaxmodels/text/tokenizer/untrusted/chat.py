@@ -7,7 +7,7 @@ end, which one expression can make.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxmodels.text.special import STANDARD
+from jaxmodels.text.tokenizer.special import STANDARD
 
 
 def operations() -> Mapping[str, Callable[..., Any]]:

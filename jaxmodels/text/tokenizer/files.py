@@ -13,14 +13,14 @@ import numpy as np
 from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_object, read_text, refuse_special
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.extras import require
-from jaxmodels.text import limits
-from jaxmodels.text.byte_level import MERGES, VOCAB, byte_level, check_largest
-from jaxmodels.text.cuts import Cuts
-from jaxmodels.text.errors import refusing
-from jaxmodels.text.ids import end_tokens
-from jaxmodels.text.special import CONFIG, END_OF_TEXT, files_beside, refuse_contradictions, special_tokens
-from jaxmodels.text.untrusted import operations
-from jaxmodels.text.untrusted.plain import is_plain
+from jaxmodels.text.tokenizer import limits
+from jaxmodels.text.tokenizer.byte_level import MERGES, VOCAB, byte_level, check_largest
+from jaxmodels.text.tokenizer.cuts import Cuts
+from jaxmodels.text.tokenizer.errors import refusing
+from jaxmodels.text.tokenizer.ids import end_tokens
+from jaxmodels.text.tokenizer.special import CONFIG, END_OF_TEXT, files_beside, refuse_contradictions, special_tokens
+from jaxmodels.text.tokenizer.untrusted import operations
+from jaxmodels.text.tokenizer.untrusted.plain import is_plain
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
 
 TOKENIZER_NAMES = ("tokenizer.json", "20B_tokenizer.json")
@@ -104,7 +104,7 @@ class TokenizerFile(Vocabulary):
         return Confined(operations.__name__, self.content, **means(size, BYTES_READ, READS))
 
     def run(self, name: str, *arguments: Any, size: int) -> Any:
-        """Result of an operation of `jaxmodels.text.untrusted.operations`, here or in the confined process.
+        """Result of an operation of `jaxmodels.text.tokenizer.untrusted.operations`, here or in the confined process.
 
         size: bytes of the texts, or of the ids.
         """

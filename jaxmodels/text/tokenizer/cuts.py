@@ -16,9 +16,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxmodels.text.limits import expressions
-from jaxmodels.text.patterns import WHITESPACE, Pattern, Unsupported, is_word, parsed
-from jaxmodels.text.untrusted import operations
+from jaxmodels.text.tokenizer.limits import expressions
+from jaxmodels.text.tokenizer.patterns import WHITESPACE, Pattern, Unsupported, is_word, parsed
+from jaxmodels.text.tokenizer.untrusted import operations
 
 # Characters that a piece may begin with: none combines with what is before it.
 AFTER = frozenset(" \n\r\t!\"#$%&'()*+,-./:;<=>?@[\\]^{|}~—…、。「」『』《》！（），：；？")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxmodels.text.limits import NESTED, Step, grows
+from jaxmodels.text.tokenizer.limits import NESTED, Step, grows
 
 STEPS = 16  # of a normalizer, pre-tokenizer, post-processor or decoder
 GROWTH = 64  # characters that all normalizers, or all decoders, may make of one

@@ -2,7 +2,7 @@
 
 A file of a few bytes may have normalizers that each double a text, a template that repeats it, or tokens of megabytes.
 What cannot be computed from the file, as how long its regular expressions take, is limited where it is used:
-`jaxmodels.text.untrusted`.
+`jaxmodels.text.tokenizer.untrusted`.
 """
 
 import collections
@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import parsed
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.patterns import Nullable, Pattern, Unsupported
+from jaxmodels.text.tokenizer.patterns import Nullable, Pattern, Unsupported
 
 STEPS = 256  # normalizers, pre-tokenizers, post-processors or decoders; published files have up to 30
 GROWTH = 32  # characters that the rules may make of one; the largest that Unicode's own forms make is 18

@@ -1,0 +1,1 @@
+"""Tokenizers: files that others publish, what may be in them, and where a text can be cut."""
