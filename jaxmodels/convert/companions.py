@@ -30,6 +30,8 @@ FILES = (
     MERGES,
     "vocab.txt",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
     GENERATION,

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,10 @@ def to_torch_file(options: argparse.Namespace) -> str:
         raise ValueError(f"{options.target} is a folder; expected a file")
 
     def check(*, content: bool = True) -> None:
-        if options.target.exists() and not options.overwrite:
+        exists = os.path.lexists(options.target)  # also a link to nothing
+        if exists and not options.overwrite:
             raise ValueError(f"{options.target} exists; choose another file, or pass --overwrite")
-        if content and options.target.exists() and not is_torch_file(options.target):
+        if content and exists and not is_torch_file(options.target):
             raise ValueError(f"{options.target} is no file of torch.save; only such a file is overwritten")
 
     check(content=False)

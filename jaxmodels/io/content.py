@@ -133,7 +133,8 @@ WRITTEN: dict[str, tuple[bytes, ...]] = {
     r"latest": (b"global_step",),
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json": (b"{",),
     r"(generation_config|vocabulary|adapter_config|tokens|progress|complete)\.json": (b"{",),
-    r"(merges|vocab)\.txt|tokenizer\.model|(additional_chat_templates/[^/]+|chat_template)\.jinja|lock": (),
+    r"(merges|vocab)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model": (),
+    r"(additional_chat_templates/[^/]+|chat_template)\.jinja|lock": (),
     r"(model|params|adapter_model)(-\d{5}-of-\d{5})?\.safetensors": (),  # `is_safetensors` looks at its header
     r"(model|params)\.safetensors\.index\.json": (b"{",),
     r"global_step\d+/(layer_\d+-model_\d+|mp_rank_\d+)(-|_)model_states\.pt": (b"PK\x03\x04",),

@@ -90,9 +90,25 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
         config = NeoXConfig(**found, activation=ACTIVATIONS[activation])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {shortened(str(error), 400)}") from None
+    check_same(file, content, config, notes)
     if config.activation != activation:
         notes.insert(0, f"hidden_act {quoted(activation)} in config.json means {config.activation} here")
     return config, notes
+
+
+def check_same(file: Path, content: Mapping[str, Any], config: NeoXConfig, notes: list[str]) -> None:
+    """Raise ValueError, naming file and key, for keys with which transformers would compute other numbers.
+
+    They are none of GPTNeoXConfig, but its model has the rotary frequencies of a `head_dim`, and attends to later
+    tokens if `is_causal` is false.
+    """
+    width = content.get("head_dim")
+    if width is not None and checked(file, "head_dim", width, int, notes) != config.d_k:
+        raise ValueError(
+            f"{file} has head_dim {quoted(width)}; supported is hidden_size / num_attention_heads, {config.d_k}"
+        )
+    if content.get("is_causal") not in (None, True):
+        raise ValueError(f"{file} has is_causal {quoted(content['is_causal'])}; supported is true")
 
 
 def rotary(file: Path, content: Mapping[str, Any], notes: list[str]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from jaxmodels.weights.place import Shardings
 from jaxmodels.weights.prefixes import prefix_of, proposal, stripped
 
 ARCHITECTURE = "GPTNeoXForCausalLM"
+ADAPTER = "adapter_config.json"  # of PEFT, which may be left beside weights that it was merged with
 
 
 def load_hf(
@@ -63,6 +64,8 @@ def open_hf(folder: str | os.PathLike, *, strip_prefix: str | None = None, varia
     found = matched(folder, config, held, hf_name)
     if not any(name.startswith(BASE) for name in tensors):
         notes.append("the names of the tensors have no 'gpt_neox.', as in a file of GPTNeoXModel")
+    if (folder / ADAPTER).exists():
+        notes.append(f"{ADAPTER} is not read; transformers with peft would add its adapter to the weights")
     layout = f"{kind_of(weights.file)} for transformers"
     companions = Companions.of(folder, defaults=DEFAULT_IDS, published=True)
     files = (folder / "config.json", *{weights.file, *weights.files.values()})

@@ -258,6 +258,18 @@ def test_nothing_is_replaced_unasked(pt, tmp_path, capsys):
     assert convert(tmp_path / "out", file, "--overwrite") == 0
 
 
+@pytest.mark.parametrize("flag", [(), ("--overwrite",)])
+def test_a_link_to_nothing_is_not_replaced(pt, tmp_path, capsys, flag):
+    file, _ = pt
+    assert to_flax(file, tmp_path / "out") == 0
+    link = tmp_path / "link.pt"
+    link.symlink_to(tmp_path / "absent.pt")
+    assert convert(tmp_path / "out", link, *flag) == 2
+    assert "link.pt" in capsys.readouterr().err
+    assert link.is_symlink()
+    assert not link.exists()
+
+
 def test_floats_of_8_bits_are_no_state_dict_until_they_are_cast(tmp_path, capsys):
     model = AutoregressiveTransformer(5, 8, 2, 5, 1, rngs=nnx.Rngs(0))
     arrays = {path: array.astype("float8_e4m3fn") for path, array in flat_arrays(model).items()}

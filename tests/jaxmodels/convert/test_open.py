@@ -24,7 +24,7 @@ from jaxmodels.convert.neox.write import write_neox
 from jaxmodels.convert.open import load, open_source
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
-from jaxmodels.text import CharVocabulary, TokenizerFile
+from jaxmodels.text import SLOW_NAMES, CharVocabulary, TokenizerFile
 from jaxmodels.weights.names import flat_arrays
 from tests.jaxmodels.mlp import mlp
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
@@ -228,6 +228,18 @@ def test_a_conversion_and_back_keeps_what_lies_beside_the_weights(published, fol
         assert tokenizer("text").input_ids == open_source(published).vocabulary().encode("text").tolist()
         assert tokenizer.chat_template == "{{ messages }}"
         assert command(capsys, "verify", published, back)[0] == 0
+
+
+@pytest.mark.parametrize("name", SLOW_NAMES)
+def test_a_tokenizer_of_any_kind_is_written_beside_the_weights_again(published, tmp_path, name):
+    """Published models of GPT-NeoX's form have tokenizers of T5 or Llama, too, in a spiece.model."""
+    folder = shutil.copytree(published, tmp_path / "hf")
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_bytes(b"a tokenizer")
+    source, target = open_source(folder).neox(), tmp_path / "written"
+    for write in (write_flax, lambda *given, **options: write_neox(*given, 1, **options), write_hf):
+        write(source, target, overwrite=True)
+        assert (target / name).read_bytes() == b"a tokenizer"
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_each_activation_of_transformers_is_computed_or_refused(tmp_path, name):
         ({"layer_norm_eps": None}, "layer_norm_eps", 1e-5),
         ({"use_parallel_residual": None}, "parallel_residual", True),
         ({"max_position_embeddings": None}, "max_len", 2_048),
+        ({"head_dim": 10, "is_causal": None}, "d_k", 10),
         ({"rotary_pct": None, "rope_parameters": {"rope_theta": None, "type": None}}, "rope_base", 10_000.0),
         ({"n_embd": 7, "architectures": None, "auto_map": {}, "": [], "dtype": "auto"}, "n_hidden", 60),
     ],
@@ -119,11 +120,26 @@ def test_numbers_as_strings_nulls_and_unknown_keys(tmp_path, values, field, expe
         ("rope_scaling", {"rope_type": "yarn"}),
         ("rope_parameters", {"full_attention": {"rope_theta": 500.0, "rope_type": "default"}}),
         ("rope_parameters", [1]),
+        ("head_dim", "ten"),
     ],
 )
 def test_other_values_are_one_line_with_file_and_key(tmp_path, key, value):
     with pytest.raises(ValueError, match=rf"^\S*config\.json .*\b{key}\b.*$"):
         read_config(written(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize(("key", "value"), [("head_dim", 5), ("is_causal", False)])
+def test_a_key_with_which_transformers_computes_other_numbers_is_refused(tmp_path, key, value):
+    torch.manual_seed(0)
+    ids = torch.tensor([[5, 3, 11, 2, 7]])
+    plain = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.4)).eval()
+    torch.nn.init.normal_(plain.lm_head.weight)
+    plain.save_pretrained(tmp_path)
+    file = written(tmp_path, rotary_pct=0.4, **{key: value})
+    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path).eval()
+    assert not torch.allclose(theirs(ids).logits, plain(ids).logits, atol=1e-3)
+    with pytest.raises(ValueError, match=rf"config\.json has {key} {value}; supported is"):
+        read_config(file)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])

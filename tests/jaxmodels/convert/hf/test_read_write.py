@@ -130,6 +130,14 @@ def test_older_and_newer_rotary_keys(tmp_path, keys):
     assert (theirs["partial_rotary_factor"], theirs["rope_theta"]) == expected
 
 
+def test_an_adapter_beside_whole_weights_is_said(tmp_path):
+    """transformers adds it if peft is installed; in a folder of merged weights it is left over."""
+    folder = hf_folder(tmp_path)
+    assert not [note for note in open_hf(folder).notes if "adapter" in note]
+    (folder / "adapter_config.json").write_text("{}")
+    assert any(note.startswith("adapter_config.json is not read") for note in open_hf(folder).notes)
+
+
 def test_masks_and_frequencies_of_older_files_are_skipped(tmp_path):
     state = write(tmp_path / "source", 1)
     write_hf(open_neox(tmp_path / "source"), tmp_path / "hf")
