@@ -131,7 +131,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     file, before = tmp_path / "state.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        with pytest.raises(OSError, match=r"File too large: '.*/state\.jsonl'"), State.opened(file) as state:
+        with pytest.raises(OSError, match=r"File too large: '.*/state\.jsonl'"), State.opened(file) as state:  # noqa: PT012 (the error comes as the file is closed)
             for number in range(20):
                 state.add(f"mutant {number}", None)
     finally:
