@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -56,16 +57,21 @@ def clean(folder: Path, *, delete: bool) -> None:
         raise ValueError(f"{folder} is not a folder")
     total, count, young = 0, 0, 0
     for path in leftovers(folder):
-        settled = manifest.is_settled(path)
-        size, age = size_of(path), datetime.timedelta(seconds=round(time.time() - path.lstat().st_mtime))
-        what = "" if settled else ", changed within the last hour: kept"
-        print(f"{visible(str(path))}  {size:,} bytes, {age} old{what}")
-        young += not settled
-        if not settled:
+        try:
+            settled = manifest.is_settled(path)
+            size, age = size_of(path), datetime.timedelta(seconds=round(time.time() - path.lstat().st_mtime))
+            what = "" if settled else ", changed within the last hour: kept"
+            print(f"{visible(str(path))}  {size:,} bytes, {age} old{what}")
+            young += not settled
+            if settled and delete:
+                remove(path)
+        except FileNotFoundError:  # a process that is not killed has renamed or removed it
             continue
-        count, total = count + 1, total + size
-        if delete:
-            remove(path)
+        except PermissionError as error:  # of another user
+            say(f"{path} is kept: {error.strerror}")
+            continue
+        if settled:
+            count, total = count + 1, total + size
     if not count:
         print(f"{visible(str(folder))}: nothing to remove" + (f"; {young} may be in use" if young else ""))
     elif delete:
@@ -84,13 +90,13 @@ def leftovers(folder: Path) -> Iterator[Path]:
         for name in sorted(folders):
             if TEMPORARY.fullmatch(name):
                 folders.remove(name)
-                if manifest.is_begun(here / name) or manifest.unproven(here / name) is None:
+                if is_left(here / name):
                     yield here / name
             elif here.name == "checkpoints" and is_unfinished(here / name):
                 folders.remove(name)
                 yield here / name
         for name in sorted(files):
-            if (here / name).is_symlink() or not (here / name).is_file():
+            if os.path.islink(here / name) or not os.path.isfile(here / name):  # False where nothing can be told
                 continue
             if TEMPORARY_FILE.fullmatch(name) or is_pending(here / name):
                 yield here / name
@@ -98,6 +104,17 @@ def leftovers(folder: Path) -> Iterator[Path]:
         more = f" and {len(deep) - 1:,} more" if len(deep) > 1 else ""
         first = shortened(str(deep[0]), 400)
         say(f"{folder}: more than {DEEPEST} folders inside each other are not searched: {first}{more}")
+
+
+def is_left(folder: Path) -> bool:
+    """True for a folder with a temporary name if nothing but what this program wrote is in it.
+
+    False if it cannot be read, as one of another user in /tmp, or if its writer renames or removes it just now.
+    """
+    try:
+        return manifest.is_begun(folder) or manifest.unproven(folder) is None
+    except OSError:
+        return False
 
 
 def is_pending(file: Path) -> bool:
@@ -117,7 +134,7 @@ def is_unfinished(folder: Path) -> bool:
     """True for a step of a training run that was killed while it saved."""
     try:
         ours = steps.is_step(folder) and (folder / manifest.NAME).is_file() and steps.foreign(folder) is None
-    except ValueError:  # its folders are nested deeper than any that this program writes
+    except (OSError, ValueError):  # as its folders are nested deeper than any that this program writes
         return False
     return ours and not (folder / steps.MARK).exists()
 

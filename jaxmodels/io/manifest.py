@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ BEGUN_BYTES = 4096  # of a manifest without files: a name has 255 bytes, each of
 SETTLED = 3600.0  # seconds without a change, after which a temporary name belongs to no running process
 
 
-def begin(folder: Path, name: str | None = None) -> None:
-    """Write the manifest of a folder that is about to be filled; name: the one that it will have, if not its own.
+def begin(folder: Path, name: str | None = None, links: Iterable[str] = ()) -> None:
+    """Write the manifest of a folder that is about to be filled.
+
+    name: the one that it will have, if not its own. links: paths in it of symbolic links that are made there.
 
     One that says so already is left as it is: on a full disk it could not be written again.
     """
-    about = begun(folder.name if name is None else name)
+    about = begun(folder.name if name is None else name) | {"files": dict.fromkeys(links, -1)}
     with contextlib.suppress(ValueError):
         if read(folder) == {"format": FORMAT, **about}:
             return
@@ -140,7 +142,8 @@ def unproven(folder: Path) -> str | None:
     if about.get("name") != spelled(folder.name):
         return f"{folder / NAME} is of a folder with the name {quoted(about.get('name'))}"
     for name, _ in found:
-        if not is_written_here(folder, name) and not is_empty(folder / name):
+        is_link = (folder / name).is_symlink() and about["files"].get(name) == -1
+        if not is_link and not is_written_here(folder, name) and not is_empty(folder / name):
             return f"{quoted(name)} in it is nothing that this program writes there"
     return None
 

@@ -95,7 +95,7 @@ def walk(
         except OSError:
             continue
         yield here, folders, files
-        left += [(here / name, depth + 1) for name in reversed(folders) if not (here / name).is_symlink()]
+        left += [(here / name, depth + 1) for name in reversed(folders) if not os.path.islink(here / name)]
 
 
 def is_folder(entry: os.DirEntry) -> bool:

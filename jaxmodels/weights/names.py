@@ -183,7 +183,7 @@ def placed(parts: Iterator[np.ndarray], n: int, stacked: bool, dtype: Any, name:
             whole = aligned((n, *part.shape), wanted)
         elif wanted != whole.dtype:
             whole = whole.astype(np.promote_types(wanted, whole.dtype))
-        copy(whole[i], part)
+        copy(whole[i, ...], part)  # an array also of one without an axis
     assert whole is not None, "an array has at least one part"
     if dtype is not None and is_floating(whole.dtype) and np.isinf(whole).sum() > infinite:
         raise ValueError(f"{name} has values that overflow in dtype={np.dtype(dtype).name}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,11 @@ import torch
 from torch import nn
 
 from jaxmodels.convert.hf.config import check_expressible, read_hf_json
+from jaxmodels.io import manifest
+from jaxmodels.io.atomic import temporary_folder
 from jaxmodels.io.pretrained import read_pretrained
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.process.failures import naming
 from jaxmodels.process.texts import shortened
 from jaxmodels.retro.retrieval.embedders import check_complete, offline, without_reports
 from torch_ref.rope import rotary_tables
@@ -173,13 +175,15 @@ def alone(folder: Path) -> Iterator[Path]:
     """
     content = read_hf_json(folder / "config.json")
     weights = read_pretrained(folder, name=content.get("transformers_weights"))
-    with tempfile.TemporaryDirectory(prefix="parity-") as name:
-        (Path(name) / "config.json").write_text(json.dumps({key: content[key] for key in KEYS & content.keys()}))
-        for file in {weights.file, *weights.files.values()}:
-            link = Path(name) / file.relative_to(folder)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(file.absolute())
-        yield Path(name)
+    links = [str(file.relative_to(folder)) for file in {weights.file, *weights.files.values()}]
+    with temporary_folder("parity") as copy:
+        with naming(copy / "config.json") as file:
+            file.write_text(json.dumps({key: content[key] for key in KEYS & content.keys()}), encoding="utf-8")
+        manifest.begin(copy, links=links)
+        for name in links:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).symlink_to((folder / name).absolute())
+        yield copy
 
 
 class TanhGELU(nn.Module):

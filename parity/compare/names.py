@@ -81,5 +81,5 @@ def listed(value: Any) -> list[str] | None:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """True if a name matches one of the patterns; `*` matches any text."""
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    """True if a name is one of the patterns, such as `output[0]`, or matches one; `*` matches any text."""
+    return any(name == pattern or fnmatch(name, pattern) for pattern in patterns)

@@ -47,6 +47,22 @@ def returned_leaves(tree: Any, leaf: type, side: str) -> dict[str, Any]:
     return found
 
 
+def others_in(tree: Any, leaf: type) -> list[str]:
+    """Names and types of what is among a nested output's arrays and is none, such as 'output[1] (float)', but None."""
+    found: list[str] = []
+
+    def walk(name: str, node: Any) -> None:
+        inside = parts(node, leaf)
+        for key, child in () if isinstance(node, leaf) else inside:
+            walk(f"{name}[{key}]", child)
+        empty = node is None or isinstance(node, tuple | list) or hasattr(node, "items")
+        if not inside and not empty and not isinstance(node, leaf):
+            found.append(f"{name} ({type(node).__name__})")
+
+    walk(ROOT, tree)
+    return found
+
+
 def parts(node: Any, leaf: type) -> list[tuple[Any, Any]]:
     """Key and child of each part of a structure; empty for anything that is none."""
     if isinstance(node, type) or node is None or isinstance(node, str):
@@ -90,7 +106,12 @@ def unmatched(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     pairs = correspondence(theirs, ours)
     lost = [name for name in theirs if name not in pairs]
     extra = [name for name in ours if name not in pairs.values()]
-    sides = (("PyTorch", lost), ("the Flax module", extra))
+    return left_out(lost, extra)
+
+
+def left_out(theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
+    """Notes on what PyTorch and Flax return that is not compared."""
+    sides = (("PyTorch", theirs), ("the Flax module", ours))
     return [f"{side} also returns {', '.join(names)}; not compared" for side, names in sides if names]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxmodels.process.texts import quoted
 from parity.compare.loss import Kinds, check_labels, masks
 from parity.compare.noise import HUGE, LIMIT, OWN, ULPS, Noise, blocks, check_counted, counted
+from parity.compare.outputs import joined, words
 
 KINDS = ("output", "parameter gradients", "input gradients")
 GROUPS = ("state", "inputs", "labels", "targets", *KINDS)
@@ -72,6 +73,9 @@ def check_results(
         if array.size and not counted(array):
             raise ValueError(f"{quoted(name)} has no finite number, so that nothing could be compared")
     check_counted(results["output"])
+    for name in results["output"]:
+        if joined(words(name)) != name:
+            raise ValueError(f"{quoted(f'output/{name}')} is no name of an output, as output/output[0] is")
     if zero := zero_gradients(results):
         raise ValueError(f"{zero} are all zero, with which a module that passes none on would agree")
     if not any(array.any() for of_kind in results.values() for array in of_kind.values()):

@@ -118,7 +118,7 @@ def write(stem: str | os.PathLike, tensors: Mapping[str, np.ndarray], about: Map
             temporary_about.write_text(json.dumps(bound, indent=2) + "\n", encoding="utf-8")
 
     with atomic_file(tensors_file, write_about) as temporary_tensors:
-        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # of no axis too
         write_file(temporary_tensors, contiguous)
         bound |= {"sha256": sha256_of(temporary_tensors), **about}
     pending(about_file).replace(about_file)

@@ -19,7 +19,7 @@ from parity.compare.decoding import NotDecodable, decodes
 from parity.compare.loss import Batch, Kinds
 from parity.compare.names import Names
 from parity.compare.noise import LIMIT, ULPS
-from parity.compare.outputs import unmatched
+from parity.compare.outputs import left_out, unmatched
 from parity.compare.sides.functions import Function
 from parity.compare.sides.jax_side import JaxSide
 from parity.compare.sides.torch_side import TorchSide
@@ -304,10 +304,13 @@ class Readings:
         def values(side: TorchSide | JaxSide) -> Values:
             return self.reference.values(side.evaluate(self.reference.batch, gradients=self.gradients), "float32")
 
-        own = values(self.comparison.torch_side("float32", self.comparison.torch_device))
+        theirs = self.comparison.torch_side("float32", self.comparison.torch_device)
+        own, others = values(theirs), theirs.others
+        del theirs
         ours = self.comparison.jax_side("float32")
         with self.comparison.strict_precision(False):  # with float64 enabled, NumPy's scalars would widen the port
             found = values(ours)
+        self.notes += left_out(others, ours.others)
         del ours
         free(self.comparison)
         return found, own

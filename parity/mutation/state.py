@@ -84,7 +84,8 @@ class State:
         if file is None:
             yield cls()
             return
-        with io.TextIOWrapper(io.BufferedRandom(open_in_place(file)), encoding="utf-8") as opened:
+        # What a full disk did not take is written again as the file is closed, and fails again.
+        with naming(file), io.TextIOWrapper(io.BufferedRandom(open_in_place(file)), encoding="utf-8") as opened:
             *lines, rest = read_text(file, LARGEST).split("\n")
             opened.seek(0, os.SEEK_END)
             state = cls(opened, file)

@@ -15,7 +15,7 @@ from parity.compare.inputs import Inputs, cast
 from parity.compare.loss import Batch, Kinds, jax_loss
 from parity.compare.names import matches
 from parity.compare.noise import RUNS, Noise, Spread, moved, of_spreads
-from parity.compare.outputs import aligned, returned_leaves
+from parity.compare.outputs import aligned, others_in, returned_leaves
 from parity.compare.sides.widen import Constant, Widened
 from parity.compare.weights import Weights
 
@@ -111,6 +111,7 @@ class JaxSide:
     def __init__(self, module: Any, weights: Weights, inputs: Inputs, dtype: Any, channels_last: Sequence[str] = ()):
         self.module, self.weights, self.inputs = module, weights, inputs
         self.dtype, self.channels_last = jnp.dtype(dtype), tuple(channels_last)
+        self.others: list[str] = []  # what the last call returned beside its arrays, once it was traced
         self.graphdef, self.params, rest = split(module)
         self.rest = with_caches(rest, self.dtype)
         self.value_and_grad = self.prepared(jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True))
@@ -124,6 +125,7 @@ class JaxSide:
         """Call this module, or another with the same arguments; returns outputs by name in PyTorch's layout."""
         values = {n: jnp.moveaxis(v, 1, -1) if matches(n, self.channels_last) else v for n, v in values.items()}
         called = self.inputs.call(module, values, side="flax", dtype=self.dtype)
+        self.others = others_in(called, jax.Array)
         outputs = returned_leaves(called, jax.Array, "Flax")
         return {n: jnp.moveaxis(v, -1, 1) if matches(n, self.channels_last) else v for n, v in outputs.items()}
 

@@ -20,7 +20,8 @@ def copied(
 
     shared: the copy's parameters are others, but have the memory of the module's until they are replaced. Complex
     tensors stay complex, in the dtype of that width. In float64 tensors that are plain attributes of a module follow,
-    as operations on mixed dtypes may fail; `Module.to` leaves them.
+    as operations on mixed dtypes may fail; `Module.to` leaves them. Raises
+    ValueError for a module that holds what Python does not copy.
     """
     # Tensors that were computed from parameters, such as the weight of the older `weight_norm`, refuse to be copied.
     computed = {id(t): t.detach().clone() for m in module.modules() for t in tensors(vars(m)) if t.grad_fn is not None}
@@ -32,7 +33,10 @@ def copied(
         }
     trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     with torch.no_grad():  # or copies of TorchScript's parameters are results of an operation, without gradients
-        module = copy.deepcopy(module, computed)
+        try:
+            module = copy.deepcopy(module, computed)
+        except TypeError as error:  # it holds a file, a lock, a generator or a module of Python
+            raise ValueError(f"torch_module={type(module).__name__} cannot be copied: {error}") from error
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trained[name])
     if dtype is None and device is None:

@@ -13,7 +13,7 @@ from jaxmodels.weights.names import as_numpy
 from parity.compare.inputs import Inputs
 from parity.compare.loss import Batch, Kinds, torch_loss
 from parity.compare.noise import BLOCK, HUGE, RUNS, ULPS, Noise, Spread, of_spreads
-from parity.compare.outputs import returned_leaves
+from parity.compare.outputs import others_in, returned_leaves
 from parity.compare.sides.torch_copy import cast, copied, slow_paths
 from parity.compare.sides.wide_torch import Rounding, widened
 
@@ -50,6 +50,7 @@ class TorchSide:
         self.dtype, self.device = dtype, device
         self.casts: collections.Counter[str] = collections.Counter()
         self.narrows: bool | None = None  # in a forward pass; None until there was one
+        self.others: list[str] = []  # what the last call returned beside its tensors
 
     def again(self) -> "TorchSide":
         """Another copy of the module in the same dtype."""
@@ -81,6 +82,7 @@ class TorchSide:
     def call(self, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The outputs by name."""
         called = inputs.call(self.module, tensors, side="torch", dtype=self.dtype)
+        self.others = others_in(called, torch.Tensor)
         return returned_leaves(called, torch.Tensor, "PyTorch")
 
     def outputs(self, inputs: Inputs) -> dict[str, np.ndarray]:

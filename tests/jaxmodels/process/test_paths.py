@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +144,34 @@ def test_a_path_that_is_too_long_is_left_out(deep):
         os.close(here)
     with pytest.raises(ValueError, match="too long a path"):
         list(walk(deep))
+
+
+def test_clean_goes_on_beside_what_is_of_another_user(tmp_path, capsys, monkeypatch):
+    theirs = tmp_path / ".theirs.abcdef01"
+    listed, kept = tmp_path / "listed" / ".a.abcdef01.jaxmodels", tmp_path / "kept" / ".b.abcdef01.jaxmodels"
+    (theirs / "inside").mkdir(parents=True)
+    (tmp_path / "listed" / "inside").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    mine = tmp_path / ".mine.abcdef01.jaxmodels"
+    for file in (listed, kept, mine):
+        file.write_text("")
+        os.utime(file, (time.time() - 2 * manifest.SETTLED,) * 2)
+    tmp_path.chmod(0o777)
+    monkeypatch.chdir(tmp_path)  # the folders above are forbidden too
+    user = os.geteuid()
+    for folder, mode in ((theirs, 0), (tmp_path / "listed", 0o444), (tmp_path / "kept", 0o555)):
+        folder.chmod(mode)
+    try:
+        os.seteuid(user or 65534)  # to root, nothing is forbidden
+        assert clean.main([".", "--delete"]) == 0
+    finally:
+        os.seteuid(user)
+        for folder in (theirs, tmp_path / "listed", tmp_path / "kept"):
+            folder.chmod(0o755)
+    out, err = capsys.readouterr()
+    assert "removed 1, 0 bytes" in out
+    assert err == "kept/.b.abcdef01.jaxmodels is kept: Permission denied\n"
+    assert theirs.exists()
+    assert listed.exists()
+    assert kept.exists()
+    assert not mine.exists()

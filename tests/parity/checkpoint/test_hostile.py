@@ -1,9 +1,13 @@
 """`parity verify --numerics` on folders of others: transformers reads their configuration and weights, nothing else."""
 
 import builtins
+import errno
 import json
 import os
 import pickle
+import re
+import tempfile
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -15,10 +19,12 @@ from flax import nnx
 import jaxmodels
 from jaxmodels.convert import to_torch
 from jaxmodels.convert.hf import save_hf
+from jaxmodels.io import manifest
+from jaxmodels.io.clean import main as clean
 from jaxmodels.io.formats.safetensors import read_file, write_file
 from jaxmodels.neox import NeoX, NeoXConfig
 from parity.checkpoint import reference
-from parity.checkpoint.gpt_neox import Transformers
+from parity.checkpoint.gpt_neox import Transformers, alone
 from parity.command import main
 
 pytest.importorskip("transformers")
@@ -156,3 +162,35 @@ def test_names_of_tensors_are_not_printed(folder, model, capfd):
     write_file(file, tensors | {"\x1b[2J.rotary_emb.inv_freq": np.zeros(3, np.float32)})
     assert_loaded(folder, model)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_folder_for_transformers_is_left_to_clean(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    entered = alone(folder)
+    left = entered.__enter__()  # a process that is killed does not leave it
+    (left / "other.safetensors").symlink_to(folder / "model.safetensors")
+
+    def delete() -> None:
+        for path in (left, *left.rglob("*")):
+            os.utime(path, (time.time() - 2 * manifest.SETTLED,) * 2, follow_symlinks=False)
+        assert clean([str(tmp_path / "temporary"), "--delete"]) == 0
+
+    delete()
+    assert left.exists()  # a link that this program has not made is in it
+    (left / "other.safetensors").unlink()
+    delete()
+    assert "removed 1" in capsys.readouterr().out
+    assert not left.exists()
+    assert (folder / "model.safetensors").is_file()
+    with pytest.raises(StopIteration):
+        next(entered.gen)
+
+
+def test_a_full_disk_under_the_folder_for_transformers_is_named(folder, monkeypatch, capsys):
+    def write_text(file: Path, *args: object, **settings: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert verify(folder) == 2
+    assert re.search(r"No space left on device: '.*/\.parity\.[0-9a-f]{8}/", capsys.readouterr().err)

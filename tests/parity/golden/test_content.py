@@ -391,3 +391,22 @@ def test_lists_that_would_take_minutes_are_read_at_once_or_refused(recorded):
     change(stem, about=lambda about: about.update({"zero gradients": many}))
     with pytest.raises(ValueError, match=rf"{stem} .*zero gradients has 100,000 patterns; at most 100"):
         read(stem)
+
+
+@pytest.mark.parametrize("name", ["foo", "output[a", "outputs", "", "output[0]]x"])
+def test_an_output_has_a_name_as_they_are_recorded(recorded, name):
+    flax_module, stem = recorded
+
+    def renamed(held):
+        return {
+            key.replace("/output", f"/{name}") if key.startswith(("output", "targets")) else key: held[key]
+            for key in held
+        }
+
+    def about(fields):
+        for field in ("noise", "own values"):
+            fields[field]["output"] = {name: fields[field]["output"]["output"]}
+
+    change(stem, renamed, about)
+    with pytest.raises(ValueError, match=r"mlp\b.* is no name of an output"):
+        parity.replay(flax_module, stem)

@@ -443,3 +443,24 @@ def test_constants_and_nested_inputs_are_not_recorded(tmp_path):
     inputs = {"x": np.ones((2, 5)), "scale": 2.0, "state": [np.ones(3)], "mask": None}
     with pytest.raises(ValueError, match=r"inputs: got scale, state;"):
         record(Scaled(5, 3), inputs, tmp_path / "scaled")
+
+
+def test_arrays_without_an_axis_are_recorded_as_such(tmp_path):
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x, power):
+            return (self.factor * x**power).sum()
+
+    class Port(nnx.Module):
+        def __init__(self):
+            self.factor = nnx.Param(jnp.zeros(()))
+
+        def __call__(self, x, power):
+            return (self.factor[...] * x**power).sum()
+
+    inputs = {"x": np.array([0.5, 1.5, 2.5], np.float32), "power": np.array(2)}
+    parity.record(Scaled(), inputs, tmp_path / "scaled")
+    assert parity.replay(Port(), tmp_path / "scaled").passed

@@ -69,3 +69,35 @@ def test_a_module_that_returns_no_array_is_named_with_its_side(result, tmp_path)
         parity.check(Torch(lambda y: y), Flax(lambda y: result), X)
     with pytest.raises(ValueError, match=f"PyTorch module returns '{kind}'"):
         parity.record(Torch(lambda y: result), X, tmp_path / "none")
+
+
+def test_what_is_returned_beside_arrays_is_noted():
+    def pair(theirs, ours):
+        class Theirs(torch.nn.Module):
+            def forward(self, x):
+                return theirs(x)
+
+        class Ours(nnx.Module):
+            def __call__(self, x):
+                return ours(x)
+
+        return Theirs(), Ours()
+
+    x = np.ones((3, 5), np.float32)
+    both = pair(
+        lambda x: (2 * x, 3.0, None, (), torch.distributions.Normal(x, 1.0)),
+        lambda x: (2 * x, 4.0, None, (), {"a": "b"}),
+    )
+    report = parity.check(*both, {"x": x}, steps=0)
+    assert report.passed
+    assert report.notes == (
+        "PyTorch also returns output[1] (float), output[4] (Normal); not compared",
+        "the Flax module also returns output[1] (float), output[4][a] (str); not compared",
+    )
+
+
+def test_a_module_that_cannot_be_copied_is_named():
+    module = torch.nn.Linear(5, 3)
+    module.items = (i for i in range(3))
+    with pytest.raises(ValueError, match=r"^torch_module=Linear cannot be copied: .*generator"):
+        parity.check(module, nnx.Linear(5, 3, rngs=nnx.Rngs(0)), {"x": np.ones((2, 5), np.float32)})

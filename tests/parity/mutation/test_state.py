@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 
 import pytest
 from rich.console import Console
@@ -124,3 +125,14 @@ def test_a_name_is_no_markup_of_the_status_line():
     with Console(file=io.StringIO(), force_terminal=True).status("") as status:
         score.in_status(status)("[/] [link=x]a[/link] [0, 3]")
         assert str(status.status) == "[/] [link=x]a[/link] [0, 3]"
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    file, before = tmp_path / "state.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/state\.jsonl'"), State.opened(file) as state:  # noqa: PT012 (the error comes as the file is closed)
+            for number in range(20):
+                state.add(f"mutant {number}", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
