@@ -7,8 +7,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.tokenizer import limits
-from jaxmodels.text.tokenizer.settings import missing_tokens, refuse_contradictions, refuse_split
+from jaxmodels.text.tokenizer.settings import add, missing_tokens, refuse_contradictions, refuse_split
 from jaxmodels.text.tokenizer.special import (
     CONFIG,
     GPT2,
@@ -49,9 +48,7 @@ def byte_level(file: Path) -> str:
     content |= {"post_processor": level, "decoder": level}
     content["model"] = model | {"vocab": vocabulary, "merges": read_merges(file.with_name(MERGES), vocabulary)}
     tokenizer = operations.loaded(json.dumps(content))
-    missing = list(missing_tokens(file, files, tokenizer, every=True))
-    limits.check_tokens(token.content for token in missing)
-    tokenizer.add_tokens(missing)
+    add(tokenizer, list(missing_tokens(file, files, tokenizer, every=True)), file.with_name(CONFIG))
     refuse_contradictions(file, files, file.with_name(CONFIG), tokenizer)
     around = template(file, tokenizer)
     return str(tokenizer.to_str() if around is None else json.dumps(json.loads(tokenizer.to_str()) | around))

@@ -5,7 +5,7 @@ GPTNeoXTokenizer it builds again from the vocabulary and the merges: the other r
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from jaxmodels.text.tokenizer.special import (
 )
 from jaxmodels.text.tokenizer.untrusted import operations
 
+MOST_TOKENS = 20_000  # that settings add to a tokenizer; published ones have up to 6,500, in tokenizer.json too
 AS_IT_IS = 'to read the file as it is, here and in transformers, set "tokenizer_class": "PreTrainedTokenizerFast"'
 
 
@@ -46,9 +47,8 @@ def with_settings(file: Path, content: str, tokenizer: Any) -> str:
     rules = rules_of_class(files, where, tokenizer)
     missing = list(missing_tokens(file, files, tokenizer))
     if rules or missing:
-        limits.check_tokens(token.content for token in missing)
         tokenizer = operations.loaded(json.dumps({**json.loads(content), **rules}))
-        tokenizer.add_tokens(missing)
+        add(tokenizer, missing, where)
         content = tokenizer.to_str()
     refuse_contradictions(file, files, where, tokenizer)
     return content
@@ -142,6 +142,14 @@ def missing_tokens(file: Path, files: Files, tokenizer: Any, *, every: bool = Fa
             continue
         contents.add(token.content)
         yield token
+
+
+def add(tokenizer: Any, tokens: Sequence[Any], where: Path) -> None:
+    """Add tokens to a `tokenizers.Tokenizer`; raises ValueError, naming the settings, if they are too many or long."""
+    if len(tokens) > MOST_TOKENS:
+        raise ValueError(f"{where} and the files beside it name {len(tokens):,} added tokens; at most {MOST_TOKENS:,}")
+    limits.check_tokens(token.content for token in tokens)
+    tokenizer.add_tokens(tokens)
 
 
 def token_of(about: Any, special: bool = False) -> Any:

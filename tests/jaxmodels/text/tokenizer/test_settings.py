@@ -101,3 +101,10 @@ def test_the_class_of_a_model_alone_gives_no_token_an_id_beyond_the_vocabulary(t
     assert len(TokenizerFile.read(tmp_path)) == len(BASE["model"]["vocab"])
     (tmp_path / "config.json").write_text(json.dumps({"model": "NeoX"}))
     assert TokenizerFile.read(tmp_path).content == (tmp_path / "tokenizer.json").read_text()
+
+
+def test_settings_add_no_number_of_tokens_that_takes_minutes(tmp_path):
+    extra = [f"<{i}>" for i in range(100_000)]
+    write(tmp_path, "gpt_neox", BASE, KINDS["llama"] | {"extra_special_tokens": extra})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json .* name 100,000 added tokens; at most 20,000"):
+        TokenizerFile.read(tmp_path)
