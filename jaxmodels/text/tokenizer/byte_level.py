@@ -5,23 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text, refuse_special
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text
 from jaxmodels.process.texts import quoted
+from jaxmodels.text.tokenizer.settings import add, missing_tokens, refuse_contradictions, refuse_split
 from jaxmodels.text.tokenizer.special import (
     CONFIG,
     GPT2,
     NEOX,
-    added_tokens,
     checked_id,
-    content_of_file,
     files_beside,
     flag,
     special_tokens,
     tokenizer_class,
-    unnamed_tokens,
 )
+from jaxmodels.text.tokenizer.untrusted import operations
 
-VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
+VOCAB, MERGES = "vocab.json", "merges.txt"
 LARGEST_ID = 2**24  # published vocabularies have up to 262,144 tokens
 
 
@@ -33,6 +32,7 @@ def byte_level(file: Path) -> str:
     file, for a class with other rules and for what is damaged.
     """
     files = files_beside(file)
+    refuse_split(files, file.with_name(CONFIG))
     kind = tokenizer_class(files) or GPT2
     if kind not in (GPT2, NEOX):
         raise ValueError(f"{file.parent} has tokenizer_class={quoted(kind)}; {VOCAB} needs {GPT2} or {NEOX}")
@@ -43,65 +43,35 @@ def byte_level(file: Path) -> str:
     model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     content: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
-    content["added_tokens"] = [entry | {"id": i} for i, entry in added_to(file, vocabulary).items()]
     content["normalizer"] = {"type": "NFC"} if kind == NEOX else None
     content["pre_tokenizer"] = level | {"add_prefix_space": flag(files, "add_prefix_space")}
-    content |= {"post_processor": around(file, vocabulary) or level, "decoder": level}
+    content |= {"post_processor": level, "decoder": level}
     content["model"] = model | {"vocab": vocabulary, "merges": read_merges(file.with_name(MERGES), vocabulary)}
-    return json.dumps(content)
+    tokenizer = operations.loaded(json.dumps(content))
+    add(tokenizer, list(missing_tokens(file, files, tokenizer, every=True)), file.with_name(CONFIG))
+    refuse_contradictions(file, files, file.with_name(CONFIG), tokenizer)
+    around = template(file, tokenizer)
+    return str(tokenizer.to_str() if around is None else json.dumps(json.loads(tokenizer.to_str()) | around))
 
 
-def added_to(file: Path, vocabulary: dict[str, int]) -> dict[int, dict[str, Any]]:
-    """Tokens added to a vocabulary.json by id: special ones, and those of added_tokens.json or added_tokens_decoder.
-
-    They are entered into the vocabulary, too: otherwise the tokenizers package numbers them anew. A special token
-    without an id has the next one.
-    """
-    files, more = files_beside(file), file.with_name(ADDED)
-    settings, named = content_of_file(files, CONFIG), special_tokens(files)
-    special = dict.fromkeys((*named.values(), *unnamed_tokens(files)))
-    entries = dict(added_tokens(file.with_name(CONFIG), settings.get("added_tokens_decoder")))
-    refuse_special(more)
-    if "added_tokens_decoder" not in settings and more.is_file():
-        for name, i in read_object(more).items():
-            entries[checked_id(more, i)] = {"content": name, "special": name in special}
-    known = {about["content"] for about in entries.values()}
-    for name in special:
-        if name not in known:
-            i = vocabulary.get(name, max([*vocabulary.values(), *entries], default=-1) + 1)
-            entries[i] = {"content": name, "special": True}
-    found = {}
-    for i, about in sorted(entries.items()):
-        vocabulary[about["content"]] = i
-        is_special = bool(about.get("special")) or about["content"] in special
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not is_special}
-        found[i] = {name: bool(about.get(name, value)) for name, value in flags.items()}
-        found[i] |= {"content": about["content"], "special": is_special}
-    return found
-
-
-def around(file: Path, vocabulary: Mapping[str, int]) -> dict[str, Any] | None:
-    """Template of the tokens that add_bos_token and add_eos_token put around a text; None if there are none."""
+def template(file: Path, tokenizer: Any) -> dict[str, Any] | None:
+    """Post-processor of the tokens that add_bos_token and add_eos_token put around a text; None if there are none."""
     files = files_beside(file)
     named = special_tokens(files)
     ends = [named.get(f"{name}_token") if flag(files, f"add_{name}_token") else None for name in ("bos", "eos")]
     if not any(ends):
         return None
 
-    def template(*letters: str) -> list[dict[str, Any]]:
+    def parts_of(*letters: str) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = []
         for i, letter in enumerate(letters):
             before, after = ([{"SpecialToken": {"id": end, "type_id": i}}] if end else [] for end in ends)
             parts += [*before, {"Sequence": {"id": letter, "type_id": i}}, *after]
         return parts
 
-    special = {end: {"id": end, "ids": [vocabulary[end]], "tokens": [end]} for end in ends if end}
-    return {
-        "type": "TemplateProcessing",
-        "single": template("A"),
-        "pair": template("A", "B"),
-        "special_tokens": special,
-    }
+    special = {end: {"id": end, "ids": [tokenizer.token_to_id(end)], "tokens": [end]} for end in ends if end}
+    about = {"type": "TemplateProcessing", "single": parts_of("A"), "pair": parts_of("A", "B")}
+    return {"post_processor": about | {"special_tokens": special}}
 
 
 def read_merges(file: Path, vocabulary: Mapping[str, int]) -> list[list[str]]:

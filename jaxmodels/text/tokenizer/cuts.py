@@ -200,7 +200,9 @@ class Cuts:
         """Characters that are tokens of a BPE, and the last and first character of the two tokens of each merge."""
         model = json.loads(self.content)["model"]
         merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        return {token for token in model["vocab"] if len(token) == 1}, {(left[-1], right[0]) for left, right in merges}
+        return {token for token in model["vocab"] if len(token) == 1}, {
+            (left[-1], right[0]) for left, right in merges if left and right
+        }
 
 
 class Added:
@@ -240,6 +242,8 @@ def flat(step: Step | None, name: str) -> list[Step]:
 def steady(c: str) -> bool:
     """True if a character does not combine with those before it in any Unicode normal form."""
     first = unicodedata.normalize("NFKD", c)[0]
+    if unicodedata.category(c) == "Nl":  # a letter of words for one library, and none for another
+        return False
     return unicodedata.category(first)[0] not in "MC" and not "\u1160" <= first <= "\u11ff"
 
 

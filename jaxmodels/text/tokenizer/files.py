@@ -18,7 +18,8 @@ from jaxmodels.text.tokenizer.byte_level import MERGES, VOCAB, byte_level, check
 from jaxmodels.text.tokenizer.cuts import Cuts
 from jaxmodels.text.tokenizer.errors import refusing
 from jaxmodels.text.tokenizer.ids import end_tokens
-from jaxmodels.text.tokenizer.special import CONFIG, END_OF_TEXT, files_beside, refuse_contradictions, special_tokens
+from jaxmodels.text.tokenizer.settings import with_settings
+from jaxmodels.text.tokenizer.special import CONFIG, END_OF_TEXT, files_beside, special_tokens
 from jaxmodels.text.tokenizer.untrusted import operations
 from jaxmodels.text.tokenizer.untrusted.plain import is_plain
 from jaxmodels.text.vocabularies import ByteVocabulary, CharVocabulary, Vocabulary, utf8, write_json
@@ -66,7 +67,11 @@ class TokenizerFile(Vocabulary):
             vocabulary = cls(content, file=str(path))
             len(vocabulary)
             if path.name != VOCAB:
-                refuse_contradictions(files_beside(path), vocabulary.tokenizer, json.loads(content))
+                with refusing("its settings cannot be applied", silent=True):
+                    settled = with_settings(path, content, vocabulary.tokenizer)
+                if settled != content:
+                    content, vocabulary = settled, cls(settled, file=str(path))
+                    len(vocabulary)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer={path} cannot be read: {error}") from None
         return cls(content, ends_beside(path.parent, vocabulary), str(path))

@@ -13,6 +13,7 @@ from jaxmodels.process.texts import quoted
 from jaxmodels.text.tokenizer.ids import token_id
 
 CONFIG, SPECIAL, MODEL = "tokenizer_config.json", "special_tokens_map.json", "config.json"
+ADDED = "added_tokens.json"
 END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
 STANDARD = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 GPT2, NEOX = "GPT2Tokenizer", "GPTNeoXTokenizer"
@@ -21,7 +22,10 @@ DEFAULTS: Mapping[str | None, Mapping[str, Any]] = {
     GPT2: dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     NEOX: {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT), "pad_token": "<|padding|>"},
 }
-CLASSES = {"gpt_neox": NEOX, "gpt2": GPT2, "gpt_neo": GPT2, "gptj": GPT2, "opt": GPT2}  # by model_type
+# Class of a type of model in transformers 5.
+LIKE_GPT2 = "gpt2 gpt_neo gptj opt blip-2 codegen dbrx emu3 instructblip instructblipvideo jais2 phi starcoder2"
+LIKE_NEOX = "gpt_neox falcon_mamba mamba mamba2 mpt olmo olmoe rwkv xlstm"
+CLASSES = dict.fromkeys(LIKE_GPT2.split(), GPT2) | dict.fromkeys(LIKE_NEOX.split(), NEOX)
 Files = Mapping[str, Path]  # by published name
 
 
@@ -61,7 +65,12 @@ def settings_of(files: Files) -> list[dict[str, Any]]:
 
 
 def special_tokens(files: Files) -> dict[str, str]:
-    """Text of each special token by its name, such as bos_token, that a chat template may use.
+    """Text of each special token by its name; see `named_tokens`."""
+    return {key: value["content"] if isinstance(value, dict) else value for key, value in named_tokens(files).items()}
+
+
+def named_tokens(files: Files) -> dict[str, Any]:
+    """Special tokens by their names, such as bos_token, that a chat template may use: texts, or objects with "content".
 
     Besides the standard names, those of other entries that end in _token, of which tokenizer_config.json's count, and
     of extra_special_tokens. Raises ValueError, naming the file, if one cannot be read or a value is no text.
@@ -78,8 +87,7 @@ def special_tokens(files: Files) -> dict[str, str]:
     for each in (settings, mapped):
         extra = each.get("extra_special_tokens")
         named |= extra if isinstance(extra, dict) else {}
-    texts = {key: content_of(where, named, key) for key in named}
-    return {key: token for key, token in texts.items() if token is not None}
+    return {key: value for key, value in named.items() if content_of(where, named, key) is not None}
 
 
 def is_token(value: Any) -> bool:
@@ -121,6 +129,22 @@ def added_tokens(file: Path, entries: Any) -> Iterator[tuple[int, dict[str, Any]
         yield checked_id(file, i), about
 
 
+def listed_tokens(file: Path) -> dict[int, dict[str, Any]]:
+    """Entries of added tokens by id, of the added_tokens_decoder beside a file, or else of added_tokens.json.
+
+    Raises ValueError, naming the file, for an entry of another form.
+    """
+    files, more = files_beside(file), file.with_name(ADDED)
+    settings = content_of_file(files, CONFIG)
+    entries = dict(added_tokens(file.with_name(CONFIG), settings.get("added_tokens_decoder")))
+    refuse_special(more)
+    if "added_tokens_decoder" not in settings and more.is_file():
+        special = {*special_tokens(files).values(), *unnamed_tokens(files)}
+        for name, i in read_object(more).items():
+            entries[checked_id(more, i)] = {"content": name, "special": name in special}
+    return entries
+
+
 def checked_id(file: Path, value: Any) -> int:
     """Id of a token, an integer or its digits; raises ValueError, naming the file, for any other value."""
     token = token_id(value)
@@ -139,23 +163,3 @@ def content_of(file: Path, settings: Mapping[str, Any], name: str) -> str | None
     if not isinstance(token, str) and value is not None:
         raise ValueError(f"{file} has {name}={quoted(value)}; expected a string, or an object with content")
     return token
-
-
-def refuse_contradictions(files: Files, tokenizer: Any, content: Mapping[str, Any]) -> None:
-    """Raise ValueError if the settings beside a tokenizer.json make other ids of a text than it does.
-
-    tokenizer: `tokenizers.Tokenizer` of the content. transformers adds the tokens of added_tokens_decoder, and builds
-    a tokenizer of the classes in DEFAULTS again with its own add_prefix_space.
-    """
-    added = {about.content: i for i, about in tokenizer.get_added_tokens_decoder().items()}
-    where = files.get(CONFIG, Path(CONFIG))
-    for i, about in added_tokens(where, content_of_file(files, CONFIG).get("added_tokens_decoder")):
-        if added.get(about["content"]) != i:
-            raise ValueError(
-                f"{where} has {quoted(about['content'])} with the id {i} in added_tokens_decoder; "
-                f"tokenizer.json has {added.get(about['content'], 'no such added token')}"
-            )
-    before, prefix = content.get("pre_tokenizer"), flag(files, "add_prefix_space")
-    own = before.get("add_prefix_space") if isinstance(before, dict) and before.get("type") == "ByteLevel" else prefix
-    if CONFIG in files and tokenizer_class(files) in DEFAULTS and own != prefix:
-        raise ValueError(f"{where} has add_prefix_space={prefix}; tokenizer.json has {own}")

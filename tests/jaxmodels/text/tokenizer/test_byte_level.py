@@ -89,8 +89,9 @@ def test_other_settings_are_refused(folder, settings, said):
     ("settings", "said"),
     [
         ({"add_prefix_space": True}, "add_prefix_space=True.*False"),
-        ({"added_tokens_decoder": DECODER}, "' the' with the id 300"),
+        ({"added_tokens_decoder": {"0": DECODER["0"], "302": DECODER["300"]}}, "' the' with the id 302"),
         ({"added_tokens_decoder": {"7": DECODER["0"]}}, r"'<\|endoftext\|>' with the id 7"),
+        ({"split_special_tokens": True}, "split_special_tokens=True"),
     ],
 )
 def test_settings_that_contradict_a_tokenizer_json_are_refused(tmp_path, settings, said):

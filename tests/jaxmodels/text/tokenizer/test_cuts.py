@@ -6,6 +6,7 @@ import random
 import time
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, Vocabulary
 from jaxmodels.text.documents import Text
@@ -159,3 +160,20 @@ def test_rules_that_make_many_characters_of_one_take_no_minutes():
         found = [cuts.last(f"{c}{after}{c}", 0, 3) for c in map(chr, range(0x4E00, 0x5E00)) for after in " .,"]
         assert found == [None] * len(found)
         assert time.process_time() - began < 5
+
+
+def test_a_letter_number_is_beside_no_cut():
+    """The tokenizers package takes Ⅷ for a part of a word, with the _ after it; Python's categories do not say so."""
+    found = models.WordLevel({"[UNK]": 0, "\u2167_": 1, "\u2167": 2, "_": 3, "a": 4}, unk_token="[UNK]")
+    tokenizer = Tokenizer(found)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    vocabulary = TokenizerFile(tokenizer.to_str())
+    assert not vocabulary.cuts.separate("\u2167", "_")
+    assert vocabulary.cuts.separate("a", " ")
+
+
+def test_a_merge_with_an_empty_token_is_no_error():
+    model = {"type": "BPE", "vocab": {"": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["", "a"], ["a", "b"]]}
+    vocabulary = TokenizerFile(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    assert vocabulary.cuts.reason is not None
+    assert vocabulary.encode("ab").tolist() == [3]
