@@ -10,6 +10,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxmodels.layers import definer
+from jaxmodels.process.streams import warn
 
 
 @runtime_checkable
@@ -95,6 +96,12 @@ class Sharded(Protocol):
 
 
 DECODING = ("sequence_axis", "init_cache", "prefill", "decode")  # members of LanguageModel
+
+
+def tell_left_out(model: Any, name: str) -> None:
+    """Warn, naming a checkpoint, that its model reads neighbors besides ids, and is given ids alone."""
+    if getattr(model, "reads_neighbors", False):
+        warn(f"{name} is read without neighbors, which only its training run has an index of; name the run for them")
 
 
 def check_decoding(model: Any) -> None:

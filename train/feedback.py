@@ -118,6 +118,7 @@ class Feedback(Experiment[Config]):
         c = self.config
         if c.from_parallel is None:
             return super().initial(program, vocabulary)
+        self.refuse_unnamed("from_parallel", would="be copied into it")
         run = Path(c.from_parallel)
         model, _ = latest_model(run)
         if load_vocabulary(run / "vocabulary.json") != vocabulary:

@@ -189,7 +189,9 @@ class Neox(Experiment[Config]):
     def opened(self) -> Opened:
         """The checkpoint to fine-tune; raises ValueError if it cannot be loaded or trained."""
         assert self.config.checkpoint is not None
-        self.refuse_unnamed("checkpoint", remote=is_remote(self.config.checkpoint))
+        remote = is_remote(self.config.checkpoint)
+        self.refuse_unnamed("checkpoint", would="be downloaded" if remote else "be copied into it")
+        self.refuse_unnamed("tokenizer", would="be copied into it")
         return open_neox(self.config.checkpoint)
 
     @functools.cached_property

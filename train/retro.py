@@ -65,8 +65,8 @@ from jaxmodels.training.data import Example, Task, Windows
 from jaxmodels.training.experiment import Experiment, Interrupted, check_unchanged, never
 from jaxmodels.training.loop import Evaluation
 from jaxmodels.training.runs.folder import check_folder
-from jaxmodels.training.script import Session, as_program, parse, peek, sampling
-from jaxmodels.training.signals import interruptible
+from jaxmodels.training.script import Session, as_program, parse, sampling
+from jaxmodels.training.signals import Stopped, interruptible
 from jaxmodels.training.step import Batch, Program, State, put
 from jaxmodels.training.tokenize import Tokens
 from jaxmodels.training.trainer import Result
@@ -204,6 +204,7 @@ class Retro(Experiment[Config]):
         state = super().initial(program, vocabulary)
         if self.config.from_decoder is None:
             return state
+        self.refuse_unnamed("from_decoder", would="be copied into it")
         decoder = load_decoder(self.config.from_decoder, program.abstract, vocabulary, program.mesh)
         arrays = {dotted(path): array for path, array in flat_arrays(decoder).items()}
         fixed = {name: put(arrays[name].astype(own.dtype), own.sharding) for name, own in state.fixed.items()}
@@ -407,7 +408,11 @@ def load_decoder(folder: str, model: RetroModel, vocabulary: Vocabulary, mesh: M
 
 def compare(experiment: Retro, folder: Path, session: Session) -> dict[str, float] | None:
     """Validation losses of a run's model with neighbors of each kind and without; None if it was stopped."""
-    tokens, overlap = experiment.tokens(), experiment.config.overlap
+    overlap = experiment.config.overlap
+    try:
+        tokens = experiment.tokens()
+    except Stopped:
+        return None
     program = experiment.program(len(tokens.vocabulary), make_mesh(session.options.mesh))
     state = program.state_of(latest_model(folder, program.mesh)[0])
     kinds: dict[str, Kind | None] = {
@@ -435,8 +440,8 @@ def main(arguments: Sequence[str]) -> int:
         given, command = parse(Retro, PROGRAM, arguments)
         source = command.resume or command.branch
         if source is not None:
-            check_embedder(given.config, source, peek(arguments, "--embedder"))
-            check_index(given.config, source, peek(arguments, "--index"))
+            check_embedder(given.config, source, None if "embedder" in given.unnamed else given.config.embedder)
+            check_index(given.config, source, None if "index" in given.unnamed else given.config.index)
             return script.main(Retro, PROGRAM, arguments, stop)
         config = dataclasses.replace(given.config, index=given.config.index or str(command.run / "index"))
         experiments = {"retrieval": Retro(config)}
@@ -445,9 +450,9 @@ def main(arguments: Sequence[str]) -> int:
         for name, experiment in experiments.items():
             check_folder(experiment, command.run / name)
         session = Session(command.options, stop, f"{PROGRAM} and the same flags again", PROGRAM)
-        for experiment in experiments.values():
-            experiment.check_inputs(make_mesh(command.options.mesh))
         try:
+            for experiment in experiments.values():
+                experiment.check_inputs(make_mesh(command.options.mesh))
             experiments["retrieval"].task(stop.__bool__)
         except KeyboardInterrupt:
             session.console.print(f"stopped while looking up neighbors; continue with: {session.resume}")

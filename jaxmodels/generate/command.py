@@ -339,6 +339,7 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
     Raises ValueError if the checkpoint or an option of it is unusable.
     """
     from jaxmodels.neox import NeoX, quantize
+    from jaxmodels.protocols import tell_left_out
     from jaxmodels.weights.precision import for_inference, say
 
     dtype = options.dtype
@@ -367,6 +368,7 @@ def read_model(opened: Any, options: argparse.Namespace) -> tuple[Any, int | Non
         model = for_inference(model, override="--dtype", tell=say)
     if experiment is not None:
         model = experiment.generator(model, opened.folder)
+    tell_left_out(model, opened.name)
     return model, window
 
 

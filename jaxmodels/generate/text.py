@@ -6,6 +6,7 @@ from typing import Any
 from jaxmodels.text import Vocabulary
 
 REPLACEMENT = "\ufffd"  # stands for an incomplete character at the end of a text
+MOST, KEPT = 512, 256  # tokens that are decoded with each further one; more are cut to the last ones
 
 
 class TextStream:
@@ -67,6 +68,11 @@ class TextStream:
             self.ids = self.ids[self.read :]
             self.read = len(self.ids)
             self.known = self.decoded()
+        elif len(self.ids) > MOST:  # as of thousands of line breaks, or of bytes that are no characters
+            self.ids, incomplete = self.ids[-KEPT:], len(text) - len(stable)
+            self.read = len(self.ids)
+            decoded = self.decoded()
+            self.known = decoded[: len(decoded) - incomplete]
         return piece
 
     def release(self, piece: str, *, shown: bool = True) -> str:

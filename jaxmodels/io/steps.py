@@ -82,8 +82,8 @@ def read_mark(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict):
         raise ValueError(f"{file} has files={quoted(files)}, must be an object")
     for name, size in files.items():
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            raise ValueError(f"{file} lists {quoted(name)}, which is not in its folder")
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or str(PurePath(name)) != name:
+            raise ValueError(f"{file} lists {quoted(name)}, which is no path in its folder as it is written")
         if isinstance(size, bool) or not isinstance(size, int):
             raise ValueError(f"{file} has {quoted(size)} bytes of {quoted(name)}, must be an integer")
     return mark

@@ -144,12 +144,18 @@ def interruptible() -> Iterator[None]:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Signal handler: raise KeyboardInterrupt, or repeat the signal after 10 ms inside a callback of the collector."""
+    """Signal handler: raise KeyboardInterrupt, if need be after a callback of the collector."""
+    if not is_repeated(number, frame):
+        raise KeyboardInterrupt
+
+
+def is_repeated(number: int, frame: FrameType | None) -> bool:
+    """True in a callback of the collector, where Python ignores exceptions: the signal then comes again in 10 ms."""
     callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame is not None:
         if frame.f_code in callbacks:
             main_thread = threading.main_thread().ident or 0
             threading.Timer(0.01, signal.pthread_kill, (main_thread, number)).start()
-            return
+            return True
         frame = frame.f_back
-    raise KeyboardInterrupt
+    return False

@@ -148,6 +148,11 @@ class RetroModel(nnx.Module):
         self.read = Linear(d_model, n_vocab, rngs=rngs)
         self.norm_e = LayerNorm(d_model, rngs=rngs)
 
+    @property
+    def reads_neighbors(self) -> bool:
+        """True unless it is a plain decoder."""
+        return bool(self.ca_layers)
+
     def config(self) -> dict[str, Any]:
         """Arguments of `from_config`, as JSON values."""
         names = ["n_vocab", "d_model", "n_layers", "chunk_len", "n_heads", "d_k", "d_ff"]

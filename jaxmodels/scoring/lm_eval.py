@@ -25,6 +25,7 @@ from jaxmodels.process import lm_eval as registration
 from jaxmodels.process.arguments import Parser, errors_escaped
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
+from jaxmodels.protocols import tell_left_out
 from jaxmodels.scoring.documents import checked_vocabulary, default_window
 from jaxmodels.scoring.here import data_sets_not_here, refuse_metrics_here
 from jaxmodels.scoring.likelihood import loglikelihood
@@ -117,6 +118,7 @@ class JaxModelsLM(TemplateLM):
         given_length = None if max_length is None else integer("max_length", max_length)
         self.dtype = None if dtype == "auto" else dtype
         self.model = opened.model(dtype=self.dtype or opened.compute_dtype("dtype=…"))
+        tell_left_out(self.model, self.name)
         self.max_length = given_length or default_window(self.model)
         if self.given_prefix is not None and self.given_prefix >= (n := checked_vocabulary(self.model, None)):
             raise ValueError(f"prefix_token_id={self.given_prefix} must be below the model's {n} tokens")

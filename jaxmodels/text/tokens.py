@@ -333,6 +333,8 @@ def check_part(file: Path, ids: np.ndarray, length: object, n_vocab: int) -> Non
             f"{file} has {ids.dtype}, which cannot hold ids up to {n_vocab - 1}, as its vocabulary has; tokenize the "
             "text again"
         )
-    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    low, high = 0, 0
+    for block in blocks(ids):  # a signal ends it between two of them
+        low, high = min(low, int(block.min())), max(high, int(block.max()))
     if low < 0 or high >= n_vocab:
         raise ValueError(f"{file} has ids from {low} to {high}, must be from 0 to {n_vocab - 1}")

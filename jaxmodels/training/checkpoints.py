@@ -256,7 +256,7 @@ class Checkpoints:
             if step not in whole[-self.keep :] and (not self.keep_every or step % self.keep_every):
                 try:
                     stored.remove(self.folder / str(step))
-                except ValueError as error:
+                except (OSError, ValueError) as error:  # such as of a file that another machine has open
                     warn(str(error))
 
     def restore(self) -> Position | None:

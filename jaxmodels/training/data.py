@@ -111,6 +111,22 @@ class DocumentWindows(Windows):
         return {"tokens": np.pad(ids, (0, padding)), PREDICTED: np.arange(self.seq_len) < len(ids) - 1}
 
 
+@dataclasses.dataclass(frozen=True)
+class First(Sequence[Example]):
+    """The first n of some examples, made when they are used: with neighbors they are far larger than a text."""
+
+    examples: Sequence[Example]
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.n:
+            raise IndexError(i)
+        return self.examples[i]
+
+
 def n_predicted(examples: Sequence[Example]) -> int:
     """Number of tokens that examples predict, without padding."""
     if isinstance(examples, Windows):

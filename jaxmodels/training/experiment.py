@@ -48,12 +48,13 @@ from jaxmodels.protocols import DECODING, check_decoding
 from jaxmodels.sharding import check_batch
 from jaxmodels.text import Vocabulary
 from jaxmodels.training.config import MOST_SIZE, Config
-from jaxmodels.training.data import Example, Task, Windows, endless, windows_of, without_padding
+from jaxmodels.training.data import Example, First, Task, Windows, endless, windows_of, without_padding
 from jaxmodels.training.optimizers import make_optimizer, make_schedule
 from jaxmodels.training.reporting.ngram import NGram
 from jaxmodels.training.reporting.trackers import Tracker
 from jaxmodels.training.runs.original import Original
 from jaxmodels.training.runs.unnamed import ConfigT, Unnamed
+from jaxmodels.training.signals import at_once
 from jaxmodels.training.step import PREDICTED, Batch, Program, State, token_losses
 from jaxmodels.training.tokenize import Tokens, open_tokens
 from jaxmodels.weights.names import dotted, flat_arrays
@@ -207,7 +208,8 @@ class Experiment(Unnamed[ConfigT]):
         """
         self.refuse_unnamed_text()
         try:
-            tokens = open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
+            with at_once():
+                tokens = open_tokens(self.config.text, vocabulary or self.vocabulary, self.config.text_field)
         except ValueError:
             if not self.reads_unnamed:
                 raise
@@ -255,9 +257,7 @@ class Experiment(Unnamed[ConfigT]):
     def validation_subset(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Select the held-out examples that a validation uses."""
         n = self.config.validation_batches
-        if n is None:
-            return examples
-        return [examples[i] for i in range(min(len(examples), n * self.config.batch_size))]
+        return examples if n is None else First(examples, min(len(examples), n * self.config.batch_size))
 
     def baseline(self, task: Task, predicted: int) -> tuple[str, float] | None:
         """Name and validation loss of a baseline, over the first `predicted` tokens; None if there is none."""

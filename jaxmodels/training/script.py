@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import jax
 from rich.console import Console
 
+from jaxmodels.io.bounded import read_object
 from jaxmodels.process import programs
 from jaxmodels.process.allocator import keep_freed_memory
 from jaxmodels.process.distributed import agree, is_first
@@ -24,8 +25,10 @@ from jaxmodels.process.texts import visible
 from jaxmodels.training.config import Config, Options
 from jaxmodels.training.experiment import ConfigT, Experiment, script_of
 from jaxmodels.training.reporting.trackers import Callback
+from jaxmodels.training.runs.agreement import FILE
 from jaxmodels.training.runs.folder import Branch, check_folder, saved_config
-from jaxmodels.training.signals import Stop, interruptible
+from jaxmodels.training.runs.unnamed import is_signed
+from jaxmodels.training.signals import Stop, Stopped, interruptible
 from jaxmodels.training.trainer import Result, Trainer
 
 require("train", "tyro")
@@ -91,7 +94,7 @@ def parse(
         origin = command.origin
         command = dataclasses.replace(command, out=Path(f"{origin.run}-from-{origin.step}"))
     experiment = kind(command.config)
-    if saved is not None and config is saved:
+    if saved is not None and config is saved and not is_signed(read_object(Path(str(source)).expanduser() / FILE)):
         names = (field.name for field in dataclasses.fields(saved))
         experiment.unnamed = frozenset(n for n in names if peek(arguments, f"--{n.replace('_', '-')}") is None)
     return experiment, command
@@ -153,7 +156,7 @@ def peek(arguments: Sequence[str], flag: str) -> str | None:
     value = None
     for i, argument in enumerate(arguments):
         name, equals, after = argument.partition("=")
-        if name == flag:
+        if name.replace("_", "-") == flag:  # as tyro has it
             value = after if equals else next(iter(arguments[i + 1 :]), None)
     return value
 
@@ -203,10 +206,15 @@ class Session:
 
     def train(self, experiment: Experiment[Any], folder: Path, branch: Branch | None = None) -> Result | None:
         """Train a run to its result; None if it was stopped. Raises ValueError for bad input, before any work."""
-        with contextlib.closing(
-            Trainer(experiment, folder, self.options, branch, self.program, self.callback)
-        ) as trainer:
-            return trainer.run(self.stop, self.console, self.resume)
+        try:
+            with contextlib.closing(
+                Trainer(experiment, folder, self.options, branch, self.program, self.callback)
+            ) as trainer:
+                return trainer.run(self.stop, self.console, self.resume)
+        except Stopped:
+            how = self.resume if (folder / FILE).exists() else "the same command"
+            self.console.print(visible(f"stopped while the text was read; continue with: {how}"))
+            return None
 
 
 def main(

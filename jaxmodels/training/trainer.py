@@ -32,7 +32,7 @@ from jaxmodels.training.reporting.progress import Line
 from jaxmodels.training.reporting.trackers import Callback, Function, TensorBoard, Tracker, Trackers, WandB
 from jaxmodels.training.runs.agreement import FILE, check_model
 from jaxmodels.training.runs.folder import Branch, expected, has_begun, read_about, write_about
-from jaxmodels.training.signals import Stop
+from jaxmodels.training.signals import Stop, Stopped, at_once
 
 VOCABULARY = "vocabulary.json"  # of a run
 SMALL_BATCH = 2**20  # tokens of a batch for any text
@@ -91,6 +91,12 @@ class Trainer:
             branch = None
             experiment.resume(folder)
         elif branch is None and recorded:  # killed before its first checkpoint
+            origin, step = recorded[-1]["run"], recorded[-1]["step"]
+            if experiment.unnamed:
+                raise ValueError(
+                    f"{folder} was branched from {origin}, which would be copied into it; if you trust it, name it "
+                    f"yourself, with the flags that it changes: --branch {shlex.quote(origin)} --from-step {step}"
+                )
             branch = Branch.of(recorded[-1])
         if branch is not None:
             branch.check(experiment)
@@ -150,7 +156,7 @@ class Trainer:
                     about = read_about(folder).kept
                 else:
                     about = {} if original is None else original.about()
-                write_about(folder, experiment, self.task.sha256, about)
+                write_about(folder, experiment, self.task.sha256, about, sign=not experiment.unnamed)
                 companions.write(folder)
                 if branch is not None:
                     branch.copy_metrics(folder)
@@ -325,7 +331,9 @@ class Trainer:
             missing = ", ".join(missing_decoding(self.program.abstract))
             self.say(f"reports have no sample: {type(self.program.abstract).__name__} has no {missing}")
         predicted = n_predicted(self.held_out())
-        baseline = self.experiment.baseline(self.task, predicted)
+        baseline: tuple[str, float] | None = None
+        with contextlib.suppress(Stopped), at_once():  # `train` then takes no step
+            baseline = self.experiment.baseline(self.task, predicted)
         if baseline is not None:
             self.say(f"{baseline[0]}: validation loss {baseline[1]:.3f} nats per {unit}")
         loss = self.train(stop, console)

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+import jaxmodels
+from jaxmodels.generate import command as generate
 from jaxmodels.retro.retrieval import examples
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import BertMean, HashedNGrams
@@ -444,3 +446,26 @@ def test_a_saved_run_loads_no_model_that_the_user_has_not_named(tmp_path, monkey
         experiment.saved_index(run)
     with pytest.raises(ValueError, match="chunk index"):
         retro.Retro(retro.Config(retrieval=False)).use_embedder(name)
+
+
+@pytest.mark.filterwarnings("ignore")  # of lm-eval and the libraries that it imports
+def test_a_folder_of_a_model_alone_is_read_without_neighbors_and_says_so(text, tmp_path, capsys):
+    vocabulary, folder = CharVocabulary.of(TEXT), tmp_path / "model"
+    for retrieval in (True, False):
+        fields = {"d_model": 12, "heads": 3, "d_ff": 13, "n_layers": 1, "chunk_len": L, "retrieval": retrieval}
+        model = retro.Retro(retro.Config(**fields)).model(len(vocabulary))
+        jaxmodels.save(model, folder, overwrite=True)
+        vocabulary.save(folder / "vocabulary.json")
+        warning = f"warning: {folder} is read without neighbors, which only its training run has an index of"
+        (tmp_path / "short.txt").write_text(TEXT[:99])
+        for more in ([], ["--seq-len", "11"]):
+            assert evaluate.main([str(folder), "--text", str(tmp_path / "short.txt"), *more]) == 0
+            assert capsys.readouterr().err.count(warning) == retrieval
+        assert generate.main([str(folder), "--prompt", "7 men", "--max-new-tokens", "2"]) == 0
+        assert capsys.readouterr().err.count(warning) == retrieval
+        pytest.importorskip("lm_eval")
+        from jaxmodels.scoring.lm_eval import JaxModelsLM
+
+        assert JaxModelsLM(str(folder)).model is not None
+        assert capsys.readouterr().err.count(warning) == retrieval
+        (folder / "vocabulary.json").unlink()

@@ -1,6 +1,7 @@
 """Sizes and texts that only a run's files name: each hyperparameter is allowed, and their product is not."""
 
 import dataclasses
+import json
 import math
 import zipfile
 from pathlib import Path
@@ -11,13 +12,13 @@ import pytest
 from jaxmodels.retro.retrieval.examples import read
 from jaxmodels.sharding import make_mesh
 from jaxmodels.text import CharVocabulary
-from jaxmodels.training import unnamed as limits
 from jaxmodels.training.loop import Evaluation
+from jaxmodels.training.runs import unnamed as limits
 from jaxmodels.training.runs.folder import saved_experiment, write_about
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.signals import Stop
 from tests.train_common import TEXT
-from train import retro, rope, rope_value
+from train import feedback, neox, retro, rope, rope_value
 
 SIZES = {"d_model": 12, "heads": 3, "d_ff": 13, "n_layers": 1, "seq_len": 11}
 L = 4
@@ -145,3 +146,84 @@ def test_generated_problems_of_a_length_that_only_a_run_of_others_names_have_a_l
             theirs.held_out(tmp_path, rope_value.VOCABULARY, sha256)
     theirs.config, theirs.unnamed = long.config, theirs.unnamed - {"seq_len"}
     assert len(theirs.held_out(tmp_path, rope_value.VOCABULARY, sha256)) == rope_value.VALIDATION
+
+
+@pytest.fixture
+def own(text, tmp_path, monkeypatch) -> Path:
+    """A run of two steps that its user trained, with a key in a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+    flags = [*sizes, "--batch-size=4", "--steps=2", f"--text={text}", "--no-tensorboard"]
+    assert main(rope.Rope, "python -m train.rope", [*flags, "--out", str(tmp_path / "own")]) == 0
+    return tmp_path / "own"
+
+
+def unnamed_when_resumed(run: Path, *flags: str) -> frozenset[str]:
+    return parse(rope.Rope, "python -m train.rope", ["--resume", str(run), *flags])[0].unnamed
+
+
+def test_limits_for_runs_of_others_are_not_for_one_s_own(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "BYTES", 1)
+    monkeypatch.setattr(limits, "GROWTH", 0)
+    key = tmp_path / "cache" / "jaxmodels" / "runs.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    more = ["--resume", str(own), "--no-tensorboard", "--steps=3"]
+    assert unnamed_when_resumed(own) == frozenset()
+    assert main(rope.Rope, "python -m train.rope", more) == 0
+    assert unnamed_when_resumed(own) == frozenset()
+    before = (own / "config.json").read_text()
+    for changed in (before.replace('"keep": 3', '"keep": 4'), before.replace('"signature": "', '"no": "')):
+        (own / "config.json").write_text(changed)
+        assert {"batch_size", "text"} <= unnamed_when_resumed(own)
+    (own / "config.json").write_text(before)
+    key.write_bytes(bytes(32))
+    with pytest.raises(ValueError, match=r"a step of the run takes .* --batch-size 4"):
+        main(rope.Rope, "python -m train.rope", [*more[:-1], "--steps=4"])
+    assert "signature" not in json.loads((own / "config.json").read_text())  # it is not made one's own
+    assert main(rope.Rope, "python -m train.rope", [*more[:-1], "--steps=4", "--batch-size=4"]) == 0
+
+
+def test_a_home_that_cannot_be_written_has_no_signature(text, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    write_about(tmp_path, rope.Rope(rope.Config()), "0" * 64, {}, sign=True)
+    assert "signature" not in json.loads((tmp_path / "config.json").read_text())
+    assert "text" in unnamed_when_resumed(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--batch_size"])
+def test_a_flag_is_named_in_either_spelling(own, flag):
+    (own / "config.json").write_text((own / "config.json").read_text().replace("signature", "none"))
+    assert "batch_size" not in unnamed_when_resumed(own, flag, "4")
+
+
+def test_from_step_without_a_branch_is_refused_in_either_spelling():
+    for flag in ("--from-step", "--from_step=3"):
+        with pytest.raises(ValueError, match="--from-step needs --branch"):
+            parse(rope.Rope, "python -m train.rope", [flag, "3"][: 2 - ("=" in flag)])
+
+
+def test_a_run_of_others_that_has_not_begun_copies_no_run_that_it_names(own, text, tmp_path):
+    theirs, about = tmp_path / "theirs", json.loads((own / "config.json").read_text())
+    branches = {"branches": [{"run": str(own), "step": 2, "changed": {}}]}
+    config = rope.Config(**(about["config"] | {"steps": 3}))
+    theirs.mkdir()
+    write_about(theirs, rope.Rope(config), about["sha256"], branches)
+    with pytest.raises(ValueError, match=r"/theirs was branched from .*/own, .*--branch .*/own --from-step 2"):
+        main(rope.Rope, "python -m train.rope", ["--resume", str(theirs), "--no-tensorboard"])
+    assert [path.name for path in theirs.iterdir()] == ["config.json"]
+    write_about(theirs, rope.Rope(config), about["sha256"], branches, sign=True)
+    assert main(rope.Rope, "python -m train.rope", ["--resume", str(theirs), "--no-tensorboard"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(neox.Neox, "checkpoint"), (retro.Retro, "from_decoder"), (feedback.Feedback, "from_parallel")]
+)
+def test_a_run_of_others_that_has_not_begun_copies_no_weights_that_it_names(kind, name, text, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    made = unnamed(kind, name, **{name: str(mine), "text": str(text)})
+    begin = (lambda: made.opened) if kind is neox.Neox else (lambda: made.initial(made.program(7, make_mesh("")), None))
+    flag = name.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"{name}='.*/mine' of the run would be copied into it; .*--{flag} .*/mine"):
+        begin()

@@ -22,6 +22,7 @@ from jaxmodels.process.arguments import Parser
 from jaxmodels.process.failures import memory_naming
 from jaxmodels.process.paths import local
 from jaxmodels.process.texts import visible
+from jaxmodels.protocols import tell_left_out
 from jaxmodels.scoring import score
 from jaxmodels.scoring.documents import perplexity
 from jaxmodels.scoring.files import Document, as_json, read_documents, table
@@ -217,6 +218,7 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
         raise ValueError(f"--bos: {opened.name} names no bos token")
     dtype = opened.compute_dtype("--compute-dtype") if opened.is_quantized else options.compute_dtype
     model = opened.model(dtype=dtype, shardings=mesh if mesh.size > 1 else None)
+    tell_left_out(model, opened.name)
     window = None if options.seq_len is None else options.seq_len + 1
     documents: list[Document] = []
 
@@ -257,6 +259,7 @@ def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:
     if options.embedder is not None:
         raise ValueError(f"--embedder is for training runs; {folder} is not one")
     model = open_model(folder, mesh)
+    tell_left_out(model, str(folder))
     if options.tokenizer is not None:
         return Checkpoint(model, TokenizerFile.read(options.tokenizer))
     return Checkpoint(model, load_vocabulary(folder / "vocabulary.json"))

@@ -10,6 +10,8 @@ import dataclasses
 
 import numpy as np
 
+BLOCK = 2**22  # tokens that are counted at once: a signal is handled between two calls of NumPy
+
 
 @dataclasses.dataclass(frozen=True)
 class Order:
@@ -37,9 +39,7 @@ class NGram:
         self.orders: list[Order] = []
         contexts, ranks = 1, np.zeros(len(ids), np.int64)  # rank of the k-1 characters before each one
         for k in range(min(order, len(ids))):
-            codes, inverse, counts = np.unique(
-                np.add(ranks * n_vocab, ids[k:], dtype=np.int64), return_inverse=True, return_counts=True
-            )
+            codes, inverse, counts = counted(np.add(ranks * n_vocab, ids[k:], dtype=np.int64))
             context = codes // n_vocab
             total = np.bincount(context, weights=counts, minlength=contexts)
             self.orders.append(Order(codes, counts, total, np.bincount(context, minlength=contexts)))
@@ -51,7 +51,8 @@ class NGram:
         ranks = np.zeros(len(ids), np.int64)  # -1: does not occur
         for k, order in enumerate(self.orders[: len(ids)]):
             codes = np.where(ranks < 0, -1, np.add(ranks * self.n_vocab, ids[k:], dtype=np.int64))
-            places = np.minimum(np.searchsorted(order.codes, codes), len(order.codes) - 1)
+            found = [np.searchsorted(order.codes, codes[at : at + BLOCK]) for at in range(0, len(codes), BLOCK)]
+            places = np.minimum(np.concatenate(found), len(order.codes) - 1)
             seen = order.codes[places] == codes
             count = np.where(seen, order.counts[places], 0)
             total, types = (np.where(ranks < 0, 0, table[ranks]) for table in (order.total, order.types))
@@ -59,3 +60,16 @@ class NGram:
             p[k:] = np.where(known, (count + types * p[k:]) / np.where(known, total + types, 1), p[k:])
             ranks = np.where(seen, places, -1)[:-1]
         return -np.log(p)
+
+
+def counted(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Different codes in order, the index of each code among them, and their counts, as `np.unique` returns them."""
+    blocks = [codes[at : at + BLOCK] for at in range(0, len(codes), BLOCK)]
+    parts = [np.unique(block, return_inverse=True, return_counts=True) for block in blocks]
+    found = np.unique(np.concatenate([own for own, _, _ in parts]))
+    counts, inverse = np.zeros(len(found), np.int64), []
+    for own, places, numbers in parts:
+        ranks = np.searchsorted(found, own)
+        counts[ranks] += numbers
+        inverse.append(ranks[places])
+    return found, np.concatenate(inverse), counts

@@ -6,6 +6,7 @@ metrics.jsonl, `jaxmodels.training.metrics.Log`, is one of them.
 import contextlib
 import hashlib
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +99,9 @@ class TensorBoard:
         from tensorboardX.summary import scalar
 
         (run / "tensorboard").mkdir(parents=True, exist_ok=True)
-        self.writer, self.event, self.scalar = EventsWriter(str(run / "tensorboard" / "events")), event_pb2, scalar
+        # Its own name has the second: another file of the same second would be replaced.
+        writer = EventsWriter(str(run / "tensorboard" / "events"), f".{uuid.uuid4().hex[:8]}")
+        self.writer, self.event, self.scalar = writer, event_pb2, scalar
         self.records = self.writer._py_recordio_writer
         self.file = Path(self.records.path)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

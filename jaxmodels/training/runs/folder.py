@@ -3,6 +3,7 @@
 RUN/config.json     {"format": 3, "script": "train.rope", "standalone": true, "config": {…}, "sha256": …}
                     if it fine-tunes a checkpoint: "original" and "token_ids", see `jaxmodels.training.runs.original`
                     if it was branched: "branches": [{"run": …, "step": …, "changed": {name: [before, after]}}, …]
+                    if its user named all of it: "signature", see `jaxmodels.training.runs.unnamed`
 RUN/vocabulary.json, RUN/metrics.jsonl, RUN/checkpoints/, RUN/tensorboard/, RUN/profile/, RUN/.lock
 """
 
@@ -29,6 +30,7 @@ from jaxmodels.training.checkpoints import LOCK, Checkpoints, Position, UnknownM
 from jaxmodels.training.config import Config
 from jaxmodels.training.experiment import EXPERIMENTS, ConfigT, Experiment, check_checkout, experiment_class, script_of
 from jaxmodels.training.runs.agreement import FILE, Expected, check_model
+from jaxmodels.training.runs.unnamed import signed
 
 FORMAT = 3
 ORIGINAL = ("original", "token_ids")  # entries of config.json about the checkpoint that was fine-tuned
@@ -93,10 +95,12 @@ def is_branch(entry: Any) -> bool:
     return named and type(entry.get("step")) is int
 
 
-def write_about(run: Path, experiment: Experiment[Any], sha256: str, original: Mapping[str, Any]) -> None:
+def write_about(
+    run: Path, experiment: Experiment[Any], sha256: str, original: Mapping[str, Any], *, sign: bool = False
+) -> None:
     """Write config.json: the experiment, its complete configuration, the checksum of its data, and its origin.
 
-    original: further entries, of `Original.about` and `Branch.about`.
+    original: further entries, of `Original.about` and `Branch.about`. sign: add a signature.
     """
     about = {
         "format": FORMAT,
@@ -107,7 +111,7 @@ def write_about(run: Path, experiment: Experiment[Any], sha256: str, original: M
         **original,
     }
     with atomic_file(run / FILE) as new:
-        new.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        new.write_text(json.dumps(signed(about) if sign else about, indent=2) + "\n", encoding="utf-8")
 
 
 def saved_config(kind: type[Experiment[ConfigT]], run: Path) -> ConfigT:

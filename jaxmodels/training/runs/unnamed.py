@@ -1,23 +1,63 @@
-"""Limits of what a run's files may ask for where the user has not typed it: they may be those of others."""
+"""Limits of what a run's files may ask for where the user has not typed it: they may be those of others.
 
+They are not for a run whose config.json has a `signature`: with a key in the user's cache, of hyperparameters that the
+user has typed.
+"""
+
+import hmac
 import itertools
+import json
 import os
+import secrets
 import shlex
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
 
 import jax
 
+from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.bounded import read_bytes
 from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.corpora import is_downloaded
+from jaxmodels.text.corpora import cache_file, is_downloaded
 from jaxmodels.training.config import Config
 from jaxmodels.training.step import Program
 
 FILES = 100_000  # in the folder of a text
 BYTES = 2**32  # of the main memory in a step
 GROWTH = 8  # or as many times the bytes of the checkpoint
+KEY_BYTES = 32
+SIGNATURE = "signature"  # in a run's config.json
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def signature(about: Mapping[str, Any], *, create: bool = False) -> str | None:
+    """HMAC-SHA256 of a config.json with the key in the user's cache; None if there is no key, which `create` makes."""
+    file = cache_file().with_name("runs.key")
+    try:
+        if create and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(file) as new:
+                new.touch(0o600)
+                new.write_bytes(secrets.token_bytes(KEY_BYTES))
+        key, text = read_bytes(file, KEY_BYTES), json.dumps(about, sort_keys=True)
+    except (OSError, ValueError, RecursionError):  # such as of a home that cannot be written
+        return None
+    return hmac.new(key, text.encode(), "sha256").hexdigest() if len(key) == KEY_BYTES else None
+
+
+def signed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of a config.json with its signature, or without one if the user's cache cannot be written."""
+    found = signature(about, create=True)
+    return {**about, **({} if found is None else {SIGNATURE: found})}
+
+
+def is_signed(about: Mapping[str, Any]) -> bool:
+    """True if the content of a config.json is as this user's program signed it."""
+    given = about.get(SIGNATURE)
+    found = signature({name: value for name, value in about.items() if name != SIGNATURE})
+    return found is not None and isinstance(given, str) and hmac.compare_digest(given.encode(), found.encode())
 
 
 class Unnamed(Generic[ConfigT]):
@@ -27,13 +67,13 @@ class Unnamed(Generic[ConfigT]):
     unnamed: frozenset[str] = frozenset()  # their names
     recorded: str | None = None  # sha256 of the data that the run's files have
 
-    def refuse_unnamed(self, name: str, *, remote: bool) -> None:
-        """Raise ValueError if a hyperparameter names something to download, and a run's files alone have it."""
-        if remote and name in self.unnamed:
+    def refuse_unnamed(self, name: str, *, would: str = "be downloaded") -> None:
+        """Raise ValueError if a run's files alone have a hyperparameter. would: what would be done with it."""
+        if name in self.unnamed and getattr(self.config, name) is not None:
             value = getattr(self.config, name)
             raise ValueError(
-                f"{name}={quoted(value)} of the run would be downloaded; if you trust it, name it yourself: "
-                f"--{name} {shlex.quote(value)}"
+                f"{name}={quoted(value)} of the run would {would}; if you trust it, name it yourself: "
+                f"--{name.replace('_', '-')} {shlex.quote(value)}"
             )
 
     def refuse_unnamed_text(self) -> None:
@@ -42,7 +82,8 @@ class Unnamed(Generic[ConfigT]):
         The folder may be any: that of others' run may be the root of the file system.
         """
         text = self.config.text
-        self.refuse_unnamed("text", remote=is_downloaded(text))
+        if is_downloaded(text):
+            self.refuse_unnamed("text")
         if "text" in self.unnamed and os.path.isdir(text):
             found = sum(1 for _ in itertools.islice(below(text), FILES + 1))
             if found > FILES:

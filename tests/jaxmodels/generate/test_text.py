@@ -163,3 +163,19 @@ def test_templates_of_special_tokens_are_for_prompts(chat):
     assert chat.encode_prompt("sea").tolist() == chat.encode("sea").tolist()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     assert TokenizerFile.of(tokenizer).encode_prompt("sea")[0] == start
+
+
+@pytest.mark.parametrize("name", ["newline", "no character", "spaces"])
+def test_tokens_without_a_word_take_time_in_proportion_to_their_number(name, vocabulary, metaspace):
+    of = metaspace if name == "spaces" else vocabulary
+    piece = {"newline": vocabulary.encode("\n"), "no character": vocabulary.encode("é")[-1:], "spaces": [256]}[name]
+    decoded: list[int] = []
+
+    class Counting(TokenizerFile):
+        def decode(self, ids, *, skip_special=False):
+            decoded.append(len(ids))
+            return super().decode(ids, skip_special=skip_special)
+
+    ids = [*list(piece) * 3000, *of.encode("the sea").tolist(), *list(piece) * 700, *of.encode("s").tolist()]
+    assert continuation(TextStream(Counting(of.content)), ids) == of.decode(ids)
+    assert max(decoded) <= 513

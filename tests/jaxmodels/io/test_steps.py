@@ -236,3 +236,13 @@ def test_clean_removes_unfinished_steps_of_killed_runs_alone(tmp_path, capsys):
     assert clean([str(tmp_path), "--delete"]) == 0
     assert "removed 2," in capsys.readouterr().out
     assert sorted(path.name for path in folder.parent.iterdir()) == ["10", "7", "9"]
+
+
+@pytest.mark.parametrize("name", ["./losses.npy", "model//config.json", "losses.npy/", "model/./config.json"])
+def test_a_file_of_a_step_is_listed_by_one_name(name, tmp_path):
+    """A million spellings of one name would take minutes."""
+    folder = complete(tmp_path)
+    about = json.loads((folder / "complete.json").read_text())
+    about["files"][name] = len(b"\x93NUMP")
+    (folder / "complete.json").write_text(json.dumps(about))
+    assert f"lists {name!r}, which is no path" in str(steps.problem(folder))

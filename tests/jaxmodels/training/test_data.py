@@ -1,12 +1,23 @@
 """Batches of training windows: contents, order, resuming."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from jaxmodels.sharding import make_mesh
-from jaxmodels.training.data import Batches, DocumentWindows, Windows, endless, in_batches, n_predicted, without_padding
+from jaxmodels.training.data import (
+    Batches,
+    DocumentWindows,
+    First,
+    Windows,
+    endless,
+    in_batches,
+    n_predicted,
+    without_padding,
+)
 
 N, S, B = 1103, 11, 7  # 100 windows: batches reach over the ends of epochs
 IDS = np.arange(N, dtype=np.uint16)  # a token is its own place
@@ -114,3 +125,23 @@ def test_windows_within_documents_never_cross_and_predict_each_token_once():
         windows[len(windows)]
     with pytest.raises(ValueError, match=r"validation text .* 2 tokens.*within_documents"):
         DocumentWindows(np.zeros(2, int), S, "validation", np.asarray([0, 1, 2]))
+
+
+def test_examples_of_a_validation_are_made_when_they_are_used():
+    made: list[int] = []
+
+    class Examples(Sequence):
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitem__(self, i):
+            made.append(i)
+            return {"tokens": np.zeros(S + 1, np.int32)}
+
+    first = First(Examples(), 7)
+    assert len(first) == 7
+    assert n_predicted(first) == 7 * S
+    assert made == [0, 0]
+    assert len(list(first)) == 7
+    with pytest.raises(IndexError):
+        first[7]

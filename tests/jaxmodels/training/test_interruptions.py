@@ -1,18 +1,22 @@
 """Full disks, closed pipes, hung-up terminals and early signals, as real processes."""
 
+import errno
 import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import optax
 import pytest
 
+from jaxmodels.io import steps as stored
 from jaxmodels.io.steps import steps
+from jaxmodels.text import encoding
 from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import Checkpoints, Position
 from jaxmodels.training.config import Options
@@ -201,3 +205,58 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds(new, tmp_path):
     assert len(shown) >= 3
     assert max(later - before for before, later in itertools.pairwise(shown)) < 11
     assert "nan" not in "".join(line for _, line in lines)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_the_encoding_of_a_text(new, tmp_path, monkeypatch, capsys, number, code):
+    """It does not wait for the end of a text of gigabytes, and leaves neither ids nor a run."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    encode = encoding.encoded
+
+    def signaled(*arguments: object) -> list:  # in another thread, for which the main thread waits
+        os.kill(os.getpid(), number)
+        return encode(*arguments)
+
+    monkeypatch.setattr(encoding, "encoded", signaled)
+    assert main(rope.Rope, "python -m train.rope", [*new, "--out", str(tmp_path / "run")]) == code
+    assert capsys.readouterr().out == "stopped while the text was read; continue with: the same command\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+    assert not list(temporary.iterdir())
+
+
+def test_a_signal_ends_the_counting_of_n_grams_and_the_run_goes_on_later(new, tmp_path, monkeypatch, capsys):
+    run, flags = tmp_path / "run", [*new, "--steps", "2"]
+
+    def signaled(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(60)
+        pytest.fail("it waited")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxmodels.training.experiment.NGram", signaled)
+        assert main(rope.Rope, "python -m train.rope", [*flags, "--out", str(run)]) == 0
+    assert f"stopped at step 0; continue with: python -m train.rope --resume {run}\n" in capsys.readouterr().out
+    assert main(rope.Rope, "python -m train.rope", ["--resume", str(run), "--no-tensorboard"]) == 0
+    assert steps(run / "checkpoints") == [2]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(checkpoints, capsys, monkeypatch):
+    """Such as one of which another machine has a file open: the new one is complete."""
+    checkpoints.keep = 1
+    remove = stored.remove
+
+    def busy(folder) -> None:
+        if folder.name == "3":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        remove(folder)
+
+    monkeypatch.setattr(stored, "remove", busy)
+    for step in (3, 4):
+        checkpoints.save(position(checkpoints, step))
+        checkpoints.accept()
+        checkpoints.settle()
+    assert not checkpoints.retrying
+    assert re.fullmatch(r"warning: .*Directory not empty: '.*/checkpoints/3'\n", capsys.readouterr().err)
+    assert steps(checkpoints.folder) == [3, 4]

@@ -12,7 +12,7 @@ import pytest
 from jaxmodels.training.checkpoints import Position
 from jaxmodels.training.data import Batches, Windows, endless
 from jaxmodels.training.loop import Evaluation, Loop, StepMetrics
-from jaxmodels.training.signals import interruptible
+from jaxmodels.training.signals import Stopped, at_once, interruptible
 from jaxmodels.training.step import token_losses
 from tests.train_common import IDS, B, S, program
 
@@ -167,3 +167,23 @@ def test_a_second_ctrl_c_interrupts_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         threading.Event().wait(1)
+
+
+def test_work_that_asks_no_stop_ends_at_once_and_its_end_is_not_interrupted():
+    ended = False
+    with interruptible() as stop, pytest.raises(Stopped), at_once():  # noqa: PT012 (how it ends is tested)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(0.01)
+            ended = True
+    assert ended
+    assert stop.exit_code == 0
+    with interruptible() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped), at_once():
+            pytest.fail("the signal came before")
+    with at_once():  # without effect
+        pass

@@ -1,10 +1,12 @@
 """The Witten-Bell n-gram baseline."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from jaxmodels.training.reporting import ngram
 from jaxmodels.training.reporting.ngram import NGram
 
 V = 7
@@ -66,3 +68,15 @@ def test_texts_shorter_than_the_order():
     assert NGram(text(97, seed=2), V).nats(np.array([], np.int32)).shape == (0,)
     with pytest.raises(ValueError, match="ids has 0 tokens"):
         NGram(np.array([], np.int32), V)
+
+
+def test_blocks_are_counted_as_the_whole(monkeypatch):
+    train, held_out = text(211, 1), text(97, 2)
+    whole = NGram(train, V)
+    expected = whole.nats(held_out)
+    monkeypatch.setattr(ngram, "BLOCK", 13)
+    found = NGram(train, V)
+    for ours, theirs in zip(found.orders, whole.orders, strict=True):
+        for field in dataclasses.fields(ours):
+            np.testing.assert_array_equal(getattr(ours, field.name), getattr(theirs, field.name))
+    np.testing.assert_array_equal(found.nats(held_out), expected)

@@ -5,6 +5,7 @@ import math
 import resource
 import signal
 import sys
+import time
 import types
 
 import pytest
@@ -170,3 +171,12 @@ def test_weights_and_biases_is_an_extra(tmp_path, monkeypatch):
     with pytest.raises(MissingExtra, match=r"jaxmodels\[wandb\]"):
         train(experiment, tmp_path / "run", options=Options(wandb="project"), callback=lambda *call: None)
     assert not (tmp_path / "run").exists()  # before any work
+
+
+def test_two_event_files_of_one_second_are_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1.0e9)
+    for step in (0, 10):
+        events = TensorBoard(tmp_path, step)
+        events.write(step + 10, {"loss": 0.5})
+        events.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
