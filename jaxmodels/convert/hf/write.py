@@ -1,6 +1,7 @@
 """Writer of GPT-NeoX checkpoints in the format of `transformers`."""
 
 import collections
+import importlib.util
 import json
 import os
 from collections.abc import Iterable
@@ -9,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.convert.companions import TOKENIZER
 from jaxmodels.convert.hf.config import END_OF_TEXT, check_expressible, hf_config
 from jaxmodels.convert.neox.layout import hf_name
 from jaxmodels.convert.source import Source, model_source
-from jaxmodels.io.atomic import atomic_folder
+from jaxmodels.io.atomic import atomic_file, atomic_folder
+from jaxmodels.io.bounded import TOKENIZER_BYTES, read_text
 from jaxmodels.io.formats.safetensors import FILE_BYTES, write_folder
 from jaxmodels.neox import NeoX
+from jaxmodels.text import TokenizerFile
+from jaxmodels.text.tokenizer.special import CONFIG
 from jaxmodels.weights.lazy import nbytes
 from jaxmodels.weights.progress import progress_bar
 
@@ -43,6 +48,22 @@ def write_hf(
         text = json.dumps(hf_config(source.config, dtype, source.companions.config_ids or END_OF_TEXT), indent=2)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         source.companions.write(temporary)
+        if source.format != "hf":  # a published folder keeps its own files
+            keep_rules(temporary)
+
+
+def keep_rules(folder: Path) -> None:
+    """Have transformers read a folder's tokenizer.json as it is, where the model's class would give it other ids."""
+    file, settings = folder / TOKENIZER, folder / CONFIG
+    if not file.is_file() or settings.exists() or importlib.util.find_spec("tokenizers") is None:
+        return
+    try:
+        same = TokenizerFile.read(file).content == read_text(file, TOKENIZER_BYTES)
+    except ValueError:  # its rules are not those of the class
+        same = False
+    if not same:
+        with atomic_file(settings) as new:
+            new.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n', encoding="utf-8")
 
 
 def main_dtype(tensors: Iterable[Any]) -> str:

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 
@@ -15,6 +16,7 @@ from jaxmodels.convert.hf import load_hf, open_hf, save_hf, write_hf
 from jaxmodels.convert.neox import load_neox
 from jaxmodels.convert.neox.read import open_neox
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.text import TokenizerFile
 from tests.common import run
 from tests.jaxmodels.convert.neox.test_read import TIED, assert_holds
 from tests.jaxmodels.convert.neox.test_write import limited
@@ -233,3 +235,27 @@ def test_presets_are_what_the_published_configurations_say(tmp_path):
 
     config, _ = read_config(tmp_path / "config.json")
     assert config == NeoXConfig.neox_20b()
+
+
+@pytest.mark.parametrize("digits", [False, True], ids=["rules of the class", "other rules"])
+def test_a_tokenizer_has_the_same_ids_in_transformers(tmp_path, digits):
+    """transformers would replace the rules of a tokenizer.json by those of the model's class."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    steps = [tokenizers.pre_tokenizers.Digits(individual_digits=True), level]
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps) if digits else level
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(["2026 and 2027 are 12 months each, 1234 and 2345 are not"] * 5, trainer)
+    write(tmp_path / "source", 2)
+    tokenizer.save(str(tmp_path / "source" / "tokenizer.json"))
+    write_hf(open_neox(tmp_path / "source"), tmp_path / "hf")
+    assert (tmp_path / "hf" / "tokenizer_config.json").exists() is digits
+    text = "In 2026, 1234 <|endoftext|> e\u0301"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+    assert list(TokenizerFile.read(tmp_path / "hf").encode(text, special=True)) == tokenizer.encode(text).ids
