@@ -11,16 +11,18 @@ import os
 import secrets
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
 
 from jaxmodels.io.atomic import atomic_file
-from jaxmodels.io.bounded import read_bytes
+from jaxmodels.io.bounded import read_bytes, read_object
 from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.corpora import cache_file, is_downloaded
 from jaxmodels.training.config import Config
+from jaxmodels.training.runs.agreement import FILE
 from jaxmodels.training.step import Program
 
 FILES = 100_000  # in the folder of a text
@@ -58,6 +60,14 @@ def is_signed(about: Mapping[str, Any]) -> bool:
     given = about.get(SIGNATURE)
     found = signature({name: value for name, value in about.items() if name != SIGNATURE})
     return found is not None and isinstance(given, str) and hmac.compare_digest(given.encode(), found.encode())
+
+
+def is_own(run: Path) -> bool:
+    """True if a run's config.json is signed by this user's program; False if it cannot be read."""
+    try:
+        return is_signed(read_object(run / FILE))
+    except (OSError, ValueError):
+        return False
 
 
 class Unnamed(Generic[ConfigT]):
