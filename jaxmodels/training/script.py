@@ -26,7 +26,7 @@ from jaxmodels.training.experiment import ConfigT, Experiment, script_of
 from jaxmodels.training.reporting.trackers import Callback
 from jaxmodels.training.runs.agreement import FILE
 from jaxmodels.training.runs.folder import Branch, check_folder, saved_config
-from jaxmodels.training.runs.unnamed import is_own
+from jaxmodels.training.runs.unnamed import is_signed
 from jaxmodels.training.signals import Stop, Stopped, interruptible
 from jaxmodels.training.trainer import Result, Trainer
 
@@ -93,7 +93,7 @@ def parse(
         origin = command.origin
         command = dataclasses.replace(command, out=Path(f"{origin.run}-from-{origin.step}"))
     experiment = kind(command.config)
-    if saved is not None and config is saved and not is_own(Path(str(source)).expanduser()):
+    if saved is not None and config is saved and not is_signed(Path(str(source)).expanduser() / FILE):
         names = (field.name for field in dataclasses.fields(saved))
         experiment.unnamed = frozenset(n for n in names if peek(arguments, f"--{n.replace('_', '-')}") is None)
     return experiment, command

@@ -22,7 +22,6 @@ from jaxmodels.process.paths import below
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.corpora import cache_file, is_downloaded
 from jaxmodels.training.config import Config
-from jaxmodels.training.runs.agreement import FILE
 from jaxmodels.training.step import Program
 
 FILES = 100_000  # in the folder of a text
@@ -55,19 +54,14 @@ def signed(about: Mapping[str, Any]) -> dict[str, Any]:
     return {**about, **({} if found is None else {SIGNATURE: found})}
 
 
-def is_signed(about: Mapping[str, Any]) -> bool:
-    """True if the content of a config.json is as this user's program signed it."""
-    given = about.get(SIGNATURE)
-    found = signature({name: value for name, value in about.items() if name != SIGNATURE})
-    return found is not None and isinstance(given, str) and hmac.compare_digest(given.encode(), found.encode())
-
-
-def is_own(run: Path) -> bool:
-    """True if a run's config.json is signed by this user's program; False if it cannot be read."""
+def is_signed(file: Path) -> bool:
+    """True if a config.json is as this user's program signed it; False if it cannot be read."""
     try:
-        return is_signed(read_object(run / FILE))
+        about = dict(read_object(file))
     except (OSError, ValueError):
         return False
+    given, found = about.pop(SIGNATURE, None), signature(about)
+    return found is not None and isinstance(given, str) and hmac.compare_digest(given.encode(), found.encode())
 
 
 class Unnamed(Generic[ConfigT]):
