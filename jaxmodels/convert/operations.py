@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,9 @@ def to_torch_file(options: argparse.Namespace) -> str:
         raise ValueError(f"{options.target} is a folder; expected a file")
 
     def check(*, content: bool = True) -> None:
-        exists = os.path.lexists(options.target)  # also a link to nothing
+        exists = options.target.exists()
+        if options.target.is_symlink() and not exists:
+            raise ValueError(f"{options.target} is a link that leads to nothing; choose another file")
         if exists and not options.overwrite:
             raise ValueError(f"{options.target} exists; choose another file, or pass --overwrite")
         if content and exists and not is_torch_file(options.target):

@@ -19,9 +19,9 @@ from jaxmodels.io.checkpoint import stored_types
 from jaxmodels.io.steps import steps
 from jaxmodels.layers import Dropout, Embed
 from jaxmodels.training import metrics, trainer
-from jaxmodels.training import run as run_module
 from jaxmodels.training.checkpoints import Checkpoints, Position, moved, optimizer_names
 from jaxmodels.training.optimizers import OptimizerName, make_optimizer, make_schedule
+from jaxmodels.training.runs import folder as run_module
 from jaxmodels.training.runs.folder import Branch, check_folder, read_about, write_about
 from jaxmodels.training.script import main, parse
 from jaxmodels.training.step import State

@@ -18,9 +18,9 @@ from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.retro import NearestNeighborEncoder, RetroModel
 from jaxmodels.scoring import score
 from jaxmodels.text import CharVocabulary
-from jaxmodels.training import run
 from jaxmodels.training.commands import evaluate
 from jaxmodels.training.data import Windows, stack
+from jaxmodels.training.runs import folder as run_folder
 from jaxmodels.training.runs.folder import write_about
 from jaxmodels.training.step import token_losses
 from jaxmodels.training.tokenize import open_tokens, tokenize
@@ -121,7 +121,7 @@ def make_run(tmp_path, monkeypatch):
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
         vocabulary.save(tmp_path / "run" / "vocabulary.json")
         write_about(tmp_path / "run", experiment, sha256, {})
-        monkeypatch.setattr(run, "latest_model", lambda folder, mesh: (model, 1))
+        monkeypatch.setattr(run_folder, "latest_model", lambda folder, mesh: (model, 1))
         return tmp_path / "run"
 
     return make

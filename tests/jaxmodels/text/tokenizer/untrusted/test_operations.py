@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.text import TokenizerFile
-from jaxmodels.text import tokenizer as module
+from jaxmodels.text.tokenizer import files as module
 from tests.jaxmodels.text.tokenizer.untrusted.test_plain import MODEL, replace, sequence, split
 
 WORDS = {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, " ": 1, "-": 2, "-" * 60: 3}}
