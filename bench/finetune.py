@@ -57,7 +57,7 @@ def main() -> None:
     from flax import nnx
 
     import jaxmodels
-    from bench.timing import alternate, report, stamp
+    from bench.timing import alternate, report, stamp, with_limit
     from jaxmodels.models import cast
     from jaxmodels.neox import NeoX
     from jaxmodels.neox.config import PRESETS
@@ -65,6 +65,7 @@ def main() -> None:
     from jaxmodels.process.allocator import keep_freed_memory
     from jaxmodels.sharding import make_mesh
     from jaxmodels.text import ByteVocabulary
+    from jaxmodels.training.plan.flops import of_step
     from jaxmodels.weights.names import flat_arrays
     from train import neox
 
@@ -84,6 +85,7 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, sizes.n_vocab, shape, np.int32)
     steps: dict[str, Callable[[], object]] = {}
     memory: dict[str, tuple[int, int, int]] = {}
+    flops: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(Path(folder) / "model")
         if options.kinds:
@@ -99,6 +101,7 @@ def main() -> None:
             state = experiment.initial(program, ByteVocabulary())
             held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.fixed, state.optimizer)))
             analysis: Any = compiled.memory_analysis()
+            flops.append(options.steps * of_step(program, {"tokens": tokens}))
             memory[name] = program.parameters, held, analysis.temp_size_in_bytes
             states = [state]
             del state
@@ -117,7 +120,8 @@ def main() -> None:
         print(memory_of("VmHWM") - before)
         return
     print(stamp(options.threads))
-    seconds = alternate(steps, options.rounds)
+    # The products of the first kind's steps, which are those of transformers'.
+    seconds = with_limit(steps, options.rounds, flops[0]) if flops else alternate(steps, options.rounds)
     title = f"{options.steps} steps, {options.model} in {options.dtype}, batch {options.batch} × {options.length}"
     report(title, seconds, against=next(iter(steps)))
     for name, (parameters, held, allocated) in memory.items():

@@ -62,7 +62,7 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from bench.timing import alternate, report, stamp
+    from bench.timing import alternate, report, stamp, with_limit
     from jaxmodels.neox import NeoXConfig
     from jaxmodels.neox.config import PRESETS
 
@@ -80,12 +80,11 @@ def main() -> None:
             what = f"{name}, batch {batch}, {options.dtype}"
             read, writes = flax_calls(config, ids, options)
             torch_read, torch_writes = torch_calls(config, ids, options)
-            product, share = large_product(config, ids.size, options.dtype)
-            calls = {"Flax": read, "transformers eager": torch_read, "limit": product}
+            weights = sum(rows * columns for rows, columns in layer_shapes(config)) * config.n_layers
+            calls = {"Flax": read, "transformers eager": torch_read}
             calls[READOUT] = products(config, 0, ids.size, batch, 1, options.dtype)
             calls[PRODUCTS] = products(config, config.n_layers, ids.size, batch, 1, options.dtype)
-            seconds = alternate(calls, options.rounds)
-            seconds["limit"] = [second * share for second in seconds["limit"]]
+            seconds = with_limit(calls, options.rounds, 2 * weights * ids.size, options.dtype)
             seconds[READOUT] = [a + b for a, b in zip(seconds["limit"], seconds[READOUT], strict=True)]
             report(f"Reading {options.prompt} tokens: {what}", seconds, against="Flax")
             conclude(seconds, batch * options.prompt)
@@ -227,19 +226,6 @@ def torch_calls(
 
         writes["transformers compiled"] = write
     return read, writes
-
-
-def large_product(config: "NeoXConfig", tokens: int, dtype: str) -> tuple[Callable[[], object], float]:
-    """Large matrix products, and the prefill's number of operations as a multiple of theirs."""
-    import jax
-
-    # On a GPU ten in sequence, so that waiting for the result is a small part of the time.
-    n, times = (2048, 1) if jax.default_backend() == "cpu" else (8192, 10)
-    a, b = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
-    b = b / n**0.5
-    product = jax.jit(lambda a, b: jax.lax.fori_loop(0, times, lambda _, a: a @ b, a))
-    weights = sum(rows * columns for rows, columns in layer_shapes(config)) * config.n_layers
-    return lambda: product(a, b).block_until_ready(), weights * tokens / (times * n**3)
 
 
 def least_reading(config: "NeoXConfig", batch: int, options: argparse.Namespace) -> tuple[Callable[[], object], float]:

@@ -51,15 +51,16 @@ def bench_step(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from bench.timing import alternate, report
+    from bench.timing import report, with_limit
 
     torch.set_num_threads(options.threads)
     rng, s = np.random.default_rng(0), options.chunks * CHUNK_LEN
     ids = rng.integers(0, N_VOCAB, (options.batch, s + 1))
     ret = rng.integers(0, N_VOCAB, (options.batch, options.chunks, 2, 2 * CHUNK_LEN))
-    steps = {"Flax": flax_step(ids, ret), "PyTorch twin, eager": torch_step(ids, ret)}
+    step, flops = flax_step(ids, ret)
+    steps = {"Flax": step, "PyTorch twin, eager": torch_step(ids, ret)}
     sizes = f"S {s}, batch {options.batch}, d {D_MODEL}, H {HEADS}, 6 + 6 layers, 2 neighbors of {2 * CHUNK_LEN}"
-    report(f"Training step: {sizes}, float32", alternate(steps, options.rounds), against="Flax")
+    report(f"Training step: {sizes}, float32", with_limit(steps, options.rounds, flops), against="Flax")
 
 
 def build(module: Any, **rngs: Any) -> Any:
@@ -68,13 +69,14 @@ def build(module: Any, **rngs: Any) -> Any:
     return module.RetroModel(N_VOCAB, D_MODEL, N_LAYERS, {3, 5}, CHUNK_LEN, HEADS, D_K, D_FF, encoder, **rngs)
 
 
-def flax_step(ids: "np.ndarray", ret: "np.ndarray") -> Callable[[], None]:
-    """Training step of the Flax model; the state is donated and carried between calls."""
+def flax_step(ids: "np.ndarray", ret: "np.ndarray") -> tuple[Callable[[], None], int]:
+    """Training step of the Flax model, whose state is carried between calls, and the operations of its products."""
     import jax
     import optax
     from flax import nnx
 
     from jaxmodels import retro
+    from jaxmodels.training.plan.flops import count
 
     model, tx = build(retro, rngs=nnx.Rngs(0)), optax.adam(1e-4)
 
@@ -87,14 +89,15 @@ def flax_step(ids: "np.ndarray", ret: "np.ndarray") -> Callable[[], None]:
         return optax.apply_updates(model, updates), state, value
 
     compiled = jax.jit(step, donate_argnums=(0, 1))
-    carried = [model, tx.init(model)]
     batch = jax.device_put((ids[:, :-1], ret, ids[:, 1:]))
+    flops = 3 * count(loss, model, *batch)  # backward takes twice the forward pass
+    carried = [model, tx.init(model)]
 
     def run() -> None:
         *carried[:], value = compiled(*carried, *batch)
         value.block_until_ready()
 
-    return run
+    return run, flops
 
 
 def torch_step(ids: "np.ndarray", ret: "np.ndarray") -> Callable[[], None]:

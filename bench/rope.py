@@ -38,13 +38,14 @@ def main() -> None:
 
     import numpy as np
 
-    from bench.timing import alternate, report, stamp
+    from bench.timing import alternate, report, stamp, with_limit
 
     ids = np.random.default_rng(0).integers(0, N_VOCAB, (options.sequence + 1, options.batch))
-    steps = {"Flax": flax_step(ids)} | torch_steps(ids, options.device, compiled=not options.no_compile)
+    step, flops = flax_step(ids)
+    steps = {"Flax": step} | torch_steps(ids, options.device, compiled=not options.no_compile)
     print(stamp(options.threads, options.device))
     shape = f"S {options.sequence}, batch {options.batch}, d {D_MODEL}, H {HEADS}, L {N_LAYERS}, float32"
-    report(f"Training step: {shape}", alternate(steps, options.rounds), against="Flax")
+    report(f"Training step: {shape}", with_limit(steps, options.rounds, flops), against="Flax")
 
     parts = flax_parts(ids)
     seconds = alternate({"whole step": steps["Flax"]} | parts, options.rounds)
@@ -55,12 +56,13 @@ def main() -> None:
         print(f"  {name:32} {1e3 * median:6.0f} ms {median / whole:6.0%}")
 
 
-def flax_step(ids: "np.ndarray") -> Callable[[], None]:
-    """Training step of the Flax model; the state is donated and carried between calls."""
+def flax_step(ids: "np.ndarray") -> tuple[Callable[[], None], int]:
+    """Training step of the Flax model, whose state is carried between calls, and the operations of its products."""
     import jax
     import optax
     from flax import nnx
 
+    from jaxmodels.training.plan.flops import count
     from jaxmodels.transformer import AutoregressiveTransformer
 
     model = AutoregressiveTransformer(N_VOCAB, D_MODEL, HEADS, D_FF, N_LAYERS, rngs=nnx.Rngs(0))
@@ -75,14 +77,15 @@ def flax_step(ids: "np.ndarray") -> Callable[[], None]:
         updates, state = tx.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, value
 
-    carried = [model, tx.init(model)]
     inputs, labels = jax.device_put((ids[:-1], ids[1:]))
+    flops = 3 * count(loss, model, inputs, labels)  # backward takes twice the forward pass
+    carried = [model, tx.init(model)]
 
     def run() -> None:
         *carried[:], value = step(*carried, inputs, labels)
         value.block_until_ready()
 
-    return run
+    return run, flops
 
 
 def flax_parts(ids: "np.ndarray") -> dict[str, Callable[[], object]]:

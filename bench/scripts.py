@@ -3,7 +3,8 @@
 The Flax step is the one that the script compiles, at the sizes of a preset. PyTorch's step has the same sizes, clipping
 and variant of Adam: once eager, and once with its model compiled by `torch.compile` (of a Feedback Transformer, the
 function of one position: compiling all positions at once takes many minutes). All alternate in one process; prints one
-line per model, with the peak of memory that XLA plans for the step.
+line per model, with the peak of memory that XLA plans for the step. "÷ limit" is the Flax step's time by that of its
+matrix products alone, if all of them were as fast as one large product.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main() -> None:
 
     import numpy as np
 
-    from bench.timing import alternate, stamp
+    from bench.timing import LIMIT, stamp, with_limit
     from jaxmodels.process.allocator import keep_freed_memory
     from jaxmodels.training.experiment import experiment_class
 
@@ -62,7 +63,7 @@ def main() -> None:
     print(f"\nTraining steps, --preset {options.preset}")
     peers = ["eager"] if options.no_compile else ["eager", "compiled"]
     headings = "".join(f"{f'{peer} ms':>13}{'÷ Flax':>8}" for peer in peers)
-    print(f"{'':28}{'batch':>12}{'Flax ms':>9}{headings}{'Flax MB':>9}")
+    print(f"{'':28}{'batch':>12}{'Flax ms':>9}{'÷ limit':>9}{headings}{'Flax MB':>9}")
     for script, attention in MODELS:
         if options.models and script not in options.models:
             continue
@@ -73,24 +74,26 @@ def main() -> None:
         experiment = kind(dataclasses.replace(config, attention=attention) if attention else config)
         rng = np.random.default_rng(0)
         batch = {name: rng.integers(0, N_VOCAB, a.shape, np.int32) for name, a in experiment.abstract_batch().items()}
-        step, peak = flax_step(experiment, batch)
+        step, peak, flops = flax_step(experiment, batch)
         others = {peer: torch_step(experiment, batch, options.device, compile=peer == "compiled") for peer in peers}
-        seconds = alternate({"Flax": step, **others}, options.rounds)
-        ours = seconds.pop("Flax")
+        seconds = with_limit({"Flax": step, **others}, options.rounds, flops)
+        ours, limit = seconds.pop("Flax"), seconds.pop(LIMIT)
         size = f"{config.batch_size} × {config.seq_len}"
         line = f"{' '.join(filter(None, [script, attention])):28}{size:>12}{1e3 * statistics.median(ours):>9.0f}"
+        line += f"{statistics.median(a / b for a, b in zip(ours, limit, strict=True)):>9.2f}"
         for times in seconds.values():
             ratio = statistics.median(a / b for a, b in zip(times, ours, strict=True))
             line += f"{1e3 * statistics.median(times):>13.0f}{ratio:>8.2f}"
         print(f"{line}{peak / 1e6:>9.0f}", flush=True)
 
 
-def flax_step(experiment: Any, batch: dict[str, Any]) -> tuple[Callable[[], None], int]:
-    """The script's training step, and its peak of memory in bytes."""
+def flax_step(experiment: Any, batch: dict[str, Any]) -> tuple[Callable[[], None], int, int]:
+    """The script's training step, its peak of memory in bytes, and the operations of its matrix products."""
     import jax
     import numpy as np
 
     from jaxmodels.sharding import make_mesh
+    from jaxmodels.training.plan.flops import of_step
 
     program = experiment.program(N_VOCAB, make_mesh("", jax.devices()[:1]))
     compiled = program.lower_step(batch).compile()
@@ -101,7 +104,7 @@ def flax_step(experiment: Any, batch: dict[str, Any]) -> tuple[Callable[[], None
         state[0], metrics = compiled(state[0], placed, np.zeros(1, bool))
         jax.block_until_ready((state[0].params, metrics))
 
-    return run, compiled.memory_analysis().peak_memory_in_bytes
+    return run, compiled.memory_analysis().peak_memory_in_bytes, of_step(program, batch)
 
 
 def torch_step(experiment: Any, batch: dict[str, Any], device: str, *, compile: bool) -> Callable[[], None]:

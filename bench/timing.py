@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+LIMIT = "limit"  # name of the time of the products alone, at the speed of large ones
+
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Time the functions in rounds of one call each, after one call of each to warm up: seconds by name.
@@ -31,6 +33,28 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int) -> dic
             function()
             seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def with_limit(
+    functions: Mapping[str, Callable[[], object]], rounds: int, flops: float, dtype: str = "float32"
+) -> dict[str, list[float]]:
+    """Seconds by name like `alternate`, and as LIMIT those of a number of operations in large matrix products."""
+    product, share = large_product(flops, dtype)
+    seconds = alternate({**functions, LIMIT: product}, rounds)
+    seconds[LIMIT] = [second * share for second in seconds[LIMIT]]
+    return seconds
+
+
+def large_product(flops: float, dtype: str) -> tuple[Callable[[], object], float]:
+    """Large matrix products, and a number of multiplications and additions as a multiple of theirs."""
+    import jax
+
+    # On a GPU ten in sequence, so that waiting for the result is a small part of the time.
+    n, times = (2048, 1) if jax.default_backend() == "cpu" else (8192, 10)
+    a, b = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
+    b = b / n**0.5
+    product = jax.jit(lambda a, b: jax.lax.fori_loop(0, times, lambda _, a: a @ b, a))
+    return lambda: product(a, b).block_until_ready(), flops / (2 * times * n**3)
 
 
 def report(title: str, seconds: Mapping[str, list[float]], against: str) -> None:

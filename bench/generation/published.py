@@ -2,8 +2,9 @@
 
 For each size a Hugging Face folder with random weights in 16 bits is written and loaded as users load it: by the
 commands of this project and by transformers, both at their defaults; beside them this project in float32 and with
-weights of 8 and 4 bits. Each writes the same number of tokens greedily after the same prompt, at batch 1. Calls
-alternate in one process; ratios are medians of the rounds' ratios.
+weights of 8 and 4 bits. Each writes the same number of tokens greedily after the same prompt, at batch 1. The limit of
+32 bits is one product of every weight matrix with a vector for each token, that of fewer bits a share of it: the time
+of reading the weights. Calls alternate in one process; ratios are medians of the rounds' ratios.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from bench.device import use
 from bench.generation import peers
-from bench.neox import writer
+from bench.neox import products, writer
 
 SIZES = ("pythia_70m", "pythia_160m", "pythia_410m")
 OURS = {"default": None, "float32": None, "weights-8": "weights", "weights-4": "weights-4"}  # as `quantize` names them
@@ -42,8 +43,8 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown --sizes {', '.join(unknown)}; choose from {', '.join(PRESETS)}")
     torch.set_grad_enabled(False)
-    heading = f"{'size, stored in':<24}{'model':<27}{'tokens/s':>9}{'÷ transformers':>16}{'÷ float32':>11}{'MB':>7}"
-    print(f"{stamp(options.threads)}\n\n{heading}", flush=True)
+    heading = f"{'size, stored in':<24}{'model':<27}{'tokens/s':>9}{'÷ transformers':>16}{'÷ float32':>11}"
+    print(f"{stamp(options.threads)}\n\n{heading}{'÷ limit':>9}{'MB':>7}", flush=True)
     for name in options.sizes:
         for dtype in options.dtypes:
             with tempfile.TemporaryDirectory() as folder:
@@ -52,14 +53,18 @@ def main() -> None:
 
 def rows(name: str, dtype: str, folder: Path, options: argparse.Namespace) -> list[str]:
     """Lines of the table for one folder."""
-    from bench.timing import alternate
+    from bench.timing import LIMIT, alternate
+    from jaxmodels.neox.config import PRESETS
 
     write_folder(name, dtype, folder)
     calls, sizes = {}, {}
     for kind in OURS:
         calls[kind], sizes[kind] = ours(folder, kind, options)
     calls["transformers"], sizes["transformers"], its = theirs(folder, options)
+    config = PRESETS[name]()
+    calls[LIMIT] = products(config, config.n_layers, 1, 1, options.tokens, "float32")
     seconds = alternate(calls, options.rounds)
+    bits = {"default": 16, "float32": 32, "weights-8": 8, "weights-4": 4, "transformers": 16}
     names = {
         "default": "ours, default",
         "float32": "ours, --dtype float32",
@@ -77,7 +82,9 @@ def rows(name: str, dtype: str, folder: Path, options: argparse.Namespace) -> li
         rate = options.tokens / statistics.median(seconds[kind])
         what = f"{name}, {dtype}" if not lines else ""
         line = f"{what:<24}{label:<27}{rate:>9.1f}{ratio('transformers'):>16}{ratio('float32'):>11}"
-        lines.append(f"{line}{sizes[kind] / 1e6:>7.0f}")
+        least = [second * bits[kind] / 32 for second in seconds[LIMIT]]  # the time of reading the weights
+        limit = statistics.median(a / b for a, b in zip(seconds[kind], least, strict=True))
+        lines.append(f"{line}{limit:>9.2f}{sizes[kind] / 1e6:>7.0f}")
     return lines
 
 
