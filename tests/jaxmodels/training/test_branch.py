@@ -264,7 +264,7 @@ def test_a_branch_that_was_killed_as_it_began_begins_again(new, tmp_path, killed
     class Killed(BaseException):
         pass
 
-    def kill(*_: object) -> None:
+    def kill(*_: object, **__: object) -> None:
         raise Killed
 
     module = trainer if killed == "write_about" else run_module
