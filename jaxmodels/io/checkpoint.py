@@ -163,8 +163,9 @@ def drop_late_messages() -> None:
 
 
 def reason(error: Exception) -> str:
-    """First line of an error of Orbax, cut: the others are TensorStore's configuration."""
-    return shortened(str(error).strip().partition("\n")[0], 500)
+    """First line of an error of Orbax, without TensorStore's configuration, which follows."""
+    first = str(error).strip().partition("\n")[0]
+    return shortened(first.partition(" See full TensorStore details")[0], 500)
 
 
 def is_late(error: BaseException | None) -> bool:
