@@ -20,8 +20,8 @@ def copied(
 
     shared: the copy's parameters are others, but have the memory of the module's until they are replaced. Complex
     tensors stay complex, in the dtype of that width. In float64 tensors that are plain attributes of a module follow,
-    as operations on mixed dtypes may fail; `Module.to` leaves them. Raises
-    ValueError for a module that holds what Python does not copy.
+    as operations on mixed dtypes may fail; `Module.to` leaves them. Raises ValueError for a module that holds what
+    Python does not copy.
     """
     # Tensors that were computed from parameters, such as the weight of the older `weight_norm`, refuse to be copied.
     computed = {id(t): t.detach().clone() for m in module.modules() for t in tensors(vars(m)) if t.grad_fn is not None}
