@@ -3,12 +3,14 @@
 Both score the same documents of random tokens with the same random weights in float32, and the losses are compared.
 Lengths are uniform between half and one and a half times --length. transformers: batches in the order given, padded to
 the longest document of each, eager calls, whole logits, cross-entropy; with --sorted also with the documents sorted by
-length first. jaxmodels: `jaxmodels.scoring.score`, the first call, with compilation; with --again also a second.
+length first. jaxmodels: `jaxmodels.scoring.score`, the first call, with compilation; with --again also a second. The
+limit is the time of the documents' products, without padding and attention, at the speed of one large product.
 """
 
 import argparse
 import functools
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +63,8 @@ def main() -> None:
     ours_seconds, losses = timed("jaxmodels, with compilation", flax_losses)
     if options.again:
         ours_seconds, losses = timed("jaxmodels, second call", flax_losses)
+    limit = least(PRESETS[options.size](), int(lengths.sum()))
+    print(f"{limit:8.1f} s  limit; jaxmodels takes {ours_seconds[0] / limit:.2f}× its time", flush=True)
     orders = {"in order": list(range(len(documents)))}
     if options.sorted:
         orders["sorted by length"] = sorted(orders["in order"], key=lambda i: -len(documents[i]))
@@ -84,6 +88,16 @@ def timed(what: str, function: Callable[[], list[float]]) -> tuple[tuple[float, 
     seconds = time.perf_counter() - began, time.process_time() - used
     print(f"{seconds[0]:8.1f} s ({seconds[1]:.1f} s of processor time)  {what}", flush=True)
     return seconds, found
+
+
+def least(config: Any, tokens: int) -> float:
+    """Seconds of the weights' products with a number of tokens, were they one large product: median of five."""
+    from bench.neox import layer_shapes
+    from bench.timing import alternate, large_product
+
+    weights = sum(rows * columns for rows, columns in layer_shapes(config)) * config.n_layers
+    product, share = large_product(2 * tokens * (weights + config.n_hidden * config.n_vocab), "float32")
+    return share * statistics.median(alternate({"product": product}, 5)["product"])
 
 
 def models(config: Any) -> tuple[Any, Any]:

@@ -4,13 +4,18 @@ Prompts of 8 to 128 tokens are continued by 4 to 128 tokens each, both drawn log
 weights; in 16 bits as `generate` keeps those of a published folder. Fixed batches are prompts sorted by length, padded
 on the left, each batch decoded until its longest text ends, as `generate` does. Both are called once to compile, then
 timed in turns; tokens per second count the wanted tokens alone. The ratio of decoding steps would be that of the times
-if reading prompts took none.
+if reading prompts took none. The limit is that of continuous batching: the time of reading all weights once for each
+of its decoding steps, and the products of the prompts at the speed of one large product.
 """
 
 import argparse
 import heapq
 import os
 import statistics
+from collections.abc import Callable
+
+READ = "reading weights"
+READINGS = 16  # in sequence, so that their start is a small part of the time
 
 
 def parse() -> argparse.Namespace:
@@ -34,10 +39,12 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
 
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from flax import nnx
 
-    from bench.timing import alternate, report, stamp
+    from bench.neox import layer_shapes, products
+    from bench.timing import LIMIT, report, stamp, with_limit
     from jaxmodels.generate import Sampling, generate_many
     from jaxmodels.generate.loop import Decoding
     from jaxmodels.models import cast
@@ -77,15 +84,22 @@ def main() -> None:
         generate_many(model, prompts, wanted, rows=options.rows)
 
     print(stamp(options.threads))
-    seconds = alternate({"continuous": continuous, "fixed batches": fixed}, options.rounds)
+    batches = [order[begin : begin + options.rows] for begin in range(0, len(order), options.rows)]
+    ours, theirs = steps(wanted, options.rows), sum(max(wanted[k] for k in batch) - 1 for batch in batches)
+    weights = sum(rows * columns for rows, columns in layer_shapes(config)) * config.n_layers
+    read = 2 * (weights * sum(lengths) + config.n_hidden * config.n_vocab * options.prompts)
+    calls: dict[str, Callable[[], object]] = {"continuous": continuous, "fixed batches": fixed}
+    calls[READ] = products(config, config.n_layers, 1, 1, READINGS, "float32")
+    seconds = with_limit(calls, options.rounds, read)
+    share = ours / READINGS * jnp.dtype(options.dtype).itemsize / 4
+    pairs = zip(seconds[LIMIT], seconds.pop(READ), strict=True)
+    seconds[LIMIT] = [product + share * reading for product, reading in pairs]
     what = (
         f"{options.prompts} prompts, {options.rows} rows, {sum(wanted)} new tokens, {options.size} in {options.dtype}"
     )
     report(what, seconds, against="continuous")
-    for name, times in seconds.items():
-        print(f"{name}: {sum(wanted) / statistics.median(times):.0f} tokens/s")
-    batches = [order[begin : begin + options.rows] for begin in range(0, len(order), options.rows)]
-    ours, theirs = steps(wanted, options.rows), sum(max(wanted[k] for k in batch) - 1 for batch in batches)
+    for name in ("continuous", "fixed batches"):
+        print(f"{name}: {sum(wanted) / statistics.median(seconds[name]):.0f} tokens/s")
     print(f"decoding steps: {ours} and {theirs}, {theirs / ours:.2f} times as many")
 
 

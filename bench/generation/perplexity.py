@@ -7,7 +7,9 @@ SOURCE, a checkpoint with a tokenizer such as Pythia is tested on the same text.
 Peers read the same model from a Hugging Face folder: transformers, and if they are installed, torchao and bitsandbytes.
 Every window is read at once, so that all kinds see the same tokens. MB are those of all weights; which of them are
 quantized depends on the kind: LLM.int8 and NF4 leave embedding and readout as they are, the others the embedding.
-Tokens/s are those of greedy decoding at batch 1, timed in turns in one process; ratios are medians of the rounds'.
+Tokens/s are those of greedy decoding at batch 1, timed in turns in one process; ratios are medians of the rounds'. The
+limit is one product of every weight matrix in float32 with a vector for each token, of which a kind with fewer bytes
+has that share: the time of reading its weights.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.device import use
 from bench.generation import peers
-from bench.neox import writer
+from bench.neox import products, writer
 
 if TYPE_CHECKING:  # imported by `main` once the processors are set
     import numpy as np
@@ -59,7 +61,7 @@ def main() -> None:
     import numpy as np
 
     import jaxmodels
-    from bench.timing import alternate, stamp
+    from bench.timing import LIMIT, alternate, stamp
     from jaxmodels.convert.hf import save_hf
     from jaxmodels.convert.open import open_source
     from jaxmodels.text.corpora import python_docs, split
@@ -83,8 +85,10 @@ def main() -> None:
         save_hf(model, Path(folder) / "hf")
         kinds |= theirs(Path(folder) / "hf", prompt, options.tokens)
     usable = {name: kind for name, kind in kinds.items() if isinstance(kind, Kind)}
-    seconds = alternate({name: kind.write for name, kind in usable.items()}, options.rounds)
-    print(f"{'weights':<36}{'perplexity':>11}{'MB':>8}{'tokens/s':>10}{f'÷ {AGAINST}':>25}")
+    limit = {LIMIT: products(model.settings, model.settings.n_layers, 1, 1, options.tokens, "float32")}
+    seconds = alternate({name: kind.write for name, kind in usable.items()} | limit, options.rounds)
+    whole = usable["float32"].nbytes
+    print(f"{'weights':<36}{'perplexity':>11}{'MB':>8}{'tokens/s':>10}{f'÷ {AGAINST}':>25}{'÷ limit':>9}")
     for name, kind in kinds.items():
         if isinstance(kind, str):
             print(f"{name:<36} not run: {kind}")
@@ -92,7 +96,10 @@ def main() -> None:
         perplexity = math.exp(statistics.fmean(kind.loss(window) for window in windows))
         rate = options.tokens / statistics.median(seconds[name])
         ratio = statistics.median(a / b for a, b in zip(seconds[AGAINST], seconds[name], strict=True))
-        print(f"{name:<36}{perplexity:>11.4f}{kind.nbytes / 1e6:>8.2f}{rate:>10.1f}{ratio:>25.2f}", flush=True)
+        least = [second * kind.nbytes / whole for second in seconds[LIMIT]]
+        times = statistics.median(a / b for a, b in zip(seconds[name], least, strict=True))
+        row = f"{name:<36}{perplexity:>11.4f}{kind.nbytes / 1e6:>8.2f}{rate:>10.1f}{ratio:>25.2f}{times:>9.2f}"
+        print(row, flush=True)
 
 
 def ours(model: Any, prompt: "np.ndarray", tokens: int) -> dict[str, Kind | str]:
