@@ -1,27 +1,38 @@
 """Continuous batching: many prompts in a fixed number of rows; a row that ends makes room for the next prompt.
 
-Axes: B rows, S prompt tokens, N slots of the cache, V vocabulary.
+Axes: B rows, G prompts of a group, S prompt tokens, V vocabulary.
 
-Keys and values are stored by position (`jaxmodels.cache`), and a row's position is `cache.length` - `cache.start`: a
-new prompt of p tokens is read into a cache of one row, which is copied to row r, with start[r] = length - p. The other
-rows are not touched. Rows decode together until one of them ends.
+Prompts of similar lengths are read together, in a cache of their own, in which they wait for rows. Keys and values are
+stored by position (`jaxmodels.cache`), and a row's position is `cache.length` - `cache.start`: a prompt of p tokens is
+copied from that cache to row r, with start[r] = length - p. The other rows are not touched. Rows decode together until
+one of them ends.
 """
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.generate.loop import NOT_FINITE, Fixed, admitted, capacity, check_vocabulary, drawn_from, loop_options
+from jaxmodels.generate.loop import (
+    NOT_FINITE,
+    Fixed,
+    admitted,
+    capacity,
+    check_vocabulary,
+    drawn_from,
+    loop_options,
+    tokens_of,
+)
 from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
 
 SHORTEST = 16  # tokens to which prompts are padded at least; see `padded_length`
+GROUPED = 1024  # padded tokens of prompts that are read together, at most; more are hardly faster
 
 
 def padded_length(length: int) -> int:
@@ -44,14 +55,25 @@ class State(NamedTuple):
     cache: Any
 
 
-class Compiled(NamedTuple):
-    """Compiled functions of a model's structure; they take the model's arrays as a list.
+class Group(NamedTuple):
+    """Prompts that were read together, and the first token of each."""
 
-    admit: read a prompt into a row and draw its first token. proceed: draw tokens until a row ends, or a number of
-    steps is done.
+    token: jax.Array  # int32 [G]
+    finite: jax.Array  # bool [G], as in `State`
+    ended: jax.Array  # bool [G], True if the token ends the prompt's text
+    seen: jax.Array | None  # bool [G, V]
+    layers: Any  # of their cache
+
+
+class Compiled(NamedTuple):
+    """Compiled functions of a model's structure; `read` and `proceed` take the model's arrays as a list.
+
+    read: read the prompts of a group and draw the first token of each. place: copy one of them to a row. proceed: draw
+    tokens until a row ends, or a number of steps is done.
     """
 
-    admit: Callable[..., State]
+    read: Callable[..., Group]
+    place: Callable[..., State]
     proceed: Callable[..., State]
 
 
@@ -65,38 +87,35 @@ def compiled(structure: Any, fixed: Fixed) -> Compiled:
         token = draw(logits, knobs, jax.vmap(jax.random.fold_in)(keys, i))
         return token, jnp.isfinite(logits.max(axis=-1)), jnp.isin(token, jnp.asarray(fixed.stop_tokens, jnp.int32))
 
-    def admit(
-        weights: list[jax.Array],
-        state: State,
-        row: jax.Array,
-        ids: jax.Array,
-        start: jax.Array,
-        n: jax.Array,
-        key: jax.Array,
-        knobs: Knobs,
-    ) -> State:
+    def read(weights: list[jax.Array], ids: jax.Array, start: jax.Array, keys: jax.Array, knobs: Knobs) -> Group:
         model = jax.tree.unflatten(structure, weights)
-        text = jnp.where(jnp.arange(len(ids)) < start, fixed.n_vocab, ids)  # padding is beyond the vocabulary
-        new = model.init_cache(1, state.cache.max_len, start=start[None])
-        logits, new = model.prefill(jnp.expand_dims(ids, 1 - model.sequence_axis), new)  # [1, V]
-        layers = jax.tree.map(lambda all_, one: all_.at[row].set(one[0]), state.cache.layers, new.layers)
-        starts = state.cache.start.at[row].set(state.cache.length - (len(ids) - start))
-        cache = dataclasses.replace(state.cache, layers=layers, start=starts)
-        own = None if state.seen is None else jnp.zeros((1, fixed.n_vocab), bool).at[0, text].set(True, mode="drop")
-        token, finite, ended = token_of(logits, key[None], jnp.zeros(1, jnp.int32), knobs, own)
-        seen = None
-        if own is not None and state.seen is not None:
-            seen = state.seen.at[row].set(own[0].at[token[0]].set(True))
+        cache = model.init_cache(len(ids), ids.shape[1], start=start)
+        logits, cache = model.prefill(ids if model.sequence_axis == 1 else ids.T, cache)  # [G, V]
+        seen = None if knobs.penalty is None else tokens_of(ids.T, start, fixed.n_vocab)
+        token, finite, ended = token_of(logits, keys, jnp.zeros(len(ids), jnp.int32), knobs, seen)
+        if seen is not None:
+            seen = seen.at[jnp.arange(len(ids)), token].set(True)
+        return Group(token, finite, ended, seen, cache.layers)
+
+    def place(
+        state: State, group: Group, k: jax.Array, row: jax.Array, length: jax.Array, n: jax.Array, key: jax.Array
+    ) -> State:
+        def copied(all_: jax.Array, some: jax.Array) -> jax.Array:
+            one = jax.lax.dynamic_index_in_dim(some, k)
+            return jax.lax.dynamic_update_slice(all_, one, (row, *[0] * (one.ndim - 1)))
+
+        layers = jax.tree.map(copied, state.cache.layers, group.layers)
+        start = state.cache.start.at[row].set(state.cache.length - length)
         return State(
             state.i.at[row].set(1),
             state.n.at[row].set(n),
-            state.last.at[row].set(token[0]),
-            state.out.at[row, 0].set(token[0]),
-            state.done.at[row].set(ended[0] | (n <= 1)),
-            state.finite & finite[0],
+            state.last.at[row].set(group.token[k]),
+            state.out.at[row, 0].set(group.token[k]),
+            state.done.at[row].set(group.ended[k] | (n <= 1)),
+            state.finite & group.finite[k],
             state.keys.at[row].set(key),
-            seen,
-            cache,
+            None if state.seen is None or group.seen is None else state.seen.at[row].set(group.seen[k]),
+            dataclasses.replace(state.cache, layers=layers, start=start),
         )
 
     def proceed(weights: list[jax.Array], state: State, steps: jax.Array, knobs: Knobs) -> State:
@@ -121,7 +140,8 @@ def compiled(structure: Any, fixed: Fixed) -> Compiled:
         return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
 
     return Compiled(
-        jax.jit(admit, donate_argnames="state"),
+        jax.jit(read),
+        jax.jit(place, donate_argnames="state"),
         jax.jit(proceed, donate_argnames="state", compiler_options=loop_options()),
     )
 
@@ -139,8 +159,8 @@ class Continuous:
 
     prompts: ids int [S] each. n: new tokens of each. key, numbers: prompt k draws its token i with
     fold_in(fold_in(key, numbers[k]), i); default 0, 1, …. A prompt ends with a stop token, which is its last, or after
-    n tokens. Prompts with the largest n are read first. The cache begins with room for the first prompts, and grows in
-    powers of two.
+    n tokens. Prompts with the largest n come first. The cache begins with room for the first prompts, and grows in
+    powers of two. Prompts that were read and wait for a row take no more slots than the rows.
 
     Raises ValueError if the model lacks a member of `LanguageModel` or does not store its cache by position, if an
     argument is out of range, or if a prompt and its new tokens exceed the model's tables.
@@ -193,7 +213,9 @@ class Continuous:
             cache=cache,
         )
         self.held: list[int | None] = [None] * self.rows  # prompt of each row
-        self.read = [0] * self.rows  # tokens of each row that were returned
+        self.returned = [0] * self.rows  # tokens of each row
+        self.groups: dict[int, list[int]] = {}  # the prompts that each of the next prompts is read with
+        self.waiting: dict[int, tuple[Group, int]] = {}  # the group of prompts that were read, and their place in it
 
     def results(self, chunk: int | None = None) -> Iterator[Result]:
         """Iterate over the tokens of prompts as they are written: all of a prompt's, or at least every `chunk` tokens.
@@ -204,7 +226,10 @@ class Continuous:
         while following or any(prompt is not None for prompt in self.held):
             for row in range(self.rows):
                 if self.held[row] is None and following:
+                    if following[0] not in self.groups:
+                        self.divide(following)
                     self.admit(row, following.popleft())
+            self.fetch()
             steps = min(self.left(row) for row in range(self.rows) if self.held[row] is not None)
             steps = steps if chunk is None else min(steps, chunk)
             if steps > 0:
@@ -230,19 +255,47 @@ class Continuous:
     def grow(self, slots: int) -> None:
         self.state = self.state._replace(cache=self.state.cache.grown(min(capacity(slots), self.total)))
 
+    def padded(self, prompt: int) -> int:
+        return min(padded_length(len(self.prompts[prompt])), self.total)
+
+    def divide(self, following: Iterable[int]) -> None:
+        """Divide the next prompts, as many as may wait for rows, into groups of similar lengths."""
+        window: list[int] = []
+        slots = 0
+        for prompt in following:
+            slots += self.padded(prompt)
+            if window and slots > self.rows * self.state.cache.max_len:
+                break
+            window.append(prompt)
+        window.sort(key=self.padded, reverse=True)
+        while window:
+            size = max(1, min(self.rows, GROUPED // self.padded(window[0])))
+            self.groups |= dict.fromkeys(window[:size], window[:size])
+            window = window[size:]
+
     def admit(self, row: int, prompt: int) -> None:
-        """Read a prompt into a row."""
-        ids = np.asarray(self.prompts[prompt], np.int32)
-        length = min(padded_length(len(ids)), self.total)
+        """Copy a prompt to a row, read with its group if it was not read already."""
+        if prompt not in self.waiting:
+            self.read(self.groups[prompt])
+        del self.groups[prompt]
+        group, k = self.waiting.pop(prompt)
+        numbers = (jnp.int32(number) for number in (k, row, len(self.prompts[prompt]), self.n[prompt]))
+        self.state = self.compiled.place(self.state, group, *numbers, self.keys[prompt])
+        self.held[row], self.returned[row] = prompt, 0
+
+    def read(self, prompts: Sequence[int]) -> None:
+        """Read the prompts of a group; one of less than its size is filled up, so that few sizes are compiled."""
+        length = self.padded(prompts[0])
         if length > self.room():
             self.grow(length)
-        length = int(min(length, self.room()))
-        start = length - len(ids)
-        padded = jnp.asarray(np.pad(ids, (start, 0)))
-        arguments = (jnp.int32(row), padded, jnp.int32(start), jnp.int32(self.n[prompt]), self.keys[prompt])
-        self.state = self.compiled.admit(self.weights, self.state, *arguments, self.knobs)
-        self.held[row], self.read[row] = prompt, 0
-        self.fetch()
+        size = max(1, min(self.rows, GROUPED // length))
+        filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
+        ids = [np.asarray(self.prompts[prompt], np.int32) for prompt in filled]
+        start = np.asarray([length - len(one) for one in ids], np.int32)
+        padded = np.stack([np.pad(one, (length - len(one), 0)) for one in ids])
+        keys = self.keys[np.asarray(filled)]
+        group = self.compiled.read(self.weights, jnp.asarray(padded), jnp.asarray(start), keys, self.knobs)
+        self.waiting |= {prompt: (group, k) for k, prompt in enumerate(prompts)}
 
     def fetch(self) -> None:
         """Copy the counts and ends of all rows to the host."""
@@ -257,8 +310,8 @@ class Continuous:
         for row, prompt in enumerate(self.held):
             if prompt is None or out is None or not (partly or self.ended[row]):
                 continue
-            tokens, ended = out[row, self.read[row] : self.counts[row]].copy(), bool(self.ended[row])
-            self.read[row] = int(self.counts[row])
+            tokens, ended = out[row, self.returned[row] : self.counts[row]].copy(), bool(self.ended[row])
+            self.returned[row] = int(self.counts[row])
             if ended:
                 self.held[row] = None
             yield Result(prompt, tokens, ended)

@@ -75,6 +75,35 @@ def test_a_row_that_ends_makes_room_at_once(model):
     assert [NEW[k] for k in continuous.order] == sorted(NEW, reverse=True)
 
 
+def test_prompts_of_similar_lengths_are_read_together(model):
+    continuous = Continuous(model, PROMPTS, NEW, Sampling(), rows=3)
+    shapes, read = [], continuous.compiled.read
+
+    def counted(weights, ids, *arguments):
+        shapes.append(ids.shape)
+        return read(weights, ids, *arguments)
+
+    continuous.compiled = continuous.compiled._replace(read=counted)
+    found = {result.prompt: result.tokens.tolist() for result in continuous.results()}
+    assert shapes.count((3, 16)) == 2
+    assert shapes.count((3, 24)) == 1  # two of 17 tokens, one of 3 or 5
+    assert len(shapes) == 3
+    assert not continuous.waiting
+    assert not continuous.groups
+    for k in (0, 1, 6):
+        assert found[k] == alone(model, k, NEW[k], Sampling())
+
+
+def test_prompts_that_wait_take_no_more_slots_than_the_rows(model):
+    prompts = [np.tile(PROMPTS[1], 7)] * 9  # of 119 tokens
+    continuous = Continuous(model, prompts, [2 + k for k in range(9)], Sampling(), rows=2)
+    held = 0
+    for _ in continuous.results():
+        assert sum(map(continuous.padded, continuous.waiting)) <= 2 * continuous.state.cache.max_len
+        held = max(held, len(continuous.waiting))
+    assert held > 0
+
+
 def test_padded_lengths_are_few():
     lengths = [padded_length(length) for length in range(1, 193)]
     assert all(length <= padded for length, padded in enumerate(lengths, 1))
