@@ -17,6 +17,7 @@ from typing import BinaryIO
 MOST = 500_000
 DEEPEST = 100  # tuples, lists, dictionaries and arguments of calls in each other; a checkpoint has about ten
 STAND_IN = 20  # values that the name, call or state of a stand-in takes as long as: PyTorch lists all of them each time
+PROTOCOL = 3  # PyTorch's reader refuses instructions of later ones
 TEXT_BYTES = 64  # of a text that count as a further value where it is used again
 # Numbers and tuples are hashed alike in every process, so that a file can choose keys for which a dictionary takes
 # quadratic time; a file cannot know the hashes of texts. Integers below FREE_KEYS are too few for that: seconds.
@@ -232,7 +233,11 @@ class Follower:
             check_kinds("refers to a storage", SAVED, stack[-1])
             stack[-1] = Value("storage")
         elif code == pickle.PROTO[0]:
-            self.content.read(1)
+            if (protocol := self.number("<B")) > PROTOCOL:
+                raise RefusedError(
+                    f"it is written with pickle protocol {protocol}; expected at most {PROTOCOL}, as torch.load with "
+                    "weights_only=True does"
+                )
         else:
             raise pickle.UnpicklingError(f"instruction {code}")
 

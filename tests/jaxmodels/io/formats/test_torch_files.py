@@ -58,6 +58,18 @@ def test_half_a_zip_is_truncated(tmp_path):
         read_pt(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_a_pickle_protocol_that_torch_does_not_read_is_named(tmp_path, zip_file):
+    for protocol in (3, 4):
+        state = {"a": torch.ones(3)}
+        torch.save(
+            state, tmp_path / f"{protocol}.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zip_file
+        )
+    assert read_pt(tmp_path / "3.pt")["a"].tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"4\.pt .*protocol 4"):
+        read_pt(tmp_path / "4.pt")
+
+
 def test_a_whole_module_is_not_loaded(tmp_path):
     torch.save(torch.nn.Linear(3, 2), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"a\.pt is refused.*more than tensors.*torch\.nn\.modules\.linear\.Linear"):
