@@ -46,3 +46,21 @@ def data_sets_not_here() -> Iterator[None]:
         yield
     finally:
         loading.dataset_module_factory = original
+
+
+@contextlib.contextmanager
+def repository_here_not_asked() -> Iterator[None]:
+    """Context in which lm-eval records no commit of the current folder or those above it; `git_hash` is None.
+
+    Git runs programs that a repository's configuration names, and lm-eval itself reads what a `.git` refers to. The
+    current folder may be somebody else's.
+    """
+    import lm_eval.evaluator
+    import lm_eval.loggers.utils
+
+    places = [(lm_eval.evaluator, "get_git_commit_hash"), (lm_eval.loggers.utils, "get_commit_from_path")]
+    with contextlib.ExitStack() as stack:
+        for module, name in places:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, lambda *_: None)
+        yield

@@ -27,7 +27,7 @@ from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
 from jaxmodels.protocols import tell_left_out
 from jaxmodels.scoring.documents import checked_vocabulary, default_window
-from jaxmodels.scoring.here import data_sets_not_here, refuse_metrics_here
+from jaxmodels.scoring.here import data_sets_not_here, refuse_metrics_here, repository_here_not_asked
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
 from jaxmodels.scoring.special import chat_template, special_ids
@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         from lm_eval.__main__ import cli_evaluate
 
         sys.argv = [prog, *options]
-        with errors_escaped(), data_sets_not_here():
+        with errors_escaped(), data_sets_not_here(), repository_here_not_asked():
             cli_evaluate()
 
     return run(harness, prog)

@@ -93,9 +93,7 @@ class Counter:
         self.carriage = chunk.endswith("\r")
         self.length += len(chunk)
         if characters:
-            points = code_points(chunk)
-            found = np.bincount(points, minlength=1)
-            self.seen[: len(found)] += found
+            np.add.at(self.seen, code_points(chunk), 1)  # bincount would count up to a million points for each chunk
 
     @property
     def census(self) -> Census:

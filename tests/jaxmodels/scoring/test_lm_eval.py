@@ -299,6 +299,43 @@ def test_a_folder_with_the_code_of_a_metric_is_refused(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err.startswith("jaxmodels lm-eval: rouge/rouge.py would run as the metric")
 
 
+def test_git_is_not_asked_about_the_current_folder(tmp_path, monkeypatch):
+    import lm_eval.__main__
+    import lm_eval.evaluator
+    import lm_eval.loggers.utils
+
+    from jaxmodels.scoring.lm_eval import main
+
+    def evaluated() -> None:  # as lm-eval's simple_evaluate ends
+        found.update(git_hash=lm_eval.evaluator.get_git_commit_hash())
+        lm_eval.evaluator.add_env_info(found)
+
+    found: dict = {}
+    git, own = tmp_path / ".git", lm_eval.evaluator.get_git_commit_hash
+    for folder in ("objects", "refs/heads", "here"):
+        (git / folder).mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    (git / "refs" / "heads" / "main").write_text("1" * 40)
+    (git / "config").write_text(
+        '[core]\n\trepositoryformatversion = 1\n[extensions]\n\tpartialClone = origin\n[remote "origin"]\n'
+        f'\turl = .\n\tpromisor = true\n\tuploadpack = "touch {tmp_path}/ran; false"\n'
+    )
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / ".git").write_text(f"gitdir: {tmp_path}/other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "HEAD").write_text(f"ref: {tmp_path}/secret")
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
+    for folder in (tmp_path, tmp_path / "here"):
+        monkeypatch.chdir(folder)
+        assert main(["run", "--tasks", "any"]) == 0
+        assert found["git_hash"] is None
+        assert found["upper_git_hash"] is None
+    assert found["lm_eval_version"]
+    assert not (tmp_path / "ran").exists()
+    assert lm_eval.evaluator.get_git_commit_hash is own
+
+
 def task_here(monkeypatch, tmp_path, **settings) -> int:
     """Exit code of the command in a folder with the folders json and Some/texts, for a group of one task."""
     import lm_eval.__main__
