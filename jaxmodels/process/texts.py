@@ -38,8 +38,9 @@ def table_cell(text: str) -> str:
 
     Neither HTML nor a link begins in it; other Markdown has its effect.
     """
-    text = visible(text).replace("<", r"\<").replace("](", r"]\(")
-    return re.sub(r"(?<!\\)(\\*)\|", r"\1\1\|", text)  # linear: a match begins a run of backslashes
+    text = visible(text).replace("](", r"]\(")
+    # Backslashes before a bar or < are doubled: one of them would undo the added one. Linear: a match begins a run.
+    return re.sub(r"(?<!\\)(\\*)([<|])", r"\1\1\\\2", text)
 
 
 def quoted(value: Any, longest: int = 80) -> str:

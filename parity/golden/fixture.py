@@ -152,9 +152,12 @@ def check_target(stem: str | os.PathLike) -> None:
     A recording that a killed process had nearly written is recovered first.
     """
     recover(stem)
-    for file, is_ours in zip(files_of(stem), (holds_recording, describes_recording), strict=True):
+    tensors_file, about_file = files_of(stem)
+    kinds = {tensors_file: holds_recording, about_file: describes_recording, pending(about_file): describes_recording}
+    for file, is_ours in kinds.items():
         check_file(file)
-        if file.exists() and not is_ours(file):
+        linked = file.is_symlink() and file not in (tensors_file, about_file)  # a name that no user has given
+        if (file.exists() and not is_ours(file)) or linked:
             raise ValueError(
                 f"stem={stem}: {file} was not written by parity.record; delete it yourself, or choose another stem"
             )

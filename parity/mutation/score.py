@@ -142,7 +142,7 @@ def counts(rows: list[Row], idle: int, total: int) -> Iterator[str]:
     yield f"- {n} mutants, drawn from {total} (operators × sub-modules); {idle} more changed no output and no gradient."
     yield f"- found: {found} of {n} ({100 * found / n:.0f} %)"
     yield f"- culprit named: {named} of {n} ({100 * named / n:.0f} %)"
-    yield f"- smallest: {smallest.value:.1e} × noise, {smallest.operator} in {smallest.case}"
+    yield f"- smallest: {smallest.value:.1e} × noise, {table_cell(f'{smallest.operator} in {smallest.case}')}"
 
 
 def unbroken_lines(alarms: Alarms, seeds: int) -> Iterator[str]:
@@ -153,7 +153,7 @@ def unbroken_lines(alarms: Alarms, seeds: int) -> Iterator[str]:
         read = [(c, case, seed) for case, checks in alarms.items() for seed, c in checks if c.precision == precision]
         check, case, seed = max(read, key=lambda found: found[0].value)
         own = "" if check.own is None else f" (PyTorch {check.own:.2g})"
-        where = f"{check.kind} of {case} at seed {seed}"
+        where = table_cell(f"{check.kind} of {case} at seed {seed}")
         yield f"- largest in {precision}: {check.value:.2g} × noise{own}, limit {check.limit:.2g}: {where}"
 
 

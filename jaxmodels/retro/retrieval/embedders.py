@@ -20,6 +20,8 @@ from jaxmodels.text.tokenizer.errors import is_panic
 from jaxmodels.weights.names import listed
 
 MOST_WIDTH, MOST_LONG = 16_384, 32
+MOST_GRAMS = 2**20  # of a text, which are in memory together; a chunk of 1,024 long words has 30,000
+MOST_CALLS = 100_000  # of modules for a batch; BERT-large has 400, and shared layers are called again
 
 
 class Embedder(Protocol):
@@ -66,7 +68,16 @@ class HashedNGrams:
         return HashingVectorizer(analyzer="char", ngram_range=lengths, n_features=self.width, dtype=np.float32)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts to float32 [n, width]; a text shorter than the shortest n-gram becomes the zero vector."""
+        """Embed texts to float32 [n, width]; a text shorter than the shortest n-gram becomes the zero vector.
+
+        Raises ValueError for a text of more than MOST_GRAMS n-grams.
+        """
+        size = max(map(len, texts), default=0)
+        if (count := size * (self.longest - self.shortest + 1)) > MOST_GRAMS:
+            raise ValueError(
+                f"embedder {self.name} takes texts of at most {MOST_GRAMS:,} n-grams; one of {size:,} characters has "
+                f"{count:,}"
+            )
         return self.vectorizer.transform(texts).toarray()
 
 
@@ -104,7 +115,7 @@ class SentenceTransformer:
         loaded = self.loaded
         for confined in self.tokenizers:
             confined.encode_batch(texts)
-        with one_line(f"embedder {self.name} cannot embed the texts"):
+        with one_line(f"embedder {self.name} cannot embed the texts"), calls_counted(loaded[0]):
             vectors = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
         return finite(self, np.asarray(vectors, np.float32))
 
@@ -127,6 +138,28 @@ def one_line(what: str) -> Iterator[None]:
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{what}: {shortened(reason, 500)}") from None
+
+
+@contextlib.contextmanager
+def calls_counted(model: Any) -> Iterator[None]:
+    """Context in which a call of a model raises ValueError if it calls modules far more often than any published one.
+
+    A configuration of a few bytes may have one stored layer called a million times.
+    """
+    calls = 0
+
+    def count(module: Any, _: Any) -> None:
+        nonlocal calls
+        calls = 0 if module is model else calls + 1
+        if calls > MOST_CALLS:
+            raise ValueError(f"its config.json describes a model that calls modules more than {MOST_CALLS:,} times")
+
+    handles = [module.register_forward_pre_hook(count) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def finite(embedder: "SentenceTransformer | BertMean", vectors: np.ndarray) -> np.ndarray:
@@ -202,7 +235,7 @@ class BertMean:
         words = [whole_words(text) for text in texts]
         for confined in self.tokenizers:
             confined.encode_batch(words)
-        with one_line(f"embedder {self.name} cannot embed the texts"):
+        with one_line(f"embedder {self.name} cannot embed the texts"), calls_counted(model):
             tokens = tokenizer(words, return_tensors="pt", padding=True, truncation=True)
             hidden = model(**tokens).last_hidden_state.float().numpy()
             mask = tokens["attention_mask"].numpy()[..., None]

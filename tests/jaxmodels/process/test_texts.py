@@ -54,6 +54,7 @@ def test_a_models_text_is_escaped_on_a_terminal_alone():
         ("a\\|b", r"a\\\|b"),
         ("a\\b", r"a\b"),
         ("<script>", r"\<script>"),
+        (r"\<script>", r"\\\<script>"),
         ("[a](javascript:b)", r"[a]\(javascript:b)"),
         ("a\n\x1b[2J", r"a\n\x1b[2J"),
         ("**a** `b` [0, 3]", "**a** `b` [0, 3]"),

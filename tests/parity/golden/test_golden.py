@@ -325,14 +325,14 @@ def test_clean_lists_a_json_whose_tensors_were_not_written(recorded, tmp_path, c
     assert about_file.exists()
 
 
-@pytest.mark.parametrize("wrong", ["mlp.safetensors", "mlp.json"])
+@pytest.mark.parametrize("wrong", ["mlp.safetensors", "mlp.json", ".mlp.json.new"])
 @pytest.mark.parametrize("content", ["of others", "", None])
 def test_files_of_others_are_not_replaced(recorded, tmp_path, wrong, content):
     torch_module, _, x = mlp()
     file = tmp_path / wrong
     if content is not None:
         file.write_text(content)
-    elif wrong == "mlp.json":
+    elif wrong != "mlp.safetensors":
         file.write_text('{"format": 3, "model": "mine"}')
     else:
         file.unlink()

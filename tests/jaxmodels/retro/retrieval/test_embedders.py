@@ -337,6 +337,31 @@ def test_weights_that_are_not_those_of_the_configuration_are_not_made_up(bert, c
     assert "REPORT" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("kind", [BertMean, SentenceTransformer])
+def test_a_configuration_that_repeats_a_stored_layer_is_refused(kind, bert, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if kind is SentenceTransformer:
+        pytest.importorskip("sentence_transformers")
+    folder = shutil.copytree(bert[0], tmp_path / "funnel")
+    sizes = {"d_model": 6, "n_head": 2, "d_head": 3, "d_inner": 5}
+    config = transformers.FunnelConfig(
+        vocab_size=10, block_sizes=[1, 1], block_repeats=[2, 1], num_decoder_layers=1, **sizes
+    )
+    transformers.FunnelModel(config).save_pretrained(folder)
+    assert kind(str(folder)).embed(["the sea was calm"] * 70).shape == (70, 6)
+    about = json.loads((folder / "config.json").read_text()) | {"block_repeats": [1_000_000, 1]}
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"^embedder .* cannot embed the texts: .*modules more than 100,000 times$"):
+        kind(str(folder)).embed(["the sea was calm"] * 70)
+
+
+def test_a_text_of_too_many_ngrams_is_refused():
+    embedder = HashedNGrams(64, 1, 32)
+    assert embedder.embed(["a" * 9_000]).shape == (1, 64)
+    with pytest.raises(ValueError, match=r"^embedder ngrams:64:1:32 .*90,000 characters has 2,880,000"):
+        embedder.embed(["a", "a" * 90_000])
+
+
 def test_a_model_that_fails_on_texts_or_gives_no_numbers_is_refused(bert):
     embedder = BertMean(bert[0])
     weight = embedder.loaded[1].embeddings.word_embeddings.weight
