@@ -15,10 +15,10 @@ from jaxmodels.text.tokenizer.patterns import Nullable, Pattern, Unsupported
 
 STEPS = 256  # normalizers, pre-tokenizers, post-processors or decoders; published files have up to 30
 GROWTH = 32  # characters that the rules may make of one; the largest that Unicode's own forms make is 18
-LONGEST_TOKEN = 10_000  # characters; published vocabularies have runs of 1,024 spaces
+LONGEST_TOKEN = 2_048  # characters; published vocabularies have runs of 1,024 spaces
 LONGEST_PIECE = 512  # of a Unigram model, which compares every place of a text with all tokens
 LONGEST_WORD = 1_000  # of WordPiece, which tries all parts of a word
-LONGEST_AFFIX = 100  # continuing_subword_prefix and such, of every character
+LONGEST_AFFIX = 100  # continuing_subword_prefix and such, of every character, and the token of unknown words
 TEMPLATE = 1_000  # parts of a template, and ids of a special token
 ADDED = 64  # special tokens that all templates together add to a text
 PATTERN = 10_000  # characters of all regular expressions; published tokenizers have up to 600
@@ -171,7 +171,7 @@ def check_model(model: Any) -> None:
     longest = model.get("max_input_chars_per_word")
     if isinstance(longest, int) and longest > LONGEST_WORD:
         raise ValueError(f"its max_input_chars_per_word={quoted(longest)} must be at most {LONGEST_WORD}")
-    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         affix = model.get(name)
         if isinstance(affix, str) and len(affix) > LONGEST_AFFIX:
             raise ValueError(f"its {name} has {len(affix):,} characters; at most {LONGEST_AFFIX}")
