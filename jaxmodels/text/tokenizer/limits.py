@@ -15,7 +15,7 @@ from jaxmodels.text.tokenizer.patterns import Nullable, Pattern, Unsupported
 
 STEPS = 256  # normalizers, pre-tokenizers, post-processors or decoders; published files have up to 30
 GROWTH = 32  # characters that the rules may make of one; the largest that Unicode's own forms make is 18
-LONGEST_TOKEN = 2_048  # characters; published vocabularies have runs of 1,024 spaces
+LONGEST_TOKEN = 50_000  # characters; published vocabularies have runs of 1,024 spaces
 LONGEST_PIECE = 512  # of a Unigram model, which compares every place of a text with all tokens
 LONGEST_WORD = 1_000  # of WordPiece, which tries all parts of a word
 LONGEST_AFFIX = 100  # continuing_subword_prefix and such, of every character, and the token of unknown words

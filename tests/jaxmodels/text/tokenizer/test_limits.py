@@ -68,7 +68,7 @@ SWELLS = {
         "special token 'x' without ids",
     ),
     "a special token of many": ({"post_processor": template(text("A"), ids=2_000)}, "2,000 ids"),
-    "a long token": ({"model": {**MODEL, "vocab": {"a" * 3_000: 0}}}, "a token of 3,000"),
+    "a long token": ({"model": {**MODEL, "vocab": {"a" * 60_000: 0}}}, "a token of 60,000"),
     "a long unknown token": (
         {"model": {**MODEL, "vocab": {"a" * 101: 0}, "unk_token": "a" * 101}},
         "unk_token has 101",
