@@ -112,7 +112,7 @@ def is_left(folder: Path) -> bool:
     False if it cannot be read, as one of another user in /tmp, or if its writer renames or removes it just now.
     """
     try:
-        return manifest.is_begun(folder) or manifest.unproven(folder) is None
+        return manifest.is_begun(folder) or manifest.unproven(folder, complete=True) is None
     except OSError:
         return False
 

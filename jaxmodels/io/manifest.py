@@ -6,8 +6,9 @@ The sizes in bytes of all files. A folder is replaced or removed only if it has 
 manifest does not list.
 
 While a folder is filled, it has a temporary name, and {"format": 1, "complete": false, "name": its name, "files": {}}.
-If its writer is killed, it is removed only under that name, and only if each of its files is of a kind that is written
-to such folders (`jaxmodels.io.content.WRITTEN`): anybody can write a manifest into the folder of another.
+If its writer is killed, it is removed only under that name. Whether complete or not, what a killed writer left is
+removed only if each of its files is of a kind that is written to such folders (`jaxmodels.io.content.WRITTEN`): anybody
+can write a manifest into the folder of another.
 """
 
 import bisect
@@ -129,21 +130,27 @@ def holds(names: Sequence[str], folder: str) -> bool:
     return at < len(names) and names[at].startswith(f"{folder}/")
 
 
-def unproven(folder: Path) -> str | None:
-    """Reason why what a killed process left must not be removed: nothing shows that this program wrote all of it."""
+def unproven(folder: Path, *, complete: bool = False) -> str | None:
+    """Reason why what a killed process left must not be removed: nothing shows that this program wrote all of it.
+
+    complete: a complete manifest is accepted, too, as of a folder whose writer was killed before it had its name.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return "it is not a folder"
     try:
         about, found = read(folder), list(sizes(folder))
     except ValueError as error:
         return str(error)
-    if about["complete"] is True:
-        return foreign(folder)
-    if about.get("name") != spelled(folder.name):
+    finished = about["complete"] is True
+    if finished and not complete:
+        return f"{folder / NAME} says that it is complete, which such a folder never is"
+    if finished and (reason := foreign(folder)):
+        return reason
+    if not finished and about.get("name") != spelled(folder.name):
         return f"{folder / NAME} is of a folder with the name {quoted(about.get('name'))}"
     for name, _ in found:
         is_link = (folder / name).is_symlink() and about["files"].get(name) == -1
-        if not is_link and not is_written_here(folder, name) and not is_empty(folder / name):
+        if not is_link and not is_written_here(folder, name, complete=finished) and not is_empty(folder / name):
             return f"{quoted(name)} in it is nothing that this program writes there"
     return None
 
@@ -200,9 +207,10 @@ def remove(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove everything in a folder but its manifest."""
+    """Remove everything in a folder but its manifest, which is written if it has none."""
     if not (folder / NAME).exists():
-        begin(folder)
+        with contextlib.suppress(OSError):  # a full disk has no room for it
+            begin(folder)
     for path in folder.iterdir():
         if path.name == NAME:
             continue

@@ -167,16 +167,25 @@ def foreign(folder: Path) -> str | None:
     try:
         if (folder / MARK).exists():
             listed = read_mark(folder)["files"]
-            other = [name for name in found if name not in listed or not is_written_here(folder, name, complete=True)]
+            other = [
+                name
+                for name in found
+                if name not in listed or not is_part(name) or not is_written_here(folder, name, complete=True)
+            ]
         elif (folder / manifest.NAME).is_file():
             if reason := manifest.unproven(folder):
                 return reason
-            other = [name for name in found if PurePath(name).parts[0].partition(ORBAX_TEMPORARY)[0] not in PARTS]
+            other = [name for name in found if not is_part(name)]
         else:
             return f"it has neither {MARK} nor {manifest.NAME}" if found else None
     except ValueError as error:
         return str(error)
     return f"{quoted(other[0])} in it was not written by this program" if other else None
+
+
+def is_part(name: str) -> bool:
+    """True for a path in a step's folder that is one of PARTS, or lies in one."""
+    return PurePath(name).parts[0].partition(ORBAX_TEMPORARY)[0] in PARTS
 
 
 def is_own(folder: Path, name: str) -> bool:

@@ -154,7 +154,12 @@ def locked(folder: Path) -> Iterator[None]:
     if other:
         raise ValueError(f"{other[0]} was not written by this program: move it, or choose another folder to write")
     if manifest.unproven(folder) is not None:  # before any other file, so that `jaxmodels clean` lists what is left
-        manifest.begin(folder)
+        try:
+            manifest.begin(folder)
+        except OSError:
+            with contextlib.suppress(OSError):  # not empty: ids that were made are kept
+                folder.rmdir()
+            raise
     with exclusive(folder / LOCK):
         yield
 

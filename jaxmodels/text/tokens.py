@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodels.io import manifest
-from jaxmodels.io.atomic import atomic_folder, check_target, recover, temporary_folder, unique
+from jaxmodels.io.atomic import atomic_folder, check_target, raise_named, recover, temporary_folder, unique
 from jaxmodels.io.bounded import check_format, is_integer, read_object
 from jaxmodels.io.formats.npy import map_array
 from jaxmodels.process.paths import resolved
@@ -240,31 +240,36 @@ def write_sources(folder: Path, sources: Sources, vocabulary: Vocabulary, end_to
     """Encode sources and write them to a new folder atomically.
 
     They are encoded in a folder beside it, where a later call with the same arguments continues if this process is
-    killed. Raises ValueError for bad texts.
+    killed. Raises ValueError for bad texts, and OSError naming the new folder if it cannot be written.
     """
     end = end_ids(vocabulary, sources, end_token)
     key = hashlib.sha256(json.dumps(key_of(sources, vocabulary, end)).encode()).hexdigest()
     folder = resolved(folder)
     partial = folder.with_name(f".{folder.name}.{unique(key)}")  # `jaxmodels clean` knows such names
-    with locked(partial):
-        try:
-            check_target(folder, overwrite=None)
-        except ValueError:  # another process has written it since the caller looked
+    try:
+        with locked(partial):
+            try:
+                check_target(folder, overwrite=None)
+            except ValueError:  # another process has written it since the caller looked
+                manifest.remove(partial)
+                raise
+            tokens = encode_to(partial, sources, vocabulary, end)
+            about: dict[str, object] = {"train": len(tokens.train), "validation": len(tokens.validation)}
+            files = [files_of(partial, part)[0] for part in range(len(PARTS))]
+            if tokens.documents is not None:
+                about["documents"] = tokens.documents
+                files += [files_of(partial, part)[1] for part in range(len(PARTS))]
+            with atomic_folder(folder) as new:
+                vocabulary.save(new / "vocabulary.json")
+                content = {"format": FORMAT, **about, "sha256": tokens.sha256}
+                (new / "tokens.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                for file in files:
+                    file.rename(new / file.name)
             manifest.remove(partial)
-            raise
-        tokens = encode_to(partial, sources, vocabulary, end)
-        about: dict[str, object] = {"train": len(tokens.train), "validation": len(tokens.validation)}
-        files = [files_of(partial, part)[0] for part in range(len(PARTS))]
-        if tokens.documents is not None:
-            about["documents"] = tokens.documents
-            files += [files_of(partial, part)[1] for part in range(len(PARTS))]
-        with atomic_folder(folder) as new:
-            vocabulary.save(new / "vocabulary.json")
-            content = {"format": FORMAT, **about, "sha256": tokens.sha256}
-            (new / "tokens.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            for file in files:
-                file.rename(new / file.name)
-        manifest.remove(partial)
+    except OSError as error:
+        if error.filename is not None:  # of a write: those of reading may name nothing
+            raise_named(error, partial, folder)
+        raise
     return tokens
 
 

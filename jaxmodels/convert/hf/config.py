@@ -1,6 +1,7 @@
 """config.json of GPT-NeoX in the format of `transformers`: conversion to and from `NeoXConfig`."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,21 @@ ROTARY: tuple[tuple[str, str, str, float], ...] = (
     ("partial_rotary_factor", "rotary_pct", "rope_percentage", 0.25),
     ("rope_theta", "rotary_emb_base", "rope_base", 10_000.0),
 )
+# Keys that are no settings of GPTNeoXConfig, but with which transformers computes other numbers, and the values with
+# which it does not. It sets an attribute for each key: `attribute_map` and `__dict__` redirect or replace others.
+# `configuration_files` names another file in place of this one; windows shorten the cache of keys and values.
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "attribute_map": ({},),
+    "__dict__": (),
+    "configuration_files": ([],),
+    "per_layer_config": (None, {}),
+    "quantization_config": (None, {}),
+    "is_causal": (None, True),
+    "is_encoder_decoder": (None, False),
+    "sliding_window": (None,),
+    "attention_chunk_size": (None,),
+}
+FULL = ("full_attention", "attention")  # names of a layer that attends to all tokens before
 DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 2}  # transformers' defaults of absent keys
 END_OF_TEXT = {"bos_token_id": 0, "eos_token_id": 0}  # <|endoftext|>, for checkpoints that store no token ids
 
@@ -99,16 +115,24 @@ def read_config(file: Path) -> tuple[NeoXConfig, list[str]]:
 def check_same(file: Path, content: Mapping[str, Any], config: NeoXConfig, notes: list[str]) -> None:
     """Raise ValueError, naming file and key, for keys with which transformers would compute other numbers.
 
-    They are none of GPTNeoXConfig, but its model has the rotary frequencies of a `head_dim`, and attends to later
-    tokens if `is_causal` is false.
+    They are none of GPTNeoXConfig: its model has the rotary frequencies of a `head_dim`; see HARMLESS for others.
     """
+    for key, values in HARMLESS.items():
+        if key in content and content[key] not in values:
+            allowed = [json.dumps(value) for value in values if value is not None] or ["null"]
+            supported = f"{allowed[-1]} or no such key" if values else "no such key"
+            raise ValueError(
+                f"{file} has {key} {quoted(content[key])}, with which transformers computes other numbers; "
+                f"supported is {supported}"
+            )
+    kinds = content.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(kind in FULL for kind in kinds)):
+        raise ValueError(f"{file} has layer_types {quoted(kinds)}; supported is {FULL[0]!r} for each layer")
     width = content.get("head_dim")
     if width is not None and checked(file, "head_dim", width, int, notes) != config.d_k:
         raise ValueError(
             f"{file} has head_dim {quoted(width)}; supported is hidden_size / num_attention_heads, {config.d_k}"
         )
-    if content.get("is_causal") not in (None, True):
-        raise ValueError(f"{file} has is_causal {quoted(content['is_causal'])}; supported is true")
 
 
 def rotary(file: Path, content: Mapping[str, Any], notes: list[str]) -> dict[str, float]:

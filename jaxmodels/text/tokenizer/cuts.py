@@ -231,7 +231,7 @@ class Added:
 
 
 def flat(step: Step | None, name: str) -> list[Step]:
-    """Steps of a normalizer or pre-tokenizer, those of sequences one after the other."""
+    """Steps of a normalizer, pre-tokenizer or decoder, those of sequences one after the other."""
     if step is None:
         return []
     if step["type"] == "Sequence":

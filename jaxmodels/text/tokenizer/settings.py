@@ -33,6 +33,7 @@ from jaxmodels.text.tokenizer.special import (
 from jaxmodels.text.tokenizer.untrusted import operations
 
 MOST_TOKENS = 20_000  # that settings add to a tokenizer; published ones have up to 6,500, in tokenizer.json too
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}  # all of one effect
 AS_IT_IS = 'to read the file as it is, here and in transformers, set "tokenizer_class": "PreTrainedTokenizerFast"'
 
 
@@ -97,6 +98,8 @@ def rules_of_class(files: Files, where: Path, tokenizer: Any) -> dict[str, Any]:
     wanted = ["NFC"] if kind == NEOX else []
     if [step["type"] for step in normalizers] != wanted:
         rules["normalizer"] = {"type": "NFC"} if wanted else None
+    if [step["type"] for step in flat(parts["decoder"], "decoders")] != ["ByteLevel"]:
+        rules["decoder"] = BYTES
     after = parts["post_processor"]
     if kind == NEOX and after is not None and after["type"] != "ByteLevel":
         rules["post_processor"] = None  # transformers 5 gives a GPTNeoXTokenizer one that adds no tokens

@@ -143,18 +143,18 @@ def killed(path, other):
 Path.rename = killed
 atomic.exchange = lambda a, b: False
 with atomic.atomic_folder("model", overwrite=True) as new:
-    (new / "file").write_text("two")
+    (new / "config.json").write_text("{ }")
 """
 
 
 def test_a_kill_between_two_renames_is_undone_at_the_next_start(tmp_path, capsys):
-    folder = write(tmp_path / "model", file="one")
+    folder = write(tmp_path / "model", **{"config.json": "{}"})
     env = os.environ | {"PYTHONPATH": str(Path(atomic.__file__).parents[2])}
     run = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=env, check=False)
     assert run.returncode == -signal.SIGKILL
     assert not folder.exists()
     atomic.recover(folder)
-    assert contents(folder) == {"file": "one"}
+    assert contents(folder) == {"config.json": "{}"}
     assert "recovered" in capsys.readouterr().err
     aged(tmp_path)
     assert clean([str(tmp_path), "--delete"]) == 0

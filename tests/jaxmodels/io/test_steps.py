@@ -56,7 +56,7 @@ def test_a_step_that_holds_a_file_of_others_is_kept(name, tmp_path):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["diary.txt", "model/diary.txt", "losses.npy"])
+@pytest.mark.parametrize("name", ["diary.txt", "model/diary.txt", "losses.npy", "vocab.txt", "lock"])
 def test_a_list_of_files_proves_nothing(name, tmp_path):
     folder = tmp_path / "7"
     (folder / name).parent.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """config.json: read as transformers reads it, or refused in one line."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 
 from jaxmodels.convert.hf import read_config
 from jaxmodels.convert.hf.config import ACTIVATIONS
-from tests.jaxmodels.convert.hf.folders import SIZES
+from tests.jaxmodels.convert.hf.folders import SIZES, model
 
 PLAIN = SIZES | {"model_type": "gpt_neox"}
 
@@ -128,18 +129,95 @@ def test_other_values_are_one_line_with_file_and_key(tmp_path, key, value):
         read_config(written(tmp_path, **{key: value}))
 
 
-@pytest.mark.parametrize(("key", "value"), [("head_dim", 5), ("is_causal", False)])
-def test_a_key_with_which_transformers_computes_other_numbers_is_refused(tmp_path, key, value):
-    torch.manual_seed(0)
-    ids = torch.tensor([[5, 3, 11, 2, 7]])
-    plain = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.4)).eval()
-    torch.nn.init.normal_(plain.lm_head.weight)
+# Keys with which transformers computes other numbers: redirected attributes, another file, a shorter cache.
+OTHER_NUMBERS = [
+    {"head_dim": 5},
+    {"is_causal": False},
+    {"attribute_map": {"layer_norm_eps": "foo"}, "foo": 0.9},
+    {"attribute_map": {"head_dim": "foo"}, "foo": 5},
+    {"attribute_map": {"foo": "is_causal"}, "foo": False},
+    {"__dict__": "all attributes"},
+    {"configuration_files": ["config.4.0.0.json"]},
+    {"sliding_window": 2},
+    {"attention_chunk_size": 2},
+    {"layer_types": ["sliding_attention"] * 3, "sliding_window": 2},
+    {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 2},
+]
+
+
+def logits(model):
+    """Logits of a text as a whole, and of its last token after a cache of those before."""
+    ids = torch.tensor([[5, 3, 11, 2, 7, 9]])
+    with torch.no_grad():
+        before = model(ids[:, :-1], use_cache=True)
+        return torch.cat([model(ids).logits, model(ids[:, -1:], past_key_values=before.past_key_values).logits], 1)
+
+
+@pytest.mark.parametrize("keys", OTHER_NUMBERS, ids=str)
+def test_a_key_with_which_transformers_computes_other_numbers_is_refused(tmp_path, keys):
+    plain = model(torch.float32, rotary_pct=0.4)
     plain.save_pretrained(tmp_path)
-    file = written(tmp_path, rotary_pct=0.4, **{key: value})
-    theirs = transformers.GPTNeoXForCausalLM.from_pretrained(tmp_path).eval()
-    assert not torch.allclose(theirs(ids).logits, plain(ids).logits, atol=1e-3)
-    with pytest.raises(ValueError, match=rf"config\.json has {key} {value}; supported is"):
+    file = tmp_path / "config.json"
+    own = json.loads(file.read_text())
+    assert read_config(file)[0].rope_percentage == 0.4
+    (tmp_path / "config.4.0.0.json").write_text(json.dumps(own | {"layer_norm_eps": 0.9}))
+    if "__dict__" in keys:
+        attributes = transformers.AutoConfig.from_pretrained(tmp_path).__dict__
+        keys = {"__dict__": attributes | {"dtype": None, "layer_norm_eps": 0.9}}
+    file.write_text(json.dumps(own | keys))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not torch.allclose(logits(theirs), logits(plain), atol=1e-3)
+    with pytest.raises(ValueError, match=rf"config\.json has ({'|'.join(keys)}) .*; supported is"):
         read_config(file)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"attribute_map": {}}, {"configuration_files": []}, {"per_layer_config": {}}, {"is_encoder_decoder": False}),
+        *({"layer_types": ["full_attention"] * 3}, {"layer_types": ["attention"] * 3}, {"layer_types": None}),
+        *({"sliding_window": None}, {"attention_chunk_size": None}, {"is_causal": True}),
+    ],
+    ids=str,
+)
+def test_such_a_key_with_which_transformers_computes_the_same_is_read(tmp_path, keys):
+    plain = model(torch.float32)
+    plain.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(plain))
+    assert read_config(file)[0].n_hidden == 60
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("per_layer_config", {"0": {"use_parallel_residual": False}}), ("quantization_config", {"load_in_8bit": True})],
+)
+def test_settings_of_single_layers_and_of_other_weights_are_refused(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"config\.json has {key} .*; supported is \{{\}} or no such key"):
+        read_config(written(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize("value", [{"layer_norm_eps": "foo"}, {"foo": "layer_norm_eps"}, [], 2])
+def test_no_name_of_transformers_class_changes_a_setting_without_a_word(tmp_path, value):
+    """transformers sets an attribute of each key, and its class has about a hundred names that are no settings."""
+    settings = {field.name for field in dataclasses.fields(transformers.GPTNeoXConfig)}
+    written(tmp_path)
+    plain = {name: getattr(transformers.AutoConfig.from_pretrained(tmp_path), name) for name in settings}
+    redirecting = []
+    for name in sorted({*dir(transformers.GPTNeoXConfig)} - settings - {"model_type", "rope_scaling", "torch_dtype"}):
+        file = written(tmp_path, **{name: value, "foo": 0.9})
+        try:
+            found = transformers.AutoConfig.from_pretrained(tmp_path)
+            same = all(getattr(found, setting) == plain[setting] for setting in settings - {"id2label", "label2id"})
+        except Exception:  # of many kinds: transformers reads no model
+            continue
+        if not same:
+            redirecting.append(name)
+            with pytest.raises(ValueError, match=rf"config\.json has {name} "):
+                read_config(file)
+    assert redirecting == (["attribute_map"] if isinstance(value, dict) else [])
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])

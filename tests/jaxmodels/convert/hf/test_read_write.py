@@ -237,15 +237,18 @@ def test_presets_are_what_the_published_configurations_say(tmp_path):
     assert config == NeoXConfig.neox_20b()
 
 
-@pytest.mark.parametrize("digits", [False, True], ids=["rules of the class", "other rules"])
-def test_a_tokenizer_has_the_same_ids_in_transformers(tmp_path, digits):
+@pytest.mark.parametrize("rules", ["rules of the class", "other rules", "another decoder", "no decoder"])
+def test_a_tokenizer_has_the_same_ids_and_texts_in_transformers(tmp_path, rules):
     """transformers would replace the rules of a tokenizer.json by those of the model's class."""
+    digits = rules == "other rules"
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     steps = [tokenizers.pre_tokenizers.Digits(individual_digits=True), level]
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps) if digits else level
     tokenizer.normalizer = tokenizers.normalizers.NFC()
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if rules != "no decoder":
+        own = tokenizers.decoders.Fuse if rules == "another decoder" else tokenizers.decoders.ByteLevel
+        tokenizer.decoder = own()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
@@ -254,8 +257,12 @@ def test_a_tokenizer_has_the_same_ids_in_transformers(tmp_path, digits):
     write(tmp_path / "source", 2)
     tokenizer.save(str(tmp_path / "source" / "tokenizer.json"))
     write_hf(open_neox(tmp_path / "source"), tmp_path / "hf")
-    assert (tmp_path / "hf" / "tokenizer_config.json").exists() is digits
+    assert (tmp_path / "hf" / "tokenizer_config.json").exists() is (rules != "rules of the class")
     text = "In 2026, 1234 <|endoftext|> e\u0301"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
-    assert list(TokenizerFile.read(tmp_path / "hf").encode(text, special=True)) == tokenizer.encode(text).ids
+    for folder in ("source", "hf"):
+        read = TokenizerFile.read(tmp_path / folder)
+        assert list(read.encode(text, special=True)) == tokenizer.encode(text).ids
+        decoded = tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False)
+        assert theirs.decode(theirs(text)["input_ids"]) == read.decode(read.encode(text)) == decoded

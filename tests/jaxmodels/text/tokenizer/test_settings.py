@@ -6,6 +6,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from jaxmodels.generate.text import TextStream
 from jaxmodels.text import TokenizerFile
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
@@ -70,6 +71,33 @@ def test_ids_are_those_of_transformers(tmp_path, name, model):
     for text in TEXTS:
         assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text, special=True).tolist() == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text))
+
+
+DECODERS = {
+    "none": None,
+    "other": {"type": "Fuse"},
+    "of words": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    "of speech": {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},
+    "several": {
+        "type": "Sequence",
+        "decoders": [BASE["decoder"], {"type": "Strip", "content": "t", "start": 1, "stop": 0}],
+    },
+    "one of several": {"type": "Sequence", "decoders": [BASE["decoder"]]},
+}
+
+
+@pytest.mark.parametrize("model", [*KINDS, None])
+@pytest.mark.parametrize("name", DECODERS)
+def test_texts_are_those_of_transformers_whatever_the_decoder(tmp_path, name, model):
+    write(tmp_path, model or "gpt_neox", BASE | {"decoder": DECODERS[name]}, KINDS[model] if model else None)
+    ours, theirs = TokenizerFile.read(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the then, 12", " the\n\n über", "a"):
+        ids = ours.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids)
+        pieces = TextStream(ours, [])
+        streamed = "".join(pieces.add(int(token)) for token in ids) + pieces.rest()
+        assert streamed == theirs.decode(ids)
 
 
 OTHERS = {
