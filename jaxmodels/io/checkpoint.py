@@ -134,9 +134,10 @@ def without_logs() -> Iterator[None]:
 
 
 def drop_reports_of_saving() -> None:
-    """Drop Orbax's own reports of failed writes, hundreds of lines of tracebacks, before an error is raised."""
+    """Drop the reports of failed writes of Orbax and its threads, hundreds of lines of tracebacks beside an error."""
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).addFilter(is_not_about_saving)  # once: a logger keeps one of each filter
+    drop_late_messages()
 
 
 def is_not_about_saving(record: logging.LogRecord) -> bool:
@@ -146,7 +147,7 @@ def is_not_about_saving(record: logging.LogRecord) -> bool:
 
 @functools.cache
 def drop_late_messages() -> None:
-    """Drop what Orbax's threads and tasks print on what could not be read, after the error of the first was raised.
+    """Drop what Orbax's threads and tasks print on what could not be read or written, after the first error was raised.
 
     It is a page of text for each array, with tracebacks, through Python's hook for exceptions that nobody can catch.
     """

@@ -4,6 +4,8 @@ import errno
 import itertools
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +113,24 @@ def test_a_disk_that_stays_full_ends_a_run_with_two_lines(new, tmp_path):
     assert steps(run / "checkpoints") == []
     assert main(rope.Rope, "train.rope", [*new, "--steps", "40", "--out", str(run)]) == 0  # with room again
     assert steps(run / "checkpoints") == [30, 35, 40]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [80, 120])
+def test_a_full_file_system_ends_a_run_with_two_lines(new, tmp_path, kilobytes):
+    mounted = f"mount -t tmpfs -o size={kilobytes}k tmpfs {tmp_path}"
+    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*private, mounted], capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own cannot be mounted here")
+    training = shlex.join([sys.executable, "-m", "train.rope", *new, "--steps", "40", "--out", f"{tmp_path}/run"])
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [*private, f"{mounted} && {training}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    first, second = done.stderr.splitlines()
+    assert re.fullmatch(r"warning: checkpoint 5 could not be saved: .*: No space left on device; trying again", first)
+    assert re.fullmatch(r"python -m train.rope: checkpoint \d+ could not be saved either: .*No space left.*", second)
 
 
 def until(process: subprocess.Popen, text: str) -> str:
