@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from jaxmodels.process.callbacks import original
 from jaxmodels.process.failures import is_out_of_memory
 from jaxmodels.process.streams import discard, escape_unencodable, is_unwritable, open_missing, say
 from jaxmodels.process.texts import shortened
@@ -18,8 +19,9 @@ from jaxmodels.process.texts import shortened
 def run(main: Callable[[], int | None], command: str) -> int:
     """Call a command's main function and return the exit code of its process, with one line for each expected failure.
 
-    0 or what `main` returns; 2 for a ValueError, an OSError, a missing package or too little memory; 130 for Ctrl-C;
-    141 if the reader of a pipe has closed it (`… | head`). Any other exception is a bug and keeps its traceback.
+    0 or what `main` returns; 2 for a ValueError or an OSError, also of a function that a compiled program calls on the
+    host (`jaxmodels.process.callbacks`), for a missing package and for too little memory; 130 for Ctrl-C; 141 if the
+    reader of a pipe has closed it (`… | head`). Any other exception is a bug and keeps its traceback.
 
     Warnings are printed as one line each, without a line of the source. Python processes that it starts import nothing
     from the current folder, unless this process does.
@@ -46,6 +48,9 @@ def run(main: Callable[[], int | None], command: str) -> int:
         say(f"{command}: {'standard output: ' * unnamed}{error}")
         return 2
     except (MemoryError, RuntimeError) as error:
+        if (expected := original(error)) is not None:
+            say(f"{command}: {expected}")
+            return 2
         if not is_out_of_memory(error):
             raise
         reason = shortened(str(error).partition("\n")[0], 400)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmodels.cache import align_left
+from jaxmodels.process.callbacks import on_host
 from jaxmodels.retro.decode import RetroCache
 from jaxmodels.retro.model import RetroModel
 from jaxmodels.retro.retrieval.index import ChunkIndex
@@ -98,4 +99,4 @@ class Retrieving(nnx.Module):
         shape = jax.ShapeDtypeStruct((*chunks.shape[:-1], *self.retriever.shape), jnp.int32)
         if 0 in shape.shape:
             return jnp.zeros(shape.shape, jnp.int32)
-        return jax.pure_callback(self.retriever, shape, chunks)
+        return jax.pure_callback(on_host(self.retriever), shape, chunks)

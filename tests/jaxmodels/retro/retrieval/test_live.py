@@ -7,6 +7,7 @@ import pytest
 
 from jaxmodels import generate
 from jaxmodels.generate import loop
+from jaxmodels.process.programs import run
 from jaxmodels.retro.retrieval.corpus import Corpus
 from jaxmodels.retro.retrieval.embedders import HashedNGrams
 from jaxmodels.retro.retrieval.index import ChunkIndex
@@ -68,3 +69,18 @@ def test_a_model_of_other_chunks_or_tokens_is_refused(retriever):
     retro.n_vocab = 5
     with pytest.raises(ValueError, match=r"\b23 .*n_vocab=5\b"):
         Retrieving(retro, retriever)
+
+
+def test_an_error_of_the_index_is_one_line(retriever, monkeypatch, capfd):
+    def neighbors(chunks, k):
+        raise ValueError(f"index: {len(chunks)} chunks cannot be embedded" if failing else "another error")
+
+    monkeypatch.setattr(ChunkIndex, "neighbors", lambda index, *arguments: neighbors(*arguments))
+    retro = Retrieving(model(), retriever)
+    for failing in (True, False):
+        said = "index: 2 chunks cannot be embedded" if failing else "another error"
+        assert run(lambda: print(generate.generate(retro, token_ids(1, 1, 9), 3)), "command") == 2
+        assert capfd.readouterr().err == f"command: {said}\n"
+    monkeypatch.setattr(ChunkIndex, "neighbors", lambda *arguments: {}["a bug"])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        run(lambda: print(generate.generate(retro, token_ids(1, 1, 9), 3)), "command")
