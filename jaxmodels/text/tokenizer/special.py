@@ -14,6 +14,7 @@ from jaxmodels.text.tokenizer.ids import token_id
 
 CONFIG, SPECIAL, MODEL = "tokenizer_config.json", "special_tokens_map.json", "config.json"
 ADDED = "added_tokens.json"
+MODEL_SPECIFIC = "model_specific_special_tokens"  # in tokenizer_config.json; transformers writes it beside each of them
 END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
 STANDARD = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 GPT2, NEOX = "GPT2Tokenizer", "GPTNeoXTokenizer"
@@ -72,8 +73,9 @@ def special_tokens(files: Files) -> dict[str, str]:
 def named_tokens(files: Files) -> dict[str, Any]:
     """Special tokens by their names, such as bos_token, that a chat template may use: texts, or objects with "content".
 
-    Besides the standard names, those of other entries that end in _token, of which tokenizer_config.json's count, and
-    of extra_special_tokens. Raises ValueError, naming the file, if one cannot be read or a value is no text.
+    Besides the standard names, those of other entries that end in _token, of which tokenizer_config.json's count, of
+    extra_special_tokens, and of MODEL_SPECIFIC. Raises ValueError, naming the file, if one cannot be read or a value is
+    no text.
     """
     where, (defaults, settings, mapped) = files.get(CONFIG, Path(CONFIG)), settings_of(files)
     for name, each in ((CONFIG, content_of_file(files, CONFIG)), (SPECIAL, content_of_file(files, SPECIAL))):
@@ -87,7 +89,23 @@ def named_tokens(files: Files) -> dict[str, Any]:
     for each in (settings, mapped):
         extra = each.get("extra_special_tokens")
         named |= extra if isinstance(extra, dict) else {}
+    if not any(is_model_specific(key, value) for key, value in settings.items()):  # which take its place
+        named |= checked_named(where, settings.get(MODEL_SPECIFIC))
     return {key: value for key, value in named.items() if content_of(where, named, key) is not None}
+
+
+def is_model_specific(key: str, value: Any) -> bool:
+    """True for an entry of tokenizer_config.json of one or several tokens with names that are not standard."""
+    if key == "extra_special_tokens":
+        return isinstance(value, dict) and bool(value)
+    return key.endswith("_token") and key not in STANDARD and (isinstance(value, str) or is_token(value))
+
+
+def checked_named(file: Path, tokens: Any) -> dict[str, Any]:
+    """Value of MODEL_SPECIFIC, tokens by name; raises ValueError, naming the file, if it is of another kind."""
+    if not isinstance(tokens, dict | None):
+        raise ValueError(f"{file} has {MODEL_SPECIFIC}={quoted(tokens)}; expected an object")
+    return tokens or {}
 
 
 def is_token(value: Any) -> bool:

@@ -77,6 +77,8 @@ def test_a_model_of_this_project_has_the_tokenizer_of_gpt_neox(folder):
         ({"add_bos_token": 1}, "add_bos_token=1"),
         ({"extra_special_tokens": {"image_token": 5}}, "image_token=5"),
         ({"additional_special_tokens": [5]}, "additional_special_tokens=5"),
+        ({"model_specific_special_tokens": ["<x>"]}, "model_specific_special_tokens=.*<x>"),
+        ({"model_specific_special_tokens": {"x": 5}}, "x=5"),
     ],
 )
 def test_other_settings_are_refused(folder, settings, said):

@@ -44,6 +44,18 @@ SETTINGS = {
     "a token of the vocabulary": (with_token(), {"pad_token": IM}),
     "a token that is not of the vocabulary": (BASE, {"pad_token": "<pad>", "additional_special_tokens": ["<extra>"]}),
     "an object": (BASE, {"mask_token": PLAIN | {"__type": "AddedToken", "content": "<pad>", "lstrip": True}}),
+    "a named token": (BASE, {"extra_token": "<extra>"}),
+    "named tokens": (BASE, {"model_specific_special_tokens": {"extra_token": "<extra>", "other": "<pad>"}}),
+    "a named token with flags": (
+        BASE,
+        {"model_specific_special_tokens": {"x": PLAIN | {"__type": "AddedToken", "content": "<pad>", "lstrip": True}}},
+    ),
+    "named tokens that others replace": (
+        BASE,
+        {"model_specific_special_tokens": {"other": "<pad>"}, "extra_special_tokens": {"extra_token": "<extra>"}},
+    ),
+    "no named tokens": (BASE, {"model_specific_special_tokens": None, "extra_special_tokens": {}}),
+    "a standard name": (BASE, {"model_specific_special_tokens": {"pad_token": "<pad>"}, "eos_token": "<extra>"}),
     "other flags": (
         with_token(**PLAIN),
         {"added_tokens_decoder": {0: FIRST, 300: FIRST | {"content": IM, "lstrip": True}}},
