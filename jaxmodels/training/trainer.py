@@ -32,6 +32,7 @@ from jaxmodels.training.reporting.progress import Line
 from jaxmodels.training.reporting.trackers import Callback, Function, TensorBoard, Tracker, Trackers, WandB
 from jaxmodels.training.runs.agreement import FILE, check_model
 from jaxmodels.training.runs.folder import Branch, expected, has_begun, read_about, write_about
+from jaxmodels.training.runs.unnamed import is_signed
 from jaxmodels.training.signals import Stop, Stopped, at_once
 
 VOCABULARY = "vocabulary.json"  # of a run
@@ -92,7 +93,7 @@ class Trainer:
             experiment.resume(folder)
         elif branch is None and recorded:  # killed before its first checkpoint
             origin, step = recorded[-1]["run"], recorded[-1]["step"]
-            if experiment.unnamed:
+            if experiment.unnamed or not is_signed(folder / FILE):
                 raise ValueError(
                     f"{folder} was branched from {origin}, which would be copied into it; if you trust it, name it "
                     f"yourself, with the flags that it changes: --branch {shlex.quote(origin)} --from-step {step}"

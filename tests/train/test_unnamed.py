@@ -12,10 +12,11 @@ import pytest
 from jaxmodels.retro.retrieval.examples import read
 from jaxmodels.sharding import make_mesh
 from jaxmodels.text import CharVocabulary
+from jaxmodels.training.config import Options
 from jaxmodels.training.loop import Evaluation
 from jaxmodels.training.runs import unnamed as limits
 from jaxmodels.training.runs.folder import saved_experiment, write_about
-from jaxmodels.training.script import main, parse
+from jaxmodels.training.script import main, parse, train
 from jaxmodels.training.signals import Stop
 from tests.train_common import TEXT
 from train import feedback, neox, retro, rope, rope_value
@@ -209,8 +210,11 @@ def test_a_run_of_others_that_has_not_begun_copies_no_run_that_it_names(own, tex
     config = rope.Config(**(about["config"] | {"steps": 3}))
     theirs.mkdir()
     write_about(theirs, rope.Rope(config), about["sha256"], branches)
-    with pytest.raises(ValueError, match=r"/theirs was branched from .*/own, .*--branch .*/own --from-step 2"):
+    refused = pytest.raises(ValueError, match=r"/theirs was branched from .*/own, .*--branch .*/own --from-step 2")
+    with refused:
         main(rope.Rope, "python -m train.rope", ["--resume", str(theirs), "--no-tensorboard"])
+    with refused:  # all hyperparameters are named, but not the branch
+        train(rope.Rope(config), theirs, options=Options(tensorboard=False))
     assert [path.name for path in theirs.iterdir()] == ["config.json"]
     write_about(theirs, rope.Rope(config), about["sha256"], branches, sign=True)
     assert main(rope.Rope, "python -m train.rope", ["--resume", str(theirs), "--no-tensorboard"]) == 0
