@@ -15,13 +15,14 @@ from jaxmodels.text.documents import Source
 from jaxmodels.text.tokens import encode_whole
 
 GROUP = 2**21  # tokens of windows that are held, sorted and computed together
+LEAST = 32  # tokens that a window counts as, at least: each takes 500 bytes besides them
 LONGEST = 2048  # tokens of a window if the model names no length
 WINDOW = (
     4096  # tokens of a window that is not given, at most: a model may name any length, and attention takes its square
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Score:
     """Score of a document, or of several together.
 
@@ -145,7 +146,7 @@ def score(
 
 @dataclasses.dataclass
 class Group:
-    """Windows that are computed together, each with the index of its document. size: their tokens."""
+    """Windows that are computed together, each with the index of its document. size: their tokens, LEAST of each."""
 
     rows: list[Row] = dataclasses.field(default_factory=list)
     owners: list[int] = dataclasses.field(default_factory=list)
@@ -154,7 +155,7 @@ class Group:
     def add(self, row: Row, owner: int) -> None:
         self.rows.append(row)
         self.owners.append(owner)
-        self.size += len(row.ids)
+        self.size += max(LEAST, len(row.ids))
 
     def clear(self) -> None:
         self.rows, self.owners, self.size = [], [], 0

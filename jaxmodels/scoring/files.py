@@ -1,7 +1,8 @@
 """Documents in text files and JSONL, and tables of their scores."""
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,13 +117,23 @@ def cells_of(name: str, score: Score) -> tuple[str, ...]:
     return (name, f"{score.tokens:,}", *("-" if number is None else f"{number:.4f}" for number in numbers))
 
 
-def as_json(documents: Sequence[Document], scores: Scores) -> dict[str, Any]:
-    """Scores as JSON values: {"documents": [{"file": …, "line": …, "tokens": …, "loss": …, …}, …], "total": {…}}."""
-    rows = [
-        {"file": document.file, "line": document.line} | values_of(score)
-        for document, score in zip(documents, scores.documents, strict=True)
-    ]
-    return {"documents": rows, "total": values_of(scores.total)}
+def write_json(file: Path, documents: Sequence[Document], scores: Scores) -> None:
+    """Write scores as JSON: {"documents": [{"file": …, "line": …, "tokens": …, "loss": …, …}, …], "total": {…}}.
+
+    Document by document: a million of them would take a gigabyte as one text.
+    """
+    with file.open("w", encoding="utf-8") as out:
+        out.write('{\n  "documents": [')
+        for i, (document, score) in enumerate(zip(documents, scores.documents, strict=True)):
+            about = {"file": document.file, "line": document.line} | values_of(score)
+            out.write((",\n    " if i else "\n    ") + as_json(about, "    "))
+        out.write(("\n  ]" if documents else "]") + f',\n  "total": {as_json(values_of(scores.total), "  ")}\n}}\n')
+
+
+def as_json(values: Mapping[str, Any], indent: str) -> str:
+    """Object of numbers and texts as `json.dumps` writes it with an indent of 2, without the cycles that that leaves."""
+    lines = (f"{indent}  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def values_of(score: Score) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from jaxmodels.process.texts import visible
 from jaxmodels.protocols import tell_left_out
 from jaxmodels.scoring import score
 from jaxmodels.scoring.documents import perplexity
-from jaxmodels.scoring.files import Document, as_json, read_documents, table
+from jaxmodels.scoring.files import Document, read_documents, table, write_json
 from jaxmodels.sharding import check_batch, make_mesh
 from jaxmodels.text import TokenizerFile, Vocabulary, load_vocabulary
 from jaxmodels.text.documents import Source, kind_of
@@ -241,7 +240,7 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
         )
     if options.json is not None:
         with atomic_file(options.json) as temporary:
-            temporary.write_text(json.dumps(as_json(documents, scores), indent=2) + "\n", encoding="utf-8")
+            write_json(temporary, documents, scores)
     print(visible(table(documents, scores, vocabulary.unit), keep="\n"))
 
 
