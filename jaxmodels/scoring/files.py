@@ -131,7 +131,7 @@ def write_json(file: Path, documents: Sequence[Document], scores: Scores) -> Non
 
 
 def as_json(values: Mapping[str, Any], indent: str) -> str:
-    """Object of numbers and texts as `json.dumps` writes it with an indent of 2, without the cycles that that leaves."""
+    """Object of numbers and texts as `json.dumps` writes it with an indent of 2, but without reference cycles."""
     lines = (f"{indent}  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
