@@ -261,10 +261,10 @@ class Continuous:
     def divide(self, following: Iterable[int]) -> None:
         """Divide the next prompts, as many as may wait for rows, into groups of similar lengths."""
         window: list[int] = []
-        slots = 0
+        slots, own = 0, self.state.cache.max_len
         for prompt in following:
-            slots += self.padded(prompt)
-            if window and slots > self.rows * self.state.cache.max_len:
+            slots += min(self.padded(prompt), own)  # a ring has no more
+            if window and slots > self.rows * own:
                 break
             window.append(prompt)
         window.sort(key=self.padded, reverse=True)
