@@ -51,6 +51,12 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     return programs.run(lambda: clean(options.folder, delete=options.delete), prog)
 
 
+def age_of(path: Path) -> datetime.timedelta:
+    """Time since a path was changed, which a file may put anywhere: at most a million days."""
+    days = (time.time() - path.lstat().st_mtime) / 86_400
+    return datetime.timedelta(seconds=round(86_400 * max(-1e6, min(1e6, days))))
+
+
 def clean(folder: Path, *, delete: bool) -> None:
     """Print the leftovers in a folder, and remove them if asked; raises ValueError if it is not a folder."""
     if not folder.is_dir():
@@ -59,7 +65,7 @@ def clean(folder: Path, *, delete: bool) -> None:
     for path in leftovers(folder):
         try:
             settled = manifest.is_settled(path)
-            size, age = size_of(path), datetime.timedelta(seconds=round(time.time() - path.lstat().st_mtime))
+            size, age = size_of(path), age_of(path)
             what = "" if settled else ", changed within the last hour: kept"
             print(f"{visible(str(path))}  {size:,} bytes, {age} old{what}")
             young += not settled

@@ -1,11 +1,17 @@
-"""One line for an exception of a library that wrote files, or for want of memory: the reason, and the file."""
+"""One line for an exception of a library that wrote files, or for want of memory: the reason, and the file.
+
+And the errors of functions that compiled programs call on the host, for which XLA raises a text with tracebacks.
+"""
 
 import contextlib
 import errno
+import functools
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxmodels.process.texts import shortened
 
@@ -14,6 +20,7 @@ REASONS = {os.strerror(number): number for number in (28, 122, 27, 30, 13, 1, 5,
 
 # In errors of XLA on CPUs that begin with INTERNAL; YNNPACK computes its matrix products, and says no reason.
 OUT_OF_MEMORY = ("Out of memory allocating", "YNNPACK operation failed")
+failed: list[Exception] = []  # the last error of a function on the host
 TORCH_OUT_OF_MEMORY = "DefaultCPUAllocator: "  # in an error of PyTorch on CPUs, "can't allocate memory" or "not enough"
 
 
@@ -89,3 +96,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
     on_device = type(error).__name__ == "OutOfMemoryError"  # PyTorch's, which is not imported here
     return isinstance(error, MemoryError) or exhausted or on_device or TORCH_OUT_OF_MEMORY in text
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Function for `jax.pure_callback` whose ValueError or OSError `original` finds, and JAX does not log."""
+    logging.getLogger("jax._src.callback").addFilter(is_not_found)  # once: a logger keeps one of each filter
+
+    @functools.wraps(function, updated=())
+    def called(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, OSError) as error:
+            failed[:] = [error]
+            raise
+
+    return called
+
+
+def original(error: BaseException) -> Exception | None:
+    """The error of a function on the host that an error of XLA stands for; None if it is another error."""
+    return next((one for one in failed if f"{type(one).__name__}: {one}" in str(error)), None)
+
+
+def is_not_found(record: logging.LogRecord) -> bool:
+    """False for JAX's report of an error that `original` finds."""
+    return not record.exc_info or record.exc_info[1] not in failed

@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from jaxmodels.process.callbacks import original
-from jaxmodels.process.failures import is_out_of_memory
+from jaxmodels.process.failures import is_out_of_memory, original
 from jaxmodels.process.streams import discard, escape_unencodable, is_unwritable, open_missing, say
 from jaxmodels.process.texts import shortened
 
@@ -20,8 +19,8 @@ def run(main: Callable[[], int | None], command: str) -> int:
     """Call a command's main function and return the exit code of its process, with one line for each expected failure.
 
     0 or what `main` returns; 2 for a ValueError or an OSError, also of a function that a compiled program calls on the
-    host (`jaxmodels.process.callbacks`), for a missing package and for too little memory; 130 for Ctrl-C; 141 if the
-    reader of a pipe has closed it (`… | head`). Any other exception is a bug and keeps its traceback.
+    host (`jaxmodels.process.failures.on_host`), for a missing package and for too little memory; 130 for Ctrl-C; 141 if
+    the reader of a pipe has closed it (`… | head`). Any other exception is a bug and keeps its traceback.
 
     Warnings are printed as one line each, without a line of the source. Python processes that it starts import nothing
     from the current folder, unless this process does.

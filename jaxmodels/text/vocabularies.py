@@ -1,5 +1,6 @@
 """Vocabularies without a tokenizer: characters, as in the original experiments, and bytes."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -110,7 +111,8 @@ class CharVocabulary(Vocabulary):
         """Encode a text to int32 ids [len(text)]; raises ValueError that counts unknown characters and shows ten."""
         ids = self.table[code_points(text)]
         if ids.size and ids.min() < 0:
-            self.refuse({character: text.count(character) for character in set(text) - set(self.characters)})
+            counts = collections.Counter(text)
+            self.refuse({character: counts[character] for character in counts.keys() - set(self.characters)})
         return ids
 
     @functools.cached_property

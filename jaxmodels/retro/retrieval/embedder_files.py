@@ -34,7 +34,7 @@ NAMING = {
     "tokenizer_config.json": "fast_tokenizer_files",
 }
 # Arguments of transformers' tokenizers in tokenizer_config.json or special_tokens_map.json that may be paths of files.
-PATHS = ("vocab", "merges", "init_inputs")
+PATHS = ("vocab", "merges", "gguf_file", "init_inputs")
 OWN_MODULES = re.compile(r"sentence_transformers\.([a-z_]+\.)+(Transformer|Pooling|Normalize)")
 
 
@@ -92,7 +92,8 @@ def check_json(file: Path) -> None:
         raise ValueError(f"{file} is of an adapter of PEFT, which is not read: merge it with its model, and save that")
     elif file.name.startswith("sentence_") and isinstance(content, dict):
         for key in content:
-            if key.endswith("args") and content[key]:  # of sentence-transformers, for a class of transformers
+            # Of sentence-transformers, which passes them on: arguments for a class of transformers, other places.
+            if key.endswith(("args", "path", "dir", "backend")) and content[key]:
                 raise ValueError(f"{file} has {quoted(key)}, arguments of a library, which are not passed on")
     elif key := NAMING.get(file.name):
         named = content.get(key) if isinstance(content, dict) else None

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmodels.cache import align_left
-from jaxmodels.process.callbacks import on_host
+from jaxmodels.process.failures import on_host
 from jaxmodels.retro.decode import RetroCache
 from jaxmodels.retro.model import RetroModel
 from jaxmodels.retro.retrieval.index import ChunkIndex

@@ -17,6 +17,8 @@ ADDED = "added_tokens.json"
 MODEL_SPECIFIC = "model_specific_special_tokens"  # in tokenizer_config.json; transformers writes it beside each of them
 END_OF_TEXT = "<|endoftext|>"  # ends a text if no file says what does
 STANDARD = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+FLAGS = ("add_bos_token", "add_eos_token")  # which transformers ignores beside a tokenizer.json
+EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the second, of former versions, if the first is empty
 GPT2, NEOX = "GPT2Tokenizer", "GPTNeoXTokenizer"
 # Special tokens of a class, for those that no file names.
 DEFAULTS: Mapping[str | None, Mapping[str, Any]] = {
@@ -84,10 +86,9 @@ def named_tokens(files: Files) -> dict[str, Any]:
     standard = {**defaults, **settings, **mapped}
     named: dict[str, Any] = {key: standard.get(key) for key in STANDARD}
     for each in (mapped, settings):  # others are flags, such as add_bos_token, or settings of the class
-        found = {key: value for key, value in each.items() if key.endswith("_token") and key not in STANDARD}
-        named |= {key: value for key, value in found.items() if isinstance(value, str) or is_token(value)}
+        named |= {key: value for key, value in each.items() if key not in EXTRA and is_model_specific(key, value)}
     for each in (settings, mapped):
-        extra = each.get("extra_special_tokens")
+        extra = each.get(EXTRA[0]) or each.get(EXTRA[1])
         named |= extra if isinstance(extra, dict) else {}
     if not any(is_model_specific(key, value) for key, value in settings.items()):  # which take its place
         named |= checked_named(where, settings.get(MODEL_SPECIFIC))
@@ -96,9 +97,9 @@ def named_tokens(files: Files) -> dict[str, Any]:
 
 def is_model_specific(key: str, value: Any) -> bool:
     """True for an entry of tokenizer_config.json of one or several tokens with names that are not standard."""
-    if key == "extra_special_tokens":
+    if key in EXTRA:
         return isinstance(value, dict) and bool(value)
-    return key.endswith("_token") and key not in STANDARD and (isinstance(value, str) or is_token(value))
+    return key.endswith("_token") and key not in (*STANDARD, *FLAGS) and (isinstance(value, str) or is_token(value))
 
 
 def checked_named(file: Path, tokens: Any) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def unnamed_tokens(files: Files) -> list[str]:
     """Texts of special tokens that are listed without a name; raises ValueError, naming the file, if one is none."""
     where, found = files.get(CONFIG, Path(CONFIG)), dict[str, None]()
     for settings in settings_of(files):
-        for key in ("extra_special_tokens", "additional_special_tokens"):
+        for key in EXTRA:
             listed = settings.get(key)
             tokens = [content_of(where, {key: token}, key) for token in (listed if isinstance(listed, list) else ())]
             found |= dict.fromkeys(token for token in tokens if token is not None)

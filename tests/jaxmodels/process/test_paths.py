@@ -146,6 +146,15 @@ def test_a_path_that_is_too_long_is_left_out(deep):
         list(walk(deep))
 
 
+@pytest.mark.parametrize("now", [1e15, -1e15])
+def test_clean_lists_a_file_of_any_time(tmp_path, capsys, monkeypatch, now):
+    """Some file systems hold times of 2⁶² seconds."""
+    (tmp_path / ".mine.abcdef01.jaxmodels").touch()
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert clean.main([str(tmp_path), "--delete"]) == 0
+    assert "1000000 days" in capsys.readouterr().out
+
+
 def test_clean_goes_on_beside_what_is_of_another_user(tmp_path, capsys, monkeypatch):
     theirs = tmp_path / ".theirs.abcdef01"
     listed, kept = tmp_path / "listed" / ".a.abcdef01.jaxmodels", tmp_path / "kept" / ".b.abcdef01.jaxmodels"

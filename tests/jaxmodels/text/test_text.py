@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import io
 import json
+import time
 import urllib.error
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_vocabulary_round_trip(tmp_path):
 def test_vocabulary_of_nothing():
     assert CharVocabulary("ab").encode("").shape == (0,)
     assert CharVocabulary("ab").decode(np.zeros(0, np.int32)) == ""
+
+
+def test_many_unknown_characters_are_counted_in_linear_time():
+    text = "".join(map(chr, range(0x10000, 0x10000 + 100_000))) * 2
+    began = time.process_time()
+    with pytest.raises(ValueError, match="200,000 unknown"):
+        CharVocabulary("abc").encode(text)
+    assert time.process_time() - began < 3  # 30 with a search of the text for each
 
 
 def test_vocabulary_refuses_unknown_characters():

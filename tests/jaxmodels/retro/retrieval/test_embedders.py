@@ -229,6 +229,9 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "an adapter": ("adapter_config.json", {"target_modules": "(a+)+$", "r": LARGE}, "is of an adapter of PEFT"),
     "an adapter in a part": ("0_Transformer/adapter_config.json", {}, "is of an adapter of PEFT"),
     "arguments": ("sentence_bert_config.json", {"model_args": {"subfolder": "../.."}}, "'model_args', arguments of"),
+    "a tokenizer": ("sentence_bert_config.json", {"tokenizer_name_or_path": "../b"}, "'tokenizer_name_or_path', arg"),
+    "a cache": ("sentence_bert_config.json", {"cache_dir": "../b"}, "'cache_dir', arguments of"),
+    "a GGUF file": ("tokenizer_config.json", {"gguf_file": "../b.gguf"}, "'gguf_file' of '../b.gguf', which"),
 }
 
 

@@ -54,6 +54,8 @@ SETTINGS = {
         BASE,
         {"model_specific_special_tokens": {"other": "<pad>"}, "extra_special_tokens": {"extra_token": "<extra>"}},
     ),
+    "flags that are texts": (BASE, {"add_bos_token": " the", "add_eos_token": PLAIN | {"content": "<pad>"}}),
+    "listed tokens by name": (BASE, {"additional_special_tokens": {"x_token": "<extra>"}}),
     "no named tokens": (BASE, {"model_specific_special_tokens": None, "extra_special_tokens": {}}),
     "a standard name": (BASE, {"model_specific_special_tokens": {"pad_token": "<pad>"}, "eos_token": "<extra>"}),
     "other flags": (
