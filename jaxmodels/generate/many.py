@@ -258,6 +258,10 @@ class Continuous:
     def padded(self, prompt: int) -> int:
         return min(padded_length(len(self.prompts[prompt])), self.total)
 
+    def group_size(self, length: int) -> int:
+        """Number of prompts of a padded length that are read together."""
+        return max(1, min(self.rows, GROUPED // length))
+
     def divide(self, following: Iterable[int]) -> None:
         """Divide the next prompts, as many as may wait for rows, into groups of similar lengths."""
         window: list[int] = []
@@ -269,7 +273,7 @@ class Continuous:
             window.append(prompt)
         window.sort(key=self.padded, reverse=True)
         while window:
-            size = max(1, min(self.rows, GROUPED // self.padded(window[0])))
+            size = self.group_size(self.padded(window[0]))
             self.groups |= dict.fromkeys(window[:size], window[:size])
             window = window[size:]
 
@@ -288,8 +292,7 @@ class Continuous:
         length = self.padded(prompts[0])
         if length > self.room():
             self.grow(length)
-        size = max(1, min(self.rows, GROUPED // length))
-        filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
+        filled = [*prompts, *[prompts[-1]] * (self.group_size(length) - len(prompts))]
         ids = [np.asarray(self.prompts[prompt], np.int32) for prompt in filled]
         start = np.asarray([length - len(one) for one in ids], np.int32)
         padded = np.stack([np.pad(one, (length - len(one), 0)) for one in ids])
