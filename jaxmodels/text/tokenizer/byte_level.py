@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object, read_text
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.tokenizer.settings import add, missing_tokens, refuse_contradictions, refuse_split
+from jaxmodels.text.tokenizer.settings import add, cleaning, missing_tokens, refuse_contradictions, refuse_split
 from jaxmodels.text.tokenizer.special import (
     CONFIG,
     GPT2,
@@ -51,16 +51,17 @@ def byte_level(file: Path) -> str:
     add(tokenizer, list(missing_tokens(file, files, tokenizer, every=True)), file.with_name(CONFIG))
     refuse_contradictions(file, files, file.with_name(CONFIG), tokenizer)
     around = template(file, tokenizer)
-    return str(tokenizer.to_str() if around is None else json.dumps(json.loads(tokenizer.to_str()) | around))
+    rules = around | cleaning(files, content)
+    return str(json.dumps(json.loads(tokenizer.to_str()) | rules) if rules else tokenizer.to_str())
 
 
-def template(file: Path, tokenizer: Any) -> dict[str, Any] | None:
-    """Post-processor of the tokens that add_bos_token and add_eos_token put around a text; None if there are none."""
+def template(file: Path, tokenizer: Any) -> dict[str, Any]:
+    """Post-processor of the tokens that add_bos_token and add_eos_token put around a text; {} if there are none."""
     files = files_beside(file)
     named = special_tokens(files)
     ends = [named.get(f"{name}_token") if flag(files, f"add_{name}_token") else None for name in ("bos", "eos")]
     if not any(ends):
-        return None
+        return {}
 
     def parts_of(*letters: str) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxmodels.text.tokenizer.limits import expressions
 from jaxmodels.text.tokenizer.patterns import WHITESPACE, Pattern, Unsupported, is_word, parsed
-from jaxmodels.text.tokenizer.untrusted import operations
+from jaxmodels.text.tokenizer.untrusted.operations import Step, flat
 
 # Characters that a piece may begin with: none combines with what is before it.
 AFTER = frozenset(" \n\r\t!\"#$%&'()*+,-./:;<=>?@[\\]^{|}~—…、。「」『』《》！（），：；？")
@@ -33,9 +33,7 @@ MOST_STEPS, MOST_EXPRESSIONS = 40, 2_000
 MOST_IMAGES = 8  # pairs of characters that normalizers may make of one
 MOST_PAIRS = 2_000  # of characters that are judged for a tokenizer; no others are cut
 REMOVE_SPACES = ("WhitespaceSplit", "BertPreTokenizer", "Whitespace")
-Step = dict[str, Any]
-Normalized = Callable[[Mapping[str, Any], Sequence[str]], list[str]]
-IN_PROCESS: Normalized = functools.partial(operations.normalize, None)
+Normalized = Callable[[int, int, Sequence[str]], list[str]]
 
 
 class NoCut(Exception):
@@ -56,14 +54,15 @@ class Anywhere:
 class Cuts:
     """Places where texts can be cut for a tokenizer.
 
-    content: text of a tokenizer.json, as the package writes it. normalized: function that normalizes texts by a step
-    of it; default in this process. dropped: number of characters, 0 or 1, that a cut leaves out: a tokenizer that
-    prepends a space to every text is given what follows a space. reason: why no text can be cut; None if some can.
+    content: text of a tokenizer.json, as the package writes it. normalize: function that normalizes texts by the
+    normalizers from one number to before another. dropped: number of characters, 0 or 1, that a cut leaves out: a
+    tokenizer that prepends a space to every text is given what follows a space. reason: why no text can be cut; None
+    if some can.
     """
 
-    def __init__(self, content: str, normalized: Normalized = IN_PROCESS):
+    def __init__(self, content: str, normalize: Normalized):
         parts = json.loads(content)
-        self.normalize = normalized
+        self.normalize = normalize
         self.normalizers = flat(parts.get("normalizer"), "normalizers")
         self.pre_tokenizers = flat(parts.get("pre_tokenizer"), "pretokenizers")
         self.content = content
@@ -71,8 +70,8 @@ class Cuts:
         added = parts.get("added_tokens") or []
         changed = [token for token in added if token["normalized"] and self.normalizers]
         self.raw = Added(token for token in added if not (token["normalized"] and self.normalizers))
-        whole = {"type": "Sequence", "normalizers": self.normalizers}
-        contents = self.normalize(whole, [token["content"] for token in changed]) if changed else []
+        n = len(self.normalizers)
+        contents = self.normalize(0, n, [token["content"] for token in changed]) if changed else []
         self.normalized = Added({**token, "content": content} for token, content in zip(changed, contents, strict=True))
         self.dropped = int(any(step["type"] == "Prepend" for step in self.normalizers))
         self.known: dict[tuple[str, str], bool] = {}
@@ -131,18 +130,19 @@ class Cuts:
             if step["type"] == "Prepend":
                 self.check_prepend(i, after)
             else:
-                images = {image for pair in images for image in self.images(step, *pair)}
+                images = {image for pair in images for image in self.images(i, *pair)}
             if len(images) > MOST_IMAGES or not all(steady(c) for pair in images for c in pair):
                 raise NoCut(f"its normalizer {step['type']}")
         for before, after in images:
             self.normalized.check(before, after)
             self.check_words(before, after)
 
-    def images(self, step: Step, before: str, after: str) -> set[tuple[str, str]]:
-        """Characters that those beside a cut may become.
+    def images(self, i: int, before: str, after: str) -> set[tuple[str, str]]:
+        """Characters that those beside a cut may become by a normalizer, of which `i` is the number.
 
-        Raises NoCut if a normalizer does not map the sides separately.
+        Raises NoCut if it does not map the sides separately.
         """
+        step = self.normalizers[i]
         kind = step["type"]
         if kind == "Replace":
             pattern = Pattern.of(step["pattern"])
@@ -155,7 +155,7 @@ class Cuts:
                 raise NoCut("its normalizer Strip")
             return {(before, after)}
         if kind in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Nmt", "Precompiled"):
-            one, other = self.normalize(step, [before, after])
+            one, other = self.normalize(i, i + 1, [before, after])
             if one and other:
                 return {(one[-1], other[0])}
         raise NoCut(f"its normalizer {kind}")
@@ -179,8 +179,7 @@ class Cuts:
         simple = all(step["type"] == "Replace" and len(step["pattern"].get("String", "  ")) == 1 for step in rest)
         if i or self.normalized.any or after in self.raw.first or not simple:
             raise NoCut("its normalizer Prepend, with what is beside it")
-        whole = {"type": "Sequence", "normalizers": rest}
-        one, other = self.normalize(whole, [after, prefix])
+        one, other = self.normalize(i + 1, len(self.normalizers), [after, prefix])
         if one != other:
             raise NoCut("its normalizer Prepend")
 
@@ -228,15 +227,6 @@ class Added:
             or (self.strips and before in WHITESPACE)
         ):
             raise NoCut("its added tokens")
-
-
-def flat(step: Step | None, name: str) -> list[Step]:
-    """Steps of a normalizer, pre-tokenizer or decoder, those of sequences one after the other."""
-    if step is None:
-        return []
-    if step["type"] == "Sequence":
-        return [each for one in step[name] for each in flat(one, name)]
-    return [step]
 
 
 def steady(c: str) -> bool:

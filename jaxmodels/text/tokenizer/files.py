@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,11 +29,8 @@ SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "voc
 MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 # Means of a confined tokenizer: seconds of processor time and megabytes, and more of both by the size of the work.
 SECONDS, MEGABYTES = 3.0, 500.0
-WORKS, BYTES_WORK = (
-    50_000.0,
-    250.0,
-)  # bytes a second of encoding, published tokenizers do 20 times as many; memory a byte
-READS, BYTES_READ = 1e6, 60.0  # of a tokenizer.json
+WORKS, BYTES_WORK = 50_000.0, 250.0  # bytes a second of encoding, of which published ones do 20 times as many
+READS, BYTES_READ = 3e6, 40.0  # of a tokenizer.json
 
 
 def means(size: int, memory: float, rate: float) -> dict[str, float]:
@@ -70,11 +67,17 @@ class TokenizerFile(Vocabulary):
                 with refusing("its settings cannot be applied", silent=True):
                     settled = with_settings(path, content, vocabulary.tokenizer)
                 if settled != content:
-                    content, vocabulary = settled, cls(settled, file=str(path))
+                    vocabulary = cls(settled, file=str(path))
                     len(vocabulary)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer={path} cannot be read: {error}") from None
-        return cls(content, ends_beside(path.parent, vocabulary), str(path))
+        return vocabulary.ending(ends_beside(path.parent, vocabulary))
+
+    def ending(self, eos: tuple[int, ...]) -> "TokenizerFile":
+        """This vocabulary with other ids that end a text."""
+        found = dataclasses.replace(self, eos=eos)
+        vars(found).update({name: value for name, value in vars(self).items() if name in ("tokenizer", "confined")})
+        return found  # which is not read again: that takes seconds and as much memory for a large file
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TokenizerFile":
@@ -108,14 +111,19 @@ class TokenizerFile(Vocabulary):
         size = len(self.content)
         return Confined(operations.__name__, self.content, **means(size, BYTES_READ, READS))
 
+    @functools.cached_property
+    def here(self) -> Mapping[str, Callable[..., Any]]:
+        """Operations in this process, by name."""
+        return operations.operations_of(self.tokenizer)
+
     def run(self, name: str, *arguments: Any, size: int) -> Any:
         """Result of an operation of `jaxmodels.text.tokenizer.untrusted.operations`, here or in the confined process.
 
         size: bytes of the texts, or of the ids.
         """
-        tokenizer = self.tokenizer
+        here = self.here  # also reads the tokenizer, whose errors come first
         if self.confined is None:
-            return getattr(operations, name)(tokenizer, *arguments)
+            return here[name](*arguments)
         return self.confined.call(name, *arguments, **means(size, BYTES_WORK, WORKS))
 
     @property
@@ -177,11 +185,11 @@ class TokenizerFile(Vocabulary):
         """Places where a text can be cut so that the ids of its pieces are those of the whole."""
         return Cuts(self.tokenizer.to_str(), self.normalize)
 
-    def normalize(self, step: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
-        """Texts as the normalizer of a step of the file makes them."""
+    def normalize(self, first: int, last: int, texts: Sequence[str]) -> list[str]:
+        """Texts as the normalizers of the file from `first` to `last` - 1 make them."""
         size = sum(len(utf8(text)) for text in texts)
         with refusing(f"{self.name} cannot normalize the text"):
-            return list(self.run("normalize", step, list(texts), size=size))
+            return list(self.run("normalize", first, last, list(texts), size=size))
 
     @functools.cached_property
     def unknown(self) -> int | None:

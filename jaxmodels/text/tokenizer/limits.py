@@ -6,7 +6,8 @@ What cannot be computed from the file, as how long its regular expressions take,
 """
 
 import collections
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxmodels.io.bounded import parsed
@@ -17,12 +18,18 @@ STEPS = 256  # normalizers, pre-tokenizers, post-processors or decoders; publish
 GROWTH = 32  # characters that the rules may make of one; the largest that Unicode's own forms make is 18
 LONGEST_TOKEN = 50_000  # characters; published vocabularies have runs of 1,024 spaces
 LONGEST_PIECE = 512  # of a Unigram model, which compares every place of a text with all tokens
+BEGINNINGS = (
+    1_800_000  # of the pieces of a Unigram model, each of which takes 340 bytes; in large files one for 6 bytes
+)
+ADDED_BYTES = 2_000_000  # of all added tokens, which take a second for each million; published ones have up to 100,000
 LONGEST_WORD = 1_000  # of WordPiece, which tries all parts of a word
 LONGEST_AFFIX = 100  # continuing_subword_prefix and such, of every character, and the token of unknown words
 TEMPLATE = 1_000  # parts of a template, and ids of a special token
 ADDED = 64  # special tokens that all templates together add to a text
 PATTERN = 10_000  # characters of all regular expressions; published tokenizers have up to 600
 LETTERS = 256  # different characters that replacements write, of which is computed what sees them
+# Characters that a normalizer may make of one.
+UNICODE = {"NFKC": 18, "NFKD": 18, "Lowercase": 3, "NFC": 3, "NFD": 4, "Nmt": 1, "StripAccents": 1, "ByteLevel": 2}
 NESTED = {"normalizers", "pretokenizers", "processors", "decoders"}
 Step = Mapping[str, Any]
 
@@ -50,8 +57,8 @@ def check(content: str) -> dict[str, Any]:
         if growth > GROWTH:
             raise ValueError(f"its {name} may make {quoted(round(growth))} characters of one; at most {GROWTH}")
     check_templates(found["post_processor"])
-    check_model(parts.get("model"))
-    check_tokens(token.get("content") for token in objects(parts.get("added_tokens")))
+    check_model(parts.get("model"), len(content))
+    check_added(objects(parts.get("added_tokens")), found["normalizer"])
     return parts
 
 
@@ -80,7 +87,7 @@ def objects(values: Any) -> list[Step]:
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
-def grows(rules: list[Step]) -> float:
+def grows(rules: Sequence[Step]) -> float:
     """Largest number of characters that rules, one after the other, may make of one.
 
     Only a rule that may see what an earlier one has written multiplies its number.
@@ -101,6 +108,11 @@ def grows(rules: list[Step]) -> float:
         written.append((growth * factor, set(content), place))
         largest = max(largest, growth * factor)
     return largest
+
+
+def unicode_growth(rules: Sequence[Step]) -> int:
+    """Largest number of characters that Unicode's rules among normalizers may make of one."""
+    return math.prod(UNICODE.get(kind, 1) for kind in {str(rule.get("type")) for rule in rules})
 
 
 def factor_of(pattern: Step, content: str) -> tuple[float, Pattern | str | None]:
@@ -158,16 +170,21 @@ def check_template(step: Step) -> dict[str, int]:
     return adds
 
 
-def check_model(model: Any) -> None:
-    """Raise ValueError for a model whose tokens or words are so long that a text takes minutes."""
+def check_model(model: Any, size: int) -> None:
+    """Raise ValueError for a model whose tokens or words are so long that a text takes minutes, or it takes gigabytes.
+
+    size: characters of its file.
+    """
     if not isinstance(model, dict):
         return
     vocabulary, unigram = model.get("vocab"), model.get("type") == "Unigram"
     if isinstance(vocabulary, dict):
         check_tokens(vocabulary)
     elif isinstance(vocabulary, list):
-        tokens = (pair[0] for pair in vocabulary if isinstance(pair, list) and pair)
+        tokens = [pair[0] for pair in vocabulary if isinstance(pair, list) and pair]
         check_tokens(tokens, LONGEST_PIECE if unigram else LONGEST_TOKEN)
+        if unigram:
+            check_pieces([utf8(token) for token in tokens if isinstance(token, str)], max(BEGINNINGS, size // 6))
     longest = model.get("max_input_chars_per_word")
     if isinstance(longest, int) and longest > LONGEST_WORD:
         raise ValueError(f"its max_input_chars_per_word={quoted(longest)} must be at most {LONGEST_WORD}")
@@ -177,11 +194,39 @@ def check_model(model: Any) -> None:
             raise ValueError(f"its {name} has {len(affix):,} characters; at most {LONGEST_AFFIX}")
 
 
+def check_pieces(pieces: list[bytes], most: int) -> None:
+    """Raise ValueError for pieces of a Unigram model with many different beginnings, each a node of a tree."""
+    if sum(map(len, pieces)) <= most:
+        return
+    found, length = 0, 1
+    while pieces and found <= most:
+        found += len({piece[:length] for piece in pieces})
+        length += 1
+        pieces = [piece for piece in pieces if len(piece) >= length]
+    if found > most:
+        raise ValueError(f"its pieces have more than {most:,} different beginnings")
+
+
+def check_added(tokens: Sequence[Step], normalizers: Sequence[Step]) -> None:
+    """Raise ValueError for added tokens that are far longer than any published ones, one or all together."""
+    found = [token for token in tokens if isinstance(token.get("content"), str)]
+    check_tokens(token["content"] for token in found)
+    growth = grows(normalizers) * unicode_growth(normalizers)
+    size = sum(len(utf8(token["content"])) * (growth if token.get("normalized", True) else 1) for token in found)
+    if size > ADDED_BYTES:
+        raise ValueError(f"its added tokens may have {size:,.0f} bytes; at most {ADDED_BYTES:,}")
+
+
 def check_tokens(tokens: Any, most: int = LONGEST_TOKEN) -> None:
     """Raise ValueError for a token that is far longer than any published one: texts of its id would be as long."""
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
     if longest > most:
         raise ValueError(f"it has a token of {longest:,} characters; at most {most:,}")
+
+
+def utf8(token: str) -> bytes:
+    """Bytes of a token of a JSON text, which may have lone surrogates."""
+    return token.encode("utf-8", "surrogatepass")
 
 
 def expressions(found: list[Step]) -> Iterator[str]:

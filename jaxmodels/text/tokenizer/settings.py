@@ -11,7 +11,6 @@ from typing import Any
 
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.tokenizer import limits
-from jaxmodels.text.tokenizer.cuts import flat
 from jaxmodels.text.tokenizer.special import (
     ADDED,
     CLASSES,
@@ -31,9 +30,16 @@ from jaxmodels.text.tokenizer.special import (
     unnamed_tokens,
 )
 from jaxmodels.text.tokenizer.untrusted import operations
+from jaxmodels.text.tokenizer.untrusted.operations import flat
 
 MOST_TOKENS = 20_000  # that settings add to a tokenizer; published ones have up to 6,500, in tokenizer.json too
 BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}  # all of one effect
+# What transformers' clean_up_tokenization replaces in a decoded text, in this order, by the text without its spaces.
+SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+CLEAN, CLEAN_BPE = (
+    "clean_up_tokenization_spaces",
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+)
 AS_IT_IS = 'to read the file as it is, here and in transformers, set "tokenizer_class": "PreTrainedTokenizerFast"'
 
 
@@ -46,6 +52,7 @@ def with_settings(file: Path, content: str, tokenizer: Any) -> str:
     where = files.get(CONFIG, file.with_name(CONFIG))
     refuse_split(files, where)
     rules = rules_of_class(files, where, tokenizer)
+    rules |= cleaning(files, {**json.loads(content), **rules})
     missing = list(missing_tokens(file, files, tokenizer))
     if rules or missing:
         tokenizer = operations.loaded(json.dumps({**json.loads(content), **rules}))
@@ -106,6 +113,19 @@ def rules_of_class(files: Files, where: Path, tokenizer: Any) -> dict[str, Any]:
     return rules
 
 
+def cleaning(files: Files, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Decoder that also removes the spaces that transformers removes from a decoded text; {} if it removes none.
+
+    parts: content of a tokenizer.json.
+    """
+    if not flag(files, CLEAN) or (parts["model"].get("type") == "BPE" and not flag(files, CLEAN_BPE)):
+        return {}
+    # Without a decoder, tokens are joined by spaces: so does this one, whose prefix no token has.
+    decoders = flat(parts.get("decoder"), "decoders") or [{"type": "WordPiece", "prefix": "\uffff", "cleanup": False}]
+    replaced = [{"type": "Replace", "pattern": {"String": text}, "content": text.replace(" ", "")} for text in SPACED]
+    return {"decoder": {"type": "Sequence", "decoders": [*decoders, {"type": "Fuse"}, *replaced]}}
+
+
 def is_byte_level(model: Mapping[str, Any]) -> bool:
     """True for a BPE of bytes without the settings that the classes of byte-level tokenizers do not have."""
     from tokenizers import pre_tokenizers
@@ -151,7 +171,8 @@ def add(tokenizer: Any, tokens: Sequence[Any], where: Path) -> None:
     """Add tokens to a `tokenizers.Tokenizer`; raises ValueError, naming the settings, if they are too many or long."""
     if len(tokens) > MOST_TOKENS:
         raise ValueError(f"{where} and the files beside it name {len(tokens):,} added tokens; at most {MOST_TOKENS:,}")
-    limits.check_tokens(token.content for token in tokens)
+    contents = [{"content": token.content, "normalized": token.normalized} for token in tokens]
+    limits.check_added(contents, operations.normalizers(tokenizer))
     tokenizer.add_tokens(tokens)
 
 

@@ -5,12 +5,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+Step = dict[str, Any]
+
 
 def operations(content: str) -> Mapping[str, Callable[..., Any]]:
     """Operations of the tokenizer of a tokenizer.json; raises what the tokenizers package raises."""
-    tokenizer = loaded(content)
-    functions = (encode, encode_batch, encode_prompt, encode_with_offsets, decode, normalize)
-    return {function.__name__: functools.partial(function, tokenizer) for function in functions}
+    return operations_of(loaded(content))
+
+
+def operations_of(tokenizer: Any) -> Mapping[str, Callable[..., Any]]:
+    """Operations of a tokenizer by name."""
+    functions = (encode, encode_batch, encode_prompt, encode_with_offsets, decode)
+    found = {function.__name__: functools.partial(function, tokenizer) for function in functions}
+    return found | {"normalize": Normalizers(tokenizer).normalize}
 
 
 def loaded(content: str) -> Any:
@@ -55,18 +62,40 @@ def decode(tokenizer: Any, ids: Sequence[int], skip_special: bool) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
-def normalize(tokenizer: Any, step: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
-    """Texts as the normalizer of a step of a tokenizer.json makes them."""
-    found = normalizer(json.dumps(step))
-    return [str(found.normalize_str(text)) for text in texts]
+class Normalizers:
+    """Normalizers of a tokenizer, those of sequences one after the other."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    @functools.cached_property
+    def steps(self) -> list[Any]:
+        """`tokenizers.normalizers.Normalizer` of each."""
+        from tokenizers import Tokenizer
+
+        def made(step: Step) -> Any:
+            model = {"type": "BPE", "vocab": {}, "merges": []}
+            return Tokenizer.from_str(json.dumps({"version": "1.0", "normalizer": step, "model": model})).normalizer
+
+        return [made(step) for step in normalizers(self.tokenizer)]
+
+    def normalize(self, first: int, last: int, texts: Sequence[str]) -> list[str]:
+        """Texts as the normalizers from `first` to `last` - 1 make them."""
+        for step in self.steps[first:last]:
+            texts = [str(step.normalize_str(text)) for text in texts]
+        return list(texts)
 
 
-@functools.lru_cache(maxsize=16)
-def normalizer(content: str) -> Any:
-    """Normalizer of the tokenizers package from its JSON text."""
-    from tokenizers import Tokenizer
+def normalizers(tokenizer: Any) -> list[Step]:
+    """Objects of a tokenizer.json of the normalizers of a tokenizer, in the order in which they work."""
+    whole = tokenizer.normalizer
+    return [] if whole is None else flat(json.loads(whole.__getstate__()), "normalizers")
 
-    model = {"type": "BPE", "vocab": {}, "merges": []}
-    return Tokenizer.from_str(
-        json.dumps({"version": "1.0", "normalizer": json.loads(content), "model": model})
-    ).normalizer
+
+def flat(step: Step | None, name: str) -> list[Step]:
+    """Steps of a normalizer, pre-tokenizer or decoder, those of sequences one after the other."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [each for one in step[name] for each in flat(one, name)]
+    return [step]

@@ -9,11 +9,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxmodels.text.tokenizer.limits import NESTED, Step, grows
+from jaxmodels.text.tokenizer.limits import NESTED, UNICODE, Step, grows, unicode_growth
 
 STEPS = 16  # of a normalizer, pre-tokenizer, post-processor or decoder
 GROWTH = 64  # characters that all normalizers, or all decoders, may make of one
-UNICODE = {"NFKC": 18, "NFKD": 18, "Lowercase": 3, "NFC": 3, "NFD": 4, "Nmt": 1, "StripAccents": 1, "ByteLevel": 2}
 REMOVING = {"Strip", "StripAccents", "Nmt", "BertNormalizer"}  # remove spaces, marks or control characters
 LONGEST = 100  # characters of a string that is looked for, or of an affix
 LONGEST_PIECE = 128  # of a Unigram model: each place of a text is compared with so many characters
@@ -59,10 +58,7 @@ def is_plain(parts: Step) -> bool:
     normalizers, pre_tokenizers, decoders = (
         sections[name] or [] for name in ("normalizer", "pre_tokenizer", "decoder")
     )
-    unicode = 1
-    for kind in {step["type"] for step in normalizers}:
-        unicode *= UNICODE.get(kind, 1)
-    if unicode * grows(normalizers) > GROWTH or grows(decoders) > GROWTH:
+    if unicode_growth(normalizers) * grows(normalizers) > GROWTH or grows(decoders) > GROWTH:
         return False
     # Two of a kind may make four characters of one, and so on.
     kinds = [step["type"] for step in (*normalizers, *pre_tokenizers)], [step["type"] for step in decoders]

@@ -1,20 +1,25 @@
 """Cuts of a text between pieces: the ids of the pieces are those of the whole text, whatever the tokenizer."""
 
+import base64
 import itertools
 import json
 import random
+import struct
 import time
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from jaxmodels.process.confined import Child
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, Vocabulary
 from jaxmodels.text.documents import Text
 from jaxmodels.text.pieces import pieces
-from jaxmodels.text.tokenizer.cuts import Cuts
 from jaxmodels.text.tokenizer.patterns import Pattern, Unsupported
 from tests.jaxmodels.text.tokenizers import GPT2, LLAMA3, MAKERS, UNCUT, made
 
+# Normalizer that replaces nothing: a tree without entries, and texts that no entry names.
+MAP = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + b"a" * 10**6).decode()
 ALPHABET = [*"aAbs tT12 . ,'\n\r\t-_<中日，。éﬁﾞİΣßก", "  ", "\r\n", "\n\n", " the", "'s", " of", "is", "the language"]
 ALPHABET += [
     " <mask> ",
@@ -156,10 +161,41 @@ def test_rules_that_make_many_characters_of_one_take_no_minutes():
     few["normalizer"]["normalizers"] = rules[:30]
     for one in (content, json.dumps(few)):
         began = time.process_time()
-        cuts = Cuts(one)
+        cuts = TokenizerFile(one).cuts
         found = [cuts.last(f"{c}{after}{c}", 0, 3) for c in map(chr, range(0x4E00, 0x5E00)) for after in " .,"]
         assert found == [None] * len(found)
         assert time.process_time() - began < 5
+
+
+def test_a_normalizer_of_megabytes_is_not_sent_for_each_pair_of_characters(monkeypatch):
+    """Of a confined tokenizer, whose process has it already."""
+    sent = []
+
+    def counted(self: Child, request: bytes) -> Any:
+        sent.append(len(request))
+        return exchange(self, request)
+
+    exchange = Child.exchange
+    monkeypatch.setattr(Child, "exchange", counted)
+    steps = [
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+        {"type": "Precompiled", "precompiled_charsmap": MAP},
+    ]
+    content = {
+        "version": "1.0",
+        "normalizer": {"type": "Sequence", "normalizers": [*steps, {"type": "Lowercase"}]},
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+    }
+    vocabulary = TokenizerFile(json.dumps(content))
+    assert vocabulary.normalize(0, 3, ["Ab\u212b"]) == ["ab\u00e5"]
+    assert vocabulary.normalize(2, 3, ["Ab"]) == ["ab"]
+    assert vocabulary.normalize(1, 2, ["Ab"]) == ["Ab"]
+    assert [vocabulary.cuts.separate(chr(c), " ") for c in range(0x4E00, 0x4E40)] == [True] * 64
+    first, *others = sent
+    assert first > len(MAP)
+    assert len(others) > 64
+    assert max(others) < 200
 
 
 def test_a_letter_number_is_beside_no_cut():

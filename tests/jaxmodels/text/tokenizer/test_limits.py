@@ -40,6 +40,11 @@ def text(name: str) -> dict:
     return {"Sequence": {"id": name, "type_id": 0}}
 
 
+def added(content: str, *, normalized: bool = False) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return flags | {"id": 3, "content": content, "normalized": normalized, "special": not normalized}
+
+
 def tokenizer(**parts: object) -> TokenizerFile:
     return TokenizerFile(json.dumps({"version": "1.0", "model": MODEL, **parts}))
 
@@ -94,6 +99,18 @@ SWELLS = {
         },
         "adds 70 special tokens",
     ),
+    "many beginnings": (
+        {"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{i:05}" + "a" * 121, -1.0] for i in range(20_000)]}},
+        "more than 1,800,000 different beginnings",
+    ),
+    "long added tokens": (
+        {"added_tokens": [added(f"{i:02}" * 24_500) for i in range(41)]},
+        "added tokens may have 2,009,000 bytes",
+    ),
+    "added tokens that grow": (
+        {"added_tokens": [added("\ufdfa" * 40_000, normalized=True)], "normalizer": {"type": "NFKC"}},
+        "2,160,000 bytes",
+    ),
     "a long expression": ({"pre_tokenizer": split("a|" * 10_000 + "b")}, "20,001 characters"),
 }
 
@@ -123,6 +140,11 @@ PUBLISHED = {
     "digits from the right": r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))|\p{L}+|\s+|[^\s\p{L}\p{N}]+",
     "Han": r"[\p{Han}]+|[\p{L}&&[^\p{Han}]]+|\s+|[^\s\p{L}]+",
 }
+
+
+def test_many_pieces_with_the_same_beginnings_pass():
+    pieces = [[("a" * 120 + f"{i:05}")[-126:], -1.0] for i in range(20_000)]
+    assert len(tokenizer(model={"type": "Unigram", "unk_id": 0, "vocab": pieces})) == 20_000
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from jaxmodels.generate.text import TextStream
 from jaxmodels.text import TokenizerFile
+from jaxmodels.text.tokenizer.untrusted import operations
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
 END, IM = "<|endoftext|>", "<|im_end|>"
@@ -114,6 +117,42 @@ def test_texts_are_those_of_transformers_whatever_the_decoder(tmp_path, name, mo
         assert streamed == theirs.decode(ids)
 
 
+SPACES = "clean_up_tokenization_spaces"
+CLEAN = {SPACES: True}
+CLEANED = {
+    "not said": {},
+    "said": CLEAN,
+    "for BPE": CLEAN | {f"{SPACES}_for_bpe_even_though_it_will_corrupt_output": True},
+}
+WORDS = ["the", "quick", "fox", ",", ".", "!", "?", "'", "n't", "'m", "'s", "'ve", "'re", "do", "it", "##ing", "n", "t"]
+LEVELS = {
+    "words": (models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="the"), None),
+    "pieces": (
+        models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="the"),
+        decoders.WordPiece(cleanup=False),
+    ),
+    "Unigram": (models.Unigram([(f"\u2581{w}", -1.0) for w in WORDS], unk_id=0), decoders.Metaspace()),
+    "BPE": (models.BPE({w: i for i, w in enumerate(WORDS)}, []), None),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", CLEANED)
+def test_decoded_texts_lose_the_spaces_that_transformers_removes(tmp_path, name, level):
+    model, decoder = LEVELS[level]
+    tokenizer = Tokenizer(model)
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    write(tmp_path, "llama", json.loads(tokenizer.to_str()), KINDS["llama"] | CLEANED[name])
+    ours, theirs = TokenizerFile.read(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    rng = random.Random(7)
+    for _ in range(50):
+        ids = rng.choices(range(len(WORDS)), k=rng.randrange(11))
+        assert ours.decode(ids) == theirs.decode(ids)
+    cleans = name == "for BPE" or (name == "said" and level != "BPE")
+    assert ours.decode([0, 3]) == ("the," if cleans else "the ,")
+
+
 OTHERS = {
     "normalizer": {"normalizer": {"type": "NFKC"}},
     "pre_tokenizer": {"pre_tokenizer": {"type": "Whitespace"}},
@@ -150,3 +189,23 @@ def test_settings_add_no_number_of_tokens_that_takes_minutes(tmp_path):
     write(tmp_path, "gpt_neox", BASE, KINDS["llama"] | {"extra_special_tokens": extra})
     with pytest.raises(ValueError, match=r"tokenizer_config\.json .* name 100,000 added tokens; at most 20,000"):
         TokenizerFile.read(tmp_path)
+    extra = [f"<{i:040000}>" for i in range(51)]
+    write(tmp_path, "gpt_neox", BASE, KINDS["llama"] | {"extra_special_tokens": extra})
+    with pytest.raises(ValueError, match="added tokens may have 2,040,102 bytes; at most 2,000,000"):
+        TokenizerFile.read(tmp_path)
+
+
+def test_a_tokenizer_is_loaded_once(tmp_path, monkeypatch):
+    calls = []
+
+    def counted(content: str) -> Tokenizer:
+        calls.append(content)
+        return loaded(content)
+
+    loaded = operations.loaded
+    monkeypatch.setattr(operations, "loaded", counted)
+    write(tmp_path, "gpt_neox", BASE, KINDS["llama"])
+    vocabulary = TokenizerFile.read(tmp_path)
+    assert vocabulary.decode(vocabulary.encode("the")) == "the"
+    assert vocabulary.eos == (0,)
+    assert len(calls) == 1
