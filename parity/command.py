@@ -128,12 +128,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "parity") -> int:
 
 def dispatch(options: argparse.Namespace) -> int:
     """Check the options, then list, record, replay or compare."""
-    from parity.report.write import check_folder, write
+    from parity.report.write import check_files, write
 
-    files = {"json": options.json, "junit": options.junit, "report": options.report}
-    for flag, file in files.items():
-        if file is not None:
-            check_folder(f"--{flag} {file}", file)
+    files = {"--json": options.json, "--junit": options.junit, "--report": options.report}
+    check_files(files)
     if not options.list:
         require("golden", "rich")
     if not options.replay or options.list:

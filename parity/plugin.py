@@ -22,7 +22,7 @@ import inspect
 import os
 import shutil
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
         text = f"call parity.{function} with the test's return value (torch_module, flax_module, inputs)"
         golden = "; with golden=FIXTURE the test returns only the Flax module" if function == "check" else ""
         config.addinivalue_line("markers", f"{marker}(**arguments): {text}{golden}")
-    for kind in FILES:
-        file = config.getoption(f"--parity-{kind}")
-        if file is not None:
-            check_report(f"--parity-{kind}={file}", file)
+    check_reports({f"--parity-{kind}": config.getoption(f"--parity-{kind}") for kind in FILES})
     parallel = getattr(config.option, "numprocesses", None)  # option -n of pytest-xdist
     if parallel and any(config.getoption(f"--parity-{kind}") for kind in FILES):
         raise pytest.UsageError(
@@ -69,13 +66,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[REPORTS] = []
 
 
-def check_report(argument: str, file: Path) -> None:
-    """Raise UsageError, which pytest prints as one line, for a file that no report can be written to."""
+def check_reports(files: Mapping[str, Path | None]) -> None:
+    """Raise UsageError, which pytest prints as one line, for files, by argument, that reports cannot be written to."""
     from jaxmodels.process.texts import visible
-    from parity.report.write import check_folder
+    from parity.report.write import check_files
 
     try:
-        check_folder(argument, file)
+        check_files(files)
     except (OSError, ValueError) as error:
         raise pytest.UsageError(visible(str(error))) from None
 

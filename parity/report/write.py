@@ -2,7 +2,7 @@
 
 import json as jsonlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jaxmodels.io.atomic import atomic_file, check_file
@@ -33,26 +33,31 @@ def write(
     files = {argument: Path(file) for argument, file in targets if file is not None}
     if not files:
         raise ValueError("json=None, junit=None, page=None: at least one must name a file")
-    for argument, file in files.items():
-        check_folder(f"{argument}={file}", file)
+    check_files(files)
     texts = {argument: FORMATS[argument](reports) for argument in files}
     for argument, text in texts.items():
         with atomic_file(files[argument]) as target:
             target.write_text(text, encoding="utf-8")
 
 
-def check_folder(argument: str, file: Path) -> None:
-    """Raise ValueError if the folder of a file to write does not exist, or if the file is no regular one.
+def check_files(files: Mapping[str, Path | None]) -> None:
+    """Raise ValueError, naming the argument, if files to write, by argument, cannot be written.
 
-    argument: name and value for the message.
+    That is if the folder of one does not exist, if one is no regular file, or if two are the same file.
     """
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"{argument}: folder {folder} does not exist")
-    try:
-        check_file(file)
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from None
+    places: dict[Path, str] = {}
+    for argument, file in files.items():
+        if file is None:
+            continue
+        if not (folder := file.absolute().parent).is_dir():
+            raise ValueError(f"{argument}={file}: folder {folder} does not exist")
+        try:
+            check_file(file)
+        except ValueError as error:
+            raise ValueError(f"{argument}={file}: {error}") from None
+        other = places.setdefault(folder.resolve() / file.name, argument)
+        if other != argument:
+            raise ValueError(f"{argument}={file}: {other} names the same file")
 
 
 def as_json(reports: Sequence[Report]) -> str:

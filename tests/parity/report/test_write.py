@@ -3,7 +3,10 @@
 import json
 import xml.etree.ElementTree as ET
 
+import pytest
+
 import parity
+from parity.command import main as parity_command
 from parity.report.stamp import joined, software
 from tests.parity.report.samples import HOSTILE, agreeing, hostile
 
@@ -31,3 +34,14 @@ def test_merged_stamps_repeat_no_value_and_span_the_dates():
     assert joined([merged, first, {"seed": "13"}]) == merged | {"seed": "11; 7; 13"}
     assert joined([first]) == first
     assert software()["date"].endswith(" UTC")
+
+
+def test_two_reports_are_not_written_to_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^junit=.*one: json names the same file"):
+        parity.write(agreeing(), json="one", junit=tmp_path / "one")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="page=folder/one: json names the same file"):
+        parity.write(agreeing(), json="one", page="folder/one")
+    assert parity_command(["rope", "--json", "one", "--report", "./one"]) == 2
+    assert not (tmp_path / "one").exists()
