@@ -1,13 +1,17 @@
 """Arrays in an Orbax folder, one entry per array, named by its dotted path; and the `config.json` next to it."""
 
 import contextlib
+import contextvars
 import functools
 import logging
 import math
 import operator
 import os
 import sys
+import time
+import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +40,25 @@ STARTING, SECONDS, SECONDS_PER_BYTE, MEGABYTES = 30.0, 3.0, 1e-7, 500.0
 # Bytes of arrays: some, and many for each of a file. Weights in zstandard have hardly more than they take in files, but
 # masks and weights of zeros have thousands of times as many.
 FREE_BYTES, COMPRESSION = 2**27, 100
+SETTLING = 0.5  # seconds in which other threads of a write that failed end
 
 
 def save_arrays(folder: Path, module: Any) -> None:
     """Write every array of a module (a model, an optimizer) with Orbax, named by its path.
 
-    Raises OSError, naming the file, e.g. if the disk is full, and ValueError for a folder whose path is not UTF-8.
+    An interrupt is raised once Orbax has ended: its threads would write again what is removed after one. Raises
+    OSError, naming the file, e.g. if the disk is full, and ValueError for a folder whose path is not UTF-8.
     """
     check_utf8(folder.absolute(), "folder")
     from orbax.checkpoint import v1 as ocp
 
     drop_reports_of_saving()
+    arrays = {dotted(path): array for path, array in flat_arrays(module).items()}
     try:
-        ocp.save(folder.absolute(), {dotted(path): array for path, array in flat_arrays(module).items()})
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(contextvars.copy_context().run, ocp.save, folder.absolute(), arrays).result()
     except Exception as error:  # TensorStore raises its own for a full disk
+        time.sleep(SETTLING)
         refused = refusal(error, folder)
         if refused is None:
             raise
@@ -158,6 +167,7 @@ def drop_late_messages() -> None:
             earlier(unraisable)
 
     sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", r"coroutine 'async_serialize.*was never awaited", RuntimeWarning)
     logging.getLogger("asyncio").addFilter(
         lambda record: not is_late((record.exc_info or (None, None))[1]) and "orbax" not in record.getMessage()
     )

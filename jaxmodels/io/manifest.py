@@ -201,9 +201,18 @@ def is_ours(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, its manifest last: whenever the process is killed, what is left has one."""
+    """Remove a folder, its manifest last: whenever the process is killed, what is left has one.
+
+    So has one in which other threads still write. Raises OSError if it cannot be removed.
+    """
     clear(folder)
-    shutil.rmtree(folder)
+    (folder / NAME).unlink(missing_ok=True)
+    try:
+        folder.rmdir()
+    except OSError:
+        with contextlib.suppress(OSError):
+            begin(folder)
+        raise
 
 
 def clear(folder: Path) -> None:

@@ -4,7 +4,8 @@ Axes: B batch, S sequence, H heads, D = n_hidden = H·d_k features, V vocabulary
 """
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -196,6 +197,7 @@ class NeoX(nnx.Module):
         if self.is_stacked:
             # Not if weights are narrower than activations: those of all layers would be widened at once.
             uniform = all(array.dtype == x.dtype for array in jax.tree.leaves(self.layers))
+            x = x if uniform else widened(body, x, self.layers)
             unroll = unrolls(self.settings.n_layers) and uniform and not self.settings.remat
             x, _ = jax.lax.scan(read_only(body), x, self.layers, unroll=unroll)
         else:
@@ -272,6 +274,15 @@ class NeoX(nnx.Module):
             x, layer_cache = layer.decode(x, rotary, layer_cache, positions)
             new.append(layer_cache)
         return x, tuple(new)
+
+
+def widened(body: Callable[[jax.Array, Any], tuple[jax.Array, None]], x: jax.Array, layers: Any) -> jax.Array:
+    """x in the dtype in which the first of stacked layers returns it: weights that are wider than x widen it."""
+
+    def first(x: jax.Array, layers: Any) -> jax.Array:
+        return body(x, jax.tree.map(operator.itemgetter(0), layers))[0]
+
+    return x.astype(jax.eval_shape(first, x, layers).dtype)
 
 
 def quantize(model: NeoX, threshold: float | None = None, *, kind: str = "llm.int8") -> NeoX:

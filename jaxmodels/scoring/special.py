@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxmodels.io.bounded import CONFIG_BYTES, read_object, read_text
@@ -11,7 +12,8 @@ from jaxmodels.text import TokenizerFile, Vocabulary
 from jaxmodels.text.tokenizer.errors import refusing
 from jaxmodels.text.tokenizer.special import CONFIG, MODEL, Files, special_tokens
 
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+DEFAULT = "default"  # name of the template that is used, of several
 
 
 def special_tokens_of(files: Files) -> dict[str, str]:
@@ -48,16 +50,40 @@ def special_ids(
 
 
 def chat_template(files: Files, vocabulary: Vocabulary, where: str) -> ChatTemplate:
-    """Chat template of a checkpoint: chat_template.jinja, or that of tokenizer_config.json.
+    """Chat template of a checkpoint: its files, or that of tokenizer_config.json; of several, the one named "default".
 
     Raises ValueError, naming `where` or the file, if there is none, or if a file cannot be read or has another form.
     """
     if not isinstance(vocabulary, TokenizerFile):
         raise ValueError(f"{where} has no tokenizer.json; chat templates need one")
     settings: Mapping[str, Any] = read_object(files[CONFIG]) if CONFIG in files else {}
-    text = read_text(files[TEMPLATE], CONFIG_BYTES) if TEMPLATE in files else settings.get("chat_template")
+    named = {
+        name.removeprefix(f"{TEMPLATES}/"): file for name, file in files.items() if name.startswith(f"{TEMPLATES}/")
+    }
+    file = named.get(f"{DEFAULT}.jinja", files.get(TEMPLATE))
+    if file is not None:
+        text = read_text(file, CONFIG_BYTES)
+    elif named:
+        raise ValueError(f"{where} has chat templates in {TEMPLATES}, of which none is {DEFAULT}.jinja")
+    else:
+        text = template_in(settings.get("chat_template"), files.get(CONFIG))
     if text is None:
         raise ValueError(f"{where} has no chat template ({TEMPLATE}, or in {CONFIG})")
-    if not isinstance(text, str):
-        raise ValueError(f"{files[CONFIG]} has chat_template={quoted(text)}; expected a string")
     return ChatTemplate(text, special_tokens_of(files), f"the chat template of {where}")
+
+
+def template_in(value: Any, file: Path | None) -> str | None:
+    """Template of the entry of a tokenizer_config.json: a text, or the default of several; None if there is none.
+
+    Several are a list of objects with "name" and "template", or an object of templates by name. Raises ValueError,
+    naming the file, for a value of another form, and for several without a default.
+    """
+    if isinstance(value, list) and all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in value):
+        value = {each["name"]: each.get("template") for each in value}
+    if isinstance(value, dict):
+        if DEFAULT not in value:
+            raise ValueError(f"{file} has a chat_template without {quoted(DEFAULT)}, but {quoted(sorted(value))}")
+        value = value[DEFAULT]
+    if not isinstance(value, str | None):
+        raise ValueError(f"{file} has chat_template={quoted(value)}; expected a string, or several by name")
+    return value

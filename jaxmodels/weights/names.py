@@ -334,7 +334,7 @@ def as_numpy(tensor: Any) -> np.ndarray:
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
     try:
-        tensor = tensor.detach().cpu()
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()  # of a view that conjugates or negates
         return bfloat16_as_numpy(tensor) if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
     except (TypeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]

@@ -24,6 +24,7 @@ from jaxmodels.convert.neox.shards import config_files, find_step
 from jaxmodels.convert.open import local_folder, open_source
 from jaxmodels.convert.operations import float64_allowed
 from jaxmodels.io.allowance import Allowance
+from jaxmodels.io.bounded import errors_naming
 from jaxmodels.io.formats.safetensors import read_file
 from jaxmodels.io.formats.torch_files import read_pt, stand_ins, state_dict_of
 from jaxmodels.models import abstract
@@ -115,6 +116,12 @@ def opened(
         raise ValueError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         return Checkpoint(str(path), "tensors", read_file(path))
+    with errors_naming(path):
+        return opened_pt(path)
+
+
+def opened_pt(path: Path) -> Checkpoint:
+    """Open a PyTorch file with a state_dict; see `opened`."""
     allowance = Allowance([path])
     content = read_pt(path, stand_ins(), allowance)
     held = [key for key, value in content.items() if is_state_dict(value)] if isinstance(content, Mapping) else []
@@ -137,7 +144,11 @@ def state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:
     if others or not tensors:
         found = f"{', '.join(others[:5])} {'is' if len(others) == 1 else 'are'} not" if others else "it is empty"
         raise ValueError(f"torch_module={type(tensors).__name__}: a state_dict must map names to tensors; {found}")
-    return {str(name): as_numpy(tensor) for name, tensor in tensors.items()}
+    arrays = {}
+    for name, tensor in tensors.items():
+        with errors_naming(quoted(name)):
+            arrays[str(name)] = as_numpy(tensor)
+    return arrays
 
 
 def opened_folder(

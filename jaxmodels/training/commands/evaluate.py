@@ -238,10 +238,10 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
             bos=bos if options.bos else None,
             loss_chunk=options.loss_chunk,
         )
-    if options.json is not None:
+    print(visible(table(documents, scores, vocabulary.unit), keep="\n"), flush=True)
+    if options.json is not None:  # last: on a full disk the scores are printed at least
         with atomic_file(options.json) as temporary:
             write_json(temporary, documents, scores)
-    print(visible(table(documents, scores, vocabulary.unit), keep="\n"))
 
 
 def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:

@@ -4,6 +4,7 @@ import argparse
 import array
 import contextlib
 import importlib.util
+import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -121,7 +122,9 @@ def draw(runs: Sequence[Path], out: Path) -> None:
         # Handles and labels: a label that begins with _ would be left out. A name is no formula, whatever it holds.
         for text in axes.legend(*zip(*shown, strict=True)).get_texts():
             text.set_parse_math(False)
+        image = io.BytesIO()  # Matplotlib's own writer of PDF raises an AttributeError on a full disk
+        figure.savefig(image, format=out.suffix.removeprefix(".") or "png", dpi=120)
         with atomic_file(out) as temporary:
-            figure.savefig(temporary, format=out.suffix.removeprefix(".") or "png", dpi=120)
+            temporary.write_bytes(image.getvalue())
         pyplot.close(figure)
     print(visible(f"{out}: {len(found)} run{'s' * (len(found) > 1)}"))
