@@ -57,16 +57,13 @@ def chat_template(files: Files, vocabulary: Vocabulary, where: str) -> ChatTempl
     if not isinstance(vocabulary, TokenizerFile):
         raise ValueError(f"{where} has no tokenizer.json; chat templates need one")
     settings: Mapping[str, Any] = read_object(files[CONFIG]) if CONFIG in files else {}
-    named = {
-        name.removeprefix(f"{TEMPLATES}/"): file for name, file in files.items() if name.startswith(f"{TEMPLATES}/")
-    }
+    prefix = f"{TEMPLATES}/"
+    named = {name.removeprefix(prefix): file for name, file in files.items() if name.startswith(prefix)}
     file = named.get(f"{DEFAULT}.jinja", files.get(TEMPLATE))
-    if file is not None:
-        text = read_text(file, CONFIG_BYTES)
-    elif named:
+    if file is None and named:
         raise ValueError(f"{where} has chat templates in {TEMPLATES}, of which none is {DEFAULT}.jinja")
-    else:
-        text = template_in(settings.get("chat_template"), files.get(CONFIG))
+    inside = template_in(settings.get("chat_template"), files.get(CONFIG)) if file is None else None
+    text = inside if file is None else read_text(file, CONFIG_BYTES)
     if text is None:
         raise ValueError(f"{where} has no chat template ({TEMPLATE}, or in {CONFIG})")
     return ChatTemplate(text, special_tokens_of(files), f"the chat template of {where}")

@@ -59,7 +59,9 @@ def test_an_id_beyond_the_models_vocabulary_is_left_out_with_a_line(folder):
     [
         ({}, "has no chat template"),
         ({"chat_template": None}, "has no chat template"),
-        ({"chat_template": [{"name": "default", "template": "a"}]}, r"tokenizer_config\.json has chat_template="),
+        ({"chat_template": [{"name": "default"}, "a"]}, r"tokenizer_config\.json has chat_template="),
+        ({"chat_template": [{"name": "tool", "template": "a"}]}, r"chat_template without 'default', but \['tool'\]"),
+        ({"chat_template": {"default": 5}}, r"tokenizer_config\.json has chat_template=5"),
         ({"chat_template": 5}, r"tokenizer_config\.json has chat_template=5; expected a string"),
         ({"chat_template": "a", "bos_token": 5}, r"tokenizer_config\.json has bos_token=5"),
         ([], r"tokenizer_config\.json"),
@@ -70,6 +72,28 @@ def test_a_chat_template_of_another_form_is_refused(folder, settings, said):
     write(folder, "tokenizer_config.json", settings)
     with pytest.raises(ValueError, match=said):
         chat_template(files_in(folder), vocabulary, str(folder))
+
+
+@pytest.mark.parametrize("settings", [None, "list", "object"])
+@pytest.mark.parametrize("written", [(), ("",), ("default",), ("tool",), ("", "default", "tool")], ids="+".join)
+def test_the_default_of_several_templates_is_that_of_transformers(folder, settings, written):
+    transformers = pytest.importorskip("transformers")
+    named = {"tool": "tool of settings", "default": "settings"}
+    several = {"list": [{"name": name, "template": text} for name, text in named.items()], "object": named}
+    write(folder, "tokenizer_config.json", {"chat_template": several[settings]} if settings else {})
+    (folder / "additional_chat_templates").mkdir()
+    for name in written:
+        place = folder / (f"additional_chat_templates/{name}.jinja" if name else "chat_template.jinja")
+        place.write_text(f"file {name}")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    files, vocabulary = files_in(folder), TokenizerFile.read(folder / "tokenizer.json")
+    try:
+        expected = theirs.get_chat_template()
+    except ValueError:
+        with pytest.raises(ValueError, match=r"^here has (no chat template|chat templates in)"):
+            chat_template(files, vocabulary, "here")
+    else:
+        assert chat_template(files, vocabulary, "here").text == expected
 
 
 def test_a_template_file_is_before_the_settings(folder):
