@@ -1,13 +1,14 @@
 """`python -m tests.jaxmodels.io.full_disk FOLDER`: write each kind of file where files may have 9,000 bytes at most.
 
-Prints a line for each: the name of the kind, and the error.
+Prints a line for each: the name of the kind, and the error. Also has a context in which the disk is full.
 """
 
+import contextlib
 import json
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,19 @@ import numpy as np
 LIMIT = 9_000
 KEPT = (".jaxmodels.json", ".lock")  # files that a stopped index leaves on purpose
 TEXT = "".join(f"{i} men and {i * i % 89} women went to sea. " for i in range(500))
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Context in which files can be made, but no byte written to them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def write_pt(folder: Path) -> None:

@@ -1,17 +1,21 @@
 """Orbax folders whose chunks are not those of their arrays: a part of an array takes the memory of a whole chunk."""
 
 import json
+import signal
 import struct
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from jaxmodels.io import checkpoint
-from jaxmodels.io.checkpoint import chunked_shapes, read_arrays, stored_types
+from jaxmodels.io.atomic import atomic_folder
+from jaxmodels.io.checkpoint import chunked_shapes, read_arrays, save_arrays, stored_types
 from jaxmodels.io.formats import ocdbt
+from tests.jaxmodels.mlp import mlp
 
 ARRAYS = {
     "layers.0.a": np.arange(35.0, dtype=np.float32).reshape(7, 5),
@@ -313,3 +317,22 @@ def test_a_chunk_that_grows_beyond_its_shape_takes_no_memory(folder):
     refused, kilobytes = run.stdout.split()
     assert refused == "True"
     assert int(kilobytes) < 500_000
+
+
+def test_an_interrupt_is_raised_once_orbax_has_ended(tmp_path, monkeypatch):
+    """Its threads would write again what is removed after an interrupt, without the manifest that tells whose it is."""
+    from orbax.checkpoint import v1 as ocp
+
+    done, save = [], ocp.save
+
+    def slow(folder, arrays):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.5)
+        save(folder, arrays)
+        done.append(folder)
+
+    monkeypatch.setattr(ocp, "save", slow)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "model") as new:
+        save_arrays(new / "params", mlp(2, 3, 5))
+    assert len(done) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,6 @@
 """Manifests: one of a finished folder proves nothing of an unfinished one, and a full disk leaves no folder."""
 
-import contextlib
 import json
-import resource
-import signal
 
 import pytest
 
@@ -13,20 +10,8 @@ from jaxmodels.io.clean import main as clean
 from jaxmodels.text.partial import locked
 from jaxmodels.text.tokens import write
 from jaxmodels.text.vocabularies import CharVocabulary
+from tests.jaxmodels.io.full_disk import full_disk
 from tests.jaxmodels.io.test_atomic import aged, contents
-
-
-@contextlib.contextmanager
-def full_disk():
-    """Context in which files can be made, but no byte written to them."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("names", [["model/thesis.txt"], ["model/config.json", "losses.npy"]])
@@ -110,3 +95,18 @@ def test_a_folder_without_a_manifest_is_removed_on_a_full_disk(tmp_path):
     with full_disk():
         manifest.remove(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_thread_writes_as_a_folder_is_removed_is_left_with_a_manifest(tmp_path, monkeypatch):
+    folder = tmp_path / ".model.0a1b2c3d"
+    folder.mkdir()
+    clear = manifest.clear
+
+    def cleared(folder):
+        clear(folder)
+        (folder / "late").write_text("late")
+
+    monkeypatch.setattr(manifest, "clear", cleared)
+    with pytest.raises(OSError, match=folder.name):
+        manifest.remove(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [manifest.NAME, "late"]

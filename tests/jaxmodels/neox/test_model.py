@@ -12,6 +12,7 @@ from flax import nnx
 import jaxmodels
 from jaxmodels.convert import from_torch, to_torch
 from jaxmodels.neox import NeoX, NeoXConfig
+from jaxmodels.weights.names import dotted, flat_arrays, with_arrays
 from tests.common import B, S, V, assert_close, normal, run
 from tests.jaxmodels.neox.common import CONFIG, FORMS, START, ids, neox
 
@@ -34,6 +35,20 @@ def test_scanned_listed_and_plain_layers_agree(x64, form, start):
     chex.assert_shape(expected, (B, S, V))
     assert_close(run(model, ids(), start), expected)
     assert_close(run(model.unstacked(), ids(), start), expected)
+
+
+@pytest.mark.parametrize("wide", ["norm", "bias", "embedding", "attention", "readout", "layers"])
+@pytest.mark.parametrize("narrow", [jnp.float16, jnp.bfloat16])
+def test_tensors_of_different_dtypes_are_computed_with(narrow, wide):
+    model = neox()
+    arrays = flat_arrays(model)
+    mixed = {path: array if wide in dotted(path) else array.astype(narrow) for path, array in arrays.items()}
+    model = with_arrays(model, mixed)
+    float32 = with_arrays(model, {path: array.astype(jnp.float32) for path, array in mixed.items()})
+    expected = run(float32, ids())
+    limit = 0.1 * float(jnp.sqrt(jnp.square(expected).mean()))
+    for form in (model, model.unstacked()):
+        assert float(jnp.abs(run(form, ids()).astype(jnp.float32) - expected).max()) < limit
 
 
 def test_gradients_of_scanned_listed_and_rematerialized_layers_agree(x64):

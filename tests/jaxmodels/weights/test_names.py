@@ -286,3 +286,10 @@ def test_floats_of_8_bits_are_named_in_both_directions():
         as_tensor(array)
     with pytest.raises(ValueError, match=r"float8_e4m3fn"):
         as_numpy(torch.zeros(2, 3, dtype=torch.float8_e4m3fn))
+
+
+def test_a_view_that_conjugates_or_negates_has_its_values():
+    numbers = torch.tensor([[1 + 2j, 3 - 5j]])
+    for view in (numbers.conj(), numbers.conj().imag, torch._neg_view(numbers.real)):
+        np.testing.assert_array_equal(as_numpy(view), view.clone().resolve_conj().resolve_neg().numpy())
+    assert as_numpy(numbers.conj().imag).tolist() == [[-2.0, 5.0]]

@@ -209,3 +209,10 @@ def test_help_lists_the_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["verify", "--help"])
     assert "--numerics" in capsys.readouterr().out
+
+
+def test_a_tensor_that_numpy_lacks_is_named_with_its_file(tmp_path, capsys):
+    torch.save({"a": torch.zeros(2, 3)}, tmp_path / "wide.pt")
+    torch.save({"a": torch.zeros(2, 3).to(torch.float8_e5m2)}, tmp_path / "narrow.pt")
+    assert main(["verify", str(tmp_path / "wide.pt"), str(tmp_path / "narrow.pt")]) == 2
+    assert re.search(rf"{tmp_path}/narrow\.pt: 'a': .*float8_e5m2", capsys.readouterr().err)

@@ -25,6 +25,7 @@ from jaxmodels.training.runs.folder import write_about
 from jaxmodels.training.step import token_losses
 from jaxmodels.training.tokenize import open_tokens, tokenize
 from jaxmodels.transformer import AutoregressiveTransformer
+from tests.jaxmodels.io.full_disk import full_disk
 from tests.jaxmodels.scoring.published import hugging_face_folder
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 from tests.train_common import TEXT
@@ -201,6 +202,15 @@ def test_several_files_and_jsonl_are_scored_as_documents(documents, tmp_path, ca
     ]
     assert content["documents"][3]["loss"] is None
     assert content["total"]["loss"] == pytest.approx(expected.total.loss, rel=1e-6)
+
+
+def test_scores_that_cannot_be_written_are_printed(tmp_path, capsys):
+    jaxmodels.save(transformer(), tmp_path / "model")
+    VOCABULARY.save(tmp_path / "model" / "vocabulary.json")
+    (tmp_path / "a.txt").write_text(TEXT)
+    with full_disk(), pytest.raises(OSError, match=r"scores\.json"):
+        scores(tmp_path / "model", "--text", tmp_path / "a.txt", "--stride", 5, "--json", tmp_path / "scores.json")
+    assert len(capsys.readouterr().out.splitlines()) == 3  # names, the text, the total
 
 
 def test_an_infinite_loss_is_null_in_json(tmp_path, capsys):

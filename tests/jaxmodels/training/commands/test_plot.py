@@ -10,6 +10,7 @@ import pytest
 
 from jaxmodels.training import metrics
 from jaxmodels.training.commands import plot
+from tests.jaxmodels.io.full_disk import full_disk
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[4]
@@ -111,3 +112,13 @@ def test_a_long_curve_keeps_its_lowest_and_highest_points(tmp_path):
     assert len(validation) == plot.MARKS + 1
     assert {(1001, 9.0), (4001, 1.0), (len(losses) - 1, 3.0)} <= set(map(tuple, validation))
     assert (validation[1:, 0] >= validation[:-1, 0])[1:].all()
+
+
+@pytest.mark.parametrize("kind", ["pdf", "png", "svg"])
+def test_a_full_disk_is_one_line_for_every_format(kind, tmp_path, capsys):
+    folder, out = run(tmp_path / "run"), tmp_path / f"curves.{kind}"
+    with full_disk():
+        assert plot.main([str(folder), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert (said.count("\n"), str(out) in said, "too large" in said) == (1, True, True)
+    assert not list(tmp_path.glob("*curves*"))
