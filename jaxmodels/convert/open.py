@@ -22,7 +22,7 @@ from jaxmodels.convert.hf import open_hf
 from jaxmodels.convert.neox.read import InferredWarning, open_neox
 from jaxmodels.convert.source import Source
 from jaxmodels.io.atomic import recover
-from jaxmodels.io.bounded import TOKENIZER_BYTES, read_object
+from jaxmodels.io.bounded import TOKENIZER_BYTES, errors_naming, read_object
 from jaxmodels.io.checkpoint import read_config, stored_arrays
 from jaxmodels.io.content import STEM, holds_safetensors
 from jaxmodels.neox import NeoX, NeoXConfig
@@ -127,7 +127,8 @@ class Opened:
         source = self.neox()
         for doubt in source.doubts:
             warnings.warn(visible(doubt), InferredWarning, stacklevel=3)
-        return source.model(dtype, placement(NeoX, shardings) if isinstance(shardings, Mesh) else shardings)
+        with errors_naming(self.name):
+            return source.model(dtype, placement(NeoX, shardings) if isinstance(shardings, Mesh) else shardings)
 
     def compute_dtype(self, override: str = "--dtype", *, narrow: bool = False) -> str | None:
         """Name of the dtype to load the weights in for inference if none was asked for; None to keep their own.

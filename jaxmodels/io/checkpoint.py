@@ -208,6 +208,8 @@ def stored_types(folder: Path, known: int = 0) -> dict[str, Type]:
             stored = ocp.metadata(folder.absolute(), ITEM).metadata
         if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
+        if nested := [name for name, array in stored.items() if not hasattr(array, "shape")]:
+            raise ValueError(f"{quoted(nested[0])} is no array; a tree within the tree is not read")
         types = {name: Type(tuple(array.shape), np.dtype(array.dtype)) for name, array in stored.items()}
         if other := [name for name, found in types.items() if shapes.get(name) != found.shape]:
             raise ValueError(f"{quoted(other[0])} has another shape than its {ocdbt.ZARR}")

@@ -209,9 +209,9 @@ def of_folder(folder: Path, field: str) -> Sources:
         Files(str(folder), tuple(found[split]), field) if found[split] else None for split in (TRAINING, VALIDATION)
     )
     assert train is not None
-    notes = [f"{folder}: {len(found[TEST])} files of test data are left out"] if found[TEST] else []
+    notes = [f"{folder}: files of test data are left out: {len(found[TEST])}"] if found[TEST] else []
     if others:
-        notes.append(f"{folder}: {len(others)} files of other kinds are left out, such as {others[0].name}")
+        notes.append(f"{folder}: files of other kinds are left out: {len(others)}, such as {others[0].name}")
     return Sources(train, validation, tuple(notes))
 
 

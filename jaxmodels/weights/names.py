@@ -31,7 +31,7 @@ Path = tuple[str | int, ...]
 RENAMED = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # last word of a path: Flax -> PyTorch
 LONGEST = 300  # characters of an entry in an error
 FEW = 5  # entries of a kind in an error of one line
-NARROWED = "64 bits wide while jax_enable_x64 is off"
+NARROWED = "64 bits wide while jax_enable_x64 is off and no dtype is given"
 
 
 class ConversionError(ValueError):

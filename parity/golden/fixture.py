@@ -337,8 +337,17 @@ def constants_of(about: Mapping[str, Any]) -> dict[str, dict[str, dict[str, floa
 
 
 def stems(folder: str | os.PathLike) -> list[Path]:
-    """The fixtures of a folder, sorted; raises ValueError if there are none."""
-    found = sorted(file for file in Path(folder).glob("*.json") if files_of(file)[0].is_file())
+    """JSON files of the fixtures of a folder, sorted; raises ValueError if there are none.
+
+    Those of which a file is missing, or is none to be read, are among them: `read` says what is wrong.
+    """
+    kinds = {".safetensors": holds_recording, ".json": describes_recording}
+    found = set()
+    for file in Path(folder).glob("[!.]*"):
+        if file.suffix in kinds:
+            tensors, about = files_of(file)
+            if (os.path.lexists(tensors) and os.path.lexists(about)) or kinds[file.suffix](file):
+                found.add(about)
     if not found:
         raise ValueError(f"folder {folder} contains no fixture; it must contain STEM.json and STEM.safetensors")
-    return found
+    return sorted(found)

@@ -347,6 +347,7 @@ def test_an_id_of_a_vocabulary_takes_no_memory_for_those_below(tmp_path, value):
         TokenizerFile.read(file)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows without a text are left out:UserWarning")
 @pytest.mark.parametrize("offset", [2**30, -(2**30)])
 def test_an_arrow_file_with_strings_outside_of_it_is_refused(tmp_path, offset):
     """It would be read as memory of the process, or end it."""

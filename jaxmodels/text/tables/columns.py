@@ -1,6 +1,7 @@
 """Rows of a column of strings in Arrow and Parquet files."""
 
 import collections
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from jaxmodels.io.bounded import open_regular
 from jaxmodels.io.content import recognised
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.extras import require
-from jaxmodels.process.texts import quoted
+from jaxmodels.process.texts import quoted, visible
 
 ROWS = f"{__package__}.rows"  # module of the child process, which alone imports pyarrow
 STARTING = {"seconds": 60.0, "megabytes": 4_000.0}  # to import it, with the threads of its libraries
@@ -23,10 +24,11 @@ idle: collections.deque[Confined] = collections.deque(maxlen=1)  # a child proce
 
 
 def columns(file: Path, kind: str, field: str, offset: int, among: int = 1) -> Iterator[tuple[str, str, int, int]]:
-    """Name, text, number and next number of each row of an Arrow or Parquet file; empty values are left out.
+    """Name, text, number and next number of each row of an Arrow or Parquet file.
 
-    among: number of the files that are read together. Raises ValueError, naming the file, if it is damaged, has no such
-    column of strings, takes too much time or memory, or stands for far more text than it has bytes.
+    Rows without a text, which are null, are left out; a warning at the end of the file counts them. among: number of
+    the files that are read together. Raises ValueError, naming the file, if it is damaged, has no such column of
+    strings, takes too much time or memory, or stands for far more text than it has bytes.
     """
     require("data", "pyarrow")
     open_regular(file).close()
@@ -34,10 +36,10 @@ def columns(file: Path, kind: str, field: str, offset: int, among: int = 1) -> I
         child = idle.pop()
     except IndexError:
         child = Confined(ROWS, **STARTING)
-    reason = None
+    reason, empty = None, 0
     try:
         for about, texts in pieces(child, file, kind, field, offset, among):
-            begin = 0
+            begin, empty = 0, empty + about["empty"]
             for row, length in zip(about["rows"], about["lengths"], strict=True):
                 text = str(texts[begin : begin + length], "utf-8")
                 begin += length
@@ -49,6 +51,8 @@ def columns(file: Path, kind: str, field: str, offset: int, among: int = 1) -> I
     idle.append(child)
     if reason is not None:
         raise ValueError(f"{file} {reason}")
+    if empty:
+        warnings.warn(f"{visible(str(file))}: rows without a text are left out: {empty:,}", stacklevel=2)
 
 
 def pieces(

@@ -49,24 +49,26 @@ class Reader:
     def piece(self, file: str, kind: str, field: str, row: int, most: int) -> Attached:
         """Texts of rows from one on, of at most `most` bytes.
 
-        The value has: rows, lengths: number of each row with a text, and bytes of the text; next: the row that follows,
-        null after the last; refused, damaged: why the file is not read; seconds, bytes: processor time and memory that
-        it has taken. Attached are the texts in UTF-8, one after the other; nothing if they are longer than `most`.
+        The value has: rows, lengths: number of each row with a text, and bytes of the text; empty: number of the rows
+        without one; next: the row that follows, null after the last; refused, damaged: why the file is not read;
+        seconds, bytes: processor time and memory that it has taken. Attached are the texts in UTF-8, one after the
+        other; nothing if they are longer than `most`.
         """
         if (file, kind, field, row) != self.place:
             self.chunks, self.before = iter(()), usage()
             self.chunks = chunks(file, kind, field, row)
-        about: dict[str, Any] = {"rows": [], "lengths": [], "next": None}
+        about: dict[str, Any] = {"rows": [], "lengths": [], "empty": 0, "next": None}
         texts: list[Any] = []
-        size, first = 0, row
+        size, end = 0, row
         try:
             for following, rows, lengths, data in self.chunks:
                 about["rows"] += rows.tolist()
                 about["lengths"] += lengths.tolist()
                 texts.append(data)
-                size += len(data)
-                if size >= PIECE or following - first >= ROWS:
-                    about["next"] = following
+                size, end = size + len(data), following
+                about["empty"] = end - row - len(about["rows"])
+                if size >= PIECE or end - row >= ROWS:
+                    about["next"] = end
                     break
         except MemoryError:
             raise

@@ -236,7 +236,9 @@ def test_no_part_of_a_folder_is_left_out_without_a_word(what, tmp_path):
     (folder / "train-0.jsonl").write_text('{"text": "abc"}\n')
     (folder / "labels.csv.gz").write_bytes(b"\x1f\x8b")
     (folder / ".hidden").write_text("x")
-    assert open_sources(str(folder)).notes == (f"{folder}: 1 files of other kinds are left out, such as labels.csv.gz",)
+    assert open_sources(str(folder)).notes == (
+        f"{folder}: files of other kinds are left out: 1, such as labels.csv.gz",
+    )
     name = "more" if what == "link to a folder" else "train-1.jsonl"
     if what == "FIFO":
         os.mkfifo(folder / name)
@@ -322,6 +324,7 @@ def test_an_end_token_beyond_the_tokenizer_is_refused(tmp_path):
         write_sources(tmp_path / "tokens", sources, vocabulary)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows without a text are left out:UserWarning")
 @pytest.mark.parametrize("kind", ["empty", "empty texts", "no rows", "nulls", "stream", "folder"])
 def test_a_source_without_a_text_is_refused_and_leaves_nothing(kind, tmp_path):
     file = tmp_path / "a.jsonl"

@@ -15,6 +15,7 @@ from jaxmodels.text.tables import columns, rows
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet as writer  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*rows without a text are left out:UserWarning")
 TEXTS = ["to be", "or not", "", "to be é", None, "that is", "to be"] * 101
 READ = [(f"{row:,}", text) for row, text in enumerate(TEXTS) if text is not None]
 TYPES = {
@@ -249,3 +250,15 @@ def test_the_reading_process_does_not_import_pyarrow(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path / "a.arrow")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{len(READ)} False\n"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_rows_without_a_text_are_counted_in_a_warning(kind, tmp_path):
+    file = tmp_path / f"a.{kind}"
+    content = pyarrow.table({"text": pyarrow.array([*["a"] * 20_000, None, "b", None], pyarrow.string())})
+    if kind == "parquet":
+        writer.write_table(content, file, row_group_size=7_001)
+    else:
+        write_arrow(file, content, pyarrow.ipc.new_stream, rows=7_001)
+    with pytest.warns(UserWarning, match=rf"{file}: rows without a text are left out: 2$"):
+        assert len(texts(file)) == 20_001

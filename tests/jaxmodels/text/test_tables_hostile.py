@@ -23,7 +23,7 @@ UNREAD, MUCH = "is not read: it takes more than", "holds more than 1,000 times a
 
 def cost(file):
     """Output of `reading` for a file."""
-    command = [sys.executable, "-m", f"{__package__}.reading", str(file)]
+    command = [sys.executable, "-W", "ignore::UserWarning", "-m", f"{__package__}.reading", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr == ""
     return json.loads(done.stdout)

@@ -133,7 +133,9 @@ def test_float64_needs_x64():
     state_dict = torch_language_model("rotary").double().state_dict()
     with pytest.raises(ConversionError, match="jax_enable_x64") as caught:
         from_torch(abstract("rotary"), state_dict)
-    assert caught.value.problems == {"64 bits wide while jax_enable_x64 is off": sorted(state_dict)}
+    assert caught.value.problems == {
+        "64 bits wide while jax_enable_x64 is off and no dtype is given": sorted(state_dict)
+    }
     with pytest.raises(ConversionError, match="jax_enable_x64"):
         from_torch(abstract("rotary"), torch_language_model("rotary").state_dict(), dtype=np.float64)
     model = from_torch(abstract("rotary"), state_dict, dtype=jnp.float32)

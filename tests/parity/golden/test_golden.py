@@ -464,3 +464,20 @@ def test_arrays_without_an_axis_are_recorded_as_such(tmp_path):
     inputs = {"x": np.array([0.5, 1.5, 2.5], np.float32), "power": np.array(2)}
     parity.record(Scaled(), inputs, tmp_path / "scaled")
     assert parity.replay(Port(), tmp_path / "scaled").passed
+
+
+@pytest.mark.parametrize("file", ["json", "safetensors"])
+@pytest.mark.parametrize("what", ["missing", "a FIFO", "a link to nothing", "a folder"])
+def test_a_fixture_without_one_of_its_files_is_listed(file, what, tmp_path, capsys):
+    for name in ("rope.rotary_value", "synthesizer.dense"):
+        for each in files_of(SHIPPED / name):
+            shutil.copy(each, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    bad = tmp_path / f"synthesizer.dense.{file}"
+    bad.unlink()
+    make = {"a FIFO": os.mkfifo, "a link to nothing": lambda path: path.symlink_to("nothing"), "a folder": os.mkdir}
+    make.get(what, lambda path: None)(bad)
+    assert main(["--replay", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "1 of 2 cases agree" in shown.out
+    assert bad.name in shown.out + shown.err
