@@ -10,8 +10,9 @@ from jaxmodels.text import TokenizerFile
 from tests.jaxmodels.tokenizer import byte_level_tokenizer
 
 END = "<|endoftext|>"
-TEXTS = ("the e\u0301 or", "\u212b \ufb01 A\u030a", f"{END}the", "the  one\n\n<|im_end|> not <|padding|>", "")
+TEXTS = ("the e\u0301 or", "\u212b \ufb01 A\u030a", f"{END}the", "the  one\n\n<|im_end|> not , <|padding|>", "")
 DECODER = {"0": {"content": END, "special": True}, "300": {"content": " the", "normalized": False}}
+SPACES = "clean_up_tokenization_spaces"
 SETTINGS = {
     "none": {},
     "a prefix": {"add_prefix_space": True},
@@ -22,6 +23,7 @@ SETTINGS = {
     "an unknown pad token": {"pad_token": "<|pad|>"},
     "extra tokens": {"additional_special_tokens": ["<|im_end|>"]},
     "added tokens": {"added_tokens_decoder": DECODER},
+    "cleaned texts": {SPACES: True, f"{SPACES}_for_bpe_even_though_it_will_corrupt_output": True},
 }
 
 
@@ -46,6 +48,7 @@ def test_ids_are_those_of_transformers(folder, name, kind):
     for text in TEXTS:
         assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text, special=True).tolist() == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text))
     assert len(ours) == len(theirs)
 
 
