@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_folder, recover
 from jaxmodels.io.bounded import errors_naming
-from jaxmodels.io.checkpoint import FORMAT, load_arrays, read_config, save_arrays, stored_arrays
+from jaxmodels.io.checkpoint import FORMAT, checked_place, load_arrays, read_config, save_arrays, stored_arrays
 from jaxmodels.io.content import holds_safetensors
 from jaxmodels.io.steps import latest_step
 from jaxmodels.process.texts import quoted, shortened, visible
@@ -169,9 +169,10 @@ def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False, comp
     companions: token ids and tokenizer files to save beside it, such as `jaxmodels.convert.open.open_source(source)
     .companions`.
 
-    Raises ValueError if the class is not registered, or if the folder is not empty, unless `overwrite` is set and it
-    holds a checkpoint.
+    Raises ValueError if the class is not registered, if the folder is not empty, unless `overwrite` is set and it
+    holds a checkpoint, and if Orbax would take its path for another one.
     """
+    checked_place(Path(folder), "folder", written=True)
     config = describe(model, {} if companions is None else companions.in_config())
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         save_arrays(temporary / "params", model)

@@ -7,6 +7,7 @@ import logging
 import math
 import operator
 import os
+import re
 import sys
 import time
 import warnings
@@ -25,7 +26,7 @@ from jaxmodels.io.formats.safetensors import read_folder
 from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.confined import Confined
 from jaxmodels.process.failures import refusal
-from jaxmodels.process.paths import below, check_utf8, walk
+from jaxmodels.process.paths import below, check_utf8, resolved, walk
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import Type, dotted, flat_arrays, listed, same_kind, with_arrays
 from jaxmodels.weights.place import Shardings
@@ -40,6 +41,7 @@ STARTING, SECONDS, SECONDS_PER_BYTE, MEGABYTES = 30.0, 3.0, 1e-7, 500.0
 # Bytes of arrays: some, and many for each of a file. Weights in zstandard have hardly more than they take in files, but
 # masks and weights of zeros have thousands of times as many.
 FREE_BYTES, COMPRESSION = 2**27, 100
+OTHER_PLACES, PATTERNS = re.compile(r"\\|:$|\.__lock$"), re.compile(r"[*?\[]")  # in names of folders
 SETTLING = 0.5  # seconds in which other threads of a write that failed end
 
 
@@ -49,17 +51,18 @@ def save_arrays(folder: Path, module: Any) -> None:
     An interrupt is raised once Orbax has ended: its threads would write again what is removed after one. Raises
     OSError, naming the file, e.g. if the disk is full, and ValueError for a folder whose path is not UTF-8.
     """
-    check_utf8(folder.absolute(), "folder")
+    place = checked_place(folder, "folder", written=True)
     from orbax.checkpoint import v1 as ocp
 
     drop_reports_of_saving()
     arrays = {dotted(path): array for path, array in flat_arrays(module).items()}
     try:
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(contextvars.copy_context().run, ocp.save, folder.absolute(), arrays).result()
+            pool.submit(int).result()  # from here on the thread is waited for, whenever an interrupt comes
+            pool.submit(contextvars.copy_context().run, ocp.save, place, arrays).result()
     except Exception as error:  # TensorStore raises its own for a full disk
         time.sleep(SETTLING)
-        refused = refusal(error, folder)
+        refused = refusal(error, place)
         if refused is None:
             raise
         raise refused from error
@@ -96,7 +99,7 @@ def read_arrays(
     """
     from orbax.checkpoint import v1 as ocp
 
-    folder = folder.absolute()  # Orbax accepts no relative path
+    place = checked_place(folder, "folder")
     stored, fit = stored_types(folder, size_of(targets) if zeros else 0), operator.eq if exact else same_kind
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
@@ -118,13 +121,30 @@ def read_arrays(
     }
     try:
         with without_logs():
-            arrays = ocp.load(folder, abstract, checkpointable_name=ITEM)
+            arrays = ocp.load(place, abstract, checkpointable_name=ITEM)
     except Exception as error:  # many kinds here too
         raise ValueError(f"{folder} is damaged: {reason(error)}") from error
     narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
     if narrowed:
         raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
     return arrays
+
+
+def checked_place(folder: Path, name: str, *, written: bool = False) -> Path:
+    """Absolute path of a folder without links and `..`, which TensorStore refuses.
+
+    name: of the argument. written: Orbax looks there for files by a pattern, too. Raises ValueError for a path that
+    Orbax or TensorStore takes for another one, and for one that is not UTF-8.
+    """
+    place = resolved(folder)
+    check_utf8(place, name)
+    odd = next((part for part in place.parts if OTHER_PLACES.search(part) or (written and PATTERNS.search(part))), None)
+    if odd is not None:
+        raise ValueError(
+            f"{name}={folder}: {quoted(odd)} is in its path, which Orbax takes for another one or for a pattern: names "
+            r"may not have \ or end in : or .__lock, nor, to be written, have * ? ["
+        )
+    return place
 
 
 @contextlib.contextmanager
@@ -200,12 +220,13 @@ def stored_types(folder: Path, known: int = 0) -> dict[str, Type]:
 
     drop_late_messages()
     check_files(folder)
+    place = checked_place(folder, "folder")
     held = max(sum(file.stat().st_size for file in below(folder) if file.is_file()), -(-known // COMPRESSION))
     try:
         with without_logs():
-            shapes = chunked_shapes(folder.absolute(), held)
+            shapes = chunked_shapes(place, held)
             check_format_of_arrays(folder)
-            stored = ocp.metadata(folder.absolute(), ITEM).metadata
+            stored = ocp.metadata(place, ITEM).metadata
         if stored is None:  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
         if nested := [name for name, array in stored.items() if not hasattr(array, "shape")]:

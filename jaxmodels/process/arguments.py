@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxmodels.process.paths import at_home
 from jaxmodels.process.texts import shortened
 
 
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 def expanded(text: str) -> Path:
     """Path with `~` expanded; raises argparse.ArgumentTypeError for `~NAME` if there is no such user."""
     try:
-        return Path(text).expanduser()
+        return at_home(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text}: {Path(text).parts[0]} is no user's home folder") from None
 

@@ -21,7 +21,7 @@ def local(path: Path | str, name: str) -> Path:
     url = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path))  # Path has made one slash of two
     if url is None:
         try:
-            return Path(path).expanduser()
+            return at_home(path)
         except RuntimeError:
             user = Path(path).parts[0]
             raise ValueError(
@@ -35,6 +35,17 @@ def local(path: Path | str, name: str) -> Path:
         f"{name}={scheme}://{inside} must be a folder of a file system: mount it{how}, and name "
         f"{name}=/mnt/{bucket or 'BUCKET'}/{rest}"
     )
+
+
+def at_home(path: Path | str) -> Path:
+    """Path with `~` or `~NAME` at its beginning expanded; raises RuntimeError if there is no such user.
+
+    A text that begins with ./ names a folder `~` of the current one: Path has no ./ any more.
+    """
+    found = Path(path)
+    if isinstance(path, str) and not path.startswith("~") and str(found).startswith("~"):
+        return Path.cwd() / found
+    return found.expanduser()
 
 
 def resolved(path: str | os.PathLike) -> Path:

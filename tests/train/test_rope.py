@@ -240,6 +240,25 @@ def test_evaluate_finds_the_loss_that_training_did(run, tmp_path, capsys):
     assert evaluated(capsys, model, "--text", held_out, "--seq-len", 11, "--batch-size", 5) == found
 
 
+def test_a_run_in_a_folder_above_is_evaluated_and_resumed(run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    loss = evaluated(capsys, "../run")["loss"]
+    assert loss == evaluated(capsys, tmp_path / "run")["loss"]
+    assert "at step 7\n" in train("--resume", "../run")
+
+
+def test_a_run_whose_path_is_a_pattern_is_refused_and_keeps_its_checkpoints(run, text, tmp_path, capsys):
+    odd = shutil.copytree(run, tmp_path / "run[v1]")
+    before = {path: path.read_bytes() for path in odd.rglob("*") if path.is_file()}
+    assert evaluated(capsys, odd)["loss"] == evaluated(capsys, run)["loss"]
+    for flags in (["--resume", str(odd), "--steps", "9"], [*TINY, "--text", str(text), "--out", str(odd / "new")]):
+        with pytest.raises(ValueError, match=r"'run\[v1\]' is in its path"):
+            main(rope.Rope, PROGRAM, flags)
+    assert before == {path: path.read_bytes() for path in odd.rglob("*") if path.is_file()}
+
+
 def test_bits_per_byte_and_per_character_are_of_the_predicted_text(run, tmp_path, capsys):
     tokenize(str(ROOT / "LICENSE"), tmp_path / "tokens", "bytes")
     model = AutoregressiveTransformer(256, 6, 3, 5, 1, rngs=nnx.Rngs(0))

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxmodels.convert.companions import Companions
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import check_format, errors_naming, read_object
+from jaxmodels.io.checkpoint import checked_place
 from jaxmodels.io.steps import check_run, latest_step, problem, read_mark, steps
 from jaxmodels.models import names
 from jaxmodels.process.paths import check_utf8, local
@@ -242,7 +243,7 @@ def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None"
     A run without a checkpoint may start again with any hyperparameters. branch: what a new run begins with; a run that
     has begun must have been branched from it. Raises ValueError too if a file of the run is a symbolic link.
     """
-    check_utf8(run.absolute(), "folder")
+    checked_place(run, "folder", written=True)
     check_run(run)
     if branch is not None:
         branch.check(experiment)

@@ -1,20 +1,24 @@
 """Orbax folders whose chunks are not those of their arrays: a part of an array takes the memory of a whole chunk."""
 
 import json
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import jaxmodels
 from jaxmodels.io import checkpoint
 from jaxmodels.io.atomic import atomic_folder
-from jaxmodels.io.checkpoint import chunked_shapes, read_arrays, save_arrays, stored_types
+from jaxmodels.io.checkpoint import chunked_shapes, load_arrays, read_arrays, save_arrays, stored_types
 from jaxmodels.io.formats import ocdbt
+from jaxmodels.weights.names import flat_arrays
 from tests.jaxmodels.mlp import mlp
 
 ARRAYS = {
@@ -336,3 +340,32 @@ def test_an_interrupt_is_raised_once_orbax_has_ended(tmp_path, monkeypatch):
         save_arrays(new / "params", mlp(2, 3, 5))
     assert len(done) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["run[v1]", "a*", "why?", "a\\b", "gs:", "x.__lock"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_path_that_orbax_takes_for_another_one_is_refused_before_anything_is_written(name, inside, tmp_path):
+    place = tmp_path / name / "model" if inside else tmp_path / name
+    with pytest.raises(ValueError, match=rf"folder=.*{re.escape(repr(name))} is in its path"):
+        jaxmodels.save(mlp(2, 3, 5), place)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["a b", "é", "~", "run (1)", "a'b", "a%20b", "#1", "a=b,c"])
+def test_any_other_path_is_read_and_written_also_through_a_folder_above_and_a_link(name, tmp_path, monkeypatch):
+    model = mlp(2, 3, 5)
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    place = Path("..", name)
+    save_arrays(place / "params", model)
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for folder in (place, tmp_path / "here" / "below" / ".." / ".." / name, Path("../link")):
+        loaded = load_arrays(folder / "params", model)
+        for path, array in flat_arrays(model).items():
+            np.testing.assert_array_equal(flat_arrays(loaded)[path], array)
+
+
+def test_arrays_that_were_moved_to_a_folder_with_brackets_are_read(folder, tmp_path):
+    (tmp_path / "run[v1]").mkdir()
+    folder.rename(tmp_path / "run[v1]" / "params")
+    assert stored_types(tmp_path / "run[v1]" / "params").keys() == ARRAYS.keys()

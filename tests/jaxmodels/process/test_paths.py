@@ -13,6 +13,7 @@ from jaxmodels import command
 from jaxmodels.io import clean, manifest
 from jaxmodels.io.atomic import check_target
 from jaxmodels.io.checkpoint import check_files
+from jaxmodels.process.arguments import Parser
 from jaxmodels.process.paths import DEEPEST, below, is_plain, local, resolved, walk
 from jaxmodels.text.sources import files_of
 
@@ -184,3 +185,14 @@ def test_clean_goes_on_beside_what_is_of_another_user(tmp_path, capsys, monkeypa
     assert listed.exists()
     assert kept.exists()
     assert not mine.exists()
+
+
+def test_a_folder_with_the_name_of_a_home_is_named_by_the_folder_it_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    parser = Parser()
+    parser.add_argument("file", type=Path)
+    for named in ("~/a", "~nobody.of.that.name/a"):
+        assert local(f"./{named}", "out") == tmp_path / named
+        assert parser.parse_args([f"./{named}"]).file == tmp_path / named
+    assert local("~/a", "out") == parser.parse_args(["~/a"]).file == Path("/home/of/somebody/a")
