@@ -27,6 +27,7 @@ from jaxmodels.io.bounded import errors_naming
 from jaxmodels.io.checkpoint import FORMAT, checked_place, load_arrays, read_config, save_arrays, stored_arrays
 from jaxmodels.io.content import holds_safetensors
 from jaxmodels.io.steps import latest_step
+from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.sharding import placement
 from jaxmodels.weights.names import check_floating, dotted, flat_arrays, is_floating, with_arrays
@@ -172,7 +173,7 @@ def save(model: Any, folder: str | os.PathLike, *, overwrite: bool = False, comp
     Raises ValueError if the class is not registered, if the folder is not empty, unless `overwrite` is set and it
     holds a checkpoint, and if Orbax would take its path for another one.
     """
-    checked_place(Path(folder), "folder", written=True)
+    checked_place(local(os.fspath(folder), "folder"), "folder", written=True)
     config = describe(model, {} if companions is None else companions.in_config())
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         save_arrays(temporary / "params", model)

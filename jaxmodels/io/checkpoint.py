@@ -48,8 +48,8 @@ SETTLING = 0.5  # seconds in which other threads of a write that failed end
 def save_arrays(folder: Path, module: Any) -> None:
     """Write every array of a module (a model, an optimizer) with Orbax, named by its path.
 
-    An interrupt is raised once Orbax has ended: its threads would write again what is removed after one. Raises
-    OSError, naming the file, e.g. if the disk is full, and ValueError for a folder whose path is not UTF-8.
+    A first interrupt is raised once Orbax has ended: its threads would write again what is removed after one. Raises
+    OSError, naming the file, e.g. if the disk is full, and ValueError for a path that `checked_place` refuses.
     """
     place = checked_place(folder, "folder", written=True)
     from orbax.checkpoint import v1 as ocp
@@ -131,7 +131,7 @@ def read_arrays(
 
 
 def checked_place(folder: Path, name: str, *, written: bool = False) -> Path:
-    """Absolute path of a folder without links and `..`, which TensorStore refuses.
+    """Absolute path of a folder without links; TensorStore reads no path with `..`, and Orbax drops it.
 
     name: of the argument. written: Orbax looks there for files by a pattern, too. Raises ValueError for a path that
     Orbax or TensorStore takes for another one, and for one that is not UTF-8.

@@ -39,7 +39,7 @@ from jaxmodels.io.steps import FORMAT, MARK, check_run, latest_step, problem, re
 from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.failures import cause, naming
-from jaxmodels.process.paths import below
+from jaxmodels.process.paths import below, resolved
 from jaxmodels.process.streams import warn
 from jaxmodels.training.runs.agreement import Expected, read_losses
 from jaxmodels.training.step import Program, State
@@ -118,7 +118,7 @@ class Checkpoints:
         error of this one sets `failed`.
         """
         self.settle()
-        folder = (self.folder / str(position.step)).absolute()
+        folder = resolved(self.folder) / str(position.step)  # Orbax makes another one of `..` behind a link
         if problem(folder) is None and position.step not in self.unread:
             return
         self.unread.discard(position.step)
@@ -221,7 +221,7 @@ class Checkpoints:
 
     def reason(self, error: BaseException) -> str:
         """Why the last checkpoint could not be written, with the file."""
-        return cause(error, self.folder / str(self.step))
+        return cause(error, resolved(self.folder) / str(self.step))
 
     def finish(self, position: Position) -> None:
         """Wait until the last checkpoint is complete, or write this one if it could not be; raises like `settle`."""

@@ -18,7 +18,7 @@ from jaxmodels.process import programs
 from jaxmodels.process.allocator import keep_freed_memory
 from jaxmodels.process.distributed import agree, is_first
 from jaxmodels.process.extras import require
-from jaxmodels.process.paths import at_home, local
+from jaxmodels.process.paths import local
 from jaxmodels.process.streams import Output, say
 from jaxmodels.process.texts import visible
 from jaxmodels.training.config import Config, Options
@@ -80,7 +80,7 @@ def parse(
         if value is not None:
             local(value, flag)
     source = resume if branch is None else branch
-    saved = None if source is None else saved_config(kind, at_home(source))
+    saved = None if source is None else saved_config(kind, Path(source).expanduser())
     chosen = preset or kind.config_class.PRESETS[0]
     config: Any = saved if saved is not None and preset is None else kind.config_class.of_preset(chosen)
     folder = Path("runs") / script_of(kind).rpartition(".")[2]
@@ -93,7 +93,7 @@ def parse(
         origin = command.origin
         command = dataclasses.replace(command, out=Path(f"{origin.run}-from-{origin.step}"))
     experiment = kind(command.config)
-    if saved is not None and config is saved and not is_signed(at_home(str(source)) / FILE):
+    if saved is not None and config is saved and not is_signed(Path(str(source)).expanduser() / FILE):
         names = (field.name for field in dataclasses.fields(saved))
         experiment.unnamed = frozenset(n for n in names if peek(arguments, f"--{n.replace('_', '-')}") is None)
     return experiment, command

@@ -167,7 +167,7 @@ def holds_recording(file: Path) -> bool:
     """True for the tensors of a fixture of any format."""
     try:
         groups = {name.partition("/")[0] for name in read_file(file)}
-    except ValueError:
+    except (OSError, ValueError):
         return False
     return {"inputs", "output"} <= groups <= set(GROUPS)
 
@@ -176,7 +176,7 @@ def describes_recording(file: Path) -> bool:
     """True for the JSON of a fixture of any format."""
     try:
         return read_object(file).keys() >= FIELDS
-    except ValueError:
+    except (OSError, ValueError):
         return False
 
 

@@ -21,7 +21,7 @@ def write(
 
     `parity.check` and `parity.replay` return a report; `parity.Report.of(name, …)` makes one of other results. Writes
     are atomic. Raises ValueError, before any file is written, for an object that is not a report, if no file is named,
-    and if a file's folder does not exist.
+    if a file's folder does not exist, and if two arguments name one file.
     """
     wrong = sorted({type(report).__name__ for report in reports if not isinstance(report, Report)})
     if wrong or not reports:

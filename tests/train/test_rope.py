@@ -246,7 +246,13 @@ def test_a_run_in_a_folder_above_is_evaluated_and_resumed(run, tmp_path, capsys,
     monkeypatch.chdir(tmp_path / "below")
     loss = evaluated(capsys, "../run")["loss"]
     assert loss == evaluated(capsys, tmp_path / "run")["loss"]
-    assert "at step 7\n" in train("--resume", "../run")
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    shutil.copytree(run, tmp_path / "elsewhere" / "run")
+    for folder in ("../run", "../link/../run"):
+        assert "after 9 steps\n" in train("--resume", folder, "--steps", 9)
+        assert (Path(folder) / "checkpoints" / "9" / "model" / "params").is_dir()
+        assert evaluated(capsys, folder)["loss"] != loss
 
 
 def test_a_run_whose_path_is_a_pattern_is_refused_and_keeps_its_checkpoints(run, text, tmp_path, capsys):

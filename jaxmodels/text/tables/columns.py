@@ -52,7 +52,8 @@ def columns(file: Path, kind: str, field: str, offset: int, among: int = 1) -> I
     if reason is not None:
         raise ValueError(f"{file} {reason}")
     if empty:
-        warnings.warn(f"{visible(str(file))}: rows without a text are left out: {empty:,}", stacklevel=2)
+        place = f", from row {offset:,} on" if offset else ""
+        warnings.warn(f"{visible(str(file))}: rows without a text are left out{place}: {empty:,}", stacklevel=2)
 
 
 def pieces(

@@ -51,7 +51,7 @@ def byte_level(file: Path) -> str:
     add(tokenizer, list(missing_tokens(file, files, tokenizer, every=True)), file.with_name(CONFIG))
     refuse_contradictions(file, files, file.with_name(CONFIG), tokenizer)
     around = template(file, tokenizer)
-    rules = around | cleaning(files, content)
+    rules = around | cleaning(files, tokenizer, {})
     return str(json.dumps(json.loads(tokenizer.to_str()) | rules) if rules else tokenizer.to_str())
 
 

@@ -18,9 +18,9 @@ STEPS = 256  # normalizers, pre-tokenizers, post-processors or decoders; publish
 GROWTH = 32  # characters that the rules may make of one; the largest that Unicode's own forms make is 18
 LONGEST_TOKEN = 50_000  # characters; published vocabularies have runs of 1,024 spaces
 LONGEST_PIECE = 512  # of a Unigram model, which compares every place of a text with all tokens
-BEGINNINGS = (
-    1_800_000  # of the pieces of a Unigram model, each of which takes 340 bytes; in large files one for 6 bytes
-)
+# Different beginnings of the pieces of a Unigram model, each of which takes 340 bytes; a large file may have one for
+# every 6 of its bytes.
+BEGINNINGS = 1_800_000
 ADDED_BYTES = 2_000_000  # of all added tokens, which take a second for each million; published ones have up to 100,000
 LONGEST_WORD = 1_000  # of WordPiece, which tries all parts of a word
 LONGEST_AFFIX = 100  # continuing_subword_prefix and such, of every character, and the token of unknown words
@@ -177,14 +177,13 @@ def check_model(model: Any, size: int) -> None:
     """
     if not isinstance(model, dict):
         return
-    vocabulary, unigram = model.get("vocab"), model.get("type") == "Unigram"
+    vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         check_tokens(vocabulary)
-    elif isinstance(vocabulary, list):
+    elif isinstance(vocabulary, list):  # of a Unigram model, whose "type" older files leave out
         tokens = [pair[0] for pair in vocabulary if isinstance(pair, list) and pair]
-        check_tokens(tokens, LONGEST_PIECE if unigram else LONGEST_TOKEN)
-        if unigram:
-            check_pieces([utf8(token) for token in tokens if isinstance(token, str)], max(BEGINNINGS, size // 6))
+        check_tokens(tokens, LONGEST_PIECE)
+        check_pieces([utf8(token) for token in tokens if isinstance(token, str)], max(BEGINNINGS, size // 6))
     longest = model.get("max_input_chars_per_word")
     if isinstance(longest, int) and longest > LONGEST_WORD:
         raise ValueError(f"its max_input_chars_per_word={quoted(longest)} must be at most {LONGEST_WORD}")
@@ -198,13 +197,21 @@ def check_pieces(pieces: list[bytes], most: int) -> None:
     """Raise ValueError for pieces of a Unigram model with many different beginnings, each a node of a tree."""
     if sum(map(len, pieces)) <= most:
         return
-    found, length = 0, 1
-    while pieces and found <= most:
-        found += len({piece[:length] for piece in pieces})
-        length += 1
-        pieces = [piece for piece in pieces if len(piece) >= length]
+    found, previous = 0, b""
+    for piece in sorted(pieces):
+        found += len(piece) - shared(previous, piece)
+        previous = piece
     if found > most:
-        raise ValueError(f"its pieces have more than {most:,} different beginnings")
+        raise ValueError(f"its pieces have {found:,} different beginnings; at most {most:,}")
+
+
+def shared(one: bytes, other: bytes) -> int:
+    """Number of bytes with which both begin."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low
 
 
 def check_added(tokens: Sequence[Step], normalizers: Sequence[Step]) -> None:

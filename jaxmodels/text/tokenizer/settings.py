@@ -52,7 +52,7 @@ def with_settings(file: Path, content: str, tokenizer: Any) -> str:
     where = files.get(CONFIG, file.with_name(CONFIG))
     refuse_split(files, where)
     rules = rules_of_class(files, where, tokenizer)
-    rules |= cleaning(files, {**json.loads(content), **rules})
+    rules |= cleaning(files, tokenizer, rules)
     missing = list(missing_tokens(file, files, tokenizer))
     if rules or missing:
         tokenizer = operations.loaded(json.dumps({**json.loads(content), **rules}))
@@ -113,13 +113,14 @@ def rules_of_class(files: Files, where: Path, tokenizer: Any) -> dict[str, Any]:
     return rules
 
 
-def cleaning(files: Files, parts: Mapping[str, Any]) -> dict[str, Any]:
+def cleaning(files: Files, tokenizer: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
     """Decoder that also removes the spaces that transformers removes from a decoded text; {} if it removes none.
 
-    parts: content of a tokenizer.json.
+    rules: parts that take the place of the tokenizer's own.
     """
-    if not flag(files, CLEAN) or (parts["model"].get("type") == "BPE" and not flag(files, CLEAN_BPE)):
+    if not flag(files, CLEAN) or (type(tokenizer.model).__name__ == "BPE" and not flag(files, CLEAN_BPE)):
         return {}
+    parts = {**json.loads(tokenizer.to_str()), **rules}
     # Without a decoder, tokens are joined by spaces: so does this one, whose prefix no token has.
     decoders = flat(parts.get("decoder"), "decoders") or [{"type": "WordPiece", "prefix": "\uffff", "cleanup": False}]
     replaced = [{"type": "Replace", "pattern": {"String": text}, "content": text.replace(" ", "")} for text in SPACED]

@@ -238,10 +238,12 @@ def print_table(options: argparse.Namespace, mesh: Mesh) -> None:
             bos=bos if options.bos else None,
             loss_chunk=options.loss_chunk,
         )
-    print(visible(table(documents, scores, vocabulary.unit), keep="\n"), flush=True)
-    if options.json is not None:  # last: on a full disk the scores are printed at least
-        with atomic_file(options.json) as temporary:
-            write_json(temporary, documents, scores)
+    try:
+        print(visible(table(documents, scores, vocabulary.unit), keep="\n"), flush=True)
+    finally:  # either is kept if the other fails, as on a full disk or for a closed pipe
+        if options.json is not None:
+            with atomic_file(options.json) as temporary:
+                write_json(temporary, documents, scores)
 
 
 def open_checkpoint(options: argparse.Namespace, mesh: Mesh) -> Checkpoint:

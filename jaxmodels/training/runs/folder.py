@@ -241,7 +241,8 @@ def check_folder(experiment: Experiment[Any], run: Path, branch: "Branch | None"
     """Raise ValueError if a folder holds something other than a run, or a run with other hyperparameters.
 
     A run without a checkpoint may start again with any hyperparameters. branch: what a new run begins with; a run that
-    has begun must have been branched from it. Raises ValueError too if a file of the run is a symbolic link.
+    has begun must have been branched from it. Raises ValueError too if a file of the run is a symbolic link, and for a
+    path that `checked_place` refuses.
     """
     checked_place(run, "folder", written=True)
     check_run(run)

@@ -101,8 +101,9 @@ SWELLS = {
     ),
     "many beginnings": (
         {"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{i:05}" + "a" * 121, -1.0] for i in range(20_000)]}},
-        "more than 1,800,000 different beginnings",
+        "2,442,222 different beginnings; at most 1,800,000",
     ),
+    "pieces of a model without a type": ({"model": {"unk_id": 0, "vocab": [["a" * 600, -1.0]]}}, "at most 512"),
     "long added tokens": (
         {"added_tokens": [added(f"{i:02}" * 24_500) for i in range(41)]},
         "added tokens may have 2,009,000 bytes",
