@@ -168,7 +168,7 @@ def test_rules_that_make_many_characters_of_one_take_no_minutes():
 
 
 def test_a_normalizer_of_megabytes_is_not_sent_for_each_pair_of_characters(monkeypatch):
-    """Of a confined tokenizer, whose process has it already."""
+    """The process of a confined tokenizer has it already."""
     sent = []
 
     def counted(self: Child, request: bytes) -> Any:
