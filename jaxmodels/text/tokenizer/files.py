@@ -29,7 +29,8 @@ SLOW_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "voc
 MAKE_TOKENIZER_JSON = "make one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 # Means of a confined tokenizer: seconds of processor time and megabytes, and more of both by the size of the work.
 SECONDS, MEGABYTES = 3.0, 500.0
-WORKS, BYTES_WORK = 50_000.0, 250.0  # bytes a second of encoding, of which published ones do 20 times as many
+# Of encoding: bytes a second, of which published tokenizers do 20 times as many, and memory for each byte.
+WORKS, BYTES_WORK = 50_000.0, 250.0
 READS, BYTES_READ = 3e6, 40.0  # of a tokenizer.json
 
 
