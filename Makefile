@@ -43,7 +43,7 @@ zoo: .venv-zoo/.ready ## compare the Flax ports of transformers 4.57.6 with thei
 test: $(READY) ## run the tests, except those marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
-test-slow: $(READY) ## run the tests marked slow: real processes, signals, the built wheel
+test-slow: $(READY) ## run the tests marked slow: compiled models, real processes, signals, the built wheel
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 fuzz: $(READY) ## read changed files for MINUTES; a finding is saved in runs/fuzz with the line that repeats it

@@ -17,6 +17,7 @@ def example():
     return module
 
 
+@pytest.mark.slow
 def test_suggest_finds_all_names(example, capsys):
     assert example.main(["--suggest"]) == 0
     output = capsys.readouterr().out
@@ -26,6 +27,7 @@ def test_suggest_finds_all_names(example, capsys):
     assert "'model.transformer.h.*.attn.c_attn': 'blocks.*.attention.qkv'" in output
 
 
+@pytest.mark.slow
 def test_each_bug_is_located_with_its_cause(example, capsys):
     assert example.main(["--bug", "norm"]) == 1
     output = capsys.readouterr().out
@@ -37,5 +39,6 @@ def test_each_bug_is_located_with_its_cause(example, capsys):
     assert "head" in " ".join(first[:3])
 
 
+@pytest.mark.slow
 def test_the_fixed_port_agrees(example):
     assert example.main([]) == 0

@@ -220,6 +220,7 @@ def test_importing_jaxmodels_loads_nothing_heavy():
     assert not modules_after("import jaxmodels") & {"torch", "orbax", "flax", "jax"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
     [

@@ -227,6 +227,7 @@ for sizes in ("fsdp=8", "data=2,fsdp=2,tensor=2"):
 """
 
 
+@pytest.mark.slow
 def test_losses_of_a_divided_vocabulary_are_those_of_whole_logits_on_meshes():
     command, environment = [sys.executable, "-c", DIVIDED], os.environ | EIGHT_DEVICES
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

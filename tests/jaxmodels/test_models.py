@@ -298,6 +298,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_refuses_damaged_arrays(saved, tmp_path):
     """In a separate process: Orbax leaves coroutines behind that would fail in the next test."""
     folders = []
@@ -341,6 +342,7 @@ def test_a_registered_class_is_saved_and_loaded(registered, ids):
     np.testing.assert_array_equal(loaded(ids), mlp()(ids))
 
 
+@pytest.mark.slow
 def test_a_registered_class_generates(registered, ids):
     model = jaxmodels.load(registered)
     new = generate(model, ids, 5)

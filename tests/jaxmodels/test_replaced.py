@@ -128,6 +128,7 @@ def assert_all_paths_agree(model, ids, cache_axis: int = 0):
     assert_close(jnp.concatenate(pieces, cache_axis), logits, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("replace", [other_arrays, same_arrays])
 def test_feedback_uses_replaced_parts(replace):
@@ -145,6 +146,7 @@ def test_feedback_uses_an_activation_that_only_one_layer_has():
     assert jnp.abs(call(model) - original).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_feedback_with_shared_keys_uses_replaced_projections_and_its_own_remember():
     class Normed(FeedbackTransformerKV):
@@ -266,6 +268,7 @@ class GatedNeoXAttention(Attention):
         return 0.5 * super().__call__(x, rotary, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("stacked", [True, False])
 def test_neox_uses_replaced_parts(stacked):
@@ -338,6 +341,7 @@ class ClippedCross(ChunkedCrossAttention):
         return jnp.clip(super().__call__(h, e), -1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_retro_decodes_with_replaced_parts_or_refuses_them():
     model = retro.model()

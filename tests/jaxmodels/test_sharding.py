@@ -106,6 +106,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_somebody_else_on_eight_devices(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}

@@ -84,6 +84,7 @@ def test_layer_and_encoder_are_pre_norm():
     assert_close(run(encoder, x, mask="causal"), by_hand(encoder, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["rotary", "random+vanilla"])
 def test_dropout(attention):
     model, ids = language_model(attention, dropout_prob=0.3), token_ids(0, S, B)

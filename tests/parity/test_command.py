@@ -181,6 +181,7 @@ class Line(contextlib.nullcontext):
         pass
 
 
+@pytest.mark.slow
 def test_further_checks_are_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parity.report.progress, "StatusLine", Line)
     monkeypatch.setattr(Line, "shown", [], raising=False)
@@ -217,6 +218,7 @@ def test_a_failing_case_gives_exit_code_1_and_its_divergence(tmp_path, monkeypat
     assert "<details open>" in (tmp_path / "out.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_module_lists_its_cases_and_has_help():
     command = [sys.executable, "-m", "parity"]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout

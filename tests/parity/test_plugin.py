@@ -116,6 +116,7 @@ def test_a_test_fails_if_its_pair_differs_and_every_report_is_written(port, tmp_
     assert "7 of 10 cases agree" in (tmp_path / "out.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["nowhere/out.json", ".", "/dev/full"])
 def test_a_report_that_cannot_be_written_is_refused_before_any_test_runs(port, file):
     done = port(f"--parity-json={file}", "--collect-only")
@@ -124,6 +125,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_test_runs(port, f
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_report_that_is_not_written_at_the_end_is_one_line(port, tmp_path):
     (tmp_path / "reports").mkdir()
     (tmp_path / "test_gone.py").write_text(

@@ -53,6 +53,7 @@ def run(tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_the_train_of_another_project_is_not_imported(run, tmp_path):
     (tmp_path / "train.py").write_text("raise SystemExit('imported')")
     process = start("jaxmodels", "evaluate", "run", cwd=tmp_path, PYTHONPATH=str(ROOT))

@@ -107,6 +107,7 @@ def test_a_published_folder_is_tuned_and_exported_in_its_dtype(tmp_path, train, 
     np.testing.assert_allclose(run(jaxmodels.load(folder, dtype="float32"), jnp.asarray(ids)), expected, atol=rounding)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_as_it_began_begins_with_its_own_checkpoint_alone(tmp_path, train, monkeypatch):
     """The files of the first attempt's checkpoint are not exported with the weights of another one."""
     first, other = (publish(tmp_path / name, "float32") for name in ("first", "other"))
@@ -235,6 +236,7 @@ def test_a_model_of_another_kind_in_a_run_is_refused(tmp_path, monkeypatch, chan
         _ = experiment.base
 
 
+@pytest.mark.slow
 def test_an_adapter_is_not_larger_than_what_it_changes():
     from jaxmodels.neox import NeoX, NeoXConfig
     from jaxmodels.neox.lora import LoRA, LoRANeoX
@@ -262,6 +264,7 @@ def test_flags_that_do_not_fit_are_refused(flags, message):
         neox.Config(**flags)
 
 
+@pytest.mark.slow
 def test_biases_of_a_checkpoint_without_any_are_not_tuned(tmp_path):
     config = NeoXConfig(307, 20, 2, 5, rope_percentage=0.5, n_kv_heads=1, attention_bias=False, ffn_bias=False)
     jaxmodels.save(NeoX(config, rngs=nnx.Rngs(0)), tmp_path / "model")

@@ -287,6 +287,7 @@ def test_a_model_without_sharding_rules_is_refused_on_a_mesh_that_needs_them(own
         experiment.program(23, mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 def test_a_model_that_cannot_decode_trains_without_samples(own, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"

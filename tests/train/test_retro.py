@@ -165,6 +165,7 @@ def test_retrofit_trains_only_retrieval_and_does_not_change_the_decoder(run_and_
         retro.main([*map(str, flags), "--out", str(tmp_path / "no"), "--from-decoder", str(run / "plain"), "--d-ff=17"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_lookup_leaves_an_index_to_resume_from(flags, tmp_path, monkeypatch, capsys):
     original = examples.look_up
 
@@ -448,6 +449,7 @@ def test_a_saved_run_loads_no_model_that_the_user_has_not_named(tmp_path, monkey
         retro.Retro(retro.Config(retrieval=False)).use_embedder(name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and the libraries that it imports
 def test_a_folder_of_a_model_alone_is_read_without_neighbors_and_says_so(text, tmp_path, capsys):
     vocabulary, folder = CharVocabulary.of(TEXT), tmp_path / "model"

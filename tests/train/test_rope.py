@@ -83,6 +83,7 @@ def test_a_run_prints_its_result_and_writes_its_files(run_and_output):
     assert list((run / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_and_extended_by_more_steps(run_and_output, text, tmp_path):
     def results(out: str) -> list[str]:
         return out[out.index("\nvalidation loss") :].splitlines()[:4]
@@ -159,6 +160,7 @@ def test_a_flag_out_of_range_is_refused(flags):
         main(rope.Rope, PROGRAM, flags.split())
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(capsys):
     process = start("train.rope", "--text", "nowhere.txt")
     out, err = process.communicate(timeout=60)
@@ -169,6 +171,7 @@ def test_errors_are_one_line(capsys):
         assert re.fullmatch(r"command: nowhere.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_sample_continues_the_prompt(run, capsys):
     def write(*flags: object) -> str:
         assert sample.main([str(run), "--prompt", "7 men [", "--length", "29", *map(str, flags)]) == 0
@@ -182,6 +185,7 @@ def test_sample_continues_the_prompt(run, capsys):
     assert write("--temperature", 0) == write("--top-k", 1)
 
 
+@pytest.mark.slow
 def test_a_long_text_never_exceeds_the_trained_length(run):
     model, step = latest_model(run)
     assert step == 7
@@ -225,6 +229,7 @@ def evaluated(capsys, *arguments: object) -> dict[str, float]:
     return {line[:22].strip(): float(line[22:].split()[0]) for line in lines}
 
 
+@pytest.mark.slow
 def test_evaluate_finds_the_loss_that_training_did(run, tmp_path, capsys):
     expected = metrics.read(run)[-1]["validation_loss"]
     found = evaluated(capsys, run)
@@ -265,6 +270,7 @@ def test_a_run_whose_path_is_a_pattern_is_refused_and_keeps_its_checkpoints(run,
     assert before == {path: path.read_bytes() for path in odd.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_bits_per_byte_and_per_character_are_of_the_predicted_text(run, tmp_path, capsys):
     tokenize(str(ROOT / "LICENSE"), tmp_path / "tokens", "bytes")
     model = AutoregressiveTransformer(256, 6, 3, 5, 1, rngs=nnx.Rngs(0))

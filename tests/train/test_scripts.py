@@ -167,6 +167,7 @@ def test_synthesizers_side_by_side(tiny, tmp_path, capsys, monkeypatch):
         synthesizer.main([*arguments, "--d-ff", "17"])
 
 
+@pytest.mark.slow
 def test_feedback_starts_from_a_parallel_transformer(tmp_path, monkeypatch):
     vocabulary = CharVocabulary("abc\n ")
     vocabulary.save(tmp_path / "vocabulary.json")
@@ -222,6 +223,7 @@ def test_neox_tunes_only_biases(tiny, tmp_path):
     assert changed == {f"layers.{name}.bias" for name in names}
 
 
+@pytest.mark.slow
 def test_neox_refuses_what_it_cannot_tune(tmp_path):
     sea = tmp_path / "sea.txt"
     sea.write_text(TEXT)
@@ -240,6 +242,7 @@ def test_neox_refuses_what_it_cannot_tune(tmp_path):
         neox.Neox(neox.Config(checkpoint=str(tmp_path / "int8"))).model(5)
 
 
+@pytest.mark.slow
 def test_documents_of_a_file_are_trained_on_apart(tmp_path):
     lines = [{"body": "a" * 9}, {"body": "b" * 30}, {"body": "c" * 17}, {"body": "d" * 12}]
     file = tmp_path / "documents.jsonl"

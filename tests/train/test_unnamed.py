@@ -73,6 +73,7 @@ def test_no_error_repeats_a_text_that_only_a_run_of_others_names(name, tmp_path)
         saved_experiment(run).held_out(run, vocabulary, "0" * 64)
 
 
+@pytest.mark.slow
 def test_the_step_of_a_run_of_others_takes_no_memory_without_end(monkeypatch):
     """It is compiled first: neither a step nor an evaluation begins."""
     monkeypatch.setattr(limits, "BYTES", 100_000)
@@ -163,6 +164,7 @@ def unnamed_when_resumed(run: Path, *flags: str) -> frozenset[str]:
     return parse(rope.Rope, "python -m train.rope", ["--resume", str(run), *flags])[0].unnamed
 
 
+@pytest.mark.slow
 def test_limits_for_runs_of_others_are_not_for_one_s_own(own, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "BYTES", 1)
     monkeypatch.setattr(limits, "GROWTH", 0)
@@ -204,6 +206,7 @@ def test_from_step_without_a_branch_is_refused_in_either_spelling():
             parse(rope.Rope, "python -m train.rope", [flag, "3"][: 2 - ("=" in flag)])
 
 
+@pytest.mark.slow
 def test_a_run_of_others_that_has_not_begun_copies_no_run_that_it_names(own, text, tmp_path):
     theirs, about = tmp_path / "theirs", json.loads((own / "config.json").read_text())
     branches = {"branches": [{"run": str(own), "step": 2, "changed": {}}]}
@@ -220,6 +223,7 @@ def test_a_run_of_others_that_has_not_begun_copies_no_run_that_it_names(own, tex
     assert main(rope.Rope, "python -m train.rope", ["--resume", str(theirs), "--no-tensorboard"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"), [(neox.Neox, "checkpoint"), (retro.Retro, "from_decoder"), (feedback.Feedback, "from_parallel")]
 )

@@ -60,6 +60,7 @@ def greedy_torch(module, ids, n):
     return ids[-n:].numpy()
 
 
+@pytest.mark.slow
 def test_a_torch_file_samples_the_same_greedy_tokens_in_flax(pt, tmp_path, capsys):
     file, module = pt
     assert to_flax(file, tmp_path / "out") == 0
@@ -82,6 +83,7 @@ def test_there_and_back_keeps_every_bit(pt, tmp_path, dtype):
         assert torch.equal(back[name], tensor), name
 
 
+@pytest.mark.slow
 def test_the_command_itself_and_its_help(pt, tmp_path):
     file, _ = pt
     (tmp_path / "model.json").write_text(json.dumps(CONFIG))
@@ -100,6 +102,7 @@ def test_a_dtype_casts(pt, tmp_path):
     assert {str(a.dtype) for a in jax.tree.leaves(jaxmodels.load(tmp_path / "out"))} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_a_dtype_casts_on_the_way_back(pt, tmp_path, capsys):
     file, module = pt
     assert to_flax(file, tmp_path / "out") == 0
@@ -136,6 +139,7 @@ def test_numbers_of_numpy_beside_an_entry_are_left_out(pt, tmp_path):
     assert to_flax(file, tmp_path / "out", "--key", "model") == 0
 
 
+@pytest.mark.slow
 def test_a_prefix_of_the_names_is_removed(pt, tmp_path, capsys):
     file, module = pt
     torch.save({f"module.{name}": tensor for name, tensor in module.state_dict().items()}, file)
@@ -308,6 +312,7 @@ def test_a_fifo_is_no_target(pt, tmp_path, capsys, flag):
     assert "fifo.pt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llm.int8", "weights", "weights-4"])
 def test_a_quantized_model_has_no_state_dict(tmp_path, capsys, kind):
     model = NeoX(NeoXConfig(n_vocab=11, n_hidden=128, n_layers=1, n_heads=2), rngs=nnx.Rngs(0))

@@ -238,6 +238,7 @@ def test_without_the_package(hub, monkeypatch):
         open_source(NAME)
 
 
+@pytest.mark.slow
 def test_the_command_asks_the_endpoint_of_the_environment(hub, tmp_path):
     """In a process of its own, as constants of huggingface_hub are read from the environment when it is imported."""
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"}

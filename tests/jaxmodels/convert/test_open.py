@@ -120,6 +120,7 @@ def test_the_source_of_a_run_is_a_name(source, folders, tmp_path):
         open_source(run).original  # noqa: B018
 
 
+@pytest.mark.slow
 def test_other_models_and_quantized_ones(published, tmp_path):
     jaxmodels.save(mlp(), tmp_path / "mlp")
     opened = open_source(tmp_path / "mlp")
@@ -372,6 +373,7 @@ def test_quantize(published, tmp_path, capsys):
         assert re.search(r"int8 is quantized", error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weights", "weights-4"])
 def test_quantize_weights(kind, published, tmp_path, capsys):
     arguments = ("quantize", published, tmp_path / "int8", "--kind", kind)

@@ -46,6 +46,7 @@ def loaded(folder, base) -> peft.PeftModel:
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoRA(3, 5.0), LoRA(2, 2.5, tuple(TARGETS))], ids=["one", "all"])
 def test_peft_computes_what_the_model_computes(tmp_path, lora):
     base = filled(lambda: NeoX(CONFIG, rngs=nnx.Rngs(0)), scale=0.3)

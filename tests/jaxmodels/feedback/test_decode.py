@@ -53,6 +53,7 @@ def test_decoding_equals_the_full_forward_at_every_position(variant, memory):
     assert_close(decode(model, ids[9:], cache)[0], full[9:])  # several at once
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("memory", [None, 5], ids=["whole", "ring of 5"])
 def test_rows_of_different_lengths_are_as_if_alone(memory):
@@ -66,6 +67,7 @@ def test_rows_of_different_lengths_are_as_if_alone(memory):
         assert_close(logits[:, row], alone[9 - padding :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [None, 7])
 def test_the_cache_grows_with_the_text_and_changes_no_token(monkeypatch, memory):
     model, ids = language_model(FeedbackTransformer, memory=memory), token_ids(0, 3, B)
@@ -112,6 +114,7 @@ def test_refuses_what_is_not_this_models():
         model.init_cache(B, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["feedback", "feedback_kv"])
 def test_a_checkpoint_trained_in_torch_writes_the_same_text_on_both_sides(name, tmp_path):
     """From a .pt file of weights that PyTorch trained until the text is not noise, through the command line."""

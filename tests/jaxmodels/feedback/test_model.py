@@ -54,6 +54,7 @@ def test_dropout_draws_the_same_in_both_paths(variant):
     assert_close(run(model, x), run(transformer(variant), x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_language_model_sees_no_later_token(variant):
@@ -67,6 +68,7 @@ def test_language_model_sees_no_later_token(variant):
     assert (jnp.abs(changed[33:] - logits[33:]).max(axis=-1) > 1e-9).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_limited_memory_still_feeds_back_from_further():
     """A step sees the last two alone; what those saw reaches it through them."""
@@ -74,6 +76,7 @@ def test_a_limited_memory_still_feeds_back_from_further():
     assert (run(model, x)[8] != run(model, x.at[0].add(1.0))[8]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_config_and_checkpoint_give_the_model_back(variant, tmp_path):
     model = language_model(variant, memory=5, dropout_prob=0.25)

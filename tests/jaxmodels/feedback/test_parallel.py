@@ -12,6 +12,7 @@ from tests.common import assert_close, language_model, normal, run, token_ids
 TABLES = ("key_pos_embeddings", "key_pos_bias")
 
 
+@pytest.mark.slow
 def test_every_weight_is_copied():
     parallel = language_model("relative")
     feedback = from_parallel(parallel)
@@ -28,6 +29,7 @@ def test_every_weight_is_copied():
     } | {"memory": None}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_attention_is_the_parallel_layers_over_the_same_tokens():
     """The copied tables give each distance the row it had: distances 1 and more, as the parallel layer sees them."""

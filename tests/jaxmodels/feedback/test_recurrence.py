@@ -49,6 +49,7 @@ def test_outputs_and_gradients_are_the_naive_scans(variant, n):
         assert all((gradient != 0).any() for gradient in ours[1].values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("memory", [1, 5, 36])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -59,6 +60,7 @@ def test_a_memory_limit(variant, memory):
     assert_equal_evaluations(ours, evaluate(naive, model, x, direction))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_gradient_with_dropout_is_that_of_the_same_draws(variant):
@@ -74,6 +76,7 @@ def test_the_gradient_with_dropout_is_that_of_the_same_draws(variant):
     np.testing.assert_allclose((up - down) / 2e-6, sum((g**2).sum() for g in jax.tree.leaves(weights)), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_vmap_and_checkpoint_change_nothing():
     model, xs = transformer(FeedbackTransformer, n_layers=1), normal(0, 3, 35, 2, 6)
@@ -86,6 +89,7 @@ def test_vmap_and_checkpoint_change_nothing():
     assert_close(jax.jit(remat)(model, xs[0]), one_by_one[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_stays_near_float32(variant):
     model, x = transformer(variant, n_layers=1), normal(0, 37, 2, 6)
@@ -101,6 +105,7 @@ def test_bfloat16_stays_near_float32(variant):
     assert jnp.dot(*flat) > 0.97 * jnp.linalg.norm(flat[0]) * jnp.linalg.norm(flat[1])
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly():
     """Temporaries of the gradient: with twice the steps less than two and a half times as much."""
     model = transformer(FeedbackTransformerKV, d_model=24, n_layers=1)

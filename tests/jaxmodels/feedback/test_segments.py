@@ -43,6 +43,7 @@ def cut_by_hand(model, x):
     return model.norm(jnp.stack(outputs))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_are_those_of_the_whole_text(variant):
@@ -86,6 +87,7 @@ def language_model(variant=FeedbackTransformerKV, **others):
     return filled(make, scale=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_language_model_in_segments():
     model, ids = language_model(memory=M), token_ids(0, 11, 2)
@@ -95,6 +97,7 @@ def test_a_language_model_in_segments():
     assert_close(jnp.concatenate([first, second]), run(model, ids))
 
 
+@pytest.mark.slow
 def test_lengths_change_without_compiling_for_each(monkeypatch):
     compiled = []
     monkeypatch.setattr(segments, "_logits", jax.jit(lambda model, ids: compiled.append(len(ids)) or model(ids)))

@@ -72,6 +72,7 @@ def expected(theirs, tokenizer):
     return written
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_transformers_in_the_order_given(model, tokenizer, expected):
     one_by_one = [expected(prompt) for prompt in PROMPTS]
     assert len(set(one_by_one)) == len(PROMPTS)
@@ -99,6 +100,7 @@ def test_settings_are_those_of_transformers(model, tokenizer, expected, ours, se
     assert generate(model, PROMPTS, N, tokenizer=tokenizer, stop_tokens=(), **ours) == right
 
 
+@pytest.mark.slow
 def test_end_tokens_and_stop_texts_are_those_of_transformers(model, theirs, tokenizer, expected):
     ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
     new = theirs.generate(ids, max_new_tokens=N, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
@@ -116,6 +118,7 @@ def test_end_tokens_and_stop_texts_are_those_of_transformers(model, theirs, toke
     assert found == [whole.partition(stop)[0] for whole in (expected(prompt) for prompt in PROMPTS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "top_p": 0.9}, {"stop": "e"}], ids=str)
 def test_a_stream_joins_to_the_whole_text(model, tokenizer, settings):
     settings = {"tokenizer": tokenizer, "rng": jax.random.key(5), **settings}
@@ -125,6 +128,7 @@ def test_a_stream_joins_to_the_whole_text(model, tokenizer, settings):
     assert len(parts) > 2 or "stop" in settings
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_the_batch(model, tokenizer):
     settings = {"tokenizer": tokenizer, "temperature": 1.3, "num_return_sequences": 2}
     whole = generate(model, PROMPTS, N, **settings)
@@ -134,6 +138,7 @@ def test_draws_do_not_depend_on_the_batch(model, tokenizer):
     assert len(set(whole)) == 2 * len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_several_sequences_of_ids_follow_each_other(model):
     ids = np.random.default_rng(0).integers(0, 300, (3, 5))
     start = np.array([0, 2, 1])
@@ -145,6 +150,7 @@ def test_several_sequences_of_ids_follow_each_other(model):
     assert all((drawn[i] != drawn[j]).any() for i in range(6) for j in range(i))
 
 
+@pytest.mark.slow
 def test_sequence_first_models_and_windows(tokenizer):
     model = language_model("rotary", n_vocab=300)
     settings = {"tokenizer": tokenizer, "window": 9, "stop_tokens": ()}
@@ -160,6 +166,7 @@ def test_sequence_first_models_and_windows(tokenizer):
     assert whole[0] == TokenizerFile.of(tokenizer).decode(text)[len(prompts[0]) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_are_an_error_not_a_text(model, tokenizer, value):
     broken = jax.tree.map(lambda array: jnp.full_like(array, value), model)

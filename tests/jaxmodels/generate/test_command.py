@@ -87,6 +87,7 @@ def test_the_command_prints_what_the_model_generates(checkpoint, tokenizer, new)
     assert re.search(rf"{n} tokens read in .* tokens/s\), {N} written \([\d.]+ tokens/s\)", run.stderr.decode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"temperature": 0.8}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.3, "top_p": 0.6}],
@@ -100,6 +101,7 @@ def test_a_stream_is_what_generate_returns_at_once(model, tokenizer, settings):
     assert [token.item() for token in tokens] == expected
 
 
+@pytest.mark.slow
 def test_every_format_of_a_checkpoint_generates_the_same(tmp_path, checkpoint, model, tokenizer, new, capsys):
     tokenizer_flag = ["--tokenizer", str(checkpoint / "tokenizer.json")]
     save_hf(model, tmp_path / "hf")
@@ -119,6 +121,7 @@ def test_every_format_of_a_checkpoint_generates_the_same(tmp_path, checkpoint, m
     assert capsys.readouterr().out == whole
 
 
+@pytest.mark.slow
 def test_a_seed_says_what_is_drawn(checkpoint, capsys):
     outputs = []
     for seed in ("1", "1", "2"):
@@ -148,6 +151,7 @@ def test_weights_are_cast_where_asked(checkpoint):
         assert {array.dtype for array in jax.tree.leaves(model)} == {jnp.dtype(dtype or "float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "kind"), [("float16", "hf"), ("bfloat16", "flax"), ("float16", "orbax")])
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_weights_in_16_bits_are_computed_in_float32_on_a_cpu(
@@ -216,6 +220,7 @@ def test_int8_writes_what_the_quantized_model_generates(checkpoint, cut, tokeniz
     assert capsys.readouterr().out == PROMPT + tokenizer.decode(quantized) + "\n"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_int8_weights_stays_as_it_is(tmp_path, checkpoint, model):
     def read(folder, *more):
         return read_model(open_source(folder), parser("generate").parse_args(command(folder, *more)))[0]
@@ -299,6 +304,7 @@ def test_tokens_that_were_added_beyond_the_models_rows_are_said(tmp_path, checkp
     assert "the tokens 349, beyond" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_prompts_and_sequences_are_each_printed(checkpoint, tokenizer, new, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_bytes(b"The if\n\n")
     more = ["--prompt-file", str(tmp_path / "prompt.txt"), "--num-sequences", "2"]
@@ -314,6 +320,7 @@ def test_several_prompts_and_sequences_are_each_printed(checkpoint, tokenizer, n
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.slow
 def test_a_text_ends_at_the_checkpoints_end_tokens(tmp_path, checkpoint, tokenizer, new, capsys):
     end = new[5]
     assert end not in new[:5]
@@ -325,6 +332,7 @@ def test_a_text_ends_at_the_checkpoints_end_tokens(tmp_path, checkpoint, tokeniz
     assert capsys.readouterr().out == PROMPT + tokenizer.decode(new) + "\n"
 
 
+@pytest.mark.slow
 def test_a_stop_text_may_be_a_special_token(tmp_path, checkpoint, tokenizer, new, capsys):
     special = Tokenizer.from_str(tokenizer.to_str())
     special.add_special_tokens([text := tokenizer.id_to_token(new[3])])
@@ -338,6 +346,7 @@ def test_a_stop_text_may_be_a_special_token(tmp_path, checkpoint, tokenizer, new
     assert shown == PROMPT + special.decode(new) + "\n"
 
 
+@pytest.mark.slow
 def test_a_model_of_any_class_with_its_vocabulary(tmp_path, capsys):
     jaxmodels.save(language_model("relative"), tmp_path / "model")
     CharVocabulary("abcdefghijklmnopqrstuv ").save(tmp_path / "model" / "vocabulary.json")

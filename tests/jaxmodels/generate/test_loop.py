@@ -45,6 +45,7 @@ def greedy(model, ids):
     return texts[PROMPT:]
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_of_full_forwards(model, ids, greedy):
     new = generate(model, ids, N)
     chex.assert_shape(new, (N, B))
@@ -54,11 +55,13 @@ def test_greedy_is_the_argmax_of_full_forwards(model, ids, greedy):
     np.testing.assert_array_equal(generate(model, ids, 1), greedy[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"top_k": 3, "top_p": 1e-6}], ids=str)
 def test_a_choice_of_one_is_greedy(model, ids, greedy, settings):
     np.testing.assert_array_equal(generate(model, ids, N, temperature=1.7, rng=KEY, **settings), greedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["relative", "random+vanilla"])
 def test_ragged_prompts_decode_loop_as_they_would_alone(attention):
     model, ids = talkative(attention), np.asarray(token_ids(0, PROMPT, B))
@@ -117,6 +120,7 @@ def test_draws_by_their_key(model, ids, greedy):
     assert (draw != greedy).any()
 
 
+@pytest.mark.slow
 def test_one_compilation_for_repeated_calls(model, ids, monkeypatch):
     made, sizes = [], []
 
@@ -183,6 +187,7 @@ def test_ids_outside_the_vocabulary_are_an_error_not_a_text(ids):
         generate(model, jnp.asarray([[1], [2]]), 3, stop_tokens=[999])
 
 
+@pytest.mark.slow
 def test_tokens_beyond_n_tokens_are_never_written(model, ids):
     ids = ids % 3
     new = np.asarray(generate(model, ids, N, temperature=1e4, n_tokens=3, rng=KEY))

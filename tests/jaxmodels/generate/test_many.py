@@ -75,6 +75,7 @@ def test_a_row_that_ends_makes_room_at_once(model):
     assert [NEW[k] for k in continuous.order] == sorted(NEW, reverse=True)
 
 
+@pytest.mark.slow
 def test_prompts_of_similar_lengths_are_read_together(model):
     continuous = Continuous(model, PROMPTS, NEW, Sampling(), rows=3)
     shapes, read = [], continuous.compiled.read

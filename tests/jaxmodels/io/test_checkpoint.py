@@ -248,6 +248,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_names_that_cannot_be_read_are_reported_in_one_line(folder):
     for name in ARRAYS:
         change(folder, name, lambda about: about.update(data_type="foo"))

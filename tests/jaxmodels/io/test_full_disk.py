@@ -30,6 +30,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
         assert name in ("tokens", "text") or left == []  # ids that were made are kept, and work goes on with them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["file", "folder", "folder, renamed twice"])
 def test_a_kill_before_any_operation_on_a_file_leaves_old_or_new(name):
     points = int(started("tests.jaxmodels.io.kills", name, "1"))

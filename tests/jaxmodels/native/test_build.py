@@ -42,6 +42,7 @@ def private(tmp_path, monkeypatch):
     return tmp_path / "cache" / "jaxmodels" / "native"
 
 
+@pytest.mark.slow
 def test_a_failed_compilation_is_one_line_and_leaves_no_file(tmp_path):
     available, lines = program(tmp_path, CXX=compiler(tmp_path, FAILING))
     assert available == "False"
@@ -51,6 +52,7 @@ def test_a_failed_compilation_is_one_line_and_leaves_no_file(tmp_path):
     assert list((tmp_path / "cache" / "jaxmodels" / "native").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_switch_compiles_nothing(tmp_path):
     assert program(tmp_path, JAXMODELS_NATIVE="0", CXX=compiler(tmp_path, FAILING)) == ("False", [])
     assert not (tmp_path / "cache").exists()

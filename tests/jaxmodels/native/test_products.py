@@ -35,6 +35,7 @@ def check(y, x, weight, scale):
     assert (np.abs(np.asarray(y, np.float64) - x @ wide.T) <= bound).all()
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "uint32"])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)

@@ -41,6 +41,7 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert config.parameters() == PARAMETERS[name] == size(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_parameters_and_tensors_count_the_arrays_of_every_form(form):
     config = dataclasses.replace(CONFIG, **FORMS[form])

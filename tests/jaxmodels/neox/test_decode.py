@@ -34,12 +34,14 @@ def test_every_position_through_the_cache_equals_the_full_forward(x64, form, sta
     assert_close(logits, run(model, ids()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [(S - 1,), (1, 6, 7), (4, 5, 11)])
 def test_chunks_equal_the_full_forward(x64, cuts):
     model = neox(stacked=False)
     assert_close(through_cache(model, cuts)[:, cuts[0] - 1 :], run(model, ids())[:, cuts[0] - 1 :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["parallel", "sequential"])
 def test_ragged_rows_through_the_cache_equal_the_full_forward(x64, form):
     model, start = neox(stacked=False, **FORMS[form]), jnp.minimum(START, 6)
@@ -60,6 +62,7 @@ def test_prefill_computes_the_last_logits_alone():
     assert f"[{B},{S},{V}]" in str(jax.make_jaxpr(model)(ids()))
 
 
+@pytest.mark.slow
 def test_a_cache_may_be_kept_narrower_than_what_is_computed():
     model = neox(stacked=False)
     _, cache = model.prefill(ids()[:, :-1], model.init_cache(B, S, jnp.bfloat16))
@@ -69,6 +72,7 @@ def test_a_cache_may_be_kept_narrower_than_what_is_computed():
     np.testing.assert_allclose(logits[:, 0], run(model, ids())[:, -1], atol=0.05)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused():
     model = neox()
     with pytest.raises(ValueError, match="max_len=0"):
@@ -101,6 +105,7 @@ def test_inside_a_trace_what_does_not_fit_is_nan():
     assert jnp.isfinite(logits[1:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["parallel", "tied"])
 def test_generation_is_the_argmax_of_full_forwards_ragged_too(form):
     model, n, start = neox(**FORMS[form]), 4, jnp.minimum(START, 6)

@@ -168,6 +168,7 @@ def test_rows_share_their_outlier_features_and_nothing_else():
     np.testing.assert_array_equal(run(none, x)[1], run(none, x[1]))
 
 
+@pytest.mark.slow
 def test_the_result_is_in_the_dtype_that_was_computed_in():
     x = rows(1)
     for dtype in ("float32", "bfloat16", "float16"):
@@ -194,6 +195,7 @@ class Stated(nnx.Module):
         return (sums * scales).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["parallel", "sequential"])
 def test_a_model_is_the_statement_in_all_its_linear_maps(x64, form):
     model = neox(stacked=False, parallel_residual=form == "parallel")
@@ -233,6 +235,7 @@ def through_cache(model, start=None, cut=7):
     return jnp.concatenate(logits, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [True, False])
 def test_at_threshold_0_cached_equals_uncached_ragged_too(x64, stacked):
     model, start = quantize(neox(stacked), 0), jnp.minimum(START, 6)
@@ -244,6 +247,7 @@ def test_at_threshold_0_cached_equals_uncached_ragged_too(x64, stacked):
         assert_close(full[row, int(start[row]) :], alone[0], 1e-6)
 
 
+@pytest.mark.slow
 def test_with_outliers_cached_is_near_uncached(x64):
     model = neox(stacked=False)
     quantized = quantize(model, 2.0)
@@ -252,6 +256,7 @@ def test_with_outliers_cached_is_near_uncached(x64):
     assert 1e-6 < float(jnp.abs(cached - full).max()) < 3 * float(jnp.abs(full - exact).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [True, False])
 def test_generation_is_the_argmax_of_full_forwards(x64, stacked):
     model, n = quantize(neox(stacked), 0), 4
@@ -265,6 +270,7 @@ def block_bytes(model):
     return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(model.layers))
 
 
+@pytest.mark.slow
 def test_blocks_keep_under_55_percent_of_their_bfloat16_bytes():
     config = dataclasses.replace(CONFIG, n_hidden=6 * 11, n_ff=None, rope_percentage=1.0)
     half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), NeoX(config, rngs=nnx.Rngs(0)))
@@ -284,6 +290,7 @@ def test_the_model_that_was_quantized_is_left_as_it_was():
     assert quantized.is_stacked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [True, False])
 def test_saved_and_loaded_it_is_the_same(tmp_path, stacked):
     model = quantize(jax.tree.map(lambda array: array.astype(jnp.bfloat16), neox(stacked)), 3.5)
@@ -316,6 +323,7 @@ def test_other_formats_refuse_int8_weights(tmp_path):
         from_torch(model, to_torch(neox()))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_quantized_is_refused():
     model = neox()
     for threshold in (-1.0, float("nan"), float("inf")):

@@ -37,6 +37,7 @@ def adapted(lora: LoRA = SOME, stacked: bool = True, dtype=None) -> LoRANeoX:
     return made if stacked else made.unstacked()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_merged_model_equals_the_active_adapter():
     model = adapted()
@@ -54,6 +55,7 @@ def test_the_merged_model_equals_the_active_adapter():
     assert_close(last, expected[:, -1])
 
 
+@pytest.mark.slow
 def test_a_new_adapter_changes_nothing():
     base = neox()
     model = LoRANeoX.of(base, ALL, seed=3)
@@ -69,6 +71,7 @@ def test_a_new_adapter_changes_nothing():
     assert (a != other).all()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_saved_beside_the_base_and_merged_on_loading(tmp_path):
     model = adapted(stacked=False, dtype=jnp.float16)
     jaxmodels.save(model, tmp_path / "model")
@@ -104,6 +107,7 @@ def lora_program(dtype: str = "float16", compute: str = "float32", **sizes) -> P
     return program(optax.adam(1e-2), make, numerics=numerics, trains=lambda path: ".lora_" in path)
 
 
+@pytest.mark.slow
 def test_a_step_trains_the_adapter_alone_in_float32():
     made = lora_program("float16", "bfloat16")
     state = made.make_state(0)
@@ -123,6 +127,7 @@ def test_a_step_trains_the_adapter_alone_in_float32():
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(state.optimizer))
 
 
+@pytest.mark.slow
 def test_frozen_weights_cost_no_gradient_and_no_wide_copy():
     sizes = {"n_hidden": 60, "n_layers": 7, "n_ff": None}
     batch = {"tokens": TOKENS[:1]}

@@ -51,6 +51,7 @@ def test_tensors_of_different_dtypes_are_computed_with(narrow, wide):
         assert float(jnp.abs(run(form, ids()).astype(jnp.float32) - expected).max()) < limit
 
 
+@pytest.mark.slow
 def test_gradients_of_scanned_listed_and_rematerialized_layers_agree(x64):
     expected = gradients(neox(), lambda model, ids: model.plain(ids))
     assert_close(gradients(neox()), expected)
@@ -97,6 +98,7 @@ def test_no_token_sees_a_later_one():
     assert (a[:, 8:] != b[:, 8:]).any()
 
 
+@pytest.mark.slow
 def test_padded_rows_equal_the_rows_alone(x64):
     model = neox()
     logits = run(model, ids(), START)
@@ -105,6 +107,7 @@ def test_padded_rows_equal_the_rows_alone(x64):
         assert not logits[row, :start].any()
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_padding_is_never_read():
     model = neox()
     padding = jnp.arange(S) < START[:, None]
@@ -139,6 +142,7 @@ def test_refuses_bad_input(arguments, match):
             call(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kept_in", ["float32", "the same"])
 def test_16_bits_compute_near_float32(dtype, kept_in):
@@ -214,6 +218,7 @@ class Doubled(nnx.Module):
         return x @ self.twice[...]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["attention.qkv_lin", "attention.output", "ffn.dense_h_h4", "ffn.dense_h4_h"])
 def test_each_of_the_four_linear_maps_can_be_replaced(part):
     owner, name = part.split(".")
@@ -253,6 +258,7 @@ def test_gradients_reach_every_parameter():
         assert np.abs(gradient).max() > 0, name
 
 
+@pytest.mark.slow
 def test_positions_matter():
     model = neox()
     twice = jnp.concatenate([ids()[:, :6], ids()[:, :6]], axis=1)

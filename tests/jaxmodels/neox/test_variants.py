@@ -46,6 +46,7 @@ def test_flax_computes_what_pytorch_computes(x64, form):
     assert_close(run(model, ids(), START), expected)
 
 
+@pytest.mark.slow
 def test_grouped_queries_share_keys_and_values():
     """The same as a model with a head of keys and values for each query, in copies."""
     model, whole = neox(), neox(n_kv_heads=None)
@@ -60,6 +61,7 @@ def test_grouped_queries_share_keys_and_values():
     np.testing.assert_allclose(run(model, ids()), run(whole, ids()), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [None, jnp.minimum(START, 6)], ids=["whole", "ragged"])
 def test_the_cache_has_the_heads_of_the_keys_and_equals_the_full_forward(x64, start):
     model = neox().unstacked()

@@ -121,6 +121,7 @@ def dequantized(model, reference):
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "kind"), [("parallel", "weights"), ("tied", "weights"), ("variant", "weights"), ("parallel", "weights-4")]
 )
@@ -134,6 +135,7 @@ def test_a_model_computes_with_its_rounded_weights(form, kind):
     assert 0 < error < (0.1 if kind == "weights" else 1)  # that of 8 bits as LLM.int8's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weights", "weights-4"])
 def test_decoding_and_its_cache(kind):
     model = quantize(neox(stacked=False), kind=kind)

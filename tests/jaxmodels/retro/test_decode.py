@@ -48,6 +48,7 @@ def test_the_inputs_of_a_call_are_cut_for_decoding():
     assert retro.decoding_inputs({}, cuts) == ({}, [{}, {}, {}])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_rows_of_different_lengths_are_as_if_alone():
     retro, x, start = model(), token_ids(0, B, S), [0, 3, 8]
@@ -74,6 +75,7 @@ def test_without_neighbors_it_decodes_as_a_plain_decoder():
     assert_close(decode(retro, x[:, 9:], cache)[0], full[:, 9:])
 
 
+@pytest.mark.slow
 def test_generate_writes_what_the_full_forward_says(monkeypatch):
     monkeypatch.setattr(loop, "MIN_SLOTS", 8)
     retro, x = model(), token_ids(0, 2, 3)

@@ -37,6 +37,7 @@ def test_equals_its_torch_twin(ca_layers, encoder_ca, s):
     assert (s < L) == bool((expected == without).all())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_no_logit_sees_a_later_token():
     retro, x, ret = model(), token_ids(0, B, S), neighbors(1, B, 3)
@@ -68,6 +69,7 @@ def test_the_order_of_neighbors_changes_nothing_and_a_lone_one_may_be_repeated()
     assert_close(forward(retro, x, jnp.repeat(lone, 2, axis=2)), forward(retro, x, lone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("s", [L - 1, 11])
 def test_without_retrieval_it_is_its_decoder_bit_for_bit(s):
     retro, x = model(), token_ids(0, B, s)

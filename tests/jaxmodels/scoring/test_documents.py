@@ -82,6 +82,7 @@ def test_a_model_without_a_divided_readout_is_scored_too():
     assert score(Whole(model), texts).total.nats == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", MODELS)
 def test_documents_of_different_lengths_score_as_alone(name):

@@ -96,6 +96,7 @@ def test_a_page_that_says_to_be_larger_than_it_is(tmp_path):
     refused(file, UNREAD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dictionary", [False, True])
 def test_views_of_one_long_text(tmp_path, dictionary):
     column = views(10**5, 10**7)

@@ -78,6 +78,7 @@ def new(tmp_path_factory, compile_cache) -> list[str]:
     return [*map(str, [*TINY, "--text", folder / "sea.txt", "--no-tensorboard"])]
 
 
+@pytest.mark.slow
 def test_training_from_python_calls_a_function_and_prints_nothing(new, tmp_path, capsys, compile_cache):
     calls = []
     config = rope.Config(
@@ -246,6 +247,7 @@ def test_a_signal_ends_the_encoding_of_a_text(new, tmp_path, monkeypatch, capsys
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_counting_of_n_grams_and_the_run_goes_on_later(new, tmp_path, monkeypatch, capsys):
     run, flags = tmp_path / "run", [*new, "--steps", "2"]
 

@@ -200,6 +200,7 @@ def in_torch(make, begun: dict, steps: list[dict], only: Sequence[str] = tuple(S
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_adafactor_against_torch_layer_by_layer():
     begun, steps = arrays(0), [arrays(seed) for seed in range(1, 5)]
@@ -210,6 +211,7 @@ def test_adafactor_against_torch_layer_by_layer():
         np.testing.assert_allclose(got[path], expected[path], rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_muon_against_torch_on_matrices_of_layers_and_adamw_on_the_rest():
     begun, gradient = arrays(0, np.float32), arrays(1, np.float32)
     matrices = ["layers.ffn.kernel", "encoder.layers.0.output.kernel", "layers.lora_a"]
@@ -228,6 +230,7 @@ def test_muon_against_torch_on_matrices_of_layers_and_adamw_on_the_rest():
         assert np.abs(expected[path] - begun[path]).max() > 3 * RATE * 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_muon_of_stacked_layers_is_that_of_each_layer():
     begun, steps = arrays(0), [arrays(seed) for seed in range(1, 4)]

@@ -245,6 +245,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(new, ended, tmp_path, ca
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"5", "10", "12.damaged"}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_that_cannot_be_renamed_is_written_again(new, ended, tmp_path, monkeypatch):
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     damage(run / "checkpoints" / "12" / "state" / "state" / "manifest.ocdbt", "zeros")
@@ -309,6 +310,7 @@ def test_metrics_that_no_run_writes_are_not_copied_to_a_branch(new, ended, tmp_p
     assert {path.name for path in (tmp_path / "branch").iterdir()} == {".lock"}
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_by_keep_and_keep_every(new, tmp_path):
     finish(*new, "--out", tmp_path / "run", "--steps", 35, "--keep", 2, "--keep-every", 10)
     assert steps(tmp_path / "run" / "checkpoints") == [10, 20, 30, 35]

@@ -50,6 +50,7 @@ def test_losses_are_of_the_next_tokens_for_either_layout_of_a_model():
     np.testing.assert_allclose(token_losses(BatchFirst(), BATCH), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_accumulated_gradients_equal_those_of_the_whole_batch(state):
     wide = {name: np.asarray(array, np.float64) for name, array in state.params.items()}
@@ -63,6 +64,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(state):
             np.testing.assert_allclose(summed[name], gradient, rtol=0, atol=1e-13 * np.abs(gradient).max() + 1e-16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_cross_entropy_in_chunks_does_not_change_the_gradients(state):
     wide = {name: np.asarray(array, np.float64) for name, array in state.params.items()}
@@ -80,6 +82,7 @@ def test_cross_entropy_in_chunks_does_not_change_the_gradients(state):
             np.testing.assert_allclose(found[name], gradient, rtol=0, atol=1e-13 * np.abs(gradient).max() + 1e-16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("losses", [token_losses, lambda model, batch, rng: token_losses(model, batch, rng) * 1.0])
 def test_padding_is_in_no_loss_and_every_other_token_counts_once(state, losses):
@@ -110,6 +113,7 @@ def test_padding_is_in_no_loss_and_every_other_token_counts_once(state, losses):
         np.testing.assert_allclose(rows.sum() / lengths.sum(), loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialization_does_not_change_the_gradients(state):
     none, dots, layers = (program(make=transformer, numerics=Numerics(remat=r)) for r in ("none", "dots", "layers"))
     products = {}
@@ -160,6 +164,7 @@ def test_only_trained_parameters_change():
     assert made.model(after).table[...].shape == (V,)
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_step_part_and_key_and_is_reproducible():
     frozen = optax.sgd(0.0)
 
@@ -176,6 +181,7 @@ def test_dropout_differs_by_step_part_and_key_and_is_reproducible():
     assert losses(0) == losses(0)
 
 
+@pytest.mark.slow
 def test_the_state_is_donated_and_keeps_its_shardings():
     made = program(make=transformer)
     state = made.make_state(0)  # not the fixture's: it is donated

@@ -66,6 +66,7 @@ def test_round_trip_is_bit_exact(attention, dtype):
         assert_same_bits(other.state_dict(), state_dict)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_converted_model_computes_the_same(attention):
@@ -180,6 +181,7 @@ def test_torch_layouts():
     assert_same_bits(to_torch(model), module.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_gradients_and_states():
     attention = "random+vanilla"

@@ -40,6 +40,7 @@ def test_the_dtype_for_stored_ones(stored, platform, dtype):
     assert wide_dtype({"absmax": np.zeros(2, np.float16)}, platform) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_tokens_are_those_of_the_float32_model(stored):
     model = narrow(neox(), stored)

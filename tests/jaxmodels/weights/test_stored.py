@@ -38,6 +38,7 @@ def test_shapes_are_those_of_the_model(name):
     ]
 
 
+@pytest.mark.slow
 def test_a_model_ends_with_the_stored_tensors():
     model = NeoX(CONFIG, stacked=False, rngs=nnx.Rngs(0))
     stored = Stored.of_model(flat_arrays(model))

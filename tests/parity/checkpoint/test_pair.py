@@ -81,6 +81,7 @@ def test_a_state_dict_is_loaded_into_the_twin_of_every_model(name, twin):
         assert np.allclose(opened.torch.eval()(*inputs).numpy(), output, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_file_compute_the_same(tmp_path):
     flax_module = transformer()
     comparison = Comparison.of(save_file(tmp_path / "model.pt", flax_module), flax_module, IDS.T)

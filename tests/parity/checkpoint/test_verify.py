@@ -62,6 +62,7 @@ def test_configurations_that_differ_are_printed(folders, capsys):
     assert "activation: gelu_tanh and gelu" in shown
 
 
+@pytest.mark.slow
 def test_settings_that_a_configuration_leaves_out_have_their_defaults(folders, tmp_path, capsys):
     settings = {"n_vocab": 7, "d_model": 12, "heads": 3, "d_ff": 20, "n_layers": 1, "attention": "plain"}
     plain = jaxmodels.models.build("AutoregressiveTransformer", settings)
@@ -84,6 +85,7 @@ def test_settings_that_a_configuration_leaves_out_have_their_defaults(folders, t
         assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_outputs_of_a_model_whose_configuration_leaves_out_the_vocabulary(tmp_path, capsys):
     size = NeoXConfig.__dataclass_fields__["n_vocab"].default
     jaxmodels.save(
@@ -112,6 +114,7 @@ def test_errors_are_one_line(folders, capsys, monkeypatch, arguments, text):
     assert text in line
 
 
+@pytest.mark.slow
 def test_outputs_show_where_a_wrong_tensor_matters(folders, capsys):
     assert main(["verify", str(folders / "hf"), str(folders / "wrong"), "--numerics", "--tokens", "5"]) == 1
     shown = capsys.readouterr().out
@@ -165,6 +168,7 @@ def test_a_configuration_alone_asks_for_no_long_texts():
     assert token_inputs(model, 600, 0)[0].shape == (3, 600)
 
 
+@pytest.mark.slow
 def test_a_configuration_alone_asks_for_no_large_arrays(tmp_path, capsys):
     """Heads of two features each, 10,000 of them, take a few megabytes of weights and a gigabyte for their scores."""
     rngs = nnx.Rngs(0)
@@ -174,6 +178,7 @@ def test_a_configuration_alone_asks_for_no_large_arrays(tmp_path, capsys):
     assert re.search(r"model needs --tokens N: .*\[3, 61\].* at most ", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("narrow", ["SRC", "DST"])
 def test_floats_of_8_bits_are_compared_but_not_computed_with(tmp_path, capsys, narrow):
     model = AutoregressiveTransformer(5, 8, 2, 5, 1, rngs=nnx.Rngs(0))

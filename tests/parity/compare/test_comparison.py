@@ -21,6 +21,7 @@ def comparison():
     return Comparison.of(*mlp(), seed=3)
 
 
+@pytest.mark.slow
 def test_its_readings_are_those_of_the_public_functions(comparison):
     assert read_check(comparison, steps=2).checks == parity.check(*mlp(), steps=2, seed=3).checks
     assert (

@@ -80,6 +80,7 @@ def checked(flax_class, inputs):
     return parity.check(TorchSums(), flax_class(rngs=nnx.Rngs(0)), inputs, steps=0)
 
 
+@pytest.mark.slow
 def test_inputs_reach_the_cache_by_name_and_the_calls_through_decoding_inputs(inputs):
     report = checked(GainedSums, inputs)
     assert report.passed, str(report)

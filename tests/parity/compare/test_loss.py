@@ -72,6 +72,7 @@ def test_an_output_of_another_shape_is_left_out():
     assert jax_loss({"output": jnp.zeros((5, 3))}, None, targets) == 0
 
 
+@pytest.mark.slow
 def test_ignored_labels_and_masked_logits():
     logits = np.where(np.arange(5) == 2, -np.inf, Y)
     loss, _ = both({"output": logits}, np.array([1, -100, 4]))

@@ -50,6 +50,7 @@ IMAGES = {"input": np.random.default_rng(0).standard_normal((2, 4, 7, 11))}
 LAST = ("input 0", "output")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flax_module", "names"),
     [(FlaxVision(rngs=nnx.Rngs(0)), NNX_NAMES), (LinenVision(), LINEN_NAMES)],
@@ -73,6 +74,7 @@ class WrongEpsilon(linen.Module):
         return linen.ConvTranspose(5, (2, 3), padding="VALID")(jax.nn.relu(x))
 
 
+@pytest.mark.slow
 def test_the_culprit_in_a_linen_module_is_named_with_its_epsilon():
     torch.manual_seed(0)
     report = parity.check(
@@ -139,6 +141,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", FORMS.values(), ids=FORMS)
 def test_fused_stacked_and_tied_weights_are_converted_and_back(names):
     torch.manual_seed(0)

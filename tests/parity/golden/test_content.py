@@ -122,6 +122,7 @@ def test_constants_are_of_results_of_the_fixture(recorded, constants, named):
         read(recorded[1])
 
 
+@pytest.mark.slow
 def test_a_constant_that_would_hide_anything_is_refused(recorded):
     flax_module, stem = recorded
 
@@ -329,6 +330,7 @@ def test_a_single_tensor_more_or_less_is_named(recorded, key):
         read(recorded[1])
 
 
+@pytest.mark.slow
 def test_a_reading_that_is_absent_is_said_to_be(tmp_path, capsys):
     for file in files_of(SHIPPED / "rope.rotary"):
         shutil.copy(file, tmp_path)
@@ -375,6 +377,7 @@ def test_shipped_fixtures_are_far_from_the_limits_of_noise():
             assert max(noise.unit for noise in noises.values()) < 2**-43 * largest
 
 
+@pytest.mark.slow
 def test_lists_that_would_take_minutes_are_read_at_once_or_refused(recorded):
     _, stem = recorded
     many = [f"p{i}" for i in range(100_000)]

@@ -104,6 +104,7 @@ class FlaxScaledOff(FlaxScaled):
     factor = np.float32(1 / 3 * (1 + 1e-5))
 
 
+@pytest.mark.slow
 def test_what_is_float32_inside_is_explained_as_in_a_check(tmp_path):
     """Constants of PyTorch's side are recorded, those of Flax's are moved when the fixture is replayed."""
     torch.manual_seed(0)
@@ -368,6 +369,7 @@ def test_every_system_ships_a_fixture():
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 2_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rope.rotary_value", "retro.neighbors", "neox.sequential"])
 def test_the_shipped_fixtures_are_torchs_results_today(name, tmp_path):
     """Recorded again, they are equal up to float64's rounding on another machine."""
@@ -388,6 +390,7 @@ def test_the_command_records_models_that_can_be_rebuilt(tmp_path, capsys):
     assert main(["--record", str(tmp_path / "nowhere")]) == 2
 
 
+@pytest.mark.slow
 def test_a_small_model_is_recorded_alone_by_its_name_and_by_its_system(tmp_path, capsys):
     assert main(["synthesizer.dense", "--record", str(tmp_path)]) == 0
     assert [file.stem for file in stems(tmp_path)] == ["synthesizer.dense"]
@@ -414,6 +417,7 @@ def test_shipped_fixtures_replay_without_torch(tmp_path):
         assert {"output", "parameter gradients", "cached decoding"} <= {check["kind"] for check in report["checks"]}
 
 
+@pytest.mark.slow
 def test_a_damaged_fixture_is_listed_and_the_others_are_replayed(tmp_path, capsys):
     for file in (*files_of(SHIPPED / "rope.rotary"), *files_of(SHIPPED / "transformer.plain")):
         shutil.copy(file, tmp_path)

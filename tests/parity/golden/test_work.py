@@ -25,6 +25,7 @@ def inputs(model: nnx.Module, length: int) -> Inputs:
     return Inputs.of((np.ones(shape, np.int32),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_long_sequence_is_refused_before_it_is_computed(name):
     model = nnx.eval_shape(MODELS[name])

@@ -72,12 +72,14 @@ def block(**mistakes):
     return traced(TorchBlock(), Block(**mistakes, rngs=nnx.Rngs(0)), X, names=NAMES)
 
 
+@pytest.mark.slow
 def test_a_correct_block_agrees_everywhere():
     found = block()
     assert found.divergence is None, str(found)
     assert set(verdicts(found.forward).values()) <= {"agrees", "unmatched"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "path", "hint"),
     [
@@ -169,6 +171,7 @@ class Images(nnx.Module):
         return self.norm(self.last(nnx.relu(self.first(x))))
 
 
+@pytest.mark.slow
 def test_as_many_channels_as_rows_and_columns():
     images = numbers(2, 5, 5, 5)
     settings = {"channels_last": ("input 0", "output")}

@@ -348,6 +348,7 @@ class Pair(nnx.Module):
         return {"b": self.by * x * x, "a": self.linear(x)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [False, True])
 def test_outputs_correspond_by_name(gradients):
     found = traced(TorchTwo(), Two(rngs=nnx.Rngs(0)), X, gradients=gradients)

@@ -66,6 +66,7 @@ def verdicts(part):
     return {p.path: p.verdict for p in part.walk()}
 
 
+@pytest.mark.slow
 def test_two_culprits_are_both_named_and_the_victim_between_them_is_not():
     flax_module = FlaxNet(lambda y: -y, rngs=nnx.Rngs(0))
     flax_module.first = Backwards(rngs=nnx.Rngs(0))
@@ -92,6 +93,7 @@ def wrong_gradient(y):
     return 1.01 * y - jax.lax.stop_gradient(0.01 * y)
 
 
+@pytest.mark.slow
 def test_the_first_gradient_that_differs_is_named_if_all_outputs_agree():
     report = report_of(FlaxNet(wrong_gradient, rngs=nnx.Rngs(0)))
     found = report.divergence
@@ -136,6 +138,7 @@ class FlaxScaled(nnx.Module):
         return jnp.tanh(self.lin(x)) * np.float32(1 / 7)  # float32 inside, which the outputs' check allows
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_named_before_a_constant_in_float32():
     ids = np.array([[3, 0, 4, 5], [0, 1, 2, 9], [7, 7, 0, 2]])
     report = parity.check(Mixed(), FlaxMixed(nnx.Rngs(0)), ids, readings=("output", "gradients"))
@@ -144,6 +147,7 @@ def test_a_wrong_gradient_is_named_before_a_constant_in_float32():
     assert any("float32 inside" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_an_error_in_float32_alone_is_traced_in_float32():
     def narrow(y):
         return y if y.dtype == jnp.float64 else y.astype(jnp.bfloat16).astype(y.dtype)
@@ -195,6 +199,7 @@ def written(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 1000])
 @pytest.mark.parametrize("wrong", [jnp.negative, wrong_gradient])
 def test_a_check_finds_the_same_at_every_memory_limit(wrong, limit, written):

@@ -93,6 +93,7 @@ class WrongGradient(FlaxNet):
         return out | {"y": out["y"] * 1.001 - jax.lax.stop_gradient(out["y"]) * 0.001}
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_fails_though_the_output_is_right(pair):
     torch_module, _, inputs = pair
     report = parity.check(torch_module, WrongGradient(rngs=nnx.Rngs(0)), inputs)
@@ -139,6 +140,7 @@ class TableOff(Table):
     off = 1e-5
 
 
+@pytest.mark.slow
 def test_a_table_in_float32_passes_by_name_and_a_wrong_one_fails(pair):
     torch_module, _, inputs = pair
     settings = {"flax_only": ["table"], "steps": 1}
@@ -157,6 +159,7 @@ class Slightly(FlaxNet):
         return out | {"y": out["y"] * (1 + 1e-10)}
 
 
+@pytest.mark.slow
 def test_a_difference_that_float32_would_hide_fails_if_nothing_narrow_explains_it(pair):
     torch_module, _, inputs = pair
     report = parity.check(torch_module, Slightly(rngs=nnx.Rngs(0)), inputs, steps=0)
@@ -182,6 +185,7 @@ class Norm(nnx.Module):
         return self.norm(x)
 
 
+@pytest.mark.slow
 def test_a_less_stable_algorithm_agrees_with_a_note_and_a_wrong_one_differs():
     """The variance as a mean of squares loses digits for inputs far from zero, in every dtype alike."""
     x = np.random.default_rng(0).standard_normal((5, 7)) + 300
@@ -192,6 +196,7 @@ def test_a_less_stable_algorithm_agrees_with_a_note_and_a_wrong_one_differs():
     assert not parity.check(TorchNorm(), Norm(rngs=nnx.Rngs(0), epsilon=1e-6), x, steps=1).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_16_bit_dtypes_are_compared_on_request(pair, name):
     report = parity.check(*pair, half=(name,), steps=0)
@@ -208,6 +213,7 @@ class NarrowInside(FlaxNet):
         return super().__call__(x.astype(narrow).astype(x.dtype), hide)
 
 
+@pytest.mark.slow
 def test_an_error_in_16_bits_alone_fails_there_alone(pair):
     torch_module, _, inputs = pair
     report = parity.check(torch_module, NarrowInside(rngs=nnx.Rngs(0)), inputs, half=("bfloat16",), steps=0)
@@ -221,6 +227,7 @@ class NaNInside(FlaxNet):
         return out | {"y": out["y"].at[0, 0].set(jnp.nan)}
 
 
+@pytest.mark.slow
 def test_nan_fails(pair):
     torch_module, _, inputs = pair
     report = parity.check(torch_module, NaNInside(rngs=nnx.Rngs(0)), inputs, steps=1)
@@ -229,6 +236,7 @@ def test_nan_fails(pair):
     assert json.loads(text)["passed"] is False
 
 
+@pytest.mark.slow
 def test_without_float64_every_reading_is_in_float32(pair):
     report = parity.check(*pair, float64=False)
     assert report.passed, str(report)
@@ -238,6 +246,7 @@ def test_without_float64_every_reading_is_in_float32(pair):
     assert not bad.passed
 
 
+@pytest.mark.slow
 def test_constant_parameters_are_randomized_in_a_copy(pair):
     """A layer that ignores its bias agrees as long as the bias is zero."""
     torch_module, _, inputs = pair
@@ -255,6 +264,7 @@ def test_constant_parameters_are_randomized_in_a_copy(pair):
     assert report.value("output", "float64") < 2
 
 
+@pytest.mark.slow
 def test_declared_zero_gradients_must_be_zero(pair):
     torch_module, flax_module, inputs = pair
     assert parity.check(torch_module, flax_module, inputs, zero_gradients=["unused"], steps=1).passed

@@ -12,6 +12,7 @@ from parity.report.results import Agreement
 from tests.parity.pairs import FlaxMLP, mlp
 
 
+@pytest.mark.slow
 def test_every_dtype_is_compared_with_torchs_own_error():
     swept = parity.sweep(*mlp(), layers=False)
     assert swept.passed, str(swept.checks)
@@ -88,6 +89,7 @@ class LinenFields(linen.Module):
 SEEN = []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: Fields(rngs=nnx.Rngs(0)), LinenFields], ids=["nnx", "linen"])
 def test_a_module_with_dtype_fields_really_runs_in_each_dtype(make):
     torch_module, _, x = mlp()

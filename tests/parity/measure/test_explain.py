@@ -45,6 +45,7 @@ def pair():
     return TorchScaled(), FlaxScaled(rngs=nnx.Rngs(0)), {"ids": IDS}
 
 
+@pytest.mark.slow
 def test_trajectory_and_sweep_explain_what_a_check_explains(pair):
     check = parity.check(*pair, names=NAMES, steps=0)
     assert check.passed, str(check)
@@ -66,6 +67,7 @@ def test_a_wrong_formula_fails_in_each(pair):
     assert not parity.trajectory(torch_module, wrong, inputs, names=NAMES, steps=5).passed
 
 
+@pytest.mark.slow
 def test_variants_of_a_port_with_casts_are_widened_alike(pair):
     checks = parity.invariances(
         pair[1], pair[2], batch_axis=0, only=["jit / no jit", "accumulated / whole batch"]

@@ -55,6 +55,7 @@ class Batched(AutoregressiveTransformer):
         return logits + 1e-6 * logits.mean(axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
@@ -70,6 +71,7 @@ def test_each_variant_finds_its_mistake(model, kind, ids):
     assert not values(found)[kind].passed
 
 
+@pytest.mark.slow
 def test_a_module_that_is_no_language_model_needs_batch_axis(ids):
     model, x = FlaxMLP(rngs=nnx.Rngs(0)), np.random.default_rng(0).standard_normal((5, 5))
     found = parity.invariances(model, x, only=["accumulated / whole batch", "cached / full", "scanned / unrolled"])
@@ -100,6 +102,7 @@ X = np.random.default_rng(0).standard_normal((11, 5))
 LINEN = ["jit / no jit", "accumulated / whole batch"]
 
 
+@pytest.mark.slow
 def test_a_linen_module_has_the_variants_of_any_module():
     found = parity.invariances(LinenMLP(), {"x": X}, batch_axis=0)
     assert found.passed, str(found)
@@ -111,6 +114,7 @@ def test_a_linen_module_has_the_variants_of_any_module():
     assert not values(found)["scanned / unrolled"].passed
 
 
+@pytest.mark.slow
 def test_a_bound_linen_module_has_the_variables_that_it_is_bound_to():
     variables = LinenMLP().init(jax.random.key(0), X)
     variables["fixed"]["mixing"] = jnp.asarray(1e-6)

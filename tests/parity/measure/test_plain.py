@@ -94,6 +94,7 @@ def test_a_module_without_a_plain_form_has_no_such_reading():
     assert judged(Called())[1] is None
 
 
+@pytest.mark.slow
 def test_a_loop_over_tokens_is_compared_for_the_first_ones():
     lengths = []
 

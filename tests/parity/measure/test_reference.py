@@ -1,6 +1,7 @@
 """`Reference`: the unit in which cached decoding is judged without float64."""
 
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 
@@ -14,6 +15,7 @@ from parity.measure.reference import Reference
 SIZES = (11, 6, 3, 7, 1, "plain")
 
 
+@pytest.mark.slow
 def test_decoding_is_judged_by_pytorchs_error_at_the_decoded_positions():
     torch.manual_seed(0)
     ids = np.random.default_rng(0).integers(0, 11, (29, 2))

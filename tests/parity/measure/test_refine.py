@@ -1,6 +1,7 @@
 """The noise measured again for values that are over their limits by little."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -68,6 +69,7 @@ def test_a_tensor_without_noise_keeps_its_value():
     assert before.with_noises({"output": {"b": Noise(1.0)}}).noises == before.noises
 
 
+@pytest.mark.slow
 def test_the_gradient_of_one_number_raises_no_false_alarm():
     comparison = comparison_of(pair_of(PAIR, SEED), seed=SEED)
     with comparison.strict_precision():

@@ -71,6 +71,7 @@ def failed(report):
     return {one.kind: one.worst for one in report.checks if not one.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Flax, Linen, lambda: Flax(Unbiased)], ids=["nnx", "linen", "unbiased"])
 def test_a_step_of_a_correct_port_agrees(make):
     flax = make()
@@ -84,6 +85,7 @@ def test_a_step_of_a_correct_port_agrees(make):
     assert any("n / (n - 1)" in note for note in report.notes) is not isinstance(getattr(flax, "norm", None), Unbiased)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flax", "kind", "worst", "path"),
     [
@@ -181,6 +183,7 @@ class OwnNorm(nnx.Module):
         return (x - mean) / jnp.sqrt(var + self.epsilon) * self.scale + self.bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theirs", "flax", "passes"),
     [

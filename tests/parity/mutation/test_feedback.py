@@ -18,6 +18,7 @@ from jaxmodels.feedback import attention, model, recurrence, step
 from jaxmodels.layers import FeedForward, HeadProjection
 from parity import check
 
+pytestmark = pytest.mark.slow
 S, B, V = 7, 3, 13
 
 
@@ -135,11 +136,7 @@ MUTATIONS = [
 ]
 
 
-QUICK = {memory_of_the_step_itself_is_visible, slots_not_rotated}
-PARAMETERS = [
-    pytest.param(*mutation, id=mutation[0].__name__, marks=[] if mutation[0] in QUICK else pytest.mark.slow)
-    for mutation in MUTATIONS
-]
+PARAMETERS = [pytest.param(*mutation, id=mutation[0].__name__) for mutation in MUTATIONS]
 
 
 @pytest.mark.parametrize(("mutate", "culprit"), PARAMETERS)

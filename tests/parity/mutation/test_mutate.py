@@ -16,6 +16,7 @@ import torch_ref.transformer
 from jaxmodels import attention, layers, rope, synthesizer, transformer
 from parity import check
 
+pytestmark = pytest.mark.slow
 S, B = 11, 3
 
 

@@ -15,6 +15,7 @@ from jaxmodels.rope import rotary_tables
 from parity import check
 from parity.cases import neox as cases
 
+pytestmark = pytest.mark.slow
 CONFIG = NeoXConfig(23, 3 * 10, 1, 3, rope_percentage=0.4, n_ff=17)
 
 

@@ -12,6 +12,7 @@ from jaxmodels.attention import causal_attention
 from jaxmodels.retro import attention
 from parity import check
 
+pytestmark = pytest.mark.slow
 S, B, V, L = 11, 2, 13, 4
 
 
@@ -62,10 +63,7 @@ MUTATIONS = [
 ]
 
 
-PARAMETERS = [
-    pytest.param(*mutation, id=mutation[0].__name__, marks=[pytest.mark.slow] if i else [])
-    for i, mutation in enumerate(MUTATIONS)
-]
+PARAMETERS = [pytest.param(*mutation, id=mutation[0].__name__) for mutation in MUTATIONS]
 
 
 @pytest.mark.parametrize(("mutate", "culprit"), PARAMETERS)

@@ -59,6 +59,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRAPPED)
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_a_prefix_is_proposed_and_removed(tmp_path, made, kind, suffix):

@@ -246,6 +246,7 @@ def test_a_header_of_far_more_values_than_tensors_have_is_refused(tmp_path, part
         read_file(file)
 
 
+@pytest.mark.slow
 def test_the_largest_header_takes_seconds(tmp_path):
     """93 MB for a million empty tensors, as the format allows."""
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}

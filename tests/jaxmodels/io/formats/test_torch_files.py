@@ -144,6 +144,7 @@ def test_an_entry_with_the_state_dict_is_preferred_to_a_tensor_beside_it(tmp_pat
     assert list(read_tensors(tmp_path / "model.bin")[0]) == ["epoch", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensors", [True, False])
 def test_the_name_of_an_entry_is_not_repeated_for_each_in_it(tmp_path, tensors):
     held = torch.ones(1)

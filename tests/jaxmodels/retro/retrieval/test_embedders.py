@@ -340,6 +340,7 @@ def test_weights_that_are_not_those_of_the_configuration_are_not_made_up(bert, c
     assert "REPORT" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [BertMean, SentenceTransformer])
 def test_a_configuration_that_repeats_a_stored_layer_is_refused(kind, bert, tmp_path):
     transformers = pytest.importorskip("transformers")

@@ -178,6 +178,7 @@ def test_an_interrupted_build_keeps_what_it_has_added_and_a_look_up_ends(tmp_pat
         index.neighbors(index.corpus.passages(index.starts, L), interrupted=lambda: next(asked))
 
 
+@pytest.mark.slow
 def test_inverted_lists_of_quantized_vectors_find_most_of_the_nearest(tmp_path, index):
     rough = ChunkIndex.build(tmp_path / "index", corpus(), L, NGRAMS, factory="IVF4,PQ32x4")
     chunks = index.corpus.passages(np.arange(1, 900, 13), L)

@@ -28,6 +28,7 @@ def retriever(tmp_path_factory) -> Retriever:
     return Retriever(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [2, 8], ids=["short of a chunk", "two chunks"])
 def test_what_is_written_is_what_the_full_forward_says_of_it(retriever, prompt, monkeypatch):
     """Greedily, a batch, past several chunks and sizes of the cache: each token from neighbors of what was written."""
@@ -50,6 +51,7 @@ def test_rows_with_left_padding_write_as_if_alone(retriever):
         np.testing.assert_array_equal(generate.generate(retro, x[row : row + 1, padding:], 6)[0], together[row])
 
 
+@pytest.mark.slow
 def test_several_tokens_at_once_are_as_one_by_one(retriever):
     retro, x = Retrieving(model(), retriever), token_ids(2, 2, 11)
     decode = jax.jit(lambda model, ids, cache: model.decode(ids, cache))

@@ -83,6 +83,7 @@ def expected_loss(model, ids: np.ndarray, seq_len: int = S) -> float:
     return float(jax.jit(token_losses)(model, stack([windows[i] for i in range(len(windows))])).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_model_of_every_system_is_evaluated_on_one_device(name, tmp_path, capsys):
     model = MODELS[name]()

@@ -191,6 +191,7 @@ SMALL = {"d_model": 16, "heads": 2, "d_ff": 5, "n_layers": 1}
 DECODER = SMALL | {"chunk_len": 4, "seq_len": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields", "change", "said"),
     [

@@ -29,6 +29,7 @@ class Partitioned(linen.Module):
         return linen.Dense(3, use_bias=False, kernel_init=logical, name="down")(jnp.tanh(x))
 
 
+@pytest.mark.slow
 def test_partitioned_parameters_are_compared_and_the_culprit_is_named():
     torch_module, _, x = mlp()
     parity.check(torch_module, Partitioned(), x, steps=2).raise_if_failed()
@@ -37,6 +38,7 @@ def test_partitioned_parameters_are_compared_and_the_culprit_is_named():
     assert report.name == "Partitioned"
 
 
+@pytest.mark.slow
 def test_a_bound_and_an_unbound_module_are_compared():
     x = mlp()[2]
     only = ["jit / no jit", "accumulated / whole batch"]

@@ -81,6 +81,7 @@ class Torch(torch.nn.Module):
 NAMES = {"up.weight": "layers.0.w", "up.bias": "mlp/~/b", "down": "layers.2"}
 
 
+@pytest.mark.slow
 def test_a_function_is_checked_and_a_wrong_one_found():
     torch.manual_seed(0)
 

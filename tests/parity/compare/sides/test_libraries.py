@@ -25,6 +25,7 @@ def checked(apply, params, names, scale=1.001):
     assert parity.check(net(), wrong, X, names=names, steps=0).value("output", "float64") > 1e6
 
 
+@pytest.mark.slow
 def test_equinox():
     eqx = pytest.importorskip("equinox", reason="equinox is not installed (extra: libraries)")
     keys = jax.random.split(KEY)
@@ -44,6 +45,7 @@ def test_equinox_convolutions_lie_as_in_pytorch():
     assert report.passed, str(report)
 
 
+@pytest.mark.slow
 def test_haiku():
     hk = pytest.importorskip("haiku", reason="dm-haiku is not installed (extra: libraries)")
 
@@ -56,6 +58,7 @@ def test_haiku():
     checked(transformed.apply, params, {"0": "up", "2": "norm", "3": "mlp/~/linear_0"})
 
 
+@pytest.mark.slow
 def test_haiku_square_matrices_and_tables():
     hk = pytest.importorskip("haiku", reason="dm-haiku is not installed (extra: libraries)")
     transformed = hk.without_apply_rng(hk.transform(lambda ids: hk.Linear(3, name="l")(hk.Embed(3, 3, name="e")(ids))))
@@ -72,6 +75,7 @@ def test_haiku_square_matrices_and_tables():
     assert report.passed, str(report)
 
 
+@pytest.mark.slow
 def test_penzai():
     pytest.importorskip("penzai", reason="penzai is not installed (extra: libraries)")
     from penzai import pz

@@ -72,6 +72,7 @@ class FlaxTanh(nnx.Module):
         return jnp.tanh(self.layer(x)) * self.scale
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")  # since 2.14
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(5, 3))])
 def test_modules_of_torchscript_are_checked(compiled):
@@ -139,6 +140,7 @@ class TorchLookup(nn.Module):
         return found, found.argmax(-1), ids > 3
 
 
+@pytest.mark.slow
 def test_frozen_modules_of_integers_have_no_gradients_and_exact_integers():
     ids = np.arange(6).reshape(2, 3)
     report = parity.check(TorchLookup(), Lookup(), ids, steps=2)

@@ -73,6 +73,7 @@ def wide():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("narrow", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_cast_inside_is_widened_in_outputs_and_gradients(name, narrow):

@@ -76,6 +76,7 @@ def test_what_a_converter_may_return(convert, make):
     assert distance(Torch(), make(), ROWS, names=convert) < EXACT
 
 
+@pytest.mark.slow
 def test_gradients_are_compared_through_it():
     report = parity.check(Torch(), Nnx(), ROWS, names=nested, steps=2)
     assert report.passed, str(report)

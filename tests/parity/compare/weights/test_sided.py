@@ -76,6 +76,7 @@ def test_patterns_that_match_nothing_are_refused(argument):
         weights(Scaled(kind="buffer"), FlaxScaled(nnx.Param), ROWS, **{argument: "scale"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "flax", "argument"), [("buffer", nnx.Param, "flax_only"), ("parameter", nnx.BatchStat, "torch_only")]
 )

@@ -98,6 +98,7 @@ def attention(module, x, *, scale=3**-0.5, order="bsthd", diagonal=0, axis=-1, m
 SEQUENCE = np.random.default_rng(1).standard_normal((2, 5, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "expected"),
     [
