@@ -145,7 +145,6 @@ def loaded(transformers: Any, folder: Path, dtype: Any, settings: dict[str, Any]
     if (folder / "adapter_config.json").exists():  # with peft, transformers would load what this file names
         raise ValueError(f"{folder} has an adapter_config.json beside its weights: move it away")
     with alone(folder) as copy, without_reports(transformers), offline(str(copy)):
-        transformers.logging.disable_progress_bar()  # its progress bar would mix with our output
         try:
             model, found = transformers.GPTNeoXForCausalLM.from_pretrained(
                 copy,
@@ -160,8 +159,6 @@ def loaded(transformers: Any, folder: Path, dtype: Any, settings: dict[str, Any]
         except Exception as error:  # of many kinds, for fields that this project does not read
             first = str(error).strip().partition("\n")[0].replace(str(copy), str(folder))
             raise ValueError(f"{folder} cannot be loaded by transformers: {shortened(first, 300)}") from error
-        finally:
-            transformers.logging.enable_progress_bar()
     return model.eval()
 
 

@@ -198,12 +198,13 @@ def main(argv: list[str] | None = None) -> int:
             for flag, least in (("count", 0), ("cases", 1), ("seed", 0), ("seeds", 0)):
                 if getattr(options, flag) < least:
                     raise ValueError(f"--{flag} {getattr(options, flag)} must be at least {least}")
-            with console.status("") as status, State.opened(options.state) as state:
+            with console.status("") as status:
                 say = in_status(status) if console.is_terminal else plain_line  # in a file, one line per stage
                 cases = subjects(options.names)
                 chosen = sampled(cases, options.cases, options.seed) if options.count else {}
-                rows, idle, total = score(chosen, options.count, options.seed, state, say)
-                alarms = judged(cases if options.seeds else {}, options.seeds, state, say)
+                with State.opened(options.state) as state:
+                    rows, idle, total = score(chosen, options.count, options.seed, state, say)
+                    alarms = judged(cases if options.seeds else {}, options.seeds, state, say)
         except ValueError as error:
             print(f"python -m parity.mutations: {shortened(str(error))}", file=sys.stderr)
             return 2

@@ -93,7 +93,8 @@ class State:
                 try:
                     state.take(json.loads(line))
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                    if number > len(lines) and line.startswith(BEGINNINGS):
+                    unfinished = isinstance(error, json.JSONDecodeError) and line.startswith(BEGINNINGS)
+                    if number > len(lines) and unfinished:
                         opened.truncate(opened.seek(os.stat(file).st_size - len(rest.encode())))
                         continue
                     reason = shortened(repr(error), 300)

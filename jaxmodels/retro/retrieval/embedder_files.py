@@ -88,6 +88,7 @@ def check_json(file: Path) -> None:
             raise ValueError(f"{file} has {quoted(argument)} of {quoted(value)}, which may name files elsewhere")
     if file.name == CONFIG:
         check_numbers(file, content)
+        check_names(file, content)
     elif file.name == "adapter_config.json":
         raise ValueError(f"{file} is of an adapter of PEFT, which is not read: merge it with its model, and save that")
     elif file.name.startswith("sentence_") and isinstance(content, dict):
@@ -104,16 +105,30 @@ def check_json(file: Path) -> None:
                 raise ValueError(f"{file} names {quoted(name)} in {key}, which is no such file beside it")
 
 
+def check_names(file: Path, content: Any) -> None:
+    """Raise ValueError if a configuration names a file that is read in its place, or weights that are not checked."""
+    if not isinstance(content, dict):
+        return
+    if content.get("configuration_files"):
+        raise ValueError(f"{file} has 'configuration_files', which would be read in its place: remove the key")
+    named = content.get("transformers_weights")
+    if named is not None and not (
+        is_plain(named) and named.endswith(".safetensors") and (file.parent / named).exists()
+    ):
+        raise ValueError(f"{file} has 'transformers_weights' of {quoted(named)}, must be a .safetensors file beside it")
+
+
 def check_numbers(file: Path, content: Any) -> None:
     """Raise ValueError if an integer of a configuration is larger than any of a published one, at any depth.
 
-    Raises ValueError too for more than MOST_VALUES values, and for a kernel of the Hub, which is code.
+    Raises ValueError too for more than MOST_VALUES values, labels that are only counted included, and for a kernel of
+    the Hub, which is code.
     """
     left: list[tuple[str, Any]] = [("", content)]
     values = 0
     while left:
         name, value = left.pop()
-        values += 1
+        values += value if name == "num_labels" and type(value) is int and value > 0 else 1
         if values + len(left) > MOST_VALUES:
             raise ValueError(f"{file} has more than {MOST_VALUES:,} values")
         most = MOST_LAYERS if name.endswith(("layer", "layers")) else MOST_NUMBER
@@ -167,10 +182,14 @@ def confined_tokenizers(folder: Path) -> list[TokenizerFile]:
 
 @contextlib.contextmanager
 def without_reports(transformers: Any) -> Iterator[None]:
-    """Context in which transformers prints no tables on weights, whose names a file may choose."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Context in which transformers prints no progress, and no tables on weights, whose names a file may choose."""
+    logs = transformers.logging
+    before, shown = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        logs.set_verbosity(before)
+        if shown:
+            logs.enable_progress_bar()

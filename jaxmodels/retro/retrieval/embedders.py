@@ -137,6 +137,8 @@ def one_line(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "weights_only" in reason:  # torch's advice to set it to False, which runs a file's code
+            reason = "its weights are not PyTorch files of tensors alone"
         raise ValueError(f"{what}: {shortened(reason, 500)}") from None
 
 

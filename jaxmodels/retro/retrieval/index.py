@@ -37,6 +37,7 @@ from jaxmodels.retro.retrieval.files import (
     write_corpus,
     write_searcher,
 )
+from jaxmodels.retro.retrieval.parts import rotated
 
 BATCH = 4096  # chunks that are embedded and added, or searched for, at a time
 SAVE_EVERY = 64  # batches
@@ -259,6 +260,8 @@ def train(searcher: Any, corpus: Corpus, starts: np.ndarray, chunk_len: int, emb
         return
     cells = getattr(searcher, "nlist", 256)
     n = min(len(starts), TRAIN_PER_CELL * max(cells, 256))
+    if n < (least := rotated(searcher)):
+        raise ValueError(f"factory={factory!r} rotates to {least:,} features, for which {n:,} chunks are too few")
     sample = np.sort(np.random.default_rng(0).choice(starts, n, replace=False))
     texts = [corpus.vocabulary.decode(chunk) for chunk in corpus.passages(sample, chunk_len)]
     try:

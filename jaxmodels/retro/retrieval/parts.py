@@ -78,6 +78,13 @@ def parts(searcher: Any) -> Iterator[Any]:
             left += [getattr(part, name) for name in names if getattr(part, name, None) is not None]
 
 
+def rotated(searcher: Any) -> int:
+    """Features of the widest OPQ of an index, 0 if it has none: trained on fewer vectors, FAISS crashes."""
+    import faiss
+
+    return max((part.d_out for part in parts(searcher) if isinstance(part, faiss.OPQMatrix)), default=0)
+
+
 def check_finite(searcher: Any) -> None:
     """Raise ValueError if a vector or table of an index has a number that is not finite: no search would find it."""
     for part in parts(searcher):

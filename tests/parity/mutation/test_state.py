@@ -97,10 +97,22 @@ def test_a_last_line_that_a_kill_cut_is_removed_and_one_without_an_end_is_kept(t
             state.add("more", None)
         with State.opened(file) as state:
             assert (list(state.rows), len(state.alarms)) == (["key", "more"], alarms)
-    file.write_text("a text of others")
-    with pytest.raises(ValueError, match="line 1 is not a verdict"), State.opened(file):
-        pass
-    assert file.read_text() == "a text of others"
+    for others in (
+        "a text of others",
+        json.dumps({"case": "important", "x": 1}),
+        json.dumps({"mutant": "a", "x": [1]}),
+    ):
+        file.write_text(others)
+        with pytest.raises(ValueError, match="line 1 is not a verdict"), State.opened(file):
+            pass
+        assert file.read_text() == others
+
+
+def test_a_wrong_name_of_a_case_touches_no_file(tmp_path, capsys):
+    file = tmp_path / "state.jsonl"
+    assert score.main(["--state", str(file), "nosuch"]) == 2
+    assert "nosuch" in capsys.readouterr().err
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("what", ["symbolic link", "link to nothing", "hard link", "FIFO", "folder"])

@@ -206,7 +206,26 @@ def test_a_damaged_file_in_the_folder_of_an_embedder_is_named(kind, name, tmp_pa
 
 LARGE = 10**12
 REFUSED: dict[str, tuple[str, Any, str]] = {
-    "labels": ("config.json", {"num_labels": LARGE}, "'num_labels' of 1000000000000, must be at most 1,048,576"),
+    "labels": ("config.json", {"num_labels": LARGE}, "more than 100,000 values"),
+    "channels": ("config.json", {"num_channels": LARGE}, "'num_channels' of 1000000000000, must be at most 1,048,576"),
+    "labels in parts": (
+        "config.json",
+        {"a": {"num_labels": 60_000}, "b": {"num_labels": 60_000}},
+        "more than 100,000 v",
+    ),
+    "another configuration": (
+        "config.json",
+        {"configuration_files": ["config.4.0.0.json"]},
+        "'configuration_files', wh",
+    ),
+    "another index": (
+        "config.json",
+        {"transformers_weights": "x.safetensors.index.json"},
+        "'x.safetensors.index.json'",
+    ),
+    "other weights": ("config.json", {"transformers_weights": "adapter_model.bin"}, "of 'adapter_model.bin', must be"),
+    "weights further down": ("config.json", {"transformers_weights": "a/b/x.safetensors"}, "of 'a/b/x.safetensors'"),
+    "no weights": ("config.json", {"transformers_weights": "x.safetensors"}, "of 'x.safetensors', must be"),
     "nested layers": ("config.json", {"text_config": {"n_layer": 2_001}}, "'n_layer' of 2001, must be at most 2,000"),
     "numbers in a list": ("config.json", {"depths": [1, LARGE]}, "'depths' of 1000000000000"),
     "a kernel": ("config.json", {"_attn_implementation": "evil/kernel"}, "'evil/kernel', which is code of the Hub"),
@@ -304,6 +323,23 @@ def test_an_error_of_several_lines_becomes_one(tmp_path):
         loading(BertMean(str(tmp_path))),
     ):
         raise RuntimeError("\nwrong size\nsize mismatch for a: …")
+    with (
+        pytest.raises(
+            ValueError, match=r"^embedder bert:.* cannot be loaded: its weights are not PyTorch files of tens"
+        ),
+        loading(BertMean(str(tmp_path))),
+    ):
+        raise RuntimeError("Weights only load failed. Re-running with weights_only set to False will likely succeed")
+
+
+def test_weights_in_a_file_beside_its_configuration_are_read(bert, tmp_path, capfd):
+    folder = shutil.copytree(bert[0], tmp_path / "bert")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"transformers_weights": "other.safetensors"}))
+    capfd.readouterr()
+    np.testing.assert_array_equal(BertMean(str(folder)).embed(["the sea"]), BertMean(bert[0]).embed(["the sea"]))
+    assert capfd.readouterr().err == ""
 
 
 def test_a_text_that_the_tokenizer_of_an_embedder_cannot_encode_is_refused(bert, tmp_path, monkeypatch):

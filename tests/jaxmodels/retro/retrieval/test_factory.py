@@ -106,6 +106,14 @@ def test_a_build_that_fails_names_the_factory_and_leaves_room_for_another(tmp_pa
         ChunkIndex.build(tmp_path / "index", CORPUS, L, NGRAMS, factory="Flat")
 
 
+@pytest.mark.parametrize(("factory", "least"), [("OPQ4,PQ4x4", 16), ("OPQ4_8,Flat", 8), ("PCA12,OPQ4,IVF3,PQ4x4", 12)])
+def test_fewer_chunks_than_features_are_not_rotated(factory, least, tmp_path):
+    """FAISS would crash, if its product quantization has enough."""
+    few = Corpus.of(VOCABULARY.encode(TEXT[: L * (least - 1)]), VOCABULARY)
+    with pytest.raises(ValueError, match=rf"^factory='{factory}' rotates to {least} features, .* {least - 1} chunks"):
+        ChunkIndex.build(tmp_path / "index", few, L, NGRAMS, factory=factory)
+
+
 CODES = ["Flat", "SQ4", "SQ6", "SQ8", "SQfp16", "SQbf16", "PQ4x4", "PQ4x4np", "PQ4x5", "PQ4x4fs"]
 TRANSFORMS = ["L2norm", "PCA8", "PCAR8", "RR8", "OPQ4", "OPQ4_8", "RR8,L2norm", "PCA8,OPQ4"]
 ADMITTED = [
