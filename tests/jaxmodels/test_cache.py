@@ -50,6 +50,7 @@ def test_prefill_and_decode_equal_the_full_forward(case):
     assert_close(logits, full)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_ragged_rows_equal_their_unpadded_selves(case):
     model, ids, full = case

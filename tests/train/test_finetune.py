@@ -69,10 +69,8 @@ def companions(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in others}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tune"),
-    [("float16", "all"), pytest.param("bfloat16", "lora", marks=pytest.mark.slow), ("float32", "biases")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tune"), [("float16", "all"), ("bfloat16", "lora"), ("float32", "biases")])
 def test_a_published_folder_is_tuned_and_exported_in_its_dtype(tmp_path, train, capsys, dtype, tune):
     source, folder, out = publish(tmp_path / "hf", dtype), tmp_path / "run", tmp_path / "out"
     train(f"--checkpoint={source}", "--steps=3", f"--tune={tune}", f"--out={folder}")

@@ -245,6 +245,7 @@ def test_evaluate_finds_the_loss_that_training_did(run, tmp_path, capsys):
     assert evaluated(capsys, model, "--text", held_out, "--seq-len", 11, "--batch-size", 5) == found
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_above_is_evaluated_and_resumed(run, tmp_path, capsys, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "below").mkdir()

@@ -64,7 +64,7 @@ def test_no_error_repeats_a_text_that_only_a_run_of_others_names(name, tmp_path)
     saved, vocabulary = saved_experiment(run), CharVocabulary.of("The sea")
     with pytest.raises(ValueError, match=rf"{name}' of the run cannot be read.* --text ") as raised:
         saved.held_out(run, vocabulary, "0" * 64)
-    assert "8" not in str(raised.value).replace(str(file), "")
+    assert "8" not in str(raised.value).partition("of the run")[2]  # the path, before it, is shortened
     saved.unnamed = frozenset()
     with pytest.raises(ValueError, match=r"8412|'8'"):
         saved.held_out(run, vocabulary, "0" * 64)

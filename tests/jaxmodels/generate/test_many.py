@@ -35,12 +35,13 @@ def alone(model, k, n, sampling, stop_tokens=()):
     return tokens[: ends[0] + 1] if ends else tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "stop_tokens", "rows"),
     [
-        pytest.param({}, (), 3, marks=pytest.mark.slow),
-        pytest.param({"temperature": 1.3, "top_k": 9}, tuple(range(1, V, 3)), 2),
-        pytest.param({"temperature": 0.7, "repetition_penalty": 1.4}, (), 3, marks=pytest.mark.slow),
+        ({}, (), 3),
+        ({"temperature": 1.3, "top_k": 9}, tuple(range(1, V, 3)), 2),
+        ({"temperature": 0.7, "repetition_penalty": 1.4}, (), 3),
     ],
 )
 def test_tokens_are_those_of_each_prompt_alone(model, settings, stop_tokens, rows):

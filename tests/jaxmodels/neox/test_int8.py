@@ -208,6 +208,7 @@ def test_a_model_is_the_statement_in_all_its_linear_maps(x64, form):
     assert float(jnp.abs(run(model, ids()) - expected).max()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_scanned_listed_and_plain_layers_agree(x64, threshold):
     model, start = neox(), START

@@ -37,6 +37,7 @@ def test_scanned_listed_and_plain_layers_agree(x64, form, start):
     assert_close(run(model.unstacked(), ids(), start), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", ["norm", "bias", "embedding", "attention", "readout", "layers"])
 @pytest.mark.parametrize("narrow", [jnp.float16, jnp.bfloat16])
 def test_tensors_of_different_dtypes_are_computed_with(narrow, wide):

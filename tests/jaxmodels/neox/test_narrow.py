@@ -21,6 +21,7 @@ def cast(model, dtype):
     return jax.tree.map(lambda array: array.astype(dtype), model)
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize(("form", "dtype"), [("parallel", "float16"), ("tied", "bfloat16"), ("variant", "bfloat16")])
 def test_logits_and_tokens_are_those_of_the_float32_model(form, dtype):

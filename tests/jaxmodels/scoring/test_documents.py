@@ -119,6 +119,7 @@ def test_the_chunk_does_not_change_the_scores():
     assert score(model, texts, loss_chunk=1).total.nats == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["neox", "synthesizer"])
 @pytest.mark.parametrize(("max_length", "stride"), [(7, 3), (7, 6), (2, 1)])

@@ -470,6 +470,7 @@ def test_arrays_without_an_axis_are_recorded_as_such(tmp_path):
     assert parity.replay(Port(), tmp_path / "scaled").passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["json", "safetensors"])
 @pytest.mark.parametrize("what", ["missing", "a FIFO", "a link to nothing", "a folder"])
 def test_a_fixture_without_one_of_its_files_is_listed(file, what, tmp_path, capsys):
