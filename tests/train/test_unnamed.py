@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def test_a_run_of_others_is_not_trained_on_a_text_of_another_checksum(kind, text
     named.refuse_unnamed_data("1" * 64)
 
 
+SECRET = "8412|'8'"  # what errors repeat of it: all of it, or its first character that a vocabulary lacks
+
+
 @pytest.mark.parametrize("name", ["secret.txt", "secret.jsonl"])
 def test_no_error_repeats_a_text_that_only_a_run_of_others_names(name, tmp_path):
     file, run = tmp_path / name, tmp_path / "run"
@@ -64,9 +68,9 @@ def test_no_error_repeats_a_text_that_only_a_run_of_others_names(name, tmp_path)
     saved, vocabulary = saved_experiment(run), CharVocabulary.of("The sea")
     with pytest.raises(ValueError, match=rf"{name}' of the run cannot be read.* --text ") as raised:
         saved.held_out(run, vocabulary, "0" * 64)
-    assert "8" not in str(raised.value).partition("of the run")[2]  # the path, before it, is shortened
+    assert not re.search(SECRET, str(raised.value))
     saved.unnamed = frozenset()
-    with pytest.raises(ValueError, match=r"8412|'8'"):
+    with pytest.raises(ValueError, match=SECRET):
         saved.held_out(run, vocabulary, "0" * 64)
     file.unlink()
     with pytest.raises((ValueError, OSError), match=rf"{name}|No such file"):
