@@ -13,6 +13,7 @@ from jaxmodels.io.content import STEM, holds_safetensors
 from jaxmodels.io.formats.safetensors import FILE_BYTES, read_folder, write_folder
 from jaxmodels.models import load
 from jaxmodels.neox import NeoXConfig
+from jaxmodels.process.texts import shortened
 from jaxmodels.weights.lazy import Transposed
 from jaxmodels.weights.names import entries, flat_arrays
 from jaxmodels.weights.place import flax_name, from_flax_names
@@ -37,7 +38,7 @@ def open_flax(folder: str | os.PathLike) -> Source:
     try:
         config = NeoXConfig(**{key: value for key, value in fields.items() if key != "stacked"})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        raise ValueError(f"{folder / 'config.json'}: {shortened(str(error))}") from None
     stored = read_folder(folder, STEM)
     check_stored(config, stored, folder / "config.json")
     held = from_flax_names(abstract(config), stored)

@@ -327,7 +327,7 @@ def read_neox_config(config: str | None) -> NeoXConfig | None:
     try:
         return NeoXConfig(**json_object(config))
     except TypeError as error:
-        raise ValueError(f"--config {config}: {error}; presets are {', '.join(PRESETS)}") from None
+        raise ValueError(f"--config {config}: {shortened(str(error))}; presets are {', '.join(PRESETS)}") from None
 
 
 def totals(source: Source) -> str:

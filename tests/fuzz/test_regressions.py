@@ -185,6 +185,11 @@ CASES |= {
         lambda folder: config_field(folder, max_len=[[7]]),
         "max_len=[[7]] must be an integer",
     ),
+    "a setting's name of several lines": (
+        "model, streamed",
+        lambda folder: config_field(folder, **{ODD: 1}),
+        "x9b31m",
+    ),
     "layers that are not stored": (
         "retro's config.json",
         lambda folder: config_field(folder, n_layers=500),

@@ -24,7 +24,7 @@ from jaxmodels.io.checkpoint import checked_place
 from jaxmodels.io.steps import check_run, latest_step, problem, read_mark, steps
 from jaxmodels.models import names
 from jaxmodels.process.paths import check_utf8, local
-from jaxmodels.process.texts import quoted
+from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.text import Vocabulary, load_vocabulary
 from jaxmodels.training import metrics
 from jaxmodels.training.checkpoints import LOCK, Checkpoints, Position, UnknownModel, latest_model
@@ -126,7 +126,9 @@ def saved_config(kind: type[Experiment[ConfigT]], run: Path) -> ConfigT:
             config_class.check_types(about.config)
             config = config_class(**about.config)
     except TypeError as error:
-        raise ValueError(f"{run / FILE} has a configuration that {script} does not take: {error}") from None
+        raise ValueError(
+            f"{run / FILE} has a configuration that {script} does not take: {shortened(str(error))}"
+        ) from None
     for step in reversed(steps(run / "checkpoints")):
         folder = run / "checkpoints" / str(step)
         if problem(folder) is None:  # others are skipped when the run is restored

@@ -100,3 +100,11 @@ def test_a_fine_tuned_run_has_the_layers_of_its_source_instead_of_the_flag_s(tmp
     config = {"checkpoint": "elsewhere", "n_layers": 7}
     (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"script": "train.neox", "config": config}))
     assert saved_config(neox.Neox, tmp_path).n_layers == 7
+
+
+def test_a_hyperparameter_s_name_of_several_lines_is_refused_in_one(tmp_path):
+    config = {"\x9b31m\r\n\b": 1}
+    (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"script": "train.neox", "config": config}))
+    with pytest.raises(ValueError, match=r"config\.json has a configuration that .*\\x9b31m\\r\\n\\x08") as refused:
+        saved_config(neox.Neox, tmp_path)
+    assert str(refused.value).isprintable()
