@@ -12,7 +12,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
+from jaxmodels.generate.sampling import Knobs, Sampling, draw, drawable, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
 
 MIN_SLOTS = 256  # each cache size compiles another loop, which costs more than a smaller cache saves
@@ -73,9 +73,10 @@ def compiled(structure: Any, fixed: Fixed) -> Compiled:
 
     def write(state: State, logits: jax.Array, keys: jax.Array, knobs: Knobs) -> State:
         i, out, done, finite, seen, cache = state
-        logits = processed(logits[:, : fixed.n_vocab], knobs, fixed.top_k, seen)
-        token = draw(logits, knobs, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
-        finite &= (jnp.isfinite(logits.max(axis=-1)) | done).all()
+        logits = logits[:, : fixed.n_vocab]
+        scores = processed(logits, knobs, fixed.top_k, seen)
+        token = draw(scores, knobs, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+        finite &= (drawable(logits, scores) | done).all()
         token = jnp.where(done, out[i - 1], token)
         if fixed.stop_tokens:
             done |= jnp.isin(token, jnp.asarray(fixed.stop_tokens, jnp.int32))

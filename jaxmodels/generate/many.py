@@ -28,7 +28,7 @@ from jaxmodels.generate.loop import (
     loop_options,
     tokens_of,
 )
-from jaxmodels.generate.sampling import Knobs, Sampling, draw, integer, processed
+from jaxmodels.generate.sampling import Knobs, Sampling, draw, drawable, integer, processed
 from jaxmodels.protocols import LanguageModel, check_decoding
 
 SHORTEST = 16  # tokens to which prompts are padded at least; see `padded_length`
@@ -83,9 +83,10 @@ def compiled(structure: Any, fixed: Fixed) -> Compiled:
 
     def token_of(logits: jax.Array, keys: jax.Array, i: jax.Array, knobs: Knobs, seen: Any) -> tuple[jax.Array, ...]:
         """Tokens [B], and for each row whether there was something to draw from and whether it ends the row."""
-        logits = processed(logits[:, : fixed.n_vocab], knobs, fixed.top_k, seen)
-        token = draw(logits, knobs, jax.vmap(jax.random.fold_in)(keys, i))
-        return token, jnp.isfinite(logits.max(axis=-1)), jnp.isin(token, jnp.asarray(fixed.stop_tokens, jnp.int32))
+        logits = logits[:, : fixed.n_vocab]
+        scores = processed(logits, knobs, fixed.top_k, seen)
+        token = draw(scores, knobs, jax.vmap(jax.random.fold_in)(keys, i))
+        return token, drawable(logits, scores), jnp.isin(token, jnp.asarray(fixed.stop_tokens, jnp.int32))
 
     def read(weights: list[jax.Array], ids: jax.Array, start: jax.Array, keys: jax.Array, knobs: Knobs) -> Group:
         model = jax.tree.unflatten(structure, weights)

@@ -174,6 +174,14 @@ def processed(logits: jax.Array, knobs: Knobs, top_k: int | None = None, seen: j
     return logits
 
 
+def drawable(logits: jax.Array, processed: jax.Array) -> jax.Array:
+    """Mask [B]: whether a model's logits [B, V] are neither NaN nor +inf, and the processed ones leave a token to draw.
+
+    The maximum alone would not tell: XLA drops NaN from that of a large array on CPUs.
+    """
+    return (logits < jnp.inf).all(axis=-1) & jnp.isfinite(processed.max(axis=-1))
+
+
 def nucleus(probabilities: jax.Array, top_p: jax.Array) -> jax.Array:
     """Mask [B, V] of the fewest tokens whose probabilities [B, V] reach top_p; the first ones among equals.
 

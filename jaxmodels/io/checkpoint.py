@@ -57,7 +57,7 @@ def save_arrays(folder: Path, module: Any) -> None:
     drop_reports_of_saving()
     arrays = {dotted(path): array for path, array in flat_arrays(module).items()}
     try:
-        with ThreadPoolExecutor(1) as pool:
+        with saving(), ThreadPoolExecutor(1) as pool:
             pool.submit(int).result()  # from here on the thread is waited for, whenever an interrupt comes
             pool.submit(contextvars.copy_context().run, ocp.save, place, arrays).result()
     except Exception as error:  # TensorStore raises its own for a full disk
@@ -66,6 +66,15 @@ def save_arrays(folder: Path, module: Any) -> None:
         if refused is None:
             raise
         raise refused from error
+
+
+def saving() -> Any:
+    """Context in which Orbax makes folders at once: for one that cannot be made, its threads would wait 5 minutes."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    return context
 
 
 def load_arrays(folder: Path, module: Any, shardings: Shardings | None = None) -> Any:

@@ -40,9 +40,10 @@ class Int8Linear(nnx.Module):
     """
 
     def __init__(self, linear: nnx.Linear, threshold: float):
-        kernel, absmax = quantized(linear.kernel[...])
-        if not isinstance(absmax, jax.core.Tracer) and not jnp.isfinite(absmax).all():
+        given = linear.kernel[...]
+        if not isinstance(given, jax.core.Tracer) and not finite(given, jnp.float16):
             raise ValueError("a linear map has weights beyond float16's ±65,504, or NaN: it cannot be quantized")
+        kernel, absmax = quantized(given)
         self.kernel, self.absmax = Fixed(kernel), Fixed(absmax)
         self.bias = linear.bias
         self.dtype = linear.dtype
@@ -64,6 +65,12 @@ def check_magnitudes(name: str, array: jax.Array) -> None:
     """Raises ValueError if an array has a number that is negative or not finite."""
     if not ((array >= 0) & jnp.isfinite(array)).all():
         raise ValueError(f"{name} has numbers that are negative, infinite or NaN; it holds magnitudes of weights")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def finite(kernel: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """Whether all weights are finite, in a dtype. XLA drops NaN from the maximum of a large array on CPUs."""
+    return jnp.isfinite(kernel if dtype is None else kernel.astype(dtype)).all()
 
 
 @jax.jit

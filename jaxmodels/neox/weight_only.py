@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxmodels import native
 from jaxmodels.layers import Fixed
-from jaxmodels.neox.int8 import check_magnitudes
+from jaxmodels.neox.int8 import check_magnitudes, finite
 
 TILE = 256  # outputs: 1 MB of float32 with 1,024 features, which a core's cache holds
 FEW = 16  # rows; with more, the conversion of the whole matrix is a small part of the product
@@ -35,9 +35,10 @@ class WeightOnlyLinear(nnx.Module):
     """
 
     def __init__(self, linear: nnx.Linear, bits: int = 8):
-        weight, scale = (quantized if bits == 8 else four_bits)(linear.kernel[...])
-        if not isinstance(scale, jax.core.Tracer) and not jnp.isfinite(scale).all():
+        kernel = linear.kernel[...]
+        if not isinstance(kernel, jax.core.Tracer) and not finite(kernel):
             raise ValueError("a linear map has weights that are infinite or NaN: it cannot be quantized")
+        weight, scale = (quantized if bits == 8 else four_bits)(kernel)
         self.weight, self.scale = Fixed(weight), Fixed(scale)
         self.bias = linear.bias
         self.dtype = linear.dtype

@@ -34,7 +34,7 @@ from jaxmodels.io import manifest
 from jaxmodels.io import steps as stored
 from jaxmodels.io.atomic import atomic_file, flush
 from jaxmodels.io.bounded import open_in_place
-from jaxmodels.io.checkpoint import drop_reports_of_saving, read_arrays, read_config
+from jaxmodels.io.checkpoint import drop_reports_of_saving, read_arrays, read_config, saving
 from jaxmodels.io.steps import FORMAT, MARK, check_run, latest_step, problem, read_mark, steps
 from jaxmodels.models import describe, names
 from jaxmodels.process.distributed import agree, is_first
@@ -135,8 +135,9 @@ class Checkpoints:
             self.error = self.error or OSError(f"{folder}: another process could not write it")
             return
         try:
-            parts.append(ocp.save_async(folder / "model" / "params", {**state.params, **state.fixed}))
-            parts.append(ocp.save_async(folder / "state", training_arrays(state)))
+            with saving():
+                parts.append(ocp.save_async(folder / "model" / "params", {**state.params, **state.fixed}))
+                parts.append(ocp.save_async(folder / "state", training_arrays(state)))
         except Exception as error:  # Orbax raises many kinds
             self.error = error
         losses, about = np.asarray(position.losses, np.float32), {"step": position.step, "data": position.data}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from jaxmodels.generate.sampling import Sampling, draw, nucleus, processed
+from jaxmodels.generate.sampling import Sampling, draw, drawable, nucleus, processed
 
 KEY = jax.random.key(0)
 LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 1.4, -3.0, 0.0])
@@ -209,3 +209,17 @@ def test_biases_must_be_within_the_vocabulary_and_leave_a_token():
         Sampling(logit_bias={5: 1.0}).knobs(5)
     with pytest.raises(ValueError, match="logit_bias excludes all 2"):
         Sampling(logit_bias={0: -math.inf, 1: -math.inf}).knobs(2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 40}, {"min_p": 0.1}])
+def test_logits_with_one_number_that_is_none_are_not_drawn_from(settings, dtype):
+    """XLA drops NaN from the maximum of a large array on CPUs."""
+    logits = np.random.default_rng(0).normal(size=(7, 8192))
+    logits[[1, 2, 3], [5, 8191, 77]] = np.nan, -np.nan, np.inf
+    logits[4, 9] = -np.inf  # a token that is never drawn
+    logits[5], logits[6] = np.nan, -np.inf
+    sampling = Sampling(temperature=0.8, **settings) if settings else Sampling()
+    given = jnp.asarray(logits, dtype)
+    found = jax.jit(lambda x: drawable(x, processed(x, sampling.knobs(8192), sampling.top_k)))(given)
+    assert found.tolist() == [True, False, False, False, True, False, False]

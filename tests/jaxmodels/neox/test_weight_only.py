@@ -17,7 +17,7 @@ from jaxmodels.convert.hf import save_hf
 from jaxmodels.generate import generate
 from jaxmodels.layers import Fixed, Linear
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
-from jaxmodels.neox.int8 import LINEARS
+from jaxmodels.neox.int8 import LINEARS, Int8Linear
 from jaxmodels.neox.lora import LoRA, LoRANeoX
 from jaxmodels.neox.weight_only import FEW, TILE, WeightOnlyLinear, by_tiles, four_bits, product, quantized, whole
 from jaxmodels.weights.names import dotted, flat_arrays, to_torch
@@ -218,6 +218,19 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
     for kind in ("weights", "weights-4"):
         with pytest.raises(ValueError, match="NaN"):
             quantize(wrong, kind=kind)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.nan, jnp.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_large_weight_with_one_number_that_is_none_is_refused(bits, value, dtype):
+    """XLA drops NaN from the maximum of a large array on CPUs."""
+    linear = nnx.Linear(256, 67, param_dtype=dtype, rngs=nnx.Rngs(0))
+    linear.kernel[...] = linear.kernel[...].at[3, 5].set(value)
+    with pytest.raises(ValueError, match="NaN"):
+        WeightOnlyLinear(linear, bits)
+    with pytest.raises(ValueError, match="NaN"):
+        Int8Linear(linear, 6.0)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("weights", 0.26), ("weights-4", 0.135)])

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import optax
 import pytest
@@ -116,22 +117,40 @@ def test_a_disk_that_stays_full_ends_a_run_with_two_lines(new, tmp_path):
     assert steps(run / "checkpoints") == [30, 35, 40]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kilobytes", [80, 120])
-def test_a_full_file_system_ends_a_run_with_two_lines(new, tmp_path, kilobytes):
-    mounted = f"mount -t tmpfs -o size={kilobytes}k tmpfs {tmp_path}"
+def in_a_small_file_system(options: str, place: Path, new: list) -> subprocess.CompletedProcess:
+    """Training in a file system that is mounted with these options."""
+    mounted = f"mount -t tmpfs -o {options} tmpfs {place}"
     private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if not shutil.which("unshare") or subprocess.run([*private, mounted], capture_output=True, check=False).returncode:
         pytest.skip("a file system of its own cannot be mounted here")
-    training = shlex.join([sys.executable, "-m", "train.rope", *new, "--steps", "40", "--out", f"{tmp_path}/run"])
+    training = shlex.join([sys.executable, "-m", "train.rope", *new, "--steps", "40", "--out", f"{place}/run"])
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [*private, f"{mounted} && {training}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [80, 120])
+def test_a_full_file_system_ends_a_run_with_two_lines(new, tmp_path, kilobytes):
+    done = in_a_small_file_system(f"size={kilobytes}k", tmp_path, new)
     assert done.returncode == 2, done.stderr
     first, second = done.stderr.splitlines()
     assert re.fullmatch(r"warning: checkpoint 5 could not be saved: .*: No space left on device; trying again", first)
     assert re.fullmatch(r"python -m train.rope: checkpoint \d+ could not be saved either: .*No space left.*", second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [12, 13, 14])
+def test_a_file_system_without_room_for_another_folder_ends_a_run(new, tmp_path, files):
+    """Threads of Orbax would wait five minutes for a folder that cannot be made."""
+    began = time.monotonic()
+    done = in_a_small_file_system(f"size=4m,nr_inodes={files}", tmp_path, new)
+    assert time.monotonic() - began < 150
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(r"python -m train.rope: checkpoint \d+ could not be saved either: .*No space left.*", last)
 
 
 def until(process: subprocess.Popen, text: str) -> str:
