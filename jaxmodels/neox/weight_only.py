@@ -36,7 +36,7 @@ class WeightOnlyLinear(nnx.Module):
 
     def __init__(self, linear: nnx.Linear, bits: int = 8):
         kernel = linear.kernel[...]
-        if not isinstance(kernel, jax.core.Tracer) and not finite(kernel):
+        if not isinstance(kernel, jax.core.Tracer) and not finite(kernel, jnp.float32):
             raise ValueError("a linear map has weights that are infinite or NaN: it cannot be quantized")
         weight, scale = (quantized if bits == 8 else four_bits)(kernel)
         self.weight, self.scale = Fixed(weight), Fixed(scale)

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ from parity.mutation.mutate import Outcome
 from parity.report.results import Check
 
 LARGEST = 2**26  # bytes of a file; a verdict has some hundred
-BEGINNINGS = ('{"mutant": ', '{"case": ')  # of lines
+BEGUN = re.compile(r'\{"(mutant|case)": (?:"(?:[^"\\]|\\.)*(?:\\|"(.*))?)?')  # a line, whole or cut
+FOLLOWING = {"mutant": ', "row": ', "case": ', "seeds": '}  # after the name
 
 Alarms = dict[str, list[tuple[int, Check]]]
 
@@ -93,8 +95,7 @@ class State:
                 try:
                     state.take(json.loads(line))
                 except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                    unfinished = isinstance(error, json.JSONDecodeError) and line.startswith(BEGINNINGS)
-                    if number > len(lines) and unfinished:
+                    if number > len(lines) and isinstance(error, json.JSONDecodeError) and is_cut(line):
                         opened.truncate(opened.seek(os.stat(file).st_size - len(rest.encode())))
                         continue
                     reason = shortened(repr(error), 300)
@@ -134,6 +135,15 @@ class State:
         if self.file is not None and self.path is not None:
             with naming(self.path):
                 print(content, end="", file=self.file, flush=True)
+
+
+def is_cut(line: str) -> bool:
+    """True for the beginning of a line that `State.write` writes, cut behind its first key or later."""
+    begun = BEGUN.fullmatch(line)
+    if begun is None:
+        return False
+    rest, following = begun[2] or "", FOLLOWING[begun[1]]
+    return rest.startswith(following) or following.startswith(rest)
 
 
 def text(value: Any) -> str:

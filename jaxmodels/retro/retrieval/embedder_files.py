@@ -7,7 +7,8 @@ follow names that lead to other folders and models.
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +113,17 @@ def check_names(file: Path, content: Any) -> None:
     if content.get("configuration_files"):
         raise ValueError(f"{file} has 'configuration_files', which would be read in its place: remove the key")
     named = content.get("transformers_weights")
-    if named is not None and not (
-        is_plain(named) and named.endswith(".safetensors") and (file.parent / named).exists()
-    ):
+    if named is None or named == "model.safetensors.index.json":
+        return
+    if not is_plain(named) or not WEIGHTS.fullmatch(named) or not (file.parent / named).exists():
         raise ValueError(f"{file} has 'transformers_weights' of {quoted(named)}, must be a .safetensors file beside it")
 
 
 def check_numbers(file: Path, content: Any) -> None:
     """Raise ValueError if an integer of a configuration is larger than any of a published one, at any depth.
 
-    Raises ValueError too for more than MOST_VALUES values, labels that are only counted included, and for a kernel of
-    the Hub, which is code.
+    Raises ValueError too for more than MOST_VALUES values, where num_labels stands for that many; for a kernel of the
+    Hub, which is code; and for an attribute_map, by which any other key may set what is checked here.
     """
     left: list[tuple[str, Any]] = [("", content)]
     values = 0
@@ -130,7 +131,9 @@ def check_numbers(file: Path, content: Any) -> None:
         name, value = left.pop()
         values += value if name == "num_labels" and type(value) is int and value > 0 else 1
         if values + len(left) > MOST_VALUES:
-            raise ValueError(f"{file} has more than {MOST_VALUES:,} values")
+            raise ValueError(f"{file} has more than {MOST_VALUES:,} values, those of 'num_labels' included")
+        if name == "attribute_map" and value:
+            raise ValueError(f"{file} has 'attribute_map', which renames other keys: remove it")
         most = MOST_LAYERS if name.endswith(("layer", "layers")) else MOST_NUMBER
         if type(value) is int and value > most and "theta" not in name:
             raise ValueError(f"{file} has {quoted(name)} of {quoted(value)}, must be at most {most:,}")
@@ -181,15 +184,23 @@ def confined_tokenizers(folder: Path) -> list[TokenizerFile]:
 
 
 @contextlib.contextmanager
-def without_reports(transformers: Any) -> Iterator[None]:
-    """Context in which transformers prints no progress, and no tables on weights, whose names a file may choose."""
+def without_reports(transformers: Any, progress: bool = False) -> Iterator[None]:
+    """Context in which transformers prints no tables on weights, whose names a file may choose, nor its progress."""
     logs = transformers.logging
-    before, shown = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    before, hides = logs.get_verbosity(), logs.is_progress_bar_enabled() and not progress
     logs.set_verbosity_error()
-    logs.disable_progress_bar()
+    if hides:
+        quietly(logs.disable_progress_bar)
     try:
         yield
     finally:
         logs.set_verbosity(before)
-        if shown:
-            logs.enable_progress_bar()
+        if hides:
+            quietly(logs.enable_progress_bar)
+
+
+def quietly(switch: Callable[[], None]) -> None:
+    """Call a function that warns of an environment variable which takes precedence."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        switch()

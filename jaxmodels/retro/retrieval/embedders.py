@@ -137,7 +137,7 @@ def one_line(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        if "weights_only" in reason:  # torch's advice to set it to False, which runs a file's code
+        if reason.startswith("Weights only load failed"):  # and torch's advice how to run the code of a file
             reason = "its weights are not PyTorch files of tensors alone"
         raise ValueError(f"{what}: {shortened(reason, 500)}") from None
 
@@ -215,7 +215,8 @@ class BertMean:
             import transformers
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install transformers torch") from None
-        with loading(self), without_reports(transformers):
+        named = not Path(self.model).is_dir()  # which is downloaded
+        with loading(self), without_reports(transformers, progress=named):
             self.tokenizers  # noqa: B018  # a bad one is refused before the library reads it
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
             model, found = transformers.AutoModel.from_pretrained(

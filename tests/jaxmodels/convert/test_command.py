@@ -386,7 +386,7 @@ def test_names_of_several_lines_are_printed_in_one(tmp_path, capsys):
     """Names of folders, as a stranger's archive may have them, cannot imitate output or steer the terminal."""
     folder = tmp_path / "a\n\x1b[31mred\u202e"
     TARGETS["model"].make(tmp_path / "model")
-    (tmp_path / "model").rename(folder)  # no such name is written
+    (tmp_path / "model").rename(folder)  # save refuses to write under such a name
     for arguments in (["inspect", str(folder)], ["verify", str(folder), str(folder)]):
         assert command(arguments) == 0
         printed = capsys.readouterr().out

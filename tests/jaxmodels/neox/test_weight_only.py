@@ -224,7 +224,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
 @pytest.mark.parametrize("value", [jnp.nan, -jnp.nan, jnp.inf])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_large_weight_with_one_number_that_is_none_is_refused(bits, value, dtype):
-    """XLA drops NaN from the maximum of a large array on CPUs."""
+    """On CPUs XLA drops NaN from the maximum of a long float32 array."""
     linear = nnx.Linear(256, 67, param_dtype=dtype, rngs=nnx.Rngs(0))
     linear.kernel[...] = linear.kernel[...].at[3, 5].set(value)
     with pytest.raises(ValueError, match="NaN"):
@@ -243,3 +243,11 @@ def test_bytes_are_a_share_of_float32_s(kind, share):
         return sum(array.size * array.dtype.itemsize for array in parts)
 
     assert size(small) < share * size(whole)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_beyond_float32_is_refused(x64, bits):
+    linear = nnx.Linear(7, 5, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    linear.kernel[...] = linear.kernel[...].at[3, 2].set(1e39)
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        WeightOnlyLinear(linear, bits)

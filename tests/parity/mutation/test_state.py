@@ -90,7 +90,8 @@ def test_a_line_that_is_no_verdict_is_refused(tmp_path, line):
 def test_a_last_line_that_a_kill_cut_is_removed_and_one_without_an_end_is_kept(tmp_path):
     file = tmp_path / "state.jsonl"
     lines = f"{json.dumps(MUTANT)}\n{json.dumps(ALARM)}"
-    for cut, alarms in ((len(lines), 1), (len(lines) - 1, 0), (len(json.dumps(MUTANT)) + 20, 0)):
+    first = len(json.dumps(MUTANT)) + 1
+    for cut, alarms in ((len(lines), 1), (len(lines) - 1, 0), *((first + more, 0) for more in range(9, 40))):
         file.write_text(lines[:cut])
         with State.opened(file) as state:
             assert (list(state.rows), len(state.alarms)) == (["key"], alarms)
@@ -101,6 +102,9 @@ def test_a_last_line_that_a_kill_cut_is_removed_and_one_without_an_end_is_kept(t
         "a text of others",
         json.dumps({"case": "important", "x": 1}),
         json.dumps({"mutant": "a", "x": [1]}),
+        '{"case": "important",}',
+        '{"case": "important", "note": "unfinished',
+        '{"mutant": "x", "n": 1} {"mutant": 2}',
     ):
         file.write_text(others)
         with pytest.raises(ValueError, match="line 1 is not a verdict"), State.opened(file):

@@ -225,6 +225,18 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     ),
     "other weights": ("config.json", {"transformers_weights": "adapter_model.bin"}, "of 'adapter_model.bin', must be"),
     "weights further down": ("config.json", {"transformers_weights": "a/b/x.safetensors"}, "of 'a/b/x.safetensors'"),
+    "weights of no name": ("config.json", {"transformers_weights": ".safetensors"}, "of '.safetensors', must be"),
+    "weights of two lines": (
+        "config.json",
+        {"transformers_weights": "a\nb.safetensors"},
+        "of 'a\\nb.safetensors'",
+    ),
+    "renamed keys": (
+        "config.json",
+        {"attribute_map": {"f": "num_labels"}, "f": 10**6},
+        "'attribute_map', which renames",
+    ),
+    "keys renamed in a part": ("config.json", {"a": {"attribute_map": {"f": "b"}}}, "'attribute_map', which"),
     "no weights": ("config.json", {"transformers_weights": "x.safetensors"}, "of 'x.safetensors', must be"),
     "nested layers": ("config.json", {"text_config": {"n_layer": 2_001}}, "'n_layer' of 2001, must be at most 2,000"),
     "numbers in a list": ("config.json", {"depths": [1, LARGE]}, "'depths' of 1000000000000"),
@@ -259,6 +271,8 @@ def test_names_of_other_places_and_numbers_that_no_model_has_are_refused(case, t
     name, content, said = REFUSED[case]
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(json.dumps(content))
+    for weights in (".safetensors", "a\nb.safetensors"):
+        (tmp_path / weights).touch()
     with (
         pytest.raises(ValueError, match=rf"^embedder bert:.* cannot be loaded: \S*{name} .*{re.escape(said)}"),
         loading(BertMean(str(tmp_path))),
