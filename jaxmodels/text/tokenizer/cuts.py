@@ -11,6 +11,7 @@ What is not known to have these properties is never cut: the text is then encode
 """
 
 import functools
+import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -128,7 +129,7 @@ class Cuts:
         images = {(before, after)}
         for i, step in enumerate(self.normalizers):
             if step["type"] == "Prepend":
-                self.check_prepend(i, after)
+                self.check_prepend(i, before, after)
             else:
                 images = {image for pair in images for image in self.images(i, *pair)}
             if len(images) > MOST_IMAGES or not all(steady(c) for pair in images for c in pair):
@@ -167,17 +168,21 @@ class Cuts:
             images = separate(step, before, after)
             if images is None:
                 if not (step["type"] in REMOVE_SPACES and after in WHITESPACE):
-                    for later in self.pre_tokenizers[i + 1 :]:
+                    for done, later in itertools.pairwise(self.pre_tokenizers[i:]):
+                        after = shown(done, after)
                         check_prefix(later, after)
                 return
             before, after = images
         self.check_model(before, after)
 
-    def check_prepend(self, i: int, after: str) -> None:
-        """Raise NoCut unless a piece without its first character, and with what is prepended, is as it was."""
+    def check_prepend(self, i: int, before: str, after: str) -> None:
+        """Raise NoCut unless a piece without its first character, and with what is prepended, is as it was.
+
+        Behind an added token it is not: what follows one has both the character and what is prepended.
+        """
         prefix, rest = self.normalizers[i]["prepend"], self.normalizers[i + 1 :]
         simple = all(step["type"] == "Replace" and len(step["pattern"].get("String", "  ")) == 1 for step in rest)
-        if i or self.normalized.any or after in self.raw.first or not simple:
+        if i or self.normalized.any or before in self.raw.last or after in self.raw.first or not simple:
             raise NoCut("its normalizer Prepend, with what is beside it")
         one, other = self.normalize(i + 1, len(self.normalizers), [after, prefix])
         if one != other:
@@ -211,6 +216,7 @@ class Added:
         found = [token for token in tokens if token["content"]]
         self.any = bool(found)
         self.first = {token["content"][0] for token in found}
+        self.last = {token["content"][-1] for token in found}
         self.inside = {pair for token in found for pair in zip(token["content"], token["content"][1:], strict=False)}
         self.strips = any(token["lstrip"] or token["rstrip"] for token in found)
         self.ends_that_strip = {token["content"][-1] for token in found if token["rstrip"]}
@@ -256,6 +262,13 @@ def check_prefix(step: Step, after: str) -> None:
         return
     if prepends and after not in kept:
         raise NoCut(f"its pre-tokenizer {step['type']}, which prepends a space")
+
+
+def shown(step: Step, c: str) -> str:
+    """First character that a pre-tokenizer makes of one."""
+    if step["type"] == "Metaspace" and c == " ":
+        return step["replacement"]
+    return byte_characters(c)[0] if step["type"] == "ByteLevel" else c
 
 
 def separate(step: Step, before: str, after: str) -> tuple[str, str] | None:

@@ -132,7 +132,15 @@ def seen_by(pattern: Pattern | str | None, letters: set[str]) -> set[str]:
     """Characters among `letters` that a pattern may match, or look at beside a match."""
     if isinstance(pattern, str):
         return letters & set(pattern)
-    return letters if pattern is None or len(letters) > LETTERS else {c for c in letters if pattern.touches(c)}
+    return letters if pattern is None or len(letters) > LETTERS else {c for c in letters if may_touch(pattern, c)}
+
+
+def may_touch(pattern: Pattern, c: str) -> bool:
+    """True if a match may contain a character, also if that cannot be told."""
+    try:
+        return pattern.touches(c)
+    except Unsupported:
+        return True
 
 
 def check_templates(processors: list[Step]) -> None:

@@ -26,7 +26,10 @@ class Nullable(Unsupported):
 
 
 def is_word(c: str) -> bool:
+    """True for a character of words; raises Unsupported for a fraction or an exponent, on which libraries differ."""
     category = unicodedata.category(c)
+    if category == "No":
+        raise Unsupported("characters of words beside a fraction or an exponent")
     return category[0] in "LM" or category in ("Nd", "Pc")
 
 
@@ -57,7 +60,18 @@ def either(tests: list[Test]) -> Test:
 
 
 def ignoring_case(test: Test) -> Test:
-    return lambda c: test(c) or any(len(other) == 1 and test(other) for other in (c.lower(), c.upper(), c.casefold()))
+    """Test that takes a letter's cases for one; raises Unsupported for a letter of which libraries find others.
+
+    Those have a case of several letters (ß, ﬁ), or one in ASCII though they are not (ı, the sign of kelvins).
+    """
+
+    def folded(c: str) -> bool:
+        cases = {c.lower(), c.upper(), c.casefold()} - {c}
+        if not c.isascii() and any(len(other) > 1 or other.isascii() for other in cases):
+            raise Unsupported("letters of either case, of which libraries find different ones")
+        return test(c) or any(test(other) for other in cases)
+
+    return folded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,6 +85,13 @@ def without_words(prefix: bool) -> Tokenizer:
     return words
 
 
+def with_instructions() -> Tokenizer:
+    """As Llama 2's, with added tokens that end in what a cut may follow elsewhere."""
+    tokenizer = without_words(True)
+    tokenizer.add_special_tokens(["[INST]", "[/INST]", "[PAD]"])
+    return tokenizer
+
+
 def metaspace_bpe(**options: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**options)
@@ -194,6 +201,7 @@ MAKERS: dict[str, Callable[[], Tokenizer]] = {
     "unigram, first": lambda: unigram("first", normalizers.NFKC()),
     "unigram, never": lambda: unigram("never", normalizers.Nmt(), normalizers.NFKC()),
     "llama2": lambda: without_words(True),
+    "llama2 with instructions": with_instructions,
     "gemma": lambda: without_words(False),
     "mistral": unsplit_metaspace,
     "words": word_level,

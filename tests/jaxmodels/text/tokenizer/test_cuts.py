@@ -15,7 +15,7 @@ from jaxmodels.process.confined import Child
 from jaxmodels.text import ByteVocabulary, CharVocabulary, TokenizerFile, Vocabulary
 from jaxmodels.text.documents import Text
 from jaxmodels.text.pieces import pieces
-from jaxmodels.text.tokenizer.patterns import Pattern, Unsupported
+from jaxmodels.text.tokenizer.patterns import Pattern, Unsupported, parsed
 from tests.jaxmodels.text.tokenizers import GPT2, LLAMA3, MAKERS, UNCUT, made
 
 # Normalizer that replaces nothing: a tree without entries, and texts that no entry names.
@@ -34,6 +34,7 @@ ALPHABET += [
     "\u00a0",
     "</s>",
 ]
+ALPHABET += ["[INST] ", " [/INST]", "[PAD]", "]", "ı", "ß", "½", "²"]
 ALPHABET += ["[MASK]", "<unk>", "word", "``", "''", "▁", "▁▁"]
 
 
@@ -213,3 +214,48 @@ def test_a_merge_with_an_empty_token_is_no_error():
     vocabulary = TokenizerFile(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     assert vocabulary.cuts.reason is not None
     assert vocabulary.encode("ab").tolist() == [3]
+
+
+def test_no_cut_is_between_an_added_token_and_a_space_that_is_prepended():
+    """What follows an added token has the space and what is prepended; a piece would have one of them."""
+    cuts = TokenizerFile(made("llama2 with instructions").to_str()).cuts
+    assert not cuts.separate("]", " ")
+    assert cuts.separate("e", " ")
+
+
+def constructed(model: dict[str, Any], **parts: Any) -> TokenizerFile:
+    return TokenizerFile(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
+
+
+def test_a_prefix_is_looked_for_as_earlier_pre_tokenizers_leave_the_space():
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    vocab = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "▁"])}
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [level, metaspace]}
+    vocabulary = constructed({"type": "BPE", "vocab": vocab, "merges": []}, pre_tokenizer=pre_tokenizer)
+    whole = "the model of text\n" * 29
+    joined = [piece.text for piece in pieces(Text("text", whole), vocabulary.cuts, size=7)]
+    assert [i for found in ids(vocabulary, joined) for i in found] == vocabulary.encode(whole).tolist()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "before"),
+    [
+        (r"(?i:[a-z]+)", "ı"),
+        (r"(?i:[a-z]+)", "\u212a"),
+        (r"(?i:ss)", "ß"),
+        (r"(?i:fi)", "ﬁ"),
+        (r"\w+", "½"),
+        (r"\W", "²"),
+    ],
+)
+def test_a_character_on_which_libraries_differ_is_beside_no_cut(pattern, before):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    model = {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}
+    assert not constructed(model, pre_tokenizer=split).cuts.separate(before, ".")
+
+
+def test_letters_of_other_alphabets_have_two_cases():
+    assert parsed("(?i:ж)").may_cut("Ж", " ")
+    assert parsed("(?i:ж)").touches("Ж")
+    assert not parsed("(?i:ж)").touches("s")
