@@ -185,7 +185,10 @@ def confined_tokenizers(folder: Path) -> list[TokenizerFile]:
 
 @contextlib.contextmanager
 def without_reports(transformers: Any, progress: bool = False) -> Iterator[None]:
-    """Context in which transformers prints no tables on weights, whose names a file may choose, nor its progress."""
+    """Context in which transformers prints no tables on weights, whose names a file may choose, and no progress.
+
+    progress: print that nevertheless, as of a download.
+    """
     logs = transformers.logging
     before, hides = logs.get_verbosity(), logs.is_progress_bar_enabled() and not progress
     logs.set_verbosity_error()
