@@ -224,7 +224,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
 @pytest.mark.parametrize("value", [jnp.nan, -jnp.nan, jnp.inf])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_large_weight_with_one_number_that_is_none_is_refused(bits, value, dtype):
-    """On CPUs XLA drops NaN from the maximum of a long float32 array."""
+    """XLA drops NaN from the maximum of a long float32 array on CPUs."""
     linear = nnx.Linear(256, 67, param_dtype=dtype, rngs=nnx.Rngs(0))
     linear.kernel[...] = linear.kernel[...].at[3, 5].set(value)
     with pytest.raises(ValueError, match="NaN"):

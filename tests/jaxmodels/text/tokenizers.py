@@ -86,7 +86,7 @@ def without_words(prefix: bool) -> Tokenizer:
 
 
 def with_instructions() -> Tokenizer:
-    """As Llama 2's, with added tokens that end in what a cut may follow elsewhere."""
+    """Tokenizer as Llama 2's, with added tokens that end in what a cut may follow elsewhere."""
     tokenizer = without_words(True)
     tokenizer.add_special_tokens(["[INST]", "[/INST]", "[PAD]"])
     return tokenizer

@@ -108,7 +108,7 @@ def test_a_build_that_fails_names_the_factory_and_leaves_room_for_another(tmp_pa
 
 @pytest.mark.parametrize(("factory", "least"), [("OPQ4,PQ4x4", 16), ("OPQ4_8,Flat", 8), ("PCA12,OPQ4,IVF3,PQ4x4", 12)])
 def test_fewer_chunks_than_features_are_not_rotated(factory, least, tmp_path):
-    """With enough chunks for its product quantization, FAISS would crash."""
+    """FAISS would crash with enough chunks for its product quantization."""
     few = Corpus.of(VOCABULARY.encode(TEXT[: L * (least - 1)]), VOCABULARY)
     with pytest.raises(ValueError, match=rf"^factory='{factory}' rotates to {least} features, .* {least - 1} chunks"):
         ChunkIndex.build(tmp_path / "index", few, L, NGRAMS, factory=factory)

@@ -217,7 +217,7 @@ def test_a_merge_with_an_empty_token_is_no_error():
 
 
 def test_no_cut_is_between_an_added_token_and_a_space_that_is_prepended():
-    """What follows an added token has the space and what is prepended; a piece would have one of them."""
+    """A text behind an added token has the space and what is prepended; a piece would have one of them."""
     cuts = TokenizerFile(made("llama2 with instructions").to_str()).cuts
     assert not cuts.separate("]", " ")
     assert cuts.separate("e", " ")
