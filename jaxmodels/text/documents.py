@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jaxmodels.io.bounded import open_regular, parsed
 from jaxmodels.io.content import recognised
 from jaxmodels.process.texts import quoted
-from jaxmodels.text.tables.columns import columns
+from jaxmodels.text.tables.columns import columns, warn_of_empty
 from jaxmodels.text.vocabularies import utf8
 
 BLOCK = 2**20  # bytes of a text file that are read at once
@@ -179,9 +179,10 @@ class Files(Source):
             for one in TextFile(path).documents(0, offset):
                 yield dataclasses.replace(one, following=path.stat().st_size)
             return
-        rows = (
-            lines(path, self.field, offset) if kind == "jsonl" else columns(path, kind, self.field, offset, len(self))
-        )
+        if kind == "jsonl":
+            rows = lines(path, self.field, offset, nulls=True)
+        else:
+            rows = columns(path, kind, self.field, offset, len(self))
         for where, text, at, following in rows:
             try:
                 utf8(text)
@@ -203,8 +204,12 @@ def kind_of(file: Path) -> str:
     return KINDS.get(file.suffix.lower(), "text")
 
 
-def lines(file: Path, field: str, offset: int) -> Iterator[tuple[str, str, int, int]]:
-    """Name, text, place and end of each object of a JSONL file; blank lines are left out."""
+def lines(file: Path, field: str, offset: int, *, nulls: bool = False) -> Iterator[tuple[str, str, int, int]]:
+    """Name, text, place and end of each object of a JSONL file; blank lines are left out.
+
+    nulls: leave out objects whose field is null, too, as of a table; a warning at the end of the file counts them.
+    """
+    began, empty = offset, 0
     with open_regular(file) as opened:
         if offset == 0 and opened.read(3) == BOM:
             offset = len(BOM)
@@ -215,12 +220,16 @@ def lines(file: Path, field: str, offset: int) -> Iterator[tuple[str, str, int, 
                 raise ValueError(f"{where} has more than {LINE_BYTES:,} bytes")
             following = offset + len(line)
             if line.strip():
-                yield where, text_of(where, line, field, file), offset, following
+                text = text_of(where, line, field, file, nulls)
+                if text is not None:
+                    yield where, text, offset, following
+                empty += text is None
             offset = following
+    warn_of_empty(file, empty, f", from byte {began:,} on" if began else "")
 
 
-def text_of(where: str, line: bytes, field: str, file: Path) -> str:
-    """Field of a JSON object; raises ValueError if it is not a string."""
+def text_of(where: str, line: bytes, field: str, file: Path, nulls: bool) -> str | None:
+    """Field of a JSON object; raises ValueError if it is not a string. nulls: it may be null."""
     try:
         found = parsed(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -232,7 +241,7 @@ def text_of(where: str, line: bytes, field: str, file: Path) -> str:
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds {quoted(found)}; expected a JSON object with the field {quoted(field)}")
     text = found.get(field)
-    if not isinstance(text, str):
-        has = f"; it has {', '.join(quoted(name, 40) for name in list(found)[:10])}" if field not in found else ""
-        raise ValueError(f"{where} has {quoted(field)}={quoted(text)}, must be a string{has}")
-    return text
+    if isinstance(text, str) or (nulls and text is None and field in found):
+        return text
+    has = f"; it has {', '.join(quoted(name, 40) for name in list(found)[:10])}" if field not in found else ""
+    raise ValueError(f"{where} has {quoted(field)}={quoted(text)}, must be a string{has}")

@@ -79,7 +79,10 @@ class Judge:
         """Change a copy of the example by a seed and read it."""
         self.copy(template)
         subject, rng = self.box / SUBJECT, np.random.default_rng(seed)
-        mutate(subject, target.files, rng)
+        if target.build is not None:
+            target.build(subject, rng)
+        else:
+            mutate(subject, target.files, rng)
         if target.seal is not None and rng.random() < 0.8:
             with self.captured(), contextlib.suppress(Exception):
                 target.seal(subject)

@@ -2,16 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.fuzz import command
-from tests.fuzz.targets import TARGETS, faulty
+from tests.fuzz.targets import TARGETS, cuts, faulty
 from tests.fuzz.workers import Worker
 
 # Targets whose examples are made and read in milliseconds.
 FAST = (
     *("pt", "pt, old", "pt with entries", "pt with entries, old", "safetensors", "npy", "tokenizer, rich"),
-    *("vocab.json and merges.txt", "vocabularies", "documents", "neighbors kept", "outputs", "output folder"),
+    *(
+        "tokenizer, cut",
+        "vocab.json and merges.txt",
+        "vocabularies",
+        "documents",
+        "neighbors kept",
+        "outputs",
+        "output folder",
+    ),
 )
 SEEDS = range(4)
 # What each faulty reader is found for, by the beginning of the finding's signature; the last three end the process.
@@ -59,6 +68,20 @@ def test_readers_that_hang_swell_or_crash_are_found(tmp_path, name):
         assert worker.attempt("npy", 0)["what"] is None  # another process goes on
     finally:
         worker.close()
+
+
+def test_pieces_with_other_ids_than_their_text_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmodels.text.tokenizer.cuts.Added.check", lambda *_: None)  # cuts divide added tokens
+
+    def differs(seed):
+        cuts.build(tmp_path, np.random.default_rng(seed))
+        try:
+            cuts.read(tmp_path)
+        except AssertionError:
+            return True
+        return False
+
+    assert any(map(differs, range(100)))
 
 
 def test_every_faulty_reader_has_an_expectation():

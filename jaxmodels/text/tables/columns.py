@@ -51,9 +51,13 @@ def columns(file: Path, kind: str, field: str, offset: int, among: int = 1) -> I
     idle.append(child)
     if reason is not None:
         raise ValueError(f"{file} {reason}")
+    warn_of_empty(file, empty, f", from row {offset:,} on" if offset else "")
+
+
+def warn_of_empty(file: Path, empty: int, place: str) -> None:
+    """Warn that rows without a text are left out, if there are any. place: where reading began, if not at row 0."""
     if empty:
-        place = f", from row {offset:,} on" if offset else ""
-        warnings.warn(f"{visible(str(file))}: rows without a text are left out{place}: {empty:,}", stacklevel=2)
+        warnings.warn(f"{visible(str(file))}: rows without a text are left out{place}: {empty:,}", stacklevel=3)
 
 
 def pieces(

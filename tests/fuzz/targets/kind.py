@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SEED = 0
 
 
@@ -13,6 +15,7 @@ class Target:
     """make: write the example to a folder. read: read all of it. files: pattern of the files to change.
 
     seal: write the checksums of changed files anew, so that a reader goes on. changes: `read` may change the folder.
+    build: write another example to a folder, which is read instead of a changed one.
     """
 
     name: str
@@ -21,6 +24,7 @@ class Target:
     files: str = "*"
     seal: Callable[[Path], None] | None = None
     changes: bool = False
+    build: Callable[[Path, np.random.Generator], None] | None = None
 
 
 def commands(*lines: Sequence[str]) -> Callable[[Path], list[int]]:

@@ -13,11 +13,12 @@ MESSAGES = [{"role": "user", "content": "Why?\né"}, {"role": "assistant", "cont
 
 
 def use_tokenizer(folder: Path) -> Any:
-    from jaxmodels.text import TokenizerFile, tokenizer
+    from jaxmodels.text import TokenizerFile
     from jaxmodels.text.encoding import Unknown
     from jaxmodels.text.pieces import cut
+    from jaxmodels.text.tokenizer import files
 
-    tokenizer.SECONDS = SECONDS
+    files.SECONDS = SECONDS
     vocabulary = TokenizerFile.read(folder)
     found = [vocabulary.ids_of(ids) for ids in vocabulary.encode_batch(TEXTS)]
     prompts = [vocabulary.encode_prompt(text) for text in TEXTS[:2]]

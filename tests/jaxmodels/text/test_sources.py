@@ -56,6 +56,18 @@ def test_jsonl_documents_end_with_the_end_token(tmp_path, vocabulary):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "tokens"]
 
 
+def test_objects_without_a_text_are_counted_in_a_warning(tmp_path, vocabulary):
+    """The datasets package writes a missing text as null, to JSONL as to Parquet."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in [None, *DOCUMENTS, None]))
+    with pytest.warns(UserWarning, match=rf"{file}: rows without a text are left out: 2$"):
+        tokens = open_tokens(str(file), vocabulary)
+    assert texts(tokens) + texts(tokens, "validation") == WRITTEN
+    file.write_text('{"id": 7}\n')  # this is another field
+    with pytest.raises(ValueError, match=rf"^{file}, line at byte 0 has 'text'=None.*'id'"):
+        open_tokens(str(file), vocabulary)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "arrow file", "dataset", "splits", "hub"])
 def test_arrow_and_parquet_hold_the_same_documents(kind, tmp_path, vocabulary):
     pyarrow = pytest.importorskip("pyarrow")
@@ -325,7 +337,7 @@ def test_an_end_token_beyond_the_tokenizer_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*rows without a text are left out:UserWarning")
-@pytest.mark.parametrize("kind", ["empty", "empty texts", "no rows", "nulls", "stream", "folder"])
+@pytest.mark.parametrize("kind", ["empty", "empty texts", "no rows", "nulls", "null", "stream", "folder"])
 def test_a_source_without_a_text_is_refused_and_leaves_nothing(kind, tmp_path):
     file = tmp_path / "a.jsonl"
     match kind:
@@ -333,6 +345,8 @@ def test_a_source_without_a_text_is_refused_and_leaves_nothing(kind, tmp_path):
             file.touch()
         case "empty texts":
             jsonl(file, ["", ""])
+        case "null":
+            jsonl(file, [None])
         case "no rows" | "nulls":
             file = tmp_path / "a.parquet"
             values = pyarrow.array([None] * 3 * (kind == "nulls"), pyarrow.string())
