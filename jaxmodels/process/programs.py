@@ -153,6 +153,28 @@ def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def interrupt_held() -> Iterator[Callable[[], bool]]:
+    """Context for code of a library that loses a KeyboardInterrupt, or raises another error for it.
+
+    Yields a function that says whether Ctrl-C was pressed, for which KeyboardInterrupt is raised at the end of the
+    context, whatever was raised in it. Does nothing where Ctrl-C raises none.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    if not main_thread or handler not in (signal.default_int_handler, interrupt):
+        yield lambda: False
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            raise KeyboardInterrupt
+
+
 def is_repeated(number: int, frame: FrameType | None) -> bool:
     """True in a callback of the collector, where Python ignores exceptions: the signal then comes again in 10 ms."""
     callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]

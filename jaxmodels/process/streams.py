@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
-from jaxmodels.process.texts import shortened
+from jaxmodels.process.texts import shortened, visible
 
 
 class Output:
@@ -103,6 +104,24 @@ def escape_unencodable() -> None:
     """Print characters that standard output's encoding lacks as escapes, instead of raising UnicodeEncodeError."""
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def records_escaped() -> Iterator[None]:
+    """Context in which control characters in the messages of `logging` are escaped: a library may log any text."""
+    made = logging.getLogRecordFactory()
+
+    def escaped(*arguments: Any, **settings: Any) -> logging.LogRecord:
+        record = made(*arguments, **settings)
+        with contextlib.suppress(TypeError, ValueError):  # arguments that do not fit, which logging reports
+            record.msg, record.args = visible(record.getMessage(), keep="\n\t"), ()
+        return record
+
+    logging.setLogRecordFactory(escaped)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(made)
 
 
 @contextlib.contextmanager

@@ -1,22 +1,139 @@
-"""Folders in the current folder that lm-eval's libraries would take for what is published under the same name."""
+"""What lm-eval and its libraries would read or run in the place of what is published, or without being told to."""
 
 import contextlib
 import functools
+import importlib.abc
+import importlib.util
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
+Function = Callable[..., Any]
 
-def refuse_metrics_here() -> None:
-    """Raise ValueError if a folder NAME in the current folder has a NAME.py.
 
-    `evaluate.load("rouge")`, which tasks call, prefers the code in ./rouge/rouge.py to the published metric.
+@contextlib.contextmanager
+def nothing_else() -> Iterator[None]:
+    """Context of lm-eval with all of the others here."""
+    with metrics_not_here(), data_sets_not_here(), repository_here_not_asked(), code_beside_models_not_run():
+        yield
+
+
+@contextlib.contextmanager
+def metrics_not_here() -> Iterator[None]:
+    """Context in which `evaluate` raises ValueError instead of running code in a folder of a published metric's name.
+
+    `evaluate.load("rouge")`, which tasks call, prefers the code in ./rouge/rouge.py to the published metric, and
+    `evaluate.load("ORG/NAME")` that in ./ORG/NAME/NAME.py. Paths that begin with ./, ../ or / are a task's own.
     """
-    for folder in Path().iterdir():
-        code = folder / f"{folder.name}.py"
-        if os.path.isfile(code):
-            raise ValueError(f"{code} would run as the metric of that name; start the command in another folder")
+
+    def check(path: str, *_: Any, **__: Any) -> None:
+        if not is_explicit(path) and os.path.lexists(path):
+            raise ValueError(
+                f"{path} in the current folder would run as the metric of that name; start the command in another "
+                "folder"
+            )
+
+    with checked("evaluate.loading", "evaluation_module_factory", check):
+        yield
+
+
+@contextlib.contextmanager
+def code_beside_models_not_run() -> Iterator[None]:
+    """Context in which `transformers` raises ValueError instead of running code that lies beside a model or tokenizer.
+
+    Tasks that measure their prompts in tokens, such as those of RULER, read the tokenizer of --model_args with
+    trust_remote_code=True, whoever made it. `--trust_remote_code` of the command line allows it.
+    """
+
+    def check(path: Any, *_: Any, **__: Any) -> None:
+        import datasets
+
+        if not getattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", False):  # lm-eval sets it
+            raise ValueError(f"{path} names code of its own, which a task would run; --trust_remote_code allows it")
+
+    with checked("transformers.dynamic_module_utils", "get_cached_module_file", check):
+        yield
+
+
+def is_explicit(path: str) -> bool:
+    """True for a path that is no name of something published."""
+    return path.split("/")[0] in ("", ".", "..")
+
+
+@contextlib.contextmanager
+def checked(module: str, name: str, check: Function) -> Iterator[None]:
+    """Context in which a function of a module calls `check` with its arguments first, also if it is imported later.
+
+    An error of `check` is raised at the end of the context, too, whatever caught it before: tasks report metrics that
+    fail to load, and go on.
+    """
+    refused: list[ValueError] = []
+    active = True
+
+    def replace(found: ModuleType) -> None:
+        original: Function = getattr(found, name)
+
+        @functools.wraps(original)
+        def replaced(*arguments: Any, **settings: Any) -> Any:
+            if active:
+                try:
+                    check(*arguments, **settings)
+                except ValueError as error:
+                    refused.append(error)
+                    raise
+            return original(*arguments, **settings)
+
+        setattr(found, name, replaced)
+        undo.callback(setattr, found, name, original)
+
+    with contextlib.ExitStack() as undo:
+        if module in sys.modules:
+            replace(sys.modules[module])
+        else:
+            finder = WhenImported(module, replace)
+            sys.meta_path.insert(0, finder)
+            undo.callback(finder.leave)
+        try:
+            yield
+        except Exception:
+            if refused:
+                raise refused[0] from None
+            raise
+        finally:
+            active = False
+    if refused:
+        raise refused[0]
+
+
+class WhenImported(importlib.abc.MetaPathFinder):
+    """Finder that calls a function with a module right after its import."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]):
+        self.name, self.then = name, then
+
+    def leave(self) -> None:
+        """Find nothing any more."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Spec of the module, as the other finders give it, whose execution ends with the function; None for others."""
+        if name != self.name:
+            return None
+        self.leave()
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def executed(module: ModuleType) -> None:
+                execute(module)
+                self.then(module)
+
+            spec.loader.exec_module = executed  # type: ignore[method-assign]
+        return spec
 
 
 @contextlib.contextmanager
@@ -27,25 +144,18 @@ def data_sets_not_here() -> Iterator[None]:
     any address. Tasks name their data sets in YAML or in code, so the call is checked. Paths that begin with ./, ../ or
     / and the builders of `datasets`, such as json, which it prefers to folders, are read as ever.
     """
-    import datasets.load as loading
 
-    original = loading.dataset_module_factory
+    def check(path: str, *_: Any, **__: Any) -> None:
+        from datasets.load import _PACKAGED_DATASETS_MODULES
 
-    @functools.wraps(original)
-    def checked(path: str, *arguments: Any, **settings: Any) -> Any:
-        explicit = path.split("/")[0] in ("", ".", "..") or path in loading._PACKAGED_DATASETS_MODULES
-        if not explicit and os.path.isdir(path):
+        if not is_explicit(path) and path not in _PACKAGED_DATASETS_MODULES and os.path.isdir(path):
             raise ValueError(
                 f"{path} in the current folder would be read as the data set of that name; start the command "
                 f"in another folder, or write ./{path} as the dataset_path of a task of your own"
             )
-        return original(path, *arguments, **settings)
 
-    loading.dataset_module_factory = checked
-    try:
+    with checked("datasets.load", "dataset_module_factory", check):
         yield
-    finally:
-        loading.dataset_module_factory = original
 
 
 @contextlib.contextmanager

@@ -25,9 +25,11 @@ from jaxmodels.process import lm_eval as registration
 from jaxmodels.process.arguments import Parser, errors_escaped
 from jaxmodels.process.extras import require
 from jaxmodels.process.programs import run
+from jaxmodels.process.streams import records_escaped
+from jaxmodels.process.texts import quoted
 from jaxmodels.protocols import tell_left_out
 from jaxmodels.scoring.documents import checked_vocabulary, default_window
-from jaxmodels.scoring.here import data_sets_not_here, refuse_metrics_here, repository_here_not_asked
+from jaxmodels.scoring.here import nothing_else
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
 from jaxmodels.scoring.special import chat_template, special_ids
@@ -159,7 +161,9 @@ class JaxModelsLM(TemplateLM):
             add_special_tokens = True if self.add_bos_token is None else self.add_bos_token
             if self.has_prefix and has_bos_prefix(string, self.tok_decode([self.prefix_token_id], False)):
                 add_special_tokens = False
-        return self.vocabulary.encode(string, special=add_special_tokens).tolist()
+        ids: list[int] = self.vocabulary.encode(string, special=add_special_tokens).tolist()
+        bos = self.special["bos"] if self.add_bos_token and add_special_tokens else None
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     @property
     def has_prefix(self) -> bool:
@@ -168,9 +172,18 @@ class JaxModelsLM(TemplateLM):
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.vocabulary.decode(np.asarray(tokens, np.int64), skip_special=skip_special_tokens)
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        for context, continuation in (request.args for request in requests):
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):
+                raise self.unscorable(continuation)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        for pair, _, continuation in requests:
+            if pair is not None and not continuation:  # its probability would be 1
+                raise self.unscorable(pair[1])
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         # Equal beginnings side by side, so that requests with the same input are computed once.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1] + requests[i][2]), requests[i][1]))
@@ -190,6 +203,9 @@ class JaxModelsLM(TemplateLM):
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
                 bar.update(len(chosen))
         return answers
+
+    def unscorable(self, continuation: str) -> ValueError:
+        return ValueError(f"{self.name}: the tokenizer makes no token of the continuation {quoted(continuation)}")
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         windows: list[TokenRequest] = []
@@ -370,11 +386,10 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
                 options[1:1] = ["--model", registration.NAME]
         else:
             options = arguments
-        refuse_metrics_here()
         from lm_eval.__main__ import cli_evaluate
 
         sys.argv = [prog, *options]
-        with errors_escaped(), data_sets_not_here(), repository_here_not_asked():
+        with errors_escaped(), records_escaped(), nothing_else():
             cli_evaluate()
 
     return run(harness, prog)

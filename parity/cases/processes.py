@@ -50,12 +50,17 @@ def examine_in_processes(
     """
     from parity.report.report import Report
 
-    context = multiprocessing.get_context("spawn")  # a forked process would lack JAX's threads
+    # A forked process would lack JAX's threads.
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_process, (prepare, workers))
     try:
         pending = [pool.submit(examine_case, name, selection, device, seed) for name in names]
         for name, future in zip(names, pending, strict=True):
             yield Report.gathered(name, map(concurrent.futures.Future.result, [future]))
+    except KeyboardInterrupt:  # a terminal sends it to all processes, `kill` to this one alone: cases take a minute
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -64,7 +65,9 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to list processes")
-def test_processes_end_if_the_command_is_killed(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_if_the_command_is_killed(tmp_path, number):
+    """Whoever sends the signal to the command alone: a terminal sends Ctrl-C to all of its processes."""
     (tmp_path / "waiting.py").write_text(WAITING)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MARKER": str(tmp_path)}
     command = [sys.executable, "waiting.py", "waiting.case", "rope.embeddings", "--workers", "2"]
@@ -80,7 +83,8 @@ def test_processes_end_if_the_command_is_killed(tmp_path):
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
         wait_until((tmp_path / "started").exists, 120)
         assert running() >= 3
-        process.kill()
+        process.send_signal(number)
+        assert process.wait(20) == (130 if number == signal.SIGINT else -number)
     wait_until(lambda: running() == 0, 20)
 
 

@@ -21,6 +21,7 @@ from jaxmodels.io.atomic import atomic_folder
 from jaxmodels.io.pipeline import Progress, run_in_threads, start_writeback
 from jaxmodels.neox import NeoX, NeoXConfig
 from jaxmodels.process.extras import require
+from jaxmodels.process.programs import interrupt_held
 from jaxmodels.weights.lazy import Cut, values
 from jaxmodels.weights.names import as_tensor
 from jaxmodels.weights.progress import progress_bar
@@ -119,11 +120,11 @@ def write_pt(file: Path, content: dict[str, Any]) -> None:
     tensors = {key: as_tensor(v) if isinstance(v, np.ndarray) else v for key, v in content.items()}
     # By name first: torch holds the GIL while it writes to a Python file. If that fails, its error does not say why, so
     # the file is written again through Python.
-    with contextlib.suppress(RuntimeError):
+    with interrupt_held(), contextlib.suppress(RuntimeError):
         torch.save(tensors, file)
         return
     try:
-        with file.open("wb") as out:
+        with interrupt_held(), file.open("wb") as out:
             torch.save(tensors, out)
     except (OSError, RuntimeError) as error:
         first: BaseException = error

@@ -3,6 +3,7 @@
 import collections
 import errno
 import io
+import os
 import pickle
 import re
 import warnings
@@ -19,6 +20,7 @@ from jaxmodels.io.content import explained, is_zip
 from jaxmodels.io.formats.torch_formats import made_on_cpu, read_legacy, read_zipped
 from jaxmodels.io.shapes import check_shape
 from jaxmodels.process.extras import require
+from jaxmodels.process.programs import interrupt_held
 from jaxmodels.process.texts import quoted, shortened
 from jaxmodels.weights.names import as_numpy, as_tensor
 from jaxmodels.weights.pickles import BYTES_IO, RefusedError
@@ -253,19 +255,24 @@ def write_state_dict(file: Path, arrays: Mapping[str, np.ndarray], check: Callab
     with errors_naming(file):
         tensors = {name: as_tensor(array) for name, array in arrays.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file, check) as temporary, open(temporary, "wb") as opened:
-        recorded: Any = Recorded(opened)
+    with atomic_file(file, check) as temporary, open(temporary, "wb") as opened, interrupt_held() as interrupted:
+        recorded: Any = Recorded(opened, interrupted)
         try:
             torch.save(tensors, recorded)
         except RuntimeError:  # torch's writer raises it about its own position in the file
             raise recorded.error or OSError(errno.EIO, "torch could not write it", str(file)) from None
+        if recorded.error is not None:
+            raise recorded.error
 
 
 class Recorded(io.RawIOBase):
-    """File to write that keeps the first OSError: the writer of a library raises another exception for it."""
+    """File to write that keeps the first OSError: the writer of a library raises another exception for it, or none.
 
-    def __init__(self, file: BinaryIO):
-        self.file = file
+    interrupted(): whether nothing more is to be written.
+    """
+
+    def __init__(self, file: BinaryIO, interrupted: Callable[[], bool] = lambda: False):
+        self.file, self.interrupted = file, interrupted
         self.error: OSError | None = None
 
     def writable(self) -> bool:
@@ -273,6 +280,8 @@ class Recorded(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         try:
+            if self.interrupted():
+                raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
             return self.file.write(data)
         except OSError as error:
             self.error = self.error or error

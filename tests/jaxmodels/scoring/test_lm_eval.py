@@ -1,6 +1,9 @@
 """The model type of lm-evaluation-harness, compared with lm-eval's own Hugging Face model on local tasks."""
 
+import contextlib
+import importlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -289,14 +292,125 @@ def test_bad_generation_settings_are_refused(both, settings, message):
         both[1].generate_until(instances("generate_until", ("The", settings)), disable_tqdm=True)
 
 
-def test_a_folder_with_the_code_of_a_metric_is_refused(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow  # the import of evaluate takes seconds
+@pytest.mark.parametrize("name", ["rouge", "Some/metric"])
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_folder_with_the_code_of_a_metric_is_refused(tmp_path, monkeypatch, capsys, name, caught):
+    evaluate = pytest.importorskip("evaluate")
+    import lm_eval.__main__
+
     from jaxmodels.scoring.lm_eval import main
 
-    (tmp_path / "rouge").mkdir()
-    (tmp_path / "rouge" / "rouge.py").write_text("raise SystemExit('imported')")
+    def evaluated() -> None:  # as lm-eval's tasks do
+        with contextlib.suppress(ValueError) if caught else contextlib.nullcontext():
+            evaluate.load(name)
+
+    own = evaluate.loading.evaluation_module_factory
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / f"{Path(name).name}.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
-    assert main(["ls", "tasks"]) == 2
-    assert capsys.readouterr().err.startswith("jaxmodels lm-eval: rouge/rouge.py would run as the metric")
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
+    assert main(["run", "--tasks", "any"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"jaxmodels lm-eval: {name} in the current folder would run as the metric"
+    )
+    assert evaluate.loading.evaluation_module_factory is own
+
+
+def test_code_that_lies_beside_a_tokenizer_is_not_run_by_a_task(tmp_path, monkeypatch, capsys):
+    """Tasks of RULER read the tokenizer of --model_args with trust_remote_code=True."""
+    transformers = pytest.importorskip("transformers")
+    import datasets
+    import lm_eval.__main__
+
+    from jaxmodels.scoring.lm_eval import main
+
+    def evaluated() -> None:
+        transformers.AutoTokenizer.from_pretrained(str(tmp_path), trust_remote_code=True)
+
+    (tmp_path / "code.py").write_text("raise SystemExit('imported')")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["code.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert main(["run", "--tasks", "any"]) == 2
+    assert capsys.readouterr().err.startswith(f"jaxmodels lm-eval: {tmp_path} names code of its own")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", True, raising=False)  # --trust_remote_code
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(SystemExit, match="imported"):
+        main(["run", "--tasks", "any"])
+
+
+def test_a_function_is_checked_in_a_module_that_is_imported_later(tmp_path, monkeypatch):
+    from jaxmodels.scoring.here import checked
+
+    (tmp_path / "loaded_later.py").write_text("def load(path):\n    return path\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finders = list(sys.meta_path)
+
+    def check(path: str) -> None:
+        if path == "bad":
+            raise ValueError(f"path={path!r}")
+
+    def use() -> None:
+        with checked("loaded_later", "load", check):
+            load = importlib.import_module("loaded_later").load
+            assert load("good") == "good"
+            with contextlib.suppress(ValueError):
+                load("bad")
+
+    with pytest.raises(ValueError, match="path='bad'"):
+        use()
+    assert importlib.import_module("loaded_later").load("bad") == "bad"
+    with checked("never_imported", "load", check):
+        pass
+    assert sys.meta_path == finders
+
+
+def test_records_of_lm_eval_cannot_steer_a_terminal(monkeypatch, caplog):
+    import lm_eval.__main__
+
+    from jaxmodels.scoring.lm_eval import main
+
+    def evaluated() -> None:  # as --write_out logs a text
+        logging.getLogger("lm_eval").warning("of %s:\n%s", "a task", "\x1b[2J")
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
+    assert main(["run", "--tasks", "any"]) == 0
+    assert caplog.messages == ["of a task:\n\\x1b[2J"]
+
+
+def test_a_continuation_without_tokens_is_refused(tmp_path, folder):
+    """A tokenizer may delete characters: the probability of nothing is 1, the best of all choices."""
+    from jaxmodels.scoring.lm_eval import JaxModelsLM
+
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text()) | {
+        "normalizer": {"type": "Replace", "pattern": {"String": "b"}, "content": ""}
+    }
+    file.write_text(json.dumps(content))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END})
+    )
+    ours = JaxModelsLM(str(tmp_path / "model"))
+    for context in ("", "The"):
+        with pytest.raises(ValueError, match=rf"{tmp_path}.* no token of the continuation 'b'"):
+            ours.loglikelihood(instances("loglikelihood", (context, "a"), (context, "b")), disable_tqdm=True)
+
+
+@pytest.mark.slow
+def test_a_bos_that_is_asked_for_is_added_as_by_hflm(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    from jaxmodels.scoring.lm_eval import JaxModelsLM
+
+    found = []
+    for kind in (HFLM, JaxModelsLM):
+        named = {"device": "cpu", "dtype": "float32"} if kind is HFLM else {}
+        made = kind(str(folder), add_bos_token=True, batch_size=2, **named)
+        found.append([made.tok_encode(text) for text in ("The import", f"{END}A class", "")])
+    assert found[0] == found[1]
 
 
 def test_git_is_not_asked_about_the_current_folder(tmp_path, monkeypatch):

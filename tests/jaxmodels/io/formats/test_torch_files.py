@@ -2,10 +2,13 @@
 
 import gzip
 import io
+import os
+import signal
 import tarfile
 import tracemalloc
 import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -175,3 +178,25 @@ def test_an_error_that_numpy_does_not_explain_names_the_file(tmp_path, monkeypat
     monkeypatch.setattr(torch_files, "read_legacy", failing)
     with pytest.raises(ValueError, match=r"old\.pt.*returned NULL"):
         read_tensors(file)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 9])
+def test_ctrl_c_while_torch_writes_is_no_error_of_a_disk(tmp_path, monkeypatch, number):
+    """Torch's writer loses an exception of the file that it writes to, or raises another one."""
+    file, calls = tmp_path / "a.pt", []
+    torch_files.write_state_dict(file, {"a": np.zeros(3)})
+    before, writable = file.read_bytes(), torch_files.Recorded.write
+
+    def write(recorded, data):
+        calls.append(len(data))
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGINT)
+        return writable(recorded, data)
+
+    monkeypatch.setattr(torch_files.Recorded, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        torch_files.write_state_dict(file, {f"a{i}": np.full(1_009, i) for i in range(11)})
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.pt"]
+    assert len(calls) <= number + 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
