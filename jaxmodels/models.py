@@ -18,19 +18,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmodels.io.atomic import atomic_folder, recover
 from jaxmodels.io.bounded import errors_naming
-from jaxmodels.io.checkpoint import FORMAT, checked_place, load_arrays, read_config, save_arrays, stored_arrays
+from jaxmodels.io.checkpoint import (
+    FORMAT,
+    check_same_arrays,
+    checked_place,
+    load_arrays,
+    read_config,
+    save_arrays,
+    stored_arrays,
+)
 from jaxmodels.io.content import holds_safetensors
 from jaxmodels.io.steps import latest_step
 from jaxmodels.process.paths import local
 from jaxmodels.process.texts import quoted, shortened, visible
 from jaxmodels.sharding import placement
-from jaxmodels.weights.names import check_floating, dotted, flat_arrays, is_floating, with_arrays
+from jaxmodels.weights.names import check_fit, check_floating, dotted, flat_arrays, is_floating, with_arrays
 from jaxmodels.weights.place import Shardings, from_flax_names, load_tensors
 from jaxmodels.weights.stored import Stored
 from jaxmodels.weights.stored import abstract as stored_model
@@ -203,36 +213,53 @@ def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings |
     if a value overflows in `dtype` or with its adapter, if the mesh does not fit, or if arrays are float64 and
     jax_enable_x64 is off (set it by jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
     """
-    model = load_saved(source, dtype=dtype, shardings=shardings)
+    model = loaded(source, dtype, shardings, merge=True)
     if not hasattr(model, "merged"):
         return model
-    with errors_naming(source):
-        return model.merged()
+    with errors_naming(source):  # an adapter is merged before the cast: the sum is rounded once
+        plain = model.merged(dtype)
+        return plain if dtype is None else cast(plain, flat_arrays(plain), dtype)
 
 
 def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:
     """Load a model as `load` does, with an adapter that is not merged."""
+    return loaded(source, dtype, shardings, merge=False)
+
+
+def loaded(source: str | os.PathLike, dtype: Any, shardings: Shardings | Mesh | None, *, merge: bool) -> Any:
+    """Model of a folder. merge: one with an adapter has the dtypes in which it was saved, whatever `dtype` is."""
     if dtype is not None:
         check_floating(dtype)
     folder = model_folder(Path(source))
     name, config = read_config(folder)
     with errors_naming(folder / "config.json"):
         cls = model_class(name)
+    dtype = None if merge and hasattr(cls, "merged") else dtype
     place = placement(cls, shardings) if isinstance(shardings, Mesh) else shardings
     stored = stored_arrays(folder)
     model = abstract(name, config, Stored.of(stored), folder / "config.json")
     if holds_safetensors(folder):
         with errors_naming(folder):
-            loaded = load_tensors(model, from_flax_names(model, stored), dtype, place, folder.name)
+            found = load_tensors(model, from_flax_names(model, stored), dtype, place, folder.name)
     elif dtype is None:
-        loaded = load_arrays(folder / "params", model, place)
+        found = load_arrays(folder / "params", model, place)
     else:
-        loaded = cast(model, flat_arrays(load_arrays(folder / "params", model, place)), dtype)
-    for path, module in nnx.iter_modules(loaded):
+        found = cast(model, flat_arrays(load_arrays(folder / "params", model, place)), dtype)
+    for path, module in nnx.iter_modules(found):
         if hasattr(module, "check_loaded"):
             with errors_naming(f"{folder}: {dotted(path)}"):
                 module.check_loaded()
-    return loaded
+    return found
+
+
+def check_arrays(folder: Path, model: Any, stored: Mapping[str, Any]) -> None:
+    """Raise ValueError if the stored arrays of a model's folder are not those of an abstract model, as `load` does."""
+    if holds_safetensors(folder):
+        with errors_naming(folder):
+            check_fit(flat_arrays(model), from_flax_names(model, stored), None, exact=True)
+    else:
+        targets = {dotted(path): array for path, array in flat_arrays(model).items()}
+        check_same_arrays(folder / "params", stored, targets)
 
 
 def model_folder(source: Path) -> Path:
@@ -259,7 +286,15 @@ def cast(model: Any, arrays: dict[Any, Any], dtype: Any) -> Any:
     for path in list(arrays):
         array = arrays[path]
         if is_floating(array.dtype) and array.dtype != dtype:
-            arrays[path] = array.astype(dtype).block_until_ready()  # so that few arrays are in memory twice
+            arrays[path] = cast_array(array, dtype)
             if jnp.isinf(arrays[path]).sum() > jnp.isinf(array).sum():
                 raise ValueError(f"{dotted(path)} has values that overflow in dtype={jnp.dtype(dtype).name}")
     return with_arrays(model, arrays)
+
+
+def cast_array(array: jax.Array, dtype: Any) -> jax.Array:
+    """Array of another dtype, in its place; on CPUs by NumPy, as XLA takes the smallest numbers for 0 there."""
+    if array.is_fully_addressable and {device.platform for device in array.devices()} == {"cpu"}:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return jax.device_put(np.asarray(array).astype(dtype), array.sharding)
+    return array.astype(dtype).block_until_ready()  # so that few arrays are in memory twice

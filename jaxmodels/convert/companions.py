@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxmodels.io.atomic import atomic_file
 from jaxmodels.io.bounded import TOKENIZER_BYTES, read_bytes, read_object, read_text, refuse_special
+from jaxmodels.io.content import begins_as_object
 from jaxmodels.io.manifest import refuse_link
 from jaxmodels.process.texts import quoted
 from jaxmodels.text.tokenizer.ids import end_tokens, special_id
@@ -102,7 +103,7 @@ class Companions:
 
         A vocabulary.json with a tokenizer in it is written as tokenizer.json: it is what a run was trained with. Raises
         ValueError if a link takes the place of the folder of further templates, or a FIFO or a device that of a file,
-        and if the files have more than ALL_BYTES together.
+        if a .json file holds no object, and if the files have more than ALL_BYTES together.
         """
         total = 0
         inside = self.tokenizer_inside()
@@ -116,6 +117,8 @@ class Companions:
             if not (target.exists() and target.samefile(file)):
                 limit = TEMPLATE_BYTES if name.startswith(f"{TEMPLATES}/") else TOKENIZER_BYTES
                 content = read_bytes(file, limit)  # a copy of a sparse file would fill the disk
+                if name.endswith(".json") and not begins_as_object(content):  # `jaxmodels clean` would not know it
+                    raise ValueError(f"{file} holds no JSON object")
                 total += len(content)
                 if total > ALL_BYTES:
                     raise ValueError(

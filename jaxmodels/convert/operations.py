@@ -25,7 +25,7 @@ from jaxmodels.io.bounded import errors_naming, integer, parsed, read_json
 from jaxmodels.io.checkpoint import read_config, stored_arrays
 from jaxmodels.io.content import is_torch_file
 from jaxmodels.io.formats.torch_files import read_state_dict, write_state_dict
-from jaxmodels.models import abstract, load_saved
+from jaxmodels.models import abstract, check_arrays, load_saved
 from jaxmodels.neox import NeoXConfig, quantize
 from jaxmodels.neox.config import PRESETS
 from jaxmodels.neox.lora import LoRA
@@ -234,8 +234,10 @@ def inspect(options: argparse.Namespace) -> str:
         where.append(("merged adapter", described(lora)))
     source = found.source
     if source is None:
-        stored = Stored.of(stored_arrays(found.weights))
-        model = abstract(found.model_name, found.config, stored, found.weights / "config.json")
+        stored = stored_arrays(found.weights)
+        model = abstract(found.model_name, found.config, Stored.of(stored), found.weights / "config.json")
+        with float64_allowed():
+            check_arrays(found.weights, model, stored)
         what = f"{found.model_name}, {parameters(model):,} parameters"
         if found.is_quantized:
             what += ", 4 bits" if getattr(model, "quantization", None) == "weights-4" else ", int8"

@@ -233,8 +233,8 @@ def settings_of(options: argparse.Namespace) -> Any:
 
 
 def read_prompt(file: Path) -> str:
-    """Text of a prompt's file, without its last newline; raises ValueError if it is not UTF-8."""
-    return read_text(file).removesuffix("\n").removesuffix("\r")
+    """Text of a prompt's file, without byte order mark and last newline; raises ValueError if it is not UTF-8."""
+    return read_text(file).removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def read_prompts(file: Path, field: str) -> list[str]:
@@ -244,7 +244,7 @@ def read_prompts(file: Path, field: str) -> list[str]:
     if kind_of(file) == "jsonl":
         found = [text for _, text, _, _ in lines(file, field, 0)]
     else:
-        found = [line.removesuffix("\r") for line in read_text(file).split("\n") if line.strip()]
+        found = [line.removesuffix("\r") for line in read_text(file).removeprefix("\ufeff").split("\n") if line.strip()]
     if not found:
         raise ValueError(f"{file} has no prompts: every line is blank")
     return found

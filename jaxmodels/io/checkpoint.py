@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,26 @@ def read_arrays(
 
     place = checked_place(folder, "folder")
     stored, fit = stored_types(folder, size_of(targets) if zeros else 0), operator.eq if exact else same_kind
+    check_same_arrays(folder, stored, targets, fit)
+    abstract = {
+        key: jax.ShapeDtypeStruct(target.shape, stored[key].dtype, sharding=target.sharding)
+        for key, target in targets.items()
+    }
+    try:
+        with without_logs():
+            arrays = ocp.load(place, abstract, checkpointable_name=ITEM)
+    except Exception as error:  # many kinds here too
+        raise ValueError(f"{folder} is damaged: {reason(error)}") from error
+    narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
+    if narrowed:
+        raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
+    return arrays
+
+
+def check_same_arrays(
+    folder: Path, stored: Mapping[str, Any], targets: Mapping[str, Any], fit: Callable[[Any, Any], bool] = same_kind
+) -> None:
+    """Raise ValueError if stored arrays have other names or shapes than targets, or dtypes that do not fit theirs."""
     wrong = [f"missing {key}" for key in targets if key not in stored]
     wrong += [f"unexpected {key}" for key in stored if key not in targets]
     wrong += [
@@ -124,19 +144,6 @@ def read_arrays(
     ]
     if wrong:
         raise ValueError(f"{folder} does not hold the arrays of its configuration: {listed(wrong)}")
-    abstract = {
-        key: jax.ShapeDtypeStruct(target.shape, stored[key].dtype, sharding=target.sharding)
-        for key, target in targets.items()
-    }
-    try:
-        with without_logs():
-            arrays = ocp.load(place, abstract, checkpointable_name=ITEM)
-    except Exception as error:  # many kinds here too
-        raise ValueError(f"{folder} is damaged: {reason(error)}") from error
-    narrowed = [key for key in targets if arrays[key].dtype != stored[key].dtype]
-    if narrowed:
-        raise ValueError(f"float64 needs jax_enable_x64, set by jax.config.update, for {', '.join(narrowed)}")
-    return arrays
 
 
 def checked_place(folder: Path, name: str, *, written: bool = False) -> Path:

@@ -1,5 +1,6 @@
 """Kinds of files by name and first bytes: those that are not what their name says, and those that are written here."""
 
+import codecs
 import re
 import zipfile
 from pathlib import Path
@@ -170,6 +171,14 @@ def is_written_here(folder: Path, name: str, *, complete: bool = False) -> bool:
         return True
     if name.endswith(".safetensors"):
         return len(head) <= 8 or head[8:9] == b"{"
-    return not found or any(
-        text.startswith(start[: len(text)]) for start in found for text in (head, head.lstrip(SPACES))
-    )
+    return not found or any(text.startswith(start[: len(text)]) for start in found for text in (head, stripped(head)))
+
+
+def begins_as_object(content: bytes) -> bool:
+    """True if a file may be one of those that this program writes under a name of JSON."""
+    return stripped(content).startswith(b"{")
+
+
+def stripped(content: bytes) -> bytes:
+    """Content without a byte order mark and spaces before it, as copies of others' JSON files may have them."""
+    return content.removeprefix(codecs.BOM_UTF8).lstrip(SPACES)

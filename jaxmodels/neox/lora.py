@@ -4,6 +4,7 @@ Axes: I input features, O output features, R rank; stacked layers' arrays have a
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,17 +121,18 @@ class LoRALinear(FrozenLinear):
         narrow = x @ self.lora_a[...].astype(x.dtype)  # [..., R]
         return super().__call__(x) + self.scale * (narrow @ self.lora_b[...].astype(x.dtype))
 
-    def merged(self) -> jax.Array:
-        """W + α/R · AB in the dtype of W, computed in float32 or wider and rounded once."""
-        return merge(self.kernel[...], self.lora_a[...], self.lora_b[...], self.scale)
+    def merged(self, dtype: Any = None) -> jax.Array:
+        """W + α/R · AB in a dtype, default that of W, computed in float32 or wider and rounded once."""
+        kernel = self.kernel[...]
+        return merge(kernel, self.lora_a[...], self.lora_b[...], self.scale, jnp.dtype(dtype or kernel.dtype))
 
 
-@jax.jit
-def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """W + scale · AB in the dtype of W: [I, O] and factors [I, R], [R, O], or with a leading layer axis each."""
+@functools.partial(jax.jit, static_argnames="dtype")
+def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: jnp.dtype) -> jax.Array:
+    """W + scale · AB in a dtype: [I, O] and factors [I, R], [R, O], or with a leading layer axis each."""
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     update = jnp.matmul(a.astype(wide), b.astype(wide), precision="highest")
-    return (kernel.astype(wide) + scale * update).astype(kernel.dtype)
+    return (kernel.astype(wide) + scale * update).astype(dtype)
 
 
 class LoRANeoX(NeoX):
@@ -175,17 +177,18 @@ class LoRANeoX(NeoX):
         """Build the model of a `config()`; raises ValueError if a value is out of range."""
         return cls(NeoXConfig(**fields), LoRA.of(lora), stacked=stacked, rngs=rngs)
 
-    def merged(self) -> NeoX:
-        """Plain NeoX with the updates added to the kernels, in the kernels' dtype; other arrays are shared.
+    def merged(self, dtype: Any = None) -> NeoX:
+        """Plain NeoX with the updates added to the kernels, in a dtype, default theirs; other arrays are shared.
 
         Raises ValueError if finite values of a kernel are no longer finite.
         """
         arrays = {dotted(path): array for path, array in flat_arrays(self).items()}
         for words, module in nnx.iter_modules(self):
             if isinstance(module, LoRALinear):
-                name, kernel = f"{dotted(words)}.kernel", module.merged()
+                name, kernel = f"{dotted(words)}.kernel", module.merged(dtype)
                 if jnp.isfinite(kernel).sum() < jnp.isfinite(module.kernel[...]).sum():
-                    raise ValueError(f"{name} is not finite with its adapter, of alpha={self.lora.alpha:g}")
+                    about = f"{name} is not finite with its adapter, of alpha={self.lora.alpha:g}"
+                    raise ValueError(f"{about}, in dtype={kernel.dtype}")
                 arrays[name] = kernel
         stacked = self.is_stacked
         plain = shapes_of(lambda rngs: NeoX(self.settings, stacked=stacked, rngs=rngs))

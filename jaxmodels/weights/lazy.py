@@ -2,7 +2,8 @@
 
 A tensor is a NumPy array, which may be over a memory-mapped file, or an instance of a class below, which wraps other
 tensors. `fill(out, tensor, index)` reads a slice into an array of the caller. However deeply tensors are nested, values
-are copied once, from the file's pages to `out`; only `Combined` allocates intermediate arrays, of small vectors.
+are copied once, from the file's pages to `out`. Only `Combined`, of small vectors, and a cast of a cast allocate
+intermediate arrays.
 """
 
 import dataclasses
@@ -320,6 +321,9 @@ class Cast:
         return tuple(self.tensor.shape)
 
     def read_into(self, out: np.ndarray, index: Index) -> None:
+        if out.dtype != self.dtype:  # of another cast around this one, whose values are those of this dtype
+            copy(out, read(self, index))
+            return
         fill(out, self.tensor, index)
         with np.errstate(invalid="ignore"):
             self.check(out, index)

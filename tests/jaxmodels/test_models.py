@@ -11,6 +11,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -393,6 +394,17 @@ def test_dtype_casts_floating_arrays(registered):
     chex.assert_trees_all_equal_dtypes(flat_arrays(loaded), expected)
     with pytest.raises(ValueError, match="dtype=int8"):
         jaxmodels.load(registered, dtype=jnp.int8)
+
+
+def test_dtype_keeps_the_smallest_numbers(tmp_path):
+    """XLA takes them for 0 on CPUs."""
+    model = mlp()
+    model.hidden.bias[...] = model.hidden.bias[...].at[3].set(float(ml_dtypes.finfo(ml_dtypes.bfloat16).smallest_subnormal))
+    jaxmodels.save(model, tmp_path / "model")
+    expected = np.asarray(model.hidden.bias[...]).astype(ml_dtypes.bfloat16)
+    assert expected[3] > 0
+    found = jaxmodels.load(tmp_path / "model", dtype="bfloat16").hidden.bias[...]
+    np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 def test_dtype_refuses_a_value_that_overflows(tmp_path):

@@ -124,7 +124,7 @@ def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> N
     if differing:
         was, now = (", ".join(f"{n}={shortened(str(values[n]), 200)}" for n in differing) for values in (about, wanted))
         raise ValueError(
-            f"{folder} is stale: its index was built with {was}, not {now}; delete it or choose another folder"
+            f"{folder} is stale: its index was built with {was}, not {now}; ask for the same, or choose another folder"
         )
     if wanted["fingerprint"] != about["fingerprint"]:
         raise ValueError(f"{folder} is stale: its index is of another corpus; delete it or choose another folder")
@@ -187,7 +187,10 @@ def read_searcher(folder: Path, about: dict[str, Any], empty: Any) -> Any:
     if ids is not None and not np.array_equal(np.sort(ids), np.arange(about["added"])):
         raise ValueError(f"{file} does not hold each chunk from 0 to {about['added'] - 1} once")
     with errors_naming(file):
-        search(searcher, np.ones((1, width), np.float32), 1)  # generation searches where an error is hard to read
+        # Generation searches where an error is hard to read. A search in an IVF index may look in empty lists alone.
+        found = search(searcher, np.ones((1, width), np.float32), 1)
+        if about["added"] and (found < 0).all() and "IVF" not in str(about["factory"]):
+            raise ValueError("a search in it finds none of its chunks")
     return searcher
 
 

@@ -23,6 +23,7 @@ from jaxmodels.convert.kinds import NAMES
 from jaxmodels.convert.neox.write import write_neox
 from jaxmodels.convert.open import load, open_source
 from jaxmodels.io.atomic import atomic_file
+from jaxmodels.io.content import is_written_here
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.text import SLOW_NAMES, CharVocabulary, TokenizerFile
 from jaxmodels.weights.names import flat_arrays
@@ -236,11 +237,12 @@ def test_a_tokenizer_of_any_kind_is_written_beside_the_weights_again(published, 
     """Published models of GPT-NeoX's form have tokenizers of T5 or Llama, too, in a spiece.model."""
     folder = shutil.copytree(published, tmp_path / "hf")
     (folder / "tokenizer.json").unlink()
-    (folder / name).write_bytes(b"a tokenizer")
+    content = b"{}" if name.endswith(".json") else b"a tokenizer"
+    (folder / name).write_bytes(content)
     source, target = open_source(folder).neox(), tmp_path / "written"
     for write in (write_flax, lambda *given, **options: write_neox(*given, 1, **options), write_hf):
         write(source, target, overwrite=True)
-        assert (target / name).read_bytes() == b"a tokenizer"
+        assert (target / name).read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -354,6 +356,45 @@ def test_verify_compares_tensors_of_different_configurations(published, tmp_path
     code, out, _ = command(capsys, "verify", published, tmp_path / "mlp")
     assert code == 1
     assert "a NeoX" in out
+
+
+@pytest.mark.parametrize("changed", [{"d_ff": 128}, {"n_vocab": 33}])
+def test_inspect_refuses_a_configuration_of_other_arrays(tmp_path, capsys, changed):
+    jaxmodels.save(mlp(), tmp_path / "mlp")
+    file = tmp_path / "mlp" / "config.json"
+    content = json.loads(file.read_text())
+    assert changed.keys() <= content["config"].keys()
+    content["config"] |= changed
+    file.write_text(json.dumps(content))
+    code, out, error = command(capsys, "inspect", tmp_path / "mlp")
+    assert (code, out) == (2, "")
+    assert f"{tmp_path / 'mlp'}" in error
+    assert "does not hold the arrays of its configuration" in error
+
+
+def test_verify_casts_first_as_it_was_asked_to(published, tmp_path, capsys):
+    """A cast of SRC to --dtype, and then to the dtype of DST, is two casts: the first one rounds."""
+    rounded = tmp_path / "rounded"
+    opened = open_source(published).neox()
+    write_flax(opened.cast("bfloat16").cast("float32"), rounded)
+    code, out, _ = command(capsys, "verify", published, rounded, "--dtype", "bfloat16")
+    assert (code, "after the cast of SRC from bfloat16 to float32" in out) == (0, True)
+    code, out, _ = command(capsys, "verify", published, published, "--dtype", "bfloat16")
+    assert (code, "values differ" in out) == (1, True)
+
+
+@pytest.mark.parametrize("content", ["[1]", "", "not JSON"])
+def test_a_companion_that_is_no_object_is_not_copied(published, tmp_path, capsys, content):
+    """`jaxmodels clean` would not find the folder of a conversion that was killed."""
+    shutil.copytree(published, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.json").write_text(content)
+    code, _, error = command(capsys, "neox", tmp_path / "model", tmp_path / "out", "--to", "flax")
+    assert code == 2
+    assert "chat_template.json holds no JSON object" in error
+    assert os.listdir(tmp_path) == ["model"]
+    (tmp_path / "model" / "chat_template.json").write_text('\ufeff {"chat_template": ""}')
+    assert command(capsys, "neox", tmp_path / "model", tmp_path / "out", "--to", "flax")[0] == 0
+    assert is_written_here(tmp_path / "out", "chat_template.json")
 
 
 def test_quantize(published, tmp_path, capsys):

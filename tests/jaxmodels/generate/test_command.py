@@ -22,7 +22,7 @@ from jaxmodels.convert.neox import save_neox
 from jaxmodels.convert.open import open_source
 from jaxmodels.convert.source import model_source
 from jaxmodels.generate import generate, stream
-from jaxmodels.generate.command import load_listed, main, parser, read_model
+from jaxmodels.generate.command import load_listed, main, parser, read_model, read_prompt, read_prompts
 from jaxmodels.neox import NeoX, NeoXConfig, quantize
 from jaxmodels.text import CharVocabulary, TokenizerFile
 from tests.common import filled, language_model
@@ -302,6 +302,16 @@ def test_tokens_that_were_added_beyond_the_models_rows_are_said(tmp_path, checkp
     assert "321 to 349" in capsys.readouterr().err
     assert main(command(checkpoint, *flag, prompt="a <token 49>")) == 2
     assert "the tokens 349, beyond" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffThe if\r\nThe\n", encoding="utf-8", newline="")
+    assert read_prompt(file) == "The if\r\nThe"
+    assert read_prompts(file, "text") == ["The if", "The"]
+    file = file.rename(tmp_path / "prompts.jsonl")
+    file.write_text('\ufeff{"text": "The if"}\n', encoding="utf-8")
+    assert read_prompts(file, "text") == ["The if"]
 
 
 @pytest.mark.slow

@@ -140,6 +140,28 @@ def test_frozen_weights_cost_no_gradient_and_no_wide_copy():
     assert used[0] - used[1] < kernels  # a copy in float32 would be 4 bytes each
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_merged_weight_is_rounded_once(saved, tmp_path, dtype):
+    """In the dtype that is asked for, whatever that of the kernels is: as a conversion writes it."""
+    loaded = flat_arrays(jaxmodels.load(saved, dtype=dtype))
+    model = load_saved(saved)
+    for target, (owner, name) in TARGETS.items():
+        linear = getattr(getattr(model.layers, owner), name)
+        kernel = np.asarray(linear.kernel[...], np.float64)
+        if target in SOME.targets:
+            a, b = (np.asarray(factor[...], np.float64) for factor in (linear.lora_a, linear.lora_b))
+            kernel = kernel + SOME.alpha / SOME.rank * a @ b
+        found = loaded["layers", owner, name, "kernel"]
+        assert found.dtype == dtype
+        close = np.asarray(kernel.astype(np.float32).astype(found.dtype), np.float64)
+        assert np.mean(np.asarray(found, np.float64) != close) < (
+            0.002 if dtype != "float32" else 0.6
+        )  # ties in float32
+    assert command.main(["convert", "neox", str(saved), str(tmp_path / "out"), "--to", "flax", "--dtype", dtype]) == 0
+    for path, array in flat_arrays(jaxmodels.load(tmp_path / "out")).items():
+        np.testing.assert_array_equal(array, loaded[path])
+
+
 def test_an_adapter_needs_a_plain_model_and_valid_settings():
     with pytest.raises(ValueError, match="quantized"):
         LoRANeoX.of(quantize(neox()), LoRA())
@@ -198,7 +220,7 @@ def test_settings_of_another_kind_in_a_saved_model_are_refused(name, saved, tmp_
 
 def test_an_adapter_that_overflows_is_refused_when_it_is_merged(saved, tmp_path):
     folder = with_settings(saved, tmp_path / "model", lora=dataclasses.asdict(LoRA(3, 1e9, SOME.targets)))
-    said = rf"^{re.escape(str(folder))}: layers\.\S+\.kernel is not finite .*alpha=1e\+09$"
+    said = rf"^{re.escape(str(folder))}: layers\.\S+\.kernel is not finite .*alpha=1e\+09, in dtype=float16$"
     with pytest.raises(ValueError, match=said):
         jaxmodels.load(folder)
     assert load_saved(folder).lora.alpha == 1e9

@@ -38,6 +38,9 @@ def cases():
     yield "eight bytes", Transposed(wide), wide.T
     square = array(521, 523, dtype=np.float32)
     yield "several tiles both ways, cast", Transposed(Cast(square, np.dtype(np.float16))), square.T.astype(np.float16)
+    rounded = square.astype(ml_dtypes.bfloat16)
+    inner = Transposed(Cast(square, rounded.dtype))
+    yield "a cast of a cast", Cast(Stacked([inner, inner]), square.dtype), np.stack([rounded.T] * 2).astype(np.float32)
     yield "from columns", Transposed(np.asfortranarray(large)), large.T
 
 
@@ -99,6 +102,8 @@ def test_a_value_that_does_not_fit_is_an_error_and_infinity_is_not():
     values = np.array([1.0, 7e4, 3.0], np.float32)
     with pytest.raises(ValueError, match=r"^readout\b.*float16"):
         read(Cast(values, np.dtype(np.float16), "readout"))
+    with pytest.raises(ValueError, match=r"^readout\b.*float16"):
+        read(Cast(Cast(values, np.dtype(np.float16), "readout"), np.dtype(np.float32)))
     values[1] = np.inf
     assert np.isinf(read(Cast(values, np.dtype(np.float16))))[1]
 

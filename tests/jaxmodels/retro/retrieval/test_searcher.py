@@ -141,6 +141,14 @@ def test_settings_of_a_search_are_those_of_its_kind_and_not_of_the_file(folder):
     assert (inner.nprobe, inner.max_codes) == (1, 0)
 
 
+def test_a_graph_that_no_search_enters_is_refused(folder):
+    searcher = faiss.deserialize_index(np.frombuffer(made("HNSW4,Flat"), np.uint8))
+    searcher.hnsw.entry_point = -1
+    exchange(folder, faiss.serialize_index(searcher).tobytes(), "HNSW4,Flat")
+    with pytest.raises(ValueError, match=rf"{folder}/index-\d+\.faiss.* none of its chunks"):
+        ChunkIndex.load(folder)
+
+
 @pytest.mark.parametrize("factory", ["Flat", "IVF3,Flat", "SQfp16", "IVF3,SQbf16", "HNSW4,Flat"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_vectors_that_are_not_finite_are_refused(folder, factory, value):
