@@ -156,9 +156,10 @@ def summary(name: str, model: Any) -> str:
 
 
 def parameters(model: Any) -> int:
-    """Number of a model's parameters; a uint32 of 4-bit weights holds eight."""
-    eight = getattr(model, "quantization", None) == "weights-4"
-    return sum(array.size * (8 if eight and array.dtype == "uint32" else 1) for array in flat_arrays(model).values())
+    """Number of a model's parameters; of a quantized one without the scales, and what weights are padded by."""
+    if getattr(model, "quantization", None) is not None:
+        return int(model.settings.parameters())
+    return sum(array.size for array in flat_arrays(model).values())
 
 
 def neox(options: argparse.Namespace) -> str:

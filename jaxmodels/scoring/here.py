@@ -17,7 +17,10 @@ Function = Callable[..., Any]
 @contextlib.contextmanager
 def nothing_else() -> Iterator[None]:
     """Context of lm-eval with all of the others here."""
-    with metrics_not_here(), data_sets_not_here(), repository_here_not_asked(), code_beside_models_not_run():
+    with contextlib.ExitStack() as stack:
+        for context in (metrics_not_here, data_sets_not_here, code_beside_models_not_run, files_not_asked_for):
+            stack.enter_context(context())
+        stack.enter_context(repository_here_not_asked())
         yield
 
 
@@ -48,13 +51,31 @@ def code_beside_models_not_run() -> Iterator[None]:
     trust_remote_code=True, whoever made it. `--trust_remote_code` of the command line allows it.
     """
 
-    def check(path: Any, *_: Any, **__: Any) -> None:
+    def check(pretrained_model_name_or_path: Any, *_: Any, **__: Any) -> None:
         import datasets
 
         if not getattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", False):  # lm-eval sets it
-            raise ValueError(f"{path} names code of its own, which a task would run; --trust_remote_code allows it")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} names code of its own, which a task would run; "
+                "--trust_remote_code allows it"
+            )
 
     with checked("transformers.dynamic_module_utils", "get_cached_module_file", check):
+        yield
+
+
+@contextlib.contextmanager
+def files_not_asked_for() -> Iterator[None]:
+    """Context in which `transformers` raises ValueError instead of taking the path of a file for an id of the Hub.
+
+    The tokenizer of --model_args may be a file here; tasks that read it, too, need its folder.
+    """
+
+    def check(path_or_repo_id: Any, *_: Any, **__: Any) -> None:
+        if os.path.isfile(path_or_repo_id):
+            raise ValueError(f"{path_or_repo_id} is a file; a task that reads the tokenizer, too, needs its folder")
+
+    with checked("transformers.utils.hub", "cached_files", check):
         yield
 
 

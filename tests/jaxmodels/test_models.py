@@ -399,7 +399,9 @@ def test_dtype_casts_floating_arrays(registered):
 def test_dtype_keeps_the_smallest_numbers(tmp_path):
     """XLA takes them for 0 on CPUs."""
     model = mlp()
-    model.hidden.bias[...] = model.hidden.bias[...].at[3].set(float(ml_dtypes.finfo(ml_dtypes.bfloat16).smallest_subnormal))
+    model.hidden.bias[...] = (
+        model.hidden.bias[...].at[3].set(float(ml_dtypes.finfo(ml_dtypes.bfloat16).smallest_subnormal))
+    )
     jaxmodels.save(model, tmp_path / "model")
     expected = np.asarray(model.hidden.bias[...]).astype(ml_dtypes.bfloat16)
     assert expected[3] > 0

@@ -426,6 +426,7 @@ def test_quantize_weights(kind, published, tmp_path, capsys):
     shown = command(capsys, "inspect", tmp_path / "int8")[1]
     assert re.search(rf"quantization +{kind}\n", shown)
     assert ("4 bits" in shown) == (kind == "weights-4")
+    assert f"{open_source(published).neox().config.parameters():,} parameters" in shown
 
 
 def test_a_folder_of_hugging_face_as_a_state_dict(published, tmp_path, capsys):

@@ -341,6 +341,23 @@ def test_code_that_lies_beside_a_tokenizer_is_not_run_by_a_task(tmp_path, monkey
         main(["run", "--tasks", "any"])
 
 
+def test_a_tokenizer_s_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    import lm_eval.__main__
+
+    from jaxmodels.scoring.lm_eval import main
+
+    def evaluated() -> None:
+        transformers.AutoTokenizer.from_pretrained("model/tokenizer.json")
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
+    assert main(["run", "--tasks", "any"]) == 2
+    assert capsys.readouterr().err.startswith("jaxmodels lm-eval: model/tokenizer.json is a file; a task")
+
+
 def test_a_function_is_checked_in_a_module_that_is_imported_later(tmp_path, monkeypatch):
     from jaxmodels.scoring.here import checked
 
