@@ -202,7 +202,8 @@ def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings |
     """Load a model from a folder written by `save` or by a conversion, or from a training run's last checkpoint.
 
     `jaxmodels.load` also loads the formats of others.
-    A model with a LoRA adapter is merged: returned as a model of the plain class, in the dtype of its kernels.
+    A model with a LoRA adapter is merged: returned as a model of the plain class. The sums are rounded once, to the
+    given dtype, default that of the kernels.
 
     source: a model's folder, or a run's folder, of which the last complete checkpoint is used.
     dtype: cast floating arrays; default the dtypes in which they were saved.
@@ -213,21 +214,21 @@ def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings |
     if a value overflows in `dtype` or with its adapter, if the mesh does not fit, or if arrays are float64 and
     jax_enable_x64 is off (set it by jax.config.update: `with jax.enable_x64(True)` does not reach Orbax's threads).
     """
-    model = loaded(source, dtype, shardings, merge=True)
+    model = read_model(source, dtype, shardings, merge=True)
     if not hasattr(model, "merged"):
         return model
     with errors_naming(source):  # an adapter is merged before the cast: the sum is rounded once
-        plain = model.merged(dtype)
-        return plain if dtype is None else cast(plain, flat_arrays(plain), dtype)
+        plain = model.merged(dtype, free=True)
+        return plain if dtype is None else cast(plain, flat_arrays(plain), dtype, free=True)
 
 
 def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:
     """Load a model as `load` does, with an adapter that is not merged."""
-    return loaded(source, dtype, shardings, merge=False)
+    return read_model(source, dtype, shardings, merge=False)
 
 
-def loaded(source: str | os.PathLike, dtype: Any, shardings: Shardings | Mesh | None, *, merge: bool) -> Any:
-    """Model of a folder. merge: one with an adapter has the dtypes in which it was saved, whatever `dtype` is."""
+def read_model(source: str | os.PathLike, dtype: Any, shardings: Shardings | Mesh | None, *, merge: bool) -> Any:
+    """Model of a folder. merge: a model with an adapter is to be merged, and not cast before."""
     if dtype is not None:
         check_floating(dtype)
     folder = model_folder(Path(source))
@@ -278,23 +279,30 @@ def model_folder(source: Path) -> Path:
     return source
 
 
-def cast(model: Any, arrays: dict[Any, Any], dtype: Any) -> Any:
+def cast(model: Any, arrays: dict[Any, Any], dtype: Any, *, free: bool = False) -> Any:
     """Model with the given arrays, whose floating ones are cast one by one, on their devices, and dropped.
 
-    Raises ValueError if a finite value overflows.
+    free: delete the arrays that are cast, which the model has. Raises ValueError if a finite value overflows, or for
+    float64 if jax_enable_x64 is off.
     """
+    dtype = np.dtype(dtype)
+    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError("dtype=float64 needs jax_enable_x64, set by jax.config.update")
     for path in list(arrays):
         array = arrays[path]
         if is_floating(array.dtype) and array.dtype != dtype:
             arrays[path] = cast_array(array, dtype)
             if jnp.isinf(arrays[path]).sum() > jnp.isinf(array).sum():
-                raise ValueError(f"{dotted(path)} has values that overflow in dtype={jnp.dtype(dtype).name}")
+                raise ValueError(f"{dotted(path)} has values that overflow in dtype={dtype.name}")
+            if free:
+                array.delete()
     return with_arrays(model, arrays)
 
 
-def cast_array(array: jax.Array, dtype: Any) -> jax.Array:
-    """Array of another dtype, in its place; on CPUs by NumPy, as XLA takes the smallest numbers for 0 there."""
-    if array.is_fully_addressable and {device.platform for device in array.devices()} == {"cpu"}:
+def cast_array(array: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Array of another dtype, in its place; narrowed by NumPy on CPUs, where XLA takes subnormal numbers for 0."""
+    narrowed = dtype.itemsize <= array.dtype.itemsize
+    if narrowed and array.is_fully_addressable and {device.platform for device in array.devices()} == {"cpu"}:
         with np.errstate(over="ignore", invalid="ignore"):
             return jax.device_put(np.asarray(array).astype(dtype), array.sharding)
     return array.astype(dtype).block_until_ready()  # so that few arrays are in memory twice

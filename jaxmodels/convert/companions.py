@@ -117,7 +117,7 @@ class Companions:
             if not (target.exists() and target.samefile(file)):
                 limit = TEMPLATE_BYTES if name.startswith(f"{TEMPLATES}/") else TOKENIZER_BYTES
                 content = read_bytes(file, limit)  # a copy of a sparse file would fill the disk
-                if name.endswith(".json") and not begins_as_object(content):  # `jaxmodels clean` would not know it
+                if name.endswith(".json") and not begins_as_object(content):  # which `jaxmodels clean` may not know
                     raise ValueError(f"{file} holds no JSON object")
                 total += len(content)
                 if total > ALL_BYTES:

@@ -5,10 +5,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from jaxmodels.convert.companions import Companions
 from jaxmodels.convert.source import Source, abstract, check_stored, matched, model_source
 from jaxmodels.io.atomic import atomic_folder
-from jaxmodels.io.checkpoint import FORMAT, read_config
+from jaxmodels.io.checkpoint import FORMAT, read_config, stored_arrays
 from jaxmodels.io.content import STEM, holds_safetensors
 from jaxmodels.io.formats.safetensors import FILE_BYTES, read_folder, write_folder
 from jaxmodels.models import load
@@ -30,8 +32,9 @@ def open_flax(folder: str | os.PathLike) -> Source:
     if name not in ("NeoX", "LoRANeoX"):
         raise ValueError(f"{folder} holds a {name}, not a NeoX")
     if not holds_safetensors(folder):
-        # An adapter is merged in float32, so that the sum is rounded once, to the dtype that is written.
-        source = model_source(load(folder, dtype="float32" if name == "LoRANeoX" else None))
+        # An adapter is merged in float32 at least, so that the sum is rounded once, to the dtype that is written.
+        wide = any(array.dtype == np.float64 for array in stored_arrays(folder).values())
+        source = model_source(load(folder, dtype="float32" if name == "LoRANeoX" and not wide else None))
         return dataclasses.replace(
             source, format="flax", folder=folder, layout="Orbax", companions=Companions.of(folder)
         )

@@ -177,10 +177,11 @@ class LoRANeoX(NeoX):
         """Build the model of a `config()`; raises ValueError if a value is out of range."""
         return cls(NeoXConfig(**fields), LoRA.of(lora), stacked=stacked, rngs=rngs)
 
-    def merged(self, dtype: Any = None) -> NeoX:
+    def merged(self, dtype: Any = None, *, free: bool = False) -> NeoX:
         """Plain NeoX with the updates added to the kernels, in a dtype, default theirs; other arrays are shared.
 
-        Raises ValueError if finite values of a kernel are no longer finite.
+        free: delete the arrays of this model that are merged, one by one. Raises ValueError if finite values of a
+        kernel are no longer finite.
         """
         arrays = {dotted(path): array for path, array in flat_arrays(self).items()}
         for words, module in nnx.iter_modules(self):
@@ -190,6 +191,9 @@ class LoRANeoX(NeoX):
                     about = f"{name} is not finite with its adapter, of alpha={self.lora.alpha:g}"
                     raise ValueError(f"{about}, in dtype={kernel.dtype}")
                 arrays[name] = kernel
+                if free:
+                    for array in (module.kernel, module.lora_a, module.lora_b):
+                        array[...].delete()
         stacked = self.is_stacked
         plain = shapes_of(lambda rngs: NeoX(self.settings, stacked=stacked, rngs=rngs))
         return with_arrays(plain, {path: arrays[dotted(path)] for path in flat_arrays(plain)})

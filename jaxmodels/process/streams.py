@@ -113,7 +113,7 @@ def records_escaped() -> Iterator[None]:
 
     def escaped(*arguments: Any, **settings: Any) -> logging.LogRecord:
         record = made(*arguments, **settings)
-        with contextlib.suppress(TypeError, ValueError):  # arguments that do not fit, which logging reports
+        with contextlib.suppress(Exception):  # arguments that do not fit: logging reports them later, and goes on
             record.msg, record.args = visible(record.getMessage(), keep="\n\t"), ()
         return record
 

@@ -15,12 +15,12 @@ Function = Callable[..., Any]
 
 
 @contextlib.contextmanager
-def nothing_else() -> Iterator[None]:
-    """Context of lm-eval with all of the others here."""
+def guarded(*, code_allowed: bool) -> Iterator[None]:
+    """Context of lm-eval with all of the others here. code_allowed: that beside models and tokenizers may run."""
+    contexts = [metrics_not_here, data_sets_not_here, files_not_asked_for, repository_here_not_asked]
     with contextlib.ExitStack() as stack:
-        for context in (metrics_not_here, data_sets_not_here, code_beside_models_not_run, files_not_asked_for):
+        for context in contexts if code_allowed else [*contexts, code_beside_models_not_run]:
             stack.enter_context(context())
-        stack.enter_context(repository_here_not_asked())
         yield
 
 
@@ -33,9 +33,11 @@ def metrics_not_here() -> Iterator[None]:
     """
 
     def check(path: str, *_: Any, **__: Any) -> None:
-        if not is_explicit(path) and os.path.lexists(path):
+        name = os.path.basename(path.rstrip("/")).removesuffix(".py")
+        code = path if path.endswith(f"{name}.py") else os.path.join(path, f"{name}.py")
+        if not is_explicit(path) and os.path.isfile(code):
             raise ValueError(
-                f"{path} in the current folder would run as the metric of that name; start the command in another "
+                f"{code} in the current folder would run as the metric of that name; start the command in another "
                 "folder"
             )
 
@@ -68,12 +70,12 @@ def code_beside_models_not_run() -> Iterator[None]:
 def files_not_asked_for() -> Iterator[None]:
     """Context in which `transformers` raises ValueError instead of taking the path of a file for an id of the Hub.
 
-    The tokenizer of --model_args may be a file here; tasks that read it, too, need its folder.
+    The tokenizer of --model_args may be a file for the model, but not for tasks that read it.
     """
 
     def check(path_or_repo_id: Any, *_: Any, **__: Any) -> None:
-        if os.path.isfile(path_or_repo_id):
-            raise ValueError(f"{path_or_repo_id} is a file; a task that reads the tokenizer, too, needs its folder")
+        if os.path.isfile(str(path_or_repo_id)):
+            raise ValueError(f"tokenizer={path_or_repo_id} is a file; tasks that read the tokenizer need its folder")
 
     with checked("transformers.utils.hub", "cached_files", check):
         yield
@@ -88,70 +90,79 @@ def is_explicit(path: str) -> bool:
 def checked(module: str, name: str, check: Function) -> Iterator[None]:
     """Context in which a function of a module calls `check` with its arguments first, also if it is imported later.
 
+    The function stays replaced, by one that does the same outside of the context: other modules may have imported it.
     An error of `check` is raised at the end of the context, too, whatever caught it before: tasks report metrics that
     fail to load, and go on.
     """
     refused: list[ValueError] = []
-    active = True
+
+    def recording(*arguments: Any, **settings: Any) -> None:
+        try:
+            check(*arguments, **settings)
+        except ValueError as error:
+            refused.append(error)
+            raise
+
+    active = checks_of(module, name)
+    active.append(recording)
+    try:
+        yield
+    except (Exception, SystemExit):
+        if refused:
+            raise refused[0] from None
+        raise
+    finally:
+        active.remove(recording)
+    if refused:
+        raise refused[0]
+
+
+@functools.cache
+def checks_of(module: str, name: str) -> list[Function]:
+    """Functions that a function of a module calls first, from now on: a list to change."""
+    checks: list[Function] = []
 
     def replace(found: ModuleType) -> None:
         original: Function = getattr(found, name)
 
         @functools.wraps(original)
         def replaced(*arguments: Any, **settings: Any) -> Any:
-            if active:
-                try:
-                    check(*arguments, **settings)
-                except ValueError as error:
-                    refused.append(error)
-                    raise
+            for check in checks:
+                check(*arguments, **settings)
             return original(*arguments, **settings)
 
         setattr(found, name, replaced)
-        undo.callback(setattr, found, name, original)
 
-    with contextlib.ExitStack() as undo:
-        if module in sys.modules:
-            replace(sys.modules[module])
-        else:
-            finder = WhenImported(module, replace)
-            sys.meta_path.insert(0, finder)
-            undo.callback(finder.leave)
-        try:
-            yield
-        except Exception:
-            if refused:
-                raise refused[0] from None
-            raise
-        finally:
-            active = False
-    if refused:
-        raise refused[0]
+    if module in sys.modules:
+        replace(sys.modules[module])
+    else:
+        sys.meta_path.insert(0, AfterImport(module, replace))
+    return checks
 
 
-class WhenImported(importlib.abc.MetaPathFinder):
-    """Finder that calls a function with a module right after its import."""
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Finder that calls a function with a module right after its import, once."""
 
-    def __init__(self, name: str, then: Callable[[ModuleType], None]):
-        self.name, self.then = name, then
-
-    def leave(self) -> None:
-        """Find nothing any more."""
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+    def __init__(self, name: str, action: Callable[[ModuleType], None]):
+        self.name, self.action, self.searching = name, action, False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Spec of the module, as the other finders give it, whose execution ends with the function; None for others."""
-        if name != self.name:
+        if name != self.name or self.searching:
             return None
-        self.leave()
-        spec = importlib.util.find_spec(name)
+        self.searching = True  # the others are asked
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def executed(module: ModuleType) -> None:
                 execute(module)
-                self.then(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self.action(module)
 
             spec.loader.exec_module = executed  # type: ignore[method-assign]
         return spec

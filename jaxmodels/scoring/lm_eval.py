@@ -10,6 +10,7 @@ import argparse
 import functools
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from jaxmodels.process.streams import records_escaped
 from jaxmodels.process.texts import quoted
 from jaxmodels.protocols import tell_left_out
 from jaxmodels.scoring.documents import checked_vocabulary, default_window
-from jaxmodels.scoring.here import nothing_else
+from jaxmodels.scoring.here import guarded
 from jaxmodels.scoring.likelihood import loglikelihood
 from jaxmodels.scoring.rows import padded_length
 from jaxmodels.scoring.special import chat_template, special_ids
@@ -52,13 +53,16 @@ examples:
 
 source is whatever `jaxmodels.load` takes. Further arguments of --model_args: revision, tokenizer, experiment, dtype,
 batch_size, max_length, max_gen_toks, prefix_token_id, add_bos_token, seed.
-`python -m lm_eval --model jaxmodels` is the same. `jaxmodels lm-eval run --help` lists lm-eval's own arguments.
+`python -m lm_eval --model jaxmodels` has the same results, without this command's
+checks of the current folder (docs/security.md). `jaxmodels lm-eval run --help` lists lm-eval's own arguments.
 """
 CHUNK = 512  # requests between two updates of the progress bar and of lm-eval's cache
 FIRST_TOKENS = 32  # written before the stop sequences are first looked for; then twice as many, and so on
 
 # Generation settings of tasks that `generate` has under the same name; further ones are refused.
 SETTINGS = {"top_k", "top_p", "min_p", "repetition_penalty"}
+
+TRUSTED = re.compile(r"trust_remote_code(?!=(False|false|0))")  # in an argument of the command line
 
 TokenRequest = tuple[Any, list[int], list[int]]
 
@@ -205,7 +209,7 @@ class JaxModelsLM(TemplateLM):
         return answers
 
     def unscorable(self, continuation: str) -> ValueError:
-        return ValueError(f"{self.name}: the tokenizer makes no token of the continuation {quoted(continuation)}")
+        return ValueError(f"{self.name}: the continuation {quoted(continuation)} has no tokens of its own")
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         windows: list[TokenRequest] = []
@@ -389,7 +393,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         from lm_eval.__main__ import cli_evaluate
 
         sys.argv = [prog, *options]
-        with errors_escaped(), records_escaped(), nothing_else():
+        code_allowed = any(TRUSTED.search(argument) for argument in options)
+        with errors_escaped(), records_escaped(), guarded(code_allowed=code_allowed):
             cli_evaluate()
 
     return run(harness, prog)

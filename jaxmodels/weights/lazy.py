@@ -321,7 +321,7 @@ class Cast:
         return tuple(self.tensor.shape)
 
     def read_into(self, out: np.ndarray, index: Index) -> None:
-        if out.dtype != self.dtype:  # of another cast around this one, whose values are those of this dtype
+        if out.dtype != self.dtype:  # of another cast around this one: values are rounded to this dtype first
             copy(out, read(self, index))
             return
         fill(out, self.tensor, index)

@@ -396,6 +396,11 @@ def test_dtype_casts_floating_arrays(registered):
         jaxmodels.load(registered, dtype=jnp.int8)
 
 
+def test_dtype_refuses_float64_without_x64(registered):
+    with pytest.raises(ValueError, match=r"dtype=float64 .*jax_enable_x64"):
+        jaxmodels.load(registered, dtype="float64")
+
+
 def test_dtype_keeps_the_smallest_numbers(tmp_path):
     """XLA takes them for 0 on CPUs."""
     model = mlp()

@@ -124,7 +124,8 @@ def check_same(folder: Path, about: dict[str, Any], wanted: dict[str, Any]) -> N
     if differing:
         was, now = (", ".join(f"{n}={shortened(str(values[n]), 200)}" for n in differing) for values in (about, wanted))
         raise ValueError(
-            f"{folder} is stale: its index was built with {was}, not {now}; ask for the same, or choose another folder"
+            f"{folder} is stale: its index was built with {was}, not {now}; ask for the same, delete it, or choose "
+            "another folder"
         )
     if wanted["fingerprint"] != about["fingerprint"]:
         raise ValueError(f"{folder} is stale: its index is of another corpus; delete it or choose another folder")

@@ -1,6 +1,6 @@
 """Tokenizers of random parts with texts made for them: the pieces of a text have the ids of the whole text.
 
-Nothing is changed here: every input is made anew. What is looked for are ids that differ without a word.
+Nothing is changed here: every input is made anew. Different ids are a finding, as nothing would say so.
 """
 
 import itertools

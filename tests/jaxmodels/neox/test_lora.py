@@ -154,9 +154,8 @@ def test_a_merged_weight_is_rounded_once(saved, tmp_path, dtype):
         found = loaded["layers", owner, name, "kernel"]
         assert found.dtype == dtype
         close = np.asarray(kernel.astype(np.float32).astype(found.dtype), np.float64)
-        assert np.mean(np.asarray(found, np.float64) != close) < (
-            0.002 if dtype != "float32" else 0.6
-        )  # ties in float32
+        most = 0.6 if dtype == "float32" else 0.002  # a sum in float32 is not that of float64, rounded
+        assert np.mean(np.asarray(found, np.float64) != close) < most
     assert command.main(["convert", "neox", str(saved), str(tmp_path / "out"), "--to", "flax", "--dtype", dtype]) == 0
     for path, array in flat_arrays(jaxmodels.load(tmp_path / "out")).items():
         np.testing.assert_array_equal(array, loaded[path])

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import logging
 import shutil
@@ -305,16 +306,31 @@ def test_a_folder_with_the_code_of_a_metric_is_refused(tmp_path, monkeypatch, ca
         with contextlib.suppress(ValueError) if caught else contextlib.nullcontext():
             evaluate.load(name)
 
-    own = evaluate.loading.evaluation_module_factory
     (tmp_path / name).mkdir(parents=True)
     (tmp_path / name / f"{Path(name).name}.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
     assert main(["run", "--tasks", "any"]) == 2
-    assert capsys.readouterr().err.startswith(
-        f"jaxmodels lm-eval: {name} in the current folder would run as the metric"
-    )
-    assert evaluate.loading.evaluation_module_factory is own
+    shown = f"jaxmodels lm-eval: {name}/{Path(name).name}.py in the current folder would run as the metric"
+    assert capsys.readouterr().err.startswith(shown)
+
+
+def test_a_folder_without_the_code_of_a_metric_is_no_metric(tmp_path, monkeypatch):
+    from jaxmodels.scoring.here import checks_of, metrics_not_here
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rouge").mkdir()
+    (tmp_path / "rouge" / "results.py").touch()
+    with metrics_not_here():
+        (check,) = checks_of("evaluate.loading", "evaluation_module_factory")
+        for name in ("rouge", "bleu", "Some/bleu", "rouge/results", "./rouge", str(tmp_path / "rouge")):
+            check(name)
+        (tmp_path / "rouge" / "rouge.py").touch()
+        check("./rouge")
+        check("rouge/results")
+    for name in ("rouge", "rouge/", "rouge/rouge.py"):
+        with pytest.raises(ValueError, match=r"rouge/rouge\.py in the current folder"), metrics_not_here():
+            checks_of("evaluate.loading", "evaluation_module_factory")[0](name)
 
 
 def test_code_that_lies_beside_a_tokenizer_is_not_run_by_a_task(tmp_path, monkeypatch, capsys):
@@ -339,9 +355,12 @@ def test_code_that_lies_beside_a_tokenizer_is_not_run_by_a_task(tmp_path, monkey
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     with pytest.raises(SystemExit, match="imported"):
         main(["run", "--tasks", "any"])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", False, raising=False)
+    with pytest.raises(SystemExit, match="imported"):
+        main(["run", "--tasks", "any", "--model", "hf", "--model_args", "pretrained=x,trust_remote_code=True"])
 
 
-def test_a_tokenizer_s_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
+def test_the_file_of_a_tokenizer_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
     import lm_eval.__main__
 
@@ -355,7 +374,7 @@ def test_a_tokenizer_s_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
     assert main(["run", "--tasks", "any"]) == 2
-    assert capsys.readouterr().err.startswith("jaxmodels lm-eval: model/tokenizer.json is a file; a task")
+    assert capsys.readouterr().err.startswith("jaxmodels lm-eval: tokenizer=model/tokenizer.json is a file; tasks")
 
 
 def test_a_function_is_checked_in_a_module_that_is_imported_later(tmp_path, monkeypatch):
@@ -363,7 +382,6 @@ def test_a_function_is_checked_in_a_module_that_is_imported_later(tmp_path, monk
 
     (tmp_path / "loaded_later.py").write_text("def load(path):\n    return path\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    finders = list(sys.meta_path)
 
     def check(path: str) -> None:
         if path == "bad":
@@ -371,6 +389,7 @@ def test_a_function_is_checked_in_a_module_that_is_imported_later(tmp_path, monk
 
     def use() -> None:
         with checked("loaded_later", "load", check):
+            assert importlib.util.find_spec("loaded_later") is not None  # which imports nothing yet
             load = importlib.import_module("loaded_later").load
             assert load("good") == "good"
             with contextlib.suppress(ValueError):
@@ -378,10 +397,10 @@ def test_a_function_is_checked_in_a_module_that_is_imported_later(tmp_path, monk
 
     with pytest.raises(ValueError, match="path='bad'"):
         use()
-    assert importlib.import_module("loaded_later").load("bad") == "bad"
-    with checked("never_imported", "load", check):
-        pass
-    assert sys.meta_path == finders
+    load = importlib.import_module("loaded_later").load
+    assert load("bad") == "bad"
+    with pytest.raises(ValueError, match="path='bad'"), checked("loaded_later", "load", check):
+        load("bad")  # under the name that was imported before
 
 
 def test_records_of_lm_eval_cannot_steer_a_terminal(monkeypatch, caplog):
@@ -391,6 +410,8 @@ def test_records_of_lm_eval_cannot_steer_a_terminal(monkeypatch, caplog):
 
     def evaluated() -> None:  # as --write_out logs a text
         logging.getLogger("lm_eval").warning("of %s:\n%s", "a task", "\x1b[2J")
+        made = logging.getLogRecordFactory()("lm_eval", logging.INFO, "a.py", 1, "%(a)s", ({"b": 1},), None)
+        assert made.args == {"b": 1}  # which does not fit, as logging will say
 
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", evaluated)
     assert main(["run", "--tasks", "any"]) == 0
@@ -412,7 +433,7 @@ def test_a_continuation_without_tokens_is_refused(tmp_path, folder):
     )
     ours = JaxModelsLM(str(tmp_path / "model"))
     for context in ("", "The"):
-        with pytest.raises(ValueError, match=rf"{tmp_path}.* no token of the continuation 'b'"):
+        with pytest.raises(ValueError, match=rf"{tmp_path}.* continuation 'b' has no tokens"):
             ours.loglikelihood(instances("loglikelihood", (context, "a"), (context, "b")), disable_tqdm=True)
 
 
