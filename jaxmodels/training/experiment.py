@@ -413,6 +413,8 @@ def experiment_class(name: str) -> type[Experiment]:
     elif os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` finds modules there, a console command does not
     try:
+        if module_name.startswith("."):
+            raise ModuleNotFoundError("it is no name of a module", name=module_name)
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):

@@ -18,6 +18,7 @@ from jaxmodels.io.formats.safetensors import read_file
 from jaxmodels.io.formats.torch_files import read_pt
 from jaxmodels.process.paths import is_plain
 from jaxmodels.process.texts import quoted
+from jaxmodels.retro.retrieval.embedder_settings import check_settings
 from jaxmodels.text import TokenizerFile
 from jaxmodels.weights.stored import Stored
 from jaxmodels.weights.torch_modules import no_larger
@@ -36,6 +37,8 @@ NAMING = {
 }
 # Arguments of transformers' tokenizers in tokenizer_config.json or special_tokens_map.json that may be paths of files.
 PATHS = ("vocab", "merges", "gguf_file", "init_inputs")
+# Tokens that a library looks for one by one, in a list of all; published files name up to 256.
+TOKENS, MOST_TOKENS = ("extra_special_tokens", "additional_special_tokens"), 5_000
 OWN_MODULES = re.compile(r"sentence_transformers\.([a-z_]+\.)+(Transformer|Pooling|Normalize)")
 
 
@@ -58,6 +61,13 @@ def check_modules(model: str) -> None:
             raise ValueError(f"{file} names the folder {quoted(place)}, which is not one beside it")
 
 
+def first_module(model: str) -> Path:
+    """Folder of the first module of a folder of sentence-transformers, which holds the weights."""
+    file = Path(model) / "modules.json"
+    entries = read_json(file) if file.is_file() else []
+    return Path(model) / (entries[0].get("path", "") if isinstance(entries, list) and entries else "")
+
+
 def check_files(folder: Path) -> None:
     """Raise ValueError, naming the file, if weights or configurations in an embedder's folder are damaged or hostile.
 
@@ -74,6 +84,7 @@ def check_files(folder: Path) -> None:
             stored[file.parent] = joined(stored.get(file.parent), stored_in(file, allowance))
         elif file.suffix == ".json":
             check_json(file)
+    check_settings(folder)
     for place, sizes in stored.items():
         about = read_json(place / CONFIG) if (place / CONFIG).is_file() else None
         if isinstance(about, dict) and "model_type" in about:
@@ -83,6 +94,10 @@ def check_files(folder: Path) -> None:
 def check_json(file: Path) -> None:
     """Raise ValueError, naming the file, if a JSON file is damaged, or names what must not be read."""
     content = read_json(file, TOKENIZER_BYTES)
+    for name in TOKENS:
+        tokens = content.get(name) if isinstance(content, dict) else None
+        if isinstance(tokens, list | dict) and len(tokens) > MOST_TOKENS:
+            raise ValueError(f"{file} has {len(tokens):,} tokens in {name}; at most {MOST_TOKENS:,}")
     for argument in PATHS:
         value = content.get(argument) if isinstance(content, dict) else None
         if isinstance(value, str) or (argument == "init_inputs" and value):
@@ -92,18 +107,13 @@ def check_json(file: Path) -> None:
         check_names(file, content)
     elif file.name == "adapter_config.json":
         raise ValueError(f"{file} is of an adapter of PEFT, which is not read: merge it with its model, and save that")
-    elif file.name.startswith("sentence_") and isinstance(content, dict):
-        for key in content:
-            # Of sentence-transformers, which passes them on: arguments for a class of transformers, other places.
-            if key.endswith(("args", "path", "dir", "backend")) and content[key]:
-                raise ValueError(f"{file} has {quoted(key)}, arguments of a library, which are not passed on")
     elif key := NAMING.get(file.name):
         named = content.get(key) if isinstance(content, dict) else None
         names = list(named.values()) if isinstance(named, dict) else named if isinstance(named, list) else []
         pattern = VERSIONED if key == "fast_tokenizer_files" else WEIGHTS
-        for name in names:
-            if not is_plain(name) or not pattern.fullmatch(name):
-                raise ValueError(f"{file} names {quoted(name)} in {key}, which is no such file beside it")
+        for place in names:
+            if not is_plain(place) or not pattern.fullmatch(place):
+                raise ValueError(f"{file} names {quoted(place)} in {key}, which is no such file beside it")
 
 
 def check_names(file: Path, content: Any) -> None:

@@ -13,8 +13,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxmodels.process.streams import records_escaped
 from jaxmodels.process.texts import quoted, shortened
-from jaxmodels.retro.retrieval.embedder_files import check_files, check_modules, confined_tokenizers, without_reports
+from jaxmodels.retro.retrieval.embedder_files import (
+    check_files,
+    check_modules,
+    confined_tokenizers,
+    first_module,
+    without_reports,
+)
 from jaxmodels.text import TokenizerFile
 from jaxmodels.text.tokenizer.errors import is_panic
 from jaxmodels.weights.names import listed
@@ -97,24 +104,31 @@ class SentenceTransformer:
             import sentence_transformers
         except ModuleNotFoundError:
             raise ValueError(f"embedder {self.name} needs: pip install sentence-transformers") from None
-        with loading(self):
+        import transformers
+
+        folder = Path(self.model).is_dir()
+        with loading(self), without_reports(transformers, progress=not folder), records_escaped():
             check_modules(self.model)
             self.tokenizers  # noqa: B018  # a bad one is refused before the library reads it
-            return sentence_transformers.SentenceTransformer(self.model, device="cpu", trust_remote_code=False)
+            loaded = sentence_transformers.SentenceTransformer(self.model, device="cpu", trust_remote_code=False)
+            if folder:
+                check_text_alone(loaded[0])
+                check_weights(first_module(self.model))
+            return loaded
 
     @functools.cached_property
     def tokenizers(self) -> list[TokenizerFile]:
         return confined_tokenizers(Path(self.model))
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
-        newer = getattr(self.loaded, "get_embedding_dimension", None)
-        return newer() if newer else self.loaded.get_sentence_embedding_dimension()
+        return int(self.embed(["a text"]).shape[1])
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         loaded = self.loaded
+        prompt = loaded.prompts.get(loaded.default_prompt_name) or ""
         for confined in self.tokenizers:
-            confined.encode_batch(texts)
+            confined.encode_batch([prompt + text for text in texts])
         with one_line(f"embedder {self.name} cannot embed the texts"), calls_counted(loaded[0]):
             vectors = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
         return finite(self, np.asarray(vectors, np.float32))
@@ -169,6 +183,27 @@ def finite(embedder: "SentenceTransformer | BertMean", vectors: np.ndarray) -> n
     if not np.isfinite(vectors).all():
         raise ValueError(f"embedder {embedder.name} gives vectors with NaN or infinities")
     return vectors
+
+
+def check_text_alone(module: Any) -> None:
+    """Raise ValueError if sentence-transformers gives a model anything but the tokens of a text.
+
+    A text that begins as an address may be one of an image, and a chat template is a program.
+    """
+    kinds = set(getattr(module, "modality_config", None) or {"text"})
+    if kinds != {"text"}:
+        others = ", ".join(sorted(kinds - {"text"})) or "none"
+        raise ValueError(f"it is a model of other inputs than texts: {others}, such as by a chat template")
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ValueError if transformers has to make up weights of the model in a folder."""
+    import transformers
+
+    _, found = transformers.AutoModel.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_complete(found)
 
 
 def check_complete(found: Mapping[str, Any]) -> None:
@@ -229,9 +264,9 @@ class BertMean:
     def tokenizers(self) -> list[TokenizerFile]:
         return confined_tokenizers(Path(self.model))
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
-        return self.loaded[1].config.hidden_size
+        return int(self.embed(["a text"]).shape[1])
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         tokenizer, model = self.loaded

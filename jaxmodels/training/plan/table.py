@@ -20,8 +20,8 @@ from jaxmodels.training.step import Batch, Program
 
 GIB = 2**30
 # The compiler's messages when a program does not fit. The second counts temporaries alone.
-USED = re.compile(r"Used ([\d.]+[KMG]?) of ([\d.]+[KMG]?) hbm")
-TEMPORARIES = re.compile(r"temporaries \(([\d.]+[KMG]?)\) exceeds available HBM \(([\d.]+[KMG]?)\)")
+USED = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")
+TEMPORARIES = re.compile(r"temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)")
 COMPILER = "compiler"  # name of the thread that compiles
 SMALL = 0.005  # share of the peak below which a part is shown with the others
 
@@ -149,8 +149,8 @@ def refused(message: str, parts: dict[str, int], program: Program, generation: s
 
 def gib(size: str) -> float:
     """GiB of a size as the compiler writes it, such as 39.32G or 512.5M."""
-    number, unit = float(size.rstrip("KMG")), size[-1]
-    return number * {"K": 2**10, "M": 2**20, "G": 2**30}.get(unit, 1) / GIB
+    number, unit = float(size.rstrip("KMGT")), size[-1]
+    return number * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(unit, 1) / GIB
 
 
 def state_bytes(program: Program) -> int:

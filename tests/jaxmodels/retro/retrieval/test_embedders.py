@@ -6,16 +6,19 @@ import re
 import shutil
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxmodels.retro.retrieval.embedder_files import check_modules, confined_tokenizers
+from jaxmodels.retro.retrieval.embedder_settings import TEXT
 from jaxmodels.retro.retrieval.embedders import (
     BertMean,
     HashedNGrams,
     SentenceTransformer,
+    check_text_alone,
     embedder_of,
     loading,
     whole_words,
@@ -259,9 +262,31 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     ),
     "an adapter": ("adapter_config.json", {"target_modules": "(a+)+$", "r": LARGE}, "is of an adapter of PEFT"),
     "an adapter in a part": ("0_Transformer/adapter_config.json", {}, "is of an adapter of PEFT"),
-    "arguments": ("sentence_bert_config.json", {"model_args": {"subfolder": "../.."}}, "'model_args', arguments of"),
-    "a tokenizer": ("sentence_bert_config.json", {"tokenizer_name_or_path": "../b"}, "'tokenizer_name_or_path', arg"),
-    "a cache": ("sentence_bert_config.json", {"cache_dir": "../b"}, "'cache_dir', arguments of"),
+    "arguments": ("sentence_bert_config.json", {"model_args": {"subfolder": "../.."}}, "'model_args' of {"),
+    "a tokenizer": ("sentence_bert_config.json", {"tokenizer_name_or_path": "../b"}, "'tokenizer_name_or_path' of"),
+    "a cache": ("sentence_bert_config.json", {"cache_dir": "../b"}, "'cache_dir' of '../b', which"),
+    "a template": (
+        "sentence_bert_config.json",
+        {"modality_config": {"message": {"method": "forward", "method_output_name": "last_hidden_state"}}},
+        "'modality_config' of",
+    ),
+    "images": (
+        "sentence_bert_config.json",
+        {"modality_config": {"text": {}, "image": {"method": "get_image_features"}}},
+        "'modality_config' of",
+    ),
+    "a head": ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "'transformer_task' of 'fill-mask'"),
+    "no length": ("sentence_bert_config.json", {"max_seq_length": True}, "'max_seq_length' of True"),
+    "a processor": ("preprocessor_config.json", {"feature_size": 600}, "of a model of more than texts"),
+    "a long prompt": (
+        "config_sentence_transformers.json",
+        {"prompts": {"a": "a" * 2_001}},
+        "of up to 2,001 characters",
+    ),
+    "prompts": ("config_sentence_transformers.json", {"prompts": {f"{i}": "" for i in range(101)}}, "101 prompts"),
+    "a prompt's name": ("config_sentence_transformers.json", {"default_prompt_name": "\x1b[2J"}, "none of its prompts"),
+    "another package": ("config_sentence_transformers.json", {"model_type": "\x1b[2J"}, "'model_type' of"),
+    "many tokens": ("tokenizer_config.json", {"extra_special_tokens": ["a"] * 5_001}, "5,001 tokens"),
     "a GGUF file": ("tokenizer_config.json", {"gguf_file": "../b.gguf"}, "'gguf_file' of '../b.gguf', which"),
 }
 
@@ -388,6 +413,62 @@ def test_weights_that_are_not_those_of_the_configuration_are_not_made_up(bert, c
     with pytest.raises(ValueError, match=rf"^embedder bert:.*not those of its config\.json: {change} \S*layer\.0\."):
         BertMean(str(folder)).embed(["a"])
     assert "REPORT" not in capfd.readouterr().err
+
+
+def with_modules(bert, folder: Path, width: object = 6) -> Path:
+    """Folder of sentence-transformers as published before version 6, with a width of its Pooling."""
+    shutil.copytree(bert[0], folder)
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules.append({"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
+    entries = [{"idx": i, "name": str(i), **module} for i, module in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    (folder / "1_Pooling").mkdir()
+    about = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize("width", [6, 7, -1, 0, 2**20])
+def test_the_width_of_sentence_transformers_is_that_of_the_vectors(bert, width, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    embedder = SentenceTransformer(str(with_modules(bert, tmp_path / "model", width)))
+    assert embedder.width == embedder.embed(["the sea"]).shape[1] == 6
+
+
+def test_what_sentence_transformers_saves_is_read(bert, tmp_path):
+    package = pytest.importorskip("sentence_transformers")
+    folder = with_modules(bert, tmp_path / "model")
+    package.SentenceTransformer(str(folder), device="cpu").save(str(tmp_path / "saved"))
+    found = [SentenceTransformer(str(place)).embed(["the sea was calm"]) for place in (folder, tmp_path / "saved")]
+    np.testing.assert_array_equal(*found)
+
+
+def test_weights_of_sentence_transformers_are_not_made_up(bert, tmp_path, capfd):
+    pytest.importorskip("sentence_transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder = with_modules(bert, tmp_path / "model")
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layer.0.output.dense.weight"))
+    kept = {key: value for key, value in tensors.items() if key != name} | {"\x1b[2J": tensors[name]}
+    safetensors.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=r"^embedder sentence:.*not those of its config\.json: missing \S*layer\.0\."):
+        SentenceTransformer(str(folder)).embed(["a"])
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
+def test_sentence_transformers_renders_no_text_by_a_template(bert, tmp_path):
+    """Version 6 does so for each text, without limits, if it infers that a model takes messages."""
+    package = pytest.importorskip("sentence_transformers")
+    folder = with_modules(bert, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    about = {"modality_config": TEXT, "module_output_name": "token_embeddings"}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(about))
+    assert SentenceTransformer(str(folder)).embed(["a"]).shape == (1, 6)
+    loaded = package.SentenceTransformer(str(folder), device="cpu")
+    check_text_alone(loaded[0])
+    with pytest.raises(ValueError, match="other inputs than texts: image, message,"):
+        check_text_alone(types.SimpleNamespace(modality_config=TEXT | {"message": {}, "image": {}}))
 
 
 @pytest.mark.slow
