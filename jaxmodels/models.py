@@ -218,8 +218,9 @@ def load(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings |
     if not hasattr(model, "merged"):
         return model
     with errors_naming(source):  # an adapter is merged before the cast: the sum is rounded once
-        plain = model.merged(dtype, free=True)
-        return plain if dtype is None else cast(plain, flat_arrays(plain), dtype, free=True)
+        own = {"dtype", "free"} <= inspect.signature(model.merged).parameters.keys()  # others take no arguments
+        plain = model.merged(dtype, free=True) if own else model.merged()
+        return plain if dtype is None else cast(plain, flat_arrays(plain), dtype, free=own)
 
 
 def load_saved(source: str | os.PathLike, *, dtype: Any = None, shardings: Shardings | Mesh | None = None) -> Any:

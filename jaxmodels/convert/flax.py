@@ -34,7 +34,8 @@ def open_flax(folder: str | os.PathLike) -> Source:
     if not holds_safetensors(folder):
         # An adapter is merged in float32 at least, so that the sum is rounded once, to the dtype that is written.
         wide = any(array.dtype == np.float64 for array in stored_arrays(folder).values())
-        source = model_source(load(folder, dtype="float32" if name == "LoRANeoX" and not wide else None))
+        dtype = ("float64" if wide else "float32") if name == "LoRANeoX" else None
+        source = model_source(load(folder, dtype=dtype))
         return dataclasses.replace(
             source, format="flax", folder=folder, layout="Orbax", companions=Companions.of(folder)
         )

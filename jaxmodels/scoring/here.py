@@ -50,7 +50,7 @@ def code_beside_models_not_run() -> Iterator[None]:
     """Context in which `transformers` raises ValueError instead of running code that lies beside a model or tokenizer.
 
     Tasks that measure their prompts in tokens, such as those of RULER, read the tokenizer of --model_args with
-    trust_remote_code=True, whoever made it. `--trust_remote_code` of the command line allows it.
+    trust_remote_code=True, whoever made it. The command line allows it, by `--trust_remote_code` or in --model_args.
     """
 
     def check(pretrained_model_name_or_path: Any, *_: Any, **__: Any) -> None:

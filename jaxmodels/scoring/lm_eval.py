@@ -62,7 +62,8 @@ FIRST_TOKENS = 32  # written before the stop sequences are first looked for; the
 # Generation settings of tasks that `generate` has under the same name; further ones are refused.
 SETTINGS = {"top_k", "top_p", "min_p", "repetition_penalty"}
 
-TRUSTED = re.compile(r"trust_remote_code(?!=(False|false|0))")  # in an argument of the command line
+# In an argument of the command line: the flag, or an argument of a model, also in JSON.
+TRUSTED = re.compile(r"""^--trust_remote_code$|\btrust_remote_code["']?\s*[=:]\s*(True|true)\b""")
 
 TokenRequest = tuple[Any, list[int], list[int]]
 

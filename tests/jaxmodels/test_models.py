@@ -396,6 +396,13 @@ def test_dtype_casts_floating_arrays(registered):
         jaxmodels.load(registered, dtype=jnp.int8)
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_merged_of_a_registered_class_takes_no_arguments(registered, monkeypatch, dtype):
+    monkeypatch.setattr(MLPLanguageModel, "merged", lambda self: self, raising=False)
+    loaded = jaxmodels.load(registered, dtype=dtype)
+    assert {array.dtype for array in flat_arrays(loaded).values()} == {jnp.dtype(dtype or "float32")}
+
+
 def test_dtype_refuses_float64_without_x64(registered):
     with pytest.raises(ValueError, match=r"dtype=float64 .*jax_enable_x64"):
         jaxmodels.load(registered, dtype="float64")

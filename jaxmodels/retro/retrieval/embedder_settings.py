@@ -30,7 +30,9 @@ OF_MODEL: Mapping[str, Callable[[Any], bool]] = {
     "__version__": lambda value: isinstance(value, dict),
     "model_type": lambda value: value == "SentenceTransformer",
     "similarity_fn_name": lambda value: value in ("cosine", "dot", "euclidean", "manhattan"),
-    "prompts": lambda value: isinstance(value, dict) and all(isinstance(prompt, str) for prompt in value.values()),
+    "prompts": lambda value: (
+        isinstance(value, dict) and all(isinstance(prompt, str | None) for prompt in value.values())
+    ),
     "default_prompt_name": lambda value: isinstance(value, str),
     "truncate_dim": lambda value: type(value) is int and 0 < value <= LONGEST,
 }
@@ -63,7 +65,7 @@ def check_prompts(file: Path) -> None:
     """Raise ValueError for prompts that are too many or too long, and for the name of one that is not there."""
     content = read_json(file)
     prompts, name = content.get("prompts") or {}, content.get("default_prompt_name")
-    longest = max(map(len, prompts.values()), default=0)
+    longest = max((len(prompt or "") for prompt in prompts.values()), default=0)
     if len(prompts) > MOST_PROMPTS or longest > PROMPT:
         raise ValueError(
             f"{file} has {len(prompts):,} prompts of up to {longest:,} characters; at most {MOST_PROMPTS} of {PROMPT:,}"

@@ -113,7 +113,7 @@ class SentenceTransformer:
             loaded = sentence_transformers.SentenceTransformer(self.model, device="cpu", trust_remote_code=False)
             if folder:
                 check_text_alone(loaded[0])
-                check_weights(first_module(self.model))
+                check_weights(first_module(self.model), loaded[0])
             return loaded
 
     @functools.cached_property
@@ -196,11 +196,13 @@ def check_text_alone(module: Any) -> None:
         raise ValueError(f"it is a model of other inputs than texts: {others}, such as by a chat template")
 
 
-def check_weights(folder: Path) -> None:
-    """Raise ValueError if transformers has to make up weights of the model in a folder."""
-    import transformers
+def check_weights(folder: Path, module: Any) -> None:
+    """Raise ValueError if transformers has to make up weights of the model in a folder.
 
-    _, found = transformers.AutoModel.from_pretrained(
+    module: of sentence-transformers, with a model of the class that it takes, such as the encoder of T5 alone.
+    """
+    model = getattr(module, "auto_model", None) or module.model
+    _, found = type(model).from_pretrained(
         folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
     )
     check_complete(found)

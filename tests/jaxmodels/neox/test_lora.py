@@ -15,6 +15,8 @@ from flax import nnx
 
 import jaxmodels
 from jaxmodels import command
+from jaxmodels.convert.flax import open_flax
+from jaxmodels.convert.operations import float64_allowed
 from jaxmodels.models import load_saved
 from jaxmodels.neox import NeoX, quantize
 from jaxmodels.neox.lora import TARGETS, LoRA, LoRANeoX
@@ -159,6 +161,16 @@ def test_a_merged_weight_is_rounded_once(saved, tmp_path, dtype):
     assert command.main(["convert", "neox", str(saved), str(tmp_path / "out"), "--to", "flax", "--dtype", dtype]) == 0
     for path, array in flat_arrays(jaxmodels.load(tmp_path / "out")).items():
         np.testing.assert_array_equal(array, loaded[path])
+
+
+def test_a_wide_adapter_of_a_narrow_base_is_rounded_once(tmp_path):
+    """An adapter that is made with x64 is float64; the sum is rounded to what is written alone."""
+    with float64_allowed():
+        model = adapted(dtype=jnp.float16)
+        wide = {p: a.astype(jnp.float64) if "lora" in str(p[-1]) else a for p, a in flat_arrays(model).items()}
+        jaxmodels.save(with_arrays(model, wide), tmp_path / "model")
+        tensors = open_flax(tmp_path / "model").tensors
+        assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float64)}
 
 
 def test_an_adapter_needs_a_plain_model_and_valid_settings():

@@ -356,6 +356,8 @@ def test_code_that_lies_beside_a_tokenizer_is_not_run_by_a_task(tmp_path, monkey
     with pytest.raises(SystemExit, match="imported"):
         main(["run", "--tasks", "any"])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", False, raising=False)
+    for argument in ("trust_remote_code=False", '{"trust_remote_code": false}', "source=./trust_remote_code"):
+        assert main(["run", "--tasks", "any", "--model_args", argument]) == 2
     with pytest.raises(SystemExit, match="imported"):
         main(["run", "--tasks", "any", "--model", "hf", "--model_args", "pretrained=x,trust_remote_code=True"])
 

@@ -443,6 +443,18 @@ def test_what_sentence_transformers_saves_is_read(bert, tmp_path):
     np.testing.assert_array_equal(*found)
 
 
+def test_an_encoder_alone_is_complete(bert, tmp_path):
+    """sentence-transformers takes the encoder of T5 and others, whose folders have no decoder."""
+    pytest.importorskip("sentence_transformers")
+    transformers = pytest.importorskip("transformers")
+    folder = with_modules(bert, tmp_path / "model")
+    sizes = {"vocab_size": 10, "d_model": 6, "d_kv": 3, "d_ff": 5, "num_layers": 1, "num_heads": 2}
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(folder)
+    prompts = {"prompts": {"query": None}, "default_prompt_name": None}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    assert SentenceTransformer(str(folder)).embed(["the sea", "was calm"]).shape == (2, 6)
+
+
 def test_weights_of_sentence_transformers_are_not_made_up(bert, tmp_path, capfd):
     pytest.importorskip("sentence_transformers")
     safetensors = pytest.importorskip("safetensors.torch")
