@@ -1,4 +1,4 @@
-"""What lm-eval and its libraries would read or run in the place of what is published, or without being told to."""
+"""Guards of lm-eval: against what it and its libraries would read or run in the place of what is published."""
 
 import contextlib
 import functools
